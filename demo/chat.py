@@ -1,0 +1,94 @@
+"""Chat with a model file, or with a base and an unmerged adapter: python -m demo.chat --model merged.pth"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from rwkv_miss import load_adapter, read_metadata
+from rwkv_miss.errors import UserError, one_line_errors
+from src import ops
+from src.device import DTYPES, choose_accelerator, choose_precision
+from src.generate import Conversation, Sampling, stream
+from src.model import RWKV
+from src.tokenizer import load_tokenizer
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demo.chat", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, help="base or merged .pth")
+    add("--adapter", help="adapter .pth trained on that base")
+    add("--tokenizer", default="auto", help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file")
+    add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
+    add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
+    add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
+    add("--system", default="", help="text of a System: turn before the chat")
+    add("--max_tokens", type=int, default=512)
+    add("--temperature", type=float, default=Sampling.temperature, help="0: greedy")
+    add("--top_p", type=float, default=Sampling.top_p)
+    add("--top_k", type=int, default=Sampling.top_k, help="0: off")
+    add("--presence_penalty", type=float, default=Sampling.presence_penalty)
+    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty)
+    add("--seed", type=int, default=0)
+    add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
+    add("--precision", default="auto", choices=("auto", *DTYPES))
+    add("--wkv", default="auto", help="WKV kernel: auto, torch or reference")
+    return parser.parse_args(argv)
+
+
+def load(args: argparse.Namespace):
+    """(model, tokenizer) ready to answer."""
+    accelerator = choose_accelerator(args.accelerator)
+    device = "cuda" if accelerator == "gpu" else "cpu"
+    precision, _ = choose_precision(args.precision, accelerator)
+    model = RWKV.load(args.model, DTYPES[precision], device, ops.choose(args.wkv, device)[0]).eval()
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    recorded = [read_metadata(path) or {} for path in (args.adapter, args.model) if path]
+    spec = next((m["tokenizer"] for m in recorded if m.get("tokenizer")), "auto") if args.tokenizer == "auto" else args.tokenizer
+    return model, load_tokenizer(spec, model.arch.vocab_size, args.eod)
+
+
+def show(pieces) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with one_line_errors():
+        if args.max_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+            raise UserError("expected --max_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1")
+        model, tokenizer = load(args)
+        sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
+        chat = Conversation(model, tokenizer, sampling, args.seed, args.system)
+        if args.raw:
+            if not args.prompt:
+                raise UserError("--raw needs --prompt")
+            show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, sampling, args.max_tokens, "", chat.generator))
+        elif args.prompt:
+            show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(chat.answer(args.prompt, args.max_tokens)))
+        else:
+            print(f"{os.path.basename(args.model)}: {model.arch.describe()}. An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+            converse(chat, args.max_tokens)
+
+
+def converse(chat: Conversation, max_tokens: int) -> None:
+    """Turns from stdin until an empty line, end of input, or Ctrl-C."""
+    while True:
+        try:
+            text = input("User: ").strip()
+            if not text:
+                return
+            print("Assistant:", end="")
+            show(chat.answer(text, max_tokens))
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+if __name__ == "__main__":
+    main()

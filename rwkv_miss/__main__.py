@@ -1,0 +1,70 @@
+"""The command line: rwkv-miss merge | inspect, also as python -m rwkv_miss."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+from typing import Any
+
+from . import merge_file
+from .checkpoint import Arch, fingerprint, read_checkpoint, read_metadata
+from .errors import one_line_errors
+from .inject import ADAPTER_FORMAT
+from .merge import DTYPES
+
+
+def describe(path) -> dict[str, Any]:
+    """What a base, merged or adapter file is, as plain values."""
+    tensors, metadata = read_checkpoint(path), read_metadata(path)
+    is_adapter = bool(metadata) and metadata.get("format") == ADAPTER_FORMAT
+    dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
+    arch = None if is_adapter else Arch.detect(tensors)
+    return {
+        "file": os.fspath(path), "kind": "adapter" if is_adapter else (metadata or {}).get("format", "checkpoint"),
+        "bytes": os.path.getsize(path), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values()),
+        "dtypes": dict(dtypes), "arch": arch.to_dict() if arch else None, "description": arch.describe() if arch else None,
+        "fingerprint": fingerprint(tensors), "metadata": metadata,
+    }
+
+
+def show(facts: dict[str, Any]) -> None:
+    """The facts for people."""
+    print(f"{facts['file']}: {facts['kind']}, {facts['bytes']:,} bytes")
+    print(f"  tensors      {facts['tensors']}, {facts['parameters']:,} parameters, " + ", ".join(f"{n} {d}" for d, n in facts["dtypes"].items()))
+    if facts["description"]:
+        print(f"  model        {facts['description']}")
+    print(f"  fingerprint  {facts['fingerprint']}")
+    for name, value in (facts["metadata"] or {}).items():
+        if name == "linears":
+            value = f"{len(value)}, {value[0]} to {value[-1]}" if value else "none"
+        print(f"  {name:<12} {value}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime", allow_abbrev=False)
+    merge.add_argument("--base", required=True)
+    merge.add_argument("--adapter", required=True)
+    merge.add_argument("--out", required=True)
+    merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
+                       help="base: every tensor keeps its dtype; auto: fp16 or fp32 where the base's dtype would lose over 5 %% of the update")
+    merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
+    inspect = commands.add_parser("inspect", help="what a file is", allow_abbrev=False)
+    inspect.add_argument("file")
+    inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        if args.command == "merge":
+            for line in merge_file(args.base, args.adapter, args.out, args.dtype, args.force).lines():
+                print(line)
+        elif args.json:
+            print(json.dumps(describe(args.file)))
+        else:
+            show(describe(args.file))
+
+
+if __name__ == "__main__":
+    main()

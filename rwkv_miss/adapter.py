@@ -1,0 +1,160 @@
+"""The base of every adapter method and their registry.
+
+An adapted linear is still an `nn.Linear`: its `weight` keeps its name, the adapter only adds parameters beside it
+(`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A method is one file in `methods/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+METHODS: dict[str, type[AdapterMethod]] = {}
+
+
+def register(name: str):
+    """Class decorator: make a method known as `name` to inject(), to the trainer and to the merge."""
+
+    def add(cls):
+        cls.method = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user may set for a method; subclasses add fields. `aliases` maps the names of neighbouring projects to fields."""
+
+    rank: int = 64
+    aliases: ClassVar[dict[str, str]] = {"r": "rank"}
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Options:
+        """Options from a dictionary; an unknown key or a value of the wrong kind is a UserError that lists what exists."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        known: dict[str, Any] = {}
+        for key, value in values.items():
+            name = cls.aliases.get(key, key)
+            if name not in fields:
+                raise UserError(f"adapter option {key!r} is unknown; this method has: {', '.join(sorted(fields))}")
+            kind = type(fields[name].default)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
+            known[name] = kind(value)
+        return cls(**known)
+
+
+class AdapterMethod:
+    """What inject(), the trainer and the merge ask of a method. Methods that adapt linears derive from AdapterLinear."""
+
+    method: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+    adapts_linears: ClassVar[bool] = True
+
+    @classmethod
+    def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
+        """Add the method's trainable parameters to a frozen model. `linears` maps dotted names to the chosen layers."""
+        raise NotImplementedError
+
+
+class AdapterLinear(AdapterMethod, nn.Linear):
+    """A frozen linear with a trainable change of its weight, delta() of shape (out, in).
+
+    A method implements setup() and delta(); forward() may be overridden by something faster that means the same.
+    Parameters named in `shared` are created by the first layer that needs them, live once in memory and once in the file.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self, options: Options, pool: dict[str, Tensor]) -> None:
+        """Register the adapter's parameters (fp32). `pool` is one dictionary for the whole model, for tensors in `shared`.
+
+        The frozen weight may be changed here (PiSSA); what the merge then needs must be kept in a parameter or buffer.
+        """
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """The change of the weight *of the base file*, (out, in), fp32. This is the meaning of the method."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
+        return F.linear(x, (self.weight + self.delta()).to(x.dtype), self.bias)
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to the loss, or None."""
+        return None
+
+    def on_step(self, step: int, total: int) -> None:
+        """Called after optimizer step `step` (1-based) of `total`."""
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, options: Options, pool: dict[str, Tensor]) -> AdapterLinear:
+        """The adapted layer that takes over the weight and bias of `linear` without a copy."""
+        adapted = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        adapted.weight, adapted.bias = linear.weight, linear.bias
+        adapted.requires_grad_(False)
+        adapted.setup(options, pool)
+        return adapted
+
+    @classmethod
+    def attach(cls, model, linears, options) -> None:
+        pool: dict[str, Tensor] = {}
+        for name, linear in linears.items():
+            try:
+                adapted = cls.wrap(linear, options, pool)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, adapted)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Everything the method added to this layer: its parameters and buffers without the base's weight and bias."""
+        own = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        return {name: tensor for name, tensor in own.items() if name not in ("weight", "bias")}
+
+    @classmethod
+    @torch.no_grad()
+    def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+        """Base weight (out, in) fp32 + the layer's adapter tensors -> merged weight (out, in) fp32."""
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        adapted = cls.wrap(linear, cls.Options.parse(options), {name: tensors[name] for name in cls.shared})
+        adapted.assign(tensors)
+        return weight + adapted.delta()
+
+    @torch.no_grad()
+    def assign(self, tensors: dict[str, Tensor]) -> None:
+        """Set the layer's own tensors to `tensors`; names and shapes must be exactly those that setup() made."""
+        own = self.own_tensors()
+        if own.keys() != tensors.keys():
+            raise UserError(f"the adapter holds {sorted(tensors)}, method {self.method} needs {sorted(own)}")
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise UserError(f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the model")
+            own[name].copy_(tensor)
+
+
+def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Dotted name -> layer, for every adapted linear of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """Sum of the layers' penalties, or None when no layer has one."""
+    terms = [term for layer in adapted_linears(model).values() if (term := layer.penalty()) is not None]
+    return torch.stack(terms).sum() if terms else None
+
+
+def on_step(model: nn.Module, step: int, total: int) -> None:
+    """Tell every adapted layer that optimizer step `step` of `total` is done."""
+    for layer in adapted_linears(model).values():
+        layer.on_step(step, total)

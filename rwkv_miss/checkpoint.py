@@ -1,0 +1,308 @@
+"""Checkpoint files: what they are (Arch), reading them safely, and writing them as a stream without half-written results.
+
+A checkpoint is torch's zip format around a flat dict, name -> tensor. What this package has to say about a file goes into one
+more zip record, `rwkv_miss.json`, which other readers skip.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+ARCHIVE = "archive"
+METADATA = "rwkv_miss.json"
+ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
+BLOCK = 1 << 20  # bytes or elements handled at once, so that a second pass finds them in the cache
+SAMPLE = 256  # bytes hashed at each place that the fingerprint looks at
+SAMPLES = 13  # places per tensor; no power of two, so that they fall into different columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """Version and sizes of an RWKV-6 or RWKV-7 checkpoint, in elements. `ranks` are those of the built-in low-rank maps."""
+
+    version: int
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    head_size: int
+    dim_att: int
+    dim_ffn: int
+    ranks: dict[str, int]
+    layer0_value_residual: bool = False
+
+    @staticmethod
+    def detect(tensors: Mapping[str, Any]) -> Arch:
+        """Read everything from names and shapes (values need only a `.shape`); a UserError names the key that decides otherwise."""
+        version = _version(tensors)
+
+        def shape(name: str, dims: int = 2) -> tuple[int, ...]:
+            if name not in tensors:
+                raise UserError(f"this looks like RWKV-{version}, but {name} is missing")
+            size = tuple(tensors[name].shape)
+            if len(size) != dims:
+                raise UserError(f"this looks like RWKV-{version}, but {name} has shape {size}, expected {dims} dimensions")
+            return size
+
+        att = "blocks.0.att."
+        heads, head_size = shape(att + ("r_k" if version == 7 else "time_faaaa"))
+        dim_att = shape(att + "receptance.weight")[0]
+        if heads * head_size != dim_att:
+            raise UserError(f"{att}receptance.weight has {dim_att} rows, but there are {heads} heads of {head_size}")
+        blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
+        if version == 7:
+            ranks = {name: shape(f"{att}{name}1")[1] for name in "wag"}
+            # block 0 never uses its value residual: some files lack it, and its rank may differ
+            residual = next((name for name in ("blocks.1.att.v1", "blocks.0.att.v1") if name in tensors), None)
+            ranks["v"] = shape(residual)[1] if residual else 0
+        else:
+            ranks = {"maa": shape(att + "time_maa_w2", 3)[1], "decay": shape(att + "time_decay_w1")[1]}
+        vocab_size, n_embd = shape("emb.weight")
+        return Arch(
+            version, vocab_size, n_embd, 1 + max(blocks), heads, head_size, dim_att, shape("blocks.0.ffn.key.weight")[0], ranks,
+            version == 7 and all(f"{att}v{i}" in tensors for i in range(3)),
+        )
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of {self.head_size}, "
+                f"ffn {self.dim_ffn}, vocabulary {self.vocab_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; from_dict() is the inverse."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Arch:
+        return Arch(**values)
+
+
+def _version(tensors: Mapping[str, Any]) -> int:
+    for name in tensors:
+        if ".ffn.s_emb." in name:
+            raise UserError(f"{name} belongs to RWKV-7a or 7b; RWKV-6 and RWKV-7 are supported")
+    if any(name.endswith("att.r_k") for name in tensors):
+        return 7
+    for name in tensors:
+        if ".time_mix_" in name:
+            raise UserError(f"{name} belongs to RWKV-4 or RWKV-5; RWKV-6 and RWKV-7 are supported")
+    if "blocks.0.att.time_maa_x" not in tensors:
+        first = next(iter(tensors), "nothing")
+        raise UserError(f"no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6) is there; it holds {first} ...")
+    if "blocks.0.att.gate.weight" not in tensors:
+        raise UserError("blocks.0.att.time_maa_x is there as in RWKV-6, but blocks.0.att.gate.weight is missing")
+    return 6
+
+
+def read_checkpoint(path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, mapped from the file rather than read, in the file's order.
+
+    Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file, a pickle that
+    asks for anything but tensors, and a content that is no flat dict of tensors.
+    """
+    zipped = _head(path, 4) == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses the pickle
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch.load has no common exception for bad files: ten types were seen
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and (named or zipped or _head(path, 1) == b"\x80"):
+            wanted = named[1] if named else "more than tensors"
+            raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code; save it as a flat dict of tensors") from None
+        raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, expected a flat dict of tensors")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors")
+    return {name: value.detach() for name, value in loaded.items()}
+
+
+def read_metadata(path) -> dict[str, Any] | None:
+    """What write_checkpoint() was told about the file, or None for any other file."""
+    if _head(path, 4) != b"PK\x03\x04":
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = next((name for name in archive.namelist() if name.partition("/")[2] == METADATA), None)
+            return json.loads(archive.read(record)) if record else None
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise UserError(f"{path} is truncated or damaged: {error}") from None
+
+
+def _head(path, count: int) -> bytes:
+    """The first bytes of a file; the door at which a path that can't be read is refused."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(count)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    if not head:
+        raise UserError(f"{path} is empty")
+    return head
+
+
+def require_writable(path, size: int = 0) -> None:
+    """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be lost."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to write")
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {folder}: {error.strerror}") from None
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{path} needs {size:,} bytes, {free:,} are free in {folder}")
+
+
+def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None) -> None:
+    """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a time.
+
+    The file appears under its name only when it is complete and on the disk; until then, and after any failure, what was there
+    stays. UserError when the folder can't be written or has no room.
+    """
+    require_writable(path)
+    path = Path(os.path.realpath(path))  # the file behind a link is replaced, not the link
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    extra = {} if metadata is None else {METADATA: json.dumps(metadata, indent=1).encode()}
+    needed = 0
+    try:
+        with open(temporary, "xb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                index: dict[str, _Entry] = {}
+                for name, tensor in items:
+                    tensor = tensor.detach().cpu().contiguous()
+                    if name in index:
+                        raise ValueError(f"write_checkpoint: {name} comes twice")
+                    needed = file.tell() + tensor.nbytes
+                    index[name] = _Entry(str(len(index)), tensor)
+                    _write_record(archive, f"data/{len(index) - 1}", _memory(tensor))
+                records = {"data.pkl": _pickled(index), "byteorder": sys.byteorder.encode(), "version": b"3\n", **extra}
+                for name, content in records.items():
+                    _write_record(archive, name, memoryview(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(f"{path} was not written: {error.strerror}; it needs at least {needed:,} bytes, {free:,} are free") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
+    info = zipfile.ZipInfo(f"{ARCHIVE}/{name}")
+    info.file_size, info.CRC = len(data), 0
+    zip64 = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule; the header's length depends on it
+    # an extra field of type "FB", which torch uses and readers skip, moves the data to the next multiple
+    start = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
+    padding = -start % ALIGNMENT
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w", force_zip64=zip64) as record:
+        for start in range(0, len(data), BLOCK):
+            record.write(data[start : start + BLOCK])
+
+
+class _Storage(tuple):
+    """The persistent id under which torch's pickles refer to a record."""
+
+
+class _Entry:
+    """Pickles as a tensor whose data are the record `key`, the way torch.save() writes it."""
+
+    def __init__(self, key: str, tensor: Tensor):
+        self.key, self.dtype, self.nbytes = key, tensor.dtype, tensor.nbytes
+        self.shape, self.stride, self.numel = tuple(tensor.shape), tensor.stride(), tensor.numel()
+
+    def __reduce__(self):
+        place = 0, self.shape, self.stride, False, OrderedDict()
+        typed = torch.storage._dtype_to_storage_type_map().get(self.dtype)
+        if typed is None:  # float8 and the other dtypes that came after typed storages
+            storage = _Storage(("storage", torch.UntypedStorage, self.key, "cpu", self.nbytes))
+            return torch._utils._rebuild_tensor_v3, (storage, *place, self.dtype)
+        return torch._utils._rebuild_tensor_v2, (_Storage(("storage", getattr(torch, typed), self.key, "cpu", self.numel)), *place)
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        return tuple(obj) if isinstance(obj, _Storage) else None
+
+
+def _pickled(index: dict[str, _Entry]) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(index)
+    return buffer.getvalue()
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor without a copy, valid while the tensor lives."""
+    if not tensor.nbytes:
+        return memoryview(b"")  # ctypes can't view nothing
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements in order, as 1-D pieces small enough to stay in the cache."""
+    return iter(tensor.reshape(-1).split(BLOCK))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # NaN and infinity both show in the extremes, which cost a tenth of isfinite(); float8 has no extremes of its own
+    return all(torch.stack((block.float() if block.element_size() == 1 else block).aminmax()).isfinite().all() for block in blocks(tensor))
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """UserError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise UserError(f"{name} holds NaN or infinite values; the file is damaged or its training diverged")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256, in hex, over names, shapes, dtypes and sampled bytes of all tensors: the identity of a file's content.
+
+    Small tensors are hashed whole; of a large one a few places are read, so that 14 GB take well under a second. The order of the
+    names doesn't matter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        tensor = tensor.detach().cpu().contiguous()
+        data = _memory(tensor)
+        for start in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
+            digest.update(data[start : start + SAMPLE])
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""The adapters' linear maps as torch operators, each with the smallest set of tensors kept for the backward.
+
+Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
+x, weight and y share a dtype; D, A and B are fp32 and are cast to it for the product (`rank` columns, so the cast is cheap).
+The frozen weight gets a gradient only when it asks for one; only then x is kept.
+
+MiSS (arXiv 2409.15371): dW[o, i] = D[i mod r, o], so x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
+The layout "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (the paper's equations 2-3).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def shard_sum(x: Tensor, rank: int, contiguous: bool = False) -> Tensor:
+    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when rank does not divide it."""
+    size = -(-x.shape[-1] // rank)
+    if size * rank != x.shape[-1]:
+        x = F.pad(x, (0, size * rank - x.shape[-1]))
+    return x.unflatten(-1, (rank, size)).sum(-1) if contiguous else x.unflatten(-1, (size, rank)).sum(-2)
+
+
+def shard_index(width: int, rank: int, contiguous: bool = False, device=None) -> Tensor:
+    """The shard that each of `width` input columns belongs to, int64 (width,)."""
+    column = torch.arange(width, device=device)
+    return column // -(-width // rank) if contiguous else column % rank
+
+
+def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool) -> None:
+    """dx[n, i] += ds[n, shard(i)] in place: the transpose of shard_sum. dx (N, in), ds (N, r)."""
+    width, rank = dx.shape[1], ds.shape[1]
+    if contiguous:
+        dx += ds[:, shard_index(width, rank, True, dx.device)]
+        return
+    whole = width - width % rank
+    dx[:, :whole].unflatten(1, (-1, rank)).add_(ds.unsqueeze(1))
+    dx[:, whole:] += ds[:, : width - whole]
+
+
+@torch.library.custom_op("rwkv_miss::miss_linear", mutates_args=())
+def _miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    s = shard_sum(rows, D.shape[0], contiguous)
+    y = F.linear(rows, weight, bias).addmm_(s, D.to(x.dtype))
+    return y.view(*x.shape[:-1], weight.shape[0]), s
+
+
+@_miss_linear.register_fake
+def _(x, weight, bias, D, contiguous):
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, D.shape[0])
+
+
+def _miss_context(ctx, inputs, output):
+    x, weight, bias, D, ctx.contiguous = inputs
+    ctx.x_shape = x.shape
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight, D, x if weight.requires_grad else None)
+
+
+def _miss_backward(ctx, dy, _ds):
+    if dy is None:
+        return None, None, None, None, None
+    s, weight, D, x = ctx.saved_tensors
+    dy = dy.reshape(-1, weight.shape[0])
+    dx = dweight = dbias = dD = None
+    if ctx.needs_input_grad[0]:
+        dx = dy @ weight
+        add_expanded_(dx, dy @ D.to(dy.dtype).t(), ctx.contiguous)
+        dx = dx.view(ctx.x_shape)
+    if ctx.needs_input_grad[1]:
+        dweight = dy.t() @ x.reshape(-1, weight.shape[1])
+    if ctx.needs_input_grad[2]:
+        dbias = dy.sum(0)
+    if ctx.needs_input_grad[3]:
+        dD = (s.t() @ dy).to(D.dtype)
+    return dx, dweight, dbias, dD, None
+
+
+_miss_linear.register_autograd(_miss_backward, setup_context=_miss_context)
+
+
+def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False) -> Tensor:
+    """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves."""
+    return _miss_linear(x, weight, bias, D, contiguous)[0]
+
+
+@torch.library.custom_op("rwkv_miss::lora_linear", mutates_args=())
+def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    h = rows @ A.to(x.dtype).t()
+    y = F.linear(rows, weight, bias).addmm_(h, B.to(x.dtype).t(), alpha=scale)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+@_lora_linear.register_fake
+def _(x, weight, bias, A, B, scale):
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, A.shape[0])
+
+
+def _lora_context(ctx, inputs, output):
+    x, weight, bias, A, B, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], weight, A, B)
+
+
+def _lora_backward(ctx, dy, _dh):
+    if dy is None:
+        return None, None, None, None, None, None
+    x, h, weight, A, B = ctx.saved_tensors
+    dy, rows = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+    dx = dweight = dbias = dA = dB = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        dh = (dy @ B.to(dy.dtype)).mul_(ctx.scale)
+    if ctx.needs_input_grad[0]:
+        dx = (dy @ weight).addmm_(dh, A.to(dy.dtype)).view(x.shape)
+    if ctx.needs_input_grad[1]:
+        dweight = dy.t() @ rows
+    if ctx.needs_input_grad[2]:
+        dbias = dy.sum(0)
+    if ctx.needs_input_grad[3]:
+        dA = (dh.t() @ rows).to(A.dtype)
+    if ctx.needs_input_grad[4]:
+        dB = (dy.t() @ h).mul_(ctx.scale).to(B.dtype)
+    return dx, dweight, dbias, dA, dB, None
+
+
+_lora_linear.register_autograd(_lora_backward, setup_context=_lora_context)
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y = x W^T + bias + scale x A^T B^T. Kept for the backward: x and x A^T."""
+    return _lora_linear(x, weight, bias, A, B, scale)[0]

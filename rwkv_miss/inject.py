@@ -1,0 +1,174 @@
+"""Choose linears by name, replace them by adapted ones, freeze the rest; save and load what was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import METHODS, AdapterLinear, adapted_linears
+from .checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from .errors import UserError
+
+ADAPTER_FORMAT = "rwkv-miss adapter"
+
+# the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
+DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
+
+
+@dataclasses.dataclass
+class Injection:
+    """What inject() did. Kept as `model.injection` and written into the adapter file."""
+
+    method: str
+    options: dict[str, Any]
+    targets: list[str]
+    linears: list[str]
+    trainable: int
+    total: int
+
+    def line(self) -> str:
+        """One line for the user: linears, trainable parameters, and their share of the base."""
+        share = 100 * self.trainable / self.total
+        return f"{len(self.linears)} linears, {self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,}"
+
+
+def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Linear]:
+    """Dotted name -> linear for every target, which is a leaf name (`key`), a suffix (`att.key`) or a whole name.
+
+    None means the paper's linears. A target that matches nothing is a UserError that lists what exists.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen: set[str] = set()
+    for target in DEFAULT_TARGETS if targets is None else targets:
+        found = {name for name in linears if name == target or name.endswith(f".{target}")}
+        if not found and targets is not None:
+            leaves = sorted({name.rpartition(".")[2] for name in linears})
+            raise UserError(f"target {target!r} matches no linear layer; this model has: {', '.join(leaves)}")
+        chosen |= found
+    if not chosen:
+        raise UserError("no linear layer to adapt: targets is empty, or the model has none of " + ", ".join(DEFAULT_TARGETS))
+    return {name: module for name, module in linears.items() if name in chosen}
+
+
+def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = None, **options) -> Injection:
+    """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss", rank=64)`.
+
+    Raises UserError for an unknown method, option or target, and for a rank that does not fit a layer.
+    """
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
+    if adapted_linears(model):
+        raise UserError("the model already carries an adapter; merge it first, or start from the base file")
+    cls = METHODS[method]
+    parsed = cls.Options.parse(options)
+    linears = find_linears(model, targets) if cls.adapts_linears else {}
+    total = sum(p.numel() for p in model.parameters())
+    model.requires_grad_(False)
+    cls.attach(model, linears, parsed)
+    model.injection = Injection(
+        method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS), list(linears),
+        sum(p.numel() for p in model.parameters() if p.requires_grad), total,
+    )
+    return model.injection
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter file holds: all that the method added, `shared.NAME` for tensors in common, and every other trained parameter."""
+    tensors: dict[str, Tensor] = {}
+    own: set[int] = set()
+    for name, layer in adapted_linears(model).items():
+        for key, tensor in layer.own_tensors().items():
+            tensors[f"shared.{key}" if key in layer.shared else f"{name}.{key}"] = tensor
+            own.add(id(tensor))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    return {**tensors, **trained}
+
+
+def layer_tensors(cls: type[AdapterLinear], name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one adapted linear out of an adapter file, by their names inside the layer, the shared ones included."""
+    own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+    return {**own, **{key: tensors[f"shared.{key}"] for key in cls.shared}}
+
+
+def save_adapter(model: nn.Module, path, tensors: dict[str, Tensor] | None = None, **metadata) -> None:
+    """Write the trained tensors and the metadata that load and merge need, atomically.
+
+    `tensors` replaces the model's own where a strategy has sharded them; further keywords go into the metadata
+    (step, tokenizer, ...).
+    """
+    injection: Injection | None = getattr(model, "injection", None)
+    if injection is None:
+        raise UserError("the model carries no adapter; call inject() first")
+    arch = getattr(model, "arch", None)
+    described = {
+        "format": ADAPTER_FORMAT,
+        "format_version": 1,
+        "method": injection.method,
+        "options": injection.options,
+        "layout": injection.options.get("layout"),
+        "linears": injection.linears,
+        "targets": injection.targets,
+        "trainable": injection.trainable,
+        "arch": arch.to_dict() if arch else None,
+        "base": getattr(model, "base_name", None),
+        "base_fingerprint": getattr(model, "base_fingerprint", None),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **metadata,
+    }
+    write_checkpoint(path, ((k, t.detach().cpu()) for k, t in (tensors or adapter_tensors(model)).items()), described)
+
+
+def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of an adapter file; a UserError says so when the file is something else."""
+    tensors, metadata = read_checkpoint(path), read_metadata(path)
+    if metadata is None or metadata.get("format") != ADAPTER_FORMAT:
+        raise UserError(f"{path} is not an adapter file: it has no adapter metadata (a base or merged model, perhaps)")
+    if metadata["method"] not in METHODS:
+        raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
+    return tensors, metadata
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
+    """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
+
+    An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always is.
+    """
+    tensors, metadata = read_adapter(path)
+    base = getattr(model, "base_fingerprint", None)
+    if not force and base and metadata["base_fingerprint"] and base != metadata["base_fingerprint"]:
+        raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; load that one, or force it")
+    cls = METHODS[metadata["method"]]
+    if not hasattr(model, "injection"):
+        missing = sorted(set(metadata["linears"]) - {name for name, _ in model.named_modules()})
+        if missing:
+            raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
+        inject(model, metadata["method"], metadata["linears"] or None, **metadata["options"])
+    elif (model.injection.method, model.injection.linears) != (metadata["method"], metadata["linears"]):
+        raise UserError(f"{path} holds a {metadata['method']} adapter of {len(metadata['linears'])} linears, the model "
+                        f"carries {model.injection.method} on {len(model.injection.linears)}")
+    full = dict(tensors)
+    for name, layer in adapted_linears(model).items():
+        try:
+            layer.assign(layer_tensors(cls, name, tensors))
+        except UserError as error:
+            raise UserError(f"{path}, {name}: {error}") from None
+        for key in layer.own_tensors():
+            full.pop(f"shared.{key}" if key in layer.shared else f"{name}.{key}", None)
+    parameters = dict(model.named_parameters())
+    for name, tensor in full.items():
+        if name not in parameters:
+            raise UserError(f"{path} holds {name}, which this model does not have")
+        parameters[name].copy_(tensor.view_as(parameters[name]))
+    return metadata

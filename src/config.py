@@ -1,0 +1,300 @@
+"""Every setting of a run: one dataclass field is the flag, the YAML key, the help line and the row in the docs.
+
+Order of precedence: command line, YAML file, preset, default. RWKV-LM's and RWKV-PEFT's names are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from typing import Any
+
+import yaml
+
+from rwkv_miss.adapter import METHODS
+from rwkv_miss.checkpoint import Arch
+from rwkv_miss.errors import UserError
+
+
+def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
+    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values."""
+    meta = {"help": help, "alias": alias, "choices": choices}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass
+class Config:
+    """The settings of a training run."""
+
+    load_model: str = opt("", "base .pth; empty: a new model of the sizes given by --version, --n_layer, --n_embd")
+    data_file: str = opt("", 'JSONL, one {"text": ...} or {"messages": [...]} a line')
+    proj_dir: str = opt("out", "folder of the run: adapter.pth, metrics.jsonl, config.yaml, checkpoints/")
+    tokenizer: str = opt("auto", "auto, world, bytes, utf16, or a tokenizer.json or vocabulary file in World format")
+    eod: str = opt("", "text of the end-of-document token, where a tokenizer file does not tell")
+
+    peft: str = opt("miss", "adapter method, or none for full training")
+    peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
+    preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)", choices=("", "paper-table7", "paper-table8"))
+
+    version: str = opt("", "x060 or x070; read from the checkpoint, needed for a new model only", alias=("my_testing",), choices=("", "x060", "x070"))
+    n_layer: int = opt(0, "layers; read from the checkpoint")
+    n_embd: int = opt(0, "width; read from the checkpoint")
+    vocab_size: int = opt(0, "vocabulary; read from the checkpoint, or that of the tokenizer")
+    dim_att: int = opt(0, "width of the time mix; read from the checkpoint (new model: n_embd)")
+    dim_ffn: int = opt(0, "width of the channel mix; read from the checkpoint (new model: x060 3.5 n_embd, x070 4 n_embd)")
+    head_size: int = opt(0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",))
+
+    ctx_len: int = opt(1024, "longest row in tokens; longer rows are cut, and the plan says how many")
+    micro_bsz: int = opt(8, "rows in one forward pass of one device")
+    accumulate_grad_batches: int = opt(1, "forward passes in one optimizer step")
+    global_bsz: int = opt(0, "rows in one optimizer step over all devices; sets accumulate_grad_batches (0: not used)")
+    epoch_count: int = opt(1, "epochs")
+    epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
+
+    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, full training 1e-5, new model 6e-4)")
+    lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
+    lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)", choices=("cos", "constant", "wsd"))
+    warmup_steps: int = opt(0, "optimizer steps of linear warm-up")
+    beta1: float = opt(0.9, "AdamW beta1")
+    beta2: float = opt(0.99, "AdamW beta2")
+    adam_eps: float = opt(1e-8, "AdamW epsilon")
+    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
+    grad_clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
+    grad_cp: bool = opt(False, "1: recompute each layer in the backward (activation checkpointing): less memory, more time")
+    random_seed: int = opt(42, "seed of initialisation and data order")
+
+    precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    strategy: str = opt("auto", "auto, deepspeed_stage_1, _2, _3 or ddp", choices=("auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"))
+    accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"))
+    devices: int = opt(1, "GPUs, or processes on a CPU")
+    num_nodes: int = opt(1, "machines")
+    wkv: str = opt("auto", "WKV kernel: auto, torch or reference", alias=("op",))
+
+    save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")
+    resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
+METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
+
+# flags of RWKV-LM and RWKV-PEFT that need no counterpart here: a script that sets them still runs, and is told why
+RETIRED = {
+    "data_type": "the format is read from the file",
+    "magic_prime": "the data order needs no prime number",
+    "my_exit_tokens": "the plan is made from the data itself",
+    "train_stage": "a checkpoint in --proj_dir is found by --resume auto",
+    "epoch_begin": "--resume auto knows where the run stopped",
+    "ds_bucket_mb": "the bucket sizes suit adapters as they are",
+    "num_workers": "rows are tokenised once and kept in memory",
+    "enable_progress_bar": "the bar shows itself on a terminal",
+    "dataload": "rows are padded to the longest of their micro-batch only",
+    "data_shuffle": "every pass over the data is a new permutation",
+}
+
+# Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
+_COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0}
+PRESETS = {
+    "paper-table7": ({**_COMMON, "global_bsz": 64}, {"miss": {"rank": 64}, "lora": {"rank": 36, "alpha": 72.0}}),
+    "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}}),
+}
+
+# miss: the paper's rate. lora: ten times it, which gives steps of the same size in W. full: RWKV-LM's usual rates
+DEFAULT_LR = {"miss": 2e-5, "lora": 2e-4}
+FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
+
+
+def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
+    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME" or "default"."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune RWKV-6 and RWKV-7 checkpoints.", allow_abbrev=False,
+                                     formatter_class=argparse.MetavarTypeHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", type=str, default="", help="YAML file with any of these settings; the config.yaml of an earlier run will do")
+    for field in FIELDS.values():
+        default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
+        names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
+        parser.add_argument(*names, dest=field.name, type=str, help=(field.metadata["help"] + default).replace("%", "%%"))
+    parser.error = _usage_error
+    known, unknown = parser.parse_known_args(argv)
+    _explain_unknown(unknown)
+    given = vars(known)
+    layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
+    if given["config"]:
+        layers.append((given["config"], _read_yaml(given["config"])))
+    values, origins = _merge(layers)
+    if values.get("preset"):
+        values, origins = _merge([*layers, (f"preset {values['preset']}", _preset_values(values))])
+    config = Config(**values)
+    validate(config)
+    return config, {name: origins.get(name, "default") for name in FIELDS}
+
+
+def _usage_error(message: str):
+    raise UserError(f"{message}; python train.py --help lists the flags")
+
+
+def _explain_unknown(unknown: list[str]) -> None:
+    """Retired flags get one line each; anything else is an error with the nearest name."""
+    for token in unknown:
+        if not token.startswith("--"):
+            continue
+        name = token[2:].split("=")[0]
+        if name in RETIRED:
+            print(f"note: --{name} is ignored: {RETIRED[name]}")
+            continue
+        near = difflib.get_close_matches(name, [*NAMES, "config"], 1)
+        raise UserError(f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "; python train.py --help lists the flags"))
+    stray = [t for i, t in enumerate(unknown) if not t.startswith("--") and not (i and unknown[i - 1].startswith("--"))]
+    if stray:
+        raise UserError(f"unexpected argument {stray[0]!r}; every setting is given as --name value")
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path} does not exist")
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
+    for name in values:
+        if name not in NAMES:
+            near = difflib.get_close_matches(str(name), NAMES, 1)
+            raise UserError(f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return values
+
+
+def _merge(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values in order of precedence, converted to their types, and their origins."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if NAMES[name] not in values:
+                values[NAMES[name]] = _convert(NAMES[name], value)
+                origins[NAMES[name]] = origin
+    return values, origins
+
+
+def _preset_values(values: dict[str, Any]) -> dict[str, Any]:
+    common, by_method = PRESETS[values["preset"]]
+    method = values.get("peft", Config.peft)
+    if method not in by_method:
+        raise UserError(f"preset {values['preset']} has settings for {', '.join(by_method)}, not for --peft {method}")
+    return {**common, "peft_config": by_method[method]}
+
+
+def _convert(name: str, value: Any) -> Any:
+    """A flag's text or a YAML value in the field's own type."""
+    field = FIELDS[name]
+    kind = dict if field.default is dataclasses.MISSING else type(field.default)
+    try:
+        if kind is dict:
+            value = _parse_options(value)
+        elif kind is bool:
+            value = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
+        elif kind is int and float(value) != int(float(value)):
+            raise ValueError
+        else:
+            value = kind(float(value)) if kind is int else kind(value)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
+    if name == "peft":
+        value = METHOD_ALIASES.get(value, value)
+    choices = (*METHODS, "none") if name == "peft" else field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
+    return value
+
+
+def _parse_options(value: Any) -> dict[str, Any]:
+    """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32."""
+    if isinstance(value, dict):
+        return value
+    text = str(value).strip()
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--peft_config {text}: not valid JSON ({error.msg} at column {error.colno})") from None
+    options: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        key, sign, raw = pair.partition("=")
+        if not sign:
+            raise UserError(f"--peft_config {text}: expected JSON or key=value pairs, got {pair!r}")
+        options[key] = raw.split("+") if key in TARGET_NAMES else yaml.safe_load(raw)
+    return options
+
+
+TARGET_NAMES = ("targets", "target_modules")
+
+
+def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
+    """(options for inject(), targets or None) out of peft_config."""
+    options = dict(config.peft_config)
+    targets = None
+    for name in TARGET_NAMES:
+        targets = options.pop(name, targets)
+    if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        raise UserError(f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}')
+    return options, targets
+
+
+def validate(config: Config) -> None:
+    """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
+    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+    for name in ("epoch_steps", "global_bsz", "warmup_steps", "save_steps", "lr_init", "weight_decay", "grad_clip", "random_seed"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
+    if not config.data_file:
+        raise UserError("--data_file is missing: the JSONL to train on")
+    if not config.load_model and config.peft != "none":
+        raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
+    if not config.load_model and not (config.n_layer and config.n_embd and config.version):
+        raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
+    if config.peft == "none" and config.peft_config:
+        raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
+    if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
+        each = config.micro_bsz * config.devices * config.num_nodes
+        raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")
+    if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
+        raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
+    if config.num_nodes > 1 and config.strategy == "auto":
+        raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
+
+
+def accumulation(config: Config) -> int:
+    """Forward passes of one device in one optimizer step."""
+    if config.global_bsz:
+        return config.global_bsz // (config.micro_bsz * config.devices * config.num_nodes)
+    return config.accumulate_grad_batches
+
+
+def check_sizes(config: Config, arch: Arch) -> None:
+    """A size given by hand is an assertion about the checkpoint; a contradiction is a UserError that shows both."""
+    in_file = {
+        "version": f"x0{arch.version}0", "n_layer": arch.n_layer, "n_embd": arch.n_embd, "vocab_size": arch.vocab_size,
+        "dim_att": arch.dim_att, "dim_ffn": arch.dim_ffn, "head_size": arch.head_size,
+    }
+    for name, value in in_file.items():
+        given = getattr(config, name)
+        if given and given != value:
+            raise UserError(f"{config.load_model} has {name} {value}, but --{name} {given} was given; drop the flag")
+
+
+def save(config: Config, origins: dict[str, str], path: str) -> None:
+    """Write the resolved settings as YAML, each with its origin; the file works as --config."""
+    lines = [
+        f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}  # {origin}"
+        for name, origin in origins.items()
+    ]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")

@@ -1,0 +1,207 @@
+"""JSONL -> documents (tokens and loss mask) -> a schedule of optimizer steps -> padded batches.
+
+The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a resume needs only the
+step number, and the trained tokens of a whole optimizer step are known before its first micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from rwkv_miss.errors import UserError
+
+from .template import ROLES, Segment, render
+
+
+@dataclasses.dataclass
+class Document:
+    """ids (n,) int32 and trained (n,) bool: token i is a target where trained[i]. Token 0 is never one, nothing stands before it."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        return int(self.trained[1:].sum())
+
+
+@dataclasses.dataclass
+class Documents:
+    """The encoded data set; `cut` rows were longer than ctx_len and lost `cut_tokens` in all."""
+
+    rows: list[Document]
+    cut: int = 0
+    cut_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def targets(self) -> int:
+        return sum(row.targets for row in self.rows)
+
+
+def read_jsonl(path) -> Iterator[tuple[int, list[Segment]]]:
+    """(line number, segments) for every row of a JSONL file; a broken row is a UserError with file and line.
+
+    Rows are {"text": ...}, trained as a whole, or {"messages": [{"role": ..., "content": ...}, ...]}, trained on the assistant's turns.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"data file {path} does not exist")
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _segments(line, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _segments(line: str, where: str) -> list[Segment]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict) or ("text" in row) == ("messages" in row):
+        seen = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+        raise UserError(f'{where}: expected one of {{"text": ...}} and {{"messages": [...]}}, got {seen}')
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"]:
+            raise UserError(f"{where}: text must be a non-empty string, got {row['text']!r}")
+        return [Segment(row["text"], True)]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages must be a non-empty list, got {messages!r}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
+            raise UserError(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {message!r}')
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"{where}: the last message is from {messages[-1]['role']}; it must be the assistant's answer, that is what is trained")
+    return render(messages)
+
+
+def encode(segments: list[Segment], tokenizer) -> Document:
+    """Tokens of a document with the end of document appended; the end is always trained."""
+    pieces = [(tokenizer.encode(segment.text), segment.trained) for segment in segments]
+    pieces.append((list(tokenizer.eod), True))
+    ids = np.array([i for piece, _ in pieces for i in piece], dtype=np.int32)
+    trained = np.array([flag for piece, flag in pieces for _ in piece], dtype=bool)
+    return Document(ids, trained)
+
+
+def load_documents(path, tokenizer, ctx_len: int) -> Documents:
+    """Read and tokenise a data file. A row's first ctx_len + 1 tokens are kept: ctx_len inputs with their targets.
+
+    Raises UserError for no rows at all, and when no token of the whole file is trained.
+    """
+    documents = Documents([])
+    for number, segments in read_jsonl(path):
+        try:
+            row = encode(segments, tokenizer)
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        excess = len(row.ids) - (ctx_len + 1)
+        if excess > 0:
+            row = Document(row.ids[:-excess], row.trained[:-excess])
+            documents.cut += 1
+            documents.cut_tokens += excess
+        documents.rows.append(row)
+    if not documents.rows:
+        raise UserError(f"{path} holds no rows; expected one JSON object per line")
+    if not documents.targets:
+        raise UserError(f"{path}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
+    return documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new permutation."""
+
+    lengths: tuple[int, ...]  # inputs of each row
+    targets: tuple[int, ...]  # trained tokens of each row
+    micro_bsz: int
+    accumulate: int
+    world: int
+    seed: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_bsz * self.accumulate * self.world
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Optimizer steps for the whole data once; the last one may be short."""
+        return -(-len(self.lengths) // self.rows_per_step)
+
+    def step_rows(self, step: int) -> list[int]:
+        """Row indices of optimizer step `step` (0-based), longest last, at most rows_per_step of them.
+
+        Sorting inside a step saves padding and changes nothing else: the loss is one sum over the step.
+        """
+        turn, place = divmod(step, self.steps_per_pass)
+        order = np.random.default_rng([self.seed, turn]).permutation(len(self.lengths))
+        rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
+        return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
+
+    def step_targets(self, step: int) -> int:
+        """Trained tokens of the whole step, over all micro-batches and ranks."""
+        return sum(self.targets[row] for row in self.step_rows(step))
+
+    def step_tokens(self, step: int) -> int:
+        """Input tokens of the whole step, padding not counted."""
+        return sum(self.lengths[row] for row in self.step_rows(step))
+
+    def micro_rows(self, step: int, micro: int, rank: int) -> list[int]:
+        """Rows of one micro-batch on one rank; fewer than micro_bsz only in a short step."""
+        rows = self.step_rows(step)
+        groups = self.accumulate * self.world
+        size = -(-len(rows) // groups)
+        group = micro * self.world + rank
+        return rows[group * size : (group + 1) * size]
+
+
+def collate(rows: list[Document], step_targets: int) -> dict:
+    """Rows padded on the right to the longest: ids, targets (B, T) int64, mask (B, T) bool, and the step's trained tokens.
+
+    No rows at all (a short step) gives one fully masked row, so that every rank runs the same operations.
+    """
+    width = max([len(row.ids) - 1 for row in rows] + [1])
+    ids = torch.zeros(max(len(rows), 1), width, dtype=torch.int64)
+    targets, mask = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        n = len(row.ids) - 1
+        ids[i, :n] = torch.from_numpy(row.ids[:-1])
+        targets[i, :n] = torch.from_numpy(row.ids[1:])
+        mask[i, :n] = torch.from_numpy(row.trained[1:])
+    return {"ids": ids, "targets": targets, "mask": mask, "step_targets": step_targets}
+
+
+class Batches:
+    """The micro-batches of one rank, in order: what Lightning iterates over. Its state is the number of batches handed out."""
+
+    def __init__(self, documents: Documents, schedule: Schedule, steps: int, rank: int):
+        self.documents, self.schedule, self.steps, self.rank = documents, schedule, steps, rank
+        self.done = 0
+
+    def __len__(self) -> int:
+        return self.steps * self.schedule.accumulate
+
+    def __iter__(self):
+        while self.done < len(self):
+            step, micro = divmod(self.done, self.schedule.accumulate)
+            rows = [self.documents.rows[row] for row in self.schedule.micro_rows(step, micro, self.rank)]
+            self.done += 1
+            yield collate(rows, self.schedule.step_targets(step))
+
+    def state_dict(self) -> dict:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.done = state["done"]

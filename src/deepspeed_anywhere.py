@@ -1,0 +1,79 @@
+"""Lightning's DeepSpeed strategy, also on a CPU-only machine (gloo), with the model's dtypes left as they are."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed's import, which otherwise searches and warns
+
+import deepspeed.ops
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+
+
+class KeepDtypes(DeepSpeedPrecision):
+    """A bf16 base beside fp32 adapters: Lightning's modes would cast both to one dtype."""
+
+    def __init__(self):
+        super().__init__("32-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data):
+        return data
+
+
+class AnywhereDeepSpeed(DeepSpeedStrategy):
+    """`DeepSpeedStrategy` that also accepts the CPU accelerator."""
+
+    def __init__(self, stage: int, micro_bsz: int):
+        # small buckets: with the defaults, 5e8 elements, stage 3 gathers a whole frozen base at once
+        bucket = {"reduce_bucket_size": 10_000_000, "allgather_bucket_size": 10_000_000}
+        if stage == 3:
+            bucket |= {"stage3_prefetch_bucket_size": 10_000_000, "stage3_max_live_parameters": 50_000_000}
+        super().__init__(
+            config={
+                "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False, **bucket},
+                "zero_allow_untested_optimizer": True,
+                "train_micro_batch_size_per_gpu": micro_bsz,
+                "steps_per_print": 10**9,
+                "wall_clock_breakdown": False,
+            },
+            exclude_frozen_parameters=True,
+            precision_plugin=KeepDtypes(),
+        )
+
+    @property
+    def _on_cpu(self) -> bool:
+        return isinstance(self.accelerator, CPUAccelerator)
+
+    def setup_environment(self) -> None:
+        if not self._on_cpu:
+            return super().setup_environment()
+        # DeepSpeed would JIT-build a shared-memory all-reduce (about a minute, needs a compiler); gloo is enough
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        super(DeepSpeedStrategy, self).setup_environment()  # skips only the CUDA-only check
+
+    def setup_distributed(self) -> None:
+        if not self._on_cpu:
+            return super().setup_distributed()
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0) if self._on_cpu else super().root_device  # DeepSpeed wants a device *index*
+
+
+def gathered(parameters: list[nn.Parameter]):
+    """Context in which every rank sees these parameters whole, whatever the stage."""
+    return deepspeed.zero.GatheredParameters(parameters)
+

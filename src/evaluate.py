@@ -1,0 +1,57 @@
+"""Exact-answer accuracy: greedy answers of many prompts at once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import torch
+
+from rwkv_miss.errors import UserError
+
+from .model import RWKV
+from .template import prompt
+
+
+def read_questions(path) -> list[tuple[str, str]]:
+    """(prompt text, right answer) of every row: {"messages": [..., {"role": "assistant", "content": answer}]}."""
+    questions = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            messages = json.loads(line).get("messages")
+            if not messages or messages[-1]["role"] != "assistant":
+                raise UserError(f"{path}, line {number}: expected messages that end with the assistant's answer")
+            questions.append((prompt(messages[:-1]), messages[-1]["content"].strip()))
+    return questions
+
+
+@torch.no_grad()
+def greedy_answers(model: RWKV, tokenizer, prompts: list[str], max_tokens: int, batch: int = 256) -> list[str]:
+    """The greedy answer to each prompt, up to the end of document or max_tokens; prompts of one length run together."""
+    answers = [""] * len(prompts)
+    encoded = sorted(((tokenizer.encode(text), i) for i, text in enumerate(prompts)), key=lambda pair: len(pair[0]))
+    for _, same_length in itertools.groupby(encoded, key=lambda pair: len(pair[0])):
+        pairs = list(same_length)
+        for start in range(0, len(pairs), batch):
+            part = pairs[start : start + batch]
+            logits, state = model(torch.tensor([ids for ids, _ in part]))
+            produced = []
+            for _ in range(max_tokens):
+                token = logits[:, -1].argmax(-1, keepdim=True)
+                produced.append(token)
+                logits, state = model(token, state)
+            for (_, i), ids in zip(part, torch.cat(produced, 1).tolist(), strict=True):
+                answers[i] = tokenizer.decode(_before_end(ids, tokenizer.eod)).strip()
+    return answers
+
+
+def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
+    size = len(eod)
+    end = next((i for i in range(0, len(ids), size) if tuple(ids[i : i + size]) == eod), len(ids))
+    return ids[:end]
+
+
+def exact_accuracy(model: RWKV, tokenizer, questions: list[tuple[str, str]], max_tokens: int) -> tuple[float, list[str]]:
+    """(share of answers that are right as a whole, the answers)."""
+    answers = greedy_answers(model, tokenizer, [text for text, _ in questions], max_tokens)
+    return sum(a == right for a, (_, right) in zip(answers, questions, strict=True)) / len(questions), answers

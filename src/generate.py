@@ -1,0 +1,125 @@
+"""Sampling, streaming and the state of a conversation: the same model call as in training, one token at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterator
+
+import torch
+from torch import Tensor
+
+from .model import RWKV, State
+from .template import STOP, prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
+
+    The penalties lower the logit of a token that the answer holds already: presence once, frequency per occurrence;
+    an occurrence fades by `penalty_decay` with every token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.7
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 0.996
+
+
+def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None) -> int:
+    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer."""
+    logits = logits.float()
+    if seen and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids = torch.tensor(list(seen), device=logits.device)
+        counts = torch.tensor(list(seen.values()), device=logits.device)
+        logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts))
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    order = torch.argsort(logits, descending=True)
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    probabilities = torch.softmax(logits[order], 0)
+    # the smallest set of tokens whose probability reaches top_p; the first one always stays
+    kept = int((probabilities.cumsum(0) - probabilities < sampling.top_p).sum().clamp(min=1))
+    weights = torch.softmax(logits[order[:kept]] / sampling.temperature, 0)
+    return int(order[torch.multinomial(weights.cpu(), 1, generator=generator).item()])
+
+
+@torch.no_grad()
+def stream(
+    model: RWKV, tokenizer, ids: list[int], state: State | None, sampling: Sampling, max_tokens: int, stop: str = STOP,
+    generator: torch.Generator | None = None,
+) -> Generator[str, None, State]:
+    """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the state after it.
+
+    The answer ends before the end of document or before the text `stop`, neither of which is yielded nor left in the state.
+    """
+    device = model.emb.weight.device
+
+    def feed(tokens: list[int], before: State | None) -> tuple[Tensor, State]:
+        logits, after = model(torch.tensor([tokens], device=device), before)
+        return logits[0, -1], after
+
+    logits, state = feed(ids, state)
+    decoder, seen = tokenizer.decoder(), {}
+    text, emitted = "", 0
+    produced: list[int] = []
+    history = [(0, state)]  # (characters before a token, state before it): what a late discovery of `stop` goes back to
+
+    def back_to(place: int) -> State:
+        start, before = next(entry for entry in reversed(history) if entry[0] <= place)
+        rest = tokenizer.encode(text[start:place])
+        return feed(rest, before)[1] if rest else before
+
+    for _ in range(max_tokens):
+        token = sample(logits, sampling, seen, generator)
+        produced.append(token)
+        end = len(tokenizer.eod)
+        if len(produced) % end == 0 and tuple(produced[-end:]) == tokenizer.eod:
+            if emitted < len(text):
+                yield text[emitted:]
+            return history[-end][1]
+        seen = {i: count * sampling.penalty_decay for i, count in seen.items()}
+        seen[token] = seen.get(token, 0.0) + 1
+        text += decoder.push(token)
+        place = text.find(stop) if stop else -1
+        if place >= 0:
+            if emitted < place:
+                yield text[emitted:place]
+            return back_to(place)
+        safe = len(text) - _overlap(text, stop)
+        if safe > emitted:
+            yield text[emitted:safe]
+            emitted = safe
+        logits, state = feed([token], state)
+        history.append((len(text), state))
+        del history[: max(0, len(history) - len(stop) - 8)]
+    text += decoder.flush()
+    if emitted < len(text):
+        yield text[emitted:]
+    return state
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`: what must be held back."""
+    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Conversation:
+    """A chat whose state is kept between turns, so that every turn costs only its own tokens."""
+
+    def __init__(self, model: RWKV, tokenizer, sampling: Sampling, seed: int = 0, system: str = ""):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.generator = torch.Generator().manual_seed(seed)
+        self.waiting = [{"role": "system", "content": system}] if system else []
+        self.state: State | None = None
+
+    def answer(self, text: str, max_tokens: int = 512) -> Iterator[str]:
+        """The model's answer to a user turn, in pieces."""
+        turns = [*self.waiting, {"role": "user", "content": text}]
+        ids = self.tokenizer.encode(prompt(turns, first=self.state is None))
+        self.waiting = []
+        pieces = stream(self.model, self.tokenizer, ids, self.state, self.sampling, max_tokens, generator=self.generator)
+        self.state = yield from pieces

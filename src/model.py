@@ -1,0 +1,167 @@
+"""RWKV-6 and RWKV-7: one class for training, long context and chat, `logits, state = model(ids, state)`.
+
+Shapes: B batch, T tokens, C n_embd, A dim_att = H heads x N head_size, F dim_ffn, V vocabulary.
+Parameter names are the checkpoint's. What differs between the versions is in rwkv6.py and rwkv7.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, read_checkpoint
+from rwkv_miss.errors import UserError
+
+from . import rwkv6, rwkv7
+
+VERSIONS = {6: rwkv6, 7: rwkv7}
+
+
+class LayerState(NamedTuple):
+    """What a layer carries from one token to the next."""
+
+    att_x: Tensor  # (B, C), the last input of the time mix, after ln1
+    wkv: Tensor    # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]
+    ffn_x: Tensor  # (B, C), the last input of the channel mix, after ln2
+
+
+State = list[LayerState]
+
+
+class Block(nn.Module):
+    """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)). The first one also normalises the embedding (ln0)."""
+
+    def __init__(self, arch: Arch, layer: int, kernel: str):
+        super().__init__()
+        version = VERSIONS[arch.version]
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(arch.n_embd)
+        self.ln1 = nn.LayerNorm(arch.n_embd)
+        self.ln2 = nn.LayerNorm(arch.n_embd)
+        self.att = version.TimeMix(arch, layer, kernel)
+        self.ffn = version.ChannelMix(arch, layer)
+
+    def forward(self, x: Tensor, v_first: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6."""
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        mixed, v_first, att_x, wkv = self.att(self.ln1(x), v_first, state.att_x, state.wkv)
+        x = x + mixed
+        mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x)
+        return x + mixed, v_first, LayerState(att_x, wkv, ffn_x)
+
+
+class RWKV(nn.Module):
+    """The language model. `arch` gives version and sizes, `kernel` names the WKV implementation (see src.ops).
+
+    `RWKV(arch)` has RWKV-LM's from-scratch initialisation; `RWKV.load(path)` reads a checkpoint.
+    """
+
+    def __init__(self, arch: Arch, kernel: str = "torch"):
+        super().__init__()
+        self.arch = arch
+        self.grad_cp = False
+        self.base_name: str | None = None
+        self.base_fingerprint: str | None = None
+        self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
+        self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
+        self.ln_out = nn.LayerNorm(arch.n_embd)
+        self.head = nn.Linear(arch.n_embd, arch.vocab_size, bias=False)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """RWKV-LM's initialisation (rwkv-lm train_temp): emb uniform +-1e-4, head orthogonal; the layers initialise themselves."""
+        vocab, width = self.arch.vocab_size, self.arch.n_embd
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab / width) ** 0.5)
+
+    @classmethod
+    def load(cls, path, dtype: torch.dtype | None = None, device="cpu", kernel: str = "torch") -> RWKV:
+        """The model of a `.pth`, in the file's dtypes or all in `dtype`. On the CPU without `dtype` the file stays mapped: no copy.
+
+        Raises UserError for a file that is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds NaN.
+        """
+        tensors = read_checkpoint(path)
+        arch = Arch.detect(tensors)
+        with torch.device("meta"):
+            model = cls(arch, kernel)
+        model._check(tensors, path)
+        check_finite(tensors)
+        for name, parameter in list(model.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            tensor = tensors[name].to(device=device, dtype=dtype or tensors[name].dtype)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+        model.base_name = os.path.basename(path)
+        model.base_fingerprint = fingerprint(tensors)
+        return model
+
+    def _check(self, tensors: dict[str, Tensor], path) -> None:
+        """Every key must land, with its shape; vectors may be squeezed, (C) for (1, 1, C), as some converters write them."""
+        expected = {name: p.shape for name, p in self.named_parameters()}
+        missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+        for kind, names in (("lacks", missing), ("has the unknown", extra)):
+            if names:
+                shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise UserError(f"{path} {kind} {shown}; expected exactly the tensors of {self.arch.describe()}")
+        for name, shape in expected.items():
+            got = tensors[name].shape
+            if [n for n in got if n != 1] != [n for n in shape if n != 1]:
+                raise UserError(f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.emb.weight.dtype
+
+    def initial_state(self, batch: int) -> State:
+        """Zeros: the state before the first token of `batch` sequences."""
+        arch, like = self.arch, self.emb.weight
+        wkv = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return [
+            LayerState(
+                like.new_zeros(batch, arch.n_embd),
+                like.new_zeros(batch, arch.n_head, arch.head_size, arch.head_size, dtype=wkv),
+                like.new_zeros(batch, arch.n_embd),
+            )
+            for _ in range(arch.n_layer)
+        ]
+
+    def features(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token."""
+        if state is None:
+            state = self.initial_state(len(ids))
+        x, v_first, after = self.emb(ids), None, []
+        for block, before in zip(self.blocks, state, strict=True):
+            if self.grad_cp and torch.is_grad_enabled():
+                x, v_first, new = checkpoint(block, x, v_first, before, use_reentrant=False)
+            else:
+                x, v_first, new = block(x, v_first, before)
+            after.append(new)
+        return self.ln_out(x), after
+
+    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token."""
+        x, state = self.features(ids, state)
+        return self.head(x), state
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
+
+    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate. Weight decay acts on matrices named `.weight`
+    and on the adapter's matrices, where it pulls towards the base; vectors and the low-rank maps of the model have none.
+    """
+    groups: dict[tuple[float, float], list] = {}
+    adapter = {id(t) for layer in adapted_linears(model).values() for t in layer.own_tensors().values()}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        scale = 2.0 if name.endswith(("att.w0", "att.time_decay")) else 1.0
+        decays = p.squeeze().dim() >= 2 and (name.endswith(".weight") or id(p) in adapter)
+        groups.setdefault((lr * scale, weight_decay if decays else 0.0), []).append(p)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

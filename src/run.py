@@ -1,0 +1,251 @@
+"""A training run from settings to files: check, load, plan, train, save."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+
+import torch
+
+import rwkv_miss
+from rwkv_miss.checkpoint import Arch, read_checkpoint, require_writable, write_checkpoint
+from rwkv_miss.errors import UserError
+
+from . import config as configuration
+from . import ops
+from .config import Config
+from .data import Document, Documents, load_documents
+from .device import DTYPES, choose_accelerator, choose_precision
+from .model import VERSIONS, RWKV
+from .tokenizer import load_tokenizer
+
+ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
+
+
+def main(config: Config, origins: dict[str, str]) -> None:
+    """Run the settings. Everything that can be wrong with them is found before the first step and before a file is written."""
+    started = process_start()
+    say = print if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("RANK", 0)) == 0 else _silent
+    accelerator = choose_accelerator(config.accelerator)
+    precision, precision_reason = choose_precision(config.precision, accelerator)
+    kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu")
+
+    arch, tokenizer = read_base(config)
+    require_writable(os.path.join(config.proj_dir, ADAPTER))
+    resume_from = find_checkpoint(config)
+    documents = load_documents(config.data_file, tokenizer, config.ctx_len)
+
+    torch.manual_seed(config.random_seed)
+    model, lr = build_model(config, arch, kernel, DTYPES[precision])
+    model.grad_cp = config.grad_cp
+
+    from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
+    from .callbacks import CHECKPOINTS, Saver, StepReport
+
+    world = config.devices * config.num_nodes
+    schedule = training.make_schedule(documents, config, world)
+    total_steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
+    say(f"base       {config.load_model or 'new model'}: {arch.describe()}")
+    say(f"adapter    {describe_training(config, model)}")
+    for line in describe_data(config, documents):
+        say(line)
+    say(f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
+        f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data")
+    final = lr * training.learning_rate_factor(config, total_steps, lr)(total_steps - 1)
+    say(f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}")
+    say(f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}")
+    say(f"kernel     wkv {kernel}: {kernel_reason}")
+    say(f"tokenizer  {tokenizer.name}; first sample, trained part between the marks:")
+    say(show_sample(documents.rows[0], tokenizer))
+
+    if resume_from and int(os.path.basename(resume_from).split("-")[1]) >= total_steps:
+        say(f"resume     {resume_from} has all {total_steps} steps already; nothing to train. Output: {output_path(config)}")
+        return
+    if resume_from:
+        say(f"resume     from {resume_from}")
+    os.makedirs(config.proj_dir, exist_ok=True)
+    if say is print:
+        configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
+
+    half = DTYPES[precision] if config.peft == "none" and precision != "fp32" else None
+    module = training.FineTuning(model, config, lr, documents, total_steps, half)
+    report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started)
+    saver = Saver(os.path.join(config.proj_dir, CHECKPOINTS), config.save_steps, writer(config, model, tokenizer, training))
+    trainer = training.make_trainer(config, accelerator, total_steps, precision, [report, saver])
+    before = time.perf_counter()
+    trainer.fit(module, ckpt_path=resume_from, weights_only=False)
+    if trainer.is_global_zero:
+        finish(config, trainer.global_step, total_steps, time.perf_counter() - before, report)
+
+
+def _silent(*_args) -> None:
+    """What the other ranks say."""
+
+
+def process_start() -> float:
+    """Seconds since the epoch at which this process was started, imports included."""
+    try:
+        with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+            ticks = float(stat.read().rpartition(")")[2].split()[19])
+            return time.time() - (float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
+    except OSError:
+        return time.time()
+
+
+def read_base(config: Config):
+    """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model; no weight is read yet."""
+    if config.load_model:
+        arch = Arch.detect(read_checkpoint(config.load_model))
+        configuration.check_sizes(config, arch)
+        return arch, load_tokenizer(config.tokenizer, arch.vocab_size, config.eod)
+    vocab = config.vocab_size or {"bytes": 256, "utf16": 256}.get(config.tokenizer, 65536)
+    head_size = config.head_size or 64
+    inner = config.dim_att or config.n_embd
+    if inner % head_size:
+        raise UserError(f"the width of the time mix, {inner}, is not a multiple of --head_size {head_size}")
+    if config.version == "x070" and inner != config.n_embd:
+        raise UserError(f"--dim_att {inner} differs from --n_embd {config.n_embd}; RWKV-7 has them equal")
+    version = int(config.version[2])
+    dim_ffn, ranks = VERSIONS[version].default_sizes(config.n_embd)
+    arch = Arch(version, vocab, config.n_embd, config.n_layer, inner // head_size, head_size, inner, config.dim_ffn or dim_ffn, ranks, version == 7)
+    return arch, load_tokenizer(config.tokenizer, vocab, config.eod)
+
+
+def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> tuple[RWKV, float]:
+    """The model with its adapter, and the learning rate: the one asked for, else the method's own."""
+    full = config.peft == "none"
+    if config.load_model:
+        # what is trained stays fp32, and in full training that is everything
+        model = RWKV.load(config.load_model, torch.float32 if full else dtype, kernel=kernel)
+    else:
+        model = RWKV(arch, kernel)
+    if full:
+        return model, config.lr_init or (configuration.FULL_LR if config.load_model else configuration.NEW_MODEL_LR)
+    options, targets = configuration.adapter_options(config)
+    rwkv_miss.inject(model, config.peft, targets, **options)
+    return model, config.lr_init or configuration.DEFAULT_LR[config.peft]
+
+
+def find_checkpoint(config: Config) -> str | None:
+    """The checkpoint to go on from. A run that would overwrite another one, or resume with a changed plan, is a UserError."""
+    from .callbacks import newest_checkpoint
+
+    path = newest_checkpoint(config.proj_dir)
+    if path is None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        return path if config.resume == "auto" else None
+    if config.resume != "auto":
+        raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename(path)}); go on with --resume auto, or choose another --proj_dir")
+    before = configuration._read_yaml(os.path.join(config.proj_dir, CONFIG))
+    for name in ("load_model", "data_file", "peft", "peft_config", "ctx_len", "micro_bsz", "accumulate_grad_batches", "global_bsz", "devices",
+                 "num_nodes", "random_seed", "strategy", "epoch_count", "epoch_steps", "lr_init", "lr_final", "lr_schedule", "warmup_steps"):
+        if before[name] != getattr(config, name):
+            raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {before[name]}, now it is {getattr(config, name)}; "
+                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)}, or choose another --proj_dir")
+    return path
+
+
+def describe_training(config: Config, model: RWKV) -> str:
+    if config.peft == "none":
+        return f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained"
+    return f"{config.peft} {model.injection.options}: {model.injection.line()}"
+
+
+def describe_data(config: Config, documents: Documents) -> list[str]:
+    """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
+    rows = documents.rows
+    lines = [f"data       {len(rows):,} documents, {documents.tokens:,} tokens, loss on {documents.targets:,}"]
+    if documents.cut:
+        lines.append(f"warning    {documents.cut:,} of {len(rows):,} rows are longer than --ctx_len {config.ctx_len} and are cut; "
+                     f"{documents.cut_tokens:,} tokens are lost")
+    empty = sum(not row.targets for row in rows)
+    if empty:
+        lines.append(f"warning    {empty:,} of {len(rows):,} rows have no trained token left and teach nothing")
+    return lines
+
+
+def show_sample(row: Document, tokenizer, limit: int = 600) -> str:
+    """A document decoded, its trained parts between the marks."""
+    text, inside = "", False
+    decoder = tokenizer.decoder()
+    for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+        if trained != inside:
+            text += decoder.flush() + ("«" if trained else "»")
+            inside = trained
+        text += decoder.push(token)
+    text += decoder.flush() + ("»" if inside else "")
+    shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
+    return "\n".join(f"    | {line}" for line in shown.splitlines())
+
+
+def output_path(config: Config) -> str:
+    return os.path.join(config.proj_dir, MODEL if config.peft == "none" else ADAPTER)
+
+
+def writer(config: Config, model: RWKV, tokenizer, training):
+    """The function that the saver calls on every rank: trained tensors -> adapter.pth, or the whole model -> model.pth."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
+
+    def write(trainer, step: int) -> None:
+        with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
+            if not trainer.is_global_zero:
+                return
+            described = {"step": step, "tokenizer": tokenizer.name, "versions": versions}
+            if config.peft != "none":
+                rwkv_miss.save_adapter(model, output_path(config), **described)
+            else:
+                write_checkpoint(output_path(config), whole_model(config, model), {"format": "rwkv-miss trained", **described})
+
+    return write
+
+
+def whole_model(config: Config, model: RWKV):
+    """(name, tensor) of a fully trained model: the base's key order, shapes and dtypes, or bf16 for a new model."""
+    trained = dict(model.named_parameters())
+    if not config.load_model:
+        return ((name, p.detach().to(torch.bfloat16)) for name, p in trained.items())
+    base = read_checkpoint(config.load_model)
+    return ((name, trained[name].detach().to("cpu", like.dtype).view_as(like)) for name, like in base.items())
+
+
+def finish(config: Config, step: int, total_steps: int, seconds: float, report) -> None:
+    """The loss curve, run.json, and the next command."""
+    with open(report.path, encoding="utf-8") as file:
+        metrics = [json.loads(line) for line in file]
+    draw_losses(metrics, os.path.join(config.proj_dir, CURVE))
+    summary = {
+        "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
+        "train_seconds": sum(line["seconds"] for line in metrics), "fit_seconds": seconds,
+        "command_to_first_step_seconds": report.first_step_seconds, "output": output_path(config),
+    }
+    with open(os.path.join(config.proj_dir, SUMMARY), "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=1)
+    state = "done" if step >= total_steps else "stopped, go on with --resume auto"
+    print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; first step "
+          f"{report.first_step_seconds:.1f} s after the command; wrote {summary['output']}")
+    if config.peft != "none":
+        print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {summary['output']} --out merged.pth")
+
+
+def draw_losses(metrics: list[dict], path: str) -> None:
+    """Loss over steps as a PNG, with a running mean."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    losses = [line["loss"] for line in metrics]
+    window = max(1, len(losses) // 20)
+    mean = [sum(losses[max(0, i + 1 - window) : i + 1]) / len(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    steps = [line["step"] for line in metrics]
+    axes.plot(steps, losses, alpha=0.35, label="loss")
+    axes.plot(steps, mean, label=f"mean of {window} steps")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+

@@ -1,0 +1,110 @@
+"""RWKV-6 "Finch" (x060, arXiv 2404.05892): time mix, channel mix and RWKV-LM's initialisation. Shapes as in model.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_miss.checkpoint import Arch
+
+from .ops import wkv6
+from .shared import GROUP_NORM_EPS, depth_ratios, token_shift, vector
+
+MIXES = "wkvrg"  # the order of the rows of time_maa_w2
+
+
+class TimeMix(nn.Module):
+    """Linear attention with a data-dependent decay and data-dependent token shift."""
+
+    def __init__(self, arch: Arch, layer: int, kernel: str):
+        super().__init__()
+        self.layer, self.heads, self.kernel = layer, arch.n_head, kernel
+        width, inner, ranks = arch.n_embd, arch.dim_att, arch.ranks
+        for name in ("x", *MIXES):
+            setattr(self, f"time_maa_{name}", vector(width))
+        self.time_maa_w1 = nn.Parameter(torch.empty(width, 5 * ranks["maa"]))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], width))
+        self.time_decay = vector(inner)
+        self.time_decay_w1 = nn.Parameter(torch.empty(width, ranks["decay"]))
+        self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], inner))
+        self.time_faaaa = nn.Parameter(torch.empty(arch.n_head, arch.head_size))
+        self.receptance = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(width, inner, bias=False)
+        self.value = nn.Linear(width, inner, bias=False)
+        self.gate = nn.Linear(width, inner, bias=False)
+        self.output = nn.Linear(inner, width, bias=False)
+        self.ln_x = nn.GroupNorm(arch.n_head, inner, eps=GROUP_NORM_EPS)
+        self._init_weights(arch)
+
+    @torch.no_grad()
+    def _init_weights(self, arch: Arch) -> None:
+        rho, sigma = depth_ratios(self.layer, arch.n_layer)
+        share = torch.arange(arch.n_embd) / arch.n_embd
+        for name in "xwk":
+            getattr(self, f"time_maa_{name}").copy_(1 - share**sigma)
+        self.time_maa_v.copy_(1 - (share**sigma + 0.3 * rho))
+        for name in "rg":
+            getattr(self, f"time_maa_{name}").copy_(1 - share ** (0.5 * sigma))
+        channel = torch.arange(arch.dim_att)
+        height = channel / max(arch.dim_att - 1, 1)
+        self.time_decay.copy_(-6 + 5 * height ** (0.7 + 1.3 * rho))
+        self.time_faaaa.copy_((rho * (1 - height) + 0.1 * ((channel + 1) % 3 - 1)).view_as(self.time_faaaa))
+        for name in ("time_maa", "time_decay"):
+            getattr(self, f"{name}_w1").zero_()
+            getattr(self, f"{name}_w2").uniform_(-0.01, 0.01)
+        for linear, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0), (self.gate, 0.1)):
+            nn.init.orthogonal_(linear.weight, gain)
+        self.output.weight.zero_()
+        self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
+
+    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor):
+        """z (B, T, C) after ln1 -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
+        B, T, _ = z.shape
+        d = token_shift(z, last)
+        q = torch.tanh((z + d * self.time_maa_x) @ self.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
+        m = torch.bmm(q, self.time_maa_w2).view(5, B, T, -1)
+        x = {name: z + d * (getattr(self, f"time_maa_{name}") + m[i]) for i, name in enumerate(MIXES)}
+        r, k, v = self.receptance(x["r"]), self.key(x["k"]), self.value(x["v"])
+        g = F.silu(self.gate(x["g"]))
+        w = self.time_decay + torch.tanh(x["w"] @ self.time_decay_w1) @ self.time_decay_w2
+
+        r, k, v, w = (t.view(B, T, self.heads, -1) for t in (r, k, v, w))
+        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, kernel=self.kernel)
+        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
+        return self.output(y * g), v_first, z[:, -1], wkv
+
+
+class ChannelMix(nn.Module):
+    """sigmoid(receptance(mixed x)) * value(relu(key(mixed x))^2)."""
+
+    def __init__(self, arch: Arch, layer: int):
+        super().__init__()
+        self.time_maa_k = vector(arch.n_embd)
+        self.time_maa_r = vector(arch.n_embd)
+        self.key = nn.Linear(arch.n_embd, arch.dim_ffn, bias=False)
+        self.receptance = nn.Linear(arch.n_embd, arch.n_embd, bias=False)
+        self.value = nn.Linear(arch.dim_ffn, arch.n_embd, bias=False)
+        self._init_weights(arch, layer)
+
+    @torch.no_grad()
+    def _init_weights(self, arch: Arch, layer: int) -> None:
+        _, sigma = depth_ratios(layer, arch.n_layer)
+        mix = 1 - (torch.arange(arch.n_embd) / arch.n_embd) ** (sigma**3)
+        self.time_maa_k.copy_(mix)
+        self.time_maa_r.copy_(mix)
+        nn.init.orthogonal_(self.key.weight)
+        self.receptance.weight.zero_()
+        self.value.weight.zero_()
+
+    def forward(self, z: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, T, C) after ln2 -> (output (B, T, C), last z (B, C))."""
+        d = token_shift(z, last)
+        k = torch.relu(self.key(z + d * self.time_maa_k)) ** 2
+        return torch.sigmoid(self.receptance(z + d * self.time_maa_r)) * self.value(k), z[:, -1]
+
+
+def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:
+    """(dim_ffn, ranks of the low-rank maps) of a new model, as in RWKV-LM."""
+    wide = 2 if n_embd >= 4096 else 1
+    return 32 * int(3.5 * n_embd / 32), {"maa": 32 * wide, "decay": 64 * wide}

@@ -1,0 +1,24 @@
+"""What both versions' layers are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
+GROUP_NORM_EPS = 64e-5
+
+
+def token_shift(z: Tensor, last: Tensor) -> Tensor:
+    """z_{t-1} - z_t, where z (B, T, C) is preceded by `last` (B, C)."""
+    return torch.cat([last.unsqueeze(1), z[:, :-1]], dim=1) - z
+
+
+def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
+    """A per-channel parameter in the checkpoint's shape (1, 1, width)."""
+    return nn.Parameter(torch.empty(1, 1, width), requires_grad=requires_grad)
+
+
+def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
+    """(rho, sigma) of RWKV-LM's initialisation: layer / (L - 1), 0 to 1, and 1 - layer / L, 1 to almost 0."""
+    return layer / max(n_layer - 1, 1), 1 - layer / n_layer

@@ -1,0 +1,141 @@
+"""The training step, its Lightning module, and the Trainer that runs it under any strategy."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import Tensor, nn
+
+import rwkv_miss
+
+from .config import Config, accumulation
+from .data import Batches, Documents, Schedule
+from .loss import loss_sum
+from .model import RWKV, parameter_groups
+
+
+class ScaledFp16(MixedPrecision):
+    """Loss scaling alone: the frozen base is fp16 already, the adapter is fp32 and stays so, nothing is autocast."""
+
+    def __init__(self, device: str):
+        super().__init__("16-mixed", device, torch.amp.GradScaler(device))
+
+    def forward_context(self):
+        return contextlib.nullcontext()
+
+
+def learning_rate_factor(config: Config, total: int, lr: float):
+    """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to lr_final."""
+    final = 0.1 if config.lr_final < 0 else config.lr_final / lr
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = min((step - config.warmup_steps) / max(total - 1 - config.warmup_steps, 1), 1.0)
+        if config.lr_schedule == "cos":
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.lr_schedule == "wsd":
+            return 1 - (1 - final) * max(progress - 0.8, 0.0) / 0.2
+        return 1.0
+
+    return factor
+
+
+class FineTuning(pl.LightningModule):
+    """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
+
+    def __init__(self, model: RWKV, config: Config, lr: float, documents: Documents, total_steps: int, half: torch.dtype | None):
+        super().__init__()
+        self.model, self.config, self.lr = model, config, lr
+        self.documents, self.total_steps = documents, total_steps
+        self.lr_factor = learning_rate_factor(config, total_steps, lr)
+        self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
+        self.strict_loading = False  # checkpoints hold the trained parameters only
+        self.step_loss = 0.0
+
+    def setup(self, stage: str) -> None:
+        # here, and not earlier, the number of processes is known
+        self.accumulate = accumulation(self.config)
+        self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.documents, self.schedule, self.total_steps, self.trainer.global_rank)
+
+    def configure_optimizers(self):
+        c = self.config
+        groups = parameter_groups(self.model, self.lr, c.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""
+        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
+            x, _ = self.model.features(batch["ids"])
+            # the head runs on the rows that carry loss, and on nothing else
+            loss = loss_sum(self.model.head(x[batch["mask"]]), batch["targets"][batch["mask"]])
+        self.step_loss += loss.detach() / max(batch["step_targets"], 1)
+        scaled = loss * (self.accumulate * self.trainer.world_size / max(batch["step_targets"], 1))
+        penalty = rwkv_miss.penalty(self.model)
+        return scaled if penalty is None else scaled + penalty
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep what is trained: the base stays in its own file."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
+    """The steps of a run over these documents."""
+    return Schedule(
+        tuple(len(row.ids) - 1 for row in documents.rows), tuple(row.targets for row in documents.rows),
+        config.micro_bsz, accumulation(config), world, config.random_seed,
+    )
+
+
+def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's Trainer for the resolved settings; `accelerator` is cpu or gpu, `precision` fp32, bf16 or fp16."""
+    _quiet()
+    plugins: list[Precision] = []
+    strategy = config.strategy
+    if strategy.startswith("deepspeed"):
+        from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
+
+        strategy = AnywhereDeepSpeed(int(strategy[-1]), config.micro_bsz)
+    elif precision == "fp16":
+        plugins.append(ScaledFp16("cuda" if accelerator == "gpu" else "cpu"))
+    return pl.Trainer(
+        accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
+        max_steps=total_steps, max_epochs=-1, accumulate_grad_batches=accumulation(config),
+        gradient_clip_val=config.grad_clip or None, callbacks=callbacks, logger=False, enable_checkpointing=False,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, benchmark=False,
+    )
+
+
+@contextlib.contextmanager
+def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
+    """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each rank."""
+    if not hasattr(trainer.strategy, "deepspeed_engine"):
+        yield
+        return
+    from .deepspeed_anywhere import gathered
+
+    with gathered(parameters):
+        yield
+
+
+def _quiet() -> None:
+    """Silence what the libraries say about themselves; their warnings about the run stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")

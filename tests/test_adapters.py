@@ -1,0 +1,339 @@
+"""Every registered method keeps the same promises; MiSS and LoRA also agree with HF peft and with float64 formulas."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import METHODS, AdapterLinear, adapted_linears, register
+from rwkv_miss.functional import lora_linear, miss_linear, shard_index, shard_sum
+from rwkv_miss.inject import adapter_tensors, find_linears
+from src.model import RWKV
+
+from .conftest import close, make_arch, random_tensors
+
+WIDTHS = [(48, 40, 8), (48, 40, 7), (40, 48, 40), (50, 30, 16), (64, 64, 1), (10, 12, 9)]  # in, out, rank
+
+
+def filled(model, seed=1):
+    """Give every adapter tensor a non-trivial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in adapter_tensors(model).values():
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def rwkv(version=7, **sizes):
+    model = RWKV(make_arch(version, **sizes))
+    model.load_state_dict(random_tensors(model.arch))
+    return model
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, version):
+    model = rwkv(version)
+    ids = torch.arange(11)[None]
+    before, keys = model(ids)[0], set(model.state_dict())
+    report = rwkv_miss.inject(model, method, rank=8)
+    assert torch.equal(model(ids)[0], before)
+    assert keys < set(model.state_dict()), "an adapter adds keys and moves none"
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(adapter_tensors(model)) and not trained & keys
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert len(report.linears) == {6: 16, 7: 12}[version]
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width,out,rank", WIDTHS)
+def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(method, bias, width, out, rank):
+    rank = min(rank, out) if method == "lora" else rank
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, out, bias=bias)).double()
+    rwkv_miss.inject(model, method, targets=["0"], rank=rank)
+    filled(model)
+    model.double()
+    layer = model[0]
+    x = torch.randn(2, 5, width, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(2, 5, out, dtype=torch.float64)
+    own = list(layer.own_tensors().values())
+    got = torch.autograd.grad(layer(x), [x, *own], dy)
+    # the base class's forward is the definition: x (W + delta)^T + bias
+    y = AdapterLinear.forward(layer, x)
+    want = torch.autograd.grad(y, [x, *own], dy)
+    close("y", layer(x), y, 1e-12)
+    for name, mine, theirs in zip(["dx", *layer.own_tensors()], got, want, strict=True):
+        close(name, mine, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_trained_bias_and_weight_get_their_gradients(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9)).double()
+    rwkv_miss.inject(model, method, targets=["0"], rank=5)
+    filled(model).double()
+    layer = model[0].requires_grad_(True)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    got = torch.autograd.grad(layer(x).square().sum(), [layer.weight, layer.bias])
+    want = torch.autograd.grad(AdapterLinear.forward(layer, x).square().sum(), [layer.weight, layer.bias])
+    for name, mine, theirs in zip(("weight", "bias"), got, want, strict=True):
+        close(name, mine, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("width,rank", [(48, 8), (50, 16), (7, 7), (5, 1)])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_shard_sum_is_the_product_with_the_shard_index(width, rank, contiguous):
+    x = torch.randn(3, width, dtype=torch.float64)
+    index = shard_index(width, rank, contiguous)
+    want = torch.zeros(3, rank, dtype=torch.float64).index_add(1, index, x)
+    close("S", shard_sum(x, rank, contiguous), want, 1e-14)
+    if not contiguous:
+        assert index.tolist() == [i % rank for i in range(width)]
+
+
+def test_contiguous_layout_is_another_model_with_its_own_gradients():
+    model = nn.Sequential(nn.Linear(50, 30, bias=False)).double()
+    rwkv_miss.inject(model, "miss", targets=["0"], rank=16, layout="contiguous")
+    filled(model).double()
+    x = torch.randn(6, 50, dtype=torch.float64, requires_grad=True)
+    layer = model[0]
+    got = torch.autograd.grad(layer(x).sin().sum(), [x, layer.miss])
+    want = torch.autograd.grad(AdapterLinear.forward(layer, x).sin().sum(), [x, layer.miss])
+    for mine, theirs in zip(got, want, strict=True):
+        close("gradient", mine, theirs, 1e-12)
+    assert torch.equal(layer.delta()[:, 0], layer.delta()[:, 3]) and not torch.equal(layer.delta()[:, 0], layer.delta()[:, 16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_miss_saves_the_shard_sums_and_lora_its_input_and_nothing_else(dtype):
+    torch.manual_seed(0)
+    for method, expected in (("miss", 15 * 8), ("lora", 15 * 48 + 15 * 8)):
+        model = nn.Sequential(nn.Linear(48, 40, bias=False)).to(dtype)
+        rwkv_miss.inject(model, method, targets=["0"], rank=8)
+        parameters = {p.data_ptr() for p in model.parameters()}
+        saved = []
+        x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = model(x)
+        kept = [t for t in saved if t.data_ptr() not in parameters]
+        assert sum(t.numel() for t in kept) == expected, [tuple(t.shape) for t in kept]
+        assert all(t.dtype == dtype for t in kept)
+        y.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_operators_pass_opcheck():
+    x, w, b = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
+    D, A, B = (torch.randn(*s, requires_grad=True) for s in ((4, 6), (4, 10), (6, 4)))
+    for args in ((x, w, b, D, False), (x, w, None, D, True)):
+        torch.library.opcheck(torch.ops.rwkv_miss.miss_linear.default, args)
+    torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, (x, w, b, A, B, 2.0))
+    compiled = torch.compile(lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), fullgraph=True, backend="aot_eager")
+    close("compiled", compiled(x), miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), 1e-6)
+
+
+@pytest.mark.parametrize("width,out,rank", WIDTHS)
+def test_miss_equals_hf_peft_in_fp32(width, out, rank):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(width, out))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"]))
+    rwkv_miss.inject(base, "miss", targets=["0"], rank=rank)
+    filled(base)
+    block = theirs.base_model.model[0].miss_block["default"]
+    block.data.copy_(base[0].miss)
+    x = torch.randn(7, width, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    ours, other = base(x), theirs(y)
+    ours.square().sum().backward()
+    other.square().sum().backward()
+    # the same products in fp32; only the order of the sums may differ
+    for name, mine, want in (("y", ours, other), ("dD", base[0].miss.grad, block.grad), ("dx", x.grad, y.grad)):
+        close(name, mine, want, 2e-6)
+    merged = theirs.merge_and_unload()[0].weight
+    close("merged", base[0].weight + base[0].delta(), merged, 1e-6)
+
+
+@pytest.mark.parametrize("width,out,rank", [(48, 40, 4), (50, 30, 7)])
+def test_lora_equals_hf_peft_in_fp32(width, out, rank):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(width, out))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["0"]))
+    rwkv_miss.inject(base, "lora", targets=["0"], rank=rank, alpha=3.0 * rank)
+    filled(base)
+    lora = theirs.base_model.model[0]
+    lora.lora_A["default"].weight.data.copy_(base[0].lora_A)
+    lora.lora_B["default"].weight.data.copy_(base[0].lora_B)
+    x = torch.randn(7, width, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    base(x).square().sum().backward()
+    theirs(y).square().sum().backward()
+    close("y", base(x), theirs(y), 2e-6)
+    close("dA", base[0].lora_A.grad, lora.lora_A["default"].weight.grad, 2e-6)
+    close("dB", base[0].lora_B.grad, lora.lora_B["default"].weight.grad, 2e-6)
+    close("dx", x.grad, y.grad, 2e-6)
+
+
+def test_golden_layers_of_hf_peft(data_dir):
+    """Float64 vectors of single adapted linears (peft 0.21.2), rank dividing the width or not."""
+    seen = 0
+    for name, g in torch.load(data_dir / "golden/peft.golden.pt", weights_only=True).items():
+        kind = name.split()[0]
+        if kind not in METHODS:
+            continue
+        out, width = g["W"].shape
+        model = nn.Sequential(nn.Linear(width, out, bias="bias" in g)).double()
+        model[0].weight.data.copy_(g["W"])
+        if "bias" in g:
+            model[0].bias.data.copy_(g["bias"])
+        names = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}}[kind]
+        rank = len(next(iter(g["params"].values())))
+        rwkv_miss.inject(model, kind, targets=["0"], rank=rank, **({"alpha": rank * g["scaling"]} if kind == "lora" else {}))
+        model.double()
+        layer = model[0]
+        layer.assign({ours: g["params"][theirs] for ours, theirs in names.items()})
+        x = g["x"].double().requires_grad_()
+        y = model(x)
+        y.backward(g["dy"].double())
+        close(f"{name} y", y, g["y"], 1e-6)
+        close(f"{name} dx", x.grad, g["dx"], 1e-6)
+        close(f"{name} merged", layer.weight + layer.delta(), g["merged"], 1e-6)
+        for ours, theirs in names.items():
+            close(f"{name} d{ours}", getattr(layer, ours).grad, g["grads"][theirs], 1e-6)
+        seen += 1
+    assert seen == 7
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("method", ["miss", "lora"])
+def test_golden_adapters_on_the_whole_model(data_dir, version, method):
+    name = f"golden/rwkv{version}-tiny"
+    adapters = torch.load(data_dir / f"{name}.adapters.pt", weights_only=True)
+    golden, ids = adapters[method], adapters["tokens"].long()
+    model = RWKV.load(data_dir / f"{name}.pth", torch.float32)
+    rank = golden["r"]
+    rwkv_miss.inject(model, method, rank=rank, **({"alpha": golden["scaling"] * rank} if method == "lora" else {}))
+    pairs = {"miss": {"miss": "D"}, "lora": {"lora_A": "A", "lora_B": "B"}}[method]
+    for linear, layer in adapted_linears(model).items():
+        layer.assign({ours: golden[theirs][f"{linear}.weight"] for ours, theirs in pairs.items()})
+    logits, _ = model(ids)
+    close("logits", logits, golden["logits64"], 2e-5)
+    close("merged logits", logits, golden["merged_logits"], 2e-5)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(float(loss) - float(golden["loss"])) < 1e-5 * float(golden["loss"])
+    loss.backward()
+    for ours, theirs in pairs.items():
+        grads = golden[f"d{theirs}"]
+        largest = max(g.abs().max() for g in grads.values())
+        for linear, layer in adapted_linears(model).items():
+            want = grads[f"{linear}.weight"]
+            error = (getattr(layer, ours).grad - want).abs().max() / max(want.abs().max(), 1e-3 * largest)
+            assert error < 4e-4, f"{linear}.{ours}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name,version,layers,width,ffn,expected", [
+    ("RWKV6-7B", 6, 32, 4096, 14336, 88_080_384),
+    ("RWKV6-3B", 6, 32, 2560, 8960, 55_050_240),
+    ("RWKV7-2.9B", 7, 32, 2560, 10240, 47_185_920),
+])
+def test_the_papers_parameter_counts(name, version, layers, width, ffn, expected):
+    for method, rank in (("miss", 64), ("lora", 32)):
+        with torch.device("meta"):
+            model = RWKV(make_arch(version, layers, width, 64, 65536))
+        assert model.arch.dim_ffn == ffn
+        report = rwkv_miss.inject(model, method, rank=rank)
+        assert report.trainable == expected, (name, method)
+    assert f"{len(report.linears)} linears, {expected:,} trainable of" in report.line()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_save_and_load_give_the_same_model(method, tmp_path):
+    model = rwkv(7)
+    rwkv_miss.inject(model, method, rank=5)
+    filled(model)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth", step=3, tokenizer="bytes")
+    fresh = rwkv(7)
+    metadata = rwkv_miss.load_adapter(fresh, tmp_path / "a.pth")
+    ids = torch.arange(9)[None]
+    assert torch.equal(fresh(ids)[0], model(ids)[0])
+    assert (metadata["method"], metadata["step"], metadata["tokenizer"]) == (method, 3, "bytes")
+    assert metadata["options"]["rank"] == 5 and len(metadata["linears"]) == 12
+    again = rwkv(7)
+    rwkv_miss.inject(again, method, rank=6)
+    with pytest.raises(rwkv_miss.UserError, match="blocks.0.att"):
+        rwkv_miss.load_adapter(again, tmp_path / "a.pth")
+
+
+def test_mistakes_are_explained():
+    def message(*args, **options):
+        with pytest.raises(rwkv_miss.UserError) as error:
+            rwkv_miss.inject(rwkv(7), *args, **options)
+        return str(error.value)
+
+    assert "recptance" in message(targets=["recptance"]) and "head, key, output, receptance, value" in message(targets=["recptance"])
+    assert "blocks.0.att.receptance" in message(rank=49) and "48" in message(rank=49)
+    assert "rank" in message(rnak=3)
+    assert "lora, miss" in message("misss")
+    assert "layout" in message(layout="diagonal")
+    model = rwkv(7)
+    rwkv_miss.inject(model, rank=8)
+    with pytest.raises(rwkv_miss.UserError, match="already"):
+        rwkv_miss.inject(model, rank=8)
+
+
+def test_targets_match_leaves_suffixes_and_whole_names():
+    model = rwkv(7)
+    assert len(find_linears(model, ["key"])) == 4
+    assert len(find_linears(model, ["att.key"])) == 2
+    assert list(find_linears(model, ["blocks.1.ffn.value", "head"])) == ["blocks.1.ffn.value", "head"]
+
+
+def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, monkeypatch):
+    """A method with a frozen matrix common to all layers, a penalty and a schedule (as VeRA and AdaLoRA need)."""
+    monkeypatch.setitem(METHODS, "toy", None)
+
+    @register("toy")
+    class Toy(AdapterLinear):
+        shared = ("common",)
+
+        def setup(self, options, pool):
+            if "common" not in pool:
+                pool["common"] = nn.Parameter(torch.randn(options.rank, 64), requires_grad=False)
+            self.common = pool["common"]
+            self.rows = nn.Parameter(torch.zeros(self.out_features, options.rank))
+            self.steps = []
+
+        def delta(self):
+            return self.rows @ self.common[:, : self.in_features]
+
+        def penalty(self):
+            return self.rows.square().sum()
+
+        def on_step(self, step, total):
+            self.steps.append((step, total))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.Linear(6, 4, bias=False))
+    base = copy.deepcopy(model)
+    rwkv_miss.inject(model, "toy", targets=["0", "1"], rank=3)
+    assert model[0].common is model[1].common
+    assert set(adapter_tensors(model)) == {"0.rows", "1.rows", "shared.common"}
+    model[0].rows.data.normal_()
+    assert rwkv_miss.penalty(model).item() == pytest.approx(float(model[0].rows.square().sum()), rel=1e-6)
+    rwkv_miss.on_step(model, 2, 9)
+    assert model[1].steps == [(2, 9)]
+    rwkv_miss.save_adapter(model, tmp_path / "toy.pth")
+    again = copy.deepcopy(base)
+    rwkv_miss.load_adapter(again, tmp_path / "toy.pth")
+    x = torch.randn(2, 10)
+    assert torch.equal(again(x), model(x))
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "toy.pth", tmp_path / "merged.pth")
+    base.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
+    close("merged", base(x), model(x), 1e-6)

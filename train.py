@@ -1,0 +1,16 @@
+"""Fine-tune an RWKV-6/7 checkpoint: python train.py --load_model base.pth --data_file data.jsonl --proj_dir out/run"""
+
+import sys
+
+from rwkv_miss.errors import one_line_errors
+from src import config, run
+
+
+def main() -> None:
+    with one_line_errors():
+        settings, origins = config.parse(sys.argv[1:])
+        run.main(settings, origins)
+
+
+if __name__ == "__main__":
+    main()
