@@ -32,7 +32,8 @@ def describe(path) -> dict[str, Any]:
 def show(facts: dict[str, Any]) -> None:
     """The facts for people."""
     print(f"{facts['file']}: {facts['kind']}, {facts['bytes']:,} bytes")
-    print(f"  tensors      {facts['tensors']}, {facts['parameters']:,} parameters, " + ", ".join(f"{n} {d}" for d, n in facts["dtypes"].items()))
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
+    print(f"  tensors      {facts['tensors']}, {facts['parameters']:,} parameters, {dtypes}")
     if facts["description"]:
         print(f"  model        {facts['description']}")
     print(f"  fingerprint  {facts['fingerprint']}")
@@ -43,7 +44,7 @@ def show(facts: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.", allow_abbrev=False)
+    parser = argparse.ArgumentParser("rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime", allow_abbrev=False)
     merge.add_argument("--base", required=True)

@@ -127,7 +127,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """Base weight (out, in) fp32 + the layer's adapter tensors -> merged weight (out, in) fp32."""
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        adapted = cls.wrap(linear, cls.Options.parse(options), {name: tensors[name] for name in cls.shared})
+        pool = {name: nn.Parameter(tensors[name], requires_grad=False) for name in cls.shared}
+        adapted = cls.wrap(linear, cls.Options.parse(options), pool)
         adapted.assign(tensors)
         return weight + adapted.delta()
 

@@ -110,8 +110,8 @@ def _version(tensors: Mapping[str, Any]) -> int:
         if ".time_mix_" in name:
             raise UserError(f"{name} belongs to RWKV-4 or RWKV-5; RWKV-6 and RWKV-7 are supported")
     if "blocks.0.att.time_maa_x" not in tensors:
-        first = next(iter(tensors), "nothing")
-        raise UserError(f"no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6) is there; it holds {first} ...")
+        raise UserError("this is no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6) is there; "
+                        f"the first key is {next(iter(tensors), None)!r}")
     if "blocks.0.att.gate.weight" not in tensors:
         raise UserError("blocks.0.att.time_maa_x is there as in RWKV-6, but blocks.0.att.gate.weight is missing")
     return 6
@@ -132,7 +132,8 @@ def read_checkpoint(path) -> dict[str, Tensor]:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and (named or zipped or _head(path, 1) == b"\x80"):
             wanted = named[1] if named else "more than tensors"
-            raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code; save it as a flat dict of tensors") from None
+            raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code; "
+                            "save it as a flat dict of tensors") from None
         raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a flat dict of tensors")
@@ -281,8 +282,9 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # NaN and infinity both show in the extremes, which cost a tenth of isfinite(); float8 has no extremes of its own
-    return all(torch.stack((block.float() if block.element_size() == 1 else block).aminmax()).isfinite().all() for block in blocks(tensor))
+    # NaN and infinity both show in the extremes, which cost a tenth of isfinite(); torch has none for float8
+    wide = (block.float() if block.element_size() == 1 else block for block in blocks(tensor))
+    return all(bool(torch.stack(block.aminmax()).isfinite().all()) for block in wide)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

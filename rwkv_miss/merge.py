@@ -5,15 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter import METHODS
-from .checkpoint import fingerprint, read_checkpoint, read_metadata, require_writable, write_checkpoint
+from .checkpoint import (
+    Arch,
+    blocks,
+    check_finite,
+    fingerprint,
+    is_finite,
+    read_checkpoint,
+    read_metadata,
+    require_writable,
+    write_checkpoint,
+)
 from .errors import UserError
-from .inject import layer_tensors, read_adapter
+from .inject import ADAPTER_FORMAT, layer_tensors, read_adapter
 
 MERGED_FORMAT = "rwkv-miss merged"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,7 +49,11 @@ class Rounding:
 
     @property
     def lost(self) -> float:
-        """||rounded update - update|| / ||update|| over all merged linears."""
+        """||(round(W + dW) - round(W)) - dW|| / ||dW|| over all merged linears; 0 for an adapter that changes nothing.
+
+        Where W is on the grid of the output already, this is the rounding of W + dW. Where it is not (an fp32 base written as
+        bf16), the rounding of W itself is no loss of the update and is left out.
+        """
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
 
@@ -52,6 +67,7 @@ class MergeReport:
     dtype: str
     rounding: Rounding
     seconds: float
+    bytes: int
 
     def lines(self) -> list[str]:
         """What the user is told: one line, and a warning when rounding took more than 5 % of the update."""
@@ -60,9 +76,12 @@ class MergeReport:
         replaced = f" and {self.replaced} whole tensors" if self.replaced else ""
         lines = [f"merged {self.linears} linears{replaced} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
                  f"rounding lost {100 * r.lost:.2g} % of the update{worst}"]
+        if self.linears and not r.update:
+            lines.append("warning: the update is zero, nothing was trained in the linears")
         if r.lost > LOSS_LIMIT:
+            finer = "" if "float16" in self.dtype.split(", ") else "--dtype fp16 (8 times finer than bf16) or "
             lines.append(f"warning: more than {100 * LOSS_LIMIT:.0f} % of what was trained is lost in {self.dtype}; "
-                         "merge with --dtype fp16 (8 times finer than bf16) or --dtype fp32")
+                         f"merge with {finer}--dtype fp32")
         return lines
 
 
@@ -81,46 +100,60 @@ class _Merger:
         for key, name in self.by_weight.items():
             if key not in base:
                 raise UserError(f"the adapter changes {name}, which the base does not have; merge into the base it was trained on")
+            if base[key].dim() != 2 or not base[key].is_floating_point():
+                raise UserError(f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point matrix is expected")
         for key, name in self.by_weight.items():
             try:
+                # the meta device computes shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
                     layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, self.adapter).items()}
                     self.method.merged_weight(torch.empty(base[key].shape), layer, self.options)
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
         for key, tensor in self.whole.items():
-            if key in base and base[key].numel() != tensor.numel():
+            if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
                 raise UserError(f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base")
 
     def merged(self, key: str, base: Tensor, dtype: torch.dtype) -> Tensor:
         """The value of one tensor of the merged file, in `dtype`."""
         if key in self.whole:
-            return _round(key, self.whole[key].view_as(base), dtype)
+            return _round(key, self.whole[key].reshape(base.shape), dtype)
         if key not in self.by_weight:
             return _round(key, base, dtype)
         name = self.by_weight[key]
-        weight = base.float()
-        merged = self.method.merged_weight(weight, layer_tensors(self.method, name, self.adapter), self.options)
+        merged = self.method.merged_weight(base.float(), layer_tensors(self.method, name, self.adapter), self.options)
         rounded = _round(key, merged, dtype)
-        if rounded is merged:
-            update = merged.sub(weight)
-            self.rounding.add(name, float(update.norm()) ** 2, 0.0)
-            return rounded
-        update = merged.sub_(weight)
-        norm = float(update.norm()) ** 2
-        # the update as it stands in the file, against a base rounded the same way, minus the true one
-        kept = update.neg_().add_(rounded).sub_(base if base.dtype == dtype else base.to(dtype))
-        self.rounding.add(name, norm, float(kept.norm()) ** 2)
+        self.rounding.add(name, *_account(base, merged, rounded))
         return rounded
+
+    def items(self, base: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """The merged file: the base's tensors in its order, then the adapter's new ones. dtype None keeps each tensor's own."""
+        for key, tensor in base.items():
+            yield key, self.merged(key, tensor, dtype or tensor.dtype)
+        for key, tensor in self.whole.items():
+            if key not in base:
+                yield key, _round(key, tensor, dtype or tensor.dtype)
 
 
 def _round(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     rounded = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.isfinite(rounded).all():
+    # a value that was infinite or NaN before is the file's own affair
+    if dtype == torch.float16 and not is_finite(rounded) and bool((rounded.isinf() & tensor.isfinite()).any()):
         raise UserError(f"{key} has values beyond fp16's largest, 65504; merge with --dtype bf16 or fp32")
     return rounded
+
+
+def _account(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, float]:
+    """Squared norms of the update, merged - base, and of what is missing from it in the rounded file."""
+    update = error = 0.0
+    for before, after, kept in zip(blocks(base), blocks(merged), blocks(rounded)):
+        change = after - before
+        missing = kept.float().sub(before.to(kept.dtype)).sub_(change)
+        update += float(change.norm()) ** 2
+        error += float(missing.norm()) ** 2
+    return update, error
 
 
 @torch.no_grad()
@@ -138,28 +171,28 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
     for path in (base, adapter):
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input of the merge; choose another --out")
-    tensors, (changes, metadata) = read_checkpoint(base), read_adapter(adapter)
     require_writable(out)
+    tensors, before, (changes, metadata) = read_checkpoint(base), read_metadata(base) or {}, read_adapter(adapter)
+    if before.get("format") == ADAPTER_FORMAT:
+        raise UserError(f"{base} is an adapter file; --base is the model that the adapter was trained on")
+    check_finite(changes)
     record = {
-        "format": MERGED_FORMAT, "base": os.path.basename(base), "base_fingerprint": fingerprint(tensors), "adapter_fingerprint": fingerprint(changes),
-        "method": metadata["method"], "options": metadata["options"], "step": metadata.get("step"), "tokenizer": metadata.get("tokenizer"),
-        "versions": metadata["versions"],
+        "format": MERGED_FORMAT, "base": os.path.basename(base),
+        "base_fingerprint": fingerprint(tensors), "adapter_fingerprint": fingerprint(changes),
+        "method": metadata["method"], "options": metadata["options"],
+        "step": metadata.get("step"), "tokenizer": metadata.get("tokenizer"), "versions": metadata["versions"],
     }
-    if not force:
-        _check_base(base, adapter, record, metadata)
-    _Merger(changes, metadata).check(tensors)
-    chosen = _choose_dtype(tensors, changes, metadata) if dtype == "auto" else DTYPES.get(dtype)
+    if not force and before.get("adapter_fingerprint") == record["adapter_fingerprint"]:
+        raise UserError(f"{base} is already a merge of this adapter into {before['base']}; --force merges it a second time")
+    _check_base(base, adapter, record, metadata, tensors, force)
     merger = _Merger(changes, metadata)
-    new = [(name, t) for name, t in merger.whole.items() if name not in tensors]
-    items = ((name, merger.merged(name, t, chosen or t.dtype)) for name, t in tensors.items())
-    write_checkpoint(out, _chain(items, new), record)
+    merger.check(tensors)
+    chosen = _choose_dtype(tensors, changes, metadata) if dtype == "auto" else DTYPES.get(dtype)
+    require_writable(out, sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values()))
+    write_checkpoint(out, merger.items(tensors, chosen), record)
     dtypes = sorted({str(chosen or tensors[key].dtype).removeprefix("torch.") for key in merger.by_weight} or {"no linear"})
-    return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), ", ".join(dtypes), merger.rounding, time.perf_counter() - started)
-
-
-def _chain(items, new):
-    yield from items
-    yield from new
+    return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), ", ".join(dtypes), merger.rounding,
+                       time.perf_counter() - started, os.path.getsize(out))
 
 
 def _choose_dtype(tensors: dict[str, Tensor], changes: dict[str, Tensor], metadata: dict[str, Any]) -> torch.dtype | None:
@@ -179,11 +212,16 @@ def _choose_dtype(tensors: dict[str, Tensor], changes: dict[str, Tensor], metada
     return torch.float32
 
 
-def _check_base(base, adapter, record: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Refuse a base that is not the adapter's, with the most telling reason."""
-    before = read_metadata(base) or {}
-    if before.get("adapter_fingerprint") == record["adapter_fingerprint"]:
-        raise UserError(f"{base} is already a merge of this adapter into {before['base']}; --force merges it a second time")
+def _check_base(base, adapter, record: dict[str, Any], metadata: dict[str, Any], tensors: dict[str, Tensor], force: bool) -> None:
+    """Refuse a base that is not the adapter's, and say where the two differ when their sizes do; other widths never fit."""
+    differs, misfit = "", False
+    if metadata.get("arch"):
+        trained, found = Arch.from_dict(metadata["arch"]), Arch.detect(tensors)
+        if trained.describe() != found.describe():
+            differs = f"; that one is {trained.describe()}, this one {found.describe()}"
+        # a MiSS adapter does not know the input width of its linears, so the shapes alone would let this pass
+        misfit = any(getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn"))
     wanted = metadata.get("base_fingerprint")
-    if wanted and wanted != record["base_fingerprint"]:
-        raise UserError(f"{adapter} was trained on another base ({metadata.get('base')}), not on {base}; merge into that one, or --force")
+    if misfit or (not force and wanted and wanted != record["base_fingerprint"]):
+        advice = "merge into that one" + ("" if misfit else ", or --force")
+        raise UserError(f"{adapter} was trained on another base ({metadata.get('base')}), not on {base}{differs}; {advice}")

@@ -29,6 +29,11 @@ class KeepDtypes(DeepSpeedPrecision):
     def convert_input(self, data):
         return data
 
+    def backward(self, tensor, model, optimizer, *args, **kwargs) -> None:
+        # Lightning has divided the loss by the number of micro-batches already; DeepSpeed would do it again, which Adam hides
+        # and gradient clipping does not
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
 
 class AnywhereDeepSpeed(DeepSpeedStrategy):
     """`DeepSpeedStrategy` that also accepts the CPU accelerator."""

@@ -34,7 +34,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu")
 
     arch, tokenizer = read_base(config)
-    require_writable(os.path.join(config.proj_dir, ADAPTER))
+    require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     resume_from = find_checkpoint(config)
     documents = load_documents(config.data_file, tokenizer, config.ctx_len)
 
@@ -93,6 +93,12 @@ def process_start() -> float:
             return time.time() - (float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
     except OSError:
         return time.time()
+
+
+def existing_part(folder: str) -> str:
+    """The folder, or its nearest parent that exists: where it will be made."""
+    folder = os.path.abspath(folder)
+    return folder if os.path.exists(folder) else existing_part(os.path.dirname(folder))
 
 
 def read_base(config: Config):

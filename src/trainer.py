@@ -116,7 +116,7 @@ def make_trainer(config: Config, accelerator: str, total_steps: int, precision: 
         accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
         max_steps=total_steps, max_epochs=-1, accumulate_grad_batches=accumulation(config),
         gradient_clip_val=config.grad_clip or None, callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, benchmark=False,
+        enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False, num_sanity_val_steps=0, benchmark=False,
     )
 
 

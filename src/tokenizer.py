@@ -1,0 +1,264 @@
+"""Text to token ids and back: the World vocabulary, raw bytes, UTF-16 bytes, or a file.
+
+World, bytes, utf16 and vocabulary files in World format are one thing, a table id -> bytes; they differ in how a text finds its ids.
+A tokenizer.json is left to the `tokenizers` package.
+
+encode() loses nothing silently and decode() is its inverse: every id gives its own text. So an end of document that no text can spell
+(World's id 0) decodes to "", and one that a text can spell (NUL of bytes and utf16, `<|endoftext|>` of a file) decodes to that text.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable
+
+from rwkv_miss.errors import UserError
+
+CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
+WORLD_MODEL = 65536
+END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
+# end of document and encoding; in utf16 the end is the whole unit U+0000, as a lone 0 is the second byte of every ASCII character
+RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}
+BROKEN = "\ufffd"
+
+
+def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
+    """The tokenizer `spec` (auto, world, bytes, utf16 or the path of a file) for a model with `vocab_size` ids.
+
+    `eod` is the text of the token that ends a document, for a file that does not tell. Raises UserError for a file that is missing,
+    damaged or has no such token, and for a tokenizer with ids that the model lacks; the reverse is a padded model, and fine.
+    """
+    if spec == "auto":
+        if vocab_size != WORLD_MODEL:
+            raise UserError(f"the model's vocabulary of {vocab_size} is not the World one ({WORLD_MODEL}); give --tokenizer {CHOICES}")
+        spec = "world"
+    if eod and spec in ("world", *RAW):
+        raise UserError(f"--eod {eod!r} is for a tokenizer file; {spec} has its own end of document")
+    tokenizer = _world() if spec == "world" else _raw(spec) if spec in RAW else _from_file(spec, eod)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, more than the model's {vocab_size}; "
+            f"give the one that the model was trained with: --tokenizer {CHOICES}"
+        )
+    return tokenizer
+
+
+class Tokenizer:
+    """`name` is for an adapter's metadata, `eod` are the ids that end a document, every id is below `vocab_size`."""
+
+    encoding = "utf-8"
+
+    def __init__(self, name: str, eod: tuple[int, ...], ids: Iterable[int]):
+        self.name, self.eod, self.ids = name, eod, frozenset(ids)
+        self.vocab_size = max(self.ids) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot express."""
+        try:
+            data = text.encode(self.encoding)
+        except UnicodeEncodeError as error:
+            raise UserError(f"half a surrogate pair, {text[error.start]!r}, is no text (character {error.start + 1})") from None
+        return self._encode(text, data)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no text give U+FFFD. Raises UserError for an id outside the vocabulary."""
+        ids = list(ids)
+        self.check(ids)
+        return self._decode(ids)
+
+    def check(self, ids: Iterable[int]) -> None:
+        for token in ids:
+            if token not in self.ids:
+                raise UserError(f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is {self.vocab_size}")
+
+    def cannot_encode(self, text: str, place: int) -> UserError:
+        return UserError(f"tokenizer {self.name} has no token for {text[place]!r} (character {place + 1})")
+
+
+class ByteTokenizer(Tokenizer):
+    """A table id -> bytes. `find(text, bytes of the text)` gives the ids, and ends early where no id fits."""
+
+    def __init__(self, name: str, eod: tuple[int, ...], table: dict[int, bytes], find: Callable[[str, bytes], list[int]], encoding: str):
+        super().__init__(name, eod, table)
+        self.table, self.find, self.encoding = table, find, encoding
+
+    def _encode(self, text: str, data: bytes) -> list[int]:
+        ids = self.find(text, data)
+        reached = sum(len(self.table[token]) for token in ids)
+        if reached < len(data):
+            raise self.cannot_encode(text, len(data[:reached].decode(self.encoding, "ignore")))
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self.table[token] for token in ids).decode(self.encoding, "replace")
+
+    def decoder(self) -> ByteDecoder:
+        return ByteDecoder(self)
+
+
+class ByteDecoder:
+    """decode() id by id: push() returns the characters that an id completes, flush() U+FFFD for one left incomplete."""
+
+    def __init__(self, tokenizer: ByteTokenizer):
+        self.tokenizer = tokenizer
+        self.codec = codecs.getincrementaldecoder(tokenizer.encoding)("replace")
+
+    def push(self, token: int) -> str:
+        self.tokenizer.check([token])
+        return self.codec.decode(self.tokenizer.table[token])
+
+    def flush(self) -> str:
+        return self.codec.decode(b"", final=True)
+
+
+def _raw(name: str) -> ByteTokenizer:
+    eod, encoding = RAW[name]
+    return ByteTokenizer(name, eod, {i: bytes([i]) for i in range(256)}, lambda text, data: list(data), encoding)
+
+
+def _world() -> ByteTokenizer:
+    import pyrwkv_tokenizer
+
+    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    return _from_vocabulary("world", path.read_text(encoding="utf-8"), "")
+
+
+def _from_file(path: str, eod: str) -> Tokenizer:
+    try:
+        content = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as a tokenizer: {error}; --tokenizer takes auto, {CHOICES}") from None
+    if content.lstrip().startswith("{"):
+        return JsonTokenizer(path, content, eod)
+    return _from_vocabulary(path, content, eod)
+
+
+def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
+    """A vocabulary in World format: lines `id literal length`, the literal a Python str or bytes, the length in bytes."""
+    table: dict[int, bytes] = {}
+    owners: dict[bytes, int] = {}
+    for number, line in enumerate(content.rstrip("\n").split("\n"), 1):
+        try:
+            token, rest = line.split(" ", 1)
+            literal, length = rest.rsplit(" ", 1)
+            token, piece = int(token), ast.literal_eval(literal)
+            piece = piece.encode() if isinstance(piece, str) else piece
+            good = token >= 0 and isinstance(piece, bytes) and 0 < len(piece) == int(length)
+        except (ValueError, SyntaxError, TypeError):
+            good = False
+        if not good:
+            raise UserError(f"{name}, line {number}: expected `id 'text' length in bytes`, got {line[:80]!r}")
+        if token in table or piece in owners:
+            raise UserError(f"{name}, line {number}: id {token} or its text {piece!r} stands in an earlier line too")
+        table[token], owners[piece] = piece, token
+    find = _longest_match(name, table)
+    if eod:
+        end = owners.get(eod.encode())
+        if end is None:
+            raise UserError(f"{name} has no token {eod!r}; --eod takes the text of one of its tokens")
+    elif 0 in table:
+        raise UserError(f"{name} uses id 0 for {table[0]!r} and does not tell its end of document; give the token's text with --eod")
+    else:
+        end, table[0] = 0, b""
+    return ByteTokenizer(name, (end,), table, find, "utf-8")
+
+
+def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes], list[int]]:
+    """Greedy longest match in Rust; ends early, without a word, where no token fits.
+
+    The package only reads files, misreads bytes literals with any readable character, takes id 0 for no token at all and has 16 bits for an id.
+    So it gets a copy of the table in pure hex with ids from 1, which are mapped back.
+    """
+    import pyrwkv_tokenizer
+
+    if len(table) >= 1 << 16:
+        raise UserError(f"{name} has {len(table)} tokens; a vocabulary in World format may have {(1 << 16) - 1}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, "vocabulary.txt")
+        copy.write_text("".join(f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1)))
+        trie = pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(copy))
+    ids = [-1, *table]
+    return lambda text, data: [ids[n] for n in trie.encode(text)]
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json, by its path and content."""
+
+    def __init__(self, path: str, content: str, eod: str):
+        import tokenizers
+
+        try:
+            # a post-processor adds tokens and trims offsets, truncation loses text, padding adds some: encode() wants none of it
+            described = json.loads(content) | {"post_processor": None, "truncation": None, "padding": None}
+            self.inner = tokenizers.Tokenizer.from_str(json.dumps(described))
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            raise UserError(f"{path} is no tokenizer.json that the tokenizers package can read: {error}") from None
+        unknown = described["model"].get("unk_token")
+        self.unknown = self.inner.token_to_id(unknown) if unknown else described["model"].get("unk_id")
+        special = [token["content"] for token in described.get("added_tokens") or () if token["special"]]
+        named = [name for name in END_NAMES if name in special]
+        only = special if len(special) == 1 and special[0] != unknown else []
+        end = next(map(self.inner.token_to_id, [eod] if eod else only or named), None)
+        if end is None:
+            seen = f"has no token {eod!r}" if eod else "does not tell which token ends a document"
+            raise UserError(f"{path} {seen}; its special tokens: {', '.join(special) or 'none'}. Give the text of the token with --eod")
+        super().__init__(path, (end,), self.inner.get_vocab(with_added_tokens=True).values())
+
+    def _encode(self, text: str, data: bytes) -> list[int]:
+        try:
+            found = self.inner.encode(text, add_special_tokens=False)
+        except Exception:  # WordLevel without an unknown token; it does not say where
+            missing = "".join(sorted(set(text).difference(*self.inner.get_vocab())))
+            raise UserError(f"tokenizer {self.name} has no token for {missing or text!r}") from None
+        back = self._decode(found.ids)
+        if back != text and not (self.inner.normalizer and back == self.inner.normalizer.normalize_str(text)):
+            self._check_covered(text, found)
+        return found.ids
+
+    def _check_covered(self, text: str, found) -> None:
+        """Not every decoder gives the very text back, but each character must be in a token: BPE, for one, drops what it does not know."""
+        reached = 0
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if start > reached or token == self.unknown:
+                break
+            reached = max(reached, end)
+        if reached < len(text):
+            raise self.cannot_encode(text, reached)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def decoder(self) -> WindowDecoder:
+        return WindowDecoder(self)
+
+
+class WindowDecoder:
+    """ByteDecoder for a tokenizer.json, whose bytes are not at hand: it decodes a short window and returns what later ids cannot change.
+
+    The window is the ids of the last piece, since an id may decode differently at the start of a text, and those after it. U+FFFD at its
+    end may be half a character and waits for what follows, or for flush().
+    """
+
+    def __init__(self, tokenizer: JsonTokenizer):
+        self.tokenizer = tokenizer
+        self.window: list[int] = []
+        self.context = self.shown = 0  # ids of the last piece, characters already returned
+
+    def push(self, token: int) -> str:
+        text = self.tokenizer.decode([*self.window, token])
+        self.window.append(token)
+        piece = text.rstrip(BROKEN)[self.shown :]
+        self.shown += len(piece)
+        if piece and not text.endswith(BROKEN):
+            self.window = self.window[self.context :]
+            self.context, self.shown = len(self.window), len(self.tokenizer.decode(self.window))
+        return piece
+
+    def flush(self) -> str:
+        piece = self.tokenizer.decode(self.window)[self.shown :]
+        self.window, self.context, self.shown = [], 0, 0
+        return piece
