@@ -6,13 +6,13 @@ import argparse
 import os
 import sys
 
-from rwkv_miss import load_adapter, read_metadata
+from rwkv_miss import load_adapter
 from rwkv_miss.errors import UserError, one_line_errors
 from src import ops
 from src.device import DTYPES, choose_accelerator, choose_precision
 from src.generate import Conversation, Sampling, stream
 from src.model import RWKV
-from src.tokenizer import load_tokenizer
+from src.tokenizer import load_tokenizer, recorded_tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,8 +46,7 @@ def load(args: argparse.Namespace):
     model = RWKV.load(args.model, DTYPES[precision], device, ops.choose(args.wkv, device)[0]).eval()
     if args.adapter:
         load_adapter(model, args.adapter)
-    recorded = [read_metadata(path) or {} for path in (args.adapter, args.model) if path]
-    spec = next((m["tokenizer"] for m in recorded if m.get("tokenizer")), "auto") if args.tokenizer == "auto" else args.tokenizer
+    spec = recorded_tokenizer(args.tokenizer, args.adapter, args.model)
     return model, load_tokenizer(spec, model.arch.vocab_size, args.eod)
 
 

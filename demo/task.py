@@ -14,18 +14,17 @@ TASKS = {"reverse": lambda letters: letters[::-1], "sort": lambda letters: "".jo
 LENGTHS = range(3, 8)
 
 
-def rows(task: str, count: int, seed: int, taken: set[str]) -> list[dict]:
-    """`count` conversations about strings of 3 to 7 different letters, none of which is in `taken`; they are added to it."""
+def rows(task: str, count: int, seed: int, excluded: set[str] = frozenset()) -> list[dict]:
+    """`count` conversations of one or two questions about strings of 3 to 7 letters, none of which is in `excluded`."""
     rng = random.Random(seed)
-    result = []
-    while len(result) < count:
-        letters = "".join(rng.sample(string.ascii_lowercase, rng.choice(LENGTHS)))
-        # short strings are few: only longer ones must be new
-        if letters in taken and len(letters) > LENGTHS[0]:
-            continue
-        taken.add(letters)
-        result.append({"messages": [{"role": "user", "content": f"{task} {letters}"}, {"role": "assistant", "content": TASKS[task](letters)}]})
-    return result
+
+    def turn() -> list[dict]:
+        letters = "".join(rng.choices(string.ascii_lowercase, k=rng.choice(LENGTHS)))
+        if letters in excluded:
+            return turn()
+        return [{"role": "user", "content": f"{task} {letters}"}, {"role": "assistant", "content": TASKS[task](letters)}]
+
+    return [{"messages": turn() + (turn() if rng.random() < 0.25 else [])} for _ in range(count)]
 
 
 def write(path: str, data: list[dict]) -> None:
@@ -42,9 +41,10 @@ def main() -> None:
     parser.add_argument("--heldout_out", required=True)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    heldout = rows(args.task, args.heldout, args.seed, taken := set())
+    heldout = rows(args.task, args.heldout, args.seed)
+    questions = {message["content"].split()[-1] for row in heldout for message in row["messages"] if message["role"] == "user"}
     write(args.heldout_out, heldout)
-    write(args.out, rows(args.task, args.rows, args.seed + 1, taken))
+    write(args.out, rows(args.task, args.rows, args.seed + 1, questions))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from .errors import UserError
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
 ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
-BLOCK = 1 << 20  # bytes or elements handled at once, so that a second pass finds them in the cache
+BLOCK = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
 SAMPLE = 256  # bytes hashed at each place that the fingerprint looks at
 SAMPLES = 13  # places per tensor; no power of two, so that they fall into different columns
 

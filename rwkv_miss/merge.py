@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapter import METHODS
 from .checkpoint import (
@@ -104,10 +104,12 @@ class _Merger:
                 raise UserError(f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point matrix is expected")
         for key, name in self.by_weight.items():
             try:
-                # the meta device computes shapes only, so every misfit is found before the first byte is written
+                # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
                     layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, self.adapter).items()}
-                    self.method.merged_weight(torch.empty(base[key].shape), layer, self.options)
+                    pool = {n: nn.Parameter(layer[n], requires_grad=False) for n in self.method.shared}
+                    linear = nn.Linear(*base[key].shape[::-1], bias=False)
+                    self.method.wrap(linear, self.method.Options.parse(self.options), pool).assign(layer)
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
         for key, tensor in self.whole.items():
@@ -149,8 +151,8 @@ def _account(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, floa
     """Squared norms of the update, merged - base, and of what is missing from it in the rounded file."""
     update = error = 0.0
     for before, after, kept in zip(blocks(base), blocks(merged), blocks(rounded)):
-        change = after - before
-        missing = kept.float().sub(before.to(kept.dtype)).sub_(change)
+        change = after - before.float()
+        missing = kept.float().sub(before.to(kept.dtype).float()).sub_(change)
         update += float(change.norm()) ** 2
         error += float(missing.norm()) ** 2
     return update, error

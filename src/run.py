@@ -20,7 +20,7 @@ from .config import Config
 from .data import Document, Documents, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
 from .model import VERSIONS, RWKV
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
 
@@ -106,7 +106,7 @@ def read_base(config: Config):
     if config.load_model:
         arch = Arch.detect(read_checkpoint(config.load_model))
         configuration.check_sizes(config, arch)
-        return arch, load_tokenizer(config.tokenizer, arch.vocab_size, config.eod)
+        return arch, load_tokenizer(recorded_tokenizer(config.tokenizer, config.load_model), arch.vocab_size, config.eod)
     vocab = config.vocab_size or {"bytes": 256, "utf16": 256}.get(config.tokenizer, 65536)
     head_size = config.head_size or 64
     inner = config.dim_att or config.n_embd

@@ -16,6 +16,7 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Iterable
 
+from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
@@ -170,8 +171,8 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
 def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes], list[int]]:
     """Greedy longest match in Rust; ends early, without a word, where no token fits.
 
-    The package only reads files, misreads bytes literals with any readable character, takes id 0 for no token at all and has 16 bits for an id.
-    So it gets a copy of the table in pure hex with ids from 1, which are mapped back.
+    The package reads only files, misreads bytes literals that hold a readable character, takes id 0 for no token and has 16 bits for an
+    id. So it gets a copy of the table in pure hex with ids from 1, which are mapped back.
     """
     import pyrwkv_tokenizer
 
@@ -262,3 +263,11 @@ class WindowDecoder:
         piece = self.tokenizer.decode(self.window)[self.shown :]
         self.window, self.context, self.shown = [], 0, 0
         return piece
+
+
+def recorded_tokenizer(spec: str, *paths) -> str:
+    """`spec`, or, where it is "auto", the tokenizer that the first of these checkpoint files to name one was trained with."""
+    if spec != "auto":
+        return spec
+    records = (read_metadata(path) or {} for path in paths if path)
+    return next((record["tokenizer"] for record in records if record.get("tokenizer")), "auto")

@@ -1,7 +1,7 @@
-"""WKV token by token in plain torch: the specification, the oracle of the tests and the last fallback.
+"""WKV token by token in plain torch: the specification, the oracle of the tests, the decode step and the last fallback.
 
-B batch, T tokens, H heads, N head size. Every tensor in and out shares one dtype, float32 or float64, which is also the dtype of the
-arithmetic; `src.ops` casts and checks before. The state `s` is (B, H, N, N) and is returned after the last token.
+B batch, T tokens, H heads, N head size. All tensors of a call share one dtype, float32 or float64, which is the dtype of the arithmetic;
+`src.ops` checks and casts before. The state `s` is (B, H, N, N), and is returned as it stands after the last token.
 """
 
 import math
@@ -10,38 +10,38 @@ import torch
 
 
 def decay6(w):
-    """delta = exp(-exp(w)) in [0, 1): RWKV-6 has no floor, large w underflows to an exact 0."""
-    # from w = 6.7 on delta is an exact 0, in float64 too; the clamp only keeps inf * 0 out of the backward
+    """delta = exp(-exp(w)), in [0, 1]: RWKV-6 has no floor, a large w gives an exact 0 and -inf gives 1."""
+    # Above w = 6.7 delta is an exact 0 in float64 too: the clamp changes no value, it keeps 0 * inf out of the backward.
     return torch.exp(-torch.exp(w.clamp(max=7)))
 
 
 def log_decay7(w):
-    """log delta = -exp(-1/2) sigmoid(w): RWKV-7 clamps softly, delta in (0.5453, 1)."""
+    """log delta = -exp(-1/2) sigmoid(w): RWKV-7 clamps softly, delta in (0.5453, 1], and -inf gives 1."""
     return -math.exp(-0.5) * torch.sigmoid(w)
 
 
 def recurrent6(r, k, v, w, u, s):
     """RWKV-6: r, k, v, w (B,T,H,N), u (H,N), s [key i, value j] -> y (B,T,H,N), s.
 
-    y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])        reads s before the decay; the current token enters through u
+    y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])        s before the decay; the current token enters through u only
     s[i,j] <- delta_t[i] s[i,j] + k_t[i] v_t[j]
     """
     ys = []
-    for r_t, k_t, v_t, d_t in zip(*(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True):
+    for r_t, k_t, v_t, delta_t in zip(*(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True):
         kv = k_t[..., :, None] * v_t[..., None, :]
         ys.append((r_t[..., None, :] @ (s + u[..., None] * kv)).squeeze(-2))
-        s = d_t[..., None] * s + kv
+        s = delta_t[..., None] * s + kv
     return torch.stack(ys, 1), s
 
 
 def recurrent7(r, w, k, v, a, b, s):
     """RWKV-7: r, w, k, v, a, b (B,T,H,N), s [value i, key j] -> y (B,T,H,N), s.
 
-    s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T             s a_t reads s before the decay
-    y_t = s r_t                                                   reads s after the update, unlike RWKV-6
+    s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T            s a_t reads the state before the decay
+    y_t = s r_t                                                  reads the state after the update, unlike RWKV-6
     """
     ys = []
-    for r_t, d_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True):
-        s = s * d_t[..., None, :] + (s @ a_t[..., None]) * b_t[..., None, :] + v_t[..., None] * k_t[..., None, :]
+    for r_t, delta_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True):
+        s = s * delta_t[..., None, :] + (s @ a_t[..., None]) * b_t[..., None, :] + v_t[..., None] * k_t[..., None, :]
         ys.append((s @ r_t[..., None]).squeeze(-1))
     return torch.stack(ys, 1), s

@@ -1,3 +1,13 @@
+"""WKV-6 in chunks, plain torch and plain autograd: the tokens of a chunk meet in a score matrix, chunks meet in the state.
+
+With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, a chunk of C tokens with incoming state S gives
+
+    y_t = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i        A[t,i] = sum_n r_t k_i D(i,t),   A[t,t] = sum_n r_t u k_t
+    S'  = D(start,end) * S + sum_i (k_i * D(i,end))^T v_i
+
+A decay may be an exact 0, so D is never a quotient (nor a difference of logarithms): `scores` multiplies it up from single tokens.
+"""
+
 import torch
 import torch.nn.functional as F
 
@@ -5,44 +15,47 @@ from .reference import decay6, recurrent6
 
 
 def split(x, n, C, fill=0.0):
-    """(B, T, H, N) -> (n*B*H, C, N): n chunks of C tokens, the chunk index outermost; missing tokens are `fill`."""
+    """(B, T, H, N) -> (n*B*H, C, N): n chunks of C tokens, chunk index outermost, missing tokens filled."""
     B, T, H, N = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, n * C - T), value=fill) if T < n * C else x
-    return x.view(B, n, C, H, N).permute(1, 0, 3, 2, 4).reshape(n * B * H, C, N)
+    return x.reshape(B, n, C, H, N).permute(1, 0, 3, 2, 4).reshape(-1, C, N)
 
 
 def join(y, n, B, T):
-    G, C, N = y.shape
-    H = G // (n * B)
-    return y.view(n, B, H, C, N).permute(1, 0, 3, 2, 4).reshape(B, n * C, H, N)[:, :T]
+    """The inverse of `split`: (n*B*H, C, N) -> (B, T, H, N), without the tokens that filled the last chunk."""
+    return y.unflatten(0, (n, B, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
 
 
-def scores(r, k, d, u):
+def scores(r, k, delta, u):
+    """All that happens inside chunks: r, k, delta (G,C,N), u (G,1,N), C a power of two -> A (G,C,C) and, scaled for the
+    state, r_t * D(start,t) (G,C,N), k_i * D(i,end) (G,C,N), D(start,end) (G,1,N).
+
+    The same four describe a block of one token; two neighbouring blocks make one of twice the size. For t in the second and i in the
+    first, D(i,t) = D(i,border) delta_border.. D(..,t) is just the product of what k_i and r_t carry already. Every factor is in [0,1].
+    """
     G, C, N = r.shape
     A = (r * u * k).sum(-1).view(G, C, 1, 1)
-    r, k, d = (x.view(G, C, 1, N) for x in (r, k, d))
+    r, k, d = (x.view(G, C, 1, N) for x in (r, k, delta))
     while A.shape[1] > 1:
         (A1, A2), (r1, r2), (k1, k2), (d1, d2) = (x.unflatten(1, (-1, 2)).unbind(2) for x in (A, r, k, d))
-        A = torch.cat([torch.cat([A1, torch.zeros_like(A1)], -1), torch.cat([r2 @ k1.mT, A2], -1)], -2)
-        r, k, d = torch.cat([r1, r2 * d1], 2), torch.cat([k1 * d2, k2], 2), d1 * d2
-    return A.squeeze(1), r.squeeze(1), k.squeeze(1), d.squeeze(1)
+        A = torch.cat([F.pad(A1, (0, A1.shape[-1])), torch.cat([r2 @ k1.mT, A2], -1)], -2)
+        r, k, d = torch.cat([r1, d1 * r2], 2), torch.cat([k1 * d2, k2], 2), d1 * d2
+    return tuple(x.squeeze(1) for x in (A, r, k, d))
 
 
-def chunked6(r, k, v, w, u, s, chunk=16):
+def chunked6(r, k, v, w, u, s, chunk=32):
+    """The same function as `recurrent6`; chunk is a power of two, and 32 is as fast as 16 with half the states kept for the backward."""
     B, T, H, N = r.shape
     if T == 1:
         return recurrent6(r, k, v, w, u, s)
     C = min(chunk, 1 << (T - 1).bit_length())
     n = -(-T // C)
-    d = split(decay6(w), n, C, fill=1.0)
+    delta = decay6(split(w, n, C, fill=-torch.inf))
     r, k, v = (split(x, n, C) for x in (r, k, v))
-    A, r, k, d = scores(r, k, d, u.repeat(n * B, 1)[:, None])
-    kv = (k.mT @ v).view(n, B * H, N, N)
-    d = d.view(n, B * H, N, 1)
-    s = s.reshape(B * H, N, N)
-    S = []
-    for kv_c, d_c in zip(kv.unbind(), d.unbind()):
-        S.append(s)
-        s = torch.addcmul(kv_c, d_c, s)
-    y = torch.baddbmm(A @ v, r, torch.cat(S))
-    return join(y, n, B, T), s.view(B, H, N, N)
+    A, r, k, d = scores(r, k, delta, u.repeat(n * B, 1)[:, None])
+    s, ys = s.reshape(B * H, N, N), []
+    # Everything above is batched over chunks; the loop holds only what needs the state, so that no (n, N, N) tensor is formed.
+    for y_c, r_c, k_c, v_c, d_c in zip(*(x.unflatten(0, (n, B * H)).unbind() for x in (A @ v, r, k.mT, v, d.mT)), strict=True):
+        ys.append(torch.baddbmm(y_c, r_c, s))
+        s = torch.baddbmm(d_c * s, k_c, v_c)
+    return join(torch.cat(ys), n, B, T), s.view(B, H, N, N)

@@ -1,34 +1,42 @@
+"""WKV-7 in chunks, plain torch and plain autograd.
+
+A chunk of C tokens with incoming state S, here [key, value], and P_t = sum_{s<=t} log delta_s; all rows of (C, N) matrices:
+
+    A = a e^{P - log delta}     B = b e^{-P}     K = k e^{-P}     R = r e^{P}
+    U  = (I - tril-(A B^T))^-1 (tril-(A K^T) V + A S)             U_t = a_t S_{t-1}, what the delta rule reads
+    Y  = R S + tril(R B^T) U + tril(R K^T) V                      tril- is strictly lower, tril has the diagonal
+    S' = e^{P_C} (S + B^T U + K^T V)
+"""
+
 import torch
 
 from .reference import log_decay7, recurrent7
 from .wkv6 import join, split
 
+
 def chunked7(r, w, k, v, a, b, s, chunk=16):
+    """The same function as `recurrent7`. e^{-P} <= e^{0.6065 chunk} is 1.6e4 at 16; 32 is no faster and up to 1.7x less exact."""
     B, T, H, N = r.shape
     if T == 1:
         return recurrent7(r, w, k, v, a, b, s)
     n = -(-T // chunk)
     C = -(-T // n)
-    L = split(log_decay7(w), n, C)
+    log_delta = log_decay7(split(w, n, C, fill=-torch.inf))
     r, k, v, a, b = (split(x, n, C) for x in (r, k, v, a, b))
-    P = L.cumsum(1)
-    inc, inv = P.exp(), (-P).exp()
-    Q = torch.cat([a * (P - L).exp(), r * inc], 1)
-    K = torch.cat([b * inv, k * inv], 1)
-    low = torch.ones(C, C, dtype=r.dtype, device=r.device).tril(-1)
-    mask = torch.cat([low, low+torch.eye(C, dtype=r.dtype, device=r.device)]).repeat(1, 2)
-    Sb, Sk = ((Q @ K.mT) * mask).chunk(2, 2)
-    ab, rb = Sb.chunk(2, 1)
-    Za, Zr = torch.cat([Sk @ v, Q], 2).chunk(2, 1)
-    X = torch.linalg.solve_triangular(-ab, Za, upper=False, unitriangular=True)
-    Y, R = torch.baddbmm(Zr, rb, X).chunk(2, 2)
-    fw = inc[:, -1:]
-    Kb, Kk = (K * fw).chunk(2, 1)
-    P, D = torch.baddbmm(torch.cat([Kk.mT @ v, torch.diag_embed(fw[:, 0])], 2), Kb.mT, X).chunk(2, 2)
-    m = s.reshape(B * H, N, N).mT
-    M = []
-    for P_c, D_c in zip(P.view(n, B*H, N, N).unbind(), D.view(n, B*H, N, N).unbind()):
-        M.append(m)
-        m = torch.baddbmm(P_c, D_c, m)
-    y = torch.baddbmm(Y, R, torch.cat(M))
-    return join(y, n, B, T), m.mT.reshape(B, H, N, N)
+    P = log_delta.cumsum(1)
+    grow, shrink, end = (-P).exp(), P.exp(), P[:, -1:].exp()
+    r, k, a, b = r * shrink, k * grow, a * (P - log_delta).exp(), b * grow
+    lower = r.new_ones(C, C).tril()
+    strict = lower.tril(-1)
+    ab, ak, rb, rk = a @ b.mT * strict, a @ k.mT * strict, r @ b.mT * lower, r @ k.mT * lower
+    inverse = torch.linalg.solve_triangular(-ab, torch.eye(C, dtype=r.dtype, device=r.device), upper=False, unitriangular=True)
+    # U = u + a S with the inverse applied to both. All this is batched over chunks; the loop holds only what needs the state.
+    u, a = inverse @ (ak @ v), inverse @ a
+    parts = (u, a, rk @ v, r, (k * end).mT, v, (b * end).mT, end.mT)
+    s, us, ys = s.reshape(B * H, N, N).mT, [], []
+    for u_c, a_c, y_c, r_c, k_c, v_c, b_c, end_c in zip(*(x.unflatten(0, (n, B * H)).unbind() for x in parts), strict=True):
+        us.append(torch.baddbmm(u_c, a_c, s))
+        ys.append(torch.baddbmm(y_c, r_c, s))
+        s = torch.baddbmm(torch.baddbmm(end_c * s, k_c, v_c), b_c, us[-1])
+    y = torch.baddbmm(torch.cat(ys), rb, torch.cat(us))
+    return join(y, n, B, T), s.mT.contiguous().view(B, H, N, N)

@@ -1,0 +1,47 @@
+"""The demo's last word: accuracy before and after, and whether the merged file is the adapter's model. The last line is JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from rwkv_miss import UserError, load_adapter
+from rwkv_miss.errors import one_line_errors
+from src.evaluate import exact_accuracy, read_questions
+from src.model import RWKV
+from src.tokenizer import load_tokenizer, recorded_tokenizer
+
+MAX_TOKENS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.verify", description=__doc__, allow_abbrev=False)
+    for name in ("base", "adapter", "merged", "questions", "summary"):
+        parser.add_argument(f"--{name}", required=True)
+    args = parser.parse_args()
+    with one_line_errors():
+        questions = read_questions(args.questions)
+        base, merged = RWKV.load(args.base, torch.float32), RWKV.load(args.merged, torch.float32)
+        tokenizer = load_tokenizer(recorded_tokenizer("auto", args.base), base.arch.vocab_size)
+        before, wrong = exact_accuracy(base, tokenizer, questions, MAX_TOKENS)
+        load_adapter(base, args.adapter)
+        live, _ = exact_accuracy(base, tokenizer, questions, MAX_TOKENS)
+        after, answers = exact_accuracy(merged, tokenizer, questions, MAX_TOKENS)
+        if abs(live - after) > 0.01:
+            raise UserError(f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something")
+        with open(args.summary, encoding="utf-8") as file:
+            seconds = json.load(file)["train_seconds"]
+    print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
+    for (question, _), first, second in list(zip(questions, wrong, answers))[:8]:
+        print(f"{question.replace(chr(10), ' '):<60} {first:<12} {second:<12}")
+    print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
+    print(json.dumps({
+        "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,
+        "train_seconds": round(seconds, 1),
+    }))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+# Sourced by the demo and test scripts: goes to the checkout's root and activates .venv there, which it makes on the first call.
+# Usage: source scripts/setup.sh [extra]      with extra = test, the test tools are installed too
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup() {
+    local extra="${1:-}" python="" candidate wanted
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            python="$candidate"
+            break
+        fi
+    done
+    if [ -z "$python" ] && [ ! -x .venv/bin/python ]; then
+        echo "error: no Python 3.10 to 3.13 with venv was found; on Debian and Ubuntu: apt install python3 python3-venv" >&2
+        return 2
+    fi
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    source .venv/bin/activate
+    wanted="$(cat requirements.txt pyproject.toml | cksum) $extra"
+    if ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
+        echo "installing the requirements into .venv (a minute with a fast network; torch with CUDA is a download of about 3 GB)"
+        python -m pip install --quiet --requirement requirements.txt
+        python -m pip install --quiet --editable ".${extra:+[$extra]}"
+        echo "$wanted" >> .venv/installed
+    fi
+}
+
+setup "$@"

@@ -1,0 +1,339 @@
+"""Tokenizers: text comes back whole, streaming never shows half a character, and what cannot be encoded is said, not lost."""
+
+import ast
+import json
+import pathlib
+import random
+import re
+import unicodedata
+
+import pyrwkv_tokenizer
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from rwkv_miss.errors import UserError
+from src.tokenizer import load_tokenizer
+
+FAMILY = "\U0001f468‍\U0001f469‍\U0001f467"  # one visible emoji, three of them joined by ZWJ
+TEXTS = [
+    "",
+    "Hello, world!\n\nUser: hi\r\n\tAssistant: 1 + 1 = 2   ",
+    "人工智能会改变世界。\n你好，世界！",
+    f"{FAMILY}\U0001f44d\U0001f3fd caf\u00e9 \U00020000 مرحبا नमस्ते",
+    "a\x00b\x00\x00\x7f\x80\u2028\ufeff",
+    "a mark \ufffd that is real \ufffd\ufffd中",
+    "def f(x):\n        return x" + " " * 150 + "-" * 90,
+]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_tokenizer("auto", 65536)
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def vocabulary(path, table):
+    return write(path, "".join(f"{i} {token!r} {len(token.encode() if isinstance(token, str) else token)}\n" for i, token in table.items()))
+
+
+def bpe(path, special=("<|endoftext|>", "<|padding|>"), **options):
+    """A byte-level BPE as GPT-NeoX's 20B vocabulary is: NFC, offsets trimmed by the post-processor, two special tokens."""
+    inner = Tokenizer(models.BPE(**options))
+    inner.normalizer = normalizers.NFC()
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    inner.decoder = decoders.ByteLevel()
+    # Chinese in the training text gives merges of parts of two characters, the hard case of streaming
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(special), show_progress=False
+    )
+    inner.train_from_iterator(TEXTS + ["世界人工智能会改变世界人工" * 5, "Hello world hello"], trainer)
+    inner.save(str(path))
+    return str(path)
+
+
+def characters(path, alphabet="0123456789,#", special="#", unknown=None):
+    """One id per character: the vocabulary of the 12-id rwkv7-reverse model."""
+    options = {"unk_token": unknown} if unknown else {}
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(alphabet)}, **options))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(list(special))
+    inner.save(str(path))
+    return str(path)
+
+
+def byte_fallback(path):
+    """As in Llama: a space is `▁`, one space is stripped at the start, and unknown characters are tokens like <0xE4>."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", *"abcdefgh", *(f"<0x{b:02X}>" for b in range(256))])}
+    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    prepared = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    return write(path, {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text, "special": True, **flags} for i, text in enumerate(["<unk>", "</s>"])],
+        "normalizer": {"type": "Sequence", "normalizers": prepared},
+        "decoder": {"type": "Sequence", "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": True},
+    })
+
+
+@pytest.fixture(params=["world", "bytes", "utf16", "vocabulary", "bpe", "byte_fallback"])
+def tokenizer(request, tmp_path, world):
+    """Every kind that can express any text."""
+    if request.param == "world":
+        return world
+    if request.param == "vocabulary":
+        table = {i + 1: bytes([i]) for i in range(256)} | {300: "人工", 70000: "中", 301: "    ", 302: "人工".encode()[1:4]}
+        return load_tokenizer(vocabulary(tmp_path / "vocabulary.txt", table), 70001)
+    if request.param in ("bpe", "byte_fallback"):
+        return load_tokenizer({"bpe": bpe, "byte_fallback": byte_fallback}[request.param](tmp_path / "tokenizer.json"), 1000)
+    return load_tokenizer(request.param, 256)
+
+
+def random_text(seed):
+    rng = random.Random(seed)
+    ranges = [(0, 0x80), (0x80, 0x800), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x10000, 0x110000)]
+    text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 40)))
+    return unicodedata.normalize("NFC", text)  # some tokenizer files normalise
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *map(random_text, range(10))], ids=range(len(TEXTS) + 10))
+def test_text_comes_back_and_streams_in_whole_characters(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.decode(ids) == text
+    decoder = tokenizer.decoder()
+    pieces = [decoder.push(i) for i in ids]
+    pieces.append(decoder.flush())
+    assert "".join(pieces) == text
+    assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+    # text arrives when it is complete, not at the end
+    assert pieces[-1] == "" or text.endswith("\ufffd")
+
+
+@pytest.mark.parametrize("text", TEXTS[1:4])
+def test_no_character_waits_longer_than_its_own_ids(tokenizer, text):
+    decoder, ids, shown, complete = tokenizer.decoder(), tokenizer.encode(text), "", ""
+    for n, token in enumerate(ids, 1):
+        shown += decoder.push(token)
+        # byte fallback decodes a whole run of bytes to marks while its end is open, so the longest text so far counts
+        complete = max(complete, tokenizer.decode(ids[:n]).rstrip("\ufffd"), key=len)
+        assert shown == complete
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_ids_stream_to_what_they_decode_to(world, seed):
+    rng = random.Random(seed)
+    for tokenizer, size in ((world, 300), (load_tokenizer("bytes", 256), 256), (load_tokenizer("utf16", 256), 256)):
+        ids = [rng.randrange(size) for _ in range(200)]
+        decoder = tokenizer.decoder()
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
+
+
+def test_half_a_character_is_a_mark_at_the_end_and_is_forgotten(tokenizer):
+    ids = tokenizer.encode("\U0001fae0")
+    assert len(ids) > 1, "this test needs a character of several ids"
+    decoder = tokenizer.decoder()
+    assert "".join(map(decoder.push, ids[:-1])) == ""
+    assert set(decoder.flush()) == {"\ufffd"} == set(tokenizer.decode(ids[:-1]))
+    assert "".join(map(decoder.push, tokenizer.encode("ab"))) + decoder.flush() == "ab"
+
+
+def naive_greedy(table, data):
+    """The longest token at each place, by trying every length."""
+    ids, place, longest = {token: i for i, token in table.items()}, 0, max(map(len, table.values()))
+    found = []
+    while place < len(data):
+        size = next(n for n in range(longest, 0, -1) if data[place : place + n] in ids and place + n <= len(data))
+        found.append(ids[data[place : place + size]])
+        place += size
+    return found
+
+
+def test_world_is_the_longest_match_over_its_file(world):
+    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    table = {}
+    for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
+        token = ast.literal_eval(line[line.index(" ") + 1 : line.rindex(" ")])
+        table[int(line[: line.index(" ")])] = token.encode() if isinstance(token, str) else token
+    for text in [*TEXTS, *map(random_text, range(100))]:
+        assert world.encode(text) == naive_greedy(table, text.encode())
+    assert all(world.encode(token.decode()) == [i] for i, token in table.items() if token.decode(errors="ignore").encode() == token)
+    # what RWKV people know by heart
+    assert world.encode("\n\n") == [261] and world.encode("User:") == [24281, 59]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_vocabulary_file_is_the_longest_match_whatever_its_ids(tmp_path, seed):
+    rng = random.Random(seed)
+    alphabet = "ab中\n'\\"
+    words = {"".join(rng.choices(alphabet, k=rng.randrange(1, 5))).encode() for _ in range(12)} | {bytes([b]) for b in alphabet.encode()}
+    # ids from 0, with gaps, and beyond 16 bits
+    table = dict(zip(sorted(rng.sample(range(100_000), len(words) - 1)) + [0], sorted(words, key=lambda word: rng.random()), strict=True))
+    tokenizer = load_tokenizer(vocabulary(tmp_path / "v.txt", table), 100_000, eod="a")
+    for _ in range(20):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(20)))
+        assert tokenizer.encode(text) == naive_greedy(table, text.encode())
+
+
+def test_a_vocabulary_file_says_what_it_cannot_express(tmp_path):
+    table = {1: "a", 2: "abcd", 3: "b", 4: "中", 5: "人".encode()[:2]}
+    tokenizer = load_tokenizer(vocabulary(tmp_path / "v.txt", table), 6)
+    assert tokenizer.encode("abab中abcd") == [1, 3, 1, 3, 4, 2]
+    for text, character, place in (("abc", "c", 3), ("x", "x", 1), ("中人a", "人", 2), ("中丁", "丁", 2), ("\0", "\0", 1)):
+        with pytest.raises(UserError, match=rf"no token for {re.escape(repr(character))} \(character {place}\)"):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "line", ["hello", "1 'a' 2", "1 'a'", "-1 'a' 1", "1 '' 0", "1 5 5", "x 'a' 1", "1 __import__('os') 1", "", "7 'c' 1", "8 'b' 1"]
+)
+def test_a_damaged_vocabulary_file_names_its_line(tmp_path, line):
+    path = write(tmp_path / "v.txt", f"7 'b' 1\n{line}\n9 'd' 1\n")
+    with pytest.raises(UserError, match="line 2"):
+        load_tokenizer(path, 100)
+
+
+def test_too_many_tokens_for_a_vocabulary_file(tmp_path):
+    path = vocabulary(tmp_path / "v.txt", {i: i.to_bytes(3, "big") for i in range(1, 65537)})
+    with pytest.raises(UserError, match="65536 tokens"):
+        load_tokenizer(path, 100_000)
+
+
+def test_end_of_document_of_each_kind(tmp_path, world):
+    assert (world.name, world.eod, world.vocab_size) == ("world", (0,), 65530)
+    assert world.decode([*world.encode("hi"), *world.eod]) == "hi"
+    for name, eod in (("bytes", (0,)), ("utf16", (0, 0))):
+        tokenizer = load_tokenizer(name, 256)
+        assert (tokenizer.name, tokenizer.eod, tokenizer.vocab_size) == (name, eod, 256)
+        assert tokenizer.decode(eod) == "\0"
+    assert load_tokenizer("utf16", 256).encode("a中") == [0x61, 0, 0x2D, 0x4E]
+
+    free = vocabulary(tmp_path / "free.txt", {1: "a", 2: "b"})
+    assert (load_tokenizer(free, 3).name, load_tokenizer(free, 3).eod, load_tokenizer(free, 3, "b").eod) == (free, (0,), (2,))
+    assert load_tokenizer(free, 3).decode([1, 0, 2]) == "ab"
+    used = vocabulary(tmp_path / "used.txt", {0: "a", 1: "b"})
+    assert load_tokenizer(used, 2, "b").eod == (1,)
+    for path, eod in ((used, ""), (used, "c"), (free, "c")):
+        with pytest.raises(UserError, match="--eod"):
+            load_tokenizer(path, 3, eod)
+    for name in ("auto", "world", "bytes", "utf16"):
+        with pytest.raises(UserError, match="--eod"):
+            load_tokenizer(name, 65536, "a")
+
+
+@pytest.mark.parametrize(
+    "special, eod, end",
+    [
+        (["<pad>", "</s>", "<|endoftext|>"], "", "<|endoftext|>"),
+        (["<pad>", "<|im_end|>", "</s>"], "", "</s>"),
+        (["<one>"], "", "<one>"),
+        (["<pad>", "</s>"], "<pad>", "<pad>"),
+        (["<pad>", "</s>"], "a", "a"),
+    ],
+)
+def test_end_of_document_of_a_tokenizer_json(tmp_path, special, eod, end):
+    tokenizer = load_tokenizer(bpe(tmp_path / "tokenizer.json", special), 1000, eod)
+    assert tokenizer.decode(tokenizer.eod) == end
+    # a token that the text spells is that token; none is added
+    assert tokenizer.encode(f"b{end}b") == [*tokenizer.encode("b"), *tokenizer.eod, *tokenizer.encode("b")]
+
+
+@pytest.mark.parametrize("special, eod", [([], ""), (["<a>", "<b>"], ""), (["<a>", "</s>"], "<c>"), (["<unk>"], "")])
+def test_a_tokenizer_json_without_end_lists_what_it_has(tmp_path, special, eod):
+    path = bpe(tmp_path / "tokenizer.json", special, **({"unk_token": "<unk>"} if special == ["<unk>"] else {}))
+    with pytest.raises(UserError, match=f"special tokens: {', '.join(special) or 'none'}. .*--eod"):
+        load_tokenizer(path, 1000, eod)
+
+
+def test_the_digits_of_the_reverse_model(tmp_path):
+    tokenizer = load_tokenizer(characters(tmp_path / "tokenizer.json"), 12)
+    assert (tokenizer.eod, tokenizer.vocab_size) == ((11,), 12)
+    assert tokenizer.encode("12345,") == [1, 2, 3, 4, 5, 10]
+    assert tokenizer.decode([5, 4, 3, 2, 1, 11]) == "54321#"
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "WordLevel with unknown", "BPE"])
+@pytest.mark.parametrize("text, missing", [("x", "x"), ("1x2", "x"), ("12 3", " "), ("1中", "中"), ("12\n", "\n")])
+def test_a_character_without_token_is_an_error(tmp_path, kind, text, missing):
+    path = characters(tmp_path / "tokenizer.json", "0123456789,#?", unknown="?" if "unknown" in kind else None)
+    if kind == "BPE":  # drops what it does not know
+        content = json.loads(pathlib.Path(path).read_text())
+        write(pathlib.Path(path), content | {"model": {"type": "BPE", "vocab": content["model"]["vocab"], "merges": []}})
+    tokenizer = load_tokenizer(path, 13)
+    assert tokenizer.encode("1,2#") == [1, 10, 2, 11]
+    with pytest.raises(UserError, match=re.escape(f"no token for {missing!r}")):
+        tokenizer.encode(text)
+
+
+def test_tokenizers_that_change_the_text_still_encode_all_of_it(tmp_path):
+    twenty = load_tokenizer(bpe(tmp_path / "bpe.json"), 1000)
+    assert twenty.decode(twenty.encode("e\u0301  e\u0301")) == "\u00e9  \u00e9"
+    # without a decoder the tokens are joined by spaces
+    path = pathlib.Path(characters(tmp_path / "spaced.json"))
+    tokenizer = load_tokenizer(write(path, json.loads(path.read_text()) | {"decoder": None}), 12)
+    assert tokenizer.encode("12,") == [1, 2, 10]
+    with pytest.raises(UserError, match="no token for 'x'"):
+        tokenizer.encode("12x")
+
+
+def test_truncation_and_padding_of_a_file_are_off(tmp_path):
+    path = pathlib.Path(bpe(tmp_path / "tokenizer.json"))
+    inner = Tokenizer.from_file(str(path))
+    inner.enable_truncation(4)
+    inner.enable_padding(length=64)
+    inner.save(str(path))
+    tokenizer = load_tokenizer(str(path), 1000)
+    assert tokenizer.decode(tokenizer.encode("a long text that is longer")) == "a long text that is longer"
+
+
+@pytest.mark.parametrize("kind, ids", [("world", (65530, 65535, 65536, -1)), ("bytes", (256, -1)), ("utf16", (256,)), ("json", (12, -1))])
+def test_an_id_outside_the_vocabulary_is_named(tmp_path, world, kind, ids):
+    tokenizer = {"world": world}.get(kind) or load_tokenizer(characters(tmp_path / "t.json") if kind == "json" else kind, 256)
+    for token in ids:
+        message = rf"id {token} .*size is {tokenizer.vocab_size}"
+        with pytest.raises(UserError, match=message):
+            tokenizer.decode([1, token])
+        with pytest.raises(UserError, match=message):
+            tokenizer.decoder().push(token)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer):
+    with pytest.raises(UserError, match=r"surrogate.*character 3"):
+        tokenizer.encode("ab\ud83d")
+
+
+def test_the_model_must_have_the_tokenizers_ids(tmp_path):
+    files = {
+        vocabulary(tmp_path / "v.txt", {1: "a", 99: "b"}): 100,
+        characters(tmp_path / "t.json"): 12,
+    }
+    for spec, size in {"world": 65530, "bytes": 256, "utf16": 256, **files}.items():
+        with pytest.raises(UserError, match=f"{size}, more than the model's {size - 1}; .*--tokenizer"):
+            load_tokenizer(spec, size - 1)
+        if spec != "world":
+            assert load_tokenizer(spec, size).vocab_size == load_tokenizer(spec, size + 50).vocab_size == size
+
+
+def test_auto_is_world_or_a_question():
+    for size in (256, 50277, 65530, 65537):
+        with pytest.raises(UserError, match=rf"{size}.*--tokenizer world, bytes, utf16 or a FILE"):
+            load_tokenizer("auto", size)
+
+
+def test_a_file_that_is_absent_or_no_tokenizer(tmp_path):
+    binary = tmp_path / "model.pth"
+    binary.write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(UserError, match="No such file"):
+        load_tokenizer(str(tmp_path / "absent.json"), 256)
+    for path in (tmp_path, binary):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            load_tokenizer(str(path), 256)
+    for content in ("{", "{}", '{"model": 3}', "", "[1]"):
+        with pytest.raises(UserError, match="t.json"):
+            load_tokenizer(write(tmp_path / "t.json", content), 256)
