@@ -3,8 +3,8 @@
 World, bytes, utf16 and vocabulary files in World format are one thing, a table id -> bytes; they differ in how a text finds its ids.
 A tokenizer.json is left to the `tokenizers` package.
 
-encode() loses nothing silently and decode() is its inverse: every id gives its own text. So an end of document that no text can spell
-(World's id 0) decodes to "", and one that a text can spell (NUL of bytes and utf16, `<|endoftext|>` of a file) decodes to that text.
+encode() loses nothing silently and decode() is its inverse (up to what a tokenizer.json normalises): every id gives its own text. So an end
+of document that no text can spell (World's id 0) gives "", one that a text can spell (NUL of bytes and utf16, a file's `</s>`) that text.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class JsonTokenizer(Tokenizer):
             found = self.inner.encode(text, add_special_tokens=False)
         except Exception:  # WordLevel without an unknown token; it does not say where
             missing = "".join(sorted(set(text).difference(*self.inner.get_vocab())))
-            raise UserError(f"tokenizer {self.name} has no token for {missing or text!r}") from None
+            raise UserError(f"tokenizer {self.name} has no token for {missing or text[:80]!r}") from None
         back = self._decode(found.ids)
         if back != text and not (self.inner.normalizer and back == self.inner.normalizer.normalize_str(text)):
             self._check_covered(text, found)

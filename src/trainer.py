@@ -25,7 +25,8 @@ class ScaledFp16(MixedPrecision):
     """Loss scaling alone: the frozen base is fp16 already, the adapter is fp32 and stays so, nothing is autocast."""
 
     def __init__(self, device: str):
-        super().__init__("16-mixed", device, torch.amp.GradScaler(device))
+        # from 1024 instead of 65536: the first steps of a short run would otherwise be spent on finding a scale that fits
+        super().__init__("16-mixed", device, torch.amp.GradScaler(device, init_scale=1024.0))
 
     def forward_context(self):
         return contextlib.nullcontext()

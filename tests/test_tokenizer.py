@@ -274,6 +274,12 @@ def test_a_character_without_token_is_an_error(tmp_path, kind, text, missing):
 def test_tokenizers_that_change_the_text_still_encode_all_of_it(tmp_path):
     twenty = load_tokenizer(bpe(tmp_path / "bpe.json"), 1000)
     assert twenty.decode(twenty.encode("e\u0301  e\u0301")) == "\u00e9  \u00e9"
+    # a space put in front, and offsets that leave spaces out
+    path = pathlib.Path(bpe(tmp_path / "prefixed.json"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    prefixed = load_tokenizer(write(path, content), 1000)
+    assert prefixed.decode(prefixed.encode("a  b c")) == " a  b c"
     # without a decoder the tokens are joined by spaces
     path = pathlib.Path(characters(tmp_path / "spaced.json"))
     tokenizer = load_tokenizer(write(path, json.loads(path.read_text()) | {"decoder": None}), 12)
@@ -282,13 +288,14 @@ def test_tokenizers_that_change_the_text_still_encode_all_of_it(tmp_path):
         tokenizer.encode("12x")
 
 
-def test_truncation_and_padding_of_a_file_are_off(tmp_path):
-    path = pathlib.Path(bpe(tmp_path / "tokenizer.json"))
-    inner = Tokenizer.from_file(str(path))
+def test_what_a_file_adds_and_cuts_is_off(tmp_path):
+    path = bpe(tmp_path / "tokenizer.json")
+    inner = Tokenizer.from_file(path)
+    inner.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     inner.enable_truncation(4)
     inner.enable_padding(length=64)
-    inner.save(str(path))
-    tokenizer = load_tokenizer(str(path), 1000)
+    inner.save(path)
+    tokenizer = load_tokenizer(path, 1000)
     assert tokenizer.decode(tokenizer.encode("a long text that is longer")) == "a long text that is longer"
 
 

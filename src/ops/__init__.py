@@ -1,6 +1,7 @@
 """The WKV recurrences, `wkv6` and `wkv7`, and the choice of the code that runs them.
 
-Shapes: B batch, T tokens, H heads, N head size. States are fp32 in the layout of the `rwkv` package.
+Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package. Everything is computed in fp32
+whatever the dtype of the activations, also under autocast, and in float64 when r is float64; gradients flow to and through every argument.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from .reference import recurrent6, recurrent7
 from .wkv6 import chunked6
 from .wkv7 import chunked7
 
-# kernel name -> (RWKV-6, RWKV-7); each takes contiguous-or-not tensors of one dtype, fp32 or float64, and a state
-KERNELS = {"torch": (chunked6, chunked7), "reference": (recurrent6, recurrent7)}
+# name -> version -> a function of tensors of one dtype, fp32 or float64, contiguous or not, the state last -> (y, state)
+KERNELS = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
 
 
 def choose(name: str, device: str) -> tuple[str, str]:
@@ -32,39 +33,40 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Tensor | Non
 
     w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters through u.
     """
-    _check("wkv6", {"r": r, "k": k, "v": v, "w": w}, s0, u)
-    return _run(KERNELS[kernel][0], (r, k, v, w, u), r, s0)
+    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0)
 
 
-def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None = None, kernel: str = "torch") -> tuple[Tensor, Tensor]:
+def wkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None = None, kernel: str = "torch"
+) -> tuple[Tensor, Tensor]:
     """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype, final state.
 
-    w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). y_t reads the state after the update.
+    w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context learning rate.
+    y_t reads the state after the update.
     """
-    _check("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0)
-    return _run(KERNELS[kernel][1], (r, w, k, v, a, b), r, s0)
+    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0)
 
 
-def _run(kernel, inputs: tuple[Tensor, ...], r: Tensor, s0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """State and sums in fp32 whatever the dtype of the activations (float64 for float64)."""
+def _run(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The arguments checked by name, then cast to the dtype of the arithmetic and given to the kernel."""
+    op, r = f"wkv{version}", inputs["r"]
+    if kernel not in KERNELS:
+        raise ValueError(f"{op}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
+    if r.dim() != 4 or 0 in r.shape or not r.is_floating_point():
+        raise ValueError(f"{op}: r is {r.dtype} {tuple(r.shape)}; expected a float (batch, tokens, heads, head size), none of them 0")
+    B, _, H, N = r.shape
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
-    B, _, H, N = r.shape
-    s0 = r.new_zeros(B, H, N, N, dtype=exact) if s0 is None else s0.to(exact)
-    y, state = kernel(*(x.to(exact) for x in inputs), s0)
+    if s0 is None:
+        s0 = r.new_zeros(B, H, N, N, dtype=exact)
+    for name, x in (inputs | {"s0": s0}).items():
+        shape = {"u": (H, N), "s0": (B, H, N, N)}.get(name, tuple(r.shape))
+        # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures
+        dtypes = [exact] if name == "s0" or r.dtype == exact else [r.dtype, exact]
+        if tuple(x.shape) != shape or x.dtype not in dtypes or x.device != r.device:
+            raise ValueError(
+                f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected {' or '.join(map(str, dtypes))} {shape} "
+                f"on {r.device}, because r is {r.dtype} {tuple(r.shape)} there"
+            )
+    with torch.autocast(r.device.type, enabled=False):
+        y, state = KERNELS[kernel][version](*(x.to(exact) for x in inputs.values()), s0)
     return y.to(r.dtype), state
-
-
-def _check(name: str, tensors: dict[str, Tensor], s0: Tensor | None, u: Tensor | None = None) -> None:
-    r = tensors["r"]
-    if r.dim() != 4 or r.shape[1] < 1:
-        raise ValueError(f"{name}: r is {tuple(r.shape)}, expected (batch, tokens >= 1, heads, head size)")
-    for key, x in tensors.items():
-        if x.shape != r.shape:
-            raise ValueError(f"{name}: {key} is {tuple(x.shape)}, r is {tuple(r.shape)}; all share one shape")
-        if x.dtype != r.dtype or x.device != r.device:
-            raise ValueError(f"{name}: {key} is {x.dtype} on {x.device}, r is {r.dtype} on {r.device}; all share dtype and device")
-    B, _, H, N = r.shape
-    if u is not None and u.shape != (H, N):
-        raise ValueError(f"{name}: u is {tuple(u.shape)}, expected (heads, head size) = {(H, N)}")
-    if s0 is not None and s0.shape != (B, H, N, N):
-        raise ValueError(f"{name}: s0 is {tuple(s0.shape)}, expected (batch, heads, head size, head size) = {(B, H, N, N)}")

@@ -1,0 +1,196 @@
+"""Training as a user runs it: one process, many, interrupted and resumed, all to the same losses."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from rwkv_miss import read_metadata
+from src.model import RWKV
+
+from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Random v6 and v7 bases over bytes, and 21 conversations with very unequal answers."""
+    folder = tmp_path_factory.mktemp("training")
+    for version in (6, 7):
+        torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
+    rng = random.Random(0)
+    rows = [
+        {"messages": [{"role": "user", "content": "q" * rng.randint(1, 30)}, {"role": "assistant", "content": "ab c" * rng.choice([1, 1, 15])}]}
+        for _ in range(21)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(files, proj_dir, *flags, version=7):
+    base = ["--load_model", str(files / f"v{version}.pth"), "--peft_config", "r=7"] if "none" not in flags else []
+    return [sys.executable, "train.py", *base, "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
+            "--lr_init", "1e-2", "--micro_bsz", "8", *flags]
+
+
+def train(*args, **kwargs):
+    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(proj_dir):
+    rows = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def plain(files, tmp_path_factory):
+    """The run that all others must equal: one process, whole batches, 2 passes of 3 steps, the last of a pass short."""
+    proj_dir = tmp_path_factory.mktemp("plain") / "run"
+    output = train(files, proj_dir, "--epoch_count", "2")
+    return proj_dir, output
+
+
+def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
+    proj_dir, output = plain
+    assert "RWKV-7, 2 layers, width 48" in output and "12 linears" in output and "21 documents" in output
+    assert "6 steps of 8 rows" in output and "wkv torch" in output and "«" in output
+    assert {p.name for p in proj_dir.iterdir()} == {"adapter.pth", "config.yaml", "metrics.jsonl", "run.json", "loss.png", "checkpoints"}
+    assert (proj_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    metadata = read_metadata(proj_dir / "adapter.pth")
+    assert (metadata["method"], metadata["step"], metadata["tokenizer"]) == ("miss", 6, "bytes")
+    assert metadata["base_fingerprint"] == RWKV.load(files / "v7.pth").base_fingerprint
+    curve = losses(proj_dir)
+    assert len(curve) == 6 and curve[-1] < 0.9 * curve[0]
+    assert yaml.safe_load((proj_dir / "config.yaml").read_text())["micro_bsz"] == 8
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
+def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strategy):
+    proj_dir = tmp_path / "run"
+    train(files, proj_dir, "--epoch_count", "2", "--strategy", strategy, "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2")
+    # fp32: the same sums in another order; 1e-5 is the promise
+    for step, (one, many) in enumerate(zip(losses(plain[0]), losses(proj_dir), strict=True)):
+        assert abs(one - many) < 1e-5 * one, f"step {step + 1}: {one} in one process, {many} in two"
+    ours, theirs = (torch.load(p / "adapter.pth", weights_only=True) for p in (plain[0], proj_dir))
+    for name, tensor in ours.items():
+        close(name, theirs[name], tensor, 1e-3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--strategy", "deepspeed_stage_2", "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2"]],
+                         ids=["plain", "deepspeed_stage_2 x 2"])
+def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
+    proj_dir, again = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--epoch_count", "8", *flags]
+    train(files, proj_dir, *flags)
+    process = subprocess.Popen(command(files, again, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((again / "metrics.jsonl").exists() and (again / "metrics.jsonl").read_text().count("\n") >= 4):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)  # Ctrl-C
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    stopped = len(losses(again))
+    assert 4 <= stopped < 24 and f"stopped, go on with --resume auto: step {stopped} of 24" in output, output
+    assert read_metadata(again / "adapter.pth")["step"] == stopped
+    train(files, again, *flags, "--resume", "auto")
+    whole, resumed = losses(proj_dir), losses(again)
+    assert len(resumed) == 24
+    # the same numbers in the same order: equal, not close
+    assert resumed == whole
+    ours, theirs = (torch.load(p / "adapter.pth", weights_only=True) for p in (proj_dir, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "nothing to train" in train(files, again, *flags, "--resume", "auto")
+
+
+def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
+    for flags, word in ((["--epoch_count", "2"], "--resume auto"), (["--epoch_count", "3", "--resume", "auto"], "epoch_count 2, now it is 3")):
+        done = subprocess.run(command(files, plain[0], *flags), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+PROBE = """
+import sys, torch
+from src import trainer
+seen = []
+step = trainer.FineTuning.training_step
+def probe(self, batch, index):
+    layer = self.model.blocks[0].att.key
+    seen.append((layer.weight.dtype, layer.miss.dtype, self.model.emb.weight.dtype))
+    return step(self, batch, index)
+trainer.FineTuning.training_step = probe
+import train
+sys.argv = ["train.py", *sys.argv[1:]]
+train.main()
+assert set(seen) == {(torch.bfloat16, torch.float32, torch.bfloat16)}, seen
+print("dtypes as promised", len(seen))
+"""
+
+
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(files, tmp_path, strategy):
+    flags = command(files, tmp_path / "run", "--precision", "bf16", "--strategy", strategy)[2:]
+    done = subprocess.run([sys.executable, "-c", PROBE, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert "dtypes as promised 3" in done.stdout, done.stdout + done.stderr
+    assert all(t.dtype == torch.float32 for t in torch.load(tmp_path / "run/adapter.pth", weights_only=True).values())
+
+
+def test_fp16_with_loss_scaling_follows_fp32(files, tmp_path, plain):
+    train(files, tmp_path / "run", "--epoch_count", "2", "--precision", "fp16")
+    for one, half in zip(losses(plain[0]), losses(tmp_path / "run"), strict=True):
+        # fp16 activations have 11 bits; the losses of these random models move by about 1e-3
+        assert abs(one - half) < 2e-2 * one
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
+def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, version, strategy):
+    flags = ["--peft", "none", "--version", f"x0{version}0", "--n_layer", "2", "--n_embd", "32", "--head_size", "16", "--epoch_count", "4",
+             "--strategy", strategy, "--grad_cp", "1"]
+    train(files, tmp_path / "run", *flags)
+    curve = losses(tmp_path / "run")
+    assert curve[0] > 5 and curve[-1] < 0.7 * curve[0]
+    path = tmp_path / "run/model.pth"
+    model = RWKV.load(path, torch.float32)
+    assert model.arch.version == version and read_metadata(path)["tokenizer"] == "bytes"
+    if version == 7:
+        assert "blocks.0.att.v1" in model.state_dict(), "parameters without a gradient stay in the file"
+    exact = tmp_path / "fp32.pth"
+    torch.save({k: v.float() for k, v in torch.load(path, weights_only=True).items()}, exact)
+    ids = list(b"User: q")
+    close("logits", model(torch.tensor([ids]))[0][0], pypi_rwkv(exact)(ids)[0], 2e-5)
+
+
+def test_full_training_of_a_base_keeps_its_keys_shapes_order_and_dtypes(files, tmp_path):
+    base = torch.load(files / "v7.pth", weights_only=True)
+    odd = {name: t.squeeze().bfloat16() for name, t in reversed(base.items())}
+    torch.save(odd, tmp_path / "odd.pth")
+    train(files, tmp_path / "run", "--peft", "none", "--load_model", str(tmp_path / "odd.pth"))
+    trained = torch.load(tmp_path / "run/model.pth", weights_only=True)
+    assert [(n, t.shape, t.dtype) for n, t in trained.items()] == [(n, t.shape, t.dtype) for n, t in odd.items()]
+    assert not torch.equal(trained["head.weight"], odd["head.weight"])
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_activation_checkpointing_changes_no_loss(files, tmp_path, version):
+    curves = []
+    for grad_cp in "01":
+        train(files, tmp_path / grad_cp, "--grad_cp", grad_cp, version=version)
+        curves.append(losses(tmp_path / grad_cp))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+def test_torchrun_launches_the_same_command(files, tmp_path, plain):
+    proj_dir = tmp_path / "run"
+    flags = command(files, proj_dir, "--epoch_count", "2", "--strategy", "deepspeed_stage_1", "--devices", "2", "--micro_bsz", "4")[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(proj_dir) == pytest.approx(losses(plain[0]), rel=1e-5)
