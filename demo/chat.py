@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 
 from rwkv_miss import load_adapter
-from rwkv_miss.errors import UserError, one_line_errors
+from rwkv_miss.errors import Parser, UserError, one_line_errors
 from src import ops
 from src.device import DTYPES, choose_accelerator, choose_precision
 from src.generate import Conversation, Sampling, stream
@@ -16,7 +17,7 @@ from src.tokenizer import load_tokenizer, recorded_tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demo.chat", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m demo.chat", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="base or merged .pth")
     add("--adapter", help="adapter .pth trained on that base")
@@ -35,7 +36,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add("--precision", default="auto", choices=("auto", *DTYPES))
     add("--wkv", default="auto", help="WKV kernel: auto, torch or reference")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        raise UserError("expected --max_tokens >= 1, --top_k >= 0, --temperature >= 0 and 0 < --top_p <= 1")
+    if args.prompt == "" or (args.raw and not args.prompt):
+        raise UserError("--prompt is empty" if args.prompt == "" else "--raw needs --prompt")
+    return args
 
 
 def load(args: argparse.Namespace):
@@ -57,16 +63,12 @@ def show(pieces) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     with one_line_errors():
-        if args.max_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
-            raise UserError("expected --max_tokens >= 1, --temperature >= 0 and 0 < --top_p <= 1")
+        args = parse(argv)
         model, tokenizer = load(args)
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
         chat = Conversation(model, tokenizer, sampling, args.seed, args.system)
         if args.raw:
-            if not args.prompt:
-                raise UserError("--raw needs --prompt")
             show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, sampling, args.max_tokens, "", chat.generator))
         elif args.prompt:
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(chat.answer(args.prompt, args.max_tokens)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import torch
 
 from rwkv_miss import UserError, load_adapter
-from rwkv_miss.errors import one_line_errors
+from rwkv_miss.errors import Parser, one_line_errors
 from src.evaluate import exact_accuracy, read_questions
 from src.model import RWKV
 from src.tokenizer import load_tokenizer, recorded_tokenizer
@@ -17,11 +16,11 @@ MAX_TOKENS = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.verify", description=__doc__, allow_abbrev=False)
-    for name in ("base", "adapter", "merged", "questions", "summary"):
-        parser.add_argument(f"--{name}", required=True)
-    args = parser.parse_args()
     with one_line_errors():
+        parser = Parser(prog="python -m demo.verify", description=__doc__)
+        for name in ("base", "adapter", "merged", "questions", "summary"):
+            parser.add_argument(f"--{name}", required=True)
+        args = parser.parse_args()
         questions = read_questions(args.questions)
         base, merged = RWKV.load(args.base, torch.float32), RWKV.load(args.merged, torch.float32)
         tokenizer = load_tokenizer(recorded_tokenizer("auto", args.base), base.arch.vocab_size)

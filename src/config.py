@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import Arch
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import Parser, UserError
 
 
 def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
@@ -111,17 +112,14 @@ FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME" or "default"."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune RWKV-6 and RWKV-7 checkpoints.", allow_abbrev=False,
-                                     formatter_class=argparse.MetavarTypeHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", type=str, default="", help="YAML file with any of these settings; the config.yaml of an earlier run will do")
+    parser = Parser(prog="python train.py", description="Fine-tune RWKV-6 and RWKV-7 checkpoints.", argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML with any of these settings; the config.yaml of an earlier run will do")
     for field in FIELDS.values():
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
-        parser.add_argument(*names, dest=field.name, type=str, help=(field.metadata["help"] + default).replace("%", "%%"))
-    parser.error = _usage_error
-    known, unknown = parser.parse_known_args(argv)
-    _explain_unknown(unknown)
-    given = vars(known)
+        help = (field.metadata["help"] + default).replace("%", "%%")
+        parser.add_argument(*names, dest=field.name, metavar=_kind(field.name).__name__, help=help)
+    given = vars(parser.parse_args(_without_retired(argv)))
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if given["config"]:
         layers.append((given["config"], _read_yaml(given["config"])))
@@ -133,24 +131,20 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     return config, {name: origins.get(name, "default") for name in FIELDS}
 
 
-def _usage_error(message: str):
-    raise UserError(f"{message}; python train.py --help lists the flags")
-
-
-def _explain_unknown(unknown: list[str]) -> None:
-    """Retired flags get one line each; anything else is an error with the nearest name."""
-    for token in unknown:
-        if not token.startswith("--"):
-            continue
-        name = token[2:].split("=")[0]
-        if name in RETIRED:
+def _without_retired(argv: list[str]) -> list[str]:
+    """The command line without retired flags and their values; each of them gets one line."""
+    kept: list[str] = []
+    value_follows = False
+    for token in argv:
+        name, equals, _ = token.removeprefix("--").partition("=")
+        if token.startswith("--") and name in RETIRED:
             print(f"note: --{name} is ignored: {RETIRED[name]}")
+            value_follows = not equals
             continue
-        near = difflib.get_close_matches(name, [*NAMES, "config"], 1)
-        raise UserError(f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "; python train.py --help lists the flags"))
-    stray = [t for i, t in enumerate(unknown) if not t.startswith("--") and not (i and unknown[i - 1].startswith("--"))]
-    if stray:
-        raise UserError(f"unexpected argument {stray[0]!r}; every setting is given as --name value")
+        if token.startswith("--") or not value_follows:
+            kept.append(token)
+        value_follows = False
+    return kept
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -190,24 +184,33 @@ def _preset_values(values: dict[str, Any]) -> dict[str, Any]:
     return {**common, "peft_config": by_method[method]}
 
 
+def _kind(name: str) -> type:
+    default = FIELDS[name].default
+    return dict if default is dataclasses.MISSING else type(default)
+
+
 def _convert(name: str, value: Any) -> Any:
     """A flag's text or a YAML value in the field's own type."""
-    field = FIELDS[name]
-    kind = dict if field.default is dataclasses.MISSING else type(field.default)
+    kind = _kind(name)
+    if kind is dict:
+        return _parse_options(value)
     try:
-        if kind is dict:
-            value = _parse_options(value)
-        elif kind is bool:
-            value = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
-        elif kind is int and float(value) != int(float(value)):
+        if value is None or isinstance(value, (dict, list)):
             raise ValueError
+        if kind is bool:
+            value = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
+        elif kind is str:
+            value = str(value)
         else:
-            value = kind(float(value)) if kind is int else kind(value)
-    except (ValueError, KeyError, TypeError):
+            number = float(value)
+            value = kind(number)
+            if not math.isfinite(number) or value != number:
+                raise ValueError
+    except (ValueError, KeyError, OverflowError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
         value = METHOD_ALIASES.get(value, value)
-    choices = (*METHODS, "none") if name == "peft" else field.metadata["choices"]
+    choices = (*METHODS, "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
     return value
@@ -228,8 +231,15 @@ def _parse_options(value: Any) -> dict[str, Any]:
         key, sign, raw = pair.partition("=")
         if not sign:
             raise UserError(f"--peft_config {text}: expected JSON or key=value pairs, got {pair!r}")
-        options[key] = raw.split("+") if key in TARGET_NAMES else yaml.safe_load(raw)
+        options[key] = raw.split("+") if key in TARGET_NAMES else _number_or_text(raw)
     return options
+
+
+def _number_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 TARGET_NAMES = ("targets", "target_modules")
@@ -251,9 +261,13 @@ def validate(config: Config) -> None:
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("epoch_steps", "global_bsz", "warmup_steps", "save_steps", "lr_init", "weight_decay", "grad_clip", "random_seed"):
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps", "save_steps",
+                 "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
     if not config.data_file:
         raise UserError("--data_file is missing: the JSONL to train on")
     if not config.load_model and config.peft != "none":
@@ -265,6 +279,9 @@ def validate(config: Config) -> None:
     if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
         each = config.micro_bsz * config.devices * config.num_nodes
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")
+    if config.accumulate_grad_batches not in (1, accumulation(config)):
+        raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, but {config.accumulate_grad_batches} "
+                        "was given; drop one of them")
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
         raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
     if config.num_nodes > 1 and config.strategy == "auto":

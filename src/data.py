@@ -7,6 +7,7 @@ step number, and the trained tokens of a whole optimizer step are known before i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -120,6 +121,12 @@ def load_documents(path, tokenizer, ctx_len: int) -> Documents:
     return documents
 
 
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
+    """The order of the rows in pass `turn` over the data."""
+    return np.random.default_rng([seed, turn]).permutation(count)
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new permutation."""
@@ -146,8 +153,7 @@ class Schedule:
         Sorting inside a step saves padding and changes nothing else: the loss is one sum over the step.
         """
         turn, place = divmod(step, self.steps_per_pass)
-        order = np.random.default_rng([self.seed, turn]).permutation(len(self.lengths))
-        rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
+        rows = _permutation(self.seed, turn, len(self.lengths))[place * self.rows_per_step : (place + 1) * self.rows_per_step]
         return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
 
     def step_targets(self, step: int) -> int:

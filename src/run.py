@@ -19,7 +19,7 @@ from . import ops
 from .config import Config
 from .data import Document, Documents, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
-from .model import VERSIONS, RWKV
+from .model import RWKV, VERSIONS
 from .tokenizer import load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_miss.checkpoint import Arch, write_checkpoint
-from src.model import VERSIONS, RWKV
+from src.model import RWKV, VERSIONS
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

@@ -118,7 +118,7 @@ def test_miss_saves_the_shard_sums_and_lora_its_input_and_nothing_else(dtype):
         parameters = {p.data_ptr() for p in model.parameters()}
         saved = []
         x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             y = model(x)
         kept = [t for t in saved if t.data_ptr() not in parameters]
         assert sum(t.numel() for t in kept) == expected, [tuple(t.shape) for t in kept]
