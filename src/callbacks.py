@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 import rwkv_miss
+from rwkv_miss.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 
@@ -116,7 +117,11 @@ class Saver(Callback):
             os.makedirs(self.folder, exist_ok=True)
             _remove(temporary)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(temporary)
+        try:
+            trainer.save_checkpoint(temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            _remove(temporary)
+            raise UserError(f"checkpoint {final} could not be written ({error}); free some space and go on with --resume auto") from error
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             _remove(final)

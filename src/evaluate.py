@@ -37,7 +37,7 @@ def greedy_answers(model: RWKV, tokenizer, prompts: list[str], max_tokens: int, 
             logits, state = model(torch.tensor([ids for ids, _ in part]))
             produced = []
             for _ in range(max_tokens):
-                token = logits[:, -1].argmax(-1, keepdim=True)
+                token = logits[:, -1, : tokenizer.vocab_size].argmax(-1, keepdim=True)
                 produced.append(token)
                 logits, state = model(token, state)
             for (_, i), ids in zip(part, torch.cat(produced, 1).tolist(), strict=True):

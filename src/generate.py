@@ -60,7 +60,7 @@ def stream(
 
     def feed(tokens: list[int], before: State | None) -> tuple[Tensor, State]:
         logits, after = model(torch.tensor([tokens], device=device), before)
-        return logits[0, -1], after
+        return logits[0, -1, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
 
     logits, state = feed(ids, state)
     decoder, seen = tokenizer.decoder(), {}

@@ -15,7 +15,9 @@ from src.model import RWKV, VERSIONS
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
-torch.set_num_threads(2)
+# small tensors: a second thread costs more than it brings, also in the processes that tests start
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header(config):

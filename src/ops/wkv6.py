@@ -1,11 +1,12 @@
 """WKV-6 in chunks, plain torch and plain autograd: the tokens of a chunk meet in a score matrix, chunks meet in the state.
 
-With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, a chunk of C tokens with incoming state S gives
+With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, where `start` is before and `end` after all tokens of the chunk,
+a chunk with incoming state S gives
 
-    y_t = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i        A[t,i] = sum_n r_t k_i D(i,t),   A[t,t] = sum_n r_t u k_t
+    y_t = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i          A[t,i] = sum_n r_t k_i D(i,t),   A[t,t] = sum_n r_t u k_t
     S'  = D(start,end) * S + sum_i (k_i * D(i,end))^T v_i
 
-A decay may be an exact 0, so D is never a quotient (nor a difference of logarithms): `scores` multiplies it up from single tokens.
+A decay may be an exact 0, so D is never a quotient, nor a difference of logarithms: `scores` multiplies it up from single tokens.
 """
 
 import torch
@@ -16,9 +17,9 @@ from .reference import decay6, recurrent6
 
 def split(x, n, C, fill=0.0):
     """(B, T, H, N) -> (n*B*H, C, N): n chunks of C tokens, chunk index outermost, missing tokens filled."""
-    B, T, H, N = x.shape
+    _, T, _, N = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, n * C - T), value=fill) if T < n * C else x
-    return x.reshape(B, n, C, H, N).permute(1, 0, 3, 2, 4).reshape(-1, C, N)
+    return x.unflatten(1, (n, C)).permute(1, 0, 3, 2, 4).reshape(-1, C, N)
 
 
 def join(y, n, B, T):
@@ -27,11 +28,11 @@ def join(y, n, B, T):
 
 
 def scores(r, k, delta, u):
-    """All that happens inside chunks: r, k, delta (G,C,N), u (G,1,N), C a power of two -> A (G,C,C) and, scaled for the
-    state, r_t * D(start,t) (G,C,N), k_i * D(i,end) (G,C,N), D(start,end) (G,1,N).
+    """What happens inside chunks: r, k, delta (G,C,N), u (G,1,N), C a power of two -> A (G,C,C), r_t * D(start,t) (G,C,N),
+    k_i * D(i,end) (G,C,N), D(start,end) (G,1,N).
 
-    The same four describe a block of one token; two neighbouring blocks make one of twice the size. For t in the second and i in the
-    first, D(i,t) = D(i,border) delta_border.. D(..,t) is just the product of what k_i and r_t carry already. Every factor is in [0,1].
+    These four describe a block of any size, of one token to begin with, and two neighbours make the block of both: for i in the first
+    and t in the second, D(i,t) = D(i,end of first) D(start of second,t), which k_i and r_t already carry. All factors are in [0,1].
     """
     G, C, N = r.shape
     A = (r * u * k).sum(-1).view(G, C, 1, 1)

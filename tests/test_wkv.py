@@ -1,0 +1,222 @@
+"""The WKV kernels against float64: independent goldens, then the token-by-token reference at odd sizes and extreme decays."""
+
+import functools
+
+import pytest
+import torch
+
+from src import ops
+from src.ops.reference import decay6, log_decay7
+
+from .conftest import close
+
+NAMES = {6: ["r", "k", "v", "w", "u"], 7: ["r", "w", "k", "v", "a", "b"]}
+OPS = {6: ops.wkv6, 7: ops.wkv7}
+# Largest fp32 error seen below, against the largest value (torch 2.13 CPU, AVX-512): y and states 9.8e-7; gradients 1.7e-6, in dw of
+# v7 near its smallest decay, where 1 - sigmoid(w) cancels. One case has 4.0e-6: dk of a single token, v . dy times r, and v . dy cancels.
+TOLERANCE = 1e-5
+DECAYS = {
+    6: {
+        "real": lambda z: 1.5 * z - 2,
+        "to zero": lambda z: 1.5 * z + 1.5,
+        # delta is an exact 0 in a quarter of the places, exp(w) or w itself is inf in some of them
+        "underflow": lambda z: torch.where(z > 0.7, torch.where(z > 1.5, torch.where(z > 2, torch.inf, 100.0), 10.0), z),
+        "all underflow": lambda z: torch.full_like(z, 89.0),
+        "to one": lambda z: z - 14,
+        "exactly one": lambda z: torch.full_like(z, -torch.inf),
+    },
+    7: {
+        "real": lambda z: 2 * z - 2,
+        "minimum": lambda z: torch.full_like(z, 4.0),  # delta = 0.551; from 17 on, fp32 gives 0 for dw where float64 gives 1e-8
+        "to one": lambda z: z - 14,
+        "exactly one": lambda z: torch.full_like(z, -torch.inf),
+    },
+}
+REGIMES = [(version, decay) for version in DECAYS for decay in DECAYS[version]]
+both = pytest.mark.parametrize("version", OPS)
+every_kernel = pytest.mark.parametrize("kernel", ops.KERNELS)
+
+
+def make(version, T, N=8, B=2, H=3, decay="real", dtype=torch.float32):
+    """({name: input}, dy, dsT), random, exact in fp32; for v7 a = -kappa and b = kappa * learning rate, as the model makes them."""
+    randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(100 * T + N))
+    x = {name: randn(H, N) if name == "u" else randn(B, T, H, N) for name in NAMES[version]}
+    x["w"] = DECAYS[version][decay](x["w"])
+    if version == 7:
+        kappa = torch.nn.functional.normalize(x["a"], dim=-1)
+        x |= {"a": -kappa, "b": kappa * torch.sigmoid(x["b"])}
+    x["s0"], dsT, dy = randn(B, H, N, N), randn(B, H, N, N), randn(B, T, H, N)
+    return {name: t.to(dtype) for name, t in x.items()}, dy.to(dtype), dsT.to(dtype)
+
+
+def results(version, x, dy, dsT=None, kernel="torch"):
+    """Forward and backward: {y, sT, d<name> of every input}; without dsT nothing flows back from the final state."""
+    x = {name: t.detach().requires_grad_() for name, t in x.items()}
+    y, sT = OPS[version](**x, kernel=kernel)
+    outputs = [(y, dy)] if dsT is None else [(y, dy), (sT, dsT)]
+    gradients = torch.autograd.grad([out for out, _ in outputs], list(x.values()), [grad for _, grad in outputs], materialize_grads=True)
+    return {"y": y, "sT": sT} | {f"d{name}": gradient for name, gradient in zip(x, gradients, strict=True)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are too small to share: on a busy machine a second thread makes the file several times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def exact(version, state, **shape):
+    """`results` of the reference in float64, with an initial state and a gradient of the final one, or with neither."""
+    x, dy, dsT = make(version, dtype=torch.float64, **shape)
+    return results(version, x, dy, dsT, "reference") if state else results(version, drop(x, "s0"), dy, None, "reference")
+
+
+def drop(x, name):
+    return {key: t for key, t in x.items() if key != name}
+
+
+def check(version, kernel, **shape):
+    x, dy, dsT = make(version, **shape)
+    for state in (True, False):
+        got = results(version, x, dy, dsT, kernel) if state else results(version, drop(x, "s0"), dy, None, kernel)
+        for name, want in exact(version, state, **shape).items():
+            close(f"{name} ({'with' if state else 'without'} state)", got[name], want, TOLERANCE)
+
+
+@every_kernel
+@both
+def test_golden(data_dir, version, kernel):
+    cases = torch.load(data_dir / "golden/wkv.golden.pt", weights_only=True)
+    cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
+    assert len(cases) == 3
+    for title, golden in cases.items():
+        golden = {{"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t for name, t in golden.items()}
+        x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
+        for name, got in results(version, x, golden["dy"], golden.get("dsT"), kernel).items():
+            close(f"{title}: {name}", got, golden[name], 2e-5 if name in ("y", "sT") else 4e-4)  # the goldens' README
+
+
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33, 129])
+@pytest.mark.parametrize("sizes", [dict(B=2, H=3, N=5), dict(B=3, H=2, N=8), dict(B=2, H=3, N=16), dict(B=1, H=2, N=64)], ids=str)
+@every_kernel
+@both
+def test_odd_sizes(version, kernel, T, sizes):
+    check(version, kernel, T=T, **sizes)
+
+
+@pytest.mark.parametrize("version, decay", REGIMES)
+@every_kernel
+def test_extreme_decays(version, kernel, decay):
+    check(version, kernel, T=300, N=16, B=1, decay=decay)
+
+
+def test_decay_is_the_formula():
+    w = torch.tensor([-torch.inf, -20, -3, 0, 1, 4, 6, 6.6, 6.7, 100, torch.inf], dtype=torch.float64)
+    assert torch.equal(decay6(w), torch.exp(-torch.exp(w)))
+    close("log_decay7", log_decay7(w), -torch.exp(-torch.nn.functional.softplus(-w) - 0.5), 1e-15)
+
+
+@every_kernel
+@both
+def test_parts_equal_the_whole(version, kernel):
+    """Handing the state over, at any cut, is the same function and has the same gradients."""
+    x, dy, dsT = make(version, 75, dtype=torch.float64)
+    whole = results(version, x, dy, dsT, kernel)
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    s, parts, start = x["s0"], [], 0
+    for T in (1, 16, 5, 2, 33, 17, 1):
+        piece = {name: t if name == "u" else t[:, start : start + T] for name, t in drop(x, "s0").items()}
+        y, s = OPS[version](**piece, s0=s, kernel=kernel)
+        parts.append(y)
+        start += T
+    gradients = torch.autograd.grad([torch.cat(parts, 1), s], list(x.values()), [dy, dsT])
+    got = {"y": torch.cat(parts, 1), "sT": s} | {f"d{name}": gradient for name, gradient in zip(x, gradients, strict=True)}
+    for name, want in whole.items():
+        close(name, got[name], want, 1e-13)
+
+
+@pytest.mark.parametrize("T", [3, 35])
+@both
+def test_gradcheck(version, T):
+    """Numerical derivatives, so that the reference is not its own judge; 35 tokens are more than one chunk."""
+    x, _, _ = make(version, T, N=2, B=1, H=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(OPS[version], [t.requires_grad_() for t in x.values()], fast_mode=T > 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_kernel
+@both
+def test_half_precision_rounds_inputs_and_outputs_only(version, kernel, dtype):
+    x, dy, dsT = make(version, 40)
+    half = {name: t if name == "s0" else t.to(dtype) for name, t in x.items()}
+    got = results(version, half, dy.to(dtype), dsT, kernel)
+    want = results(version, {name: t.float() for name, t in half.items()}, dy.to(dtype).float(), dsT, kernel)
+    assert got["sT"].dtype == got["ds0"].dtype == torch.float32
+    for name, t in want.items():
+        assert torch.equal(got[name], t.to(got[name].dtype)), name
+        assert got[name].dtype == (torch.float32 if name in ("sT", "ds0") else dtype), name
+    # fp32 parameters beside half activations, as autocast makes them; and autocast does not reach the arithmetic
+    mixed = half | {name: half[name].float() for name in ("w", "u", "k") if name in half}
+    with torch.autocast("cpu", torch.bfloat16):
+        y, sT = OPS[version](**mixed, kernel=kernel)
+    assert torch.equal(y, got["y"]) and torch.equal(sT, got["sT"])
+
+
+@pytest.mark.parametrize("T", [1, 17])
+@every_kernel
+@both
+def test_strided_inputs(version, kernel, T):
+    x, dy, dsT = make(version, T)
+    want = results(version, x, dy, dsT, kernel)
+    strided = {name: torch.stack([t, t.new_full(t.shape, torch.nan)], -1)[..., 0] for name, t in x.items()}
+    strided["r"] = x["r"].transpose(1, 2).contiguous().transpose(1, 2)
+    strided["s0"] = x["s0"].mT.contiguous().mT
+    assert not any(t.is_contiguous() for name, t in strided.items() if (name, T) != ("r", 1))
+    for name, got in results(version, strided, dy, dsT, kernel).items():
+        close(name, got, want[name], 1e-6)  # not bit for bit: the strides choose the order of sums inside matmul
+
+
+@both
+def test_inputs_are_left_alone(version):
+    x, _, _ = make(version, 20)
+    before = {name: t.clone() for name, t in x.items()}
+    OPS[version](**x)
+    assert all(torch.equal(t, before[name]) for name, t in x.items())
+
+
+@pytest.mark.parametrize("name, change, seen", [
+    ("r", lambda t: t[0], r"r is torch.float32 \(17, 3, 8\)"),
+    ("r", lambda t: t[:, :0], r"r is torch.float32 \(2, 0, 3, 8\)"),
+    ("r", lambda t: t.long(), r"r is torch.int64"),
+    ("k", lambda t: t[:, 1:], r"k is torch.float32 \(2, 16, 3, 8\) .* expected torch.float32 \(2, 17, 3, 8\)"),
+    ("v", lambda t: t[..., :1], r"v is torch.float32 \(2, 17, 3, 1\)"),
+    ("w", lambda t: t.bfloat16(), r"w is torch.bfloat16 .* expected torch.float32"),
+    ("k", lambda t: t.double(), r"k is torch.float64"),
+    ("k", lambda t: t.to("meta"), r"k is torch.float32 .* on meta; .* on cpu"),
+    ("s0", lambda t: t[:1], r"s0 is torch.float32 \(1, 3, 8, 8\)"),
+    ("s0", lambda t: t.bfloat16(), r"s0 is torch.bfloat16"),
+    ("u", lambda t: t[:1], r"u is torch.float32 \(1, 8\) .* expected torch.float32 \(3, 8\)"),
+    ("b", lambda t: t.half(), r"b is torch.float16"),
+])
+@both
+def test_errors_at_the_door(version, name, change, seen):
+    x, _, _ = make(version, 17)
+    if name in x:
+        with pytest.raises(ValueError, match=f"^wkv{version}: {seen}"):
+            OPS[version](**x | {name: change(x[name])})
+
+
+@both
+def test_kernel_names(version):
+    x, _, _ = make(version, 2)
+    with pytest.raises(ValueError, match=f"wkv{version}: no kernel 'warp'; expected one of torch, reference"):
+        OPS[version](**x, kernel="warp")
+    with pytest.raises(ValueError, match="--wkv warp: expected one of auto, torch, reference"):
+        ops.choose("warp", "cpu")
+    for name in ["auto", *ops.KERNELS]:
+        kernel, reason = ops.choose(name, "cpu")
+        assert kernel in ops.KERNELS and reason
+        assert name in ("auto", kernel)
