@@ -39,8 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise UserError("expected --max_tokens >= 1, --top_k >= 0, --temperature >= 0 and 0 < --top_p <= 1")
-    if args.prompt == "" or (args.raw and not args.prompt):
-        raise UserError("--prompt is empty" if args.prompt == "" else "--raw needs --prompt")
+    if args.prompt == "":
+        raise UserError("--prompt is empty")
+    if args.raw and not args.prompt:
+        raise UserError("--raw needs --prompt")
     return args
 
 
