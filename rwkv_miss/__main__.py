@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 from . import merge_file
 from .checkpoint import Arch, fingerprint, read_checkpoint, read_metadata
-from .errors import one_line_errors
+from .errors import Parser, one_line_errors
 from .inject import ADAPTER_FORMAT
 from .merge import DTYPES
 
@@ -43,21 +42,25 @@ def show(facts: dict[str, Any]) -> None:
         print(f"  {name:<12} {value}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.", allow_abbrev=False)
+def parse(argv: list[str] | None):
+    parser = Parser("rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime", allow_abbrev=False)
+    merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime")
     merge.add_argument("--base", required=True)
     merge.add_argument("--adapter", required=True)
     merge.add_argument("--out", required=True)
     merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
-                       help="base: every tensor keeps its dtype; auto: fp16 or fp32 where the base's dtype would lose over 5 %% of the update")
+                       help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
     merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
-    inspect = commands.add_parser("inspect", help="what a file is", allow_abbrev=False)
+    inspect = commands.add_parser("inspect", help="what a file is")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
+        args = parse(argv)
         if args.command == "merge":
             for line in merge_file(args.base, args.adapter, args.out, args.dtype, args.force).lines():
                 print(line)

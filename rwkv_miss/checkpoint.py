@@ -230,7 +230,7 @@ def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None
     start = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
     padding = -start % ALIGNMENT
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(info, "w", force_zip64=zip64) as record:
+    with archive.open(info, "w") as record:
         for start in range(0, len(data), BLOCK):
             record.write(data[start : start + BLOCK])
 

@@ -1,6 +1,8 @@
-"""The one exception for the user's mistakes, and the doorway that turns it into one line and exit code 2."""
+"""The one exception for the user's mistakes, the doorway that turns it into one line and exit code 2, and flags that raise it."""
 
+import argparse
 import contextlib
+import difflib
 import sys
 
 
@@ -14,5 +16,24 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors, and which answers a mistyped flag with the nearest one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str):
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+    def parse_known_args(self, args=None, namespace=None):
+        # before argparse looks, because it would complain of a required flag that is only misspelt; subcommands look for themselves
+        for token in () if self._subparsers else sys.argv[1:] if args is None else args:
+            name = token.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, 1)
+                raise UserError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"))
+        return super().parse_known_args(args, namespace)

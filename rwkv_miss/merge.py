@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -158,7 +159,15 @@ def _account(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, floa
     return update, error
 
 
-@torch.no_grad()
+def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same items, each made by a second thread while the one before it is being written."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
+
+
 def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> MergeReport:
     """Merge an adapter file into a base file and write `out`, with exactly the base's keys, shapes and order.
 
@@ -191,7 +200,7 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
     merger.check(tensors)
     chosen = _choose_dtype(tensors, changes, metadata) if dtype == "auto" else DTYPES.get(dtype)
     require_writable(out, sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values()))
-    write_checkpoint(out, merger.items(tensors, chosen), record)
+    write_checkpoint(out, _ahead(merger.items(tensors, chosen)), record)
     dtypes = sorted({str(chosen or tensors[key].dtype).removeprefix("torch.") for key in merger.by_weight} or {"no linear"})
     return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), ", ".join(dtypes), merger.rounding,
                        time.perf_counter() - started, os.path.getsize(out))

@@ -17,8 +17,6 @@ from tqdm import tqdm
 import rwkv_miss
 from rwkv_miss.errors import UserError
 
-CHECKPOINTS = "checkpoints"
-
 
 class StepReport(Callback):
     """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop."""
@@ -139,10 +137,3 @@ def _remove(path: str) -> None:
     else:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
-
-
-def newest_checkpoint(proj_dir: str) -> str | None:
-    """Path of the checkpoint with the most steps, or None."""
-    folder = os.path.join(proj_dir, CHECKPOINTS)
-    names = sorted(n for n in os.listdir(folder) if n.startswith("step-")) if os.path.isdir(folder) else []
-    return os.path.join(folder, names[-1]) if names else None

@@ -40,9 +40,11 @@ class Config:
 
     peft: str = opt("miss", "adapter method, or none for full training")
     peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
-    preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)", choices=("", "paper-table7", "paper-table8"))
+    preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)",
+                      choices=("", "paper-table7", "paper-table8"))
 
-    version: str = opt("", "x060 or x070; read from the checkpoint, needed for a new model only", alias=("my_testing",), choices=("", "x060", "x070"))
+    version: str = opt("", "x060 or x070; read from the checkpoint, needed for a new model only",
+                       alias=("my_testing",), choices=("", "x060", "x070"))
     n_layer: int = opt(0, "layers; read from the checkpoint")
     n_embd: int = opt(0, "width; read from the checkpoint")
     vocab_size: int = opt(0, "vocabulary; read from the checkpoint, or that of the tokenizer")
@@ -57,9 +59,10 @@ class Config:
     epoch_count: int = opt(1, "epochs")
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
-    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, full training 1e-5, new model 6e-4)")
+    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, full 1e-5, new model 6e-4)")
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
-    lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)", choices=("cos", "constant", "wsd"))
+    lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
+                           choices=("cos", "constant", "wsd"))
     warmup_steps: int = opt(0, "optimizer steps of linear warm-up")
     beta1: float = opt(0.9, "AdamW beta1")
     beta2: float = opt(0.99, "AdamW beta2")
@@ -69,8 +72,10 @@ class Config:
     grad_cp: bool = opt(False, "1: recompute each layer in the backward (activation checkpointing): less memory, more time")
     random_seed: int = opt(42, "seed of initialisation and data order")
 
-    precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    strategy: str = opt("auto", "auto, deepspeed_stage_1, _2, _3 or ddp", choices=("auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"))
+    precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
+                         choices=("auto", "fp32", "bf16", "fp16"))
+    strategy: str = opt("auto", "auto, deepspeed_stage_1, _2, _3 or ddp",
+                        choices=("auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"))
     accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"))
     devices: int = opt(1, "GPUs, or processes on a CPU")
     num_nodes: int = opt(1, "machines")
@@ -113,7 +118,7 @@ FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME" or "default"."""
     parser = Parser(prog="python train.py", description="Fine-tune RWKV-6 and RWKV-7 checkpoints.", argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML with any of these settings; the config.yaml of an earlier run will do")
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML with any of these settings; an earlier run's config.yaml is one")
     for field in FIELDS.values():
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
@@ -150,7 +155,7 @@ def _without_retired(argv: list[str]) -> list[str]:
 def _read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"config file {path} does not exist")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         try:
             values = yaml.safe_load(file) or {}
         except yaml.YAMLError as error:
@@ -203,10 +208,10 @@ def _convert(name: str, value: Any) -> Any:
             value = str(value)
         else:
             number = float(value)
-            value = kind(number)
-            if not math.isfinite(number) or value != number:
+            if not math.isfinite(number) or kind(number) != number:
                 raise ValueError
-    except (ValueError, KeyError, OverflowError):
+            value = kind(number)
+    except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
         value = METHOD_ALIASES.get(value, value)
@@ -261,8 +266,8 @@ def validate(config: Config) -> None:
     for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps", "save_steps",
-                 "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps"):
+    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
+                 "save_steps", "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2"):
@@ -280,8 +285,8 @@ def validate(config: Config) -> None:
         each = config.micro_bsz * config.devices * config.num_nodes
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")
     if config.accumulate_grad_batches not in (1, accumulation(config)):
-        raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, but {config.accumulate_grad_batches} "
-                        "was given; drop one of them")
+        raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
+                        f"but {config.accumulate_grad_batches} was given; drop one of them")
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
         raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
     if config.num_nodes > 1 and config.strategy == "auto":

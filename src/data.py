@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -49,23 +48,27 @@ class Documents:
         return sum(row.targets for row in self.rows)
 
 
-def read_jsonl(path) -> Iterator[tuple[int, list[Segment]]]:
-    """(line number, segments) for every row of a JSONL file; a broken row is a UserError with file and line.
+def read_rows(path) -> Iterator[tuple[str, dict]]:
+    """("FILE, line N", row) for every row of a JSONL file that is not blank; a broken row is a UserError with file and line.
 
     Rows are {"text": ...}, trained as a whole, or {"messages": [{"role": ..., "content": ...}, ...]}, trained on the assistant's turns.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"data file {path} does not exist")
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _segments(line, f"{path}, line {number}")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"data file {path} can't be read: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1})") from None
+            if text.strip():
+                yield where, _row(text, where)
 
 
-def _segments(line: str, where: str) -> list[Segment]:
+def _row(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -76,16 +79,16 @@ def _segments(line: str, where: str) -> list[Segment]:
     if "text" in row:
         if not isinstance(row["text"], str) or not row["text"]:
             raise UserError(f"{where}: text must be a non-empty string, got {row['text']!r}")
-        return [Segment(row["text"], True)]
+        return row
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: messages must be a non-empty list, got {messages!r}")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in list(ROLES):
             raise UserError(f'{where}: a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {message!r}')
     if messages[-1]["role"] != "assistant":
-        raise UserError(f"{where}: the last message is from {messages[-1]['role']}; it must be the assistant's answer, that is what is trained")
-    return render(messages)
+        raise UserError(f"{where}: the last message is from {messages[-1]['role']}; expected the assistant's answer, which is trained")
+    return row
 
 
 def encode(segments: list[Segment], tokenizer) -> Document:
@@ -103,11 +106,12 @@ def load_documents(path, tokenizer, ctx_len: int) -> Documents:
     Raises UserError for no rows at all, and when no token of the whole file is trained.
     """
     documents = Documents([])
-    for number, segments in read_jsonl(path):
+    for where, content in read_rows(path):
+        segments = render(content["messages"]) if "messages" in content else [Segment(content["text"], True)]
         try:
             row = encode(segments, tokenizer)
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         excess = len(row.ids) - (ctx_len + 1)
         if excess > 0:
             row = Document(row.ids[:-excess], row.trained[:-excess])

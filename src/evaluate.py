@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import torch
 
 from rwkv_miss.errors import UserError
 
+from .data import read_rows
 from .model import RWKV
 from .template import prompt
 
@@ -16,12 +16,13 @@ from .template import prompt
 def read_questions(path) -> list[tuple[str, str]]:
     """(prompt text, right answer) of every row: {"messages": [..., {"role": "assistant", "content": answer}]}."""
     questions = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            messages = json.loads(line).get("messages")
-            if not messages or messages[-1]["role"] != "assistant":
-                raise UserError(f"{path}, line {number}: expected messages that end with the assistant's answer")
-            questions.append((prompt(messages[:-1]), messages[-1]["content"].strip()))
+    for where, row in read_rows(path):
+        if "messages" not in row:
+            raise UserError(f"{where}: expected messages that end with the right answer, got text")
+        *before, answer = row["messages"]
+        questions.append((prompt(before), answer["content"].strip()))
+    if not questions:
+        raise UserError(f"{path} holds no rows; expected one JSON object per line")
     return questions
 
 

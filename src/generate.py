@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import RWKV, State
-from .template import STOP, prompt
+from .template import STOP, TURN_END, prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ def stream(
 ) -> Generator[str, None, State]:
     """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the state after it.
 
-    The answer ends before the end of document or before the text `stop`, neither of which is yielded nor left in the state.
+    The answer ends before the end of document, before the text `stop`, or after max_tokens. What is not yielded, be it half a character,
+    is not left in the state either.
     """
     device = model.emb.weight.device
 
@@ -66,40 +67,35 @@ def stream(
     decoder, seen = tokenizer.decoder(), {}
     text, emitted = "", 0
     produced: list[int] = []
-    history = [(0, state)]  # (characters before a token, state before it): what a late discovery of `stop` goes back to
-
-    def back_to(place: int) -> State:
-        start, before = next(entry for entry in reversed(history) if entry[0] <= place)
-        rest = tokenizer.encode(text[start:place])
-        return feed(rest, before)[1] if rest else before
+    states = {0: state}  # characters -> the state right after them: what the end of the answer goes back to
 
     for _ in range(max_tokens):
         token = sample(logits, sampling, seen, generator)
         produced.append(token)
         end = len(tokenizer.eod)
         if len(produced) % end == 0 and tuple(produced[-end:]) == tokenizer.eod:
-            if emitted < len(text):
-                yield text[emitted:]
-            return history[-end][1]
+            break
         seen = {i: count * sampling.penalty_decay for i, count in seen.items()}
         seen[token] = seen.get(token, 0.0) + 1
         text += decoder.push(token)
         place = text.find(stop) if stop else -1
         if place >= 0:
-            if emitted < place:
-                yield text[emitted:place]
-            return back_to(place)
+            text = text[:place]
+            break
         safe = len(text) - _overlap(text, stop)
         if safe > emitted:
             yield text[emitted:safe]
             emitted = safe
         logits, state = feed([token], state)
-        history.append((len(text), state))
-        del history[: max(0, len(history) - len(stop) - 8)]
-    text += decoder.flush()
+        # only the first state of a length: a later one holds part of the next character already
+        states.setdefault(len(text), state)
+        oldest = max(length for length in states if length <= emitted)
+        states = {length: kept for length, kept in states.items() if length >= oldest}
     if emitted < len(text):
         yield text[emitted:]
-    return state
+    start = max(length for length in states if length <= len(text))
+    rest = tokenizer.encode(text[start:])
+    return feed(rest, states[start])[1] if rest else states[start]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -119,7 +115,8 @@ class Conversation:
     def answer(self, text: str, max_tokens: int = 512) -> Iterator[str]:
         """The model's answer to a user turn, in pieces."""
         turns = [*self.waiting, {"role": "user", "content": text}]
-        ids = self.tokenizer.encode(prompt(turns, first=self.state is None))
+        # the blank line is a piece of its own, as in training
+        ids = [*(self.tokenizer.encode(TURN_END) if self.state else ()), *self.tokenizer.encode(prompt(turns))]
         self.waiting = []
         pieces = stream(self.model, self.tokenizer, ids, self.state, self.sampling, max_tokens, generator=self.generator)
         self.state = yield from pieces

@@ -23,6 +23,7 @@ from .model import RWKV, VERSIONS
 from .tokenizer import load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
+CHECKPOINTS = "checkpoints"
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
@@ -43,7 +44,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     model.grad_cp = config.grad_cp
 
     from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
-    from .callbacks import CHECKPOINTS, Saver, StepReport
+    from .callbacks import Saver, StepReport
 
     world = config.devices * config.num_nodes
     schedule = training.make_schedule(documents, config, world)
@@ -135,10 +136,15 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
     return model, config.lr_init or configuration.DEFAULT_LR[config.peft]
 
 
+def newest_checkpoint(proj_dir: str) -> str | None:
+    """Path of the checkpoint with the most steps, or None."""
+    folder = os.path.join(proj_dir, CHECKPOINTS)
+    names = sorted(n for n in os.listdir(folder) if n.startswith("step-")) if os.path.isdir(folder) else []
+    return os.path.join(folder, names[-1]) if names else None
+
+
 def find_checkpoint(config: Config) -> str | None:
     """The checkpoint to go on from. A run that would overwrite another one, or resume with a changed plan, is a UserError."""
-    from .callbacks import newest_checkpoint
-
     path = newest_checkpoint(config.proj_dir)
     if path is None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return path if config.resume == "auto" else None

@@ -22,13 +22,10 @@ def clean(text: str) -> str:
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
-def prompt(messages: list[dict], first: bool = True) -> str:
-    """The text before an answer: all turns and then `Assistant:`. The answer starts with a space, as its first token does in training.
-
-    `first` is False when an earlier answer stands before these turns.
-    """
+def prompt(messages: list[dict]) -> str:
+    """The text before an answer: all turns and then `Assistant:`. The answer starts with a space, as its first token does in training."""
     turns = [f"{ROLES[m['role']]}: {clean(m['content']) if m['role'] != 'assistant' else m['content'].strip()}" for m in messages]
-    return ("" if first else TURN_END) + TURN_END.join([*turns, "Assistant:"])
+    return TURN_END.join([*turns, "Assistant:"])
 
 
 def render(messages: list[dict]) -> list[Segment]:
