@@ -61,10 +61,10 @@ def read_rows(path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1})") from None
-            if text.strip():
+            if text:
                 yield where, _row(text, where)
 
 

@@ -1,0 +1,233 @@
+"""Settings: one precedence, no dead or silent flag, and every mistake explained."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from rwkv_miss import METHODS, UserError
+from src import config
+from src.config import FIELDS, NAMES, PRESETS, RETIRED, Config, accumulation, adapter_options, check_sizes, parse
+
+from .conftest import ROOT, make_arch
+
+REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+
+
+def settings(*flags):
+    return parse([*REQUIRED, *flags])[0]
+
+
+def mistake(*flags):
+    with pytest.raises(UserError) as caught:
+        parse([*REQUIRED, *flags])
+    return str(caught.value)
+
+
+# where a value comes from
+
+
+def test_the_command_line_wins_over_yaml_over_the_preset_over_the_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr_init: 3e-4\nwarmup_steps: 7\npreset: paper-table7\n")
+    values, origins = parse([*REQUIRED, "--config", str(path), "--lr_init", "1e-3"])
+    expected = {
+        "lr_init": (1e-3, "command line"), "warmup_steps": (7, str(path)), "preset": ("paper-table7", str(path)),
+        "global_bsz": (64, "preset paper-table7"), "peft_config": ({"rank": 64}, "preset paper-table7"), "grad_clip": (1.0, "default"),
+    }
+    assert {name: (getattr(values, name), origins[name]) for name in expected} == expected
+    assert list(origins) == list(FIELDS)
+    assert {type(getattr(values, name)) for name in ("lr_init", "weight_decay")} == {float}
+
+
+def test_the_preset_may_come_from_either_place_and_gives_way_to_both(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("peft: lora\nweight_decay: 0.125\n")
+    values, origins = parse([*REQUIRED, "--config", str(path), "--preset", "paper-table8", "--global_bsz", "24"])
+    assert (values.weight_decay, values.global_bsz, values.peft_config) == (0.125, 24, {"rank": 64, "alpha": 128.0})
+    assert origins["peft_config"] == "preset paper-table8" and origins["global_bsz"] == "command line"
+
+
+def test_the_presets_are_the_papers_tables_7_and_8():
+    common = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0}
+    assert PRESETS == {
+        "paper-table7": (common | {"global_bsz": 64}, {"miss": {"rank": 64}, "lora": {"rank": 36, "alpha": 72.0}}),
+        "paper-table8": (common | {"global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}}),
+    }
+    assert set(PRESETS) == set(FIELDS["preset"].metadata["choices"]) - {""}
+    for name, (_, methods) in PRESETS.items():
+        for method, options in methods.items():
+            values = settings("--preset", name, "--peft", method)
+            assert METHODS[method].Options.parse(values.peft_config).rank == options["rank"]
+            assert values.micro_bsz * accumulation(values) == PRESETS[name][0]["global_bsz"]
+    assert "paper-table7 has settings for miss, lora, not for --peft none" in mistake("--preset", "paper-table7", "--peft", "none")
+
+
+def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tmp_path):
+    flags = ["--preset", "paper-table7", "--peft_config", '{"r": 5, "targets": ["att.key", "value"]}',
+             "--proj_dir", "out: a #b, {c} 'd' 日本", "--eod", "1", "--grad_cp", "1", "--adam_eps", "1e-12", "--tokenizer", "[yes]"]
+    values, origins = parse([*REQUIRED, *flags])
+    path = tmp_path / "config.yaml"
+    config.save(values, origins, path)
+    again, sources = parse(["--config", str(path)])
+    assert again == values and set(sources.values()) == {str(path)}
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(FIELDS)
+    for line in ("lr_schedule: cos  # preset paper-table7", "grad_cp: true  # command line", "beta1: 0.9  # default"):
+        assert line in lines
+
+
+def test_every_default_survives_the_file(tmp_path):
+    values = Config(load_model="base.pth", data_file="rows.jsonl")
+    config.save(values, dict.fromkeys(FIELDS, "default"), tmp_path / "config.yaml")
+    assert parse(["--config", str(tmp_path / "config.yaml")])[0] == values
+
+
+# names
+
+
+def test_names_of_neighbouring_projects():
+    values = settings("--my_testing", "x060", "--head_size_a", "32", "--op", "reference", "--peft", "bone")
+    assert (values.version, values.head_size, values.wkv, values.peft) == ("x060", 32, "reference", "miss")
+    assert settings("--peft", "disha").peft == "miss"
+
+
+def test_every_name_has_one_meaning():
+    names = [name for field in FIELDS.values() for name in (field.name, *field.metadata["alias"])] + list(RETIRED)
+    assert len(names) == len(set(names)) and set(NAMES) | set(RETIRED) == set(names)
+    assert set(config.DEFAULT_LR) == set(METHODS)
+
+
+def test_retired_flags_are_ignored_with_one_note_each(capsys):
+    flags = [word for name in RETIRED for word in (f"--{name}", "17")]
+    del flags[1]  # a flag without its value is no reason to swallow the next one
+    assert parse([*flags, "--data_type=jsonl", *REQUIRED]) == parse(REQUIRED)
+    notes = capsys.readouterr().out.splitlines()
+    assert [re.match(r"note: --(\w+) is ignored: .", note)[1] for note in notes] == [*RETIRED, "data_type"]
+    assert "unrecognized arguments: stray" in mistake("--data_type=jsonl", "stray")
+
+
+@pytest.mark.parametrize("flag, meant", [
+    ("--mico_bsz", "--micro_bsz"), ("--lr-init=1", "--lr_init"), ("--peft_confg", "--peft_config"), ("--loadmodel", "--load_model"),
+])
+def test_a_typo_is_answered_with_the_nearest_flag(flag, meant):
+    assert mistake(flag, "4") == f"unknown flag {flag.partition('=')[0]}; did you mean {meant}?"
+
+
+def test_flags_without_a_neighbour_and_stray_words():
+    assert mistake("--zzz") == "unknown flag --zzz; python train.py --help lists the flags"
+    assert "unrecognized arguments: 16" in mistake("--micro_bsz", "8", "16")
+    assert "--micro_bsz: expected one argument" in mistake("--micro_bsz")
+    assert "--micro" in mistake("--micro", "8"), "no abbreviations: a flag added later would change what they mean"
+
+
+def test_yaml_mistakes(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, words in [
+        ("mico_bsz: 4\n", "unknown setting 'mico_bsz'; did you mean micro_bsz?"), ("a: [\n", "not valid YAML"), ("- 4\n", "got list"),
+        ("micro_bsz:\n", "--micro_bsz None: expected int"), ("tokenizer:\n", "--tokenizer None: expected str"),
+        ("proj_dir: [a, b]\n", "expected str"), ("ctx_len: 1.5\n", "--ctx_len 1.5: expected int"), ("grad_cp: 2\n", "expected 0 or 1"),
+    ]:
+        path.write_text(text)
+        assert words in mistake("--config", str(path)), text
+    path.write_bytes(b"proj_dir: \xff\n")
+    assert "not valid YAML" in mistake("--config", str(path))
+    assert "does not exist" in mistake("--config", str(tmp_path / "absent.yaml"))
+
+
+# values
+
+
+@pytest.mark.parametrize("text", [
+    '{"r": 8, "targets": ["key", "att.value"]}', ' { "r" : 8 , "targets" : [ "key" , "att.value" ] } ', "r=8,targets=key+att.value",
+    " r=8, target_modules=key+att.value ,",
+])
+def test_adapter_options_as_json_or_pairs(text):
+    assert adapter_options(settings("--peft_config", text)) == ({"r": 8}, ["key", "att.value"])
+
+
+def test_adapter_options_in_yaml_and_of_every_kind(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**dict(zip(["load_model", "data_file"], "ab")), "peft_config": {"r": 8, "targets": ["key"]}}))
+    assert adapter_options(parse(["--config", str(path)])[0]) == ({"r": 8}, ["key"])
+    assert settings("--peft_config", "alpha=1e2,layout=contiguous").peft_config == {"alpha": 100.0, "layout": "contiguous"}
+    assert adapter_options(settings()) == ({}, None)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"r": 8', "not valid JSON (Expecting ',' delimiter at column 8)"), ("r", "expected JSON or key=value pairs, got 'r'"),
+    ("r=8,[", "got '['"),
+])
+def test_broken_adapter_options(text, words):
+    assert words in mistake("--peft_config", text)
+
+
+def test_targets_are_a_list():
+    for value in ('{"targets": "key"}', '{"targets": [1]}'):
+        with pytest.raises(UserError, match='targets must be a list of names, such as .* got'):
+            adapter_options(settings("--peft_config", value))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--micro_bsz 0", "--micro_bsz 0: must be at least 1"), ("--ctx_len x", "--ctx_len x: expected int"), ("--ctx_len inf", "expected int"),
+    ("--n_layer -1", "--n_layer -1: must not be negative"), ("--lr_init nan", "--lr_init nan: expected float"),
+    ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"), ("--grad_cp yes", "--grad_cp yes: expected 0 or 1"),
+    ("--peft vera", "--peft vera: expected one of lora, miss, none"), ("--lr_schedule linear", "expected one of cos, constant, wsd"),
+    ("--strategy deepspeed", "deepspeed_stage_1"), ("--global_bsz 12", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),
+    ("--global_bsz 64 --accumulate_grad_batches 4", "makes accumulate_grad_batches 8, but 4 was given"), ("--load_model=", "needs a base"),
+    ("--load_model= --peft none", "a new model needs --version, --n_layer and --n_embd"), ("--data_file=", "--data_file is missing"),
+    ("--peft none --peft_config r=8", "no meaning with --peft none"), ("--precision fp16 --strategy deepspeed_stage_2", "fp16 works with"),
+    ("--num_nodes 2", "--num_nodes needs --strategy"),
+])
+def test_values_that_make_no_sense(flags, words):
+    assert words in mistake(*flags.split())
+
+
+def test_numbers_as_people_write_them():
+    values = settings("--epoch_steps", "1e3", "--lr_init", "1", "--grad_cp", "True")
+    assert (values.epoch_steps, values.lr_init, values.grad_cp) == (1000, 1.0, True)
+    assert accumulation(settings("--global_bsz", "48", "--devices", "2", "--micro_bsz", "3")) == 8
+
+
+@pytest.mark.parametrize("name, wrong", [
+    ("version", "x060"), ("n_layer", 3), ("n_embd", 64), ("vocab_size", 65536), ("dim_att", 47), ("dim_ffn", 1), ("head_size", 64),
+])
+def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
+    arch = make_arch(7)
+    in_file = {"version": "x070", "head_size": arch.head_size}.get(name) or getattr(arch, name)
+    check_sizes(Config(load_model="base.pth", **{name: in_file}), arch)
+    with pytest.raises(UserError) as caught:
+        check_sizes(Config(load_model="base.pth", **{name: wrong}), arch)
+    assert str(caught.value) == f"base.pth has {name} {in_file}, but --{name} {wrong} was given; drop the flag"
+
+
+# what the flags do
+
+
+def test_every_setting_is_read_somewhere():
+    """As `config.NAME`, `c.NAME` or `values["NAME"]`; the checks of validate() alone would not make a setting do something."""
+    read = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if getattr(node, "name", "") != "validate"]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("config", "c"):
+                read.add(node.attr)
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                read.add(node.slice.value)
+    dead = sorted(set(FIELDS) - read)
+    assert not dead, f"settings that nothing reads: {dead}"
+
+
+def test_every_setting_explains_itself():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    words = " ".join(done.stdout.split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name} " in words and len(field.metadata["help"]) > 3
+        for choice in field.metadata["choices"]:
+            assert choice.removeprefix("deepspeed_stage") in field.metadata["help"], f"--{field.name} does not say that it takes {choice}"

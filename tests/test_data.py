@@ -1,0 +1,332 @@
+"""From JSONL to batches: the very tokens that chat uses, every row once, and a loss that does not see how the rows were cut up."""
+
+import itertools
+import json
+import random
+import types
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+
+from rwkv_miss import UserError
+from src.config import Config
+from src.data import Batches, Document, Documents, Schedule, collate, encode, load_documents
+from src.model import RWKV
+from src.run import describe_data, show_sample
+from src.template import Segment, prompt, render
+from src.tokenizer import load_tokenizer
+
+from .conftest import close, make_arch, random_tensors
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_tokenizer("world", 65536)
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return load_tokenizer("bytes", 256)
+
+
+@pytest.fixture
+def load(tmp_path, raw):
+    """load(rows, tokenizer, ctx_len): rows as objects, or as a line of text or bytes."""
+
+    def make(rows, tokenizer=raw, ctx_len=1000):
+        path = tmp_path / "rows.jsonl"
+        lines = [row if isinstance(row, (str, bytes)) else json.dumps(row) for row in rows]
+        path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+        return load_documents(path, tokenizer, ctx_len)
+
+    return make
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def marked(row):
+    """The bytes of a document as text, the trained ones between < and >; the end of document shows as $."""
+    groups = itertools.groupby(zip(row.ids.tolist(), row.trained.tolist()), key=lambda pair: pair[1])
+    pieces = [(trained, bytes(i or ord("$") for i, _ in pairs).decode()) for trained, pairs in groups]
+    return "".join(f"<{text}>" if trained else text for trained, text in pieces)
+
+
+# rows
+
+
+def test_world_ids_and_mask(load, world):
+    text, chat = load([{"text": "hello"}, {"messages": [user("hi"), assistant("hello")]}], world).rows
+    assert text.ids.tolist() == [*world.encode("hello"), 0] and text.trained.all() and text.targets == len(text.ids) - 1
+    # User : hi \n\n Ass istant : | hello, end
+    assert chat.ids.tolist() == [24281, 59, 4571, 261, 5585, 41693, 59, 38685, 0]
+    assert chat.trained.tolist() == [False] * 7 + [True] * 2 and chat.targets == 2
+
+
+@pytest.mark.parametrize("messages, expected", [
+    ([user("hi"), assistant("yo")], "User: hi\n\nAssistant:< yo$>"),
+    ([user("a"), assistant("b"), user("c"), assistant("d")], "User: a\n\nAssistant:< b\n\n>User: c\n\nAssistant:< d$>"),
+    ([{"role": "system", "content": " s\n"}, user("a"), assistant("b")], "System: s\n\nUser: a\n\nAssistant:< b$>"),
+    ([user("a"), {"role": "system", "content": "s"}, user("c"), assistant("d")], "User: a\n\nSystem: s\n\nUser: c\n\nAssistant:< d$>"),
+    ([user(" 1\n\n\n2\r\n\r\n3\n4 "), assistant("\n5\n\n6 ")], "User: 1\n2\n3\n4\n\nAssistant:< 5\n\n6$>"),
+    ([user("a"), assistant("b"), assistant("c")], "User: a\n\nAssistant:< b\n\n>Assistant:< c$>"),
+    ([assistant("b")], "Assistant:< b$>"), ([user(""), assistant("")], "User: \n\nAssistant:< $>"),
+])
+def test_conversations_train_the_assistants_turns_and_their_ends(load, messages, expected):
+    assert marked(load([{"messages": messages}]).rows[0]) == expected
+
+
+def test_a_text_is_trained_whole_and_kept_as_it_is(load):
+    assert marked(load([{"text": " a\n\n\nb\r\n", "source": "ignored"}]).rows[0]) == "< a\n\n\nb\r\n$>"
+
+
+def test_the_end_of_utf16_is_a_whole_unit(load):
+    row = load([{"messages": [user("é"), assistant("ab")]}], load_tokenizer("utf16", 256)).rows[0]
+    assert bytes(row.ids.tolist()).decode("utf-16-le") == "User: é\n\nAssistant: ab\0"
+    assert row.ids[-2:].tolist() == [0, 0] and row.trained.sum() == 2 * len(" ab\0")
+
+
+def whole_blank_line_tokenizer(tmp_path):
+    """A tokenizer.json, as GPT-2's, in which a blank line is one token by itself and two before a word."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([*alphabet, "ĊĊ", "<end>"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["<end>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    return load_tokenizer(str(tmp_path / "tokenizer.json"), 258)
+
+
+def test_pieces_are_tokenised_as_chat_does(tmp_path, world, raw):
+    """The prompt before the answer exists, the answer on its own, the blank line between turns on its own."""
+    first, second = [user("1\n\n\n2 "), assistant(" x y")], [user("é🙂"), assistant("z")]
+    strict = whole_blank_line_tokenizer(tmp_path)
+    assert strict.encode("\n\nUser") != strict.encode("\n\n") + strict.encode("User"), "or this tokenizer tests nothing"
+    for tokenizer in (world, raw, load_tokenizer("utf16", 256), strict):
+        enc = tokenizer.encode
+        chat = [enc(prompt(first[:1])), enc(" x y"), enc("\n\n"), enc(prompt(second[:1])), enc(" z"), list(tokenizer.eod)]
+        row = encode(render(first + second), tokenizer)
+        assert row.ids.tolist() == [i for piece in chat for i in piece]
+        assert row.trained.tolist() == [flag for piece, flag in zip(chat, [0, 1, 1, 0, 1, 1]) for _ in piece]
+
+
+def test_rows_are_cut_at_ctx_len_targets(load):
+    rows = [{"text": "12345678"}, {"text": "123456789"}, {"messages": [user("ab"), assistant("c")]}, {"text": "1"}]
+    documents = load(rows, ctx_len=8)
+    # 8 inputs with their targets are 9 tokens, the end of document among them
+    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "User: ab\n", "<1$>"]
+    assert (documents.cut, documents.cut_tokens) == (2, 1 + 14)
+    assert [row.targets for row in documents.rows] == [8, 8, 0, 1] and documents.targets == 17 and documents.tokens == 29
+    lines = describe_data(Config(ctx_len=8), documents)
+    assert lines[0] == "data       4 documents, 29 tokens, loss on 17"
+    assert lines[1] == "warning    2 of 4 rows are longer than --ctx_len 8 and are cut; 15 tokens are lost"
+    assert lines[2] == "warning    1 of 4 rows have no trained token left and teach nothing" and len(lines) == 3
+    assert len(describe_data(Config(), load(rows))) == 1
+
+
+# broken rows
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"), ("[1]", "got list"), ("17", "got int"),
+    ('{"txt": "a"}', "got keys ['txt']"), ('{"text": "a", "messages": []}', "got keys ['messages', 'text']"),
+    ('{"text": ""}', "text must be a non-empty string, got ''"), ('{"text": null}', "got None"), ('{"text": ["a"]}', "got ['a']"),
+    ('{"messages": []}', "messages must be a non-empty list"), ('{"messages": "a"}', "non-empty list"), ('{"messages": ["a"]}', "got 'a'"),
+    ('{"messages": [{"role": "bot", "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"role": "user"}]}', "content"),
+    ('{"messages": [{"role": ["user"], "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"content": "a"}]}', "role"),
+    ('{"messages": [{"role": "assistant", "content": 5}]}', "'content': 5"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "the last message is from user"),
+    (r'{"text": "\ud800"}', "half a surrogate pair"), (b'{"text": "\xff"}', "not UTF-8 text (invalid start byte at byte 11)"),
+])
+def test_a_broken_row_is_named_with_file_and_line(load, line, words):
+    with pytest.raises(UserError) as caught:
+        load(["", '{"text": "fine"}', line])
+    assert str(caught.value).partition(": ")[0].endswith("rows.jsonl, line 3") and words in str(caught.value)
+
+
+def test_files_without_rows_and_rows_without_targets(load, tmp_path):
+    for rows in ([], ["", "  "]):
+        with pytest.raises(UserError, match="rows.jsonl holds no rows; expected one JSON object per line"):
+            load(rows)
+    with pytest.raises(UserError, match="no token is trained; every answer is cut off at --ctx_len 5, raise it"):
+        load([{"messages": [user("long"), assistant("b")]}], ctx_len=5)
+    for path, words in ((tmp_path / "absent", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=f"can't be read: {words}"):
+            load_documents(path, None, 1)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(load):
+    documents = load([b'\xef\xbb\xbf{"text": "a"}\r', b'{"text": "b"}\r'])
+    assert [marked(row) for row in documents.rows] == ["<a$>", "<b$>"]
+
+
+# the schedule
+
+SIZES = [*itertools.product([1, 2, 7, 24, 25], [1, 3, 8], [1, 2, 5], [1, 2, 3])]
+
+
+def make_schedule(rows, micro_bsz, accumulate, world, seed=1):
+    rng = random.Random(rows)
+    lengths = tuple(rng.randint(1, 9) for _ in range(rows))
+    return Schedule(lengths, tuple(rng.randint(0, n) for n in lengths), micro_bsz, accumulate, world, seed)
+
+
+def micro_batches(schedule, step):
+    return [[schedule.micro_rows(step, m, r) for m in range(schedule.accumulate)] for r in range(schedule.world)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_a_pass_has_every_row_once(sizes):
+    schedule = make_schedule(*sizes)
+    rows, micro_bsz, accumulate, world = sizes
+    for turn in range(2):
+        seen = []
+        for step in range(turn * schedule.steps_per_pass, (turn + 1) * schedule.steps_per_pass):
+            of_step = []
+            for of_rank in micro_batches(schedule, step):
+                assert len(of_rank) == accumulate and all(len(batch) <= micro_bsz for batch in of_rank)
+                of_step += [row for batch in of_rank for row in batch]
+            full = step % schedule.steps_per_pass < schedule.steps_per_pass - 1
+            assert len(of_step) == (micro_bsz * accumulate * world if full else rows - len(seen))
+            assert sorted(of_step) == sorted(schedule.step_rows(step))
+            assert schedule.step_targets(step) == sum(schedule.targets[row] for row in of_step)
+            assert schedule.step_tokens(step) == sum(schedule.lengths[row] for row in of_step)
+            seen += of_step
+        assert sorted(seen) == list(range(rows))
+
+
+def test_passes_differ_seeds_differ_and_nothing_else_does():
+    one, same, other = make_schedule(24, 2, 2, 2), make_schedule(24, 2, 2, 2), make_schedule(24, 2, 2, 2, seed=2)
+    passes = [[one.step_rows(step) for step in range(turn * 3, turn * 3 + 3)] for turn in range(4)]
+    assert len({str(steps) for steps in passes}) == 4
+    assert passes[2] == [same.step_rows(step) for step in (6, 7, 8)], "asked of another object, in another order"
+    assert passes[0] != [other.step_rows(step) for step in range(3)]
+    # how the step is cut up does not change what is in it
+    assert passes[0] == [make_schedule(24, 8, 1, 1).step_rows(step) for step in range(3)]
+    lengths = [one.lengths[row] for row in passes[0][0]]
+    assert lengths == sorted(lengths)
+
+
+# batches
+
+
+def make_document(rng, length, trained):
+    return Document(np.array([rng.randrange(1, 67) for _ in range(length)], dtype=np.int32), np.array(trained(length), dtype=bool))
+
+
+def test_collate_pads_on_the_right_and_never_trains_the_padding():
+    long = Document(np.array([5, 6, 7, 8], np.int32), np.array([1, 0, 1, 1], bool))
+    short = Document(np.array([3, 4], np.int32), np.array([1, 1], bool))
+    batch = collate([long, short], 9)
+    assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [[6, 7, 8], [4, 0, 0]]
+    assert batch["mask"].tolist() == [[False, True, True], [True, False, False]]
+    assert batch["step_targets"] == 9 and batch["ids"].dtype == batch["targets"].dtype == torch.int64
+
+
+def test_no_rows_are_one_masked_row():
+    end_only = Document(np.array([0], np.int32), np.array([True]))
+    for rows in ([], [end_only]):
+        batch = collate(rows, 3)
+        assert batch["ids"].shape == batch["targets"].shape == (1, 1) and not batch["mask"].any()
+
+
+def test_batches_go_on_from_their_state():
+    rng = random.Random(0)
+    documents = Documents([make_document(rng, n, lambda n: [True] * n) for n in (2, 3, 4, 5, 6, 7, 8)])
+    schedule = Schedule(tuple(len(row.ids) - 1 for row in documents.rows), tuple(row.targets for row in documents.rows), 1, 2, 2, 3)
+
+    def run(done, stop=None):
+        batches = Batches(documents, schedule, 5, rank=1)
+        batches.load_state_dict({"done": done})
+        found = [batch["ids"].tolist() for batch in itertools.islice(batches, stop)]
+        return found, batches.state_dict()
+
+    whole, state = run(0)
+    assert len(whole) == 10 == len(Batches(documents, schedule, 5, 1)) and state == {"done": 10}
+    for stop in range(10):
+        first, state = run(0, stop)
+        assert first + run(state["done"])[0] == whole
+    assert whole != [batch["ids"].tolist() for batch in Batches(documents, schedule, 5, rank=0)]
+
+
+def test_the_sample_shows_what_is_trained(world, raw):
+    row = encode(render([user("你好"), assistant("好🙂")]), world)
+    assert show_sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂»"]
+    cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
+    cut.trained[1] = False  # the mask may part a character; both halves are then shown as such
+    shown = show_sample(cut, raw)
+    assert shown.startswith("    | «\ufffd»\ufffdx") and shown.endswith("x ... (703 tokens)") and len(shown) < 640
+
+
+# the loss
+
+
+@pytest.fixture(scope="module", params=[6, 7])
+def model(request):
+    arch = make_arch(request.param, n_embd=32)
+    model = RWKV(arch).double()
+    model.load_state_dict(random_tensors(arch, torch.float64))
+    return model
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """13 rows with very unequal masks: all trained, one token trained, nothing trained, a single token."""
+    rng = random.Random(1)
+    kinds = [lambda n: [True] * n, lambda n: [False] * (n - 1) + [True], lambda n: [False] * n, lambda n: [i % 3 == 1 for i in range(n)]]
+    return Documents([make_document(rng, n, kinds[n % 4]) for n in (1, 2, 3, 5, 8, 9, 12, 13, 16, 17, 20, 30, 32)])
+
+
+def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, step=0):
+    """(loss, gradients) of one optimizer step as the trainer makes it: the mean over ranks and micro-batches of training_step."""
+    from src.trainer import FineTuning, make_schedule
+
+    config = Config(micro_bsz=micro_bsz, accumulate_grad_batches=accumulate, random_seed=0)
+    module = FineTuning(model, config, 1e-3, documents, 4, None)
+    module._trainer = types.SimpleNamespace(world_size=world)
+    module.setup("fit")
+    assert module.schedule == make_schedule(documents, config, world)
+    model.zero_grad(set_to_none=True)
+    for rank in range(world):
+        batches = Batches(documents, module.schedule, 4, rank)
+        batches.load_state_dict({"done": step * accumulate})
+        for batch in itertools.islice(batches, accumulate):
+            noise = torch.randint(1, 67, (len(batch["ids"]), padding))
+            batch["ids"] = torch.cat([batch["ids"], noise], 1)
+            batch["targets"] = torch.cat([batch["targets"], noise], 1)
+            batch["mask"] = F.pad(batch["mask"], (0, padding))
+            (module.training_step(batch, 0) / (accumulate * world)).backward()
+    return module.step_loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
+    whole, gradients = step_gradients(model, documents, 13, 1, 1)
+    losses = []
+    for row in documents.rows[1:]:  # each row alone, without padding; the first has no target
+        logits = model(torch.from_numpy(row.ids[None, :-1]).long())[0][0]
+        losses.append(F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none")[torch.from_numpy(row.trained[1:])])
+    close("mean over trained tokens", whole, torch.cat(losses).mean(), 1e-12)
+    assert len(gradients) > 40
+    # 16 places for 13 rows: the last step is short, and with (2, 4, 2) some micro-batches are empty
+    for sizes in ((4, 4, 1), (1, 13, 1), (2, 4, 2), (1, 8, 2), (13, 1, 1, 7), (5, 1, 3, 1)):
+        loss, cut = step_gradients(model, documents, *sizes)
+        close(f"loss of {sizes}", loss, whole, 1e-12)
+        assert cut.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            close(f"{name} of {sizes}", cut[name], gradient, 1e-10)
+
+
+def test_a_step_without_targets_is_zero_and_not_nan(model):
+    rng = random.Random(2)
+    nothing = Documents([make_document(rng, n, lambda n: [False] * n) for n in (3, 6)])
+    loss, gradients = step_gradients(model, nothing, 2, 1, 1)
+    assert loss == 0 and all(not gradient.any() for gradient in gradients.values())

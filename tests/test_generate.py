@@ -1,0 +1,384 @@
+"""Answers: how a token is chosen, where the text ends, and that the state afterwards is that of the text, no more and no less."""
+
+import builtins
+import itertools
+import random
+import string
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import rwkv_miss
+from demo import chat
+from rwkv_miss.adapter import adapted_linears
+from src.data import encode
+from src.evaluate import exact_accuracy, greedy_answers
+from src.generate import Conversation, Sampling, sample, stream
+from src.model import RWKV
+from src.template import STOP, prompt, render
+from src.tokenizer import load_tokenizer
+
+from .conftest import ROOT, close, make_arch, random_tensors
+from .test_data import assistant, user, whole_blank_line_tokenizer
+
+GREEDY = Sampling(temperature=0)
+
+
+def write_vocabulary(path, pieces):
+    path.write_text("".join(f"{i} {piece!r} {len(piece)}\n" for i, piece in enumerate(pieces, 1)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A file with one token a character, so that a random model writes text that has one encoding only."""
+    pieces = [c.encode() for c in string.ascii_letters + " :\n.,?!012"]
+    return write_vocabulary(tmp_path_factory.mktemp("letters") / "vocabulary.txt", pieces)
+
+
+@pytest.fixture(scope="module")
+def crossing(tmp_path_factory):
+    """Tokens that run across characters and across the beginning of the stop text, beside all single bytes."""
+    pieces = [bytes([i]) for i in range(256)]
+    pieces += [b"\n\n", b".\n\n", b"\n\nUs", b"er:", "，\n".encode(), "你".encode()[:2], "你".encode()[2:] + b".\n", "🙂".encode()[1:] + "你".encode()[:1]]
+    return load_tokenizer(write_vocabulary(tmp_path_factory.mktemp("crossing") / "vocabulary.txt", pieces), 300)
+
+
+class Scripted:
+    """Stands in for the model: says the given tokens one after another. Its state is the list of all tokens it was fed."""
+
+    def __init__(self, tokenizer, tokens):
+        self.emb = types.SimpleNamespace(weight=torch.zeros(1))
+        self.size, self.tokens = tokenizer.vocab_size, iter(tokens)
+
+    def __call__(self, ids, state):
+        logits = torch.zeros(1, ids.shape[1], self.size + 1)
+        logits[:, -1, next(self.tokens, 0)] = 1
+        logits[:, -1, self.size] = 2  # an id of a padded model, for which there is no text
+        return logits, [*(state or []), *ids[0].tolist()]
+
+
+def run(generator):
+    """(pieces, return value) of a generator."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(generator))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def say(tokenizer, tokens, max_tokens=1000, stop=STOP):
+    """What the stream makes of these tokens: (pieces, bytes of the state after the prompt)."""
+    ids = tokenizer.encode("Q")
+    pieces, state = run(stream(Scripted(tokenizer, tokens), tokenizer, ids, None, GREEDY, max_tokens, stop))
+    assert state[: len(ids)] == ids and "" not in pieces
+    return pieces, tokenizer.decode(state[len(ids) :])
+
+
+# choosing a token
+
+
+PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
+LOGITS = PROBABILITIES.log() + 7
+
+
+def frequencies(sampling, count=3000):
+    generator = torch.Generator().manual_seed(0)
+    tokens = [sample(LOGITS, sampling, {}, generator) for _ in range(count)]
+    return torch.tensor([tokens.count(i) / count for i in range(4)])
+
+
+@pytest.mark.parametrize("sampling, expected", [
+    (GREEDY, [0, 1, 0, 0]), (Sampling(temperature=0, top_p=0.9, top_k=3), [0, 1, 0, 0]), (Sampling(1, 1, top_k=1), [0, 1, 0, 0]),
+    (Sampling(1, 1), [0.05, 0.5, 0.15, 0.3]), (Sampling(1, 1, top_k=2), [0, 0.625, 0, 0.375]), (Sampling(1, 1, top_k=9), [0.05, 0.5, 0.15, 0.3]),
+    # the smallest set that reaches top_p: never less than it, and at least one token
+    (Sampling(1, 0.49), [0, 1, 0, 0]), (Sampling(1, 0.51), [0, 0.625, 0, 0.375]), (Sampling(1, 0.79), [0, 0.625, 0, 0.375]),
+    (Sampling(1, 0.81), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]), (Sampling(1, 1e-9), [0, 1, 0, 0]),
+    # the temperature acts on what top_p left
+    (Sampling(0.5, 0.81), [0, 0.25 / 0.3625, 0.0225 / 0.3625, 0.09 / 0.3625]), (Sampling(2, 0.51), [0, 0.5635, 0, 0.4365]),
+])
+def test_tokens_come_with_the_promised_frequencies(sampling, expected):
+    got, expected = frequencies(sampling), torch.tensor(expected)
+    # 4 standard deviations; what has no probability never comes
+    assert ((got - expected).abs() <= 4 * (expected * (1 - expected) / 3000).sqrt()).all(), got
+
+
+def test_a_seed_repeats_the_answer_and_another_does_not():
+    draw = [[sample(LOGITS, Sampling(), {}, g) for _ in range(40)] for g in map(torch.Generator().manual_seed, [])]
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        draw.append([sample(LOGITS, Sampling(1, 1), {}, generator) for _ in range(40)])
+    assert draw[0] == draw[1] != draw[2]
+
+
+class Constant(Scripted):
+    """Always the same logits."""
+
+    def __init__(self, logits):
+        self.emb, self.logits = types.SimpleNamespace(weight=torch.zeros(1)), logits
+
+    def __call__(self, ids, state):
+        return self.logits.expand(1, ids.shape[1], -1), [*(state or []), *ids[0].tolist()]
+
+
+@pytest.mark.parametrize("presence, frequency, decay", [(0.4, 0, 0.5), (0, 0.3, 1), (0.2, 0.3, 0.9), (0.25, 1.1, 0.5)])
+def test_penalties_are_the_plain_formula(letters, presence, frequency, decay):
+    """logit - presence [i occurs] - frequency * sum over its occurrences of decay^(tokens since)."""
+    tokenizer = load_tokenizer(letters, 67)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.rand(tokenizer.vocab_size, generator=generator)
+    logits[0] = -9  # the end of document
+    expected = []
+    for n in range(60):
+        penalised = logits.tolist()
+        for i in set(expected):
+            ages = [n - 1 - t for t, token in enumerate(expected) if token == i]
+            penalised[i] -= presence + frequency * sum(decay**age for age in ages)
+        expected.append(max(range(len(penalised)), key=penalised.__getitem__))
+    assert len(set(expected)) > 5
+    sampling = Sampling(0, presence_penalty=presence, frequency_penalty=frequency, penalty_decay=decay)
+    _, state = run(stream(Constant(logits), tokenizer, [1], None, sampling, 60, stop=""))
+    assert state[1:] == expected
+
+
+# where an answer ends
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("yes\n\nUser: no", "yes"), ("\n\nUser:", ""), ("yes\n\nUse", "yes\n\nUse"), ("a\n\n\nUser:b", "a\n"), ("a\n\nUs\n\nUser:", "a\n\nUs"),
+    ("a\n\nuser:", "a\n\nuser:"), ("你好，\n\nUser:", "你好，"), ("🙂\n\n🙂", "🙂\n\n🙂"), ("", ""), ("User:", "User:"),
+])
+def test_the_answer_ends_before_the_next_turn_and_loses_nothing_else(text, expected, crossing, tmp_path):
+    for tokenizer in (load_tokenizer("bytes", 256), load_tokenizer("utf16", 256), load_tokenizer("world", 65536), crossing,
+                      whole_blank_line_tokenizer(tmp_path)):
+        pieces, state = say(tokenizer, [*tokenizer.encode(text), *tokenizer.eod, *tokenizer.encode("more")])
+        assert "".join(pieces) == state == expected, tokenizer.name
+    assert say(crossing, crossing.encode(text + "x"), stop="")[1].startswith(text + "x"), "without a stop text nothing ends it"
+
+
+def test_text_is_shown_as_soon_as_it_cannot_be_the_next_turn():
+    tokenizer = load_tokenizer("bytes", 256)
+    assert say(tokenizer, b"ab\n\nUsx\n\nU", 11)[0] == ["a", "b", "\n\nUsx", "\n\nU"]
+
+
+def test_a_token_that_begins_before_the_stop_is_taken_back_from_the_state(crossing):
+    ids = crossing.encode("Q")
+    tokens = [*crossing.encode("好"), *(crossing.ids & {258}), 1 + ord("U"), *crossing.encode("ser:")]
+    assert crossing.decode(tokens) == "好.\n\nUser:", "258 is .\\n\\n"
+    pieces, state = run(stream(Scripted(crossing, tokens), crossing, ids, None, GREEDY, 99))
+    assert "".join(pieces) == "好." and state == [*ids, *crossing.encode("好."), ]
+
+
+PARTS = ["a", "é", "你", "🙂", "，", ".", " ", "\n", "\n\n", "\n\nU", "\n\nUser", STOP, "Us", "er:", "User:"]
+
+
+def any_tokens(tokenizer, data, rng):
+    """A random way to write these bytes in tokens of the table."""
+    owners = {piece: token for token, piece in tokenizer.table.items() if piece}
+    tokens = []
+    while data:
+        size = rng.choice([n for n in range(1, 9) if data[:n] in owners and n <= len(data)])
+        tokens.append(owners[data[:size]])
+        data = data[size:]
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["bytes", "utf16", "crossing"])
+def test_any_tokens_of_any_text_end_as_they_should(kind, crossing):
+    """Random texts, cut into tokens at random, with a random limit: whole characters, the right end, the state of just that text."""
+    tokenizer = crossing if kind == "crossing" else load_tokenizer(kind, 256)
+    stopped = limited = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        text = "".join(rng.choices(PARTS, k=rng.randrange(9)))
+        tokens = any_tokens(tokenizer, text.encode(tokenizer.encoding), rng)
+        limit = rng.randrange(1, len(tokens) + 3)
+        said = b"".join(tokenizer.table[token] for token in tokens[:limit]).decode(tokenizer.encoding, "ignore")
+        expected = said.partition(STOP)[0]
+        pieces, state = say(tokenizer, [*tokens, *tokenizer.eod], limit)
+        assert "".join(pieces) == expected, (seed, text, limit)
+        assert state == expected, (seed, text, limit)
+        stopped += STOP in said
+        limited += limit < len(tokens)
+    assert stopped > 30 and limited > 100
+
+
+def test_chinese_and_emoji_are_never_broken():
+    text = "你好，世界！🙂👩‍👩‍👧 ñ 𝒳 한국어"
+    for name, size in (("world", 65536), ("bytes", 256), ("utf16", 256)):
+        tokenizer = load_tokenizer(name, size)
+        tokens = tokenizer.encode(text)
+        for limit in range(1, len(tokens) + 1):
+            pieces, state = say(tokenizer, tokens, limit)
+            assert text.startswith("".join(pieces)) and "".join(pieces) == state
+
+
+def test_the_end_of_utf16_is_an_aligned_pair_of_zeros():
+    tokenizer = load_tokenizer("utf16", 256)
+    # 'a' ends with a 0 and 'Ā' begins with one: no end of document
+    pieces, state = say(tokenizer, [*tokenizer.encode("aĀb"), 0, 0, *tokenizer.encode("c")])
+    assert "".join(pieces) == state == "aĀb"
+
+
+# conversations
+
+
+@pytest.mark.parametrize("kind", ["world", "bytes", "utf16", "whole blank line"])
+def test_a_chat_feeds_the_tokens_that_training_saw(kind, tmp_path):
+    messages = [{"role": "system", "content": "s\n\n\nt "}, user("1\n\n2"), assistant("x\n\ny"), user(" é🙂"), assistant("."), user("3"), assistant("z")]
+    tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else load_tokenizer(kind, 65536 if kind == "world" else 256)
+    conversation = Conversation(None, tokenizer, GREEDY, system=messages[0]["content"])
+    for question, answer in itertools.batched(messages[1:], 2) if hasattr(itertools, "batched") else zip(messages[1::2], messages[2::2]):
+        conversation.model = Scripted(tokenizer, [*tokenizer.encode(" " + answer["content"]), *tokenizer.eod])
+        assert "".join(conversation.answer(question["content"])) == " " + answer["content"]
+    assert [*conversation.state, *tokenizer.eod] == encode(render(messages), tokenizer).ids.tolist()
+
+
+@pytest.fixture(scope="module", params=[6, 7])
+def model(request):
+    arch = make_arch(request.param)
+    model = RWKV(arch).double().eval()
+    model.load_state_dict(random_tensors(arch, torch.float64))
+    return model
+
+
+def close_states(got, want):
+    for layer, (a, b) in enumerate(zip(got, want, strict=True)):
+        for name in a._fields:
+            close(f"layer {layer}, {name}", getattr(a, name), getattr(b, name), 1e-9)
+
+
+def test_turns_on_a_kept_state_are_the_whole_dialogue_at_once(model, letters):
+    tokenizer = load_tokenizer(letters, 67)
+    conversation = Conversation(model, tokenizer, Sampling(1, 1), seed=5, system="be brief")
+    dialogue = "System: be brief\n\n"
+    for i, question in enumerate(["hello", "why? 12", "a\n\n\nb"]):
+        answer = "".join(conversation.answer(question, max_tokens=17 + i))
+        assert len(answer) > 3
+        dialogue += ("\n\n" if i else "") + f"User: {question.replace(chr(10) * 3, chr(10))}\n\nAssistant:{answer}"
+    ids = torch.tensor([tokenizer.encode(dialogue)])
+    with torch.no_grad():
+        _, whole = model(ids)
+        close_states(conversation.state, whole)
+        following = torch.tensor([tokenizer.encode("\n\nUser:")])
+        close("logits", model(following, conversation.state)[0], model(following, whole)[0], 1e-9)
+
+
+def test_the_state_after_a_stop_is_that_of_the_shown_text(model, letters):
+    """A real model is made to say the stop text by what it is fed: its own logits decide until then."""
+    tokenizer = load_tokenizer(letters, 67)
+    forced = iter(tokenizer.encode(" no." + STOP))
+
+    class Forced:
+        emb = model.emb
+
+        def __call__(self, ids, state):
+            logits, state = model(ids, state)
+            logits[:, -1, next(forced)] += 100
+            return logits, state
+
+    pieces, state = run(stream(Forced(), tokenizer, tokenizer.encode("User: q"), None, GREEDY, 99))
+    assert "".join(pieces) == " no."
+    with torch.no_grad():
+        close_states(state, model(torch.tensor([tokenizer.encode("User: q no.")]))[1])
+
+
+def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
+    tokenizer = load_tokenizer(letters, 67)
+    prompts = [prompt([user(text)]) for text in ("a", "bc", "d", "efg", "hi!", "j")]
+    single = ["".join(run(stream(model, tokenizer, tokenizer.encode(text), None, GREEDY, 15, ""))[0]).strip() for text in prompts]
+    assert greedy_answers(model, tokenizer, prompts, 15, batch=2) == single and len(set(single)) > 3
+    questions = [(text, answer if i % 3 else "another") for i, (text, answer) in enumerate(zip(prompts, single))]
+    assert exact_accuracy(model, tokenizer, questions, 15) == (4 / 6, single)
+
+
+# the program
+
+
+@pytest.fixture(scope="module", params=[6, 7])
+def files(request, tmp_path_factory):
+    """(base, adapter, merged): a random model, a random adapter of it, and the two merged."""
+    folder = tmp_path_factory.mktemp("chat")
+    base, adapter, merged = (folder / f"{name}.pth" for name in ("base", "adapter", "merged"))
+    rwkv_miss.write_checkpoint(base, random_tensors(make_arch(request.param)).items())
+    model = RWKV.load(base)
+    rwkv_miss.inject(model, "miss", rank=5)
+    for layer in adapted_linears(model).values():
+        torch.nn.init.normal_(layer.miss, std=0.05)
+    rwkv_miss.save_adapter(model, adapter)
+    rwkv_miss.merge_file(base, adapter, merged)
+    return base, adapter, merged
+
+
+def answer(capsys, *flags):
+    chat.main([*map(str, flags)])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_merged_and_unmerged_give_the_same_greedy_answer(files, letters, capsys):
+    base, adapter, merged = files
+    flags = ["--tokenizer", letters, "--prompt", "hello?", "--temperature", 0, "--max_tokens", 40]
+    whole, live, before = (answer(capsys, "--model", *which, *flags) for which in ([merged], [base, "--adapter", adapter], [base]))
+    assert whole == live != before and len(whole) > 10 and whole.count("\n") <= 41
+
+
+def test_flags_reach_the_sampling(files, letters, capsys):
+    flags = ["--model", files[0], "--tokenizer", letters, "--prompt", "hello?", "--max_tokens", 30]
+    answers = [answer(capsys, *flags, *more) for more in (
+        [], ["--seed", 1], ["--seed", 1], ["--top_k", 1], ["--temperature", 0], ["--temperature", 0, "--presence_penalty", 9],
+        ["--temperature", 0, "--frequency_penalty", 9], ["--temperature", 0, "--system", "no"], ["--raw", "--temperature", 0],
+        ["--top_p", 1e-6],
+    )]
+    assert answers[1] == answers[2] and answers[3] == answers[4] == answers[9]
+    assert len(set(answers)) == 7
+
+
+def test_the_chat_keeps_its_turns_and_ends_at_an_empty_line(files, letters, capsys, monkeypatch):
+    typed = iter(["hello", "again", ""])
+    monkeypatch.setattr(builtins, "input", lambda shown: next(typed))
+    chat.main(["--model", str(files[0]), "--tokenizer", letters, "--max_tokens", "12", "--temperature", "0"])
+    out, err = capsys.readouterr()
+    conversation = Conversation(RWKV.load(files[0]), load_tokenizer(letters, 67), GREEDY)
+    assert out == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again"))
+    assert "base.pth: RWKV-" in err and "ends the chat" in err
+
+
+def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
+    flags = ["--model", str(files[2]), "--tokenizer", letters, "--prompt", "hello?", "--temperature", "0", "--max_tokens", "20"]
+    done = subprocess.run([sys.executable, "-m", "demo.chat", *flags], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == answer(capsys, *flags)
+    text = done.stdout.removesuffix("\n")
+    conversation = Conversation(RWKV.load(files[2]), load_tokenizer(letters, 67), GREEDY)
+    assert text == "".join(conversation.answer("hello?", 20)).lstrip(" ")
+
+
+def test_chat_merge_and_evaluation_import_no_trainer():
+    code = "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; " \
+           "print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+def test_the_adapter_library_needs_torch_only(tmp_path):
+    """Import, inject, save, load and merge without numpy, which torch can do without, and without anything of src."""
+    code = """
+import sys
+for name in ("numpy", "yaml", "lightning", "deepspeed", "src"):
+    sys.modules[name] = None  # importing it now fails
+import torch, rwkv_miss, rwkv_miss.__main__
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+rwkv_miss.write_checkpoint("base.pth", model.state_dict().items())
+rwkv_miss.inject(model, rank=2, targets=["0", "1"])
+torch.nn.init.ones_(model[1].miss)
+rwkv_miss.save_adapter(model, "adapter.pth")
+print(rwkv_miss.merge_file("base.pth", "adapter.pth", "merged.pth").linears)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout == "2\n", done.stdout + done.stderr
