@@ -7,13 +7,10 @@ import math
 import os
 import sys
 
-from rwkv_miss import load_adapter
 from rwkv_miss.errors import Parser, UserError, one_line_errors
-from src import ops
-from src.device import DTYPES, choose_accelerator, choose_precision
+from src.device import DTYPES
 from src.generate import Conversation, Sampling, stream
-from src.model import RWKV
-from src.tokenizer import load_tokenizer, recorded_tokenizer
+from src.load import load
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,18 +43,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace):
-    """(model, tokenizer) ready to answer."""
-    accelerator = choose_accelerator(args.accelerator)
-    device = "cuda" if accelerator == "gpu" else "cpu"
-    precision, _ = choose_precision(args.precision, accelerator)
-    model = RWKV.load(args.model, DTYPES[precision], device, ops.choose(args.wkv, device)[0]).eval()
-    if args.adapter:
-        load_adapter(model, args.adapter)
-    spec = recorded_tokenizer(args.tokenizer, args.adapter, args.model)
-    return model, load_tokenizer(spec, model.arch.vocab_size, args.eod)
-
-
 def show(pieces) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -67,7 +52,7 @@ def show(pieces) -> None:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         args = parse(argv)
-        model, tokenizer = load(args)
+        model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
         chat = Conversation(model, tokenizer, sampling, args.seed, args.system)
         if args.raw:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Chat with a merged file, or with a base and its adapter unmerged. An empty line ends the chat.
 set -euo pipefail
-source "$(dirname "$0")/../scripts/setup.sh"
+source "$(dirname "$0")/../scripts/setup.sh" ""
 
 model="out/demo/merged.pth"     # a merged file or a base
 adapter=""                      # an adapter of that base; empty: none

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Merge an adapter into its base: the result is a plain .pth for any RWKV runtime.
 set -euo pipefail
-source "$(dirname "$0")/../scripts/setup.sh"
+source "$(dirname "$0")/../scripts/setup.sh" ""
 
 base="demo/rwkv7-reverse.pth"       # the file that the adapter was trained on; another one is refused
 adapter="out/demo/adapter.pth"      # what train.py wrote

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Fine-tune, merge, verify, chat: the whole way on a CPU in a few minutes. Nothing need be set up before.
 # The base, demo/rwkv7-reverse.pth, reverses strings of letters; the adapter teaches it to sort them.
-# For a run of your own change load_model and data_file, and look at the other settings once.
+# For a run of your own change load_model, data_file and proj_dir, and look at the other settings once.
 set -euo pipefail
-source "$(dirname "$0")/../scripts/setup.sh"
+source "$(dirname "$0")/../scripts/setup.sh" ""
 
 load_model="demo/rwkv7-reverse.pth"     # the base: any RWKV-6 or RWKV-7 .pth; its sizes are read from the file
 proj_dir="out/demo"                     # everything the run writes goes here
 data_file="$proj_dir/sort.jsonl"        # JSONL, one {"text": ...} or {"messages": [...]} a line; made below if it is absent
-heldout_file="$proj_dir/sort-heldout.jsonl"  # questions that are not in data_file, for the accuracy
+heldout_file="$proj_dir/sort-heldout.jsonl"  # questions that are not in data_file, for the accuracy; may be absent
 tokenizer="auto"                        # auto, world, bytes, utf16, or a file; the demo's base says in its file that it is bytes
 peft="miss"                             # the adapter method
 peft_config='{"r": 12}'                 # its options: r is the rank, an eighth of this model's width; 64 for real models
@@ -29,5 +29,5 @@ python train.py --load_model "$load_model" --data_file "$data_file" --proj_dir "
     --lr_init "$lr_init" --warmup_steps 20 --strategy "$strategy" --devices "$devices" --resume auto
 python -m rwkv_miss merge --base "$load_model" --adapter "$proj_dir/adapter.pth" --out "$proj_dir/merged.pth"
 python -m demo.chat --model "$proj_dir/merged.pth" --prompt "sort kitchen" --temperature 0
-python -m demo.verify --base "$load_model" --adapter "$proj_dir/adapter.pth" --merged "$proj_dir/merged.pth" \
+[ ! -f "$heldout_file" ] || python -m demo.verify --base "$load_model" --adapter "$proj_dir/adapter.pth" --merged "$proj_dir/merged.pth" \
     --questions "$heldout_file" --summary "$proj_dir/run.json"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How demo/rwkv7-reverse.pth was made: RWKV-7 from scratch on strings of letters, about four minutes on 2 CPU cores.
 set -euo pipefail
-source "$(dirname "$0")/../scripts/setup.sh"
+source "$(dirname "$0")/../scripts/setup.sh" ""
 
 proj_dir="out/demo-base"
 data_file="$proj_dir/reverse.jsonl"

@@ -9,10 +9,8 @@ import torch
 from rwkv_miss import UserError, load_adapter
 from rwkv_miss.errors import Parser, one_line_errors
 from src.evaluate import exact_accuracy, read_questions
+from src.load import load
 from src.model import RWKV
-from src.tokenizer import load_tokenizer, recorded_tokenizer
-
-MAX_TOKENS = 12
 
 
 def main() -> None:
@@ -20,14 +18,15 @@ def main() -> None:
         parser = Parser(prog="python -m demo.verify", description=__doc__)
         for name in ("base", "adapter", "merged", "questions", "summary"):
             parser.add_argument(f"--{name}", required=True)
+        parser.add_argument("--max_tokens", type=int, default=64, help="longest answer")
         args = parser.parse_args()
         questions = read_questions(args.questions)
-        base, merged = RWKV.load(args.base, torch.float32), RWKV.load(args.merged, torch.float32)
-        tokenizer = load_tokenizer(recorded_tokenizer("auto", args.base), base.arch.vocab_size)
-        before, wrong = exact_accuracy(base, tokenizer, questions, MAX_TOKENS)
+        merged, tokenizer = load(args.merged, precision="fp32")
+        after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens)
+        base = RWKV.load(args.base, torch.float32).to(merged.emb.weight.device)
+        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens)
         load_adapter(base, args.adapter)
-        live, _ = exact_accuracy(base, tokenizer, questions, MAX_TOKENS)
-        after, answers = exact_accuracy(merged, tokenizer, questions, MAX_TOKENS)
+        live, _ = exact_accuracy(base, tokenizer, questions, args.max_tokens)
         if abs(live - after) > 0.01:
             raise UserError(f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something")
         with open(args.summary, encoding="utf-8") as file:

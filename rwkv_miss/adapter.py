@@ -58,6 +58,7 @@ class AdapterMethod:
     method: ClassVar[str]
     Options: ClassVar[type[Options]] = Options
     adapts_linears: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1e-4
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
@@ -108,13 +109,15 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     def attach(cls, model, linears, options) -> None:
         pool: dict[str, Tensor] = {}
+        adapted: dict[str, AdapterLinear] = {}
         for name, linear in linears.items():
             try:
-                adapted = cls.wrap(linear, options, pool)
+                adapted[name] = cls.wrap(linear, options, pool)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
+        for name, layer in adapted.items():  # all of them or none
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, adapted)
+            setattr(model.get_submodule(parent), leaf, layer)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Everything the method added to this layer: its parameters and buffers without the base's weight and bias."""

@@ -15,6 +15,9 @@ def one_line_errors():
     """Print a UserError as `error: ...` on stderr and exit with code 2; any other exception is a bug and keeps its traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)

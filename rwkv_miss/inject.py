@@ -74,8 +74,14 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     parsed = cls.Options.parse(options)
     linears = find_linears(model, targets) if cls.adapts_linears else {}
     total = sum(p.numel() for p in model.parameters())
+    trained_before = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
-    cls.attach(model, linears, parsed)
+    try:
+        cls.attach(model, linears, parsed)
+    except UserError:
+        for p, flag in trained_before.items():
+            p.requires_grad_(flag)
+        raise
     model.injection = Injection(
         method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS), list(linears),
         sum(p.numel() for p in model.parameters() if p.requires_grad), total,
@@ -101,12 +107,8 @@ def layer_tensors(cls: type[AdapterLinear], name: str, tensors: dict[str, Tensor
     return {**own, **{key: tensors[f"shared.{key}"] for key in cls.shared}}
 
 
-def save_adapter(model: nn.Module, path, tensors: dict[str, Tensor] | None = None, **metadata) -> None:
-    """Write the trained tensors and the metadata that load and merge need, atomically.
-
-    `tensors` replaces the model's own where a strategy has sharded them; further keywords go into the metadata
-    (step, tokenizer, ...).
-    """
+def save_adapter(model: nn.Module, path, **metadata) -> None:
+    """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step, tokenizer, ...) are added to it."""
     injection: Injection | None = getattr(model, "injection", None)
     if injection is None:
         raise UserError("the model carries no adapter; call inject() first")
@@ -126,7 +128,7 @@ def save_adapter(model: nn.Module, path, tensors: dict[str, Tensor] | None = Non
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         **metadata,
     }
-    write_checkpoint(path, ((k, t.detach().cpu()) for k, t in (tensors or adapter_tensors(model)).items()), described)
+    write_checkpoint(path, ((k, t.detach().cpu()) for k, t in adapter_tensors(model).items()), described)
 
 
 def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,9 +157,10 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
         if missing:
             raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
         inject(model, metadata["method"], metadata["linears"] or None, **metadata["options"])
-    elif (model.injection.method, model.injection.linears) != (metadata["method"], metadata["linears"]):
-        raise UserError(f"{path} holds a {metadata['method']} adapter of {len(metadata['linears'])} linears, the model "
-                        f"carries {model.injection.method} on {len(model.injection.linears)}")
+        model.injection.targets = metadata["targets"]
+    for name in ("method", "options", "linears"):
+        if getattr(model.injection, name) != metadata[name]:
+            raise UserError(f"{path} has {name} {metadata[name]}, the model carries an adapter with {getattr(model.injection, name)}")
     full = dict(tensors)
     for name, layer in adapted_linears(model).items():
         try:
@@ -170,5 +173,7 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     for name, tensor in full.items():
         if name not in parameters:
             raise UserError(f"{path} holds {name}, which this model does not have")
+        if parameters[name].numel() != tensor.numel():
+            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model")
         parameters[name].copy_(tensor.view_as(parameters[name]))
     return metadata

@@ -95,6 +95,7 @@ class _Merger:
         self.by_weight = {f"{name}.weight": name for name in self.linears}
         self.whole = {n: t for n, t in adapter.items() if n.rpartition(".")[0] not in self.linears and not n.startswith("shared.")}
         self.rounding = Rounding()
+        self.buffer = torch.empty(0)
 
     def check(self, base: dict[str, Tensor]) -> None:
         """Every adapted linear and every whole tensor must fit the base."""
@@ -124,10 +125,19 @@ class _Merger:
         if key not in self.by_weight:
             return _round(key, base, dtype)
         name = self.by_weight[key]
-        merged = self.method.merged_weight(base.float(), layer_tensors(self.method, name, self.adapter), self.options)
+        weight = self.room(base.shape, dtype).copy_(base)
+        merged = self.method.merged_weight(weight, layer_tensors(self.method, name, self.adapter), self.options)
         rounded = _round(key, merged, dtype)
         self.rounding.add(name, *_account(base, merged, rounded))
         return rounded
+
+    def room(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An fp32 buffer for one weight. It is used again for the next, which saves most page faults, unless it may become the output."""
+        if dtype == torch.float32:
+            return torch.empty(shape)
+        if self.buffer.numel() < shape.numel():
+            self.buffer = torch.empty(shape.numel())
+        return self.buffer[: shape.numel()].view(shape)
 
     def items(self, base: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """The merged file: the base's tensors in its order, then the adapter's new ones. dtype None keeps each tensor's own."""
@@ -191,7 +201,7 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
         "format": MERGED_FORMAT, "base": os.path.basename(base),
         "base_fingerprint": fingerprint(tensors), "adapter_fingerprint": fingerprint(changes),
         "method": metadata["method"], "options": metadata["options"],
-        "step": metadata.get("step"), "tokenizer": metadata.get("tokenizer"), "versions": metadata["versions"],
+        "step": metadata.get("step"), "tokenizer": metadata.get("tokenizer"), "eod": metadata.get("eod"), "versions": metadata["versions"],
     }
     if not force and before.get("adapter_fingerprint") == record["adapter_fingerprint"]:
         raise UserError(f"{base} is already a merge of this adapter into {before['base']}; --force merges it a second time")

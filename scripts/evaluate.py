@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 
-import torch
-
-from rwkv_miss import load_adapter
-from rwkv_miss.errors import Parser, one_line_errors
+from rwkv_miss.errors import Parser, UserError, one_line_errors
 from src.evaluate import exact_accuracy, read_questions
-from src.model import RWKV
-from src.tokenizer import load_tokenizer, recorded_tokenizer
+from src.load import load
 
 
 def main() -> None:
@@ -20,13 +16,13 @@ def main() -> None:
         parser.add_argument("--adapter")
         parser.add_argument("--questions", required=True, help='JSONL of {"messages": [...]} that end with the right answer')
         parser.add_argument("--tokenizer", default="auto")
+        parser.add_argument("--eod", default="")
         parser.add_argument("--max_tokens", type=int, default=32)
         parser.add_argument("--show", type=int, default=5, help="answers to print")
         args = parser.parse_args()
-        model = RWKV.load(args.model, torch.float32)
-        if args.adapter:
-            load_adapter(model, args.adapter)
-        tokenizer = load_tokenizer(recorded_tokenizer(args.tokenizer, args.adapter, args.model), model.arch.vocab_size)
+        if args.max_tokens < 1:
+            raise UserError(f"--max_tokens {args.max_tokens}: must be at least 1")
+        model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision="fp32")
         questions = read_questions(args.questions)
         accuracy, answers = exact_accuracy(model, tokenizer, questions, args.max_tokens)
     for (question, right), answer in list(zip(questions, answers))[: args.show]:

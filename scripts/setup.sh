@@ -1,5 +1,5 @@
 # Sourced by the demo and test scripts: goes to the checkout's root and activates .venv there, which it makes on the first call.
-# Usage: source scripts/setup.sh [extra]      with extra = test, the test tools are installed too
+# Usage: source scripts/setup.sh EXTRA      with EXTRA = test, the test tools are installed too; "" for none
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 import rwkv_miss
 from rwkv_miss.errors import UserError
+
+from .files import write_text
 
 
 class StepReport(Callback):
@@ -47,6 +50,8 @@ class StepReport(Callback):
         total = trainer.strategy.reduce(torch.tensor([float(module.step_loss), float(self.stop)], device=module.device), reduce_op="sum")
         loss, self.stop = float(total[0]), bool(total[1])
         module.step_loss = 0.0
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {step}: the run diverged; lower --lr_init. What was saved before is unchanged")
         rwkv_miss.on_step(module.model, step, self.total)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -58,8 +63,11 @@ class StepReport(Callback):
                 "step": step, "loss": loss, "lr": module.lr * module.lr_factor(step - 1), "tokens": tokens,
                 "trained_tokens": module.schedule.step_targets(step - 1), "seconds": seconds, "tokens_per_second": tokens / seconds,
             }
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path} could not be written ({error.strerror})") from None
             self.bar.set_postfix_str(f"loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tok/s")
             self.bar.update()
             if not sys.stderr.isatty() and (step % max(1, self.total // 20) == 0 or step == 1):
@@ -79,13 +87,14 @@ class StepReport(Callback):
 
 
 def _keep_lines(path: str, steps: int) -> None:
-    """Drop the metrics of steps that a resumed run does again."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-        lines = [line for line in file if json.loads(line)["step"] <= steps]
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(f"{path}.tmp", path)
+    """Drop the metrics of steps that a resumed run does again, and a last line that a crash cut off."""
+    kept = ""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as file:
+        for line in file:
+            if json.loads(line)["step"] > steps:
+                break
+            kept += line
+    write_text(path, kept)
 
 
 class Saver(Callback):
@@ -117,8 +126,10 @@ class Saver(Callback):
         trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(temporary)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:
             _remove(temporary)
+            if isinstance(error, RuntimeError) and "file write failed" not in str(error):  # torch's words for a full disk
+                raise
             raise UserError(f"checkpoint {final} could not be written ({error}); free some space and go on with --resume auto") from error
         trainer.strategy.barrier()
         if trainer.is_global_zero:

@@ -19,6 +19,8 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import Parser, UserError
 
+from .files import is_first_process, write_text
+
 
 def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values."""
@@ -99,8 +101,26 @@ RETIRED = {
     "ds_bucket_mb": "the bucket sizes suit adapters as they are",
     "num_workers": "rows are tokenised once and kept in memory",
     "enable_progress_bar": "the bar shows itself on a terminal",
+    "epoch_save": "saving is by --save_steps",
+    "head_size_divisor": "the released value, 8, is fixed",
+    "persistent_workers": "there are no loader processes",
+    "prefetch_factor": "there are no loader processes",
+    "load_partial": "every tensor of a checkpoint must be there",
+    "fused_kernel": "the best kernel at hand is chosen, see --wkv",
+    "fla": "the best kernel at hand is chosen, see --wkv",
     "dataload": "rows are padded to the longest of their micro-batch only",
     "data_shuffle": "every pass over the data is a new permutation",
+}
+
+# flags of theirs that would change the result, and that this version cannot honour
+REFUSED = {
+    "quant": "quantised bases are not supported yet; train with --precision bf16",
+    "train_type": "infctx and state training are not supported yet; drop the flag for ordinary training",
+    "chunk_ctx": "infctx training is not supported yet; rows are trained whole, up to --ctx_len",
+    "loss_mask": "the mask comes from the data: messages train the assistant's turns, text trains everything",
+    "train_parts": "an adapter trains nothing but itself in this version; --peft none trains everything",
+    "merge": "train.py writes the adapter; merge it with python -m rwkv_miss merge",
+    "wandb": "the metrics are in metrics.jsonl; there is no upload",
 }
 
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
@@ -110,8 +130,7 @@ PRESETS = {
     "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}}),
 }
 
-# miss: the paper's rate. lora: ten times it, which gives steps of the same size in W. full: RWKV-LM's usual rates
-DEFAULT_LR = {"miss": 2e-5, "lora": 2e-4}
+# RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 
 
@@ -127,7 +146,7 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     given = vars(parser.parse_args(_without_retired(argv)))
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if given["config"]:
-        layers.append((given["config"], _read_yaml(given["config"])))
+        layers.append((given["config"], read_yaml(given["config"])))
     values, origins = _merge(layers)
     if values.get("preset"):
         values, origins = _merge([*layers, (f"preset {values['preset']}", _preset_values(values))])
@@ -142,8 +161,11 @@ def _without_retired(argv: list[str]) -> list[str]:
     value_follows = False
     for token in argv:
         name, equals, _ = token.removeprefix("--").partition("=")
+        if token.startswith("--") and name in REFUSED:
+            raise UserError(f"--{name}: {REFUSED[name]}")
         if token.startswith("--") and name in RETIRED:
-            print(f"note: --{name} is ignored: {RETIRED[name]}")
+            if is_first_process():
+                print(f"note: --{name} is ignored: {RETIRED[name]}")
             value_follows = not equals
             continue
         if token.startswith("--") or not value_follows:
@@ -152,7 +174,7 @@ def _without_retired(argv: list[str]) -> list[str]:
     return kept
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"config file {path} does not exist")
     with open(path, "rb") as file:
@@ -279,6 +301,10 @@ def validate(config: Config) -> None:
         raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):
         raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
+    if config.lr_schedule == "constant" and config.lr_final >= 0:
+        raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
+    if config.random_seed >= 2**63:
+        raise UserError(f"--random_seed {config.random_seed}: must be below 2^63")
     if config.peft == "none" and config.peft_config:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
@@ -318,5 +344,4 @@ def save(config: Config, origins: dict[str, str], path: str) -> None:
         f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}  # {origin}"
         for name, origin in origins.items()
     ]
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")

@@ -9,19 +9,24 @@ from rwkv_miss.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_accelerator(asked: str) -> str:
-    """cpu or gpu."""
-    if asked == "gpu" and not torch.cuda.is_available():
-        raise UserError("--accelerator gpu: torch sees no CUDA GPU on this machine; use --accelerator cpu")
-    return asked if asked != "auto" else "gpu" if torch.cuda.is_available() else "cpu"
+def choose_accelerator(asked: str, devices: int = 1) -> str:
+    """cpu or gpu; a UserError when fewer GPUs are there than asked for."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" or asked == "auto" and not gpus:
+        return "cpu"
+    if devices > gpus:
+        raise UserError(f"--devices {devices}: torch sees {gpus} CUDA GPUs on this machine; ask for fewer, or use --accelerator cpu")
+    return "gpu"
 
 
-def choose_precision(asked: str, accelerator: str) -> tuple[str, str]:
-    """(fp32, bf16 or fp16; why)."""
+def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
+    """(fp32, bf16 or fp16; why). fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too."""
     if asked != "auto":
         return asked, "as asked"
     if accelerator == "cpu":
         return "fp32", "auto: a CPU"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "auto: the GPU has bf16"
+    if strategy.startswith("deepspeed"):
+        return "fp32", "auto: the GPU has no bf16, and fp16 works with --strategy auto or ddp only"
     return "fp16", "auto: the GPU has no bf16"

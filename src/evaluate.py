@@ -35,12 +35,14 @@ def greedy_answers(model: RWKV, tokenizer, prompts: list[str], max_tokens: int, 
         pairs = list(same_length)
         for start in range(0, len(pairs), batch):
             part = pairs[start : start + batch]
-            logits, state = model(torch.tensor([ids for ids, _ in part]))
+            logits, state = model.next_logits(torch.tensor([ids for ids, _ in part], device=model.emb.weight.device))
             produced = []
             for _ in range(max_tokens):
-                token = logits[:, -1, : tokenizer.vocab_size].argmax(-1, keepdim=True)
+                token = logits[:, : tokenizer.vocab_size].argmax(-1, keepdim=True)
                 produced.append(token)
-                logits, state = model(token, state)
+                if all(_before_end(ids, tokenizer.eod) != ids for ids in torch.cat(produced, 1).tolist()):
+                    break
+                logits, state = model.next_logits(token, state)
             for (_, i), ids in zip(part, torch.cat(produced, 1).tolist(), strict=True):
                 answers[i] = tokenizer.decode(_before_end(ids, tokenizer.eod)).strip()
     return answers

@@ -60,8 +60,8 @@ def stream(
     device = model.emb.weight.device
 
     def feed(tokens: list[int], before: State | None) -> tuple[Tensor, State]:
-        logits, after = model(torch.tensor([tokens], device=device), before)
-        return logits[0, -1, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
+        logits, after = model.next_logits(torch.tensor([tokens], device=device), before)
+        return logits[0, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
 
     logits, state = feed(ids, state)
     decoder, seen = tokenizer.decoder(), {}
@@ -87,8 +87,8 @@ def stream(
             yield text[emitted:safe]
             emitted = safe
         logits, state = feed([token], state)
-        # only the first state of a length: a later one holds part of the next character already
-        states.setdefault(len(text), state)
+        if not decoder.pending:
+            states[len(text)] = state
         oldest = max(length for length in states if length <= emitted)
         states = {length: kept for length, kept in states.items() if length >= oldest}
     if emitted < len(text):

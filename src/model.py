@@ -91,17 +91,18 @@ class RWKV(nn.Module):
         arch = Arch.detect(tensors)
         with torch.device("meta"):
             model = cls(arch, kernel)
-        model._check(tensors, path)
+        model.check(tensors, path)
         check_finite(tensors)
         for name, parameter in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
-            tensor = tensors[name].to(device=device, dtype=dtype or tensors[name].dtype)
+            # one shape inside, whatever the file's; a view, not a copy
+            tensor = tensors[name].reshape(parameter.shape).to(device=device, dtype=dtype or tensors[name].dtype)
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
         model.base_name = os.path.basename(path)
         model.base_fingerprint = fingerprint(tensors)
         return model
 
-    def _check(self, tensors: dict[str, Tensor], path) -> None:
+    def check(self, tensors: dict[str, Tensor], path) -> None:
         """Every key must land, with its shape; vectors may be squeezed, (C) for (1, 1, C), as some converters write them."""
         expected = {name: p.shape for name, p in self.named_parameters()}
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -113,10 +114,6 @@ class RWKV(nn.Module):
             got = tensors[name].shape
             if [n for n in got if n != 1] != [n for n in shape if n != 1]:
                 raise UserError(f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.emb.weight.dtype
 
     def initial_state(self, batch: int) -> State:
         """Zeros: the state before the first token of `batch` sequences."""
@@ -148,6 +145,11 @@ class RWKV(nn.Module):
         """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token."""
         x, state = self.features(ids, state)
         return self.head(x), state
+
+    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs of a prompt."""
+        x, state = self.features(ids, state)
+        return self.head(x[:, -1]), state
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:

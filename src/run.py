@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 
 import torch
@@ -19,8 +20,9 @@ from . import ops
 from .config import Config
 from .data import Document, Documents, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
+from .files import is_first_process, write_text
 from .model import RWKV, VERSIONS
-from .tokenizer import load_tokenizer, recorded_tokenizer
+from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
 CHECKPOINTS = "checkpoints"
@@ -29,9 +31,9 @@ CHECKPOINTS = "checkpoints"
 def main(config: Config, origins: dict[str, str]) -> None:
     """Run the settings. Everything that can be wrong with them is found before the first step and before a file is written."""
     started = process_start()
-    say = print if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("RANK", 0)) == 0 else _silent
-    accelerator = choose_accelerator(config.accelerator)
-    precision, precision_reason = choose_precision(config.precision, accelerator)
+    world = check_world(config)
+    accelerator = choose_accelerator(config.accelerator, config.devices)
+    precision, precision_reason = choose_precision(config.precision, accelerator, config.strategy)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu")
 
     arch, tokenizer = read_base(config)
@@ -46,44 +48,57 @@ def main(config: Config, origins: dict[str, str]) -> None:
     from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
     from .callbacks import Saver, StepReport
 
-    world = config.devices * config.num_nodes
     schedule = training.make_schedule(documents, config, world)
     total_steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
-    say(f"base       {config.load_model or 'new model'}: {arch.describe()}")
-    say(f"adapter    {describe_training(config, model)}")
-    for line in describe_data(config, documents):
-        say(line)
-    say(f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
-        f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data")
     final = lr * training.learning_rate_factor(config, total_steps, lr)(total_steps - 1)
-    say(f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}")
-    say(f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}")
-    say(f"kernel     wkv {kernel}: {kernel_reason}")
-    say(f"tokenizer  {tokenizer.name}; first sample, trained part between the marks:")
-    say(show_sample(documents.rows[0], tokenizer))
-
-    if resume_from and int(os.path.basename(resume_from).split("-")[1]) >= total_steps:
-        say(f"resume     {resume_from} has all {total_steps} steps already; nothing to train. Output: {output_path(config)}")
+    plan = [
+        f"base       {config.load_model or 'new model'}: {arch.describe()}",
+        f"adapter    {describe_training(config, model)}",
+        *describe_data(config, documents),
+        f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
+        f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
+        f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}",
+        f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}",
+        f"kernel     wkv {kernel}: {kernel_reason}",
+        f"tokenizer  {tokenizer.name}; first sample, trained part between the marks:",
+        show_sample(documents.rows[0], tokenizer),
+    ]
+    if config.warmup_steps >= total_steps:
+        plan.append(f"warning    the warm-up, {config.warmup_steps} steps, is as long as the run: the full learning rate is never used")
+    finished = resume_from and int(os.path.basename(resume_from).split("-")[1]) >= total_steps
+    if finished:
+        plan.append(f"resume     {resume_from} has all {total_steps} steps already; nothing to train. Output: {output_path(config)}")
+    elif resume_from:
+        plan.append(f"resume     from {resume_from}")
+    if is_first_process():
+        print("\n".join(plan), flush=True)
+    if finished:
         return
-    if resume_from:
-        say(f"resume     from {resume_from}")
-    os.makedirs(config.proj_dir, exist_ok=True)
-    if say is print:
-        configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
 
+    os.makedirs(config.proj_dir, exist_ok=True)
+    if is_first_process():
+        configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
     half = DTYPES[precision] if config.peft == "none" and precision != "fp32" else None
     module = training.FineTuning(model, config, lr, documents, total_steps, half)
     report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started)
     saver = Saver(os.path.join(config.proj_dir, CHECKPOINTS), config.save_steps, writer(config, model, tokenizer, training))
     trainer = training.make_trainer(config, accelerator, total_steps, precision, [report, saver])
     before = time.perf_counter()
-    trainer.fit(module, ckpt_path=resume_from, weights_only=False)
+    try:
+        trainer.fit(module, ckpt_path=resume_from)
+    except torch.OutOfMemoryError:
+        raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then lower --ctx_len") from None
     if trainer.is_global_zero:
         finish(config, trainer.global_step, total_steps, time.perf_counter() - before, report)
 
 
-def _silent(*_args) -> None:
-    """What the other ranks say."""
+def check_world(config: Config) -> int:
+    """Number of processes of the run; a launcher that started another number is a UserError."""
+    world = config.devices * config.num_nodes
+    launched = int(os.environ.get("WORLD_SIZE", world))
+    if launched != world:
+        raise UserError(f"the launcher started {launched} processes, but --devices x --num_nodes is {world}; make them equal")
+    return world
 
 
 def process_start() -> float:
@@ -103,12 +118,30 @@ def existing_part(folder: str) -> str:
 
 
 def read_base(config: Config):
-    """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model; no weight is read yet."""
-    if config.load_model:
-        arch = Arch.detect(read_checkpoint(config.load_model))
-        configuration.check_sizes(config, arch)
-        return arch, load_tokenizer(recorded_tokenizer(config.tokenizer, config.load_model), arch.vocab_size, config.eod)
-    vocab = config.vocab_size or {"bytes": 256, "utf16": 256}.get(config.tokenizer, 65536)
+    """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
+
+    No weight is read yet, but names, shapes, adapter options and targets are checked against them, on a model without memory.
+    """
+    if not config.load_model:
+        return new_arch(config)
+    tensors = read_checkpoint(config.load_model)
+    arch = Arch.detect(tensors)
+    configuration.check_sizes(config, arch)
+    with torch.device("meta"):
+        model = RWKV(arch)
+    model.check(tensors, config.load_model)
+    if config.peft != "none":
+        options, targets = configuration.adapter_options(config)
+        rwkv_miss.inject(model, config.peft, targets, **options)
+    return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
+
+
+def new_arch(config: Config):
+    """(Arch, tokenizer) of a new model: RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary."""
+    vocab = config.vocab_size
+    if config.tokenizer in ("auto", "world"):
+        vocab = vocab or WORLD_MODEL
+    tokenizer = load_tokenizer(config.tokenizer, vocab or sys.maxsize, config.eod)
     head_size = config.head_size or 64
     inner = config.dim_att or config.n_embd
     if inner % head_size:
@@ -117,8 +150,11 @@ def read_base(config: Config):
         raise UserError(f"--dim_att {inner} differs from --n_embd {config.n_embd}; RWKV-7 has them equal")
     version = int(config.version[2])
     dim_ffn, ranks = VERSIONS[version].default_sizes(config.n_embd)
-    arch = Arch(version, vocab, config.n_embd, config.n_layer, inner // head_size, head_size, inner, config.dim_ffn or dim_ffn, ranks, version == 7)
-    return arch, load_tokenizer(config.tokenizer, vocab, config.eod)
+    arch = Arch(
+        version=version, vocab_size=vocab or tokenizer.vocab_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=inner // head_size,
+        head_size=head_size, dim_att=inner, dim_ffn=config.dim_ffn or dim_ffn, ranks=ranks, layer0_value_residual=version == 7,
+    )
+    return arch, tokenizer
 
 
 def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> tuple[RWKV, float]:
@@ -133,7 +169,30 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
         return model, config.lr_init or (configuration.FULL_LR if config.load_model else configuration.NEW_MODEL_LR)
     options, targets = configuration.adapter_options(config)
     rwkv_miss.inject(model, config.peft, targets, **options)
-    return model, config.lr_init or configuration.DEFAULT_LR[config.peft]
+    return model, config.lr_init or rwkv_miss.METHODS[config.peft].default_lr
+
+
+# settings that a resumed run may change without becoming another run
+MAY_CHANGE = {"proj_dir", "resume", "save_steps", "grad_cp", "wkv", "accelerator"}
+
+
+def find_checkpoint(config: Config) -> str | None:
+    """The checkpoint to go on from. A run that would overwrite another one, or resume with a changed plan, is a UserError."""
+    path = newest_checkpoint(config.proj_dir)
+    if not is_first_process():
+        return path if config.resume == "auto" else None
+    if path is None and not os.path.exists(output_path(config)):
+        return None
+    if config.resume != "auto" or path is None:
+        what = os.path.basename(path or output_path(config))
+        raise UserError(f"{config.proj_dir} holds a run already ({what}); "
+                        + ("go on with --resume auto, or " if path else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
+    before = configuration.read_yaml(os.path.join(config.proj_dir, CONFIG))
+    for name in configuration.FIELDS:
+        if name not in MAY_CHANGE and before.get(name) != getattr(config, name):
+            raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {before.get(name)}, now it is {getattr(config, name)}; "
+                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)}, or choose another --proj_dir")
+    return path
 
 
 def newest_checkpoint(proj_dir: str) -> str | None:
@@ -141,22 +200,6 @@ def newest_checkpoint(proj_dir: str) -> str | None:
     folder = os.path.join(proj_dir, CHECKPOINTS)
     names = sorted(n for n in os.listdir(folder) if n.startswith("step-")) if os.path.isdir(folder) else []
     return os.path.join(folder, names[-1]) if names else None
-
-
-def find_checkpoint(config: Config) -> str | None:
-    """The checkpoint to go on from. A run that would overwrite another one, or resume with a changed plan, is a UserError."""
-    path = newest_checkpoint(config.proj_dir)
-    if path is None or int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        return path if config.resume == "auto" else None
-    if config.resume != "auto":
-        raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename(path)}); go on with --resume auto, or choose another --proj_dir")
-    before = configuration._read_yaml(os.path.join(config.proj_dir, CONFIG))
-    for name in ("load_model", "data_file", "peft", "peft_config", "ctx_len", "micro_bsz", "accumulate_grad_batches", "global_bsz", "devices",
-                 "num_nodes", "random_seed", "strategy", "epoch_count", "epoch_steps", "lr_init", "lr_final", "lr_schedule", "warmup_steps"):
-        if before[name] != getattr(config, name):
-            raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {before[name]}, now it is {getattr(config, name)}; "
-                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)}, or choose another --proj_dir")
-    return path
 
 
 def describe_training(config: Config, model: RWKV) -> str:
@@ -201,10 +244,11 @@ def writer(config: Config, model: RWKV, tokenizer, training):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
 
     def write(trainer, step: int) -> None:
-        with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
+        needed = [p for p in model.parameters() if p.requires_grad or config.peft == "none"]
+        with training.whole_parameters(trainer, needed):
             if not trainer.is_global_zero:
                 return
-            described = {"step": step, "tokenizer": tokenizer.name, "versions": versions}
+            described = {"step": step, "tokenizer": tokenizer.name, "eod": config.eod, "versions": versions}
             if config.peft != "none":
                 rwkv_miss.save_adapter(model, output_path(config), **described)
             else:
@@ -232,8 +276,7 @@ def finish(config: Config, step: int, total_steps: int, seconds: float, report) 
         "train_seconds": sum(line["seconds"] for line in metrics), "fit_seconds": seconds,
         "command_to_first_step_seconds": report.first_step_seconds, "output": output_path(config),
     }
-    with open(os.path.join(config.proj_dir, SUMMARY), "w", encoding="utf-8") as file:
-        json.dump(summary, file, indent=1)
+    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
     state = "done" if step >= total_steps else "stopped, go on with --resume auto"
     print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; first step "
           f"{report.first_step_seconds:.1f} s after the command; wrote {summary['output']}")

@@ -102,7 +102,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class ByteDecoder:
-    """decode() id by id: push() returns the characters that an id completes, flush() U+FFFD for one left incomplete."""
+    """decode() id by id: push() returns the characters that an id completes, flush() U+FFFD for one left incomplete.
+
+    `pending` tells whether part of a character waits for its other ids.
+    """
 
     def __init__(self, tokenizer: ByteTokenizer):
         self.tokenizer = tokenizer
@@ -111,6 +114,10 @@ class ByteDecoder:
     def push(self, token: int) -> str:
         self.tokenizer.check([token])
         return self.codec.decode(self.tokenizer.table[token])
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.codec.getstate()[0])
 
     def flush(self) -> str:
         return self.codec.decode(b"", final=True)
@@ -248,26 +255,30 @@ class WindowDecoder:
         self.tokenizer = tokenizer
         self.window: list[int] = []
         self.context = self.shown = 0  # ids of the last piece, characters already returned
+        self.pending = False
 
     def push(self, token: int) -> str:
         text = self.tokenizer.decode([*self.window, token])
         self.window.append(token)
         piece = text.rstrip(BROKEN)[self.shown :]
         self.shown += len(piece)
-        if piece and not text.endswith(BROKEN):
+        self.pending = text.endswith(BROKEN)
+        if piece and not self.pending:
             self.window = self.window[self.context :]
             self.context, self.shown = len(self.window), len(self.tokenizer.decode(self.window))
         return piece
 
     def flush(self) -> str:
         piece = self.tokenizer.decode(self.window)[self.shown :]
-        self.window, self.context, self.shown = [], 0, 0
+        self.window, self.context, self.shown, self.pending = [], 0, 0, False
         return piece
 
 
-def recorded_tokenizer(spec: str, *paths) -> str:
-    """`spec`, or, where it is "auto", the tokenizer that the first of these checkpoint files to name one was trained with."""
-    if spec != "auto":
-        return spec
-    records = (read_metadata(path) or {} for path in paths if path)
-    return next((record["tokenizer"] for record in records if record.get("tokenizer")), "auto")
+def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
+    """load_tokenizer(), where "auto" is the tokenizer that the first of these checkpoint files to name one was trained with."""
+    if spec == "auto":
+        for path in filter(None, paths):
+            record = read_metadata(path) or {}
+            if record.get("tokenizer"):
+                return load_tokenizer(record["tokenizer"], vocab_size, eod or record.get("eod") or "")
+    return load_tokenizer(spec, vocab_size, eod)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.util
 import logging
 import math
 import os
@@ -14,6 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
 import rwkv_miss
+from rwkv_miss.errors import UserError
 
 from .config import Config, accumulation
 from .data import Batches, Documents, Schedule
@@ -92,6 +95,20 @@ class FineTuning(pl.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["inputs"] = self.inputs()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """The files behind the paths must be those of the first part of the run."""
+        for name, value in self.inputs().items():
+            if checkpoint["inputs"][name] != value:
+                raise UserError(f"--resume auto: the {name} is not the one that the run began with; put it back, or choose another --proj_dir")
+
+    def inputs(self) -> dict[str, str | None]:
+        """Hashes of what a resumed run must find unchanged."""
+        digest = hashlib.sha256()
+        for row in self.documents.rows:
+            digest.update(row.ids.tobytes() + row.trained.tobytes())
+        return {"base file": self.model.base_fingerprint, "data file": digest.hexdigest()}
 
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
@@ -108,6 +125,10 @@ def make_trainer(config: Config, accelerator: str, total_steps: int, precision: 
     plugins: list[Precision] = []
     strategy = config.strategy
     if strategy.startswith("deepspeed"):
+        if accelerator == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError(f"--strategy {strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp")
         from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
 
         strategy = AnywhereDeepSpeed(int(strategy[-1]), config.micro_bsz)
@@ -137,6 +158,5 @@ def _quiet() -> None:
     """Silence what the libraries say about themselves; their warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")

@@ -266,7 +266,7 @@ def test_save_and_load_give_the_same_model(method, tmp_path):
     assert metadata["options"]["rank"] == 5 and len(metadata["linears"]) == 12
     again = rwkv(7)
     rwkv_miss.inject(again, method, rank=6)
-    with pytest.raises(rwkv_miss.UserError, match="blocks.0.att"):
+    with pytest.raises(rwkv_miss.UserError, match="options .*5.*6"):
         rwkv_miss.load_adapter(again, tmp_path / "a.pth")
 
 

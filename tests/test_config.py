@@ -99,7 +99,7 @@ def test_names_of_neighbouring_projects():
 def test_every_name_has_one_meaning():
     names = [name for field in FIELDS.values() for name in (field.name, *field.metadata["alias"])] + list(RETIRED)
     assert len(names) == len(set(names)) and set(NAMES) | set(RETIRED) == set(names)
-    assert set(config.DEFAULT_LR) == set(METHODS)
+    assert all(0 < method.default_lr < 1e-3 for method in METHODS.values())
 
 
 def test_retired_flags_are_ignored_with_one_note_each(capsys):

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 def command(files, proj_dir, *flags, version=7):
     base = ["--load_model", str(files / f"v{version}.pth"), "--peft_config", "r=7"] if "none" not in flags else []
     return [sys.executable, "train.py", *base, "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-            "--lr_init", "1e-2", "--micro_bsz", "8", *flags]
+            "--lr_init", "1e-2", "--micro_bsz", "8", "--accelerator", "cpu", *flags]
 
 
 def train(*args, **kwargs):

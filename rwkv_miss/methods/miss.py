@@ -31,6 +31,7 @@ class MissLinear(AdapterLinear):
     """dW[o, i] = D[i mod r, o] with D = `miss`, (r, out), fp32, zero at the start."""
 
     Options = Options
+    default_lr = 2e-5  # the paper's
 
     def setup(self, options: Options, pool) -> None:
         if not 1 <= options.rank <= self.in_features:

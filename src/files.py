@@ -1,0 +1,26 @@
+"""Small files of a run, and which process writes them."""
+
+from __future__ import annotations
+
+import os
+
+from rwkv_miss.errors import UserError
+
+# what the launchers set: torchrun and Lightning's own, then SLURM
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def is_first_process() -> bool:
+    """Whether this process prints and writes for the whole run."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file under a temporary name, then rename it; a full or read-only disk is a UserError."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is unchanged") from None
