@@ -73,6 +73,8 @@ def converse(chat: Conversation, max_tokens: int) -> None:
                 return
             print("Assistant:", end="")
             show(chat.answer(text, max_tokens))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -98,10 +98,12 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """Called after optimizer step `step` (1-based) of `total`."""
 
     @classmethod
-    def wrap(cls, linear: nn.Linear, options: Options, pool: dict[str, Tensor]) -> AdapterLinear:
-        """The adapted layer that takes over the weight and bias of `linear` without a copy."""
-        adapted = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        adapted.weight, adapted.bias = linear.weight, linear.bias
+    def wrap(cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, pool: dict[str, Tensor]) -> AdapterLinear:
+        """The adapted layer that takes over a linear's weight (out, in) and bias without a copy."""
+        adapted = cls.__new__(cls)
+        nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
+        adapted.out_features, adapted.in_features = weight.shape
+        adapted.weight, adapted.bias = weight, bias
         adapted.requires_grad_(False)
         adapted.setup(options, pool)
         return adapted
@@ -112,7 +114,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         adapted: dict[str, AdapterLinear] = {}
         for name, linear in linears.items():
             try:
-                adapted[name] = cls.wrap(linear, options, pool)
+                adapted[name] = cls.wrap(linear.weight, linear.bias, options, pool)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         for name, layer in adapted.items():  # all of them or none
@@ -127,13 +129,11 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        """Base weight (out, in) fp32 + the layer's adapter tensors -> merged weight (out, in) fp32."""
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        """Base weight (out, in) fp32 + the layer's adapter tensors -> merged weight (out, in) fp32, in the memory of `weight`."""
         pool = {name: nn.Parameter(tensors[name], requires_grad=False) for name in cls.shared}
-        adapted = cls.wrap(linear, cls.Options.parse(options), pool)
+        adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, cls.Options.parse(options), pool)
         adapted.assign(tensors)
-        return weight + adapted.delta()
+        return weight.add_(adapted.delta())
 
     @torch.no_grad()
     def assign(self, tensors: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, adapted_linears
-from .checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from .checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from .errors import UserError
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
@@ -148,6 +148,7 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always is.
     """
     tensors, metadata = read_adapter(path)
+    check_finite(tensors)
     base = getattr(model, "base_fingerprint", None)
     if not force and base and metadata["base_fingerprint"] and base != metadata["base_fingerprint"]:
         raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; load that one, or force it")

@@ -36,7 +36,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         # small buckets: with the defaults, 5e8 elements, stage 3 gathers a whole frozen base at once
         bucket = {"reduce_bucket_size": 10_000_000, "allgather_bucket_size": 10_000_000}
         if stage == 3:
-            bucket |= {"stage3_prefetch_bucket_size": 10_000_000, "stage3_max_live_parameters": 50_000_000}
+            bucket |= {"stage3_prefetch_bucket_size": 10_000_000, "stage3_max_live_parameters": 50_000_000,
+                       "stage3_param_persistence_threshold": 10_000}
         super().__init__(
             config={
                 "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False, **bucket},

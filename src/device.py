@@ -15,7 +15,7 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
     if asked == "cpu" or asked == "auto" and not gpus:
         return "cpu"
     if devices > gpus:
-        raise UserError(f"--devices {devices}: torch sees {gpus} CUDA GPUs on this machine; ask for fewer, or use --accelerator cpu")
+        raise UserError(f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or --accelerator cpu")
     return "gpu"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from rwkv_miss.errors import UserError
@@ -23,4 +24,6 @@ def write_text(path: str, text: str) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before is unchanged") from None

@@ -14,7 +14,7 @@ from .template import STOP, TURN_END, prompt
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
+    """How the next token is chosen. temperature 0 (below 1e-5) is greedy; top_k 0 and top_p 1 leave the distribution whole.
 
     The penalties lower the logit of a token that the answer holds already: presence once, frequency per occurrence;
     an occurrence fades by `penalty_decay` with every token.
@@ -35,7 +35,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator
         ids = torch.tensor(list(seen), device=logits.device)
         counts = torch.tensor(list(seen.values()), device=logits.device)
         logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts))
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:
         return int(logits.argmax())
     order = torch.argsort(logits, descending=True)
     if sampling.top_k:

@@ -232,7 +232,8 @@ def show_sample(row: Document, tokenizer, limit: int = 600) -> str:
         text += decoder.push(token)
     text += decoder.flush() + ("»" if inside else "")
     shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
-    return "\n".join(f"    | {line}" for line in shown.splitlines())
+    # a NUL, the end of document of bytes and utf16, would make a log a binary file
+    return "\n".join(f"    | {line}" for line in shown.replace("\0", "␀").splitlines())
 
 
 def output_path(config: Config) -> str:

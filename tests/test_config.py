@@ -11,7 +11,7 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src import config
-from src.config import FIELDS, NAMES, PRESETS, RETIRED, Config, accumulation, adapter_options, check_sizes, parse
+from src.config import FIELDS, NAMES, PRESETS, REFUSED, RETIRED, Config, accumulation, adapter_options, check_sizes, parse
 
 from .conftest import ROOT, make_arch
 
@@ -97,9 +97,16 @@ def test_names_of_neighbouring_projects():
 
 
 def test_every_name_has_one_meaning():
-    names = [name for field in FIELDS.values() for name in (field.name, *field.metadata["alias"])] + list(RETIRED)
-    assert len(names) == len(set(names)) and set(NAMES) | set(RETIRED) == set(names)
+    names = [name for field in FIELDS.values() for name in (field.name, *field.metadata["alias"])]
+    assert set(NAMES) == set(names)
+    names += [*RETIRED, *REFUSED]
+    assert len(names) == len(set(names))
     assert all(0 < method.default_lr < 1e-3 for method in METHODS.values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
+    assert mistake(f"--{name}", "1") == mistake(f"--{name}=1") == f"--{name}: {REFUSED[name]}"
 
 
 def test_retired_flags_are_ignored_with_one_note_each(capsys):

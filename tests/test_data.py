@@ -261,6 +261,7 @@ def test_batches_go_on_from_their_state():
 def test_the_sample_shows_what_is_trained(world, raw):
     row = encode(render([user("你好"), assistant("好🙂")]), world)
     assert show_sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂»"]
+    assert show_sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.trained[1] = False  # the mask may part a character; both halves are then shown as such
     shown = show_sample(cut, raw)

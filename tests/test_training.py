@@ -168,6 +168,14 @@ def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, 
     close("logits", model(torch.tensor([ids]))[0][0], pypi_rwkv(exact)(ids)[0], 2e-5)
 
 
+def test_full_training_gathers_every_tensor_that_zero_3_shares_out(files, tmp_path):
+    """Layer 0's v1 has 10,240 elements here, above the size that stage 3 leaves whole, and is not trained: it must be gathered all the same."""
+    train(files, tmp_path / "run", "--peft", "none", "--version", "x070", "--n_layer", "2", "--n_embd", "320",
+          "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "4")
+    model = RWKV.load(tmp_path / "run/model.pth")
+    assert model.blocks[0].att.v1.shape == (320, 32)
+
+
 def test_full_training_of_a_base_keeps_its_keys_shapes_order_and_dtypes(files, tmp_path):
     base = torch.load(files / "v7.pth", weights_only=True)
     odd = {name: t.squeeze().bfloat16() for name, t in reversed(base.items())}
