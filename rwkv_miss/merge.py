@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import METHODS
 from .checkpoint import (
@@ -109,9 +109,7 @@ class _Merger:
                 # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
                     layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, self.adapter).items()}
-                    pool = {n: nn.Parameter(layer[n], requires_grad=False) for n in self.method.shared}
-                    linear = nn.Linear(*base[key].shape[::-1], bias=False)
-                    self.method.wrap(linear, self.method.Options.parse(self.options), pool).assign(layer)
+                    self.method.merged_weight(torch.empty(base[key].shape), layer, self.options)
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
         for key, tensor in self.whole.items():
