@@ -244,7 +244,7 @@ def test_batches_go_on_from_their_state():
     documents = Documents([make_document(rng, n, lambda n: [True] * n) for n in (2, 3, 4, 5, 6, 7, 8)])
     schedule = Schedule(tuple(len(row.ids) - 1 for row in documents.rows), tuple(row.targets for row in documents.rows), 1, 2, 2, 3)
 
-    def run(done, stop=None):
+    def run(done, stop=99):
         batches = Batches(documents, schedule, 5, rank=1)
         batches.load_state_dict({"done": done})
         found = [batch["ids"].tolist() for batch in itertools.islice(batches, stop)]
