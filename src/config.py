@@ -123,6 +123,9 @@ REFUSED = {
     "wandb": "the metrics are in metrics.jsonl; there is no upload",
 }
 
+# values with which they change nothing
+SWITCHED_OFF = ("none", "0", "", "pad")
+
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
 _COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0}
 PRESETS = {
@@ -158,19 +161,19 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
 def _without_retired(argv: list[str]) -> list[str]:
     """The command line without retired flags and their values; each of them gets one line."""
     kept: list[str] = []
-    value_follows = False
-    for token in argv:
-        name, equals, _ = token.removeprefix("--").partition("=")
-        if token.startswith("--") and name in REFUSED:
-            raise UserError(f"--{name}: {REFUSED[name]}")
-        if token.startswith("--") and name in RETIRED:
-            if is_first_process():
-                print(f"note: --{name} is ignored: {RETIRED[name]}")
-            value_follows = not equals
-            continue
-        if token.startswith("--") or not value_follows:
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in RETIRED | REFUSED:
             kept.append(token)
-        value_follows = False
+            continue
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        if name in REFUSED and value not in SWITCHED_OFF:
+            raise UserError(f"--{name} {value}: {REFUSED[name]}")
+        if is_first_process():
+            print(f"note: --{name} is ignored: {RETIRED.get(name, 'it is off')}")
     return kept
 
 

@@ -106,7 +106,8 @@ def test_every_name_has_one_meaning():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
-    assert mistake(f"--{name}", "1") == mistake(f"--{name}=1") == f"--{name}: {REFUSED[name]}"
+    assert mistake(f"--{name}", "1") == mistake(f"--{name}=1") == f"--{name} 1: {REFUSED[name]}"
+    assert "unexpected" not in mistake(f"--{name}", "none", "--ctx_len", "0") and "--ctx_len" in mistake(f"--{name}=", "--ctx_len", "0")
 
 
 def test_retired_flags_are_ignored_with_one_note_each(capsys):

@@ -370,6 +370,13 @@ def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
     assert text == "".join(conversation.answer("hello?", 20)).lstrip(" ")
 
 
+def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monkeypatch):
+    tokenizer = named("bytes")
+    for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
+        monkeypatch.setattr(chat, "load", lambda *_, said=said: (Scripted(tokenizer, said), tokenizer))
+        assert answer(capsys, "--model", "any", "--prompt", "q", "--temperature", 0) == shown
+
+
 def test_chat_merge_and_evaluation_import_no_trainer():
     code = "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; " \
            "print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
