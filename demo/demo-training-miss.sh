@@ -18,7 +18,9 @@ epoch_steps=500                         # optimizer steps; 0: the whole data onc
 lr_init=5e-3                            # learning rate; small models want more, real ones 2e-5 to 1e-4
 strategy="deepspeed_stage_1"            # auto, deepspeed_stage_1, _2, _3 or ddp
 devices=1                               # GPUs, or processes on a CPU
+threads=1                               # CPU threads; 1 suits this tiny model, delete the export below for a real one
 
+export OMP_NUM_THREADS="$threads"
 mkdir -p "$proj_dir"
 [ -f "$data_file" ] || python -m demo.task sort --rows 20000 --out "$data_file" --heldout 500 --heldout_out "$heldout_file"
 

@@ -7,6 +7,7 @@ proj_dir="out/demo-base"
 data_file="$proj_dir/reverse.jsonl"
 heldout_file="$proj_dir/reverse-heldout.jsonl"
 
+export OMP_NUM_THREADS=1  # the model is so small that a second thread mostly waits
 mkdir -p "$proj_dir"
 [ -f "$data_file" ] || python -m demo.task reverse --rows 60000 --out "$data_file" --heldout 500 --heldout_out "$heldout_file"
 
