@@ -7,15 +7,11 @@ the peak of RssAnon (mapped pages of the base are not in it), in units of the fi
 """
 
 import argparse
-import json
 import os
 import pathlib
-import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
-import threading
 import time
 
 import torch
@@ -23,6 +19,8 @@ import torch
 from rwkv_miss import merge_file, write_checkpoint
 from rwkv_miss.checkpoint import fingerprint
 from rwkv_miss.inject import ADAPTER_FORMAT
+
+from .common import peak_above_start, report
 
 LAYERS, WIDTH, VOCABULARY, RANK = 24, 768, 65536, 64  # 0.5 GB in bf16
 LINEARS = {"att.receptance": (1, 1), "att.key": (1, 1), "att.value": (1, 1), "att.output": (1, 1), "ffn.key": (4, 1), "ffn.value": (1, 4)}
@@ -48,30 +46,6 @@ def adapter_file(path: pathlib.Path, base: dict[str, torch.Tensor]) -> None:
     })
 
 
-def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
-
-
-def peak_above_start(work) -> int:
-    """The highest RssAnon seen, every millisecond, while work() runs, minus the one before it, in bytes."""
-    start, seen, done = anonymous_bytes(), [], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            seen.append(anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return max(seen) - start
-
-
 def seconds(work) -> float:
     start = time.perf_counter()
     work()
@@ -82,12 +56,6 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
     shutil.copyfile(source, target)
     with open(target, "r+b") as file:
         os.fsync(file.fileno())
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as info:
-        name = next((line.partition(": ")[2].strip() for line in info if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def main() -> None:
@@ -117,13 +85,9 @@ def main() -> None:
     ratio = statistics.median(merge / copy for merge, copy in rounds)
     print(f"median {merge_s:8.2f}  {copy_s:8.2f}  {ratio:13.2f}")
     print(f"peak memory above start: {peak / largest:.2f} x the largest tensor ({largest / 1e6:.0f} MB)")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(json.dumps({
-        "benchmark": "merge", "merge_s": round(merge_s, 3), "copy_s": round(copy_s, 3), "merge_over_copy": round(ratio, 3),
-        "peak_over_largest": round(peak / largest, 3), "bytes": size, "dtype": "bfloat16",
-        "shapes": {"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "rank": RANK}, "machine": processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit,
-    }))
+    report("merge", merge_s=round(merge_s, 3), copy_s=round(copy_s, 3), merge_over_copy=round(ratio, 3),
+           peak_over_largest=round(peak / largest, 3), bytes=size, dtype="bfloat16",
+           shapes={"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "rank": RANK})
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ The fastest round counts; a ratio is against the reference of the same run. The 
 
 import argparse
 import ctypes
-import json
-import os
-import platform
-import subprocess
 import time
 
 import torch
 
 from src import ops
+
+from .common import report
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
 
@@ -69,12 +67,6 @@ def error(got, want) -> float:
     return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))
 
 
-def processor() -> str:
-    with open("/proc/cpuinfo") as info:
-        name = next((line.partition(": ")[2].strip() for line in info if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores, 1 thread used"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=["1,512,768", "4,512,768", "1,1024,2048"], help="B,T,C each")
@@ -101,12 +93,7 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(f"{title:>12}  {row['op']}  {kernel:<10} {ms:10.1f} {row['ratio']:6.2f} {row['kept_mb']:8.1f} {row['error']:8.1e}")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(json.dumps({
-        "benchmark": "wkv", "rows": rows, "dtype": args.dtype, "head_size": args.head_size, "rounds": args.rounds, "pages_kept": pages_kept,
-        "machine": processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit,
-    }))
+    report("wkv", rows=rows, dtype=args.dtype, head_size=args.head_size, rounds=args.rounds, pages_kept=pages_kept)
 
 
 if __name__ == "__main__":

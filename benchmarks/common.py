@@ -1,0 +1,49 @@
+"""What every benchmark needs: the machine, the last line, and memory above the start."""
+
+import json
+import os
+import platform
+import subprocess
+import threading
+
+import torch
+
+
+def environment() -> dict[str, object]:
+    """Machine, versions and commit, for a benchmark's JSON line."""
+    with open("/proc/cpuinfo") as info:
+        name = next((line.partition(": ")[2].strip() for line in info if line.startswith("model name")), platform.machine())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    return {
+        "machine": f"{name}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit,
+    }
+
+
+def report(benchmark: str, **figures) -> None:
+    """The last line of a benchmark's output."""
+    print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process: memory of its own, without mapped files."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+def peak_above_start(work) -> int:
+    """The highest RssAnon seen, every millisecond, while work() runs, minus the one before it, in bytes."""
+    start, seen, done = anonymous_bytes(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            seen.append(anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen) - start
