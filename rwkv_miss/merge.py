@@ -160,10 +160,12 @@ def _account(base: Tensor, merged: Tensor, rounded: Tensor) -> tuple[float, floa
     """Squared norms of the update, merged - base, and of what is missing from it in the rounded file."""
     update = error = 0.0
     for before, after, kept in zip(blocks(base), blocks(merged), blocks(rounded)):
-        change = after - before.float()
-        missing = kept.float().sub(before.to(kept.dtype).float()).sub_(change)
-        update += float(change.norm()) ** 2
-        error += float(missing.norm()) ** 2
+        # fp32, by promotion; a base in another dtype is rounded too, and what that alone changes is not the update's loss
+        change, missing = after - before, kept - after
+        if before.dtype != kept.dtype:
+            missing += before - before.to(kept.dtype)
+        update += float(change.dot(change))
+        error += float(missing.dot(missing))
     return update, error
 
 

@@ -21,8 +21,6 @@ from .conftest import DATA, ROOT, close, make_arch, pypi_rwkv, random_tensors
 
 QUESTION = "2 + 3 是多少？🙂"
 TOKENS = 24
-
-
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as fast here as two, and not 8 times slower when something else runs on the machine
 
 
@@ -79,7 +77,7 @@ def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
         assert line in product.log
     losses = [json.loads(line)["loss"] for line in (product.run / "metrics.jsonl").read_text().splitlines()]
     # a random model guesses among 65536 tokens, ln 65536 = 11.1; its logits of standard deviation 1 add half a nat
-    assert len(losses) == 3 and all(10 < loss < 13 for loss in losses), losses
+    assert len(losses) == 3 and 10 < losses[0] < 13 and losses[-1] < losses[0], losses
     metadata, tensors = read_metadata(product.adapter), read_checkpoint(product.adapter)
     assert (metadata["step"], metadata["tokenizer"], metadata["options"]["rank"]) == (3, "world", 64)
     assert {t.dtype for t in read_checkpoint(product.base).values()} == {torch.bfloat16}
@@ -109,10 +107,11 @@ def test_chat_streams_the_tokens_that_the_rwkv_package_chooses(product):
     """A random model also says bytes that are no text: the stream shows U+FFFD where the whole answer decodes to it, and nowhere else."""
     tokenizer, run = load_tokenizer("auto", 65536), pypi_rwkv(product.merged)
     logits, state = run(tokenizer.encode(prompt([{"role": "user", "content": QUESTION}])))
-    answer = [int(logits[-1].argmax())]
-    while len(answer) < TOKENS:
-        logits, state = run(answer[-1:], state)
-        answer.append(int(logits[-1].argmax()))
+    answer = []
+    while (token := int(logits[-1].argmax())) not in tokenizer.eod and len(answer) < TOKENS:
+        answer.append(token)
+        logits, state = run([token], state)
+    assert len(answer) > 2
     shown = command("-m", "demo.chat", "--model", product.merged, "--prompt", QUESTION, "--max_tokens", TOKENS, "--temperature", 0)
     assert shown == tokenizer.decode(answer).lstrip(" ") + "\n"
 
