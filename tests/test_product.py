@@ -120,7 +120,7 @@ TEXT = "你好，世界！🎉人工智能会改变❤️"
 
 
 def reciter(path):
-    """A checkpoint that answers anything with TEXT and the end of document: its layers add nothing, its head knows what follows each token."""
+    """A checkpoint that answers anything with TEXT and its end: the layers add nothing, the head knows what follows each token."""
     tokenizer, arch = load_tokenizer("auto", 65536), make_arch(7, n_layer=1, n_embd=64, head_size=64, vocab_size=65536)
     chain = [*tokenizer.encode("Assistant:")[-1:], *tokenizer.encode(" " + TEXT), *tokenizer.eod]
     assert len(set(chain)) == len(chain), "a token that comes twice has two successors"

@@ -1,4 +1,4 @@
-"""Checkpoints that others trained, taught something new: from a data file to answers in another runtime. Both lie in ../shared/data/real."""
+"""Checkpoints that others trained (../shared/data/real), taught something new: from a data file to answers in another runtime."""
 
 import concurrent.futures
 import json
