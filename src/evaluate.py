@@ -9,7 +9,7 @@ import torch
 from rwkv_miss.errors import UserError
 
 from .data import read_rows
-from .model import RWKV
+from .model import RWKV, LayerState, State
 from .template import prompt
 
 
@@ -28,24 +28,31 @@ def read_questions(path) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def greedy_answers(model: RWKV, tokenizer, prompts: list[str], max_tokens: int, batch: int = 256) -> list[str]:
-    """The greedy answer to each prompt, up to the end of document or max_tokens; prompts of one length run together."""
+    """The greedy answer to each prompt, up to the end of document or max_tokens; `batch` answers are made at a time."""
     answers = [""] * len(prompts)
-    encoded = sorted(((tokenizer.encode(text), i) for i, text in enumerate(prompts)), key=lambda pair: len(pair[0]))
-    for _, same_length in itertools.groupby(encoded, key=lambda pair: len(pair[0])):
-        pairs = list(same_length)
-        for start in range(0, len(pairs), batch):
-            part = pairs[start : start + batch]
-            logits, state = model.next_logits(torch.tensor([ids for ids, _ in part], device=model.emb.weight.device))
-            produced = []
-            for _ in range(max_tokens):
-                token = logits[:, : tokenizer.vocab_size].argmax(-1, keepdim=True)
-                produced.append(token)
-                if all(_before_end(ids, tokenizer.eod) != ids for ids in torch.cat(produced, 1).tolist()):
-                    break
-                logits, state = model.next_logits(token, state)
-            for (_, i), ids in zip(part, torch.cat(produced, 1).tolist(), strict=True):
-                answers[i] = tokenizer.decode(_before_end(ids, tokenizer.eod)).strip()
+    encoded = [tokenizer.encode(text) for text in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        logits, state = _read(model, [encoded[i] for i in part])
+        produced = torch.empty(len(part), 0, dtype=torch.int64, device=logits.device)
+        for _ in range(max_tokens):
+            token = logits[:, : tokenizer.vocab_size].argmax(-1, keepdim=True)
+            produced = torch.cat([produced, token], 1)
+            if all(len(_before_end(ids, tokenizer.eod)) < len(ids) for ids in produced.tolist()):
+                break
+            logits, state = model.next_logits(token, state)
+        for i, ids in zip(part, produced.tolist(), strict=True):
+            answers[i] = tokenizer.decode(_before_end(ids, tokenizer.eod)).strip()
     return answers
+
+
+def _read(model: RWKV, prompts: list[list[int]]) -> tuple[torch.Tensor, State]:
+    """Logits (B, V) after each prompt, and the states: prompts of one length are read together, without padding."""
+    device = model.emb.weight.device
+    read = [model.next_logits(torch.tensor(list(same), device=device)) for _, same in itertools.groupby(prompts, key=len)]
+    logits, states = zip(*read, strict=True)
+    return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*states, strict=True)]
 
 
 def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
