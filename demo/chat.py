@@ -68,7 +68,7 @@ def converse(chat: Conversation, max_tokens: int) -> None:
     """Turns from stdin until an empty line, end of input, or Ctrl-C."""
     while True:
         try:
-            text = input("User: ").strip()
+            text = input("User: " if sys.stdin.isatty() else "").strip()
             if not text:
                 return
             print("Assistant:", end="")

@@ -13,6 +13,11 @@ from src.load import load
 from src.model import RWKV
 
 
+def _short(question: str) -> str:
+    """A prompt without the words of the template, on one line."""
+    return question.removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
+
+
 def main() -> None:
     with one_line_errors():
         parser = Parser(prog="python -m demo.verify", description=__doc__)
@@ -33,7 +38,7 @@ def main() -> None:
             seconds = json.load(file)["train_seconds"]
     print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
     for (question, _), first, second in list(zip(questions, wrong, answers))[:8]:
-        print(f"{question.replace(chr(10), ' '):<60} {first:<12} {second:<12}")
+        print(f"{_short(question):<60.60} {first:<12.12} {second:<12.12}")
     print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
     print(json.dumps({
         "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,

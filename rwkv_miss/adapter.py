@@ -44,7 +44,9 @@ class Options:
         for key, value in values.items():
             name = cls.aliases.get(key, key)
             if name not in fields:
-                raise UserError(f"adapter option {key!r} is unknown; this method has: {', '.join(sorted(fields))}")
+                short = {field: alias for alias, field in cls.aliases.items() if len(alias) == 1}
+                known_names = ", ".join(f"{field} ({short[field]})" if field in short else field for field in sorted(fields))
+                raise UserError(f"adapter option {key!r} is unknown; this method has: {known_names}")
             kind = type(fields[name].default)
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
                 raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")

@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         for token in () if self._subparsers else sys.argv[1:] if args is None else args:
             name = token.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
-                near = difflib.get_close_matches(name, self._option_string_actions, 1)
+                begun = [flag for flag in self._option_string_actions if flag.startswith(name)]
+                near = begun or difflib.get_close_matches(name, self._option_string_actions, 1)
                 raise UserError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"))
         return super().parse_known_args(args, namespace)

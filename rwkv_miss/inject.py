@@ -151,7 +151,7 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     check_finite(tensors)
     base = getattr(model, "base_fingerprint", None)
     if not force and base and metadata["base_fingerprint"] and base != metadata["base_fingerprint"]:
-        raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; load that one, or force it")
+        raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that one as the base")
     cls = METHODS[metadata["method"]]
     if not hasattr(model, "injection"):
         missing = sorted(set(metadata["linears"]) - {name for name, _ in model.named_modules()})

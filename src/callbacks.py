@@ -35,7 +35,9 @@ class StepReport(Callback):
         if self.rank_zero:
             _keep_lines(self.path, trainer.global_step)
         self.clock = time.perf_counter()
-        self.before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Ctrl-C, a scheduler's end of time, a closed terminal; Windows has no SIGHUP
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        self.before = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
         """The first signal ends the run after its current step and saves; the second one is Python's own."""

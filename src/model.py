@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, read_checkpoint
+from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, read_checkpoint, read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.inject import ADAPTER_FORMAT
 
 from . import rwkv6, rwkv7
 
@@ -87,7 +88,7 @@ class RWKV(nn.Module):
 
         Raises UserError for a file that is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds NaN.
         """
-        tensors = read_checkpoint(path)
+        tensors = read_model_file(path)
         arch = Arch.detect(tensors)
         with torch.device("meta"):
             model = cls(arch, kernel)
@@ -150,6 +151,14 @@ class RWKV(nn.Module):
         """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs of a prompt."""
         x, state = self.features(ids, state)
         return self.head(x[:, -1]), state
+
+
+def read_model_file(path) -> dict[str, Tensor]:
+    """The tensors of a base or merged file; an adapter given in its place is a UserError."""
+    tensors, metadata = read_checkpoint(path), read_metadata(path) or {}
+    if metadata.get("format") == ADAPTER_FORMAT:
+        raise UserError(f"{path} is an adapter; give its base ({metadata.get('base')}) as the model, and this file as --adapter in chat and merge")
+    return tensors
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:

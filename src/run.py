@@ -21,11 +21,12 @@ from .config import Config
 from .data import Document, Documents, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
 from .files import is_first_process, write_text
-from .model import RWKV, VERSIONS
+from .model import RWKV, VERSIONS, read_model_file
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
 CHECKPOINTS = "checkpoints"
+STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells have it for Ctrl-C
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
@@ -90,6 +91,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then lower --ctx_len") from None
     if trainer.is_global_zero:
         finish(config, trainer.global_step, total_steps, time.perf_counter() - before, report)
+    if trainer.global_step < total_steps:
+        sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
 
 
 def check_world(config: Config) -> int:
@@ -124,7 +127,7 @@ def read_base(config: Config):
     """
     if not config.load_model:
         return new_arch(config)
-    tensors = read_checkpoint(config.load_model)
+    tensors = read_model_file(config.load_model)
     arch = Arch.detect(tensors)
     configuration.check_sizes(config, arch)
     with torch.device("meta"):
@@ -191,7 +194,7 @@ def find_checkpoint(config: Config) -> str | None:
     for name in configuration.FIELDS:
         if name not in MAY_CHANGE and before.get(name) != getattr(config, name):
             raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {before.get(name)}, now it is {getattr(config, name)}; "
-                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)}, or choose another --proj_dir")
+                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
     return path
 
 
@@ -281,7 +284,9 @@ def finish(config: Config, step: int, total_steps: int, seconds: float, report) 
     state = "done" if step >= total_steps else "stopped, go on with --resume auto"
     print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; first step "
           f"{report.first_step_seconds:.1f} s after the command; wrote {summary['output']}")
-    if config.peft != "none":
+    if config.peft == "none":
+        print(f"try it:    python -m demo.chat --model {summary['output']}")
+    else:
         print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {summary['output']} --out merged.pth")
 
 

@@ -158,5 +158,6 @@ def _quiet() -> None:
     """Silence what the libraries say about themselves; their warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")

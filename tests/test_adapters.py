@@ -270,6 +270,17 @@ def test_save_and_load_give_the_same_model(method, tmp_path):
         rwkv_miss.load_adapter(again, tmp_path / "a.pth")
 
 
+def test_an_adapter_is_no_model_and_a_model_no_adapter(tmp_path):
+    model = rwkv(7)
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", model.state_dict().items())
+    rwkv_miss.inject(model, rank=5)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    with pytest.raises(rwkv_miss.UserError, match="is an adapter; give its base"):
+        RWKV.load(tmp_path / "a.pth")
+    with pytest.raises(rwkv_miss.UserError, match="is not an adapter"):
+        rwkv_miss.load_adapter(rwkv(7), tmp_path / "base.pth")
+
+
 def test_mistakes_are_explained():
     def message(*args, **options):
         with pytest.raises(rwkv_miss.UserError) as error:

@@ -22,6 +22,9 @@ class Options(adapter.Options):
     alpha: float = 0.0
     aliases: ClassVar[dict[str, str]] = {"r": "rank", "lora_r": "rank", "lora_alpha": "alpha"}
 
+    def __post_init__(self):
+        object.__setattr__(self, "alpha", self.alpha or 2.0 * self.rank)  # frozen, and recorded as it is used
+
 
 @register("lora")
 class LoraLinear(AdapterLinear):
@@ -34,7 +37,7 @@ class LoraLinear(AdapterLinear):
         limit = min(self.in_features, self.out_features)
         if not 1 <= options.rank <= limit:
             raise UserError(f"rank {options.rank} does not fit LoRA: it must be from 1 to the smaller width, {limit}")
-        self.scale = (options.alpha or 2 * options.rank) / options.rank
+        self.scale = options.alpha / options.rank
         self.lora_A = nn.Parameter(torch.empty(options.rank, self.in_features, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.rank, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
