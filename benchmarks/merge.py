@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # as the command does
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         base, adapter, out, copied = (pathlib.Path(folder, name) for name in ("base.pth", "adapter.pth", "merged.pth", "copy.pth"))
         tensors = base_tensors()

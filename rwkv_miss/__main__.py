@@ -7,6 +7,8 @@ import json
 import os
 from typing import Any
 
+import torch
+
 from . import merge_file
 from .checkpoint import Arch, fingerprint, read_checkpoint, read_metadata
 from .errors import Parser, one_line_errors
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         args = parse(argv)
         if args.command == "merge":
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
             for line in merge_file(args.base, args.adapter, args.out, args.dtype, args.force).lines():
                 print(line)
         elif args.json:

@@ -88,6 +88,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """The change of the weight *of the base file*, (out, in), fp32. This is the meaning of the method."""
         raise NotImplementedError
 
+    def add_delta_to(self, weight: Tensor) -> None:
+        """weight += delta(), in place, (out, in) fp32; a method may do it without forming delta()."""
+        weight.add_(self.delta())
+
     def forward(self, x: Tensor) -> Tensor:
         """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
         return F.linear(x, (self.weight + self.delta()).to(x.dtype), self.bias)
@@ -135,7 +139,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         pool = {name: nn.Parameter(tensors[name], requires_grad=False) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, cls.Options.parse(options), pool)
         adapted.assign(tensors)
-        return weight.add_(adapted.delta())
+        adapted.add_delta_to(weight)
+        return weight
 
     @torch.no_grad()
     def assign(self, tensors: dict[str, Tensor]) -> None:

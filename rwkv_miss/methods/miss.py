@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import AdapterLinear, register
 from ..errors import UserError
-from ..functional import miss_linear
+from ..functional import add_expanded_, miss_linear, shard_index
 
 LAYOUTS = ("stride-r", "contiguous")
 
@@ -40,10 +40,10 @@ class MissLinear(AdapterLinear):
         self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.weight.device))
 
     def delta(self) -> Tensor:
-        rows, size = self.miss.t().contiguous(), -(-self.in_features // self.miss.shape[0])
-        # repeating is 50 times faster than indexing with shard_index(), and a merge is made of this
-        tiled = rows.repeat_interleave(size, 1) if self.contiguous else rows.repeat(1, size)
-        return tiled[:, : self.in_features]
+        return self.miss.t()[:, shard_index(self.in_features, self.miss.shape[0], self.contiguous, self.miss.device)]
+
+    def add_delta_to(self, weight: Tensor) -> None:
+        add_expanded_(weight, self.miss.t().contiguous(), self.contiguous)
 
     def forward(self, x: Tensor) -> Tensor:
         return miss_linear(x, self.weight, self.bias, self.miss, self.contiguous)
