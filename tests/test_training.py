@@ -84,6 +84,16 @@ def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strat
         close(name, theirs[name], tensor, 1e-3)
 
 
+def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
+    """Adam forgets the size of a gradient, and with it a factor too many; an epsilon far above the gradients makes the size count."""
+    flags = ["--adam_eps", "100", "--lr_init", "30", "--lr_schedule", "constant", "--grad_clip", "0"]
+    train(files, tmp_path / "whole", *flags)
+    train(files, tmp_path / "parts", *flags, "--strategy", "deepspeed_stage_1", "--micro_bsz", "2", "--accumulate_grad_batches", "4")
+    curve = losses(tmp_path / "whole")
+    assert abs(curve[-1] - curve[0]) > 1e-2 * curve[0], "the steps must be large enough to show their size"
+    assert losses(tmp_path / "parts") == pytest.approx(curve, rel=1e-5)
+
+
 @pytest.mark.parametrize("flags", [[], ["--strategy", "deepspeed_stage_2", "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2"]],
                          ids=["plain", "deepspeed_stage_2 x 2"])
 def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
