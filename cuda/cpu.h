@@ -1,0 +1,248 @@
+// What the CPU kernels share: vectors of W fp32 lanes by the compiler's vector extensions (one source for AVX-512, AVX2 and NEON),
+// exp, transposes, rows of fp32 or bf16, and threads.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8, REGISTERS = 16;
+#else
+constexpr int WIDTH = 4, REGISTERS = 32;
+#endif
+
+template <int W> struct Lanes {
+    typedef float F __attribute__((vector_size(4 * W)));
+    typedef int32_t I __attribute__((vector_size(4 * W)));
+    typedef uint32_t U __attribute__((vector_size(4 * W)));
+    typedef uint16_t H __attribute__((vector_size(2 * W)));
+};
+template <int W> using Vec = typename Lanes<W>::F;
+
+template <int W> inline Vec<W> load(const float* p) {
+    Vec<W> x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+template <int W> inline void store(float* p, Vec<W> x) { memcpy(p, &x, sizeof x); }
+template <int W> inline Vec<W> fill(float x) { return Vec<W>{} + x; }
+
+template <int W> inline Vec<W> choose(typename Lanes<W>::I mask, Vec<W> yes, Vec<W> no) { return mask ? yes : no; }
+
+// fp32 <-> bf16, to nearest even; NaN stays NaN
+template <int W> inline Vec<W> widen(const uint16_t* p) {
+    typename Lanes<W>::H half;
+    memcpy(&half, p, sizeof half);
+    auto bits = __builtin_convertvector(half, typename Lanes<W>::U) << 16;
+    Vec<W> x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+template <int W> inline void narrow(uint16_t* p, Vec<W> x) {
+    typename Lanes<W>::U bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+    auto half = __builtin_convertvector(bits, typename Lanes<W>::H);
+    memcpy(p, &half, sizeof half);
+}
+
+// exp(x) to 1.5 ulp; 0 below -87.3, where fp32 has no normal numbers, and exp(88) above 88
+template <int W> inline Vec<W> exponential(Vec<W> x) {
+    typedef Vec<W> V;
+    typedef typename Lanes<W>::I I;
+    const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    V low = fill<W>(-87.3f), clamped = choose<W>(x < low, low, choose<W>(x > fill<W>(88.f), fill<W>(88.f), x));
+    V shifted = clamped * 1.44269504f + shift, n = shifted - shift;
+    V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.f;
+    I power;
+    memcpy(&power, &shifted, sizeof power);
+    power = (power - 0x4b400000 + 127) << 23;
+    V scale;
+    memcpy(&scale, &power, sizeof scale);
+    return choose<W>(x < low, V{}, p * scale);
+}
+
+// lane l of the result is lane index(l) of x and y put side by side
+#if defined(__clang__)
+template <int W, class Index, int... L> inline Vec<W> shuffle_lanes(Vec<W> x, Vec<W> y, Index index, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(x, y, Index{}(L)...);
+}
+template <int W, class Index> inline Vec<W> shuffle(Vec<W> x, Vec<W> y, Index index) {
+    return shuffle_lanes<W>(x, y, index, std::make_integer_sequence<int, W>());
+}
+#else
+template <int W, class Index> inline Vec<W> shuffle(Vec<W> x, Vec<W> y, Index index) {
+    typename Lanes<W>::I lanes{};
+    for (int l = 0; l < W; l++) lanes[l] = index(l);
+    return __builtin_shuffle(x, y, lanes);
+}
+#endif
+
+// where bit D of the lane is clear, x, else y; each either in place (own) or from the lane D further on or back (other)
+template <int W, int D> struct Own {
+    constexpr int operator()(int l) const { return l & D ? W + l : l; }
+};
+template <int W, int D> struct Other {
+    constexpr int operator()(int l) const { return l & D ? W + l - D : l + D; }
+};
+template <int W, int D> struct First {
+    constexpr int operator()(int l) const { return l & D ? W + l - D : l; }
+};
+template <int W, int D> struct Second {
+    constexpr int operator()(int l) const { return l & D ? W + l : l + D; }
+};
+
+// lane i of the result is the sum of the lanes of rows[i]
+template <int W, int D = W / 2> inline Vec<W> row_sums(Vec<W>* rows) {
+    for (int i = 0; i < D; i++) {
+        Vec<W> x = rows[i], y = rows[i + D];
+        rows[i] = shuffle<W>(x, y, Own<W, D>{}) + shuffle<W>(x, y, Other<W, D>{});
+    }
+    if constexpr (D > 1) return row_sums<W, D / 2>(rows);
+    return rows[0];
+}
+
+// W rows of W lanes, transposed in place
+template <int W, int D = W / 2> inline void transpose(Vec<W>* rows) {
+    for (int i = 0; i < W; i++)
+        if (!(i & D)) {
+            Vec<W> x = rows[i], y = rows[i + D];
+            rows[i] = shuffle<W>(x, y, First<W, D>{});
+            rows[i + D] = shuffle<W>(x, y, Second<W, D>{});
+        }
+    if constexpr (D > 1) transpose<W, D / 2>(rows);
+}
+
+// to[j][i] = from[i][j] for i < rows, j < columns, both multiples of W
+template <int W> inline void transpose(float* to, long to_stride, const float* from, long from_stride, long rows, long columns) {
+    for (long i = 0; i < rows; i += W)
+        for (long j = 0; j < columns; j += W) {
+            Vec<W> block[W];
+            for (int l = 0; l < W; l++) block[l] = load<W>(from + (i + l) * from_stride + j);
+            transpose<W>(block);
+            for (int l = 0; l < W; l++) store<W>(to + (j + l) * to_stride + i, block[l]);
+        }
+}
+
+// One vector of N numbers per token, fp32: a view of a tensor (B, T, H, N) for one batch row and head, or of a buffer (T, N).
+struct Rows {
+    float* data;
+    long stride;
+    float* operator[](long t) const { return data + t * stride; }
+};
+
+// Memory on a boundary of cache lines, not initialised.
+struct Buffer {
+    explicit Buffer(long floats) : data(static_cast<float*>(operator new(sizeof(float) * floats, std::align_val_t(64)))) {}
+    ~Buffer() { operator delete(data, std::align_val_t(64)); }
+    Buffer(const Buffer&) = delete;
+    float* data;
+};
+
+// work(item, thread) for every item below `items`, by `threads` threads that take the next item whenever they are free
+template <class Work> inline void parallel(long items, int threads, Work work) {
+    std::atomic<long> next{0};
+    auto run = [&](int thread) {
+        for (long item; (item = next.fetch_add(1)) < items;) work(item, thread);
+    };
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads && i < items; i++) others.emplace_back(run, i);
+    run(0);
+    for (auto& other : others) other.join();
+}
+
+// The sizes of a call, and how the work on it is divided: a head, or the same part of the value rows of every head, is one item.
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+
+struct Sizes {
+    const uint8_t* reset;
+    long B, T, H, N;
+    Dtype dtype;
+    int threads;
+
+    long stride() const { return H * N; }
+    long offset(long head) const { return (head / H * T * H + head % H) * N; }
+    // whether a document starts at token t; no token starts one at T
+    bool starts(long head, long t) const { return reset && t < T && reset[head / H * T + t]; }
+    // as many parts as the threads need to share the work evenly
+    long parts() const {
+        long heads = B * H, parts = 1;
+        while (heads * parts % threads && heads * parts < 4 * threads && N / parts % 32 == 0) parts *= 2;
+        return parts;
+    }
+
+    // buffers of a backward: one for each thread, or one for each part, since the last part of a head reads those of the others
+    long slots() const { return parts() == 1 ? threads : B * H * parts(); }
+
+    // fp32 activations are used where they lie, bf16 ones through a buffer (T, N)
+    template <int W> Rows input(const void* tensor, long head, float* buffer) const {
+        if (dtype == kFloat32) return {const_cast<float*>(static_cast<const float*>(tensor)) + offset(head), stride()};
+        const uint16_t* from = static_cast<const uint16_t*>(tensor) + offset(head);
+        for (long t = 0; t < T; t++)
+            for (long n = 0; n < N; n += W) ::store<W>(buffer + t * N + n, widen<W>(from + t * stride() + n));
+        return {buffer, N};
+    }
+    Rows output(void* tensor, long head, float* buffer) const {
+        return dtype == kFloat32 ? Rows{static_cast<float*>(tensor) + offset(head), stride()} : Rows{buffer, N};
+    }
+    // columns [first, last) of token t, rounded to the dtype
+    template <int W> void store(void* tensor, long head, long t, const float* row, long first, long last) const {
+        const long to = offset(head) + t * stride();
+        for (long n = first; n < last; n += W) {
+            if (dtype == kFloat32) ::store<W>(static_cast<float*>(tensor) + to + n, load<W>(row + n));
+            else narrow<W>(static_cast<uint16_t*>(tensor) + to + n, load<W>(row + n));
+        }
+    }
+};
+
+// work(head, first, last, buffer) -> Head for every part [first, last) of the value rows of every head, and once all parts of a head are
+// there, on the thread of the last one, finish(parts, head)
+template <class Head, class Work, class Finish> inline void in_parts(const Sizes& sizes, float* scratch, long slot_floats, Work work, Finish finish) {
+    const long parts = sizes.parts(), rows = sizes.N / parts, heads = sizes.B * sizes.H;
+    std::vector<std::vector<Head>> done(heads, std::vector<Head>(parts));
+    std::vector<std::atomic<long>> left(heads);
+    for (auto& count : left) count = parts;
+    parallel(heads * parts, sizes.threads, [&](long item, int thread) {
+        const long head = item / parts, part = item % parts, slot = parts == 1 ? thread : item;
+        done[head][part] = work(head, part * rows, part * rows + rows, scratch + slot * slot_floats);
+        if (left[head].fetch_sub(1) == 1) finish(done[head], head);
+    });
+}
+
+// step(C, n) for n from 0 to N, in steps of C = 4, 2 or 1 vectors: the widest that fit into the registers and into what is left
+template <int W, class Step> inline void in_vectors(long N, Step step) {
+    for (long n = 0; n < N;) {
+        if (N - n >= 4 * W && REGISTERS == 32) step(std::integral_constant<int, 4>(), n), n += 4 * W;
+        else if (N - n >= 2 * W) step(std::integral_constant<int, 2>(), n), n += 2 * W;
+        else step(std::integral_constant<int, 1>(), n), n += W;
+    }
+}
+
+// NaN if a number of x is not finite
+template <int W> inline float poison(Vec<W> x) {
+    float sum = 0;
+    for (int l = 0; l < W; l++) sum += x[l] * 0.f;
+    return sum;
+}
+
+template <int W> inline void add_or_store(float* p, Vec<W> x, bool add) { store<W>(p, add ? load<W>(p) + x : x); }
+
+alignas(64) static const float ZEROS[256] = {};
+
+// state rows of the backward that stay in the L1 cache: 32 KB
+template <int W> inline long cached_rows(long N) { return std::max<long>(W, 8192 / N / W * W); }

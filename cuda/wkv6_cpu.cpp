@@ -1,0 +1,296 @@
+// WKV-6 on a CPU: the recurrence, vectorised over the state, forward and backward. Every state stays in the L1 cache in fp32.
+//
+//   y_t = r_t S_{t-1} + (r_t . (u * k_t)) v_t       S_t = diag(d_t) S_{t-1} + k_t^T v_t       log d = -exp(w)
+//
+// S is [key i, value j]; its value columns are independent of each other. Forward: lanes are values; 3 multiply-adds for each element.
+//
+// Backward: lanes are keys and S is held transposed. dS_t is the gradient of S_t, which only later tokens read. Primes: without u.
+//   1. from the last token to the first:  dS_t = diag(d_{t+1}) dS_{t+1} + r_{t+1}^T dy_{t+1},  dk'_t = dS_t v_t,  dv'_t = k_t dS_t      4
+//   2. from the first to the last, S again:  dr'_t = S_{t-1} dy_t                                                                      3
+//   3. d(log d): multiplying row i of S_t by a number and dividing by it what reads S_t leaves every y as it is. Hence
+//      dlog_t = dlog_{t+1} + r_{t+1} dr'_{t+1} - k_t dk'_t, from dlog_{T+1} = sum_j S_T dS_T. Nothing is divided and no state is kept. The
+//      sum runs in double, and starts again from 0 where d_t is as good as 0: there dlog_t is 0, and dw = -exp(w) dlog would blow up
+//      what rounding left of it.
+//   The bonus u adds  g u k to dr,  g u r to dk,  (r . (u * k)) dy to dv,  g r k to du,  with g = v . dy.
+// A reset before token t is S_{t-1} = 0.
+//
+// The C interface is that of wkv6.cu; `context` is the number of threads.
+#include "cpu.h"
+
+namespace {
+
+constexpr float AS_GOOD_AS_ZERO = 7.5e-9f;  // 2^-27: less than rounding leaves of a sum
+
+struct Inputs : Sizes {
+    const void *r, *k, *v, *w;
+    const float *u, *s0;
+};
+
+struct Outputs {
+    void *dr, *dk, *dv, *dw;
+    float *du, *ds0;
+};
+
+// d_t, and where wanted log d_t, which is also d(log d)/dw
+template <int W> void decays(const Inputs& in, Rows w, float* decay, float* slope) {
+    for (long t = 0; t < in.T; t++)
+        for (long n = 0; n < in.N; n += W) {
+            auto log = -exponential<W>(load<W>(w[t] + n));
+            store<W>(decay + t * in.N + n, exponential<W>(log));
+            if (slope) store<W>(slope + t * in.N + n, log);
+        }
+}
+
+// r . (u * k)
+inline float bonus(const float* r, const float* u, const float* k, long N) {
+    float sum = 0;
+    for (long n = 0; n < N; n++) sum += r[n] * u[n] * k[n];
+    return sum;
+}
+
+// R vectors of value columns through all tokens; S is [key][R * W]. Returns NaN if some y is not finite.
+template <int W, int R> float forward_columns(const Inputs& in, long head, Rows r, Rows d, Rows k, Rows v, const float* u, float* S, Rows y) {
+    typedef Vec<W> V;
+    V bad = {};
+    for (long t = 0; t < in.T; t++) {
+        const bool cut = in.starts(head, t + 1);
+        const float *rt = r[t], *dt = cut ? ZEROS : d[t], *kt = cut ? ZEROS : k[t];
+        const float own = bonus(rt, u, k[t], in.N);
+        V vt[R], yt[R];
+        for (int l = 0; l < R; l++) {
+            vt[l] = load<W>(v[t] + l * W);
+            yt[l] = vt[l] * own;
+        }
+        for (long i = 0; i < in.N; i++)
+            for (int l = 0; l < R; l++) {
+                float* p = S + (i * R + l) * W;
+                V s = load<W>(p);
+                yt[l] += s * rt[i];
+                store<W>(p, s * dt[i] + vt[l] * kt[i]);
+            }
+        for (int l = 0; l < R; l++) {
+            store<W>(y[t] + l * W, yt[l]);
+            bad += yt[l] * 0.f;
+        }
+    }
+    for (long i = 0; i < in.N * R; i++) bad += load<W>(S + i * W) * 0.f;  // the last decay is in no y
+    return poison<W>(bad);
+}
+
+template <int W> float forward_part(const Inputs& in, long head, long first, long last, void* y, float* sT) {
+    const long T = in.T, N = in.N;
+    Buffer buffer(6 * T * N + N * N);
+    float* free = buffer.data;
+    auto next = [&] { return std::exchange(free, free + T * N); };
+    auto input = [&](const void* x) { return in.input<W>(x, head, next()); };
+    const Rows r = input(in.r), w = input(in.w), k = input(in.k), v = input(in.v), d{next(), N}, out = in.output(y, head, next());
+    decays<W>(in, w, d.data, nullptr);
+    float bad = 0, *S = free;
+    in_vectors<W>(last - first, [&](auto R, long j) {
+        j += first;
+        auto at = [&](Rows x) { return Rows{x.data + j, x.stride}; };
+        const long state = head * N * N + j, bytes = sizeof(float) * R * W;
+        const bool zero = !in.s0 || in.starts(head, 0);
+        for (long i = 0; i < N; i++) zero ? memset(S + i * R * W, 0, bytes) : memcpy(S + i * R * W, in.s0 + state + i * N, bytes);
+        bad += forward_columns<W, R()>(in, head, r, d, k, at(v), in.u + head % in.H * N, S, at(out));
+        for (long i = 0; i < N; i++) memcpy(sT + state + i * N, S + i * R * W, bytes);
+    });
+    if (in.dtype != kFloat32)
+        for (long t = 0; t < T; t++) in.store<W>(y, head, t, out[t], first, last);
+    return bad;
+}
+
+// One head of the backward; dk, dr and end are sums over the value columns of one part only.
+struct Head {
+    Rows r, k, v, dy, d, slope, dv, dk, dr;
+    float *end, *S;
+};
+
+long head_floats(long T, long N) { return 10 * T * N + N + N * N; }
+
+// Step 1 for one token, value columns [first, last) and C vectors of keys from `key` on; decay, r and dy are those of the token after it.
+template <int W, int C>
+void reverse_token(const Head& g, long t, long first, long last, long key, long N, const float* decay, const float* r, const float* dy, bool add) {
+    typedef Vec<W> V;
+    V dc[C], rc[C], kc[C], dk[C] = {};
+    for (int l = 0; l < C; l++) {
+        dc[l] = load<W>(decay + key + l * W);
+        rc[l] = load<W>(r + key + l * W);
+        kc[l] = load<W>(g.k[t] + key + l * W);
+    }
+    const float* v = g.v[t];
+    for (long group = first; group < last; group += W) {
+        V sums[W];
+        for (int n = 0; n < W; n++) {
+            const long j = group + n;
+            float* row = g.S + (j - first) * N + key;
+            V sum = {};
+            for (int l = 0; l < C; l++) {
+                V s = load<W>(row + l * W) * dc[l] + rc[l] * dy[j];
+                store<W>(row + l * W, s);
+                dk[l] += s * v[j];
+                sum += s * kc[l];
+            }
+            sums[n] = sum;
+        }
+        add_or_store<W>(g.dv[t] + group, row_sums<W>(sums), key > 0);
+    }
+    for (int l = 0; l < C; l++) add_or_store<W>(g.dk[t] + key + l * W, dk[l], add);
+}
+
+// Step 2, likewise, with the decay and k of this token
+template <int W, int C>
+void forward_token(const Head& g, long t, long first, long last, long key, long N, const float* decay, const float* k, bool add) {
+    typedef Vec<W> V;
+    V dc[C], kc[C], dr[C] = {};
+    for (int l = 0; l < C; l++) {
+        dc[l] = load<W>(decay + key + l * W);
+        kc[l] = load<W>(k + key + l * W);
+    }
+    const float *dy = g.dy[t], *v = g.v[t];
+    for (long j = first; j < last; j++) {
+        float* row = g.S + (j - first) * N + key;
+        for (int l = 0; l < C; l++) {
+            V s = load<W>(row + l * W);
+            dr[l] += s * dy[j];
+            store<W>(row + l * W, s * dc[l] + kc[l] * v[j]);
+        }
+    }
+    for (int l = 0; l < C; l++) add_or_store<W>(g.dr[t] + key + l * W, dr[l], add);
+}
+
+// Steps 1 and 2 for value columns [first, last); `add`: to what earlier columns of this part left in the sums
+template <int W> void backward_columns(const Inputs& in, const Head& g, long head, long first, long last, const float* dsT, float* ds0, bool add) {
+    const long T = in.T, N = in.N, columns = last - first, state = head * N * N + first;
+    auto start_from = [&](const float* states) {
+        if (states) transpose<W>(g.S, N, states + state, N, N, columns);
+        else memset(g.S, 0, sizeof(float) * columns * N);
+    };
+    float ones[256];
+    std::fill(ones, ones + N, 1.f);
+
+    start_from(dsT);
+    for (long t = T - 1; t >= 0; t--) {
+        const bool end = t + 1 == T, cut = in.starts(head, t + 1);
+        const float *decay = end ? ones : cut ? ZEROS : g.d[t + 1], *r = end || cut ? ZEROS : g.r[t + 1], *dy = end ? ZEROS : g.dy[t + 1];
+        in_vectors<W>(N, [&](auto C, long key) { reverse_token<W, C()>(g, t, first, last, key, N, decay, r, dy, add); });
+        const float own = bonus(g.r[t], in.u + head % in.H * N, g.k[t], N);
+        for (long j = first; j < last; j++) g.dv[t][j] += own * g.dy[t][j];
+    }
+    const bool cut = in.starts(head, 0);
+    const float *decay = cut ? ZEROS : g.d[0], *r = cut ? ZEROS : g.r[0];
+    for (long j = 0; j < columns; j++)
+        for (long i = 0; i < N; i += W) {
+            float* p = g.S + j * N + i;
+            store<W>(p, load<W>(p) * load<W>(decay + i) + load<W>(r + i) * g.dy[0][first + j]);
+        }
+    transpose<W>(ds0 + state, N, g.S, N, columns, N);
+
+    start_from(cut ? nullptr : in.s0);
+    for (long t = 0; t < T; t++) {
+        const bool cut = in.starts(head, t + 1);
+        const float *decay = cut ? ZEROS : g.d[t], *k = cut ? ZEROS : g.k[t];
+        in_vectors<W>(N, [&](auto C, long key) { forward_token<W, C()>(g, t, first, last, key, N, decay, k, add); });
+    }
+    for (long i = 0; i < N; i++) {
+        float sum = 0;
+        for (long j = 0; dsT && j < columns; j++) sum += g.S[j * N + i] * dsT[state + i * N + j];
+        g.end[i] = add ? g.end[i] + sum : sum;
+    }
+}
+
+template <int W> Head backward_part(const Inputs& in, long head, long first, long last, const void* dy, const float* dsT, const Outputs& out, float* buffer) {
+    const long T = in.T, N = in.N;
+    const bool whole = last - first == N;
+    auto next = [&] { return std::exchange(buffer, buffer + T * N); };
+    auto input = [&](const void* x) { return in.input<W>(x, head, next()); };
+    auto sums = [&](void* x) { return whole ? in.output(x, head, next()) : Rows{next(), N}; };
+    Head g;
+    g.r = input(in.r), g.k = input(in.k), g.v = input(in.v), g.dy = input(dy);
+    const Rows w = input(in.w);
+    g.d = {next(), N}, g.slope = {next(), N}, g.dv = in.output(out.dv, head, next());
+    g.dk = sums(out.dk), g.dr = sums(out.dr);
+    g.end = buffer, g.S = buffer + N;
+    decays<W>(in, w, g.d.data, g.slope.data);
+    const long columns = cached_rows<W>(N);
+    for (long j = first; j < last; j += columns) backward_columns<W>(in, g, head, j, std::min(j + columns, last), dsT, out.ds0, j > first);
+    if (in.dtype != kFloat32)
+        for (long t = 0; t < T; t++) in.store<W>(out.dv, head, t, g.dv[t], first, last);
+    return g;
+}
+
+// The parts of a head added up, step 3, the bonus, and everything rounded and written.
+template <int W> void finish(const Inputs& in, const std::vector<Head>& parts, long head, const Outputs& out) {
+    const long N = in.N;
+    const Head& g = parts[0];
+    const float* u = in.u + head % in.H * N;
+    double log_decay[256] = {}, du[256] = {};
+    float dr[256], dk[256], dw[256];
+    for (auto& part : parts)
+        for (long n = 0; n < N; n++) log_decay[n] += part.end[n];
+    for (long t = in.T - 1; t >= 0; t--) {
+        auto total = [&](float* sum, Rows Head::*x) {
+            memcpy(sum, (g.*x)[t], sizeof(float) * N);
+            for (size_t p = 1; p < parts.size(); p++)
+                for (long n = 0; n < N; n++) sum[n] += (parts[p].*x)[t][n];
+        };
+        total(dr, &Head::dr), total(dk, &Head::dk);
+        const float *r = g.r[t], *k = g.k[t], *d = g.d[t], *slope = g.slope[t], *v = g.v[t], *dy = g.dy[t];
+        const bool start = in.starts(head, t), cut = in.starts(head, t + 1);
+        float own = 0;
+        for (long n = 0; n < N; n++) own += v[n] * dy[n];
+        for (long n = 0; n < N; n++) {
+            const bool zero = cut || d[n] < AS_GOOD_AS_ZERO;
+            log_decay[n] = zero ? 0 : log_decay[n] - k[n] * dk[n];
+            dw[n] = zero ? 0 : slope[n] * (float)log_decay[n];
+            log_decay[n] = start ? 0 : log_decay[n] + r[n] * dr[n];
+            dr[n] += own * u[n] * k[n];
+            dk[n] += own * u[n] * r[n];
+            du[n] += own * r[n] * k[n];
+        }
+        auto write = [&](void* tensor, const float* row) { in.store<W>(tensor, head, t, row, 0, N); };
+        write(out.dr, dr), write(out.dk, dk), write(out.dw, dw);
+    }
+    for (long n = 0; n < N; n++) out.du[head * N + n] = du[n];
+}
+
+template <int W> int forward(const Inputs& in, void* y, float* sT) {
+    const long parts = in.parts(), columns = in.N / parts;
+    std::atomic<bool> finite{true};
+    parallel(in.B * in.H * parts, in.threads, [&](long item, int) {
+        const long first = item % parts * columns;
+        if (forward_part<W>(in, item / parts, first, first + columns, y, sT) != 0) finite = false;
+    });
+    return finite ? 0 : 1;
+}
+
+template <int W> void backward(const Inputs& in, const void* dy, const float* dsT, const Outputs& out, float* scratch) {
+    in_parts<Head>(in, scratch, head_floats(in.T, in.N),
+                   [&](long head, long first, long last, float* buffer) { return backward_part<W>(in, head, first, last, dy, dsT, out, buffer); },
+                   [&](const std::vector<Head>& parts, long head) { finish<W>(in, parts, head, out); });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void* context) {
+    return Sizes{nullptr, B, T, H, N, kFloat32, (int)(intptr_t)context}.slots() * head_floats(T, N);
+}
+
+int wkv6_forward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, void* y, float* sT,
+                 int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
+    const Inputs in{{reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u, s0};
+    return N % WIDTH ? forward<8>(in, y, sT) : forward<WIDTH>(in, y, sT);
+}
+
+int wkv6_backward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, const void* dy,
+                  const float* dsT, void* dr, void* dk, void* dv, void* dw, float* du, float* ds0, float* scratch, int64_t B, int64_t T, int64_t H,
+                  int64_t N, int dtype, void* context) {
+    const Inputs in{{reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u, s0};
+    const Outputs out{dr, dk, dv, dw, du, ds0};
+    N % WIDTH ? backward<8>(in, dy, dsT, out, scratch) : backward<WIDTH>(in, dy, dsT, out, scratch);
+    return 0;
+}
+
+}
