@@ -166,10 +166,11 @@ template <class Work> inline void parallel(long items, int threads, Work work) {
     for (auto& other : others) other.join();
 }
 
-// The sizes of a call, and how the work on it is divided: a head, or the same part of the value rows of every head, is one item.
+// What every call has, and how the work on it is divided: a head, or the same part of the value rows of every head, is one item.
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 
-struct Sizes {
+struct Call {
+    const float* s0;
     const uint8_t* reset;
     long B, T, H, N;
     Dtype dtype;
@@ -179,6 +180,8 @@ struct Sizes {
     long offset(long head) const { return (head / H * T * H + head % H) * N; }
     // whether a document starts at token t; no token starts one at T
     bool starts(long head, long t) const { return reset && t < T && reset[head / H * T + t]; }
+    // whether the state before token t is zero, so that its decay has no effect
+    bool empty(long head, long t) const { return starts(head, t) || (t == 0 && !s0); }
     // as many parts as the threads need to share the work evenly
     long parts() const {
         long heads = B * H, parts = 1;
@@ -212,12 +215,12 @@ struct Sizes {
 
 // work(head, first, last, buffer) -> Head for every part [first, last) of the value rows of every head, and once all parts of a head are
 // there, on the thread of the last one, finish(parts, head)
-template <class Head, class Work, class Finish> inline void in_parts(const Sizes& sizes, float* scratch, long slot_floats, Work work, Finish finish) {
-    const long parts = sizes.parts(), rows = sizes.N / parts, heads = sizes.B * sizes.H;
+template <class Head, class Work, class Finish> inline void in_parts(const Call& call, float* scratch, long slot_floats, Work work, Finish finish) {
+    const long parts = call.parts(), rows = call.N / parts, heads = call.B * call.H;
     std::vector<std::vector<Head>> done(heads, std::vector<Head>(parts));
     std::vector<std::atomic<long>> left(heads);
     for (auto& count : left) count = parts;
-    parallel(heads * parts, sizes.threads, [&](long item, int thread) {
+    parallel(heads * parts, call.threads, [&](long item, int thread) {
         const long head = item / parts, part = item % parts, slot = parts == 1 ? thread : item;
         done[head][part] = work(head, part * rows, part * rows + rows, scratch + slot * slot_floats);
         if (left[head].fetch_sub(1) == 1) finish(done[head], head);

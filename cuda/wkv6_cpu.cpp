@@ -21,9 +21,9 @@ namespace {
 
 constexpr float AS_GOOD_AS_ZERO = 7.5e-9f;  // 2^-27: less than rounding leaves of a sum
 
-struct Inputs : Sizes {
+struct Inputs : Call {
     const void *r, *k, *v, *w;
-    const float *u, *s0;
+    const float* u;
 };
 
 struct Outputs {
@@ -236,14 +236,14 @@ template <int W> void finish(const Inputs& in, const std::vector<Head>& parts, l
         };
         total(dr, &Head::dr), total(dk, &Head::dk);
         const float *r = g.r[t], *k = g.k[t], *d = g.d[t], *slope = g.slope[t], *v = g.v[t], *dy = g.dy[t];
-        const bool start = in.starts(head, t), cut = in.starts(head, t + 1);
+        const bool empty = in.empty(head, t), cut = in.starts(head, t + 1);
         float own = 0;
         for (long n = 0; n < N; n++) own += v[n] * dy[n];
         for (long n = 0; n < N; n++) {
-            const bool zero = cut || d[n] < AS_GOOD_AS_ZERO;
+            const bool zero = empty || cut || d[n] < AS_GOOD_AS_ZERO;
             log_decay[n] = zero ? 0 : log_decay[n] - k[n] * dk[n];
             dw[n] = zero ? 0 : slope[n] * (float)log_decay[n];
-            log_decay[n] = start ? 0 : log_decay[n] + r[n] * dr[n];
+            log_decay[n] = empty ? 0 : log_decay[n] + r[n] * dr[n];
             dr[n] += own * u[n] * k[n];
             dk[n] += own * u[n] * r[n];
             du[n] += own * r[n] * k[n];
@@ -275,19 +275,19 @@ template <int W> void backward(const Inputs& in, const void* dy, const float* ds
 extern "C" {
 
 int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void* context) {
-    return Sizes{nullptr, B, T, H, N, kFloat32, (int)(intptr_t)context}.slots() * head_floats(T, N);
+    return Call{nullptr, nullptr, B, T, H, N, kFloat32, (int)(intptr_t)context}.slots() * head_floats(T, N);
 }
 
 int wkv6_forward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, void* y, float* sT,
                  int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
-    const Inputs in{{reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u, s0};
+    const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u};
     return N % WIDTH ? forward<8>(in, y, sT) : forward<WIDTH>(in, y, sT);
 }
 
 int wkv6_backward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, const void* dy,
                   const float* dsT, void* dr, void* dk, void* dv, void* dw, float* du, float* ds0, float* scratch, int64_t B, int64_t T, int64_t H,
                   int64_t N, int dtype, void* context) {
-    const Inputs in{{reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u, s0};
+    const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u};
     const Outputs out{dr, dk, dv, dw, du, ds0};
     N % WIDTH ? backward<8>(in, dy, dsT, out, scratch) : backward<WIDTH>(in, dy, dsT, out, scratch);
     return 0;

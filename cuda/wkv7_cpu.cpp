@@ -21,9 +21,8 @@ namespace {
 
 constexpr float RATE = 0.60653066f;  // exp(-1/2)
 
-struct Inputs : Sizes {
+struct Inputs : Call {
     const void *r, *w, *k, *v, *a, *b;
-    const float* s0;
 };
 
 struct Outputs {
@@ -239,10 +238,10 @@ template <int W> void finish(const Inputs& in, const std::vector<Head>& parts, l
         };
         total(dr, &Head::dr), total(dk, &Head::dk), total(db, &Head::db), total(da, &Head::da);
         const float *r = g.r[t], *k = g.k[t], *a = g.a[t], *b = g.b[t], *slope = g.slope[t];
-        const bool start = in.starts(head, t);
+        const bool empty = in.empty(head, t);
         for (long n = 0; n < N; n++) {
             log_decay[n] += r[n] * dr[n] - k[n] * dk[n] - b[n] * db[n];
-            if (start) log_decay[n] = da[n] = 0;
+            if (empty) log_decay[n] = da[n] = 0;
             dw[n] = slope[n] * (float)log_decay[n];
             log_decay[n] += a[n] * da[n];
         }
@@ -274,19 +273,19 @@ extern "C" {
 int64_t wkv7_saved(int64_t B, int64_t T, int64_t H, int64_t N) { return B * T * H * N; }
 
 int64_t wkv7_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void* context) {
-    return Sizes{nullptr, B, T, H, N, kFloat32, (int)(intptr_t)context}.slots() * head_floats(T, N);
+    return Call{nullptr, nullptr, B, T, H, N, kFloat32, (int)(intptr_t)context}.slots() * head_floats(T, N);
 }
 
 int wkv7_forward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b, const float* s0, const uint8_t* reset,
                  void* y, float* sT, float* saved, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
-    const Inputs in{{reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, w, k, v, a, b, s0};
+    const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, w, k, v, a, b};
     return N % WIDTH ? forward<8>(in, y, sT, saved) : forward<WIDTH>(in, y, sT, saved);
 }
 
 int wkv7_backward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b, const float* s0, const uint8_t* reset,
                   const float* saved, const void* dy, const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0,
                   float* scratch, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
-    const Inputs in{{reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, w, k, v, a, b, s0};
+    const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, w, k, v, a, b};
     const Outputs out{dr, dw, dk, dv, da, db, ds0};
     N % WIDTH ? backward<8>(in, saved, dy, dsT, out, scratch) : backward<WIDTH>(in, saved, dy, dsT, out, scratch);
     return 0;

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add("--precision", default="auto", choices=("auto", *DTYPES))
-    add("--wkv", default="auto", help="WKV kernel: auto, torch or reference")
+    add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise UserError("expected --max_tokens >= 1, --top_k >= 0, --temperature >= 0 and 0 < --top_p <= 1")

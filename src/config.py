@@ -81,7 +81,7 @@ class Config:
     accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"))
     devices: int = opt(1, "GPUs, or processes on a CPU")
     num_nodes: int = opt(1, "machines")
-    wkv: str = opt("auto", "WKV kernel: auto, torch or reference", alias=("op",))
+    wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",))
 
     save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")
     resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rwkv_miss import load_adapter
+from rwkv_miss import Arch, load_adapter
 
 from . import ops
 from .device import DTYPES, choose_accelerator, choose_precision
-from .model import RWKV
+from .model import RWKV, read_model_file
 from .tokenizer import Tokenizer, recorded_tokenizer
 
 
@@ -17,7 +17,8 @@ def load(
     accelerator = choose_accelerator(accelerator)
     device = "cuda" if accelerator == "gpu" else "cpu"
     precision, _ = choose_precision(precision, accelerator)
-    model = RWKV.load(path, DTYPES[precision], device, ops.choose(wkv, device)[0]).eval()
+    kernel, _ = ops.choose(wkv, device, Arch.detect(read_model_file(path)).head_size)
+    model = RWKV.load(path, DTYPES[precision], device, kernel).eval()
     if adapter:
         load_adapter(model, adapter)
     return model, recorded_tokenizer(tokenizer, eod, model.arch.vocab_size, adapter, path)

@@ -35,12 +35,11 @@ def main(config: Config, origins: dict[str, str]) -> None:
     world = check_world(config)
     accelerator = choose_accelerator(config.accelerator, config.devices)
     precision, precision_reason = choose_precision(config.precision, accelerator, config.strategy)
-    kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu")
-
     arch, tokenizer = read_base(config)
     require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     resume_from = find_checkpoint(config)
     documents = load_documents(config.data_file, tokenizer, config.ctx_len)
+    kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
 
     torch.manual_seed(config.random_seed)
     model, lr = build_model(config, arch, kernel, DTYPES[precision])

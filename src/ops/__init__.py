@@ -1,7 +1,16 @@
 """The WKV recurrences, `wkv6` and `wkv7`, and the choice of the code that runs them.
 
-Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package. Everything is computed in fp32
-whatever the dtype of the activations, also under autocast, and in float64 when r is float64; gradients flow to and through every argument.
+Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package. Where `reset` (B, T), bool, is set,
+a document starts with that token: neither state nor gradient crosses from the tokens before. Arithmetic is fp32 whatever the dtype of the
+activations, also under autocast, and float64 when r is float64; gradients flow to and through every argument.
+
+| kernel     | what runs                                                                          | takes                                  |
+|------------|------------------------------------------------------------------------------------|----------------------------------------|
+| cuda       | cuda/*_chunked.cu on tensor cores where they have the shape, else as cuda-exact     | CUDA tensors, head size a multiple of 8 |
+| cuda-exact | cuda/wkv6.cu and wkv7.cu, the recurrence in fp32                                    | the same                                |
+| cpu        | cuda/wkv6_cpu.cpp and wkv7_cpu.cpp, the recurrence in fp32                          | CPU tensors, head size a multiple of 8  |
+| torch      | the chunked forms in plain torch                                                    | any device, any head size, float64      |
+| reference  | token by token in plain torch: the specification                                    | the same                                |
 """
 
 from __future__ import annotations
@@ -11,62 +20,112 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
+from . import native
 from .reference import recurrent6, recurrent7
 from .wkv6 import chunked6
 from .wkv7 import chunked7
 
-# name -> version -> a function of tensors of one dtype, fp32 or float64, contiguous or not, the state last -> (y, state)
-KERNELS = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
+# functions of tensors of one dtype, fp32 or float64, contiguous or not, then the state and the resets -> (y, state)
+PLAIN = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
+NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # the device type of a native kernel
+KERNELS = (*NATIVE, *PLAIN)
+LARGEST_HEAD = 256
 
 
-def choose(name: str, device: str) -> tuple[str, str]:
-    """(kernel, the reason in words) for `--wkv name` on cpu or cuda."""
-    if name == "auto":
-        return "torch", f"auto: the chunked form in plain torch, differentiable, no compiler needed; there is no native {device} kernel yet"
-    if name not in KERNELS:
+def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
+    """(kernel, the reason in words) for `--wkv name` on "cpu" or "cuda". A native kernel is built and tested here, if it has not been."""
+    if name != "auto" and name not in KERNELS:
         raise UserError(f"--wkv {name}: expected one of auto, {', '.join(KERNELS)}")
-    return name, "as asked"
+    if name in PLAIN:
+        return name, "as asked"
+    if name != "auto" and NATIVE[name] != device:
+        raise UserError(f"--wkv {name} runs on {NATIVE[name]}, this run is on {device}; use --wkv auto, or another --accelerator")
+    problem = head_size_problem(head_size)
+    if not problem:
+        status = native.status(device)
+        problem = status.reason
+    if not problem:
+        why = "as asked" if name != "auto" else "auto: the native kernel of this device"
+        return device if name == "auto" else name, f"{why}; self-test error {status.error:.0e}, library {status.path}"
+    if name != "auto":
+        raise UserError(f"--wkv {name}: {problem}")
+    return "torch", f"auto: the chunked form in plain torch, because {problem}"
 
 
-def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Tensor | None = None, kernel: str = "torch") -> tuple[Tensor, Tensor]:
+def head_size_problem(head_size: int) -> str:
+    """Why the native kernels do not take this head size, or nothing."""
+    if head_size % 8 == 0 and head_size <= LARGEST_HEAD:
+        return ""
+    return f"the native kernels take head sizes that are multiples of 8 up to {LARGEST_HEAD}, not {head_size}"
+
+
+def wkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Tensor | None = None, reset: Tensor | None = None, kernel: str = "torch"
+) -> tuple[Tensor, Tensor]:
     """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype, final state.
 
-    w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters through u.
+    w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters through u. Raises ValueError.
     """
-    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0)
+    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset)
 
 
 def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None = None, kernel: str = "torch"
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None = None, reset: Tensor | None = None,
+    kernel: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype, final state.
 
     w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context learning rate.
-    y_t reads the state after the update.
+    y_t reads the state after the update. Raises ValueError.
     """
-    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0)
+    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset)
 
 
-def _run(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The arguments checked by name, then cast to the dtype of the arithmetic and given to the kernel."""
+def _run(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The arguments checked by name, then made what the kernel takes."""
     op, r = f"wkv{version}", inputs["r"]
     if kernel not in KERNELS:
         raise ValueError(f"{op}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
     if r.dim() != 4 or 0 in r.shape or not r.is_floating_point():
         raise ValueError(f"{op}: r is {r.dtype} {tuple(r.shape)}; expected a float (batch, tokens, heads, head size), none of them 0")
-    B, _, H, N = r.shape
+    B, T, H, N = r.shape
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
-    if s0 is None:
-        s0 = r.new_zeros(B, H, N, N, dtype=exact)
-    for name, x in (inputs | {"s0": s0}).items():
-        shape = {"u": (H, N), "s0": (B, H, N, N)}.get(name, tuple(r.shape))
-        # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures
-        dtypes = [exact] if name == "s0" or r.dtype == exact else [r.dtype, exact]
-        if tuple(x.shape) != shape or x.dtype not in dtypes or x.device != r.device:
+    # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures
+    allowed = {name: (tuple(r.shape), [exact] if r.dtype == exact else [r.dtype, exact]) for name in inputs}
+    allowed |= {"s0": ((B, H, N, N), [exact]), "reset": ((B, T), [torch.bool])}
+    if version == 6:
+        allowed["u"] = ((H, N), allowed["u"][1])
+    for name, x in (inputs | {"s0": s0, "reset": reset}).items():
+        shape, dtypes = allowed[name]
+        if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes or x.device != r.device):
             raise ValueError(
                 f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected {' or '.join(map(str, dtypes))} {shape} "
                 f"on {r.device}, because r is {r.dtype} {tuple(r.shape)} there"
             )
+    if kernel in NATIVE:
+        return _run_native(op, kernel, inputs, s0, reset)
+    if s0 is None:
+        s0 = r.new_zeros(B, H, N, N, dtype=exact)
     with torch.autocast(r.device.type, enabled=False):
-        y, state = KERNELS[kernel][version](*(x.to(exact) for x in inputs.values()), s0)
+        y, state = PLAIN[kernel][version](*(x.to(exact) for x in inputs.values()), s0, reset)
+    if r.device.type == "cpu" and not torch.compiler.is_compiling() and not (y.sum() + state.sum()).isfinite():
+        native.require_finite(op, inputs | {"s0": s0})
+    return y.to(r.dtype), state
+
+
+def _run_native(op: str, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    r = inputs["r"]
+    if r.device.type != NATIVE[kernel]:
+        raise ValueError(f"{op}: kernel {kernel!r} runs on {NATIVE[kernel]}, r is on {r.device}; expected another kernel or tensors there")
+    if problem := head_size_problem(r.shape[-1]):
+        raise ValueError(f"{op}: {problem}; use kernel 'torch'")
+    if r.dtype == torch.float64:
+        raise ValueError(f"{op}: r is torch.float64; kernel {kernel!r} takes float32, bfloat16 and float16, use kernel 'torch'")
+    activations = {name: x for name, x in inputs.items() if name != "u"}
+    mixed = any(x.dtype != r.dtype for x in activations.values())
+    dtype = torch.float32 if mixed or r.dtype == torch.float16 and kernel == "cpu" else r.dtype
+    ready = [x.to(torch.float32 if name == "u" else dtype).contiguous() for name, x in inputs.items()]
+    chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0], op)
+    reset = None if reset is None else reset.to(torch.uint8).contiguous()
+    y, state, _ = getattr(torch.ops.rwkv, op)(*ready, None if s0 is None else s0.contiguous(), reset, chunked)
     return y.to(r.dtype), state

@@ -1,7 +1,8 @@
 """WKV token by token in plain torch: the specification, the oracle of the tests, the decode step and the last fallback.
 
 B batch, T tokens, H heads, N head size. All tensors of a call share one dtype, float32 or float64, which is the dtype of the arithmetic;
-`src.ops` checks and casts before. The state `s` is (B, H, N, N), and is returned as it stands after the last token.
+`src.ops` checks and casts before. The state `s` is (B, H, N, N), and is returned as it stands after the last token. Where `reset` (B, T), bool,
+is set a document starts: the state is zeroed before that token.
 """
 
 import math
@@ -20,28 +21,42 @@ def log_decay7(w):
     return -math.exp(-0.5) * torch.sigmoid(w)
 
 
-def recurrent6(r, k, v, w, u, s):
+def enter(s, start):
+    """The state (B,H,N,N) as a token finds it: zero where a document starts with it; start (B,), bool, or None."""
+    return s if start is None else s.masked_fill(start[:, None, None, None], 0)
+
+
+def starts(reset, T):
+    """reset (B,T) or None -> one (B,) or None for each token."""
+    return [None] * T if reset is None else reset.unbind(1)
+
+
+def recurrent6(r, k, v, w, u, s, reset=None):
     """RWKV-6: r, k, v, w (B,T,H,N), u (H,N), s [key i, value j] -> y (B,T,H,N), s.
 
     y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])        s before the decay; the current token enters through u only
     s[i,j] <- delta_t[i] s[i,j] + k_t[i] v_t[j]
     """
     ys = []
-    for r_t, k_t, v_t, delta_t in zip(*(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True):
+    tokens = zip(starts(reset, r.shape[1]), *(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True)
+    for start, r_t, k_t, v_t, delta_t in tokens:
+        s = enter(s, start)
         kv = k_t[..., :, None] * v_t[..., None, :]
         ys.append((r_t[..., None, :] @ (s + u[..., None] * kv)).squeeze(-2))
         s = delta_t[..., None] * s + kv
     return torch.stack(ys, 1), s
 
 
-def recurrent7(r, w, k, v, a, b, s):
+def recurrent7(r, w, k, v, a, b, s, reset=None):
     """RWKV-7: r, w, k, v, a, b (B,T,H,N), s [value i, key j] -> y (B,T,H,N), s.
 
     s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T            s a_t reads the state before the decay
     y_t = s r_t                                                  reads the state after the update, unlike RWKV-6
     """
     ys = []
-    for r_t, delta_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True):
+    tokens = zip(starts(reset, r.shape[1]), *(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True)
+    for start, r_t, delta_t, k_t, v_t, a_t, b_t in tokens:
+        s = enter(s, start)
         s = s * delta_t[..., None, :] + (s @ a_t[..., None]) * b_t[..., None, :] + v_t[..., None] * k_t[..., None, :]
         ys.append((s @ r_t[..., None]).squeeze(-1))
     return torch.stack(ys, 1), s

@@ -1,0 +1,235 @@
+"""Native kernels, compiled on first use with ninja and kept in a cache: `cpu_library`, `cuda_library`.
+
+Any number of processes may ask at once. One builds while it holds a lock of the operating system, which ends with the process however
+that ends; the library appears under its final name in one rename. The name has a hash of everything that decides what the compiler makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import importlib.util
+import os
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+CUDA = pathlib.Path(__file__).parents[2] / "cuda"
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")  # what the sources are written for; a build has the ones at hand only
+TOOLKITS = "/usr/local/cuda*/bin"
+LIBRARY = "library.so"
+FALLBACK = "or use --wkv torch, which needs no compiler"
+
+
+class BuildError(RuntimeError):
+    """No library, said in one line: the reason and what to do about it."""
+
+
+class Nvcc(NamedTuple):
+    """A CUDA compiler and the flags that lead it to its own headers and libraries."""
+
+    path: str
+    compile_flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+
+
+def cpu_library() -> pathlib.Path:
+    """The shared library of cuda/*_cpu.cpp for this CPU, built if need be. Raises BuildError."""
+    require_unix()
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed
+    command = [find_cxx(), "-std=c++17", "-O3", native, "-ffp-contract=fast", "-fPIC", "-pthread"]
+    return build("wkv_cpu", "the CPU kernels", 5, sorted(CUDA.glob("*_cpu.cpp")), headers(), command, ["-pthread"], cpu_features())
+
+
+def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
+    """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be. Raises BuildError."""
+    require_unix()
+    architectures = sorted(set(architectures))
+    for arch in architectures:
+        if not (number := re.fullmatch(r"(\d+)[af]?", arch)) or int(number[1]) < 75:
+            raise BuildError(f"a GPU of architecture {arch} is not supported, expected 75 (Turing) or newer; use --wkv torch")
+    nvcc = find_nvcc()
+    # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one than the default
+    host = os.environ.get("NVCC_CCBIN") or find_cxx()
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    command = [nvcc.path, "-ccbin", host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *code, *nvcc.compile_flags]
+    link = ["-ccbin", host, "-cudart", "static", *nvcc.link_flags]
+    return build("wkv_cuda", "the CUDA kernels", 20, sorted(CUDA.glob("*.cu")), headers(), command, link)
+
+
+def headers() -> list[pathlib.Path]:
+    return sorted([*CUDA.glob("*.h"), *CUDA.glob("*.cuh")])
+
+
+def require_unix() -> None:
+    if os.name != "posix":
+        raise BuildError("native kernels are built on Linux and macOS only; use --wkv torch")
+
+
+def cache_folder() -> pathlib.Path:
+    """RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
+    if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
+
+
+def cpu_features() -> str:
+    """What -march=native depends on: a home folder, and the cache in it, may be shared by machines with different CPUs."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        return next((line for line in info if line.startswith(("flags", "Features"))), "")
+    return platform.processor()
+
+
+def find_cxx() -> str:
+    """The first of c++, g++ and clang++ on PATH."""
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return path
+    raise BuildError(f"no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt install g++, {FALLBACK}")
+
+
+def find_ninja() -> str:
+    """The ninja of this Python's environment, which need not be activated, else the one on PATH."""
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        if path := shutil.which("ninja", path=ninja.BIN_DIR):
+            return path
+    if path := shutil.which("ninja"):
+        return path
+    raise BuildError(f"no ninja, neither beside {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}")
+
+
+def find_nvcc() -> Nvcc:
+    """nvcc of CUDA_HOME, of PATH, of /usr/local, else of the PyPI packages in this Python's environment."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [*([f"{home}/bin"] if home else []), *os.get_exec_path(), *sorted(glob.glob(TOOLKITS), reverse=True)]
+    if path := shutil.which("nvcc", path=os.pathsep.join(filter(None, folders))):
+        return Nvcc(path)
+    spec = importlib.util.find_spec("nvidia")
+    parts = [part for place in (spec.submodule_search_locations if spec else ()) for part in sorted(pathlib.Path(place).iterdir())]
+    for part in reversed(parts):
+        if path := shutil.which("nvcc", path=str(part / "bin")):
+            # its own settings miss the wheels' lib; and an environment on top of another has two folders of one name, each with a share
+            shares = [other for other in parts if other.name == part.name]
+            return Nvcc(path, tuple(f"-I{share}/include" for share in shares), tuple(f"-L{share}/lib" for share in shares))
+    raise BuildError(
+        f'no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment; pip install "rwkv-miss[cuda]" brings one, {FALLBACK}'
+    )
+
+
+def build(
+    name: str, title: str, seconds: int, sources: Sequence[pathlib.Path], headers: Sequence[pathlib.Path],
+    command: Sequence[str], link: Sequence[str] = (), machine: str = "",
+) -> pathlib.Path:
+    """The shared library made of the sources: `command` is the compiler and its flags, `link` more flags for the last step, `seconds` what
+    the user is told it will take, `machine` anything else that the result depends on. Raises BuildError."""
+    folder = cache_folder()
+    key = fingerprint(name, sources, headers, command, link, machine)
+    library, log = folder / f"{name}-{key}.so", folder / f"{name}-{key}.log"
+    try:
+        if library.exists():
+            return library
+        ninja = find_ninja()
+        folder.mkdir(parents=True, exist_ok=True)
+        asked = time.time()
+        with locked(folder / f"{name}.lock", title):
+            if library.exists():
+                return library
+            # the process that was waited for has failed at the same thing
+            if not (log.exists() and log.stat().st_mtime > asked):
+                for abandoned in folder.glob(f".{name}-*"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                say(f"building {title} with ninja (once, about {seconds} s)")
+                start = time.monotonic()
+                with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-", ignore_cleanup_errors=True) as work:
+                    output = run_ninja(ninja, pathlib.Path(work), sources, command, link)
+                    if output is None:
+                        with open(os.path.join(work, LIBRARY)) as file:
+                            os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
+                        os.replace(file.name, library)
+                        say(f"built in {time.monotonic() - start:.1f} s")
+                        return library
+                log.write_text(output, "utf-8")
+            raise BuildError(f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler, {FALLBACK}; all of its output: {log}")
+    except OSError as error:
+        raise BuildError(f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder with space, {FALLBACK}") from None
+
+
+def fingerprint(name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str) -> str:
+    """A hash of all that decides the library. The compiler counts as its file: asking it for its version would start a process each time."""
+    compiler = os.path.realpath(command[0])
+    status = os.stat(compiler)
+    digest = hash_files([*sources, *headers])
+    digest.update(repr((name, compiler, status.st_size, status.st_mtime_ns, *command[1:], *link, machine)).encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_files(paths: Sequence[pathlib.Path]):
+    digest = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return digest
+
+
+def cuda_sources() -> str:
+    """A hash of the CUDA sources, by which the record of a run on a GPU says what it was that ran."""
+    return hash_files([*sorted(CUDA.glob("*.cu")), *headers()]).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, title: str) -> Iterator[None]:
+    """Hold the lock of a file. The kernel gives it back when its process dies, so there is no such thing as a stale one."""
+    import fcntl  # not on Windows, where this module must import
+
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that builds {title}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run_ninja(ninja: str, work: pathlib.Path, sources: Sequence[pathlib.Path], command: Sequence[str], link: Sequence[str]) -> str | None:
+    """Make LIBRARY in the folder `work`, the objects of the sources in parallel. None, or what the compiler printed if it failed."""
+    objects = [f"{source.name}.o" for source in sources]
+    lines = ["rule run", "  command = $words"]
+    for source, product in zip(sources, objects):
+        lines += [f"build {product}: run", f"  words = {ninja_quote(*command, '-c', str(source.resolve()), '-o', product)}"]
+    lines += [f"build {LIBRARY}: run {' '.join(objects)}", f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', LIBRARY)}"]
+    (work / "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
+    # TMPDIR: what a killed compiler leaves is swept with the rest
+    done = subprocess.run(
+        [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=os.environ | {"TMPDIR": str(work)}
+    )
+    if "No space left on device" in done.stdout:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return done.stdout if done.returncode else None
+
+
+def ninja_quote(*words: str) -> str:
+    """A command for the shell, inside a build.ninja."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def reason(output: str) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1] if lines else "no output")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,239 @@
+"""The native WKV kernels as torch.library ops, `rwkv::wkv6` and `rwkv::wkv7`, for CPU and CUDA tensors: the device picks the library.
+
+Both libraries have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw pointers of contiguous tensors and no torch in it.
+Activations (B, T, H, N) share one dtype; u, states and what a forward saves for its backward are fp32; reset is uint8 (B, T). `chunked` asks
+for the tensor-core form, which only a GPU has. `src.ops` checks the arguments and makes them so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .build import BuildError, cpu_library, cuda_library
+from .reference import recurrent6, recurrent7
+
+INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CHUNK = 16
+TENSOR_CORES = ("wkv7",)
+# Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
+ALLOWED = {False: 1e-5, True: 2e-2}
+
+
+class Status(NamedTuple):
+    """What is known of the kernels of a device after a try to build and test them."""
+
+    built: bool
+    passed: bool
+    path: str = ""  # the library
+    seconds: float = 0.0  # that the build and the test took; milliseconds when both are found done
+    error: float | None = None  # the largest relative error of the self-test
+    reason: str = ""  # why they are not to be used, and what to do, in one line
+
+
+def architectures() -> list[str]:
+    """Of the GPUs that torch sees: "90" for compute capability 9.0."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if torch.cuda.is_available() else set()
+    return sorted(f"{major}{minor}" for major, minor in found)
+
+
+@functools.cache
+def library(device: str) -> ctypes.CDLL:
+    """The library for "cpu" or "cuda", built by the first process that asks for it. Raises BuildError."""
+    if device == "cuda" and not architectures():
+        raise BuildError("torch sees no CUDA GPU; use --wkv auto, cpu or torch")
+    path = cpu_library() if device == "cpu" else cuda_library(architectures())
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}); delete it to build it again, or use --wkv torch") from None
+    loaded.path = str(path)
+    return loaded
+
+
+@functools.cache
+def status(device: str) -> Status:
+    """Build the kernels of "cpu" or "cuda" and compare them with the reference, each once in the life of a library file."""
+    started = time.perf_counter()
+    try:
+        path = library(device).path
+    except BuildError as error:
+        return Status(False, False, reason=str(error))
+    verdict = f"{path}.tested"
+    if os.path.exists(verdict):
+        with open(verdict) as file:
+            error = json.load(file)["error"]
+    else:
+        forms = [False, True] if device == "cuda" and min(architectures()) >= "80" else [False]
+        errors = {chunked: self_test(device, chunked) for chunked in forms}
+        if not all(errors[chunked] < ALLOWED[chunked] for chunked in forms):  # NaN is not smaller
+            reason = f"the {device} kernels are wrong on this machine (errors of the self-test: {errors}); please report it, and use --wkv torch"
+            return Status(True, False, path, time.perf_counter() - started, max(errors.values()), reason)
+        error = errors[False]
+        temporary = f"{verdict}.{os.getpid()}"
+        with open(temporary, "w") as file:
+            json.dump({"error": error}, file)
+        os.replace(temporary, verdict)
+    return Status(True, True, path, time.perf_counter() - started, error)
+
+
+def self_test(device: str, chunked: bool) -> float:
+    """The largest relative error of outputs and gradients against the reference in float64: two documents, 37 tokens, head size 64."""
+    error, generator = 0.0, torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if chunked else torch.float32
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).double()
+
+    B, T, H, N = 1, 37, 2, 64
+    for version, reference in ((6, recurrent6), (7, recurrent7)):
+        if chunked and f"wkv{version}" not in TENSOR_CORES:
+            continue
+        x = {name: random(H, N) if name == "u" else random(B, T, H, N) for name in INPUTS[version]}
+        if version == 7:
+            kappa = torch.nn.functional.normalize(x["a"], dim=-1)
+            x |= {"a": -kappa.to(dtype).double(), "b": (kappa * torch.sigmoid(x["b"])).to(dtype).double()}
+        x["s0"], dy, dstate = random(B, H, N, N), random(B, T, H, N), random(B, H, N, N)
+        reset = torch.arange(T).expand(B, T) == 21
+
+        def both(run, place, x=x, dy=dy, dstate=dstate):
+            leaves = [place(name, t).requires_grad_() for name, t in x.items()]
+            y, state = run(*leaves)
+            return y, state, *torch.autograd.grad([y, state], leaves, [place("r", dy), place("s0", dstate)])
+
+        want = both(lambda *leaves: reference(*leaves, reset), lambda _, t: t.clone())
+        op = getattr(torch.ops.rwkv, f"wkv{version}")
+        got = both(lambda *leaves: op(*leaves, reset.to(device, torch.uint8).contiguous(), chunked)[:2],
+                   lambda name, t: t.to(device, torch.float32 if name in ("u", "s0") else dtype))
+        for a, b in zip(got, want, strict=True):
+            error = max(error, ((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()).item())
+    return error
+
+
+def has_tensor_core_form(r: Tensor, op: str) -> bool:
+    """Whether the tensor-core form takes these activations; below one chunk the recurrence is faster."""
+    B, T, H, N = r.shape
+    fits = op in TENSOR_CORES and N == 64 and T >= CHUNK and r.dtype != torch.float32
+    return fits and torch.cuda.get_device_capability(r.device) >= (8, 0)
+
+
+def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
+    """What a forward keeps for its backward: v7 saves sa_t = S_{t-1} a_t; the tensor-core form the state before every chunk."""
+    if chunked:
+        return B * H * -(-T // CHUNK) * N * N
+    return B * T * H * N if version == 7 else 0
+
+
+def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
+    """A function of the C interface on the device of `like`, with the sizes and the dtype of `like`."""
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    with torch.cuda.device_of(like):
+        return getattr(library(like.device.type), function)(*pointers, *sizes(like), DTYPES[like.dtype], context(like))
+
+
+def sizes(like: Tensor) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(n) for n in like.shape]
+
+
+def context(like: Tensor) -> ctypes.c_void_p:
+    """The stream of a GPU, the number of threads of a CPU."""
+    return ctypes.c_void_p(torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else torch.get_num_threads())
+
+
+def scratch(symbol: str, like: Tensor) -> Tensor:
+    function = getattr(library(like.device.type), f"{symbol}_scratch")
+    function.restype = ctypes.c_int64
+    return like.new_empty(function(*sizes(like), context(like)), dtype=torch.float32)
+
+
+def define(version: int) -> None:
+    """Register rwkv::wkv<version> and rwkv::wkv<version>_backward, with shapes for tracing and the gradient."""
+    names = INPUTS[version]
+    given = ", ".join(f"Tensor {name}" for name in names) + ", Tensor? s0, Tensor? reset"
+    keeps = version == 7  # the C interface passes `saved` where there is something to save
+    symbols = {False: f"wkv{version}", True: f"wkv{version}_chunked"}
+
+    def empty(r: Tensor, chunked: bool) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, H, N = r.shape
+        fp32 = functools.partial(r.new_empty, dtype=torch.float32)
+        return torch.empty_like(r), fp32(B, H, N, N), fp32(saved_floats(version, chunked, B, T, H, N))
+
+    def empty_gradients(r: Tensor) -> list[Tensor]:
+        B, _, H, N = r.shape
+        fp32 = functools.partial(r.new_empty, dtype=torch.float32)
+        return [fp32(B, H, N) if name == "u" else torch.empty_like(r) for name in names] + [fp32(B, H, N, N)]
+
+    def sum_u(gradients: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(g.sum(0) if name == "u" else g for name, g in zip((*names, "s0"), gradients, strict=True))
+
+    @torch.library.custom_op(
+        f"rwkv::wkv{version}", mutates_args=(), schema=f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)"
+    )
+    def forward(*arguments):
+        *tensors, chunked = arguments
+        y, state, saved = empty(tensors[0], chunked)
+        kept = (saved,) if keeps or chunked else ()
+        code = call(f"{symbols[chunked]}_forward", tensors[0], *tensors, y, state, *kept)
+        if code and y.is_cuda:
+            raise RuntimeError(f"wkv{version}: the CUDA kernel could not be started, error {code}")
+        if code:
+            require_finite(f"wkv{version}", dict(zip((*names, "s0"), tensors)))
+        return y, state, saved
+
+    @forward.register_fake
+    def _(*arguments):
+        return empty(arguments[0], arguments[-1])
+
+    @torch.library.custom_op(
+        f"rwkv::wkv{version}_backward", mutates_args=(),
+        schema=f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> "
+               f"({', '.join(f'Tensor d{name}' for name in (*names, 's0'))})",
+    )
+    def backward(*arguments):
+        *tensors, saved, dy, dstate, chunked = arguments
+        kept = (saved,) if keeps or chunked else ()
+        gradients = empty_gradients(tensors[0])
+        symbol = symbols[chunked]
+        code = call(f"{symbol}_backward", tensors[0], *tensors, *kept, dy, dstate, *gradients, scratch(symbol, tensors[0]))
+        if code:
+            raise RuntimeError(f"wkv{version}: the backward kernel could not be started, CUDA error {code}")
+        return sum_u(gradients)
+
+    @backward.register_fake
+    def _(*arguments):
+        return sum_u(empty_gradients(arguments[0]))
+
+    def keep(ctx, inputs, output):
+        *tensors, ctx.chunked = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, dy, dstate, _):
+        *tensors, saved = ctx.saved_tensors
+        dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
+        dstate = None if dstate is None else dstate.contiguous()
+        *gradients, ds0 = backward(*tensors, saved, dy, dstate, ctx.chunked)
+        return *gradients, None if tensors[-2] is None else ds0, None, None
+
+    forward.register_autograd(differentiate, setup_context=keep)
+
+
+def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
+    """Raises ValueError with the first argument that holds a NaN; an infinity may be a raw decay, or an overflow of the arithmetic."""
+    for name, x in inputs.items():
+        if x is not None and (bad := x.isnan()).any():
+            where = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(f"{op}: {name} holds {int(bad.sum())} NaN of {x.numel()} numbers, the first at {where}; expected none. "
+                             "A model that diverges makes them: lower the learning rate, or clip gradients")
+
+
+for _version in INPUTS:
+    define(_version)
