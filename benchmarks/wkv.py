@@ -1,24 +1,29 @@
-"""Forward and backward of every WKV kernel: CPU time of one thread, memory kept for the backward, error against float64.
+"""Forward and backward of every WKV kernel beside the token-by-token form under autograd, in one run; errors against float64.
 
-    python -m benchmarks.wkv [--shapes 1,512,768 4,512,768] [--head_size 64] [--dtype float32] [--rounds 10]
+    python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10] [--device cpu|cuda] [--peers]
 
-The fastest round counts; a ratio is against the reference of the same run. The last line is JSON.
+On a CPU: CPU time of one thread, the native kernel's share of the limit that multiply-adds set (their peak is measured between its rounds),
+and its gain from a second thread in wall time, from paired runs. On a GPU: time between events. The fastest round counts. --peers adds
+flash-linear-attention (pip install "rwkv-miss[bench]"), which runs on GPUs only. The last line is JSON.
 """
 
 import argparse
 import ctypes
+import pathlib
 import time
 
 import torch
 
 from src import ops
+from src.ops import build
 
 from .common import report
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
+OPERATIONS = {6: 3 + 7, 7: 5 + 12}  # multiply-adds for each element of the state in forward and backward: cuda/wkv*_cpu.cpp
 
 
-def make(version: int, shape: tuple[int, int, int], head_size: int, dtype: torch.dtype):
+def make(version: int, shape: tuple[int, int, int], head_size: int, dtype: torch.dtype, device: str = "cpu"):
     """Random inputs of `wkv6` or `wkv7` in the range of a trained model, and the gradient of y."""
     B, T, C = shape
     sizes = B, T, C // head_size, head_size
@@ -26,12 +31,29 @@ def make(version: int, shape: tuple[int, int, int], head_size: int, dtype: torch
     r, k, v, w, p, q, dy = (torch.randn(sizes) for _ in range(7))
     kappa = torch.nn.functional.normalize(p, dim=-1)
     inputs = [r, k, v, w - 2, torch.randn(sizes[2:])] if version == 6 else [r, 2 * w - 2, k, v, -kappa, kappa * torch.sigmoid(q)]
-    return [x.to(dtype).requires_grad_() for x in inputs], dy.to(dtype)
+    return [x.to(device, dtype).requires_grad_() for x in inputs], dy.to(device, dtype)
 
 
-def step(version: int, kernel: str, inputs, dy):
-    y, _ = OPS[version](*inputs, kernel=kernel)
+def step(run, inputs, dy):
+    y = run(*inputs)
     return y, *torch.autograd.grad(y, inputs, dy)
+
+
+def ours(version: int, kernel: str):
+    return lambda *inputs: OPS[version](*inputs, kernel=kernel)[0]
+
+
+def peers() -> dict[int, dict]:
+    """fla's chunked kernels with our arguments: it takes log decays, and for RWKV-7 no raw ones."""
+    from fla.ops.rwkv6 import chunk_rwkv6
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    from src.ops.reference import log_decay7
+
+    return {
+        6: {"fla": lambda r, k, v, w, u: chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0)[0]},
+        7: {"fla": lambda r, w, k, v, a, b: chunk_rwkv7(r, log_decay7(w.float()), k, v, a, b, scale=1.0)[0]},
+    }
 
 
 def keep_pages() -> bool:
@@ -42,13 +64,54 @@ def keep_pages() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def cpu_ms(version: int, kernel: str, inputs, dy) -> float:
-    start = time.process_time()
-    step(version, kernel, inputs, dy)
-    return 1e3 * (time.process_time() - start)
+def milliseconds(run, inputs, dy) -> float:
+    """CPU time of this process, or time on the GPU."""
+    if not dy.is_cuda:
+        start = time.process_time()
+        step(run, inputs, dy)
+        return 1e3 * (time.process_time() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step(run, inputs, dy)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
-def kept_mb(version: int, kernel: str, inputs) -> float:
+def fma_probe():
+    """A function that measures the peak of multiply-adds of this core, now, in FLOP per millisecond."""
+    source = pathlib.Path(__file__).with_name("fma_peak.cpp")
+    command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-pthread"]
+    library = ctypes.CDLL(str(build.build("fma_peak", "the multiply-add probe", 2, [source], build.headers(), command)))
+    flops = 500_000 * 2 * library.fma_width()
+
+    def measure() -> float:
+        fastest = 0.0
+        for chains in (4, 6, 8, 10, 12):
+            start = time.process_time()
+            library.fma_run(ctypes.c_int64(500_000), chains)
+            fastest = max(fastest, flops / (1e3 * (time.process_time() - start)))
+        return fastest
+
+    return measure
+
+
+def second_thread(run, inputs, dy, rounds: int) -> float:
+    """Wall time with one thread over wall time with two, the best of paired runs."""
+    best = 0.0
+    for _ in range(rounds):
+        wall = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            step(run, inputs, dy)
+            wall.append(time.perf_counter() - start)
+        best = max(best, wall[0] / wall[1])
+    torch.set_num_threads(1)
+    return best
+
+
+def kept_mb(run, inputs) -> float:
     """Bytes of distinct storages that autograd keeps between forward and backward, inputs not counted."""
     kept, known = {}, {x.untyped_storage().data_ptr() for x in inputs}
 
@@ -57,43 +120,64 @@ def kept_mb(version: int, kernel: str, inputs) -> float:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = OPS[version](*inputs, kernel=kernel)  # held, so that no address is used twice
+        out = run(*inputs)  # held, so that no address is used twice
     del out
     return sum(size for pointer, size in kept.items() if pointer not in known) / 1e6
 
 
 def error(got, want) -> float:
     """The largest of the relative errors (rms) of y and the gradients."""
-    return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))
+    return max(((g.detach().cpu().double() - w).norm() / w.norm()).item() for g, w in zip(got, want))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--shapes", nargs="+", default=["1,512,768", "4,512,768", "1,1024,2048"], help="B,T,C each")
+    parser.add_argument("--shapes", nargs="+", default=["1,512,768", "1,1024,2048"], help="B,T,C each")
     parser.add_argument("--head_size", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--peers", action="store_true", help="measure flash-linear-attention too")
     args = parser.parse_args()
+    dtype, on_cpu = getattr(torch, args.dtype), args.device == "cpu"
     torch.set_num_threads(1)
     pages_kept = keep_pages()
+    native = [name for name, device in ops.NATIVE.items() if device == args.device and dtype != torch.float64]
+    peak = fma_probe() if on_cpu and native else None
+    others = peers() if args.peers else {6: {}, 7: {}}
 
-    print(f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'ratio':>6} {'kept MB':>8} {'error':>8}")
+    print(f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8} {'2 threads':>9} {'kept MB':>8} {'error':>8}")
     rows = []
     for title in args.shapes:
         shape = tuple(map(int, title.split(",")))
         for version in (6, 7):
-            inputs, dy = make(version, shape, args.head_size, getattr(torch, args.dtype))
-            want = step(version, "reference", [x.detach().double().requires_grad_() for x in inputs], dy.double())
-            errors = {kernel: error(step(version, kernel, inputs, dy), want) for kernel in ops.KERNELS}  # also the warm-up
-            best = {kernel: min(cpu_ms(version, kernel, inputs, dy) for _ in range(args.rounds)) for kernel in ops.KERNELS}
-            for kernel, ms in best.items():
+            inputs, dy = make(version, shape, args.head_size, dtype, args.device)
+            exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+            want = [x.detach() for x in step(ours(version, "torch"), exact, dy.cpu().double())]
+            runs = {kernel: ours(version, kernel) for kernel in (*native, *ops.PLAIN)} | others[version]
+            errors = {name: error(step(run, inputs, dy), want) for name, run in runs.items()}  # also the warm-up
+            best, limits = {name: float("inf") for name in runs}, []
+            for _ in range(args.rounds):
+                for name, run in runs.items():
+                    elements = dy.numel() * args.head_size * OPERATIONS[version] * 2
+                    before = elements / peak() if name == "cpu" else 0
+                    ms = milliseconds(run, inputs, dy)
+                    best[name] = min(best[name], ms)
+                    if name == "cpu":
+                        limits.append((before + elements / peak()) / 2 / ms)
+            for name, ms in best.items():
                 row = {
-                    "shape": shape, "op": f"wkv{version}", "kernel": kernel, "ms": round(ms, 2), "ratio": round(ms / best["reference"], 3),
-                    "kept_mb": round(kept_mb(version, kernel, inputs), 1), "error": float(f"{errors[kernel]:.1e}"),
+                    "shape": shape, "op": f"wkv{version}", "kernel": name, "ms": round(ms, 2), "times_reference": round(best["reference"] / ms, 2),
+                    "of_fma_limit": round(sorted(limits)[len(limits) // 2], 3) if name == "cpu" else None,
+                    "second_thread": round(second_thread(runs[name], inputs, dy, args.rounds), 2) if name == "cpu" else None,
+                    "kept_mb": round(kept_mb(runs[name], inputs), 1), "error": float(f"{errors[name]:.1e}"),
                 }
                 rows.append(row)
-                print(f"{title:>12}  {row['op']}  {kernel:<10} {ms:10.1f} {row['ratio']:6.2f} {row['kept_mb']:8.1f} {row['error']:8.1e}")
-    report("wkv", rows=rows, dtype=args.dtype, head_size=args.head_size, rounds=args.rounds, pages_kept=pages_kept)
+                shown = [row["of_fma_limit"] or "", row["second_thread"] or ""]
+                print(f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {row['times_reference']:10.2f} {shown[0]:>8} {shown[1]:>9} "
+                      f"{row['kept_mb']:8.1f} {row['error']:8.1e}", flush=True)
+    card = {} if on_cpu else {"card": torch.cuda.get_device_name()}
+    report("wkv", rows=rows, dtype=args.dtype, head_size=args.head_size, rounds=args.rounds, pages_kept=pages_kept, **card)
 
 
 if __name__ == "__main__":
