@@ -16,9 +16,12 @@
 constexpr int WIDTH = 16, REGISTERS = 32;
 #elif defined(__AVX__)
 constexpr int WIDTH = 8, REGISTERS = 16;
-#else
+#elif defined(__aarch64__)
 constexpr int WIDTH = 4, REGISTERS = 32;
+#else
+constexpr int WIDTH = 4, REGISTERS = 16;
 #endif
+constexpr int NARROW = WIDTH < 8 ? WIDTH : 8;  // head sizes are multiples of 8, not of 16
 
 template <int W> struct Lanes {
     typedef float F __attribute__((vector_size(4 * W)));
@@ -79,7 +82,7 @@ template <int W> inline Vec<W> exponential(Vec<W> x) {
 
 // lane l of the result is lane index(l) of x and y put side by side
 #if defined(__clang__)
-template <int W, class Index, int... L> inline Vec<W> shuffle_lanes(Vec<W> x, Vec<W> y, Index index, std::integer_sequence<int, L...>) {
+template <int W, class Index, int... L> inline Vec<W> shuffle_lanes(Vec<W> x, Vec<W> y, Index, std::integer_sequence<int, L...>) {
     return __builtin_shufflevector(x, y, Index{}(L)...);
 }
 template <int W, class Index> inline Vec<W> shuffle(Vec<W> x, Vec<W> y, Index index) {

@@ -281,7 +281,7 @@ int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void* context) 
 int wkv6_forward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, void* y, float* sT,
                  int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
     const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u};
-    return N % WIDTH ? forward<8>(in, y, sT) : forward<WIDTH>(in, y, sT);
+    return N % WIDTH ? forward<NARROW>(in, y, sT) : forward<WIDTH>(in, y, sT);
 }
 
 int wkv6_backward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, const void* dy,
@@ -289,7 +289,7 @@ int wkv6_backward(const void* r, const void* k, const void* v, const void* w, co
                   int64_t N, int dtype, void* context) {
     const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, k, v, w, u};
     const Outputs out{dr, dk, dv, dw, du, ds0};
-    N % WIDTH ? backward<8>(in, dy, dsT, out, scratch) : backward<WIDTH>(in, dy, dsT, out, scratch);
+    N % WIDTH ? backward<NARROW>(in, dy, dsT, out, scratch) : backward<WIDTH>(in, dy, dsT, out, scratch);
     return 0;
 }
 

@@ -279,7 +279,7 @@ int64_t wkv7_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void* context) 
 int wkv7_forward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b, const float* s0, const uint8_t* reset,
                  void* y, float* sT, float* saved, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
     const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, w, k, v, a, b};
-    return N % WIDTH ? forward<8>(in, y, sT, saved) : forward<WIDTH>(in, y, sT, saved);
+    return N % WIDTH ? forward<NARROW>(in, y, sT, saved) : forward<WIDTH>(in, y, sT, saved);
 }
 
 int wkv7_backward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b, const float* s0, const uint8_t* reset,
@@ -287,7 +287,7 @@ int wkv7_backward(const void* r, const void* w, const void* k, const void* v, co
                   float* scratch, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* context) {
     const Inputs in{{s0, reset, B, T, H, N, (Dtype)dtype, (int)(intptr_t)context}, r, w, k, v, a, b};
     const Outputs out{dr, dw, dk, dv, da, db, ds0};
-    N % WIDTH ? backward<8>(in, saved, dy, dsT, out, scratch) : backward<WIDTH>(in, saved, dy, dsT, out, scratch);
+    N % WIDTH ? backward<NARROW>(in, saved, dy, dsT, out, scratch) : backward<WIDTH>(in, saved, dy, dsT, out, scratch);
     return 0;
 }
 

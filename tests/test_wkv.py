@@ -1,13 +1,15 @@
 """The WKV kernels against float64: independent goldens, then the token-by-token reference at odd sizes and extreme decays."""
 
+import ctypes
 import functools
+import platform
 
 import pytest
 import torch
 
 from rwkv_miss.errors import UserError
 from src import ops
-from src.ops import native
+from src.ops import build, native
 from src.ops.reference import decay6, log_decay7
 
 from .conftest import close
@@ -326,6 +328,19 @@ def test_head_sizes_of_the_native_kernels(version, N):
     x, _, _ = make(version, 3, N=12)
     with pytest.raises(ValueError, match=f"wkv{version}: the native kernels take head sizes that are multiples of 8 up to 256, not 12"):
         OPS[version](**x, kernel="cpu")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64")
+@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
+def test_narrower_vectors(flags, monkeypatch):
+    """The builds that other CPUs get. 4 lanes also stand for NEON, with the code paths of 16 registers instead of 32."""
+    command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
+    path = build.build("wkv_cpu_narrow", "the CPU kernels", 10, sorted(build.CUDA.glob("*_cpu.cpp")), build.headers(), command, ["-pthread"])
+    library = ctypes.CDLL(str(path))
+    monkeypatch.setattr(native, "library", lambda device: library)
+    for version in OPS:
+        for N in (8, 24, 64):
+            check(version, "cpu", T=19, N=N, B=1, H=2)
 
 
 @both
