@@ -40,16 +40,26 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool) -> None:
     dx[:, whole:] += ds[:, : width - whole]
 
 
-@torch.library.custom_op("rwkv_miss::miss_linear", mutates_args=())
-def _miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
+def _define(name: str, arguments: str, forward, shapes, context, backward) -> None:
+    """Register rwkv_miss::name(arguments) -> (y, kept) on every device, with its shapes for tracing and its gradient.
+
+    Not torch.library.custom_op: its first call imports torch._dynamo, 0.9 s in every process.
+    """
+    name = f"rwkv_miss::{name}"
+    torch.library.define(name, f"({arguments}) -> (Tensor, Tensor)")
+    torch.library.impl(name, "default", forward)
+    torch.library.register_fake(name, shapes)
+    torch.library.register_autograd(name, backward, setup_context=context)
+
+
+def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     s = shard_sum(rows, D.shape[0], contiguous)
     y = F.linear(rows, weight, bias).addmm_(s, D.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
-@_miss_linear.register_fake
-def _(x, weight, bias, D, contiguous):
+def _miss_shapes(x, weight, bias, D, contiguous):
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, D.shape[0])
 
@@ -80,24 +90,25 @@ def _miss_backward(ctx, dy, _ds):
     return dx, dweight, dbias, dD, None
 
 
-_miss_linear.register_autograd(_miss_backward, setup_context=_miss_context)
+_define(
+    "miss_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous",
+    _miss_forward, _miss_shapes, _miss_context, _miss_backward,
+)
 
 
 def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False) -> Tensor:
     """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves."""
-    return _miss_linear(x, weight, bias, D, contiguous)[0]
+    return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous)[0]
 
 
-@torch.library.custom_op("rwkv_miss::lora_linear", mutates_args=())
-def _lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     h = rows @ A.to(x.dtype).t()
     y = F.linear(rows, weight, bias).addmm_(h, B.to(x.dtype).t(), alpha=scale)
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
-@_lora_linear.register_fake
-def _(x, weight, bias, A, B, scale):
+def _lora_shapes(x, weight, bias, A, B, scale):
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, A.shape[0])
 
@@ -129,9 +140,12 @@ def _lora_backward(ctx, dy, _dh):
     return dx, dweight, dbias, dA, dB, None
 
 
-_lora_linear.register_autograd(_lora_backward, setup_context=_lora_context)
+_define(
+    "lora_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale",
+    _lora_forward, _lora_shapes, _lora_context, _lora_backward,
+)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """y = x W^T + bias + scale x A^T B^T. Kept for the backward: x and x A^T."""
-    return _lora_linear(x, weight, bias, A, B, scale)[0]
+    return torch.ops.rwkv_miss.lora_linear(x, weight, bias, A, B, scale)[0]
