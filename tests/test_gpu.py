@@ -1,0 +1,79 @@
+"""What needs an NVIDIA GPU: the CUDA kernels where torch runs them, and training, merging and answering on the GPU. scripts/gpu_check.sh."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rwkv_miss import load_adapter
+from src import ops
+from src.model import RWKV
+
+from .conftest import ROOT, close
+from .test_wkv import DW_TOLERANCE, OPS, TOLERANCE, both, documents, make, results
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: nothing here was run")]
+
+
+def on_gpu(x):
+    return {name: t.cuda() for name, t in x.items()}
+
+
+@pytest.mark.parametrize("T, N", [(1, 8), (17, 16), (37, 64), (129, 64), (20, 128)])
+@both
+def test_exact_kernels(version, T, N):
+    x, dy, dsT = make(version, T, N=N, dtype=torch.float64)
+    reset = documents(2, T)
+    want = results(version, x, dy, dsT, "reference", reset)
+    x = {name: t.float() for name, t in x.items()}
+    for kernel in ("cuda", "cuda-exact"):  # in fp32 both are the recurrence
+        got = results(version, on_gpu(x), dy.float().cuda(), dsT.float().cuda(), kernel, reset.cuda())
+        for name, t in want.items():
+            close(f"{kernel} {name}", got[name].cpu(), t, DW_TOLERANCE if name == "dw" else TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["cuda", "cuda-exact"])
+@both
+def test_half_precision(version, kernel, dtype):
+    """Within 1e-2 (rms) of float64 on the same inputs: the goal for tensor cores. The recurrence only rounds its outputs."""
+    x, dy, dsT = make(version, 100, N=64)
+    x = {name: t if name == "s0" else t.to(dtype) for name, t in x.items()}
+    reset = documents(2, 100)
+    want = results(version, {name: t.double() for name, t in x.items()}, dy.to(dtype).double(), dsT.double(), "reference", reset)
+    got = results(version, on_gpu(x), dy.to(dtype).cuda(), dsT.cuda(), kernel, reset.cuda())
+    for name, t in want.items():
+        error = ((got[name].cpu().double() - t).norm() / t.norm()).item()
+        assert error < (1e-2 if kernel == "cuda" else 4e-3), f"{name}: {error:.1e}"
+
+
+@both
+def test_the_model_is_the_same_on_both_devices(version, checkpoint):
+    path = checkpoint(version)
+    ids = torch.randint(67, (2, 37), generator=torch.Generator().manual_seed(1))
+    want, state = RWKV.load(path)(ids)
+    kernel, _ = ops.choose("auto", "cuda", 16)
+    got, got_state = RWKV.load(path, device="cuda", kernel=kernel)(ids.cuda())
+    close("logits", got.cpu(), want, 1e-4)
+    for layer, other in zip(state, got_state, strict=True):
+        close("state", other.wkv.cpu(), layer.wkv, 1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
+def test_a_run_on_the_gpu(strategy, tmp_path):
+    """Training with the defaults of a GPU, then the adapter on the CPU: the loss falls, and the file does not know where it was made."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"sort {word}: {''.join(sorted(word))}"}) for word in ("kitchen", "house", "garden")))
+    base = ROOT / "demo/rwkv7-reverse.pth"
+    command = [sys.executable, "train.py", "--load_model", base, "--data_file", data, "--proj_dir", tmp_path / "run", "--accelerator", "gpu",
+               "--peft_config", "r=8", "--lr_init", "5e-3", "--epoch_steps", "20", "--strategy", strategy]
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "device     gpu" in done.stdout and "kernel     wkv cuda" in done.stdout, done.stdout
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0], losses
+    model = RWKV.load(base)
+    load_adapter(model, tmp_path / "run/adapter.pth")
+    assert model(torch.tensor([[1, 2, 3]]))[0].isfinite().all()
