@@ -47,13 +47,13 @@ class Block(nn.Module):
         self.att = version.TimeMix(arch, layer, kernel)
         self.ffn = version.ChannelMix(arch, layer)
 
-    def forward(self, x: Tensor, v_first: Tensor | None, state: LayerState) -> tuple[Tensor, Tensor | None, LayerState]:
+    def forward(self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        mixed, v_first, att_x, wkv = self.att(self.ln1(x), v_first, state.att_x, state.wkv)
+        mixed, v_first, att_x, wkv = self.att(self.ln1(x), v_first, state.att_x, state.wkv, reset)
         x = x + mixed
-        mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x)
+        mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset)
         return x + mixed, v_first, LayerState(att_x, wkv, ffn_x)
 
 
@@ -129,22 +129,25 @@ class RWKV(nn.Module):
             for _ in range(arch.n_layer)
         ]
 
-    def features(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token."""
+    def features(self, ids: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
+
+        Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the ones after.
+        """
         if state is None:
             state = self.initial_state(len(ids))
         x, v_first, after = self.emb(ids), None, []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, before, use_reentrant=False)
+                x, v_first, new = checkpoint(block, x, v_first, before, reset, use_reentrant=False)
             else:
-                x, v_first, new = block(x, v_first, before)
+                x, v_first, new = block(x, v_first, before, reset)
             after.append(new)
         return self.ln_out(x), after
 
-    def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token."""
-        x, state = self.features(ids, state)
+    def forward(self, ids: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token; `reset` as in features."""
+        x, state = self.features(ids, state, reset)
         return self.head(x), state
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:

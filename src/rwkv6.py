@@ -58,10 +58,10 @@ class TimeMix(nn.Module):
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
-    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor):
-        """z (B, T, C) after ln1 -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
+    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor, reset: Tensor | None):
+        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
         B, T, _ = z.shape
-        d = token_shift(z, last)
+        d = token_shift(z, last, reset)
         q = torch.tanh((z + d * self.time_maa_x) @ self.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
         m = torch.bmm(q, self.time_maa_w2).view(5, B, T, -1)
         x = {name: z + d * (getattr(self, f"time_maa_{name}") + m[i]) for i, name in enumerate(MIXES)}
@@ -70,7 +70,7 @@ class TimeMix(nn.Module):
         w = self.time_decay + torch.tanh(x["w"] @ self.time_decay_w1) @ self.time_decay_w2
 
         r, k, v, w = (t.view(B, T, self.heads, -1) for t in (r, k, v, w))
-        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, kernel=self.kernel)
+        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, reset, kernel=self.kernel)
         y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
         return self.output(y * g), v_first, z[:, -1], wkv
 
@@ -97,9 +97,9 @@ class ChannelMix(nn.Module):
         self.receptance.weight.zero_()
         self.value.weight.zero_()
 
-    def forward(self, z: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2 -> (output (B, T, C), last z (B, C))."""
-        d = token_shift(z, last)
+    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), last z (B, C))."""
+        d = token_shift(z, last, reset)
         k = torch.relu(self.key(z + d * self.time_maa_k)) ** 2
         return torch.sigmoid(self.receptance(z + d * self.time_maa_r)) * self.value(k), z[:, -1]
 

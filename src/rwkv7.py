@@ -69,10 +69,10 @@ class TimeMix(nn.Module):
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
-    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor):
-        """z (B, T, C) after ln1 -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
+    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor, reset: Tensor | None):
+        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
         B, T, C = z.shape
-        d = token_shift(z, last)
+        d = token_shift(z, last, reset)
         r = self.receptance(z + d * self.x_r)
         w = self.w0 + torch.tanh((z + d * self.x_w) @ self.w1) @ self.w2
         k = self.key(z + d * self.x_k)
@@ -88,7 +88,7 @@ class TimeMix(nn.Module):
         k = k * (1 + (a - 1) * self.k_a)
 
         r, w, k, v, a = (x.view(B, T, self.heads, -1) for x in (r, w, k, v, a))
-        y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, kernel=self.kernel)
+        y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, reset, kernel=self.kernel)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, self.heads, -1)
         y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
         return self.output(y.view(B, T, C) * g), v_first, z[:, -1], wkv
@@ -111,9 +111,9 @@ class ChannelMix(nn.Module):
         nn.init.orthogonal_(self.key.weight)
         self.value.weight.zero_()
 
-    def forward(self, z: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2 -> (output (B, T, C), last z (B, C))."""
-        k = self.key(z + token_shift(z, last) * self.x_k)
+    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), last z (B, C))."""
+        k = self.key(z + token_shift(z, last, reset) * self.x_k)
         return self.value(torch.relu(k) ** 2), z[:, -1]
 
 

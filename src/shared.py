@@ -9,9 +9,10 @@ from torch import Tensor, nn
 GROUP_NORM_EPS = 64e-5
 
 
-def token_shift(z: Tensor, last: Tensor) -> Tensor:
-    """z_{t-1} - z_t, where z (B, T, C) is preceded by `last` (B, C)."""
-    return torch.cat([last.unsqueeze(1), z[:, :-1]], dim=1) - z
+def token_shift(z: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
+    """z_{t-1} - z_t, where z (B, T, C) is preceded by `last` (B, C); z_{t-1} is 0 where a document starts, reset (B, T) bool."""
+    before = torch.cat([last.unsqueeze(1), z[:, :-1]], dim=1)
+    return (before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)) - z
 
 
 def vector(width: int, requires_grad: bool = True) -> nn.Parameter:

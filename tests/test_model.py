@@ -36,10 +36,11 @@ def test_logits_and_states_equal_the_rwkv_package(checkpoint, sizes, tokens):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_logits_states_loss_and_gradients(data_dir, name):
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+def test_golden_logits_states_loss_and_gradients(data_dir, name, kernel):
     golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
     # the real v6 file is bf16; the goldens are those of its float32 copy
-    model = RWKV.load(data_dir / f"{name}.pth", torch.float32)
+    model = RWKV.load(data_dir / f"{name}.pth", torch.float32, kernel=kernel)
     model.requires_grad_(True)
     ids = golden["tokens"].long()
     logits, state = model(ids)
@@ -62,9 +63,10 @@ def test_golden_logits_states_loss_and_gradients(data_dir, name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_steps_chunks_and_whole_agree(data_dir, name):
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+def test_golden_steps_chunks_and_whole_agree(data_dir, name, kernel):
     golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
-    model = RWKV.load(data_dir / f"{name}.pth", torch.float32)
+    model = RWKV.load(data_dir / f"{name}.pth", torch.float32, kernel=kernel)
     ids = golden["tokens"][:1].long()
     with torch.no_grad():
         whole, _ = model(ids)
@@ -98,6 +100,40 @@ def test_float64_kernels_agree_and_checkpointing_changes_nothing(version):
         assert other.keys() == results[0].keys()
         for key, want in results[0].items():
             assert (other[key] - want).abs().max() <= 1e-9 * max(1.0, float(want.abs().max())), key
+
+
+# in fp32 the largest error seen is 1.2e-5, in the gradient of a0
+@pytest.mark.parametrize("kernel, dtype, allowed", [("torch", torch.float64, 1e-12), ("cpu", torch.float32, 5e-5)])
+@pytest.mark.parametrize("version", [6, 7])
+def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel, dtype, allowed):
+    """Logits, gradients and the final state; the first document goes on from a state, the others start from nothing."""
+    arch = make_arch(version, n_layer=3)
+    model = RWKV(arch, kernel).to(dtype)
+    model.load_state_dict(random_tensors(arch))
+    random = torch.Generator().manual_seed(3)
+    lengths = [5, 1, 1, 17, 3, 10]
+    ids = torch.randint(67, (2, sum(lengths)), generator=random)
+    weights = torch.randn(2, sum(lengths), 67, generator=random).to(dtype)
+    with torch.no_grad():
+        _, before = model(torch.randint(67, (2, 4), generator=random))
+    reset = torch.zeros(ids.shape, dtype=torch.bool)
+    reset[:, torch.tensor(lengths).cumsum(0)[:-1]] = True
+
+    def run(parts):
+        model.zero_grad()
+        logits, final = [], before
+        for part, start in parts:
+            out, final = model(part, before if start is None or not logits else None, start)
+            logits.append(out)
+        logits = torch.cat(logits, 1)
+        (logits * weights).sum().backward()
+        return {"logits": logits, "wkv": final[-1].wkv, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+    want = run([(part, torch.zeros(part.shape, dtype=torch.bool)) for part in ids.split(lengths, 1)])
+    got = run([(ids, reset)])
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        close(name, got[name], t, allowed)
 
 
 @pytest.mark.parametrize("version", [6, 7])
