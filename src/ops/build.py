@@ -27,7 +27,6 @@ from typing import NamedTuple
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")  # what the sources are written for; a build has the ones at hand only
 TOOLKITS = "/usr/local/cuda*/bin"
-LIBRARY = "library.so"
 FALLBACK = "or use --wkv torch, which needs no compiler"
 
 
@@ -80,7 +79,7 @@ def require_unix() -> None:
 def cache_folder() -> pathlib.Path:
     """RWKV_KERNEL_CACHE, else rwkv-miss/kernels in the user's cache folder. It need not exist."""
     if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
-        return pathlib.Path(chosen).expanduser()
+        return pathlib.Path(chosen).expanduser().absolute()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
 
 
@@ -147,20 +146,16 @@ def build(
         with locked(folder / f"{name}.lock", title):
             if library.exists():
                 return library
-            # the process that was waited for has failed at the same thing
+            # not what the process that was waited for has just failed at
             if not (log.exists() and log.stat().st_mtime > asked):
                 for abandoned in folder.glob(f".{name}-*"):
                     shutil.rmtree(abandoned, ignore_errors=True)
                 say(f"building {title} with ninja (once, about {seconds} s)")
                 start = time.monotonic()
-                with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-", ignore_cleanup_errors=True) as work:
-                    output = run_ninja(ninja, pathlib.Path(work), sources, command, link)
-                    if output is None:
-                        with open(os.path.join(work, LIBRARY)) as file:
-                            os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
-                        os.replace(file.name, library)
-                        say(f"built in {time.monotonic() - start:.1f} s")
-                        return library
+                output = make(library, ninja, sources, command, link)
+                if output is None:
+                    say(f"built in {time.monotonic() - start:.1f} s")
+                    return library
                 log.write_text(output, "utf-8")
             raise BuildError(f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler, {FALLBACK}; all of its output: {log}")
     except OSError as error:
@@ -203,21 +198,27 @@ def locked(path: pathlib.Path, title: str) -> Iterator[None]:
         yield
 
 
-def run_ninja(ninja: str, work: pathlib.Path, sources: Sequence[pathlib.Path], command: Sequence[str], link: Sequence[str]) -> str | None:
-    """Make LIBRARY in the folder `work`, the objects of the sources in parallel. None, or what the compiler printed if it failed."""
+def make(library: pathlib.Path, ninja: str, sources: Sequence[pathlib.Path], command: Sequence[str], link: Sequence[str]) -> str | None:
+    """Compile and link in a folder beside the library, the sources in parallel. None, or what was printed if that failed."""
     objects = [f"{source.name}.o" for source in sources]
     lines = ["rule run", "  command = $words"]
     for source, product in zip(sources, objects):
         lines += [f"build {product}: run", f"  words = {ninja_quote(*command, '-c', str(source.resolve()), '-o', product)}"]
-    lines += [f"build {LIBRARY}: run {' '.join(objects)}", f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', LIBRARY)}"]
-    (work / "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
-    # TMPDIR: what a killed compiler leaves is swept with the rest
-    done = subprocess.run(
-        [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=os.environ | {"TMPDIR": str(work)}
-    )
-    if "No space left on device" in done.stdout:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return done.stdout if done.returncode else None
+    lines += [f"build linked: run {' '.join(objects)}", f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', 'linked')}"]
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.name}-", ignore_cleanup_errors=True) as work:
+        pathlib.Path(work, "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
+        done = subprocess.run(
+            [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            env=os.environ | {"TMPDIR": work},  # so that what a killed compiler leaves is swept with the rest
+        )
+        if "No space left on device" in done.stdout:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if done.returncode:
+            return done.stdout
+        with open(os.path.join(work, "linked")) as file:
+            os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
+        os.replace(file.name, library)
+    return None
 
 
 def ninja_quote(*words: str) -> str:
@@ -227,8 +228,8 @@ def ninja_quote(*words: str) -> str:
 
 def reason(output: str) -> str:
     """The line of a compiler's output that says what is wrong."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1] if lines else "no output")
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    return next((line for line in lines if re.search(r"\b(error|fatal)\s*:|cannot find|undefined reference", line)), lines[-1])
 
 
 def say(message: str) -> None:

@@ -7,6 +7,7 @@ for the tensor-core form, which only a GPU has. `src.ops` checks the arguments a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -72,16 +73,17 @@ def status(device: str) -> Status:
         with open(verdict) as file:
             error = json.load(file)["error"]
     else:
-        forms = [False, True] if device == "cuda" and min(architectures()) >= "80" else [False]
+        forms = [False, True] if device == "cuda" and min(map(int, architectures())) >= 80 else [False]
         errors = {chunked: self_test(device, chunked) for chunked in forms}
         if not all(errors[chunked] < ALLOWED[chunked] for chunked in forms):  # NaN is not smaller
             reason = f"the {device} kernels are wrong on this machine (errors of the self-test: {errors}); please report it, and use --wkv torch"
             return Status(True, False, path, time.perf_counter() - started, max(errors.values()), reason)
         error = errors[False]
-        temporary = f"{verdict}.{os.getpid()}"
-        with open(temporary, "w") as file:
-            json.dump({"error": error}, file)
-        os.replace(temporary, verdict)
+        with contextlib.suppress(OSError):  # a cache that others built may be read-only: each process then tests for itself
+            temporary = f"{verdict}.{os.getpid()}"
+            with open(temporary, "w") as file:
+                json.dump({"error": error}, file)
+            os.replace(temporary, verdict)
     return Status(True, True, path, time.perf_counter() - started, error)
 
 

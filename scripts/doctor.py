@@ -1,0 +1,260 @@
+"""What this machine has for training, and for everything that is missing the command that brings it: python -m scripts.doctor [--json]
+
+One line each with ok, warn or missing. The exit code is 0 when training works here, with or without native kernels, else 1. With --json
+the only thing on stdout is one JSON object. Nothing is installed; native kernels are built if there is a compiler, as training would do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECORDS = ROOT / "docs" / "gpu"
+# what is not listed here, training imports
+OPTIONAL = {
+    "deepspeed": "only --strategy deepspeed_stage_1, _2 and _3 need it",
+    "tokenizers": "only --tokenizer FILE.json needs it",
+}
+CUDA_KERNELS = ("wkv6 cuda", "wkv6 cuda-exact", "wkv7 cuda", "wkv7 cuda-exact")
+GIB = 2**30
+
+
+class Check(NamedTuple):
+    """A line: ok, warn or missing; of what; what was seen, what to do. Without something `needed`, training does not work."""
+
+    state: str
+    name: str
+    text: str
+    needed: bool = False
+
+    @property
+    def fatal(self) -> bool:
+        return self.needed and self.state == "missing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    as_json = parser.parse_args().json
+    checks = []
+    # what the examined libraries print would not be JSON
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        for check in examine():
+            checks.append(check)
+            if not as_json:
+                print(f"{check.state:<8} {check.name:<18} {check.text}", flush=True)
+    works = not any(check.fatal for check in checks)
+    if as_json:
+        print(json.dumps({"works": works, "checks": [check._asdict() for check in checks], "gpu_records": records()}))
+    else:
+        print("training works here" if works else "training does not work here: " + ", ".join(check.name for check in checks if check.fatal))
+    sys.exit(not works)
+
+
+def examine() -> Iterator[Check]:
+    yield python()
+    yield from packages()
+    yield from machine()
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Check("missing", "import torch", f"{' '.join(str(error).split())}; pip install --force-reinstall torch", needed=True)
+        return
+    yield from gpus(torch)
+    yield from tools(torch)
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        yield from kernels(device)
+    yield from evidence()
+
+
+def python() -> Check:
+    version, text = sys.version_info[:2], f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if version < (3, 10):
+        return Check("missing", "Python", f"{text}; 3.10 or newer is needed, on Debian and Ubuntu: apt install python3 python3-venv", needed=True)
+    if version > (3, 13):
+        return Check("warn", "Python", f"{text}; tried with 3.10 to 3.13: if a package fails, make .venv with one of those")
+    return Check("ok", "Python", text)
+
+
+def packages() -> Iterator[Check]:
+    """A line for each package of requirements.txt."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        name, minimum, system = re.match(r'([\w-]+)>=([\d.]+)(?:; sys_platform == "(\w+)")?', line).groups()
+        if name == "ninja":
+            continue  # a ninja on PATH will do: see tools()
+        needed = name not in OPTIONAL
+        fix = f'pip install "{name}>={minimum}"' + ("" if needed else f" ({OPTIONAL[name]})")
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if system in (None, sys.platform):
+                yield Check("missing", name, f"not installed; {fix}", needed)
+            continue
+        if numbers(version) < numbers(minimum):
+            yield Check("missing", name, f"{version} is too old, {minimum} or newer is needed; {fix}", needed)
+        else:
+            yield Check("ok", name, f"{version} (>={minimum})")
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in re.match(r"[\d.]*\d", version)[0].split(".")]
+
+
+def machine() -> Iterator[Check]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB if hasattr(os, "sysconf") else None
+    if memory:
+        small = memory < 4
+        yield Check("warn" if small else "ok", "RAM", f"{memory:.1f} GiB, {os.cpu_count()} cores" + "; use --grad_cp 1 and a small model" * small)
+    yield disk("working folder", pathlib.Path.cwd(), 2, "checkpoints go to --proj_dir, put that on another disk")
+
+
+def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
+    """Free space where the folder is, or will be made."""
+    exists = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(exists).free / GIB
+    writable = os.access(exists, os.W_OK)
+    text = f"{free:.1f} GiB free in {folder}" + ("" if writable else ", which may not be written")
+    return Check("ok", name, text) if writable and free >= enough else Check("warn", name, f"{text}; {fix}")
+
+
+def gpus(torch) -> Iterator[Check]:
+    """CUDA of torch, the driver, and each GPU with its architecture."""
+    built_for, driver = torch.version.cuda, driver_version()
+    newest = cuda_of_driver()
+    if driver:
+        yield Check("ok", "driver", f"{driver}, for CUDA up to {dotted(newest)}")
+    else:
+        yield Check("missing", "driver", "no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, on Ubuntu: sudo ubuntu-drivers install")
+    if built_for:
+        yield Check("ok", "CUDA of torch", built_for)
+    else:
+        fix = "pip install --force-reinstall torch"
+        yield Check("missing", "CUDA of torch", f"torch {torch.__version__} is for CPUs; for a GPU, on Linux: {fix}")
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        text = f"{torch.cuda.get_device_name(i)}, architecture {major}{minor}, {torch.cuda.get_device_properties(i).total_memory / GIB:.0f} GiB"
+        if (major, minor) < (7, 5):
+            yield Check("warn", f"GPU {i}", f"{text}; native kernels need 75 or newer, this one trains with --wkv torch")
+        else:
+            yield Check("ok", f"GPU {i}", text)
+    if not torch.cuda.is_available():
+        why = "torch sees none, training runs on the CPU"
+        if driver and built_for:
+            why += f"; the driver may be too old for CUDA {built_for}: update it, on Ubuntu: sudo ubuntu-drivers install, then restart"
+        yield Check("missing", "GPU", f"{why}; see the lines above" if not (driver and built_for) else why)
+
+
+def driver_version() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    return None
+
+
+def cuda_of_driver() -> int:
+    """The newest CUDA that the driver runs, 13000 for 13.0; 0 without a driver."""
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def dotted(cuda: int) -> str:
+    return f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "unknown"
+
+
+def tools(torch) -> Iterator[Check]:
+    """What native kernels are built with, and where they are kept."""
+    from src.ops import build
+
+    for name, find in {"C++ compiler": build.find_cxx, "ninja": build.find_ninja}.items():
+        try:
+            path = find()
+            yield Check("ok", name, f"{path}, {first_line(path, '--version')}")
+        except build.BuildError as error:
+            yield Check("missing", name, str(error))
+    try:
+        nvcc = build.find_nvcc().path
+    except build.BuildError as error:
+        yield Check("missing", "nvcc", f"{error} (only a GPU needs it)")
+    else:
+        release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
+        driver = cuda_of_driver()
+        if release and driver and int(release[1]) > driver // 1000:
+            fix = f"update the driver, or install a CUDA {driver // 1000} toolkit and set CUDA_HOME to its folder"
+            yield Check("warn", "nvcc", f"{nvcc}, {release[0]}, is too new for a driver for CUDA {dotted(driver)}; {fix}")
+        else:
+            yield Check("ok", "nvcc", f"{nvcc}, {release[0] if release else 'of unknown release'}")
+    yield disk("kernel cache", build.cache_folder(), 0.2, "set RWKV_KERNEL_CACHE to a folder with space")
+
+
+def run(*command: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    return ""
+
+
+def first_line(*command: str) -> str:
+    return run(*command).partition("\n")[0] or "which does not run"
+
+
+def kernels(device: str) -> Iterator[Check]:
+    """Whether the native kernels of a device are built and right, and what --wkv auto takes there."""
+    from rwkv_miss.errors import UserError
+    from src import ops
+    from src.ops import native
+
+    status = native.status(device)
+    if status.passed:
+        yield Check("ok", f"kernels, {device}", f"{status.path}, ready in {status.seconds:.1f} s, self-test passed (error {status.error:.1e})")
+    elif status.built:
+        yield Check("warn", f"kernels, {device}", f"{status.path} is not used: {status.reason}; --wkv torch works without it")
+    else:
+        yield Check("missing", f"kernels, {device}", status.reason)
+    try:
+        kernel, reason = ops.choose("auto", device)
+        yield Check("ok", f"--wkv auto, {device}", f"{kernel}: {reason}")
+    except UserError as error:
+        yield Check("missing", f"--wkv auto, {device}", str(error), needed=device == "cpu")
+
+
+def records() -> list[dict]:
+    """What scripts/gpu_check.sh has written, the newest first."""
+    return sorted((json.loads(path.read_text()) for path in RECORDS.glob("*.json")), key=lambda record: record["date"], reverse=True)
+
+
+def evidence() -> Iterator[Check]:
+    """How far each CUDA kernel has been tried, here or elsewhere."""
+    from src.ops import build
+
+    compiled = f"compiled for sm_{', '.join(build.ARCHITECTURES)}, emulated on a CPU in CI"
+    for kernel in CUDA_KERNELS:
+        runs = [record for record in records() if kernel in record["errors"]]
+        if not runs:
+            yield Check("warn", kernel, f"{compiled}; not run on a GPU yet: bash scripts/gpu_check.sh on a machine with one")
+        for record in runs:
+            errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in record["errors"][kernel].items())
+            text = f"{compiled}; run on {record['card']}, {record['date']}, commit {record['commit']}, worst errors {errors}"
+            if record["sources"] != build.cuda_sources():
+                yield Check("warn", kernel, f"{text}; the sources have changed since: bash scripts/gpu_check.sh on a machine with a GPU")
+            elif record["failures"]:
+                yield Check("warn", kernel, f"{text}; failed there: {', '.join(record['failures'])}")
+            else:
+                yield Check("ok", kernel, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Try the CUDA kernels on this machine's GPU and write docs/gpu/CARD-DATE.json, from which scripts/doctor.py says what ran where: the tests
+# that need a GPU, errors against float64, compute-sanitizer, the benchmark. Less than 8 minutes once .venv is made and the kernels are built.
+# Exit code: 0 all passed, 1 something did not (the file says what), 2 there is no GPU.
+set -euo pipefail
+if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
+    echo "no GPU: nvidia-smi lists none; run this on a machine with an NVIDIA GPU and its driver" >&2
+    exit 2
+fi
+source "$(dirname "$0")/setup.sh" test
+python -c 'from src.ops.build import find_nvcc; find_nvcc()' 2>/dev/null || python -m pip install --quiet --editable ".[cuda]"
+
+sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1 || true)"
+if [ -z "$sanitizer" ]; then
+    python -m pip install --quiet nvidia-cuda-sanitizer-api
+    sanitizer="$(python -c 'import glob, sysconfig; print(*glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/bin/compute-sanitizer"))')"
+fi
+
+logs="$(mktemp -d)"
+trap 'rm -rf "$logs"' EXIT
+
+step() { # step NAME SECONDS COMMAND...: show and keep what it prints, and its exit code; go on whatever that is
+    local name="$1" limit="$2" code=0
+    shift 2
+    printf '\n== %s\n' "$name: $*"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$logs/$name" || code=$?
+    echo "$code" > "$logs/$name.code"
+}
+
+# built here, so that no later step waits for the compiler
+step build 600 python -c 'from src.ops import native; status = native.status("cuda"); print(status); raise SystemExit(not status.passed)'
+step tests 120 python -m pytest -m gpu
+step numerics 90 python -m scripts.gpu_numerics
+# with torch's cache of memory a write beyond a tensor would land in another tensor's memory, unseen
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+for tool in memcheck racecheck; do
+    step "$tool" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 --report-api-errors no python -m scripts.gpu_numerics --small
+done
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
+step benchmark 100 python -m benchmarks.wkv --device cuda
+
+python -m scripts.gpu_record "$logs"

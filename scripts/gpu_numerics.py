@@ -1,0 +1,105 @@
+"""The CUDA kernels on this GPU against the reference in float64 on the CPU: python -m scripts.gpu_numerics [--small]
+
+For each operation, kernel and dtype: the worst relative error (rms) of y, the final state and each gradient, over lengths around the
+kernels' chunks, head sizes, documents that start inside a row, and decays of exactly 0 and 1. The last line is JSON. Exit code 1 if an
+error is above what the dtype explains, or not finite. --small: a few tokens only, for compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+
+import torch
+from torch.nn.functional import normalize
+
+from src import ops
+
+OPS = {6: ops.wkv6, 7: ops.wkv7}
+NAMES = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# (batch, tokens, heads, head size)
+SMALL = [(1, 1, 1, 64), (2, 17, 2, 64)]
+SHAPES = [*SMALL, (2, 16, 1, 64), (1, 33, 3, 64), (2, 129, 2, 64), (1, 700, 2, 64), (4, 48, 64, 64), (2, 40, 2, 32), (1, 40, 2, 128), (1, 24, 1, 256)]
+# What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16 operands of the tensor cores
+EXACT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
+TENSOR_CORES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+
+def make(version: int, shape: tuple[int, ...], dtype: torch.dtype, extreme: bool) -> dict[str, torch.Tensor]:
+    """Inputs in the range of a trained model, rounded to the dtype; the extremes have decays of exactly 0 (RWKV-6) and 1 among them."""
+    r, k, v, w, p, q = (torch.randn(shape) for _ in range(6))
+    if extreme:
+        w = torch.where(torch.rand(shape) < 0.1, -torch.inf, w * 4)
+        if version == 6:
+            w = torch.where(torch.rand(shape) < 0.1, torch.inf, w)
+    kappa = normalize(p, dim=-1)
+    if version == 6:
+        inputs = {"r": r, "k": k, "v": v, "w": w - 2, "u": torch.randn(shape[2:])}
+    else:
+        inputs = {"r": r, "w": 2 * w - 2, "k": k, "v": v, "a": -kappa, "b": kappa * torch.sigmoid(q)}
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def results(version: int, kernel: str, inputs: dict[str, torch.Tensor], state, reset, dy, dstate) -> dict[str, torch.Tensor]:
+    """y, the final state, and the gradients of every input and of the first state."""
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()} | {"s0": state.clone().requires_grad_()}
+    y, final = OPS[version](**leaves, reset=reset, kernel=kernel)
+    gradients = torch.autograd.grad((y, final), list(leaves.values()), (dy, dstate))
+    return {"y": y, "state": final} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative, rms; of numbers near 0, as one token's gradient through a decay of 1 may be, absolute. NaN counts as infinite."""
+    value = ((got.double() - want).norm() / max(want.norm(), 1e-3 * want.numel() ** 0.5)).item()
+    return value if math.isfinite(value) else math.inf
+
+
+def worst_errors(version: int, dtype: str, kernels: list[str], shapes, device: str) -> dict[str, dict[str, float]]:
+    """kernel -> name of a result -> its largest error."""
+    worst: dict[str, dict[str, float]] = {kernel: {} for kernel in kernels}
+    for shape in shapes:
+        B, T, H, N = shape
+        for extreme, packed in ((False, False), (False, True), (True, True)):
+            inputs, dy = make(version, shape, DTYPES[dtype], extreme), torch.randn(shape).to(DTYPES[dtype])
+            state, dstate = (torch.randn(B, H, N, N) for _ in range(2))
+            reset = torch.rand(B, T) < 0.2 if packed else None
+            exact = {name: x.double() for name, x in inputs.items()}
+            want = results(version, "reference", exact, state.double(), reset, dy.double(), dstate.double())
+            there = {name: x.to(device) for name, x in inputs.items()}
+            given = [x if x is None else x.to(device) for x in (state, reset, dy, dstate)]
+            for kernel, errors in worst.items():
+                got = results(version, kernel, there, *given)
+                for name in want:
+                    errors[name] = max(errors.get(name, 0.0), error(got[name].cpu(), want[name]))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--small", action="store_true", help="a few tokens only, for compute-sanitizer")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--kernels", nargs="+", default=["cuda", "cuda-exact"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    worst, failures = {}, []
+    for version in OPS:
+        for dtype in DTYPES:
+            found = worst_errors(version, dtype, args.kernels, SMALL if args.small else SHAPES, args.device)
+            for kernel, errors in found.items():
+                title, allowed = f"wkv{version} {kernel}", (TENSOR_CORES if kernel == "cuda" else EXACT)[dtype]
+                print(f"{title:<15} {dtype:<8} " + "  ".join(f"{name} {value:.1e}" for name, value in errors.items()), flush=True)
+                worst.setdefault(title, {})[dtype] = max(errors.values())
+                failures += [f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}" for name, value in errors.items() if value > allowed]
+    for failure in failures:
+        print("FAILED", failure)
+    print(json.dumps({"errors": worst, "failures": failures}))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The doctor as a user runs it, with things missing; gpu_check.sh up to the GPU, and the record it leaves for the doctor."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from scripts import doctor, gpu_numerics, gpu_record
+from src.ops import build, native
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*arguments, python=(sys.executable,), **environment):
+    return subprocess.run(
+        [*python, "-m", "scripts.doctor", *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=120
+    )
+
+
+def lines(done):
+    """name -> (state, text); every line but the last has a state."""
+    *checks, verdict = done.stdout.splitlines()
+    assert verdict.startswith("training "), done.stdout + done.stderr
+    split = [(line[:8].strip(), line[9:27].strip(), line[28:]) for line in checks]
+    assert all(state in ("ok", "warn", "missing") and name and text for state, name, text in split), done.stdout
+    return {name: (state, text) for state, name, text in split}
+
+
+def test_json_is_one_object_and_says_the_same_as_the_lines():
+    plain, as_json = run(), run("--json")
+    assert plain.returncode == as_json.returncode == 0, plain.stdout + plain.stderr
+    assert as_json.stdout.count("\n") == 1
+    told = json.loads(as_json.stdout)
+    assert told["works"] is True and plain.stdout.splitlines()[-1] == "training works here"
+    assert {check["name"]: check["state"] for check in told["checks"]} == {name: state for name, (state, _) in lines(plain).items()}
+    names = [check["name"] for check in told["checks"]]
+    assert len(set(names)) == len(names)
+    wanted = {"Python", "torch", "lightning", "deepspeed", "ninja", "C++ compiler", "nvcc", "driver", "CUDA of torch", "RAM", "working folder",
+              "kernel cache", "kernels, cpu", "--wkv auto, cpu", *doctor.CUDA_KERNELS}
+    assert wanted <= set(names)
+
+
+def test_json_is_alone_on_stdout_whatever_is_printed_meanwhile(monkeypatch, capsys):
+    def examine():
+        print("a library that says hello")
+        yield doctor.Check("missing", "all", "text", needed=True)
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    monkeypatch.setattr(sys, "argv", ["doctor", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1 and json.loads(printed.out)["works"] is False and printed.err == "a library that says hello\n"
+
+
+def test_without_tools_training_works_and_each_line_has_the_fix(tmp_path):
+    done = run(PATH=str(tmp_path), CUDA_HOME="", RWKV_KERNEL_CACHE=str(tmp_path / "cache"))
+    checks = lines(done)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert checks["C++ compiler"][0] == "missing" and "apt install g++" in checks["C++ compiler"][1]
+    assert checks["driver"][0] == "missing" and "ubuntu-drivers install" in checks["driver"][1]
+    assert checks["kernels, cpu"][0] == "missing" and "apt install g++" in checks["kernels, cpu"][1]
+    assert checks["--wkv auto, cpu"][0] == "ok" and checks["--wkv auto, cpu"][1].startswith("torch:")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_packages_training_does_not_work():
+    done = run(python=(sys.executable, "-S"))  # without site-packages
+    checks = lines(done)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for name, fix in {"torch": 'pip install "torch>=2.5"', "lightning": 'pip install "lightning>=2.4"'}.items():
+        assert checks[name][0] == "missing" and fix in checks[name][1]
+    assert "does not work here: torch, lightning" in done.stdout
+    assert json.loads(run("--json", python=(sys.executable, "-S")).stdout)["works"] is False
+
+
+def test_packages_that_are_optional_or_too_old(monkeypatch):
+    versions = {"torch": "2.4.1+cu121", "lightning": "2.10.0", "numpy": "1.26"}
+
+    def version(name):
+        if name not in versions:
+            raise doctor.importlib.metadata.PackageNotFoundError
+        return versions[name]
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    checks = {check.name: check for check in doctor.packages()}
+    assert checks["torch"].fatal and "2.4.1+cu121 is too old" in checks["torch"].text and 'pip install "torch>=2.5"' in checks["torch"].text
+    assert checks["lightning"].state == checks["numpy"].state == "ok"
+    assert checks["deepspeed"].state == "missing" and not checks["deepspeed"].fatal and "--strategy" in checks["deepspeed"].text
+    assert checks["pyyaml"].fatal
+    monkeypatch.setattr(doctor.sys, "platform", "win32")
+    assert "deepspeed" not in {check.name for check in doctor.packages()}
+
+
+@pytest.mark.parametrize("version, state", [((3, 9, 1), "missing"), ((3, 10, 0), "ok"), ((3, 13, 2), "ok"), ((3, 14, 0), "warn")])
+def test_versions_of_python(monkeypatch, version, state):
+    monkeypatch.setattr(doctor.sys, "version_info", version)
+    assert doctor.python().state == state and doctor.python().fatal == (state == "missing")
+
+
+def test_disks(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1.5 * doctor.GIB))
+    assert doctor.disk("cache", tmp_path / "not" / "made", 1, "fix it") == ("ok", "cache", f"1.5 GiB free in {tmp_path}/not/made", False)
+    assert doctor.disk("cache", tmp_path, 2, "fix it") == ("warn", "cache", f"1.5 GiB free in {tmp_path}; fix it", False)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    assert doctor.disk("cache", tmp_path, 1, "fix it").text.endswith("which may not be written; fix it")
+
+
+def fake_torch(capabilities=(), cuda="13.0"):
+    """As much of torch as the GPU lines read."""
+    names = {(9, 0): "NVIDIA H100", (7, 0): "Tesla V100"}
+    functions = types.SimpleNamespace(
+        is_available=lambda: bool(capabilities), device_count=lambda: len(capabilities),
+        get_device_capability=lambda i: capabilities[i], get_device_name=lambda i: names[capabilities[i]],
+        get_device_properties=lambda i: types.SimpleNamespace(total_memory=80 * doctor.GIB),
+    )
+    return types.SimpleNamespace(cuda=functions, version=types.SimpleNamespace(cuda=cuda), __version__="2.13.0")
+
+
+def test_gpus(monkeypatch):
+    monkeypatch.setattr(doctor, "driver_version", lambda: "580.65")
+    monkeypatch.setattr(doctor, "cuda_of_driver", lambda: 13000)
+    checks = {check.name: check for check in doctor.gpus(fake_torch([(9, 0), (7, 0)]))}
+    assert checks["driver"].text == "580.65, for CUDA up to 13.0" and checks["CUDA of torch"].text == "13.0"
+    assert checks["GPU 0"][:3] == ("ok", "GPU 0", "NVIDIA H100, architecture 90, 80 GiB")
+    assert checks["GPU 1"].state == "warn" and "--wkv torch" in checks["GPU 1"].text and "GPU" not in checks
+
+    checks = {check.name: check for check in doctor.gpus(fake_torch())}
+    assert checks["GPU"].state == "missing" and "driver may be too old for CUDA 13.0" in checks["GPU"].text
+    checks = {check.name: check for check in doctor.gpus(fake_torch(cuda=None))}
+    assert checks["CUDA of torch"].state == "missing" and "pip install --force-reinstall torch" in checks["CUDA of torch"].text
+    assert not any(check.fatal for check in checks.values())
+
+
+@pytest.mark.parametrize("driver, state", [(12080, "warn"), (13000, "ok"), (13020, "ok"), (0, "ok")])
+def test_nvcc_that_the_driver_is_too_old_for(monkeypatch, driver, state):
+    monkeypatch.setattr(build, "find_nvcc", lambda: build.Nvcc("/x/nvcc"))
+    monkeypatch.setattr(doctor, "run", lambda *command: "Cuda compilation tools, release 13.0, V13.0.88")
+    monkeypatch.setattr(doctor, "cuda_of_driver", lambda: driver)
+    nvcc = next(check for check in doctor.tools(fake_torch()) if check.name == "nvcc")
+    assert nvcc.state == state and ("driver for CUDA 12.8; update the driver" in nvcc.text) == (state == "warn")
+
+
+def test_kernels_that_fail_their_self_test(monkeypatch):
+    status = native.Status(built=True, passed=False, path="/cache/wkv_cpu.so", seconds=1.0, error=0.5, reason="the self-test fails")
+    monkeypatch.setattr(native, "status", lambda device: status)
+    kernel, auto = doctor.kernels("cpu")
+    assert kernel.state == "warn" and "not used: the self-test fails; --wkv torch works" in kernel.text
+    assert auto.state == "ok" and auto.text.startswith("torch:")
+
+
+ERRORS = {"wkv7 cuda": {"float32": 1e-6, "bfloat16": 3e-3}}
+RECORD = {"card": "NVIDIA H100", "date": "2025-11-02", "commit": "abc1234", "errors": ERRORS, "failures": []}
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "RECORDS", tmp_path)
+    monkeypatch.setattr(gpu_record, "RECORDS", tmp_path)
+
+    def write(name="a", **changes):
+        (tmp_path / f"{name}.json").write_text(json.dumps(RECORD | {"sources": build.cuda_sources()} | changes))
+        return {check.name: check for check in doctor.evidence()}
+
+    return write
+
+
+def test_kernels_and_the_cards_they_ran_on(records):
+    checks = records()
+    assert checks["wkv7 cuda"].state == "ok"
+    assert "run on NVIDIA H100, 2025-11-02, commit abc1234, worst errors float32 1.0e-06, bfloat16 3.0e-03" in checks["wkv7 cuda"].text
+    assert checks["wkv6 cuda"].state == "warn" and "not run on a GPU yet: bash scripts/gpu_check.sh" in checks["wkv6 cuda"].text
+    assert "compiled for sm_75" in checks["wkv6 cuda"].text
+    checks = records(failures=["racecheck: exit code 1"])
+    assert checks["wkv7 cuda"].state == "warn" and "failed there: racecheck: exit code 1" in checks["wkv7 cuda"].text
+    checks = records(sources="of another day")
+    assert checks["wkv7 cuda"].state == "warn" and "have changed since" in checks["wkv7 cuda"].text
+
+
+def test_two_cards_are_two_lines_the_newest_first(records):
+    records("a")
+    records("b", card="NVIDIA L4", date="2025-11-03")
+    cards = [check.text.partition("run on ")[2].partition(",")[0] for check in doctor.evidence() if check.name == "wkv7 cuda"]
+    assert cards == ["NVIDIA L4", "NVIDIA H100"]
+
+
+def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_record, "driver_version", lambda: "580.65")
+    monkeypatch.setattr(build, "find_nvcc", lambda: build.Nvcc("nvcc"))
+    steps = {
+        "build": ("Status(built=True)\n", 0), "tests": ("..\n=== 9 passed in 3.1s ===\n", 0),
+        "numerics": ('wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y: 1e+00"]}\n', 0),
+        "memcheck": ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
+        "racecheck": ("========= COMPUTE-SANITIZER\n", 124), "benchmark": ('table\n{"benchmark": "wkv", "rows": []}\n', 0),
+    }
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name, (output, code) in steps.items():
+        (logs / name).write_text(output)
+        (logs / f"{name}.code").write_text(f"{code}\n")
+    with pytest.raises(SystemExit) as stopped:
+        gpu_record.main(logs)
+    assert stopped.value.code == 1 and "racecheck: exit code 124" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    assert path.name == f"nvidia-h100-80gb-hbm3-{record['date']}.json"
+    assert record["failures"] == ["racecheck: exit code 124", "wkv7 y: 1e+00"] and record["tests"] == "9 passed in 3.1s"
+    assert record["sanitizer"] == {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "no verdict"}
+    assert record["benchmark"] == {"benchmark": "wkv", "rows": []} and record["architecture"] == "90"
+    assert "failed there: racecheck" in next(check.text for check in doctor.evidence() if check.name == "wkv7 cuda")
+
+
+def numerics(monkeypatch, capsys):
+    """Exit code and last line of gpu_numerics, with the plain form in the place of a CUDA kernel."""
+    monkeypatch.setattr(sys, "argv", ["gpu_numerics", "--small", "--device", "cpu", "--kernels", "torch"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_numerics.main()
+    return stopped.value.code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_numerics_of_a_right_kernel(monkeypatch, capsys):
+    code, found = numerics(monkeypatch, capsys)
+    assert code == 0 and found["failures"] == []
+    assert set(found["errors"]) == {"wkv6 torch", "wkv7 torch"}
+    assert all(errors["float32"] < 1e-6 and 1e-4 < errors["float16"] < errors["bfloat16"] < 4e-3 for errors in found["errors"].values())
+
+
+@pytest.mark.parametrize("name, wrong", [("y", lambda x: x * 1.02), ("dw", lambda x: x * float("nan")), ("state", lambda x: x.mT)])
+def test_numerics_of_a_wrong_kernel(monkeypatch, capsys, name, wrong):
+    right, shapes = gpu_numerics.results, gpu_numerics.SMALL
+
+    def results(version, kernel, inputs, *arguments):
+        found = right(version, kernel, inputs, *arguments)
+        first = inputs["r"].shape == shapes[0]  # right again for the shape after it
+        return found | {name: wrong(found[name])} if kernel == "torch" and version == 7 and first else found
+
+    monkeypatch.setattr(gpu_numerics, "results", results)
+    code, found = numerics(monkeypatch, capsys)
+    assert code == 1 and {failure.split(":")[0] for failure in found["failures"]} == {f"wkv7 torch {dtype} {name}" for dtype in gpu_numerics.DTYPES}
+
+
+def stub(folder, name, script):
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """gpu_check.sh in a checkout whose programs are stubs that write down how they are called."""
+    for folder in ("scripts", "bin"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "scripts" / "gpu_check.sh").write_text((ROOT / "scripts" / "gpu_check.sh").read_text())
+    (tmp_path / "scripts" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls\n')
+    calls = tmp_path / "calls"
+    python = f'echo "python $@" >> {calls}\ncase "$@" in *pytest*) exit 1 ;; *gpu_record*) ls $3 > {tmp_path}/logs; cat $3/tests.code ;; esac'
+    stub(tmp_path / "bin", "python", python)
+    stub(tmp_path / "bin", "compute-sanitizer", f'echo "sanitizer $@ cache=$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}')
+
+    def check(nvidia_smi):
+        stub(tmp_path / "bin", "nvidia-smi", nvidia_smi)
+        done = subprocess.run(
+            ["bash", "scripts/gpu_check.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        )
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return check
+
+
+@pytest.mark.parametrize("nvidia_smi", ["exit 9", "echo 'No devices found'", "echo Failed to initialize; exit 255"])
+def test_gpu_check_without_a_gpu_installs_nothing(checkout, nvidia_smi):
+    done, calls = checkout(nvidia_smi)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("no GPU:") and done.stderr.count("\n") == 1
+    assert calls == []
+
+
+def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
+    done, calls = checkout("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1", "the tests fail, the rest goes on"
+    asked = "\n".join(calls)
+    assert calls[0] == "setup test"
+    for call in ("-m pytest -m gpu", "-m scripts.gpu_numerics\n", "--tool memcheck", "--tool racecheck", "-m benchmarks.wkv --device cuda"):
+        assert call in asked
+    assert asked.count("--small cache=1") == 2 and calls[-1].startswith("python -m scripts.gpu_record ")
+    steps = ["benchmark", "build", "memcheck", "numerics", "racecheck", "tests"]
+    assert (tmp_path / "logs").read_text().split() == sorted(steps + [f"{step}.code" for step in steps])
+    assert sum(int(limit) for limit in limits(tmp_path)) <= 8 * 60
+
+
+def limits(folder):
+    """The seconds that each step may take, the two sanitizer tools in one line; the build is not counted."""
+    found = [line.split() for line in (folder / "scripts" / "gpu_check.sh").read_text().splitlines() if line.lstrip().startswith("step ")]
+    return [words[2] for words in found if words[1] != "build"] + [words[2] for words in found if words[1] == '"$tool"']
