@@ -38,7 +38,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 typedef void* cudaStream_t;
 typedef int cudaError_t;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 template <class F> cudaError_t cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
@@ -59,6 +59,21 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 }
 inline float __half2float(__half x) { return (float)x.value; }
 inline __half __float2half_rn(float f) { return {(_Float16)f}; }
+inline __half __ushort_as_half(unsigned short bits) {
+    __half x;
+    memcpy(&x, &bits, 2);
+    return x;
+}
+inline float __uint_as_float(unsigned bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+inline unsigned __float_as_uint(float f) {
+    unsigned bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 template <class T> T __ldg(const T* p) { return *p; }
@@ -79,7 +94,7 @@ struct Block {
     int count, current;
     void* scheduler;
     std::vector<Fiber> fibers;
-    std::vector<char> stacks;
+    std::unique_ptr<char[]> stacks;
     const std::function<void()>* body;
     uint64_t exchange[MAX_THREADS];
     uint32_t fragments[MAX_THREADS][6];
@@ -165,7 +180,7 @@ inline void run_block(Block& b, dim3 block) {
     b.block = block;
     B = &b;
     for (int i = 0; i < b.count; i++) {
-        void** sp = (void**)((uintptr_t)(b.stacks.data() + (i + 1) * STACK) & ~(uintptr_t)15);
+        void** sp = (void**)((uintptr_t)(b.stacks.get() + (i + 1) * STACK) & ~(uintptr_t)15);
         *--sp = nullptr;
         *--sp = (void*)(void (*)())cu_entry;
         for (int k = 0; k < 6; k++) *--sp = nullptr;
@@ -187,7 +202,7 @@ template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F ker
         b->grid_size = grid;
         b->count = block.x * block.y * block.z;
         b->fibers.resize(b->count);
-        b->stacks.resize(b->count * STACK + 64);
+        b->stacks.reset(new char[b->count * STACK + 64]);  // not cleared: a fiber touches little of its stack
         b->body = &body;
         // garbage, as on a GPU: NaN in every dtype
         memset(b->dynamic, 0xff, sizeof b->dynamic);

@@ -1,0 +1,93 @@
+"""What nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory of every kernel on every architecture.
+
+    python -m scripts.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
+
+Needs nvcc, no GPU. --quick makes PTX twice instead of once an architecture, before and after Blackwell, whose PTX has pairs of fp32; the
+figures are the same or nearly so. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+
+from src.ops import build
+
+ARCHITECTURES = [int(arch) for arch in build.ARCHITECTURES]
+ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)'")
+SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def demangle(names: list[str]) -> list[str]:
+    """C++ names without namespaces and parameters: backward_down<Layout<64, 1>>."""
+    if not shutil.which("c++filt"):
+        return names
+    lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = [re.sub(r"^void |\(\(anonymous namespace\)::\w+\)|\(anonymous namespace\)::", "", line) for line in lines]
+    return [line.partition("(")[0].replace("> >", ">>") for line in lines]
+
+
+def read(log: str) -> list[dict]:
+    """ptxas -v's output -> one {kernel, arch, registers, spill_stores, spill_loads, shared} for each kernel and architecture."""
+    rows: list[dict] = []
+    for line in log.splitlines():
+        if found := ENTRY.search(line):
+            rows.append({"kernel": found[1], "arch": int(found[2])})
+        elif found := SPILL.search(line):
+            rows[-1] |= {"spill_stores": int(found[2]), "spill_loads": int(found[3])}
+        elif found := USED.search(line):
+            rows[-1] |= {"registers": int(found[1]), "shared": int(found[2] or 0)}
+    for row, name in zip(rows, demangle([row["kernel"] for row in rows])):
+        row["kernel"] = name
+    return rows
+
+
+def compile_report(source: pathlib.Path, architectures: list[int], quick: bool = False) -> list[dict]:
+    """`read` of one .cu file compiled for these architectures. Raises BuildError without nvcc, RuntimeError if it does not compile."""
+    nvcc = build.find_nvcc()
+    groups = [[arch] for arch in architectures]
+    if quick:
+        groups = [[arch for arch in architectures if arch < 100], [arch for arch in architectures if arch >= 100]]
+    targets = [f"-gencode=arch=compute_{group[0]},code=[{','.join(f'sm_{arch}' for arch in group)}]" for group in groups if group]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc.path, *nvcc.compile_flags, "-O3", "-std=c++17", *targets, "-Xptxas", "-v", "-fatbin", str(source)]
+        done = subprocess.run([*command, "-o", f"{folder}/out.fatbin"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source} does not compile:\n{done.stdout}{done.stderr}")
+    return [{"file": source.name} | row for row in read(done.stdout + done.stderr)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sources", nargs="*", type=pathlib.Path, default=sorted(build.CUDA.glob("*.cu")))
+    parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--kernels", default="", help="only kernels whose name has this in it")
+    args = parser.parse_args()
+    try:
+        nvcc = build.find_nvcc()
+    except build.BuildError as error:
+        raise SystemExit(f"ptxas_report: {error}") from None
+    rows = [row for source in args.sources for row in compile_report(source, args.arch, args.quick) if args.kernels in row["kernel"]]
+    print("registers (+ bytes spilled), static shared memory\n")
+    print("| kernel | " + " | ".join(f"sm_{arch}" for arch in args.arch) + " | shared |\n" + "|---" * (len(args.arch) + 2) + "|")
+    for name in dict.fromkeys((row["file"], row["kernel"]) for row in rows):
+        cells = {row["arch"]: row for row in rows if (row["file"], row["kernel"]) == name}
+        texts = [f"{row['registers']}" + (f" (+{row['spill_stores']})" if row["spill_stores"] else "") for row in map(cells.get, args.arch)]
+        print(f"| {': '.join(name)} | {' | '.join(texts)} | {max(row['shared'] for row in cells.values())} |")
+    print(json.dumps({"report": "ptxas", "nvcc": version(nvcc.path), "kernels": rows}))
+
+
+def version(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.partition(", V")[2].split()[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The CUDA recurrences, run on the CPU through cuda/emulate.h, against float64; and what nvcc makes of them."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from scripts.ptxas_report import ARCHITECTURES, compile_report
+from src.ops.build import BuildError, find_nvcc
+
+from .conftest import ROOT
+from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
+
+SOURCES = {version: ROOT / f"cuda/wkv{version}.cu" for version in (6, 7)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative L2 error allowed in fp32. The largest seen below: 2.4e-7 for v6; 8.3e-7 for v7, in dk of single tokens, where v . dy cancels; 1.0e-5
+# in dw, which is a difference of sums over all later tokens.
+TOLERANCE = {6: 2e-6, 7: 1e-6}
+TOLERANCE_DW = 5e-5
+GUARD = 64  # floats behind the scratch that must stay as they are
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """version -> its .cu file, compiled by g++."""
+    if not shutil.which("g++"):
+        pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
+    folder, found = tmp_path_factory.mktemp("cuda"), {}
+    for version, source in SOURCES.items():
+        library = folder / f"wkv{version}.so"
+        flags = "-x c++ -std=c++17 -O2 -march=native -fopenmp -fPIC -shared".split()
+        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
+        found[version] = ctypes.CDLL(str(library))
+        getattr(found[version], f"wkv{version}_scratch").restype = ctypes.c_int64
+    found[7].wkv7_saved.restype = ctypes.c_int64
+    return found
+
+
+def launch(library, version, x, dy, dsT=None, reset=None):
+    """What `test_wkv.results` gives, from a library. All that it has to write is NaN before, and it may not use more scratch than it asks for."""
+    r, s0 = x["r"], x.get("s0")
+    B, T, H, N = r.shape
+    sizes = [ctypes.c_int64(n) for n in (B, T, H, N)]
+    inputs = [x[name].float() if name == "u" else x[name] for name in NAMES[version]]
+    reset = None if reset is None else reset.to(torch.uint8)
+
+    def call(function, *arguments):
+        pointers = [t if t is None else ctypes.c_void_p(t.data_ptr()) for t in arguments]
+        return getattr(library, f"wkv{version}_{function}")(*pointers, *sizes, DTYPES.index(r.dtype), None)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    y, sT, ds0 = torch.full_like(r, torch.nan), empty(B, H, N, N), empty(B, H, N, N)
+    gradients = [empty(B, H, N) if name == "u" else torch.full_like(r, torch.nan) for name in NAMES[version]]
+    saved = [empty(library.wkv7_saved(*sizes))] if version == 7 else []
+    scratch = empty(getattr(library, f"wkv{version}_scratch")(*sizes, None) + GUARD)
+    scratch[-GUARD:] = 7
+    assert call("forward", *inputs, s0, reset, y, sT, *saved) == 0
+    assert call("backward", *inputs, s0, reset, *saved, dy, dsT, *gradients, ds0, scratch) == 0
+    assert (scratch[-GUARD:] == 7).all()
+    found = {"y": y, "sT": sT} | {f"d{name}": t for name, t in zip(NAMES[version], gradients, strict=True)}
+    if version == 6:
+        found["du"] = found["du"].sum(0)
+    return found if s0 is None else found | {"ds0": ds0}
+
+
+def check(libraries, version, state=True, packed=False, **shape):
+    """Against float64, with an initial state and a gradient of the final one or with neither, one document a row or several."""
+    x, dy, dsT = make(version, **shape)
+    if not state:
+        x, dsT = drop(x, "s0"), None
+    reset = documents(*dy.shape[:2]) if packed else None
+    got = launch(libraries[version], version, x, dy, dsT, reset)
+    double = {name: t.double() for name, t in x.items()}
+    want = results(version, double, dy.double(), None if dsT is None else dsT.double(), "reference", reset)
+    for name, exact in want.items():
+        exact = exact.detach()
+        error = (got[name] - exact).norm() / exact.norm().clamp(min=1e-30)
+        allowed = TOLERANCE_DW if name == "dw" else TOLERANCE[version]
+        assert error <= allowed, f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {allowed:.0e}"
+    if packed and state:
+        assert not got["ds0"][reset[:, 0]].any()
+    return x, got
+
+
+@pytest.mark.parametrize("N, B, H", [(8, 3, 5), (16, 1, 3), (32, 3, 1), (64, 1, 3), (128, 1, 3)])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 37, 129])
+@both
+def test_lengths_and_head_sizes(libraries, version, T, N, B, H):
+    for state in (True, False):
+        check(libraries, version, state, packed=state and T % 2 == 1, T=T, N=N, B=B, H=H)
+
+
+@pytest.mark.parametrize("N", [24, 96, 200, 256])
+@both
+def test_head_sizes_between(libraries, version, N):
+    check(libraries, version, packed=True, T=9, N=N, B=1, H=1)
+
+
+@pytest.mark.parametrize("N, B, H", [(64, 1, 97), (40, 3, 43)])
+@both
+def test_many_heads(libraries, version, N, B, H):
+    """From some number of blocks on a lane holds four rows instead of one."""
+    check(libraries, version, packed=True, T=9, N=N, B=B, H=H)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@both
+def test_slices_of_time(libraries, version, packed):
+    check(libraries, version, packed=packed, T=1030, N=8, B=1, H=1)
+
+
+@pytest.mark.parametrize("version, decay", REGIMES)
+def test_extreme_decays(libraries, version, decay):
+    for state in (True, False):
+        x, got = check(libraries, version, state, T=129, N=16, B=1, H=3, decay=decay)
+        assert all(t.isfinite().all() for t in got.values())
+        if version == 6:
+            assert not got["dw"][x["w"] >= 5].any()  # delta is an exact 0 in fp32
+
+
+@both
+def test_saturated_decay(libraries, version):
+    """w = 12, where 1 - sigmoid(w) in fp32 has two digits left, and +-inf."""
+    x, dy, dsT = make(version, 20)
+    x["w"][:] = 12
+    x["w"][:, ::3], x["w"][:, 1::3] = torch.inf, -torch.inf
+    got = launch(libraries[version], version, x, dy, dsT)
+    if version == 7:
+        x = {name: t.double() for name, t in x.items()}
+        want = results(version, x, dy.double(), dsT.double(), "reference")
+        for name in want:
+            want[name] = want[name].detach()
+            assert (got[name] - want[name]).norm() <= TOLERANCE_DW * want[name].norm(), name
+    assert all(t.isfinite().all() for t in got.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@both
+def test_half_precision_rounds_inputs_and_outputs_only(libraries, version, dtype):
+    x, dy, dsT = make(version, 37, N=32)
+    half = {name: t if name in ("u", "s0") else t.to(dtype) for name, t in x.items()}
+    dy, reset = dy.to(dtype), documents(*dy.shape[:2])
+    got = launch(libraries[version], version, half, dy, dsT, reset)
+    want = launch(libraries[version], version, {name: t.float() for name, t in half.items()}, dy.float(), dsT, reset)
+    for name, t in want.items():
+        assert got[name].dtype == (torch.float32 if name in ("sT", "ds0", "du") else dtype)
+        assert torch.equal(got[name], t.to(got[name].dtype)), name
+
+
+@pytest.mark.parametrize("N, B, H", [(8, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (256, 1, 1), (64, 1, 97)])
+@both
+def test_the_order_of_threads_does_not_matter(libraries, version, N, B, H):
+    x, dy, dsT = make(version, 512 // max(N, 32) + 1, N=N, B=B, H=H)
+    run = functools.partial(launch, libraries[version], version, x, dy, dsT, documents(*dy.shape[:2]))
+    first = run()
+    libraries[version].emulate_order(1)
+    try:
+        second = run()
+    finally:
+        libraries[version].emulate_order(0)
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+@both
+def test_golden(libraries, data_dir, version):
+    cases = torch.load(data_dir / "golden/wkv.golden.pt", weights_only=True)
+    cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
+    assert len(cases) == 3
+    for title, golden in cases.items():
+        golden = {{"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t.contiguous() for name, t in golden.items()}
+        x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
+        for name, got in launch(libraries[version], version, x, golden["dy"], golden.get("dsT")).items():
+            error = (got - golden[name]).norm() / golden[name].norm()
+            assert error <= (TOLERANCE_DW if name == "dw" else TOLERANCE[version]), f"{title}: relative error of {name} {error:.1e}"
+
+
+@both
+def test_what_does_not_fit_is_refused(libraries, version):
+    forward = getattr(libraries[version], f"wkv{version}_forward")
+    pointers = [None] * (11 if version == 7 else 9)
+    for B, T, H, N, dtype in [(1, 1, 1, 12, 0), (1, 1, 1, 264, 0), (1, 0, 1, 64, 0), (1, 1, 1, 64, 3)]:
+        assert forward(*pointers, *map(ctypes.c_int64, (B, T, H, N)), dtype, None) == 1
+
+
+@both
+def test_nvcc_spills_no_register(version):
+    try:
+        find_nvcc()
+    except BuildError:
+        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
+    rows = compile_report(SOURCES[version], ARCHITECTURES, quick=True)
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    assert {"forward", "backward_down", "backward_up", "scan_decay"} <= {row["kernel"].partition("<")[0] for row in rows}
+    for row in rows:
+        assert row["spill_stores"] == 0 and row["shared"] <= 48 << 10, row
+        # four blocks on a multiprocessor, one warp of each on every scheduler
+        assert row["registers"] <= 128 or "Layout<64, 1>" not in row["kernel"], row
