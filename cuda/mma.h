@@ -1,40 +1,199 @@
-// Tensor cores: D (16x8, fp32) += A (16x16, bf16) B (16x8, bf16), as PTX mma.sync.m16n8k16, and its emulation with the same fragments.
+// Tensor cores as an algebra of 16x16 tiles, D += X Y^T with X, Y in bf16 and D in fp32, out of PTX instructions of sm_80 and later; each
+// instruction has an emulation with the same fragments.
 //
-// Lane l = 4 g + q holds, in 32-bit registers of two bf16 (low half first):
-//   A: a0 = (row g, columns 2q..2q+1), a1 = (row g+8, same), a2 = (row g, columns 2q+8..2q+9), a3 = (row g+8, columns 2q+8..2q+9)
-//   B: b0 = (rows 2q..2q+1, column g), b1 = (rows 2q+8..2q+9, column g)
-//   D: d0, d1 = (row g, columns 2q, 2q+1), d2, d3 = (row g+8, columns 2q, 2q+1)
+// Lane l = 4 g + q holds row g and columns 2q, 2q+1 of each 8x8 quarter of a tile, the quarters in the order top left, bottom left, top
+// right, bottom right:
+//   Tile.x[0..3]   in bf16, 32 bits a pair, low half first. As it stands this is operand A of mma.m16n8k16, and operand B of X Y^T.
+//                  (Activations on their way to or from memory may be tiles of fp16.)
+//   Sum.x[0..7]    in fp32, operand D: element i is row g + 8 (i/2 % 2), column 8 (i/4) + 2q + i%2. A sum becomes a tile in its own lane.
 #pragma once
 #include "launch.h"
 
-#ifdef __CUDACC__
-__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#ifndef __CUDACC__
+#include <deque>
+#endif
+
+struct Tile { uint32_t x[4]; };
+struct Sum { float x[8]; };
+// the quarters one after the other, each as 8 rows of 16 bytes: no bank conflicts, neither for rows nor for columns
+struct __align__(16) SharedTile { uint32_t words[128]; };
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
+
+// two floats as a pair of bf16 or fp16, and back
+template <class T> __device__ __forceinline__ uint32_t pack(float low, float high) {
+    T pair[2];
+    store(&pair[0], low);
+    store(&pair[1], high);
+    uint32_t word;
+    memcpy(&word, pair, 4);
+    return word;
 }
+template <class T> __device__ __forceinline__ float2 unpack(uint32_t word) {
+    T pair[2];
+    memcpy(pair, &word, 4);
+    return make_float2(load(&pair[0]), load(&pair[1]));
+}
+
+#ifdef __CUDACC__
+
+// The sources are compiled for older GPUs too, where these kernels are never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define PTX(...) __trap()
 #else
-inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    int me = cu::B->current, warp = me & ~31, g = (me & 31) >> 2, q = me & 3;
-    uint32_t(*registers)[6] = cu::B->fragments + warp;
-    memcpy(registers[me & 31], a, 16);
-    memcpy(registers[me & 31] + 4, b, 8);
-    cu::warp_sync();
-    auto half = [](uint32_t word, int high) {
-        uint32_t bits = high ? word & 0xffff0000u : word << 16;
-        float f;
-        memcpy(&f, &bits, 4);
-        return f;
-    };
-    for (int i = 0; i < 4; i++) {
-        int row = g + (i >> 1) * 8, column = q * 2 + (i & 1);
-        for (int k = 0; k < 16; k++) {
-            uint32_t word_a = registers[(row & 7) * 4 + (k & 7) / 2][(row >> 3) + (k >> 3) * 2];
-            uint32_t word_b = registers[column * 4 + (k & 7) / 2][4 + (k >> 3)];
-            d[i] += half(word_a, k & 1) * half(word_b, k & 1);
-        }
-    }
-    cu::warp_sync();
+#define PTX(...) asm volatile(__VA_ARGS__)
+#endif
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// one instruction where the generic form takes three
+template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
 }
 #endif
+
+// d (16x8, four elements of a Sum) += A (16x16) B (16x8)
+__device__ __forceinline__ void mma_16816(float* d, const Tile& a, uint32_t b0, uint32_t b1) {
+    PTX("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+}
+
+// an 8x8 quarter transposed
+__device__ __forceinline__ uint32_t movmatrix(uint32_t x) {
+    uint32_t y = 0;
+    PTX("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// Four quarters; lane l gives the address of row l % 8 of quarter l / 8. What is read here must be separated by a barrier from what writes
+// it, as for any other warp: the compiler is not told that this reads memory, so that it may move other loads ahead of it.
+template <bool transposed> __device__ __forceinline__ Tile ldmatrix(const uint32_t* row) {
+    Tile t = {};
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    if (transposed)
+        PTX("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+            : "=r"(t.x[0]), "=r"(t.x[1]), "=r"(t.x[2]), "=r"(t.x[3]) : "r"(address));
+    else
+        PTX("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+            : "=r"(t.x[0]), "=r"(t.x[1]), "=r"(t.x[2]), "=r"(t.x[3]) : "r"(address));
+    return t;
+}
+
+// 16 bytes of global memory to shared memory without waiting, zeros if !valid; the copies up to a commit are a group
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+    PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
+}
+__device__ __forceinline__ void copy_commit() { PTX("cp.async.commit_group;" ::: "memory"); }
+// until at most `pending` of this thread's groups are on their way; other threads see the copies after a barrier only
+template <int pending> __device__ __forceinline__ void copy_wait() { PTX("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+
+#else
+
+namespace cu {
+struct Operands { float a[16][16], b[8][16]; };
+inline thread_local Operands operands[MAX_THREADS / 32];
+}  // namespace cu
+inline void mma_16816(float* d, const Tile& a, uint32_t b0, uint32_t b1) {
+    int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;
+    cu::Operands& warp = cu::operands[me / 32];
+    auto write = [&](float* row, int k, uint32_t word) {
+        float2 pair = unpack<__nv_bfloat16>(word);
+        row[k] = pair.x;
+        row[k + 1] = pair.y;
+    };
+    for (int i = 0; i < 4; i++) write(warp.a[g + i % 2 * 8], 2 * q + i / 2 * 8, a.x[i]);
+    write(warp.b[g], 2 * q, b0);
+    write(warp.b[g], 2 * q + 8, b1);
+    cu::warp_sync();
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) d[i] += warp.a[g + i / 2 * 8][k] * warp.b[2 * q + i % 2][k];
+    cu::warp_sync();
+}
+
+inline uint32_t movmatrix(uint32_t x) {
+    int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;
+    uint64_t* words = cu::B->exchange + (me & ~31);
+    words[me & 31] = x;
+    cu::warp_sync();
+    auto element = [&](int row, int column) { return (uint32_t)words[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff; };
+    uint32_t y = element(2 * q, g) | element(2 * q + 1, g) << 16;
+    cu::warp_sync();
+    return y;
+}
+
+template <bool transposed> Tile ldmatrix(const uint32_t* row) {
+    int me = cu::B->current, g = (me & 31) >> 2, q = me & 3;
+    uint64_t* rows = cu::B->exchange + (me & ~31);
+    rows[me & 31] = (uint64_t)row;
+    cu::warp_sync();
+    Tile t;
+    for (int i = 0; i < 4; i++) {
+        auto element = [&](int r, int column) { return (uint32_t)((const uint16_t*)rows[8 * i + r])[column]; };
+        t.x[i] = transposed ? element(2 * q, g) | element(2 * q + 1, g) << 16 : element(g, 2 * q) | element(g, 2 * q + 1) << 16;
+    }
+    cu::warp_sync();
+    return t;
+}
+
+// Between a copy's start and its wait there is garbage: a missing wait shows, and so does a copy that starts too early.
+namespace cu {
+struct Copy { void* to; const void* from; };
+struct Copies { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
+inline thread_local Copies copies[MAX_THREADS];
+}  // namespace cu
+inline void copy_async(void* shared, const void* global, bool valid) {
+    memset(shared, 0xff, 16);
+    cu::copies[cu::B->current].open.push_back({shared, valid ? global : nullptr});
+}
+inline void copy_commit() {
+    cu::Copies& c = cu::copies[cu::B->current];
+    c.groups.push_back(std::move(c.open));
+    c.open.clear();
+}
+template <int pending> void copy_wait() {
+    cu::Copies& c = cu::copies[cu::B->current];
+    for (; c.groups.size() > pending; c.groups.pop_front())
+        for (cu::Copy& copy : c.groups.front()) copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+}
+
+#endif
+
+template <class T = __nv_bfloat16> __device__ __forceinline__ Tile to_tile(const Sum& s) {
+    Tile t;
+    for (int i = 0; i < 4; i++) t.x[i] = pack<T>(s.x[2 * i], s.x[2 * i + 1]);
+    return t;
+}
+
+template <class T = __nv_bfloat16> __device__ __forceinline__ Sum to_sum(const Tile& t) {
+    Sum s;
+    for (int i = 0; i < 4; i++) {
+        float2 pair = unpack<T>(t.x[i]);
+        s.x[2 * i] = pair.x;
+        s.x[2 * i + 1] = pair.y;
+    }
+    return s;
+}
+
+// d += a b^T
+__device__ __forceinline__ void mma(Sum& d, const Tile& a, const Tile& b) {
+    mma_16816(d.x, a, b.x[0], b.x[2]);
+    mma_16816(d.x + 4, a, b.x[1], b.x[3]);
+}
+
+__device__ __forceinline__ Tile transpose(const Tile& t) {
+    return {{movmatrix(t.x[0]), movmatrix(t.x[2]), movmatrix(t.x[1]), movmatrix(t.x[3])}};
+}
+
+__device__ __forceinline__ void put(SharedTile& s, const Tile& t) {
+    for (int i = 0; i < 4; i++) s.words[32 * i + lane_id()] = t.x[i];
+}
+
+__device__ __forceinline__ Tile get(const SharedTile& s) { return ldmatrix<false>(s.words + 4 * lane_id()); }
+
+__device__ __forceinline__ Tile get_transposed(const SharedTile& s) {
+    int l = lane_id();
+    return ldmatrix<true>(s.words + (l & 8) * 8 + (l & 16) * 2 + (l & 7) * 4);  // the two off-diagonal quarters change places
+}

@@ -1,9 +1,11 @@
 """Small real files for every test: random non-degenerate checkpoints, and the goldens where they are at hand."""
 
+import ctypes
 import functools
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from rwkv_miss.checkpoint import Arch, write_checkpoint
 from src.model import RWKV, VERSIONS
+from src.ops import build
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -30,6 +33,22 @@ def data_dir():
     if not DATA.is_dir():
         pytest.skip("GOLDEN FILES ABSENT: no ../shared/data beside the checkout")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def libraries():
+    """version -> cuda/*.cu, all in one library, compiled by g++ to run on the CPU (see cuda/emulate.h)."""
+    if not shutil.which("g++"):
+        pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
+    command = [shutil.which("g++"), "-x", "c++", "-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC"]
+    sources = sorted(build.CUDA.glob("*.cu"))
+    path = build.build("wkv_emulated", "the CUDA kernels for the CPU", 20, sources, build.headers(), command, ["-fopenmp"], build.cpu_features())
+    library = ctypes.CDLL(str(path))
+    for op in ("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"):
+        for size in ("saved", "scratch"):
+            if (op, size) != ("wkv6", "saved"):
+                getattr(library, f"{op}_{size}").restype = ctypes.c_int64
+    return {6: library, 7: library}
 
 
 def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):

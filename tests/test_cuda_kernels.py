@@ -2,41 +2,23 @@
 
 import ctypes
 import functools
-import shutil
-import subprocess
 
 import pytest
 import torch
 
 from scripts.ptxas_report import ARCHITECTURES, compile_report
+from src.ops import native
 from src.ops.build import BuildError, find_nvcc
 
 from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
-SOURCES = {version: ROOT / f"cuda/wkv{version}.cu" for version in (6, 7)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative L2 error allowed in fp32. The largest seen below: 2.4e-7 for v6; 8.3e-7 for v7, in dk of single tokens, where v . dy cancels; 1.0e-5
 # in dw, which is a difference of sums over all later tokens.
 TOLERANCE = {6: 2e-6, 7: 1e-6}
 TOLERANCE_DW = 5e-5
 GUARD = 64  # floats behind the scratch that must stay as they are
-
-
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
-    """version -> its .cu file, compiled by g++."""
-    if not shutil.which("g++"):
-        pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
-    folder, found = tmp_path_factory.mktemp("cuda"), {}
-    for version, source in SOURCES.items():
-        library = folder / f"wkv{version}.so"
-        flags = "-x c++ -std=c++17 -O2 -march=native -fopenmp -fPIC -shared".split()
-        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
-        found[version] = ctypes.CDLL(str(library))
-        getattr(found[version], f"wkv{version}_scratch").restype = ctypes.c_int64
-    found[7].wkv7_saved.restype = ctypes.c_int64
-    return found
 
 
 def launch(library, version, x, dy, dsT=None, reset=None):
@@ -188,13 +170,29 @@ def test_what_does_not_fit_is_refused(libraries, version):
         assert forward(*pointers, *map(ctypes.c_int64, (B, T, H, N)), dtype, None) == 1
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@both
+def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunked):
+    """rwkv::wkv*, gradients and all, over the emulated library in the place of the GPU's; and that they give it the memory it asks for."""
+    monkeypatch.setattr(native, "library", lambda device: libraries[version])
+    assert native.self_error(version, "cpu", chunked) < native.ALLOWED[chunked]
+    shift = torch.empty(1 + 37 * 64, dtype=torch.bfloat16 if chunked else torch.float32)[1:].view(1, 37, 1, 64).normal_()
+    assert shift.data_ptr() % 16, "a view that begins between two vectors of 16 bytes"
+    inputs = [torch.randn(1, 64) if name == "u" else shift for name in NAMES[version]]
+    assert getattr(torch.ops.rwkv, f"wkv{version}")(*inputs, None, None, chunked)[0].isfinite().any()
+    if version == 7 or chunked:
+        for sizes in ((1, 1, 1, 64), (2, 17, 3, 64), (1, 5000, 2, 64), (8, 4096, 32, 64)):
+            count = getattr(libraries[version], f"wkv{version}{'_chunked' * chunked}_saved")(*map(ctypes.c_int64, sizes))
+            assert native.saved_floats(version, chunked, *sizes) == count
+
+
 @both
 def test_nvcc_spills_no_register(version):
     try:
         find_nvcc()
     except BuildError:
         pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
-    rows = compile_report(SOURCES[version], ARCHITECTURES, quick=True)
+    rows = compile_report(ROOT / f"cuda/wkv{version}.cu", ARCHITECTURES, quick=True)
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
     assert {"forward", "backward_down", "backward_up", "scan_decay"} <= {row["kernel"].partition("<")[0] for row in rows}
     for row in rows:

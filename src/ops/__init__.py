@@ -125,7 +125,7 @@ def _run_native(op: str, kernel: str, inputs: dict[str, Tensor], s0: Tensor | No
     mixed = any(x.dtype != r.dtype for x in activations.values())
     dtype = torch.float32 if mixed or r.dtype == torch.float16 and kernel == "cpu" else r.dtype
     ready = [x.to(torch.float32 if name == "u" else dtype).contiguous() for name, x in inputs.items()]
-    chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0], op)
+    chunked = kernel == "cuda" and native.has_tensor_core_form(ready[0])
     reset = None if reset is None else reset.to(torch.uint8).contiguous()
     y, state, _ = getattr(torch.ops.rwkv, op)(*ready, None if s0 is None else s0.contiguous(), reset, chunked)
     return y.to(r.dtype), state

@@ -24,7 +24,6 @@ from .reference import recurrent6, recurrent7
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 16
-TENSOR_CORES = ("wkv7",)
 # Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
 ALLOWED = {False: 1e-5, True: 2e-2}
 
@@ -90,7 +89,7 @@ def status(device: str) -> Status:
 def self_test(device: str, chunked: bool) -> float:
     """The largest relative error (rms) of outputs and gradients of both versions against the reference in float64: 37 tokens with a
     document that starts among them, two heads of 64, initial state and gradient of the final one."""
-    return max(self_error(version, device, chunked) for version in INPUTS if not chunked or f"wkv{version}" in TENSOR_CORES)
+    return max(self_error(version, device, chunked) for version in INPUTS)
 
 
 def self_error(version: int, device: str, chunked: bool) -> float:
@@ -123,22 +122,26 @@ def self_error(version: int, device: str, chunked: bool) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
 
 
-def has_tensor_core_form(r: Tensor, op: str) -> bool:
+def has_tensor_core_form(r: Tensor) -> bool:
     """Whether the tensor-core form takes these activations; below one chunk the recurrence is faster."""
-    B, T, H, N = r.shape
-    fits = op in TENSOR_CORES and N == 64 and T >= CHUNK and r.dtype != torch.float32
-    return fits and torch.cuda.get_device_capability(r.device) >= (8, 0)
+    _, T, _, N = r.shape
+    return N == 64 and T >= CHUNK and r.dtype != torch.float32 and torch.cuda.get_device_capability(r.device) >= (8, 0)
 
 
 def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
-    """What a forward keeps for its backward: v7 saves sa_t = S_{t-1} a_t; the tensor-core form the state before every chunk."""
-    if chunked:
-        return B * H * -(-T // CHUNK) * N * N
-    return B * T * H * N if version == 7 else 0
+    """What a forward keeps for its backward: nothing for v6, sa_t = S_{t-1} a_t for v7; the tensor-core form (N = 64) keeps the state before
+    every chunk in bf16 and the factors of one segment of chunks, as wkv*_chunked_saved count them."""
+    if not chunked:
+        return B * T * H * N if version == 7 else 0
+    chunks = -(-T // CHUNK)
+    segment = min(chunks, max(16, 1024 // (B * H)))
+    return B * H * (2048 * chunks + (2368 if version == 7 else 1216) * segment)
 
 
 def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     """A function of the C interface on the device of `like`, with the sizes and the dtype of `like`."""
+    # vectors of 16 bytes are loaded; a view may begin between two
+    tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     with torch.cuda.device_of(like):
         return getattr(library(like.device.type), function)(*pointers, *sizes(like), DTYPES[like.dtype], context(like))

@@ -1,0 +1,219 @@
+// What wkv6_chunked.cu and wkv7_chunked.cu share: the walk from chunk to chunk, and how activations, documents and states meet the tiles.
+//
+// Head size 64, chunks of 16 tokens, a block of 4 warps for a chunk, each with 16 of the 64 channels. Each version has three kernels:
+//   prepare    each chunk by itself: Factors, which make a chunk linear in the state M = [key, value] before it and in V (16 x 64):
+//                U = W M + Q V       Y = G M + L V       M <- F M + Be^T U + Ke^T V         (without the delta rule there is no U)
+//   scan       from chunk to chunk, M in fp32 registers, a warp for 16 of the 64 values, which never meet; writes Y, and in bf16 the state
+//              before each chunk. The backward has this form too, in the gradient D of the state after the chunk, dY and dV.
+//   gradients  each chunk by itself: all but dV, out of the inputs, dY, M and D
+// Time goes in segments, so that `scan` and `gradients` find factors and D in L2, and no memory but the states grows with T.
+//
+// Layouts: activations (B, T, H, 64), aligned to 16 bytes. In a 16 x 16 tile, column 8j + 2q + e stands for channel 4q + 2j + e, so that a
+// lane's four channels are neighbours in memory; products do not care. Tokens after the last one are zeros with decay 1.
+#pragma once
+#include "mma.h"
+
+#include <initializer_list>
+#include <type_traits>
+
+namespace {
+
+constexpr int N = 64, CHUNK = 16, WARPS = 4, STAGES = 4;
+// 1024 chunks of one head have 16 MB of factors and D; with fewer than 16 chunks of time, launches would cost more than L2 saves.
+constexpr int64_t SEGMENT_HEADS = 1024, SEGMENT_CHUNKS = 16;
+
+// the state before a chunk, by value tile and key tile
+struct State { uint4 tile[4][4][32]; };
+
+// chunks [begin, begin + count) of sequences of T tokens and H heads
+struct Segment {
+    int64_t T;
+    int H, begin, count;
+};
+
+typedef SharedTile Matrix[4];  // 16 tokens x 64 channels
+
+__device__ __forceinline__ uint4 words(const Tile& t) { return {t.x[0], t.x[1], t.x[2], t.x[3]}; }
+__device__ __forceinline__ Tile tile(const uint4& w) { return {{w.x, w.y, w.z, w.w}}; }
+
+// Element i of a Sum whose rows are tokens belongs to this token of the chunk and to this one of the lane's four channels; if columns are
+// tokens too, to this one.
+__device__ __forceinline__ int token(int i) { return lane_id() / 4 + (i & 2) * 4; }
+__device__ __forceinline__ int channel(int i) { return (i >> 2) * 2 + (i & 1); }
+__device__ __forceinline__ int column(int i) { return (i >> 2) * 8 + lane_id() % 4 * 2 + (i & 1); }
+
+// Where a lane finds its part of a tile of activations.
+struct Place {
+    int64_t offset;  // of its first channel in the chunk's first token
+    int stride;      // from token to token
+    int left;        // tokens to the end of the sequence
+    __device__ Place after(int chunks) const { return {offset + (int64_t)chunks * CHUNK * stride, stride, left - chunks * CHUNK}; }
+};
+__device__ __forceinline__ Place place(const Segment& s, int64_t head, int chunk, int warp) {
+    int64_t t = (int64_t)(s.begin + chunk) * CHUNK, row = (head / s.H * s.T + t) * s.H + head % s.H;
+    return {row * N + warp * 16 + lane_id() % 4 * 4, s.H * N, (int)(s.T - t)};
+}
+
+template <class T> __device__ __forceinline__ Tile load_tile(const T* x, const Place& at, float fill = 0) {
+    Tile tile;
+    for (int h = 0; h < 2; h++) {
+        int t = lane_id() / 4 + 8 * h;
+        uint2 pairs = {pack<T>(fill, fill), pack<T>(fill, fill)};
+        if (t < at.left) pairs = *(const uint2*)(x + at.offset + (int64_t)t * at.stride);
+        tile.x[h] = pairs.x, tile.x[h + 2] = pairs.y;
+    }
+    return tile;
+}
+template <class T> __device__ __forceinline__ void store_tile(T* x, const Place& at, const Tile& tile) {
+    for (int h = 0; h < 2; h++) {
+        int t = lane_id() / 4 + 8 * h;
+        if (t < at.left) *(uint2*)(x + at.offset + (int64_t)t * at.stride) = {tile.x[h], tile.x[h + 2]};
+    }
+}
+template <class T> __device__ __forceinline__ Tile to_bf16(const Tile& t) {
+    return std::is_same<T, __nv_bfloat16>::value ? t : to_tile(to_sum<T>(t));
+}
+
+// Bit t: a document starts at token t of the chunk.
+__device__ __forceinline__ uint32_t find_resets(const uint8_t* reset, const Segment& s, int64_t head, int chunk) {
+    if (!reset) return 0;
+    int64_t t = (int64_t)(s.begin + chunk) * CHUNK + lane_id();
+    uint32_t bits = lane_id() < CHUNK && t < s.T && reset[head / s.H * s.T + t] ? 1u << lane_id() : 0;
+    for (int step = 1; step < 32; step *= 2) bits |= __shfl_xor_sync(~0u, bits, step);
+    return bits;
+}
+// Whether no document starts after token i, up to and including token t. The incoming state is before all tokens.
+constexpr int START = -1, END = CHUNK - 1;
+__device__ __forceinline__ bool linked(uint32_t resets, int i, int t) { return ((resets & ((2u << t) - 1)) >> (i + 1)) == 0; }
+
+// X Y^T of tokens against tokens, lower triangle, within documents.
+template <bool strict> __device__ __forceinline__ Sum score(const Matrix& x, const Matrix& y, uint32_t resets) {
+    Sum s = {};
+    for (int i = 0; i < 4; i++) mma(s, get(x[i]), get(y[i]));
+    for (int i = 0; i < 8; i++)
+        if (column(i) > token(i) || (strict && column(i) == token(i)) || !linked(resets, column(i), token(i))) s.x[i] = 0;
+    return s;
+}
+
+// Rows that the incoming state does not reach.
+__device__ __forceinline__ void cut(Sum& s, uint32_t resets) {
+    for (int i = 0; i < 8; i++)
+        if (!linked(resets, START, token(i))) s.x[i] = 0;
+}
+
+// For each token the sum over it and those before it, or those after it.
+template <bool after> __device__ __forceinline__ Sum running_sum(Sum s) {
+    int l = lane_id();
+    for (int i = 0; i < 8; i++)
+        for (int step = 4; step < 32; step *= 2) {
+            int source = after ? l + step : l - step;
+            float other = __shfl_sync(~0u, s.x[i], source);
+            if (source >= 0 && source < 32) s.x[i] += other;
+        }
+    // the other half's total
+    for (int i = 0; i < 8; i++)
+        if (((i & 2) == 0) == after) s.x[i] += __shfl_sync(~0u, s.x[i ^ 2], after ? l % 4 : 28 + l % 4);
+    return s;
+}
+
+// v and y are dy and dv in the backward, where time runs backwards too.
+template <class T, class Factors, bool backward> __global__ void __launch_bounds__(32 * WARPS)
+scan(const Factors* factors, const T* v, T* y, const float* from, float* to, State* states, int64_t states_stride, Segment segment) {
+    struct Values { uint2 of[CHUNK][4]; };  // 16 tokens x 16 values
+    DYNAMIC_SHARED(unsigned char, shared);
+    auto* ring = (Factors*)shared;
+    auto* values = (Values*)(ring + STAGES);
+    const int l = lane_id(), q = l % 4, warps = blockDim.x / 32, parts = WARPS / warps;
+    const int n = blockIdx.x % parts * warps + threadIdx.x / 32;
+    const int64_t head = blockIdx.x / parts;
+    const Place first = place(segment, head, 0, n);
+    Values* mine = values + threadIdx.x / 32 * STAGES;
+
+    auto chunk = [&](int step) { return backward ? segment.count - 1 - step : step; };
+    auto fetch = [&](int step) {
+        if (step < segment.count) {
+            auto* global = (const uint4*)&factors[head * segment.count + chunk(step)];
+            auto* local = (uint4*)&ring[step % STAGES];
+            for (int i = threadIdx.x; i < (int)(sizeof(Factors) / 16); i += blockDim.x) copy_async(local + i, global + i, true);
+            const Place at = first.after(chunk(step));
+            bool valid = l / 2 < at.left;
+            const T* row = v + at.offset - q * 4 + (valid ? (int64_t)(l / 2) * at.stride : 0);
+            copy_async(&mine[step % STAGES].of[l / 2][l % 2 * 2], row + l % 2 * 8, valid);
+        }
+        copy_commit();  // an empty group at the end keeps the count
+    };
+
+    Sum S[4] = {};
+    // where element e of S[i] is in the interface's layout
+    auto index = [&](int i, int e) {
+        int value = n * 16 + l / 8 * 4 + (e & 2) + l / 4 % 2, key = i * 16 + q * 4 + channel(e);
+        return head * N * N + (Factors::KEY_FIRST ? key * N + value : value * N + key);
+    };
+    if (from)
+        for (int i = 0; i < 4; i++)
+            for (int e = 0; e < 8; e++) S[i].x[e] = from[index(i, e)];
+
+    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+    for (int step = 0; step < segment.count; step++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();  // this step's stage has arrived for all, and all have left the stage of the step before, which is next to fill
+        fetch(step + STAGES - 1);
+        const Factors& f = ring[step % STAGES];
+        Tile V;
+        for (int h = 0; h < 2; h++) {
+            uint2 pairs = mine[step % STAGES].of[l / 4 + 8 * h][q];
+            V.x[h] = pairs.x, V.x[h + 2] = pairs.y;
+        }
+        const Tile Vt = transpose(to_bf16<T>(V));
+
+        // all of this is transposed: 16 values x tokens, 16 values x keys
+        Sum U = {}, Y = {};
+        if constexpr (Factors::DELTA_RULE && !backward) mma(U, Vt, tile(f.Q[l]));
+        mma(Y, Vt, tile(f.L[l]));
+        for (int i = 0; i < 4; i++) {
+            Tile s = to_tile(S[i]);
+            states[head * states_stride + chunk(step)].tile[n][i][l] = words(s);
+            if constexpr (Factors::DELTA_RULE) mma(U, s, tile(f.W[i][l]));
+            mma(Y, s, tile(f.G[i][l]));
+            float4 F = f.F[i * 4 + q];
+            float decay[4] = {F.x, F.y, F.z, F.w};
+            for (int e = 0; e < 8; e++) S[i].x[e] *= decay[channel(e)];
+            mma(S[i], Vt, tile(f.Ket[i][l]));
+        }
+        if constexpr (Factors::DELTA_RULE) {
+            const Tile Ut = to_tile(U);
+            for (int i = 0; i < 4; i++) mma(S[i], Ut, tile(f.Bet[i][l]));
+        }
+
+        store_tile(y, first.after(chunk(step)), transpose(to_tile<T>(Y)));
+    }
+
+    for (int i = 0; i < 4; i++)
+        for (int e = 0; e < 8; e++) to[index(i, e)] = S[i].x[e];
+}
+
+struct Sizes {
+    int64_t T, H, heads, chunks, segment;
+    Sizes(int64_t B, int64_t T, int64_t H)
+        : T(T), H(H), heads(B * H), chunks((T + CHUNK - 1) / CHUNK), segment(std::min(chunks, std::max(SEGMENT_CHUNKS, SEGMENT_HEADS / heads))) {}
+    Segment at(int64_t begin) const { return {T, (int)H, (int)begin, (int)std::min(segment, chunks - begin)}; }
+    int64_t last() const { return (chunks - 1) / segment * segment; }
+};
+
+template <class T, bool backward, class Factors>
+void run_scan(const Sizes& sizes, const Segment& segment, const Factors* factors, const void* v, void* y, const float* from, float* to,
+              State* states, int64_t states_stride, void* stream) {
+    // few heads: a block for each warp, to reach more multiprocessors; many: factors are fetched once for four warps
+    int warps = sizes.heads >= 128 ? 4 : sizes.heads >= 64 ? 2 : 1;
+    auto kernel = scan<T, Factors, backward>;
+    LAUNCH(kernel, sizes.heads * (WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512), stream, factors, (const T*)v, (T*)y,
+           from, to, states, states_stride, segment);
+}
+
+bool valid(int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, std::initializer_list<const void*> pointers) {
+    uintptr_t bits = 0;
+    for (const void* p : pointers) bits |= (uintptr_t)p;
+    return B > 0 && T > 0 && H > 0 && head_size == N && (dtype == kBFloat16 || dtype == kFloat16) && bits % 16 == 0;
+}
+
+}  // namespace
