@@ -14,11 +14,12 @@ import torch
 import rwkv_miss
 from rwkv_miss.checkpoint import Arch
 from src import ops
+from src.device import keep_pages
 from src.loss import loss_sum
 from src.model import RWKV, VERSIONS, parameter_groups
 
 from .common import report
-from .wkv import keep_pages, make, ours
+from .wkv import make, ours
 from .wkv import step as wkv_step
 
 

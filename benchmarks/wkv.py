@@ -15,6 +15,7 @@ import time
 import torch
 
 from src import ops
+from src.device import keep_pages
 from src.ops import build
 
 from .common import report
@@ -54,14 +55,6 @@ def peers() -> dict[int, dict]:
         6: {"fla": lambda r, k, v, w, u: chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0)[0]},
         7: {"fla": lambda r, w, k, v, a, b: chunk_rwkv7(r, log_decay7(w.float()), k, v, a, b, scale=1.0)[0]},
     }
-
-
-def keep_pages() -> bool:
-    """Have glibc keep freed memory. Left alone it returns large blocks to the system, and getting their pages again takes up to
-    40 % of the time of a kernel, more or less of it as other allocations in the process happen to be."""
-    mmap_threshold, trim_threshold = -3, -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)
-    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def milliseconds(run, inputs, dy) -> float:

@@ -13,7 +13,7 @@ mkdir -p "$proj_dir"
 
 set -x
 python train.py --peft none --version x070 --n_layer 3 --n_embd 96 --head_size 32 --tokenizer bytes \
-    --data_file "$data_file" --proj_dir "$proj_dir" --micro_bsz 64 --ctx_len 128 --epoch_steps 1500 --save_steps 500 \
+    --data_file "$data_file" --proj_dir "$proj_dir" --packing 0 --micro_bsz 64 --ctx_len 128 --epoch_steps 1500 --save_steps 500 \
     --lr_init 2e-3 --warmup_steps 100 --weight_decay 0.01 --resume auto
 python -m scripts.evaluate --model "$proj_dir/model.pth" --questions "$heldout_file"
 echo "to ship it: cp $proj_dir/model.pth demo/rwkv7-reverse.pth"

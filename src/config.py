@@ -55,6 +55,7 @@ class Config:
     head_size: int = opt(0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",))
 
     ctx_len: int = opt(1024, "longest row in tokens; longer rows are cut, and the plan says how many")
+    packing: bool = opt(True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document")
     micro_bsz: int = opt(8, "rows in one forward pass of one device")
     accumulate_grad_batches: int = opt(1, "forward passes in one optimizer step")
     global_bsz: int = opt(0, "rows in one optimizer step over all devices; sets accumulate_grad_batches (0: not used)")
@@ -108,7 +109,7 @@ RETIRED = {
     "load_partial": "every tensor of a checkpoint must be there",
     "fused_kernel": "the best kernel at hand is chosen, see --wkv",
     "fla": "the best kernel at hand is chosen, see --wkv",
-    "dataload": "rows are padded to the longest of their micro-batch only",
+    "dataload": "documents share rows unless --packing 0 is set",
     "data_shuffle": "every pass over the data is a new permutation",
 }
 

@@ -1,4 +1,4 @@
-"""JSONL -> documents (tokens and loss mask) -> a schedule of optimizer steps -> padded batches.
+"""JSONL -> documents (tokens and loss mask) -> rows of one or more documents -> a schedule of optimizer steps -> batches.
 
 The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a resume needs only the
 step number, and the trained tokens of a whole optimizer step are known before its first micro-batch.
@@ -6,6 +6,7 @@ step number, and the trained tokens of a whole optimizer step are known before i
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
@@ -125,6 +126,35 @@ def load_documents(path, tokenizer, ctx_len: int) -> Documents:
     return documents
 
 
+def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
+    """Documents into rows of at most `capacity` tokens, best fit, longest first: each into the fullest row that has room.
+
+    Which of two documents of one length comes first is random, so that neighbours in the file do not share rows.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
+    rows: list[list[int]] = []
+    room: list[int] = []  # the distinct amounts of room in rows, ascending
+    rows_with: dict[int, list[int]] = {}
+    for document in order.tolist():
+        place = bisect.bisect_left(room, lengths[document])
+        if place == len(room):
+            row, left = len(rows), capacity
+            rows.append([])
+        else:
+            left = room[place]
+            row = rows_with[left].pop()
+            if not rows_with[left]:
+                del rows_with[left], room[place]
+        rows[row].append(document)
+        left -= lengths[document]
+        if left not in rows_with:
+            bisect.insort(room, left)
+            rows_with[left] = []
+        rows_with[left].append(row)
+    return rows
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
     """The order of the rows in pass `turn` over the data."""
@@ -133,10 +163,11 @@ def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new permutation."""
+    """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new permutation of the rows."""
 
-    lengths: tuple[int, ...]  # inputs of each row
-    targets: tuple[int, ...]  # trained tokens of each row
+    rows: list[list[int]]  # the documents of each row
+    lengths: list[int]  # inputs of each row
+    targets: list[int]  # trained tokens of each row
     micro_bsz: int
     accumulate: int
     world: int
@@ -177,20 +208,24 @@ class Schedule:
         return rows[group * size : (group + 1) * size]
 
 
-def collate(rows: list[Document], step_targets: int) -> dict:
-    """Rows padded on the right to the longest: ids, targets (B, T) int64, mask (B, T) bool, and the step's trained tokens.
+def collate(rows: list[list[Document]], step_targets: int) -> dict:
+    """Rows padded on the right to the longest: ids, targets (B, T) int64, mask (B, T) bool, and the step's trained tokens; reset (B, T)
+    bool, set where a document starts inside a row, or None.
 
     No rows at all (a short step) gives one fully masked row, so that every rank runs the same operations.
     """
-    width = max([len(row.ids) - 1 for row in rows] + [1])
+    width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = torch.zeros(max(len(rows), 1), width, dtype=torch.int64)
-    targets, mask = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
+    targets, mask, reset = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(ids.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
-        n = len(row.ids) - 1
-        ids[i, :n] = torch.from_numpy(row.ids[:-1])
-        targets[i, :n] = torch.from_numpy(row.ids[1:])
-        mask[i, :n] = torch.from_numpy(row.trained[1:])
-    return {"ids": ids, "targets": targets, "mask": mask, "step_targets": step_targets}
+        start = 0
+        for document in row:
+            part = slice(start, start := start + len(document.ids) - 1)
+            ids[i, part] = torch.from_numpy(document.ids[:-1])
+            targets[i, part] = torch.from_numpy(document.ids[1:])
+            mask[i, part] = torch.from_numpy(document.trained[1:])
+            reset[i, part][:1] = part.start > 0
+    return {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None, "step_targets": step_targets}
 
 
 class Batches:
@@ -206,9 +241,9 @@ class Batches:
     def __iter__(self):
         while self.done < len(self):
             step, micro = divmod(self.done, self.schedule.accumulate)
-            rows = [self.documents.rows[row] for row in self.schedule.micro_rows(step, micro, self.rank)]
+            rows = self.schedule.micro_rows(step, micro, self.rank)
             self.done += 1
-            yield collate(rows, self.schedule.step_targets(step))
+            yield collate([[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows], self.schedule.step_targets(step))
 
     def state_dict(self) -> dict:
         return {"done": self.done}

@@ -18,7 +18,7 @@ from rwkv_miss.errors import UserError
 from . import config as configuration
 from . import ops
 from .config import Config
-from .data import Document, Documents, load_documents
+from .data import Document, Documents, Schedule, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
 from .files import is_first_process, write_text
 from .model import RWKV, VERSIONS, read_model_file
@@ -54,7 +54,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     plan = [
         f"base       {config.load_model or 'new model'}: {arch.describe()}",
         f"adapter    {describe_training(config, model)}",
-        *describe_data(config, documents),
+        *describe_data(config, documents, schedule),
         f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
         f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
         f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}",
@@ -210,10 +210,13 @@ def describe_training(config: Config, model: RWKV) -> str:
     return f"{config.peft} {model.injection.options}: {model.injection.line()}"
 
 
-def describe_data(config: Config, documents: Documents) -> list[str]:
+def describe_data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
     rows = documents.rows
     lines = [f"data       {len(rows):,} documents, {documents.tokens:,} tokens, loss on {documents.targets:,}"]
+    if config.packing:
+        full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
+        lines.append(f"packing    {len(schedule.rows):,} rows of {config.ctx_len} tokens, {full:.1%} full; documents in a row do not see each other")
     if documents.cut:
         lines.append(f"warning    {documents.cut:,} of {len(rows):,} rows are longer than --ctx_len {config.ctx_len} and are cut; "
                      f"{documents.cut_tokens:,} tokens are lost")

@@ -19,7 +19,7 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 
 from .config import Config, accumulation
-from .data import Batches, Documents, Schedule
+from .data import Batches, Documents, Schedule, pack
 from .loss import loss_sum
 from .model import RWKV, parameter_groups
 
@@ -82,7 +82,7 @@ class FineTuning(pl.LightningModule):
     def training_step(self, batch: dict, index: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            x, _ = self.model.features(batch["ids"])
+            x, _ = self.model.features(batch["ids"], reset=batch["reset"])
             # the head runs on the rows that carry loss, and on nothing else
             loss = loss_sum(self.model.head(x[batch["mask"]]), batch["targets"][batch["mask"]])
         self.step_loss += loss.detach() / max(batch["step_targets"], 1)
@@ -113,8 +113,10 @@ class FineTuning(pl.LightningModule):
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
+    lengths = [len(document.ids) - 1 for document in documents.rows]
+    rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else [[i] for i in range(len(lengths))]
     return Schedule(
-        tuple(len(row.ids) - 1 for row in documents.rows), tuple(row.targets for row in documents.rows),
+        rows, [sum(lengths[i] for i in row) for row in rows], [sum(documents.rows[i].targets for i in row) for row in rows],
         config.micro_bsz, accumulation(config), world, config.random_seed,
     )
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.data import Batches, Document, Documents, Schedule, collate, encode, load_documents
+from src.data import Batches, Document, Documents, Schedule, collate, encode, load_documents, pack
 from src.model import RWKV
 from src.run import describe_data, show_sample
 from src.template import Segment, prompt, render
@@ -126,11 +126,17 @@ def test_rows_are_cut_at_ctx_len_targets(load):
     assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "User: ab\n", "<1$>"]
     assert (documents.cut, documents.cut_tokens) == (2, 1 + 14)
     assert [row.targets for row in documents.rows] == [8, 8, 0, 1] and documents.targets == 17 and documents.tokens == 29
-    lines = describe_data(Config(ctx_len=8), documents)
+    from src.trainer import make_schedule
+
+    config = Config(ctx_len=8)
+    lines = describe_data(config, documents, make_schedule(documents, config, 1))
     assert lines[0] == "data       4 documents, 29 tokens, loss on 17"
-    assert lines[1] == "warning    2 of 4 rows are longer than --ctx_len 8 and are cut; 15 tokens are lost"
-    assert lines[2] == "warning    1 of 4 rows have no trained token left and teach nothing" and len(lines) == 3
-    assert len(describe_data(Config(), load(rows))) == 1
+    assert lines[1] == "packing    4 rows of 8 tokens, 78.1% full; documents in a row do not see each other"
+    assert lines[2] == "warning    2 of 4 rows are longer than --ctx_len 8 and are cut; 15 tokens are lost"
+    assert lines[3] == "warning    1 of 4 rows have no trained token left and teach nothing" and len(lines) == 4
+    config = Config(packing=False)
+    documents = load(rows)
+    assert len(describe_data(config, documents, make_schedule(documents, config, 1))) == 1
 
 
 # broken rows
@@ -177,7 +183,7 @@ SIZES = [*itertools.product([1, 2, 7, 24, 25], [1, 3, 8], [1, 2, 5], [1, 2, 3])]
 def make_schedule(rows, micro_bsz, accumulate, world, seed=1):
     rng = random.Random(rows)
     lengths = tuple(rng.randint(1, 9) for _ in range(rows))
-    return Schedule(lengths, tuple(rng.randint(0, n) for n in lengths), micro_bsz, accumulate, world, seed)
+    return Schedule([[i] for i in range(len(lengths))], lengths, tuple(rng.randint(0, n) for n in lengths), micro_bsz, accumulate, world, seed)
 
 
 def micro_batches(schedule, step):
@@ -226,7 +232,7 @@ def make_document(rng, length, trained):
 def test_collate_pads_on_the_right_and_never_trains_the_padding():
     long = Document(np.array([5, 6, 7, 8], np.int32), np.array([1, 0, 1, 1], bool))
     short = Document(np.array([3, 4], np.int32), np.array([1, 1], bool))
-    batch = collate([long, short], 9)
+    batch = collate([[long], [short]], 9)
     assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [[6, 7, 8], [4, 0, 0]]
     assert batch["mask"].tolist() == [[False, True, True], [True, False, False]]
     assert batch["step_targets"] == 9 and batch["ids"].dtype == batch["targets"].dtype == torch.int64
@@ -234,7 +240,7 @@ def test_collate_pads_on_the_right_and_never_trains_the_padding():
 
 def test_no_rows_are_one_masked_row():
     end_only = Document(np.array([0], np.int32), np.array([True]))
-    for rows in ([], [end_only]):
+    for rows in ([], [[end_only]]):
         batch = collate(rows, 3)
         assert batch["ids"].shape == batch["targets"].shape == (1, 1) and not batch["mask"].any()
 
@@ -242,7 +248,7 @@ def test_no_rows_are_one_masked_row():
 def test_batches_go_on_from_their_state():
     rng = random.Random(0)
     documents = Documents([make_document(rng, n, lambda n: [True] * n) for n in (2, 3, 4, 5, 6, 7, 8)])
-    schedule = Schedule(tuple(len(row.ids) - 1 for row in documents.rows), tuple(row.targets for row in documents.rows), 1, 2, 2, 3)
+    schedule = Schedule([[i] for i in range(7)], [len(row.ids) - 1 for row in documents.rows], [row.targets for row in documents.rows], 1, 2, 2, 3)
 
     def run(done, stop=99):
         batches = Batches(documents, schedule, 5, rank=1)
@@ -287,11 +293,13 @@ def documents():
     return Documents([make_document(rng, n, kinds[n % 4]) for n in (1, 2, 3, 5, 8, 9, 12, 13, 16, 17, 20, 30, 32)])
 
 
-def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, step=0):
-    """(loss, gradients) of one optimizer step as the trainer makes it: the mean over ranks and micro-batches of training_step."""
+def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, step=0, packed=0):
+    """(loss, gradients) of one optimizer step as the trainer makes it: the mean over ranks and micro-batches of training_step.
+
+    packed: the length of rows that documents share; 0: a row for each."""
     from src.trainer import FineTuning, make_schedule
 
-    config = Config(micro_bsz=micro_bsz, accumulate_grad_batches=accumulate, random_seed=0)
+    config = Config(micro_bsz=micro_bsz, accumulate_grad_batches=accumulate, random_seed=0, packing=packed > 0, ctx_len=packed or 1024)
     module = FineTuning(model, config, 1e-3, documents, 4, None)
     module._trainer = types.SimpleNamespace(world_size=world)
     module.setup("fit")
@@ -305,6 +313,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
             batch["ids"] = torch.cat([batch["ids"], noise], 1)
             batch["targets"] = torch.cat([batch["targets"], noise], 1)
             batch["mask"] = F.pad(batch["mask"], (0, padding))
+            assert batch["reset"] is None or batch["ids"].shape[1] <= packed
             (module.training_step(batch, 0) / (accumulate * world)).backward()
     return module.step_loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -324,6 +333,44 @@ def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
         assert cut.keys() == gradients.keys()
         for name, gradient in gradients.items():
             close(f"{name} of {sizes}", cut[name], gradient, 1e-10)
+
+
+@pytest.mark.parametrize("ctx_len", [32, 57, 400])
+def test_documents_that_share_rows_make_the_same_step(model, documents, ctx_len):
+    """The sum over documents of losses and gradients, each document as if alone; under 400 all 13 are one row."""
+    whole, gradients = step_gradients(model, documents, 13, 1, 1)
+    for sizes in ((8, 1, 1), (2, 2, 2)):
+        loss, packed = step_gradients(model, documents, *sizes, packed=ctx_len)
+        close("loss", loss, whole, 1e-12)
+        assert packed.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            close(name, packed[name], gradient, 1e-10)
+
+
+def test_pack():
+    rng = random.Random(4)
+    for count, capacity in ((1, 5), (40, 16), (300, 100), (2000, 512)):
+        lengths = [rng.randint(0, capacity) if rng.random() < 0.3 else rng.randint(1, max(capacity // 8, 1)) for _ in range(count)]
+        rows = pack(lengths, capacity, 1)
+        assert sorted(i for row in rows for i in row) == list(range(count)), "every document once"
+        assert max(sum(lengths[i] for i in row) for row in rows) <= capacity
+        if count >= 300:
+            assert sum(lengths) / (len(rows) * capacity) > 0.97
+        assert pack(lengths, capacity, 1) == rows and (count < 300 or pack(lengths, capacity, 2) != rows)
+    # best fit: 3 goes to the row with room for exactly 3, and not to the first with room
+    assert sorted(map(sorted, pack([6, 7, 3, 4], 10, 0))) == [[0, 3], [1, 2]]
+
+
+def test_a_row_of_several_documents():
+    """Targets stay inside a document, resets stand where one starts inside a row, and a document without inputs takes no room."""
+    a = Document(np.array([5, 6, 7], np.int32), np.array([0, 1, 0], bool))
+    b = Document(np.array([8, 9], np.int32), np.array([1, 1], bool))
+    end_only = Document(np.array([0], np.int32), np.array([True]))
+    batch = collate([[a, end_only, b, end_only], [b]], 3)
+    assert batch["ids"].tolist() == [[5, 6, 8], [8, 0, 0]] and batch["targets"].tolist() == [[6, 7, 9], [9, 0, 0]]
+    assert batch["mask"].tolist() == [[True, False, True], [True, False, False]]
+    assert batch["reset"].tolist() == [[False, False, True], [False, False, False]]
+    assert collate([[a], [b]], 3)["reset"] is None and collate([[end_only, a]], 3)["reset"] is None
 
 
 def test_a_step_without_targets_is_zero_and_not_nan(model):

@@ -12,7 +12,7 @@ from src import ops
 from src.model import RWKV
 
 from .conftest import ROOT, close
-from .test_wkv import DW_TOLERANCE, OPS, TOLERANCE, both, documents, make, results
+from .test_wkv import DW_TOLERANCE, TOLERANCE, both, documents, make, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: nothing here was run")]
 

@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 def command(files, proj_dir, *flags, version=7):
     base = ["--load_model", str(files / f"v{version}.pth"), "--peft_config", "r=7"] if "none" not in flags else []
     return [sys.executable, "train.py", *base, "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-            "--lr_init", "1e-2", "--micro_bsz", "8", "--accelerator", "cpu", *flags]
+            "--lr_init", "1e-2", "--micro_bsz", "8", "--packing", "0", "--accelerator", "cpu", *flags]
 
 
 def train(*args, **kwargs):
@@ -82,6 +82,19 @@ def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strat
     ours, theirs = (torch.load(p / "adapter.pth", weights_only=True) for p in (plain[0], proj_dir))
     for name, tensor in ours.items():
         close(name, theirs[name], tensor, 1e-3)
+
+
+def test_documents_in_shared_rows_train_the_same(files, tmp_path):
+    """All 21 documents in every step, in rows of their own and in shared ones, in one process and in two: the same losses."""
+    train(files, tmp_path / "own", "--epoch_count", "4", "--micro_bsz", "21")
+    packed = ["--epoch_count", "4", "--packing", "1", "--ctx_len", "150"]
+    output = train(files, tmp_path / "shared", *packed)
+    two = ["--strategy", "deepspeed_stage_2", "--devices", "2", "--micro_bsz", "1", "--accumulate_grad_batches", "4"]
+    train(files, tmp_path / "both", *packed, *two)
+    assert "of 150 tokens" in output and "documents in a row do not see each other" in output
+    curve = losses(tmp_path / "own")
+    assert len(curve) == 4
+    assert losses(tmp_path / "shared") == pytest.approx(curve, rel=1e-5) == losses(tmp_path / "both")
 
 
 def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):

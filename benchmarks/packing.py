@@ -1,0 +1,101 @@
+"""Packed rows against padded ones on question-answer data: how full rows are, and trained tokens a second, in one run.
+
+    python -m benchmarks.packing DATA.jsonl [--ctx_len 512] [--micro_bsz 4] [--steps 6] [--n_layer 4] [--n_embd 256]
+
+Rows are {"question": ..., "answer": ...} or what train.py takes. A random RWKV-7 with MiSS takes steps on both kinds of row by turns; the
+rate is trained tokens over wall time, all steps together. "Padded" is both: every row to ctx_len, as most trainers have it, and to the
+longest of its micro-batch. The last line is JSON.
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+import time
+
+import torch
+
+from src.config import Config
+from src.data import Batches, load_documents
+from src.device import keep_pages
+from src.loss import loss_sum
+from src.model import parameter_groups
+from src.tokenizer import load_tokenizer
+from src.trainer import make_schedule
+
+from .common import report
+from .step import random_model
+
+
+def as_messages(path: str, folder: str) -> str:
+    """A file that train.py reads: questions and answers become conversations."""
+    out = pathlib.Path(folder, "data.jsonl")
+    with open(path, encoding="utf-8") as rows, open(out, "w", encoding="utf-8") as file:
+        for row in map(json.loads, rows):
+            if "question" in row:
+                row = {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
+            file.write(json.dumps(row) + "\n")
+    return str(out)
+
+
+def to_ctx_len(batch: dict, ctx_len: int) -> dict:
+    """The batch with its rows padded to ctx_len."""
+    missing = ctx_len - batch["ids"].shape[1]
+    return batch | {name: torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "targets", "mask")}
+
+
+def train_step(model, optimizer, batch) -> tuple[int, float]:
+    """(trained tokens, seconds) of one step."""
+    start = time.perf_counter()
+    x, _ = model.features(batch["ids"], reset=batch["reset"])
+    loss = loss_sum(model.head(x[batch["mask"]]), batch["targets"][batch["mask"]]) / max(batch["step_targets"], 1)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return batch["step_targets"], time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("data")
+    for name, default in (("ctx_len", 512), ("micro_bsz", 4), ("steps", 6), ("n_layer", 4), ("n_embd", 256)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    keep_pages()
+    model = random_model(7, args.n_layer, args.n_embd, 65536, 64)
+    for block in model.blocks:
+        block.att.kernel = "cpu"
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        documents = load_documents(as_messages(args.data, folder), load_tokenizer("world", 65536, ""), args.ctx_len)
+        tokenise_seconds = time.perf_counter() - start
+    batches, fill = {}, {}
+    for title, packing in (("packed", True), ("padded to the longest", False), ("padded to ctx_len", False)):
+        schedule = make_schedule(documents, Config(packing=packing, ctx_len=args.ctx_len, micro_bsz=args.micro_bsz), 1)
+        batches[title] = iter(Batches(documents, schedule, args.steps + 1, 0))
+        steps = range(schedule.steps_per_pass)
+        widths = {step: max(schedule.lengths[row] for row in schedule.step_rows(step)) for step in steps} if "longest" in title else {}
+        room = sum(len(schedule.step_rows(step)) * widths.get(step, args.ctx_len) for step in steps)
+        fill[title] = sum(schedule.lengths) / room
+
+    tokens, seconds = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0.0)
+    for step in range(args.steps + 1):
+        for title, source in batches.items():
+            batch = next(source)
+            trained, spent = train_step(model, optimizer, to_ctx_len(batch, args.ctx_len) if "ctx_len" in title else batch)
+            if step:  # the first is the warm-up
+                tokens[title] += trained
+                seconds[title] += spent
+    rate = {title: tokens[title] / seconds[title] for title in batches}
+    for title in batches:
+        times = rate["packed"] / rate[title]
+        print(f"{title:<22} {fill[title]:6.1%} full   {rate[title]:8.1f} trained tokens/s   packed is {times:.2f} times as fast")
+    report("packing", fill={k: round(v, 4) for k, v in fill.items()}, trained_tokens_per_s={k: round(v, 1) for k, v in rate.items()},
+           tokenise_seconds=round(tokenise_seconds, 2), documents=len(documents.rows), **{k: v for k, v in vars(args).items() if k != "data"})
+
+
+if __name__ == "__main__":
+    main()
