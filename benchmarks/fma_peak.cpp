@@ -11,7 +11,9 @@
 template <int CHAINS> float run(long repeats) {
     Vec<WIDTH> chains[CHAINS], factor = fill<WIDTH>(0.999999f), term = fill<WIDTH>(1e-6f);
     for (int i = 0; i < CHAINS; i++) chains[i] = fill<WIDTH>(i);
+#pragma GCC unroll 8
     for (long n = 0; n < repeats; n++)
+#pragma GCC unroll 32
         for (int i = 0; i < CHAINS; i++) {
             chains[i] = chains[i] * factor + term;
             asm volatile("" : "+" VECTOR_REGISTER(chains[i]));  // keeps the chain as it is
@@ -21,14 +23,13 @@ template <int CHAINS> float run(long repeats) {
     return sum;
 }
 
-// `repeats` multiply-adds of WIDTH lanes in 4, 6, 8, 10 or 12 chains
+// `repeats` multiply-adds of WIDTH lanes in 8, 12, 16 or 20 chains
 extern "C" float fma_run(int64_t repeats, int chains) {
     switch (chains) {
-        case 4: return run<4>(repeats / 4);
-        case 6: return run<6>(repeats / 6);
         case 8: return run<8>(repeats / 8);
-        case 10: return run<10>(repeats / 10);
-        default: return run<12>(repeats / 12);
+        case 12: return run<12>(repeats / 12);
+        case 16: return run<16>(repeats / 16);
+        default: return run<20>(repeats / 20);
     }
 }
 extern "C" int fma_width() { return WIDTH; }

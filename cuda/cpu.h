@@ -149,6 +149,14 @@ struct Rows {
     float* operator[](long t) const { return data + t * stride; }
 };
 
+// Asks the memory for token t of some vectors, two tokens before their use: a head's rows lie H * N numbers apart, which no hardware
+// prefetcher follows, and the work on a token is longer than what a core looks ahead.
+constexpr int AHEAD = 2;
+template <class... Vectors> inline void prefetch(long t, long T, long N, const Vectors&... vectors) {
+    if (t < 0 || t >= T) return;
+    for (long n = 0; n < N; n += 16) (__builtin_prefetch(vectors[t] + n, 1), ...);
+}
+
 // Memory on a boundary of cache lines, not initialised.
 struct Buffer {
     explicit Buffer(long floats) : data(static_cast<float*>(operator new(sizeof(float) * floats, std::align_val_t(64)))) {}
@@ -206,13 +214,16 @@ struct Call {
     Rows output(void* tensor, long head, float* buffer) const {
         return dtype == kFloat32 ? Rows{static_cast<float*>(tensor) + offset(head), stride()} : Rows{buffer, N};
     }
-    // columns [first, last) of token t, rounded to the dtype
-    template <int W> void store(void* tensor, long head, long t, const float* row, long first, long last) const {
-        const long to = offset(head) + t * stride();
-        for (long n = first; n < last; n += W) {
-            if (dtype == kFloat32) ::store<W>(static_cast<float*>(tensor) + to + n, load<W>(row + n));
-            else narrow<W>(static_cast<uint16_t*>(tensor) + to + n, load<W>(row + n));
-        }
+    // W numbers of token t, from n on, rounded to the dtype
+    template <int W> void store(void* tensor, long head, long t, long n, Vec<W> x) const {
+        const long to = offset(head) + t * stride() + n;
+        if (dtype == kFloat32) ::store<W>(static_cast<float*>(tensor) + to, x);
+        else narrow<W>(static_cast<uint16_t*>(tensor) + to, x);
+    }
+    // columns [first, last) of a buffer, where there is one, to the tensor that it stands for
+    template <int W> void flush(void* tensor, long head, Rows buffer, long first, long last) const {
+        for (long t = 0; dtype != kFloat32 && t < T; t++)
+            for (long n = first; n < last; n += W) store<W>(tensor, head, t, n, load<W>(buffer[t] + n));
     }
 };
 
@@ -230,6 +241,13 @@ template <class Head, class Work, class Finish> inline void in_parts(const Call&
     });
 }
 
+// the sum over the parts of a head of one of its vectors, W numbers from n on
+template <int W, class Head> inline Vec<W> total(const std::vector<Head>& parts, Rows Head::*vector, long t, long n) {
+    Vec<W> sum = load<W>((parts[0].*vector)[t] + n);
+    for (size_t p = 1; p < parts.size(); p++) sum += load<W>((parts[p].*vector)[t] + n);
+    return sum;
+}
+
 // step(C, n) for n from 0 to N, in steps of C = 4, 2 or 1 vectors: the widest that fit into the registers and into what is left
 template <int W, class Step> inline void in_vectors(long N, Step step) {
     for (long n = 0; n < N;) {
@@ -239,12 +257,24 @@ template <int W, class Step> inline void in_vectors(long N, Step step) {
     }
 }
 
-// NaN if a number of x is not finite
-template <int W> inline float poison(Vec<W> x) {
-    float sum = 0;
-    for (int l = 0; l < W; l++) sum += x[l] * 0.f;
-    return sum;
+template <int W> inline float sum(Vec<W> x) {
+    float total = 0;
+    for (int l = 0; l < W; l++) total += x[l];
+    return total;
 }
+// NaN if a number of x is not finite
+template <int W> inline float poison(Vec<W> x) { return sum<W>(x * 0.f); }
+
+// A sum over many tokens that is as good as one in double: the second word holds what rounding took from the first.
+template <int W> struct LongSum {
+    Vec<W> high = {}, low = {};
+    void add(Vec<W> x) {
+        const Vec<W> sum = high + x, added = sum - high;
+        low += (high - (sum - added)) + (x - added);
+        high = sum;
+    }
+    Vec<W> value() const { return high + low; }
+};
 
 template <int W> inline void add_or_store(float* p, Vec<W> x, bool add) { store<W>(p, add ? load<W>(p) + x : x); }
 

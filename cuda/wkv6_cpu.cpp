@@ -9,7 +9,7 @@
 //   2. from the first to the last, S again:  dr'_t = S_{t-1} dy_t                                                                      3
 //   3. d(log d): multiplying row i of S_t by a number and dividing by it what reads S_t leaves every y as it is. Hence
 //      dlog_t = dlog_{t+1} + r_{t+1} dr'_{t+1} - k_t dk'_t, from dlog_{T+1} = sum_j S_T dS_T. Nothing is divided and no state is kept. The
-//      sum runs in double, and starts again from 0 where d_t is as good as 0: there dlog_t is 0, and dw = -exp(w) dlog would blow up
+//      sum is a long one, and starts again from 0 where d_t is as good as 0: there dlog_t is 0, and dw = -exp(w) dlog would blow up
 //      what rounding left of it.
 //   The bonus u adds  g u k to dr,  g u r to dk,  (r . (u * k)) dy to dv,  g r k to du,  with g = v . dy.
 // A reset before token t is S_{t-1} = 0.
@@ -33,19 +33,21 @@ struct Outputs {
 
 // d_t, and where wanted log d_t, which is also d(log d)/dw
 template <int W> void decays(const Inputs& in, Rows w, float* decay, float* slope) {
-    for (long t = 0; t < in.T; t++)
+    for (long t = 0; t < in.T; t++) {
+        prefetch(t + 4 * AHEAD, in.T, in.N, w);
         for (long n = 0; n < in.N; n += W) {
             auto log = -exponential<W>(load<W>(w[t] + n));
             store<W>(decay + t * in.N + n, exponential<W>(log));
             if (slope) store<W>(slope + t * in.N + n, log);
         }
+    }
 }
 
 // r . (u * k)
-inline float bonus(const float* r, const float* u, const float* k, long N) {
-    float sum = 0;
-    for (long n = 0; n < N; n++) sum += r[n] * u[n] * k[n];
-    return sum;
+template <int W> float bonus(const float* r, const float* u, const float* k, long N) {
+    Vec<W> total = {};
+    for (long n = 0; n < N; n += W) total += load<W>(r + n) * load<W>(u + n) * load<W>(k + n);
+    return sum<W>(total);
 }
 
 // R vectors of value columns through all tokens; S is [key][R * W]. Returns NaN if some y is not finite.
@@ -53,21 +55,25 @@ template <int W, int R> float forward_columns(const Inputs& in, long head, Rows 
     typedef Vec<W> V;
     V bad = {};
     for (long t = 0; t < in.T; t++) {
+        prefetch(t + AHEAD, in.T, in.N, r, k);
+        prefetch(t + AHEAD, in.T, R * W, v, y);
         const bool cut = in.starts(head, t + 1);
         const float *rt = r[t], *dt = cut ? ZEROS : d[t], *kt = cut ? ZEROS : k[t];
-        const float own = bonus(rt, u, k[t], in.N);
+        const float own = bonus<W>(rt, u, k[t], in.N);
         V vt[R], yt[R];
         for (int l = 0; l < R; l++) {
             vt[l] = load<W>(v[t] + l * W);
             yt[l] = vt[l] * own;
         }
-        for (long i = 0; i < in.N; i++)
+        for (long i = 0; i < in.N; i++) {
+            const V ri = fill<W>(rt[i]), di = fill<W>(dt[i]), ki = fill<W>(kt[i]);
             for (int l = 0; l < R; l++) {
                 float* p = S + (i * R + l) * W;
                 V s = load<W>(p);
-                yt[l] += s * rt[i];
-                store<W>(p, s * dt[i] + vt[l] * kt[i]);
+                yt[l] += s * ri;
+                store<W>(p, s * di + vt[l] * ki);
             }
+        }
         for (int l = 0; l < R; l++) {
             store<W>(y[t] + l * W, yt[l]);
             bad += yt[l] * 0.f;
@@ -95,8 +101,7 @@ template <int W> float forward_part(const Inputs& in, long head, long first, lon
         bad += forward_columns<W, R()>(in, head, r, d, k, at(v), in.u + head % in.H * N, S, at(out));
         for (long i = 0; i < N; i++) memcpy(sT + state + i * N, S + i * R * W, bytes);
     });
-    if (in.dtype != kFloat32)
-        for (long t = 0; t < T; t++) in.store<W>(y, head, t, out[t], first, last);
+    in.flush<W>(y, head, out, first, last);
     return bad;
 }
 
@@ -119,16 +124,18 @@ void reverse_token(const Head& g, long t, long first, long last, long key, long 
         kc[l] = load<W>(g.k[t] + key + l * W);
     }
     const float* v = g.v[t];
+    float* S = g.S;
     for (long group = first; group < last; group += W) {
         V sums[W];
         for (int n = 0; n < W; n++) {
             const long j = group + n;
-            float* row = g.S + (j - first) * N + key;
+            const V dyj = fill<W>(dy[j]), vj = fill<W>(v[j]);
+            float* row = S + (j - first) * N + key;
             V sum = {};
             for (int l = 0; l < C; l++) {
-                V s = load<W>(row + l * W) * dc[l] + rc[l] * dy[j];
+                V s = load<W>(row + l * W) * dc[l] + rc[l] * dyj;
                 store<W>(row + l * W, s);
-                dk[l] += s * v[j];
+                dk[l] += s * vj;
                 sum += s * kc[l];
             }
             sums[n] = sum;
@@ -148,12 +155,14 @@ void forward_token(const Head& g, long t, long first, long last, long key, long 
         kc[l] = load<W>(k + key + l * W);
     }
     const float *dy = g.dy[t], *v = g.v[t];
+    float* S = g.S;
     for (long j = first; j < last; j++) {
-        float* row = g.S + (j - first) * N + key;
+        const V dyj = fill<W>(dy[j]), vj = fill<W>(v[j]);
+        float* row = S + (j - first) * N + key;
         for (int l = 0; l < C; l++) {
             V s = load<W>(row + l * W);
-            dr[l] += s * dy[j];
-            store<W>(row + l * W, s * dc[l] + kc[l] * v[j]);
+            dr[l] += s * dyj;
+            store<W>(row + l * W, s * dc[l] + kc[l] * vj);
         }
     }
     for (int l = 0; l < C; l++) add_or_store<W>(g.dr[t] + key + l * W, dr[l], add);
@@ -171,10 +180,11 @@ template <int W> void backward_columns(const Inputs& in, const Head& g, long hea
 
     start_from(dsT);
     for (long t = T - 1; t >= 0; t--) {
+        prefetch(t - AHEAD, T, N, g.r, g.k, g.v, g.dy, g.dv, g.dk);
         const bool end = t + 1 == T, cut = in.starts(head, t + 1);
         const float *decay = end ? ones : cut ? ZEROS : g.d[t + 1], *r = end || cut ? ZEROS : g.r[t + 1], *dy = end ? ZEROS : g.dy[t + 1];
         in_vectors<W>(N, [&](auto C, long key) { reverse_token<W, C()>(g, t, first, last, key, N, decay, r, dy, add); });
-        const float own = bonus(g.r[t], in.u + head % in.H * N, g.k[t], N);
+        const float own = bonus<W>(g.r[t], in.u + head % in.H * N, g.k[t], N);
         for (long j = first; j < last; j++) g.dv[t][j] += own * g.dy[t][j];
     }
     const bool cut = in.starts(head, 0);
@@ -188,6 +198,7 @@ template <int W> void backward_columns(const Inputs& in, const Head& g, long hea
 
     start_from(cut ? nullptr : in.s0);
     for (long t = 0; t < T; t++) {
+        prefetch(t + AHEAD, T, N, g.k, g.v, g.dy, g.dr);
         const bool cut = in.starts(head, t + 1);
         const float *decay = cut ? ZEROS : g.d[t], *k = cut ? ZEROS : g.k[t];
         in_vectors<W>(N, [&](auto C, long key) { forward_token<W, C()>(g, t, first, last, key, N, decay, k, add); });
@@ -214,8 +225,7 @@ template <int W> Head backward_part(const Inputs& in, long head, long first, lon
     decays<W>(in, w, g.d.data, g.slope.data);
     const long columns = cached_rows<W>(N);
     for (long j = first; j < last; j += columns) backward_columns<W>(in, g, head, j, std::min(j + columns, last), dsT, out.ds0, j > first);
-    if (in.dtype != kFloat32)
-        for (long t = 0; t < T; t++) in.store<W>(out.dv, head, t, g.dv[t], first, last);
+    in.flush<W>(out.dv, head, g.dv, first, last);
     return g;
 }
 
@@ -224,34 +234,31 @@ template <int W> void finish(const Inputs& in, const std::vector<Head>& parts, l
     const long N = in.N;
     const Head& g = parts[0];
     const float* u = in.u + head % in.H * N;
-    double log_decay[256] = {}, du[256] = {};
-    float dr[256], dk[256], dw[256];
+    LongSum<W> log_decay[256 / W], du[256 / W];
     for (auto& part : parts)
-        for (long n = 0; n < N; n++) log_decay[n] += part.end[n];
+        for (long n = 0; n < N; n += W) log_decay[n / W].add(load<W>(part.end + n));
     for (long t = in.T - 1; t >= 0; t--) {
-        auto total = [&](float* sum, Rows Head::*x) {
-            memcpy(sum, (g.*x)[t], sizeof(float) * N);
-            for (size_t p = 1; p < parts.size(); p++)
-                for (long n = 0; n < N; n++) sum[n] += (parts[p].*x)[t][n];
-        };
-        total(dr, &Head::dr), total(dk, &Head::dk);
-        const float *r = g.r[t], *k = g.k[t], *d = g.d[t], *slope = g.slope[t], *v = g.v[t], *dy = g.dy[t];
+        prefetch(t - 2 * AHEAD, in.T, N, g.r, g.k, g.v, g.dy, g.dr, g.dk);
         const bool empty = in.empty(head, t), cut = in.starts(head, t + 1);
-        float own = 0;
-        for (long n = 0; n < N; n++) own += v[n] * dy[n];
-        for (long n = 0; n < N; n++) {
-            const bool zero = empty || cut || d[n] < AS_GOOD_AS_ZERO;
-            log_decay[n] = zero ? 0 : log_decay[n] - k[n] * dk[n];
-            dw[n] = zero ? 0 : slope[n] * (float)log_decay[n];
-            log_decay[n] = empty ? 0 : log_decay[n] + r[n] * dr[n];
-            dr[n] += own * u[n] * k[n];
-            dk[n] += own * u[n] * r[n];
-            du[n] += own * r[n] * k[n];
+        Vec<W> products = {};
+        for (long n = 0; n < N; n += W) products += load<W>(g.v[t] + n) * load<W>(g.dy[t] + n);
+        const float own = sum<W>(products);
+        for (long n = 0; n < N; n += W) {
+            const Vec<W> r = load<W>(g.r[t] + n), k = load<W>(g.k[t] + n), d = load<W>(g.d[t] + n), bonus = own * load<W>(u + n);
+            const Vec<W> dr = total<W>(parts, &Head::dr, t, n), dk = total<W>(parts, &Head::dk, t, n);
+            LongSum<W>& log = log_decay[n / W];
+            log.add(-k * dk);
+            const auto kept = empty || cut ? typename Lanes<W>::I{} : d >= AS_GOOD_AS_ZERO;
+            log = {choose<W>(kept, log.high, Vec<W>{}), choose<W>(kept, log.low, Vec<W>{})};
+            in.store<W>(out.dw, head, t, n, choose<W>(kept, load<W>(g.slope[t] + n) * log.value(), Vec<W>{}));
+            if (empty) log = {};
+            else log.add(r * dr);
+            in.store<W>(out.dr, head, t, n, dr + bonus * k);
+            in.store<W>(out.dk, head, t, n, dk + bonus * r);
+            du[n / W].add(own * r * k);
         }
-        auto write = [&](void* tensor, const float* row) { in.store<W>(tensor, head, t, row, 0, N); };
-        write(out.dr, dr), write(out.dk, dk), write(out.dw, dw);
     }
-    for (long n = 0; n < N; n++) out.du[head * N + n] = du[n];
+    for (long n = 0; n < N; n += W) store<W>(out.du + head * N + n, du[n / W].value());
 }
 
 template <int W> int forward(const Inputs& in, void* y, float* sT) {

@@ -11,7 +11,7 @@
 //   2. from the first to the last, S again, with sa from the forward:  da_t = S_{t-1}^T e_t,  dr_t = S_t^T dy_t      5
 //   3. d(log d): multiplying column j of S_t by a number and dividing by it what reads S_t leaves every y as it is. Hence
 //      dlog_t = dlog_{t+1} + r_t dr_t - k_t dk_t - b_t db_t + a_{t+1} da_{t+1}, from dlog_{T+1} = sum_i S_T dS_T. Nothing is divided and
-//      no state is kept, whatever the decay; the sum runs in double.
+//      no state is kept, whatever the decay; the sum is a long one.
 // A reset before token t is d_t = 0 and a_t = 0.
 //
 // The C interface is that of wkv7.cu; `context` is the number of threads.
@@ -33,12 +33,14 @@ struct Outputs {
 // d_t, and where wanted d(log d)/dw
 template <int W> void decays(const Inputs& in, long head, Rows w, float* decay, float* slope) {
     const auto one = fill<W>(1.f);
-    for (long t = 0; t < in.T; t++)
+    for (long t = 0; t < in.T; t++) {
+        prefetch(t + 4 * AHEAD, in.T, in.N, w);
         for (long n = 0; n < in.N; n += W) {
             auto e = exponential<W>(-load<W>(w[t] + n)), s = one / (one + e);
             store<W>(decay + t * in.N + n, in.starts(head, t) ? Vec<W>{} : exponential<W>(-RATE * s));
             if (slope) store<W>(slope + t * in.N + n, -RATE * s * (s * e));
         }
+    }
 }
 
 // R vectors of value rows through all tokens; S is [key][R * W]. Returns NaN if some y is not finite.
@@ -50,6 +52,8 @@ float forward_rows(const Inputs& in, long head, Rows r, Rows d, Rows k, Rows v, 
         for (long j = 0; j < in.N; j++)
             for (int l = 0; l < R; l++) sa[l] += load<W>(S + (j * R + l) * W) * a[0][j];
     for (long t = 0; t < in.T; t++) {
+        prefetch(t + AHEAD, in.T, in.N, r, k, a, b);
+        prefetch(t + AHEAD, in.T, R * W, v, y, saved);
         const float *rt = r[t], *dt = d[t], *kt = k[t], *bt = b[t];
         const float* after = t + 1 < in.T && !in.starts(head, t + 1) ? a[t + 1] : ZEROS;
         V vt[R], yt[R] = {}, next[R] = {};
@@ -57,14 +61,16 @@ float forward_rows(const Inputs& in, long head, Rows r, Rows d, Rows k, Rows v, 
             vt[l] = load<W>(v[t] + l * W);
             store<W>(saved[t] + l * W, sa[l]);
         }
-        for (long j = 0; j < in.N; j++)
+        for (long j = 0; j < in.N; j++) {
+            const V dj = fill<W>(dt[j]), bj = fill<W>(bt[j]), kj = fill<W>(kt[j]), rj = fill<W>(rt[j]), aj = fill<W>(after[j]);
             for (int l = 0; l < R; l++) {
                 float* p = S + (j * R + l) * W;
-                V s = load<W>(p) * dt[j] + sa[l] * bt[j] + vt[l] * kt[j];
+                const V s = load<W>(p) * dj + sa[l] * bj + vt[l] * kj;
                 store<W>(p, s);
-                yt[l] += s * rt[j];
-                next[l] += s * after[j];
+                yt[l] += s * rj;
+                next[l] += s * aj;
             }
+        }
         for (int l = 0; l < R; l++) {
             store<W>(y[t] + l * W, yt[l]);
             bad += yt[l] * 0.f;
@@ -93,8 +99,7 @@ template <int W> float forward_part(const Inputs& in, long head, long first, lon
         bad += forward_rows<W, R()>(in, head, r, d, k, at(v), a, b, S, at(out), at(sa));
         transpose<W>(sT + state, N, S, R * W, N, R * W);
     });
-    if (in.dtype != kFloat32)
-        for (long t = 0; t < T; t++) in.store<W>(y, head, t, out[t], first, last);
+    in.flush<W>(y, head, out, first, last);
     return bad;
 }
 
@@ -119,17 +124,19 @@ void reverse_token(const Head& g, long t, long first, long last, long key, long 
         bc[l] = load<W>(g.b[t] + key + l * W);
     }
     const float *dy = g.dy[t], *v = g.v[t], *sa = g.sa[t];
+    float* S = g.S;
     for (long group = first; group < last; group += W) {
         V sums_v[W], sums_e[W];
         for (int n = 0; n < W; n++) {
             const long i = group + n;
-            float* row = g.S + (i - first) * N + key;
+            float* row = S + (i - first) * N + key;
+            const V ei = fill<W>(e[i]), dyi = fill<W>(dy[i]), vi = fill<W>(v[i]), sai = fill<W>(sa[i]);
             V sum_v = {}, sum_e = {};
             for (int l = 0; l < C; l++) {
-                V s = load<W>(row + l * W) * dc[l] + ac[l] * e[i] + rc[l] * dy[i];
+                const V s = load<W>(row + l * W) * dc[l] + ac[l] * ei + rc[l] * dyi;
                 store<W>(row + l * W, s);
-                dk[l] += s * v[i];
-                db[l] += s * sa[i];
+                dk[l] += s * vi;
+                db[l] += s * sai;
                 sum_v += s * kc[l];
                 sum_e += s * bc[l];
             }
@@ -155,14 +162,15 @@ template <int W, int C> void forward_token(const Head& g, long t, long first, lo
         bc[l] = load<W>(g.b[t] + key + l * W);
     }
     const float *dy = g.dy[t], *v = g.v[t], *sa = g.sa[t], *e = g.e[t];
+    float* S = g.S;
     for (long i = first; i < last; i++) {
-        float* row = g.S + (i - first) * N + key;
+        const V ei = fill<W>(e[i]), dyi = fill<W>(dy[i]), vi = fill<W>(v[i]), sai = fill<W>(sa[i]);
+        float* row = S + (i - first) * N + key;
         for (int l = 0; l < C; l++) {
-            V s = load<W>(row + l * W);
-            da[l] += s * e[i];
-            s = s * dc[l] + bc[l] * sa[i] + kc[l] * v[i];
-            dr[l] += s * dy[i];
+            const V before = load<W>(row + l * W), s = before * dc[l] + bc[l] * sai + kc[l] * vi;
             store<W>(row + l * W, s);
+            da[l] += before * ei;
+            dr[l] += s * dyi;
         }
     }
     for (int l = 0; l < C; l++) {
@@ -181,6 +189,7 @@ template <int W> void backward_rows(const Inputs& in, const Head& g, long head, 
 
     start_from(dsT);
     for (long t = T - 1; t >= 0; t--) {
+        prefetch(t - AHEAD, T, N, g.r, g.k, g.a, g.b, g.v, g.dy, g.sa, g.dv, g.dk, g.db);
         const bool end = t + 1 == T;
         const float *decay = end ? ones : g.d[t + 1], *e = end ? ZEROS : g.e[t + 1];
         in_vectors<W>(N, [&](auto C, long key) { reverse_token<W, C()>(g, t, first, last, key, N, decay, a(t + 1), e, add); });
@@ -190,8 +199,10 @@ template <int W> void backward_rows(const Inputs& in, const Head& g, long head, 
             store<W>(ds0 + head * N * N + i * N + j, load<W>(g.S + (i - first) * N + j) * load<W>(g.d[0] + j) + load<W>(a(0) + j) * g.e[0][i]);
 
     start_from(in.s0);
-    for (long t = 0; t < T; t++)
+    for (long t = 0; t < T; t++) {
+        prefetch(t + AHEAD, T, N, g.k, g.b, g.v, g.dy, g.sa, g.da, g.dr);
         in_vectors<W>(N, [&](auto C, long key) { forward_token<W, C()>(g, t, first, last, key, N, add); });
+    }
     for (long j = 0; j < N; j += W) {
         Vec<W> sum = {};
         for (long i = 0; dsT && i < last - first; i++) sum += load<W>(g.S + i * N + j) * load<W>(dsT + state + i * N + j);
@@ -217,8 +228,7 @@ Head backward_part(const Inputs& in, long head, long first, long last, const flo
     decays<W>(in, head, w, g.d.data, g.slope.data);
     const long rows = cached_rows<W>(N);
     for (long i = first; i < last; i += rows) backward_rows<W>(in, g, head, i, std::min(i + rows, last), dsT, out.ds0, i > first);
-    if (in.dtype != kFloat32)
-        for (long t = 0; t < T; t++) in.store<W>(out.dv, head, t, g.dv[t], first, last);
+    in.flush<W>(out.dv, head, g.dv, first, last);
     return g;
 }
 
@@ -226,27 +236,24 @@ Head backward_part(const Inputs& in, long head, long first, long last, const flo
 template <int W> void finish(const Inputs& in, const std::vector<Head>& parts, long head, const Outputs& out) {
     const long N = in.N;
     const Head& g = parts[0];
-    double log_decay[256] = {};
-    float dr[256], dk[256], db[256], da[256], dw[256];
+    LongSum<W> log_decay[256 / W];
     for (auto& part : parts)
-        for (long n = 0; n < N; n++) log_decay[n] += part.end[n];
+        for (long n = 0; n < N; n += W) log_decay[n / W].add(load<W>(part.end + n));
     for (long t = in.T - 1; t >= 0; t--) {
-        auto total = [&](float* sum, Rows Head::*x) {
-            memcpy(sum, (g.*x)[t], sizeof(float) * N);
-            for (size_t p = 1; p < parts.size(); p++)
-                for (long n = 0; n < N; n++) sum[n] += (parts[p].*x)[t][n];
-        };
-        total(dr, &Head::dr), total(dk, &Head::dk), total(db, &Head::db), total(da, &Head::da);
-        const float *r = g.r[t], *k = g.k[t], *a = g.a[t], *b = g.b[t], *slope = g.slope[t];
+        prefetch(t - 2 * AHEAD, in.T, N, g.r, g.k, g.a, g.b, g.dr, g.dk, g.db, g.da);
         const bool empty = in.empty(head, t);
-        for (long n = 0; n < N; n++) {
-            log_decay[n] += r[n] * dr[n] - k[n] * dk[n] - b[n] * db[n];
-            if (empty) log_decay[n] = da[n] = 0;
-            dw[n] = slope[n] * (float)log_decay[n];
-            log_decay[n] += a[n] * da[n];
+        for (long n = 0; n < N; n += W) {
+            auto sum = [&](Rows Head::*x) { return total<W>(parts, x, t, n); };
+            auto at = [&](Rows x) { return load<W>(x[t] + n); };
+            const Vec<W> dr = sum(&Head::dr), dk = sum(&Head::dk), db = sum(&Head::db), da = empty ? Vec<W>{} : sum(&Head::da);
+            LongSum<W>& log = log_decay[n / W];
+            log.add(at(g.r) * dr - at(g.k) * dk - at(g.b) * db);
+            if (empty) log = {};
+            in.store<W>(out.dw, head, t, n, at(g.slope) * log.value());
+            log.add(at(g.a) * da);
+            in.store<W>(out.dr, head, t, n, dr), in.store<W>(out.dk, head, t, n, dk);
+            in.store<W>(out.db, head, t, n, db), in.store<W>(out.da, head, t, n, da);
         }
-        auto write = [&](void* tensor, const float* row) { in.store<W>(tensor, head, t, row, 0, N); };
-        write(out.dr, dr), write(out.dw, dw), write(out.dk, dk), write(out.da, da), write(out.db, db);
     }
 }
 
