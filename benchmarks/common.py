@@ -1,5 +1,6 @@
 """What every benchmark needs: the machine, the last line, and memory above the start."""
 
+import ctypes
 import json
 import os
 import platform
@@ -47,3 +48,13 @@ def peak_above_start(work) -> int:
         done.set()
         watcher.join()
     return max(seen) - start
+
+
+def keep_pages() -> bool:
+    """Have glibc keep the memory that is freed, for this process; False where it is another C library.
+
+    Left alone it returns large blocks to the system, and a single operation is then timed with the page faults of getting them again.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)
+    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 2**31 - 1))

@@ -14,7 +14,6 @@ import torch
 import rwkv_miss
 from rwkv_miss.checkpoint import Arch
 from src import ops
-from src.device import keep_pages
 from src.loss import loss_sum
 from src.model import RWKV, VERSIONS, parameter_groups
 
@@ -54,7 +53,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    pages_kept = keep_pages()
     model = random_model(args.version, args.n_layer, args.n_embd, args.vocab_size, args.rank)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
     ids = torch.randint(args.vocab_size, (1, args.ctx_len + 1))
@@ -78,7 +76,7 @@ def main() -> None:
         rows.append(row)
         print(f"{kernel:<10} {row['step_s']:7.3f} s a step {row['tokens_per_s']:7.1f} tokens/s   WKV {row['wkv_share']:6.1%}   "
               f"{row['times_reference']:5.2f} times {args.kernels[-1]}")
-    report("step", rows=rows, **{k: v for k, v in vars(args).items() if k != "kernels"}, dtype="float32", pages_kept=pages_kept)
+    report("step", rows=rows, **{k: v for k, v in vars(args).items() if k != "kernels"}, dtype="float32")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import time
 import torch
 
 from src import ops
-from src.device import keep_pages
 from src.ops import build
 
-from .common import report
+from .common import keep_pages, report
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
 OPERATIONS = {6: 3 + 7, 7: 5 + 12}  # multiply-adds for each element of the state in forward and backward: cuda/wkv*_cpu.cpp

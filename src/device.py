@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from rwkv_miss.errors import UserError
@@ -32,13 +30,3 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
     if strategy.startswith("deepspeed"):
         return "fp32", "auto: the GPU has no bf16, and fp16 works with --strategy auto or ddp only"
     return "fp16", "auto: the GPU has no bf16"
-
-
-def keep_pages() -> bool:
-    """Have glibc keep the memory that is freed, for this process; False where it is another C library.
-
-    Left alone it returns large blocks to the system, and getting their pages again costs a training step on a CPU several per cent.
-    """
-    mmap_threshold, trim_threshold = -3, -1
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)
-    return bool(mallopt(mmap_threshold, 1 << 25) and mallopt(trim_threshold, 2**31 - 1))
