@@ -31,16 +31,19 @@ struct Outputs {
     float *du, *ds0;
 };
 
-// d_t, and where wanted log d_t, which is also d(log d)/dw
-template <int W> void decays(const Inputs& in, Rows w, float* decay, float* slope) {
+// d_t, and where wanted log d_t, which is also d(log d)/dw. Returns NaN if some w is.
+template <int W> float decays(const Inputs& in, Rows w, float* decay, float* slope) {
+    Vec<W> bad = {};
     for (long t = 0; t < in.T; t++) {
         prefetch(t + 4 * AHEAD, in.T, in.N, w);
         for (long n = 0; n < in.N; n += W) {
             auto log = -exponential<W>(load<W>(w[t] + n));
             store<W>(decay + t * in.N + n, exponential<W>(log));
             if (slope) store<W>(slope + t * in.N + n, log);
+            bad += log * 0.f;
         }
     }
+    return poison<W>(bad);
 }
 
 // r . (u * k)
@@ -90,8 +93,7 @@ template <int W> float forward_part(const Inputs& in, long head, long first, lon
     auto next = [&] { return std::exchange(free, free + T * N); };
     auto input = [&](const void* x) { return in.input<W>(x, head, next()); };
     const Rows r = input(in.r), w = input(in.w), k = input(in.k), v = input(in.v), d{next(), N}, out = in.output(y, head, next());
-    decays<W>(in, w, d.data, nullptr);
-    float bad = 0, *S = free;
+    float bad = decays<W>(in, w, d.data, nullptr), *S = free;
     in_vectors<W>(last - first, [&](auto R, long j) {
         j += first;
         auto at = [&](Rows x) { return Rows{x.data + j, x.stride}; };

@@ -30,17 +30,20 @@ struct Outputs {
     float* ds0;
 };
 
-// d_t, and where wanted d(log d)/dw
-template <int W> void decays(const Inputs& in, long head, Rows w, float* decay, float* slope) {
+// d_t, and where wanted d(log d)/dw. Returns NaN if some w is.
+template <int W> float decays(const Inputs& in, long head, Rows w, float* decay, float* slope) {
     const auto one = fill<W>(1.f);
+    Vec<W> bad = {};
     for (long t = 0; t < in.T; t++) {
         prefetch(t + 4 * AHEAD, in.T, in.N, w);
         for (long n = 0; n < in.N; n += W) {
             auto e = exponential<W>(-load<W>(w[t] + n)), s = one / (one + e);
+            bad += s * 0.f;
             store<W>(decay + t * in.N + n, in.starts(head, t) ? Vec<W>{} : exponential<W>(-RATE * s));
             if (slope) store<W>(slope + t * in.N + n, -RATE * s * (s * e));
         }
     }
+    return poison<W>(bad);
 }
 
 // R vectors of value rows through all tokens; S is [key][R * W]. Returns NaN if some y is not finite.
@@ -88,8 +91,9 @@ template <int W> float forward_part(const Inputs& in, long head, long first, lon
     auto input = [&](const void* x) { return in.input<W>(x, head, next()); };
     const Rows r = input(in.r), w = input(in.w), k = input(in.k), v = input(in.v), a = input(in.a), b = input(in.b), d{next(), N};
     const Rows out = in.output(y, head, next()), sa{saved + in.offset(head), in.stride()};
-    decays<W>(in, head, w, d.data, nullptr);
-    float bad = 0, *S = free;
+    float bad = decays<W>(in, head, w, d.data, nullptr), *S = free;
+    for (long t = 0; t < T; t++)
+        for (long n = 0; in.starts(head, t) && n < N; n += W) bad += poison<W>(load<W>(a[t] + n));  // an a_t that no y reads
     in_vectors<W>(last - first, [&](auto R, long i) {
         i += first;
         auto at = [&](Rows x) { return Rows{x.data + i, x.stride}; };
