@@ -48,9 +48,10 @@ def parse(argv: list[str] | None):
     parser = Parser("rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
     merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime")
-    merge.add_argument("--base", required=True)
-    merge.add_argument("--adapter", required=True)
-    merge.add_argument("--out", required=True)
+    # the other names are those of RWKV-PEFT's merge scripts
+    merge.add_argument("--base", "--base_model", required=True)
+    merge.add_argument("--adapter", "--lora_checkpoint", "--peft_checkpoint", required=True)
+    merge.add_argument("--out", "--output", required=True)
     merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
                        help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
     merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")

@@ -19,6 +19,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import Parser, UserError
 
+from . import legacy
 from .files import is_first_process, write_text
 
 
@@ -84,49 +85,13 @@ class Config:
     num_nodes: int = opt(1, "machines")
     wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",))
 
+    init_only: bool = opt(False, "1: write a new model to rwkv-init.pth in proj_dir and end; a later run takes it as --load_model")
     save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")
     resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
-METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
-
-# flags of RWKV-LM and RWKV-PEFT that need no counterpart here: a script that sets them still runs, and is told why
-RETIRED = {
-    "data_type": "the format is read from the file",
-    "magic_prime": "the data order needs no prime number",
-    "my_exit_tokens": "the plan is made from the data itself",
-    "train_stage": "a checkpoint in --proj_dir is found by --resume auto",
-    "epoch_begin": "--resume auto knows where the run stopped",
-    "ds_bucket_mb": "the bucket sizes suit adapters as they are",
-    "num_workers": "rows are tokenised once and kept in memory",
-    "enable_progress_bar": "the bar shows itself on a terminal",
-    "epoch_save": "saving is by --save_steps",
-    "head_size_divisor": "the released value, 8, is fixed",
-    "persistent_workers": "there are no loader processes",
-    "prefetch_factor": "there are no loader processes",
-    "load_partial": "every tensor of a checkpoint must be there",
-    "fused_kernel": "the best kernel at hand is chosen, see --wkv",
-    "fla": "the best kernel at hand is chosen, see --wkv",
-    "dataload": "documents share rows unless --packing 0 is set",
-    "data_shuffle": "every pass over the data is a new permutation",
-}
-
-# flags of theirs that would change the result, and that this version cannot honour
-REFUSED = {
-    "quant": "quantised bases are not supported yet; train with --precision bf16",
-    "train_type": "infctx and state training are not supported yet; drop the flag for ordinary training",
-    "chunk_ctx": "infctx training is not supported yet; rows are trained whole, up to --ctx_len",
-    "loss_mask": "the mask comes from the data: messages train the assistant's turns, text trains everything",
-    "train_parts": "an adapter trains nothing but itself in this version; --peft none trains everything",
-    "merge": "train.py writes the adapter; merge it with python -m rwkv_miss merge",
-    "wandb": "the metrics are in metrics.jsonl; there is no upload",
-}
-
-# values with which they change nothing
-SWITCHED_OFF = ("none", "0", "", "pad")
-
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
 _COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0}
 PRESETS = {
@@ -147,7 +112,10 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
         help = (field.metadata["help"] + default).replace("%", "%%")
         parser.add_argument(*names, dest=field.name, metavar=_kind(field.name).__name__, help=help)
-    given = vars(parser.parse_args(_without_retired(argv)))
+    argv, notes = legacy.translate(argv)
+    for note in notes if is_first_process() else ():
+        print("note:", note)
+    given = vars(parser.parse_args(argv))
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if given["config"]:
         layers.append((given["config"], read_yaml(given["config"])))
@@ -157,25 +125,6 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     config = Config(**values)
     validate(config)
     return config, {name: origins.get(name, "default") for name in FIELDS}
-
-
-def _without_retired(argv: list[str]) -> list[str]:
-    """The command line without retired flags and their values; each of them gets one line."""
-    kept: list[str] = []
-    rest = list(argv)
-    while rest:
-        token = rest.pop(0)
-        name, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or name not in RETIRED | REFUSED:
-            kept.append(token)
-            continue
-        if not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        if name in REFUSED and value not in SWITCHED_OFF:
-            raise UserError(f"--{name} {value}: {REFUSED[name]}")
-        if is_first_process():
-            print(f"note: --{name} is ignored: {RETIRED.get(name, 'it is off')}")
-    return kept
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -240,7 +189,7 @@ def _convert(name: str, value: Any) -> Any:
     except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
-        value = METHOD_ALIASES.get(value, value)
+        value = legacy.METHOD_ALIASES.get(value, value)
     choices = (*METHODS, "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
@@ -305,6 +254,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):
         raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
+    if config.init_only and config.load_model:
+        raise UserError(f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them")
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
     if config.random_seed >= 2**63:

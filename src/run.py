@@ -25,6 +25,7 @@ from .model import RWKV, VERSIONS, read_model_file
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
+NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
 STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells have it for Ctrl-C
 
@@ -37,6 +38,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
     precision, precision_reason = choose_precision(config.precision, accelerator, config.strategy)
     arch, tokenizer = read_base(config)
     require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
+    if config.init_only:
+        return write_new_model(config, arch, tokenizer)
     resume_from = find_checkpoint(config)
     documents = load_documents(config.data_file, tokenizer, config.ctx_len)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
@@ -157,6 +160,18 @@ def new_arch(config: Config):
         head_size=head_size, dim_att=inner, dim_ffn=config.dim_ffn or dim_ffn, ranks=ranks, layer0_value_residual=version == 7,
     )
     return arch, tokenizer
+
+
+def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
+    """--init_only: the initialisation as a file."""
+    path = os.path.join(config.proj_dir, NEW_MODEL)
+    if os.path.exists(path):
+        raise UserError(f"{path} is there already; give it as --load_model, or choose another --proj_dir")
+    torch.manual_seed(config.random_seed)
+    os.makedirs(config.proj_dir, exist_ok=True)
+    described = {"format": "rwkv-miss trained", "step": 0, "tokenizer": tokenizer.name, "eod": config.eod}
+    write_checkpoint(path, whole_model(config, RWKV(arch)), described)
+    print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
 
 
 def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> tuple[RWKV, float]:

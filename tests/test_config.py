@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import re
 import subprocess
 import sys
 
@@ -10,8 +9,8 @@ import pytest
 import yaml
 
 from rwkv_miss import METHODS, UserError
-from src import config
-from src.config import FIELDS, NAMES, PRESETS, REFUSED, RETIRED, Config, accumulation, adapter_options, check_sizes, parse
+from src import config, legacy
+from src.config import FIELDS, NAMES, PRESETS, Config, accumulation, adapter_options, check_sizes, parse
 
 from .conftest import ROOT, make_arch
 
@@ -99,24 +98,8 @@ def test_names_of_neighbouring_projects():
 def test_every_name_has_one_meaning():
     names = [name for field in FIELDS.values() for name in (field.name, *field.metadata["alias"])]
     assert set(NAMES) == set(names)
-    names += [*RETIRED, *REFUSED]
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) and not set(names) & legacy.NAMES
     assert all(0 < method.default_lr < 1e-3 for method in METHODS.values())
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
-    assert mistake(f"--{name}", "1") == mistake(f"--{name}=1") == f"--{name} 1: {REFUSED[name]}"
-    assert "unexpected" not in mistake(f"--{name}", "none", "--ctx_len", "0") and "--ctx_len" in mistake(f"--{name}=", "--ctx_len", "0")
-
-
-def test_retired_flags_are_ignored_with_one_note_each(capsys):
-    flags = [word for name in RETIRED for word in (f"--{name}", "17")]
-    del flags[1]  # a flag without its value is no reason to swallow the next one
-    assert parse([*flags, "--data_type=jsonl", *REQUIRED]) == parse(REQUIRED)
-    notes = capsys.readouterr().out.splitlines()
-    assert [re.match(r"note: --(\w+) is ignored: .", note)[1] for note in notes] == [*RETIRED, "data_type"]
-    assert "unrecognized arguments: stray" in mistake("--data_type=jsonl", "stray")
 
 
 @pytest.mark.parametrize("flag, meant", [

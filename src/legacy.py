@@ -1,0 +1,215 @@
+"""Command lines of RWKV-LM and RWKV-PEFT, 2024 to 2026, in the flags of `Config`.
+
+Their scripts run as they stand. A flag that means something here under another name is translated; one without a meaning here is named with
+the reason; one that would change the result, and that this version cannot honour, stops the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+# any value
+DROPPED = {
+    "data_type": "the format is read from the file",
+    "magic_prime": "the data order needs no prime number",
+    "epoch_begin": "--resume auto knows where the run stopped",
+    "ds_bucket_mb": "the bucket sizes suit adapters as they are",
+    "num_workers": "rows are tokenised once and kept in memory",
+    "enable_progress_bar": "the bar shows itself on a terminal",
+    "head_size_divisor": "the released value, 8, is fixed",
+    "persistent_workers": "there are no loader processes",
+    "prefetch_factor": "there are no loader processes",
+    "load_partial": "every tensor of a checkpoint must be there",
+    "fused_kernel": "the best kernel at hand is chosen, see --wkv",
+    "fla": "the best kernel at hand is chosen, see --wkv",
+    "kernel": "the best kernel at hand is chosen, see --wkv",
+    "head_chunk": "the head runs on the trained tokens only",
+    "dataload": "documents share rows unless --packing 0 is set",
+    "data_shuffle": "every pass over the data is a new permutation",
+    "mask_id": "the mask comes from the data",
+}
+
+# values that change nothing, and why any other one stops the run
+REFUSED = {
+    "quant": (("none", "0", ""), "quantised bases are not supported yet; train with --precision bf16"),
+    "train_type": (("none", ""), "infctx and state training are not supported yet; drop the flag for ordinary training"),
+    "chunk_ctx": (("0", ""), "infctx training is not supported yet; rows are trained whole, up to --ctx_len"),
+    "loss_mask": (("none", "pad", ""), "the mask comes from the data: messages train the assistant's turns, text trains everything"),
+    "train_parts": (("none", ""), "an adapter trains nothing but itself in this version; --peft none trains everything"),
+    "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
+    "wandb": (("",), "the metrics are in metrics.jsonl; there is no upload"),
+    "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
+    "head_qk": (("0",), "RWKV-6 and RWKV-7 have no such head; drop the flag"),
+    "dropout": (("0",), "there is no dropout in the model; that of LoRA is in --peft_config"),
+    "weight_decay_final": (("-1",), "the weight decay is constant; drop the flag"),
+    "layerwise_lr": (("1",), "the decays always learn at twice the rate, as with 1; drop the flag"),
+    "optim": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
+    "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
+}
+
+# RWKV-PEFT's options of a method, one flag for each method, as JSON
+METHOD_CONFIGS = {"miss_config": "miss", "disha_config": "miss", "bone_config": "miss", "lora_config": "lora", "pissa_config": "pissa"}
+METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
+
+# before that, one flag for each option of LoRA; the first two stand alone
+LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_load", "lora_parts", "svd_niter")
+
+# and what RWKV-LM and RWKV-PEFT have about stages and epochs
+STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
+
+NAMES = {*DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS}
+MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
+
+
+def translate(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the command line in today's flags, notes for the user). Raises UserError where a flag cannot be honoured."""
+    old, kept = _split(argv)
+    for name, (harmless, reason) in REFUSED.items():
+        if name in old and old[name] not in harmless:
+            raise UserError(f"--{name} {old[name]}: {reason}")
+    notes = [f"--{name} is ignored: {DROPPED.get(name, 'it is off')}" for name in old if name in DROPPED or name in REFUSED]
+    if old and _value(kept, "epoch_steps"):
+        notes.append("--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026 trains on so many documents "
+                     "and drops the rest. Without it all data is used")
+    new = [*_method(old, kept, notes), *_stage(old, kept, notes)]
+    if _value(kept, "warmup_steps") == "-1":
+        new += ["--warmup_steps", "0"]
+    if _value(kept, "op") in ("fla", "triton"):
+        notes.append(f"--op {_value(kept, 'op')}: there are own kernels instead; auto chooses")
+        new += ["--op", "auto"]
+    return kept + new, notes
+
+
+def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The old flags with their values ("" for a flag that stands alone), and the other words as they are.
+
+    A method's options may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces.
+    """
+    old: dict[str, str] = {}
+    kept: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.removeprefix("--").partition("=")
+        options = name == "peft_config" or name in METHOD_CONFIGS
+        if not token.startswith("--") or not options and name not in NAMES:
+            kept.append(token)
+            continue
+        words = [value] if equals else []
+        while rest and not rest[0].startswith("--") and (options and not equals or not words):
+            words.append(rest.pop(0))
+        if name in NAMES:
+            old[name] = " ".join(words)
+        else:
+            kept.append(f"--{name}={' '.join(words)}")
+    return old, kept
+
+
+def _value(words: list[str], name: str) -> str | None:
+    """What a command line gives for a flag, or None; the last one counts, as in argparse."""
+    found = None
+    for word, after in zip(words, [*words[1:], ""]):
+        flag, equals, value = word.partition("=")
+        if flag == f"--{name}":
+            found = value if equals else after
+    return found
+
+
+def _integer(flags: dict[str, str | None], name: str, default: int) -> int:
+    try:
+        return int(float(flags.get(name) or default))
+    except ValueError:
+        raise UserError(f"--{name} {flags[name]}: expected int") from None
+
+
+def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """--peft and --peft_config of the two older spellings."""
+    method = _value(kept, "peft")
+    method = METHOD_ALIASES.get(method, method)
+    new: list[str] = []
+    options: dict[str, Any] = {}
+    if "lora" in old or "PISSA" in old:
+        method = "pissa" if "PISSA" in old else "lora"
+        new += ["--peft", method]
+        options = {"r": _integer(old, "lora_r", 8), "alpha": _integer(old, "lora_alpha", 32), "load": old.get("lora_load"),
+                   "dropout": old.get("lora_dropout")}
+        parts = old.get("lora_parts", "att,ln,time").split(",")
+        linears = {"att": ["att.receptance", "att.key", "att.value", "att.output"], "ffn": ["ffn.key", "ffn.value"]}
+        if not {"att", "ffn"} <= set(parts):
+            options["targets"] = [target for part, targets in linears.items() if part in parts for target in targets]
+        beside = [part for part in parts if part not in linears]
+        if beside:
+            new += ["--train_parts", ",".join(beside)]
+    else:
+        notes += [f"--{name} is ignored: it belongs to another method than the run's" for name in LORA_FLAGS if name in old]
+    for name, of in METHOD_CONFIGS.items():
+        if name in old and of != method:
+            notes.append(f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}")
+        elif name in old:
+            try:
+                options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in json.loads(old[name]).items()}
+            except (json.JSONDecodeError, AttributeError):
+                raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
+            notes.append("the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; --train_parts time,ln does")
+    return new + _options(options, kept, notes)
+
+
+def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:
+    """A method's options in today's names, as --peft_config."""
+    if not options:
+        return []
+    if _value(kept, "peft_config"):
+        raise UserError("--peft_config and an older flag for the same options were given; keep the former")
+    options = {key: value for key, value in options.items() if value not in (None, "") and key not in ("init", "svd_niter")}
+    mode = options.pop("mode", "bone")
+    if mode not in ("bone", "miss", "disha"):
+        raise UserError(f"mode {mode}: expected bone, which is --peft miss; Bat is not supported yet")
+    if "dropout" in options:
+        notes.append(f"lora_dropout {options.pop('dropout')} is not applied: this version of LoRA has no dropout")
+    if "load" in options:
+        path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
+        if os.path.exists(path):
+            raise UserError(f"{path} is an adapter of another project, which this version cannot go on with; move it away to train a new one")
+        notes.append(f"{path} is not there: a new adapter is trained")
+    return ["--peft_config", json.dumps(options)]
+
+
+def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """RWKV-LM's stages: 1 makes a model, the others go on with the newest one; and both projects' rhythm of saving."""
+    new: list[str] = []
+    folder = _value(kept, "proj_dir") or "out"
+    stage = old.get("train_stage", "0")
+    if stage != "0":
+        new += ["--peft", "none", *(["--init_only", "1"] if stage == "1" else ["--resume", "auto"])]
+    if _value(kept, "load_model") == "0":
+        new += ["--load_model", newest_model(folder)]
+    if _integer(old, "my_exit_tokens", 0):
+        notes.append("--my_exit_tokens is the data once: --epoch_count 1")
+        new += ["--epoch_count", "1"]
+    epochs = _integer(old, "epoch_save", 0)
+    if epochs and not _value(kept, "save_steps"):
+        now = {name: _value(kept, name) for name in ("micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps")}
+        steps = _integer(now, "epoch_steps", 0)
+        if stage != "0":
+            steps = MINI_EPOCH // math.prod(max(1, _integer(now, name, 1)) for name in now if name != "epoch_steps")
+        if steps:
+            new += ["--save_steps", str(epochs * steps)]
+        else:
+            notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
+    return new
+
+
+def newest_model(folder: str) -> str:
+    """RWKV-LM's `--load_model 0`: of rwkv-init.pth and rwkv-N.pth in the folder the one with the highest N."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [match for name in names if (match := re.fullmatch(r"rwkv-(init|\d+)\.pth", name))]
+    numbered = {-1 if match[1] == "init" else int(match[1]): os.path.join(folder, match[0]) for match in found}
+    if not numbered:
+        raise UserError(f"--load_model 0: {folder} has no rwkv-init.pth and no rwkv-N.pth; make one with --train_stage 1, or name the model")
+    return numbered[max(numbered)]

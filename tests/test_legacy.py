@@ -1,0 +1,129 @@
+"""Command lines of RWKV-LM and RWKV-PEFT, flag by flag as their scripts have them: what they mean here."""
+
+import re
+
+import pytest
+
+from rwkv_miss import UserError
+from rwkv_miss.__main__ import parse as parse_merge
+from src import legacy
+from src.config import adapter_options, parse
+from src.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
+
+REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
+
+
+def read(*flags):
+    return parse([*REQUIRED, *flags])[0]
+
+
+def mistake(*flags):
+    with pytest.raises(UserError) as caught:
+        read(*flags)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_flag_that_would_change_the_result_is_refused_with_the_way_out(name):
+    harmless, reason = REFUSED[name]
+    assert mistake(f"--{name}", "7") == mistake(f"--{name}=7") == f"--{name} 7: {reason}"
+    for value in harmless:
+        assert read(f"--{name}={value}") == read()
+
+
+def test_flags_without_a_meaning_here_get_one_note_each(capsys):
+    flags = [word for name in DROPPED for word in (f"--{name}", "17")]
+    del flags[1]  # a flag without its value is no reason to swallow the next one
+    assert parse([*flags, "--kernel=17", *REQUIRED]) == parse(REQUIRED)
+    notes = capsys.readouterr().out.splitlines()
+    assert [re.match(r"note: --(\w+) is ignored: .", note)[1] for note in notes] == list(DROPPED)
+    assert "unrecognized arguments: stray" in mistake("--kernel=0", "stray")
+
+
+@pytest.mark.parametrize("flags, rank", [
+    (["--peft", "bone", "--bone_config", '{"bone_load":"","bone_r":48}'], 48),
+    (["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_load":"","bone_r":48}'], 48),
+    (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":48}'], 48),
+    (["--peft", "disha", "--disha_config", '{"mode":"bone",', '"load":"",', '"r":48}'], 48),  # cut up by the shell
+    (["--peft", "miss", "--peft_config", '{"r":', "48}"], 48),
+    (["--peft", "miss", "--miss_config={'r':48}".replace("'", '"')], 48),
+])
+def test_the_ranks_of_three_generations(flags, rank):
+    values = read(*flags, "--micro_bsz", "3")
+    assert (values.peft, adapter_options(values), values.micro_bsz) == ("miss", ({"r": rank}, None), 3)
+
+
+def test_options_of_another_method_are_named(capsys):
+    values = read("--peft", "bone", "--bone_config", '{"bone_r":8}', "--lora_config", '{"lora_r":4}', "--lora_r", "2")
+    assert adapter_options(values) == ({"r": 8}, None)
+    notes = capsys.readouterr().out
+    assert "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes and "--lora_r is ignored" in notes
+    assert "whose names contain time or ln stay frozen" in notes
+
+
+def test_lora_in_json_and_in_the_oldest_spelling(capsys):
+    wanted = {"r": 64, "alpha": 128}
+    values = read("--peft", "lora", "--lora_config", '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}')
+    assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
+    assert "rwkv-0.pth is not there" in (notes := capsys.readouterr().out) and "lora_dropout 0.01 is not applied" in notes
+    values = read("--lora_load", "rwkv-0", "--lora", "--lora_r", "64", "--lora_alpha", "128", "--lora_parts=att,ffn")
+    assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
+    values = read("--lora", "--lora_parts=att")
+    assert adapter_options(values) == ({"r": 8, "alpha": 32}, ["att.receptance", "att.key", "att.value", "att.output"])
+    assert "expected one of" in mistake("--lora", "--PISSA", "--svd_niter", "4", "--lora_parts", "att,ffn")
+
+
+def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
+    (tmp_path / "rwkv-0.pth").write_bytes(b"theirs")
+    error = mistake("--proj_dir", str(tmp_path), "--lora_load", "rwkv-0", "--lora", "--lora_parts", "att,ffn")
+    assert error.startswith(f"{tmp_path / 'rwkv-0.pth'} is an adapter of another project")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--peft", "bone", "--bone_config", "{r}"], "--bone_config {r}: expected JSON"),
+    (["--peft", "bone", "--bone_config", "8"], "--bone_config 8: expected JSON"),
+    (["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_r":8}'], "mode bat: expected bone"),
+    (["--peft", "bone", "--bone_config", '{"bone_r":8}', "--peft_config", "r=8"], "keep the former"),
+    (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected int"),
+    (["--epoch_save", "often"], "--epoch_save often: expected int"),
+])
+def test_old_flags_with_values_that_make_no_sense(flags, words):
+    assert words in mistake(*flags)
+
+
+def test_epochs_and_saving(capsys):
+    values = read("--epoch_steps", "200", "--epoch_count", "3", "--epoch_begin", "0", "--epoch_save", "2", "--warmup_steps", "-1")
+    assert (values.epoch_steps, values.epoch_count, values.save_steps, values.warmup_steps) == (200, 3, 400, 0)
+    assert "--epoch_steps counts optimizer steps" in capsys.readouterr().out
+    assert read("--epoch_save", "1").save_steps == 0 and "saved at its end" in capsys.readouterr().out
+    assert read("--epoch_steps", "5", "--epoch_save", "2", "--save_steps", "3").save_steps == 3
+    assert read("--op", "fla").wkv == "auto" and read("--op", "cuda").wkv == "cuda"
+
+
+def test_the_stages_of_rwkv_lm(tmp_path, capsys):
+    folder = str(tmp_path)
+    common = ["--proj_dir", folder, "--data_file", "data", "--data_type", "binidx", "--vocab_size", "65536", "--my_testing", "x070", "--n_layer", "2",
+              "--n_embd", "64", "--head_size", "64", "--my_exit_tokens", "1498226207", "--magic_prime", "2926181", "--strategy", "deepspeed_stage_2"]
+    first, _ = parse([*common, "--wandb", "", "--train_stage", "1", "--epoch_count", "1", "--epoch_save", "1", "--micro_bsz", "1"])
+    assert (first.peft, first.init_only, first.load_model, first.version) == ("none", True, "", "x070")
+    with pytest.raises(UserError, match="make one with --train_stage 1"):
+        parse([*common, "--load_model", "0", "--train_stage", "3"])
+    for name in ("rwkv-init.pth", "rwkv-7.pth", "rwkv-10.pth", "rwkv-final.pth", "rwkv-x.pth"):
+        (tmp_path / name).touch()
+        assert newest_model(folder).endswith(name) or name in ("rwkv-final.pth", "rwkv-x.pth")
+    run, _ = parse([*common, "--load_model", "0", "--train_stage", "3", "--epoch_count", "999999", "--epoch_save", "10", "--micro_bsz", "16"])
+    assert (run.peft, run.init_only, run.resume, run.epoch_count) == ("none", False, "auto", 1)
+    assert run.load_model.endswith("rwkv-10.pth") and run.save_steps == 10 * 40320 // 16
+
+
+def test_todays_command_line_passes_unchanged():
+    words = ["--load_model", "a", "--data_file=b", "--peft_config=r=8,targets=key+value", "--grad_cp", "1", "stray"]
+    assert translate(words) == (words, [])
+    assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
+    assert set(legacy.METHOD_ALIASES.values()) == {"miss"}
+
+
+@pytest.mark.parametrize("adapter", ["--lora_checkpoint", "--peft_checkpoint"])
+def test_the_merge_scripts(adapter):
+    args = parse_merge(["merge", "--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
+    assert (args.base, args.adapter, args.out) == ("base.pth", "rwkv-0.pth", "merged.pth")
