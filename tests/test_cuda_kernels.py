@@ -176,10 +176,13 @@ def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunke
     """rwkv::wkv*, gradients and all, over the emulated library in the place of the GPU's; and that they give it the memory it asks for."""
     monkeypatch.setattr(native, "library", lambda device: libraries[version])
     assert native.self_error(version, "cpu", chunked) < native.ALLOWED[chunked]
-    shift = torch.empty(1 + 37 * 64, dtype=torch.bfloat16 if chunked else torch.float32)[1:].view(1, 37, 1, 64).normal_()
-    assert shift.data_ptr() % 16, "a view that begins between two vectors of 16 bytes"
-    inputs = [torch.randn(1, 64) if name == "u" else shift for name in NAMES[version]]
-    assert getattr(torch.ops.rwkv, f"wkv{version}")(*inputs, None, None, chunked)[0].isfinite().any()
+    x, _, _ = make(version, 37, N=64, B=1, H=1)
+    inputs = [x[name] if name == "u" or not chunked else x[name].bfloat16() for name in NAMES[version]]
+    op = getattr(torch.ops.rwkv, f"wkv{version}")
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in inputs]
+    assert all(t.data_ptr() % 16 for t in shifted), "views that begin between two vectors of 16 bytes"
+    for want, got in zip(op(*inputs, None, None, chunked)[:2], op(*shifted, None, None, chunked)[:2]):
+        assert torch.equal(got, want)
     if version == 7 or chunked:
         for sizes in ((1, 1, 1, 64), (2, 17, 3, 64), (1, 5000, 2, 64), (8, 4096, 32, 64)):
             count = getattr(libraries[version], f"wkv{version}{'_chunked' * chunked}_saved")(*map(ctypes.c_int64, sizes))

@@ -246,6 +246,7 @@ def test_inputs_are_left_alone(version):
     ("r", lambda t: t[0], r"r is torch.float32 \(17, 3, 8\)"),
     ("r", lambda t: t[:, :0], r"r is torch.float32 \(2, 0, 3, 8\)"),
     ("r", lambda t: t.long(), r"r is torch.int64"),
+    ("r", lambda t: t.to(torch.float8_e4m3fn), r"r is torch.float8_e4m3fn .*; expected float32, bfloat16, float16 or float64"),
     ("k", lambda t: t[:, 1:], r"k is torch.float32 \(2, 16, 3, 8\) .* expected torch.float32 \(2, 17, 3, 8\)"),
     ("v", lambda t: t[..., :1], r"v is torch.float32 \(2, 17, 3, 1\)"),
     ("w", lambda t: t.bfloat16(), r"w is torch.bfloat16 .* expected torch.float32"),
@@ -318,6 +319,15 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "self_test", None)  # a second process finds the verdict beside the library
     native.status.cache_clear()
     assert native.status("cpu")[:4:2] == status[:4:2]
+    open(f"{status.path}.tested", "w").close()  # and one that finds it empty tests again
+
+    def self_test(*_):
+        raise RuntimeError("could not be started,\nerror 209")
+
+    monkeypatch.setattr(native, "self_test", self_test)
+    native.status.cache_clear()
+    kernel, reason = ops.choose("auto", "cpu")
+    assert kernel == "torch" and "do not run on this machine (could not be started, error 209)" in reason
     native.library.cache_clear(), native.status.cache_clear()
 
 
@@ -392,6 +402,14 @@ def test_the_op_keeps_the_rules_of_torch_library(version, optional):
 
 
 @both
+def test_the_op_follows_no_pointer_into_another_layout(version):
+    x, _, _ = make(version, 5)
+    x["v"] = x["v"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match=f"wkv{version}_forward: an argument is on cpu with strides .* expected a contiguous one on cpu"):
+        getattr(torch.ops.rwkv, f"wkv{version}")(*(x[name] for name in NAMES[version]), None, None, False)
+
+
+@both
 def test_torch_compile_sees_one_graph(version):
     x, dy, _ = make(version, 6)
     x = {name: t.requires_grad_() for name, t in x.items()}
@@ -418,3 +436,15 @@ def test_nan_is_named(version, kernel):
     x["v"] *= 1e38  # an overflow is no NaN of the caller
     x["k"] *= 1e38
     OPS[version](**x, kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+@both
+def test_nan_is_named_where_documents_meet(version, kernel):
+    """There the native kernels leave the decay out, and a, but the backward multiplies by them."""
+    for name in drop(dict.fromkeys(NAMES[version]), "u"):
+        for t in range(4):
+            x, _, _ = make(version, 4)
+            x[name][0, t, 1, 3] = torch.nan
+            with pytest.raises(ValueError, match=rf"wkv{version}: {name} holds 1 NaN"):
+                OPS[version](**x, reset=torch.ones(2, 4, dtype=torch.bool), kernel=kernel)

@@ -2,7 +2,8 @@
 
 Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package. Where `reset` (B, T), bool, is set,
 a document starts with that token: neither state nor gradient crosses from the tokens before. Arithmetic is fp32 whatever the dtype of the
-activations, also under autocast, and float64 when r is float64; gradients flow to and through every argument.
+activations, also under autocast, and float64 when r is float64; tensor cores multiply in bf16 and add in fp32. Gradients flow to and through
+every argument. A NaN in an argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for.
 
 | kernel     | what runs                                                                          | takes                                  |
 |------------|------------------------------------------------------------------------------------|----------------------------------------|
@@ -86,8 +87,10 @@ def _run(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None
     op, r = f"wkv{version}", inputs["r"]
     if kernel not in KERNELS:
         raise ValueError(f"{op}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
-    if r.dim() != 4 or 0 in r.shape or not r.is_floating_point():
-        raise ValueError(f"{op}: r is {r.dtype} {tuple(r.shape)}; expected a float (batch, tokens, heads, head size), none of them 0")
+    if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPES, torch.float64):
+        raise ValueError(
+            f"{op}: r is {r.dtype} {tuple(r.shape)}; expected float32, bfloat16, float16 or float64 (batch, tokens, heads, head size), none of them 0"
+        )
     B, T, H, N = r.shape
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
     # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures

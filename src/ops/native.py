@@ -2,7 +2,8 @@
 
 Both libraries have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw pointers of contiguous tensors and no torch in it.
 Activations (B, T, H, N) share one dtype; u, states and what a forward saves for its backward are fp32; reset is uint8 (B, T). `chunked` asks
-for the tensor-core form, which only a GPU has. `src.ops` checks the arguments and makes them so.
+for the tensor-core form, which only a GPU has. `src.ops` checks the arguments and makes them so; here only what is not where a pointer may
+be followed is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import math
 import os
 import time
 from typing import NamedTuple
@@ -24,6 +26,8 @@ from .reference import recurrent6, recurrent7
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 16
+# torch.compile may not change the layout of an argument; older versions of torch have the second of these tags only
+LAYOUT = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 # Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
 ALLOWED = {False: 1e-5, True: 2e-2}
 
@@ -67,15 +71,19 @@ def status(device: str) -> Status:
         path = library(device).path
     except BuildError as error:
         return Status(False, False, reason=str(error))
-    verdict = f"{path}.tested"
-    if os.path.exists(verdict):
-        with open(verdict) as file:
-            error = json.load(file)["error"]
-    else:
+    verdict, error = f"{path}.tested", None
+    with contextlib.suppress(OSError, ValueError), open(verdict) as file:  # a power cut may have left it empty
+        error = json.load(file)["error"]
+    if error is None:
         forms = [False, True] if device == "cuda" and min(map(int, architectures())) >= 80 else [False]
-        errors = {chunked: self_test(device, chunked) for chunked in forms}
+        try:
+            errors = {chunked: self_test(device, chunked) for chunked in forms}
+            problem = f"are wrong on this machine (errors of the self-test: {errors})"
+        except RuntimeError as failure:
+            errors = dict.fromkeys(forms, math.nan)
+            problem = f"do not run on this machine ({' '.join(str(failure).split())})"
         if not all(errors[chunked] < ALLOWED[chunked] for chunked in forms):  # NaN is not smaller
-            reason = f"the {device} kernels are wrong on this machine (errors of the self-test: {errors}); please report it, and use --wkv torch"
+            reason = f"the {device} kernels {problem}; please report it, and use --wkv torch"
             return Status(True, False, path, time.perf_counter() - started, max(errors.values()), reason)
         error = errors[False]
         with contextlib.suppress(OSError):  # a cache that others built may be read-only: each process then tests for itself
@@ -140,6 +148,9 @@ def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) ->
 
 def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     """A function of the C interface on the device of `like`, with the sizes and the dtype of `like`."""
+    for x in tensors:
+        if x is not None and (x.device != like.device or not x.is_contiguous()):
+            raise ValueError(f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one on {like.device}")
     # vectors of 16 bytes are loaded; a view may begin between two
     tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
@@ -218,13 +229,13 @@ def define(version: int) -> None:
     # not torch.library.custom_op, whose first call imports torch._dynamo: 0.9 s in every process
     devices = ("cpu", "cuda")
     name = f"rwkv::wkv{version}"
-    torch.library.define(name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)")
+    torch.library.define(name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)", tags=LAYOUT)
     torch.library.impl(name, devices, forward)
     torch.library.register_fake(name, lambda *arguments: empty(arguments[0], arguments[-1]))
     torch.library.register_autograd(name, differentiate, setup_context=keep)
 
     gradients = ", ".join(f"Tensor d{name}" for name in (*names, "s0"))
-    torch.library.define(f"{name}_backward", f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> ({gradients})")
+    torch.library.define(f"{name}_backward", f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> ({gradients})", tags=LAYOUT)
     torch.library.impl(f"{name}_backward", devices, backward)
     torch.library.register_fake(f"{name}_backward", lambda *arguments: sum_u(empty_gradients(arguments[0])))
 
