@@ -36,12 +36,9 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-typedef void* cudaStream_t;
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-template <class F> cudaError_t cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { _Float16 value; };
@@ -76,9 +73,7 @@ inline unsigned __float_as_uint(float f) {
 }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-template <class T> T __ldg(const T* p) { return *p; }
 inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
 
 namespace cu {
 
@@ -222,7 +217,5 @@ extern "C" inline __attribute__((used, visibility("default"))) void emulate_orde
 #define gridDim (cu::B->grid_size)
 #define __shfl_sync(mask, value, lane, ...) cu::shfl((value), (lane))
 #define __shfl_xor_sync(mask, value, lanes, ...) cu::shfl((value), (cu::B->current & 31) ^ (lanes))
-#define __shfl_down_sync(mask, value, lanes, ...) \
-    cu::shfl((value), (cu::B->current & 31) + (lanes) < 32 ? (cu::B->current & 31) + (lanes) : (cu::B->current & 31))
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) cu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); })
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(cu::B->dynamic)

@@ -297,7 +297,7 @@ extern "C" int64_t wkv6_chunked_saved(int64_t B, int64_t T, int64_t H, int64_t) 
     return sizes.heads * (sizes.chunks * sizeof(State) + sizes.segment * sizeof(Factors)) / 4;
 }
 // factors and D of a segment, du of all chunks
-extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t) {
+extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, void*) {
     Sizes sizes(B, T, H);
     return sizes.heads * (sizes.segment * (sizeof(State) + sizeof(Factors)) / 4 + sizes.chunks * N);
 }

@@ -319,7 +319,7 @@ extern "C" int64_t wkv7_chunked_saved(int64_t B, int64_t T, int64_t H, int64_t) 
     Sizes sizes(B, T, H);
     return sizes.heads * (sizes.chunks * sizeof(State) + sizes.segment * sizeof(Factors)) / 4;
 }
-extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t) {
+extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t, void*) {
     Sizes sizes(B, T, H);
     return sizes.heads * sizes.segment * (sizeof(State) + sizeof(Factors)) / 4;
 }
