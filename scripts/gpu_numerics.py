@@ -18,7 +18,6 @@ from torch.nn.functional import normalize
 from src import ops
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
-NAMES = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # (batch, tokens, heads, head size)
 SMALL = [(1, 1, 1, 64), (2, 17, 2, 64)]
@@ -26,7 +25,6 @@ SHAPES = [*SMALL, (2, 16, 1, 64), (1, 33, 3, 64), (2, 129, 2, 64), (1, 700, 2, 6
 # What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16 operands of the tensor cores
 EXACT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 TENSOR_CORES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
-
 
 
 def make(version: int, shape: tuple[int, ...], dtype: torch.dtype, extreme: bool) -> dict[str, torch.Tensor]:

@@ -2,8 +2,8 @@
 
     python -m scripts.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
 
-Needs nvcc, no GPU. --quick makes PTX twice instead of once an architecture, before and after Blackwell, whose PTX has pairs of fp32; the
-figures are the same or nearly so. The last line is JSON.
+Needs nvcc, no GPU. --quick makes PTX three times instead of once an architecture: for Turing, which has no bf16 on its tensor cores, from
+Ampere on, and from Blackwell on, whose PTX has pairs of fp32; the figures are the same or nearly so. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 from src.ops import build
 
-ARCHITECTURES = [int(arch) for arch in build.ARCHITECTURES]
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)'")
 SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -48,12 +48,12 @@ def read(log: str) -> list[dict]:
     return rows
 
 
-def compile_report(source: pathlib.Path, architectures: list[int], quick: bool = False) -> list[dict]:
+def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bool = False) -> list[dict]:
     """`read` of one .cu file compiled for these architectures. Raises BuildError without nvcc, RuntimeError if it does not compile."""
     nvcc = build.find_nvcc()
     groups = [[arch] for arch in architectures]
     if quick:
-        groups = [[arch for arch in architectures if arch < 100], [arch for arch in architectures if arch >= 100]]
+        groups = [[arch for arch in architectures if low <= arch < high] for low, high in ((0, 80), (80, 100), (100, 1000))]
     targets = [f"-gencode=arch=compute_{group[0]},code=[{','.join(f'sm_{arch}' for arch in group)}]" for group in groups if group]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc.path, *nvcc.compile_flags, "-O3", "-std=c++17", *targets, "-Xptxas", "-v", "-fatbin", str(source)]
@@ -66,7 +66,7 @@ def compile_report(source: pathlib.Path, architectures: list[int], quick: bool =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sources", nargs="*", type=pathlib.Path, default=sorted(build.CUDA.glob("*.cu")))
-    parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", type=int, default=build.ARCHITECTURES)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--kernels", default="", help="only kernels whose name has this in it")
     args = parser.parse_args()

@@ -6,9 +6,9 @@ import functools
 import pytest
 import torch
 
-from scripts.ptxas_report import ARCHITECTURES, compile_report
+from scripts.ptxas_report import compile_report
 from src.ops import native
-from src.ops.build import BuildError, find_nvcc
+from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 
 from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")  # what the sources are written for; a build has the ones at hand only
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # what the sources are written for; a build has the ones at hand only
 TOOLKITS = "/usr/local/cuda*/bin"
 FALLBACK = "or use --wkv torch, which needs no compiler"
 
