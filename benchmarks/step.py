@@ -69,13 +69,13 @@ def main() -> None:
                 wkv_step(ours(args.version, kernel), inputs, dy)
             wkv[kernel] = min(wkv[kernel], time.perf_counter() - start)
 
-    rows = []
+    rows, last = [], args.kernels[-1]
     for kernel in args.kernels:
         row = {"kernel": kernel, "step_s": round(seconds[kernel], 3), "tokens_per_s": round(args.ctx_len / seconds[kernel], 1),
-               "wkv_share": round(wkv[kernel] / seconds[kernel], 3), "times_reference": round(seconds[args.kernels[-1]] / seconds[kernel], 2)}
+               "wkv_share": round(wkv[kernel] / seconds[kernel], 3), f"times_{last}": round(seconds[last] / seconds[kernel], 2)}
         rows.append(row)
         print(f"{kernel:<10} {row['step_s']:7.3f} s a step {row['tokens_per_s']:7.1f} tokens/s   WKV {row['wkv_share']:6.1%}   "
-              f"{row['times_reference']:5.2f} times {args.kernels[-1]}")
+              f"{row[f'times_{last}']:5.2f} times {last}")
     report("step", rows=rows, **{k: v for k, v in vars(args).items() if k != "kernels"}, dtype="float32")
 
 

@@ -1,10 +1,11 @@
 """Forward and backward of every WKV kernel beside the token-by-token form under autograd, in one run; errors against float64.
 
-    python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10] [--device cpu|cuda] [--peers]
+    python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10] [--device cpu|cuda]
+                             [--kernels cpu torch reference] [--peers]
 
 On a CPU: CPU time of one thread, the native kernel's share of the limit that multiply-adds set (their peak is measured between its rounds),
-and its gain from a second thread in wall time, from paired runs. On a GPU: time between events. The fastest round counts. --peers adds
-flash-linear-attention (pip install "rwkv-miss[bench]"), which runs on GPUs only. The last line is JSON.
+and its gain from a second thread in wall time, from paired runs. On a GPU: time between events. The fastest round counts. Errors are of
+the first row of the batch. --peers adds flash-linear-attention (pip install "rwkv-miss[bench]"), which runs on GPUs only. The last line is JSON.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def fma_probe():
     """A function that measures the peak of multiply-adds of this core, now, in FLOP per millisecond."""
     source = pathlib.Path(__file__).with_name("fma_peak.cpp")
     command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-pthread"]
-    library = ctypes.CDLL(str(build.build("fma_peak", "the multiply-add probe", 2, [source], build.headers(), command)))
+    library = ctypes.CDLL(str(build.build("fma_peak", "the multiply-add probe", 2, [source], build.headers(), command, (), build.cpu_features())))
     repeats = 10_000_000
     flops = repeats * 2 * library.fma_width()
 
@@ -130,13 +131,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--kernels", nargs="+", choices=ops.KERNELS, help="all that run on the device, when not given")
     parser.add_argument("--peers", action="store_true", help="measure flash-linear-attention too")
     args = parser.parse_args()
     dtype, on_cpu = getattr(torch, args.dtype), args.device == "cpu"
-    torch.set_num_threads(1)
+    if on_cpu:
+        torch.set_num_threads(1)
     pages_kept = keep_pages()
     native = [name for name, device in ops.NATIVE.items() if device == args.device and dtype != torch.float64]
-    peak = fma_probe() if on_cpu and native else None
+    kernels = args.kernels or [*native, *ops.PLAIN]
+    peak = fma_probe() if "cpu" in kernels else None
     others = peers() if args.peers else {6: {}, 7: {}}
 
     print(f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8} {'2 threads':>9} {'kept MB':>8} {'error':>8}")
@@ -145,10 +149,11 @@ def main() -> None:
         shape = tuple(map(int, title.split(",")))
         for version in (6, 7):
             inputs, dy = make(version, shape, args.head_size, dtype, args.device)
-            exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
-            want = [x.detach() for x in step(ours(version, "torch"), exact, dy.cpu().double())]
-            runs = {kernel: ours(version, kernel) for kernel in (*native, *ops.PLAIN)} | others[version]
-            errors = {name: error(step(run, inputs, dy), want) for name, run in runs.items()}  # also the warm-up
+            first = [(x if x.dim() == 2 else x[:1]).detach().requires_grad_() for x in inputs]
+            exact = [x.detach().cpu().double().requires_grad_() for x in first]
+            want = [x.detach() for x in step(ours(version, "torch"), exact, dy[:1].cpu().double())]
+            runs = {kernel: ours(version, kernel) for kernel in kernels} | others[version]
+            errors = {name: error(step(run, first, dy[:1]), want) for name, run in runs.items()}  # also the warm-up
             best, limits = {name: float("inf") for name in runs}, []
             for _ in range(args.rounds):
                 for name, run in runs.items():
@@ -160,14 +165,15 @@ def main() -> None:
                         limits.append((before + elements / peak()) / 2 / ms)
             for name, ms in best.items():
                 row = {
-                    "shape": shape, "op": f"wkv{version}", "kernel": name, "ms": round(ms, 2), "times_reference": round(best["reference"] / ms, 2),
+                    "shape": shape, "op": f"wkv{version}", "kernel": name, "ms": round(ms, 2),
+                    "times_reference": round(best["reference"] / ms, 2) if "reference" in best else None,
                     "of_fma_limit": round(sorted(limits)[len(limits) // 2], 3) if name == "cpu" else None,
                     "second_thread": round(second_thread(runs[name], inputs, dy, args.rounds), 2) if name == "cpu" else None,
                     "kept_mb": round(kept_mb(runs[name], inputs), 1), "error": float(f"{errors[name]:.1e}"),
                 }
                 rows.append(row)
-                shown = [row["of_fma_limit"] or "", row["second_thread"] or ""]
-                print(f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {row['times_reference']:10.2f} {shown[0]:>8} {shown[1]:>9} "
+                shown = [row[key] or "" for key in ("times_reference", "of_fma_limit", "second_thread")]
+                print(f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {shown[0]:>10} {shown[1]:>8} {shown[2]:>9} "
                       f"{row['kept_mb']:8.1f} {row['error']:8.1e}", flush=True)
     card = {} if on_cpu else {"card": torch.cuda.get_device_name()}
     report("wkv", rows=rows, dtype=args.dtype, head_size=args.head_size, rounds=args.rounds, pages_kept=pages_kept, **card)

@@ -288,7 +288,8 @@ def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1", "the tests fail, the rest goes on"
     asked = "\n".join(calls)
     assert calls[0] == "setup test"
-    for call in ("-m pytest -m gpu", "-m scripts.gpu_numerics\n", "--tool memcheck", "--tool racecheck", "-m benchmarks.wkv --device cuda"):
+    benchmark = "-m benchmarks.wkv --device cuda --dtype bfloat16"
+    for call in ("-m pytest -m gpu", "-m scripts.gpu_numerics\n", "--tool memcheck", "--tool racecheck", benchmark):
         assert call in asked
     assert asked.count("--small cache=1") == 2 and calls[-1].startswith("python -m scripts.gpu_record ")
     steps = ["benchmark", "build", "memcheck", "numerics", "racecheck", "tests"]
