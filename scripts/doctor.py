@@ -1,4 +1,4 @@
-"""What this machine has for training, and for everything that is missing the command that brings it: python -m scripts.doctor [--json]
+"""What this machine has for training, and for everything that is missing the command that brings it: python -m scripts.doctor [--json] [--fat]
 
 One line each with ok, warn or missing. The exit code is 0 when training works here, with or without native kernels, else 1. With --json
 the only thing on stdout is one JSON object. Nothing is installed; native kernels are built if there is a compiler, as training would do.
@@ -48,8 +48,11 @@ class Check(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args().json
-    checks = []
+    parser.add_argument("--fat", action="store_true", help="first build the CUDA kernels for every architecture, for machines that share this cache")
+    args = parser.parse_args()
+    as_json, checks = args.json, []
+    if args.fat:
+        build_all()
     # what the examined libraries print would not be JSON
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         for check in examine():
@@ -199,6 +202,16 @@ def tools(torch) -> Iterator[Check]:
         else:
             yield Check("ok", "nvcc", f"{nvcc}, {release[0] if release else 'of unknown release'}")
     yield disk("kernel cache", build.cache_folder(), 0.2, "set RWKV_KERNEL_CACHE to a folder with space")
+
+
+def build_all() -> None:
+    """The CUDA kernels for all architectures; it needs nvcc and no GPU."""
+    from src.ops import build
+
+    try:
+        print("CUDA kernels for all architectures:", build.cuda_library([str(arch) for arch in build.ARCHITECTURES]), file=sys.stderr)
+    except build.BuildError as error:
+        sys.exit(f"error: {error}")
 
 
 def run(*command: str) -> str:

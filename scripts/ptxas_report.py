@@ -63,6 +63,18 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
     return [{"file": source.name} | row for row in read(done.stdout + done.stderr)]
 
 
+def table(rows: list[dict]) -> str:
+    """Registers (+ bytes spilled) of each kernel by architecture, and its static shared memory."""
+    architectures = sorted({row["arch"] for row in rows})
+    lines = ["| registers (+ bytes spilled) | " + " | ".join(f"sm_{arch}" for arch in architectures) + " | shared |",
+             "|---" * (len(architectures) + 2) + "|"]
+    for name in dict.fromkeys((row["file"], row["kernel"]) for row in rows):
+        cells = {row["arch"]: row for row in rows if (row["file"], row["kernel"]) == name}
+        texts = [f"{row['registers']}" + (f" (+{row['spill_stores']})" if row["spill_stores"] else "") for row in map(cells.get, architectures)]
+        lines.append(f"| {': '.join(name)} | {' | '.join(texts)} | {max(row['shared'] for row in cells.values())} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sources", nargs="*", type=pathlib.Path, default=sorted(build.CUDA.glob("*.cu")))
@@ -75,12 +87,7 @@ def main() -> None:
     except build.BuildError as error:
         raise SystemExit(f"ptxas_report: {error}") from None
     rows = [row for source in args.sources for row in compile_report(source, args.arch, args.quick) if args.kernels in row["kernel"]]
-    print("registers (+ bytes spilled), static shared memory\n")
-    print("| kernel | " + " | ".join(f"sm_{arch}" for arch in args.arch) + " | shared |\n" + "|---" * (len(args.arch) + 2) + "|")
-    for name in dict.fromkeys((row["file"], row["kernel"]) for row in rows):
-        cells = {row["arch"]: row for row in rows if (row["file"], row["kernel"]) == name}
-        texts = [f"{row['registers']}" + (f" (+{row['spill_stores']})" if row["spill_stores"] else "") for row in map(cells.get, args.arch)]
-        print(f"| {': '.join(name)} | {' | '.join(texts)} | {max(row['shared'] for row in cells.values())} |")
+    print(table(rows))
     print(json.dumps({"report": "ptxas", "nvcc": version(nvcc.path), "kernels": rows}))
 
 

@@ -352,6 +352,16 @@ def test_the_cuda_library_is_for_the_architectures_at_hand(cuda):
     assert build.cuda_library(["90", "80"]) != library
 
 
+def test_a_library_for_all_architectures_serves_any_of_them(cuda):
+    alone = build.cuda_library(["90"])
+    fat = build.cuda_library([str(arch) for arch in build.ARCHITECTURES])
+    assert fat != alone and all(f"sm_{arch}" in cuda.record.read_text() for arch in build.ARCHITECTURES)
+    assert build.cuda_library(["90"]) == build.cuda_library(["75", "120"]) == fat
+    assert build.cuda_library(["103"]) != fat, "which it has no code for"
+    (cuda.source.parent / "shared.cuh").touch()
+    assert build.cuda_library(["90"]) != fat
+
+
 def test_the_compiler_of_the_host_s_part_can_be_chosen(cuda, monkeypatch):
     monkeypatch.setenv("NVCC_CCBIN", build.find_cxx())
     monkeypatch.setattr(build, "find_cxx", None)

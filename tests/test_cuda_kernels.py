@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from scripts.ptxas_report import compile_report
+from scripts.ptxas_report import compile_report, table
 from src.ops import native
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 
@@ -190,7 +190,7 @@ def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunke
 
 
 @both
-def test_nvcc_spills_no_register(version):
+def test_nvcc_spills_no_register(version, capsys):
     try:
         find_nvcc()
     except BuildError:
@@ -198,6 +198,8 @@ def test_nvcc_spills_no_register(version):
     rows = compile_report(ROOT / f"cuda/wkv{version}.cu", ARCHITECTURES, quick=True)
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
     assert {"forward", "backward_down", "backward_up", "scan_decay"} <= {row["kernel"].partition("<")[0] for row in rows}
+    with capsys.disabled():
+        print("\n" + table(rows))
     for row in rows:
         assert row["spill_stores"] == 0 and row["shared"] <= 48 << 10, row
         # four blocks on a multiprocessor, one warp of each on every scheduler

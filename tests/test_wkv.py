@@ -410,6 +410,14 @@ def test_the_op_follows_no_pointer_into_another_layout(version):
 
 
 @both
+@pytest.mark.parametrize("shape", [(1, 5, 2, 264), (1, 5, 2, 12), (1, 0, 2, 8)])
+def test_the_op_takes_no_shape_that_the_kernels_do_not(version, shape):
+    inputs = [torch.zeros(shape[2:] if name == "u" else shape) for name in NAMES[version]]
+    with pytest.raises(ValueError, match=f"wkv{version}_forward: activations are .* expected .B, T, H, N."):
+        getattr(torch.ops.rwkv, f"wkv{version}")(*inputs, None, None, False)
+
+
+@both
 def test_torch_compile_sees_one_graph(version):
     x, dy, _ = make(version, 6)
     x = {name: t.requires_grad_() for name, t in x.items()}

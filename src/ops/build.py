@@ -52,19 +52,31 @@ def cpu_library() -> pathlib.Path:
 
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
-    """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be. Raises BuildError."""
+    """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be. Raises BuildError.
+
+    One that is built for all ARCHITECTURES serves any of them.
+    """
     require_unix()
-    architectures = sorted(set(architectures))
+    architectures = sorted(set(architectures), key=lambda arch: (len(arch), arch))
     for arch in architectures:
         if not (number := re.fullmatch(r"(\d+)[af]?", arch)) or int(number[1]) < 75:
             raise BuildError(f"a GPU of architecture {arch} is not supported, expected 75 (Turing) or newer; use --wkv torch")
     nvcc = find_nvcc()
     # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one than the default
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
-    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    command = [nvcc.path, "-ccbin", host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *code, *nvcc.compile_flags]
     link = ["-ccbin", host, "-cudart", "static", *nvcc.link_flags]
-    return build("wkv_cuda", "the CUDA kernels", 20, sorted(CUDA.glob("*.cu")), headers(), command, link)
+
+    def command(architectures: Sequence[str]) -> list[str]:
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+        return [nvcc.path, "-ccbin", host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *code, *nvcc.compile_flags]
+
+    everything = [str(arch) for arch in ARCHITECTURES]
+    sources = sorted(CUDA.glob("*.cu"))
+    if set(architectures) <= set(everything):
+        key = fingerprint("wkv_cuda", sources, headers(), command(everything), link, "")
+        if (fat := library_path("wkv_cuda", key)).exists():
+            return fat
+    return build("wkv_cuda", "the CUDA kernels", 20 * len(architectures), sources, headers(), command(architectures), link)
 
 
 def headers() -> list[pathlib.Path]:
@@ -81,6 +93,10 @@ def cache_folder() -> pathlib.Path:
     if chosen := os.environ.get("RWKV_KERNEL_CACHE"):
         return pathlib.Path(chosen).expanduser().absolute()
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "kernels"
+
+
+def library_path(name: str, key: str) -> pathlib.Path:
+    return cache_folder() / f"{name}-{key}.so"
 
 
 def cpu_features() -> str:
@@ -135,8 +151,8 @@ def build(
     """The shared library made of the sources: `command` is the compiler and its flags, `link` more flags for the last step, `seconds` what
     the user is told it will take, `machine` anything else that the result depends on. Raises BuildError."""
     folder = cache_folder()
-    key = fingerprint(name, sources, headers, command, link, machine)
-    library, log = folder / f"{name}-{key}.so", folder / f"{name}-{key}.log"
+    library = library_path(name, fingerprint(name, sources, headers, command, link, machine))
+    log = library.with_suffix(".log")
     try:
         if library.exists():
             return library

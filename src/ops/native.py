@@ -151,6 +151,8 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     for x in tensors:
         if x is not None and (x.device != like.device or not x.is_contiguous()):
             raise ValueError(f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one on {like.device}")
+    if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= 256 or not like.numel():
+        raise ValueError(f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a multiple of 8 up to 256")
     # vectors of 16 bytes are loaded; a view may begin between two
     tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
