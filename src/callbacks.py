@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -18,14 +17,17 @@ from tqdm import tqdm
 import rwkv_miss
 from rwkv_miss.errors import UserError
 
+from .checkpoints import checkpoint_name, remove_old
 from .files import write_text
+from .rollback import LastGood
+from .state import gradient_norm, read_state, write_state
 
 
 class StepReport(Callback):
     """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop."""
 
-    def __init__(self, path: str, total: int, started: float):
-        self.path, self.total, self.started = path, total, started
+    def __init__(self, path: str, total: int, started: float, last_good: LastGood):
+        self.path, self.total, self.started, self.last_good = path, total, started, last_good
         self.stop = False
         self.first_step_seconds: float | None = None
 
@@ -34,6 +36,7 @@ class StepReport(Callback):
         self.bar = tqdm(total=self.total, initial=trainer.global_step, disable=not (self.rank_zero and sys.stderr.isatty()), unit="step")
         if self.rank_zero:
             _keep_lines(self.path, trainer.global_step)
+        self.last_good.start(trainer)
         self.clock = time.perf_counter()
         # Ctrl-C, a scheduler's end of time, a closed terminal; Windows has no SIGHUP
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -48,12 +51,12 @@ class StepReport(Callback):
         if (index + 1) % module.accumulate:
             return
         step = trainer.global_step
-        # one reduction carries the loss and the wish of any rank to stop
-        total = trainer.strategy.reduce(torch.tensor([float(module.step_loss), float(self.stop)], device=module.device), reduce_op="sum")
-        loss, self.stop = float(total[0]), bool(total[1])
+        # one reduction carries the loss, the wish of any rank to stop, and whether a gradient is not finite
+        mine = [float(module.step_loss), float(self.stop), gradient_norm(trainer)]
+        loss, stop, norm = trainer.strategy.reduce(torch.tensor(mine, device=module.device), reduce_op="sum").tolist()
+        self.stop = bool(stop)
         module.step_loss = 0.0
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}: the run diverged; lower --lr_init. What was saved before is unchanged")
+        back = self.last_good.after_step(trainer, loss, norm)
         rwkv_miss.on_step(module.model, step, self.total)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -62,9 +65,11 @@ class StepReport(Callback):
         if self.rank_zero:
             tokens = module.schedule.step_tokens(step - 1)
             line = {
-                "step": step, "loss": loss, "lr": module.lr * module.lr_factor(step - 1), "tokens": tokens,
+                "step": step, "loss": loss if math.isfinite(loss) else None, "lr": module.lr * module.lr_factor(step - 1), "tokens": tokens,
                 "trained_tokens": module.schedule.step_targets(step - 1), "seconds": seconds, "tokens_per_second": tokens / seconds,
             }
+            if back is not None:
+                line["rolled_back_to"] = back
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -102,12 +107,25 @@ def _keep_lines(path: str, steps: int) -> None:
 class Saver(Callback):
     """Every save_steps, at the end and when asked to stop: the trained tensors, and a checkpoint to resume from.
 
-    `write` puts the trained tensors into their file; it is called on every rank, inside which rank 0 writes.
+    `write` puts the trained tensors into their file; it is called on every rank, inside which rank 0 writes. A run that goes on
+    from `resume_from` gets its state back before its first step. The newest `keep` checkpoints stay.
     """
 
-    def __init__(self, folder: str, every: int, write):
-        self.folder, self.every, self.write = folder, every, write
+    def __init__(self, folder: str, every: int, keep: int, write, last_good: LastGood, resume_from: str | None = None):
+        self.folder, self.every, self.keep, self.write = folder, every, keep, write
+        self.last_good, self.resume_from = last_good, resume_from
         self.saved = -1
+
+    def on_fit_start(self, trainer, module) -> None:
+        if not self.resume_from:
+            return
+        kept = rwkv_miss.read_metadata(self.resume_from)
+        for name, value in module.inputs().items():
+            if kept["inputs"][name] != value:
+                raise UserError(f"--resume auto: the {name} is not the one that the run began with; put it back, or choose another --proj_dir")
+        write_state(trainer, rwkv_miss.read_checkpoint(self.resume_from))
+        trainer.precision_plugin.load_state_dict(kept["loss_scaling"])
+        self.last_good.losses.extend(kept["recent_losses"])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         step = trainer.global_step
@@ -116,37 +134,25 @@ class Saver(Callback):
             self.save(trainer)
 
     def save(self, trainer) -> None:
-        """Write under a temporary name, then rename; older checkpoints go only after that."""
-        step = trainer.global_step
+        """The output, then the checkpoint, each whole under its name or not at all; older checkpoints go only after that."""
+        step, module = trainer.global_step, trainer.lightning_module
         if step == self.saved:
             return
-        self.write(trainer, step)
-        final, temporary = os.path.join(self.folder, f"step-{step:08d}"), os.path.join(self.folder, f".step-{step:08d}")
-        if trainer.is_global_zero:
-            os.makedirs(self.folder, exist_ok=True)
-            _remove(temporary)
-        trainer.strategy.barrier()
+        state = read_state(trainer)
+        error = None
         try:
-            trainer.save_checkpoint(temporary)
-        except (OSError, RuntimeError) as error:
-            _remove(temporary)
-            if isinstance(error, RuntimeError) and "file write failed" not in str(error):  # torch's words for a full disk
-                raise
-            raise UserError(f"checkpoint {final} could not be written ({error}); free some space and go on with --resume auto") from error
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            _remove(final)
-            os.replace(temporary, final)
-            for name in os.listdir(self.folder):
-                if name.startswith("step-") and name != os.path.basename(final):
-                    _remove(os.path.join(self.folder, name))
-        trainer.strategy.barrier()
+            self.write(trainer, step)
+            if trainer.is_global_zero:
+                os.makedirs(self.folder, exist_ok=True)
+                rwkv_miss.write_checkpoint(os.path.join(self.folder, checkpoint_name(step)), state, {
+                    "format": "rwkv-miss checkpoint", "step": step, "inputs": module.inputs(),
+                    "loss_scaling": trainer.precision_plugin.state_dict(), "recent_losses": list(self.last_good.losses),
+                })
+                remove_old(self.folder, self.keep)
+        except (UserError, OSError) as caught:
+            error = str(caught)
+        for _ in state:
+            pass  # every rank takes part in what is gathered, also when rank 0 can't write
+        if error := trainer.strategy.broadcast(error):
+            raise UserError(f"{error}; free some space and go on with --resume auto")
         self.saved = step
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)

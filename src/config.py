@@ -87,6 +87,10 @@ class Config:
 
     init_only: bool = opt(False, "1: write a new model to rwkv-init.pth in proj_dir and end; a later run takes it as --load_model")
     save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")
+    save_total_limit: int = opt(1, "checkpoints to keep; an older one is removed when the new one is complete")
+    rollback_steps: int = opt(20, "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or gradient is not "
+                                  "finite (0: stop instead; --peft none goes back to its newest checkpoint)")
+    spike_sigmas: float = opt(0.0, "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)")
     resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
 
 
@@ -238,11 +242,11 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
 
 def validate(config: Config) -> None:
     """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
-    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes"):
+    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes", "save_total_limit"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps"):
+                 "save_steps", "rollback_steps", "spike_sigmas", "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2"):

@@ -229,24 +229,16 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
 
 
 class Batches:
-    """The micro-batches of one rank, in order: what Lightning iterates over. Its state is the number of batches handed out."""
+    """The micro-batches of one rank in order, from optimizer step `first_step` (0-based) until before `steps`: what Lightning iterates over."""
 
-    def __init__(self, documents: Documents, schedule: Schedule, steps: int, rank: int):
-        self.documents, self.schedule, self.steps, self.rank = documents, schedule, steps, rank
-        self.done = 0
+    def __init__(self, documents: Documents, schedule: Schedule, steps: int, rank: int, first_step: int = 0):
+        self.documents, self.schedule, self.steps, self.rank = documents, schedule, range(first_step, steps), rank
 
     def __len__(self) -> int:
-        return self.steps * self.schedule.accumulate
+        return len(self.steps) * self.schedule.accumulate
 
     def __iter__(self):
-        while self.done < len(self):
-            step, micro = divmod(self.done, self.schedule.accumulate)
-            rows = self.schedule.micro_rows(step, micro, self.rank)
-            self.done += 1
-            yield collate([[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows], self.schedule.step_targets(step))
-
-    def state_dict(self) -> dict:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.done = state["done"]
+        for step in self.steps:
+            for micro in range(self.schedule.accumulate):
+                rows = self.schedule.micro_rows(step, micro, self.rank)
+                yield collate([[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows], self.schedule.step_targets(step))

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import deepspeed.ops
 import torch
+import torch.nn.functional as F
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import nn
+from torch import Tensor, nn
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -38,6 +47,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         if stage == 3:
             bucket |= {"stage3_prefetch_bucket_size": 10_000_000, "stage3_max_live_parameters": 50_000_000,
                        "stage3_param_persistence_threshold": 10_000}
+        self.stage = stage
         super().__init__(
             config={
                 "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False, **bucket},
@@ -46,7 +56,6 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
                 "steps_per_print": 10**9,
                 "wall_clock_breakdown": False,
             },
-            exclude_frozen_parameters=True,
             precision_plugin=KeepDtypes(),
         )
 
@@ -72,8 +81,50 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0) if self._on_cpu else super().root_device  # DeepSpeed wants a device *index*
 
+    def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """This rank's share of the trained parameters as flat fp32 tensors, each with what the optimizer keeps for it."""
+        zero = self.deepspeed_engine.optimizer
+        pieces = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        return [(piece, zero.optimizer.state[piece]) for piece in pieces]
+
+    def read_whole(self, p: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
+        """(parameter, what the optimizer keeps for it), gathered on every rank."""
+        _, state = self._pieces()[0]
+        kept = {key: safe_get_full_optimizer_state(p, key) if value.dim() else value for key, value in state.items()}
+        return safe_get_full_fp32_param(p), kept
+
+    def write_whole(self, p: nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:
+        """The inverse of read_whole(). What is absent from `kept` becomes zero, as before the first step."""
+        for piece, state in self._pieces():  # none yet in a process that has not done a step
+            for key, value in kept.items():
+                if not value.dim():
+                    state[key] = value.clone()
+                elif key not in state:
+                    state[key] = torch.zeros_like(piece)
+            for key in state.keys() - kept.keys():
+                state[key].zero_()
+        moments = {key: value for key, value in kept.items() if value.dim()}
+        if self.stage == 3:
+            size = p.ds_tensor.numel()
+
+            def share(tensor: Tensor) -> Tensor:
+                padded = F.pad(tensor.flatten(), (0, size * self.world_size - tensor.numel()))
+                return padded[size * self.global_rank :][:size]
+
+            safe_set_local_fp32_param(p, share(whole))
+            for key, value in moments.items():
+                safe_set_local_optimizer_state(p, share(value), key)
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                p.copy_(whole)
+            return
+        p.copy_(whole)
+        safe_set_full_fp32_param(p, whole)
+        if moments:
+            self.deepspeed_engine.optimizer._lazy_init_hp_params_optimizer_state()  # as after the first step
+        for key, value in moments.items():
+            safe_set_full_optimizer_state(p, value, key)
+
 
 def gathered(parameters: list[nn.Parameter]):
     """Context in which every rank sees these parameters whole, whatever the stage."""
     return deepspeed.zero.GatheredParameters(parameters)
-

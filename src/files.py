@@ -17,11 +17,18 @@ def is_first_process() -> bool:
 
 
 def write_text(path: str, text: str) -> None:
+    """write_bytes() of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str, content: bytes) -> None:
     """Write a file under a temporary name, then rename it; a full or read-only disk is a UserError."""
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -17,10 +18,11 @@ from rwkv_miss.errors import UserError
 
 from . import config as configuration
 from . import ops
-from .config import Config
+from .checkpoints import checkpoint_step, list_checkpoints, remove_leftovers
+from .config import Config, accumulation
 from .data import Document, Documents, Schedule, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
-from .files import is_first_process, write_text
+from .files import is_first_process, write_bytes, write_text
 from .model import RWKV, VERSIONS, read_model_file
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
@@ -40,7 +42,9 @@ def main(config: Config, origins: dict[str, str]) -> None:
     require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     if config.init_only:
         return write_new_model(config, arch, tokenizer)
-    resume_from = find_checkpoint(config)
+    resume_from, before = find_checkpoint(config)
+    if before:
+        keep_rows_per_step(config, before)
     documents = load_documents(config.data_file, tokenizer, config.ctx_len)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
 
@@ -50,6 +54,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
 
     from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
     from .callbacks import Saver, StepReport
+    from .rollback import LastGood
 
     schedule = training.make_schedule(documents, config, world)
     total_steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
@@ -68,31 +73,42 @@ def main(config: Config, origins: dict[str, str]) -> None:
     ]
     if config.warmup_steps >= total_steps:
         plan.append(f"warning    the warm-up, {config.warmup_steps} steps, is as long as the run: the full learning rate is never used")
-    finished = resume_from and int(os.path.basename(resume_from).split("-")[1]) >= total_steps
+    first_step = checkpoint_step(resume_from) if resume_from else 0
+    finished = first_step >= total_steps
     if finished:
         plan.append(f"resume     {resume_from} has all {total_steps} steps already; nothing to train. Output: {output_path(config)}")
-    elif resume_from:
-        plan.append(f"resume     from {resume_from}")
+    elif before:
+        total_before = before.epoch_count * (before.epoch_steps or schedule.steps_per_pass)
+        plan += describe_resume(config, before, resume_from, total_before, total_steps)
+    elif config.resume == "auto":
+        plan.append(f"resume     no checkpoint in {config.proj_dir}: from the beginning")
     if is_first_process():
         print("\n".join(plan), flush=True)
     if finished:
+        if is_first_process() and not os.path.exists(os.path.join(config.proj_dir, SUMMARY)):  # killed after its last step
+            finish(config, first_step, total_steps)
         return
 
     os.makedirs(config.proj_dir, exist_ok=True)
     if is_first_process():
+        remove_leftovers(config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS))
         configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
     half = DTYPES[precision] if config.peft == "none" and precision != "fp32" else None
-    module = training.FineTuning(model, config, lr, documents, total_steps, half)
-    report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started)
-    saver = Saver(os.path.join(config.proj_dir, CHECKPOINTS), config.save_steps, writer(config, model, tokenizer, training))
-    trainer = training.make_trainer(config, accelerator, total_steps, precision, [report, saver])
-    before = time.perf_counter()
+    module = training.FineTuning(model, config, lr, documents, total_steps, half, first_step)
+    checkpoints = os.path.join(config.proj_dir, CHECKPOINTS)
+    last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
+    report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started, last_good)
+    save = writer(config, model, tokenizer, training)
+    saver = Saver(checkpoints, config.save_steps, config.save_total_limit, save, last_good, resume_from)
+    trainer = training.make_trainer(config, accelerator, total_steps, precision, [report, saver], first_step)
+    begun = time.perf_counter()
     try:
-        trainer.fit(module, ckpt_path=resume_from)
+        trainer.fit(module)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then lower --ctx_len") from None
     if trainer.is_global_zero:
-        finish(config, trainer.global_step, total_steps, time.perf_counter() - before, report)
+        seconds = {"fit_seconds": time.perf_counter() - begun, "command_to_first_step_seconds": report.first_step_seconds}
+        finish(config, trainer.global_step, total_steps, seconds)
     if trainer.global_step < total_steps:
         sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
 
@@ -189,34 +205,65 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
     return model, config.lr_init or rwkv_miss.METHODS[config.peft].default_lr
 
 
-# settings that a resumed run may change without becoming another run
-MAY_CHANGE = {"proj_dir", "resume", "save_steps", "grad_cp", "wkv", "accelerator"}
+# settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
+MAY_CHANGE = {
+    "proj_dir", "resume", "save_steps", "save_total_limit", "rollback_steps", "spike_sigmas", "grad_cp", "wkv", "accelerator",
+    "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
+}
 
 
-def find_checkpoint(config: Config) -> str | None:
-    """The checkpoint to go on from. A run that would overwrite another one, or resume with a changed plan, is a UserError."""
-    path = newest_checkpoint(config.proj_dir)
-    if not is_first_process():
-        return path if config.resume == "auto" else None
-    if path is None and not os.path.exists(output_path(config)):
-        return None
-    if config.resume != "auto" or path is None:
-        what = os.path.basename(path or output_path(config))
-        raise UserError(f"{config.proj_dir} holds a run already ({what}); "
-                        + ("go on with --resume auto, or " if path else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
-    before = configuration.read_yaml(os.path.join(config.proj_dir, CONFIG))
+def find_checkpoint(config: Config) -> tuple[str | None, Config | None]:
+    """The checkpoint to go on from and the settings that it was made with, or (None, None).
+
+    A run that would overwrite another one, or resume with a changed plan, is a UserError.
+    """
+    paths = list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
+    if config.resume != "auto" or not paths:
+        # without its summary the output comes from a run that was killed before its first checkpoint was complete
+        cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
+        if is_first_process() and not cut_off and (paths or os.path.exists(output_path(config))):
+            raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename((paths or [output_path(config)])[-1])}); "
+                            + ("go on with --resume auto, or " if paths else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
+        return None, None
+    file = os.path.join(config.proj_dir, CONFIG)
+    before = Config(**configuration.read_yaml(file))
     for name in configuration.FIELDS:
-        if name not in MAY_CHANGE and before.get(name) != getattr(config, name):
-            raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {before.get(name)}, now it is {getattr(config, name)}; "
-                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
-    return path
+        if name not in MAY_CHANGE and getattr(before, name) != getattr(config, name):
+            raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {getattr(before, name)}, now it is {getattr(config, name)}; "
+                            f"resume with --config {file} --resume auto, or choose another --proj_dir")
+    return paths[-1], before
 
 
-def newest_checkpoint(proj_dir: str) -> str | None:
-    """Path of the checkpoint with the most steps, or None."""
-    folder = os.path.join(proj_dir, CHECKPOINTS)
-    names = sorted(n for n in os.listdir(folder) if n.startswith("step-")) if os.path.isdir(folder) else []
-    return os.path.join(folder, names[-1]) if names else None
+def keep_rows_per_step(config: Config, before: Config) -> None:
+    """Choose the accumulation with which a step has as many rows as it had before; a UserError where there is none."""
+
+    def at_once(c: Config) -> int:
+        return c.micro_bsz * c.devices * c.num_nodes
+
+    rows = at_once(before) * accumulation(before)
+    now = at_once(config) * accumulation(config)
+    if now == rows:
+        return
+    what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
+    if config.global_bsz or config.accumulate_grad_batches > 1:
+        raise UserError(f"{what}, now it has {now}; drop --global_bsz and --accumulate_grad_batches, which are then chosen to fit, "
+                        "or choose another --proj_dir")
+    if rows % at_once(config):
+        raise UserError(f"{what}, which is not a multiple of micro_bsz x devices x num_nodes = {at_once(config)}; choose a --micro_bsz that fits")
+    config.global_bsz = rows
+
+
+def describe_resume(config: Config, before: Config, path: str, total_before: int, total: int) -> list[str]:
+    """Lines of the plan about a run that goes on: from where, and what is different from here."""
+    lines = [f"resume     from {path}; the weights, the optimizer and the order of the data go on where they were"]
+    changed = [f"{name} {getattr(before, name)} -> {getattr(config, name)}" for name in ("strategy", "devices", "num_nodes", "micro_bsz")
+               if getattr(before, name) != getattr(config, name)]
+    if changed:
+        rows = config.micro_bsz * config.devices * config.num_nodes * accumulation(config)
+        lines.append(f"           {', '.join(changed)}: a step keeps its {rows} rows, accumulate is {accumulation(config)}")
+    if total != total_before:
+        lines.append(f"           {total_before} steps -> {total}: the learning rate follows the schedule of {total} steps from here on")
+    return lines
 
 
 def describe_training(config: Config, model: RWKV) -> str:
@@ -287,20 +334,20 @@ def whole_model(config: Config, model: RWKV):
     return ((name, trained[name].detach().to("cpu", like.dtype).view_as(like)) for name, like in base.items())
 
 
-def finish(config: Config, step: int, total_steps: int, seconds: float, report) -> None:
-    """The loss curve, run.json, and the next command."""
-    with open(report.path, encoding="utf-8") as file:
-        metrics = [json.loads(line) for line in file]
+def finish(config: Config, step: int, total_steps: int, seconds: dict[str, float] | None = None) -> None:
+    """The loss curve, run.json, and the next command; `seconds` is not known of a run that was killed after its last step."""
+    with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
+        metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
     draw_losses(metrics, os.path.join(config.proj_dir, CURVE))
     summary = {
         "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
-        "train_seconds": sum(line["seconds"] for line in metrics), "fit_seconds": seconds,
-        "command_to_first_step_seconds": report.first_step_seconds, "output": output_path(config),
+        "train_seconds": sum(line["seconds"] for line in metrics), **(seconds or {}), "output": output_path(config),
     }
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
     state = "done" if step >= total_steps else "stopped, go on with --resume auto"
-    print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; first step "
-          f"{report.first_step_seconds:.1f} s after the command; wrote {summary['output']}")
+    start = f"first step {seconds['command_to_first_step_seconds']:.1f} s after the command; " if seconds else ""
+    print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
+          f"{start}wrote {summary['output']}")
     if config.peft == "none":
         print(f"try it:    python -m demo.chat --model {summary['output']}")
     else:
@@ -323,7 +370,9 @@ def draw_losses(metrics: list[dict], path: str) -> None:
     axes.plot(steps, mean, label=f"mean of {window} steps")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
+    write_bytes(path, image.getvalue())
 
 

@@ -11,6 +11,7 @@ import os
 import warnings
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
@@ -55,13 +56,13 @@ def learning_rate_factor(config: Config, total: int, lr: float):
 class FineTuning(pl.LightningModule):
     """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
 
-    def __init__(self, model: RWKV, config: Config, lr: float, documents: Documents, total_steps: int, half: torch.dtype | None):
+    def __init__(self, model: RWKV, config: Config, lr: float, documents: Documents, total_steps: int, half: torch.dtype | None,
+                 first_step: int = 0):
         super().__init__()
         self.model, self.config, self.lr = model, config, lr
-        self.documents, self.total_steps = documents, total_steps
+        self.documents, self.total_steps, self.first_step = documents, total_steps, first_step  # first_step are done already
         self.lr_factor = learning_rate_factor(config, total_steps, lr)
         self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
-        self.strict_loading = False  # checkpoints hold the trained parameters only
         self.step_loss = 0.0
 
     def setup(self, stage: str) -> None:
@@ -70,14 +71,19 @@ class FineTuning(pl.LightningModule):
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.documents, self.schedule, self.total_steps, self.trainer.global_rank)
+        return Batches(self.documents, self.schedule, self.total_steps, self.trainer.global_rank, self.first_step)
 
     def configure_optimizers(self):
         c = self.config
         groups = parameter_groups(self.model, self.lr, c.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(self.first_step + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: dict, index: int) -> None:
+        # what is random in a step (dropout) is a function of its place, so that a resumed run draws the same numbers
+        place = self.trainer.global_step, index % self.accumulate, self.trainer.global_rank
+        torch.manual_seed(int(np.random.SeedSequence([self.config.random_seed, *place]).generate_state(1)[0]))
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""
@@ -89,19 +95,6 @@ class FineTuning(pl.LightningModule):
         scaled = loss * (self.accumulate * self.trainer.world_size / max(batch["step_targets"], 1))
         penalty = rwkv_miss.penalty(self.model)
         return scaled if penalty is None else scaled + penalty
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep what is trained: the base stays in its own file."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        if "state_dict" in checkpoint:
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["inputs"] = self.inputs()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """The files behind the paths must be those of the first part of the run."""
-        for name, value in self.inputs().items():
-            if checkpoint["inputs"][name] != value:
-                raise UserError(f"--resume auto: the {name} is not the one that the run began with; put it back, or choose another --proj_dir")
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
@@ -121,8 +114,8 @@ def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     )
 
 
-def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback]) -> pl.Trainer:
-    """Lightning's Trainer for the resolved settings; `accelerator` is cpu or gpu, `precision` fp32, bf16 or fp16."""
+def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
+    """Lightning's Trainer for the resolved settings; `accelerator` is cpu or gpu, `precision` fp32, bf16 or fp16; `first_step` are done already."""
     _quiet()
     plugins: list[Precision] = []
     strategy = config.strategy
@@ -136,12 +129,14 @@ def make_trainer(config: Config, accelerator: str, total_steps: int, precision: 
         strategy = AnywhereDeepSpeed(int(strategy[-1]), config.micro_bsz)
     elif precision == "fp16":
         plugins.append(ScaledFp16("cuda" if accelerator == "gpu" else "cpu"))
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
         max_steps=total_steps, max_epochs=-1, accumulate_grad_batches=accumulation(config),
         gradient_clip_val=config.grad_clip or None, callbacks=callbacks, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False, num_sanity_val_steps=0, benchmark=False,
     )
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = first_step  # trainer.global_step
+    return trainer
 
 
 @contextlib.contextmanager

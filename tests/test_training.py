@@ -134,7 +134,8 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
 
 
 def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
-    for flags, word in ((["--epoch_count", "2"], "--resume auto"), (["--epoch_count", "3", "--resume", "auto"], "epoch_count 2, now it is 3")):
+    for flags, word in ((["--epoch_count", "2"], "--resume auto"),
+                        (["--epoch_count", "2", "--lr_init", "1", "--resume", "auto"], "lr_init 0.01, now it is 1.0")):
         done = subprocess.run(command(files, plain[0], *flags), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
 

@@ -1,0 +1,69 @@
+"""What a run goes on from: the trained tensors and what the optimizer keeps for them, whole, the same under every strategy.
+
+The order of the data, the learning rate and the random numbers are functions of the step, so they need no keeping, and a
+checkpoint does not depend on how many processes wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+
+def read_state(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter under its name, its optimizer's tensors under `NAME:exp_avg` and so on, and the buffers.
+
+    All ranks must walk through it, because ZeRO gathers on the way; all of them see whole tensors, one at a time.
+    """
+    model = trainer.lightning_module.model
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            whole, kept = _read(trainer, p)
+            yield name, whole
+            for key, value in kept.items():
+                yield f"{name}:{key}", value
+    yield from model.named_buffers()
+
+
+@torch.no_grad()
+def write_state(trainer: pl.Trainer, state: Mapping[str, Tensor]) -> None:
+    """Put what read_state() gave back into the model and the optimizer, on every rank."""
+    model = trainer.lightning_module.model
+    kept: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        owner, _, key = name.partition(":")
+        kept.setdefault(owner, {})[key] = tensor
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            _write(trainer, p, kept[name].pop(""), kept[name])
+    for name, buffer in model.named_buffers():
+        buffer.copy_(state[name])
+
+
+def _read(trainer: pl.Trainer, p: torch.nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
+    """(parameter, what the optimizer keeps for it), whole."""
+    if hasattr(trainer.strategy, "deepspeed_engine"):
+        return trainer.strategy.read_whole(p)
+    return p.detach(), dict(trainer.optimizers[0].state.get(p, {}))
+
+
+def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:
+    if hasattr(trainer.strategy, "deepspeed_engine"):
+        trainer.strategy.write_whole(p, whole, kept)
+        return
+    p.copy_(whole)
+    # the counter of updates stays on the CPU, where AdamW makes it
+    trainer.optimizers[0].state[p] = {key: value.to(p.device if value.dim() else "cpu", copy=True) for key, value in kept.items()}
+
+
+def gradient_norm(trainer: pl.Trainer) -> float:
+    """Norm of the gradient that the step just used; not finite where the gradient was not. 0 where loss scaling looks after that itself."""
+    if hasattr(trainer.strategy, "deepspeed_engine"):
+        return float(trainer.strategy.deepspeed_engine.get_global_grad_norm())
+    if trainer.precision_plugin.state_dict():
+        return 0.0
+    grads = [p.grad for p in trainer.lightning_module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(grads))
