@@ -54,7 +54,6 @@ class StepReport(Callback):
         # one reduction carries the loss, the wish of any rank to stop, and whether a gradient is not finite
         mine = [float(module.step_loss), float(self.stop), gradient_norm(trainer)]
         loss, stop, norm = trainer.strategy.reduce(torch.tensor(mine, device=module.device), reduce_op="sum").tolist()
-        self.stop = bool(stop)
         module.step_loss = 0.0
         back = self.last_good.after_step(trainer, loss, norm)
         rwkv_miss.on_step(module.model, step, self.total)
@@ -79,7 +78,7 @@ class StepReport(Callback):
             self.bar.update()
             if not sys.stderr.isatty() and (step % max(1, self.total // 20) == 0 or step == 1):
                 print(f"step {step}/{self.total} loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s", flush=True)
-        trainer.should_stop = trainer.should_stop or self.stop
+        trainer.should_stop = trainer.should_stop or bool(stop)  # not self.stop, which a signal may just have set on this rank alone
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()

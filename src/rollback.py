@@ -45,12 +45,10 @@ class LastGood:
             return None
         return trainer.global_step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in read_state(trainer)}
 
-    def fault(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step's loss or gradient norm, or None."""
+    def fault(self, loss: float) -> str | None:
+        """What is wrong with a step's loss, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if not math.isfinite(norm):
-            return "the gradient is not finite"
         if self.sigmas and len(self.losses) >= ENOUGH:
             median = statistics.median(self.losses)
             # 1.4826 makes the median absolute deviation of normal noise its standard deviation
@@ -64,14 +62,16 @@ class LastGood:
 
         UserError when there is nothing to go back to, or going back did not help.
         """
-        fault, step = self.fault(loss, norm), trainer.global_step
+        fault, step = self.fault(loss), trainer.global_step
         if fault is None:
             self.losses.append(loss)
             if self.unproven:
                 self.good, self.unproven = self.unproven, None
-            if self.every and step % self.every == 0:
-                self.unproven = self._copy(trainer)
-            return None
+            if math.isfinite(norm):
+                if self.every and step % self.every == 0:
+                    self.unproven = self._copy(trainer)
+                return None
+            fault = "the gradient is not finite"
         self.unproven = None
         good = self._newest_checkpoint() if self.every and self.folder else self.good
         if good and good[0] != self.target:

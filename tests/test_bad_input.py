@@ -342,7 +342,7 @@ def test_a_disk_that_fills_up_during_training(folder, tmp_path):
     # rows longer than ctx_len are no mistake, but their number is told
     assert re.search(r"warning +5 of 5 rows are longer than --ctx_len 20 and are cut; \d+ tokens are lost", done.stdout)
     adapter, checkpoints = tmp_path / "run" / "adapter.pth", tmp_path / "run" / "checkpoints"
-    assert rwkv_miss.read_metadata(adapter)["step"] == 1 and os.listdir(checkpoints) == ["step-00000001"]
+    assert rwkv_miss.read_metadata(adapter)["step"] == 1 and os.listdir(checkpoints) == ["step-00000001.pth"]
     before = contents(checkpoints)
     done = run(adapter.stat().st_size + 20_000, "--resume=auto")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, done.stderr

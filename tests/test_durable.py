@@ -1,0 +1,391 @@
+"""Nothing is lost: killed at any moment, out of disk, on another number of processes, after a NaN, a run goes on to the same losses.
+
+The runs are the real program, in processes forked from one that has imported everything (a start takes a tenth of a second).
+"""
+
+import errno
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+
+import matplotlib.pyplot  # noqa: F401  (what the runs need is imported once)
+import pytest
+import torch
+
+import rwkv_miss
+import src.deepspeed_anywhere  # noqa: F401
+import src.run
+import train
+from rwkv_miss import read_checkpoint, read_metadata
+from src import trainer
+from src.checkpoints import list_checkpoints, remove_old
+from src.rollback import LastGood
+
+from .conftest import ROOT, make_arch, random_tensors
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A random base of odd width, which two processes do not share evenly, and 24 rows: 6 steps of 4."""
+    folder = tmp_path_factory.mktemp("durable")
+    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
+    rng = random.Random(0)
+    rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(3, 20)))} for _ in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _child(flags, rank, world, port, sabotage, log):
+    """One process of a run: what `python train.py` does, after `sabotage` has been prepared."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    if sabotage:
+        sabotage(rank)
+    sys.argv = ["train.py", *flags]
+    train.main()
+
+
+@pytest.fixture
+def run(files, tmp_path):
+    """run(name, *flags, sabotage=None) -> (exit code of rank 0, everything printed); the run is in tmp_path / name."""
+
+    def start(name, *flags, sabotage=None):
+        world = int(flags[flags.index("--devices") + 1]) if "--devices" in flags else 1
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        base = [] if "none" in flags else ["--peft_config", "r=5"]
+        flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(tmp_path / name),
+                 "--tokenizer", "bytes", "--packing", "0", "--accelerator", "cpu", "--lr_init", "1e-2",
+                 *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]), *base, *flags]
+        logs = [tmp_path / f"log-{rank}" for rank in range(world)]
+        ranks = [CONTEXT.Process(target=_child, args=(flags, rank, world, port, sabotage, logs[rank])) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)
+        return ranks[0].exitcode, "".join(log.read_text() for log in logs)
+
+    return start
+
+
+def succeed(result):
+    code, output = result
+    assert code == 0, output
+    return output
+
+
+def curve(proj_dir):
+    lines = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def same_run(one, other, exact=True):
+    """Equal losses and trained tensors; with other processes or another strategy the same sums come in another order."""
+    ours, theirs = (read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (one, other))
+    if exact:
+        assert curve(one) == curve(other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    else:
+        assert curve(one) == pytest.approx(curve(other), rel=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+# what is done to a run; each is called in its processes before the program starts
+
+
+def at_file(change, number, proj_dir, what, rank):
+    """Call `what` just before rank 0's file operation `number` (from 1) whose path in the run's folder contains `change`."""
+    seen = 0
+
+    def hook(event, args):
+        nonlocal seen
+        writes = event in ("os.rename", "os.remove") or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if rank == 0 and writes and str(args[0]).startswith(str(proj_dir)) and change in str(args[0]):
+            seen += 1
+            if seen == number:
+                what()
+
+    sys.addaudithook(hook)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt_twice():
+    interrupt()
+    interrupt()
+
+
+def disk_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def kill_in_write():
+    """The process dies in the middle of the file that it begins now."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
+
+
+def dropout(rank):
+    features = src.run.RWKV.features
+
+    def dropped(self, *args, **kwargs):
+        x, state = features(self, *args, **kwargs)
+        return torch.nn.functional.dropout(x, 0.2), state
+
+    src.run.RWKV.features = dropped
+
+
+def both(first, second, rank):
+    first(rank)
+    second(rank)
+
+
+def large_scale(rank):
+    """A loss scale with which the first steps overflow, so that it changes within the run."""
+    scaler = torch.amp.GradScaler
+    torch.amp.GradScaler = lambda device, init_scale: scaler(device, init_scale=2.0**24)
+
+
+def spoil(kind, steps, rank):
+    """Give steps (0-based) a loss or a gradient that is NaN, or leave out their update, on the last rank."""
+    step_of = trainer.FineTuning.training_step
+    update = torch.optim.AdamW.step
+
+    def training_step(self, batch, index):
+        loss = step_of(self, batch, index)
+        if self.trainer.global_step not in steps or self.trainer.global_rank < self.trainer.world_size - 1:
+            return loss
+        if kind == "loss":
+            self.step_loss = self.step_loss * math.nan
+        return loss * math.nan
+
+    if kind == "update":
+        counter = iter(range(10**9))
+        torch.optim.AdamW.step = lambda self, closure=None: (closure(), None)[1] if next(counter) in steps else update(self, closure)
+    else:
+        trainer.FineTuning.training_step = training_step
+
+
+def terminate_last_rank(step, rank):
+    """The second of two processes, and only it, is asked to end after a step, when the processes have agreed on going on."""
+    on_step = rwkv_miss.on_step
+
+    def asked(model, done, total):
+        on_step(model, done, total)
+        if done == step and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    rwkv_miss.on_step = asked
+
+
+# resume
+
+
+@pytest.mark.parametrize("kind", ["dropout", "fp16"])
+def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
+    """2 steps, Ctrl-C while the metrics are written, and the other 4: bit for bit the uninterrupted run."""
+    flags = ["--precision", "fp16"] if kind == "fp16" else []
+    sabotage = dropout if kind == "dropout" else large_scale
+    succeed(run("whole", *flags, sabotage=sabotage))
+    stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts", interrupt)  # its first operation is its creation
+    code, output = run("parts", *flags, sabotage=functools.partial(both, sabotage, stop))
+    stopped = len(curve(tmp_path / "parts"))
+    assert code == 130 and stopped < STEPS and "stopped, go on with --resume auto" in output, output
+    output = succeed(run("parts", *flags, "--resume", "auto", sabotage=sabotage))
+    assert f"step-{stopped:08d}.pth" in output and "the order of the data go on" in output
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    if kind == "fp16":
+        [path] = list_checkpoints(str(tmp_path / "parts/checkpoints"))
+        assert read_metadata(path)["loss_scaling"]["scale"] < 2**23
+
+
+
+def test_other_processes_and_strategies_go_on(run, tmp_path):
+    """ZeRO-3 on two processes, one plain process, two under DDP of which one gets a SIGTERM, ZeRO-2: one run."""
+    flags = ["--epoch_count", "2"]
+    succeed(run("whole", *flags))
+    two = [*flags, "--devices", "2", "--micro_bsz", "2", "--resume", "auto"]
+    stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts", interrupt)
+    code, output = run("parts", *two, "--strategy", "deepspeed_stage_3", sabotage=stop)
+    assert code == 130 and "no checkpoint in" in output, output
+    code, output = run("parts", *flags, "--micro_bsz", "2", "--resume", "auto", sabotage=stop)
+    assert code == 130 and "strategy deepspeed_stage_3 -> auto, devices 2 -> 1: a step keeps its 4 rows, accumulate is 2" in output, output
+    code, output = run("parts", *two, "--strategy", "ddp", sabotage=functools.partial(terminate_last_rank, 6))
+    assert code == 130 and "stopped, go on with --resume auto: step 7 of 12" in output, output
+    for wrong, words in ((["--micro_bsz", "3"], "has 4 rows, which is not a multiple of micro_bsz x devices x num_nodes = 3"),
+                         (["--micro_bsz", "2", "--accumulate_grad_batches", "4"], "has 4 rows, now it has 8; drop --global_bsz")):
+        code, output = run("parts", *flags, *wrong, "--resume", "auto")
+        assert code == 2 and words in output, output
+    succeed(run("parts", *two, "--strategy", "deepspeed_stage_2"))
+    same_run(tmp_path / "whole", tmp_path / "parts", exact=False)
+
+
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run, tmp_path):
+    constant = ["--lr_schedule", "constant"]
+    succeed(run("whole", *constant, "--epoch_count", "2"))
+    succeed(run("parts", *constant))
+    assert "6 steps -> 12: the learning rate follows the schedule of 12 steps" in succeed(
+        run("parts", *constant, "--epoch_count", "2", "--resume", "auto"))
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "step-00000012.pth has all 6 steps already" in succeed(run("parts", *constant, "--resume", "auto"))
+
+
+# killed, interrupted, out of disk
+
+
+def check_files(proj_dir):
+    """What carries its final name is whole."""
+    for path in list_checkpoints(str(proj_dir / "checkpoints")):
+        assert read_metadata(path)["step"] and all(tensor.isfinite().all() for tensor in read_checkpoint(path).values())
+    if (proj_dir / "adapter.pth").exists():
+        assert read_metadata(proj_dir / "adapter.pth")["step"] >= 1 and read_checkpoint(proj_dir / "adapter.pth")
+    return list_checkpoints(str(proj_dir / "checkpoints"))
+
+
+# (file, the how-manieth of its operations in a process that goes on): write, rename, clean up
+MOMENTS = [
+    ("config.yaml", 1), ("config.yaml", 2), ("metrics.jsonl", 2), ("metrics.jsonl", 3), ("adapter.pth", 1), ("adapter.pth", 2),
+    ("adapter.pth", 3), ("step-", 1), ("step-", 2), ("step-", 3), ("step-00000001.pth", 1), ("loss.png", 2), ("run.json", 2),
+]
+
+
+def test_killed_at_every_kind_of_moment(run, tmp_path):
+    """One run, killed again and again before a file is opened, renamed or removed, and once in the middle of a checkpoint."""
+    succeed(run("whole"))
+    flags = ["--save_steps", "1", "--resume", "auto"]
+    proj_dir = tmp_path / "parts"
+    for file, number in [*MOMENTS[:11], ("in the middle", 1), *MOMENTS[11:]]:
+        sabotage = functools.partial(at_file, file, number, proj_dir, kill)
+        if file == "in the middle":
+            sabotage = functools.partial(at_file, "step-", 1, proj_dir, kill_in_write)
+        code, output = run("parts", *flags, sabotage=sabotage)
+        assert code in (-signal.SIGKILL, -signal.SIGXFSZ), f"{file} {number}: {output}"
+        check_files(proj_dir)
+    assert "nothing to train" in succeed(run("parts", *flags))
+    same_run(tmp_path / "whole", proj_dir)
+    assert {path.name for path in proj_dir.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert os.listdir(proj_dir / "checkpoints") == ["step-00000006.pth"]
+    assert json.loads((proj_dir / "run.json").read_text())["steps"] == STEPS
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
+    succeed(run("whole"))
+    flags = ["--save_steps", "1", "--resume", "auto"]
+    proj_dir = tmp_path / "parts"
+    before = []
+    for file, number in (("config.yaml", 1), ("metrics.jsonl", 2), ("metrics.jsonl", 3), ("adapter.pth", 1), ("step-", 1), ("step-", 2),
+                         ("step-00000001.pth", 1), ("loss.png", 1), ("run.json", 2)):
+        code, output = run("parts", *flags, sabotage=functools.partial(at_file, file, number, proj_dir, disk_full))
+        assert code == 2 and output.count("error: ") == 1 and "Traceback" not in output and "No space left" in output, f"{file}: {output}"
+        assert not list(proj_dir.rglob("*.tmp"))
+        after = check_files(proj_dir)
+        assert after[-1:] >= before[-1:]
+        before = after
+        if file == "metrics.jsonl":
+            with open(proj_dir / "metrics.jsonl", "a") as metrics:
+                metrics.write('{"step": 1, "lo')  # the disk had room for half a line
+    assert "nothing to train" in succeed(run("parts", *flags))
+    same_run(tmp_path / "whole", proj_dir)
+
+
+def test_signals_while_a_checkpoint_is_written(run, tmp_path):
+    """One: the next step is the last. Two: the program ends at once; the checkpoint before stays."""
+    proj_dir = tmp_path / "run"
+    code, output = run("run", "--save_steps", "2", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt))
+    assert code == 130 and [os.path.basename(path) for path in check_files(proj_dir)] == ["step-00000003.pth"], output
+    code, output = run("run", "--save_steps", "2", "--resume", "auto", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt_twice))
+    assert code and "Traceback" not in output, output
+    assert os.listdir(proj_dir / "checkpoints") == ["step-00000003.pth"]
+    succeed(run("whole"))
+    succeed(run("run", "--resume", "auto"))
+    same_run(tmp_path / "whole", proj_dir)
+
+
+def test_the_newest_checkpoints_stay(run, tmp_path):
+    succeed(run("run", "--save_steps", "1", "--save_total_limit", "2"))
+    folder = str(tmp_path / "run/checkpoints")
+    paths = list_checkpoints(folder)
+    assert [os.path.basename(path) for path in paths] == ["step-00000005.pth", "step-00000006.pth"]
+    remove_old(folder, 1, spare=(paths[0],))
+    assert list_checkpoints(folder) == paths
+    remove_old(folder, 1)
+    assert list_checkpoints(folder) == paths[1:]
+
+
+# going back
+
+
+TWO = ["--devices", "2", "--micro_bsz", "2", "--strategy"]
+FULL = ["--peft", "none", "--lr_init", "1e-3"]
+
+
+@pytest.mark.parametrize("kind, flags, undone", [
+    # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves step 3's, too
+    ("loss", ["--rollback_steps", "1"], [2, 3]),
+    ("gradient", ["--rollback_steps", "1"], [3]),
+    ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3]),
+    ("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3]),
+    ("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3]),
+    ("loss", [*FULL, "--save_steps", "1"], [3]),
+], ids=["loss", "gradient", "loss, ZeRO-2", "gradient, ZeRO-3", "gradient, DDP", "full training"])
+def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undone):
+    """A NaN in step 4: the run equals one in which these updates (0-based) were not made, and the later steps are in their places."""
+    full = FULL if "none" in flags else []
+    succeed(run("left-out", *full, sabotage=functools.partial(spoil, "update", undone)))
+    output = succeed(run("run", *flags, sabotage=functools.partial(spoil, kind, [3])))
+    assert f"at step 4; back to the state of step {undone[0]}, and on with step 5" in output, output
+    one, other = curve(tmp_path / "left-out"), curve(tmp_path / "run")
+    # in between the loss is that of a state that is given up
+    kept = [0, 1, 2, 4, 5]
+    assert [one[i] for i in kept] == pytest.approx([other[i] for i in kept], rel=1e-5)
+    assert other[3] is None or kind == "gradient"
+    name = "model.pth" if full else "adapter.pth"
+    ours, theirs = (read_checkpoint(tmp_path / run / name) for run in ("left-out", "run"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags, notes", [(["--rollback_steps", "1"], 3), (["--rollback_steps", "0"], 0), (FULL, 0)])
+def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
+    code, output = run("run", *flags, sabotage=functools.partial(spoil, "loss", range(2, 99)))
+    assert code == 2 and output.count("note: the loss is nan") == notes and "Traceback" not in output, output
+    assert f"the loss is nan at step {3 + notes}" in output and "the run diverged; lower --lr_init" in output
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_spike_is_far_above_the_noise():
+    rng = random.Random(0)
+    judge, off = LastGood(20, 8.0), LastGood(20, 0.0)
+    for _ in range(19):
+        judge.losses.append(rng.gauss(2, 0.1))
+    assert judge.fault(100.0) is None, "too few losses to judge by"
+    judge.losses.append(2.0)
+    off.losses.extend(judge.losses)
+    assert all(judge.fault(rng.gauss(2, 0.1)) is None for _ in range(1000))
+    assert "the bound by --spike_sigmas" in judge.fault(4.0) and off.fault(4.0) is None
+    assert all(last_good.fault(math.nan) and last_good.fault(math.inf) for last_good in (judge, off))
