@@ -8,7 +8,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 
-from .data import read_rows
+from .formats import read_rows
 from .model import RWKV, LayerState, State
 from .template import prompt
 
