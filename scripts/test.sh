@@ -2,4 +2,4 @@
 # Run the tests; on a fresh machine this first makes .venv and installs into it. Arguments go to pytest: scripts/test.sh -k merge
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses auto --dist loadfile "$@"

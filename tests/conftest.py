@@ -27,6 +27,13 @@ def pytest_report_header(config):
     return f"golden files: {DATA}" if DATA.is_dir() else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The tables that tests recorded: what a worker prints is not shown."""
+    for report in terminalreporter.getreports("passed"):
+        for table in (value for name, value in report.user_properties if name == "table"):
+            terminalreporter.write_line(f"\n{report.nodeid}\n{table}")
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """../shared/data, or a loud skip."""
