@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import METHODS, AdapterLinear, adapted_linears
 from .checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from .errors import UserError
+from .parts import in_parts, split_parts
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -29,11 +30,14 @@ class Injection:
     linears: list[str]
     trainable: int
     total: int
+    train_parts: list[str] = dataclasses.field(default_factory=list)
+    whole: int = 0
 
     def line(self) -> str:
-        """One line for the user: linears, trainable parameters, and their share of the base."""
+        """One line for the user: linears, whole tensors, trainable parameters, and their share of the base."""
         share = 100 * self.trainable / self.total
-        return f"{len(self.linears)} linears, {self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
+        beside = f" and {self.whole} whole tensors ({', '.join(self.train_parts)})" if self.whole else ""
+        return f"{len(self.linears)} linears{beside}, {self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
 
 
 def _short(count: int) -> str:
@@ -61,10 +65,11 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
     return {name: module for name, module in linears.items() if name in chosen}
 
 
-def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = None, **options) -> Injection:
+def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = None, train_parts: str = "", **options) -> Injection:
     """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss", rank=64)`.
 
-    Raises UserError for an unknown method, option or target, and for a rank that does not fit a layer.
+    The tensors of `train_parts`, such as "ln,time" (see parts.py), are trained as a whole beside it: each becomes an fp32 parameter.
+    Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
@@ -73,6 +78,11 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     cls = METHODS[method]
     parsed = cls.Options.parse(options)
     linears = find_linears(model, targets) if cls.adapts_linears else {}
+    parts = split_parts(train_parts)
+    whole = in_parts((name for name, _ in model.named_parameters()), parts)
+    for name in whole:
+        if name.rpartition(".")[0] in linears:
+            raise UserError(f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from the parts")
     total = sum(p.numel() for p in model.parameters())
     trained_before = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
@@ -82,11 +92,21 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
         for p, flag in trained_before.items():
             p.requires_grad_(flag)
         raise
+    for name in whole:
+        _train_whole(model, name)
     model.injection = Injection(
         method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS), list(linears),
-        sum(p.numel() for p in model.parameters() if p.requires_grad), total,
+        sum(p.numel() for p in model.parameters() if p.requires_grad), total, parts, len(whole),
     )
     return model.injection
+
+
+def _train_whole(model: nn.Module, name: str) -> None:
+    """Replace a parameter by a trainable one in fp32, or float64 where it has that."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    p = getattr(owner, leaf)
+    setattr(owner, leaf, nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32))))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -121,6 +141,7 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
         "layout": injection.options.get("layout"),
         "linears": injection.linears,
         "targets": injection.targets,
+        "train_parts": injection.train_parts,
         "trainable": injection.trainable,
         "arch": arch.to_dict() if arch else None,
         "base": getattr(model, "base_name", None),
@@ -157,7 +178,8 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
         missing = sorted(set(metadata["linears"]) - {name for name, _ in model.named_modules()})
         if missing:
             raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
-        inject(model, metadata["method"], metadata["linears"] or None, **metadata["options"])
+        parts = ",".join(metadata.get("train_parts", []))  # none in files of the first version
+        inject(model, metadata["method"], metadata["linears"] or None, parts, **metadata["options"])
         model.injection.targets = metadata["targets"]
     for name in ("method", "options", "linears"):
         if getattr(model.injection, name) != metadata[name]:

@@ -50,7 +50,7 @@ class Rounding:
 
     @property
     def lost(self) -> float:
-        """||(round(W + dW) - round(W)) - dW|| / ||dW|| over all merged linears; 0 for an adapter that changes nothing.
+        """||(round(W + dW) - round(W)) - dW|| / ||dW|| over all changed tensors of the base; 0 for an adapter that changes nothing.
 
         Where W is on the grid of the output already, this is the rounding of W + dW. Where it is not (an fp32 base written as
         bf16), the rounding of W itself is no loss of the update and is left out.
@@ -65,6 +65,7 @@ class MergeReport:
     out: str
     linears: int
     replaced: int
+    parts: list[str]
     dtype: str
     rounding: Rounding
     seconds: float
@@ -74,7 +75,8 @@ class MergeReport:
         """What the user is told: one line, and a warning when rounding took more than 5 % of the update."""
         r = self.rounding
         worst = f", worst {r.worst_name} {100 * r.worst:.2g} %" if r.worst_name else ""
-        replaced = f" and {self.replaced} whole tensors" if self.replaced else ""
+        parts = f" ({', '.join(self.parts)})" if self.parts else ""
+        replaced = f" and {self.replaced} whole tensors{parts}" if self.replaced else ""
         lines = [f"merged {self.linears} linears{replaced} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
                  f"rounding lost {100 * r.lost:.2g} % of the update{worst}"]
         if self.linears and not r.update:
@@ -96,6 +98,10 @@ class _Merger:
         self.whole = {n: t for n, t in adapter.items() if n.rpartition(".")[0] not in self.linears and not n.startswith("shared.")}
         self.rounding = Rounding()
         self.buffer = torch.empty(0)
+
+    def changed(self, base: dict[str, Tensor]) -> list[str]:
+        """The keys of the base whose values are not what they were."""
+        return [key for key in base if key in self.by_weight or key in self.whole]
 
     def check(self, base: dict[str, Tensor]) -> None:
         """Every adapted linear and every whole tensor must fit the base."""
@@ -119,7 +125,10 @@ class _Merger:
     def merged(self, key: str, base: Tensor, dtype: torch.dtype) -> Tensor:
         """The value of one tensor of the merged file, in `dtype`."""
         if key in self.whole:
-            return _round(key, self.whole[key].reshape(base.shape), dtype)
+            trained = self.whole[key].reshape(base.shape)
+            rounded = _round(key, trained, dtype)
+            self.rounding.add(key, *_account(base, trained, rounded))
+            return rounded
         if key not in self.by_weight:
             return _round(key, base, dtype)
         name = self.by_weight[key]
@@ -200,7 +209,7 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
     record = {
         "format": MERGED_FORMAT, "base": os.path.basename(base),
         "base_fingerprint": fingerprint(tensors), "adapter_fingerprint": fingerprint(changes),
-        "method": metadata["method"], "options": metadata["options"],
+        "method": metadata["method"], "options": metadata["options"], "train_parts": metadata.get("train_parts", []),
         "step": metadata.get("step"), "tokenizer": metadata.get("tokenizer"), "eod": metadata.get("eod"), "versions": metadata["versions"],
     }
     if not force and before.get("adapter_fingerprint") == record["adapter_fingerprint"]:
@@ -211,8 +220,8 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
     chosen = _choose_dtype(tensors, changes, metadata) if dtype == "auto" else DTYPES.get(dtype)
     require_writable(out, sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values()))
     write_checkpoint(out, _ahead(merger.items(tensors, chosen)), record)
-    dtypes = sorted({str(chosen or tensors[key].dtype).removeprefix("torch.") for key in merger.by_weight} or {"no linear"})
-    return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), ", ".join(dtypes), merger.rounding,
+    dtypes = sorted({str(chosen or tensors[key].dtype).removeprefix("torch.") for key in merger.changed(tensors)} or {"no tensor of the base"})
+    return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), record["train_parts"], ", ".join(dtypes), merger.rounding,
                        time.perf_counter() - started, os.path.getsize(out))
 
 
@@ -221,7 +230,7 @@ def _choose_dtype(tensors: dict[str, Tensor], changes: dict[str, Tensor], metada
     for dtype in (None, torch.float16):
         trial = _Merger(changes, metadata)
         try:
-            for key in trial.by_weight:
+            for key in trial.changed(tensors):
                 trial.merged(key, tensors[key], dtype or tensors[key].dtype)
             if dtype:
                 for key, tensor in tensors.items():

@@ -18,6 +18,7 @@ import yaml
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import Parser, UserError
+from rwkv_miss.parts import split_parts
 
 from . import legacy
 from .files import is_first_process, write_text
@@ -43,6 +44,8 @@ class Config:
 
     peft: str = opt("miss", "adapter method, or none for full training")
     peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
+    train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm) and time (mixes, "
+                               "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k), as in ln,time; empty: none")
     preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)",
                       choices=("", "paper-table7", "paper-table8"))
 
@@ -266,6 +269,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--random_seed {config.random_seed}: must be below 2^63")
     if config.peft == "none" and config.peft_config:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
+    if split_parts(config.train_parts) and config.peft == "none":
+        raise UserError(f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it")
     if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
         each = config.micro_bsz * config.devices * config.num_nodes
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")

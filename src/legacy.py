@@ -41,7 +41,6 @@ REFUSED = {
     "train_type": (("none", ""), "infctx and state training are not supported yet; drop the flag for ordinary training"),
     "chunk_ctx": (("0", ""), "infctx training is not supported yet; rows are trained whole, up to --ctx_len"),
     "loss_mask": (("none", "pad", ""), "the mask comes from the data: messages train the assistant's turns, text trains everything"),
-    "train_parts": (("none", ""), "an adapter trains nothing but itself in this version; --peft none trains everything"),
     "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
     "wandb": (("",), "the metrics are in metrics.jsonl; there is no upload"),
     "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
@@ -63,7 +62,7 @@ LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_loa
 # and what RWKV-LM and RWKV-PEFT have about stages and epochs
 STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
 
-NAMES = {*DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS}
+NAMES = {*DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, "emb"}
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
 
@@ -89,7 +88,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """The old flags with their values ("" for a flag that stands alone), and the other words as they are.
 
-    A method's options may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces.
+    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces.
     """
     old: dict[str, str] = {}
     kept: list[str] = []
@@ -97,7 +96,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
-        options = name == "peft_config" or name in METHOD_CONFIGS
+        options = name in ("peft_config", "train_parts") or name in METHOD_CONFIGS
         if not token.startswith("--") or not options and name not in NAMES:
             kept.append(token)
             continue
@@ -134,6 +133,7 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
     method = METHOD_ALIASES.get(method, method)
     new: list[str] = []
     options: dict[str, Any] = {}
+    beside: list[str] = []
     if "lora" in old or "PISSA" in old:
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
@@ -144,8 +144,6 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
         if not {"att", "ffn"} <= set(parts):
             options["targets"] = [target for part, targets in linears.items() if part in parts for target in targets]
         beside = [part for part in parts if part not in linears]
-        if beside:
-            new += ["--train_parts", ",".join(beside)]
     else:
         notes += [f"--{name} is ignored: it belongs to another method than the run's" for name in LORA_FLAGS if name in old]
     for name, of in METHOD_CONFIGS.items():
@@ -156,7 +154,14 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
                 options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in json.loads(old[name]).items()}
             except (json.JSONDecodeError, AttributeError):
                 raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
-            notes.append("the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; --train_parts time,ln does")
+            if _value(kept, "train_parts") is None:
+                notes.append("the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; "
+                             "--train_parts time,ln does")
+    if "emb" in old:
+        beside.append("emb")
+    given = _value(kept, "train_parts") or ""
+    if given == "none" or beside:
+        new += ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
     return new + _options(options, kept, notes)
 
 

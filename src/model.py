@@ -19,6 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.inject import ADAPTER_FORMAT
 
 from . import rwkv6, rwkv7
+from .shared import Head, LayerNorm
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
@@ -41,9 +42,9 @@ class Block(nn.Module):
         super().__init__()
         version = VERSIONS[arch.version]
         if layer == 0:
-            self.ln0 = nn.LayerNorm(arch.n_embd)
-        self.ln1 = nn.LayerNorm(arch.n_embd)
-        self.ln2 = nn.LayerNorm(arch.n_embd)
+            self.ln0 = LayerNorm(arch.n_embd)
+        self.ln1 = LayerNorm(arch.n_embd)
+        self.ln2 = LayerNorm(arch.n_embd)
         self.att = version.TimeMix(arch, layer, kernel)
         self.ffn = version.ChannelMix(arch, layer)
 
@@ -71,8 +72,8 @@ class RWKV(nn.Module):
         self.base_fingerprint: str | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
-        self.ln_out = nn.LayerNorm(arch.n_embd)
-        self.head = nn.Linear(arch.n_embd, arch.vocab_size, bias=False)
+        self.ln_out = LayerNorm(arch.n_embd)
+        self.head = Head(arch.n_embd, arch.vocab_size, bias=False)
         self._init_weights()
 
     @torch.no_grad()
@@ -116,10 +117,15 @@ class RWKV(nn.Module):
             if [n for n in got if n != 1] != [n for n in shape if n != 1]:
                 raise UserError(f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the activations: the linears have it, while the tensors trained as a whole are fp32."""
+        return self.blocks[0].att.output.weight.dtype
+
     def initial_state(self, batch: int) -> State:
         """Zeros: the state before the first token of `batch` sequences."""
-        arch, like = self.arch, self.emb.weight
-        wkv = torch.float64 if like.dtype == torch.float64 else torch.float32
+        arch, like = self.arch, self.blocks[0].att.output.weight
+        wkv = torch.float64 if self.dtype == torch.float64 else torch.float32
         return [
             LayerState(
                 like.new_zeros(batch, arch.n_embd),
@@ -136,7 +142,7 @@ class RWKV(nn.Module):
         """
         if state is None:
             state = self.initial_state(len(ids))
-        x, v_first, after = self.emb(ids), None, []
+        x, v_first, after = self.emb(ids).to(self.dtype), None, []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
                 x, v_first, new = checkpoint(block, x, v_first, before, reset, use_reentrant=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -153,7 +154,7 @@ def read_base(config: Config):
     model.check(tensors, config.load_model)
     if config.peft != "none":
         options, targets = configuration.adapter_options(config)
-        rwkv_miss.inject(model, config.peft, targets, **options)
+        rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 
@@ -201,7 +202,7 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
     if full:
         return model, config.lr_init or (configuration.FULL_LR if config.load_model else configuration.NEW_MODEL_LR)
     options, targets = configuration.adapter_options(config)
-    rwkv_miss.inject(model, config.peft, targets, **options)
+    rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
     return model, config.lr_init or rwkv_miss.METHODS[config.peft].default_lr
 
 
@@ -312,26 +313,34 @@ def writer(config: Config, model: RWKV, tokenizer, training):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
 
     def write(trainer, step: int) -> None:
-        needed = [p for p in model.parameters() if p.requires_grad or config.peft == "none"]
-        with training.whole_parameters(trainer, needed):
-            if not trainer.is_global_zero:
-                return
-            described = {"step": step, "tokenizer": tokenizer.name, "eod": config.eod, "versions": versions}
-            if config.peft != "none":
-                rwkv_miss.save_adapter(model, output_path(config), **described)
-            else:
-                write_checkpoint(output_path(config), whole_model(config, model), {"format": "rwkv-miss trained", **described})
+        described = {"step": step, "tokenizer": tokenizer.name, "eod": config.eod, "versions": versions}
+        if config.peft != "none":
+            with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
+                if trainer.is_global_zero:
+                    rwkv_miss.save_adapter(model, output_path(config), **described)
+            return
+        items = whole_model(config, model, lambda p: training.whole_parameters(trainer, [p]))
+        try:
+            if trainer.is_global_zero:
+                write_checkpoint(output_path(config), items, {"format": "rwkv-miss trained", **described})
+        finally:
+            for _ in items:
+                pass  # every rank takes part in what is gathered, also when rank 0 can't write
 
     return write
 
 
-def whole_model(config: Config, model: RWKV):
-    """(name, tensor) of a fully trained model: the base's key order, shapes and dtypes, or bf16 for a new model."""
+def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
+    """(name, tensor) of a fully trained model, one in memory at a time: the base's key order, shapes and dtypes, or bf16 for a new model.
+
+    Inside `gather(parameter)` the parameter is whole; all ranks must walk through.
+    """
     trained = dict(model.named_parameters())
-    if not config.load_model:
-        return ((name, p.detach().to(torch.bfloat16)) for name, p in trained.items())
-    base = read_checkpoint(config.load_model)
-    return ((name, trained[name].detach().to("cpu", like.dtype).view_as(like)) for name, like in base.items())
+    like = read_checkpoint(config.load_model) if config.load_model else dict.fromkeys(trained)
+    for name, base in like.items():
+        with gather(trained[name]):
+            p = trained[name].detach()
+            yield name, p.to(torch.bfloat16) if base is None else p.to("cpu", base.dtype).view_as(base)
 
 
 def finish(config: Config, step: int, total_steps: int, seconds: dict[str, float] | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv6
-from .shared import GROUP_NORM_EPS, depth_ratios, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, token_shift, vector
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
@@ -34,7 +34,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(width, inner, bias=False)
         self.gate = nn.Linear(width, inner, bias=False)
         self.output = nn.Linear(inner, width, bias=False)
-        self.ln_x = nn.GroupNorm(arch.n_head, inner, eps=GROUP_NORM_EPS)
+        self.ln_x = GroupNorm(arch.n_head, inner, eps=GROUP_NORM_EPS)
         self._init_weights(arch)
 
     @torch.no_grad()
@@ -61,16 +61,16 @@ class TimeMix(nn.Module):
     def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor, reset: Tensor | None):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
         B, T, _ = z.shape
-        d = token_shift(z, last, reset)
-        q = torch.tanh((z + d * self.time_maa_x) @ self.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
-        m = torch.bmm(q, self.time_maa_w2).view(5, B, T, -1)
-        x = {name: z + d * (getattr(self, f"time_maa_{name}") + m[i]) for i, name in enumerate(MIXES)}
+        d, p = token_shift(z, last, reset), Cast(self, z.dtype)
+        q = torch.tanh((z + d * p.time_maa_x) @ p.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
+        m = torch.bmm(q, p.time_maa_w2).view(5, B, T, -1)
+        x = {name: z + d * (getattr(p, f"time_maa_{name}") + m[i]) for i, name in enumerate(MIXES)}
         r, k, v = self.receptance(x["r"]), self.key(x["k"]), self.value(x["v"])
         g = F.silu(self.gate(x["g"]))
-        w = self.time_decay + torch.tanh(x["w"] @ self.time_decay_w1) @ self.time_decay_w2
+        w = p.time_decay + torch.tanh(x["w"] @ p.time_decay_w1) @ p.time_decay_w2
 
         r, k, v, w = (t.view(B, T, self.heads, -1) for t in (r, k, v, w))
-        y, wkv = wkv6(r, k, v, w, self.time_faaaa, wkv, reset, kernel=self.kernel)
+        y, wkv = wkv6(r, k, v, w, p.time_faaaa, wkv, reset, kernel=self.kernel)
         y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
         return self.output(y * g), v_first, z[:, -1], wkv
 
@@ -99,9 +99,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), last z (B, C))."""
-        d = token_shift(z, last, reset)
-        k = torch.relu(self.key(z + d * self.time_maa_k)) ** 2
-        return torch.sigmoid(self.receptance(z + d * self.time_maa_r)) * self.value(k), z[:, -1]
+        d, p = token_shift(z, last, reset), Cast(self, z.dtype)
+        k = torch.relu(self.key(z + d * p.time_maa_k)) ** 2
+        return torch.sigmoid(self.receptance(z + d * p.time_maa_r)) * self.value(k), z[:, -1]
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv7
-from .shared import GROUP_NORM_EPS, depth_ratios, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, token_shift, vector
 
 
 class TimeMix(nn.Module):
@@ -37,7 +37,7 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.ln_x = nn.GroupNorm(arch.n_head, width, eps=GROUP_NORM_EPS)
+        self.ln_x = GroupNorm(arch.n_head, width, eps=GROUP_NORM_EPS)
         self._init_weights(arch)
 
     @torch.no_grad()
@@ -72,25 +72,25 @@ class TimeMix(nn.Module):
     def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor, reset: Tensor | None):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
         B, T, C = z.shape
-        d = token_shift(z, last, reset)
-        r = self.receptance(z + d * self.x_r)
-        w = self.w0 + torch.tanh((z + d * self.x_w) @ self.w1) @ self.w2
-        k = self.key(z + d * self.x_k)
-        x_v = z + d * self.x_v
+        d, p = token_shift(z, last, reset), Cast(self, z.dtype)
+        r = self.receptance(z + d * p.x_r)
+        w = p.w0 + torch.tanh((z + d * p.x_w) @ p.w1) @ p.w2
+        k = self.key(z + d * p.x_k)
+        x_v = z + d * p.x_v
         v = self.value(x_v)
-        a = torch.sigmoid(self.a0 + (z + d * self.x_a) @ self.a1 @ self.a2)
-        g = torch.sigmoid((z + d * self.x_g) @ self.g1) @ self.g2
+        a = torch.sigmoid(p.a0 + (z + d * p.x_a) @ p.a1 @ p.a2)
+        g = torch.sigmoid((z + d * p.x_g) @ p.g1) @ p.g2
         if self.layer == 0:
             v_first = v
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + x_v @ self.v1 @ self.v2)
-        kappa = F.normalize((k * self.k_k).view(B, T, self.heads, -1), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a)
+            v = v + (v_first - v) * torch.sigmoid(p.v0 + x_v @ p.v1 @ p.v2)
+        kappa = F.normalize((k * p.k_k).view(B, T, self.heads, -1), dim=-1)
+        k = k * (1 + (a - 1) * p.k_a)
 
         r, w, k, v, a = (x.view(B, T, self.heads, -1) for x in (r, w, k, v, a))
         y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, reset, kernel=self.kernel)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, self.heads, -1)
-        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        y = y + (r * k * p.r_k).sum(-1, keepdim=True) * v
         return self.output(y.view(B, T, C) * g), v_first, z[:, -1], wkv
 
 
@@ -113,7 +113,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), last z (B, C))."""
-        k = self.key(z + token_shift(z, last, reset) * self.x_k)
+        k = self.key(z + token_shift(z, last, reset) * self.x_k.to(z.dtype))
         return self.value(torch.relu(k) ** 2), z[:, -1]
 
 

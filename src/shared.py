@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
@@ -23,3 +24,34 @@ def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
 def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
     """(rho, sigma) of RWKV-LM's initialisation: layer / (L - 1), 0 to 1, and 1 - layer / L, 1 to almost 0."""
     return layer / max(n_layer - 1, 1), 1 - layer / n_layer
+
+
+class Cast:
+    """A module's parameters in the dtype of its input: what is trained is fp32, in a base of any dtype. `Cast(module, dtype).NAME`"""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        self.module, self.dtype = module, dtype
+
+    def __getattr__(self, name: str) -> Tensor:
+        return getattr(self.module, name).to(self.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Head(nn.Linear):
+    """A linear in the dtype of its input, whatever that of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))

@@ -6,6 +6,7 @@ import pytest
 
 from rwkv_miss import UserError
 from rwkv_miss.__main__ import parse as parse_merge
+from rwkv_miss.parts import split_parts
 from src import legacy
 from src.config import adapter_options, parse
 from src.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
@@ -121,6 +122,16 @@ def test_todays_command_line_passes_unchanged():
     assert translate(words) == (words, [])
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
     assert set(legacy.METHOD_ALIASES.values()) == {"miss"}
+
+
+def test_parts_beside_the_adapter_in_three_spellings(capsys):
+    for words in (["--train_parts", "time ln"], ["--train_parts", "time", "ln"], ["--train_parts=ln,time"]):
+        assert split_parts(read("--peft", "bone", "--bone_config", '{"bone_r":8}', *words).train_parts) == ["ln", "time"]
+    assert "stay frozen" not in capsys.readouterr().out
+    assert read("--train_parts", "none").train_parts == ""
+    assert read("--lora", "--lora_r", "8").train_parts == "ln,time", "the default of --lora_parts was att,ln,time"
+    assert read("--lora", "--lora_parts", "att,ffn", "--emb").train_parts == "emb"
+    assert split_parts(read("--emb", "--train_parts", "ln time").train_parts) == ["emb", "ln", "time"]
 
 
 @pytest.mark.parametrize("adapter", ["--lora_checkpoint", "--peft_checkpoint"])

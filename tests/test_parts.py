@@ -1,0 +1,224 @@
+"""Parts of the base trained as whole tensors beside an adapter: which they are, their dtypes, and their way into every file."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rwkv_miss
+from rwkv_miss.__main__ import describe
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.parts import PARTS, in_parts, split_parts
+from src.config import Config, parse
+from src.load import load
+from src.model import RWKV, parameter_groups
+from src.run import whole_model
+
+from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
+
+
+def names(version):
+    return [name for name, _ in RWKV(make_arch(version)).named_parameters()]
+
+
+def test_time_of_rwkv_6_is_what_is_called_time_and_that_of_rwkv_7_all_but_linears_norms_and_gate():
+    assert in_parts(names(6), ["time"]) == [name for name in names(6) if "time_" in name]
+    no_part = {name for name in names(7) if not any(re.fullmatch(pattern, name) for pattern in PARTS.values())}
+    linears = {f"blocks.{i}.{linear}.weight" for i in range(2) for linear in
+               ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")}
+    assert no_part == linears | {f"blocks.{i}.att.g{n}" for i in range(2) for n in (1, 2)} | {f"blocks.0.att.v{n}" for n in range(3)}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_ln_is_every_norm_and_the_parts_do_not_overlap(version):
+    chosen = [set(in_parts(names(version), [part])) for part in PARTS]
+    assert chosen[0] == {"emb.weight"} and chosen[1] == {"head.weight"}
+    norms = {f"{name}.{leaf}" for name, module in RWKV(make_arch(version)).named_modules()
+             if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)) for leaf in ("weight", "bias")}
+    assert chosen[2] == norms and sum(map(len, chosen)) == len(set().union(*chosen))
+    assert in_parts(names(version), ["ln", "time"]) == [name for name in names(version) if name in chosen[2] | chosen[3]]
+
+
+def test_the_spellings_of_a_list_of_parts():
+    for text in ("time ln", "ln,time", " time, ln ", "ln ln time"):
+        assert split_parts(text) == ["ln", "time"]
+    assert split_parts("") == split_parts(" ") == []
+
+
+def test_mistakes_are_explained_before_the_model_is_touched():
+    model = RWKV(make_arch(7))
+    for flags, words in (({"train_parts": "ln,tim"}, "part 'tim' is unknown; choose from: emb, head, ln, time"),
+                         ({"train_parts": "head", "targets": ["head", "key"]}, "head.weight can't be trained as a whole and be adapted as well")):
+        with pytest.raises(rwkv_miss.UserError, match=re.escape(words)):
+            rwkv_miss.inject(model, rank=4, **flags)
+    assert not adapted_linears(model) and model.head.weight.requires_grad
+    with pytest.raises(rwkv_miss.UserError, match="parts belong to RWKV"):
+        rwkv_miss.inject(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2, targets=["0"], train_parts="time")
+    with pytest.raises(rwkv_miss.UserError, match="--train_parts ln has no meaning with --peft none"):
+        parse(["--load_model", "a", "--data_file", "b", "--peft", "none", "--train_parts", "ln"])
+
+
+def trained(path, method="miss", parts="emb,head,ln,time", dtype=torch.bfloat16):
+    """A model of the file with an adapter and parts that have taken one large step."""
+    torch.manual_seed(0)
+    model = RWKV.load(path, dtype)
+    rwkv_miss.inject(model, method, train_parts=parts, rank=5)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 3e-2, 0.0))
+    for _ in range(3):
+        logits, _ = model(torch.randint(67, (2, 11)))
+        torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), torch.randint(67, (20,))).backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_model_with_parts_computes_what_it_did_and_they_are_fp32(version, dtype, checkpoint):
+    model, plain = (RWKV.load(checkpoint(version, dtype)) for _ in range(2))
+    report = rwkv_miss.inject(model, train_parts="emb head ln time", rank=5)
+    ids = torch.arange(13)[None]
+    assert torch.equal(model(ids)[0], plain(ids)[0])
+    wanted = in_parts(names(version), list(PARTS))
+    dtypes = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    assert all(dtypes[name] == (torch.float32, True) for name in wanted)
+    assert {dtypes[f"{name}.weight"] for name in report.linears} == {(dtype, False)}
+    assert report.whole == len(wanted) and f"and {len(wanted)} whole tensors (emb, head, ln, time), {report.trainable:,} trainable" in report.line()
+    assert model.initial_state(1)[0].att_x.dtype == dtype
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_loaded_and_merged_are_the_live_model(version, dtype, checkpoint, tmp_path, capsys):
+    base = checkpoint(version, dtype, vocab_size=256)
+    model = trained(base, dtype=dtype)
+    before = RWKV.load(base, dtype)
+    changed = [name for name in in_parts(names(version), list(PARTS))
+               if not torch.equal(model.get_parameter(name), before.get_parameter(name).float())]
+    assert changed == in_parts(names(version), list(PARTS)), "every tensor of every part is trained"
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth", tokenizer="bytes")
+    facts = describe(tmp_path / "a.pth")
+    assert facts["metadata"]["train_parts"] == ["emb", "head", "ln", "time"]
+    assert facts["dtypes"] == {"float32": len(changed) + len(model.injection.linears)}
+    ids = torch.arange(17)[None]
+    fresh = RWKV.load(base, dtype)
+    rwkv_miss.load_adapter(fresh, tmp_path / "a.pth")
+    assert torch.equal(fresh(ids)[0], model(ids)[0])
+    report = rwkv_miss.merge_file(base, tmp_path / "a.pth", tmp_path / "m.pth")
+    assert (report.replaced, report.parts) == (len(changed), ["emb", "head", "ln", "time"])
+    assert f"{len(changed)} whole tensors (emb, head, ln, time) into" in report.lines()[0]
+    merged, kept = (torch.load(path, weights_only=True) for path in (tmp_path / "m.pth", base))
+    assert [(n, t.shape, t.dtype) for n, t in merged.items()] == [(n, t.shape, t.dtype) for n, t in kept.items()]
+    for name in changed:
+        assert torch.equal(merged[name], model.get_parameter(name).to(dtype).view_as(merged[name])), f"{name}: overwritten with one rounding"
+    # the linears round their sum to bf16; all that is whole is the same number on both sides
+    close("logits", RWKV.load(tmp_path / "m.pth")(ids)[0], model(ids)[0], 1e-5 if dtype == torch.float32 else 3e-2)
+    if dtype == torch.float32:
+        close("logits of rwkv", pypi_rwkv(tmp_path / "m.pth")(range(17))[0], model(ids)[0][0], 2e-5)
+        assert load(base, tmp_path / "a.pth", precision="fp32", wkv="torch")[0](ids)[0].equal(model(ids)[0])
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_without_a_change_of_the_linears_a_bf16_merge_is_the_live_model_to_the_bit(version, checkpoint, tmp_path):
+    base = checkpoint(version, torch.bfloat16)
+    model = trained(base)
+    with torch.no_grad():
+        for layer in adapted_linears(model).values():
+            layer.miss.zero_()
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    rwkv_miss.merge_file(base, tmp_path / "a.pth", tmp_path / "m.pth")
+    ids = torch.arange(17)[None]
+    assert torch.equal(RWKV.load(tmp_path / "m.pth")(ids)[0], model(ids)[0])
+
+
+def test_each_tensor_of_a_base_of_two_dtypes_keeps_its_own_and_the_loss_of_rounding_is_told(checkpoint, tmp_path):
+    tensors = {n: t.bfloat16() for n, t in random_tensors(make_arch(7)).items()}
+    tensors |= {n: t.float() for n, t in tensors.items() if ".ln" in n or "w0" in n}
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", tensors.items())
+    model = RWKV.load(tmp_path / "base.pth", torch.bfloat16)
+    rwkv_miss.inject(model, train_parts="ln,time", rank=5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad and p.dim() != 2:
+                p += 1e-5 * torch.randn(p.shape)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    report = rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "m.pth")
+    merged = torch.load(tmp_path / "m.pth", weights_only=True)
+    assert {n: t.dtype for n, t in merged.items()} == {n: t.dtype for n, t in tensors.items()}
+    assert torch.equal(merged["blocks.0.ln1.weight"], model.blocks[0].ln1.weight), "fp32 in the base, so nothing is rounded"
+    # 1e-5 is far below bf16's step: most of it is gone in the bf16 vectors
+    assert report.rounding.lost > 0.05 and "warning: more than 5 %" in report.lines()[-1]
+    assert rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "m.pth", "auto", force=True).rounding.lost < 0.05
+
+
+def test_parts_learn_with_the_methods_rate_and_decays_with_twice_that():
+    model = RWKV(make_arch(7))
+    rwkv_miss.inject(model, train_parts="time,emb", rank=5)
+    groups = parameter_groups(model, 1e-3, 0.1)
+    places = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert places[id(model.blocks[1].att.w0)] == (2e-3, 0.0) and places[id(model.blocks[1].att.x_r)] == (1e-3, 0.0)
+    assert places[id(model.emb.weight)] == (1e-3, 0.1)
+
+
+# runs
+
+
+def test_a_fully_trained_model_is_gathered_one_tensor_at_a_time(checkpoint):
+    base = checkpoint(7, torch.bfloat16)
+    model, gathered, most = RWKV.load(base, torch.float32), set(), 0
+
+    @contextlib.contextmanager
+    def gather(p):
+        nonlocal most
+        gathered.add(p)
+        most = max(most, len(gathered))
+        yield
+        gathered.remove(p)
+
+    written = dict(whole_model(Config(load_model=str(base)), model, gather))
+    assert most == 1 and list(written) == list(rwkv_miss.read_checkpoint(base)) and {t.dtype for t in written.values()} == {torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    torch.save({n: t.bfloat16() for n, t in random_tensors(make_arch(7, vocab_size=256)).items()}, folder / "base.pth")
+    rows = [{"messages": [{"role": "user", "content": "q" * i}, {"role": "assistant", "content": "ab c" * (1 + i % 3)}]} for i in range(1, 22)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def train(files, proj_dir, *flags):
+    command = [sys.executable, "train.py", "--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl"),
+               "--proj_dir", str(proj_dir), "--tokenizer", "bytes", "--peft_config", "r=7", "--train_parts", "time", "ln,emb", "head",
+               "--precision", "bf16", "--lr_init", "1e-2", "--packing", "0", "--accelerator", "cpu", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(proj_dir):
+    return [json.loads(line)["loss"] for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files, tmp_path):
+    schedule = ["--epoch_steps", "4", "--lr_schedule", "constant"]
+    output = train(files, tmp_path / "one", *schedule, "--micro_bsz", "6")
+    base = rwkv_miss.read_checkpoint(files / "base.pth")
+    wanted = in_parts(base, list(PARTS))
+    assert f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)" in output
+    many = ["--lr_schedule", "constant", "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
+    train(files, tmp_path / "many", "--epoch_steps", "2", *many)
+    train(files, tmp_path / "many", "--epoch_steps", "4", *many, "--resume", "auto")
+    # the same sums in another order; a weight on the edge between two bf16 values may then fall to the other side
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "many"), rel=2e-3)
+    ours, theirs = (rwkv_miss.read_checkpoint(tmp_path / run / "adapter.pth") for run in ("one", "many"))
+    assert ours.keys() == theirs.keys() and all(t.dtype == torch.float32 for t in (ours | theirs).values())
+    assert not any(torch.equal(ours[name], base[name].float()) for name in wanted), "every one of them is trained"
+    for name in ours:
+        close(name, theirs[name] - base.get(name, 0), ours[name] - base.get(name, 0), 0.2)
