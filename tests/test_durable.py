@@ -1,37 +1,28 @@
-"""Nothing is lost: killed at any moment, out of disk, on another number of processes, after a NaN, a run goes on to the same losses.
-
-The runs are the real program, in processes forked from one that has imported everything (a start takes a tenth of a second).
-"""
+"""Nothing is lost: killed at any moment, out of disk, on another number of processes, after a NaN, a run goes on to the same losses."""
 
 import errno
 import functools
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
 import signal
-import socket
 import sys
 
-import matplotlib.pyplot  # noqa: F401  (what the runs need is imported once)
 import pytest
 import torch
 
 import rwkv_miss
-import src.deepspeed_anywhere  # noqa: F401
 import src.run
-import train
 from rwkv_miss import read_checkpoint, read_metadata
 from src import trainer
 from src.checkpoints import list_checkpoints, remove_old
 from src.rollback import LastGood
 
-from .conftest import ROOT, make_arch, random_tensors
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
+from . import program
+from .conftest import make_arch, random_tensors
+from .program import succeed
 
 STEPS = 6
 
@@ -47,50 +38,18 @@ def files(tmp_path_factory):
     return folder
 
 
-def _child(flags, rank, world, port, sabotage, log):
-    """One process of a run: what `python train.py` does, after `sabotage` has been prepared."""
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    if sabotage:
-        sabotage(rank)
-    sys.argv = ["train.py", *flags]
-    train.main()
-
-
 @pytest.fixture
 def run(files, tmp_path):
     """run(name, *flags, sabotage=None) -> (exit code of rank 0, everything printed); the run is in tmp_path / name."""
 
     def start(name, *flags, sabotage=None):
-        world = int(flags[flags.index("--devices") + 1]) if "--devices" in flags else 1
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         base = [] if "none" in flags else ["--peft_config", "r=5"]
         flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(tmp_path / name),
                  "--tokenizer", "bytes", "--packing", "0", "--accelerator", "cpu", "--lr_init", "1e-2",
                  *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]), *base, *flags]
-        logs = [tmp_path / f"log-{rank}" for rank in range(world)]
-        ranks = [CONTEXT.Process(target=_child, args=(flags, rank, world, port, sabotage, logs[rank])) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(300)
-        return ranks[0].exitcode, "".join(log.read_text() for log in logs)
+        return program.run(flags, sabotage)
 
     return start
-
-
-def succeed(result):
-    code, output = result
-    assert code == 0, output
-    return output
 
 
 def curve(proj_dir):

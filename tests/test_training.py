@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from rwkv_miss import read_metadata
+from src import trainer
 from src.model import RWKV
 
+from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
 
 
@@ -39,9 +41,7 @@ def command(files, proj_dir, *flags, version=7):
 
 
 def train(*args, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return program.succeed(program.run(command(*args, **kwargs)[2:]))
 
 
 def losses(proj_dir):
@@ -136,33 +136,27 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
 def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
     for flags, word in ((["--epoch_count", "2"], "--resume auto"),
                         (["--epoch_count", "2", "--lr_init", "1", "--resume", "auto"], "lr_init 0.01, now it is 1.0")):
-        done = subprocess.run(command(files, plain[0], *flags), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr, done.stderr
+        code, output = program.run(command(files, plain[0], *flags)[2:])
+        assert code == 2 and word in output and "Traceback" not in output, output
 
 
-PROBE = """
-import sys, torch
-from src import trainer
-seen = []
-step = trainer.FineTuning.training_step
-def probe(self, batch, index):
-    layer = self.model.blocks[0].att.key
-    seen.append((layer.weight.dtype, layer.miss.dtype, self.model.emb.weight.dtype))
-    return step(self, batch, index)
-trainer.FineTuning.training_step = probe
-import train
-sys.argv = ["train.py", *sys.argv[1:]]
-train.main()
-assert set(seen) == {(torch.bfloat16, torch.float32, torch.bfloat16)}, seen
-print("dtypes as promised", len(seen))
-"""
+def report_dtypes(rank):
+    """Have every step print the dtypes that it finds."""
+    step = trainer.FineTuning.training_step
+
+    def probe(self, batch, index):
+        layer = self.model.blocks[0].att.key
+        print("dtypes", layer.weight.dtype, layer.miss.dtype, self.model.emb.weight.dtype)
+        return step(self, batch, index)
+
+    trainer.FineTuning.training_step = probe
 
 
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(files, tmp_path, strategy):
     flags = command(files, tmp_path / "run", "--precision", "bf16", "--strategy", strategy)[2:]
-    done = subprocess.run([sys.executable, "-c", PROBE, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert "dtypes as promised 3" in done.stdout, done.stdout + done.stderr
+    output = program.succeed(program.run(flags, report_dtypes))
+    assert output.count("dtypes torch.bfloat16 torch.float32 torch.bfloat16") == output.count("dtypes") == 3, output
     assert all(t.dtype == torch.float32 for t in torch.load(tmp_path / "run/adapter.pth", weights_only=True).values())
 
 
