@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -11,6 +12,7 @@ from rwkv_miss.errors import Parser, UserError, one_line_errors
 from src.device import DTYPES
 from src.generate import Conversation, Sampling, stream
 from src.load import load
+from src.template import MODES, recorded_template
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -20,6 +22,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--adapter", help="adapter .pth trained on that base")
     add("--tokenizer", default="auto", help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file")
     add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
+    add("--template", default="auto", help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file")
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     add("--system", default="", help="text of a System: turn before the chat")
@@ -54,11 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         args = parse(argv)
         model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
-        chat = Conversation(model, tokenizer, sampling, args.seed, args.system)
+        template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+        chat = Conversation(model, tokenizer, sampling, args.seed, args.system, template)
         if args.raw:
             show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, sampling, args.max_tokens, "", chat.generator))
         elif args.prompt:
-            show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(chat.answer(args.prompt, args.max_tokens)))
+            pieces = itertools.chain([template.opening] if template.opening else [], chat.answer(args.prompt, args.max_tokens))
+            show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
             print(f"{os.path.basename(args.model)}: {model.arch.describe()}. An empty line or Ctrl-D ends the chat.", file=sys.stderr)
             converse(chat, args.max_tokens)
@@ -71,7 +76,7 @@ def converse(chat: Conversation, max_tokens: int) -> None:
             text = input("User: " if sys.stdin.isatty() else "").strip()
             if not text:
                 return
-            print("Assistant:", end="")
+            print(f"Assistant:{chat.template.opening}", end="")
             show(chat.answer(text, max_tokens))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -11,11 +11,12 @@ from rwkv_miss.errors import Parser, one_line_errors
 from src.evaluate import exact_accuracy, read_questions
 from src.load import load
 from src.model import RWKV
+from src.template import recorded_template
 
 
-def _short(question: str) -> str:
+def _short(question: list[str]) -> str:
     """A prompt without the words of the template, on one line."""
-    return question.removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
+    return "".join(question).removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
 
 
 def main() -> None:
@@ -25,13 +26,14 @@ def main() -> None:
             parser.add_argument(f"--{name}", required=True)
         parser.add_argument("--max_tokens", type=int, default=64, help="longest answer")
         args = parser.parse_args()
-        questions = read_questions(args.questions)
         merged, tokenizer = load(args.merged, precision="fp32")
-        after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens)
+        template = recorded_template("auto", tokenizer, args.merged)
+        questions = read_questions(args.questions, template)
+        after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens, template)
         base = RWKV.load(args.base, torch.float32).to(merged.emb.weight.device)
-        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens)
+        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)
         load_adapter(base, args.adapter)
-        live, _ = exact_accuracy(base, tokenizer, questions, args.max_tokens)
+        live, _ = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)
         if abs(live - after) > 0.01:
             raise UserError(f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something")
         with open(args.summary, encoding="utf-8") as file:

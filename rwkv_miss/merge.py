@@ -210,7 +210,7 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
         "format": MERGED_FORMAT, "base": os.path.basename(base),
         "base_fingerprint": fingerprint(tensors), "adapter_fingerprint": fingerprint(changes),
         "method": metadata["method"], "options": metadata["options"], "train_parts": metadata.get("train_parts", []),
-        "step": metadata.get("step"), "tokenizer": metadata.get("tokenizer"), "eod": metadata.get("eod"), "versions": metadata["versions"],
+        "step": metadata.get("step"), **{name: metadata.get(name) for name in ("tokenizer", "eod", "template")}, "versions": metadata["versions"],
     }
     if not force and before.get("adapter_fingerprint") == record["adapter_fingerprint"]:
         raise UserError(f"{base} is already a merge of this adapter into {before['base']}; --force merges it a second time")

@@ -7,6 +7,7 @@ import json
 from rwkv_miss.errors import Parser, UserError, one_line_errors
 from src.evaluate import exact_accuracy, read_questions
 from src.load import load
+from src.template import recorded_template
 
 
 def main() -> None:
@@ -17,16 +18,18 @@ def main() -> None:
         parser.add_argument("--questions", required=True, help='JSONL of {"messages": [...]} that end with the right answer')
         parser.add_argument("--tokenizer", default="auto")
         parser.add_argument("--eod", default="")
+        parser.add_argument("--template", default="auto")
         parser.add_argument("--max_tokens", type=int, default=32)
         parser.add_argument("--show", type=int, default=5, help="answers to print")
         args = parser.parse_args()
         if args.max_tokens < 1:
             raise UserError(f"--max_tokens {args.max_tokens}: must be at least 1")
         model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision="fp32")
-        questions = read_questions(args.questions)
-        accuracy, answers = exact_accuracy(model, tokenizer, questions, args.max_tokens)
+        template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+        questions = read_questions(args.questions, template)
+        accuracy, answers = exact_accuracy(model, tokenizer, questions, args.max_tokens, template)
     for (question, right), answer in list(zip(questions, answers))[: args.show]:
-        print(f"{question!r} -> {answer!r}" + ("" if answer == right else f", right is {right!r}"))
+        print(f"{''.join(question)!r} -> {answer!r}" + ("" if answer == right else f", right is {right!r}"))
     print(json.dumps({"accuracy": accuracy, "questions": len(questions), "model": args.model, "adapter": args.adapter}))
 
 

@@ -42,6 +42,12 @@ class Config:
     tokenizer: str = opt("auto", "auto, world, bytes, utf16, or a tokenizer.json or vocabulary file in World format")
     eod: str = opt("", "text of the end-of-document token, where a tokenizer file does not tell")
 
+    template: str = opt("auto", "how conversations are written: auto (as load_model records, else rwkv), rwkv, think, think-normal, think-short, "
+                                "think-long, fake-think (the G1 models' modes), or a Jinja file with Hugging Face's conventions")
+    loss_mask: str = opt("assistant", "what is trained: assistant (its turns, completions, and plain text as a whole), all, or a marker such as "
+                                      "Assistant: (what follows it up to the next turn) or START...END; the end of a document always is")
+    data_cache: str = opt("auto", "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise every time")
+
     peft: str = opt("miss", "adapter method, or none for full training")
     peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
     train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm) and time (mixes, "
@@ -58,7 +64,7 @@ class Config:
     dim_ffn: int = opt(0, "width of the channel mix; read from the checkpoint (new model: x060 3.5 n_embd, x070 4 n_embd)")
     head_size: int = opt(0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",))
 
-    ctx_len: int = opt(1024, "longest row in tokens; longer rows are cut, and the plan says how many")
+    ctx_len: int = opt(1024, "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many")
     packing: bool = opt(True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document")
     micro_bsz: int = opt(8, "rows in one forward pass of one device")
     accumulate_grad_batches: int = opt(1, "forward passes in one optimizer step")
@@ -263,6 +269,8 @@ def validate(config: Config) -> None:
         raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
     if config.init_only and config.load_model:
         raise UserError(f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them")
+    if not config.loss_mask.partition("...")[0]:
+        raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
     if config.random_seed >= 2**63:

@@ -1,4 +1,4 @@
-"""JSONL -> documents (tokens and loss mask) -> rows of one or more documents -> a schedule of optimizer steps -> batches.
+"""Data file -> documents (tokens and loss mask) -> rows of one or more documents -> a schedule of optimizer steps -> batches.
 
 The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a resume needs only the
 step number, and the trained tokens of a whole optimizer step are known before its first micro-batch.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from rwkv_miss.errors import UserError
 
-from .formats import read_rows
-from .template import Segment, render
+from .template import DEFAULT, Template, trains_by_marker
+from .tokenise import Encoder, Tokens, tokenise
 
 
 @dataclasses.dataclass
@@ -31,55 +32,94 @@ class Document:
         return int(self.trained[1:].sum())
 
 
+class Rows(Sequence):
+    """Documents that are parts [starts[i], stops[i]) of flat arrays, one or several files' worth; row i is in files[of[i]]."""
+
+    def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, stops: np.ndarray):
+        self.files, self.of, self.starts, self.stops = files, of, starts, stops
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, i: int) -> Document:
+        tokens, part = self.files[self.of[i]], slice(self.starts[i], self.stops[i])
+        return Document(tokens.ids[part], tokens.trained[part])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stops - self.starts
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Trained tokens of each row but its first token, (n,) int64."""
+        counts = np.zeros(len(self), dtype=np.int64)
+        for file, tokens in enumerate(self.files):
+            mine = np.flatnonzero((self.of == file) & (self.lengths > 1))
+            # reduceat takes the sums from each even place to the odd one after it, and the other way round, which are left out
+            places = np.stack([self.starts[mine] + 1, self.stops[mine]], 1).ravel()
+            if len(mine):
+                trained = tokens.trained if places.max() < len(tokens.trained) else np.append(tokens.trained, False)
+                counts[mine] = np.add.reduceat(trained, places, dtype=np.int64)[::2]
+        return counts
+
+
 @dataclasses.dataclass
 class Documents:
-    """The encoded data set; `cut` rows were longer than ctx_len and lost `cut_tokens` in all."""
+    """The encoded data set. `cut` documents were longer than ctx_len and lost `cut_tokens` in all; `split` texts became several rows."""
 
-    rows: list[Document]
+    rows: Sequence[Document]
     cut: int = 0
     cut_tokens: int = 0
+    split: int = 0
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, (n,) int64."""
+        return self.rows.lengths if isinstance(self.rows, Rows) else np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+
+    @functools.cached_property
+    def row_targets(self) -> np.ndarray:
+        """Trained tokens of each row, (n,) int64."""
+        return self.rows.targets if isinstance(self.rows, Rows) else np.array([row.targets for row in self.rows], dtype=np.int64)
 
     @property
     def tokens(self) -> int:
-        return sum(len(row.ids) for row in self.rows)
+        return int(self.lengths.sum())
 
     @property
     def targets(self) -> int:
-        return sum(row.targets for row in self.rows)
+        return int(self.row_targets.sum())
 
 
-def encode(segments: list[Segment], tokenizer) -> Document:
-    """Tokens of a document with the end of document appended; the end is always trained."""
-    pieces = [(tokenizer.encode(segment.text), segment.trained) for segment in segments]
-    pieces.append((list(tokenizer.eod), True))
-    ids = np.array([i for piece, _ in pieces for i in piece], dtype=np.int32)
-    trained = np.array([flag for piece, flag in pieces for _ in piece], dtype=bool)
-    return Document(ids, trained)
+def load_documents(
+    path: str, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", cache: str = "none"
+) -> Documents:
+    """A data file as documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets. `cache` is that of tokenise().
 
-
-def load_documents(path, tokenizer, ctx_len: int) -> Documents:
-    """Read and tokenise a data file. A row's first ctx_len + 1 tokens are kept: ctx_len inputs with their targets.
-
-    Raises UserError for no rows at all, and when no token of the whole file is trained.
+    A longer conversation is cut; a longer text becomes several documents, each beginning with the last token of the one before, so that
+    every token is a target once. Raises UserError for what cannot be read, for no rows at all, and where nothing is trained.
     """
-    documents = Documents([])
-    for where, content in read_rows(path):
-        segments = render(content["messages"]) if "messages" in content else [Segment(content["text"], True)]
-        try:
-            row = encode(segments, tokenizer)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        excess = len(row.ids) - (ctx_len + 1)
-        if excess > 0:
-            row = Document(row.ids[:-excess], row.trained[:-excess])
-            documents.cut += 1
-            documents.cut_tokens += excess
-        documents.rows.append(row)
-    if not documents.rows:
-        raise UserError(f"{path} holds no rows; expected one JSON object per line")
+    tokens = tokenise(path, Encoder(tokenizer, template, loss_mask), cache)
+    documents = fit(tokens, ctx_len)
     if not documents.targets:
         raise UserError(f"{path}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
+    if trains_by_marker(loss_mask) and int(tokens.trained.sum()) == len(tokens.ends) * len(tokenizer.eod):
+        raise UserError(f"{path}: no row has anything after the marker {loss_mask!r}; --loss_mask takes assistant, all, or a text in the rows")
     return documents
+
+
+def fit(tokens: Tokens, ctx_len: int) -> Documents:
+    """Documents of at most ctx_len + 1 tokens."""
+    starts = np.concatenate([[0], tokens.ends[:-1]])
+    lengths = tokens.ends - starts
+    excess = np.maximum(lengths - (ctx_len + 1), 0)
+    cut = (excess > 0) & ~tokens.texts
+    windows = np.where(tokens.texts, np.maximum(-(-(lengths - 1) // ctx_len), 1), 1)
+    of = np.repeat(np.arange(len(lengths)), windows)
+    begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
+    stops = np.minimum(begins + ctx_len + 1, tokens.ends[of])
+    rows = Rows([tokens], np.zeros(len(of), dtype=np.int64), begins, stops)
+    return Documents(rows, int(cut.sum()), int(excess[cut].sum()), int((windows > 1).sum()))
 
 
 def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
@@ -171,17 +211,18 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
     No rows at all (a short step) gives one fully masked row, so that every rank runs the same operations.
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
-    ids = torch.zeros(max(len(rows), 1), width, dtype=torch.int64)
-    targets, mask, reset = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(ids.shape, dtype=torch.bool)
+    ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
+    targets, mask, reset = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool), np.zeros(ids.shape, dtype=bool)
     for i, row in enumerate(rows):
         start = 0
         for document in row:
             part = slice(start, start := start + len(document.ids) - 1)
-            ids[i, part] = torch.from_numpy(document.ids[:-1])
-            targets[i, part] = torch.from_numpy(document.ids[1:])
-            mask[i, part] = torch.from_numpy(document.trained[1:])
+            ids[i, part] = document.ids[:-1]
+            targets[i, part] = document.ids[1:]
+            mask[i, part] = document.trained[1:]
             reset[i, part][:1] = part.start > 0
-    return {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None, "step_targets": step_targets}
+    batch = {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None}
+    return {name: None if array is None else torch.from_numpy(array) for name, array in batch.items()} | {"step_targets": step_targets}
 
 
 class Batches:

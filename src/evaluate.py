@@ -10,31 +10,31 @@ from rwkv_miss.errors import UserError
 
 from .formats import read_rows
 from .model import RWKV, LayerState, State
-from .template import prompt
+from .template import DEFAULT, Template, answer_text
 
 
-def read_questions(path) -> list[tuple[str, str]]:
-    """(prompt text, right answer) of every row: {"messages": [..., {"role": "assistant", "content": answer}]}."""
+def read_questions(path, template: Template = DEFAULT) -> list[tuple[list[str], str]]:
+    """(the pieces of the prompt, the right answer) of every row: {"messages": [..., {"role": "assistant", "content": answer}]}."""
     questions = []
     for where, row in read_rows(path):
         if "messages" not in row:
             raise UserError(f"{where}: expected messages that end with the right answer, got text")
         *before, answer = row["messages"]
-        questions.append((prompt(before), answer["content"].strip()))
+        pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
+        questions.append((pieces, answer["content"].strip()))
     if not questions:
         raise UserError(f"{path} holds no rows; expected one JSON object per line")
     return questions
 
 
 @torch.no_grad()
-def greedy_answers(model: RWKV, tokenizer, prompts: list[str], max_tokens: int, batch: int = 256) -> list[str]:
-    """The greedy answer to each prompt, up to the end of document or max_tokens; `batch` answers are made at a time."""
+def greedy_answers(model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256) -> list[str]:
+    """The greedy answer to each prompt of tokens, up to the end of document or max_tokens; `batch` answers are made at a time."""
     answers = [""] * len(prompts)
-    encoded = [tokenizer.encode(text) for text in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        logits, state = _read(model, [encoded[i] for i in part])
+        logits, state = _read(model, [prompts[i] for i in part])
         produced = torch.empty(len(part), 0, dtype=torch.int64, device=logits.device)
         for _ in range(max_tokens):
             token = logits[:, : tokenizer.vocab_size].argmax(-1, keepdim=True)
@@ -61,7 +61,10 @@ def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
     return ids[:end]
 
 
-def exact_accuracy(model: RWKV, tokenizer, questions: list[tuple[str, str]], max_tokens: int) -> tuple[float, list[str]]:
-    """(share of answers that are right as a whole, the answers)."""
-    answers = greedy_answers(model, tokenizer, [text for text, _ in questions], max_tokens)
+def exact_accuracy(
+    model: RWKV, tokenizer, questions: list[tuple[list[str], str]], max_tokens: int, template: Template = DEFAULT
+) -> tuple[float, list[str]]:
+    """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the same template."""
+    prompts = [[token for piece in pieces for token in tokenizer.encode(piece)] for pieces, _ in questions]
+    answers = [answer_text(text, template) for text in greedy_answers(model, tokenizer, prompts, max_tokens)]
     return sum(a == right for a, (_, right) in zip(answers, questions, strict=True)) / len(questions), answers

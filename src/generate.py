@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import RWKV, State
-from .template import STOP, TURN_END, prompt
+from .template import DEFAULT, Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator
 
 @torch.no_grad()
 def stream(
-    model: RWKV, tokenizer, ids: list[int], state: State | None, sampling: Sampling, max_tokens: int, stop: str = STOP,
+    model: RWKV, tokenizer, ids: list[int], state: State | None, sampling: Sampling, max_tokens: int, stop: str = DEFAULT.stop,
     generator: torch.Generator | None = None,
 ) -> Generator[str, None, State]:
     """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the state after it.
@@ -106,17 +106,32 @@ def _overlap(text: str, stop: str) -> int:
 class Conversation:
     """A chat whose state is kept between turns, so that every turn costs only its own tokens."""
 
-    def __init__(self, model: RWKV, tokenizer, sampling: Sampling, seed: int = 0, system: str = ""):
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+    def __init__(self, model: RWKV, tokenizer, sampling: Sampling, seed: int = 0, system: str = "", template: Template = DEFAULT):
+        self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
         self.generator = torch.Generator().manual_seed(seed)
-        self.waiting = [{"role": "system", "content": system}] if system else []
+        self.messages = [{"role": "system", "content": system}] if system else []
         self.state: State | None = None
 
     def answer(self, text: str, max_tokens: int = 512) -> Iterator[str]:
         """The model's answer to a user turn, in pieces."""
-        turns = [*self.waiting, {"role": "user", "content": text}]
-        # the blank line is a piece of its own, as in training
-        ids = [*(self.tokenizer.encode(TURN_END) if self.state else ()), *self.tokenizer.encode(prompt(turns))]
-        self.waiting = []
-        pieces = stream(self.model, self.tokenizer, ids, self.state, self.sampling, max_tokens, generator=self.generator)
-        self.state = yield from pieces
+        new = [{"role": "user", "content": text}]
+        before = self.state
+        pieces = self.template.next_turn(self.messages, new) if before else None
+        if pieces is None:
+            before, pieces = None, [piece for piece, _ in self.template.segments([*self.messages, *new], ask=True)]
+        ids = [token for piece in pieces for token in self.tokenizer.encode(piece)]
+        said: list[str] = []
+        self.state = yield from _noted(
+            stream(self.model, self.tokenizer, ids, before, self.sampling, max_tokens, self.template.stop, self.generator), said
+        )
+        self.messages += [*new, {"role": "assistant", "content": "".join(said).strip()}]
+
+
+def _noted(pieces: Generator[str, None, State], into: list[str]) -> Generator[str, None, State]:
+    """The same pieces and the same return value, with a copy of each piece."""
+    while True:
+        try:
+            into.append(next(pieces))
+        except StopIteration as end:
+            return end.value
+        yield into[-1]

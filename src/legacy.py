@@ -32,7 +32,7 @@ DROPPED = {
     "head_chunk": "the head runs on the trained tokens only",
     "dataload": "documents share rows unless --packing 0 is set",
     "data_shuffle": "every pass over the data is a new permutation",
-    "mask_id": "the mask comes from the data",
+    "mask_id": "--loss_mask takes the words that it is about",
 }
 
 # values that change nothing, and why any other one stops the run
@@ -40,7 +40,6 @@ REFUSED = {
     "quant": (("none", "0", ""), "quantised bases are not supported yet; train with --precision bf16"),
     "train_type": (("none", ""), "infctx and state training are not supported yet; drop the flag for ordinary training"),
     "chunk_ctx": (("0", ""), "infctx training is not supported yet; rows are trained whole, up to --ctx_len"),
-    "loss_mask": (("none", "pad", ""), "the mask comes from the data: messages train the assistant's turns, text trains everything"),
     "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
     "wandb": (("",), "the metrics are in metrics.jsonl; there is no upload"),
     "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
@@ -51,6 +50,9 @@ REFUSED = {
     "optim": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
     "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
 }
+
+# RWKV-PEFT's masks; its padding is never trained here
+LOSS_MASKS = {"none": "assistant", "pad": "assistant", "": "assistant", "qa": "Assistant:"}
 
 # RWKV-PEFT's options of a method, one flag for each method, as JSON
 METHOD_CONFIGS = {"miss_config": "miss", "disha_config": "miss", "bone_config": "miss", "lora_config": "lora", "pissa_config": "pissa"}
@@ -79,6 +81,10 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     new = [*_method(old, kept, notes), *_stage(old, kept, notes)]
     if _value(kept, "warmup_steps") == "-1":
         new += ["--warmup_steps", "0"]
+    if (mask := _value(kept, "loss_mask")) in LOSS_MASKS:
+        new += ["--loss_mask", LOSS_MASKS[mask]]
+    elif mask == "se":
+        raise UserError("--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END")
     if _value(kept, "op") in ("fla", "triton"):
         notes.append(f"--op {_value(kept, 'op')}: there are own kernels instead; auto chooses")
         new += ["--op", "auto"]

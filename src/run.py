@@ -25,6 +25,7 @@ from .data import Document, Documents, Schedule, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
 from .files import is_first_process, write_bytes, write_text
 from .model import RWKV, VERSIONS, read_model_file
+from .template import Template, recorded_template
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
@@ -40,13 +41,14 @@ def main(config: Config, origins: dict[str, str]) -> None:
     accelerator = choose_accelerator(config.accelerator, config.devices)
     precision, precision_reason = choose_precision(config.precision, accelerator, config.strategy)
     arch, tokenizer = read_base(config)
+    template = recorded_template(config.template, tokenizer, config.load_model)
     require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     if config.init_only:
         return write_new_model(config, arch, tokenizer)
     resume_from, before = find_checkpoint(config)
     if before:
         keep_rows_per_step(config, before)
-    documents = load_documents(config.data_file, tokenizer, config.ctx_len)
+    documents = load_documents(config.data_file, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
 
     torch.manual_seed(config.random_seed)
@@ -69,6 +71,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
         f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}",
         f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}",
         f"kernel     wkv {kernel}: {kernel_reason}",
+        f"template   {template.name}, loss on {describe_mask(config.loss_mask)}",
         f"tokenizer  {tokenizer.name}; first sample, trained part between the marks:",
         show_sample(documents.rows[0], tokenizer),
     ]
@@ -99,7 +102,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     checkpoints = os.path.join(config.proj_dir, CHECKPOINTS)
     last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
     report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started, last_good)
-    save = writer(config, model, tokenizer, training)
+    save = writer(config, model, tokenizer, template, training)
     saver = Saver(checkpoints, config.save_steps, config.save_total_limit, save, last_good, resume_from)
     trainer = training.make_trainer(config, accelerator, total_steps, precision, [report, saver], first_step)
     begun = time.perf_counter()
@@ -208,7 +211,7 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
 MAY_CHANGE = {
-    "proj_dir", "resume", "save_steps", "save_total_limit", "rollback_steps", "spike_sigmas", "grad_cp", "wkv", "accelerator",
+    "proj_dir", "resume", "data_cache", "save_steps", "save_total_limit", "rollback_steps", "spike_sigmas", "grad_cp", "wkv", "accelerator",
     "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
 }
 
@@ -280,13 +283,21 @@ def describe_data(config: Config, documents: Documents, schedule: Schedule) -> l
     if config.packing:
         full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
         lines.append(f"packing    {len(schedule.rows):,} rows of {config.ctx_len} tokens, {full:.1%} full; documents in a row do not see each other")
+    if documents.split:
+        lines.append(f"long texts {documents.split:,} texts are longer than --ctx_len {config.ctx_len} and become several documents, "
+                     "each of which begins with the last token of the one before")
     if documents.cut:
-        lines.append(f"warning    {documents.cut:,} of {len(rows):,} rows are longer than --ctx_len {config.ctx_len} and are cut; "
+        lines.append(f"warning    {documents.cut:,} of {len(rows):,} documents are longer than --ctx_len {config.ctx_len} and are cut; "
                      f"{documents.cut_tokens:,} tokens are lost")
-    empty = sum(not row.targets for row in rows)
+    empty = int((documents.row_targets == 0).sum())
     if empty:
-        lines.append(f"warning    {empty:,} of {len(rows):,} rows have no trained token left and teach nothing")
+        lines.append(f"warning    {empty:,} of {len(rows):,} documents have no trained token left and teach nothing")
     return lines
+
+
+def describe_mask(loss_mask: str) -> str:
+    """What is trained, in words."""
+    return {"assistant": "the assistant's turns and on plain text", "all": "everything"}.get(loss_mask, f"what follows {loss_mask!r}")
 
 
 def show_sample(row: Document, tokenizer, limit: int = 600) -> str:
@@ -308,12 +319,12 @@ def output_path(config: Config) -> str:
     return os.path.join(config.proj_dir, MODEL if config.peft == "none" else ADAPTER)
 
 
-def writer(config: Config, model: RWKV, tokenizer, training):
+def writer(config: Config, model: RWKV, tokenizer, template: Template, training):
     """The function that the saver calls on every rank: trained tensors -> adapter.pth, or the whole model -> model.pth."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
 
     def write(trainer, step: int) -> None:
-        described = {"step": step, "tokenizer": tokenizer.name, "eod": config.eod, "versions": versions}
+        described = {"step": step, "tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions}
         if config.peft != "none":
             with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
                 if trainer.is_global_zero:

@@ -45,6 +45,7 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
             f"tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, more than the model's {vocab_size}; "
             f"give the one that the model was trained with: --tokenizer {CHOICES}"
         )
+    tokenizer.origin = spec, vocab_size, eod
     return tokenizer
 
 
@@ -56,6 +57,9 @@ class Tokenizer:
     def __init__(self, name: str, eod: tuple[int, ...], ids: Iterable[int]):
         self.name, self.eod, self.ids = name, eod, frozenset(ids)
         self.vocab_size = max(self.ids) + 1
+
+    def __reduce__(self):
+        return load_tokenizer, self.origin  # another process reads it again: what is made of it here can't be sent
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot express."""

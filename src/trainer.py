@@ -106,10 +106,10 @@ class FineTuning(pl.LightningModule):
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
-    lengths = [len(document.ids) - 1 for document in documents.rows]
+    lengths, targets = (documents.lengths - 1).tolist(), documents.row_targets.tolist()
     rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else [[i] for i in range(len(lengths))]
     return Schedule(
-        rows, [sum(lengths[i] for i in row) for row in rows], [sum(documents.rows[i].targets for i in row) for row in rows],
+        rows, [sum(lengths[i] for i in row) for row in rows], [sum(targets[i] for i in row) for row in rows],
         config.micro_bsz, accumulation(config), world, config.random_seed,
     )
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.data import Batches, Document, Documents, Schedule, collate, encode, load_documents, pack
+from src.data import Batches, Document, Documents, Schedule, collate, load_documents, pack
 from src.model import RWKV
 from src.run import describe_data, show_sample
-from src.template import Segment, prompt, render
+from src.template import DEFAULT, Segment
+from src.tokenise import Encoder
 from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
@@ -43,6 +44,14 @@ def load(tmp_path, raw):
         return load_documents(path, tokenizer, ctx_len)
 
     return make
+
+
+def encode(segments, tokenizer):
+    return Document(*Encoder(tokenizer).encode_segments(segments))
+
+
+def render(messages):
+    return DEFAULT.segments(messages)
 
 
 def user(text):
@@ -113,27 +122,31 @@ def test_pieces_are_tokenised_as_chat_does(tmp_path, world, raw):
     assert strict.encode("\n\nUser") != strict.encode("\n\n") + strict.encode("User"), "or this tokenizer tests nothing"
     for tokenizer in (world, raw, load_tokenizer("utf16", 256), strict):
         enc = tokenizer.encode
-        chat = [enc(prompt(first[:1])), enc(" x y"), enc("\n\n"), enc(prompt(second[:1])), enc(" z"), list(tokenizer.eod)]
+        asked = ["User: 1\n2\n\nAssistant:", "User: é🙂\n\nAssistant:"]
+        chat = [enc(asked[0]), enc(" x y"), enc("\n\n"), enc(asked[1]), enc(" z"), list(tokenizer.eod)]
         row = encode(render(first + second), tokenizer)
         assert row.ids.tolist() == [i for piece in chat for i in piece]
         assert row.trained.tolist() == [flag for piece, flag in zip(chat, [0, 1, 1, 0, 1, 1]) for _ in piece]
 
 
-def test_rows_are_cut_at_ctx_len_targets(load):
+def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_documents(load):
     rows = [{"text": "12345678"}, {"text": "123456789"}, {"messages": [user("ab"), assistant("c")]}, {"text": "1"}]
     documents = load(rows, ctx_len=8)
     # 8 inputs with their targets are 9 tokens, the end of document among them
-    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "User: ab\n", "<1$>"]
-    assert (documents.cut, documents.cut_tokens) == (2, 1 + 14)
-    assert [row.targets for row in documents.rows] == [8, 8, 0, 1] and documents.targets == 17 and documents.tokens == 29
+    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "<9$>", "User: ab\n", "<1$>"]
+    assert (documents.split, documents.cut, documents.cut_tokens) == (1, 1, 14)
+    assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 0, 1]
+    assert documents.targets == 18 and documents.tokens == 31
     from src.trainer import make_schedule
 
     config = Config(ctx_len=8)
     lines = describe_data(config, documents, make_schedule(documents, config, 1))
-    assert lines[0] == "data       4 documents, 29 tokens, loss on 17"
-    assert lines[1] == "packing    4 rows of 8 tokens, 78.1% full; documents in a row do not see each other"
-    assert lines[2] == "warning    2 of 4 rows are longer than --ctx_len 8 and are cut; 15 tokens are lost"
-    assert lines[3] == "warning    1 of 4 rows have no trained token left and teach nothing" and len(lines) == 4
+    assert lines[0] == "data       5 documents, 31 tokens, loss on 18"
+    assert lines[1] == "packing    4 rows of 8 tokens, 81.2% full; documents in a row do not see each other"
+    assert lines[2] == ("long texts 1 texts are longer than --ctx_len 8 and become several documents, each of which begins with the last token "
+                        "of the one before")
+    assert lines[3] == "warning    1 of 5 documents are longer than --ctx_len 8 and are cut; 14 tokens are lost"
+    assert lines[4] == "warning    1 of 5 documents have no trained token left and teach nothing" and len(lines) == 5
     config = Config(packing=False)
     documents = load(rows)
     assert len(describe_data(config, documents, make_schedule(documents, config, 1))) == 1

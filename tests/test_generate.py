@@ -14,17 +14,17 @@ import torch
 import rwkv_miss
 from demo import chat
 from rwkv_miss.adapter import adapted_linears
-from src.data import encode
 from src.evaluate import exact_accuracy, greedy_answers
 from src.generate import Conversation, Sampling, sample, stream
 from src.model import RWKV
-from src.template import STOP, prompt, render
+from src.template import DEFAULT
 from src.tokenizer import load_tokenizer
 
 from .conftest import ROOT, close, make_arch, random_tensors
-from .test_data import assistant, user, whole_blank_line_tokenizer
+from .test_data import assistant, encode, render, user, whole_blank_line_tokenizer
 
 GREEDY = Sampling(temperature=0)
+STOP = DEFAULT.stop
 
 
 def write_vocabulary(path, pieces):
@@ -300,10 +300,11 @@ def test_the_state_after_a_stop_is_that_of_the_shown_text(model, letters):
 
 def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
     tokenizer = load_tokenizer(letters, 67)
-    prompts = [prompt([user(text)]) for text in ("a", "bc", "d", "efg", "hi!", "j")]
-    single = ["".join(run(stream(model, tokenizer, tokenizer.encode(text), None, GREEDY, 15, ""))[0]).strip() for text in prompts]
-    assert greedy_answers(model, tokenizer, prompts, 15, batch=2) == single and len(set(single)) > 3
-    questions = [(text, answer if i % 3 else "another") for i, (text, answer) in enumerate(zip(prompts, single))]
+    prompts = [f"User: {text}\n\nAssistant:" for text in ("a", "bc", "d", "efg", "hi!", "j")]
+    encoded = [tokenizer.encode(text) for text in prompts]
+    single = ["".join(run(stream(model, tokenizer, ids, None, GREEDY, 15, ""))[0]).strip() for ids in encoded]
+    assert greedy_answers(model, tokenizer, encoded, 15, batch=2) == single and len(set(single)) > 3
+    questions = [([text], answer if i % 3 else "another") for i, (text, answer) in enumerate(zip(prompts, single))]
     assert exact_accuracy(model, tokenizer, questions, 15) == (4 / 6, single)
 
 
@@ -374,7 +375,7 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
     tokenizer = named("bytes")
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
         monkeypatch.setattr(chat, "load", lambda *_, said=said: (Scripted(tokenizer, said), tokenizer))
-        assert answer(capsys, "--model", "any", "--prompt", "q", "--temperature", 0) == shown
+        assert answer(capsys, "--model", "any", "--template", "rwkv", "--prompt", "q", "--temperature", 0) == shown
 
 
 def test_chat_merge_and_evaluation_import_no_trainer():

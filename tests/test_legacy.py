@@ -101,6 +101,13 @@ def test_epochs_and_saving(capsys):
     assert read("--op", "fla").wkv == "auto" and read("--op", "cuda").wkv == "cuda"
 
 
+def test_masks():
+    assert [read("--loss_mask", mask).loss_mask for mask in ("none", "pad", "qa", "all")] == ["assistant", "assistant", "Assistant:", "all"]
+    assert "--loss_mask START...END" in mistake("--loss_mask", "se", "--mask_id", '{"mask0":"0","mask1":"1"}')
+    assert read("--loss_mask=").loss_mask == "assistant"
+    assert "expected assistant, all, or a marker" in mistake("--loss_mask=...User:")
+
+
 def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     folder = str(tmp_path)
     common = ["--proj_dir", folder, "--data_file", "data", "--data_type", "binidx", "--vocab_size", "65536", "--my_testing", "x070", "--n_layer", "2",

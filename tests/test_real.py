@@ -73,7 +73,7 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
     tokenizer = load_tokenizer(tokenizer_file, 12)
 
     def answers(model):
-        return greedy_answers(model, tokenizer, [f"{question}," for question in QUESTIONS], 14)
+        return greedy_answers(model, tokenizer, [tokenizer.encode(f"{question},") for question in QUESTIONS], 14)
 
     def run(seed):
         texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100 + seed)]

@@ -1,0 +1,258 @@
+"""Rows -> tokens: once, in parallel where there is much of it, and kept in a cache that all processes map into memory.
+
+A cache entry is a folder of flat arrays. Its name is a hash of all that decides the tokens: the data's bytes, tokenizer, template, loss mask
+and the code, so a changed file is another entry. It appears in one rename, and one process makes it while the others wait.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+from .formats import read_rows
+from .ops.build import locked, say
+from .template import DEFAULT, Segment, Template, marked_spans, row_segments, trains_by_marker
+from .tokenizer import Tokenizer
+
+SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
+LARGE = 64 << 20  # bytes from which other processes help: each needs about 2 s to start, in which one process does 15 MB
+CHUNK = 256  # rows that a process gets at a time
+UNUSED_DAYS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Documents one after another: ids (N,) int32, trained (N,) bool, ends (n,) int64, and texts (n,) bool, whether a document is running
+    text, of which any part makes sense by itself, and not a conversation."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    ends: np.ndarray
+    texts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """How a row becomes tokens. `loss_mask` is that of template.row_segments."""
+
+    tokenizer: Tokenizer
+    template: Template = DEFAULT
+    loss_mask: str = "assistant"
+
+    def encode(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (n,) int32, trained (n,) bool) with the end of document, always trained, at the end. Raises UserError for a row that the
+        template or the tokenizer cannot express."""
+        if "ids" in row:
+            ids = np.asarray(row["ids"], dtype=np.int32)
+            trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
+            return self._ended(ids, trained)
+        return self.encode_segments(row_segments(row, self.template, self.loss_mask))
+
+    def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """encode() of pieces that are tokenised one by one."""
+        pieces = [self.tokenizer.encode(text) for text, _ in segments]
+        ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
+        trained = np.repeat(np.array([trained for _, trained in segments], dtype=bool), [len(piece) for piece in pieces])
+        return self._ended(ids, trained)
+
+    def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        end = np.array(self.tokenizer.eod, dtype=np.int32)
+        if not np.array_equal(ids[-len(end) :], end):  # files of tokens, and templates that write it, have it already
+            ids, trained = np.concatenate([ids, end]), np.concatenate([trained, np.zeros(len(end), dtype=bool)])
+        trained[-len(end) :] = True
+        return ids, trained
+
+    def _marked(self, ids: np.ndarray) -> np.ndarray:
+        """The mask of a marker on tokens as they are: those that begin in what it trains."""
+        if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
+            raise UserError(f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name} does not tell which text "
+                            "a token stands for; give the data as text, or --loss_mask all")
+        pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
+        begins = np.cumsum([0, *map(len, pieces)])[:-1]
+        trained = np.zeros(len(ids), dtype=bool)
+        # in latin-1 a character is a byte
+        for begin, end in marked_spans(b"".join(pieces).decode("latin-1"), self.loss_mask.encode().decode("latin-1")):
+            trained |= (begins >= begin) & (begins < end)
+        return trained
+
+    def encode_all(self, rows: list[tuple[str, dict]]) -> Tokens:
+        """Tokens of rows (where, row). Raises UserError that begins with the row's place."""
+        encoded, texts = [], []
+        for where, row in rows:
+            try:
+                encoded.append(self.encode(row))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            texts.append(("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask))
+        ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
+        return Tokens(np.concatenate([ids for ids, _ in encoded]), np.concatenate([trained for _, trained in encoded]), ends, np.array(texts))
+
+
+def tokenise(path: str, encoder: Encoder, cache: str = "none") -> Tokens:
+    """The documents of a data file, from the cache folder where they are in it ("none": never; "auto": in the user's own cache folder).
+
+    Raises UserError for a row that cannot be read or expressed, and for a file without rows.
+    """
+    size = sum(os.path.getsize(file) for file in data_files(path))
+    chunks = functools.partial(_encoded, path, encoder, size)
+    if cache == "none" or size < SMALL:
+        return _joined(list(chunks()))
+    folder = cache_folder(cache)
+    entry = folder / fingerprint(path, encoder)
+    if (found := _open(entry)) is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock", "the tokens") if os.name == "posix" else contextlib.nullcontext():
+            if (found := _open(entry)) is not None:
+                return found
+            _remove_old(folder)
+            begun = time.perf_counter()
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".", ignore_cleanup_errors=True) as work:
+                whole = pathlib.Path(work, "whole")
+                _write(chunks(), whole)
+                shutil.rmtree(entry, ignore_errors=True)  # one that could not be opened
+                os.rename(whole, entry)
+            found = _open(entry)
+    except OSError as error:
+        raise UserError(f"the cache for tokens, {folder}, cannot be used ({error}); give --data_cache another folder, or none") from None
+    size = sum(file.stat().st_size for file in entry.iterdir())
+    say(f"tokenised {path} in {time.perf_counter() - begun:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")
+    return found
+
+
+def data_files(path: str) -> list[str]:
+    """The files whose bytes the data consists of."""
+    if os.path.isdir(path):
+        return sorted(str(file) for file in pathlib.Path(path).rglob("*") if file.is_file())
+    return [path] if os.path.exists(path) else []
+
+
+def cache_folder(cache: str) -> pathlib.Path:
+    if cache != "auto":
+        return pathlib.Path(cache).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "data"
+
+
+def fingerprint(path: str, encoder: Encoder) -> str:
+    """A hash of everything that decides the tokens."""
+    here = pathlib.Path(__file__).parent
+    code = [*(here / f"{name}.py" for name in ("tokenise", "template", "jinja_template", "tokenizer")), *sorted((here / "formats").glob("*.py"))]
+    tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
+    versions = [(name, _version(name)) for name in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2")]
+    described = (os.path.splitext(path)[1], versions, encoder.tokenizer.name, encoder.tokenizer.eod, encoder.template.record, encoder.loss_mask)
+    digest = hashlib.sha256(repr(described).encode())
+    for file in (*code, *tokenizer, *data_files(path)):
+        with open(file, "rb") as content:
+            digest.update(f"{os.path.basename(file)} {os.path.getsize(file)} ".encode())
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:24]
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return ""
+
+
+def _encoded(path: str, encoder: Encoder, size: int) -> Iterator[Tokens]:
+    """The tokens of the file's rows, a chunk of rows at a time."""
+    rows = iter(read_rows(path))
+    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
+    first = next(chunks, None)
+    if first is None:
+        raise UserError(f"{path} holds no rows; expected one JSON object per line")
+    chunks = itertools.chain([first], chunks)
+    processes = min(os.cpu_count() or 1, 16) if size >= LARGE and "ids" not in first[0][1] else 1
+    return map(encoder.encode_all, chunks) if processes == 1 else _in_parallel(chunks, encoder, processes)
+
+
+def _in_parallel(chunks: Iterable[list], encoder: Encoder, processes: int) -> Iterator[Tokens]:
+    """encode_all() of each chunk in order, in processes that begin afresh; few chunks are ahead of what is asked for."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (encoder,)) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_encode, chunk))
+                if len(waiting) > 4 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError("a process that tokenises was killed, perhaps because memory ran out; free some and start again") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+
+
+def _encode(rows: list[tuple[str, dict]]) -> Tokens:
+    return _encoder.encode_all(rows)
+
+
+def _joined(parts: list[Tokens]) -> Tokens:
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+    parts = [dataclasses.replace(part, ends=part.ends + start) for part, start in zip(parts, starts)]
+    return Tokens(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Tokens)))
+
+
+def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
+    """A cache entry; no more than one part is in memory at a time."""
+    folder.mkdir()
+    ends, texts, length = [], [], 0
+    with open(folder / "ids", "wb") as ids, open(folder / "trained", "wb") as trained:
+        for part in parts:
+            ids.write(part.ids.tobytes())
+            trained.write(part.trained.tobytes())
+            ends.append(part.ends + length)
+            texts.append(part.texts)
+            length += len(part.ids)
+    np.concatenate(ends).tofile(folder / "ends")
+    np.concatenate(texts).tofile(folder / "texts")
+
+
+def _open(entry: pathlib.Path) -> Tokens | None:
+    """The arrays of a cache entry, mapped into memory; None where it is absent, or not whole because the machine went down."""
+    try:
+        kinds = {"ids": np.int32, "trained": np.bool_, "ends": np.int64, "texts": np.bool_}
+        found = Tokens(**{name: np.memmap(entry / name, kind, "r") for name, kind in kinds.items()})
+        if not len(found.ids) == len(found.trained) == found.ends[-1] or len(found.ends) != len(found.texts):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # when it was last used
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def _remove_old(folder: pathlib.Path) -> None:
+    """Delete what has not been used for UNUSED_DAYS, and what a killed process left."""
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):
+            days = (time.time() - entry.stat().st_mtime) / 86400
+            if entry.is_dir() and days > (1 if entry.name.startswith(".") else UNUSED_DAYS):
+                shutil.rmtree(entry, ignore_errors=True)

@@ -1,0 +1,304 @@
+"""From messages to text: RWKV's modes and the user's Jinja, what is trained of them, and that a chat asks in the tokens of the training."""
+
+import itertools
+import pickle
+
+import jinja2
+import numpy as np
+import pytest
+
+import rwkv_miss
+from rwkv_miss import UserError
+from src.generate import Conversation
+from src.model import RWKV
+from src.template import DEFAULT, MODES, RwkvTemplate, answer_text, load_template, marked, recorded_template, row_segments
+from src.tokenise import Encoder
+from src.tokenizer import load_tokenizer
+
+from .conftest import make_arch, random_tensors
+from .test_data import assistant, user, whole_blank_line_tokenizer
+from .test_generate import GREEDY, Scripted, named
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def thinking(thoughts, text):
+    return {"role": "assistant", "content": text, "reasoning_content": thoughts}
+
+
+def shown(segments):
+    """Pieces parted by |, the trained ones between < and >."""
+    return "|".join(f"<{text}>" if trained else text for text, trained in segments)
+
+
+# RWKV's own
+
+
+@pytest.mark.parametrize("name, messages, expected", [
+    ("rwkv", [user("hi"), thinking(" hm\n", "yo")], "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>"),
+    ("rwkv", [user("hi"), assistant("<think>hm</think>\n\nyo")], "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>"),
+    ("rwkv", [user("hi"), assistant("<think> is a tag")], "User: hi\n\nAssistant:|< <think> is a tag>"),
+    ("think", [user("hi"), thinking("hm", "yo")], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+    ("think", [user("hi"), assistant("<think>\nhm\n</think>\nyo")], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+    ("think", [user("hi"), {"role": "assistant", "content": "yo", "reasoning": "hm"}], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+    ("think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think|<>\n</think>\nyo>"),
+    ("think-normal", [user("hi "), thinking("hm", "yo")], "User: hi think\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+    ("think-short", [system("s"), user("hi"), thinking("hm", "yo")], "System: s\n\nUser: hi think a bit\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+    ("think-long", [user("a"), thinking("b", "c"), user("d"), thinking("e", "f")],
+     "User: a think a lot\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d think a lot\n\nAssistant: <think|<>\ne\n</think>\nf>"),
+    ("fake-think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
+    ("rwkv", [user("2+2"), {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": '{"a": [2, "é"]}'}}]}, {"role": "tool", "content": "4\n\n\nok"},
+        assistant("4")],
+     'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2, "é"]}}\n</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>'),
+    ("rwkv", [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}],
+     "User: a\n\nAssistant:| b|\n\n|User: c\n\nAssistant:|< d>"),
+])
+def test_modes_of_the_g1_models(name, messages, expected):
+    assert shown(load_template(name).segments(messages)) == expected
+
+
+def test_a_prompt_ends_where_the_answer_begins():
+    turns = [user("a"), assistant("b"), user("c")]
+    for name, (after, opening) in MODES.items():
+        segments = load_template(name).segments(turns, ask=True)
+        assert segments[-1] == (f"User: c{after}\n\nAssistant:{opening}", False)
+        assert segments == load_template(name).segments([*turns, assistant("d")])[:-1]
+    assert DEFAULT.segments([], ask=True) == [("Assistant:", False)]
+    assert shown(DEFAULT.segments(turns[:2], ask=True)) == "User: a\n\nAssistant:|< b>|<\n\n>|Assistant:"
+    assert shown(DEFAULT.segments([user("a")], [{"name": "é"}], ask=True)) == 'System: <tools>\n{"name": "é"}\n</tools>\n\nUser: a\n\nAssistant:'
+
+
+@pytest.mark.parametrize("name, message, words", [
+    ("think", assistant("<think>hm"), "an answer opens <think> and never closes it: '<think>hm'"),
+    ("fake-think", thinking("hm", "yo"), "thoughts, for which --template fake-think has no place; use think"),
+    ("rwkv", {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "a tool call must be"),
+    ("rwkv", {"role": "assistant", "content": "", "tool_calls": ["f"]}, "a tool call must be"),
+])
+def test_answers_that_a_mode_has_no_form_for(name, message, words):
+    with pytest.raises(UserError) as caught:
+        load_template(name).segments([user("hi"), message])
+    assert words in str(caught.value)
+
+
+def test_what_an_answer_says():
+    for name, said in (("rwkv", " yo"), ("rwkv", " <think>\nhm\n</think>\nyo\n\nUser: more"), ("think", ">\nhm\n</think>\nyo"),
+                       ("fake-think", ">\nyo ")):
+        assert answer_text(said, load_template(name)) == "yo"
+
+
+# Jinja
+
+CHATML = """\
+{%- if tools %}
+tools={{ tools | tojson }}
+{% endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif -%}
+"""
+MARKED = CHATML.replace("+ message.content + '<|im_end|>\\n' }}", """}}
+{%- if message.role == 'assistant' -%}
+{% generation %}{{ message.content }}<|im_end|>
+{% endgeneration %}
+{%- else -%}
+{{ message.content + '<|im_end|>\\n' }}
+{%- endif -%}
+""")
+SHORT = "{% for m in messages %}{{ m.role[0] }}: {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+WITH_EOS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}" \
+           "{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATES = {"chatml": CHATML, "generation": MARKED, "short": SHORT, "eos": WITH_EOS}
+TURNS = [system("s é"), user(" 1\n\n2"), assistant("x\n\ny"), user("🙂"), assistant("."), user("3"), assistant("z")]
+
+
+@pytest.fixture
+def jinja(tmp_path):
+    def make(source, eos=""):
+        (tmp_path / "template.jinja").write_text(source, encoding="utf-8")
+        return load_template(str(tmp_path / "template.jinja"), eos)
+
+    return make
+
+
+def reference(source, **values):
+    """What jinja2 alone makes of it, with the settings that Hugging Face has."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    return environment.from_string(source).render(bos_token="", **values)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("count", range(1, 8))
+def test_the_pieces_are_the_text_that_jinja_makes(jinja, name, count):
+    template = jinja(TEMPLATES[name], "</s>")
+    for ask in (False, True):
+        segments = template.segments(TURNS[:count], ask=ask)
+        assert "".join(text for text, _ in segments) == reference(
+            TEMPLATES[name.replace("generation", "chatml")], messages=TURNS[:count], add_generation_prompt=ask, eos_token="</s>")
+        assert all(text for text, _ in segments)
+
+
+def test_hugging_face_marks_the_same_tokens(jinja):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    (whole,), (spans,) = utils.render_jinja_template([TURNS], chat_template=MARKED, return_assistant_tokens_mask=True, bos_token="", eos_token="")
+    segments = jinja(MARKED).segments(TURNS)
+    assert "".join(text for text, _ in segments) == whole
+    ours = [flag for text, flag in segments for _ in text]
+    assert ours == [any(begin <= place < end for begin, end in spans) for place in range(len(whole))]
+    # the same turns are found without the marks
+    assert jinja(CHATML).segments(TURNS) == segments
+
+
+@pytest.mark.parametrize("name, stop, expected", [
+    ("chatml", "<|im_end|>", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"),
+    ("generation", "<|im_end|>", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"),
+    ("short", "\nu:", "u: a\na:|< b>|<\n>"), ("eos", "</s>", "[user]a[assistant]|<b>|<</s>>"),
+])
+def test_the_answer_and_the_end_of_its_turn_are_trained(jinja, name, stop, expected):
+    template = jinja(TEMPLATES[name], "</s>")
+    assert shown(template.segments([user("a"), assistant("b")])) == expected and template.stop == stop
+    context = template.segments([user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d")])
+    assert [text.strip() for text, trained in context if trained] == ["d", template.turn_end.strip()]
+
+
+def test_a_block_without_the_end_of_the_turn_trains_just_that(jinja):
+    template = jinja(MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}\n<|im_end|>\n"))
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    assert [text for text, trained in template.segments(turns) if trained] == ["b", "d"]
+
+
+def test_tools_and_a_document_end(jinja, tmp_path):
+    template = jinja(CHATML)
+    assert template.segments([user("a")], [{"n": "<é>"}], ask=True)[0].text.startswith('tools=[{"n": "<é>"}]\n<|im_start|>user')
+    # the template ends the last answer with the token that ends a document: there is one, not two
+    tokenizer = whole_blank_line_tokenizer(tmp_path)
+    template = load_template(WITH_EOS, tokenizer.decode(tokenizer.eod))
+    ids, trained = Encoder(tokenizer, template).encode({"messages": [user("a"), assistant("b")]})
+    assert ids.tolist() == tokenizer.encode("[user]a[assistant]b<end>") and trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
+
+
+@pytest.mark.parametrize("source, words", [
+    ("a\n{% for m in messages %}", "line 2: "), ("\n\n{{ messages[0] x }}", "line 3: "), ("{{ messages[0].content.nope() }}", "line 1: "),
+    ("\n{{ raise_exception('needs a system turn') }}", "line 2: needs a system turn"), ("{{ ''.__class__.__mro__ }}", "line 1: access to attribute"),
+    ("{{ 1 / 0 }}", "line 1: division by zero"), ("hello {{ mesages }}", "without the user's words; got 'hello '"),
+    ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "without the assistant's words"),
+    ("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
+     "changes when more follow ('1A question?' becomes '2A question?2An answer.'"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}", "{% generation %} does not enclose"),
+    ("{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}", "inside another"),
+])
+def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, source, words):
+    with pytest.raises(UserError) as caught:
+        jinja(source)
+    assert "template.jinja" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_template_that_rewrites_earlier_turns(jinja):
+    """As those do that take the thoughts out of all answers but the last: the mask needs marks, and a chat reads the whole text again."""
+    forgetful = "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}" \
+                "{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = jinja(forgetful)
+    one = template.segments([user("a"), assistant("b")])
+    assert shown(one) == "[user]a;[assistant]|<b>|<;>"
+    with pytest.raises(UserError, match=r"first 2 messages changes when more follow \('b;' becomes '-;\[user\]c;"):
+        template.segments([user("a"), assistant("b"), user("c"), assistant("d")])
+    assert template.next_turn([user("a"), assistant("b")], [user("c")]) is None
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="cannot read absent.jinja as a template: .* takes auto, rwkv, think"):
+        load_template("absent.jinja")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot read"):
+        load_template(str(tmp_path / "binary"))
+
+
+# chat
+
+
+@pytest.mark.parametrize("kind", ["world", "bytes", "utf16", "whole blank line"])
+@pytest.mark.parametrize("name", [*MODES, *TEMPLATES])
+def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
+    tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else named(kind)
+    template = load_template(TEMPLATES.get(name, name), tokenizer.decode(tokenizer.eod))
+    conversation = Conversation(None, tokenizer, GREEDY, system="s é", template=template)
+    for question, answer in itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2]):
+        said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
+        ending = template.stop if name in TEMPLATES else ""
+        conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
+        assert "".join(conversation.answer(question["content"])) == said
+    ids, _ = Encoder(tokenizer, template).encode({"messages": TURNS})
+    rest = tokenizer.encode(getattr(template, "turn_end", ""))
+    assert [*conversation.state, *rest, *([] if tuple(rest) == tuple(tokenizer.eod) else tokenizer.eod)] == ids.tolist()
+
+
+def test_adapter_and_merged_file_record_the_template(tmp_path, jinja):
+    tokenizer = named("bytes")
+    base, adapter, merged = (tmp_path / f"{name}.pth" for name in ("base", "adapter", "merged"))
+    rwkv_miss.write_checkpoint(base, random_tensors(make_arch(7)).items())
+    model = RWKV.load(base)
+    rwkv_miss.inject(model, "miss", rank=4)
+    for template in (load_template("think-short"), jinja(CHATML)):
+        rwkv_miss.save_adapter(model, adapter, template=template.record)
+        merged.unlink(missing_ok=True)
+        rwkv_miss.merge_file(base, adapter, merged)
+        (tmp_path / "template.jinja").unlink(missing_ok=True)  # the record is enough
+        for paths in ((adapter, base), (None, merged), (adapter,)):
+            found = recorded_template("auto", tokenizer, *paths)
+            assert found.segments(TURNS) == template.segments(TURNS) and found.record == template.record
+        assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
+    assert recorded_template("auto", tokenizer, base).name == "rwkv" == recorded_template("auto", tokenizer, None).name
+
+
+def test_templates_reach_other_processes(jinja):
+    for template in (RwkvTemplate("think"), jinja(CHATML)):
+        assert pickle.loads(pickle.dumps(template)).segments(TURNS) == template.segments(TURNS)
+
+
+# masks
+
+
+def test_loss_masks_of_every_kind_of_row():
+    rows = {"text": {"text": "User: a\n\nAssistant: b"}, "chat": {"messages": [user("a"), assistant("b")]},
+            "pair": {"prompt": "a ", "completion": "b"}}
+    masks = {name: {kind: shown(row_segments(row, DEFAULT, name)) for kind, row in rows.items()} for name in ("assistant", "all", "Assistant:", "a")}
+    assert masks["assistant"] == {"text": "<User: a\n\nAssistant: b>", "chat": "User: a\n\nAssistant:|< b>", "pair": "a |<b>"}
+    assert masks["all"] == {"text": "<User: a\n\nAssistant: b>", "chat": "<User: a\n\nAssistant:>|< b>", "pair": "<a >|<b>"}
+    assert masks["Assistant:"] == {"text": "User: a\n\nAssistant:|< b>", "chat": "User: a\n\nAssistant:|< b>", "pair": "a b"}
+    assert masks["a"]["pair"] == "a|< b>"
+
+
+@pytest.mark.parametrize("marker, text, expected", [
+    ("Assistant:", "no such word", "no such word"), ("Assistant:", "Assistant:", "Assistant:"), ("Assistant:", "", ""),
+    ("Assistant:", "User: a\n\nAssistant: b\n\nc\n\nUser: d\n\nAssistant: e", "User: a\n\nAssistant:|< b\n\nc>|<\n\n>|User: d\n\nAssistant:|< e>"),
+    ("Assistant:", "Assistant: b\nUser: c", "Assistant:|< b\nUser: c>"), ("Assistant:", "Assistant: b\n\nTool: c", "Assistant:|< b>|<\n\n>|Tool: c"),
+    ("Response:...\\n\\nInstruction:", "Response: a\n\nUser: b\n\nInstruction: c\n\nResponse: d",
+     "Response:|< a\n\nUser: b>|\n\nInstruction: c\n\nResponse:|< d>"),
+    ("[...]", "a[b]c[d]e[f", "a[|<b>|]c[|<d>|]e[|<f>"), ("[...]", "[a[b]", "[|<a>|[|<b>|]"),
+])
+def test_a_marker(marker, text, expected):
+    assert shown(marked(text, marker)) == expected
+    assert "".join(piece for piece, _ in marked(text, marker)) == text
+
+
+def test_the_marker_assistant_is_the_mask_of_a_conversation():
+    turns = [system("s"), user("a\n\nb"), assistant("c\n\nd"), user("e"), assistant("f"), assistant("g")]
+    assert row_segments({"messages": turns}, DEFAULT, "Assistant:") == DEFAULT.segments(turns)
+
+
+@pytest.mark.parametrize("kind", ["world", "bytes"])
+def test_a_marker_in_tokens(kind):
+    """A file of tokens has the mask of its text, token for token, where no token runs across a border."""
+    tokenizer = named(kind)
+    text = "User: é你\n\nAssistant: 🙂 b\n\nUser: c\n\nAssistant: d"
+    ids = np.array(tokenizer.encode(text), dtype=np.int32)
+    got, trained = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"ids": ids})
+    want, mask = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"text": text})
+    assert got.tolist() == want.tolist() == [*ids, *tokenizer.eod] and trained.tolist() == mask.tolist()
+    whole, everything = Encoder(tokenizer).encode({"ids": got})
+    assert whole.tolist() == got.tolist() and everything.all(), "the end of document is there already"
+    with pytest.raises(UserError, match="give the data as text"):
+        Encoder(load_tokenizer("utf16", 256), DEFAULT, "x").encode({"ids": ids})
