@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import signal
@@ -18,7 +16,7 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 
 from .checkpoints import checkpoint_name, remove_old
-from .files import write_text
+from .files import append_line, read_lines, write_lines
 from .rollback import LastGood
 from .state import gradient_norm, read_state, write_state
 
@@ -30,12 +28,14 @@ class StepReport(Callback):
         self.path, self.total, self.started, self.last_good = path, total, started, last_good
         self.stop = False
         self.first_step_seconds: float | None = None
+        self.validation = ""  # what the bar says of the newest evaluation
 
     def on_train_start(self, trainer, module) -> None:
         self.rank_zero = trainer.is_global_zero
         self.bar = tqdm(total=self.total, initial=trainer.global_step, disable=not (self.rank_zero and sys.stderr.isatty()), unit="step")
         if self.rank_zero:
-            _keep_lines(self.path, trainer.global_step)
+            # a resumed run does the steps after its checkpoint again
+            write_lines(self.path, read_lines(self.path, trainer.global_step))
         self.last_good.start(trainer)
         self.clock = time.perf_counter()
         # Ctrl-C, a scheduler's end of time, a closed terminal; Windows has no SIGHUP
@@ -69,12 +69,8 @@ class StepReport(Callback):
             }
             if back is not None:
                 line["rolled_back_to"] = back
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.path} could not be written ({error.strerror})") from None
-            self.bar.set_postfix_str(f"loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tok/s")
+            append_line(self.path, line)
+            self.bar.set_postfix_str(f"loss {loss:.4f}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tok/s")
             self.bar.update()
             if not sys.stderr.isatty() and (step % max(1, self.total // 20) == 0 or step == 1):
                 print(f"step {step}/{self.total} loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s", flush=True)
@@ -92,26 +88,15 @@ class StepReport(Callback):
             signal.signal(number, handler)
 
 
-def _keep_lines(path: str, steps: int) -> None:
-    """Drop the metrics of steps that a resumed run does again, and a last line that a crash cut off."""
-    kept = ""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as file:
-        for line in file:
-            if json.loads(line)["step"] > steps:
-                break
-            kept += line
-    write_text(path, kept)
-
-
 class Saver(Callback):
     """Every save_steps, at the end and when asked to stop: the trained tensors, and a checkpoint to resume from.
 
-    `write` puts the trained tensors into their file; it is called on every rank, inside which rank 0 writes. A run that goes on
+    `write` puts the trained tensors into the file `output`; it is called on every rank, inside which rank 0 writes. A run that goes on
     from `resume_from` gets its state back before its first step. The newest `keep` checkpoints stay.
     """
 
-    def __init__(self, folder: str, every: int, keep: int, write, last_good: LastGood, resume_from: str | None = None):
-        self.folder, self.every, self.keep, self.write = folder, every, keep, write
+    def __init__(self, folder: str, output: str, every: int, keep: int, write, last_good: LastGood, resume_from: str | None = None):
+        self.folder, self.output, self.every, self.keep, self.write = folder, output, every, keep, write
         self.last_good, self.resume_from = last_good, resume_from
         self.saved = -1
 
@@ -140,7 +125,7 @@ class Saver(Callback):
         state = read_state(trainer)
         error = None
         try:
-            self.write(trainer, step)
+            self.write(trainer, self.output)
             if trainer.is_global_zero:
                 os.makedirs(self.folder, exist_ok=True)
                 rwkv_miss.write_checkpoint(os.path.join(self.folder, checkpoint_name(step)), state, {

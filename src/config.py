@@ -94,6 +94,12 @@ class Config:
     num_nodes: int = opt(1, "machines")
     wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",))
 
+    eval_file: str = opt("", "held-out data in any format of --data_file: the loss on it is taken before, during and after the training")
+    eval_split: float = opt(0.0, "share of the documents of --data_file that is held out for this instead (0: none)")
+    eval_steps: int = opt(0, "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)")
+    eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
+    early_stop: int = opt(0, "end the training after N evaluations in a row that are no better than the best one (0: never)")
+
     init_only: bool = opt(False, "1: write a new model to rwkv-init.pth in proj_dir and end; a later run takes it as --load_model")
     save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")
     save_total_limit: int = opt(1, "checkpoints to keep; an older one is removed when the new one is complete")
@@ -255,7 +261,8 @@ def validate(config: Config) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "rollback_steps", "spike_sigmas", "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps"):
+                 "save_steps", "rollback_steps", "spike_sigmas", "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps",
+                 "eval_split", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2"):
@@ -273,6 +280,14 @@ def validate(config: Config) -> None:
         raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
+    if config.eval_split >= 1:
+        raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
+    if config.eval_file and config.eval_split:
+        raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
+    if config.eval_steps and not (config.eval_file or config.eval_split):
+        raise UserError(f"--eval_steps {config.eval_steps} needs held-out data; give --eval_file, or --eval_split 0.05")
+    if config.early_stop and not config.eval_steps:
+        raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
     if config.random_seed >= 2**63:
         raise UserError(f"--random_seed {config.random_seed}: must be below 2^63")
     if config.peft == "none" and config.peft_config:

@@ -45,6 +45,9 @@ class Rows(Sequence):
         tokens, part = self.files[self.of[i]], slice(self.starts[i], self.stops[i])
         return Document(tokens.ids[part], tokens.trained[part])
 
+    def take(self, chosen: np.ndarray) -> Rows:
+        return Rows(self.files, self.of[chosen], self.starts[chosen], self.stops[chosen])
+
     @property
     def lengths(self) -> np.ndarray:
         return self.stops - self.starts
@@ -81,6 +84,10 @@ class Documents:
     def row_targets(self) -> np.ndarray:
         """Trained tokens of each row, (n,) int64."""
         return self.rows.targets if isinstance(self.rows, Rows) else np.array([row.targets for row in self.rows], dtype=np.int64)
+
+    def take(self, chosen: np.ndarray) -> Documents:
+        """The documents at these places."""
+        return Documents(self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen])
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 
 from rwkv_miss.errors import UserError
@@ -34,3 +35,32 @@ def write_bytes(path: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before is unchanged") from None
+
+
+def read_lines(path: str, last_step: int) -> list[dict]:
+    """The JSON lines of a run's record up to a step; what a crash cut off ends them, no file is no lines."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError), open(path, "rb") as file:
+        for line in map(json.loads, file):
+            if line["step"] > last_step:
+                break
+            lines.append(line)
+    return lines
+
+
+def write_lines(path: str, lines: list[dict]) -> None:
+    """The record anew, whole or not at all."""
+    write_text(path, "".join(map(_json_line, lines)))
+
+
+def append_line(path: str, line: dict) -> None:
+    """One more JSON line; a full or read-only disk is a UserError."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(_json_line(line))
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror})") from None
+
+
+def _json_line(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -23,7 +23,9 @@ from .checkpoints import checkpoint_step, list_checkpoints, remove_leftovers
 from .config import Config, accumulation
 from .data import Document, Documents, Schedule, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
-from .files import is_first_process, write_bytes, write_text
+from .files import is_first_process, read_lines, write_bytes, write_text
+from .held_out import hold_out
+from .history import BEST, VALIDATION, is_over, loss_text
 from .model import RWKV, VERSIONS, read_model_file
 from .template import Template, recorded_template
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
@@ -48,7 +50,11 @@ def main(config: Config, origins: dict[str, str]) -> None:
     resume_from, before = find_checkpoint(config)
     if before:
         keep_rows_per_step(config, before)
-    documents = load_documents(config.data_file, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache)
+
+    def load(path: str) -> Documents:
+        return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache)
+
+    documents, held_out = hold_out(config, load)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
 
     torch.manual_seed(config.random_seed)
@@ -58,6 +64,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
     from .callbacks import Saver, StepReport
     from .rollback import LastGood
+    from .watch import Watch
 
     schedule = training.make_schedule(documents, config, world)
     total_steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
@@ -66,6 +73,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
         f"base       {config.load_model or 'new model'}: {arch.describe()}",
         f"adapter    {describe_training(config, model)}",
         *describe_data(config, documents, schedule),
+        *describe_held_out(config, held_out),
         f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
         f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
         f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}",
@@ -78,9 +86,12 @@ def main(config: Config, origins: dict[str, str]) -> None:
     if config.warmup_steps >= total_steps:
         plan.append(f"warning    the warm-up, {config.warmup_steps} steps, is as long as the run: the full learning rate is never used")
     first_step = checkpoint_step(resume_from) if resume_from else 0
-    finished = first_step >= total_steps
+    history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
+    stopped_early = is_over(history, config.early_stop)
+    finished = first_step >= total_steps or stopped_early
     if finished:
-        plan.append(f"resume     {resume_from} has all {total_steps} steps already; nothing to train. Output: {output_path(config)}")
+        what = f"ended at step {first_step} by --early_stop" if stopped_early else f"has all {total_steps} steps already"
+        plan.append(f"resume     {resume_from} {what}; nothing to train. Output: {output_path(config)}")
     elif before:
         total_before = before.epoch_count * (before.epoch_steps or schedule.steps_per_pass)
         plan += describe_resume(config, before, resume_from, total_before, total_steps)
@@ -98,13 +109,15 @@ def main(config: Config, origins: dict[str, str]) -> None:
         remove_leftovers(config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS))
         configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
     half = DTYPES[precision] if config.peft == "none" and precision != "fp32" else None
-    module = training.FineTuning(model, config, lr, documents, total_steps, half, first_step)
+    module = training.FineTuning(model, config, lr, documents, held_out, total_steps, half, first_step)
     checkpoints = os.path.join(config.proj_dir, CHECKPOINTS)
     last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
     report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started, last_good)
     save = writer(config, model, tokenizer, template, training)
-    saver = Saver(checkpoints, config.save_steps, config.save_total_limit, save, last_good, resume_from)
-    trainer = training.make_trainer(config, accelerator, total_steps, precision, [report, saver], first_step)
+    saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
+    # a checkpoint of a step comes after the step's evaluation
+    callbacks = [report, *([Watch(config.proj_dir, history, tokenizer, save, report)] if held_out.rows else []), saver]
+    trainer = training.make_trainer(config, accelerator, total_steps, precision, callbacks, first_step)
     begun = time.perf_counter()
     try:
         trainer.fit(module)
@@ -113,7 +126,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     if trainer.is_global_zero:
         seconds = {"fit_seconds": time.perf_counter() - begun, "command_to_first_step_seconds": report.first_step_seconds}
         finish(config, trainer.global_step, total_steps, seconds)
-    if trainer.global_step < total_steps:
+    if trainer.global_step < total_steps and not is_over(history, config.early_stop):
         sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
 
 
@@ -211,7 +224,8 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
 MAY_CHANGE = {
-    "proj_dir", "resume", "data_cache", "save_steps", "save_total_limit", "rollback_steps", "spike_sigmas", "grad_cp", "wkv", "accelerator",
+    "proj_dir", "resume", "data_cache", "eval_steps", "eval_samples", "early_stop", "save_steps", "save_total_limit", "rollback_steps",
+    "spike_sigmas", "grad_cp", "wkv", "accelerator",
     "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
 }
 
@@ -225,8 +239,9 @@ def find_checkpoint(config: Config) -> tuple[str | None, Config | None]:
     if config.resume != "auto" or not paths:
         # without its summary the output comes from a run that was killed before its first checkpoint was complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
-        if is_first_process() and not cut_off and (paths or os.path.exists(output_path(config))):
-            raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename((paths or [output_path(config)])[-1])}); "
+        outputs = [path for path in (os.path.join(config.proj_dir, BEST), output_path(config)) if os.path.exists(path)]
+        if is_first_process() and not cut_off and (paths or outputs):
+            raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
                             + ("go on with --resume auto, or " if paths else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
         return None, None
     file = os.path.join(config.proj_dir, CONFIG)
@@ -300,6 +315,17 @@ def describe_mask(loss_mask: str) -> str:
     return {"assistant": "the assistant's turns and on plain text", "all": "everything"}.get(loss_mask, f"what follows {loss_mask!r}")
 
 
+def describe_held_out(config: Config, held_out: Documents) -> list[str]:
+    """Line of the plan about the documents that are not trained on, if there are any."""
+    if not held_out.rows:
+        return []
+    cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
+    every = f", every {config.eval_steps} steps" if config.eval_steps else ""
+    stop = f", early stop after {config.early_stop} evaluations without a better one" if config.early_stop else ""
+    return [f"held out   {len(held_out.rows):,} documents of {config.eval_file or config.data_file}{cut}, loss on {held_out.targets:,} tokens "
+            f"before the training{every} and at its end; {config.eval_samples} samples{stop}"]
+
+
 def show_sample(row: Document, tokenizer, limit: int = 600) -> str:
     """A document decoded, its trained parts between the marks."""
     text, inside = "", False
@@ -320,20 +346,21 @@ def output_path(config: Config) -> str:
 
 
 def writer(config: Config, model: RWKV, tokenizer, template: Template, training):
-    """The function that the saver calls on every rank: trained tensors -> adapter.pth, or the whole model -> model.pth."""
+    """The function that is called on every rank to write the trained tensors or, in full training, the whole model; keywords become metadata."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
+    made_with = {"tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions}
 
-    def write(trainer, step: int) -> None:
-        described = {"step": step, "tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions}
+    def write(trainer, path: str, **described) -> None:
+        described |= {"step": trainer.global_step, **made_with}
         if config.peft != "none":
             with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
                 if trainer.is_global_zero:
-                    rwkv_miss.save_adapter(model, output_path(config), **described)
+                    rwkv_miss.save_adapter(model, path, **described)
             return
         items = whole_model(config, model, lambda p: training.whole_parameters(trainer, [p]))
         try:
             if trainer.is_global_zero:
-                write_checkpoint(output_path(config), items, {"format": "rwkv-miss trained", **described})
+                write_checkpoint(path, items, {"format": "rwkv-miss trained", **described})
         finally:
             for _ in items:
                 pass  # every rank takes part in what is gathered, also when rank 0 can't write
@@ -358,24 +385,37 @@ def finish(config: Config, step: int, total_steps: int, seconds: dict[str, float
     """The loss curve, run.json, and the next command; `seconds` is not known of a run that was killed after its last step."""
     with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
         metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
-    draw_losses(metrics, os.path.join(config.proj_dir, CURVE))
+    history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
+    draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
     summary = {
         "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
         "train_seconds": sum(line["seconds"] for line in metrics), **(seconds or {}), "output": output_path(config),
     }
+    if history:
+        summary |= {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
+    top = os.path.join(config.proj_dir, BEST)
+    if os.path.exists(top):
+        kept = rwkv_miss.read_metadata(top)
+        summary |= {"best": top, "best_step": kept["step"], "validation_best": kept["validation_loss"]}
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
-    state = "done" if step >= total_steps else "stopped, go on with --resume auto"
+    early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
+    state = "done" if step >= total_steps else early if is_over(history, config.early_stop) else "stopped, go on with --resume auto"
     start = f"first step {seconds['command_to_first_step_seconds']:.1f} s after the command; " if seconds else ""
     print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
           f"{start}wrote {summary['output']}")
+    chosen = summary["output"]
+    if "best" in summary:
+        print(f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
+              f"before training {loss_text(history[0])}, at the end {loss_text(history[-1])}")
+        chosen = top if summary["best_step"] < step else chosen
     if config.peft == "none":
-        print(f"try it:    python -m demo.chat --model {summary['output']}")
+        print(f"try it:    python -m demo.chat --model {chosen}")
     else:
-        print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {summary['output']} --out merged.pth")
+        print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {chosen} --out merged.pth")
 
 
-def draw_losses(metrics: list[dict], path: str) -> None:
-    """Loss over steps as a PNG, with a running mean."""
+def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
+    """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -388,6 +428,9 @@ def draw_losses(metrics: list[dict], path: str) -> None:
     steps = [line["step"] for line in metrics]
     axes.plot(steps, losses, alpha=0.35, label="loss")
     axes.plot(steps, mean, label=f"mean of {window} steps")
+    finite = [line for line in history if line["loss"] is not None]
+    if finite:
+        axes.plot([line["step"] for line in finite], [line["loss"] for line in finite], "o-", label="validation loss")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.legend()
     image = io.BytesIO()

@@ -56,11 +56,12 @@ def learning_rate_factor(config: Config, total: int, lr: float):
 class FineTuning(pl.LightningModule):
     """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
 
-    def __init__(self, model: RWKV, config: Config, lr: float, documents: Documents, total_steps: int, half: torch.dtype | None,
-                 first_step: int = 0):
+    def __init__(self, model: RWKV, config: Config, lr: float, documents: Documents, held_out: Documents, total_steps: int,
+                 half: torch.dtype | None, first_step: int = 0):
         super().__init__()
         self.model, self.config, self.lr = model, config, lr
-        self.documents, self.total_steps, self.first_step = documents, total_steps, first_step  # first_step are done already
+        self.documents, self.held_out = documents, held_out
+        self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.lr_factor = learning_rate_factor(config, total_steps, lr)
         self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
         self.step_loss = 0.0
@@ -87,21 +88,39 @@ class FineTuning(pl.LightningModule):
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""
-        with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            x, _ = self.model.features(batch["ids"], reset=batch["reset"])
-            # the head runs on the rows that carry loss, and on nothing else
-            loss = loss_sum(self.model.head(x[batch["mask"]]), batch["targets"][batch["mask"]])
+        loss = self.batch_loss(batch)
         self.step_loss += loss.detach() / max(batch["step_targets"], 1)
         scaled = loss * (self.accumulate * self.trainer.world_size / max(batch["step_targets"], 1))
         penalty = rwkv_miss.penalty(self.model)
         return scaled if penalty is None else scaled + penalty
 
+    def validation_step(self, batch: dict, index: int) -> Tensor:
+        """The loss over a batch of held-out rows, summed; src/held_out.py calls it."""
+        return self.batch_loss(batch)
+
+    def batch_loss(self, batch: dict) -> Tensor:
+        """The loss over the trained tokens of a batch, summed."""
+        with self.autocast():
+            x, _ = self.model.features(batch["ids"], reset=batch["reset"])
+            # the head runs on the rows that carry loss, and on nothing else
+            return loss_sum(self.model.head(x[batch["mask"]]), batch["targets"][batch["mask"]])
+
+    def autocast(self) -> torch.autocast:
+        """The context that the model computes in."""
+        return torch.autocast(self.device.type, self.half, enabled=self.half is not None)
+
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
-        digest = hashlib.sha256()
-        for row in self.documents.rows:
-            digest.update(row.ids.tobytes() + row.trained.tobytes())
-        return {"base file": self.model.base_fingerprint, "data file": digest.hexdigest()}
+        hashes = {"base file": self.model.base_fingerprint, "data file": data_hash(self.documents)}
+        return hashes | ({"held-out data": data_hash(self.held_out)} if self.held_out.rows else {})
+
+
+def data_hash(documents: Documents) -> str:
+    """SHA-256 of the tokens and masks."""
+    digest = hashlib.sha256()
+    for row in documents.rows:
+        digest.update(row.ids.tobytes() + row.trained.tobytes())
+    return digest.hexdigest()
 
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
@@ -158,3 +177,4 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # held-out data are evaluated by src/watch.py, at steps of its own

@@ -1,0 +1,115 @@
+"""Documents that are not trained on: which ones they are, the loss on them, and the questions that samples answer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from rwkv_miss.errors import UserError
+
+from .config import Config
+from .data import Document, Documents, collate, pack
+
+Batch = list[list[Document]]  # rows of documents
+
+
+def hold_out(config: Config, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:
+    """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of the data file; else none.
+
+    A document that is in both, word for word, is held out. The choice depends on the documents' own content and the seed, so that
+    it is the same in every process and in a resumed run. Raises UserError where either side would be left without a trained token.
+    """
+    documents = load(config.data_file)
+    if not (config.eval_file or config.eval_split):
+        return documents, Documents([])
+    keys = [_key(row, config.random_seed) for row in documents.rows]
+    if config.eval_file:
+        source, held = config.eval_file, load(config.eval_file)
+        chosen = {_key(row, config.random_seed) for row in held.rows}
+    else:
+        source = f"--eval_split {config.eval_split} of {config.data_file}"
+        chosen = set(sorted(keys)[: max(1, round(config.eval_split * len(keys)))])
+        held = documents.take(np.array([i for i, key in enumerate(keys) if key in chosen]))
+    kept = np.array([i for i, key in enumerate(keys) if key not in chosen], dtype=np.int64)
+    rest = dataclasses.replace(documents, rows=documents.take(kept).rows)
+    if not rest.targets:
+        raise UserError(f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {len(keys)} documents of {config.data_file} are "
+                        "held out, the others have no trained token")
+    if not held.targets:
+        raise UserError(f"{source}: none of the {len(held.rows)} held-out documents has a trained token")
+    return rest, held
+
+
+def _key(row: Document, seed: int) -> bytes:
+    """A number that stands for the document's text, equal for equal texts and random otherwise."""
+    return hashlib.blake2b(row.ids.tobytes(), digest_size=16, key=seed.to_bytes(8, "little")).digest()
+
+
+def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
+    """Batches of micro_bsz packed rows, the longest first, which is where memory would run out."""
+    lengths = (held_out.lengths - 1).tolist()
+    rows = pack(lengths, config.ctx_len, config.random_seed)
+    rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+    return [[[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]] for at in range(0, len(rows), config.micro_bsz)]
+
+
+@contextlib.contextmanager
+def undisturbed(trainer):
+    """Context for a look at the model in the middle of its training: no dropout, no gradient, and all as before afterwards."""
+    modes = {module: module.training for module in trainer.strategy.model.modules()}
+    gpus = [trainer.strategy.root_device] if trainer.strategy.root_device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(gpus):
+        for module in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def validation_loss(trainer, batches: list[Batch]) -> float:
+    """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the same number.
+
+    Packing and the number of processes do not change it: rows don't see each other, and each batch is computed by one process.
+    """
+    strategy, world = trainer.strategy, trainer.world_size
+    # one slot for each batch, so that the sum has one order; as many for each rank, because all of them must do the same operations
+    sums = torch.zeros(-(-len(batches) // world) * world, dtype=torch.float64)
+    count = sum(document.targets for rows in batches for row in rows for document in row)
+    for index in range(trainer.global_rank, len(sums), world):
+        batch = collate(batches[index] if index < len(batches) else [], count)
+        sums[index] = strategy.validation_step(strategy.batch_to_device(batch), index)
+    return float(strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").sum()) / count
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """The tokens before an answer, and those of the right answer."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Question]:
+    """What samples are made for: the first documents, up to their last answer, or the first half of one that is trained as a whole."""
+    found = []
+    for row in held_out.rows:
+        if len(found) == count:
+            break
+        ids = row.ids.tolist()
+        end = len(ids) - (len(eod) if tuple(ids[-len(eod):]) == eod else 0)
+        trained = np.flatnonzero(row.trained[:end])
+        if not len(trained):
+            continue
+        last = int(trained[-1]) + 1
+        before = np.flatnonzero(~row.trained[:last])
+        start = int(before[-1]) + 1 if len(before) else last // 2
+        if start:
+            found.append(Question(ids[:start], ids[start:last]))
+    return found

@@ -1,0 +1,33 @@
+"""The evaluations of a run, as validation.jsonl has them: which is the best one, and whether it is time to stop."""
+
+from __future__ import annotations
+
+VALIDATION, BEST = "validation.jsonl", "best.pth"
+
+
+def best(history: list[dict]) -> dict | None:
+    """The evaluation of a trained state with the lowest loss, of equal ones the first; None before there is one."""
+    return min((line for line in history if line["step"] and line["loss"] is not None), key=lambda line: line["loss"], default=None)
+
+
+def is_over(history: list[dict], early_stop: int) -> bool:
+    """Whether the last `early_stop` evaluations were no better than the best one before (0: never)."""
+    top = best(history)
+    since = sum(line["step"] > (top["step"] if top else 0) for line in history)
+    return bool(early_stop) and since >= early_stop
+
+
+def describe(history: list[dict], total: int) -> list[str]:
+    """The newest evaluation for the user: the loss beside the best one, and the samples, a line each."""
+    line, top = history[-1], best(history)
+    beside = "" if top is None else ", the best so far" if top is line else f", best {top['loss']:.4f} at step {top['step']}"
+    return [f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}",
+            *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"])]
+
+
+def loss_text(line: dict) -> str:
+    return "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+
+
+def _end(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"...{text[-length:]}"

@@ -1,0 +1,81 @@
+"""Watching a run: what the model makes of held-out documents as it learns, its best state so far, and when to stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+from rwkv_miss.errors import UserError
+
+from .callbacks import StepReport
+from .evaluate import greedy_answers
+from .files import append_line, write_lines
+from .held_out import evaluation_batches, questions, undisturbed, validation_loss
+from .history import BEST, VALIDATION, best, describe, is_over
+
+SAMPLE_TOKENS = 64
+
+
+class Watch(Callback):
+    """Evaluates before the first step, every `eval_steps` and after the last step; one JSON line each.
+
+    `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is the best one, and
+    whether the run is over, are functions of it. `write` puts the trained tensors into a file; it is called on every rank.
+    """
+
+    def __init__(self, folder: str, history: list[dict], tokenizer, write, report: StepReport):
+        self.path, self.best_path = os.path.join(folder, VALIDATION), os.path.join(folder, BEST)
+        self.history, self.tokenizer, self.write, self.report = history, tokenizer, write, report
+
+    def on_train_start(self, trainer, module) -> None:
+        self.batches = evaluation_batches(module.held_out, module.config)
+        self.questions = questions(module.held_out, module.config.eval_samples, tuple(self.tokenizer.eod))
+        if trainer.is_global_zero:
+            write_lines(self.path, self.history)
+        self._if_due(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        # who asks for a stop does not want to wait: the evaluation is made when the run goes on
+        if (index + 1) % module.accumulate == 0 and (trainer.global_step == module.total_steps or not trainer.should_stop):
+            self._if_due(trainer, module)
+
+    def _if_due(self, trainer, module) -> None:
+        step, every = trainer.global_step, module.config.eval_steps
+        due = step in (0, module.total_steps) or every and step % every == 0
+        if due and not any(line["step"] == step for line in self.history):
+            started = time.perf_counter()
+            self._evaluate(trainer, module)
+            self.report.clock += time.perf_counter() - started  # no part of the next step
+            trainer.should_stop = trainer.should_stop or is_over(self.history, module.config.early_stop)
+
+    def _evaluate(self, trainer, module) -> None:
+        step = trainer.global_step
+        with undisturbed(trainer):
+            loss = validation_loss(trainer, self.batches)
+            with module.autocast():
+                answers = greedy_answers(module.model, self.tokenizer, [q.prompt for q in self.questions], SAMPLE_TOKENS)
+        decode = self.tokenizer.decode
+        samples = [{"prompt": decode(q.prompt), "answer": answer, "right": decode(q.answer).strip()}
+                   for q, answer in zip(self.questions, answers, strict=True)]
+        line = {"step": step, "loss": loss if math.isfinite(loss) else None, "tokens": module.held_out.targets, "samples": samples}
+        self.history.append(line)
+        if best(self.history) is line:
+            self._save(trainer, loss)
+        if trainer.is_global_zero:
+            append_line(self.path, line)
+            self.report.validation = f" validation {loss:.4f}"
+            tqdm.write("\n".join(describe(self.history, module.total_steps)))
+
+    def _save(self, trainer, loss: float) -> None:
+        """The best state so far, whole under its name or not at all; all ranks fail together."""
+        error = None
+        try:
+            self.write(trainer, self.best_path, validation_loss=loss)
+        except (UserError, OSError) as caught:
+            error = str(caught)
+        if error := trainer.strategy.broadcast(error):
+            raise UserError(f"{error}; free some space and go on with --resume auto")

@@ -1,0 +1,295 @@
+"""Watching a run: what is held out and what it costs; the training is not disturbed; the best state is kept, and a run that gets no better ends."""
+
+import dataclasses
+import functools
+import json
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import src.run
+from rwkv_miss import UserError, read_checkpoint, read_metadata
+from src import watch
+from src.config import Config, parse
+from src.data import Document, Documents, load_documents
+from src.generate import Sampling, stream
+from src.held_out import evaluation_batches, hold_out, questions, undisturbed
+from src.model import RWKV
+from src.tokenizer import load_tokenizer
+
+from . import program
+from .conftest import make_arch, random_tensors
+from .program import succeed
+from .test_durable import at_file, both, curve, interrupt, kill
+
+BYTES = load_tokenizer("bytes", 256, "")
+
+
+def document(text, trained=None):
+    ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return Document(ids, np.ones(len(ids), bool) if trained is None else np.array(trained, bool))
+
+
+def texts(documents):
+    return [bytes(row.ids.tolist()).decode() for row in documents.rows]
+
+
+# which documents
+
+
+def test_a_share_is_held_out_by_content():
+    rows = [document(f"document {i}") for i in range(200)]
+    rows += rows[:50]  # what is there twice is on one side
+    config = Config(eval_split=0.1, random_seed=5)
+    train, held = hold_out(config, lambda _: Documents(rows))
+    assert len(train.rows) + len(held.rows) == 250 and 25 <= len(held.rows) <= 26
+    assert not set(texts(train)) & set(texts(held))
+    shuffled = random.Random(0).sample(rows, len(rows))
+    again = hold_out(config, lambda _: Documents(shuffled))[1]
+    assert sorted(texts(again)) == sorted(texts(held)) and texts(held) == [text for text in texts(Documents(rows)) if text in set(texts(held))]
+    other = hold_out(dataclasses.replace(config, random_seed=6), lambda _: Documents(rows))[1]
+    assert set(texts(other)) != set(texts(held))
+    assert len(hold_out(dataclasses.replace(config, eval_split=1e-9), lambda _: Documents(rows[:50]))[1].rows) == 1
+    assert hold_out(Config(), lambda _: Documents(rows))[1].rows == []
+    for few in (rows[:1], [document("same")] * 4):
+        with pytest.raises(UserError, match="nothing is left to train on"):
+            hold_out(dataclasses.replace(config, eval_split=0.5), lambda _, few=few: Documents(few))
+    rows = Documents([document(text * 2, [0, 0]) for text in "abcdef"] + [document("trained")])
+    with pytest.raises(UserError, match="none of the 3 held-out documents has a trained token"):
+        hold_out(Config(eval_split=0.4, random_seed=0), lambda _: rows)
+    with pytest.raises(UserError, match="nothing is left to train on; 3 of 7"):
+        hold_out(Config(eval_split=0.4, random_seed=2), lambda _: rows)
+
+
+def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
+    for name, letters in (("rows", "abcdef"), ("held", "xbyd")):
+        (tmp_path / name).write_text("".join(json.dumps({"text": letter * 5}) + "\n" for letter in letters))
+    config = Config(data_file=str(tmp_path / "rows"), eval_file=str(tmp_path / "held"))
+    train, held = hold_out(config, lambda path: load_documents(path, BYTES, 99))
+    assert [text[0] for text in texts(held)] == list("xbyd") and [text[0] for text in texts(train)] == list("acef")
+
+
+@pytest.mark.parametrize("text, trained, prompt, answer", [
+    ("Q: 1\n\nA: 2\n\nQ: 3\n\nA: 4\0", "________####________###", "Q: 1\n\nA: 2\n\nQ: 3\n\nA:", " 4"),
+    ("Q: 1\n\nA: 23", "________###", "Q: 1\n\nA:", " 23"),  # cut: the end of document is missing
+    ("Q: 1\n\nA: 2, good.\0", "________##_______#", "Q: 1\n\nA:", " 2"),
+    ("trained as one\0", "###############", "trained", " as one"),
+])
+def test_a_question_is_what_stands_before_the_last_answer(text, trained, prompt, answer):
+    trained = [letter == "#" for letter in trained]
+    useless = [document("\0"), document("no answer\0", [0] * 9 + [1]), document("x\0")]
+    [found] = questions(Documents([*useless, document(text, trained[: len(text)])] + [document("more\0")]), 1, (0,))
+    assert (bytes(found.prompt).decode(), bytes(found.answer).decode()) == (prompt, answer)
+
+
+def test_every_document_is_evaluated_once_the_longest_first():
+    held = Documents([document(str(i) * (1 + 7 * i % 23)) for i in range(10, 40)])
+    batches = evaluation_batches(held, Config(ctx_len=50, micro_bsz=3))
+    assert sorted(texts(Documents([row for rows in batches for row_ in rows for row in row_]))) == sorted(texts(held))
+    widths = [sum(len(row.ids) - 1 for row in documents) for rows in batches for documents in rows]
+    assert widths == sorted(widths, reverse=True) and max(widths) <= 50 and all(len(rows) == 3 for rows in batches[:-1])
+
+
+def test_a_look_at_the_model_leaves_no_trace():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()))
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), undisturbed(types.SimpleNamespace(strategy=types.SimpleNamespace(
+            model=model, root_device=torch.device("cpu")))):
+        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        torch.rand(3)
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base of odd width, 24 rows to train on (6 steps of 4), and 11 to evaluate, with answers of very unequal length."""
+    folder = tmp_path_factory.mktemp("watch")
+    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
+    rng = random.Random(0)
+    for name, count in (("rows", 24), ("held", 11)):
+        pairs = [(name + "?" * rng.randint(1, 9), "ab c" * rng.choice([1, 1, 9])) for _ in range(count)]
+        rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]} for asked, said in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def start(files, proj_dir, *flags, sabotage=None):
+    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
+             "--accelerator", "cpu", "--lr_init", "1e-2", "--packing", "0", "--peft_config", "r=5",
+             *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]), *flags]
+    return program.run(flags, sabotage)
+
+
+def dropout(rank):
+    """Dropout before the head, in training only."""
+    features = src.run.RWKV.features
+
+    def dropped(self, *args, **kwargs):
+        x, state = features(self, *args, **kwargs)
+        return torch.nn.functional.dropout(x, 0.2, self.training), state
+
+    src.run.RWKV.features = dropped
+
+
+def validation(proj_dir):
+    return [json.loads(line) for line in (proj_dir / "validation.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def exact_loss(path, documents):
+    """Document by document, in float64."""
+    model, total = RWKV.load(path, torch.float64), 0.0
+    for row in documents.rows:
+        ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.trained)[1:]
+        total += float(torch.nn.functional.cross_entropy(model(ids[None, :-1])[0][0][trained], ids[1:][trained], reduction="sum"))
+    return total / documents.targets
+
+
+def same_tensors(one, other):
+    ours, theirs = read_checkpoint(one), read_checkpoint(other)
+    return ours.keys() <= theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+THREE = ["--eval_steps", "3", "--eval_samples", "1", "--eval_file"]
+EVAL = ["--eval_steps", "4", "--eval_samples", "2", "--eval_file"]
+
+
+@pytest.fixture(scope="module")
+def watched(files, tmp_path_factory):
+    """(folder of a run with dropout and evaluations, what it printed)"""
+    proj_dir = tmp_path_factory.mktemp("watched") / "run"
+    return proj_dir, succeed(start(files, proj_dir, *EVAL, str(files / "held.jsonl"), sabotage=dropout))
+
+
+def test_evaluation_does_not_disturb_the_training(files, tmp_path, watched):
+    succeed(start(files, tmp_path / "alone", sabotage=dropout))
+    assert curve(tmp_path / "alone") == curve(watched[0])
+    assert same_tensors(tmp_path / "alone/adapter.pth", watched[0] / "adapter.pth")
+
+
+def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_models_own(files, watched):
+    proj_dir, output = watched
+    lines = validation(proj_dir)
+    assert [line["step"] for line in lines] == [0, 4, 6]
+    held = load_documents(str(files / "held.jsonl"), BYTES, 1024)
+    assert {line["tokens"] for line in lines} == {held.targets}
+    assert lines[0]["loss"] == pytest.approx(exact_loss(files / "base.pth", held), rel=1e-6)
+    assert lines[2]["loss"] < 0.9 * lines[0]["loss"]
+    rows = [json.loads(line)["messages"] for line in (files / "held.jsonl").read_text().splitlines()][:2]
+    model = RWKV.load(files / "base.pth")
+    for sample, (question, answer) in zip(lines[0]["samples"], rows, strict=True):
+        assert sample["prompt"] == f"User: {question['content']}\n\nAssistant:" and sample["right"] == answer["content"].strip()
+        pieces = stream(model, BYTES, list(sample["prompt"].encode()), None, Sampling(temperature=0), watch.SAMPLE_TOKENS, stop="")
+        assert "".join(pieces).strip().rstrip("\ufffd") == sample["answer"].rstrip("\ufffd")  # chat does not show half a character
+    assert "held out   11 documents" in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
+    assert f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}" in output
+    assert same_tensors(proj_dir / "best.pth", proj_dir / "adapter.pth") and read_metadata(proj_dir / "best.pth")["step"] == 6
+
+
+def short_samples(rank):
+    watch.SAMPLE_TOKENS = 9
+
+
+@pytest.fixture(scope="module")
+def one_process(files, tmp_path_factory):
+    """The evaluations of one process whose steps are those of two."""
+    proj_dir = tmp_path_factory.mktemp("one") / "run"
+    succeed(start(files, proj_dir, "--micro_bsz", "2", "--accumulate_grad_batches", "2", *THREE, str(files / "held.jsonl"), sabotage=short_samples))
+    return validation(proj_dir)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, one_process, strategy):
+    """11 rows in batches of 2 are nothing that two processes share evenly."""
+    two = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
+    succeed(start(files, tmp_path / "alone", *two))
+    succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=short_samples))
+    assert curve(tmp_path / "alone") == curve(tmp_path / "watched")
+    many = validation(tmp_path / "watched")
+    assert many[0] == one_process[0], "the state before training is the same to the last bit, and so must be all about it"
+    assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in one_process], rel=1e-5)
+    assert [line["samples"] for line in many] == [line["samples"] for line in one_process]
+    assert same_tensors(tmp_path / "watched/best.pth", tmp_path / "watched/adapter.pth")
+
+
+# the best state and the end
+
+
+def scripted(losses, rank):
+    """Validation losses by step."""
+    watch.validation_loss = lambda trainer, batches: losses[trainer.global_step]
+
+
+LOSSES = [9.0, 5.0, 4.0, 4.5, float("nan"), 4.0, 3.0]
+
+
+def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_path):
+    """Step 2 is the best; ended after 2 worse ones, gone on with patience for 4, killed on the way: the same files as in one go."""
+    proj_dir, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ["--eval_split", "0.2", "--eval_samples", "0", "--eval_steps", "1", "--save_steps", "1", "--save_total_limit", "9", "--packing", "1",
+             "--micro_bsz", "1", "--ctx_len", "200", "--epoch_steps", "6", "--peft_config", "r=5"]
+    script = functools.partial(scripted, LOSSES)
+
+    output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", sabotage=script))
+    assert "ended early, after 2 evaluations that were no better than the best one: step 4 of 6" in output
+    assert f"{proj_dir}/best.pth, step 2, validation loss 4.0000; before training 9.0000, at the end not finite" in output
+    assert f"--adapter {proj_dir}/best.pth" in output
+    assert [(line["step"], line["loss"]) for line in validation(proj_dir)] == [(0, 9.0), (1, 5.0), (2, 4.0), (3, 4.5), (4, None)]
+    assert same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000002.pth")
+    assert not same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000001.pth")
+    assert read_metadata(proj_dir / "best.pth")["validation_loss"] == 4.0 and read_metadata(proj_dir / "adapter.pth")["step"] == 4
+    output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", "--resume", "auto", sabotage=script))
+    assert "ended at step 4 by --early_stop; nothing to train" in output
+
+    more = [*flags, "--early_stop", "4", "--resume", "auto"]
+    code, output = start(files, proj_dir, *more, sabotage=functools.partial(both, script, functools.partial(at_file, "step-", 2, proj_dir, kill)))
+    assert code and [line["step"] for line in validation(proj_dir)] == [0, 1, 2, 3, 4, 5], output  # step 5 has no checkpoint and is done again
+    output = succeed(start(files, proj_dir, *more, sabotage=script))
+    assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
+    succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
+    for name in ("validation.jsonl", "adapter.pth", "best.pth"):
+        assert (whole / name).suffix == ".pth" or (whole / name).read_text() == (proj_dir / name).read_text()
+        assert (whole / name).suffix != ".pth" or same_tensors(whole / name, proj_dir / name)
+    assert curve(whole) == curve(proj_dir)
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
+    flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "1", "--micro_bsz", "3"]
+    stop = functools.partial(at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt)  # in step 2, so that step 3 is the last
+    code, output = start(files, tmp_path / "run", *flags, sabotage=stop)
+    assert code == 130 and [line["step"] for line in validation(tmp_path / "run")] == [0], output
+    assert "holds a run already" in start(files, tmp_path / "run", *flags)[1]
+    succeed(start(files, tmp_path / "run", *flags, "--resume", "auto"))
+    succeed(start(files, tmp_path / "whole", *flags))
+    assert validation(tmp_path / "run") == validation(tmp_path / "whole")
+
+
+def test_in_full_training_the_best_model_is_kept(files, tmp_path):
+    """Its loss is the one that it is named with; bf16 has 8 bits."""
+    flags = ["--peft", "none", "--peft_config", "", "--lr_init", "1e-3", "--precision", "bf16", "--eval_samples", "1"]
+    succeed(start(files, tmp_path / "run", *flags, "--eval_file", str(files / "held.jsonl")))
+    assert same_tensors(tmp_path / "run/best.pth", tmp_path / "run/model.pth")
+    named = read_metadata(tmp_path / "run/best.pth")["validation_loss"]
+    held = load_documents(str(files / "held.jsonl"), BYTES, 1024)
+    assert exact_loss(tmp_path / "run/best.pth", held) == pytest.approx(named, rel=1e-2)
+    assert named < 0.99 * exact_loss(files / "base.pth", held)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--eval_steps", "5"], "--eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05"),
+    (["--eval_split", "0.1", "--early_stop", "2"], "--early_stop 2 counts evaluations; give --eval_steps, too"),
+    (["--eval_split", "1"], "--eval_split 1.0: must be a share below 1"),
+    (["--eval_split", "0.1", "--eval_file", "x"], "--eval_file x and --eval_split 0.1 were given; drop one of them"),
+])
+def test_settings_that_make_no_sense(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(["--load_model", "m.pth", "--data_file", "d.jsonl", *flags])
