@@ -65,6 +65,10 @@ class Config:
     head_size: int = opt(0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",))
 
     ctx_len: int = opt(1024, "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many")
+    chunk_ctx: int = opt(0, "run rows in chunks of so many tokens, with the gradient carried through the state: memory for one chunk and a state of "
+                            "each, for one more forward (0: rows are run whole)")
+    truncate_ctx: int = opt(0, "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on (0: it is exact)")
+    state_cp: bool = opt(False, "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more forward")
     packing: bool = opt(True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document")
     micro_bsz: int = opt(8, "rows in one forward pass of one device")
     accumulate_grad_batches: int = opt(1, "forward passes in one optimizer step")
@@ -261,8 +265,8 @@ def validate(config: Config) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "rollback_steps", "spike_sigmas", "lr_init", "weight_decay", "grad_clip", "random_seed", "adam_eps",
-                 "eval_split", "eval_steps", "eval_samples", "early_stop"):
+                 "save_steps", "rollback_steps", "chunk_ctx", "truncate_ctx", "spike_sigmas", "lr_init", "weight_decay", "grad_clip",
+                 "random_seed", "adam_eps", "eval_split", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2"):
@@ -300,6 +304,13 @@ def validate(config: Config) -> None:
     if config.accumulate_grad_batches not in (1, accumulation(config)):
         raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
                         f"but {config.accumulate_grad_batches} was given; drop one of them")
+    if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):
+        raise UserError(f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that are run whole have no chunks")
+    if config.chunk_ctx and config.truncate_ctx % config.chunk_ctx:
+        raise UserError(f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of --chunk_ctx {config.chunk_ctx}")
+    if config.chunk_ctx >= config.ctx_len:
+        raise UserError(f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there would be nothing to cut; "
+                        "raise --ctx_len to the length that your documents need, or drop --chunk_ctx")
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
         raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
     if config.num_nodes > 1 and config.strategy == "auto":

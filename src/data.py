@@ -202,6 +202,10 @@ class Schedule:
         """Input tokens of the whole step, padding not counted."""
         return sum(self.lengths[row] for row in self.step_rows(step))
 
+    def micro_width(self, step: int, micro: int) -> int:
+        """Inputs of the longest row of a micro-batch over all ranks, at least 1."""
+        return max([self.lengths[row] for rank in range(self.world) for row in self.micro_rows(step, micro, rank)] + [1])
+
     def micro_rows(self, step: int, micro: int, rank: int) -> list[int]:
         """Rows of one micro-batch on one rank; fewer than micro_bsz only in a short step."""
         rows = self.step_rows(step)
@@ -233,7 +237,10 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
 
 
 class Batches:
-    """The micro-batches of one rank in order, from optimizer step `first_step` (0-based) until before `steps`: what Lightning iterates over."""
+    """The micro-batches of one rank in order, from optimizer step `first_step` (0-based) until before `steps`: what Lightning iterates over.
+
+    `width` of a batch is the length of the longest row that any rank has in this micro-batch.
+    """
 
     def __init__(self, documents: Documents, schedule: Schedule, steps: int, rank: int, first_step: int = 0):
         self.documents, self.schedule, self.steps, self.rank = documents, schedule, range(first_step, steps), rank
@@ -245,4 +252,5 @@ class Batches:
         for step in self.steps:
             for micro in range(self.schedule.accumulate):
                 rows = self.schedule.micro_rows(step, micro, self.rank)
-                yield collate([[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows], self.schedule.step_targets(step))
+                batch = collate([[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows], self.schedule.step_targets(step))
+                yield batch | {"width": self.schedule.micro_width(step, micro)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import deepspeed.ops
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -81,6 +82,12 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0) if self._on_cpu else super().root_device  # DeepSpeed wants a device *index*
 
+    def setup(self, trainer) -> None:
+        super().setup(trainer)
+        if self.stage == 3:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self._accumulators = [_gather_to_accumulate(p) for p in trained]
+
     def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """This rank's share of the trained parameters as flat fp32 tensors, each with what the optimizer keeps for it."""
         zero = self.deepspeed_engine.optimizer
@@ -123,6 +130,31 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             self.deepspeed_engine.optimizer._lazy_init_hp_params_optimizer_state()  # as after the first step
         for key, value in moments.items():
             safe_set_full_optimizer_state(p, value, key)
+
+
+def _gather_to_accumulate(p: nn.Parameter):
+    """The node of autograd that adds to p.grad, which from now on finds p whole, also when its gradient comes while p is shared out.
+
+    Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks (src/infctx.py) comes after that, and autograd
+    compares its shape with the parameter's: with that of a node's making, which is kept for this, and when it adds.
+    """
+    missing = []
+
+    def gather(*_) -> None:
+        if p.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            p.all_gather()
+            missing.append(True)
+
+    def release(*_) -> None:
+        if missing:
+            missing.clear()
+            p.partition()
+
+    with gathered([p]):
+        accumulator = p.expand_as(p).grad_fn.next_functions[0][0]
+    accumulator.register_prehook(gather)
+    accumulator.register_hook(release)
+    return accumulator
 
 
 def gathered(parameters: list[nn.Parameter]):

@@ -84,6 +84,8 @@ def validation_loss(trainer, batches: list[Batch]) -> float:
     count = sum(document.targets for rows in batches for row in rows for document in row)
     for index in range(trainer.global_rank, len(sums), world):
         batch = collate(batches[index] if index < len(batches) else [], count)
+        longest = batches[index - trainer.global_rank][0]  # of the rows that the ranks have now
+        batch["width"] = sum(len(document.ids) - 1 for document in longest)
         sums[index] = strategy.validation_step(strategy.batch_to_device(batch), index)
     return float(strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").sum()) / count
 

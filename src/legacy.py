@@ -38,8 +38,6 @@ DROPPED = {
 # values that change nothing, and why any other one stops the run
 REFUSED = {
     "quant": (("none", "0", ""), "quantised bases are not supported yet; train with --precision bf16"),
-    "train_type": (("none", ""), "infctx and state training are not supported yet; drop the flag for ordinary training"),
-    "chunk_ctx": (("0", ""), "infctx training is not supported yet; rows are trained whole, up to --ctx_len"),
     "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
     "wandb": (("",), "the metrics are in metrics.jsonl; there is no upload"),
     "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
@@ -64,7 +62,8 @@ LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_loa
 # and what RWKV-LM and RWKV-PEFT have about stages and epochs
 STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
 
-NAMES = {*DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, "emb"}
+NAMES = {"train_type", *DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, "emb"}
+CHUNK = 512  # RWKV-PEFT's chunk_ctx
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
 
@@ -78,7 +77,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     if old and _value(kept, "epoch_steps"):
         notes.append("--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026 trains on so many documents "
                      "and drops the rest. Without it all data is used")
-    new = [*_method(old, kept, notes), *_stage(old, kept, notes)]
+    new = [*_method(old, kept, notes), *_train_type(old, kept, notes), *_stage(old, kept, notes)]
     if _value(kept, "warmup_steps") == "-1":
         new += ["--warmup_steps", "0"]
     if (mask := _value(kept, "loss_mask")) in LOSS_MASKS:
@@ -169,6 +168,19 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
     if given == "none" or beside:
         new += ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
     return new + _options(options, kept, notes)
+
+
+def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; without it that project reads no chunk_ctx."""
+    kind, chunk = old.get("train_type", "infctx"), _value(kept, "chunk_ctx")
+    if kind not in ("none", "infctx", ""):
+        raise UserError(f"--train_type {kind}: state training is not supported yet; drop the flag for ordinary training")
+    if kind == "infctx":
+        return ["--chunk_ctx", str(CHUNK)] if "train_type" in old and chunk is None else []
+    if chunk is None:
+        return []
+    notes.append(f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in chunks")
+    return ["--chunk_ctx", "0"]
 
 
 def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:

@@ -26,6 +26,7 @@ from .device import DTYPES, choose_accelerator, choose_precision
 from .files import is_first_process, read_lines, write_bytes, write_text
 from .held_out import hold_out
 from .history import BEST, VALIDATION, is_over, loss_text
+from .infctx import Chunks, state_bytes
 from .model import RWKV, VERSIONS, read_model_file
 from .template import Template, recorded_template
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
@@ -73,6 +74,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
         f"base       {config.load_model or 'new model'}: {arch.describe()}",
         f"adapter    {describe_training(config, model)}",
         *describe_data(config, documents, schedule),
+        *describe_chunks(training.chunks_of(config), max(schedule.lengths), state_bytes(arch, config.micro_bsz, model.head.weight.itemsize)),
         *describe_held_out(config, held_out),
         f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
         f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
@@ -225,7 +227,7 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
 MAY_CHANGE = {
     "proj_dir", "resume", "data_cache", "eval_steps", "eval_samples", "early_stop", "save_steps", "save_total_limit", "rollback_steps",
-    "spike_sigmas", "grad_cp", "wkv", "accelerator",
+    "spike_sigmas", "grad_cp", "chunk_ctx", "state_cp", "wkv", "accelerator",
     "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
 }
 
@@ -308,6 +310,15 @@ def describe_data(config: Config, documents: Documents, schedule: Schedule) -> l
     if empty:
         lines.append(f"warning    {empty:,} of {len(rows):,} documents have no trained token left and teach nothing")
     return lines
+
+
+def describe_chunks(chunks: Chunks, width: int, each: int) -> list[str]:
+    """The line of the plan about rows in chunks, of which the longest has `width` tokens and a state of a micro-batch has `each` bytes."""
+    if not chunks.size:
+        return []
+    stops = f"stops at every {chunks.truncate} tokens" if chunks.truncate else "is exact"
+    return [f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
+            f"{chunks.states(width):,} states of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"]
 
 
 def describe_mask(loss_mask: str) -> str:

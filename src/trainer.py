@@ -21,7 +21,7 @@ from rwkv_miss.errors import UserError
 
 from .config import Config, accumulation
 from .data import Batches, Documents, Schedule, pack
-from .loss import loss_sum
+from .infctx import Chunks, rows_loss
 from .model import RWKV, parameter_groups
 
 
@@ -63,6 +63,7 @@ class FineTuning(pl.LightningModule):
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         self.lr_factor = learning_rate_factor(config, total_steps, lr)
+        self.chunks = chunks_of(config)
         self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
         self.step_loss = 0.0
 
@@ -99,11 +100,8 @@ class FineTuning(pl.LightningModule):
         return self.batch_loss(batch)
 
     def batch_loss(self, batch: dict) -> Tensor:
-        """The loss over the trained tokens of a batch, summed."""
-        with self.autocast():
-            x, _ = self.model.features(batch["ids"], reset=batch["reset"])
-            # the head runs on the rows that carry loss, and on nothing else
-            return loss_sum(self.model.head(x[batch["mask"]]), batch["targets"][batch["mask"]])
+        """The loss over the trained tokens of a batch, summed; its `width` is the length of the longest row that any rank has in its batch."""
+        return rows_loss(self.model, batch, self.chunks, self.half, batch["width"])
 
     def autocast(self) -> torch.autocast:
         """The context that the model computes in."""
@@ -121,6 +119,11 @@ def data_hash(documents: Documents) -> str:
     for row in documents.rows:
         digest.update(row.ids.tobytes() + row.trained.tobytes())
     return digest.hexdigest()
+
+
+def chunks_of(config: Config) -> Chunks:
+    """How the settings have rows run."""
+    return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
 
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:

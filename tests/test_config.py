@@ -164,6 +164,9 @@ def test_targets_are_a_list():
 
 
 @pytest.mark.parametrize("flags, words", [
+    ("--chunk_ctx -1", "--chunk_ctx -1: must not be negative"), ("--chunk_ctx 1024", "1024 is not below --ctx_len 1024"),
+    ("--truncate_ctx 8", "--truncate_ctx works with --chunk_ctx N"), ("--state_cp 1", "--state_cp works with --chunk_ctx N"),
+    ("--chunk_ctx 8 --truncate_ctx 12", "at multiples of --chunk_ctx 8"),
     ("--micro_bsz 0", "--micro_bsz 0: must be at least 1"), ("--ctx_len x", "--ctx_len x: expected int"), ("--ctx_len inf", "expected int"),
     ("--n_layer -1", "--n_layer -1: must not be negative"), ("--lr_init nan", "--lr_init nan: expected float"),
     ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"), ("--grad_cp yes", "--grad_cp yes: expected 0 or 1"),

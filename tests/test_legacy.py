@@ -108,6 +108,16 @@ def test_masks():
     assert "expected assistant, all, or a marker" in mistake("--loss_mask=...User:")
 
 
+def test_infctx(capsys):
+    assert read("--train_type", "infctx").chunk_ctx == 512
+    assert read("--train_type=infctx", "--chunk_ctx", "64").chunk_ctx == read("--chunk_ctx", "64").chunk_ctx == 64
+    assert "ignored" not in capsys.readouterr().out
+    assert read("--train_type", "none", "--chunk_ctx", "64") == read("--train_type=") == read()
+    assert "--chunk_ctx 64 is ignored: --train_type none" in capsys.readouterr().out
+    assert "--train_type state: state training is not supported" in mistake("--train_type", "state")
+    assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake("--train_type", "infctx", "--ctx_len", "512")
+
+
 def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     folder = str(tmp_path)
     common = ["--proj_dir", folder, "--data_file", "data", "--data_type", "binidx", "--vocab_size", "65536", "--my_testing", "x070", "--n_layer", "2",

@@ -1,0 +1,180 @@
+"""Long context: rows of any length are run in chunks, with the gradient carried through the recurrent state.
+
+A chunk is a function (state before, parameters) -> (its share of the loss, state after). The forward keeps the state before each chunk and
+nothing else; the backward walks the chunks from the last to the first, recomputes each from its state, and hands the gradient of that state
+on to the chunk before. This is the gradient of the whole row: the same numbers in the same operations, summed in another order.
+
+For autograd the row is one function of the parameters, which get their gradients once, however many chunks there are: what hangs on that
+moment, DDP's and ZeRO's reductions, takes place once in a backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_miss.checkpoint import Arch
+
+from .loss import loss_sum
+from .model import RWKV, LayerState, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How rows are run: in chunks of `size` tokens (0: whole).
+
+    `truncate`, a multiple of `size`: the gradient does not cross from a token to the one before at multiples of so many (0: it crosses
+    everywhere, exact). `sparse`: of n chunks only every sqrt(n)-th keeps its state, those between are recomputed once more.
+    """
+
+    size: int = 0
+    truncate: int = 0
+    sparse: bool = False
+
+    def count(self, width: int) -> int:
+        """Chunks of a row of `width` tokens."""
+        return -(-width // self.size) if self.size else 1
+
+    def states(self, width: int) -> int:
+        """The largest number of states that are kept at a time for a row of `width` tokens."""
+        n = self.count(width)
+        stride = self.stride(n)
+        return 0 if n == 1 else -(-n // stride) - 1 + stride - 1
+
+    def stride(self, count: int) -> int:
+        """Every so many chunks the forward keeps a state."""
+        return math.isqrt(count - 1) + 1 if self.sparse else 1
+
+
+def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:
+    """Bytes of the state of so many rows: WKV's in fp32, and the last inputs of both mixes of every layer in a dtype of `itemsize` bytes."""
+    return rows * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
+
+
+def rows_loss(model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0) -> Tensor:
+    """The sum of the loss over the trained tokens of a batch (see src.data.collate), differentiable in the model's trained parameters.
+
+    `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted, if it is not that of the batch: ZeRO-3 needs
+    the same number on every rank, so that of the rank with the longest row.
+    """
+    count = chunks.count(width or batch["ids"].shape[1])
+    if count == 1:
+        return part_loss(model, batch, None, half)[0]
+    walk = _Walk(model, batch, chunks, count, half, torch.initial_seed())
+    if not torch.is_grad_enabled():
+        return walk.forward()[0]
+    return _Row.apply(walk, *(p for p in model.parameters() if p.requires_grad))
+
+
+def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
+    """(loss summed over the trained tokens of a part of the rows, state after it); `state` is the one before, None where the rows begin."""
+    with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
+        x, state = model.features(part["ids"], state, part["reset"])
+        # the head runs on the tokens that carry loss, and on nothing else
+        return loss_sum(model.head(x[part["mask"]]), part["targets"][part["mask"]]), state
+
+
+def cut(batch: dict, start: int, stop: int) -> dict:
+    """Tokens start to stop of every row. Behind the end of the rows, which are longer on another rank: one token without loss."""
+    part = {name: None if batch[name] is None else batch[name][:, start:stop] for name in ("ids", "targets", "mask", "reset")}
+    if part["ids"].shape[1]:
+        return part
+    ids = batch["ids"][:, :1]
+    return {"ids": ids, "targets": ids, "mask": torch.zeros_like(ids, dtype=torch.bool), "reset": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """The chunks of a batch, forward and backward."""
+
+    model: RWKV
+    batch: dict
+    chunks: Chunks
+    count: int
+    half: torch.dtype | None
+    seed: int
+
+    def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
+        """(loss of chunk i, state after it). What is random in a chunk (dropout) is a function of its place: recomputing draws the same."""
+        ids = self.batch["ids"]
+        part = cut(self.batch, i * self.chunks.size, (i + 1) * self.chunks.size)
+        with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+            torch.manual_seed((self.seed + i) % 2**63)
+            return part_loss(self.model, part, state, self.half)
+
+    def forward(self) -> tuple[Tensor, list[Tensor]]:
+        """(loss of all chunks, the kept states but the initial one, as tensors one after the other)."""
+        total, state, kept = 0.0, None, []
+        for i in range(self.count):
+            if i and i % self.chunks.stride(self.count) == 0:
+                kept += _flat(state)
+            loss, state = self.run(i, state)
+            state = _own(state)
+            total = total + loss
+        return total, kept
+
+    def backward(self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dloss: Tensor) -> list[Tensor | None]:
+        """The gradients of the parameters; None for one that no chunk uses."""
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        begins = [None, *_states(kept, self.model.arch.n_layer)]
+        stride = self.chunks.stride(self.count)
+        dstate: list[Tensor | None] = []
+        for segment, state in reversed(list(enumerate(begins))):
+            first = segment * stride
+            states = [state]
+            for i in range(first, min(first + stride, self.count) - 1):
+                states.append(_own(self.run(i, states[-1])[1]))
+            for i in reversed(range(first, first + len(states))):
+                new, dstate = self.chunk_backward(i, states.pop(), parameters, dloss, dstate)
+                gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, new, strict=True)]
+        return gradients
+
+    def chunk_backward(self, i: int, state: State | None, parameters: Sequence[Tensor], dloss: Tensor, dafter: list[Tensor | None]):
+        """(gradients of the parameters by chunk i, gradient of the state before it: empty where nothing crosses)."""
+        crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
+        before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
+        with torch.enable_grad():
+            loss, after = self.run(i, next(_states(before, self.model.arch.n_layer), None))
+        ends = [(loss, dloss), *zip(_flat(after), dafter)]
+        outputs, given = zip(*((x, dx) for x, dx in ends if dx is not None and x.requires_grad), strict=True)
+        inputs = [*parameters, *(before if crosses else ())]
+        found = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
+        return found[: len(parameters)], list(found[len(parameters) :])
+
+
+class _Row(torch.autograd.Function):
+    """The loss of a walk as one function of the trained parameters."""
+
+    @staticmethod
+    def forward(ctx, walk: _Walk, *parameters: Tensor) -> Tensor:
+        ctx.walk, ctx.parameters = walk, parameters
+        total, kept = walk.forward()
+        ctx.save_for_backward(*kept)  # freed with the graph, also while the loss lives on
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor):
+        return None, *ctx.walk.backward(ctx.saved_tensors, ctx.parameters, dloss)
+
+
+def _flat(state: State) -> list[Tensor]:
+    return [t for layer in state for t in layer]
+
+
+def _states(tensors: Sequence[Tensor], n_layer: int):
+    """The inverse of _flat for states one after the other."""
+    size = len(LayerState._fields) * n_layer
+    for start in range(0, len(tensors), size):
+        layers = tensors[start : start + size]
+        yield [LayerState(*layers[i : i + 3]) for i in range(0, size, 3)]
+
+
+def _own(state: State) -> State:
+    """The state in memory of its own: its tensors are views of what a whole chunk made."""
+    return [LayerState(*(t.clone() for t in layer)) for layer in state]

@@ -1,0 +1,252 @@
+"""Rows in chunks: the gradients of the whole row, whatever the chunks, in the memory of one chunk."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rwkv_miss
+from src.infctx import Chunks, rows_loss
+from src.loss import loss_sum
+from src.model import RWKV
+
+from . import program
+from .conftest import close, make_arch, random_tensors
+
+
+def make_model(version, dtype=torch.float64, kernel="torch", peft=True, **sizes):
+    model = RWKV(make_arch(version, **sizes), kernel)
+    model.load_state_dict(random_tensors(model.arch))
+    if peft:
+        rwkv_miss.inject(model, "miss", rank=7)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:  # MiSS begins at zero
+                    p.normal_(std=0.05)
+    return model.to(dtype)
+
+
+def make_batch(lengths, vocab=67, seed=0):
+    """Packed rows: lengths[i] are those of the documents of row i; about half of the tokens are trained, none behind a row's end."""
+    generator = torch.Generator().manual_seed(seed)
+    size = max(map(sum, lengths))
+    shape = len(lengths), size
+    ids, targets = (torch.randint(vocab, shape, generator=generator) for _ in range(2))
+    mask, reset = torch.rand(shape, generator=generator) < 0.5, torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(lengths):
+        mask[i, sum(row):] = False
+        reset[i, list(itertools.accumulate(row))[:-1]] = True
+    return {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None}
+
+
+def results(model, batch, chunks, **options):
+    """(loss, gradient of every trained parameter) at a scale that is not 1."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = rows_loss(model, batch, chunks, **options)
+    gradients = torch.autograd.grad(loss * 0.37, parameters.values(), allow_unused=True)
+    return loss, dict(zip(parameters, gradients, strict=True))
+
+
+def same(got, want, ratio):
+    close("loss", got[0], want[0], ratio)
+    for name, gradient in want[1].items():
+        if gradient is None:
+            assert got[1][name] is None, name
+        else:
+            close(name, got[1][name], gradient, ratio)
+
+
+# document starts inside chunks of 8, at their first and at their last token, and a chunk with three of them
+ROWS = [[5, 3, 1, 2, 12, 7, 5], [35], [15, 1, 8], [1]]
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("size", [1, 3, 8, 34, 35])
+def test_chunks_of_any_size_have_the_gradients_of_the_whole_row(version, size):
+    model, batch = make_model(version), make_batch(ROWS)
+    want = results(model, batch, Chunks())
+    for sparse in (False, True):
+        same(results(model, batch, Chunks(size, sparse=sparse)), want, 1e-12)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("peft", [True, False])
+def test_single_precision(version, peft):
+    """Within 1e-5 of the whole row, with the native kernel and grad_cp; both are 1.7e-5 at most from float64."""
+    batch = make_batch([[200, 57], [257], [1, 63, 64, 65]])
+    exact = results(make_model(version, peft=peft), batch, Chunks())
+    model = make_model(version, torch.float32, "cpu", peft)
+    want = results(model, batch, Chunks())
+    for model.grad_cp in (False, True):
+        got = results(model, batch, Chunks(64))
+        same(got, want, 1e-5)
+        same(got, exact, 2e-5)
+
+
+def test_a_truncated_gradient_stops_at_every_so_many_tokens():
+    """The reference runs the row with plain autograd and detaches the state where the gradient stops."""
+    model, batch = make_model(7), make_batch(ROWS)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    state, loss = None, 0
+    for part in (slice(0, 16), slice(16, 32), slice(32, 35)):
+        x, state = model.features(batch["ids"][:, part], state, batch["reset"][:, part])
+        loss = loss + loss_sum(model.head(x[batch["mask"][:, part]]), batch["targets"][:, part][batch["mask"][:, part]])
+        state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    want = loss, dict(zip(names, torch.autograd.grad(loss * 0.37, parameters), strict=True))
+    for size, sparse in ((16, False), (8, True), (4, False)):
+        same(results(model, batch, Chunks(size, 16, sparse)), want, 1e-12)
+    exact = results(model, batch, Chunks())
+    assert any((exact[1][name] - gradient).norm() > 1e-3 * gradient.norm() for name, gradient in want[1].items()), "nothing was cut off"
+
+
+@pytest.mark.parametrize("sparse, states", [(False, 11), (True, 2)])
+def test_a_chunk_keeps_one_state_and_nothing_else(sparse, states):
+    """12 chunks: the first needs no state; of the others each keeps one, or with sqrt(12) -> 4 chunks in a segment the 5th and the 9th."""
+    model, batch = make_model(7, torch.float32), make_batch([[35], [20, 14]])
+    one = sum(t.nbytes for layer in model.initial_state(2) for t in layer)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+        loss = rows_loss(model, batch, Chunks(3, sparse=sparse))
+    assert sum(held) == states * one
+    assert Chunks(3, sparse=sparse).states(35) == {False: 11, True: 2 + 3}[sparse], "in the backward a segment has those between too"
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
+        assert torch.equal(rows_loss(model, batch, Chunks(3)), loss)
+
+
+def test_every_parameter_gets_its_gradient_once():
+    model, batch = make_model(7, peft=False), make_batch(ROWS)
+    model.spare = torch.nn.Parameter(torch.ones(3))
+    times = {name: 0 for name, p in model.named_parameters() if p.requires_grad}
+    for name in times:
+        model.get_parameter(name).register_post_accumulate_grad_hook(lambda _, name=name: times.__setitem__(name, times[name] + 1))
+    rows_loss(model, batch, Chunks(3)).backward()
+    assert set(times.values()) == {1} and model.spare.grad is None
+
+
+def test_a_rank_with_shorter_rows_runs_as_many_chunks():
+    """ZeRO-3 gathers by the calls of modules: their number depends on the longest row of all ranks alone."""
+    model, batch = make_model(7), make_batch(ROWS)
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    want = results(model, batch, Chunks(8))
+    alone, calls[:] = len(calls), []
+    same(results(model, batch, Chunks(8), width=60), want, 1e-12)
+    assert alone == 2 * 5 and calls == [False] * 8 + [True] * 8
+
+
+def test_random_numbers_are_drawn_again_as_they_were():
+    """With dropout between the layers the gradient is that of the loss as it was drawn: its directional derivative in float64."""
+    model, batch = make_model(6), make_batch(ROWS)
+    model.blocks[0].register_forward_hook(lambda _, inputs, out: (F.dropout(out[0], 0.2), *out[1:]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step = [torch.randn_like(p) * 1e-5 for p in parameters]
+
+    def loss_at(factor, seed=3):
+        with torch.no_grad():
+            for p, d in zip(parameters, step, strict=True):
+                p.add_(d, alpha=factor)
+        torch.manual_seed(seed)
+        loss = rows_loss(model, batch, Chunks(8, sparse=True))
+        place = torch.get_rng_state()
+        with torch.no_grad():
+            for p, d in zip(parameters, step, strict=True):
+                p.sub_(d, alpha=factor)
+        torch.manual_seed(seed)
+        assert torch.equal(place, torch.get_rng_state()), "what is drawn after the rows does not depend on them"
+        return loss
+
+    loss = loss_at(0)
+    gradients = torch.autograd.grad(loss, parameters)
+    slope = sum((g * d).sum() for g, d in zip(gradients, step, strict=True))
+    assert loss_at(0) == loss != loss_at(0, seed=4)
+    # L2Wrap adds to the gradient what is not in the loss: 1e-4 of the largest logit
+    close("slope", slope, (loss_at(1) - loss_at(-1)) / 2, 1e-2)
+
+
+class Tuned(RWKV):
+    """The initial state is a parameter, as in state tuning."""
+
+    def __init__(self, arch):
+        super().__init__(arch)
+        self.start = torch.nn.Parameter(torch.randn(arch.n_layer, arch.n_head, arch.head_size, arch.head_size))
+
+    def initial_state(self, batch):
+        zeros = super().initial_state(batch)
+        return [layer._replace(wkv=start.expand(batch, -1, -1, -1)) for layer, start in zip(zeros, self.start, strict=True)]
+
+
+def test_a_trained_initial_state_gets_its_gradient_through_all_chunks():
+    model = Tuned(make_arch(7)).double()
+    model.load_state_dict(random_tensors(model.arch), strict=False)
+    model.requires_grad_(False).start.requires_grad_()
+    batch = make_batch([[35], [3, 30]])
+    want = results(model, batch, Chunks())
+    assert want[1]["start"].abs().max() > 1e-3
+    for sparse in (False, True):
+        same(results(model, batch, Chunks(4, sparse=sparse)), want, 1e-12)
+
+
+def test_full_training_in_bf16():
+    """Autocast in the chunks, forward and recomputed: as near to the whole row as bf16 is to itself in another order."""
+    model, batch = make_model(7, torch.float32, peft=False), make_batch([[40, 24], [64]])
+    want, got = (results(model, batch, chunks, half=torch.bfloat16) for chunks in (Chunks(), Chunks(16)))
+    close("loss", got[0], want[0], 1e-2)
+    for name in ("blocks.0.att.key.weight", "blocks.1.ffn.value.weight", "head.weight"):
+        assert got[1][name].dtype == torch.float32
+        close(name, got[1][name], want[1][name], 5e-2)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train(name, *flags) -> (what was printed, losses): 3 steps of 8 rows of 20 to 320 bytes, on an adapter with more elements in each
+    tensor than ZeRO-3 leaves whole."""
+    folder = tmp_path_factory.mktemp("infctx")
+    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=128, head_size=32)), folder / "base.pth")
+    rng = random.Random(0)
+    rows = [{"messages": [{"role": "user", "content": "q" * rng.randint(1, 30)}, {"role": "assistant", "content": "ab c" * rng.choice([1, 20, 70])}]}
+            for _ in range(21)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, *flags):
+        settings = {"load_model": folder / "base.pth", "data_file": folder / "data.jsonl", "proj_dir": folder / name, "tokenizer": "bytes",
+                    "peft_config": "r=100", "lr_init": "1e-2", "lr_schedule": "constant", "micro_bsz": 8, "packing": 0, "accelerator": "cpu"}
+        output = program.succeed(program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags]))
+        return output, [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+TWO = ["--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(train):
+    _, losses = train("whole", "--epoch_count=2")
+    assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("flags", [
+    ["--chunk_ctx", "50"],
+    ["--chunk_ctx", "75", "--state_cp", "1", "--grad_cp", "1", "--strategy", "deepspeed_stage_3", *TWO],
+    ["--chunk_ctx", "37", "--strategy", "deepspeed_stage_2", *TWO],
+    ["--chunk_ctx", "37", "--strategy", "ddp", *TWO],
+], ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"])
+def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, request):
+    """The ranks have rows of different lengths, and the micro-batches of a step different numbers of chunks, some of them one."""
+    output, losses = train(request.node.callspec.id, *flags)
+    assert losses == pytest.approx(whole[:3], rel=1e-5)
+    assert f"chunks     of {flags[1]} tokens, at most" in output and "the gradient is exact" in output
+
+
+def test_a_run_resumes_with_other_chunks(train, whole):
+    train("resumed", "--chunk_ctx", "40")
+    output, losses = train("resumed", "--chunk_ctx", "64", "--state_cp", "1", "--epoch_count", "2", "--resume", "auto")
+    assert losses == pytest.approx(whole, rel=1e-5)
+    output, losses = train("cut", "--chunk_ctx", "40", "--truncate_ctx", "80")
+    assert "the gradient stops at every 80 tokens" in output
+    assert losses[0] == pytest.approx(whole[0], rel=1e-6) and losses[1] != pytest.approx(whole[1], rel=1e-4)
