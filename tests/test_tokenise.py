@@ -1,0 +1,219 @@
+"""Tokens are made once: the cache gives back what was put in, is another one for anything that matters, and is never half there."""
+
+import itertools
+import json
+import os
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from rwkv_miss import UserError
+from src import tokenise as module
+from src.data import Rows, fit, load_documents
+from src.template import load_template
+from src.tokenise import Encoder, Tokens, fingerprint, in_parallel, tokenise
+from src.tokenizer import load_tokenizer
+
+from .test_data import assistant, user
+from .test_template import CHATML
+
+NAMES = ("ids", "trained", "ends", "texts")
+
+
+@pytest.fixture
+def encoder():
+    return Encoder(load_tokenizer("bytes", 256))
+
+
+def make_rows(count, seed=0):
+    rng = random.Random(seed)
+    words = ["a", "é", "你", "🙂\n\n", " b "]
+    text = lambda: "".join(rng.choices(words, k=rng.randint(1, 40)))  # noqa: E731
+    kinds = [lambda: {"text": text()}, lambda: {"messages": [user(text()), assistant(text()), user(text()), assistant(text())]}]
+    return [rng.choice(kinds)() for _ in range(count)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(700)))
+    return str(path)
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """The cache folder, used for data of any size."""
+    monkeypatch.setattr(module, "SMALL", 0)
+    return tmp_path / "cache"
+
+
+def entries(folder):
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+
+
+def equal(a, b):
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype for name in NAMES)
+
+
+def test_the_arrays_are_the_documents_one_after_another(path, encoder):
+    tokens = tokenise(path, encoder)
+    rows = make_rows(700)
+    assert len(tokens.ends) == 700 and tokens.texts.tolist() == ["text" in row for row in rows]
+    for row, start, end in zip(rows, [0, *tokens.ends], tokens.ends):
+        ids, trained = encoder.encode(row)
+        assert tokens.ids[start:end].tolist() == ids.tolist() and tokens.trained[start:end].tolist() == trained.tolist()
+        assert trained[-1] and ids[-1] == 0
+
+
+def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cached, monkeypatch, capfd):
+    whole, first = tokenise(path, encoder), tokenise(path, encoder, str(cached))
+    assert f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
+    monkeypatch.setattr(module, "read_rows", None)
+    second = tokenise(path, encoder, str(cached))
+    assert equal(whole, first) and equal(whole, second) and isinstance(second.ids, np.memmap) and not second.ids.flags.writeable
+    assert capfd.readouterr().err == "" and len(entries(cached)) == 1
+    documents = load_documents(path, encoder.tokenizer, 50, cache=str(cached))
+    monkeypatch.undo()
+    plain = load_documents(path, encoder.tokenizer, 50)
+    assert [row.ids.tolist() for row in documents.rows] == [row.ids.tolist() for row in plain.rows] and len(plain.rows) > 700
+    assert [row.trained.tolist() for row in documents.rows] == [row.trained.tolist() for row in plain.rows]
+
+
+def test_small_data_is_not_kept(path, encoder, tmp_path):
+    tokenise(path, encoder, str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_path, monkeypatch):
+    vocabulary = tmp_path / "vocabulary.txt"
+    vocabulary.write_text("1 'a' 1\n2 'b' 1\n")
+    names = [fingerprint(path, encoder)]
+    assert fingerprint(path, Encoder(load_tokenizer("bytes", 256))) == names[0]
+    for other in (Encoder(load_tokenizer("utf16", 256)), Encoder(encoder.tokenizer, load_template("think")),
+                  Encoder(load_tokenizer(str(vocabulary), 9)),
+                  Encoder(encoder.tokenizer, load_template(CHATML)), Encoder(encoder.tokenizer, load_template(CHATML + " ")),
+                  Encoder(encoder.tokenizer, loss_mask="all"), Encoder(encoder.tokenizer, loss_mask="Assistant:")):
+        names.append(fingerprint(path, other))
+    tokenizer = load_tokenizer(str(vocabulary), 9)
+    vocabulary.write_text("1 'a' 1\n2 'c' 1\n")
+    names.append(fingerprint(path, Encoder(tokenizer)))
+    with open(path, "a") as file:
+        file.write("\n")
+    names.append(fingerprint(path, encoder))
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0")
+    names.append(fingerprint(path, encoder))
+    assert len(set(names)) == len(names)
+    same = tmp_path / "renamed.jsonl"
+    os.rename(path, same)
+    assert fingerprint(str(same), encoder) != names[-2]
+
+
+def test_a_changed_file_is_read_again(path, encoder, cached):
+    tokenise(path, encoder, str(cached))
+    with open(path, "a") as file:
+        file.write('{"text": "more"}\n')
+    assert len(tokenise(path, encoder, str(cached)).ends) == 701 and len(entries(cached)) == 2
+
+
+@pytest.mark.parametrize("damage", ["ids", "trained", "ends", "texts"])
+def test_an_entry_that_is_not_whole_is_made_again(path, encoder, cached, damage):
+    whole = tokenise(path, encoder)
+    assert equal(tokenise(path, encoder, str(cached)), whole)
+    file = entries(cached)[0] / damage
+    file.write_bytes(file.read_bytes()[:-8])
+    assert equal(tokenise(path, encoder, str(cached)), whole)
+    file.unlink()
+    assert equal(tokenise(path, encoder, str(cached)), whole) and len(entries(cached)) == 1
+
+
+def test_a_broken_row_leaves_nothing(path, encoder, cached):
+    with open(path, "a") as file:
+        file.write('{"text": "\\ud800"}\n')
+    with pytest.raises(UserError, match="data.jsonl, line 701: half a surrogate pair"):
+        tokenise(path, encoder, str(cached))
+    assert entries(cached) == []
+
+
+def test_old_entries_and_what_a_killed_process_left_are_removed(path, encoder, cached):
+    for name, days in (("old", 31), ("recent", 29), (".killed", 2), (".working", 0.5)):
+        (cached / name).mkdir(parents=True)
+        os.utime(cached / name, (time.time() - days * 86400,) * 2)
+    tokenise(path, encoder, str(cached))
+    assert {entry.name for entry in entries(cached)} == {"recent", ".working", fingerprint(path, encoder)}
+
+
+def test_processes_that_start_together_do_the_work_once(path, encoder, cached, monkeypatch):
+    """Each holds the lock by a file of its own, which is how another process would hold it."""
+    started, found = [], []
+    encode = module._encoded
+
+    def slow(*args):
+        started.append(1)
+        time.sleep(0.3)
+        return encode(*args)
+
+    monkeypatch.setattr(module, "_encoded", slow)
+    threads = [threading.Thread(target=lambda: found.append(tokenise(path, encoder, str(cached)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(started) == 1 and len(found) == 3 and all(equal(found[0], other) for other in found)
+
+
+def test_a_folder_that_cannot_be_used(path, encoder, cached):
+    cached.write_text("a file")
+    with pytest.raises(UserError, match=f"{cached}, cannot be used .* give --data_cache another folder, or none"):
+        tokenise(path, encoder, str(cached))
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert module.cache_folder("auto") == tmp_path / "rwkv-miss" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert module.cache_folder("auto") == tmp_path / ".cache" / "rwkv-miss" / "data" and module.cache_folder("~/x") == tmp_path / "x"
+
+
+def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
+    encoder = Encoder(load_tokenizer("bytes", 256), load_template(CHATML))
+    rows = [(f"row {i}", row) for i, row in enumerate(make_rows(90))]
+    chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
+    parts = in_parallel([*chunks, [("row 90", {"text": "\ud800"})]], encoder, 2)
+    for mine in map(encoder.encode_all, chunks):
+        assert equal(next(parts), mine)
+    with pytest.raises(UserError, match="^row 90: half a surrogate pair"):
+        next(parts)
+
+
+# documents of ctx_len
+
+
+@pytest.mark.parametrize("ctx_len", [1, 2, 3, 7, 16])
+def test_every_token_of_a_text_is_a_target_once(ctx_len):
+    lengths = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 50, 1, 1]
+    texts = np.array([i % 3 != 1 for i in range(len(lengths))])
+    ids = np.arange(sum(lengths), dtype=np.int32)
+    tokens = Tokens(ids, ids % 3 > 0, np.cumsum(lengths), texts)
+    documents = fit(tokens, ctx_len)
+    seen = list(itertools.chain.from_iterable(row.ids[1:].tolist() for row in documents.rows))
+    wanted, cut, lost = [], 0, 0
+    for start, length, text in zip(np.cumsum([0, *lengths]).tolist(), lengths, texts):
+        kept = length if text else min(length, ctx_len + 1)
+        cut, lost = cut + (kept < length), lost + length - kept
+        wanted += range(start + 1, start + kept)
+    assert seen == wanted and (documents.cut, documents.cut_tokens) == (cut, lost)
+    assert documents.split == sum(n > ctx_len + 1 for n, text in zip(lengths, texts) if text)
+    assert documents.lengths.tolist() == [len(row.ids) for row in documents.rows] and documents.lengths.max() <= ctx_len + 1
+    assert documents.row_targets.tolist() == [row.targets for row in documents.rows]
+    assert documents.targets == sum(1 for token in seen if token % 3 > 0)
+
+
+def test_rows_of_several_files_in_any_order():
+    files = [Tokens(np.arange(9, dtype=np.int32) + 10 * i, np.arange(9) % 2 == i, np.array([9]), np.array([True])) for i in range(2)]
+    rows = Rows(files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 9, 6, 9, 3]))
+    assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
+    assert rows.targets.tolist() == [row.targets for row in rows] and rows[-1].ids.tolist() == [2]
