@@ -37,7 +37,12 @@ class Config:
     """The settings of a training run."""
 
     load_model: str = opt("", "base .pth; empty: a new model of the sizes given by --version, --n_layer, --n_embd")
-    data_file: str = opt("", 'JSONL, one {"text": ...} or {"messages": [...]} a line')
+    data_file: str = opt("", "JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or OWNER/NAME of a Hugging Face data set; "
+                             "several, with how often a pass sees them: a.jsonl:2,b.csv:0.5")
+    sft_field: str = opt("", "columns to use where their names do not tell: text or messages; question,answer; instruction,input,output")
+    sft_split: str = opt("train", "split of a Hugging Face data set, or of a folder whose files are named for splits")
+    on_bad_row: str = opt("stop", "stop: a row that cannot be used is an error with its place; skip: it is left out and counted",
+                          choices=("stop", "skip"))
     proj_dir: str = opt("out", "folder of the run: adapter.pth, metrics.jsonl, config.yaml, checkpoints/")
     tokenizer: str = opt("auto", "auto, world, bytes, utf16, or a tokenizer.json or vocabulary file in World format")
     eod: str = opt("", "text of the end-of-document token, where a tokenizer file does not tell")
@@ -273,7 +278,7 @@ def validate(config: Config) -> None:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
     if not config.data_file:
-        raise UserError("--data_file is missing: the JSONL to train on")
+        raise UserError("--data_file is missing: the data to train on")
     if not config.load_model and config.peft != "none":
         raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):

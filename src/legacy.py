@@ -93,7 +93,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """The old flags with their values ("" for a flag that stands alone), and the other words as they are.
 
-    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces.
+    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces; --sft_field was
+    followed by one word for each column.
     """
     old: dict[str, str] = {}
     kept: list[str] = []
@@ -101,7 +102,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
-        options = name in ("peft_config", "train_parts") or name in METHOD_CONFIGS
+        options = name in ("peft_config", "train_parts", "sft_field") or name in METHOD_CONFIGS
         if not token.startswith("--") or not options and name not in NAMES:
             kept.append(token)
             continue
@@ -111,7 +112,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         if name in NAMES:
             old[name] = " ".join(words)
         else:
-            kept.append(f"--{name}={' '.join(words)}")
+            kept.append(f"--{name}={(',' if name == 'sft_field' else ' ').join(words)}")
     return old, kept
 
 

@@ -248,7 +248,7 @@ def test_merge_settings(refused, values, words):
 def test_data(refused, folder, tmp_path):
     path = tmp_path / "rows.jsonl"
     assert "absent.jsonl can't be read: No such file" in refused("train", data_file=tmp_path / "absent.jsonl")
-    for content, words in (("", "holds no rows; expected one JSON object per line"), ("\n{]\n", "line 2: not valid JSON ("),
+    for content, words in (("", "holds no rows"), ("\n{]\n", "line 2: not valid JSON ("),
                            ('{"text": "a"}\n{"text": 5}\n', "line 2: text must be")):
         path.write_text(content)
         assert f"{path}" in (message := refused("train", data_file=path)) and words in message
@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up_during_training(folder, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "adapter.pth was not written: File too large" in done.stderr
     # rows longer than ctx_len are no mistake, but their number is told
-    assert re.search(r"warning +5 of 5 rows are longer than --ctx_len 20 and are cut; \d+ tokens are lost", done.stdout)
+    assert re.search(r"warning +5 of 5 documents are longer than --ctx_len 20 and are cut; \d+ tokens are lost", done.stdout)
     adapter, checkpoints = tmp_path / "run" / "adapter.pth", tmp_path / "run" / "checkpoints"
     assert rwkv_miss.read_metadata(adapter)["step"] == 1 and os.listdir(checkpoints) == ["step-00000001.pth"]
     before = contents(checkpoints)

@@ -155,3 +155,9 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
 def test_the_merge_scripts(adapter):
     args = parse_merge(["merge", "--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
     assert (args.base, args.adapter, args.out) == ("base.pth", "rwkv-0.pth", "merged.pth")
+
+
+def test_columns_of_data_sets():
+    values = read("--sft_field", "query", "response", "--sft_split", "test")
+    assert values == read("--sft_field=query,response", "--sft_split=test")
+    assert (values.sft_field, values.sft_split, read().sft_split) == ("query,response", "test", "train")
