@@ -55,8 +55,9 @@ class Config:
 
     peft: str = opt("miss", "adapter method, or none for full training")
     peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
-    train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm) and time (mixes, "
-                               "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k), as in ln,time; empty: none")
+    train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
+                               "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and state (the state that "
+                               "documents start from, as --peft state trains it alone), as in ln,time; empty: none")
     preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)",
                       choices=("", "paper-table7", "paper-table8"))
 
@@ -81,7 +82,8 @@ class Config:
     epoch_count: int = opt(1, "epochs")
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
-    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, full 1e-5, new model 6e-4)")
+    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)")
+    state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
                            choices=("cos", "constant", "wsd"))
@@ -270,7 +272,7 @@ def validate(config: Config) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "rollback_steps", "chunk_ctx", "truncate_ctx", "spike_sigmas", "lr_init", "weight_decay", "grad_clip",
+                 "save_steps", "rollback_steps", "chunk_ctx", "truncate_ctx", "spike_sigmas", "lr_init", "state_lr", "weight_decay", "grad_clip",
                  "random_seed", "adam_eps", "eval_split", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
@@ -303,6 +305,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if split_parts(config.train_parts) and config.peft == "none":
         raise UserError(f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it")
+    if config.state_lr and "state" not in split_parts(config.train_parts):
+        raise UserError(f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init")
     if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
         each = config.micro_bsz * config.devices * config.num_nodes
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")
@@ -327,6 +331,13 @@ def accumulation(config: Config) -> int:
     if config.global_bsz:
         return config.global_bsz // (config.micro_bsz * config.devices * config.num_nodes)
     return config.accumulate_grad_batches
+
+
+def state_learning_rate(config: Config) -> float | None:
+    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at lr_init."""
+    if "state" not in split_parts(config.train_parts):
+        return None
+    return config.state_lr or METHODS["state"].default_lr
 
 
 def check_sizes(config: Config, arch: Arch) -> None:

@@ -82,7 +82,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
         *describe_held_out(config, held_out),
         f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
         f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
-        f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}",
+        f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
+        + (f", initial state {state_lr:g}" if (state_lr := configuration.state_learning_rate(config)) else ""),
         f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}",
         f"kernel     wkv {kernel}: {kernel_reason}",
         f"template   {template.name}, loss on {describe_mask(config.loss_mask)}",

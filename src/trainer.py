@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.errors import UserError
 
-from .config import Config, accumulation
+from .config import Config, accumulation, state_learning_rate
 from .data import Batches, Documents, Schedule, pack
 from .infctx import Chunks, rows_loss
 from .model import RWKV, parameter_groups
@@ -77,7 +77,7 @@ class FineTuning(pl.LightningModule):
 
     def configure_optimizers(self):
         c = self.config
-        groups = parameter_groups(self.model, self.lr, c.weight_decay)
+        groups = parameter_groups(self.model, self.lr, c.weight_decay, state_learning_rate(c))
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(self.first_step + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

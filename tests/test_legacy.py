@@ -114,7 +114,7 @@ def test_infctx(capsys):
     assert "ignored" not in capsys.readouterr().out
     assert read("--train_type", "none", "--chunk_ctx", "64") == read("--train_type=") == read()
     assert "--chunk_ctx 64 is ignored: --train_type none" in capsys.readouterr().out
-    assert "--train_type state: state training is not supported" in mistake("--train_type", "state")
+    assert "--train_type prefix: expected none, infctx or state" in mistake("--train_type", "prefix")
     assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake("--train_type", "infctx", "--ctx_len", "512")
 
 
@@ -149,6 +149,16 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
     assert read("--lora", "--lora_r", "8").train_parts == "ln,time", "the default of --lora_parts was att,ln,time"
     assert read("--lora", "--lora_parts", "att,ffn", "--emb").train_parts == "emb"
     assert split_parts(read("--emb", "--train_parts", "ln time").train_parts) == ["emb", "ln", "time"]
+
+
+@pytest.mark.parametrize("flag", [["--train_type", "state"], ["--state_tune"]])
+def test_state_tuning_alone_and_beside_an_adapter(flag):
+    for method in ([], ["--peft", "none"], ["--peft", "state"]):
+        assert (values := read(*flag, *method)).peft == "state" and not values.train_parts
+    values = read("--peft", "bone", "--bone_config", '{"bone_r":8}', *flag)
+    assert (values.peft, values.train_parts) == ("miss", "state")
+    values = read("--lora", *flag)
+    assert (values.peft, values.train_parts) == ("lora", "ln,time,state")
 
 
 @pytest.mark.parametrize("adapter", ["--lora_checkpoint", "--peft_checkpoint"])
