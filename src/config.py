@@ -135,26 +135,41 @@ FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME" or "default"."""
-    parser = Parser(prog="python train.py", description="Fine-tune RWKV-6 and RWKV-7 checkpoints.", argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML with any of these settings; an earlier run's config.yaml is one")
+    config, origins = settle(read_flags(flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), argv))
+    validate(config)
+    return config, origins
+
+
+def flag_parser(prog: str, description: str) -> Parser:
+    """A parser with a flag for every setting, to which a program may add its own."""
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings; an earlier run's config.yaml is one")
     for field in FIELDS.values():
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
         help = (field.metadata["help"] + default).replace("%", "%%")
         parser.add_argument(*names, dest=field.name, metavar=_kind(field.name).__name__, help=help)
+    return parser
+
+
+def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """What a command line gives, by name, with older spellings translated and the user told."""
     argv, notes = legacy.translate(argv)
     for note in notes if is_first_process() else ():
         print("note:", note)
-    given = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """parse() of flags that are read already, `config` among them, without validate()."""
+    file = given.get("config")
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
-    if given["config"]:
-        layers.append((given["config"], read_yaml(given["config"])))
+    if file:
+        layers.append((file, read_yaml(file)))
     values, origins = _merge(layers)
     if values.get("preset"):
         values, origins = _merge([*layers, (f"preset {values['preset']}", _preset_values(values))])
-    config = Config(**values)
-    validate(config)
-    return config, {name: origins.get(name, "default") for name in FIELDS}
+    return Config(**values), {name: origins.get(name, "default") for name in FIELDS}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -268,7 +283,7 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
 
 def validate(config: Config) -> None:
     """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
-    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes", "save_total_limit"):
+    for name in ("micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes", "save_total_limit"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
@@ -279,16 +294,13 @@ def validate(config: Config) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
-    if not config.data_file:
-        raise UserError("--data_file is missing: the data to train on")
+    check_data(config)
     if not config.load_model and config.peft != "none":
         raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):
         raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
     if config.init_only and config.load_model:
         raise UserError(f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them")
-    if not config.loss_mask.partition("...")[0]:
-        raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
     if config.eval_split >= 1:
@@ -324,6 +336,16 @@ def validate(config: Config) -> None:
         raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
     if config.num_nodes > 1 and config.strategy == "auto":
         raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
+
+
+def check_data(config: Config) -> None:
+    """The rules about the data alone."""
+    if config.ctx_len < 1:
+        raise UserError(f"--ctx_len {config.ctx_len}: must be at least 1")
+    if not config.data_file:
+        raise UserError("--data_file is missing: the data to train on")
+    if not config.loss_mask.partition("...")[0]:
+        raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
 
 
 def accumulation(config: Config) -> int:

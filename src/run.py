@@ -52,7 +52,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     resume_from, before = find_checkpoint(config)
     if before:
         keep_rows_per_step(config, before)
-    reading = Reading(tuple(filter(None, config.sft_field.split(","))), config.sft_split)
+    reading = Reading.of(config)
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
 
     def load(path: str) -> Documents:

@@ -70,6 +70,10 @@ class Encoder:
             return self._ended(ids, trained)
         return self.encode_segments(row_segments(row, self.template, self.loss_mask))
 
+    def is_text(self, row: dict) -> bool:
+        """Whether the row is running text, of which any part makes sense by itself, and not a conversation."""
+        return ("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask)
+
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """encode() of pieces that are tokenised one by one."""
         pieces = [self.tokenizer.encode(text) for text, _ in segments]
@@ -106,7 +110,7 @@ class Encoder:
             except UserError as error:
                 bad.append((where, str(error)))
             else:
-                texts.append(("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask))
+                texts.append(self.is_text(row))
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
         trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])

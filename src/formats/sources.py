@@ -31,6 +31,10 @@ class Reading:
     fields: tuple[str, ...] = ()
     split: str = "train"
 
+    @classmethod
+    def of(cls, config) -> Reading:
+        return cls(tuple(filter(None, config.sft_field.split(","))), config.sft_split)
+
 
 BY_NAME = Reading()
 
