@@ -17,7 +17,6 @@ import time
 
 from src import config, run, tokenise
 from src.data import Batches
-from src.formats import Report, read_rows, sources
 from src.tokenizer import load_tokenizer
 
 from .common import report
@@ -32,7 +31,7 @@ def timed(work) -> float:
 
 def in_processes(path: str, encoder: tokenise.Encoder, processes: int) -> float:
     """Seconds that all of the file takes, without a cache."""
-    rows = iter(read_rows(path))
+    rows = iter(tokenise.read_rows(path))
     chunks = iter(lambda: list(itertools.islice(rows, tokenise.CHUNK)), [])
     parts = map(encoder.encode_all, chunks) if processes == 1 else tokenise.in_parallel(chunks, encoder, processes)
     return timed(lambda: [None for _ in parts])
@@ -72,12 +71,8 @@ def main() -> None:
     encoder = tokenise.Encoder(load_tokenizer("world", 65536))
     with tempfile.TemporaryDirectory() as folder:
         path = as_messages(args.data, folder)
-
-        def cached() -> tokenise.Tokens:
-            return tokenise.tokenise(sources(path)[0], encoder, Report(), cache=f"{folder}/cache")
-
-        work = {name: timed(cached) for name in ("cold", "cached")}
-        tokens = len(cached().ids)
+        work = {name: timed(lambda: tokenise.tokenise(path, encoder, f"{folder}/cache")) for name in ("cold", "cached")}
+        tokens = len(tokenise.tokenise(path, encoder, f"{folder}/cache").ids)
         many = pathlib.Path(folder, "many.jsonl")
         many.write_bytes(pathlib.Path(path).read_bytes() * args.repeat)
         work |= {f"{n} processes": in_processes(str(many), encoder, n) for n in (1, 2)}

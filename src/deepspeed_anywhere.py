@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -19,6 +24,8 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+
+BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -39,20 +46,48 @@ class KeepDtypes(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class AnywhereDeepSpeed(DeepSpeedStrategy):
-    """`DeepSpeedStrategy` that also accepts the CPU accelerator."""
+class Works:
+    """Several operations under way, as one."""
 
-    def __init__(self, stage: int, micro_bsz: int):
+    def __init__(self, works: list):
+        self.works = works
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
+    """DeepSpeed's all-gather of a parameter. gloo's own one needs the memory of `whole` a second time, and three times as long."""
+    parts = whole.chunk(dist.get_world_size(group))
+    parts[dist.get_rank(group)].copy_(share)
+    return Works([dist.broadcast(part, source, group, async_op=True) for source, part in enumerate(parts)])
+
+
+class AnywhereDeepSpeed(DeepSpeedStrategy):
+    """`DeepSpeedStrategy` that also accepts the CPU accelerator. `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not.
+
+    Under stage 3 the model may come as it lies in its file, mapped and in the file's dtypes: each process keeps its share of every
+    tensor, with what is frozen in `dtype`, and never holds more than one whole tensor beside the shares.
+    """
+
+    def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype):
+        self.stage, self.dtype = int(name.removesuffix("_offload")[-1]), dtype
         # small buckets: with the defaults, 5e8 elements, stage 3 gathers a whole frozen base at once
-        bucket = {"reduce_bucket_size": 10_000_000, "allgather_bucket_size": 10_000_000}
-        if stage == 3:
-            bucket |= {"stage3_prefetch_bucket_size": 10_000_000, "stage3_max_live_parameters": 50_000_000,
-                       "stage3_param_persistence_threshold": 10_000}
-        self.stage = stage
+        zero = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": False,
+                "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        if self.stage == 3:
+            zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET, "stage3_max_reuse_distance": BUCKET,
+                     "stage3_param_persistence_threshold": 10_000}
+            if "allgather_sequential" in DeepSpeedZeroConfig.model_fields:  # not in the oldest versions
+                zero["stage3_allgather_sequential"] = True  # a tensor comes into its place, not into a bucket and then into its place
+        if name.endswith("_offload"):
+            zero |= {part: {"device": "cpu"} for part in ("offload_optimizer", "offload_param")[: 2 if self.stage == 3 else 1]}
         super().__init__(
             config={
-                "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False, **bucket},
+                "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU, too, and needs no compiler
                 "train_micro_batch_size_per_gpu": micro_bsz,
                 "steps_per_print": 10**9,
                 "wall_clock_breakdown": False,
@@ -69,6 +104,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             return super().setup_environment()
         # DeepSpeed would JIT-build a shared-memory all-reduce (about a minute, needs a compiler); gloo is enough
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        partition_parameters._dist_allgather_fn = gather_by_broadcasts
         super(DeepSpeedStrategy, self).setup_environment()  # skips only the CUDA-only check
 
     def setup_distributed(self) -> None:
@@ -81,6 +117,22 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0) if self._on_cpu else super().root_device  # DeepSpeed wants a device *index*
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        """Stage 3: share out the model, tensor by tensor, before DeepSpeed would put all of it on every device."""
+        if self.stage < 3:
+            return model
+        if self._on_cpu:
+            _return_large_blocks()
+        # the empty module makes DeepSpeed replace F.linear by its own, whose backward gathers the weight again instead of keeping it
+        shares = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+        for p in model.parameters():
+            # a copy in any case: DeepSpeed sends it around, and what is written to a mapped file is memory for good
+            p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype, copy=True)
+            shares._convert_to_zero_parameters([p])
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+        return model
 
     def setup(self, trainer) -> None:
         super().setup(trainer)
@@ -155,6 +207,13 @@ def _gather_to_accumulate(p: nn.Parameter):
     accumulator.register_prehook(gather)
     accumulator.register_hook(release)
     return accumulator
+
+
+def _return_large_blocks() -> None:
+    """Have glibc give blocks of 1 MiB and more back to the system when they are freed; its own limit grows to 32 MiB with use, and what it
+    then keeps of gathered parameters is a tenth of the base."""
+    mmap_threshold = -3
+    getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)(mmap_threshold, 1 << 20)
 
 
 def gathered(parameters: list[nn.Parameter]):

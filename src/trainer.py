@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.errors import UserError
 
-from .config import Config, accumulation, state_learning_rate
+from .config import Config, accumulation
 from .data import Batches, Documents, Schedule, pack
+from .device import DTYPES
 from .infctx import Chunks, rows_loss
 from .model import RWKV, parameter_groups
 
@@ -62,6 +63,7 @@ class FineTuning(pl.LightningModule):
         self.model, self.config, self.lr = model, config, lr
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
+        self.groups = parameter_groups(model, lr, config.weight_decay)  # now, while every parameter has its shape: ZeRO-3 takes it away
         self.lr_factor = learning_rate_factor(config, total_steps, lr)
         self.chunks = chunks_of(config)
         self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
@@ -77,8 +79,7 @@ class FineTuning(pl.LightningModule):
 
     def configure_optimizers(self):
         c = self.config
-        groups = parameter_groups(self.model, self.lr, c.weight_decay, state_learning_rate(c))
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
+        optimizer = torch.optim.AdamW(self.groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(self.first_step + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -148,7 +149,7 @@ def make_trainer(config: Config, accelerator: str, total_steps: int, precision: 
             raise UserError(f"--strategy {strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp")
         from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
 
-        strategy = AnywhereDeepSpeed(int(strategy[-1]), config.micro_bsz)
+        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[precision])
     elif precision == "fp16":
         plugins.append(ScaledFp16("cuda" if accelerator == "gpu" else "cpu"))
     trainer = pl.Trainer(
@@ -178,6 +179,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # held-out data are evaluated by src/watch.py, at steps of its own

@@ -186,22 +186,22 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
 
 
 def test_other_processes_and_strategies_go_on(run, tmp_path):
-    """ZeRO-3 on two processes, one plain process, two under DDP of which one gets a SIGTERM, ZeRO-2: one run."""
+    """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one gets a SIGTERM, ZeRO-3 with offload: one run."""
     flags = ["--epoch_count", "2"]
     succeed(run("whole", *flags))
     two = [*flags, "--devices", "2", "--micro_bsz", "2", "--resume", "auto"]
     stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts", interrupt)
-    code, output = run("parts", *two, "--strategy", "deepspeed_stage_3", sabotage=stop)
+    code, output = run("parts", *two, "--strategy", "deepspeed_stage_2_offload", sabotage=stop)
     assert code == 130 and "no checkpoint in" in output, output
     code, output = run("parts", *flags, "--micro_bsz", "2", "--resume", "auto", sabotage=stop)
-    assert code == 130 and "strategy deepspeed_stage_3 -> auto, devices 2 -> 1: a step keeps its 4 rows, accumulate is 2" in output, output
+    assert code == 130 and "strategy deepspeed_stage_2_offload -> auto, devices 2 -> 1: a step keeps its 4 rows, accumulate is 2" in output, output
     code, output = run("parts", *two, "--strategy", "ddp", sabotage=functools.partial(terminate_last_rank, 6))
     assert code == 130 and "stopped, go on with --resume auto: step 7 of 12" in output, output
     for wrong, words in ((["--micro_bsz", "3"], "has 4 rows, which is not a multiple of micro_bsz x devices x num_nodes = 3"),
                          (["--micro_bsz", "2", "--accumulate_grad_batches", "4"], "has 4 rows, now it has 8; drop --global_bsz")):
         code, output = run("parts", *flags, *wrong, "--resume", "auto")
         assert code == 2 and words in output, output
-    succeed(run("parts", *two, "--strategy", "deepspeed_stage_2"))
+    succeed(run("parts", *two, "--strategy", "deepspeed_stage_3_offload"))
     same_run(tmp_path / "whole", tmp_path / "parts", exact=False)
 
 
