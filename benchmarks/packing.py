@@ -2,15 +2,12 @@
 
     python -m benchmarks.packing DATA.jsonl [--ctx_len 512] [--micro_bsz 2] [--steps 4] [--n_layer 12] [--n_embd 768]
 
-Rows are {"question": ..., "answer": ...} or what train.py takes. A random RWKV-7 with MiSS takes steps on both kinds of row by turns; the
+A random RWKV-7 with MiSS takes steps on both kinds of row by turns; the
 rate is trained tokens over wall time, all steps together. Padded rows come in three kinds: to the longest of their micro-batch; to ctx_len;
 and to ctx_len with the head on every position, as trainers have it that mask the loss afterwards. The last line is JSON.
 """
 
 import argparse
-import json
-import pathlib
-import tempfile
 import time
 
 import torch
@@ -24,17 +21,6 @@ from src.trainer import make_schedule
 
 from .common import report
 from .step import random_model
-
-
-def as_messages(path: str, folder: str) -> str:
-    """A file that train.py reads: questions and answers become conversations."""
-    out = pathlib.Path(folder, "data.jsonl")
-    with open(path, encoding="utf-8") as rows, open(out, "w", encoding="utf-8") as file:
-        for row in map(json.loads, rows):
-            if "question" in row:
-                row = {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
-            file.write(json.dumps(row) + "\n")
-    return str(out)
 
 
 def to_ctx_len(batch: dict, ctx_len: int) -> dict:
@@ -67,10 +53,9 @@ def main() -> None:
         block.att.kernel = "cpu"
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
 
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        documents = load_documents(as_messages(args.data, folder), load_tokenizer("world", 65536, ""), args.ctx_len)
-        tokenise_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    documents = load_documents(args.data, load_tokenizer("world", 65536), args.ctx_len)
+    tokenise_seconds = time.perf_counter() - start
     batches, fill = {}, {}
     for title in ("packed", "padded to the longest", "padded to ctx_len", "padded to ctx_len, head on all"):
         schedule = make_schedule(documents, Config(packing=title == "packed", ctx_len=args.ctx_len, micro_bsz=args.micro_bsz), 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,6 +89,14 @@ class Documents:
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
         return Documents(self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokens and masks; every save asks for it."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row.ids.tobytes() + row.trained.tobytes())
+        return digest.hexdigest()
 
     @property
     def tokens(self) -> int:

@@ -117,15 +117,18 @@ class JinjaTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            begin = self._length(whole, self._render(messages[:i], True, tools), i)
-            end = self._length(whole, self._render(messages[: i + 1], False, tools), i + 1)
-            pieces += [(whole[place:begin], False), (whole[begin:end], is_trained(message))]
-            place = end
+            before, after = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
+            if ask and not (whole.startswith(before) and whole.startswith(after)):
+                return [(whole, False)]  # a question for the model needs no mask
+            self._check_beginning(whole, before, i)
+            self._check_beginning(whole, after, i + 1)
+            pieces += [(whole[place : len(before)], False), (whole[len(before) : len(after)], is_trained(message))]
+            place = len(after)
         return [*pieces, (whole[place:], False)]
 
-    def _length(self, whole: str, beginning: str, count: int) -> int:
+    def _check_beginning(self, whole: str, beginning: str, count: int) -> None:
         if whole.startswith(beginning):
-            return len(beginning)
+            return
         same = len(os.path.commonprefix([beginning, whole]))
         raise UserError(
             f"{self.name}: what the template writes for the first {count} messages changes when more follow ({beginning[same:][:40]!r} becomes "

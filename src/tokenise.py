@@ -33,7 +33,7 @@ from .template import DEFAULT, Segment, Template, marked_spans, row_segments, tr
 from .tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
-LARGE = 128 << 20  # bytes from which other processes help: each takes about 3 s to start, in which one does 30 MB
+LARGE = 256 << 20  # bytes from which other processes help: each takes about 3 s of CPU to start, in which one does 40 MB
 CHUNK = 256  # rows that a process gets at a time
 UNUSED_DAYS = 30
 

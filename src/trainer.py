@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import math
@@ -110,16 +109,8 @@ class FineTuning(pl.LightningModule):
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
-        hashes = {"base file": self.model.base_fingerprint, "data file": data_hash(self.documents)}
-        return hashes | ({"held-out data": data_hash(self.held_out)} if self.held_out.rows else {})
-
-
-def data_hash(documents: Documents) -> str:
-    """SHA-256 of the tokens and masks."""
-    digest = hashlib.sha256()
-    for row in documents.rows:
-        digest.update(row.ids.tobytes() + row.trained.tobytes())
-    return digest.hexdigest()
+        hashes = {"base file": self.model.base_fingerprint, "data file": self.documents.digest}
+        return hashes | ({"held-out data": self.held_out.digest} if self.held_out.rows else {})
 
 
 def chunks_of(config: Config) -> Chunks:

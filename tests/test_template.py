@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rwkv_miss
+from demo import chat
 from rwkv_miss import UserError
 from src.generate import Conversation
 from src.model import RWKV
@@ -235,7 +236,18 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
     assert [*conversation.state, *rest, *([] if tuple(rest) == tuple(tokenizer.eod) else tokenizer.eod)] == ids.tolist()
 
 
-def test_adapter_and_merged_file_record_the_template(tmp_path, jinja):
+def test_a_chat_reads_all_again_where_earlier_turns_change():
+    tokenizer = named("bytes")
+    template = load_template("{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}"
+                             "{% if add_generation_prompt %}[assistant]{% endif %}")
+    conversation = Conversation(None, tokenizer, GREEDY, template=template)
+    for question, said in (("a", "b"), ("c", "d"), ("e", "f")):
+        conversation.model = Scripted(tokenizer, [*tokenizer.encode(f"{said};[user]more"), *tokenizer.eod])
+        assert "".join(conversation.answer(question)) == said
+    assert bytes(conversation.state).decode() == "[user]a;[assistant]-;[user]c;[assistant]-;[user]e;[assistant]f"
+
+
+def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinja, monkeypatch, capsys):
     tokenizer = named("bytes")
     base, adapter, merged = (tmp_path / f"{name}.pth" for name in ("base", "adapter", "merged"))
     rwkv_miss.write_checkpoint(base, random_tensors(make_arch(7)).items())
@@ -250,6 +262,10 @@ def test_adapter_and_merged_file_record_the_template(tmp_path, jinja):
             found = recorded_template("auto", tokenizer, *paths)
             assert found.segments(TURNS) == template.segments(TURNS) and found.record == template.record
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
+        flags = ["--model", str(merged), "--tokenizer", "bytes", "--prompt", "q", "--max_tokens", "3", "--temperature", "0"]
+        monkeypatch.setattr(chat, "load", lambda path, *_: (Scripted(tokenizer, b"yes"), tokenizer))
+        chat.main(flags)
+        assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
     assert recorded_template("auto", tokenizer, base).name == "rwkv" == recorded_template("auto", tokenizer, None).name
 
 

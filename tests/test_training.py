@@ -65,7 +65,7 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     assert {p.name for p in proj_dir.iterdir()} == {"adapter.pth", "config.yaml", "metrics.jsonl", "run.json", "loss.png", "checkpoints"}
     assert (proj_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     metadata = read_metadata(proj_dir / "adapter.pth")
-    assert (metadata["method"], metadata["step"], metadata["tokenizer"]) == ("miss", 6, "bytes")
+    assert (metadata["method"], metadata["step"], metadata["tokenizer"], metadata["template"]) == ("miss", 6, "bytes", "rwkv")
     assert metadata["base_fingerprint"] == RWKV.load(files / "v7.pth").base_fingerprint
     curve = losses(proj_dir)
     assert len(curve) == 6 and curve[-1] < 0.9 * curve[0]
