@@ -30,14 +30,13 @@ def register(name: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class NoOptions:
     """What a user may set for a method; subclasses add fields. `aliases` maps the names of neighbouring projects to fields."""
 
-    rank: int = 64
-    aliases: ClassVar[dict[str, str]] = {"r": "rank"}
+    aliases: ClassVar[dict[str, str]] = {}
 
     @classmethod
-    def parse(cls, values: dict[str, Any]) -> Options:
+    def parse(cls, values: dict[str, Any]) -> NoOptions:
         """Options from a dictionary; an unknown key or a value of the wrong kind is a UserError that lists what exists."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         known: dict[str, Any] = {}
@@ -46,7 +45,7 @@ class Options:
             if name not in fields:
                 short = {field: alias for alias, field in cls.aliases.items() if len(alias) == 1}
                 known_names = ", ".join(f"{field} ({short[field]})" if field in short else field for field in sorted(fields))
-                raise UserError(f"adapter option {key!r} is unknown; this method has: {known_names}")
+                raise UserError(f"adapter option {key!r} is unknown; this method has: {known_names or 'no options'}")
             kind = type(fields[name].default)
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
                 raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
@@ -54,11 +53,19 @@ class Options:
         return cls(**known)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options(NoOptions):
+    """The options of most methods; subclasses add fields."""
+
+    rank: int = 64
+    aliases: ClassVar[dict[str, str]] = {"r": "rank"}
+
+
 class AdapterMethod:
     """What inject(), the trainer and the merge ask of a method. Methods that adapt linears derive from AdapterLinear."""
 
     method: ClassVar[str]
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[NoOptions]] = Options
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
 

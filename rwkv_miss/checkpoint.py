@@ -53,6 +53,7 @@ class Arch:
     dim_ffn: int
     ranks: dict[str, int]
     layer0_value_residual: bool = False
+    initial_state: bool = False  # att.time_state, of state tuning
 
     @staticmethod
     def detect(tensors: Mapping[str, Any]) -> Arch:
@@ -83,7 +84,7 @@ class Arch:
         vocab_size, n_embd = shape("emb.weight")
         return Arch(
             version, vocab_size, n_embd, 1 + max(blocks), heads, head_size, dim_att, shape("blocks.0.ffn.key.weight")[0], ranks,
-            version == 7 and all(f"{att}v{i}" in tensors for i in range(3)),
+            version == 7 and all(f"{att}v{i}" in tensors for i in range(3)), any(name.endswith(".att.time_state") for name in tensors),
         )
 
     def describe(self) -> str:

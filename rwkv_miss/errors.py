@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import os
 import sys
 
 
@@ -12,9 +13,18 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Print a UserError as `error: ...` on stderr and exit with code 2; any other exception is a bug and keeps its traceback."""
+    """Print a UserError as `error: ...` on stderr and exit with code 2; any other exception is a bug and keeps its traceback.
+
+    Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells have for it, 141.
+    """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at the end
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import re
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .adapter import METHODS, AdapterLinear, adapted_linears
 from .checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from .errors import UserError
-from .parts import in_parts, split_parts
+from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -79,7 +80,9 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     parsed = cls.Options.parse(options)
     linears = find_linears(model, targets) if cls.adapts_linears else {}
     parts = split_parts(train_parts)
-    whole = in_parts((name for name, _ in model.named_parameters()), parts)
+    if method in parts:
+        raise UserError(f"method {method} trains part {method} already; drop it from the parts")
+    whole = in_parts(dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model)), parts)
     for name in whole:
         if name.rpartition(".")[0] in linears:
             raise UserError(f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from the parts")
@@ -92,21 +95,15 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
         for p, flag in trained_before.items():
             p.requires_grad_(flag)
         raise
+    if "state" in parts:
+        add_states(model)
     for name in whole:
-        _train_whole(model, name)
+        train_whole(model, name)
     model.injection = Injection(
         method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS), list(linears),
         sum(p.numel() for p in model.parameters() if p.requires_grad), total, parts, len(whole),
     )
     return model.injection
-
-
-def _train_whole(model: nn.Module, name: str) -> None:
-    """Replace a parameter by a trainable one in fp32, or float64 where it has that."""
-    parent, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    p = getattr(owner, leaf)
-    setattr(owner, leaf, nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32))))
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -153,8 +150,14 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
 
 
 def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of an adapter file; a UserError says so when the file is something else."""
+    """Tensors and metadata of an adapter file; a UserError says so when the file is something else.
+
+    A file of nothing but initial states, as other projects release them, is an adapter of the method state without a known base.
+    """
     tensors, metadata = read_checkpoint(path), read_metadata(path)
+    if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
+        metadata = {"format": ADAPTER_FORMAT, "method": "state", "options": {}, "linears": [], "targets": [], "train_parts": [],
+                    "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
     if metadata is None or metadata.get("format") != ADAPTER_FORMAT:
         raise UserError(f"{path} is not an adapter file: it has no adapter metadata (a base or merged model, perhaps)")
     if metadata["method"] not in METHODS:
@@ -184,6 +187,9 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     for name in ("method", "options", "linears"):
         if getattr(model.injection, name) != metadata[name]:
             raise UserError(f"{path} has {name} {metadata[name]}, the model carries an adapter with {getattr(model.injection, name)}")
+    absent = [name for name in adapter_tensors(model) if name not in tensors]
+    if absent:
+        raise UserError(f"{path} lacks {absent[0]}" + (f" and {len(absent) - 1} more tensors" if absent[1:] else "") + " of this model's adapter")
     full = dict(tensors)
     for name, layer in adapted_linears(model).items():
         try:

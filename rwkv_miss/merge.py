@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from .checkpoint import (
 )
 from .errors import UserError
 from .inject import ADAPTER_FORMAT, layer_tensors, read_adapter
+from .parts import PARTS
 
 MERGED_FORMAT = "rwkv-miss merged"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,6 +68,7 @@ class MergeReport:
     linears: int
     replaced: int
     parts: list[str]
+    states: int
     dtype: str
     rounding: Rounding
     seconds: float
@@ -79,6 +82,9 @@ class MergeReport:
         replaced = f" and {self.replaced} whole tensors{parts}" if self.replaced else ""
         lines = [f"merged {self.linears} linears{replaced} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
                  f"rounding lost {100 * r.lost:.2g} % of the update{worst}"]
+        if self.states:
+            lines.append("note: the file carries the initial state as blocks.N.att.time_state (H, N, N), [value, key]. This project applies it, and "
+                         "so does the package rwkv for RWKV-6; for RWKV-7 put it into its state: state[3 * N + 1] = time_state.float()")
         if self.linears and not r.update:
             lines.append("warning: the update is zero, nothing was trained in the linears")
         if r.lost > LOSS_LIMIT:
@@ -96,6 +102,7 @@ class _Merger:
         self.adapter = adapter
         self.by_weight = {f"{name}.weight": name for name in self.linears}
         self.whole = {n: t for n, t in adapter.items() if n.rpartition(".")[0] not in self.linears and not n.startswith("shared.")}
+        self.states = [name for name in self.whole if re.fullmatch(PARTS["state"], name)]
         self.rounding = Rounding()
         self.buffer = torch.empty(0)
 
@@ -118,6 +125,12 @@ class _Merger:
                     self.method.merged_weight(torch.empty(base[key].shape), layer, self.options)
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
+        if self.states:
+            arch = Arch.detect(base)
+            wanted = {f"blocks.{i}.att.time_state": (arch.n_head, arch.head_size, arch.head_size) for i in range(arch.n_layer)}
+            found = {name: tuple(self.whole[name].shape) for name in self.states}
+            if found != wanted:
+                raise UserError(f"the initial state is of {len(found)} layers, {found[self.states[0]]} each; this base has {arch.describe()}")
         for key, tensor in self.whole.items():
             if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
                 raise UserError(f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base")
@@ -190,6 +203,8 @@ def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> MergeReport:
     """Merge an adapter file into a base file and write `out`, with exactly the base's keys, shapes and order.
 
+    An initial state, which is no change of anything in the base, comes after them as `blocks.N.att.time_state`.
+
     dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that would lose more than
     5 % of the update, then fp16, and fp32 if that is not enough. Refused with a UserError before anything is written: a file that
     is no adapter, another base than the adapter's, a second merge of the same adapter (both allowed by `force`), and shapes that
@@ -221,8 +236,8 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
     require_writable(out, sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values()))
     write_checkpoint(out, _ahead(merger.items(tensors, chosen)), record)
     dtypes = sorted({str(chosen or tensors[key].dtype).removeprefix("torch.") for key in merger.changed(tensors)} or {"no tensor of the base"})
-    return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), record["train_parts"], ", ".join(dtypes), merger.rounding,
-                       time.perf_counter() - started, os.path.getsize(out))
+    return MergeReport(os.fspath(out), len(merger.linears), len(merger.whole), record["train_parts"], len(merger.states), ", ".join(dtypes),
+                       merger.rounding, time.perf_counter() - started, os.path.getsize(out))
 
 
 def _choose_dtype(tensors: dict[str, Tensor], changes: dict[str, Tensor], metadata: dict[str, Any]) -> torch.dtype | None:

@@ -1,15 +1,21 @@
-"""Parts of an RWKV model that are trained as whole tensors beside an adapter: emb, head, ln and time.
+"""Parts of an RWKV model that are trained as whole tensors beside an adapter: emb, head, ln, time and state.
 
 `time` is what RWKV-6 calls time_*: the token-shift mixes, the decay and the bonus of the current token, of time mix and channel mix, the
 low-rank maps of mixes and decay included. RWKV-7 has x_* in their place, w0 w1 w2 for the decay and r_k for the bonus, and the rest of what
 shapes its recurrence: the in-context learning rate a0 a1 a2 with k_k and k_a, and the value residual v0 v1 v2. Its g1 and g2 are not among
 them, because the gate of RWKV-6 is a linear. Block 0 never reads its v0 v1 v2, so they are in no part.
+
+`state` is the WKV state that every document starts from, `blocks.N.att.time_state` (H, N, N), [value, key] for both versions, as released
+state files have it. A layer that takes one has a slot of that name, which is None until the state is trained or read from a file.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+import torch
+from torch import nn
 
 from .errors import UserError
 
@@ -18,6 +24,7 @@ PARTS = {
     "head": r"head\.weight",
     "ln": r"(.+\.)?ln(\d|_x|_out)\.(weight|bias)",
     "time": r"blocks\.\d+\.(att|ffn)\.(time_(maa|decay|faaaa).*|x_[rwkvag]|[wa][012]|k_k|k_a|r_k)|blocks\.(?!0\.)\d+\.att\.v[012]",
+    "state": r"blocks\.\d+\.att\.time_state",
 }
 
 
@@ -38,3 +45,25 @@ def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
         if not any(map(pattern.fullmatch, names)):
             raise UserError(f"part {part!r} matches no tensor of this model; parts belong to RWKV-6 and RWKV-7")
     return [name for name in names if any(pattern.fullmatch(name) for pattern in patterns.values())]
+
+
+def train_whole(model: nn.Module, name: str) -> None:
+    """Replace a parameter by a trainable one in fp32, or float64 where it has that."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    p = getattr(owner, leaf)
+    setattr(owner, leaf, nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32))))
+
+
+def state_names(model: nn.Module) -> list[str]:
+    """The names of the initial states that a model's layers take, whether they have one yet or not."""
+    return [f"{name}.time_state" for name, module in model.named_modules() if hasattr(module, "time_state")]
+
+
+def add_states(model: nn.Module) -> None:
+    """Give every layer that takes an initial state and has none a frozen one of zeros, fp32, which changes nothing."""
+    for name in state_names(model):
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if layer.time_state is None:
+            size = model.arch.n_head, model.arch.head_size, model.arch.head_size
+            layer.time_state = nn.Parameter(torch.zeros(size, device=next(layer.parameters()).device), requires_grad=False)

@@ -37,7 +37,12 @@ class Config:
     """The settings of a training run."""
 
     load_model: str = opt("", "base .pth; empty: a new model of the sizes given by --version, --n_layer, --n_embd")
-    data_file: str = opt("", 'JSONL, one {"text": ...} or {"messages": [...]} a line')
+    data_file: str = opt("", "JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or OWNER/NAME of a Hugging Face data set; "
+                             "several, with how often a pass sees them: a.jsonl:2,b.csv:0.5")
+    sft_field: str = opt("", "columns to use where their names do not tell: text or messages; question,answer; instruction,input,output")
+    sft_split: str = opt("train", "split of a Hugging Face data set, or of a folder whose files are named for splits")
+    on_bad_row: str = opt("stop", "stop: a row that cannot be used is an error with its place; skip: it is left out and counted",
+                          choices=("stop", "skip"))
     proj_dir: str = opt("out", "folder of the run: adapter.pth, metrics.jsonl, config.yaml, checkpoints/")
     tokenizer: str = opt("auto", "auto, world, bytes, utf16, or a tokenizer.json or vocabulary file in World format")
     eod: str = opt("", "text of the end-of-document token, where a tokenizer file does not tell")
@@ -50,8 +55,9 @@ class Config:
 
     peft: str = opt("miss", "adapter method, or none for full training")
     peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
-    train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm) and time (mixes, "
-                               "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k), as in ln,time; empty: none")
+    train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
+                               "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and state (the state that "
+                               "documents start from, as --peft state trains it alone), as in ln,time; empty: none")
     preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)",
                       choices=("", "paper-table7", "paper-table8"))
 
@@ -76,7 +82,8 @@ class Config:
     epoch_count: int = opt(1, "epochs")
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
-    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, full 1e-5, new model 6e-4)")
+    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)")
+    state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
                            choices=("cos", "constant", "wsd"))
@@ -91,8 +98,8 @@ class Config:
 
     precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
                          choices=("auto", "fp32", "bf16", "fp16"))
-    strategy: str = opt("auto", "auto, ddp, or deepspeed_stage_1, _2, _3 (3 shares out the base, too), each with _offload after it to keep the "
-                                "optimizer, and under 3 the parameters, in the CPU's memory",
+    strategy: str = opt("auto", "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3 the "
+                                "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
                         choices=("auto", "ddp", *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload"))))
     accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"))
     devices: int = opt(1, "GPUs, or processes on a CPU")
@@ -129,26 +136,41 @@ FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME" or "default"."""
-    parser = Parser(prog="python train.py", description="Fine-tune RWKV-6 and RWKV-7 checkpoints.", argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML with any of these settings; an earlier run's config.yaml is one")
+    config, origins = settle(read_flags(flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), argv))
+    validate(config)
+    return config, origins
+
+
+def flag_parser(prog: str, description: str) -> Parser:
+    """A parser with a flag for every setting, to which a program may add its own."""
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings; an earlier run's config.yaml is one")
     for field in FIELDS.values():
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
         help = (field.metadata["help"] + default).replace("%", "%%")
         parser.add_argument(*names, dest=field.name, metavar=_kind(field.name).__name__, help=help)
+    return parser
+
+
+def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """What a command line gives, by name, with older spellings translated and the user told."""
     argv, notes = legacy.translate(argv)
     for note in notes if is_first_process() else ():
         print("note:", note)
-    given = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """parse() of flags that are read already, `config` among them, without validate()."""
+    file = given.get("config")
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
-    if given["config"]:
-        layers.append((given["config"], read_yaml(given["config"])))
+    if file:
+        layers.append((file, read_yaml(file)))
     values, origins = _merge(layers)
     if values.get("preset"):
         values, origins = _merge([*layers, (f"preset {values['preset']}", _preset_values(values))])
-    config = Config(**values)
-    validate(config)
-    return config, {name: origins.get(name, "default") for name in FIELDS}
+    return Config(**values), {name: origins.get(name, "default") for name in FIELDS}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -262,27 +284,24 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
 
 def validate(config: Config) -> None:
     """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
-    for name in ("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes", "save_total_limit"):
+    for name in ("micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes", "save_total_limit"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "rollback_steps", "chunk_ctx", "truncate_ctx", "spike_sigmas", "lr_init", "weight_decay", "grad_clip",
+                 "save_steps", "rollback_steps", "chunk_ctx", "truncate_ctx", "spike_sigmas", "lr_init", "state_lr", "weight_decay", "grad_clip",
                  "random_seed", "adam_eps", "eval_split", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
-    if not config.data_file:
-        raise UserError("--data_file is missing: the JSONL to train on")
+    check_data(config)
     if not config.load_model and config.peft != "none":
         raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):
         raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
     if config.init_only and config.load_model:
         raise UserError(f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them")
-    if not config.loss_mask.partition("...")[0]:
-        raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
     if config.eval_split >= 1:
@@ -299,6 +318,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if split_parts(config.train_parts) and config.peft == "none":
         raise UserError(f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it")
+    if config.state_lr and "state" not in split_parts(config.train_parts):
+        raise UserError(f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init")
     if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
         each = config.micro_bsz * config.devices * config.num_nodes
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")
@@ -318,11 +339,28 @@ def validate(config: Config) -> None:
         raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
 
 
+def check_data(config: Config) -> None:
+    """The rules about the data alone."""
+    if config.ctx_len < 1:
+        raise UserError(f"--ctx_len {config.ctx_len}: must be at least 1")
+    if not config.data_file:
+        raise UserError("--data_file is missing: the data to train on")
+    if not config.loss_mask.partition("...")[0]:
+        raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
+
+
 def accumulation(config: Config) -> int:
     """Forward passes of one device in one optimizer step."""
     if config.global_bsz:
         return config.global_bsz // (config.micro_bsz * config.devices * config.num_nodes)
     return config.accumulate_grad_batches
+
+
+def state_learning_rate(config: Config) -> float | None:
+    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at lr_init."""
+    if "state" not in split_parts(config.train_parts):
+        return None
+    return config.state_lr or METHODS["state"].default_lr
 
 
 def check_sizes(config: Config, arch: Arch) -> None:

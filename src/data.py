@@ -17,6 +17,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 
+from .formats import BY_NAME, Reading, Report, sample, sources
 from .template import DEFAULT, Template, trains_by_marker
 from .tokenise import Encoder, Tokens, tokenise
 
@@ -108,33 +109,40 @@ class Documents:
 
 
 def load_documents(
-    path: str, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", cache: str = "none"
+    data_file, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", cache: str = "none",
+    reading: Reading = BY_NAME, report: Report | None = None, seed: int = 0,
 ) -> Documents:
-    """A data file as documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets. `cache` is that of tokenise().
+    """What --data_file names as documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets. `cache` is that of tokenise();
+    `seed` decides which rows of a source with a weight are seen.
 
     A longer conversation is cut; a longer text becomes several documents, each beginning with the last token of the one before, so that
     every token is a target once. Raises UserError for what cannot be read, for no rows at all, and where nothing is trained.
     """
-    tokens = tokenise(path, Encoder(tokenizer, template, loss_mask), cache)
-    documents = fit(tokens, ctx_len)
+    report, encoder = report or Report(), Encoder(tokenizer, template, loss_mask)
+    found = sources(str(data_file), reading, report.notes)
+    files = [tokenise(source, encoder, report, reading, cache) for source in found]
+    documents = fit(files, [sample(len(tokens.ends), source.weight, seed, i) for i, (tokens, source) in enumerate(zip(files, found))], ctx_len)
     if not documents.targets:
-        raise UserError(f"{path}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
-    if trains_by_marker(loss_mask) and int(tokens.trained.sum()) == len(tokens.ends) * len(tokenizer.eod):
-        raise UserError(f"{path}: no row has anything after the marker {loss_mask!r}; --loss_mask takes assistant, all, or a text in the rows")
+        raise UserError(f"{data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
+    if trains_by_marker(loss_mask) and all(int(tokens.trained.sum()) == len(tokens.ends) * len(tokenizer.eod) for tokens in files):
+        raise UserError(f"{data_file}: no row has anything after the marker {loss_mask!r}; --loss_mask takes assistant, all, or a text in the rows")
     return documents
 
 
-def fit(tokens: Tokens, ctx_len: int) -> Documents:
-    """Documents of at most ctx_len + 1 tokens."""
-    starts = np.concatenate([[0], tokens.ends[:-1]])
-    lengths = tokens.ends - starts
+def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Documents:
+    """Documents of at most ctx_len + 1 tokens, from the chosen documents of each file."""
+    file = np.repeat(np.arange(len(files)), [len(documents) for documents in chosen])
+    ends = np.concatenate([tokens.ends[documents] for tokens, documents in zip(files, chosen)])
+    starts = np.concatenate([np.concatenate([[0], tokens.ends[:-1]])[documents] for tokens, documents in zip(files, chosen)])
+    texts = np.concatenate([tokens.texts[documents] for tokens, documents in zip(files, chosen)])
+    lengths = ends - starts
     excess = np.maximum(lengths - (ctx_len + 1), 0)
-    cut = (excess > 0) & ~tokens.texts
-    windows = np.where(tokens.texts, np.maximum(-(-(lengths - 1) // ctx_len), 1), 1)
+    cut = (excess > 0) & ~texts
+    windows = np.where(texts, np.maximum(-(-(lengths - 1) // ctx_len), 1), 1)
     of = np.repeat(np.arange(len(lengths)), windows)
     begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
-    stops = np.minimum(begins + ctx_len + 1, tokens.ends[of])
-    rows = Rows([tokens], np.zeros(len(of), dtype=np.int64), begins, stops)
+    stops = np.minimum(begins + ctx_len + 1, ends[of])
+    rows = Rows(files, file[of], begins, stops)
     return Documents(rows, int(cut.sum()), int(excess[cut].sum()), int((windows > 1).sum()))
 
 

@@ -22,8 +22,6 @@ def read_questions(path, template: Template = DEFAULT) -> list[tuple[list[str], 
         *before, answer = row["messages"]
         pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
         questions.append((pieces, answer["content"].strip()))
-    if not questions:
-        raise UserError(f"{path} holds no rows; expected one JSON object per line")
     return questions
 
 

@@ -62,7 +62,7 @@ LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_loa
 # and what RWKV-LM and RWKV-PEFT have about stages and epochs
 STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
 
-NAMES = {"train_type", *DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, "emb"}
+NAMES = {"train_type", *DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, "emb", "state_tune"}
 CHUNK = 512  # RWKV-PEFT's chunk_ctx
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
@@ -93,7 +93,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """The old flags with their values ("" for a flag that stands alone), and the other words as they are.
 
-    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces.
+    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces; --sft_field was
+    followed by one word for each column.
     """
     old: dict[str, str] = {}
     kept: list[str] = []
@@ -101,7 +102,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
-        options = name in ("peft_config", "train_parts") or name in METHOD_CONFIGS
+        options = name in ("peft_config", "train_parts", "sft_field") or name in METHOD_CONFIGS
         if not token.startswith("--") or not options and name not in NAMES:
             kept.append(token)
             continue
@@ -111,7 +112,7 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
         if name in NAMES:
             old[name] = " ".join(words)
         else:
-            kept.append(f"--{name}={' '.join(words)}")
+            kept.append(f"--{name}={(',' if name == 'sft_field' else ' ').join(words)}")
     return old, kept
 
 
@@ -164,6 +165,12 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
                              "--train_parts time,ln does")
     if "emb" in old:
         beside.append("emb")
+    if "state_tune" in old or old.get("train_type") == "state":
+        # beside a method it is a part, alone it is the method
+        if method in (None, "none", "state"):
+            new += ["--peft", "state"]
+        else:
+            beside.append("state")
     given = _value(kept, "train_parts") or ""
     if given == "none" or beside:
         new += ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
@@ -173,8 +180,8 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
 def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; without it that project reads no chunk_ctx."""
     kind, chunk = old.get("train_type", "infctx"), _value(kept, "chunk_ctx")
-    if kind not in ("none", "infctx", ""):
-        raise UserError(f"--train_type {kind}: state training is not supported yet; drop the flag for ordinary training")
+    if kind not in ("none", "infctx", "state", ""):
+        raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
         return ["--chunk_ctx", str(CHUNK)] if "train_type" in old and chunk is None else []
     if chunk is None:

@@ -28,7 +28,7 @@ class LayerState(NamedTuple):
     """What a layer carries from one token to the next."""
 
     att_x: Tensor  # (B, C), the last input of the time mix, after ln1
-    wkv: Tensor    # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]
+    wkv: Tensor | None  # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]; None before the first token: what documents start from
     ffn_x: Tensor  # (B, C), the last input of the channel mix, after ln2
 
 
@@ -97,8 +97,11 @@ class RWKV(nn.Module):
         check_finite(tensors)
         for name, parameter in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
+            wanted = dtype or tensors[name].dtype
+            if leaf == "time_state":  # states are fp32 everywhere
+                wanted = torch.promote_types(wanted, torch.float32)
             # one shape inside, whatever the file's; a view, not a copy
-            tensor = tensors[name].reshape(parameter.shape).to(device=device, dtype=dtype or tensors[name].dtype)
+            tensor = tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted)
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
         model.base_name = os.path.basename(path)
         model.base_fingerprint = fingerprint(tensors)
@@ -127,17 +130,9 @@ class RWKV(nn.Module):
         return next(self.blocks[0].att.output.parameters())
 
     def initial_state(self, batch: int) -> State:
-        """Zeros: the state before the first token of `batch` sequences."""
-        arch, like = self.arch, self._linear_weight()
-        wkv = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return [
-            LayerState(
-                like.new_zeros(batch, arch.n_embd),
-                like.new_zeros(batch, arch.n_head, arch.head_size, arch.head_size, dtype=wkv),
-                like.new_zeros(batch, arch.n_embd),
-            )
-            for _ in range(arch.n_layer)
-        ]
+        """The state before the first token of `batch` sequences: zeros, and no WKV state, for which each layer has its own beginning."""
+        zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd)
+        return [LayerState(zeros, None, zeros)] * self.arch.n_layer
 
     def features(self, ids: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
@@ -174,18 +169,21 @@ def read_model_file(path) -> dict[str, Tensor]:
     return tensors
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float, state_lr: float | None = None) -> list[dict]:
     """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 
-    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate. Weight decay acts on matrices named `.weight`
-    and on the adapter's matrices, where it pulls towards the base; vectors and the low-rank maps of the model have none.
+    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given. Weight
+    decay acts on matrices named `.weight` and on the adapter's matrices, where it pulls towards the base; vectors, initial states and the
+    low-rank maps of the model have none.
     """
     groups: dict[tuple[float, float], list] = {}
     adapter = {id(t) for layer in adapted_linears(model).values() for t in layer.own_tensors().values()}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        scale = 2.0 if name.endswith(("att.w0", "att.time_decay")) else 1.0
+        rate = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr
+        if state_lr is not None and name.endswith("att.time_state"):
+            rate = state_lr
         decays = p.squeeze().dim() >= 2 and (name.endswith(".weight") or id(p) in adapter)
-        groups.setdefault((lr * scale, weight_decay if decays else 0.0), []).append(p)
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

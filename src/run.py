@@ -24,6 +24,7 @@ from .config import Config, accumulation
 from .data import Document, Documents, Schedule, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
 from .files import is_first_process, read_lines, write_bytes, write_text
+from .formats import Reading, Report
 from .held_out import hold_out
 from .history import BEST, VALIDATION, is_over, loss_text
 from .infctx import Chunks, state_bytes
@@ -51,9 +52,11 @@ def main(config: Config, origins: dict[str, str]) -> None:
     resume_from, before = find_checkpoint(config)
     if before:
         keep_rows_per_step(config, before)
+    reading = Reading.of(config)
+    found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
 
     def load(path: str) -> Documents:
-        return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache)
+        return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache, reading, found, config.random_seed)
 
     documents, held_out = hold_out(config, load)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
@@ -73,12 +76,14 @@ def main(config: Config, origins: dict[str, str]) -> None:
     plan = [
         f"base       {config.load_model or 'new model'}: {arch.describe()}",
         f"adapter    {describe_training(config, model)}",
+        *found.lines(),
         *describe_data(config, documents, schedule),
         *describe_chunks(training.chunks_of(config), max(schedule.lengths), state_bytes(arch, config.micro_bsz, model.head.weight.itemsize)),
         *describe_held_out(config, held_out),
         f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
         f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
-        f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}",
+        f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
+        + (f", initial state {state_lr:g}" if (state_lr := configuration.state_learning_rate(config)) else ""),
         f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}",
         f"kernel     wkv {kernel}: {kernel_reason}",
         f"template   {template.name}, loss on {describe_mask(config.loss_mask)}",

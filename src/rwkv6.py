@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv6
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, initial_state, token_shift, vector
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
@@ -35,6 +35,7 @@ class TimeMix(nn.Module):
         self.gate = nn.Linear(width, inner, bias=False)
         self.output = nn.Linear(inner, width, bias=False)
         self.ln_x = GroupNorm(arch.n_head, inner, eps=GROUP_NORM_EPS)
+        self.time_state = initial_state(arch)
         self._init_weights(arch)
 
     @torch.no_grad()
@@ -58,7 +59,11 @@ class TimeMix(nn.Module):
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
-    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor, reset: Tensor | None):
+    def start(self) -> Tensor | None:
+        """The state [key, value] that documents start from; files have it as [value, key]. None is zero."""
+        return None if self.time_state is None else self.time_state.mT
+
+    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
         B, T, _ = z.shape
         d, p = token_shift(z, last, reset), Cast(self, z.dtype)
@@ -70,7 +75,7 @@ class TimeMix(nn.Module):
         w = p.time_decay + torch.tanh(x["w"] @ p.time_decay_w1) @ p.time_decay_w2
 
         r, k, v, w = (t.view(B, T, self.heads, -1) for t in (r, k, v, w))
-        y, wkv = wkv6(r, k, v, w, p.time_faaaa, wkv, reset, kernel=self.kernel)
+        y, wkv = wkv6(r, k, v, w, p.time_faaaa, wkv, reset, self.kernel, self.start())
         y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
         return self.output(y * g), v_first, z[:, -1], wkv
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv7
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, initial_state, token_shift, vector
 
 
 class TimeMix(nn.Module):
@@ -38,6 +38,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         self.ln_x = GroupNorm(arch.n_head, width, eps=GROUP_NORM_EPS)
+        self.time_state = initial_state(arch)
         self._init_weights(arch)
 
     @torch.no_grad()
@@ -69,7 +70,11 @@ class TimeMix(nn.Module):
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
-    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor, reset: Tensor | None):
+    def start(self) -> Tensor | None:
+        """The state [value, key] that documents start from, as files have it; None is zero."""
+        return self.time_state
+
+    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
         B, T, C = z.shape
         d, p = token_shift(z, last, reset), Cast(self, z.dtype)
@@ -88,7 +93,7 @@ class TimeMix(nn.Module):
         k = k * (1 + (a - 1) * p.k_a)
 
         r, w, k, v, a = (x.view(B, T, self.heads, -1) for x in (r, w, k, v, a))
-        y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, reset, kernel=self.kernel)
+        y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, reset, self.kernel, self.start())
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, self.heads, -1)
         y = y + (r * k * p.r_k).sum(-1, keepdim=True) * v
         return self.output(y.view(B, T, C) * g), v_first, z[:, -1], wkv

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_miss.checkpoint import Arch
+
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
 
@@ -19,6 +21,11 @@ def token_shift(z: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
 def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
     """A per-channel parameter in the checkpoint's shape (1, 1, width)."""
     return nn.Parameter(torch.empty(1, 1, width), requires_grad=requires_grad)
+
+
+def initial_state(arch: Arch) -> nn.Parameter | None:
+    """The slot of the state (H, N, N) that a layer's documents start from: zeros where the file has one, None where it has not."""
+    return nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size)) if arch.initial_state else None
 
 
 def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:

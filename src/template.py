@@ -104,7 +104,7 @@ class RwkvTemplate:
         return TURN_END.join([*turns, f"{ROLES['assistant']}:{self.opening}"] if ask else turns)
 
     def _answer(self, message: dict) -> str:
-        thoughts, content = _thoughts(message)
+        thoughts, content = thoughts_of(message)
         if self.opening and content.startswith("<think>"):
             raise UserError(f"an answer opens <think> and never closes it: {content[:60]!r}")
         content = "\n".join(filter(None, [content, *map(_call, message.get("tool_calls") or ())]))
@@ -127,7 +127,7 @@ def clean(text: str) -> str:
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
-def _thoughts(message: dict) -> tuple[str, str]:
+def thoughts_of(message: dict) -> tuple[str, str]:
     """(thoughts, content) of an assistant's message, stripped."""
     content = (message.get("content") or "").strip()
     thoughts = (message.get("reasoning_content") or message.get("reasoning") or "").strip()

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -27,7 +28,7 @@ import numpy as np
 
 from rwkv_miss.errors import UserError
 
-from .formats import read_rows
+from .formats import BY_NAME, Found, Reading, Report, Source, read_source
 from .ops.build import locked, say
 from .template import DEFAULT, Segment, Template, marked_spans, row_segments, trains_by_marker
 from .tokenizer import Tokenizer
@@ -62,9 +63,16 @@ class Encoder:
         template or the tokenizer cannot express."""
         if "ids" in row:
             ids = np.asarray(row["ids"], dtype=np.int32)
+            if ids.max(initial=0) >= self.tokenizer.vocab_size:
+                raise UserError(f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size is "
+                                f"{self.tokenizer.vocab_size}")
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
             return self._ended(ids, trained)
         return self.encode_segments(row_segments(row, self.template, self.loss_mask))
+
+    def is_text(self, row: dict) -> bool:
+        """Whether the row is running text, of which any part makes sense by itself, and not a conversation."""
+        return ("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask)
 
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """encode() of pieces that are tokenised one by one."""
@@ -93,57 +101,55 @@ class Encoder:
             trained |= (begins >= begin) & (begins < end)
         return trained
 
-    def encode_all(self, rows: list[tuple[str, dict]]) -> Tokens:
-        """Tokens of rows (where, row). Raises UserError that begins with the row's place."""
-        encoded, texts = [], []
+    def encode_all(self, rows: list[tuple[str, dict]]) -> tuple[Tokens, list[tuple[str, str]]]:
+        """(tokens, bad rows) of rows (where, row); a bad row is (where, reason)."""
+        encoded, texts, bad = [], [], []
         for where, row in rows:
             try:
                 encoded.append(self.encode(row))
             except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            texts.append(("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask))
+                bad.append((where, str(error)))
+            else:
+                texts.append(self.is_text(row))
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
-        return Tokens(np.concatenate([ids for ids, _ in encoded]), np.concatenate([trained for _, trained in encoded]), ends, np.array(texts))
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
+        trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
+        return Tokens(ids, trained, ends, np.array(texts, dtype=bool)), bad
 
 
-def tokenise(path: str, encoder: Encoder, cache: str = "none") -> Tokens:
-    """The documents of a data file, from the cache folder where they are in it ("none": never; "auto": in the user's own cache folder).
+def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none") -> Tokens:
+    """The documents of a source, from the cache folder where they are in it ("none": never; "auto": in the user's own cache folder).
 
-    Raises UserError for a row that cannot be read or expressed, and for a file without rows.
+    What was found goes to the report, and a row that cannot be read or expressed. Raises UserError for a source without rows.
     """
-    size = sum(os.path.getsize(file) for file in data_files(path))
-    chunks = functools.partial(_encoded, path, encoder, size)
+    size = sum(os.path.getsize(file) for file in source.files)
+    chunks = functools.partial(_encoded, source, encoder, report, reading, size)
     if cache == "none" or size < SMALL:
         return _joined(list(chunks()))
     folder = cache_folder(cache)
-    entry = folder / fingerprint(path, encoder)
-    if (found := _open(entry)) is not None:
+    entry = folder / fingerprint(source, encoder, reading, report.on_bad_row)
+    if (found := _open(entry, source, report)) is not None:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock", "the tokens") if os.name == "posix" else contextlib.nullcontext():
-            if (found := _open(entry)) is not None:
+            if (found := _open(entry, source, report)) is not None:
                 return found
             _remove_old(folder)
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=folder, prefix=".", ignore_cleanup_errors=True) as work:
                 whole = pathlib.Path(work, "whole")
                 _write(chunks(), whole)
+                (whole / "found.json").write_text(json.dumps(report.files[source.path].to_json()))
                 shutil.rmtree(entry, ignore_errors=True)  # one that could not be opened
                 os.rename(whole, entry)
-            found = _open(entry)
+            found = _open(entry, source, report)
     except OSError as error:
         raise UserError(f"the cache for tokens, {folder}, cannot be used ({error}); give --data_cache another folder, or none") from None
     size = sum(file.stat().st_size for file in entry.iterdir())
-    say(f"tokenised {path} in {time.perf_counter() - begun:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")
+    seconds = time.perf_counter() - begun
+    say(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")
     return found
-
-
-def data_files(path: str) -> list[str]:
-    """The files whose bytes the data consists of."""
-    if os.path.isdir(path):
-        return sorted(str(file) for file in pathlib.Path(path).rglob("*") if file.is_file())
-    return [path] if os.path.exists(path) else []
 
 
 def cache_folder(cache: str) -> pathlib.Path:
@@ -152,15 +158,16 @@ def cache_folder(cache: str) -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rwkv-miss" / "data"
 
 
-def fingerprint(path: str, encoder: Encoder) -> str:
+def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
     """A hash of everything that decides the tokens."""
     here = pathlib.Path(__file__).parent
     code = [*(here / f"{name}.py" for name in ("tokenise", "template", "jinja_template", "tokenizer")), *sorted((here / "formats").glob("*.py"))]
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
     versions = [(name, _version(name)) for name in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2")]
-    described = (os.path.splitext(path)[1], versions, encoder.tokenizer.name, encoder.tokenizer.eod, encoder.template.record, encoder.loss_mask)
+    described = (source.format, reading, on_bad_row, versions, encoder.tokenizer.name, encoder.tokenizer.eod, encoder.template.record,
+                 encoder.loss_mask)
     digest = hashlib.sha256(repr(described).encode())
-    for file in (*code, *tokenizer, *data_files(path)):
+    for file in (*code, *tokenizer, *source.files):
         with open(file, "rb") as content:
             digest.update(f"{os.path.basename(file)} {os.path.getsize(file)} ".encode())
             while block := content.read(1 << 20):
@@ -174,19 +181,24 @@ def _version(package: str) -> str:
     return ""
 
 
-def _encoded(path: str, encoder: Encoder, size: int) -> Iterator[Tokens]:
-    """The tokens of the file's rows, a chunk of rows at a time."""
-    rows = iter(read_rows(path))
+def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading, size: int) -> Iterator[Tokens]:
+    """The tokens of a source's rows, a chunk of rows at a time."""
+    rows = read_source(source, report, reading, encoder.tokenizer.eod)
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    first = next(chunks, None)
-    if first is None:
-        raise UserError(f"{path} holds no rows; expected one JSON object per line")
+    first = next(chunks)  # without a row read_source() raises
     chunks = itertools.chain([first], chunks)
     processes = min(os.cpu_count() or 1, 16) if size >= LARGE and "ids" not in first[0][1] else 1
-    return map(encoder.encode_all, chunks) if processes == 1 else in_parallel(chunks, encoder, processes)
+    documents = 0
+    for tokens, bad in map(encoder.encode_all, chunks) if processes == 1 else in_parallel(chunks, encoder, processes):
+        for where, reason in bad:
+            report.refuse(source.path, where, reason)
+        documents += len(tokens.ends)
+        yield tokens
+    if not documents:
+        raise UserError(f"{source.path}: no row can be used, such as {report.files[source.path].reasons[0]}")
 
 
-def in_parallel(chunks: Iterable[list], encoder: Encoder, processes: int) -> Iterator[Tokens]:
+def in_parallel(chunks: Iterable[list], encoder: Encoder, processes: int) -> Iterator[tuple[Tokens, list]]:
     """encode_all() of each chunk in order, in processes that begin afresh; few chunks are ahead of what is asked for."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (encoder,)) as pool:
@@ -210,7 +222,7 @@ def _begin(encoder: Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
 
 
-def _encode(rows: list[tuple[str, dict]]) -> Tokens:
+def _encode(rows: list[tuple[str, dict]]) -> tuple[Tokens, list]:
     return _encoder.encode_all(rows)
 
 
@@ -235,8 +247,9 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
     np.concatenate(texts).tofile(folder / "texts")
 
 
-def _open(entry: pathlib.Path) -> Tokens | None:
-    """The arrays of a cache entry, mapped into memory; None where it is absent, or not whole because the machine went down."""
+def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
+    """The arrays of a cache entry, mapped into memory, and what reading found, for the report; None where the entry is absent, or not
+    whole because the machine went down."""
     try:
         kinds = {"ids": np.int32, "trained": np.bool_, "ends": np.int64, "texts": np.bool_}
         found = Tokens(**{name: np.memmap(entry / name, kind, "r") for name, kind in kinds.items()})
@@ -244,6 +257,7 @@ def _open(entry: pathlib.Path) -> Tokens | None:
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # when it was last used
+        report.files[source.path] = Found.from_json(json.loads((entry / "found.json").read_text()))
         return found
     except (OSError, ValueError):
         return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.errors import UserError
 
-from .config import Config, accumulation
+from .config import Config, accumulation, state_learning_rate
 from .data import Batches, Documents, Schedule, pack
 from .device import DTYPES
 from .infctx import Chunks, rows_loss
@@ -62,7 +62,8 @@ class FineTuning(pl.LightningModule):
         self.model, self.config, self.lr = model, config, lr
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
-        self.groups = parameter_groups(model, lr, config.weight_decay)  # now, while every parameter has its shape: ZeRO-3 takes it away
+        # now, while every parameter has its shape: ZeRO-3 takes it away
+        self.groups = parameter_groups(model, lr, config.weight_decay, state_learning_rate(config))
         self.lr_factor = learning_rate_factor(config, total_steps, lr)
         self.chunks = chunks_of(config)
         self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes

@@ -248,7 +248,7 @@ def test_merge_settings(refused, values, words):
 def test_data(refused, folder, tmp_path):
     path = tmp_path / "rows.jsonl"
     assert "absent.jsonl can't be read: No such file" in refused("train", data_file=tmp_path / "absent.jsonl")
-    for content, words in (("", "holds no rows; expected one JSON object per line"), ("\n{]\n", "line 2: not valid JSON ("),
+    for content, words in (("", "holds no rows"), ("\n{]\n", "line 2: not valid JSON ("),
                            ('{"text": "a"}\n{"text": 5}\n', "line 2: text must be")):
         path.write_text(content)
         assert f"{path}" in (message := refused("train", data_file=path)) and words in message
@@ -258,6 +258,15 @@ def test_data(refused, folder, tmp_path):
 def test_a_message_of_many_lines_is_one_line(refused, tmp_path):
     (tmp_path / "run.yaml").write_text("a: [\n")
     assert "run.yaml is not valid YAML: while parsing a flow node" in refused("train", config=tmp_path / "run.yaml")
+
+
+def test_a_reader_that_has_gone_ends_the_program_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_questions(refused, folder, tmp_path):
@@ -340,7 +349,7 @@ def test_a_disk_that_fills_up_during_training(folder, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "adapter.pth was not written: File too large" in done.stderr
     # rows longer than ctx_len are no mistake, but their number is told
-    assert re.search(r"warning +5 of 5 rows are longer than --ctx_len 20 and are cut; \d+ tokens are lost", done.stdout)
+    assert re.search(r"warning +5 of 5 documents are longer than --ctx_len 20 and are cut; \d+ tokens are lost", done.stdout)
     adapter, checkpoints = tmp_path / "run" / "adapter.pth", tmp_path / "run" / "checkpoints"
     assert rwkv_miss.read_metadata(adapter)["step"] == 1 and os.listdir(checkpoints) == ["step-00000001.pth"]
     before = contents(checkpoints)

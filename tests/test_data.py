@@ -160,7 +160,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ('{"txt": "a"}', "got keys ['txt']"), ('{"text": "a", "messages": []}', "got keys ['messages', 'text']"),
     ('{"text": ""}', "text must be a non-empty string, got ''"), ('{"text": null}', "got None"), ('{"text": ["a"]}', "got ['a']"),
     ('{"messages": []}', "messages must be a non-empty list"), ('{"messages": "a"}', "non-empty list"), ('{"messages": ["a"]}', "got 'a'"),
-    ('{"messages": [{"role": "bot", "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"role": "user"}]}', "content"),
+    ('{"messages": [{"role": "narrator", "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"role": "user"}]}', "content"),
     ('{"messages": [{"role": ["user"], "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"content": "a"}]}', "role"),
     ('{"messages": [{"role": "assistant", "content": 5}]}', "'content': 5"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "the last message is from user"),
@@ -174,13 +174,12 @@ def test_a_broken_row_is_named_with_file_and_line(load, line, words):
 
 def test_files_without_rows_and_rows_without_targets(load, tmp_path):
     for rows in ([], ["", "  "]):
-        with pytest.raises(UserError, match="rows.jsonl holds no rows; expected one JSON object per line"):
+        with pytest.raises(UserError, match="rows.jsonl .JSONL. holds no rows"):
             load(rows)
     with pytest.raises(UserError, match="no token is trained; every answer is cut off at --ctx_len 5, raise it"):
         load([{"messages": [user("long"), assistant("b")]}], ctx_len=5)
-    for path, words in ((tmp_path / "absent", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=f"can't be read: {words}"):
-            load_documents(path, None, 1)
+    with pytest.raises(UserError, match="can't be read: No such file"):
+        load_documents(tmp_path / "absent", None, 1)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(load):

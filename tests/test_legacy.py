@@ -114,7 +114,7 @@ def test_infctx(capsys):
     assert "ignored" not in capsys.readouterr().out
     assert read("--train_type", "none", "--chunk_ctx", "64") == read("--train_type=") == read()
     assert "--chunk_ctx 64 is ignored: --train_type none" in capsys.readouterr().out
-    assert "--train_type state: state training is not supported" in mistake("--train_type", "state")
+    assert "--train_type prefix: expected none, infctx or state" in mistake("--train_type", "prefix")
     assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake("--train_type", "infctx", "--ctx_len", "512")
 
 
@@ -151,7 +151,23 @@ def test_parts_beside_the_adapter_in_three_spellings(capsys):
     assert split_parts(read("--emb", "--train_parts", "ln time").train_parts) == ["emb", "ln", "time"]
 
 
+@pytest.mark.parametrize("flag", [["--train_type", "state"], ["--state_tune"]])
+def test_state_tuning_alone_and_beside_an_adapter(flag):
+    for method in ([], ["--peft", "none"], ["--peft", "state"]):
+        assert (values := read(*flag, *method)).peft == "state" and not values.train_parts
+    values = read("--peft", "bone", "--bone_config", '{"bone_r":8}', *flag)
+    assert (values.peft, values.train_parts) == ("miss", "state")
+    values = read("--lora", *flag)
+    assert (values.peft, values.train_parts) == ("lora", "ln,time,state")
+
+
 @pytest.mark.parametrize("adapter", ["--lora_checkpoint", "--peft_checkpoint"])
 def test_the_merge_scripts(adapter):
     args = parse_merge(["merge", "--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
     assert (args.base, args.adapter, args.out) == ("base.pth", "rwkv-0.pth", "merged.pth")
+
+
+def test_columns_of_data_sets():
+    values = read("--sft_field", "query", "response", "--sft_split", "test")
+    assert values == read("--sft_field=query,response", "--sft_split=test")
+    assert (values.sft_field, values.sft_split, read().sft_split) == ("query,response", "test", "train")

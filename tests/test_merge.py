@@ -144,10 +144,10 @@ def test_a_method_may_add_into_the_weight_it_is_given(case, monkeypatch, source,
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
 def test_a_dtype_converts_the_whole_file(case, bases, dtype, wanted, source):
     base = {**bases(7, source), "steps": torch.arange(3)}
-    folder = case(base=base, whole={"blocks.0.att.time_state": torch.randn(3, 16, 16)})
+    folder = case(base=base, whole={f"blocks.{i}.att.time_state": torch.randn(3, 16, 16) for i in range(2)})
     report = merge(folder, dtype)
     merged = read_checkpoint(folder / "merged.pth")
-    assert merged.pop("blocks.0.att.time_state").dtype == wanted
+    assert {merged.pop(f"blocks.{i}.att.time_state").dtype for i in range(2)} == {wanted}
     assert torch.equal(merged.pop("steps"), base.pop("steps"))
     assert {t.dtype for t in merged.values()} == {wanted} and report.dtype == str(wanted).removeprefix("torch.")
     assert torch.equal(merged["emb.weight"], base["emb.weight"].to(wanted))
@@ -157,14 +157,15 @@ def test_a_dtype_converts_the_whole_file(case, bases, dtype, wanted, source):
 
 def test_whole_tensors_replace_or_are_appended(case, bases):
     base = bases(7, torch.bfloat16)
-    vector, state = torch.randn(48), torch.randn(3, 16, 16)  # squeezed, as some models hold it
-    folder = case(base=base, whole={"blocks.1.att.w0": vector, "blocks.0.att.time_state": state})
+    vector = torch.randn(48)  # squeezed, as some models hold it
+    states = {f"blocks.{i}.att.time_state": torch.randn(3, 16, 16) for i in range(2)}
+    folder = case(base=base, whole={"blocks.1.att.w0": vector, **states})
     report = merge(folder)
     merged = read_checkpoint(folder / "merged.pth")
-    assert list(merged) == [*base, "blocks.0.att.time_state"]
+    assert list(merged) == [*base, *states]
     assert torch.equal(merged["blocks.1.att.w0"], vector.bfloat16().view(1, 1, 48))
-    assert torch.equal(merged["blocks.0.att.time_state"], state)
-    assert report.replaced == 2 and "8 linears and 2 whole tensors" in report.lines()[0]
+    assert all(torch.equal(merged[name], state) for name, state in states.items())
+    assert report.replaced == 3 and "8 linears and 3 whole tensors" in report.lines()[0] and "initial state" in report.lines()[1]
 
 
 def test_a_merge_of_other_adapters_is_a_base_like_any_other(case, tmp_path):

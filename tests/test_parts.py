@@ -3,8 +3,6 @@
 import contextlib
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,10 @@ from src.load import load
 from src.model import RWKV, parameter_groups
 from src.run import whole_model
 
-from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
+from . import program
+from .conftest import close, make_arch, pypi_rwkv, random_tensors
+
+WHOLE = [part for part in PARTS if part != "state"]  # which has tests of its own
 
 
 def names(version):
@@ -35,7 +36,7 @@ def test_time_of_rwkv_6_is_what_is_called_time_and_that_of_rwkv_7_all_but_linear
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_ln_is_every_norm_and_the_parts_do_not_overlap(version):
-    chosen = [set(in_parts(names(version), [part])) for part in PARTS]
+    chosen = [set(in_parts(names(version), [part])) for part in WHOLE]
     assert chosen[0] == {"emb.weight"} and chosen[1] == {"head.weight"}
     norms = {f"{name}.{leaf}" for name, module in RWKV(make_arch(version)).named_modules()
              if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)) for leaf in ("weight", "bias")}
@@ -51,7 +52,7 @@ def test_the_spellings_of_a_list_of_parts():
 
 def test_mistakes_are_explained_before_the_model_is_touched():
     model = RWKV(make_arch(7))
-    for flags, words in (({"train_parts": "ln,tim"}, "part 'tim' is unknown; choose from: emb, head, ln, time"),
+    for flags, words in (({"train_parts": "ln,tim"}, "part 'tim' is unknown; choose from: emb, head, ln, time, state"),
                          ({"train_parts": "head", "targets": ["head", "key"]}, "head.weight can't be trained as a whole and be adapted as well")):
         with pytest.raises(rwkv_miss.UserError, match=re.escape(words)):
             rwkv_miss.inject(model, rank=4, **flags)
@@ -84,7 +85,7 @@ def test_a_fresh_model_with_parts_computes_what_it_did_and_they_are_fp32(version
     report = rwkv_miss.inject(model, train_parts="emb head ln time", rank=5)
     ids = torch.arange(13)[None]
     assert torch.equal(model(ids)[0], plain(ids)[0])
-    wanted = in_parts(names(version), list(PARTS))
+    wanted = in_parts(names(version), WHOLE)
     dtypes = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     assert all(dtypes[name] == (torch.float32, True) for name in wanted)
     assert {dtypes[f"{name}.weight"] for name in report.linears} == {(dtype, False)}
@@ -98,9 +99,9 @@ def test_saved_loaded_and_merged_are_the_live_model(version, dtype, checkpoint, 
     base = checkpoint(version, dtype, vocab_size=256)
     model = trained(base, dtype=dtype)
     before = RWKV.load(base, dtype)
-    changed = [name for name in in_parts(names(version), list(PARTS))
+    changed = [name for name in in_parts(names(version), WHOLE)
                if not torch.equal(model.get_parameter(name), before.get_parameter(name).float())]
-    assert changed == in_parts(names(version), list(PARTS)), "every tensor of every part is trained"
+    assert changed == in_parts(names(version), WHOLE), "every tensor of every part is trained"
     rwkv_miss.save_adapter(model, tmp_path / "a.pth", tokenizer="bytes")
     facts = describe(tmp_path / "a.pth")
     assert facts["metadata"]["train_parts"] == ["emb", "head", "ln", "time"]
@@ -194,12 +195,10 @@ def files(tmp_path_factory):
 
 
 def train(files, proj_dir, *flags):
-    command = [sys.executable, "train.py", "--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl"),
-               "--proj_dir", str(proj_dir), "--tokenizer", "bytes", "--peft_config", "r=7", "--train_parts", "time", "ln,emb", "head",
-               "--precision", "bf16", "--lr_init", "1e-2", "--packing", "0", "--accelerator", "cpu", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return program.succeed(program.run([
+        "--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
+        "--peft_config", "r=7", "--train_parts", "time", "ln,emb", "head", "--precision", "bf16", "--lr_init", "1e-2", "--packing", "0",
+        "--accelerator", "cpu", *flags]))
 
 
 def losses(proj_dir):
@@ -210,7 +209,7 @@ def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files,
     schedule = ["--epoch_steps", "4", "--lr_schedule", "constant"]
     output = train(files, tmp_path / "one", *schedule, "--micro_bsz", "6")
     base = rwkv_miss.read_checkpoint(files / "base.pth")
-    wanted = in_parts(base, list(PARTS))
+    wanted = in_parts(base, WHOLE)
     assert f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)" in output
     many = ["--lr_schedule", "constant", "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
     train(files, tmp_path / "many", "--epoch_steps", "2", *many)

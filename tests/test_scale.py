@@ -96,7 +96,6 @@ def test_every_stage_trains_the_same_adapter_into_the_same_file(files, tmp_path,
     assert losses(tmp_path / "run") == pytest.approx(losses(stage_1), rel=1e-6)
     ours, theirs = (read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (stage_1, tmp_path / "run"))
     assert list(ours) == list(theirs)
-
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
     metadata = [read_metadata(proj_dir / "adapter.pth") for proj_dir in (stage_1, tmp_path / "run")]
     assert metadata[0] == metadata[1]

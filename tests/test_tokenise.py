@@ -11,14 +11,29 @@ import numpy as np
 import pytest
 
 from rwkv_miss import UserError
+from src import data
 from src import tokenise as module
-from src.data import Rows, fit, load_documents
+from src.data import Rows, load_documents
+from src.formats import BY_NAME, Reading, Report, sources
 from src.template import load_template
-from src.tokenise import Encoder, Tokens, fingerprint, in_parallel, tokenise
+from src.tokenise import Encoder, Tokens, in_parallel
 from src.tokenizer import load_tokenizer
 
 from .test_data import assistant, user
 from .test_template import CHATML
+
+
+def tokenise(path, encoder, cache="none"):
+    return module.tokenise(sources(path)[0], encoder, Report(), cache=cache)
+
+
+def fingerprint(path, encoder, reading=BY_NAME, on_bad_row="stop"):
+    return module.fingerprint(sources(path)[0], encoder, reading, on_bad_row)
+
+
+def fit(tokens, ctx_len):
+    return data.fit([tokens], [np.arange(len(tokens.ends))], ctx_len)
+
 
 NAMES = ("ids", "trained", "ends", "texts")
 
@@ -71,7 +86,7 @@ def test_the_arrays_are_the_documents_one_after_another(path, encoder):
 def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cached, monkeypatch, capfd):
     whole, first = tokenise(path, encoder), tokenise(path, encoder, str(cached))
     assert f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
-    monkeypatch.setattr(module, "read_rows", None)
+    monkeypatch.setattr(module, "read_source", None)
     second = tokenise(path, encoder, str(cached))
     assert equal(whole, first) and equal(whole, second) and isinstance(second.ids, np.memmap) and not second.ids.flags.writeable
     assert capfd.readouterr().err == "" and len(entries(cached)) == 1
@@ -97,6 +112,8 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
                   Encoder(encoder.tokenizer, load_template(CHATML)), Encoder(encoder.tokenizer, load_template(CHATML + " ")),
                   Encoder(encoder.tokenizer, loss_mask="all"), Encoder(encoder.tokenizer, loss_mask="Assistant:")):
         names.append(fingerprint(path, other))
+    names += [fingerprint(path, encoder, reading) for reading in (Reading(("text",)), Reading(split="test"))]
+    names.append(fingerprint(path, encoder, on_bad_row="skip"))
     tokenizer = load_tokenizer(str(vocabulary), 9)
     vocabulary.write_text("1 'a' 1\n2 'c' 1\n")
     names.append(fingerprint(path, Encoder(tokenizer)))
@@ -118,7 +135,7 @@ def test_a_changed_file_is_read_again(path, encoder, cached):
     assert len(tokenise(path, encoder, str(cached)).ends) == 701 and len(entries(cached)) == 2
 
 
-@pytest.mark.parametrize("damage", ["ids", "trained", "ends", "texts"])
+@pytest.mark.parametrize("damage", ["ids", "trained", "ends", "texts", "found.json"])
 def test_an_entry_that_is_not_whole_is_made_again(path, encoder, cached, damage):
     whole = tokenise(path, encoder)
     assert equal(tokenise(path, encoder, str(cached)), whole)
@@ -132,7 +149,7 @@ def test_an_entry_that_is_not_whole_is_made_again(path, encoder, cached, damage)
 def test_a_broken_row_leaves_nothing(path, encoder, cached):
     with open(path, "a") as file:
         file.write('{"text": "\\ud800"}\n')
-    with pytest.raises(UserError, match="data.jsonl, line 701: half a surrogate pair"):
+    with pytest.raises(UserError, match="data.jsonl, line 701: text: half a surrogate pair"):
         tokenise(path, encoder, str(cached))
     assert entries(cached) == []
 
@@ -184,9 +201,10 @@ def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
     chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
     parts = in_parallel([*chunks, [("row 90", {"text": "\ud800"})]], encoder, 2)
     for mine in map(encoder.encode_all, chunks):
-        assert equal(next(parts), mine)
-    with pytest.raises(UserError, match="^row 90: half a surrogate pair"):
-        next(parts)
+        (tokens, bad), (expected, _) = next(parts), mine
+        assert equal(tokens, expected) and bad == []
+    tokens, ((where, reason),) = next(parts)
+    assert where == "row 90" and reason.startswith("half a surrogate pair") and len(tokens.ids) == len(tokens.ends) == 0
 
 
 # documents of ctx_len

@@ -1,9 +1,12 @@
 """Data files of any layout -> rows: ("FILE, line N", row).
 
 A row has one of these forms, whatever the file looked like: {"text": str}, {"messages": [{"role": "system" | "user" | "assistant" | "tool",
-"content": str, ...}, ...]}, {"prompt": str, "completion": str} (a text, of which the completion is trained), {"ids": int32 array} (n,).
+"content": str, ...}, ...]}, {"prompt": str, "completion": str} (a text, of which the completion is trained), {"ids": int32 array} (n,),
+a document without its end.
 """
 
-from .rows import read_rows
+from .report import Found, Report
+from .rows import read_rows, read_source
+from .sources import BY_NAME, Reading, Source, sample, sources
 
-__all__ = ["read_rows"]
+__all__ = ["BY_NAME", "Found", "Reading", "Report", "Source", "read_rows", "read_source", "sample", "sources"]

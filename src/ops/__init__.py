@@ -1,9 +1,12 @@
 """The WKV recurrences, `wkv6` and `wkv7`, and the choice of the code that runs them.
 
 Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package. Where `reset` (B, T), bool, is set,
-a document starts with that token: neither state nor gradient crosses from the tokens before. Arithmetic is fp32 whatever the dtype of the
-activations, also under autocast, and float64 when r is float64; tensor cores multiply in bf16 and add in fp32. Gradients flow to and through
-every argument. A NaN in an argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for.
+a document starts with that token: neither state nor gradient crosses from the tokens before. `start` (H, N, N) is the state that documents
+start from; None is zero. It is also the state before the first token, unless `s0` (B, H, N, N) gives what the rows go on from.
+
+Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64; tensor cores multiply in bf16
+and add in fp32. Gradients flow to and through every argument. A NaN in an argument is a ValueError on a CPU only: to look for one, a GPU
+would have to be waited for.
 
 | kernel     | what runs                                                                          | takes                                  |
 |------------|------------------------------------------------------------------------------------|----------------------------------------|
@@ -22,6 +25,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from . import native
+from .documents import by_document
 from .reference import recurrent6, recurrent7
 from .wkv6 import chunked6
 from .wkv7 import chunked7
@@ -61,28 +65,31 @@ def head_size_problem(head_size: int) -> str:
 
 
 def wkv6(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Tensor | None = None, reset: Tensor | None = None, kernel: str = "torch"
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Tensor | None = None, reset: Tensor | None = None, kernel: str = "torch",
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype, final state.
 
     w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters through u. Raises ValueError.
     """
-    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset)
+    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset, start)
 
 
 def wkv7(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None = None, reset: Tensor | None = None,
-    kernel: str = "torch",
+    kernel: str = "torch", start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype, final state.
 
     w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context learning rate.
     y_t reads the state after the update. Raises ValueError.
     """
-    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset)
+    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset, start)
 
 
-def _run(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run(
+    version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The arguments checked by name, then made what the kernel takes."""
     op, r = f"wkv{version}", inputs["r"]
     if kernel not in KERNELS:
@@ -95,19 +102,30 @@ def _run(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
     # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures
     allowed = {name: (tuple(r.shape), [exact] if r.dtype == exact else [r.dtype, exact]) for name in inputs}
-    allowed |= {"s0": ((B, H, N, N), [exact]), "reset": ((B, T), [torch.bool])}
+    allowed |= {"s0": ((B, H, N, N), [exact]), "reset": ((B, T), [torch.bool]), "start": ((H, N, N), [exact])}
     if version == 6:
         allowed["u"] = ((H, N), allowed["u"][1])
-    for name, x in (inputs | {"s0": s0, "reset": reset}).items():
+    for name, x in (inputs | {"s0": s0, "reset": reset, "start": start}).items():
         shape, dtypes = allowed[name]
         if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes or x.device != r.device):
             raise ValueError(
                 f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected {' or '.join(map(str, dtypes))} {shape} "
                 f"on {r.device}, because r is {r.dtype} {tuple(r.shape)} there"
             )
+    if start is not None and reset is not None:
+        return by_document(lambda parts, state: _compute(version, kernel, parts, state, None), inputs, s0, reset, start)
+    if start is not None and s0 is None:
+        s0 = start.expand(B, H, N, N)
+    return _compute(version, kernel, inputs, s0, reset)
+
+
+def _compute(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    op, r = f"wkv{version}", inputs["r"]
     if kernel in NATIVE:
         return _run_native(op, kernel, inputs, s0, reset)
+    exact = torch.float64 if r.dtype == torch.float64 else torch.float32
     if s0 is None:
+        B, _, H, N = r.shape
         s0 = r.new_zeros(B, H, N, N, dtype=exact)
     with torch.autocast(r.device.type, enabled=False):
         y, state = PLAIN[kernel][version](*(x.to(exact) for x in inputs.values()), s0, reset)

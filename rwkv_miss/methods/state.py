@@ -1,0 +1,32 @@
+"""State tuning: what is trained is the WKV state that every document starts from, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .. import adapter
+from ..adapter import AdapterMethod, register
+from ..errors import UserError
+from ..parts import add_states, state_names, train_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(adapter.NoOptions):
+    """There is nothing to choose: a state has the size that the model gives it."""
+
+
+@register("state")
+class StateTuning(AdapterMethod):
+    """`blocks.N.att.time_state` (H, N, N), fp32, zero at the start, or what a base with a state brings along."""
+
+    Options = Options
+    adapts_linears = False
+    default_lr = 1e-2
+
+    @classmethod
+    def attach(cls, model, linears, options) -> None:
+        if not state_names(model):
+            raise UserError("no layer of this model takes an initial state; state tuning is for RWKV-6 and RWKV-7")
+        add_states(model)
+        for name in state_names(model):
+            train_whole(model, name)

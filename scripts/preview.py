@@ -1,0 +1,157 @@
+"""What a run would be trained on: tokens with the loss mask in colour, and what looks wrong with the data.
+
+    python -m scripts.preview --data_file data.jsonl [--load_model base.pth] [any other flag of train.py]
+
+Green is trained, neighbouring tokens differ in shade; without colours « and » enclose what is trained. All rows are read and looked at, and
+nothing is written. Exit code 0; with --strict 1 where something was found. Exit code 2: the settings are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+from rwkv_miss.checkpoint import Arch
+from rwkv_miss.errors import UserError, one_line_errors
+from src import config as configuration
+from src.config import Config
+from src.data import Document, Documents, fit, pack
+from src.formats import Reading, Report, read_source, sources
+from src.lint import Lint
+from src.model import read_model_file
+from src.run import describe_mask, show_sample
+from src.template import recorded_template
+from src.tokenise import Encoder, Tokens
+from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
+
+OWN = ("samples", "plain", "json", "strict")
+# two shades each, as parameters of the escape sequence
+TRAINED, NOT_TRAINED = ("30;42", "30;102"), ("90", "37")
+SHOWN_TOKENS = 600
+PERCENTILES = (0, 50, 90, 99, 100)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """(this program's own flags, the run's settings)."""
+    parser = configuration.flag_parser("python -m scripts.preview", __doc__.partition("\n")[0])
+    own = parser.add_argument_group("of the preview alone")
+    own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
+    own.add_argument("--plain", action="store_true", default=False, help="« » instead of colours; so it is too where the output is no terminal, "
+                     "or NO_COLOR is set")
+    own.add_argument("--json", action="store_true", default=False, help="JSON alone, for machines")
+    own.add_argument("--strict", action="store_true", default=False, help="exit code 1 where something was found")
+    given = configuration.read_flags(parser, sys.argv[1:] if argv is None else argv)
+    ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
+    config, _ = configuration.settle(given)
+    configuration.check_data(config)
+    return ours, config
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The run's tokenizer; World without a model to say otherwise."""
+    if config.load_model:
+        return recorded_tokenizer(config.tokenizer, config.eod, Arch.detect(read_model_file(config.load_model)).vocab_size, config.load_model)
+    return load_tokenizer("world" if config.tokenizer == "auto" else config.tokenizer, config.vocab_size or sys.maxsize, config.eod)
+
+
+def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens]:
+    """Read everything: findings, what the files are, and the tokens of all rows that can be used, each once."""
+    lint, report, reading = Lint(encoder, config.ctx_len), Report("skip"), Reading.of(config)
+    for source in sources(config.data_file, reading, report.notes):
+        for where, row in read_source(source, report, reading, encoder.tokenizer.eod):
+            try:
+                lint.look(where, row)
+            except UserError as error:
+                report.refuse(source.path, where, error)
+    if not lint.documents:
+        raise UserError(f"{config.data_file}: no row can be used, such as {next(found.reasons[0] for found in report.files.values())}")
+    for found in report.files.values():
+        if found.bad:
+            lint.note("bad row", found.reasons[0], found.bad)
+    for source in sources(config.eval_file, reading) if config.eval_file else ():
+        for where, row in read_source(source, Report("skip"), reading, encoder.tokenizer.eod):
+            with contextlib.suppress(UserError):
+                lint.compare(where, row)
+    ids, trained = (np.concatenate(arrays) for arrays in zip(*lint.documents))
+    return lint, report, Tokens(ids, trained, np.cumsum([len(ids) for ids, _ in lint.documents]), np.array(lint.texts))
+
+
+def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
+    """Figures about the data, by name."""
+    lengths = np.diff(tokens.ends, prepend=0)
+    inputs = (documents.lengths - 1).tolist()
+    rows = len(pack(inputs, config.ctx_len, config.random_seed)) if config.packing else len(inputs)
+    return {
+        "rows": len(lengths), "tokens": int(lengths.sum()), "trained": int(tokens.trained.sum()),
+        "lengths": {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES},
+        "documents": len(inputs), "split": documents.split, "cut": documents.cut, "cut_tokens": documents.cut_tokens,
+        "packed_rows": rows, "fill": sum(inputs) / (rows * config.ctx_len), "fill_unpacked": sum(inputs) / (len(inputs) * config.ctx_len),
+    }
+
+
+def describe(config: Config, encoder: Encoder, figures: dict, lint: Lint, report: Report) -> list[str]:
+    length = figures["lengths"]
+    lines = [
+        *report.lines(),
+        f"template   {encoder.template.name}, loss on {describe_mask(encoder.loss_mask)}; tokenizer {encoder.tokenizer.name}",
+        f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a row: median {length['50%']:,}, "
+        f"90 % up to {length['90%']:,}, 99 % up to {length['99%']:,}, all from {length['0%']:,} to {length['100%']:,}",
+        f"ctx_len    {config.ctx_len}: {figures['packed_rows']:,} rows, {figures['fill']:.1%} full"
+        + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
+    ]
+    if figures["split"]:
+        lines.append(f"           {figures['split']:,} texts are longer and become several documents")
+    if figures["cut"]:
+        lines.append(f"           {figures['cut']:,} conversations are longer and are cut; {figures['cut_tokens']:,} tokens are lost")
+    lines += [f"finding    {finding}" for finding in lint.findings]
+    return [*lines, *([] if lint.findings else ["finding    none"])]
+
+
+def coloured(row: Document, tokenizer: Tokenizer) -> str:
+    """A document with its tokens told apart: trained ones on green."""
+    pieces, decoder, shade = [], tokenizer.decoder(), 0
+    ended = len(row.ids) - (len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0)
+    for token, trained in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.trained.tolist()):
+        # a token that is part of a character is shown with the one that completes it
+        if text := decoder.push(token):
+            colour, shade = (TRAINED if trained else NOT_TRAINED)[shade], 1 - shade
+            # the terminal would fill the rest of a line with the background
+            pieces.append("\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n")))
+    if len(row.ids) > SHOWN_TOKENS:
+        pieces.append(f"{decoder.flush()} ... ({len(row.ids)} tokens)")
+    elif ended < len(row.ids):
+        pieces.append(f"{decoder.flush()}\x1b[{(TRAINED if row.trained[-1] else NOT_TRAINED)[shade]}m␃\x1b[0m")
+    return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    with one_line_errors():
+        args, config = parse(argv)
+        started = time.perf_counter()
+        tokenizer = tokenizer_of(config)
+        encoder = Encoder(tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask)
+        lint, report, tokens = inspect(config, encoder)
+        documents = fit([tokens], [np.arange(len(tokens.ends))], config.ctx_len)
+        figures = statistics(config, tokens, documents)
+        if args.json:
+            print(json.dumps({**figures, "findings": [dataclasses.asdict(finding) for finding in lint.findings]}))
+        else:
+            print("\n".join(describe(config, encoder, figures, lint, report)))
+            plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
+            for i in np.unique(np.linspace(0, len(documents.rows) - 1, min(args.samples, len(documents.rows))).astype(int)):
+                row = documents.rows[int(i)]
+                print(f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets} trained:")
+                print(show_sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
+            print(f"looked at everything in {time.perf_counter() - started:.1f} s")
+    return int(args.strict and bool(lint.findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

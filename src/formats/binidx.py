@@ -1,0 +1,142 @@
+"""Tokenised data as RWKV-LM has it: PREFIX.bin, the token ids, and PREFIX.idx, where each piece of it lies (Megatron's MMapIndexedDataset).
+
+PREFIX.idx, little endian: magic "MMIDIDX\\0\\0"; version, uint64 1; code of the ids' type, uint8 (8 uint16, 4 int32); number of pieces,
+uint64; number of document boundaries, uint64; size of each piece in ids, int32; its place in PREFIX.bin in bytes, int64; the boundaries,
+int64: document i is the pieces from boundary i to boundary i + 1. json2binidx_tool and make_data.py write a piece for each document, with its end
+of document in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+HEADER = struct.Struct("<9sQBQQ")
+TYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+CHUNK = 1 << 24  # ids that are searched for the end of document at a time
+
+
+def prefix_of(path: str) -> str | None:
+    """PREFIX of a binidx data set that is named with or without one of its suffixes; None if there is none."""
+    prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
+    return prefix if os.path.isfile(prefix + ".bin") and os.path.isfile(prefix + ".idx") else None
+
+
+class BinIdx:
+    """PREFIX.bin and PREFIX.idx, memory mapped: `ids` (all of them), `sizes` and `starts` of the pieces in ids, `boundaries` of documents.
+
+    Raises UserError for files that are damaged, of another kind, or do not belong together.
+    """
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        try:
+            size = os.path.getsize(prefix + ".bin")
+            index = np.memmap(prefix + ".idx", np.uint8, "r") if os.path.getsize(prefix + ".idx") else np.zeros(0, np.uint8)
+        except OSError as error:
+            raise UserError(f"data file {error.filename or prefix + '.idx'} can't be read: {error.strerror}") from None
+        self.type, pieces, documents = self._header(index)
+        parts = np.split(index[HEADER.size :], [4 * pieces, 12 * pieces])
+        self.sizes, places, self.boundaries = (part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8")))
+        width = self.type.itemsize
+        ends = places + self.sizes.astype(np.int64) * width
+        if pieces and (self.sizes.min() < 0 or places.min() < 0 or (places % width).any() or ends.max() > size or (ends < places).any()):
+            raise UserError(f"{prefix}.idx points outside of {prefix}.bin, which has {size} bytes; they do not belong together, or one is truncated")
+        inner = self.boundaries
+        if len(inner) and (inner[0] < 0 or inner[-1] > pieces or (np.diff(inner) < 0).any()):
+            raise UserError(f"{prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces, up to {pieces}")
+        self.starts = places // width
+        self.ids = np.memmap(prefix + ".bin", self.type, "r", shape=(size // width,)) if size >= width else np.zeros(0, self.type)
+
+    def _header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
+        path = self.prefix + ".idx"
+        if len(index) < HEADER.size or index[:9].tobytes() != MAGIC:
+            raise UserError(f"{path} is no index of RWKV-LM's binidx data: it begins with {index[:9].tobytes()!r}, expected {MAGIC!r}")
+        _, version, code, pieces, documents = HEADER.unpack(index[: HEADER.size].tobytes())
+        if version != VERSION or code not in TYPES:
+            raise UserError(f"{path} has version {version} and type code {code}; expected version 1 and code 8 (uint16) or 4 (int32)")
+        wanted = HEADER.size + 12 * pieces + 8 * documents
+        if len(index) != wanted:
+            raise UserError(f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents} boundaries; is it truncated?")
+        return TYPES[code], pieces, documents
+
+    def spans(self) -> Iterator[np.ndarray]:
+        """The ids of each document: of the pieces between two boundaries, or of each piece where there are no boundaries."""
+        bounds = self.boundaries if len(self.boundaries) > 1 else np.arange(len(self.sizes) + 1)
+        if bounds[0] > 0 or bounds[-1] < len(self.sizes):
+            bounds = np.concatenate([[0], bounds, [len(self.sizes)]])  # what is outside of all documents is data too
+        for first, last in zip(bounds[:-1], bounds[1:]):
+            pieces = [self.ids[self.starts[i] : self.starts[i] + self.sizes[i]] for i in range(first, last)]
+            if len(pieces) == 1:
+                yield pieces[0]
+            elif pieces:
+                yield np.concatenate(pieces)
+
+
+def documents(prefix: str, eod: Sequence[int]) -> Iterator[tuple[str, dict | UserError]]:
+    """(place, {"ids": int32 array}) of every document that is not empty. `eod`, the ids that end a document, end one wherever they stand,
+    and are left out: whoever encodes documents puts them back, as for any other row."""
+    number = 0
+    for span in BinIdx(prefix).spans():
+        for part in split(span, eod):
+            number += 1
+            where = f"{prefix}.bin, document {number}"
+            ids = part.astype(np.int32)
+            yield where, {"ids": ids} if ids.min() >= 0 else UserError(f"an id is negative, {ids.min()}")
+
+
+def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
+    """The parts of `ids` between ends of document, without empty ones. An end of several ids stands at a multiple of its length."""
+    size, begin = len(eod), 0
+    for start in range(0, len(ids), CHUNK * size):
+        chunk = ids[start : start + CHUNK * size]
+        units = chunk[: len(chunk) // size * size].reshape(-1, size)
+        for unit in np.flatnonzero((units == np.asarray(eod)).all(1)).tolist():
+            end = start + unit * size
+            if end > begin:
+                yield ids[begin:end]
+            begin = end + size
+    if begin < len(ids):
+        yield ids[begin:]
+
+
+class Writer:
+    """Writes PREFIX.bin and PREFIX.idx: add() for each document, then close(). Until then both have temporary names; discard() removes them."""
+
+    def __init__(self, prefix: str, vocab_size: int):
+        self.prefix, self.code = prefix, 8 if vocab_size <= 1 << 16 else 4
+        self.sizes: list[int] = []
+        self.paths = [prefix + suffix for suffix in (".bin", ".idx")]
+        self.file = open(self.paths[0] + ".tmp", "wb")
+
+    def add(self, ids: Sequence[int]) -> None:
+        """A document, its end included."""
+        self.file.write(np.asarray(ids, TYPES[self.code]).tobytes())
+        self.sizes.append(len(ids))
+
+    def close(self) -> None:
+        sizes = np.asarray(self.sizes, "<i4")
+        places = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]) * TYPES[self.code].itemsize if len(sizes) else sizes
+        with self.file:
+            os.fsync(self.file.fileno())
+        with open(self.paths[1] + ".tmp", "wb") as file:
+            file.write(HEADER.pack(MAGIC, VERSION, self.code, len(sizes), len(sizes) + 1))
+            for array, kind in ((sizes, "<i4"), (places, "<i8"), (np.arange(len(sizes) + 1), "<i8")):
+                file.write(array.astype(kind).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        for path in self.paths:
+            os.replace(path + ".tmp", path)
+
+    def discard(self) -> None:
+        self.file.close()
+        for path in self.paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + ".tmp")

@@ -1,0 +1,146 @@
+"""JSONL and JSON -> (place, record), as in text.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+from .layouts import has_layout
+from .text import BOM, STRANGE, Record, open_text, undecoded
+
+BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"the key {next(name for i, name in enumerate(names) if name in names[:i])!r} stands twice in one object")
+    return made
+
+
+def _constant(name: str) -> None:
+    raise UserError(f"not valid JSON ({name}; write null)")
+
+
+# Python's own would take the last of two equal keys, and NaN
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def jsonl(path: str) -> Iterator[Record]:
+    """One JSON object a line; blank lines are left out."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line.rstrip().lstrip(BOM)  # files with a mark may have been put one after the other
+            if line:
+                yield f"{path}, line {number}", undecoded(line) or parse(line)
+
+
+def parse(line: str) -> Any:
+    """The value of a JSON text, or the UserError that says what is wrong with it."""
+    try:
+        return DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        return _wrong(error)
+
+
+def _wrong(error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})")
+    if isinstance(error, RecursionError):
+        return UserError("not usable JSON: nested too deeply")
+    return UserError(f"not usable JSON: {error}")  # a number of thousands of digits
+
+
+def json_file(path: str) -> Iterator[Record]:
+    """An array of objects, an object with one such array in it, or a single row."""
+    with open_text(path) as file:
+        content = file.read()
+    strange = STRANGE.search(content)
+    if strange:
+        number = content.count("\n", 0, strange.start())
+        raise UserError(f"{path}, line {number + 1}: {undecoded(content.split(chr(10))[number])}")
+    scanner = _Scanner(content)
+    try:
+        for place, record in _records(scanner):
+            yield f"{path}, line {scanner.line(place)}", record
+        scanner.expect("")
+    except (ValueError, RecursionError) as error:
+        place = error.pos if isinstance(error, json.JSONDecodeError) else scanner.place
+        raise UserError(f"{path}, line {scanner.line(place)}: {_wrong(error)}") from None
+
+
+def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
+    start = scanner.place
+    if scanner.next != "{":
+        for _, place, record in scanner.items("[]"):
+            yield place, record
+        return
+    members = list(scanner.items("{}"))
+    end = scanner.place
+    arrays = {name: place for name, place, value in members if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)}
+    if len(arrays) != 1 or has_layout(name for name, _, _ in members):
+        yield start, _object([(name, value) for name, _, value in members])
+        return
+    scanner.place, = arrays.values()
+    for _, place, record in scanner.items("[]"):
+        yield place, record
+    scanner.place = end
+
+
+class _Scanner:
+    """Walks over the outermost level of a JSON text, so that each row is known with its place, and only one is built at a time."""
+
+    def __init__(self, text: str):
+        self.text, self.place = text, 0
+        self.counted, self.lines = 0, 1  # lines up to the place `counted`
+        self._skip(0)
+
+    @property
+    def next(self) -> str:
+        """The next character, "" at the end."""
+        return self.text[self.place : self.place + 1]
+
+    def line(self, place: int) -> int:
+        if place < self.counted:
+            self.counted, self.lines = 0, 1
+        self.lines += self.text.count("\n", self.counted, place)
+        self.counted = place
+        return self.lines
+
+    def _skip(self, count: int) -> None:
+        self.place = BLANK.match(self.text, self.place + count).end()
+
+    def expect(self, character: str) -> None:
+        if self.next != character:
+            raise json.JSONDecodeError(f"Expecting {character!r}" if character else "Extra data", self.text, self.place)
+        self._skip(1)
+
+    def value(self) -> Any:
+        value, after = DECODER.raw_decode(self.text, self.place)
+        self._skip(after - self.place)
+        return value
+
+    def items(self, brackets: str) -> Iterator[tuple[str, int, Any]]:
+        """(name, place, value) of each member of the object ("{}") or item of the array ("[]", without names) that starts here."""
+        self.expect(brackets[0])
+        name = ""
+        while self.next != brackets[1]:
+            if brackets == "{}":
+                name = self.value()
+                if not isinstance(name, str):
+                    raise json.JSONDecodeError("Expecting a name in double quotes", self.text, self.place)
+                self.expect(":")
+            place = self.place
+            yield name, place, self.value()
+            if self.next != brackets[1]:
+                self.expect(",")
+                if self.next == brackets[1]:
+                    raise json.JSONDecodeError("Expecting value", self.text, self.place)
+        self._skip(1)

@@ -1,0 +1,224 @@
+"""What the columns of a row mean: the names that data sets use, turned into one of the row forms of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+# what ShareGPT and others call the roles
+ROLE_NAMES = {
+    **{role: role for role in ROLES}, "developer": "system", "human": "user", "observation": "tool", "function": "tool", "ipython": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call"), "assistant"),
+}
+QUESTIONS = ("instruction", "question", "query", "prompt", "input", "user", "human")
+ANSWERS = ("output", "answer", "response", "completion", "target", "assistant")
+CONTEXTS = ("input", "context")  # beside an instruction
+SYSTEMS = ("system", "system_prompt")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+
+EXPECTED = ('expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ..., "input": ..., "output": ...}, '
+            '{"prompt": ..., "completion": ...}, {"question": ..., "answer": ...}; --sft_field names other columns')
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the rows with certain columns are read: `name` for the plan, the columns that are used, and record -> row form."""
+
+    name: str
+    used: tuple[str, ...]
+    convert: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+TOKENS = Layout("", ("ids",), dict)  # of data that are no text any more
+
+
+def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Layout, dict[str, Any]]:
+    """(layout, row form) of a record as a file has it. A column with null counts as absent.
+
+    `fields` are the columns to use where the names do not tell: a text or conversation; question and answer; instruction, input, output.
+    Raises UserError that says what is wrong with the record, without its place.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{EXPECTED}; got {type(record).__name__}")
+    layout = find_layout(tuple(name for name, value in record.items() if value is not None), fields, tuple(record))
+    return layout, layout.convert(record)
+
+
+@functools.lru_cache(maxsize=1024)
+def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tuple[str, ...]) -> Layout:
+    """The layout of a record with these columns, of which `present` hold a value. Names are compared without case."""
+    if fields:
+        missing = [name for name in fields if name not in columns]
+        if missing:
+            raise UserError(f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {_shown(columns)}")
+        return _chosen(fields)
+    found = _candidates(present) or _candidates(columns)  # the second for a null where a value is needed, which convert() then names
+    if not found:
+        raise UserError(f"{EXPECTED}; got keys {_shown(columns)}")
+    if len(found) > 1:
+        choices = " or ".join(f"--sft_field {','.join(layout)}" for layout in found)
+        raise UserError(f"the row has several layouts, choose one with {choices}; got keys {_shown(columns)}")
+    return _chosen(found[0], tuple(name for name in columns if name not in found[0]))
+
+
+def has_layout(columns: Iterable[str]) -> bool:
+    """Whether the names alone say how such records are read."""
+    return bool(_candidates(tuple(columns)))
+
+
+def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The columns of every layout that these columns complete."""
+    by_name = {name.strip().lower(): name for name in columns}
+    has = [name for name in (*QUESTIONS, *ANSWERS) if name in by_name]
+    found = [(by_name[name],) for name in ("text", *CONVERSATIONS) if name in by_name]
+    context = [name for name in CONTEXTS if name in by_name and "instruction" in by_name]
+    questions = [name for name in has if name in QUESTIONS and name not in context]
+    for answer in (name for name in has if name in ANSWERS):
+        for question in questions:
+            beside = context[:1] if question == "instruction" else []
+            found.append(tuple(by_name[name] for name in (question, *beside, answer)))
+    return found
+
+
+def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
+    """The layout that these columns make by their number: 1 text or conversation, 2 question and answer, 3 with an input between.
+
+    A system prompt, earlier turns and tools are taken from the other columns.
+    """
+    beside = {name.strip().lower(): name for name in others}
+    system = next((beside[name] for name in SYSTEMS if name in beside), None)
+    history, tools = beside.get("history"), beside.get("tools")
+    lower = tuple(name.strip().lower() for name in names)
+    if lower == ("text",):
+        return Layout(f"{names[0]}", names, functools.partial(_whole, column=names[0], system=None, tools=None))
+    if len(names) == 1:
+        used = (*names, *filter(None, (system, tools)))
+        return Layout(" + ".join(used), used, functools.partial(_whole, column=names[0], system=system, tools=tools))
+    if lower == ("prompt", "completion"):
+        return Layout(" + ".join(names), names, functools.partial(_continuation, prompt=names[0], completion=names[1]))
+    if len(names) in (2, 3):
+        used = (*names, *filter(None, (system, history)))
+        named = f"{' + '.join(names[:-1])} -> {names[-1]}" + "".join(f", {name}" for name in used[len(names):])
+        return Layout(named, used, functools.partial(_question, names=names, system=system, history=history))
+    raise UserError(f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3 (instruction, input, output)")
+
+
+def _whole(record: dict, column: str, system: str | None, tools: str | None) -> dict[str, Any]:
+    value = record[column]
+    name = column.strip().lower()
+    if name == "text" or not isinstance(value, list) and name not in CONVERSATIONS:
+        return {"text": text(value, column)}
+    turns = messages(value, column)
+    if system and record[system] and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": text(record[system], system)})
+    return {"messages": turns, **({"tools": _tools(record[tools], tools)} if tools and record[tools] else {})}
+
+
+def _tools(value: Any, column: str) -> list[dict[str, Any]]:
+    """Descriptions of tools, as they are or as JSON in a text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(f"{column} must be a list of objects, or such a list as JSON text, got {short(value)}")
+    return value
+
+
+def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
+    if isinstance(record[prompt], list) and isinstance(record[completion], list):  # turns on both sides
+        return {"messages": messages([*record[prompt], *record[completion]], f"{prompt} + {completion}")}
+    return {"prompt": text(record[prompt], prompt), "completion": text(record[completion], completion)}
+
+
+def _question(record: dict, names: tuple[str, ...], system: str | None, history: str | None) -> dict[str, Any]:
+    question, *context, answer = names
+    asked = text(record[question], question)
+    for column in context:
+        if record[column] not in (None, ""):
+            asked += "\n" + text(record[column], column)
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": text(record[answer], answer)}]
+    if history and record[history]:
+        turns = _pairs(record[history], history) + turns
+    if system and record[system]:
+        turns.insert(0, {"role": "system", "content": text(record[system], system)})
+    return {"messages": turns}
+
+
+def _pairs(value: Any, column: str) -> list[dict[str, str]]:
+    """Earlier turns as [[question, answer], ...]."""
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise UserError(f"{column} must be a list of [question, answer] pairs, got {short(value)}")
+    return [{"role": role, "content": text(part, column)} for pair in value for role, part in zip(("user", "assistant"), pair)]
+
+
+def messages(value: Any, column: str) -> list[dict[str, Any]]:
+    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings; what else a turn has stays in it."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{column} must be a non-empty list, got {short(value)}")
+    turns = [turn for item in value for turn in _turns(item)]
+    if turns[-1]["role"] != "assistant":
+        raise UserError(f"the last message is from {turns[-1]['role']}; expected the assistant's answer, which is trained")
+    return turns
+
+
+def _turns(item: Any) -> list[dict[str, Any]]:
+    """One message, or two where a pair {"human": ..., "assistant": ...} stands for them."""
+    if isinstance(item, dict) and isinstance(item.get("human"), str) and isinstance(item.get("assistant"), str):
+        return [{"role": "user", "content": text(item["human"], "human", True)},
+                {"role": "assistant", "content": text(item["assistant"], "assistant", True)}]
+    given = {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    for name in given.keys() & {"reasoning_content", "reasoning"}:
+        text(given[name], name, True)
+    if not isinstance(given.get("tool_calls", []), list):
+        raise UserError(f"tool_calls must be a list, got {short(given['tool_calls'])}")
+    spelt = given.pop("role", None) or given.pop("from", None)
+    role = ROLE_NAMES.get(spelt.lower()) if isinstance(spelt, str) else None
+    content = given.pop("content", given.pop("value", None))
+    if content is None and (given.get("tool_calls") or given.get("function_call")):
+        content = ""  # the call is the answer
+    if isinstance(content, list):
+        content = _joined(content)
+    if role is None or not isinstance(content, str):
+        raise UserError(f'a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {short(item)}')
+    return [{"role": role, "content": text(content, "content", True), **given}]
+
+
+def _joined(parts: list) -> str:
+    """OpenAI's content lists, [{"type": "text", "text": ...}, ...], as one text."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(f'a part of a content list must be {{"type": "text", "text": ...}}, got one of type {kind!r}')
+    return "".join(part["text"] for part in parts)
+
+
+def text(value: Any, column: str, may_be_empty: bool = False) -> str:
+    """The value, which must be a text that a tokenizer can take."""
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise UserError(f"{column} must be a non-empty string, got {short(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{column}: half a surrogate pair, {value[error.start]!r}, is no text (character {error.start + 1})") from None
+    if "\0" in value:
+        raise UserError(f"{column}: NUL is no text (character {value.index(chr(0)) + 1})")
+    return value
+
+
+def short(value: Any) -> str:
+    """repr() that fits into a message."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def _shown(columns: tuple[str, ...]) -> str:
+    return short(sorted(columns))

@@ -1,0 +1,79 @@
+"""What reading found: formats, columns, and the rows that were left out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+SHOWN = 3  # reasons in the plan, and files with a line of their own
+
+
+@dataclasses.dataclass
+class Found:
+    """What reading one source found. `kinds` counts rows by (name of the layout, columns used, all columns); `reasons` are the first ones."""
+
+    format: str
+    kinds: collections.Counter[tuple[str, tuple[str, ...], tuple[str, ...]]] = dataclasses.field(default_factory=collections.Counter)
+    bad: int = 0
+    reasons: list[str] = dataclasses.field(default_factory=list)
+
+    def refuse(self, reason: str) -> None:
+        self.bad += 1
+        self.reasons = [*self.reasons, reason][:SHOWN]
+
+    def describe(self) -> str:
+        layouts: collections.Counter[str] = collections.Counter()
+        for (name, _, _), count in self.kinds.items():
+            layouts[name] += count
+        named = ", ".join(f"{name} ({count})" if len(layouts) > 1 else name for name, count in layouts.most_common(SHOWN) if name)
+        used = {name for _, columns, _ in self.kinds for name in columns}
+        unused = list(dict.fromkeys(name for _, _, columns in self.kinds for name in columns if name not in used))
+        return (f"{self.format}, {_rows(self.kinds.total())}" + (f", {named}" if named else "")
+                + (f"; not used: {', '.join(unused[:12])}{' ...' if len(unused) > 12 else ''}" if unused else ""))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": self.format, "kinds": [[*kind, count] for kind, count in self.kinds.items()], "bad": self.bad, "reasons": self.reasons}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Found:
+        kinds = collections.Counter({(name, tuple(used), tuple(columns)): count for name, used, columns, count in record["kinds"]})
+        return cls(record["format"], kinds, record["bad"], record["reasons"])
+
+
+@dataclasses.dataclass
+class Report:
+    """Collects what reading finds, source by source. `on_bad_row`: stop, a bad row is an error, or skip, it is counted."""
+
+    on_bad_row: str = "stop"
+    hint: str = ""  # ends an error
+    files: dict[str, Found] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def refuse(self, path: str, where: str, reason: object) -> None:
+        """A row of the source `path` that cannot be used, at reading or later: a UserError, or one more skipped."""
+        if self.on_bad_row == "stop":
+            raise UserError(f"{where}: {reason}{self.hint}")
+        self.files[path].refuse(f"{where}: {reason}")
+
+    @property
+    def bad(self) -> int:
+        return sum(found.bad for found in self.files.values())
+
+    def lines(self) -> list[str]:
+        """Lines of the plan."""
+        lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
+        if len(self.files) > SHOWN:
+            formats = collections.Counter(found.format for found in self.files.values())
+            lines.append(f"format     {len(self.files)} files in all: {', '.join(f'{count} {name}' for name, count in formats.items())}")
+        lines += self.notes
+        if self.bad:
+            lines.append(f"warning    {_rows(self.bad)} cannot be used and {'is' if self.bad == 1 else 'are'} left out (--on_bad_row skip), such as:")
+            lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
+        return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"

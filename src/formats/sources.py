@@ -1,0 +1,198 @@
+"""--data_file -> the files to read, each with its format and weight."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+from . import binidx, json_text, tables, text
+from .layouts import has_layout
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without rows
+DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+SAMPLE = 1 << 20  # characters of a file that its format is told from
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How data are read: the columns to use where their names do not tell (--sft_field), and the split of data sets that have several."""
+
+    fields: tuple[str, ...] = ()
+    split: str = "train"
+
+    @classmethod
+    def of(cls, config) -> Reading:
+        return cls(tuple(filter(None, config.sft_field.split(","))), config.sft_split)
+
+
+BY_NAME = Reading()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data."""
+
+    path: str
+    format: str
+    weight: float
+    read: Callable[[Sequence[int]], Iterator[text.Record]]  # end of document -> records
+    files: tuple[str, ...]  # what its content is in; () for a data set of the hub
+
+
+def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[Source]:
+    """What --data_file names: a file, a folder (all data files in it), a data set of the hub (OWNER/NAME, if there is no such path), or
+    several of them between commas, each with a weight after a colon if it is not 1: a.jsonl:2,b.jsonl:0.5.
+
+    `notes` gets lines for the plan. Raises UserError for what is not there or not recognised.
+    """
+    found: list[Source] = []
+    for path, weight in parse(data_file):
+        found += [dataclasses.replace(source, weight=weight) for source in _find(path, reading, [] if notes is None else notes)]
+    return found
+
+
+def parse(data_file: str) -> list[tuple[str, float]]:
+    """(path, weight) of each part; a path that exists is taken as it is, commas and colons included."""
+    if _exists(data_file):
+        return [(data_file, 1.0)]
+    return [_weighted(part.strip(), data_file) for part in data_file.split(",")]
+
+
+def _weighted(part: str, data_file: str) -> tuple[str, float]:
+    path, colon, number = part.rpartition(":")
+    if not part:
+        raise UserError(f"--data_file {data_file}: a name is missing between the commas")
+    if _exists(part) or not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|nan|inf", number, re.IGNORECASE) or not colon:
+        return part, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < 1e6:
+        raise UserError(f"--data_file {part}: a weight is a number above 0, such as 2 (seen twice in a pass) or 0.5 (half of its rows), got {number}")
+    return path, weight
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path) or binidx.prefix_of(path) is not None
+
+
+def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
+    fields, split = reading.fields, reading.split
+    if os.path.isdir(path) and not tables.is_saved_dataset(path):
+        return [detect(file, fields) for file in _folder(path, split, notes)]
+    if os.path.isdir(path):
+        files = tuple(sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names))
+        return [Source(path, f"Hugging Face data set, split {split}", 1.0, lambda eod: tables.saved_dataset(path, split), files)]
+    if HUB_NAME.fullmatch(path) and not _exists(path) and not os.path.exists(path.split("/")[0]) and not path.endswith(SUFFIXES):
+        return [Source(path, f"data set of the Hugging Face hub, split {split}", 1.0, lambda eod: tables.named_dataset(path, split), ())]
+    return [detect(path, fields)]
+
+
+def _folder(path: str, split: str, notes: list[str]) -> list[str]:
+    """The data files of a folder, in order of their names; files that are named for another split than `split` are left out."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if not _hidden(os.path.relpath(folder, path), name)]
+    data = [file for file in sorted(files) if _suffix(file) in SUFFIXES and os.path.basename(file) not in DESCRIPTIONS
+            and (_suffix(file) != ".bin" or binidx.prefix_of(file))]
+    splits = {file: _split_of(os.path.relpath(file, path)) for file in data}
+    chosen = [file for file in data if splits[file] in (None, split)]
+    if not chosen:
+        others = ", ".join(sorted({name for name in splits.values() if name}))
+        expected = f"has none for the split {split}, but for {others}: choose with --sft_split" if others else f"expected {', '.join(SUFFIXES)}"
+        raise UserError(f"folder {path} has no data file; {expected}")
+    left = [os.path.relpath(file, path) for file in sorted(files) if file not in chosen and not file.endswith(".idx")]
+    shown = f"; left out: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}" if left else ""
+    notes.append(f"folder     {path}: {len(chosen)} data files{shown}")
+    return chosen
+
+
+def _hidden(folder: str, name: str) -> bool:
+    return any(part.startswith(".") and part != "." for part in (*folder.split(os.sep), name))
+
+
+def _split_of(path: str) -> str | None:
+    """The split that a file's name, or else its folder's, begins with."""
+    parts = path.lower().split(os.sep)[-2:]
+    return next((match[1] for part in reversed(parts) if (match := SPLIT.match(part))), None)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
+    """The source that a file is: by its content, and by its suffix where the content does not tell."""
+    prefix = binidx.prefix_of(path)
+    if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
+        return Source(path, "binidx", 1.0, functools.partial(binidx.documents, prefix), (prefix + ".bin", prefix + ".idx"))
+    suffix = _suffix(path)
+    if suffix in (".bin", ".idx"):
+        raise UserError(f"data file {path} can't be read: binidx data are two files, and {'.idx' if suffix == '.bin' else '.bin'} or both are absent")
+    try:
+        with open(path, "rb") as file:
+            parquet = file.read(4) == b"PAR1"
+    except OSError as error:
+        raise UserError(f"data file {path} can't be read: {error.strerror}") from None
+    if parquet or suffix == ".parquet":
+        return Source(path, "parquet", 1.0, lambda eod: tables.parquet(path), (path,))
+    with text.open_text(path) as file:
+        sample = file.read(SAMPLE)
+    name, read = _text_format(path, suffix, sample, fields)
+    return Source(path, name, 1.0, lambda eod: read(path), (path,))
+
+
+def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> tuple[str, Callable[[str], Iterator[text.Record]]]:
+    jsonl, whole, plain = ("JSONL", json_text.jsonl), ("JSON", json_text.json_file), ("plain text, one document", text.plain)
+    lines = [line for line in sample.lstrip(text.BOM).split("\n", 1000) if line.strip()]
+    first = lines[0].strip() if lines else ""
+    record = json_text.parse(first) if first.startswith("{") else None
+    if suffix != ".txt" or isinstance(record, dict) and (fields or has_layout(record)):
+        if first.startswith("["):
+            return whole
+        if isinstance(record, dict):
+            return jsonl if len(lines) > 1 or fields or has_layout(record) else whole
+        if first.startswith("{"):
+            cut = len(lines) == 1 and len(sample) == SAMPLE
+            return jsonl if suffix in (".jsonl", ".ndjson") or suffix != ".json" and (cut or first.endswith("}")) else whole
+    delimiter = _delimiter(first, suffix, fields)
+    if delimiter:
+        return DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter)
+    if suffix == ".txt":
+        return plain
+    if suffix == ".json":
+        return whole
+    if suffix in (".jsonl", ".ndjson") or not first:
+        return jsonl
+    raise UserError(f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with a header, parquet, binidx, "
+                    "or plain text in a file named .txt")
+
+
+def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
+    """What stands between the columns of a file whose first line is `header`; None if it is no such file."""
+    split = {mark: [cell.strip() for cell in next(csv.reader([header], delimiter=mark), [])] for mark in DELIMITERS}
+    known = [mark for mark, names in split.items() if (set(fields) <= set(names) if fields else has_layout(names))]
+    if suffix in (".csv", ".tsv"):
+        return max(known or DELIMITERS, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t")) if header else ","
+    known = [mark for mark in known if len(split[mark]) > 1 and (mark == "\t" or suffix != ".txt")]
+    return known[0] if known else None
+
+
+def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
+    """Which of a source's `count` rows one pass over the data sees, ascending, some of them several times: each `weight` times on average.
+
+    Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`.
+    """
+    whole = int(weight)
+    drawn = np.random.default_rng([seed, number]).permutation(count)[: round((weight - whole) * count)]
+    return np.sort(np.concatenate([np.tile(np.arange(count), whole), drawn]))

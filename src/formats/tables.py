@@ -1,0 +1,79 @@
+"""Parquet files (through pyarrow) and Hugging Face data sets (through datasets), both of the optional extra `data` -> (place, record)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+from .text import Record
+
+BATCH = 256  # records in memory at a time
+
+
+def _needed(package: str, path: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f"{path} needs the package {package.partition('.')[0]}: pip install pyarrow datasets ({error})") from None
+
+
+def parquet(path: str) -> Iterator[Record]:
+    """The rows of a parquet file, a batch at a time."""
+    module = _needed("pyarrow.parquet", path)
+    try:
+        with module.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(BATCH):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield f"{path}, row {row}", record
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        raise UserError(f"data file {path} can't be read as parquet: {_first_line(error)}") from None
+
+
+def saved_dataset(path: str, split: str) -> Iterator[Record]:
+    """The rows of a folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    module = _needed("datasets", path)
+    try:
+        data = module.load_from_disk(path)
+    except Exception as error:  # datasets raises many kinds for a damaged folder
+        raise UserError(f"data folder {path} can't be read by datasets: {_first_line(error)}") from None
+    if isinstance(data, module.DatasetDict):
+        if split not in data:
+            raise UserError(f"{path} has no split {split!r}; choose one of {', '.join(data)} with --sft_split")
+        data = data[split]
+    return _rows(path, data)
+
+
+def named_dataset(name: str, split: str) -> Iterator[Record]:
+    """The rows of a data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME/CONFIG; datasets downloads it, or takes it from its cache."""
+    module = _needed("datasets", f"the data set {name}")
+    owner, short, *config = name.split("/")
+    try:
+        data = module.load_dataset(f"{owner}/{short}", *config, split=split)
+    except Exception as error:  # no network, no such data set, split or configuration: datasets raises many kinds
+        raise UserError(f"{name} is no file or folder here, and datasets can't load a data set of this name, split {split!r} (--sft_split): "
+                        f"{_first_line(error)}") from None
+    return _rows(name, data)
+
+
+def _rows(where: str, data: Any) -> Iterator[Record]:
+    for start in range(0, len(data), BATCH):
+        try:
+            columns = data[start : start + BATCH]
+        except Exception as error:
+            raise UserError(f"{where}, row {start + 1}: can't be read: {_first_line(error)}") from None
+        for i, values in enumerate(zip(*columns.values())):
+            yield f"{where}, row {start + i + 1}", dict(zip(columns, values))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def is_saved_dataset(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json"))

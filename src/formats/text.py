@@ -1,0 +1,116 @@
+"""Files of text, plain or gzipped, whatever their encoding; CSV and plain text.
+
+Readers give (place, record): a record is a dict, or the UserError that says why there is none, after which the reader goes on. What makes
+the rest of a file unreadable is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+Record = tuple[str, "dict[str, Any] | UserError"]
+OTHERS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
+BOMS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # the longer ones first
+BOM = "\ufeff"
+FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
+STRANGE = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 are read
+
+
+@contextlib.contextmanager
+def open_text(path: str) -> Iterator[io.TextIOBase]:
+    """The file as text with its line ends as they are. UTF-8, or what its byte order mark says; bytes that are not UTF-8 are surrogates.
+
+    Raises UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by anything but gzip.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            file: Any = stack.enter_context(open(path, "rb"))
+            if file.peek(2)[:2] == b"\x1f\x8b":
+                file = stack.enter_context(io.BufferedReader(stack.enter_context(gzip.open(file))))
+            head = bytes(file.peek(8)[:8])
+            for magic, name in OTHERS.items():
+                if head.startswith(magic):
+                    raise UserError(f"{path} is packed ({name}); unpack it, or pack it with gzip")
+            encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8-sig")
+            if encoding == "utf-8-sig" and len(head) > 3 and (not any(head[1::2]) or not any(head[::2])):
+                raise UserError(f"{path} looks like UTF-16 without a byte order mark; save it as UTF-8")
+            yield stack.enter_context(io.TextIOWrapper(file, encoding, "surrogateescape", newline="\n"))
+    except OSError as error:  # a damaged gzip file has no strerror
+        raise UserError(f"data file {path} can't be read: {error.strerror or error}") from None
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"data file {path} can't be read: the gzip file is truncated or damaged ({error})") from None
+    except UnicodeError as error:
+        raise UserError(f"data file {path} can't be read: not {encoding.upper()} text ({error})") from None
+
+
+def undecoded(text: str) -> UserError | None:
+    """Why a text is not UTF-8, if it is not."""
+    if text.isascii() or not STRANGE.search(text):
+        return None
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return UserError(f"not UTF-8 text ({error.reason} at byte {error.start + 1}){_chinese(data)}")
+    return UserError("not UTF-8 text")
+
+
+def _chinese(data: bytes) -> str:
+    try:
+        data.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    return "; if it is GBK: iconv -f GB18030 -t UTF-8"
+
+
+def plain(path: str) -> Iterator[Record]:
+    """The whole file as one text; Windows line ends become newlines."""
+    with open_text(path) as file:
+        content = file.read()
+    strange = STRANGE.search(content)
+    if strange:
+        number = content.count("\n", 0, strange.start())
+        yield f"{path}, line {number + 1}", undecoded(content.split("\n")[number])
+    elif content.strip():
+        yield path, {"text": content.replace("\r\n", "\n")}
+
+
+def delimited(path: str, delimiter: str) -> Iterator[Record]:
+    """CSV with a header line. A cell may hold line breaks between double quotes; an empty cell counts as absent."""
+    csv.field_size_limit(FIELD_LIMIT)
+    header: list[str] = []
+    with open_text(path) as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        while True:
+            where = f"{path}, line {reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if not header or "end of data" in str(error):
+                    raise UserError(f"{where}: not valid CSV ({error}); a cell that begins with a double quote must end with one") from None
+                yield where, UserError(f"not valid CSV ({error})")
+                continue
+            if not header:
+                header = [name.strip() for name in cells]
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise UserError(f"{where}: the header has the column {twice[0]!r} twice")
+            elif cells:
+                yield where, _cells(header, cells)
+
+
+def _cells(header: list[str], cells: list[str]) -> dict[str, Any] | UserError:
+    if len(cells) != len(header):
+        return UserError(f"the row has {len(cells)} cells, the header {len(header)}")
+    return undecoded("\n".join(cells)) or {name: cell or None for name, cell in zip(header, cells)}

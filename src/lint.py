@@ -1,0 +1,133 @@
+"""What is likely to be wrong with training data, found by reading all of it: python -m scripts.preview."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from .template import ROLES, TURN_END, RwkvTemplate, thoughts_of
+from .tokenise import Encoder
+
+CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
+TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
+
+# what is looked for, by name, and what it means
+MEANINGS = {
+    "bad row": "cannot be used; train.py stops there, or leaves it out with --on_bad_row skip",
+    "empty answer": "there are no words to learn",
+    "blank line": "inside a turn that is not the assistant's; it becomes a single newline, because a blank line ends a turn",
+    "blank line in text": "a text in chat form with a blank line inside a turn that is not the assistant's, which is where a turn ends",
+    "trained question": "a text in chat form is trained as a whole, questions included; --loss_mask Assistant: trains the answers alone",
+    "open thoughts": "an answer opens <think> and never closes it",
+    "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
+    "broken text": "U+FFFD, which stands where bytes were no text",
+    "only the end": "nothing is trained but the end of the document",
+    "cut": "a conversation is longer than --ctx_len and loses its end",
+    "no target": "no token within --ctx_len is trained, so it teaches nothing",
+    "duplicate": "a copy of an earlier row",
+    "held out": "a held-out row is in the training data too, word for word, and is left out there",
+    "known prompt": "a held-out row asks what a row of the training data asks, word for word",
+}
+
+
+@dataclasses.dataclass
+class Finding:
+    """`count` rows that something may be wrong with, and where the first one is."""
+
+    name: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.count:,} row{'' if self.count == 1 else 's'}: {MEANINGS[self.name]}; first: {self.first}"
+
+
+class Lint:
+    """Collects findings row by row; `documents` are the encoded rows (ids, trained) in order, `texts` whether each is running text."""
+
+    def __init__(self, encoder: Encoder, ctx_len: int):
+        self.encoder, self.ctx_len = encoder, ctx_len
+        self.found: dict[str, Finding] = {}
+        self.documents: list[tuple[np.ndarray, np.ndarray]] = []
+        self.texts: list[bool] = []
+        self.seen: set[bytes] = set()
+        self.prompts: set[bytes] = set()
+
+    def note(self, name: str, where: str, count: int = 1) -> None:
+        finding = self.found.setdefault(name, Finding(name, 0, where))
+        finding.count += count
+
+    def look(self, where: str, row: dict) -> None:
+        """Encode a row and note what is odd about it. Raises UserError for one that cannot be encoded."""
+        ids, trained = self.encoder.encode(row)
+        self.documents.append((ids, trained))
+        self.texts.append(self.encoder.is_text(row))
+        for name in dict.fromkeys([*_of_row(row, self.encoder), *self._of_tokens(row, ids, trained)]):
+            self.note(name, where)
+        self.seen.add(_key(ids))
+        self.prompts.add(_prompt_key(ids, trained))
+
+    def _of_tokens(self, row: dict, ids: np.ndarray, trained: np.ndarray) -> Iterator[str]:
+        if "\ufffd" in self.encoder.tokenizer.decode(ids.tolist()):
+            yield "broken text"
+        if _key(ids) in self.seen:
+            yield "duplicate"
+        if int(trained.sum()) <= len(self.encoder.tokenizer.eod):
+            yield "only the end"
+        if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(row):
+            yield "cut"
+            if not trained[1 : self.ctx_len + 1].any():
+                yield "no target"
+
+    def compare(self, where: str, row: dict) -> None:
+        """Note whether a row of the held-out data is among the rows looked at."""
+        ids, trained = self.encoder.encode(row)
+        if _key(ids) in self.seen:
+            self.note("held out", where)
+        elif _prompt_key(ids, trained) in self.prompts:
+            self.note("known prompt", where)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """In the order of MEANINGS."""
+        return [self.found[name] for name in MEANINGS if name in self.found]
+
+
+def _of_row(row: dict, encoder: Encoder) -> Iterator[str]:
+    """Names of what is odd about the words of a row."""
+    if "prompt" in row and not row["completion"].strip():
+        yield "empty answer"
+    if "text" in row and CHAT_FORM.match(row["text"]) and f"{TURN_END}{ROLES['assistant']}:" in row["text"]:
+        if encoder.loss_mask == "assistant":
+            yield "trained question"
+        turn = ""
+        for part in row["text"].split(TURN_END):
+            turn = match[1] if (match := TURN.match(part)) else turn
+            if not match and turn != ROLES["assistant"]:
+                yield "blank line in text"
+    for message in row.get("messages", ()):
+        content = message.get("content") or ""
+        if message["role"] != "assistant":
+            if isinstance(encoder.template, RwkvTemplate) and re.search(r"\n{2,}", content.replace("\r\n", "\n").strip()):
+                yield "blank line"
+            continue
+        if not content.strip() and not message.get("tool_calls"):
+            yield "empty answer"
+        if "<think>" in content and "</think>" not in content:
+            yield "open thoughts"
+        elif encoder.template.opening.endswith("<think") and not thoughts_of(message)[0]:
+            yield "no thoughts"
+
+
+def _key(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _prompt_key(ids: np.ndarray, trained: np.ndarray) -> bytes:
+    """That of what stands before the first answer; of the whole where there is nothing before it."""
+    first = int(trained.argmax())
+    return _key(ids[:first] if first else ids)

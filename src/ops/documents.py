@@ -1,0 +1,88 @@
+"""Packed rows whose documents start from a given state: every document becomes a row of its own.
+
+The kernels zero the state where a document starts. A tuned initial state must stand there instead, with its gradient from every document
+of a row. It could be no argument of the tensor-core forms, whose chunks hold several documents in one matrix. So the documents are cut out
+and handed to the kernel in groups of similar length, each with its own initial state and without resets: any kernel does, the gradients
+are autograd's, and a group is padded to less than twice its tokens. Padding stands after a document and leaves the state as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHORTEST = 16  # documents up to this length share a group
+# the raw decay of a token that keeps the whole state in both versions: exp(-exp(-30)) and exp(-0.6 sigmoid(-30)) are 1 in fp32
+KEEP = -30.0
+
+
+class Group(NamedTuple):
+    """D documents of similar length, L tokens the longest."""
+
+    tokens: Tensor  # (D, L) int64, places in the flattened rows (B * T,); B * T, one past the end, is padding
+    rows: Tensor    # (D,) int64, the row of each document
+    starts: Tensor  # (D,) bool; not set for what goes on from the row before its first reset
+
+
+class Layout(NamedTuple):
+    """Where the documents of packed rows go, and where they are found again."""
+
+    groups: list[Group]
+    places: Tensor  # (B * T,) int64, each token's output among those of all groups, padding included
+    last: Tensor    # (B,) int64, each row's last document among those of all groups
+
+
+@functools.lru_cache(maxsize=1)  # every layer asks for the same resets, which are hashed by identity
+def layout(reset: Tensor) -> Layout:
+    """reset (B, T) bool, set where a document starts; token 0 of a row begins one in any case, a new one or the rest of one."""
+    B, T = reset.shape
+    given = reset.cpu()
+    begins = given.clone()
+    begins[:, 0] = True
+    first = begins.flatten().nonzero().flatten()
+    length = torch.diff(first, append=torch.tensor([B * T]))
+    size = torch.maximum(2 ** torch.ceil(torch.log2(length.double())), torch.tensor(float(SHORTEST)))
+    starts = given.flatten()[first]
+    groups, places, order, before = [], torch.empty(B * T, dtype=torch.int64), [], 0
+    for one in size.unique():
+        chosen = (size == one).nonzero().flatten()
+        step = torch.arange(int(length[chosen].max()))
+        inside = step < length[chosen, None]
+        tokens = torch.where(inside, first[chosen, None] + step, B * T)
+        places[tokens[inside]] = before + inside.flatten().nonzero().flatten()
+        before += tokens.numel()
+        order.append(chosen)
+        groups.append(Group(*(x.to(reset.device) for x in (tokens, first[chosen] // T, starts[chosen]))))
+    ends = torch.cat(order).argsort()[(first + length) % T == 0]
+    return Layout(groups, places.to(reset.device), ends.to(reset.device))
+
+
+def by_document(
+    wkv: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor]], inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor, start: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `wkv(inputs, state)` gives for rows whose documents start from `start` (H, N, N): y (B, T, H, N) and the state after each row.
+
+    s0 (B, H, N, N) is the state that a row goes on from, None where each row begins with a document.
+    """
+    B, T, H, N = inputs["r"].shape
+    plan = layout(reset)
+
+    def with_padding(name: str, x: Tensor) -> Tensor:
+        return torch.cat([x.flatten(0, 1), x.new_full((1, H, N), KEEP if name == "w" else 0.0)])
+
+    tokens = {name: with_padding(name, x) for name, x in inputs.items() if name != "u"}
+    ys, states = [], []
+    for group in plan.groups:
+        state = start.expand(len(group.rows), H, N, N)
+        if s0 is not None:
+            state = torch.where(group.starts[:, None, None, None], state, s0[group.rows])
+        index = group.tokens.flatten()
+        cut = {name: x.index_select(0, index).view(*group.tokens.shape, H, N) for name, x in tokens.items()}
+        y, state = wkv({name: cut.get(name, x) for name, x in inputs.items()}, state)
+        ys.append(y.flatten(0, 1))
+        states.append(state)
+    return torch.cat(ys).index_select(0, plan.places).view(B, T, H, N), torch.cat(states).index_select(0, plan.last)

@@ -1,0 +1,153 @@
+"""The preview: every kind of trouble is found where it is and nowhere else, and the colours are the mask, token for token."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from scripts import preview
+from src.data import load_documents
+from src.lint import MEANINGS
+from src.template import load_template
+from src.tokenise import Encoder
+from src.tokenizer import load_tokenizer
+
+from .conftest import ROOT
+from .test_data import assistant, user
+
+GOOD = [
+    {"text": "A text\n\nof two paragraphs. User: not a turn"}, {"text": "x"},
+    {"messages": [user("line\nline"), assistant("a\n\nb"), user("c"), assistant("<think>\nhm\n</think>\nd")]},
+    {"messages": [user("2+2?"), assistant("4")]},
+]
+
+
+@pytest.fixture
+def show(tmp_path, capsys):
+    """show(rows, *flags) -> (exit code, stdout); the rows are in data.jsonl, and the tokenizer is bytes."""
+
+    def run(rows, *flags, held=()):
+        for name, content in (("data", rows), ("held", held)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        code = preview.main(["--data_file", str(tmp_path / "data.jsonl"), "--tokenizer", "bytes", *flags,
+                             *(["--eval_file", str(tmp_path / "held.jsonl")] if held else [])])
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def findings(show, rows, *flags, held=()):
+    code, output = show([*GOOD, *rows], "--json", "--strict", *flags, held=held)
+    found = json.loads(output)["findings"]
+    assert code == bool(found)
+    return {finding["name"]: (finding["count"], re.search(r"\w+\.jsonl, line \d+", finding["first"])[0]) for finding in found}
+
+
+def test_good_data(show):
+    assert findings(show, []) == {}
+    code, output = show(GOOD)
+    assert code == 0 and "finding    none" in output
+
+
+@pytest.mark.parametrize("name, rows, flags", [
+    ("empty answer", [{"messages": [user("a"), assistant(" \n")]}], []),
+    ("empty answer", [{"prompt": "a", "completion": " "}], []),
+    ("bad row", [{"prompt": "a", "completion": ""}], []), ("bad row", [{"words": "a"}], []),
+    ("bad row", [{"text": "\ud800"}], []), ("bad row", [{"messages": [user("a"), assistant("<think>b")]}], ["--template", "think"]),
+    ("blank line", [{"messages": [user("a\n\nb"), assistant("c")]}], []),
+    ("blank line", [{"messages": [{"role": "system", "content": "a\r\n\r\nb"}, user("a"), assistant("c")]}], ["--template", "think"]),
+    ("blank line in text", [{"text": "User: a\n\nmore\n\nAssistant: b\n\nmore"}], ["--loss_mask", "Assistant:"]),
+    ("trained question", [{"text": "User: a\n\nAssistant: b\n\nmore"}], []),
+    ("open thoughts", [{"messages": [user("a"), assistant("so <think> it")]}], []),
+    ("broken text", [{"text": "caf\ufffd"}], []),
+    ("cut", [{"messages": [user("a"), assistant("b" * 190)]}], ["--ctx_len", "100"]),
+    ("duplicate", [{"text": "once"}, {"text": "once"}, GOOD[3]], []),
+])
+def test_one_kind_of_trouble(show, name, rows, flags):
+    found = findings(show, rows, *flags)
+    expected = {name: (len(rows) if name != "duplicate" else 2, f"data.jsonl, line {len(GOOD) + (1 if name != 'duplicate' else 2)}")}
+    if flags[:1] == ["--loss_mask"]:
+        assert found.pop("only the end") == (2, "data.jsonl, line 1")  # the texts without an Assistant:
+    if flags == ["--template", "think"]:
+        assert found.pop("no thoughts")[0] == 2 + (name != "bad row")
+    assert found == expected
+
+
+def test_troubles_that_come_together(show):
+    question = "q" * 200
+    found = findings(show, [{"messages": [user(question), assistant("a")]}] * 2, "--ctx_len", "100")
+    assert found == {"cut": (2, "data.jsonl, line 5"), "no target": (2, "data.jsonl, line 5"), "duplicate": (1, "data.jsonl, line 6")}
+    code, output = show([{"messages": [user(question), assistant("a")]}], "--ctx_len", "100")
+    assert "1 conversations are longer and are cut; 120 tokens are lost" in output
+    assert "\nfinding    no target, 1 row: no token within --ctx_len is trained, so it teaches nothing; first: " in output
+
+
+def test_held_out_data(show):
+    held = [GOOD[3], {"messages": [user("2+2?"), assistant("5")]}, {"messages": [user("3+3?"), assistant("6")]}]
+    assert findings(show, [], held=held) == {"held out": (1, "held.jsonl, line 1"), "known prompt": (1, "held.jsonl, line 2")}
+
+
+def test_every_kind_has_a_test():
+    tested = {mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))}
+    assert set(MEANINGS) - tested == {"no thoughts", "only the end", "no target", "held out", "known prompt"}
+
+
+def test_the_figures_are_those_of_the_training(show, tmp_path):
+    rows = [*GOOD, {"text": "y" * 77}, {"messages": [user("a"), assistant("b" * 50)]}]
+    _, output = show(rows, "--json", "--ctx_len", "30", "--template", "rwkv", "--loss_mask", "all")
+    figures = json.loads(output)
+    documents = load_documents(str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), 30, loss_mask="all")
+    assert (figures["rows"], figures["documents"]) == (6, len(documents.rows))
+    assert (figures["split"], figures["cut"], figures["cut_tokens"]) == (documents.split, documents.cut, documents.cut_tokens) == (2, 2, 85)
+    assert figures["fill"] == pytest.approx((documents.tokens - len(documents.rows)) / (figures["packed_rows"] * 30))
+    assert figures["trained"] == figures["tokens"] and figures["lengths"]["100%"] == 78 and figures["lengths"]["0%"] == 2
+
+
+ESCAPE = re.compile(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m")
+
+
+def test_the_colours_are_the_mask_token_for_token(show, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    turns = [user("你好 friend"), assistant("🙂 well\nthen"), user("b"), assistant("c")]
+    world, template = load_tokenizer("world", 65536), load_template("think-short")
+    _, output = show([{"messages": turns}], "--tokenizer", "world", "--template", "think-short")
+    lines = [line.removeprefix("    | ") for line in output.splitlines() if line.startswith("    | ")]
+    tokens = [(code in preview.TRAINED, text) for code, text in ESCAPE.findall("\n".join(lines)) if text]
+    ids, trained = Encoder(world, template).encode({"messages": turns})
+    wanted, decoder = [], world.decoder()
+    for token, flag in zip(ids[:-1].tolist(), trained.tolist()):
+        text = decoder.push(token).replace("\n", "⏎\n")
+        wanted += [(flag, part) for part in text.split("\n") if part]
+    assert tokens == [*wanted, (True, "␃")]
+    codes = [code for code, text in ESCAPE.findall("\n".join(lines)) if text != "⏎"]
+    assert all(a != b for a, b in zip(codes, codes[1:])), "neighbours must differ"
+    assert "".join(lines).count("⏎") == sum(text.count("\n") for text, _ in template.segments(turns))
+
+
+def test_without_colours(show, monkeypatch):
+    for setting in ("pipe", "NO_COLOR", "--plain"):
+        monkeypatch.setattr("sys.stdout.isatty", lambda setting=setting: setting != "pipe")
+        monkeypatch.setenv("NO_COLOR", "1" if setting == "NO_COLOR" else "")
+        _, output = show(GOOD, "--samples", "9", *(["--plain"] if setting == "--plain" else []))
+        assert "\x1b" not in output and "    | Assistant:« 4␀»" in output and output.count("\ndocument ") == 4
+    assert "tokens, " not in show(GOOD, "--samples", "0")[1]
+
+
+def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("ctx_len: 7\nloss_mask: all\nload_model: ''\npeft: miss\n")
+    _, output = show(GOOD, "--config", str(tmp_path / "config.yaml"), "--micro_bsz", "3", "--epoch_save", "1", "--samples", "1")
+    assert "ctx_len    7:" in output and "loss on everything" in output
+    for flags, words in ((["--ctx_len", "0"], "must be at least 1"), (["--loss_mask", "se"], "START...END"),
+                         (["--template", "absent"], "cannot read")):
+        with pytest.raises(SystemExit) as caught:
+            show(GOOD, *flags)
+        assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_preview_imports_no_trainer():
+    code = "import sys, scripts.preview; print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'jinja2.sandbox'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
