@@ -1,0 +1,107 @@
+"""Rows in chunks: peak memory and time up to a million tokens, and the gradient against that of the whole row.
+
+    python -m benchmarks.infctx [--tokens 65536 262144 1048576] [--whole 16384 65536] [--chunk_ctx 1024] [--version 7] [--n_layer 2] [--n_embd 64]
+
+A random RWKV with MiSS computes loss and gradients of one row, every token trained: in chunks that keep a state each, and with --state_cp.
+Every figure comes from a process of its own: its peak is VmHWM (what ru_maxrss reports) minus that of before the row was run, when model,
+row and kernel were there; its time is that of the CPU, which other programs do not prolong. What a chunk costs is the growth of the peak
+between the two longest rows over that of the number of chunks. At the lengths of --whole the whole row runs too, and the gradients are
+compared. The last line is JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from src.infctx import Chunks, rows_loss, state_bytes
+
+from .common import report
+from .step import random_model
+
+WHOLE, CHUNKS, SPARSE = "whole", "chunks", "chunks, state_cp"
+
+
+def peak_bytes() -> int:
+    """The most memory that this program has had. ru_maxrss would begin with that of the process that started it."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+
+def measure(args) -> dict:
+    """One row in this process: loss, seconds, peak memory; the gradients go to the file --out."""
+    torch.manual_seed(0)
+    model = random_model(args.version, args.n_layer, args.n_embd, args.vocab_size, args.rank)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:  # MiSS begins at zero
+        torch.nn.init.normal_(p, std=0.02)
+    for block in model.blocks:
+        block.att.kernel = "cpu"
+    tokens = args.tokens[0]
+    ids = torch.randint(args.vocab_size, (1, tokens + 1))
+    batch = {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": torch.ones(1, tokens, dtype=torch.bool), "reset": None}
+    warm_up = {name: x if x is None else x[:, :48] for name, x in batch.items()}
+    torch.autograd.grad(rows_loss(model, warm_up, Chunks(16)), parameters)
+
+    chunks = Chunks() if args.mode == WHOLE else Chunks(args.chunk_ctx, sparse=args.mode == SPARSE)
+    before, start = peak_bytes(), time.process_time()
+    loss = rows_loss(model, batch, chunks)
+    gradients = torch.autograd.grad(loss / tokens, parameters)
+    seconds, peak = time.process_time() - start, peak_bytes() - before
+    torch.save(gradients, args.out)
+    return {"mode": args.mode, "tokens": tokens, "cpu_seconds": round(seconds, 2), "peak_mb": round(peak / 1e6, 1),
+            "loss": float(loss) / tokens, "chunks": chunks.count(tokens), "states": chunks.states(tokens),
+            "state_bytes": state_bytes(model.arch, 1, 4)}
+
+
+def in_a_process(args, mode: str, tokens: int) -> tuple[dict, list[torch.Tensor]]:
+    """measure() in a fresh process, whose memory nothing has touched."""
+    with tempfile.NamedTemporaryFile(suffix=".pth") as out:
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("chunk_ctx", "version", "n_layer", "n_embd", "vocab_size", "rank")]
+        command = [sys.executable, "-m", "benchmarks.infctx", "--mode", mode, "--tokens", str(tokens), "--out", out.name, *sizes]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        return json.loads(done.stdout), torch.load(out.name, weights_only=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 262144, 1048576])
+    parser.add_argument("--whole", type=int, nargs="+", default=[16384, 65536])
+    for name, default in (("chunk_ctx", 1024), ("version", 7), ("n_layer", 2), ("n_embd", 64), ("vocab_size", 256), ("rank", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.mode:
+        print(json.dumps(measure(args)))
+        return
+
+    rows, errors, times = [], {}, {}
+    for tokens in sorted({*args.tokens, *args.whole}):
+        found = {}
+        for mode in (WHOLE, CHUNKS, SPARSE)[tokens not in args.whole :]:
+            row, gradients = in_a_process(args, mode, tokens)
+            rows.append(row)
+            found[mode] = row["cpu_seconds"], gradients
+            print(f"{tokens:>9,} tokens  {mode:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB   {row['cpu_seconds']:7.2f} s   "
+                  f"{tokens / row['cpu_seconds']:9,.0f} tokens/s   loss {row['loss']:.6f}", flush=True)
+        if tokens in args.whole:
+            (whole_seconds, whole), (seconds, ours) = found[WHOLE], found[CHUNKS]
+            errors[tokens] = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, whole, strict=True))
+            times[tokens] = round(seconds / whole_seconds, 2)
+            print(f"{tokens:>9,} tokens  gradients differ by {errors[tokens]:.1e} at most, time {times[tokens]:.2f} of the whole row's", flush=True)
+    *_, short, long = (row for row in rows if row["mode"] == CHUNKS)
+    growth = (long["peak_mb"] - short["peak_mb"]) * 1e6 / (long["chunks"] - short["chunks"])
+    print(f"a chunk more costs {growth / 1e3:,.1f} kB; a state has {long['state_bytes'] / 1e3:,.1f} kB")
+    report("infctx", rows=rows, gradient_error=errors, times_whole=times, bytes_per_chunk=round(growth), state_bytes=long["state_bytes"],
+           dtype="float32", **{k: v for k, v in vars(args).items() if k not in ("tokens", "whole", "mode", "out")})
+
+
+if __name__ == "__main__":
+    main()
