@@ -21,6 +21,7 @@ DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of 
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
+HEADER = 1 << 16  # characters of a header, at most
 SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 
@@ -180,12 +181,19 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
 
 def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
     """What stands between the columns of a file whose first line is `header`; None if it is no such file."""
-    split = {mark: [cell.strip() for cell in next(csv.reader([header], delimiter=mark), [])] for mark in DELIMITERS}
+    split = {mark: _names(header, mark) for mark in DELIMITERS}
     known = [mark for mark, names in split.items() if (set(fields) <= set(names) if fields else has_layout(names))]
     if suffix in (".csv", ".tsv"):
         return max(known or DELIMITERS, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t")) if header else ","
     known = [mark for mark in known if len(split[mark]) > 1 and (mark == "\t" or suffix != ".txt")]
     return known[0] if known else None
+
+
+def _names(header: str, mark: str) -> list[str]:
+    try:
+        return [name.strip() for name in next(csv.reader([header[:HEADER]], delimiter=mark), [])]
+    except csv.Error:
+        return []  # whoever reads the file says what is wrong
 
 
 def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
