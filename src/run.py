@@ -127,7 +127,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
     trainer = training.make_trainer(config, accelerator, total_steps, precision, callbacks, first_step)
     begun = time.perf_counter()
     try:
-        trainer.fit(module)
+        with ops.nan_passes():  # LastGood judges the steps
+            trainer.fit(module)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then lower --ctx_len") from None
     if trainer.is_global_zero:

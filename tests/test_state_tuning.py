@@ -368,3 +368,13 @@ def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
     assert "12 linears and 2 whole tensors (state)" in output and "initial state 0.01" in output
     tensors = rwkv_miss.read_checkpoint(tmp_path / "run/adapter.pth")
     assert len(tensors) == 14 and 5e-3 < tensors["blocks.1.att.time_state"].abs().max() < 0.1 and tensors["blocks.1.att.key.miss"].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("flags", [[], ["--grad_cp", "1"], ["--chunk_ctx", "7"]], ids=["plain", "grad_cp", "chunks"])
+def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_path, flags):
+    """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of a training."""
+    code, output = program.run([
+        "--load_model", str(files / "v7.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(tmp_path / "run"), "--tokenizer", "bytes",
+        "--accelerator", "cpu", "--micro_bsz", "2", "--packing", "0", "--epoch_steps", "9", "--peft", "state", "--lr_init", "1e30", *flags])
+    assert code == 2 and output.count("back to the state of step 0") == 3 and "Traceback" not in output, output
+    assert "the run diverged; lower --lr_init" in output

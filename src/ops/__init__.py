@@ -26,6 +26,7 @@ from rwkv_miss.errors import UserError
 
 from . import native
 from .documents import by_document
+from .native import nan_passes  # noqa: F401  (for a training's own use)
 from .reference import recurrent6, recurrent7
 from .wkv6 import chunked6
 from .wkv7 import chunked7

@@ -242,8 +242,23 @@ def define(version: int) -> None:
     torch.library.register_fake(f"{name}_backward", lambda *arguments: sum_u(empty_gradients(arguments[0])))
 
 
+_NAMED = [True]  # whether a NaN on a CPU is an error
+
+
+@contextlib.contextmanager
+def nan_passes():
+    """Context in which a NaN flows on into the outputs, as on a GPU: for a training that judges every step by its loss and goes back."""
+    before, _NAMED[0] = _NAMED[0], False
+    try:
+        yield
+    finally:
+        _NAMED[0] = before
+
+
 def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
     """Raises ValueError with the first argument that holds a NaN; an infinity may be a raw decay, or an overflow of the arithmetic."""
+    if not _NAMED[0]:
+        return
     for name, x in inputs.items():
         if x is not None and (bad := x.isnan()).any():
             where = tuple(bad.nonzero()[0].tolist())
