@@ -19,13 +19,14 @@ from .checkpoints import checkpoint_name, remove_old
 from .files import append_line, read_lines, write_lines
 from .rollback import LastGood
 from .state import gradient_norm, read_state, write_state
+from .writers import Writer
 
 
 class StepReport(Callback):
     """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop."""
 
-    def __init__(self, path: str, total: int, started: float, last_good: LastGood):
-        self.path, self.total, self.started, self.last_good = path, total, started, last_good
+    def __init__(self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer]):
+        self.path, self.total, self.started, self.last_good, self.writers = path, total, started, last_good, writers
         self.stop = False
         self.first_step_seconds: float | None = None
         self.validation = ""  # what the bar says of the newest evaluation
@@ -70,6 +71,8 @@ class StepReport(Callback):
             if back is not None:
                 line["rolled_back_to"] = back
             append_line(self.path, line)
+            for writer in self.writers:
+                writer.numbers(step, {f"train/{name}": line[name] for name in ("loss", "lr", "tokens_per_second") if line[name] is not None})
             self.bar.set_postfix_str(f"loss {loss:.4f}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tok/s")
             self.bar.update()
             if not sys.stderr.isatty() and (step % max(1, self.total // 20) == 0 or step == 1):
@@ -78,12 +81,14 @@ class StepReport(Callback):
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()
-        self._restore_signals()
+        self._close(failed=False)
 
     def on_exception(self, trainer, module, exception) -> None:
-        self._restore_signals()
+        self._close(failed=True)
 
-    def _restore_signals(self) -> None:
+    def _close(self, failed: bool) -> None:
+        for writer in self.writers:
+            writer.close(failed)
         for number, handler in getattr(self, "before", {}).items():
             signal.signal(number, handler)
 

@@ -111,6 +111,7 @@ class Config:
     eval_steps: int = opt(0, "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)")
     eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
     early_stop: int = opt(0, "end the training after N evaluations in a row that are no better than the best one (0: never)")
+    wandb: str = opt("", "project of Weights & Biases that the run is sent to; TensorBoard needs no flag, it is used when it is installed")
 
     init_only: bool = opt(False, "1: write a new model to rwkv-init.pth in proj_dir and end; a later run takes it as --load_model")
     save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")

@@ -76,18 +76,19 @@ def undisturbed(trainer):
 def validation_loss(trainer, batches: list[Batch]) -> float:
     """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the same number.
 
-    Packing and the number of processes do not change it: rows don't see each other, and each batch is computed by one process.
+    Packing and the number of processes do not change it: rows don't see each other, each batch is computed by one process, and float64
+    has room enough for fp32 sums to be added without rounding, in any order.
     """
     strategy, world = trainer.strategy, trainer.world_size
-    # one slot for each batch, so that the sum has one order; as many for each rank, because all of them must do the same operations
-    sums = torch.zeros(-(-len(batches) // world) * world, dtype=torch.float64)
     count = sum(document.targets for rows in batches for row in rows for document in row)
-    for index in range(trainer.global_rank, len(sums), world):
-        batch = collate(batches[index] if index < len(batches) else [], count)
-        longest = batches[index - trainer.global_rank][0]  # of the rows that the ranks have now
-        batch["width"] = sum(len(document.ids) - 1 for document in longest)
-        sums[index] = strategy.validation_step(strategy.batch_to_device(batch), index)
-    return float(strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").sum()) / count
+    total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
+    for first in range(0, len(batches), world):
+        # a rank without a batch takes one without a target, because all of them must do the same operations
+        mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
+        # the longest of the rows that the ranks have now
+        batch = collate(mine, count) | {"width": sum(len(document.ids) - 1 for document in batches[first][0])}
+        total += strategy.validation_step(strategy.batch_to_device(batch), first)
+    return float(strategy.reduce(total, reduce_op="sum")) / count
 
 
 @dataclasses.dataclass(frozen=True)

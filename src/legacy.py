@@ -39,7 +39,6 @@ DROPPED = {
 REFUSED = {
     "quant": (("none", "0", ""), "quantised bases are not supported yet; train with --precision bf16"),
     "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
-    "wandb": (("",), "the metrics are in metrics.jsonl; there is no upload"),
     "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
     "head_qk": (("0",), "RWKV-6 and RWKV-7 have no such head; drop the flag"),
     "dropout": (("0",), "there is no dropout in the model; that of LoRA is in --peft_config"),

@@ -31,6 +31,7 @@ from .infctx import Chunks, state_bytes
 from .model import RWKV, VERSIONS, read_model_file
 from .template import Template, recorded_template
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
+from .writers import check_wandb, describe_writers, open_writers
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
@@ -49,6 +50,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
     require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     if config.init_only:
         return write_new_model(config, arch, tokenizer)
+    if config.wandb and is_first_process():
+        check_wandb(config.wandb)
     resume_from, before = find_checkpoint(config)
     if before:
         keep_rows_per_step(config, before)
@@ -86,6 +89,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
         + (f", initial state {state_lr:g}" if (state_lr := configuration.state_learning_rate(config)) else ""),
         f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}",
         f"kernel     wkv {kernel}: {kernel_reason}",
+        describe_writers(config),
         f"template   {template.name}, loss on {describe_mask(config.loss_mask)}",
         f"tokenizer  {tokenizer.name}; first sample, trained part between the marks:",
         show_sample(documents.rows[0], tokenizer),
@@ -119,7 +123,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
     module = training.FineTuning(model, config, lr, documents, held_out, total_steps, half, first_step)
     checkpoints = os.path.join(config.proj_dir, CHECKPOINTS)
     last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
-    report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started, last_good)
+    report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started, last_good,
+                        open_writers(config, first_step) if is_first_process() else [])
     save = writer(config, model, tokenizer, template, training)
     saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
     # a checkpoint of a step comes after the step's evaluation
@@ -233,7 +238,7 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
 MAY_CHANGE = {
-    "proj_dir", "resume", "data_cache", "eval_steps", "eval_samples", "early_stop", "save_steps", "save_total_limit", "rollback_steps",
+    "proj_dir", "resume", "data_cache", "eval_steps", "eval_samples", "early_stop", "wandb", "save_steps", "save_total_limit", "rollback_steps",
     "spike_sigmas", "grad_cp", "chunk_ctx", "state_cp", "wkv", "accelerator",
     "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
 }

@@ -67,6 +67,11 @@ class Watch(Callback):
             self._save(trainer, loss)
         if trainer.is_global_zero:
             append_line(self.path, line)
+            for writer in self.report.writers:
+                if line["loss"] is not None:
+                    writer.numbers(step, {"validation/loss": loss})
+                if samples:
+                    writer.samples(step, samples)
             self.report.validation = f" validation {loss:.4f}"
             tqdm.write("\n".join(describe(self.history, module.total_steps)))
 

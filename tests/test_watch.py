@@ -2,8 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import json
+import os
 import random
+import sys
 import types
 
 import numpy as np
@@ -282,6 +286,109 @@ def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     held = load_documents(str(files / "held.jsonl"), BYTES, 1024)
     assert exact_loss(tmp_path / "run/best.pth", held) == pytest.approx(named, rel=1e-2)
     assert named < 0.99 * exact_loss(files / "base.pth", held)
+
+
+# other places for the numbers
+
+
+def scalars(folder, tag):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}, events
+
+
+def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_path):
+    proj_dir = tmp_path / "run"
+    flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
+    for checkpoint in ("step-00000002", "step-00000004"):  # the first run leaves none, the second goes on from step 2, the last as well
+        code, output = start(files, proj_dir, *flags, "--resume", "auto", sabotage=functools.partial(at_file, checkpoint, 1, proj_dir, kill))
+        assert code and f"watch it   tensorboard --logdir {proj_dir}/tensorboard" in output
+    succeed(start(files, proj_dir, *flags, "--resume", "auto"))
+    losses, events = scalars(proj_dir / "tensorboard", "train/loss")
+    assert losses == pytest.approx(dict(enumerate(curve(proj_dir), 1)))
+    assert len(events.Scalars("train/loss")) == 6 == len(scalars(proj_dir / "tensorboard", "train/lr")[0])
+    lines = validation(proj_dir)
+    assert scalars(proj_dir / "tensorboard", "validation/loss")[0] == pytest.approx({line["step"]: line["loss"] for line in lines})
+    [text] = events.Tensors("validation/samples/text_summary")[-1].tensor_proto.string_val
+    assert f"    {lines[-1]['samples'][0]['prompt'].splitlines()[0]}" in text.decode()
+
+
+def without(package, rank):
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *args: None if name == package else find(name, *args)
+
+
+def broken_tensorboard(rank):
+    sys.modules["torch.utils.tensorboard"] = None  # importing it fails
+
+
+def test_without_tensorboard_a_run_says_so_and_goes_on(files, tmp_path):
+    for sabotage, words in ((functools.partial(without, "tensorboard"), "watch it   TensorBoard not installed (pip install tensorboard)"),
+                            (broken_tensorboard, "watch it   TensorBoard broken here: ")):
+        pytest.importorskip("tensorboard")
+        assert words in succeed(start(files, tmp_path / words[-9:-1], "--epoch_steps", "1", sabotage=sabotage))
+        assert not (tmp_path / words[-9:-1] / "tensorboard").exists()
+
+
+def fake_wandb(log, key, rank):
+    """The package's surface that is used here; every call becomes a JSON line."""
+    def note(name, *args):
+        with open(log, "a") as file:
+            file.write(json.dumps([name, *args]) + "\n")
+
+    def login():
+        if not key:
+            raise errors.Error("No API key configured.")
+
+    def init(project, dir, id, resume, config):
+        note("init", project, id, resume, config["lr_init"])
+        return types.SimpleNamespace(id=id or "new-id", log=lambda values, step: note("log", step, values), finish=functools.partial(note, "finish"))
+
+    errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+    module = types.ModuleType("wandb")
+    module.login, module.init, module.errors, module.Table = login, init, errors, lambda columns, data: [columns, *data]
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    sys.modules["wandb"] = module
+
+
+def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_path):
+    proj_dir, log = tmp_path / "run", tmp_path / "log"
+    flags = ["--wandb", "project", *EVAL, str(files / "held.jsonl")]
+    fake = functools.partial(fake_wandb, log, True)
+    stop = functools.partial(at_file, "metrics.jsonl", 4, proj_dir, interrupt)
+    code, output = start(files, proj_dir, *flags, sabotage=functools.partial(both, fake, stop))
+    assert code == 130 and "Weights & Biases, project project" in output
+    succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=fake))
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [call for call in calls if call[0] != "log"] == [
+        ["init", "project", None, "allow", 0.01], ["finish", 0], ["init", "project", "new-id", "allow", 0.01], ["finish", 0]]
+    logged = [(step, name, value) for _, step, values in (call for call in calls if call[0] == "log") for name, value in values.items()]
+    assert [step for step, _, _ in logged] == sorted(step for step, _, _ in logged), "wandb drops what is logged for a step before the last one"
+    assert [value for _, name, value in logged if name == "train/loss"] == curve(proj_dir)
+    assert [value for _, name, value in logged if name == "validation/loss"] == [line["loss"] for line in validation(proj_dir)]
+    assert [value[0] for _, name, value in logged if name == "validation/samples"] == 3 * [["prompt", "answer", "right"]]
+
+
+@pytest.mark.parametrize("sabotage, words", [
+    (functools.partial(without, "wandb"), "--wandb p needs the package wandb: pip install wandb, or drop the flag"),
+    (functools.partial(fake_wandb, os.devnull, False), "--wandb p: No API key configured. With WANDB_MODE=offline the run stays on this machine"),
+], ids=["absent", "no key"])
+def test_wandb_that_cannot_work_is_said_before_anything_else(files, tmp_path, sabotage, words):
+    code, output = start(files, tmp_path / "run", "--wandb", "p", sabotage=sabotage)
+    assert code == 2 and output.strip() == f"error: {words}" and not (tmp_path / "run").exists()
+
+
+def offline(rank):
+    os.environ["WANDB_MODE"] = "offline"
+
+
+def test_the_real_wandb_takes_it_offline(files, tmp_path):
+    pytest.importorskip("wandb")
+    flags = ["--wandb", "project", "--eval_file", str(files / "held.jsonl")]
+    output = succeed(start(files, tmp_path / "run", *flags, sabotage=offline))
+    [record] = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
+    assert record.stem == "run-" + (tmp_path / "run/wandb-id.txt").read_text().strip()
+    assert "train/loss" in output and "validation/loss" in output  # wandb's own summary
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,0 +1,117 @@
+"""Where a run's numbers go besides its own files: to TensorBoard where it is installed, to Weights & Biases where it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from typing import Protocol
+
+from rwkv_miss.errors import UserError
+
+from .config import Config
+from .files import write_text
+
+TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
+
+
+class Writer(Protocol):
+    """What StepReport and Watch call, on rank 0."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """Values of a step under names such as train/loss."""
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Answers of the model: prompt, answer, and the right one."""
+
+    def close(self, failed: bool) -> None:
+        """The run is over."""
+
+
+class TensorBoard:
+    """Event files in proj_dir/tensorboard; those of steps that a resumed run does again are hidden."""
+
+    def __init__(self, config: Config, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = os.path.join(config.proj_dir, TENSORBOARD)
+        self.writer = SummaryWriter(self.folder, purge_step=first_step + 1 if first_step else 0)
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        try:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()  # a killed run must not leave a hole in the curve
+        except OSError as error:  # of the thread that writes
+            raise UserError(f"{self.folder} could not be written ({error.strerror})") from None
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        # four spaces are Markdown for text as it is
+        text = "\n\n".join(f"{name}\n\n" + "\n".join(f"    {line}" for line in value.splitlines()) for s in samples for name, value in s.items())
+        self.writer.add_text("validation/samples", text, step)
+
+    def close(self, failed: bool) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """One run of a project, with which a resumed run goes on. The key, and staying offline, are wandb's own settings."""
+
+    def __init__(self, config: Config, first_step: int):
+        import wandb
+
+        path, known = os.path.join(config.proj_dir, WANDB_ID), None
+        if first_step and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                known = file.read().strip()
+        try:
+            self.run = wandb.init(project=config.wandb, dir=config.proj_dir, id=known, resume="allow", config=dataclasses.asdict(config))
+        except wandb.errors.Error as error:
+            raise UserError(f"--wandb {config.wandb}: {error}") from None
+        self.table = wandb.Table
+        write_text(path, f"{self.run.id}\n")
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        self.run.log({"validation/samples": self.table(columns=list(samples[0]), data=[list(s.values()) for s in samples])}, step=step)
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(int(failed))
+
+
+def check_wandb(project: str) -> None:
+    """UserError where --wandb can't work: the package is absent, or has no key and is not offline."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {project} needs the package wandb: pip install wandb, or drop the flag")
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        raise UserError(f"--wandb {project}: {error} With WANDB_MODE=offline the run stays on this machine") from None
+
+
+def tensorboard_problem() -> str | None:
+    """Why there is no TensorBoard, or None. Nobody asked for it, so a broken installation is no reason to end a run."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return "not installed (pip install tensorboard)"
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except Exception as error:  # whatever packages raise that do not fit each other
+        return f"broken here: {error}"
+    return None
+
+
+def open_writers(config: Config, first_step: int) -> list[Writer]:
+    """The writers of a run that goes on after `first_step`."""
+    writers: list[Writer] = [] if tensorboard_problem() else [TensorBoard(config, first_step)]
+    return [*writers, WeightsAndBiases(config, first_step)] if config.wandb else writers
+
+
+def describe_writers(config: Config) -> str:
+    """Line of the plan about where the numbers can be seen."""
+    problem = tensorboard_problem()
+    board = f"TensorBoard {problem}" if problem else f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}"
+    return f"watch it   {board}" + (f"; Weights & Biases, project {config.wandb}" if config.wandb else "")
