@@ -146,9 +146,20 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         pieces = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         return [(piece, zero.optimizer.state[piece]) for piece in pieces]
 
+    def _link(self, p: nn.Parameter) -> None:
+        """Let a parameter find what the optimizer keeps for it under stage 1 and 2.
+
+        DeepSpeed does that once, after the step of the first parameter group, when the optimizer has nothing for the others yet.
+        """
+        zero = self.deepspeed_engine.optimizer
+        if self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment:  # None: no part of it is on this rank
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
     def read_whole(self, p: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
         """(parameter, what the optimizer keeps for it), gathered on every rank."""
         _, state = self._pieces()[0]
+        self._link(p)
         kept = {key: safe_get_full_optimizer_state(p, key) if value.dim() else value for key, value in state.items()}
         return safe_get_full_fp32_param(p), kept
 
@@ -179,7 +190,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         p.copy_(whole)
         safe_set_full_fp32_param(p, whole)
         if moments:
-            self.deepspeed_engine.optimizer._lazy_init_hp_params_optimizer_state()  # as after the first step
+            self._link(p)
         for key, value in moments.items():
             safe_set_full_optimizer_state(p, value, key)
 

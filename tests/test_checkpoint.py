@@ -480,6 +480,6 @@ def test_fingerprint_and_reading_are_fast_on_a_large_file(tmp_path):
     (tmp_path / "sparse").touch()
     os.truncate(tmp_path / "sparse", 8 << 30)
     tensors = {"a": torch.from_file(str(tmp_path / "sparse"), size=4 << 30, dtype=torch.bfloat16)}
-    start = time.perf_counter()
+    start = time.process_time()
     fingerprint(tensors)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
