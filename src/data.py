@@ -17,6 +17,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 
+from .config import Config, accumulation
 from .formats import BY_NAME, Reading, Report, sample, sources
 from .template import DEFAULT, Template, trains_by_marker
 from .tokenise import Encoder, Tokens, tokenise
@@ -230,6 +231,16 @@ class Schedule:
         size = -(-len(rows) // groups)
         group = micro * self.world + rank
         return rows[group * size : (group + 1) * size]
+
+
+def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
+    """The steps of a run over these documents."""
+    lengths, targets = (documents.lengths - 1).tolist(), documents.row_targets.tolist()
+    rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else [[i] for i in range(len(lengths))]
+    return Schedule(
+        rows, [sum(lengths[i] for i in row) for row in rows], [sum(targets[i] for i in row) for row in rows],
+        config.micro_bsz, accumulation(config), world, config.random_seed,
+    )
 
 
 def collate(rows: list[list[Document]], step_targets: int) -> dict:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.checkpoint import Arch
 
+from .config import Config
 from .loss import loss_sum
 from .model import RWKV, LayerState, State
 
@@ -49,6 +50,11 @@ class Chunks:
     def stride(self, count: int) -> int:
         """Every so many chunks the forward keeps a state."""
         return math.isqrt(count - 1) + 1 if self.sparse else 1
+
+
+def chunks_of(config: Config) -> Chunks:
+    """How the settings have rows run."""
+    return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
 
 
 def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:

@@ -55,13 +55,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     resume_from, before = find_checkpoint(config)
     if before:
         keep_rows_per_step(config, before)
-    reading = Reading.of(config)
-    found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
-
-    def load(path: str) -> Documents:
-        return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache, reading, found, config.random_seed)
-
-    documents, held_out = hold_out(config, load)
+    documents, held_out, found = read_data(config, tokenizer, template)
     kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
 
     torch.manual_seed(config.random_seed)
@@ -141,6 +135,17 @@ def main(config: Config, origins: dict[str, str]) -> None:
         finish(config, trainer.global_step, total_steps, seconds)
     if trainer.global_step < total_steps and not is_over(history, config.early_stop):
         sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
+
+
+def read_data(config: Config, tokenizer, template: Template) -> tuple[Documents, Documents, Report]:
+    """(training data, held-out data, what was found while they were read)."""
+    reading = Reading.of(config)
+    found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
+
+    def load(path: str) -> Documents:
+        return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache, reading, found, config.random_seed)
+
+    return *hold_out(config, load), found
 
 
 def check_world(config: Config) -> int:

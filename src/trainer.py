@@ -19,9 +19,9 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 
 from .config import Config, accumulation, state_learning_rate
-from .data import Batches, Documents, Schedule, pack
+from .data import Batches, Documents, make_schedule
 from .device import DTYPES
-from .infctx import Chunks, rows_loss
+from .infctx import chunks_of, rows_loss
 from .model import RWKV, parameter_groups
 
 
@@ -112,21 +112,6 @@ class FineTuning(pl.LightningModule):
         """Hashes of what a resumed run must find unchanged."""
         hashes = {"base file": self.model.base_fingerprint, "data file": self.documents.digest}
         return hashes | ({"held-out data": self.held_out.digest} if self.held_out.rows else {})
-
-
-def chunks_of(config: Config) -> Chunks:
-    """How the settings have rows run."""
-    return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
-
-
-def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
-    """The steps of a run over these documents."""
-    lengths, targets = (documents.lengths - 1).tolist(), documents.row_targets.tolist()
-    rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else [[i] for i in range(len(lengths))]
-    return Schedule(
-        rows, [sum(lengths[i] for i in row) for row in rows], [sum(targets[i] for i in row) for row in rows],
-        config.micro_bsz, accumulation(config), world, config.random_seed,
-    )
 
 
 def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
