@@ -1,29 +1,29 @@
-"""The README's memory table, from the sizes alone: python -m scripts.memory_table"""
+"""The README's memory table, as `scripts.plan` counts: python -m scripts.memory_table"""
 
 from __future__ import annotations
 
-import torch
-
-import rwkv_miss
-from rwkv_miss import Arch
+from rwkv_miss.checkpoint import Arch
 from src import rwkv7
-from src.model import RWKV
+from src.allocation import model_on_meta
+from src.config import Config
+from src.memory import GIB, memory_parts
 
 MODELS = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560), "7.2B": (32, 4096), "13.3B": (61, 4096)}
-GIB = 2**30
+ROW = 1024  # tokens, all of them trained
 
 
 def main() -> None:
-    """One row a model: bf16 base, and 16 bytes for every parameter of the adapter: fp32 value, gradient, two Adam moments."""
+    """One row a model: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time, recomputed layers or kept ones."""
     for name, (n_layer, n_embd) in MODELS.items():
         dim_ffn, ranks = rwkv7.default_sizes(n_embd)
         arch = Arch(7, 65536, n_embd, n_layer, n_embd // 64, 64, n_embd, dim_ffn, ranks, True)
-        with torch.device("meta"):
-            model = RWKV(arch)
-        base = 2 * sum(p.numel() for p in model.parameters()) / GIB
-        trainable = rwkv_miss.inject(model, "miss", rank=64).trainable
-        adapter = 16 * trainable / GIB
-        print(f"| RWKV-7 {name} | {n_layer} x {n_embd} | {base:.1f} GiB | {trainable:,} | {adapter:.2f} GiB | {base + adapter:.1f} GiB |")
+        trainable = model_on_meta(arch, Config()).injection.trainable
+        recomputed, kept = (
+            memory_parts(arch, Config(micro_bsz=1, grad_cp=grad_cp), "gpu", "cuda", "bf16", ROW, ROW) for grad_cp in (True, False)
+        )
+        adapter = sum(recomputed[part] for part in ("trained", "gradients", "Adam"))
+        columns = [recomputed["base"], adapter, sum(recomputed.values()), sum(kept.values())]
+        print(f"| RWKV-7 {name} | {n_layer} x {n_embd} | {trainable:,} | " + " | ".join(f"{size / GIB:.1f} GiB" for size in columns) + " |")
 
 
 if __name__ == "__main__":

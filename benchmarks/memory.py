@@ -1,0 +1,98 @@
+"""The plan's memory against what real runs take on a CPU.
+
+    python -m benchmarks.memory [--n_layer 12] [--n_embd 768] [--configurations v7 v6-bf16 v7-grad_cp]
+
+Each configuration is a run of train.py in its own process, on a random model with the World vocabulary and rows that are full and trained
+as a whole. Measured is the most that the process ever had resident (ru_maxrss: its own memory and the mapped files that it touched),
+predicted what `python -m scripts.plan --json` says beforehand, the libraries' share included. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from rwkv_miss.checkpoint import Arch, write_checkpoint
+from src.memory import LIBRARIES
+from src.model import RWKV, VERSIONS
+
+from .common import report
+
+# two steps of two micro-batches before the copies that --rollback_steps keeps, and four after: the heap is as large as it gets
+COMMON = ["--tokenizer", "bytes", "--accelerator", "cpu", "--accumulate_grad_batches", "2", "--epoch_steps", "4", "--rollback_steps", "2"]
+CONFIGURATIONS = {
+    "v7": (7, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "512"]),
+    "v6-bf16": (6, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "1024"]),
+    "v7-grad_cp": (7, ["--precision", "fp32", "--micro_bsz", "8", "--ctx_len", "160", "--grad_cp", "1"]),
+    "v6-lora": (6, ["--precision", "fp32", "--micro_bsz", "3", "--ctx_len", "256", "--peft", "lora"]),
+}
+
+
+def write_random_model(path: pathlib.Path, version: int, n_layer: int, n_embd: int, vocab_size: int = 65536) -> None:
+    """A bf16 checkpoint, as most are."""
+    dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
+    arch = Arch(version, vocab_size, n_embd, n_layer, n_embd // 64, 64, n_embd, dim_ffn, ranks, version == 7)
+    with torch.device("meta"):
+        model = RWKV(arch)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(name, p.shape) for name, p in model.named_parameters()]
+    write_checkpoint(path, ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)) for name, shape in shapes))
+
+
+def write_rows(path: pathlib.Path, rows: int, length: int) -> None:
+    """Rows of one document each, `length` tokens of letters and the end of document."""
+    draw = random.Random(0)
+    path.write_text("".join(json.dumps({"text": "".join(draw.choices("abcdefgh ", k=length))}) + "\n" for _ in range(rows)))
+
+
+def peak_resident(command: list[str]) -> int:
+    """ru_maxrss of a command, in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss << 10
+
+
+def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pathlib.Path) -> dict:
+    """Predicted and measured bytes of one run."""
+    settings = ["--load_model", str(base), "--data_file", str(data), "--proj_dir", str(folder / "run"), *COMMON, *flags]
+    planned = subprocess.run([sys.executable, "-m", "scripts.plan", "--json", "--tokens_per_second", "1", *settings], capture_output=True, text=True)
+    if planned.returncode not in (0, 1):
+        raise SystemExit(planned.stderr)
+    plan = json.loads(planned.stdout.splitlines()[-1])
+    return {"predicted": plan["memory_together"], "measured": peak_resident([sys.executable, "train.py", *settings]), "parts": plan["memory"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    args = parser.parse_args()
+    imports = "import lightning.pytorch, matplotlib.pyplot, src.run, src.trainer, src.callbacks"
+    libraries = peak_resident([sys.executable, "-c", imports])
+    print(f"the imports alone: {libraries / 1e6:,.0f} MB; the plan counts {LIBRARIES['cpu'] / 1e6:,.0f} MB for libraries")
+    results = {}
+    for name in args.configurations:
+        version, flags = CONFIGURATIONS[name]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = pathlib.Path(temporary)
+            base, data = folder / "base.pth", folder / "rows.jsonl"
+            write_random_model(base, version, args.n_layer, args.n_embd)
+            write_rows(data, 64, int(flags[flags.index("--ctx_len") + 1]))
+            results[name] = result = compare(base, data, flags, folder)
+        ratio = result["ratio"] = round(result["predicted"] / result["measured"], 3)
+        predicted, measured = (f"{result[key] / 1e6:,.0f}" for key in ("predicted", "measured"))
+        print(f"{name:<12} {' '.join(flags):<75} predicted {predicted:>6} MB   measured {measured:>6} MB   {ratio:.3f}", flush=True)
+    report("memory", n_layer=args.n_layer, n_embd=args.n_embd, libraries=libraries, results=results)
+
+
+if __name__ == "__main__":
+    main()

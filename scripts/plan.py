@@ -1,0 +1,166 @@
+"""What a run needs and takes, before anything is loaded: python -m scripts.plan, with the flags of train.py.
+
+    python -m scripts.plan --load_model base.pth --data_file data.jsonl --accelerator gpu --memory 24GB
+
+Sizes come from the checkpoint's header, the data are tokenised, and a training step is counted on tensors without memory. Exit code 0: the
+run fits; 1: it does not, and the cheapest change that mends it is named; 2: the settings are wrong. With --json the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+
+from rwkv_miss.checkpoint import Arch
+from rwkv_miss.errors import UserError, one_line_errors
+from src import config as configuration
+from src import ops, run
+from src.allocation import model_on_meta
+from src.calibrate import measured_speed
+from src.choices import cheapest_fix
+from src.config import Config
+from src.data import Schedule, make_schedule
+from src.device import choose_accelerator, choose_precision
+from src.memory import GIB, USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
+from src.template import recorded_template
+
+OWN = ("memory", "tokens_per_second", "metrics", "json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Where the run would be: `here` is False for one that is only described."""
+
+    accelerator: str
+    precision: str
+    kernel: str
+    memory: int  # bytes
+    here: bool
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """(this program's own flags, the run's settings)"""
+    parser = configuration.flag_parser("python -m scripts.plan", __doc__.partition("\n")[0])
+    own = parser.add_argument_group("of the plan alone")
+    own.add_argument("--memory", default="", metavar="SIZE", help="memory of one device, such as 24GB [what is free on the one at hand]; with it, "
+                     "--accelerator gpu describes a GPU that need not be here")
+    own.add_argument("--tokens_per_second", type=float, default=0.0, help="speed of the whole run, for the estimate of its time")
+    own.add_argument("--metrics", default="", metavar="FILE", help="metrics.jsonl of an earlier run like this one: its speed instead")
+    own.add_argument("--json", action="store_true", default=False, help="a last line for machines")
+    given = configuration.read_flags(parser, argv)
+    ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
+    config, _ = configuration.settle(given)
+    configuration.validate(config)
+    return ours, config
+
+
+def main() -> None:
+    with one_line_errors():
+        sys.exit(plan(*parse(sys.argv[1:])))
+
+
+def plan(ours: argparse.Namespace, config: Config) -> int:
+    """Print the plan; 0 if the run fits, else 1."""
+    arch, tokenizer = run.read_base(config)
+    device = describe_device(ours.memory, config, arch)
+    template = recorded_template(config.template, tokenizer, config.load_model)
+    documents, _, found = run.read_data(config, tokenizer, template)
+    world = config.devices * config.num_nodes
+    schedule = make_schedule(documents, config, world)
+    steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
+
+    def parts_of(changed: Config) -> dict[str, float]:
+        precision = device.precision if changed.precision == "auto" else changed.precision
+        return memory_parts(arch, changed, device.accelerator, device.kernel, precision, *largest_batch(schedule, changed))
+
+    def fits(changed: Config) -> bool:
+        return needed(parts_of(changed), changed, device.accelerator) <= USABLE * device.memory
+
+    parts = parts_of(config)
+    fix = cheapest_fix(config, device.precision, max(schedule.lengths), fits)
+    speed, source = find_speed(ours, config, arch, device, schedule)
+    tokens = steps / schedule.steps_per_pass * sum(schedule.lengths)
+    model = model_on_meta(arch, config)
+    print(f"base       {config.load_model or 'new model'}: {arch.describe()}")
+    print(f"adapter    {run.describe_training(config, model)}")
+    print(*found.lines(), *run.describe_data(config, documents, schedule), sep="\n")
+    print(f"plan       {steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices "
+          f"{world}), {steps / schedule.steps_per_pass:.3g} passes over the data")
+    print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")
+    print("memory     of one process, estimated" if device.accelerator == "cpu" else "memory     of one GPU, estimated")
+    for name, size in parts.items():
+        print(f"           {name:<12} {size / GIB:7.2f} GiB")
+    total = needed(parts, config, device.accelerator)
+    print(f"           together     {total / GIB:7.2f} GiB; there are {device.memory / GIB:.2f}, of which {USABLE:.0%} count")
+    print(f"time       {describe_time(tokens, speed, source)}")
+    print(f"verdict    {describe_fix(fix, config)}")
+    if ours.json:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(json.dumps({
+            "parameters": sum(p.numel() for p in model.parameters()), "trained_parameters": trained, "memory": {k: int(v) for k, v in parts.items()},
+            "memory_together": int(total), "memory_there": device.memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
+            "tokens": int(tokens), "steps": steps, "tokens_per_second": speed, "seconds": tokens / speed if speed else None, "speed_from": source,
+        }))
+    return 0 if fix == {} else 1
+
+
+def describe_device(memory: str, config: Config, arch: Arch) -> Device:
+    """The device at hand, or the one that --memory and --accelerator gpu describe: a GPU with bf16 and tensor cores."""
+    if memory and config.accelerator == "gpu":
+        kernel = "cuda" if config.wkv == "auto" and not ops.head_size_problem(arch.head_size) else config.wkv
+        precision = "bf16" if config.precision == "auto" else config.precision
+        return Device("gpu", precision, "torch" if kernel == "auto" else kernel, parse_size(memory), False)
+    accelerator = choose_accelerator(config.accelerator, config.devices)
+    precision, _ = choose_precision(config.precision, accelerator, config.strategy)
+    kernel, _ = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
+    return Device(accelerator, precision, kernel, parse_size(memory) if memory else free_memory(accelerator), True)
+
+
+def find_speed(ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule) -> tuple[float, str]:
+    """(tokens a second of the whole run, where the number comes from); 0 where nothing tells."""
+    if ours.tokens_per_second > 0:
+        return ours.tokens_per_second, "as given"
+    if ours.metrics:
+        return recorded_speed(ours.metrics), f"the median of {ours.metrics}"
+    if not device.here:
+        return 0.0, "the device is not here"
+    world = config.devices * config.num_nodes
+    trained = sum(schedule.targets) / sum(schedule.lengths)
+    torch_device = "cuda" if device.accelerator == "gpu" else "cpu"
+    speed = measured_speed(arch, config, device.kernel, device.precision, torch_device, max(schedule.lengths), trained)
+    # processes of a CPU share its cores
+    speed *= world if device.accelerator == "gpu" else config.num_nodes
+    return speed, "two layers and the head were timed here just now, on random numbers; loading, saving and the optimizer are not in it"
+
+
+def recorded_speed(path: str) -> float:
+    """The median speed of a run's steps, the first of which warms up."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return statistics.median([json.loads(line)["tokens_per_second"] for line in file][1:])
+    except (OSError, ValueError, KeyError, TypeError):  # an empty list is a ValueError
+        raise UserError(f"--metrics {path}: expected the metrics.jsonl of a run of at least 2 steps") from None
+
+
+def describe_time(tokens: float, speed: float, source: str) -> str:
+    if not speed:
+        return f"not known, {source}; give --tokens_per_second, or the --metrics of an earlier run"
+    hours, minutes = divmod(round(tokens / speed / 60), 60)
+    return f"about {hours} h {minutes} min for {tokens:,.0f} tokens at {speed:,.0f} tokens/s ({source})"
+
+
+def describe_fix(fix: dict[str, object] | None, config: Config) -> str:
+    if fix == {}:
+        return "it fits"
+    if fix is None:
+        more = "" if config.peft != "none" else ", or --peft miss, which trains few parameters"
+        return f"it does not fit, and no setting mends that: take a smaller model, a larger device{more}"
+    flags = " ".join(f"--{name} {int(value) if isinstance(value, bool) else value}" for name, value in fix.items())
+    return f"it does not fit; add {flags}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The bytes that a training step asks for, counted by running it on tensors without memory.
+
+A formula for every layer, adapter, kernel and precision would be wrong after the next change of the model. Here the model's own code runs
+under torch's FakeTensorMode, which makes tensors of shapes alone, and every storage that comes and goes is added up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rwkv_miss
+from rwkv_miss.checkpoint import Arch
+
+from .config import Config, adapter_options
+from .device import DTYPES
+from .infctx import chunks_of, rows_loss, state_bytes
+from .model import RWKV
+
+HEAP_LIMIT = 1 << 25  # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back when it is freed
+BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # collate()
+CHUNKS = 4  # with --chunk_ctx, the longest row that is counted
+MASKED = (torch.ops.aten.index, torch.ops.aten.index_put)
+LAYERS = 4  # a deeper model is this deep in the count; what each of its layers adds is the same
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBytes:
+    """Tensors of one forward and backward pass, beside parameters and gradients; all in bytes."""
+
+    activations: float  # kept by the layers for the backward
+    peak: float  # most that live at one time
+    small: float  # most that live in blocks of at most HEAP_LIMIT
+    large: float  # most that live in larger blocks
+
+
+def model_on_meta(arch: Arch, config: Config) -> RWKV:
+    """The model with what is trained, as shapes alone."""
+    with torch.device("meta"):
+        model = RWKV(arch)
+        if config.peft != "none":
+            options, targets = adapter_options(config)
+            rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+    return model
+
+
+def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int, targets: int) -> StepBytes:
+    """One micro-batch of micro_bsz rows of `row` tokens, `targets` of which are trained in all; `kernel` and `precision` are not auto."""
+    chunks = chunks_of(config)
+    whole = row
+    if chunks.count(row) > CHUNKS:  # each further chunk adds what infctx keeps of it
+        row = CHUNKS * chunks.size
+        targets = max(1, targets * row // whole)
+    count = functools.partial(_count, config=config, kernel=kernel, precision=precision, row=row, targets=targets)
+    if arch.n_layer <= LAYERS:
+        step = count(arch)
+    else:
+        less, more = (dataclasses.astuple(count(dataclasses.replace(arch, n_layer=n))) for n in (LAYERS - 1, LAYERS))
+        step = StepBytes(*(b + (b - a) * (arch.n_layer - LAYERS) for a, b in zip(less, more, strict=True)))
+    states = (chunks.states(whole) - chunks.states(row)) * state_bytes(arch, config.micro_bsz, DTYPES[precision].itemsize)
+    return StepBytes(step.activations + states, step.peak + states, step.small + states, step.large)
+
+
+def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, targets: int) -> StepBytes:
+    # fp16 has bf16's size, and a CPU kernel would turn it into fp32
+    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
+    full = config.peft == "none"
+    tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16  # as native.has_tensor_core_form()
+    model = model_on_meta(arch, config)
+    model.grad_cp = bool(config.grad_cp)
+    with FakeTensorMode():  # imports torch._dynamo, a second
+        for name, p in list(model.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            dtype = torch.float32 if full or p.requires_grad else half or torch.float32
+            fake = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+            fake.grad = torch.empty_like(fake) if p.requires_grad else None  # as from the micro-batch before
+            setattr(model.get_submodule(module), leaf, fake)
+        for block in model.blocks:
+            block.att.kernel = "cpu" if kernel.startswith("cuda") else kernel
+        batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}
+        if not config.packing:
+            batch["reset"] = None
+        known = [t for t in batch.values() if t is not None]
+        known += [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        with Live(known, tensor_cores, targets / (config.micro_bsz * row)) as live:
+            activations = live.after(model, "features")
+            rows_loss(model, batch, chunks_of(config), half if full else None).backward()
+    return StepBytes(max(activations), live.peak, live.small, live.large)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages while they live: `now`, and the most at one time, `peak`, also by size. Those of `known` are left out.
+
+    Where tensors have no values, the share `true` of a mask is set, and `tensor_cores` stands for the GPU that is not here.
+    """
+
+    def __init__(self, known: list[Tensor], tensor_cores: bool = False, true: float = 1.0):
+        super().__init__()
+        self.tensor_cores, self.true = tensor_cores, true
+        self.seen = {t.untyped_storage()._cdata for t in known}
+        self.now_small = self.now_large = self.peak = self.small = self.large = 0
+
+    @property
+    def now(self) -> int:
+        return self.now_small + self.now_large
+
+    def after(self, owner, method: str) -> list[int]:
+        """What lives after each call of a method, from now on."""
+        call, seen = getattr(owner, method), []
+
+        def watched(*args, **kwargs):
+            result = call(*args, **kwargs)
+            seen.append(self.now)
+            return result
+
+        setattr(owner, method, watched)
+        return seen
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._local_scalar_dense.default:
+            return True  # the plain kernels ask whether all is finite
+        if op.namespace == "rwkv" and self.tensor_cores and not op._opname.endswith("_backward"):
+            args = (*args[:-1], True)  # `chunked`, which decides what is saved
+        if op.overloadpacket in MASKED:
+            args = (args[0], [i for index in args[1] for i in self._indices(index)], *args[2:])
+        result = op(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _indices(self, index: Tensor | None) -> list[Tensor | None]:
+        """One index for every dimension of a mask without values; any other index as it is."""
+        if not isinstance(index, FakeTensor) or index.dtype != torch.bool:
+            return [index]
+        return [index.new_empty(max(1, round(self.true * index.numel())), dtype=torch.int64) for _ in index.shape]
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self._change(size)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self._change(size, -1)
+
+    def _change(self, size: int, sign: int = 1) -> None:
+        if size > HEAP_LIMIT:
+            self.now_large += sign * size
+        else:
+            self.now_small += sign * size
+        self.peak, self.small, self.large = max(self.peak, self.now), max(self.small, self.now_small), max(self.large, self.now_large)

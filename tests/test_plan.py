@@ -1,0 +1,238 @@
+"""The plan: memory counted from the code, what real runs take, and which change mends a run that does not fit."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import memory as benchmark
+from rwkv_miss import UserError
+from scripts import plan
+from src import memory
+from src.allocation import HEAP_LIMIT, Live, step_bytes
+from src.choices import cheapest_fix
+from src.config import Config
+from src.data import Document, Documents, collate, make_schedule
+from src.memory import GIB, largest_batch, memory_parts, parse_size
+from src.run import build_model
+
+from .conftest import ROOT, make_arch
+
+SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
+
+
+def counted_in_training(path, config, rows):
+    """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
+    from src.trainer import FineTuning
+
+    model, lr = build_model(config, make_arch(config_version(config), **SIZES), "torch", torch.float32)
+    model.grad_cp = config.grad_cp
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    documents = Documents([Document(torch.arange(n + 1).numpy() % 67, torch.ones(n + 1).bool().numpy()) for row in rows for n in row])
+    module = FineTuning(model, config, lr, documents, Documents([]), 1, None)
+    module.accumulate = 1
+    module._trainer = type("Trainer", (), {"world_size": 1})()
+    place, grouped = 0, []
+    for row in rows:
+        grouped.append(documents.rows[place : place + len(row)])
+        place += len(row)
+    batch = collate(grouped, 1) | {"width": 37}
+    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *(t for t in batch.values() if torch.is_tensor(t))]
+    with Live(known) as live:
+        kept = live.after(model, "features")
+        module.training_step(batch, 0).backward()
+    return max(kept), live.peak
+
+
+def config_version(config):
+    return int(config.load_model[-5])
+
+
+@pytest.mark.parametrize("version, peft, grad_cp, packed, chunk", [
+    (6, "miss", False, True, 0), (7, "lora", False, False, 0), (7, "miss", True, True, 0), (6, "none", False, False, 0), (7, "miss", False, True, 16),
+])
+def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk):
+    """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from the mask."""
+    config = Config(load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)), peft=peft, grad_cp=grad_cp, packing=packed,
+                    micro_bsz=2, chunk_ctx=chunk, peft_config={} if peft == "none" else {"r": 5})
+    rows = [[20, 17], [37]] if packed else [[37], [37]]
+    activations, peak = counted_in_training(config.load_model, config, rows)
+    step = step_bytes(make_arch(version, **SIZES), config, "torch", "fp32", 37, 74)
+    assert step.activations == pytest.approx(activations, abs=8)  # two losses, of one chunk and of all
+    assert peak == pytest.approx(step.peak, rel=0.02)  # 74 tokens x 2 indices x 8 bytes, and what reset makes of a mask
+    assert step.large == 0 and step.small == step.peak
+
+
+def test_a_deep_model_is_the_sum_of_its_layers():
+    deep, config = make_arch(7, **SIZES | {"n_layer": 7}), Config(peft_config={"r": 5}, micro_bsz=2)
+    from src import allocation
+
+    at_once = allocation._count(deep, config, "torch", "fp32", 37, 74)
+    assert dataclasses.astuple(step_bytes(deep, config, "torch", "fp32", 37, 74)) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
+
+
+def test_large_blocks_are_counted_apart():
+    kept = []
+    with Live([]) as live:
+        kept.append(torch.empty(HEAP_LIMIT, dtype=torch.uint8))
+        kept.append(torch.empty(HEAP_LIMIT + 1, dtype=torch.uint8))
+        view = kept[1][1:]
+        kept.clear()
+        assert live.now == HEAP_LIMIT + 1
+        del view
+        kept.append(torch.empty(7, dtype=torch.uint8))
+    assert (live.now, live.small, live.large, live.peak) == (7, HEAP_LIMIT, HEAP_LIMIT + 1, 2 * HEAP_LIMIT + 1)
+
+
+def test_tensor_cores_save_what_the_kernel_asks_for():
+    arch, config = make_arch(7, n_layer=2, n_embd=128, head_size=64, vocab_size=67), Config(peft_config={"r": 5}, packing=False, micro_bsz=2)
+    exact, chunked = (step_bytes(arch, config, kernel, "bf16", 64, 64).activations for kernel in ("cuda-exact", "cuda"))
+    from src.ops.native import saved_floats
+
+    assert chunked - exact == 2 * 4 * (saved_floats(7, True, 2, 64, 2, 64) - saved_floats(7, False, 2, 64, 2, 64))
+
+
+def test_the_parts_of_the_7b_model_are_the_papers_sizes():
+    arch = make_arch(6, n_layer=32, n_embd=4096, head_size=64, vocab_size=65536)
+    config = Config(micro_bsz=1, grad_cp=True)
+    parts = memory_parts(arch, config, "gpu", "cuda", "bf16", 64, 64)
+    assert parts["trained"] == parts["gradients"] == parts["Adam"] / 2 == 4 * 88_080_384
+    assert 14 < parts["base"] / GIB < 14.5  # 7.6 B parameters of 2 bytes
+    assert "rollback" not in parts and memory_parts(arch, config, "cpu", "cpu", "bf16", 64, 64)["rollback"] == 24 * 88_080_384
+
+
+def test_zero_divides_the_parts_of_its_stage():
+    arch = make_arch(7, **SIZES)
+
+    def parts(**settings):
+        return memory_parts(arch, Config(peft_config={"r": 5}, **settings), "gpu", "torch", "bf16", 16, 16)
+
+    one, divided = parts(), {}
+    for stage in (1, 2, 3):
+        shared = parts(strategy=f"deepspeed_stage_{stage}", devices=4)
+        divided[stage] = {name for name, size in one.items() if shared[name] == size / 4}
+    assert divided == {1: {"Adam"}, 2: {"Adam", "gradients"}, 3: {"Adam", "gradients", "trained", "base"}}
+
+
+def test_full_training_has_no_frozen_base():
+    parts = memory_parts(make_arch(7, **SIZES), Config(peft="none"), "cpu", "torch", "bf16", 16, 16)
+    # layer 0's v0, v1, v2 are never trained
+    assert 0 < parts["base"] < parts["trained"] / 20 and "rollback" not in parts
+
+
+def test_the_largest_batch_bounds_every_micro_batch():
+    lengths = [5, 40, 17, 23, 9, 31, 12]
+    documents = Documents([Document(torch.zeros(n + 1).int().numpy(), torch.tensor([True] * (n + 1)).numpy()) for n in lengths])
+    config = Config(micro_bsz=2, packing=False)
+    schedule = make_schedule(documents, config, 1)
+    assert largest_batch(schedule, config) == (40, 71)
+    assert largest_batch(schedule, dataclasses.replace(config, ctx_len=16)) == (16, 32)
+    for step in range(schedule.steps_per_pass):
+        assert sum(schedule.targets[row] for row in schedule.micro_rows(step, 0, 0)) <= 71
+
+
+# the cheapest fix
+
+
+def needs(config):
+    """A device of 100 and a run that takes: rows x length (of a chunk, if there are any), halved by recomputing, and a base of 64, halved by bf16."""
+    rows = config.micro_bsz * (config.chunk_ctx or config.ctx_len) / (2 if config.grad_cp else 1)
+    return rows + (32 if config.precision == "bf16" else 64)
+
+
+@pytest.mark.parametrize("room, fix", [
+    (64 + 8192, {}), (64 + 4096, {"micro_bsz": 4, "accumulate_grad_batches": 4}), (64 + 1024, {"micro_bsz": 1, "accumulate_grad_batches": 16}),
+    (64 + 512, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": True}),
+    (64 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": True, "chunk_ctx": 512}),
+    (32 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": True, "chunk_ctx": 512, "precision": "bf16"}),
+    (20, None),
+])
+def test_the_cheapest_fix_comes_first(room, fix):
+    config = Config(accumulate_grad_batches=2)
+    assert cheapest_fix(config, "fp32", 1000, lambda changed: needs(changed) <= room) == fix
+
+
+def test_a_fix_keeps_the_rows_of_a_step():
+    fix = cheapest_fix(Config(micro_bsz=6, global_bsz=12), "bf16", 1000, lambda changed: changed.micro_bsz == 3)
+    assert fix == {"micro_bsz": 3}
+
+
+# sizes and what is free
+
+
+def test_sizes_as_people_write_them():
+    sizes = {"24GB": 24 * GIB, "24 GiB": 24 * GIB, "24g": 24 * GIB, "0.5G": GIB // 2, "800MB": 800 << 20, "1024": 1024}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "GB", "-1GB", "24XB", "nan", "inf"):
+        with pytest.raises(UserError, match="expected a size such as 24GB"):
+            parse_size(text)
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path):
+    assert memory._cgroup_limit(str(tmp_path)) > 1 << 60
+    for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 5\ninactive_file 250\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory._cgroup_limit(str(tmp_path)) == 1000 - 700 + 250
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._cgroup_limit(str(tmp_path)) > 1 << 60
+
+
+# the program
+
+
+@pytest.fixture
+def files(checkpoint, tmp_path):
+    benchmark.write_rows(tmp_path / "rows.jsonl", 9, 40)
+    return ["--load_model", str(checkpoint(7, vocab_size=256)), "--data_file", str(tmp_path / "rows.jsonl"), "--tokenizer", "bytes",
+            "--peft_config", "r=5", "--proj_dir", str(tmp_path / "run")]
+
+
+def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
+    flags = [*files, "--json", "--ctx_len", "40", "--micro_bsz", "4", "--epoch_count", "2"]
+    assert plan.plan(*plan.parse([*flags, "--tokens_per_second", "10"])) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    line = json.loads(last)
+    assert (line["fits"], line["fix"], line["steps"], line["tokens"], line["documents"]) == (True, {}, 6, 720, 9)
+    assert line["seconds"] == 72 and any("about 0 h 1 min" in text and "as given" in text for text in shown)
+    assert line["memory_together"] == pytest.approx(sum(line["memory"].values()), abs=20)
+    assert any("it fits" in text for text in shown) and not (tmp_path / "run").exists()
+    step = line["memory"]["activations"] + line["memory"]["working"]
+    # room for half of the rows
+    room = (line["memory_together"] - step / 3) / memory.USABLE
+    assert plan.plan(*plan.parse([*flags, "--memory", str(room)])) == 1
+    output = capsys.readouterr().out
+    assert "it does not fit; add --micro_bsz 2 --accumulate_grad_batches 2" in output
+    assert "tokens/s (two layers and the head were timed here just now" in output
+    again = [*flags, "--memory", str(room), "--micro_bsz", "2", "--accumulate_grad_batches", "2"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"tokens_per_second": n}) + "\n" for n in (1, 100, 300, 200)))
+    assert plan.plan(*plan.parse([*again, "--metrics", str(tmp_path / "metrics.jsonl")])) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_second"] == 200
+    assert plan.plan(*plan.parse([*flags, "--memory", "1MB"])) == 1
+    assert "no setting mends that" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected the metrics.jsonl of a run of at least 2 steps"):
+        plan.plan(*plan.parse([*flags, "--metrics", files[3]]))
+
+
+def test_a_gpu_that_is_not_here_is_planned_for(files, capsys):
+    assert plan.plan(*plan.parse([*files, "--accelerator", "gpu", "--memory", "24GB", "--json"])) == 0
+    output = capsys.readouterr().out
+    assert "gpu, bf16, wkv kernel cuda" in output and "not known, the device is not here" in output
+    assert json.loads(output.splitlines()[-1])["seconds"] is None
+
+
+def test_planning_imports_no_trainer():
+    code = "import sys; import scripts.plan; sys.exit(any(name in sys.modules for name in ('lightning', 'deepspeed')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_run_takes_what_the_plan_says(tmp_path):
+    """A small one of benchmarks/memory.py; 15 % is what the plan promises; four runs of a 12 x 768 model were within 10 %."""
+    base, data = tmp_path / "base.pth", tmp_path / "rows.jsonl"
+    benchmark.write_random_model(base, 7, 4, 256)
+    benchmark.write_rows(data, 16, 256)
+    result = benchmark.compare(base, data, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "256"], tmp_path)
+    assert result["predicted"] == pytest.approx(result["measured"], rel=0.15), result
