@@ -1,0 +1,81 @@
+"""RWKV-LM's binidx from data in any format that train.py reads, and back to JSONL.
+
+    python -m scripts.binidx OUT DATA...              # OUT.bin and OUT.idx, an end of document after every row
+    python -m scripts.binidx --to_jsonl OUT.jsonl DATA...   # {"text": ...} a line
+
+train.py needs neither: it reads all formats as they are. A binidx file holds tokens and no loss mask: everything in it is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from rwkv_miss.errors import Parser, UserError, one_line_errors
+from src.formats import read_rows
+from src.formats.binidx import Writer
+from src.template import recorded_template
+from src.tokenise import Encoder
+from src.tokenizer import WORLD_MODEL, load_tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m scripts.binidx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="prefix of the .bin and .idx to write, or with --to_jsonl the JSONL")
+    parser.add_argument("data", nargs="+", help="what --data_file of train.py takes")
+    parser.add_argument("--to_jsonl", action="store_true", help="write text instead of tokens")
+    parser.add_argument("--tokenizer", default="world", help="world, bytes, utf16, or a file [world]")
+    parser.add_argument("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
+    parser.add_argument("--template", default="auto", help="how conversations are written [rwkv]")
+    with one_line_errors():
+        args = parser.parse_args(argv)
+        count, tokens = convert(args)
+        print(f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents, {tokens:,} tokens")
+
+
+def convert(args: argparse.Namespace) -> tuple[int, int]:
+    """(documents, tokens, ends of document included) written. A UserError leaves nothing behind."""
+    tokenizer = load_tokenizer(args.tokenizer, WORLD_MODEL, args.eod)
+    encoder = Encoder(tokenizer, recorded_template(args.template, tokenizer, None))
+    writer = JsonlWriter(args.out, tokenizer) if args.to_jsonl else Writer(args.out, tokenizer.vocab_size)
+    count = tokens = 0
+    try:
+        for where, row in read_rows(",".join(args.data), eod=tokenizer.eod):
+            try:
+                ids, _ = encoder.encode(row)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            writer.add(ids)
+            count, tokens = count + 1, tokens + len(ids)
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
+    return count, tokens
+
+
+class JsonlWriter:
+    """Writes {"text": ...} lines: add() for each document, then close(). Until then the file has a temporary name; discard() removes it."""
+
+    def __init__(self, path: str, tokenizer):
+        self.path, self.tokenizer = path, tokenizer
+        self.file = open(path + ".tmp", "w", encoding="utf-8")
+
+    def add(self, ids) -> None:
+        """A document; its end is left out."""
+        text = self.tokenizer.decode(ids[: len(ids) - len(self.tokenizer.eod)].tolist())
+        self.file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        with self.file:
+            os.fsync(self.file.fileno())
+        os.replace(self.path + ".tmp", self.path)
+
+    def discard(self) -> None:
+        self.file.close()
+        os.remove(self.path + ".tmp")
+
+
+if __name__ == "__main__":
+    main()
