@@ -88,6 +88,13 @@ def test_large_blocks_are_counted_apart():
     assert (live.now, live.small, live.large, live.peak) == (7, HEAP_LIMIT, HEAP_LIMIT + 1, 2 * HEAP_LIMIT + 1)
 
 
+def test_initial_states_are_planned_for_also_in_packed_rows():
+    arch, config = make_arch(6, **SIZES), Config(micro_bsz=2)
+    tuned, base = (step_bytes(arch, dataclasses.replace(config, peft="state", packing=packing), "cpu", "fp32", 37, 74) for packing in (True, False))
+    assert tuned == base
+    assert memory_parts(arch, dataclasses.replace(config, peft="state"), "cpu", "cpu", "fp32", 37, 74)["Adam"] == 8 * 3 * 48 * 16
+
+
 def test_tensor_cores_save_what_the_kernel_asks_for():
     arch, config = make_arch(7, n_layer=2, n_embd=128, head_size=64, vocab_size=67), Config(peft_config={"r": 5}, packing=False, micro_bsz=2)
     exact, chunked = (step_bytes(arch, config, kernel, "bf16", 64, 64).activations for kernel in ("cuda-exact", "cuda"))
