@@ -6,7 +6,9 @@ An adapted linear is still an `nn.Linear`: its `weight` keeps its name, the adap
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +105,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
         return F.linear(x, (self.weight + self.delta()).to(x.dtype), self.bias)
 
+    def base_forward(self, x: Tensor) -> Tensor:
+        """forward() of the base file's linear. A method that changes the frozen weight overrides it."""
+        return F.linear(x, self.weight, self.bias)
+
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, or None."""
         return None
@@ -176,3 +182,31 @@ def on_step(model: nn.Module, step: int, total: int) -> None:
     """Tell every adapted layer that optimizer step `step` of `total` is done."""
     for layer in adapted_linears(model).values():
         layer.on_step(step, total)
+
+
+def only_linears_change(model: nn.Module) -> bool:
+    """Whether the model is its base but for adapted linears: nothing else of it is trained."""
+    own = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.own_tensors().values()}
+    return bool(own) and all(id(p) in own for p in model.parameters() if p.requires_grad)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Context in which the model is its base: adapted linears compute without their adapter, which is as before afterwards.
+
+    Raises UserError where tensors of the base itself are trained, or an initial state is: their first values are not in the model.
+    """
+    if not only_linears_change(model):
+        raise UserError("disabled() gives back the base of adapted linears only; this model "
+                        + ("trains other tensors, too" if adapted_linears(model) else "has none"))
+    layers = adapted_linears(model).values()
+    shadowed = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = layer.base_forward
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, shadowed, strict=True):
+            del layer.forward
+            if before is not None:
+                layer.forward = before

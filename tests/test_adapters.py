@@ -50,6 +50,35 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, version)
 
 
 @pytest.mark.parametrize("method", LINEAR)
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_disabled_adapter_leaves_the_base(method, version):
+    model = rwkv(version)
+    ids = torch.arange(11)[None]
+    base = model(ids)[0]
+    rwkv_miss.inject(model, method, rank=8)
+    tuned = filled(model)(ids)[0]
+    assert not torch.equal(tuned, base)
+    with pytest.raises(ZeroDivisionError), rwkv_miss.disabled(model):
+        with rwkv_miss.disabled(model):
+            assert torch.equal(model(ids)[0], base)
+        assert torch.equal(model(ids)[0], base)
+        raise ZeroDivisionError
+    assert torch.equal(model(ids)[0], tuned)
+    assert not any("forward" in layer.__dict__ for layer in adapted_linears(model).values())
+
+
+def test_what_cannot_be_disabled_is_said():
+    model = rwkv()
+    with pytest.raises(rwkv_miss.UserError, match="has none"), rwkv_miss.disabled(model):
+        pass
+    for parts in ("ln", "state"):
+        model = rwkv()
+        rwkv_miss.inject(model, "miss", None, parts, rank=8)
+        with pytest.raises(rwkv_miss.UserError, match="trains other tensors, too"), rwkv_miss.disabled(model):
+            pass
+
+
+@pytest.mark.parametrize("method", LINEAR)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width,out,rank", WIDTHS)
 def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(method, bias, width, out, rank):
