@@ -16,6 +16,7 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 
 from .checkpoints import checkpoint_name, remove_old
+from .device import peak_memory
 from .files import append_line, read_lines, write_lines
 from .rollback import LastGood
 from .state import gradient_norm, read_state, write_state
@@ -29,6 +30,7 @@ class StepReport(Callback):
         self.path, self.total, self.started, self.last_good, self.writers = path, total, started, last_good, writers
         self.stop = False
         self.first_step_seconds: float | None = None
+        self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
         self.validation = ""  # what the bar says of the newest evaluation
 
     def on_train_start(self, trainer, module) -> None:
@@ -81,6 +83,10 @@ class StepReport(Callback):
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()
+        # one slot for each rank, so that a sum is enough
+        memory = torch.zeros(trainer.world_size, dtype=torch.float64, device=module.device)
+        memory[trainer.global_rank] = peak_memory(module.device)
+        self.peak_memory = int(trainer.strategy.reduce(memory, reduce_op="sum").max())
         self._close(failed=False)
 
     def on_exception(self, trainer, module, exception) -> None:

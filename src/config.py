@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 from typing import Any
 
 import yaml
@@ -383,3 +384,14 @@ def save(config: Config, origins: dict[str, str], path: str) -> None:
         for name, origin in origins.items()
     ]
     write_text(path, "\n".join(lines) + "\n")
+
+
+def command(config: Config) -> str:
+    """The command that does this run again from its beginning: every setting that is not the default."""
+    words = ["python", "train.py"]
+    default = Config()
+    for name in FIELDS:
+        value = getattr(config, name)
+        if name != "resume" and value != getattr(default, name):
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(int(value)) if isinstance(value, bool) else str(value)]
+    return shlex.join(words)

@@ -30,3 +30,14 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
     if strategy.startswith("deepspeed"):
         return "fp32", "auto: the GPU has no bf16, and fp16 works with --strategy auto or ddp only"
     return "fp16", "auto: the GPU has no bf16"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had at once: of the GPU, or of main memory; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -23,17 +22,18 @@ from .checkpoints import checkpoint_step, list_checkpoints, remove_leftovers
 from .config import Config, accumulation
 from .data import Document, Documents, Schedule, load_documents
 from .device import DTYPES, choose_accelerator, choose_precision
-from .files import is_first_process, read_lines, write_bytes, write_text
+from .files import is_first_process, read_lines, write_text
 from .formats import Reading, Report
 from .held_out import hold_out
 from .history import BEST, VALIDATION, is_over, loss_text
 from .infctx import Chunks, state_bytes
 from .model import RWKV, VERSIONS, read_model_file
+from .run_card import CARD, CURVE, card, draw_losses
 from .template import Template, recorded_template
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 from .writers import check_wandb, describe_writers, open_writers
 
-ADAPTER, MODEL, METRICS, CONFIG, SUMMARY, CURVE = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json", "loss.png"
+ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json"
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
 STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells have it for Ctrl-C
@@ -64,6 +64,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
 
     from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
     from .callbacks import Saver, StepReport
+    from .forgetting import Forgetting
     from .rollback import LastGood
     from .watch import Watch
 
@@ -90,12 +91,17 @@ def main(config: Config, origins: dict[str, str]) -> None:
     ]
     if config.warmup_steps >= total_steps:
         plan.append(f"warning    the warm-up, {config.warmup_steps} steps, is as long as the run: the full learning rate is never used")
+    plan.append(f"hashes     base {model.base_fingerprint}, tokens and mask {documents.digest}"
+                + (f", held out {held_out.digest}" if held_out.rows else ""))
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
-    stopped_early = is_over(history, config.early_stop)
-    finished = first_step >= total_steps or stopped_early
+
+    def complete(step: int) -> bool:
+        return step >= total_steps or is_over(history, config.early_stop)
+
+    finished = complete(first_step)
     if finished:
-        what = f"ended at step {first_step} by --early_stop" if stopped_early else f"has all {total_steps} steps already"
+        what = f"has all {total_steps} steps already" if first_step >= total_steps else f"ended at step {first_step} by --early_stop"
         plan.append(f"resume     {resume_from} {what}; nothing to train. Output: {output_path(config)}")
     elif before:
         total_before = before.epoch_count * (before.epoch_steps or schedule.steps_per_pass)
@@ -105,8 +111,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
     if is_first_process():
         print("\n".join(plan), flush=True)
     if finished:
-        if is_first_process() and not os.path.exists(os.path.join(config.proj_dir, SUMMARY)):  # killed after its last step
-            finish(config, first_step, total_steps)
+        if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
+            finish(config, plan, first_step, total_steps)
         return
 
     os.makedirs(config.proj_dir, exist_ok=True)
@@ -121,8 +127,9 @@ def main(config: Config, origins: dict[str, str]) -> None:
                         open_writers(config, first_step) if is_first_process() else [])
     save = writer(config, model, tokenizer, template, training)
     saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
+    forgetting = Forgetting(tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
-    callbacks = [report, *([Watch(config.proj_dir, history, tokenizer, save, report)] if held_out.rows else []), saver]
+    callbacks = [report, *([Watch(config.proj_dir, history, tokenizer, save, report)] if held_out.rows else []), forgetting, saver]
     trainer = training.make_trainer(config, accelerator, total_steps, precision, callbacks, first_step)
     begun = time.perf_counter()
     try:
@@ -131,9 +138,10 @@ def main(config: Config, origins: dict[str, str]) -> None:
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then lower --ctx_len") from None
     if trainer.is_global_zero:
-        seconds = {"fit_seconds": time.perf_counter() - begun, "command_to_first_step_seconds": report.first_step_seconds}
-        finish(config, trainer.global_step, total_steps, seconds)
-    if trainer.global_step < total_steps and not is_over(history, config.early_stop):
+        measured = {"fit_seconds": time.perf_counter() - begun, "command_to_first_step_seconds": report.first_step_seconds,
+                    "peak_memory_bytes": report.peak_memory}
+        finish(config, plan, trainer.global_step, total_steps, measured | ({} if forgetting.result is None else {"forgetting": forgetting.result}))
+    if not complete(trainer.global_step):
         sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
 
 
@@ -409,15 +417,27 @@ def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
             yield name, p.to(torch.bfloat16) if base is None else p.to("cpu", base.dtype).view_as(base)
 
 
-def finish(config: Config, step: int, total_steps: int, seconds: dict[str, float] | None = None) -> None:
-    """The loss curve, run.json, and the next command; `seconds` is not known of a run that was killed after its last step."""
+def is_summed_up(config: Config, step: int) -> bool:
+    """Whether the end of the run at this step has been written down."""
+    path = os.path.join(config.proj_dir, SUMMARY)
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)["steps"] == step
+
+
+def finish(config: Config, plan: list[str], step: int, total_steps: int, measured: dict | None = None) -> None:
+    """The loss curve, run.json, at the end of the training run_card.md, and the next command.
+
+    `measured` is what only the process knows that trained: it is absent for a run that was killed after its last step.
+    """
     with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
         metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
     summary = {
         "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
-        "train_seconds": sum(line["seconds"] for line in metrics), **(seconds or {}), "output": output_path(config),
+        "train_seconds": sum(line["seconds"] for line in metrics), **(measured or {}), "output": output_path(config),
     }
     if history:
         summary |= {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
@@ -425,12 +445,17 @@ def finish(config: Config, step: int, total_steps: int, seconds: dict[str, float
     if os.path.exists(top):
         kept = rwkv_miss.read_metadata(top)
         summary |= {"best": top, "best_step": kept["step"], "validation_best": kept["validation_loss"]}
-    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
+    over = is_over(history, config.early_stop)
+    if step >= total_steps or over:
+        write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
+    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))  # the last file: what is_summed_up() looks at
     early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
-    state = "done" if step >= total_steps else early if is_over(history, config.early_stop) else "stopped, go on with --resume auto"
-    start = f"first step {seconds['command_to_first_step_seconds']:.1f} s after the command; " if seconds else ""
+    state = "done" if step >= total_steps else early if over else "stopped, go on with --resume auto"
+    start = f"first step {measured['command_to_first_step_seconds']:.1f} s after the command; " if measured else ""
     print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
           f"{start}wrote {summary['output']}")
+    if step >= total_steps or over:
+        print(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     chosen = summary["output"]
     if "best" in summary:
         print(f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
@@ -440,30 +465,3 @@ def finish(config: Config, step: int, total_steps: int, seconds: dict[str, float
         print(f"try it:    python -m demo.chat --model {chosen}")
     else:
         print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {chosen} --out merged.pth")
-
-
-def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
-    """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    losses = [line["loss"] for line in metrics]
-    window = max(1, len(losses) // 20)
-    mean = [sum(losses[max(0, i + 1 - window) : i + 1]) / len(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    steps = [line["step"] for line in metrics]
-    axes.plot(steps, losses, alpha=0.35, label="loss")
-    axes.plot(steps, mean, label=f"mean of {window} steps")
-    finite = [line for line in history if line["loss"] is not None]
-    if finite:
-        axes.plot([line["step"] for line in finite], [line["loss"] for line in finite], "o-", label="validation loss")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    write_bytes(path, image.getvalue())
-
-

@@ -230,7 +230,7 @@ def check_files(proj_dir):
 # (file, the how-manieth of its operations in a process that goes on): write, rename, clean up
 MOMENTS = [
     ("config.yaml", 1), ("config.yaml", 2), ("metrics.jsonl", 2), ("metrics.jsonl", 3), ("adapter.pth", 1), ("adapter.pth", 2),
-    ("adapter.pth", 3), ("step-", 1), ("step-", 2), ("step-", 3), ("step-00000001.pth", 1), ("loss.png", 2), ("run.json", 2),
+    ("adapter.pth", 3), ("step-", 1), ("step-", 2), ("step-", 3), ("step-00000001.pth", 1), ("loss.png", 2), ("run_card.md", 2), ("run.json", 2),
 ]
 
 

@@ -63,7 +63,7 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     assert "RWKV-7, 2 layers, width 48" in output and "12 linears" in output and "21 documents" in output
     assert "6 steps of 8 rows" in output and "wkv cpu" in output and "«" in output
     left = {p.name for p in proj_dir.iterdir()} - {"tensorboard"}
-    assert left == {"adapter.pth", "config.yaml", "metrics.jsonl", "run.json", "loss.png", "checkpoints"}
+    assert left == {"adapter.pth", "config.yaml", "metrics.jsonl", "run.json", "loss.png", "run_card.md", "checkpoints"}
     assert (proj_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     metadata = read_metadata(proj_dir / "adapter.pth")
     assert (metadata["method"], metadata["step"], metadata["tokenizer"], metadata["template"]) == ("miss", 6, "bytes", "rwkv")

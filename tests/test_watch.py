@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import random
+import shlex
+import shutil
 import sys
 import types
 
@@ -14,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+import rwkv_miss
 import src.run
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from src import watch
-from src.config import Config, parse
+from src.config import Config, parse, read_yaml
 from src.data import Document, Documents, load_documents
+from src.forgetting import sections
 from src.generate import Sampling, stream
 from src.held_out import evaluation_batches, hold_out, questions, undisturbed
 from src.model import RWKV
@@ -205,24 +209,25 @@ def short_samples(rank):
 
 @pytest.fixture(scope="module")
 def one_process(files, tmp_path_factory):
-    """The evaluations of one process whose steps are those of two."""
+    """The evaluations, and what is forgotten, of one process whose steps are those of two."""
     proj_dir = tmp_path_factory.mktemp("one") / "run"
     succeed(start(files, proj_dir, "--micro_bsz", "2", "--accumulate_grad_batches", "2", *THREE, str(files / "held.jsonl"), sabotage=short_samples))
-    return validation(proj_dir)
+    return validation(proj_dir), summary(proj_dir)["forgetting"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, one_process, strategy):
     """11 rows in batches of 2 are nothing that two processes share evenly."""
-    two = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
+    (evaluations, forgotten), two = one_process, ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
     succeed(start(files, tmp_path / "alone", *two))
     succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=short_samples))
     assert curve(tmp_path / "alone") == curve(tmp_path / "watched")
     many = validation(tmp_path / "watched")
-    assert many[0] == one_process[0], "the state before training is the same to the last bit, and so must be all about it"
-    assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in one_process], rel=1e-5)
-    assert [line["samples"] for line in many] == [line["samples"] for line in one_process]
+    assert many[0] == evaluations[0], "the state before training is the same to the last bit, and so must be all about it"
+    assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in evaluations], rel=1e-5)
+    assert [line["samples"] for line in many] == [line["samples"] for line in evaluations]
     assert same_tensors(tmp_path / "watched/best.pth", tmp_path / "watched/adapter.pth")
+    assert summary(tmp_path / "watched")["forgetting"] == pytest.approx(forgotten, rel=1e-3)
 
 
 # the best state and the end
@@ -286,6 +291,72 @@ def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     held = load_documents(str(files / "held.jsonl"), BYTES, 1024)
     assert exact_loss(tmp_path / "run/best.pth", held) == pytest.approx(named, rel=1e-2)
     assert named < 0.99 * exact_loss(files / "base.pth", held)
+
+
+# the card
+
+
+def moved(base, tuned):
+    """Mean KL by section and of all, in float64, of two models."""
+    found = {}
+    with torch.no_grad():
+        for name, ids in sections(BYTES).items():
+            p, q = (torch.log_softmax(model.double()(torch.tensor([ids]))[0][0], -1) for model in (base, tuned))
+            found[name] = (p.exp() * (p - q)).sum(-1)
+    return {**{name: float(part.mean()) for name, part in found.items()}, "all": float(torch.cat(list(found.values())).mean())}
+
+
+def tuned(files, path):
+    model = RWKV.load(files / "base.pth", torch.float32)
+    rwkv_miss.load_adapter(model, path)
+    return model
+
+
+def summary(proj_dir):
+    return json.loads((proj_dir / "run.json").read_text())
+
+
+def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
+    proj_dir, output = watched
+    text = (proj_dir / "run_card.md").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("    python train.py")]
+    assert parse(shlex.split(line)[2:])[0] == Config(**read_yaml(proj_dir / "config.yaml"))
+    lines, end = validation(proj_dir), summary(proj_dir)
+    base = RWKV.load(files / "base.pth")
+    assert f"hashes     base {base.base_fingerprint}, tokens and mask {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}" in text
+    assert f"| loss per token, nats | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |" in text
+    assert all(f"    {part}" in text for part in output.splitlines()[:9]), "the plan"
+    assert "](loss.png)" in text and text.count("### Sample") == 2 and f"after:\n\n    {lines[2]['samples'][1]['answer']}\n" in text
+    assert 50 << 20 < end["peak_memory_bytes"] < 8 << 30 and f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB" in text
+    expected = moved(RWKV.load(files / "base.pth"), tuned(files, proj_dir / "adapter.pth"))
+    assert end["forgetting"] == pytest.approx(expected, rel=1e-4) and list(expected) == ["English", "Chinese", "Code", "Arithmetic", "all"]
+    assert expected["all"] > 0.01 and f"| all | {end['forgetting']['all']:.4f} |" in text
+
+
+def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run_was_resumed(files, tmp_path):
+    run, again = tmp_path / "run", ["--train_parts", "ln,state", "--state_lr", "0.1", "--resume", "auto"]
+    code, output = start(files, run, *again, sabotage=functools.partial(at_file, "metrics.jsonl", 4, run, interrupt))
+    assert code == 130 and not (run / "run_card.md").exists() and "forgetting" not in summary(run), output
+    shutil.copytree(run, tmp_path / "killed")
+    succeed(start(files, run, *again))
+    assert summary(run)["forgetting"] == pytest.approx(moved(RWKV.load(files / "base.pth"), tuned(files, run / "adapter.pth")), rel=1e-4)
+
+    run = tmp_path / "killed"  # after its last step: what only that process knew is missing, and said to be so
+    assert start(files, run, *again, sabotage=functools.partial(at_file, "loss.png", 1, run, kill))[0]
+    assert "nothing to train" in succeed(start(files, run, *again))
+    text = (run / "run_card.md").read_text()
+    assert text.count("not measured: the run was killed after its last step") == 2 and "| steps | 6 of 6 |" in text
+
+
+def test_text_that_the_tokenizer_cannot_write_is_left_out():
+    class English:
+        def encode(self, text):
+            if not text.isascii():
+                raise UserError("no token")
+            return [1]
+
+    assert list(sections(English())) == ["English", "Code", "Arithmetic"]
+    assert 1000 < sum(map(len, sections(BYTES).values())) < 3000
 
 
 # other places for the numbers

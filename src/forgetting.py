@@ -1,0 +1,89 @@
+"""What a run forgets: how far the tuned model has moved from its base on text that no training data have to do with."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+import rwkv_miss
+from rwkv_miss.adapter import only_linears_change
+from rwkv_miss.errors import UserError
+
+from .held_out import undisturbed
+
+BLOCK = 16
+TEXT = pathlib.Path(__file__).with_name("forgetting.txt")
+
+
+def sections(tokenizer) -> dict[str, list[int]]:
+    """Name -> tokens of the fixed text's sections, without those that the tokenizer has no tokens for."""
+    parts = re.split(r"^=== (.+) ===\n", TEXT.read_text(encoding="utf-8"), flags=re.M)[1:]
+    found = {}
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        with contextlib.suppress(UserError):
+            found[name] = tokenizer.encode(text)
+    return found
+
+
+def divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """Kullback-Leibler divergence KL(base || tuned) at each token, nats: logits (T, V) -> (T,) fp32."""
+    base, tuned = (torch.log_softmax(logits.float(), -1) for logits in (base, tuned))
+    return (base.exp() * (base - tuned)).sum(-1)
+
+
+class Forgetting(Callback):
+    """`result` at the end: section, and "all" -> mean KL(base || tuned); empty where the tokenizer has no tokens for the text. None for a
+    new model, which has no base file, and for a run that was interrupted.
+
+    With an adapter on linears alone the base is there at the end, under disabled(). Otherwise what its head gets is taken before the first
+    step, and before a resumed run gets its state back, so this callback stands before the Saver; its head is in its file.
+    """
+
+    def __init__(self, tokenizer, base_file: str, is_complete):
+        self.sections = sections(tokenizer)
+        self.base_file, self.is_complete = base_file, is_complete
+        self.before: list[Tensor] | None = None
+        self.result: dict[str, float] | None = None
+
+    def on_fit_start(self, trainer, module) -> None:
+        if self.base_file and not only_linears_change(module.model):
+            with undisturbed(trainer), module.autocast():
+                self.before = self._features(module)
+
+    def on_train_end(self, trainer, module) -> None:
+        if not self.base_file or not self.is_complete(trainer.global_step):
+            return
+        with undisturbed(trainer), module.autocast():
+            before = self.before
+            if before is None:
+                with rwkv_miss.disabled(module.model):
+                    before = self._features(module)
+            base_head, after = self._base_head(module), self._features(module)
+            # a few tokens at a time: the logits of all of them would be the most memory that many a run needs
+            moved = [torch.cat([divergence(base_head(b), module.model.head(t)) for b, t in zip(base.split(BLOCK), tuned.split(BLOCK), strict=True)])
+                     for base, tuned in zip(before, after, strict=True)]
+        self.result = {name: float(part.mean()) for name, part in zip(self.sections, moved, strict=True)}
+        if moved:
+            self.result["all"] = float(torch.cat(moved).mean())
+
+    def _features(self, module) -> list[Tensor]:
+        """What the head gets of each section, (T, C); all ranks take part, because ZeRO-3 gathers the model on the way."""
+        return [module.model.features(torch.tensor([ids], device=module.device))[0][0] for ids in self.sections.values()]
+
+    def _base_head(self, module) -> Callable[[Tensor], Tensor]:
+        """(T, C) -> the base's logits (T, V)."""
+        if self.before is None:
+            def head(x: Tensor) -> Tensor:
+                with rwkv_miss.disabled(module.model):
+                    return module.model.head(x)
+
+            return head
+        weight = rwkv_miss.read_checkpoint(self.base_file)["head.weight"].to(module.device, module.model.dtype)
+        return lambda x: F.linear(x, weight)

@@ -1,0 +1,102 @@
+"""What a run leaves for people: the curves as an image, and run_card.md."""
+
+from __future__ import annotations
+
+import io
+import os
+
+from .config import Config, command
+from .files import write_bytes
+from .history import best, loss_text
+
+CARD, CURVE = "run_card.md", "loss.png"
+NOT_MEASURED = "not measured: the run was killed after its last step"
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+
+
+def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], history: list[dict]) -> str:
+    """run_card.md: what was run, what came of it, and what it changed, from what the run printed and wrote."""
+    seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
+    tokens, trained = (sum(line[name] for line in metrics) / seconds for name in ("tokens", "trained_tokens"))
+    figures = {
+        "steps": f"{summary['steps']} of {summary['planned_steps']}",
+        "training loss": f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}",
+        "speed": f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)} steps",
+        "peak memory": f"{memory / 2**20:,.0f} MiB, of the process that had most" if memory else NOT_MEASURED,
+        "output": f"`{summary['output']}`",
+    }
+    parts = [
+        f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
+        _table(["", ""], [[name, value] for name, value in figures.items()]),
+        "## Command", _as_it_is(command(config)),
+        "## Plan", _as_it_is("\n".join(plan)),
+        "## Curves", f"![training and validation loss over the steps]({CURVE})",
+        "## Held-out documents", *_validation(summary, history),
+        "## Forgetting", *_forgetting(config, summary),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _validation(summary: dict, history: list[dict]) -> list[str]:
+    if not history:
+        return ["None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that it was not trained on."]
+    first, last, top = history[0], history[-1], best(history)
+    losses = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
+    if top:
+        losses[f"best, step {top['step']}"] = top
+    parts = [_table(["", *losses], [["loss per token, nats", *map(loss_text, losses.values())]])]
+    if "best" in summary:
+        parts.append(f"`{summary['best']}` is the state of step {summary['best_step']}, loss {summary['validation_best']:.4f}.")
+    before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}
+    for number, sample in enumerate(last["samples"], 1):
+        parts.append(f"### Sample {number}")
+        shown = {**sample, "before": before.get(sample["prompt"], ""), "after": sample["answer"]}
+        for name in ("prompt", "right", "before", "after"):
+            parts += [f"{name}:", _as_it_is(shown[name] or "(nothing)")]
+    return parts
+
+
+def _forgetting(config: Config, summary: dict) -> list[str]:
+    if not config.load_model:
+        return ["A new model has nothing to forget."]
+    if "forgetting" not in summary:
+        return [NOT_MEASURED]
+    if not summary["forgetting"]:
+        return ["The tokenizer has no tokens for the fixed text, `src/forgetting.txt`."]
+    rows = [[name, f"{value:.4f}"] for name, value in summary["forgetting"].items()]
+    return ["How far the model of the last step has moved from its base on a fixed text, `src/forgetting.txt`, that the training has nothing to do "
+            "with: KL(base, tuned), nats per token, 0 for the base itself.", _table(["text", "KL"], rows)]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _as_it_is(text: str) -> str:
+    """A block of code by indentation, which no text can end; control characters become their pictures."""
+    return "\n".join(f"    {line}" for line in text.translate(PICTURES).split("\n"))
+
+
+def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
+    """Loss over steps as a PNG, with a running mean, and the loss on held-out documents."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    losses = [line["loss"] for line in metrics]
+    window = max(1, len(losses) // 20)
+    mean = [sum(losses[max(0, i + 1 - window) : i + 1]) / len(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    steps = [line["step"] for line in metrics]
+    axes.plot(steps, losses, alpha=0.35, label="loss")
+    axes.plot(steps, mean, label=f"mean of {window} steps")
+    finite = [line for line in history if line["loss"] is not None]
+    if finite:
+        axes.plot([line["step"] for line in finite], [line["loss"] for line in finite], "o-", label="validation loss")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_bytes(path, image.getvalue())
