@@ -9,7 +9,6 @@ predicted what `python -m scripts.plan --json` says beforehand, the libraries' s
 
 import argparse
 import json
-import os
 import pathlib
 import random
 import subprocess
@@ -51,13 +50,21 @@ def write_rows(path: pathlib.Path, rows: int, length: int) -> None:
     path.write_text("".join(json.dumps({"text": "".join(draw.choices("abcdefgh ", k=length))}) + "\n" for _ in range(rows)))
 
 
+# in between, because a process that is started inherits the peak of the one that starts it
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
 def peak_resident(command: list[str]) -> int:
     """ru_maxrss of a command, in bytes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    measured = subprocess.run([sys.executable, "-c", MEASURE, *command], stdout=subprocess.PIPE, text=True)
+    if measured.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_maxrss << 10
+    return int(measured.stdout) << 10
 
 
 def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pathlib.Path) -> dict:
