@@ -10,7 +10,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .layouts import has_layout
-from .text import BOM, STRANGE, Record, open_text, undecoded
+from .text import BOM, Record, first_strange, open_text, undecoded
 
 BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -62,10 +62,9 @@ def json_file(path: str) -> Iterator[Record]:
     """An array of objects, an object with one such array in it, or a single row."""
     with open_text(path) as file:
         content = file.read()
-    strange = STRANGE.search(content)
-    if strange:
-        number = content.count("\n", 0, strange.start())
-        raise UserError(f"{path}, line {number + 1}: {undecoded(content.split(chr(10))[number])}")
+    found = first_strange(path, content)
+    if found:
+        raise UserError(": ".join(map(str, found)))
     scanner = _Scanner(content)
     try:
         for place, record in _records(scanner):
