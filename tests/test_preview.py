@@ -115,7 +115,7 @@ def test_the_colours_are_the_mask_token_for_token(show, monkeypatch):
     world, template = load_tokenizer("world", 65536), load_template("think-short")
     _, output = show([{"messages": turns}], "--tokenizer", "world", "--template", "think-short")
     lines = [line.removeprefix("    | ") for line in output.splitlines() if line.startswith("    | ")]
-    tokens = [(code in preview.TRAINED, text) for code, text in ESCAPE.findall("\n".join(lines)) if text]
+    tokens = [(code in ("30;42", "30;102"), text) for code, text in ESCAPE.findall("\n".join(lines)) if text]
     ids, trained = Encoder(world, template).encode({"messages": turns})
     wanted, decoder = [], world.decoder()
     for token, flag in zip(ids[:-1].tolist(), trained.tolist()):
