@@ -24,8 +24,9 @@ from src.choices import cheapest_fix
 from src.config import Config
 from src.data import Schedule, make_schedule
 from src.device import choose_accelerator, choose_precision
-from src.memory import GIB, USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
+from src.memory import USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
 from src.template import recorded_template
+from src.words import counted, duration_text, size_text
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
 
@@ -87,14 +88,14 @@ def plan(ours: argparse.Namespace, config: Config) -> int:
     print(f"base       {config.load_model or 'new model'}: {arch.describe()}")
     print(f"adapter    {run.describe_training(config, model)}")
     print(*found.lines(), *run.describe_data(config, documents, schedule), sep="\n")
-    print(f"plan       {steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices "
-          f"{world}), {steps / schedule.steps_per_pass:.3g} passes over the data")
+    print(f"plan       {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
+          f"{schedule.accumulate} x devices {world}), {steps / schedule.steps_per_pass:.3g} passes over the data")
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")
     print("memory     of one process, estimated" if device.accelerator == "cpu" else "memory     of one GPU, estimated")
     for name, size in parts.items():
-        print(f"           {name:<12} {size / GIB:7.2f} GiB")
+        print(f"           {name:<12} {size_text(size):>10}")
     total = needed(parts, config, device.accelerator)
-    print(f"           together     {total / GIB:7.2f} GiB; there are {device.memory / GIB:.2f}, of which {USABLE:.0%} count")
+    print(f"           together     {size_text(total):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count")
     print(f"time       {describe_time(tokens, speed, source)}")
     print(f"verdict    {describe_fix(fix, config)}")
     if ours.json:
@@ -148,8 +149,7 @@ def recorded_speed(path: str) -> float:
 def describe_time(tokens: float, speed: float, source: str) -> str:
     if not speed:
         return f"not known, {source}; give --tokens_per_second, or the --metrics of an earlier run"
-    hours, minutes = divmod(round(tokens / speed / 60), 60)
-    return f"about {hours} h {minutes} min for {tokens:,.0f} tokens at {speed:,.0f} tokens/s ({source})"
+    return f"about {duration_text(tokens / speed)} for {counted(round(tokens), 'token')} at {speed:,.0f} tokens/s ({source})"
 
 
 def describe_fix(fix: dict[str, object] | None, config: Config) -> str:

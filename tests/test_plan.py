@@ -204,7 +204,7 @@ def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
     *shown, last = capsys.readouterr().out.splitlines()
     line = json.loads(last)
     assert (line["fits"], line["fix"], line["steps"], line["tokens"], line["documents"]) == (True, {}, 6, 720, 9)
-    assert line["seconds"] == 72 and any("about 0 h 1 min" in text and "as given" in text for text in shown)
+    assert line["seconds"] == 72 and any("about 72 s for 720 tokens" in text and "as given" in text for text in shown)
     assert line["memory_together"] == pytest.approx(sum(line["memory"].values()), abs=20)
     assert any("it fits" in text for text in shown) and not (tmp_path / "run").exists()
     step = line["memory"]["activations"] + line["memory"]["working"]
