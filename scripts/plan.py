@@ -17,14 +17,16 @@ import sys
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError, one_line_errors
 from src import config as configuration
-from src import ops, run
+from src import describe, ops
 from src.allocation import model_on_meta
+from src.base import read_base
 from src.calibrate import measured_speed
 from src.choices import cheapest_fix
 from src.config import Config
 from src.data import Schedule, make_schedule
 from src.device import choose_accelerator, choose_precision
 from src.memory import USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
+from src.run import read_data
 from src.template import recorded_template
 from src.words import counted, duration_text, size_text
 
@@ -65,10 +67,10 @@ def main() -> None:
 
 def plan(ours: argparse.Namespace, config: Config) -> int:
     """Print the plan; 0 if the run fits, else 1."""
-    arch, tokenizer = run.read_base(config)
+    arch, tokenizer = read_base(config)
     device = describe_device(ours.memory, config, arch)
     template = recorded_template(config.template, tokenizer, config.load_model)
-    documents, _, found = run.read_data(config, tokenizer, template)
+    documents, _, found = read_data(config, tokenizer, template)
     world = config.devices * config.num_nodes
     schedule = make_schedule(documents, config, world)
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
@@ -86,8 +88,8 @@ def plan(ours: argparse.Namespace, config: Config) -> int:
     tokens = steps / schedule.steps_per_pass * sum(schedule.lengths)
     model = model_on_meta(arch, config)
     print(f"base       {config.load_model or 'new model'}: {arch.describe()}")
-    print(f"adapter    {run.describe_training(config, model)}")
-    print(*found.lines(), *run.describe_data(config, documents, schedule), sep="\n")
+    print(f"adapter    {describe.training(config, model)}")
+    print(*found.lines(), *describe.data(config, documents, schedule), sep="\n")
     print(f"plan       {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
           f"{schedule.accumulate} x devices {world}), {steps / schedule.steps_per_pass:.3g} passes over the data")
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")

@@ -21,12 +21,12 @@ import numpy as np
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError, one_line_errors
 from src import config as configuration
+from src import describe
 from src.config import Config
 from src.data import Document, Documents, fit, pack
 from src.formats import Reading, Report, read_source, sources
 from src.lint import Lint
 from src.model import read_model_file
-from src.run import describe_mask, show_sample
 from src.template import recorded_template
 from src.tokenise import Encoder, Tokens
 from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
@@ -96,11 +96,11 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     }
 
 
-def describe(config: Config, encoder: Encoder, figures: dict, lint: Lint, report: Report) -> list[str]:
+def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report: Report) -> list[str]:
     length = figures["lengths"]
     lines = [
         *report.lines(),
-        f"template   {encoder.template.name}, loss on {describe_mask(encoder.loss_mask)}; tokenizer {encoder.tokenizer.name}",
+        f"template   {encoder.template.name}, loss on {describe.mask(encoder.loss_mask)}; tokenizer {encoder.tokenizer.name}",
         f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a row: median {length['50%']:,}, "
         f"90 % up to {length['90%']:,}, 99 % up to {length['99%']:,}, all from {length['0%']:,} to {length['100%']:,}",
         f"ctx_len    {config.ctx_len}: {figures['packed_rows']:,} rows, {figures['fill']:.1%} full"
@@ -143,12 +143,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps({**figures, "findings": [dataclasses.asdict(finding) for finding in lint.findings]}))
         else:
-            print("\n".join(describe(config, encoder, figures, lint, report)))
+            print("\n".join(overview(config, encoder, figures, lint, report)))
             plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
             for i in np.unique(np.linspace(0, len(documents.rows) - 1, min(args.samples, len(documents.rows))).astype(int)):
                 row = documents.rows[int(i)]
                 print(f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets} trained:")
-                print(show_sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
+                print(describe.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_miss import UserError
+from src import describe
 from src.config import Config
 from src.data import Batches, Document, Documents, Schedule, collate, load_documents, pack
 from src.model import RWKV
-from src.run import describe_data, show_sample
 from src.template import DEFAULT, Segment
 from src.tokenise import Encoder
 from src.tokenizer import load_tokenizer
@@ -140,7 +140,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     from src.trainer import make_schedule
 
     config = Config(ctx_len=8)
-    lines = describe_data(config, documents, make_schedule(documents, config, 1))
+    lines = describe.data(config, documents, make_schedule(documents, config, 1))
     assert lines[0] == "data       5 documents, 31 tokens, loss on 18"
     assert lines[1] == "packing    4 rows of 8 tokens, 81.2% full; documents in a row do not see each other"
     assert lines[2] == ("long texts 1 texts are longer than --ctx_len 8 and become several documents, each of which begins with the last token "
@@ -149,7 +149,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert lines[4] == "warning    1 of 5 documents have no trained token left and teach nothing" and len(lines) == 5
     config = Config(packing=False)
     documents = load(rows)
-    assert len(describe_data(config, documents, make_schedule(documents, config, 1))) == 1
+    assert len(describe.data(config, documents, make_schedule(documents, config, 1))) == 1
 
 
 # broken rows
@@ -275,11 +275,11 @@ def test_batches_begin_at_any_step():
 
 def test_the_sample_shows_what_is_trained(world, raw):
     row = encode(render([user("你好"), assistant("好🙂")]), world)
-    assert show_sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂»"]
-    assert show_sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
+    assert describe.sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂»"]
+    assert describe.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.trained[1] = False  # the mask may part a character; both halves are then shown as such
-    shown = show_sample(cut, raw)
+    shown = describe.sample(cut, raw)
     assert shown.startswith("    | «\ufffd»\ufffdx") and shown.endswith("x ... (703 tokens)") and len(shown) < 640
 
 

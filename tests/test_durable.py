@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rwkv_miss
-import src.run
+import src.model
 from rwkv_miss import read_checkpoint, read_metadata
 from src import trainer
 from src.checkpoints import list_checkpoints, remove_old
@@ -111,13 +111,13 @@ def kill_in_write():
 
 
 def dropout(rank):
-    features = src.run.RWKV.features
+    features = src.model.RWKV.features
 
     def dropped(self, *args, **kwargs):
         x, state = features(self, *args, **kwargs)
         return torch.nn.functional.dropout(x, 0.2), state
 
-    src.run.RWKV.features = dropped
+    src.model.RWKV.features = dropped
 
 
 def both(first, second, rank):

@@ -14,7 +14,7 @@ from rwkv_miss.parts import PARTS, in_parts, split_parts
 from src.config import Config, parse
 from src.load import load
 from src.model import RWKV, parameter_groups
-from src.run import whole_model
+from src.outputs import whole_model
 
 from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors

@@ -13,11 +13,11 @@ from rwkv_miss import UserError
 from scripts import plan
 from src import memory
 from src.allocation import HEAP_LIMIT, Live, step_bytes
+from src.base import build_model
 from src.choices import cheapest_fix
 from src.config import Config
 from src.data import Document, Documents, collate, make_schedule
 from src.memory import GIB, largest_batch, memory_parts, parse_size
-from src.run import build_model
 
 from .conftest import ROOT, make_arch
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import rwkv_miss
-import src.run
+import src.model
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from src import watch
 from src.config import Config, parse, read_yaml
@@ -139,13 +139,13 @@ def start(files, proj_dir, *flags, sabotage=None):
 
 def dropout(rank):
     """Dropout before the head, in training only."""
-    features = src.run.RWKV.features
+    features = src.model.RWKV.features
 
     def dropped(self, *args, **kwargs):
         x, state = features(self, *args, **kwargs)
         return torch.nn.functional.dropout(x, 0.2, self.training), state
 
-    src.run.RWKV.features = dropped
+    src.model.RWKV.features = dropped
 
 
 def validation(proj_dir):

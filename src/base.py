@@ -1,0 +1,72 @@
+"""The model that a run begins with: recognised from its file's header, or new, and built with its adapter."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import rwkv_miss
+from rwkv_miss.checkpoint import Arch
+from rwkv_miss.errors import UserError
+
+from . import config as configuration
+from .config import Config
+from .model import RWKV, VERSIONS, read_model_file
+from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
+
+
+def read_base(config: Config):
+    """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
+
+    No weight is read yet, but names, shapes, adapter options and targets are checked against them, on a model without memory.
+    """
+    if not config.load_model:
+        return new_arch(config)
+    tensors = read_model_file(config.load_model)
+    arch = Arch.detect(tensors)
+    configuration.check_sizes(config, arch)
+    with torch.device("meta"):
+        model = RWKV(arch)
+    model.check(tensors, config.load_model)
+    if config.peft != "none":
+        options, targets = configuration.adapter_options(config)
+        rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+    return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
+
+
+def new_arch(config: Config):
+    """(Arch, tokenizer) of a new model: RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary."""
+    vocab = config.vocab_size
+    if config.tokenizer in ("auto", "world"):
+        vocab = vocab or WORLD_MODEL
+    tokenizer = load_tokenizer(config.tokenizer, vocab or sys.maxsize, config.eod)
+    head_size = config.head_size or 64
+    inner = config.dim_att or config.n_embd
+    if inner % head_size:
+        raise UserError(f"the width of the time mix, {inner}, is not a multiple of --head_size {head_size}")
+    if config.version == "x070" and inner != config.n_embd:
+        raise UserError(f"--dim_att {inner} differs from --n_embd {config.n_embd}; RWKV-7 has them equal")
+    version = int(config.version[2])
+    dim_ffn, ranks = VERSIONS[version].default_sizes(config.n_embd)
+    arch = Arch(
+        version=version, vocab_size=vocab or tokenizer.vocab_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=inner // head_size,
+        head_size=head_size, dim_att=inner, dim_ffn=config.dim_ffn or dim_ffn, ranks=ranks, layer0_value_residual=version == 7,
+    )
+    return arch, tokenizer
+
+
+def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> tuple[RWKV, float]:
+    """The model with its adapter, and the learning rate: the one asked for, else the method's own."""
+    full = config.peft == "none"
+    if config.load_model:
+        # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out
+        mapped = config.strategy.startswith("deepspeed_stage_3")
+        model = RWKV.load(config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel)
+    else:
+        model = RWKV(arch, kernel)
+    if full:
+        return model, config.lr_init or (configuration.FULL_LR if config.load_model else configuration.NEW_MODEL_LR)
+    options, targets = configuration.adapter_options(config)
+    rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+    return model, config.lr_init or rwkv_miss.METHODS[config.peft].default_lr

@@ -1,0 +1,86 @@
+"""The lines of the plan that a run prints before its first step."""
+
+from __future__ import annotations
+
+from .config import Config, accumulation
+from .data import Document, Documents, Schedule
+from .infctx import Chunks
+from .model import RWKV
+
+
+def training(config: Config, model: RWKV) -> str:
+    if config.peft == "none":
+        return f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained"
+    return f"{config.peft} {model.injection.options}: {model.injection.line()}"
+
+
+def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
+    """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
+    rows = documents.rows
+    lines = [f"data       {len(rows):,} documents, {documents.tokens:,} tokens, loss on {documents.targets:,}"]
+    if config.packing:
+        full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
+        lines.append(f"packing    {len(schedule.rows):,} rows of {config.ctx_len} tokens, {full:.1%} full; documents in a row do not see each other")
+    if documents.split:
+        lines.append(f"long texts {documents.split:,} texts are longer than --ctx_len {config.ctx_len} and become several documents, "
+                     "each of which begins with the last token of the one before")
+    if documents.cut:
+        lines.append(f"warning    {documents.cut:,} of {len(rows):,} documents are longer than --ctx_len {config.ctx_len} and are cut; "
+                     f"{documents.cut_tokens:,} tokens are lost")
+    empty = int((documents.row_targets == 0).sum())
+    if empty:
+        lines.append(f"warning    {empty:,} of {len(rows):,} documents have no trained token left and teach nothing")
+    return lines
+
+
+def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
+    """The line of the plan about rows in chunks, of which the longest has `width` tokens and a state of a micro-batch has `each` bytes."""
+    if not chunks.size:
+        return []
+    stops = f"stops at every {chunks.truncate} tokens" if chunks.truncate else "is exact"
+    return [f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
+            f"{chunks.states(width):,} states of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"]
+
+
+def mask(loss_mask: str) -> str:
+    """What is trained, in words."""
+    return {"assistant": "the assistant's turns and on plain text", "all": "everything"}.get(loss_mask, f"what follows {loss_mask!r}")
+
+
+def held_out(config: Config, held_out: Documents) -> list[str]:
+    """Line of the plan about the documents that are not trained on, if there are any."""
+    if not held_out.rows:
+        return []
+    cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
+    every = f", every {config.eval_steps} steps" if config.eval_steps else ""
+    stop = f", early stop after {config.early_stop} evaluations without a better one" if config.early_stop else ""
+    return [f"held out   {len(held_out.rows):,} documents of {config.eval_file or config.data_file}{cut}, loss on {held_out.targets:,} tokens "
+            f"before the training{every} and at its end; {config.eval_samples} samples{stop}"]
+
+
+def resume(config: Config, before: Config, path: str, total_before: int, total: int) -> list[str]:
+    """Lines of the plan about a run that goes on: from where, and what is different from here."""
+    lines = [f"resume     from {path}; the weights, the optimizer and the order of the data go on where they were"]
+    changed = [f"{name} {getattr(before, name)} -> {getattr(config, name)}" for name in ("strategy", "devices", "num_nodes", "micro_bsz")
+               if getattr(before, name) != getattr(config, name)]
+    if changed:
+        rows = config.micro_bsz * config.devices * config.num_nodes * accumulation(config)
+        lines.append(f"           {', '.join(changed)}: a step keeps its {rows} rows, accumulate is {accumulation(config)}")
+    if total != total_before:
+        lines.append(f"           {total_before} steps -> {total}: the learning rate follows the schedule of {total} steps from here on")
+    return lines
+
+
+def sample(row: Document, tokenizer, limit: int = 600) -> str:
+    """A document decoded, its trained parts between the marks."""
+    text, inside = "", False
+    decoder = tokenizer.decoder()
+    for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+        if trained != inside:
+            text += decoder.flush() + ("«" if trained else "»")
+            inside = trained
+        text += decoder.push(token)
+    text += decoder.flush() + ("»" if inside else "")
+    shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
+    # a NUL, the end of document of bytes and utf16, would make a log a binary file
+    return "\n".join(f"    | {line}" for line in shown.replace("\0", "␀").splitlines())

@@ -1,0 +1,128 @@
+"""The files of a run: their names, what writes the trained tensors, and what is written at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+
+import torch
+
+import rwkv_miss
+from rwkv_miss.checkpoint import Arch, read_checkpoint, write_checkpoint
+from rwkv_miss.errors import UserError
+
+from .config import Config
+from .files import read_lines, write_text
+from .history import BEST, VALIDATION, is_over, loss_text
+from .model import RWKV
+from .run_card import CARD, CURVE, card, draw_losses
+from .template import Template
+
+ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json"
+NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
+CHECKPOINTS = "checkpoints"
+
+
+def output_path(config: Config) -> str:
+    return os.path.join(config.proj_dir, MODEL if config.peft == "none" else ADAPTER)
+
+
+def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
+    """--init_only: the initialisation as a file."""
+    path = os.path.join(config.proj_dir, NEW_MODEL)
+    if os.path.exists(path):
+        raise UserError(f"{path} is there already; give it as --load_model, or choose another --proj_dir")
+    torch.manual_seed(config.random_seed)
+    os.makedirs(config.proj_dir, exist_ok=True)
+    described = {"format": "rwkv-miss trained", "step": 0, "tokenizer": tokenizer.name, "eod": config.eod}
+    write_checkpoint(path, whole_model(config, RWKV(arch)), described)
+    print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
+
+
+def writer(config: Config, model: RWKV, tokenizer, template: Template, training):
+    """The function that is called on every rank to write the trained tensors or, in full training, the whole model; keywords become metadata."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
+    made_with = {"tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions}
+
+    def write(trainer, path: str, **described) -> None:
+        described |= {"step": trainer.global_step, **made_with}
+        if config.peft != "none":
+            with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
+                if trainer.is_global_zero:
+                    rwkv_miss.save_adapter(model, path, **described)
+            return
+        items = whole_model(config, model, lambda p: training.whole_parameters(trainer, [p]))
+        try:
+            if trainer.is_global_zero:
+                write_checkpoint(path, items, {"format": "rwkv-miss trained", **described})
+        finally:
+            for _ in items:
+                pass  # every rank takes part in what is gathered, also when rank 0 can't write
+
+    return write
+
+
+def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
+    """(name, tensor) of a fully trained model, one in memory at a time: the base's key order, shapes and dtypes, or bf16 for a new model.
+
+    Inside `gather(parameter)` the parameter is whole; all ranks must walk through.
+    """
+    trained = dict(model.named_parameters())
+    like = read_checkpoint(config.load_model) if config.load_model else dict.fromkeys(trained)
+    for name, base in like.items():
+        with gather(trained[name]):
+            p = trained[name].detach()
+            yield name, p.to(torch.bfloat16) if base is None else p.to("cpu", base.dtype).view_as(base)
+
+
+def is_summed_up(config: Config, step: int) -> bool:
+    """Whether the end of the run at this step has been written down."""
+    path = os.path.join(config.proj_dir, SUMMARY)
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)["steps"] == step
+
+
+def finish(config: Config, plan: list[str], step: int, total_steps: int, measured: dict | None = None) -> None:
+    """The loss curve, run.json, at the end of the training run_card.md, and the next command.
+
+    `measured` is what only the process knows that trained: it is absent for a run that was killed after its last step.
+    """
+    with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
+        metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
+    history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
+    draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
+    summary = {
+        "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
+        "train_seconds": sum(line["seconds"] for line in metrics), **(measured or {}), "output": output_path(config),
+    }
+    if history:
+        summary |= {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
+    top = os.path.join(config.proj_dir, BEST)
+    if os.path.exists(top):
+        kept = rwkv_miss.read_metadata(top)
+        summary |= {"best": top, "best_step": kept["step"], "validation_best": kept["validation_loss"]}
+    over = is_over(history, config.early_stop)
+    if step >= total_steps or over:
+        write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
+    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))  # the last file: what is_summed_up() looks at
+    early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
+    state = "done" if step >= total_steps else early if over else "stopped, go on with --resume auto"
+    start = f"first step {measured['command_to_first_step_seconds']:.1f} s after the command; " if measured else ""
+    print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
+          f"{start}wrote {summary['output']}")
+    if step >= total_steps or over:
+        print(f"read it:   {os.path.join(config.proj_dir, CARD)}")
+    chosen = summary["output"]
+    if "best" in summary:
+        print(f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
+              f"before training {loss_text(history[0])}, at the end {loss_text(history[-1])}")
+        chosen = top if summary["best_step"] < step else chosen
+    if config.peft == "none":
+        print(f"try it:    python -m demo.chat --model {chosen}")
+    else:
+        print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {chosen} --out merged.pth")
