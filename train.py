@@ -3,11 +3,12 @@
 import sys
 
 from rwkv_miss.errors import one_line_errors
-from src import config, run
+from src import config, processes, run
 
 
 def main() -> None:
     with one_line_errors():
+        processes.watch_launcher()
         settings, origins = config.parse(sys.argv[1:])
         run.main(settings, origins)
 

@@ -23,6 +23,7 @@ from rwkv_miss.parts import split_parts
 
 from . import legacy
 from .files import is_first_process, write_text
+from .processes import drop_local_rank, follow_launcher
 
 
 def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
@@ -103,8 +104,8 @@ class Config:
                                 "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
                         choices=("auto", "ddp", *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload"))))
     accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"))
-    devices: int = opt(1, "GPUs, or processes on a CPU")
-    num_nodes: int = opt(1, "machines")
+    devices: int = opt(1, "GPUs, or processes on a CPU, of each machine; torchrun, deepspeed and srun tell it")
+    num_nodes: int = opt(1, "machines; torchrun, deepspeed and srun tell it")
     wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",))
 
     eval_file: str = opt("", "held-out data in any format of --data_file: the loss on it is taken before, during and after the training")
@@ -137,8 +138,9 @@ FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
-    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME" or "default"."""
-    config, origins = settle(read_flags(flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), argv))
+    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME", a launcher, or "default"."""
+    config, origins = settle(read_flags(flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)))
+    follow_launcher(config, origins)
     validate(config)
     return config, origins
 

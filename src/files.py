@@ -8,8 +8,8 @@ import os
 
 from rwkv_miss.errors import UserError
 
-# what the launchers set: torchrun and Lightning's own, then SLURM
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+# set by torchrun and deepspeed, by Lightning's own launcher (NODE_RANK, and on each machine LOCAL_RANK), and by srun
+RANK_VARIABLES = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def is_first_process() -> bool:

@@ -24,6 +24,7 @@ from .held_out import hold_out
 from .history import VALIDATION, is_over
 from .infctx import state_bytes
 from .outputs import ADAPTER, CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
+from .processes import check_world
 from .resume import find_checkpoint, keep_rows_per_step
 from .template import Template, recorded_template
 from .writers import check_wandb, describe_writers, open_writers
@@ -146,15 +147,6 @@ def read_data(config: Config, tokenizer, template: Template) -> tuple[Documents,
         return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache, reading, found, config.random_seed)
 
     return *hold_out(config, load), found
-
-
-def check_world(config: Config) -> int:
-    """Number of processes of the run; a launcher that started another number is a UserError."""
-    world = config.devices * config.num_nodes
-    launched = int(os.environ.get("WORLD_SIZE", world))
-    if launched != world:
-        raise UserError(f"the launcher started {launched} processes, but --devices x --num_nodes is {world}; make them equal")
-    return world
 
 
 def process_start() -> float:

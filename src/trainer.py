@@ -12,6 +12,7 @@ import warnings
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .data import Batches, Documents, make_schedule
 from .device import DTYPES
 from .infctx import chunks_of, rows_loss
 from .model import RWKV, parameter_groups
+from .processes import launched
 
 
 class ScaledFp16(MixedPrecision):
@@ -117,7 +119,7 @@ class FineTuning(pl.LightningModule):
 def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
     """Lightning's Trainer for the resolved settings; `accelerator` is cpu or gpu, `precision` fp32, bf16 or fp16; `first_step` are done already."""
     _quiet()
-    plugins: list[Precision] = []
+    plugins: list[Precision | ClusterEnvironment] = [cluster_environment()]
     strategy = config.strategy
     if strategy.startswith("deepspeed"):
         if accelerator == "cpu":
@@ -137,6 +139,14 @@ def make_trainer(config: Config, accelerator: str, total_steps: int, precision: 
     )
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = first_step  # trainer.global_step
     return trainer
+
+
+def cluster_environment() -> ClusterEnvironment:
+    """Where Lightning reads ranks: by itself it would take what `deepspeed` starts for processes of its own, and requeue jobs of SLURM."""
+    launch = launched()
+    if launch is None:
+        return LightningEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if launch.by == "srun" else TorchElasticEnvironment()
 
 
 @contextlib.contextmanager
