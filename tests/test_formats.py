@@ -13,6 +13,7 @@ import pytest
 
 from rwkv_miss import UserError
 from src import tokenise
+from src.config import Config
 from src.data import load_documents
 from src.formats import Found, Reading, Report, binidx, read_rows, sample, sources
 from src.tokenizer import load_tokenizer
@@ -58,6 +59,8 @@ def turn(role, content, **more):
     ({"messages": [turn("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]), CHAT[1]]}, [turn("user", "q!"), CHAT[1]]),
     ({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, turn("tool", "5", tool_call_id=1), CHAT[1]]},
      [CHAT[0], turn("assistant", "", tool_calls=[{"id": 1}]), turn("tool", "5", tool_call_id=1), CHAT[1]]),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": None, "function_call": {"name": "f"}}, {"role": "function", "content": "5"}, CHAT[1]]},
+     [CHAT[0], turn("assistant", "", tool_calls=[{"function": {"name": "f"}}]), turn("tool", "5"), CHAT[1]]),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [turn("system", "s"), *CHAT]),
     ({"conversations": [{"from": "system", "value": "own"}, {"from": "Human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
      [turn("system", "own"), *CHAT]),
@@ -83,11 +86,11 @@ def test_layouts(read, row, expected):
 
 @pytest.mark.parametrize("fields, expected", [
     ("text", {"text": "t"}), ("notes", {"text": "n"}), ("dialogue", {"messages": CHAT}), ("q,r", {"messages": CHAT}),
-    ("r,q", {"messages": [turn("user", "a"), turn("assistant", "q")]}), ("q,notes,r", {"messages": [turn("user", "q\nn"), CHAT[1]]}),
+    ("r,q", {"messages": [turn("user", "a"), turn("assistant", "q")]}), ("q, notes, r", {"messages": [turn("user", "q\nn"), CHAT[1]]}),
 ])
 def test_columns_by_name(read, fields, expected):
     row = {"text": "t", "notes": "n", "dialogue": CHAT, "q": "q", "r": "a", "question": "x", "answer": "y"}
-    assert read([row], fields=tuple(fields.split(","))) == [expected]
+    assert read([row], fields=Reading.of(Config(sft_field=fields)).fields) == [expected]
 
 
 def test_columns_that_do_not_tell(read):
@@ -143,6 +146,15 @@ def test_a_cell_may_hold_anything(read):
     long = "x" * 10_000_000
     assert read(f"text\n{long}\n", "rows.csv") == read([{"text": long}]) == [{"text": long}]
     assert read("text\n中文\n", "rows.csv") == [{"text": "中文"}]
+
+
+def test_names_that_are_no_text(read):
+    """Those of columns that are not used, too: the plan shows them."""
+    report = Report()
+    assert read(r'{"text": "t", "a\ud800": 1}', report=report) == [{"text": "t"}]
+    assert report.lines() == [r"format     rows.jsonl: JSONL, 1 row, text; not used: a\ud800"]
+    words = "rows.csv, line 1: the header is not UTF-8 text (invalid continuation byte at byte 5)"
+    assert words in mistake(read, "id,r\xe9ponse,text\n1,b,t\n".encode("latin-1"), "rows.csv")
 
 
 def test_plain_text_is_one_document(read):
@@ -421,6 +433,7 @@ def test_several_files_with_weights(read, tmp_path):
     assert [(s.path, s.weight) for s in sources("b,c.jsonl")] == [("b,c.jsonl", 1)]
     assert [(s.path, s.weight) for s in sources("a.jsonl:2, d:2:0.5,d:2")] == [("a.jsonl", 2), ("d:2", 0.5), ("d:2", 1)]
     assert [row for _, row in read_rows("a.jsonl:3,d:2")] == [{"text": "a.jsonl"}, {"text": "d:2"}]
+    assert len(list(read_rows("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == ["format     a.jsonl: JSONL, 1 row, text"]
     for spec, words in (("a.jsonl:0", "a weight is a number above 0, such as 2"), ("a.jsonl:-1", "got -1"), ("a.jsonl:nan", "got nan"),
                         ("a.jsonl:inf", "got inf"), ("a.jsonl:1.2.3", "got 1.2.3"), ("a.jsonl,,d:2", "a name is missing"),
                         ("absent.jsonl:2", "data file absent.jsonl can't be read: No such file"), ("a.jsonl:two", "a.jsonl:two can't be read")):
@@ -459,12 +472,13 @@ def test_a_folder_with_splits(read, tmp_path):
 
 
 def test_weights_are_kept_exactly_and_drawn_by_the_seed():
-    for count, weight in ((7, 1), (7, 2), (100, 0.25), (100, 2.5), (3, 0.1), (0, 2)):
+    for count, weight in ((7, 1), (7, 2), (100, 0.25), (100, 2.5), (5, 0.3), (0, 2)):
         drawn = sample(count, weight, 1, 0)
         times = np.bincount(drawn, minlength=count)
         assert len(drawn) == math.floor(weight) * count + round(weight % 1 * count) and (np.diff(drawn) >= 0).all()
         assert not count or times.min() >= math.floor(weight) and times.max() <= math.ceil(weight)
         assert sample(count, weight, 1, 0).tolist() == drawn.tolist()
+    assert len(sample(3, 0.1, 1, 0)) == len(sample(1, 0.5, 1, 0)) == 1 and len(sample(0, 0.5, 1, 0)) == 0, "no source vanishes"
     one = sample(100, 0.5, 1, 0).tolist()
     assert one != sample(100, 0.5, 2, 0).tolist() and one != sample(100, 0.5, 1, 1).tolist() and one != list(range(0, 100, 2))
 

@@ -179,10 +179,12 @@ def _turns(item: Any) -> list[dict[str, Any]]:
         text(given[name], name, True)
     if not isinstance(given.get("tool_calls", []), list):
         raise UserError(f"tool_calls must be a list, got {short(given['tool_calls'])}")
+    if "function_call" in given:  # what OpenAI's API had before tool_calls
+        given["tool_calls"] = [*given.get("tool_calls", []), {"function": given.pop("function_call")}]
     spelt = given.pop("role", None) or given.pop("from", None)
     role = ROLE_NAMES.get(spelt.lower()) if isinstance(spelt, str) else None
     content = given.pop("content", given.pop("value", None))
-    if content is None and (given.get("tool_calls") or given.get("function_call")):
+    if content is None and given.get("tool_calls"):
         content = ""  # the call is the answer
     if isinstance(content, list):
         content = _joined(content)

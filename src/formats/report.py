@@ -72,7 +72,8 @@ class Report:
         if self.bad:
             lines.append(f"warning    {_rows(self.bad)} cannot be used and {'is' if self.bad == 1 else 'are'} left out (--on_bad_row skip), such as:")
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
-        return lines
+        # a key of JSON and a file's name may hold halves of surrogate pairs, which print() refuses
+        return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
 
 
 def _rows(count: int) -> str:

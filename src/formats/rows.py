@@ -25,7 +25,7 @@ def read_rows(data_file, report: Report | None = None, reading: Reading = BY_NAM
 
 def read_source(source: Source, report: Report, reading: Reading, eod: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """read_rows() of one source."""
-    found = report.files.setdefault(source.path, Found(source.format))
+    found = report.files[source.path] = Found(source.format)  # of this reading, also of a file that is named twice
     for where, record in source.read(eod):
         try:
             if isinstance(record, UserError):

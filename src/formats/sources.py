@@ -34,7 +34,7 @@ class Reading:
 
     @classmethod
     def of(cls, config) -> Reading:
-        return cls(tuple(filter(None, config.sft_field.split(","))), config.sft_split)
+        return cls(tuple(filter(None, map(str.strip, config.sft_field.split(",")))), config.sft_split)
 
 
 BY_NAME = Reading()
@@ -199,8 +199,8 @@ def _names(header: str, mark: str) -> list[str]:
 def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     """Which of a source's `count` rows one pass over the data sees, ascending, some of them several times: each `weight` times on average.
 
-    Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`.
+    Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`; at least one row is seen.
     """
     whole = int(weight)
-    drawn = np.random.default_rng([seed, number]).permutation(count)[: round((weight - whole) * count)]
+    drawn = np.random.default_rng([seed, number]).permutation(count)[: max(round((weight - whole) * count), 0 if whole else 1)]
     return np.sort(np.concatenate([np.tile(np.arange(count), whole), drawn]))

@@ -110,6 +110,8 @@ def delimited(path: str, delimiter: str) -> Iterator[Record]:
                 yield where, UserError(f"not valid CSV ({error})")
                 continue
             if not header:
+                if problem := undecoded("\n".join(cells)):
+                    raise UserError(f"{where}: the header is {problem}")
                 header = [name.strip() for name in cells]
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
