@@ -146,8 +146,10 @@ class _Walk:
         before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
         with torch.enable_grad():
             loss, after = self.run(i, next(_states(before, self.model.arch.n_layer), None))
-        ends = [(loss, dloss), *zip(_flat(after), dafter)]
-        outputs, given = zip(*((x, dx) for x, dx in ends if dx is not None and x.requires_grad), strict=True)
+        ends = [(x, dx) for x, dx in ((loss, dloss), *zip(_flat(after), dafter)) if dx is not None and x.requires_grad]
+        if not ends:  # a tuned initial state is all that is trained, and nothing of it gets here
+            return [None] * len(parameters), []
+        outputs, given = zip(*ends, strict=True)
         inputs = [*parameters, *(before if crosses else ())]
         found = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
         return found[: len(parameters)], list(found[len(parameters) :])

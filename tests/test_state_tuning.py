@@ -12,6 +12,7 @@ from demo import chat
 from src.generate import Conversation, Sampling
 from src.infctx import Chunks, rows_loss
 from src.load import load
+from src.loss import loss_sum
 from src.model import RWKV, parameter_groups
 from src.ops import wkv6, wkv7
 from src.ops.documents import layout
@@ -193,6 +194,28 @@ def test_long_rows_in_chunks_give_the_state_its_whole_gradient(version, sparse):
 
     for got, want in zip(gradients(Chunks(6, 0, sparse)), gradients(Chunks()), strict=True):
         close("loss and gradients", got, want, 1e-9)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("resets", [[], [17, 40]])
+def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, resets):
+    """Behind the place where the gradient stops only documents that start there depend on the state."""
+    model = tuned(version)
+    ids, targets = torch.randint(67, (2, 1, 41), generator=torch.Generator().manual_seed(4))
+    reset = torch.zeros(1, 41, dtype=torch.bool)
+    reset[0, resets] = True
+    batch = {"ids": ids, "targets": targets, "mask": torch.ones_like(reset), "reset": reset if resets else None}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state, want = None, 0.0
+    for start in range(0, 41, 12):
+        part = slice(start, start + 12)
+        x, state = model.features(ids[:, part], state, reset[:, part] if resets else None)
+        want = want + loss_sum(model.head(x[0]), targets[0, part])
+        state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
+    for sparse in (False, True):
+        loss = rows_loss(model, batch, Chunks(6, 12, sparse))
+        for got, expected in zip([loss, *torch.autograd.grad(loss, trained)], [want, *torch.autograd.grad(want, trained, retain_graph=True)]):
+            close("loss and gradients", got, expected, 1e-9)
 
 
 @pytest.mark.parametrize("version", [6, 7])
