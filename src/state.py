@@ -65,5 +65,5 @@ def gradient_norm(trainer: pl.Trainer) -> float:
         return float(trainer.strategy.deepspeed_engine.get_global_grad_norm())
     if trainer.precision_plugin.state_dict():
         return 0.0
-    grads = [p.grad for p in trainer.lightning_module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads))
+    norms = [p.grad.norm() for p in trainer.lightning_module.parameters() if p.grad is not None]
+    return float(torch.stack(norms).norm())  # torch.nn.utils.get_total_norm(), which torch 2.5 has not
