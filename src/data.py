@@ -71,12 +71,31 @@ class Rows(Sequence):
 
 @dataclasses.dataclass
 class Documents:
-    """The encoded data set. `cut` documents were longer than ctx_len and lost `cut_tokens` in all; `split` texts became several rows."""
+    """The encoded data set. `lost` (n,) int64: tokens that were cut off each row, a conversation longer than ctx_len; None: of no row.
+    `text` (n,) int64: the number of the text, longer than ctx_len, that a row is a part of, -1 for a row of its own; None: for all."""
 
     rows: Sequence[Document]
-    cut: int = 0
-    cut_tokens: int = 0
-    split: int = 0
+    lost: np.ndarray | None = None
+    text: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.lost = np.zeros(len(self.rows), dtype=np.int64) if self.lost is None else self.lost
+        self.text = np.full(len(self.rows), -1) if self.text is None else self.text
+
+    @property
+    def cut(self) -> int:
+        """Rows that were longer than ctx_len and lost their end."""
+        return int(np.count_nonzero(self.lost))
+
+    @property
+    def cut_tokens(self) -> int:
+        """Tokens that they lost in all."""
+        return int(self.lost.sum())
+
+    @property
+    def split(self) -> int:
+        """Texts that became several rows, of which at least one is here."""
+        return len(np.unique(self.text[self.text >= 0]))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -90,7 +109,8 @@ class Documents:
 
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
-        return Documents(self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen])
+        rows = self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen]
+        return Documents(rows, self.lost[chosen], self.text[chosen])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -137,14 +157,13 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
     starts = np.concatenate([np.concatenate([[0], tokens.ends[:-1]])[documents] for tokens, documents in zip(files, chosen)])
     texts = np.concatenate([tokens.texts[documents] for tokens, documents in zip(files, chosen)])
     lengths = ends - starts
-    excess = np.maximum(lengths - (ctx_len + 1), 0)
-    cut = (excess > 0) & ~texts
+    lost = np.where(texts, 0, np.maximum(lengths - (ctx_len + 1), 0))
     windows = np.where(texts, np.maximum(-(-(lengths - 1) // ctx_len), 1), 1)
     of = np.repeat(np.arange(len(lengths)), windows)
     begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
     stops = np.minimum(begins + ctx_len + 1, ends[of])
     rows = Rows(files, file[of], begins, stops)
-    return Documents(rows, int(cut.sum()), int(excess[cut].sum()), int((windows > 1).sum()))
+    return Documents(rows, lost[of], np.where(windows > 1, np.arange(len(windows)), -1)[of])
 
 
 def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:

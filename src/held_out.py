@@ -34,9 +34,9 @@ def hold_out(config: Config, load: Callable[[str], Documents]) -> tuple[Document
     else:
         source = f"--eval_split {config.eval_split} of {config.data_file}"
         chosen = set(sorted(keys)[: max(1, round(config.eval_split * len(keys)))])
-        held = documents.take(np.array([i for i, key in enumerate(keys) if key in chosen]))
+        held = documents.take(np.array([i for i, key in enumerate(keys) if key in chosen], dtype=np.int64))
     kept = np.array([i for i, key in enumerate(keys) if key not in chosen], dtype=np.int64)
-    rest = dataclasses.replace(documents, rows=documents.take(kept).rows)
+    rest = documents.take(kept)
     if not rest.targets:
         raise UserError(f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {len(keys)} documents of {config.data_file} are "
                         "held out, the others have no trained token")

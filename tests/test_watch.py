@@ -80,6 +80,20 @@ def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
     assert [text[0] for text in texts(held)] == list("xbyd") and [text[0] for text in texts(train)] == list("acef")
 
 
+def test_what_is_cut_is_counted_on_the_side_where_it_is(tmp_path):
+    """Conversations of which every other one is cut, and long texts whose parts may fall on both sides."""
+    rows = [{"prompt": f"{i:02}", "completion": "b" * (7 + 20 * (i % 2))} for i in range(20)] + [
+        {"text": "".join(random.Random(letter).choices(letter + letter.upper(), k=40))} for letter in "vwxyz"]
+    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = load_documents(str(tmp_path / "rows"), BYTES, 9)
+    assert (whole.cut, whole.cut_tokens, whole.split) == (10, 200, 5)
+    train, held = hold_out(Config(data_file=str(tmp_path / "rows"), eval_split=0.3), lambda _: whole)
+    for side in (train, held):
+        conversations = [text for text in texts(side) if "b" in text]
+        assert side.cut == sum(int(text[:2]) % 2 for text in conversations) > 0 and side.cut_tokens == 20 * side.cut
+        assert side.split == len({text[0].lower() for text in texts(side) if text[0].isalpha()}) > 1
+
+
 @pytest.mark.parametrize("text, trained, prompt, answer", [
     ("Q: 1\n\nA: 2\n\nQ: 3\n\nA: 4\0", "________####________###", "Q: 1\n\nA: 2\n\nQ: 3\n\nA:", " 4"),
     ("Q: 1\n\nA: 23", "________###", "Q: 1\n\nA:", " 23"),  # cut: the end of document is missing
