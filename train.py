@@ -2,8 +2,11 @@
 
 import sys
 
-from rwkv_miss.errors import one_line_errors
-from src import config, processes, run
+from src.doorway import importing
+
+with importing():
+    from rwkv_miss.errors import one_line_errors
+    from src import config, processes, run
 
 
 def main() -> None:

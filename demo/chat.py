@@ -8,11 +8,14 @@ import math
 import os
 import sys
 
-from rwkv_miss.errors import Parser, UserError, one_line_errors
-from src.device import DTYPES
-from src.generate import Conversation, Sampling, stream
-from src.load import load
-from src.template import MODES, recorded_template
+from src.doorway import importing
+
+with importing():
+    from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.device import DTYPES
+    from src.generate import Conversation, Sampling, stream
+    from src.load import load
+    from src.template import MODES, recorded_template
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
-import torch
+from src.doorway import importing
 
-from rwkv_miss import UserError, load_adapter
-from rwkv_miss.errors import Parser, one_line_errors
-from src.evaluate import exact_accuracy, read_questions
-from src.load import load
-from src.model import RWKV
-from src.template import recorded_template
+with importing():
+    import torch
+
+    from rwkv_miss import UserError, load_adapter
+    from rwkv_miss.errors import Parser, one_line_errors
+    from src.evaluate import exact_accuracy, read_questions
+    from src.load import load
+    from src.model import RWKV
+    from src.template import recorded_template
 
 
 def _short(question: list[str]) -> str:
@@ -38,14 +41,14 @@ def main() -> None:
             raise UserError(f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something")
         with open(args.summary, encoding="utf-8") as file:
             seconds = json.load(file)["train_seconds"]
-    print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
-    for (question, _), first, second in list(zip(questions, wrong, answers))[:8]:
-        print(f"{_short(question):<60.60} {first:<12.12} {second:<12.12}")
-    print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
-    print(json.dumps({
-        "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,
-        "train_seconds": round(seconds, 1),
-    }))
+        print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
+        for (question, _), first, second in list(zip(questions, wrong, answers))[:8]:
+            print(f"{_short(question):<60.60} {first:<12.12} {second:<12.12}")
+        print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
+        print(json.dumps({
+            "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,
+            "train_seconds": round(seconds, 1),
+        }))
 
 
 if __name__ == "__main__":

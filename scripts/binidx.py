@@ -12,12 +12,15 @@ import argparse
 import json
 import os
 
-from rwkv_miss.errors import Parser, UserError, one_line_errors
-from src.formats import read_rows
-from src.formats.binidx import Writer
-from src.template import recorded_template
-from src.tokenise import Encoder
-from src.tokenizer import WORLD_MODEL, load_tokenizer
+from src.doorway import importing
+
+with importing():
+    from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.formats import read_rows
+    from src.formats.binidx import Writer
+    from src.template import recorded_template
+    from src.tokenise import Encoder
+    from src.tokenizer import WORLD_MODEL, load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from src.doorway import importing
+
 ROOT = pathlib.Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "gpu"
 # what is not listed here, training imports
@@ -46,6 +48,17 @@ class Check(NamedTuple):
 
 
 def main() -> None:
+    with importing():
+        try:
+            from rwkv_miss.errors import one_line_errors
+        except (ImportError, OSError):  # torch is missing or broken, and a check will say so
+            one_line_errors = contextlib.nullcontext
+    with one_line_errors():
+        examine_and_tell()
+
+
+def examine_and_tell() -> None:
+    """All checks for people or, with --json, for machines."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--fat", action="store_true", help="first build the CUDA kernels for every architecture, for machines that share this cache")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
-from rwkv_miss.errors import Parser, UserError, one_line_errors
-from src.evaluate import exact_accuracy, read_questions
-from src.load import load
-from src.template import recorded_template
+from src.doorway import importing
+
+with importing():
+    from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.evaluate import exact_accuracy, read_questions
+    from src.load import load
+    from src.template import recorded_template
 
 
 def main() -> None:
@@ -28,9 +31,9 @@ def main() -> None:
         template = recorded_template(args.template, tokenizer, args.adapter, args.model)
         questions = read_questions(args.questions, template)
         accuracy, answers = exact_accuracy(model, tokenizer, questions, args.max_tokens, template)
-    for (question, right), answer in list(zip(questions, answers))[: args.show]:
-        print(f"{''.join(question)!r} -> {answer!r}" + ("" if answer == right else f", right is {right!r}"))
-    print(json.dumps({"accuracy": accuracy, "questions": len(questions), "model": args.model, "adapter": args.adapter}))
+        for (question, right), answer in list(zip(questions, answers))[: args.show]:
+            print(f"{''.join(question)!r} -> {answer!r}" + ("" if answer == right else f", right is {right!r}"))
+        print(json.dumps({"accuracy": accuracy, "questions": len(questions), "model": args.model, "adapter": args.adapter}))
 
 
 if __name__ == "__main__":

@@ -14,21 +14,24 @@ import json
 import statistics
 import sys
 
-from rwkv_miss.checkpoint import Arch
-from rwkv_miss.errors import UserError, one_line_errors
-from src import config as configuration
-from src import describe, ops
-from src.allocation import model_on_meta
-from src.base import read_base
-from src.calibrate import measured_speed
-from src.choices import cheapest_fix
-from src.config import Config
-from src.data import Schedule, make_schedule
-from src.device import choose_accelerator, choose_precision
-from src.memory import USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
-from src.run import read_data
-from src.template import recorded_template
-from src.words import counted, duration_text, size_text
+from src.doorway import importing
+
+with importing():
+    from rwkv_miss.checkpoint import Arch
+    from rwkv_miss.errors import UserError, one_line_errors
+    from src import config as configuration
+    from src import describe, ops
+    from src.allocation import model_on_meta
+    from src.base import read_base
+    from src.calibrate import measured_speed
+    from src.choices import cheapest_fix
+    from src.config import Config
+    from src.data import Schedule, make_schedule
+    from src.device import choose_accelerator, choose_precision
+    from src.memory import USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
+    from src.run import read_data
+    from src.template import recorded_template
+    from src.words import counted, duration_text, size_text
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
 

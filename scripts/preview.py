@@ -16,20 +16,23 @@ import os
 import sys
 import time
 
-import numpy as np
+from src.doorway import importing
 
-from rwkv_miss.checkpoint import Arch
-from rwkv_miss.errors import UserError, one_line_errors
-from src import config as configuration
-from src import describe
-from src.config import Config
-from src.data import Document, Documents, fit, pack
-from src.formats import Reading, Report, read_source, sources
-from src.lint import Lint
-from src.model import read_model_file
-from src.template import recorded_template
-from src.tokenise import Encoder, Tokens
-from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
+with importing():
+    import numpy as np
+
+    from rwkv_miss.checkpoint import Arch
+    from rwkv_miss.errors import UserError, one_line_errors
+    from src import config as configuration
+    from src import describe
+    from src.config import Config
+    from src.data import Document, Documents, fit, pack
+    from src.formats import Reading, Report, read_source, sources
+    from src.lint import Lint
+    from src.model import read_model_file
+    from src.template import recorded_template
+    from src.tokenise import Encoder, Tokens
+    from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence

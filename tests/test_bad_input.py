@@ -260,15 +260,6 @@ def test_a_message_of_many_lines_is_one_line(refused, tmp_path):
     assert "run.yaml is not valid YAML: while parsing a flow node" in refused("train", config=tmp_path / "run.yaml")
 
 
-def test_a_reader_that_has_gone_ends_the_program_without_a_word():
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"]
-    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
 def test_questions(refused, folder, tmp_path):
     path = tmp_path / "questions.jsonl"
     assert "questions.jsonl can't be read: No such file" in refused("evaluate", questions=path)

@@ -1,0 +1,35 @@
+"""The first seconds of a program, in which it imports torch. This module imports the standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+
+OURS = ("rwkv_miss", "src", "scripts", "demo")
+
+
+@contextlib.contextmanager
+def importing():
+    """Around a program's imports: Ctrl-C ends it at once and silently, and a missing package is one line and exit code 2.
+
+    An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    # whoever ignores Ctrl-C, as nohup does, has reasons
+    quick = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if quick:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OURS:
+            raise
+        print(f"error: the package {package} is not installed for {sys.executable}; activate the environment that has it "
+              "(source .venv/bin/activate), or: pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if quick:
+            signal.signal(signal.SIGINT, before)

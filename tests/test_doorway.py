@@ -1,0 +1,54 @@
+"""How programs end before they have begun, and when nobody reads them any more."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+PROGRAMS = [["train.py"], *(["-m", name] for name in (
+    "demo.chat", "demo.verify", "scripts.binidx", "scripts.doctor", "scripts.evaluate", "scripts.memory_table", "scripts.plan", "scripts.preview"))]
+
+
+def run(program, **options):
+    return subprocess.run([sys.executable, *program], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=100, **options)
+
+
+def with_torch(folder, code):
+    """The environment of a program that finds this torch."""
+    (folder / "torch.py").write_text(code)
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
+def test_ctrl_c_while_torch_is_imported(program, tmp_path):
+    environment = with_torch(tmp_path, "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    done = run(program, env=environment, stdout=subprocess.DEVNULL)
+    # a shell's exit code for it is 130
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if "scripts.doctor" not in program], ids=" ".join)
+def test_without_torch(program, tmp_path):
+    done = run(program, env=with_torch(tmp_path, "raise ModuleNotFoundError(name='torch')"), stdout=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stderr.startswith("error: the package torch is not installed for ") and done.stderr.count("\n") == 1
+    done = run(program, env=with_torch(tmp_path, "import src.absent"), stdout=subprocess.DEVNULL)
+    assert "Traceback" in done.stderr  # that would be a mistake of this project
+
+
+def test_ctrl_c_is_ignored_where_it_was(tmp_path):
+    environment = with_torch(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ModuleNotFoundError(name='torch')")
+    done = run(["train.py"], env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert done.returncode == 2 and "not installed" in done.stderr
+
+
+@pytest.mark.parametrize("program", [["rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"], ["scripts.doctor"], ["scripts.memory_table"]], ids=" ".join)
+def test_a_reader_that_has_gone_ends_the_program_without_a_word(program):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(["-m", *program], stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
