@@ -28,7 +28,7 @@ import numpy as np
 
 from rwkv_miss.errors import UserError
 
-from .formats import BY_NAME, Found, Reading, Report, Source, read_source
+from .formats import BY_NAME, Found, Reading, Report, Source, WrongSetting, read_source
 from .ops.build import locked, say
 from .template import DEFAULT, Segment, Template, marked_spans, row_segments, trains_by_marker
 from .tokenizer import Tokenizer
@@ -64,8 +64,9 @@ class Encoder:
         if "ids" in row:
             ids = np.asarray(row["ids"], dtype=np.int32)
             if ids.max(initial=0) >= self.tokenizer.vocab_size:
-                raise UserError(f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size is "
-                                f"{self.tokenizer.vocab_size}")
+                raise WrongSetting(f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size is "
+                                   f"{self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if the model was trained with "
+                                   "it (world has ids up to 65529), else make the data again, from text")
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
             return self._ended(ids, trained)
         return self.encode_segments(row_segments(row, self.template, self.loss_mask))
@@ -101,14 +102,14 @@ class Encoder:
             trained |= (begins >= begin) & (begins < end)
         return trained
 
-    def encode_all(self, rows: list[tuple[str, dict]]) -> tuple[Tokens, list[tuple[str, str]]]:
+    def encode_all(self, rows: list[tuple[str, dict]]) -> tuple[Tokens, list[tuple[str, UserError]]]:
         """(tokens, bad rows) of rows (where, row); a bad row is (where, reason)."""
         encoded, texts, bad = [], [], []
         for where, row in rows:
             try:
                 encoded.append(self.encode(row))
             except UserError as error:
-                bad.append((where, str(error)))
+                bad.append((where, error))
             else:
                 texts.append(self.is_text(row))
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)

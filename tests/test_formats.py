@@ -510,11 +510,15 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
         "format     a.jsonl: JSONL, 100 rows, text", "format     b: binidx, 11 rows", "format     c.csv: CSV, 1 row, prompt + completion",
         "warning    2 rows cannot be used and are left out (--on_bad_row skip), such as:",
         "    a.jsonl, line 101: text must be a non-empty string, got 1",
-        "    b.bin, document 11: id 300 is not in the vocabulary of tokenizer bytes, whose size is 256",
+        "    b.bin, document 11: id 300 is not in the vocabulary of tokenizer bytes, whose size is 256: another one made these data; give it as "
+        "--tokenizer if the model was trained with it (world has ids up to 65529), else make the data again, from text",
     ]
     assert rows[:50] != [bytes(row.ids).decode() for row in load_documents("a.jsonl:0.5", raw, 8, report=Report("skip"), seed=6).rows]
     for cache in ("none", str(tmp_path / "cache")):
-        with pytest.raises(UserError, match="^b.bin, document 11: id 300 is not .*; see the flag$"):
+        with pytest.raises(UserError, match="^a.jsonl, line 101: text must be .*; see the flag$"):
+            load_documents("a.jsonl", raw, 8, cache=cache, report=Report("stop", "; see the flag"))
+        # no flag that leaves rows out mends a wrong tokenizer
+        with pytest.raises(UserError, match="^b.bin, document 11: id 300 is not .* make the data again, from text$"):
             load_documents("b", raw, 8, cache=cache, report=Report("stop", "; see the flag"))
         write_binidx("d", [[300, 0], [301, 0]], range(3), code=4)
         with pytest.raises(UserError, match="d: no row can be used, such as d.bin, document 1: id 300 is not"):

@@ -14,7 +14,7 @@ from rwkv_miss import UserError
 from src import data
 from src import tokenise as module
 from src.data import Rows, load_documents
-from src.formats import BY_NAME, Reading, Report, sources
+from src.formats import BY_NAME, Reading, Report, WrongSetting, sources
 from src.template import load_template
 from src.tokenise import Encoder, Tokens, in_parallel
 from src.tokenizer import load_tokenizer
@@ -199,12 +199,13 @@ def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
     encoder = Encoder(load_tokenizer("bytes", 256), load_template(CHATML))
     rows = [(f"row {i}", row) for i, row in enumerate(make_rows(90))]
     chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
-    parts = in_parallel([*chunks, [("row 90", {"text": "\ud800"})]], encoder, 2)
+    parts = in_parallel([*chunks, [("row 90", {"text": "\ud800"}), ("row 91", {"ids": [256]})]], encoder, 2)
     for mine in map(encoder.encode_all, chunks):
         (tokens, bad), (expected, _) = next(parts), mine
         assert equal(tokens, expected) and bad == []
-    tokens, ((where, reason),) = next(parts)
-    assert where == "row 90" and reason.startswith("half a surrogate pair") and len(tokens.ids) == len(tokens.ends) == 0
+    tokens, bad = next(parts)
+    assert [where for where, _ in bad] == ["row 90", "row 91"] and str(bad[0][1]).startswith("half a surrogate pair")
+    assert isinstance(bad[1][1], WrongSetting) and not isinstance(bad[0][1], WrongSetting) and len(tokens.ids) == len(tokens.ends) == 0
 
 
 # documents of ctx_len

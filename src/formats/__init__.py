@@ -5,8 +5,8 @@ A row has one of these forms, whatever the file looked like: {"text": str}, {"me
 a document without its end.
 """
 
-from .report import Found, Report
+from .report import Found, Report, WrongSetting
 from .rows import read_rows, read_source
 from .sources import BY_NAME, Reading, Source, sample, sources
 
-__all__ = ["BY_NAME", "Found", "Reading", "Report", "Source", "read_rows", "read_source", "sample", "sources"]
+__all__ = ["BY_NAME", "Found", "Reading", "Report", "Source", "WrongSetting", "read_rows", "read_source", "sample", "sources"]

@@ -11,6 +11,10 @@ from rwkv_miss.errors import UserError
 SHOWN = 3  # reasons in the plan, and files with a line of their own
 
 
+class WrongSetting(UserError):
+    """A row is right by itself, and a setting does not suit the data: leaving the row out would mend nothing."""
+
+
 @dataclasses.dataclass
 class Found:
     """What reading one source found. `kinds` counts rows by (name of the layout, columns used, all columns); `reasons` are the first ones."""
@@ -48,14 +52,14 @@ class Report:
     """Collects what reading finds, source by source. `on_bad_row`: stop, a bad row is an error, or skip, it is counted."""
 
     on_bad_row: str = "stop"
-    hint: str = ""  # ends an error
+    hint: str = ""  # ends an error that leaving out the row would avoid
     files: dict[str, Found] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def refuse(self, path: str, where: str, reason: object) -> None:
         """A row of the source `path` that cannot be used, at reading or later: a UserError, or one more skipped."""
         if self.on_bad_row == "stop":
-            raise UserError(f"{where}: {reason}{self.hint}")
+            raise UserError(f"{where}: {reason}{'' if isinstance(reason, WrongSetting) else self.hint}")
         self.files[path].refuse(f"{where}: {reason}")
 
     @property
