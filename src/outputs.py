@@ -79,9 +79,10 @@ def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
 
 
 def is_summed_up(config: Config, step: int) -> bool:
-    """Whether the end of the run at this step has been written down."""
+    """Whether the end of the run at this step has been written down. A run that was stopped there has no card, and may end there all the same:
+    with other settings."""
     path = os.path.join(config.proj_dir, SUMMARY)
-    if not os.path.exists(path):
+    if not (os.path.exists(path) and os.path.exists(os.path.join(config.proj_dir, CARD))):
         return False
     with open(path, encoding="utf-8") as file:
         return json.load(file)["steps"] == step
@@ -90,7 +91,8 @@ def is_summed_up(config: Config, step: int) -> bool:
 def finish(config: Config, plan: list[str], step: int, total_steps: int, measured: dict | None = None) -> None:
     """The loss curve, run.json, at the end of the training run_card.md, and the next command.
 
-    `measured` is what only the process knows that trained: it is absent for a run that was killed after its last step.
+    `measured` is what only the process knows that trained: it is absent for a run that was killed after its last step. Where the process was
+    started after that step, there is no first one for it to time.
     """
     with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
         metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
@@ -112,7 +114,8 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))  # the last file: what is_summed_up() looks at
     early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
     state = "done" if step >= total_steps else early if over else "stopped, go on with --resume auto"
-    start = f"first step {measured['command_to_first_step_seconds']:.1f} s after the command; " if measured else ""
+    first = (measured or {}).get("command_to_first_step_seconds")
+    start = f"first step {first:.1f} s after the command; " if first else ""
     print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
           f"{start}wrote {summary['output']}")
     if step >= total_steps or over:

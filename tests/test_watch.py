@@ -296,6 +296,22 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, 
     assert validation(tmp_path / "run") == validation(tmp_path / "whole")
 
 
+def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
+    """Stopped before the evaluation of step 6, which is no better than that of step 3; or gone on with when 6 steps are all that is asked for."""
+    proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
+    flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "0", "--micro_bsz", "3", "--early_stop", "1"]
+    script = functools.partial(scripted, [9.0, 9.0, 9.0, 5.0, 9.0, 9.0, 6.0])
+    stop = functools.partial(at_file, "metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
+    code, output = start(files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(both, script, stop))
+    assert code == 130 and [line["step"] for line in validation(proj_dir)] == [0, 3], output
+    shutil.copytree(proj_dir, shorter)
+    output = succeed(start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script))
+    assert "ended early, after 1 evaluations that were no better than the best one: step 6 of 12" in output
+    assert summary(proj_dir)["best_step"] == 3 and (proj_dir / "run_card.md").exists()
+    assert "has all 6 steps already" in succeed(start(files, shorter, *flags, "--resume", "auto", sabotage=script))
+    assert (shorter / "run_card.md").exists()
+
+
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     """Its loss is the one that it is named with; bf16 has 8 bits."""
     flags = ["--peft", "none", "--peft_config", "", "--lr_init", "1e-3", "--precision", "bf16", "--eval_samples", "1"]
