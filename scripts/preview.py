@@ -27,7 +27,7 @@ with importing():
     from src import describe
     from src.config import Config
     from src.data import Document, Documents, fit, pack
-    from src.formats import Reading, Report, read_source, sources
+    from src.formats import Reading, Report, read_source, sample, sources
     from src.lint import Lint
     from src.model import read_model_file
     from src.template import recorded_template
@@ -54,6 +54,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
     config, _ = configuration.settle(given)
     configuration.check_data(config)
+    if ours.samples < 0:
+        raise UserError(f"--samples {ours.samples}: must not be negative")
     return ours, config
 
 
@@ -64,15 +66,18 @@ def tokenizer_of(config: Config) -> Tokenizer:
     return load_tokenizer("world" if config.tokenizer == "auto" else config.tokenizer, config.vocab_size or sys.maxsize, config.eod)
 
 
-def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens]:
-    """Read everything: findings, what the files are, and the tokens of all rows that can be used, each once."""
+def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.ndarray]:
+    """Read everything: findings, what the files are, the tokens of all rows that can be used, each once, and which of them a pass sees."""
     lint, report, reading = Lint(encoder, config.ctx_len), Report("skip"), Reading.of(config)
-    for source in sources(config.data_file, reading, report.notes):
+    chosen = []
+    for number, source in enumerate(sources(config.data_file, reading, report.notes)):
+        before = len(lint.documents)
         for where, row in read_source(source, report, reading, encoder.tokenizer.eod):
             try:
                 lint.look(where, row)
             except UserError as error:
                 report.refuse(source.path, where, error)
+        chosen.append(before + sample(len(lint.documents) - before, source.weight, config.random_seed, number))
     if not lint.documents:
         raise UserError(f"{config.data_file}: no row can be used, such as {next(found.reasons[0] for found in report.files.values())}")
     for found in report.files.values():
@@ -83,7 +88,8 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens]:
             with contextlib.suppress(UserError):
                 lint.compare(where, row)
     ids, trained = (np.concatenate(arrays) for arrays in zip(*lint.documents))
-    return lint, report, Tokens(ids, trained, np.cumsum([len(ids) for ids, _ in lint.documents]), np.array(lint.texts))
+    tokens = Tokens(ids, trained, np.cumsum([len(ids) for ids, _ in lint.documents]), np.array(lint.texts))
+    return lint, report, tokens, np.concatenate(chosen)
 
 
 def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
@@ -140,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)
         encoder = Encoder(tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask)
-        lint, report, tokens = inspect(config, encoder)
-        documents = fit([tokens], [np.arange(len(tokens.ends))], config.ctx_len)
+        lint, report, tokens, chosen = inspect(config, encoder)
+        documents = fit([tokens], [chosen], config.ctx_len)
         figures = statistics(config, tokens, documents)
         if args.json:
             print(json.dumps({**figures, "findings": [dataclasses.asdict(finding) for finding in lint.findings]}))

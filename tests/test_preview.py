@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from scripts import preview
+from src.config import Config
 from src.data import load_documents
 from src.lint import MEANINGS
 from src.template import load_template
@@ -103,6 +104,11 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
     assert (figures["split"], figures["cut"], figures["cut_tokens"]) == (documents.split, documents.cut, documents.cut_tokens) == (2, 2, 85)
     assert figures["fill"] == pytest.approx((documents.tokens - len(documents.rows)) / (figures["packed_rows"] * 30))
     assert figures["trained"] == figures["tokens"] and figures["lengths"]["100%"] == 78 and figures["lengths"]["0%"] == 2
+    path = tmp_path / "data.jsonl"
+    _, output = show(rows, "--json", "--ctx_len", "30", "--data_file", f"{path}:2,{path}:0.5")
+    figures, documents = json.loads(output), load_documents(f"{path}:2,{path}:0.5", load_tokenizer("bytes", 256), 30, seed=Config.random_seed)
+    assert figures["rows"] == 12 and figures["documents"] == len(documents.rows) > 18
+    assert figures["cut_tokens"] == documents.cut_tokens and figures["fill"] * figures["packed_rows"] * 30 == documents.tokens - len(documents.rows)
 
 
 ESCAPE = re.compile(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m")
@@ -140,7 +146,7 @@ def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("ctx_len: 7\nloss_mask: all\nload_model: ''\npeft: miss\n")
     _, output = show(GOOD, "--config", str(tmp_path / "config.yaml"), "--micro_bsz", "3", "--epoch_save", "1", "--samples", "1")
     assert "ctx_len    7:" in output and "loss on everything" in output
-    for flags, words in ((["--ctx_len", "0"], "must be at least 1"), (["--loss_mask", "se"], "START...END"),
+    for flags, words in ((["--ctx_len", "0"], "must be at least 1"), (["--loss_mask", "se"], "START...END"), (["--samples", "-1"], "negative"),
                          (["--template", "absent"], "cannot read")):
         with pytest.raises(SystemExit) as caught:
             show(GOOD, *flags)
