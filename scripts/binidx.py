@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from collections.abc import Iterator
 
 from src.doorway import importing
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
-    from src.formats import read_rows
+    from src.config import FIELDS
+    from src.formats import Reading, Report, read_source, sources
     from src.formats.binidx import Writer
     from src.template import recorded_template
     from src.tokenise import Encoder
-    from src.tokenizer import WORLD_MODEL, load_tokenizer
+    from src.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default="world", help="world, bytes, utf16, or a file [world]")
     parser.add_argument("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
     parser.add_argument("--template", default="auto", help="how conversations are written [rwkv]")
+    for name in ("sft_field", "sft_split"):
+        parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
     with one_line_errors():
         args = parser.parse_args(argv)
         count, tokens = convert(args)
@@ -39,23 +44,35 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace) -> tuple[int, int]:
     """(documents, tokens, ends of document included) written. A UserError leaves nothing behind."""
-    tokenizer = load_tokenizer(args.tokenizer, WORLD_MODEL, args.eod)
+    tokenizer = load_tokenizer(args.tokenizer, sys.maxsize, args.eod)
     encoder = Encoder(tokenizer, recorded_template(args.template, tokenizer, None))
-    writer = JsonlWriter(args.out, tokenizer) if args.to_jsonl else Writer(args.out, tokenizer.vocab_size)
     count = tokens = 0
     try:
-        for where, row in read_rows(",".join(args.data), eod=tokenizer.eod):
-            try:
-                ids, _ = encoder.encode(row)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            writer.add(ids)
-            count, tokens = count + 1, tokens + len(ids)
-        writer.close()
-    except BaseException:
-        writer.discard()
-        raise
+        writer = JsonlWriter(args.out, tokenizer) if args.to_jsonl else Writer(args.out, tokenizer.vocab_size)
+        try:
+            for where, row in rows(args.data, Reading.of(args), tokenizer.eod):
+                try:
+                    ids, _ = encoder.encode(row)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+                writer.add(ids)
+                count, tokens = count + 1, tokens + len(ids)
+            writer.close()
+        except BaseException:
+            writer.discard()
+            raise
+    except OSError as error:
+        raise UserError(f"{args.out} could not be written ({error.strerror})") from None
     return count, tokens
+
+
+def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
+    """formats.read_rows() of several names. A weight is a UserError: how often a run sees a row is no matter of the file that holds it."""
+    for name in data:
+        for source in sources(name, reading):
+            if source.weight != 1:
+                raise UserError(f"{name}: a file has every row once; drop the weight here, and give it to --data_file of train.py")
+            yield from read_source(source, Report(), reading, eod)
 
 
 class JsonlWriter:
