@@ -10,23 +10,30 @@ from typing import Any
 import torch
 
 from . import merge_file
-from .checkpoint import Arch, fingerprint, read_checkpoint, read_metadata
+from .checkpoint import RUN_FORMAT, Arch, fingerprint, run_output
 from .errors import Parser, one_line_errors
-from .inject import ADAPTER_FORMAT
+from .inject import ADAPTER_FORMAT, read_described
 from .merge import DTYPES
+
+KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
+EMPTY = (None, "", [], {})
 
 
 def describe(path) -> dict[str, Any]:
-    """What a base, merged or adapter file is, as plain values."""
-    tensors, metadata = read_checkpoint(path), read_metadata(path)
-    is_adapter = bool(metadata) and metadata.get("format") == ADAPTER_FORMAT
+    """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values."""
+    tensors, metadata = read_described(path)
+    written_as = metadata.get("format", "checkpoint")
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
-    arch = None if is_adapter else Arch.detect(tensors)
+    arch = None if written_as in KINDS else Arch.detect(tensors)
+    # src/state.py names what the optimizer keeps NAME:exp_avg and so on
+    trained = [t for name, t in tensors.items() if ":" not in name] if written_as == RUN_FORMAT else None
     return {
-        "file": os.fspath(path), "kind": "adapter" if is_adapter else (metadata or {}).get("format", "checkpoint"),
+        "file": os.fspath(path), "kind": KINDS.get(written_as, written_as),
+        "trained": trained and {"tensors": len(trained), "parameters": sum(t.numel() for t in trained)},
+        "output": run_output(path, metadata) if trained else None,
         "bytes": os.path.getsize(path), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values()),
         "dtypes": dict(dtypes), "arch": arch.to_dict() if arch else None, "description": arch.describe() if arch else None,
-        "fingerprint": fingerprint(tensors), "metadata": metadata,
+        "fingerprint": fingerprint(tensors), "metadata": metadata or None,
     }
 
 
@@ -35,13 +42,20 @@ def show(facts: dict[str, Any]) -> None:
     print(f"{facts['file']}: {facts['kind']}, {facts['bytes']:,} bytes")
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
     print(f"  tensors      {facts['tensors']}, {facts['parameters']:,} parameters, {dtypes}")
+    if facts["trained"]:
+        trained = facts["trained"]
+        print(f"  trained      {trained['tensors']}, {trained['parameters']:,} parameters; the others are the optimizer's")
+        print(f"  purpose      --resume auto goes on from it; for merge and chat there is {facts['output']}")
     if facts["description"]:
         print(f"  model        {facts['description']}")
     print(f"  fingerprint  {facts['fingerprint']}")
     for name, value in (facts["metadata"] or {}).items():
-        if name == "linears":
-            value = f"{len(value)}, {value[0]} to {value[-1]}" if value else "none"
-        print(f"  {name:<12} {value}")
+        if name == "linears" and value:
+            value = f"{len(value)}, {value[0]} to {value[-1]}"
+        if name == "recent_losses" and value:
+            value = f"{len(value)}, the last is {value[-1]:.4f}"
+        if value not in EMPTY:
+            print(f"  {name:<12} {value}")
 
 
 def parse(argv: list[str] | None):

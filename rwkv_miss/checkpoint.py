@@ -33,6 +33,7 @@ from .errors import UserError
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
+RUN_FORMAT = "rwkv-miss checkpoint"  # what a run goes on from
 ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
 BLOCK = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
 SAMPLE = 256  # bytes hashed at each place that the fingerprint looks at
@@ -154,6 +155,20 @@ def read_metadata(path) -> dict[str, Any] | None:
             return json.loads(archive.read(record)) if record else None
     except (zipfile.BadZipFile, ValueError) as error:
         raise UserError(f"{path} is truncated or damaged: {error}") from None
+
+
+def run_output(path, metadata: Mapping[str, Any]) -> str:
+    """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat: beside the folder of its checkpoints."""
+    name = metadata.get("output", "adapter.pth")
+    output = os.path.normpath(os.path.join(os.path.dirname(path), os.pardir, name))
+    return output if os.path.exists(output) else f"the {name} of its run"
+
+
+def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
+    """UserError for the checkpoint of a run where a model or an adapter is needed."""
+    if metadata.get("format") == RUN_FORMAT:
+        raise UserError(f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's state of step "
+                        f"{metadata['step']}; what was trained is in {run_output(path, metadata)}")
 
 
 def _head(path, count: int) -> bytes:

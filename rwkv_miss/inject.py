@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, adapted_linears
-from .checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
+from .checkpoint import check_finite, read_checkpoint, read_metadata, refuse_run_checkpoint, write_checkpoint
 from .errors import UserError
 from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 
@@ -149,8 +149,8 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
     write_checkpoint(path, ((k, t.detach().cpu()) for k, t in adapter_tensors(model).items()), described)
 
 
-def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of an adapter file; a UserError says so when the file is something else.
+def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of any checkpoint file, {} where it has none.
 
     A file of nothing but initial states, as other projects release them, is an adapter of the method state without a known base.
     """
@@ -158,7 +158,14 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
         metadata = {"format": ADAPTER_FORMAT, "method": "state", "options": {}, "linears": [], "targets": [], "train_parts": [],
                     "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
-    if metadata is None or metadata.get("format") != ADAPTER_FORMAT:
+    return tensors, metadata or {}
+
+
+def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of an adapter file; a UserError says so when the file is something else."""
+    tensors, metadata = read_described(path)
+    refuse_run_checkpoint(path, metadata)
+    if metadata.get("format") != ADAPTER_FORMAT:
         raise UserError(f"{path} is not an adapter file: it has no adapter metadata (a base or merged model, perhaps)")
     if metadata["method"] not in METHODS:
         raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")

@@ -20,13 +20,12 @@ from .checkpoint import (
     check_finite,
     fingerprint,
     is_finite,
-    read_checkpoint,
-    read_metadata,
+    refuse_run_checkpoint,
     require_writable,
     write_checkpoint,
 )
 from .errors import UserError
-from .inject import ADAPTER_FORMAT, layer_tensors, read_adapter
+from .inject import ADAPTER_FORMAT, layer_tensors, read_adapter, read_described
 from .parts import PARTS
 
 MERGED_FORMAT = "rwkv-miss merged"
@@ -217,7 +216,8 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> 
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input of the merge; choose another --out")
     require_writable(out)
-    tensors, before, (changes, metadata) = read_checkpoint(base), read_metadata(base) or {}, read_adapter(adapter)
+    (tensors, before), (changes, metadata) = read_described(base), read_adapter(adapter)
+    refuse_run_checkpoint(base, before)
     if before.get("format") == ADAPTER_FORMAT:
         raise UserError(f"{base} is an adapter file; --base is the model that the adapter was trained on")
     check_finite(changes)

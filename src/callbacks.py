@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 import rwkv_miss
+from rwkv_miss.checkpoint import RUN_FORMAT
 from rwkv_miss.errors import UserError
 
 from .checkpoints import checkpoint_name, remove_old
@@ -140,7 +141,7 @@ class Saver(Callback):
             if trainer.is_global_zero:
                 os.makedirs(self.folder, exist_ok=True)
                 rwkv_miss.write_checkpoint(os.path.join(self.folder, checkpoint_name(step)), state, {
-                    "format": "rwkv-miss checkpoint", "step": step, "inputs": module.inputs(),
+                    "format": RUN_FORMAT, "step": step, "output": os.path.basename(self.output), "inputs": module.inputs(),
                     "loss_scaling": trainer.precision_plugin.state_dict(), "recent_losses": list(self.last_good.losses),
                 })
                 remove_old(self.folder, self.keep)

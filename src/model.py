@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, read_checkpoint, read_metadata
+from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.inject import ADAPTER_FORMAT
+from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 
 from . import rwkv6, rwkv7
 from .shared import Head, LayerNorm
@@ -162,8 +162,9 @@ class RWKV(nn.Module):
 
 
 def read_model_file(path) -> dict[str, Tensor]:
-    """The tensors of a base or merged file; an adapter given in its place is a UserError."""
-    tensors, metadata = read_checkpoint(path), read_metadata(path) or {}
+    """The tensors of a base or merged file; an adapter or the checkpoint of a run given in its place is a UserError."""
+    tensors, metadata = read_described(path)
+    refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
         raise UserError(f"{path} is an adapter; give its base ({metadata.get('base')}) as the model, and this file as --adapter in chat and merge")
     return tensors

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+import rwkv_miss
 from rwkv_miss import read_metadata
+from rwkv_miss.__main__ import main as rwkv_miss_main
 from src import trainer
-from src.model import RWKV
+from src.model import RWKV, read_model_file
 
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
@@ -139,6 +142,21 @@ def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
                         (["--epoch_count", "2", "--lr_init", "1", "--resume", "auto"], "lr_init 0.01, now it is 1.0")):
         code, output = program.run(command(files, plain[0], *flags)[2:])
         assert code == 2 and word in output and "Traceback" not in output, output
+
+
+def test_a_checkpoint_says_what_it_is_and_is_no_model(files, plain, tmp_path, capsys):
+    path, base = plain[0] / "checkpoints" / "step-00000006.pth", files / "v7.pth"
+    count = sum(t.numel() for t in rwkv_miss.read_checkpoint(plain[0] / "adapter.pth").values())
+    rwkv_miss_main(["inspect", str(path)])
+    shown = capsys.readouterr().out
+    assert "checkpoint of a run" in shown and f"trained      12, {count:,} parameters" in shown and "step         6" in shown
+    assert f"for merge and chat there is {plain[0]}/adapter.pth" in shown
+    alone = shutil.copy(path, tmp_path)
+    for file, output in ((path, f"{plain[0]}/adapter.pth"), (alone, "the adapter.pth of its run")):
+        for use in (read_model_file, lambda file: rwkv_miss.load_adapter(RWKV.load(base), file), lambda file: rwkv_miss.merge_file(base, file, "out"),
+                    lambda file: rwkv_miss.merge_file(file, plain[0] / "adapter.pth", "out")):
+            with pytest.raises(rwkv_miss.UserError, match=f"--resume auto goes on, .* of step 6; what was trained is in {output}$"):
+                use(file)
 
 
 def report_dtypes(rank):
