@@ -77,6 +77,8 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     if adapted_linears(model):
         raise UserError("the model already carries an adapter; merge it first, or start from the base file")
     cls = METHODS[method]
+    if targets is not None and not cls.adapts_linears:
+        raise UserError(f"method {method} adapts no linear layers; drop the targets ({', '.join(targets)})")
     parsed = cls.Options.parse(options)
     linears = find_linears(model, targets) if cls.adapts_linears else {}
     parts = split_parts(train_parts)
@@ -100,7 +102,7 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     for name in whole:
         train_whole(model, name)
     model.injection = Injection(
-        method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS), list(linears),
+        method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS) if linears else [], list(linears),
         sum(p.numel() for p in model.parameters() if p.requires_grad), total, parts, len(whole),
     )
     return model.injection

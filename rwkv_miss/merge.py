@@ -82,8 +82,9 @@ class MergeReport:
         lines = [f"merged {self.linears} linears{replaced} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
                  f"rounding lost {100 * r.lost:.2g} % of the update{worst}"]
         if self.states:
-            lines.append("note: the file carries the initial state as blocks.N.att.time_state (H, N, N), [value, key]. This project applies it, and "
-                         "so does the package rwkv for RWKV-6; for RWKV-7 put it into its state: state[3 * N + 1] = time_state.float()")
+            lines.append("note: the file carries the initial state as blocks.i.att.time_state of every layer i, (heads, value, key). This project "
+                         "applies it, and so does the package rwkv for RWKV-6; for RWKV-7 put it into the state there: "
+                         "state[3 * i + 1] = time_state.float()")
         if self.linears and not r.update:
             lines.append("warning: the update is zero, nothing was trained in the linears")
         if r.lost > LOSS_LIMIT:
@@ -202,7 +203,7 @@ def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 def merge_file(base, adapter, out, dtype: str = "base", force: bool = False) -> MergeReport:
     """Merge an adapter file into a base file and write `out`, with exactly the base's keys, shapes and order.
 
-    An initial state, which is no change of anything in the base, comes after them as `blocks.N.att.time_state`.
+    An initial state, which is no change of anything in the base, comes after them as `blocks.i.att.time_state`.
 
     dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that would lose more than
     5 % of the update, then fp16, and fp32 if that is not enough. Refused with a UserError before anything is written: a file that

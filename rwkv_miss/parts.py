@@ -5,7 +5,7 @@ low-rank maps of mixes and decay included. RWKV-7 has x_* in their place, w0 w1 
 shapes its recurrence: the in-context learning rate a0 a1 a2 with k_k and k_a, and the value residual v0 v1 v2. Its g1 and g2 are not among
 them, because the gate of RWKV-6 is a linear. Block 0 never reads its v0 v1 v2, so they are in no part.
 
-`state` is the WKV state that every document starts from, `blocks.N.att.time_state` (H, N, N), [value, key] for both versions, as released
+`state` is the WKV state that every document starts from, `blocks.i.att.time_state` (H, N, N), [value, key] for both versions, as released
 state files have it. A layer that takes one has a slot of that name, which is None until the state is trained or read from a file.
 """
 

@@ -9,6 +9,7 @@ import torch
 
 import rwkv_miss
 from demo import chat
+from rwkv_miss.__main__ import describe
 from src.generate import Conversation, Sampling
 from src.infctx import Chunks, rows_loss
 from src.load import load
@@ -253,6 +254,8 @@ def test_saved_loaded_and_merged_are_the_live_model_here_and_in_rwkv(version, tr
     assert not torch.allclose(fresh(ids[None])[0], live)
     rwkv_miss.load_adapter(fresh, tmp_path / "a.pth")
     assert torch.equal(fresh(ids[None])[0], live)
+    targets = describe(tmp_path / "a.pth")["metadata"]["targets"]
+    assert bool(targets) == bool(train_parts)  # of the linears, which state tuning alone does not adapt
     report = rwkv_miss.merge_file(base, tmp_path / "a.pth", tmp_path / "m.pth")
     assert report.states == 2 and "note: the file carries the initial state" in report.lines()[1]
     kept, merged = (rwkv_miss.read_checkpoint(path) for path in (base, tmp_path / "m.pth"))
@@ -278,6 +281,7 @@ def test_a_state_file_of_another_project_is_an_adapter(version, checkpoint, tmp_
     torch.save({name: t.bfloat16() for name, t in states.items()}, tmp_path / "state.pth")
     loaded, _ = load(base, tmp_path / "state.pth", tokenizer=letters(tmp_path), precision="fp32", wkv="torch")
     assert all(torch.equal(p, states[name].bfloat16().float()) for name, p in loaded.named_parameters() if name in states)
+    assert describe(tmp_path / "state.pth")["kind"] == "adapter"
     rwkv_miss.merge_file(base, tmp_path / "state.pth", tmp_path / "m.pth")
     assert torch.equal(RWKV.load(tmp_path / "m.pth")(torch.arange(9)[None])[0], loaded(torch.arange(9)[None])[0])
     torch.save(dict(list(states.items())[:1]), tmp_path / "part.pth")
@@ -305,7 +309,8 @@ def test_a_base_with_a_state_is_tuned_on_from_there(checkpoint, tmp_path):
 
 
 def test_mistakes_are_explained(checkpoint):
-    for arguments, words in ((("state", None, "state"), "method state trains part state already"),):
+    for arguments, words in ((("state", None, "state"), "method state trains part state already"),
+                             (("state", ["key", "value"]), "method state adapts no linear layers; drop the targets \\(key, value\\)")):
         with pytest.raises(rwkv_miss.UserError, match=words):
             rwkv_miss.inject(RWKV.load(checkpoint(7)), *arguments)
     with pytest.raises(rwkv_miss.UserError, match="state tuning is for RWKV-6 and RWKV-7"):
