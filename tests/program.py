@@ -1,8 +1,13 @@
-"""`python train.py` in processes forked from one that has imported everything: a start takes a tenth of a second instead of seconds."""
+"""`python train.py` in processes forked from one that has imported everything: a start takes a tenth of a second instead of seconds.
 
+What may be done to a run is here, too, and its losses are read.
+"""
+
+import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import socket
 import sys
 import tempfile
@@ -11,6 +16,7 @@ import matplotlib.pyplot  # noqa: F401  (what the runs need is imported once)
 import torch
 
 import src.deepspeed_anywhere  # noqa: F401
+import src.model
 import src.run  # noqa: F401
 import train
 
@@ -57,3 +63,52 @@ def succeed(result):
     code, output = result
     assert code == 0, output
     return output
+
+
+def losses(proj_dir):
+    """The loss of every step, of which none is missing and none is there twice."""
+    lines = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+# what is done to a run: each is called as a `sabotage`, or by one
+
+
+def at_file(change, number, proj_dir, what, rank):
+    """Call `what` just before rank 0's file operation `number` (from 1) whose path in the run's folder contains `change`."""
+    seen = 0
+
+    def hook(event, args):
+        nonlocal seen
+        writes = event in ("os.rename", "os.remove") or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if rank == 0 and writes and str(args[0]).startswith(str(proj_dir)) and change in str(args[0]):
+            seen += 1
+            if seen == number:
+                what()
+
+    sys.addaudithook(hook)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_turn(first, second, rank):
+    first(rank)
+    second(rank)
+
+
+def dropout(rank):
+    """Dropout before the head, in training only."""
+    features = src.model.RWKV.features
+
+    def dropped(self, *args, **kwargs):
+        x, state = features(self, *args, **kwargs)
+        return torch.nn.functional.dropout(x, 0.2, self.training), state
+
+    src.model.RWKV.features = dropped

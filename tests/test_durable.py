@@ -8,13 +8,11 @@ import os
 import random
 import resource
 import signal
-import sys
 
 import pytest
 import torch
 
 import rwkv_miss
-import src.model
 from rwkv_miss import read_checkpoint, read_metadata
 from src import trainer
 from src.checkpoints import list_checkpoints, remove_old
@@ -22,7 +20,7 @@ from src.rollback import LastGood
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import succeed
+from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
 
 STEPS = 6
 
@@ -52,46 +50,17 @@ def run(files, tmp_path):
     return start
 
 
-def curve(proj_dir):
-    lines = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
-
-
 def same_run(one, other, exact=True):
     """Equal losses and trained tensors; with other processes or another strategy the same sums come in another order."""
     ours, theirs = (read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (one, other))
     if exact:
-        assert curve(one) == curve(other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert losses(one) == losses(other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
     else:
-        assert curve(one) == pytest.approx(curve(other), rel=1e-5)
+        assert losses(one) == pytest.approx(losses(other), rel=1e-5)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-# what is done to a run; each is called in its processes before the program starts
-
-
-def at_file(change, number, proj_dir, what, rank):
-    """Call `what` just before rank 0's file operation `number` (from 1) whose path in the run's folder contains `change`."""
-    seen = 0
-
-    def hook(event, args):
-        nonlocal seen
-        writes = event in ("os.rename", "os.remove") or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if rank == 0 and writes and str(args[0]).startswith(str(proj_dir)) and change in str(args[0]):
-            seen += 1
-            if seen == number:
-                what()
-
-    sys.addaudithook(hook)
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
+# what is done to a run, beside what is in program.py; each is called in its processes before the program starts
 
 
 def interrupt_twice():
@@ -108,21 +77,6 @@ def kill_in_write():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
-
-
-def dropout(rank):
-    features = src.model.RWKV.features
-
-    def dropped(self, *args, **kwargs):
-        x, state = features(self, *args, **kwargs)
-        return torch.nn.functional.dropout(x, 0.2), state
-
-    src.model.RWKV.features = dropped
-
-
-def both(first, second, rank):
-    first(rank)
-    second(rank)
 
 
 def large_scale(rank):
@@ -173,8 +127,8 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     sabotage = dropout if kind == "dropout" else large_scale
     succeed(run("whole", *flags, sabotage=sabotage))
     stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts", interrupt)  # its first operation is its creation
-    code, output = run("parts", *flags, sabotage=functools.partial(both, sabotage, stop))
-    stopped = len(curve(tmp_path / "parts"))
+    code, output = run("parts", *flags, sabotage=functools.partial(in_turn, sabotage, stop))
+    stopped = len(losses(tmp_path / "parts"))
     assert code == 130 and stopped < STEPS and "stopped, go on with --resume auto" in output, output
     output = succeed(run("parts", *flags, "--resume", "auto", sabotage=sabotage))
     assert f"step-{stopped:08d}.pth" in output and "the order of the data go on" in output
@@ -319,7 +273,7 @@ def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undon
     succeed(run("left-out", *full, sabotage=functools.partial(spoil, "update", undone)))
     output = succeed(run("run", *flags, sabotage=functools.partial(spoil, kind, [3])))
     assert f"at step 4; back to the state of step {undone[0]}, and on with step 5" in output, output
-    one, other = curve(tmp_path / "left-out"), curve(tmp_path / "run")
+    one, other = losses(tmp_path / "left-out"), losses(tmp_path / "run")
     # in between the loss is that of a state that is given up
     kept = [0, 1, 2, 4, 5]
     assert [one[i] for i in kept] == pytest.approx([other[i] for i in kept], rel=1e-5)

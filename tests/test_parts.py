@@ -18,6 +18,7 @@ from src.outputs import whole_model
 
 from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
+from .program import losses
 
 WHOLE = [part for part in PARTS if part != "state"]  # which has tests of its own
 
@@ -199,10 +200,6 @@ def train(files, proj_dir, *flags):
         "--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
         "--peft_config", "r=7", "--train_parts", "time", "ln,emb", "head", "--precision", "bf16", "--lr_init", "1e-2", "--packing", "0",
         "--accelerator", "cpu", *flags]))
-
-
-def losses(proj_dir):
-    return [json.loads(line)["loss"] for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files, tmp_path):

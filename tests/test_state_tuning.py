@@ -20,6 +20,7 @@ from src.ops.documents import layout
 
 from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
+from .program import losses
 
 RESETS = torch.zeros(3, 41, dtype=torch.bool)  # documents of 1 to 41 tokens; the second row goes on from before and is one document
 RESETS[0, [0, 1, 2, 19, 38]] = True
@@ -369,10 +370,6 @@ def train(files, proj_dir, *flags, version=7):
     return program.succeed(program.run([
         "--load_model", str(files / f"v{version}.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
         "--accelerator", "cpu", "--lr_schedule", "constant", "--micro_bsz", "21", *flags]))
-
-
-def losses(proj_dir):
-    return [json.loads(line)["loss"] for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("version", [6, 7])

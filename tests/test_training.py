@@ -20,6 +20,7 @@ from src.model import RWKV, read_model_file
 
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
+from .program import losses
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,6 @@ def command(files, proj_dir, *flags, version=7):
 
 def train(*args, **kwargs):
     return program.succeed(program.run(command(*args, **kwargs)[2:]))
-
-
-def losses(proj_dir):
-    rows = [json.loads(line) for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
 
 
 @pytest.fixture(scope="module")

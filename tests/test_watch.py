@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import rwkv_miss
-import src.model
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from src import watch
 from src.config import Config, parse, read_yaml
@@ -30,8 +29,7 @@ from src.tokenizer import load_tokenizer
 
 from . import program
 from .conftest import make_arch, random_tensors
-from .program import succeed
-from .test_durable import at_file, both, curve, interrupt, kill
+from .program import at_file, dropout, in_turn, interrupt, kill, losses, succeed
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -151,17 +149,6 @@ def start(files, proj_dir, *flags, sabotage=None):
     return program.run(flags, sabotage)
 
 
-def dropout(rank):
-    """Dropout before the head, in training only."""
-    features = src.model.RWKV.features
-
-    def dropped(self, *args, **kwargs):
-        x, state = features(self, *args, **kwargs)
-        return torch.nn.functional.dropout(x, 0.2, self.training), state
-
-    src.model.RWKV.features = dropped
-
-
 def validation(proj_dir):
     return [json.loads(line) for line in (proj_dir / "validation.jsonl").read_text().splitlines()]
 
@@ -194,7 +181,7 @@ def watched(files, tmp_path_factory):
 
 def test_evaluation_does_not_disturb_the_training(files, tmp_path, watched):
     succeed(start(files, tmp_path / "alone", sabotage=dropout))
-    assert curve(tmp_path / "alone") == curve(watched[0])
+    assert losses(tmp_path / "alone") == losses(watched[0])
     assert same_tensors(tmp_path / "alone/adapter.pth", watched[0] / "adapter.pth")
 
 
@@ -235,7 +222,7 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
     (evaluations, forgotten), two = one_process, ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
     succeed(start(files, tmp_path / "alone", *two))
     succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=short_samples))
-    assert curve(tmp_path / "alone") == curve(tmp_path / "watched")
+    assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
     many = validation(tmp_path / "watched")
     assert many[0] == evaluations[0], "the state before training is the same to the last bit, and so must be all about it"
     assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in evaluations], rel=1e-5)
@@ -274,7 +261,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     assert "ended at step 4 by --early_stop; nothing to train" in output
 
     more = [*flags, "--early_stop", "4", "--resume", "auto"]
-    code, output = start(files, proj_dir, *more, sabotage=functools.partial(both, script, functools.partial(at_file, "step-", 2, proj_dir, kill)))
+    code, output = start(files, proj_dir, *more, sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)))
     assert code and [line["step"] for line in validation(proj_dir)] == [0, 1, 2, 3, 4, 5], output  # step 5 has no checkpoint and is done again
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
@@ -282,7 +269,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     for name in ("validation.jsonl", "adapter.pth", "best.pth"):
         assert (whole / name).suffix == ".pth" or (whole / name).read_text() == (proj_dir / name).read_text()
         assert (whole / name).suffix != ".pth" or same_tensors(whole / name, proj_dir / name)
-    assert curve(whole) == curve(proj_dir)
+    assert losses(whole) == losses(proj_dir)
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
@@ -302,7 +289,7 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "0", "--micro_bsz", "3", "--early_stop", "1"]
     script = functools.partial(scripted, [9.0, 9.0, 9.0, 5.0, 9.0, 9.0, 6.0])
     stop = functools.partial(at_file, "metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
-    code, output = start(files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(both, script, stop))
+    code, output = start(files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(in_turn, script, stop))
     assert code == 130 and [line["step"] for line in validation(proj_dir)] == [0, 3], output
     shutil.copytree(proj_dir, shorter)
     output = succeed(start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script))
@@ -405,8 +392,8 @@ def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_
         code, output = start(files, proj_dir, *flags, "--resume", "auto", sabotage=functools.partial(at_file, checkpoint, 1, proj_dir, kill))
         assert code and f"watch it   tensorboard --logdir {proj_dir}/tensorboard" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto"))
-    losses, events = scalars(proj_dir / "tensorboard", "train/loss")
-    assert losses == pytest.approx(dict(enumerate(curve(proj_dir), 1)))
+    shown, events = scalars(proj_dir / "tensorboard", "train/loss")
+    assert shown == pytest.approx(dict(enumerate(losses(proj_dir), 1)))
     assert len(events.Scalars("train/loss")) == 6 == len(scalars(proj_dir / "tensorboard", "train/lr")[0])
     lines = validation(proj_dir)
     assert scalars(proj_dir / "tensorboard", "validation/loss")[0] == pytest.approx({line["step"]: line["loss"] for line in lines})
@@ -457,7 +444,7 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
     flags = ["--wandb", "project", *EVAL, str(files / "held.jsonl")]
     fake = functools.partial(fake_wandb, log, True)
     stop = functools.partial(at_file, "metrics.jsonl", 4, proj_dir, interrupt)
-    code, output = start(files, proj_dir, *flags, sabotage=functools.partial(both, fake, stop))
+    code, output = start(files, proj_dir, *flags, sabotage=functools.partial(in_turn, fake, stop))
     assert code == 130 and "Weights & Biases, project project" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=fake))
     calls = [json.loads(line) for line in log.read_text().splitlines()]
@@ -465,7 +452,7 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
         ["init", "project", None, "allow", 0.01], ["finish", 0], ["init", "project", "new-id", "allow", 0.01], ["finish", 0]]
     logged = [(step, name, value) for _, step, values in (call for call in calls if call[0] == "log") for name, value in values.items()]
     assert [step for step, _, _ in logged] == sorted(step for step, _, _ in logged), "wandb drops what is logged for a step before the last one"
-    assert [value for _, name, value in logged if name == "train/loss"] == curve(proj_dir)
+    assert [value for _, name, value in logged if name == "train/loss"] == losses(proj_dir)
     assert [value for _, name, value in logged if name == "validation/loss"] == [line["loss"] for line in validation(proj_dir)]
     assert [value[0] for _, name, value in logged if name == "validation/samples"] == 3 * [["prompt", "answer", "right"]]
 
