@@ -33,6 +33,7 @@ with importing():
     from src.template import recorded_template
     from src.tokenise import Encoder, Tokens
     from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
+    from src.words import counted
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence
@@ -112,13 +113,13 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
         f"template   {encoder.template.name}, loss on {describe.mask(encoder.loss_mask)}; tokenizer {encoder.tokenizer.name}",
         f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a row: median {length['50%']:,}, "
         f"90 % up to {length['90%']:,}, 99 % up to {length['99%']:,}, all from {length['0%']:,} to {length['100%']:,}",
-        f"ctx_len    {config.ctx_len}: {figures['packed_rows']:,} rows, {figures['fill']:.1%} full"
+        f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
         + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
     if figures["split"]:
-        lines.append(f"           {figures['split']:,} texts are longer and become several documents")
+        lines.append(f"           {counted(figures['split'], 'text')} of more tokens, cut into several documents")
     if figures["cut"]:
-        lines.append(f"           {figures['cut']:,} conversations are longer and are cut; {figures['cut_tokens']:,} tokens are lost")
+        lines.append(f"           {counted(figures['cut'], 'conversation')} of more tokens, cut: {counted(figures['cut_tokens'], 'token')} lost")
     lines += [f"finding    {finding}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
 

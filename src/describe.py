@@ -6,6 +6,7 @@ from .config import Config, accumulation
 from .data import Document, Documents, Schedule
 from .infctx import Chunks
 from .model import RWKV
+from .words import counted
 
 
 def training(config: Config, model: RWKV) -> str:
@@ -17,19 +18,20 @@ def training(config: Config, model: RWKV) -> str:
 def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
     rows = documents.rows
-    lines = [f"data       {len(rows):,} documents, {documents.tokens:,} tokens, loss on {documents.targets:,}"]
+    lines = [f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"]
     if config.packing:
         full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
-        lines.append(f"packing    {len(schedule.rows):,} rows of {config.ctx_len} tokens, {full:.1%} full; documents in a row do not see each other")
+        lines.append(f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, {full:.1%} full; documents in a row do not "
+                     "see each other")
     if documents.split:
-        lines.append(f"long texts {documents.split:,} texts are longer than --ctx_len {config.ctx_len} and become several documents, "
+        lines.append(f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut into several documents, "
                      "each of which begins with the last token of the one before")
     if documents.cut:
-        lines.append(f"warning    {documents.cut:,} of {len(rows):,} documents are longer than --ctx_len {config.ctx_len} and are cut; "
-                     f"{documents.cut_tokens:,} tokens are lost")
+        lines.append(f"warning    {documents.cut:,} of {counted(len(rows), 'document')} cut at --ctx_len {config.ctx_len}: "
+                     f"{counted(documents.cut_tokens, 'token')} lost")
     empty = int((documents.row_targets == 0).sum())
     if empty:
-        lines.append(f"warning    {empty:,} of {len(rows):,} documents have no trained token left and teach nothing")
+        lines.append(f"warning    {empty:,} of {counted(len(rows), 'document')} without any trained token left: nothing is learned there")
     return lines
 
 
@@ -39,7 +41,7 @@ def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
         return []
     stops = f"stops at every {chunks.truncate} tokens" if chunks.truncate else "is exact"
     return [f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
-            f"{chunks.states(width):,} states of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"]
+            f"{counted(chunks.states(width), 'state')} of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"]
 
 
 def mask(loss_mask: str) -> str:
@@ -52,10 +54,10 @@ def held_out(config: Config, held_out: Documents) -> list[str]:
     if not held_out.rows:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    every = f", every {config.eval_steps} steps" if config.eval_steps else ""
-    stop = f", early stop after {config.early_stop} evaluations without a better one" if config.early_stop else ""
-    return [f"held out   {len(held_out.rows):,} documents of {config.eval_file or config.data_file}{cut}, loss on {held_out.targets:,} tokens "
-            f"before the training{every} and at its end; {config.eval_samples} samples{stop}"]
+    every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
+    stop = f", early stop after {counted(config.early_stop, 'evaluation')} without a better one" if config.early_stop else ""
+    return [f"held out   {counted(len(held_out.rows), 'document')} of {config.eval_file or config.data_file}{cut}, loss on "
+            f"{counted(held_out.targets, 'token')} before the training{every} and at its end; {counted(config.eval_samples, 'sample')}{stop}"]
 
 
 def resume(config: Config, before: Config, path: str, total_before: int, total: int) -> list[str]:
@@ -67,7 +69,8 @@ def resume(config: Config, before: Config, path: str, total_before: int, total: 
         rows = config.micro_bsz * config.devices * config.num_nodes * accumulation(config)
         lines.append(f"           {', '.join(changed)}: a step keeps its {rows} rows, accumulate is {accumulation(config)}")
     if total != total_before:
-        lines.append(f"           {total_before} steps -> {total}: the learning rate follows the schedule of {total} steps from here on")
+        lines.append(f"           {counted(total_before, 'step')} -> {total:,}: from here on the learning rate follows the schedule of "
+                     f"{counted(total, 'step')}")
     return lines
 
 

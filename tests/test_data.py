@@ -143,10 +143,10 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     lines = describe.data(config, documents, make_schedule(documents, config, 1))
     assert lines[0] == "data       5 documents, 31 tokens, loss on 18"
     assert lines[1] == "packing    4 rows of 8 tokens, 81.2% full; documents in a row do not see each other"
-    assert lines[2] == ("long texts 1 texts are longer than --ctx_len 8 and become several documents, each of which begins with the last token "
+    assert lines[2] == ("long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins with the last token "
                         "of the one before")
-    assert lines[3] == "warning    1 of 5 documents are longer than --ctx_len 8 and are cut; 14 tokens are lost"
-    assert lines[4] == "warning    1 of 5 documents have no trained token left and teach nothing" and len(lines) == 5
+    assert lines[3] == "warning    1 of 5 documents cut at --ctx_len 8: 14 tokens lost"
+    assert lines[4] == "warning    1 of 5 documents without any trained token left: nothing is learned there" and len(lines) == 5
     config = Config(packing=False)
     documents = load(rows)
     assert len(describe.data(config, documents, make_schedule(documents, config, 1))) == 1

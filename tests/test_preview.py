@@ -81,7 +81,7 @@ def test_troubles_that_come_together(show):
     found = findings(show, [{"messages": [user(question), assistant("a")]}] * 2, "--ctx_len", "100")
     assert found == {"cut": (2, "data.jsonl, line 5"), "no target": (2, "data.jsonl, line 5"), "duplicate": (1, "data.jsonl, line 6")}
     code, output = show([{"messages": [user(question), assistant("a")]}], "--ctx_len", "100")
-    assert "1 conversations are longer and are cut; 120 tokens are lost" in output
+    assert "1 conversation of more tokens, cut: 120 tokens lost" in output
     assert "\nfinding    no target, 1 row: no token within --ctx_len is trained, so it teaches nothing; first: " in output
 
 
