@@ -70,7 +70,8 @@ def turn(role, content, **more):
     ({"instruction": "q", "input": "", "output": "a"}, CHAT), ({"instruction": "q", "input": None, "output": "a"}, CHAT),
     ({"instruction": "q", "output": "a"}, CHAT), ({"instruction": "q", "input": "x", "output": "a"}, [turn("user", "q\nx"), CHAT[1]]),
     ({"instruction": "q", "context": "x", "response": "a", "category": "c"}, [turn("user", "q\nx"), CHAT[1]]),
-    ({"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["q", "a"]]}, [turn("system", "s"), *CHAT, *CHAT]),
+    ({"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["1", "2"]]},
+     [turn("system", "s"), turn("user", "1"), turn("assistant", "2"), *CHAT]),
     ({"question": "q", "answer": "a"}, CHAT), ({"Question": "q", "Response": "a"}, CHAT), ({"query": "q", "response": "a"}, CHAT),
     ({"input": "q", "output": "a"}, CHAT), ({"prompt": "q", "response": "a"}, CHAT), ({"question": "q", "completion": "a"}, CHAT),
     ({"system_prompt": "s", "question": "q", "response": "a", "id": 1}, [turn("system", "s"), *CHAT]),
@@ -131,7 +132,8 @@ def test_the_same_rows_from_every_format(read, tmp_path, name, content, format):
         files = {name: (tmp_path / name).read_bytes()}
     else:
         files = {name: content.encode(), f"{name}.gz": gzip.compress(content.encode()),
-                 f"windows-{name}": content.encode("utf-8-sig"), f"old-windows-{name}": content.encode("utf-16")}
+                 f"windows-{name}": content.encode("utf-8-sig"), f"old-windows-{name}": content.encode("utf-16"),
+                 f"wide-{name}": content.encode("utf-32")}
     for name, data in files.items():
         report = Report()
         assert read(data, name, report) == CHATS
@@ -155,6 +157,16 @@ def test_names_that_are_no_text(read):
     assert report.lines() == [r"format     rows.jsonl: JSONL, 1 row, text; not used: a\ud800"]
     words = "rows.csv, line 1: the header is not UTF-8 text (invalid continuation byte at byte 5)"
     assert words in mistake(read, "id,r\xe9ponse,text\n1,b,t\n".encode("latin-1"), "rows.csv")
+
+
+def test_marks_blanks_and_commas_where_they_are_no_mistake(read):
+    """Files with a byte order mark, put one after the other; one column, whose cells have commas; one row, which is an array itself."""
+    marked = json.dumps({"text": "t"}).encode("utf-8-sig") + b"\n"
+    assert read(marked + b" \n" + marked + marked.rstrip()) == [{"text": "t"}] * 3
+    assert read("text\none, two\n\nthree\n", "rows.tsv") == [{"text": "one, two"}, {"text": "three"}]
+    assert read(json.dumps({"messages": CHAT}, indent=1), "rows.json") == [{"messages": CHAT}]
+    long = "x" * 2_000_000  # more than the format is told from
+    assert read([{"text": long}, {"text": "t"}], "rows") == [{"text": long}, {"text": "t"}]
 
 
 def test_plain_text_is_one_document(read):
@@ -244,6 +256,7 @@ def test_skipping_counts_and_shows_the_first_three(read):
     ("book.txt", b"a\nb \xe9\n", "book.txt, line 2: not UTF-8 text (unexpected end of data at byte 3)"),
     ("book.txt", " \n", "book.txt (plain text, one document) holds no rows"),
     ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "rows.jsonl looks like UTF-16 without a byte order mark; save it as UTF-8"),
+    ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "rows.jsonl looks like UTF-16 without a byte order mark; save it as UTF-8"),
     ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16")[:-1], "data file rows.jsonl can't be read: not UTF-16 text ("),
     ("rows.jsonl", b"\x28\xb5\x2f\xfd....", "rows.jsonl is packed (zstd); unpack it, or pack it with gzip"),
     ("rows.jsonl", b"PK\x03\x04....", "rows.jsonl is packed (zip); unpack it, or pack it with gzip"),
@@ -257,6 +270,15 @@ def test_a_file_that_cannot_be_read_on_is_an_error(read, name, content, message)
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow", reason=ABSENT)
     assert message in mistake(read, content, name)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.json", '[{"text": "a"}, {"text": "b"'), ("rows.csv", 'text\na\n"b\nc\n'), ("book.txt", b"a\nb \xe9\n"),
+    ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9]),
+])
+def test_what_follows_a_break_is_not_skipped(read, name, content):
+    """It cannot be told which rows are lost."""
+    assert mistake(read, content, name, Report("skip")) == mistake(read, content, name)
 
 
 # binidx
@@ -443,13 +465,14 @@ def test_several_files_with_weights(read, tmp_path):
 
 
 def test_a_folder_is_its_files(read, tmp_path):
-    for name in ("b.jsonl", "a.csv", "sub/c.txt.gz", ".hidden.jsonl", ".git/x.jsonl", "README.md", "dataset_info.json", "lonely.bin"):
+    for name in ("b.jsonl", "a.csv", "sub/c.txt.gz", ".hidden.jsonl", ".git/x.jsonl", "README.md", "dataset_info.json", "config.json",
+                 "lonely.bin"):
         path = tmp_path / "all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(b"in c") if name.endswith("gz") else b"text\nin a" if name.endswith("csv") else b'{"text": "in b"}')
     report = Report()
     assert [row["text"] for _, row in read_rows("all", report)] == ["in a", "in b", "in c"]
-    assert report.lines()[3] == "folder     all: 3 data files; left out: README.md, dataset_info.json, lonely.bin"
+    assert report.lines()[3] == "folder     all: 3 data files; left out: README.md, config.json, dataset_info.json, lonely.bin"
     assert [s.weight for s in sources("all:0.5")] == [0.5] * 3
     with pytest.raises(UserError, match="folder empty has no data file; expected .jsonl"):
         os.mkdir("empty")
@@ -494,7 +517,7 @@ def raw():
 def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
     """Weights, skipped rows and the report are the same from the cache and without it."""
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a{i:03}"}}\n' for i in range(100)) + '{"text": 1}\n')
-    write_binidx("b", [[ord("b"), 48 + i, 0] for i in range(10)] + [[300, 0]], range(12), code=4)
+    write_binidx("b", [[ord("b"), 48 + i, 0] for i in range(10)] + [[256, 0]], range(12), code=4)
     (tmp_path / "c.csv").write_text("prompt,completion\nc,d\n")
     monkeypatch.setattr(tokenise, "SMALL", 0)
     results = []
@@ -510,7 +533,7 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
         "format     a.jsonl: JSONL, 100 rows, text", "format     b: binidx, 11 rows", "format     c.csv: CSV, 1 row, prompt + completion",
         "warning    2 rows cannot be used and are left out (--on_bad_row skip), such as:",
         "    a.jsonl, line 101: text must be a non-empty string, got 1",
-        "    b.bin, document 11: id 300 is not in the vocabulary of tokenizer bytes, whose size is 256: another one made these data; give it as "
+        "    b.bin, document 11: id 256 is not in the vocabulary of tokenizer bytes, whose size is 256: another one made these data; give it as "
         "--tokenizer if the model was trained with it (world has ids up to 65529), else make the data again, from text",
     ]
     assert rows[:50] != [bytes(row.ids).decode() for row in load_documents("a.jsonl:0.5", raw, 8, report=Report("skip"), seed=6).rows]
@@ -518,7 +541,7 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
         with pytest.raises(UserError, match="^a.jsonl, line 101: text must be .*; see the flag$"):
             load_documents("a.jsonl", raw, 8, cache=cache, report=Report("stop", "; see the flag"))
         # no flag that leaves rows out mends a wrong tokenizer
-        with pytest.raises(UserError, match="^b.bin, document 11: id 300 is not .* make the data again, from text$"):
+        with pytest.raises(UserError, match="^b.bin, document 11: id 256 is not .* make the data again, from text$"):
             load_documents("b", raw, 8, cache=cache, report=Report("stop", "; see the flag"))
         write_binidx("d", [[300, 0], [301, 0]], range(3), code=4)
         with pytest.raises(UserError, match="d: no row can be used, such as d.bin, document 1: id 300 is not"):

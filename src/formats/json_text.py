@@ -10,7 +10,7 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .layouts import has_layout
-from .text import BOM, Record, first_strange, open_text, undecoded
+from .text import BOM, Record, open_text, undecoded, whole_text
 
 BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -60,12 +60,7 @@ def _wrong(error: Exception) -> UserError:
 
 def json_file(path: str) -> Iterator[Record]:
     """An array of objects, an object with one such array in it, or a single row."""
-    with open_text(path) as file:
-        content = file.read()
-    found = first_strange(path, content)
-    if found:
-        raise UserError(": ".join(map(str, found)))
-    scanner = _Scanner(content)
+    scanner = _Scanner(whole_text(path))
     try:
         for place, record in _records(scanner):
             yield f"{path}, line {scanner.line(place)}", record
@@ -107,8 +102,7 @@ class _Scanner:
         return self.text[self.place : self.place + 1]
 
     def line(self, place: int) -> int:
-        if place < self.counted:
-            self.counted, self.lines = 0, 1
+        """The number of the line of a place, which is not before that of the last call."""
         self.lines += self.text.count("\n", self.counted, place)
         self.counted = place
         return self.lines

@@ -72,23 +72,21 @@ def _chinese(data: bytes) -> str:
     return "; if it is GBK: iconv -f GB18030 -t UTF-8"
 
 
-def first_strange(path: str, content: str) -> tuple[str, UserError] | None:
-    """(place, what is wrong there) of the first character of a whole file that is no text."""
-    strange = STRANGE.search(content)
-    if not strange:
-        return None
-    number = content.count("\n", 0, strange.start())
-    return f"{path}, line {number + 1}", undecoded(content.split("\n")[number])
+def whole_text(path: str) -> str:
+    """The content of a file that is no use in part. Raises UserError with the line where it stops being text."""
+    with open_text(path) as file:
+        content = file.read()
+    if strange := STRANGE.search(content):
+        number = content.count("\n", 0, strange.start())
+        problem = undecoded(content.split("\n")[number])
+        raise UserError(f"{path}, line {number + 1}: {problem}")
+    return content
 
 
 def plain(path: str) -> Iterator[Record]:
     """The whole file as one text; Windows line ends become newlines."""
-    with open_text(path) as file:
-        content = file.read()
-    found = first_strange(path, content)
-    if found:
-        yield found
-    elif content.strip():
+    content = whole_text(path)
+    if content.strip():
         yield path, {"text": content.replace("\r\n", "\n")}
 
 
