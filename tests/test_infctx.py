@@ -167,6 +167,14 @@ def test_random_numbers_are_drawn_again_as_they_were():
     close("slope", slope, (loss_at(1) - loss_at(-1)) / 2, 1e-2)
 
 
+def test_every_chunk_draws_numbers_of_its_own():
+    model, batch, drawn = make_model(6), make_batch(ROWS), []
+    model.head.register_forward_hook(lambda *_: drawn.append(torch.rand(()).item()))
+    rows_loss(model, batch, Chunks(8)).backward()
+    forward, backward = drawn[:5], drawn[5:]
+    assert len(set(forward)) == 5 and backward == forward[::-1]
+
+
 class Tuned(RWKV):
     """The initial state is a parameter, as in state tuning."""
 

@@ -111,6 +111,20 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
     assert figures["cut_tokens"] == documents.cut_tokens and figures["fill"] * figures["packed_rows"] * 30 == documents.tokens - len(documents.rows)
 
 
+def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
+    """To the token: a conversation that just fits, and one whose first trained token just does not."""
+    rows = [{"messages": [user("a"), assistant("b" * n)]} for n in (1, 2, 40)]
+    length = len(Encoder(load_tokenizer("bytes", 256)).encode(rows[0])[0])
+    asked = len("User: a\n\nAssistant:")
+    for ctx_len, cut in ((length - 1, 2), (length - 2, 3), (asked, 3), (asked - 1, 3)):
+        _, output = show(rows, "--json", "--ctx_len", str(ctx_len))
+        found = {finding["name"]: finding["count"] for finding in json.loads(output)["findings"]}
+        assert found == {"cut": cut} | ({"no target": 3} if ctx_len < asked else {})
+        if ctx_len >= asked:
+            documents = load_documents(str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), ctx_len)
+            assert documents.cut == cut and documents.row_targets.all()
+
+
 ESCAPE = re.compile(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m")
 
 
@@ -131,6 +145,8 @@ def test_the_colours_are_the_mask_token_for_token(show, monkeypatch):
     codes = [code for code, text in ESCAPE.findall("\n".join(lines)) if text != "⏎"]
     assert all(a != b for a, b in zip(codes, codes[1:])), "neighbours must differ"
     assert "".join(lines).count("⏎") == sum(text.count("\n") for text, _ in template.segments(turns))
+    _, output = show([{"text": "é" * 400}])
+    assert ESCAPE.sub(r"\2", output.splitlines()[-2]) == f"    | {'é' * 300} ... (801 tokens)"
 
 
 def test_without_colours(show, monkeypatch):

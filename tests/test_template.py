@@ -10,6 +10,7 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
+from src.data import load_documents
 from src.generate import Conversation
 from src.model import RWKV
 from src.template import DEFAULT, MODES, RwkvTemplate, answer_text, load_template, marked, recorded_template, row_segments
@@ -171,6 +172,15 @@ def test_a_block_without_the_end_of_the_turn_trains_just_that(jinja):
     assert [text for text, trained in template.segments(turns) if trained] == ["b", "d"]
 
 
+def test_an_answer_in_several_blocks_is_trained_whole_unless_one_of_the_answers_is_context(jinja):
+    template = jinja("{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}({% endgeneration %}"
+                     "-{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}")
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    assert shown(template.segments(turns)) == "[user]a[assistant]|<(>|-|<b>|[user]c[assistant]|<(>|-|<d>"
+    with pytest.raises(UserError, match='has 4 {% generation %} blocks for 2 answers; which of them has "weight": 0'):
+        template.segments([*turns[:3], {**turns[3], "weight": 0}])
+
+
 def test_tools_and_a_document_end(jinja, tmp_path):
     template = jinja(CHATML)
     assert template.segments([user("a")], [{"n": "<é>"}], ask=True)[0].text.startswith('tools=[{"n": "<é>"}]\n<|im_start|>user')
@@ -298,6 +308,14 @@ def test_loss_masks_of_every_kind_of_row():
 def test_a_marker(marker, text, expected):
     assert shown(marked(text, marker)) == expected
     assert "".join(piece for piece, _ in marked(text, marker)) == text
+
+
+def test_a_marker_that_no_row_has_is_an_error(tmp_path):
+    """Before a run that would learn to stop, and nothing else."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "User: a\\n\\nAssistant: b"}\n{"text": "c"}\n')
+    with pytest.raises(UserError, match="no row has anything after the marker 'Asistant:'"):
+        load_documents(tmp_path / "rows.jsonl", named("bytes"), 99, loss_mask="Asistant:")
+    assert load_documents(tmp_path / "rows.jsonl", named("bytes"), 99, loss_mask="Assistant:").targets == 4
 
 
 def test_the_marker_assistant_is_the_mask_of_a_conversation():

@@ -14,7 +14,7 @@ from rwkv_miss import UserError
 from src import data
 from src import tokenise as module
 from src.data import Rows, load_documents
-from src.formats import BY_NAME, Reading, Report, WrongSetting, sources
+from src.formats import BY_NAME, Reading, Report, WrongSetting, binidx, sources
 from src.template import load_template
 from src.tokenise import Encoder, Tokens, in_parallel
 from src.tokenizer import load_tokenizer
@@ -97,6 +97,18 @@ def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cac
     assert [row.trained.tolist() for row in documents.rows] == [row.trained.tolist() for row in plain.rows]
 
 
+def test_much_text_is_shared_among_processes_and_ids_are_not(path, encoder, monkeypatch, tmp_path):
+    whole, asked = tokenise(path, encoder), []
+    monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(module, "in_parallel", lambda chunks, encoder, processes: asked.append(processes) or map(encoder.encode_all, chunks))
+    assert equal(tokenise(path, encoder), whole) and asked == [5]
+    writer = binidx.Writer(str(tmp_path / "ids"), 256)
+    writer.add([1, 2, 0])
+    writer.close()
+    assert tokenise(str(tmp_path / "ids"), encoder).ids.tolist() == [1, 2, 0] and asked == [5]
+
+
 def test_small_data_is_not_kept(path, encoder, tmp_path):
     tokenise(path, encoder, str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
@@ -108,7 +120,7 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
     names = [fingerprint(path, encoder)]
     assert fingerprint(path, Encoder(load_tokenizer("bytes", 256))) == names[0]
     for other in (Encoder(load_tokenizer("utf16", 256)), Encoder(encoder.tokenizer, load_template("think")),
-                  Encoder(load_tokenizer(str(vocabulary), 9)),
+                  Encoder(load_tokenizer(str(vocabulary), 9)), Encoder(load_tokenizer(str(vocabulary), 9, "b")),
                   Encoder(encoder.tokenizer, load_template(CHATML)), Encoder(encoder.tokenizer, load_template(CHATML + " ")),
                   Encoder(encoder.tokenizer, loss_mask="all"), Encoder(encoder.tokenizer, loss_mask="Assistant:")):
         names.append(fingerprint(path, other))
@@ -120,12 +132,13 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
     with open(path, "a") as file:
         file.write("\n")
     names.append(fingerprint(path, encoder))
-    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0")
-    names.append(fingerprint(path, encoder))
+    for package in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2"):
+        monkeypatch.setattr(module.importlib.metadata, "version", lambda name, package=package: str(name == package))
+        names.append(fingerprint(path, encoder))
     assert len(set(names)) == len(names)
     same = tmp_path / "renamed.jsonl"
     os.rename(path, same)
-    assert fingerprint(str(same), encoder) != names[-2]
+    assert fingerprint(str(same), encoder) != names[-1]
 
 
 def test_a_changed_file_is_read_again(path, encoder, cached):
@@ -159,7 +172,12 @@ def test_old_entries_and_what_a_killed_process_left_are_removed(path, encoder, c
         (cached / name).mkdir(parents=True)
         os.utime(cached / name, (time.time() - days * 86400,) * 2)
     tokenise(path, encoder, str(cached))
-    assert {entry.name for entry in entries(cached)} == {"recent", ".working", fingerprint(path, encoder)}
+    first = fingerprint(path, encoder)
+    assert {entry.name for entry in entries(cached)} == {"recent", ".working", first}
+    os.utime(cached / first, (time.time() - 31 * 86400,) * 2)
+    tokenise(path, encoder, str(cached))  # what is used again is young again
+    tokenise(path, Encoder(encoder.tokenizer, loss_mask="all"), str(cached))
+    assert first in {entry.name for entry in entries(cached)}
 
 
 def test_processes_that_start_together_do_the_work_once(path, encoder, cached, monkeypatch):
