@@ -125,6 +125,42 @@ def test_zero_divides_the_parts_of_its_stage():
     assert divided == {1: {"Adam"}, 2: {"Adam", "gradients"}, 3: {"Adam", "gradients", "trained", "base"}}
 
 
+def test_what_deepspeed_holds_beside_its_shares():
+    """Its master copy, a bucket, and under stage 3 the parameters that are whole at one time; with offload all but those is in the CPU's memory."""
+    arch = make_arch(7, **SIZES)
+
+    def parts(strategy, **settings):
+        return memory_parts(arch, Config(peft_config={"r": 5}, strategy=f"deepspeed_stage_{strategy}", **settings), "gpu", "torch", "bf16", 16, 16)
+
+    one, two, three = parts("2"), parts("2", devices=4), parts("3", devices=4)
+    assert one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"] and two["DeepSpeed"] == one["trained"] * 1.25
+    assert three["DeepSpeed"] - two["DeepSpeed"] == pytest.approx(one["base"] + one["trained"] / 2)  # all of so small a model, in bf16
+    away = {strategy: {name for name, size in parts(strategy).items() if not size and one[name]} for strategy in ("1_offload", "2_offload", "3_offload")}
+    assert away == {"1_offload": {"Adam", "gradients"}, "2_offload": {"Adam", "gradients"}, "3_offload": {"Adam", "gradients", "trained", "base"}}
+
+
+def test_the_processes_of_a_cpu_share_its_memory():
+    parts = {"base": 100.0, "working": 20.0}
+    assert memory.needed(parts, Config(devices=3), "cpu") == 360 and memory.needed(parts, Config(devices=3), "gpu") == 120
+
+
+def test_free_is_what_machine_and_container_have_with_what_is_held_already(monkeypatch):
+    for available, limit in ((1000, 700), (700, 1000)):
+        monkeypatch.setattr(memory, "_available", lambda available=available: available)
+        monkeypatch.setattr(memory, "_cgroup_limit", lambda limit=limit: limit)
+        monkeypatch.setattr(memory, "_resident", lambda: 50)
+        assert memory.free_memory("cpu") == 750
+
+
+def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monkeypatch):
+    from src import calibrate
+
+    monkeypatch.setattr(calibrate, "_fastest", lambda work, device: [work(), {"layers": 4.0, "logits": 3.0}[work.__name__]][1])
+    for row, tokens in ((37, 37), (9999, 256)):
+        speed = calibrate.measured_speed(make_arch(7, **SIZES | {"n_layer": 6}), Config(peft_config={"r": 5}), "torch", "fp32", "cpu", row, 0.5)
+        assert speed == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0))
+
+
 def test_full_training_has_no_frozen_base():
     parts = memory_parts(make_arch(7, **SIZES), Config(peft="none"), "cpu", "torch", "bf16", 16, 16)
     # layer 0's v0, v1, v2 are never trained
