@@ -9,6 +9,9 @@ import threading
 
 import torch
 
+from rwkv_miss import write_checkpoint
+from src.model import RWKV, default_arch
+
 
 def environment() -> dict[str, object]:
     """Machine, versions and commit, for a benchmark's JSON line."""
@@ -24,6 +27,16 @@ def environment() -> dict[str, object]:
 def report(benchmark: str, **figures) -> None:
     """The last line of a benchmark's output."""
     print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
+
+
+def write_random_base(path, version: int, n_layer: int, n_embd: int) -> int:
+    """A random checkpoint in bf16, as released files are, of the World vocabulary's size and for the tokenizer bytes; its number of parameters."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in RWKV(default_arch(version, n_layer, n_embd)).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)) for name, shape in shapes.items())
+    write_checkpoint(path, tensors, {"format": "rwkv-miss trained", "tokenizer": "bytes", "eod": ""})
+    return sum(shape.numel() for shape in shapes.values())
 
 
 def anonymous_bytes() -> int:

@@ -3,7 +3,7 @@
     python -m benchmarks.infctx [--tokens 65536 262144 1048576] [--whole 16384 65536] [--chunk_ctx 1024] [--version 7] [--n_layer 2] [--n_embd 64]
 
 A random RWKV with MiSS computes loss and gradients of one row, every token trained: in chunks that keep a state each, and with --state_cp.
-Every figure comes from a process of its own: its peak is VmHWM (what ru_maxrss reports) minus that of before the row was run, when model,
+Every figure comes from a process of its own: its peak is VmHWM minus that of before the row was run, when model,
 row and kernel were there; its time is that of the CPU, which other programs do not prolong. What a chunk costs is the growth of the peak
 between the two longest rows over that of the number of chunks. At the lengths of --whole the whole row runs too, and the gradients are
 compared. The last line is JSON.
@@ -18,18 +18,13 @@ import time
 
 import torch
 
+from src.device import peak_memory
 from src.infctx import Chunks, rows_loss, state_bytes
 
 from .common import report
 from .step import random_model
 
 WHOLE, CHUNKS, SPARSE = "whole", "chunks", "chunks, state_cp"
-
-
-def peak_bytes() -> int:
-    """The most memory that this program has had. ru_maxrss would begin with that of the process that started it."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
 
 
 def measure(args) -> dict:
@@ -48,10 +43,10 @@ def measure(args) -> dict:
     torch.autograd.grad(rows_loss(model, warm_up, Chunks(16)), parameters)
 
     chunks = Chunks() if args.mode == WHOLE else Chunks(args.chunk_ctx, sparse=args.mode == SPARSE)
-    before, start = peak_bytes(), time.process_time()
+    before, start = peak_memory(ids.device), time.process_time()
     loss = rows_loss(model, batch, chunks)
     gradients = torch.autograd.grad(loss / tokens, parameters)
-    seconds, peak = time.process_time() - start, peak_bytes() - before
+    seconds, peak = time.process_time() - start, peak_memory(ids.device) - before
     torch.save(gradients, args.out)
     return {"mode": args.mode, "tokens": tokens, "cpu_seconds": round(seconds, 2), "peak_mb": round(peak / 1e6, 1),
             "loss": float(loss) / tokens, "chunks": chunks.count(tokens), "states": chunks.states(tokens),

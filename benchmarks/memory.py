@@ -15,33 +15,18 @@ import subprocess
 import sys
 import tempfile
 
-import torch
-
-from rwkv_miss.checkpoint import Arch, write_checkpoint
 from src.memory import LIBRARIES
-from src.model import RWKV, VERSIONS
 
-from .common import report
+from .common import report, write_random_base
 
 # two steps of two micro-batches before the copies that --rollback_steps keeps, and four after: the heap is as large as it gets
-COMMON = ["--tokenizer", "bytes", "--accelerator", "cpu", "--accumulate_grad_batches", "2", "--epoch_steps", "4", "--rollback_steps", "2"]
+COMMON = ["--accelerator", "cpu", "--accumulate_grad_batches", "2", "--epoch_steps", "4", "--rollback_steps", "2"]
 CONFIGURATIONS = {
     "v7": (7, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "512"]),
     "v6-bf16": (6, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "1024"]),
     "v7-grad_cp": (7, ["--precision", "fp32", "--micro_bsz", "8", "--ctx_len", "160", "--grad_cp", "1"]),
     "v6-lora": (6, ["--precision", "fp32", "--micro_bsz", "3", "--ctx_len", "256", "--peft", "lora"]),
 }
-
-
-def write_random_model(path: pathlib.Path, version: int, n_layer: int, n_embd: int, vocab_size: int = 65536) -> None:
-    """A bf16 checkpoint, as most are."""
-    dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
-    arch = Arch(version, vocab_size, n_embd, n_layer, n_embd // 64, 64, n_embd, dim_ffn, ranks, version == 7)
-    with torch.device("meta"):
-        model = RWKV(arch)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(name, p.shape) for name, p in model.named_parameters()]
-    write_checkpoint(path, ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)) for name, shape in shapes))
 
 
 def write_rows(path: pathlib.Path, rows: int, length: int) -> None:
@@ -92,7 +77,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary)
             base, data = folder / "base.pth", folder / "rows.jsonl"
-            write_random_model(base, version, args.n_layer, args.n_embd)
+            write_random_base(base, version, args.n_layer, args.n_embd)
             write_rows(data, 64, int(flags[flags.index("--ctx_len") + 1]))
             results[name] = result = compare(base, data, flags, folder)
         ratio = result["ratio"] = round(result["predicted"] / result["measured"], 3)

@@ -12,10 +12,9 @@ import time
 import torch
 
 import rwkv_miss
-from rwkv_miss.checkpoint import Arch
 from src import ops
 from src.loss import loss_sum
-from src.model import RWKV, VERSIONS, parameter_groups
+from src.model import RWKV, default_arch, parameter_groups
 
 from .common import report
 from .wkv import make, ours
@@ -24,8 +23,7 @@ from .wkv import step as wkv_step
 
 def random_model(version: int, n_layer: int, n_embd: int, vocab_size: int, rank: int) -> RWKV:
     """A frozen model with MiSS on the paper's linears; weights as a new model has them, with maps that are zero there filled."""
-    dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
-    model = RWKV(Arch(version, vocab_size, n_embd, n_layer, n_embd // 64, 64, n_embd, dim_ffn, ranks, version == 7))
+    model = RWKV(default_arch(version, n_layer, n_embd, vocab_size))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2 and not p.any():

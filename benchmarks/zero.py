@@ -21,25 +21,10 @@ from pathlib import Path
 
 import torch
 
-from rwkv_miss import Arch, write_checkpoint
-from src import rwkv7
-from src.model import RWKV
-
-from .common import report
+from .common import report, write_random_base
 
 PROCESSES = 2
 MIB = 2**20
-
-
-def write_base(path: str, n_layer: int, n_embd: int) -> int:
-    """A random base in bf16, as released files are; its number of parameters."""
-    dim_ffn, ranks = rwkv7.default_sizes(n_embd)
-    arch = Arch(7, 65536, n_embd, n_layer, n_embd // 64, 64, n_embd, dim_ffn, ranks, True)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in RWKV(arch).named_parameters()}
-    write_checkpoint(path, ((name, torch.randn(shape).mul_(0.02).bfloat16()) for name, shape in shapes.items()),
-                     {"format": "rwkv-miss trained", "tokenizer": "bytes", "eod": ""})
-    return sum(shape.numel() for shape in shapes.values())
 
 
 def resident() -> dict[str, int]:
@@ -102,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base, data = f"{folder}/base.pth", f"{folder}/rows.jsonl"
-        parameters = write_base(base, args.layers, args.width)
+        parameters = write_random_base(base, 7, args.layers, args.width)
         Path(data).write_text("".join(json.dumps({"text": "x" * args.tokens}) + "\n" for _ in range(PROCESSES * args.steps)))
         print(f"{parameters / 1e6:.0f} M parameters, base in {args.precision}, {PROCESSES} processes, {args.steps} steps; "
               "MiB above the start, of the process that has more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import torch
@@ -12,7 +13,7 @@ from rwkv_miss.errors import UserError
 
 from . import config as configuration
 from .config import Config
-from .model import RWKV, VERSIONS, read_model_file
+from .model import RWKV, default_arch, read_model_file
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 
@@ -47,13 +48,8 @@ def new_arch(config: Config):
         raise UserError(f"the width of the time mix, {inner}, is not a multiple of --head_size {head_size}")
     if config.version == "x070" and inner != config.n_embd:
         raise UserError(f"--dim_att {inner} differs from --n_embd {config.n_embd}; RWKV-7 has them equal")
-    version = int(config.version[2])
-    dim_ffn, ranks = VERSIONS[version].default_sizes(config.n_embd)
-    arch = Arch(
-        version=version, vocab_size=vocab or tokenizer.vocab_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=inner // head_size,
-        head_size=head_size, dim_att=inner, dim_ffn=config.dim_ffn or dim_ffn, ranks=ranks, layer0_value_residual=version == 7,
-    )
-    return arch, tokenizer
+    arch = default_arch(int(config.version[2]), config.n_layer, config.n_embd, vocab or tokenizer.vocab_size, head_size)
+    return dataclasses.replace(arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn), tokenizer
 
 
 def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> tuple[RWKV, float]:

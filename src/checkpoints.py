@@ -19,11 +19,10 @@ def list_checkpoints(folder: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*.pth")))
 
 
-def remove_old(folder: str, keep: int, spare: tuple[str, ...] = ()) -> None:
-    """Remove all checkpoints but the newest `keep` and the paths in `spare`."""
+def remove_old(folder: str, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
     for path in list_checkpoints(folder)[:-keep]:
-        if path not in spare:
-            os.remove(path)
+        os.remove(path)
 
 
 def remove_leftovers(*folders: str) -> None:

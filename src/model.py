@@ -35,6 +35,12 @@ class LayerState(NamedTuple):
 State = list[LayerState]
 
 
+def default_arch(version: int, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> Arch:
+    """RWKV-LM's sizes for a model of so many layers and channels."""
+    dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
+    return Arch(version, vocab_size, n_embd, n_layer, n_embd // head_size, head_size, n_embd, dim_ffn, ranks, layer0_value_residual=version == 7)
+
+
 class Block(nn.Module):
     """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)). The first one also normalises the embedding (ln0)."""
 
