@@ -11,6 +11,7 @@ import numpy as np
 
 from .template import ROLES, TURN_END, RwkvTemplate, thoughts_of
 from .tokenise import Encoder
+from .words import counted
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
@@ -43,7 +44,7 @@ class Finding:
     first: str
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.count:,} row{'' if self.count == 1 else 's'}: {MEANINGS[self.name]}; first: {self.first}"
+        return f"{self.name}, {counted(self.count, 'row')}: {MEANINGS[self.name]}; first: {self.first}"
 
 
 class Lint:

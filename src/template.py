@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
 
+from .words import short
+
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
 
@@ -143,7 +145,7 @@ def _call(call: dict) -> str:
         arguments = function["arguments"]
         words = {"name": function["name"], "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise UserError(f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {call!r}') from None
+        raise UserError(f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {short(call)}') from None
     return f"<tool_call>\n{json.dumps(words, ensure_ascii=False)}\n</tool_call>"
 
 

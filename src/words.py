@@ -1,6 +1,8 @@
-"""Numbers as people read them: counts, sizes and durations."""
+"""Numbers and values as people read them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -29,3 +31,9 @@ def duration_text(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} days {hours % 24} h"
+
+
+def short(value: Any) -> str:
+    """repr() that fits into a message."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."

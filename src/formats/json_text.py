@@ -9,6 +9,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from ..words import short
 from .layouts import has_layout
 from .text import BOM, Record, open_text, undecoded, whole_text
 
@@ -19,7 +20,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise UserError(f"the key {next(name for i, name in enumerate(names) if name in names[:i])!r} stands twice in one object")
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"the key {short(twice)} stands twice in one object")
     return made
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from ..words import short
+
 ROLES = ("system", "user", "assistant", "tool")
 # what ShareGPT and others call the roles
 ROLE_NAMES = {
@@ -198,7 +200,7 @@ def _joined(parts: list) -> str:
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UserError(f'a part of a content list must be {{"type": "text", "text": ...}}, got one of type {kind!r}')
+            raise UserError(f'a part of a content list must be {{"type": "text", "text": ...}}, got one of type {short(kind)}')
     return "".join(part["text"] for part in parts)
 
 
@@ -214,12 +216,6 @@ def text(value: Any, column: str, may_be_empty: bool = False) -> str:
     if "\0" in value:
         raise UserError(f"{column}: NUL is no text (character {value.index(chr(0)) + 1})")
     return value
-
-
-def short(value: Any) -> str:
-    """repr() that fits into a message."""
-    shown = repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _shown(columns: tuple[str, ...]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from ..words import counted
+
 SHOWN = 3  # reasons in the plan, and files with a line of their own
 
 
@@ -35,7 +37,7 @@ class Found:
         named = ", ".join(f"{name} ({count})" if len(layouts) > 1 else name for name, count in layouts.most_common(SHOWN) if name)
         used = {name for _, columns, _ in self.kinds for name in columns}
         unused = list(dict.fromkeys(name for _, _, columns in self.kinds for name in columns if name not in used))
-        return (f"{self.format}, {_rows(self.kinds.total())}" + (f", {named}" if named else "")
+        return (f"{self.format}, {counted(self.kinds.total(), 'row')}" + (f", {named}" if named else "")
                 + (f"; not used: {', '.join(unused[:12])}{' ...' if len(unused) > 12 else ''}" if unused else ""))
 
     def to_json(self) -> dict[str, Any]:
@@ -74,11 +76,8 @@ class Report:
             lines.append(f"format     {len(self.files)} files in all: {', '.join(f'{count} {name}' for name, count in formats.items())}")
         lines += self.notes
         if self.bad:
-            lines.append(f"warning    {_rows(self.bad)} cannot be used and {'is' if self.bad == 1 else 'are'} left out (--on_bad_row skip), such as:")
+            be = "is" if self.bad == 1 else "are"
+            lines.append(f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip), such as:")
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
         # a key of JSON and a file's name may hold halves of surrogate pairs, which print() refuses
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]
-
-
-def _rows(count: int) -> str:
-    return f"{count} row{'' if count == 1 else 's'}"

@@ -17,6 +17,8 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from ..words import short
+
 Record = tuple[str, "dict[str, Any] | UserError"]
 OTHERS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
 BOMS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # the longer ones first
@@ -113,7 +115,7 @@ def delimited(path: str, delimiter: str) -> Iterator[Record]:
                 header = [name.strip() for name in cells]
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
-                    raise UserError(f"{where}: the header has the column {twice[0]!r} twice")
+                    raise UserError(f"{where}: the header has the column {short(twice[0])} twice")
             elif cells:
                 yield where, _cells(header, cells)
 
