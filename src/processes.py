@@ -11,15 +11,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import socket
+import struct
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from rwkv_miss.errors import UserError
+
+with contextlib.suppress(ImportError):
+    import fcntl  # not on Windows
 
 if TYPE_CHECKING:
     from .config import Config
@@ -108,6 +114,36 @@ def check_world(config: Config) -> int:
                         "not set. MASTER_ADDR and MASTER_PORT are the first machine's address and a free port of it, the same everywhere; NODE_RANK "
                         "counts the machines from 0. Or use torchrun, deepspeed or srun, which set them")
     return world
+
+
+def choose_interface(master: str) -> None:
+    """Have gloo meet the other machines on the network interface over which this one is known or the first one is reached.
+
+    By itself gloo takes the address of the host's name, which on many systems is that of the loopback, 127.0.1.1.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
+        return
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # nothing is sent: it tells the address from which something would be
+            mine = probe.getsockname()[0]
+            names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == mine]
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR {master} can't be reached from this machine ({error}); give the first machine's address in a network "
+                        "that all of them share") from None
+    if mine.startswith("127."):
+        raise UserError(f"MASTER_ADDR {master} is {mine} on this machine, where no other one reaches it; give its address in the network, or name "
+                        "the network's interface in GLOO_SOCKET_IFNAME")
+    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+
+
+def _address_of(interface: str, probe: socket.socket) -> str:
+    """IPv4 address of a network interface; empty where it has none."""
+    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h: struct ifreq, the address at byte 20
+    try:
+        return socket.inet_ntoa(fcntl.ioctl(probe, get_address, struct.pack("256s", interface.encode()))[20:24])
+    except OSError:
+        return ""
 
 
 def watch_launcher() -> None:

@@ -24,7 +24,7 @@ from .data import Batches, Documents, make_schedule
 from .device import DTYPES
 from .infctx import chunks_of, rows_loss
 from .model import RWKV, parameter_groups
-from .processes import launched
+from .processes import choose_interface, launched
 
 
 class ScaledFp16(MixedPrecision):
@@ -119,7 +119,10 @@ class FineTuning(pl.LightningModule):
 def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
     """Lightning's Trainer for the resolved settings; `accelerator` is cpu or gpu, `precision` fp32, bf16 or fp16; `first_step` are done already."""
     _quiet()
-    plugins: list[Precision | ClusterEnvironment] = [cluster_environment()]
+    environment = cluster_environment(config.num_nodes)
+    if accelerator == "cpu" and config.num_nodes > 1:
+        choose_interface(environment.main_address)
+    plugins: list[Precision | ClusterEnvironment] = [environment]
     strategy = config.strategy
     if strategy.startswith("deepspeed"):
         if accelerator == "cpu":
@@ -141,7 +144,7 @@ def make_trainer(config: Config, accelerator: str, total_steps: int, precision: 
     return trainer
 
 
-def cluster_environment() -> ClusterEnvironment:
+def cluster_environment(num_nodes: int) -> ClusterEnvironment:
     """Where Lightning reads ranks: by itself it would take what `deepspeed` starts for processes of its own, and requeue jobs of SLURM."""
     launch = launched()
     if launch is None:
@@ -150,10 +153,26 @@ def cluster_environment() -> ClusterEnvironment:
 
 
 @contextlib.contextmanager
+        if num_nodes == 1:
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # whatever an earlier job has left there
 def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
     """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each rank."""
     if not hasattr(trainer.strategy, "deepspeed_engine"):
         yield
+@contextlib.contextmanager
+def naming_the_killed(trainer: pl.Trainer):
+    """Around Trainer.fit: of the processes that Lightning started, say which one was killed, where all that the others see is a lost connection."""
+    try:
+        yield
+    except Exception:
+        time.sleep(0.5)  # until the system has the exit code of a process whose connections it has just closed
+        for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
+            if (process.poll() or 0) < 0:
+                print(f"error: process {process.pid}, rank {rank} of this machine, was killed by {signal.Signals(-process.returncode).name}; "
+                      "where nobody did, the kernel does when memory runs out", file=sys.stderr, flush=True)
+        raise
+
+
         return
     from .deepspeed_anywhere import gathered
 

@@ -2,6 +2,9 @@
 
 import json
 import random
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from rwkv_miss import read_checkpoint, read_metadata
 from src.model import RWKV
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import ROOT, close, make_arch, random_tensors
 from .program import succeed
 
 STAGES = [f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload")]
@@ -99,3 +102,38 @@ def test_every_stage_trains_the_same_adapter_into_the_same_file(files, tmp_path,
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
     metadata = [read_metadata(proj_dir / "adapter.pth") for proj_dir in (stage_1, tmp_path / "run")]
     assert metadata[0] == metadata[1]
+
+
+@pytest.fixture(scope="module")
+def two_machines():
+    """Runs a command line on both machines of scripts/two_machines.sh."""
+    script = ["bash", "scripts/two_machines.sh"]
+    tried = subprocess.run([*script, "true"], cwd=ROOT, capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"NO RIGHT TO MAKE NETWORK NAMESPACES, so that nothing is tested on two machines: {tried.stderr}")
+
+    def run(command):
+        return subprocess.run([*script, "bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank $NODE_RANK --master_addr $MASTER_ADDR",
+    "deepspeed": "-m deepspeed.launcher.runner --hostfile {hosts} --no_ssh --node_rank $NODE_RANK --master_addr $MASTER_ADDR",
+}
+
+
+@pytest.mark.parametrize(("launcher", "strategy"), [("torchrun", "deepspeed_stage_3"), ("deepspeed", "deepspeed_stage_2")])
+def test_two_machines_train_what_one_process_does_and_the_first_one_writes_it(files, tmp_path, plain, two_machines, launcher, strategy):
+    """Neither is told how many there are, and neither which network to use."""
+    (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    command = LAUNCHERS[launcher].format(hosts=tmp_path / "hosts")
+    flags = shlex.join(flags_of(files, tmp_path / "run", "--micro_bsz", "2", "--strategy", strategy))
+    done = two_machines(f"DS_ACCELERATOR=cpu {sys.executable} {command} train.py {flags} --proj_dir {tmp_path}/run-$NODE_RANK")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "run-0") == pytest.approx(losses(plain), rel=1e-5)
+    close("the adapter", *(torch.cat([t.flatten() for t in read_checkpoint(path / "adapter.pth").values()])
+                                   for path in (tmp_path / "run-0", plain)), 1e-5)
+    assert not any((tmp_path / "run-1").iterdir()), "the second machine wrote, too"
+    assert not [line for line in subprocess.check_output(["ip", "netns"], text=True).splitlines() if line.startswith("rwkv-")]
