@@ -22,6 +22,7 @@ from rwkv_miss.errors import UserError
 from .config import Config, accumulation, state_learning_rate
 from .data import Batches, Documents, make_schedule
 from .device import DTYPES
+from .agreement import agree
 from .infctx import chunks_of, rows_loss
 from .model import RWKV, parameter_groups
 from .processes import choose_interface, launched
@@ -75,6 +76,7 @@ class FineTuning(pl.LightningModule):
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
+        agree(self.config, self.inputs(), self.first_step)
 
     def train_dataloader(self) -> Batches:
         return Batches(self.documents, self.schedule, self.total_steps, self.trainer.global_rank, self.first_step)
