@@ -7,13 +7,15 @@ from src.doorway import importing
 with importing():
     from rwkv_miss.errors import one_line_errors
     from src import config, processes, run
+    from src.lifeline import lifeline
 
 
 def main() -> None:
     with one_line_errors():
         processes.watch_launcher()
         settings, origins = config.parse(sys.argv[1:])
-        run.main(settings, origins)
+        with lifeline(settings):
+            run.main(settings, origins)
 
 
 if __name__ == "__main__":

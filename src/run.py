@@ -126,7 +126,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     trainer = training.make_trainer(config, accelerator, total_steps, precision, callbacks, first_step)
     begun = time.perf_counter()
     try:
-        with ops.nan_passes():  # LastGood judges the steps
+        with ops.nan_passes(), training.naming_the_killed(trainer):  # LastGood judges the steps
             trainer.fit(module)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then lower --ctx_len") from None

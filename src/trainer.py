@@ -7,6 +7,9 @@ import importlib.util
 import logging
 import math
 import os
+import signal
+import sys
+import time
 import warnings
 
 import lightning.pytorch as pl
@@ -19,10 +22,10 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.errors import UserError
 
+from .agreement import agree
 from .config import Config, accumulation, state_learning_rate
 from .data import Batches, Documents, make_schedule
 from .device import DTYPES
-from .agreement import agree
 from .infctx import chunks_of, rows_loss
 from .model import RWKV, parameter_groups
 from .processes import choose_interface, launched
@@ -73,10 +76,10 @@ class FineTuning(pl.LightningModule):
         self.step_loss = 0.0
 
     def setup(self, stage: str) -> None:
+        agree(self.config, self.inputs(), self.first_step)
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
-        agree(self.config, self.inputs(), self.first_step)
 
     def train_dataloader(self) -> Batches:
         return Batches(self.documents, self.schedule, self.total_steps, self.trainer.global_rank, self.first_step)
@@ -150,17 +153,12 @@ def cluster_environment(num_nodes: int) -> ClusterEnvironment:
     """Where Lightning reads ranks: by itself it would take what `deepspeed` starts for processes of its own, and requeue jobs of SLURM."""
     launch = launched()
     if launch is None:
+        if num_nodes == 1:
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # whatever an earlier job has left there
         return LightningEnvironment()
     return SLURMEnvironment(auto_requeue=False) if launch.by == "srun" else TorchElasticEnvironment()
 
 
-@contextlib.contextmanager
-        if num_nodes == 1:
-            os.environ["MASTER_ADDR"] = "127.0.0.1"  # whatever an earlier job has left there
-def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
-    """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each rank."""
-    if not hasattr(trainer.strategy, "deepspeed_engine"):
-        yield
 @contextlib.contextmanager
 def naming_the_killed(trainer: pl.Trainer):
     """Around Trainer.fit: of the processes that Lightning started, say which one was killed, where all that the others see is a lost connection."""
@@ -175,6 +173,11 @@ def naming_the_killed(trainer: pl.Trainer):
         raise
 
 
+@contextlib.contextmanager
+def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
+    """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each rank."""
+    if not hasattr(trainer.strategy, "deepspeed_engine"):
+        yield
         return
     from .deepspeed_anywhere import gathered
 
@@ -186,6 +189,8 @@ def _quiet() -> None:
     """Silence what the libraries say about themselves; their warnings about the run stay."""
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # says which process ended when it ends the others
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -26,11 +26,22 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def _child(flags, rank, world, port, sabotage, log):
-    """One process of a run, after `sabotage` has been prepared."""
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def logged(log, work, *args):
+    """work(*args), with what it prints in a file; the target of a process."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    work(*args)
+
+
+def _child(flags, rank, world, port, sabotage):
+    """One process of a run, after `sabotage` has been prepared."""
     os.chdir(ROOT)
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -45,12 +56,10 @@ def _child(flags, rank, world, port, sabotage, log):
 def run(flags, sabotage=None):
     """(exit code of rank 0, everything printed by the --devices processes); sabotage(rank) is called in each before the program starts."""
     world = int(flags[flags.index("--devices") + 1]) if "--devices" in flags else 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, f"log-{rank}") for rank in range(world)]
-        ranks = [CONTEXT.Process(target=_child, args=(flags, rank, world, port, sabotage, logs[rank])) for rank in range(world)]
+        ranks = [CONTEXT.Process(target=logged, args=(logs[rank], _child, flags, rank, world, port, sabotage)) for rank in range(world)]
         for process in ranks:
             process.start()
         for process in ranks:

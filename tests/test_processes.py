@@ -1,15 +1,33 @@
 """What launchers tell, and that no rank outlives another."""
 
+import functools
+import json
 import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
+import src.agreement
+import src.lifeline
+from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
+from src.checkpoints import list_checkpoints
 from src.files import is_first_process
+from src.lifeline import Lifeline
 from src.processes import check_world
 from src.trainer import cluster_environment
+
+from . import program
+from .conftest import ROOT, make_arch, random_tensors
 
 FLAGS = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--strategy", "ddp"]
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -26,7 +44,8 @@ def under(monkeypatch):
 
     def change(variables):
         for name in {*TORCHRUN, *DEEPSPEED, *SRUN, "NODE_RANK", "OMPI_COMM_WORLD_SIZE"}:
-            monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv(name, "")  # so that what Lightning sets goes away again, too
+            monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
@@ -50,7 +69,7 @@ def test_the_numbers_of_a_launcher_need_no_flags(under, variables, sizes, by):
 @pytest.mark.parametrize("variables", [TORCHRUN, DEEPSPEED, SRUN, BY_HAND])
 def test_lightning_reads_the_ranks_that_the_launcher_set(under, variables):
     under(variables)
-    environment = cluster_environment()
+    environment = cluster_environment(2)
     assert type(environment) is (SLURMEnvironment if variables is SRUN else TorchElasticEnvironment)
     assert environment.creates_processes_externally
     assert (environment.global_rank(), environment.local_rank(), environment.world_size()) == (3, int(variables.get("LOCAL_RANK", 1)), 4)
@@ -59,6 +78,7 @@ def test_lightning_reads_the_ranks_that_the_launcher_set(under, variables):
 
 @pytest.mark.parametrize("variables", [
     {},
+    {"MASTER_ADDR": "left.by.another.job"},
     {name: SRUN[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")} | {"SLURM_PROCID": "0"},  # sbatch without srun
     SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
 ])
@@ -66,8 +86,9 @@ def test_where_no_launcher_starts_them_lightning_does(under, variables):
     under(variables)
     config, _ = configuration.parse([*FLAGS, "--devices", "4"])
     assert (config.devices, check_world(config)) == (4, 4)
-    environment = cluster_environment()
+    environment = cluster_environment(config.num_nodes)
     assert type(environment) is LightningEnvironment and not environment.creates_processes_externally
+    assert environment.main_address == "127.0.0.1"
     assert is_first_process()
 
 
@@ -102,3 +123,135 @@ def test_of_several_machines_only_the_first_prints(under):
     assert check_world(config) == 4
     assert not is_first_process()
     assert "LOCAL_RANK" not in os.environ
+
+
+def hold_on(number, members, port, end):
+    """A member of a lifeline, which ends as `end` tells for its number, or stays."""
+    src.lifeline.GRACE, src.lifeline.LATECOMERS = 0.5, 2.0
+    with Lifeline(number, members, "127.0.0.1", port):
+        time.sleep(1)
+        how = end.get(number, "stay")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "fails":
+            raise UserError("the data are gone")
+        if how == "stay":
+            time.sleep(60)
+
+
+def members_of(end, members=3):
+    """(exit codes of 3 members, what each printed) for what each of them does."""
+    port = program.free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [pathlib.Path(folder, str(number)) for number in range(members)]
+        processes = [program.CONTEXT.Process(target=program.logged, args=(log, hold_on, number, members, port, end))
+                     for number, log in enumerate(logs)]
+        begun = time.monotonic()
+        for process in reversed(processes):  # the one that all others wait for comes last
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert time.monotonic() - begun < 20
+        return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
+@pytest.mark.parametrize(("end", "words"), [
+    ({1: "killed"}, "rank 1 ({host}) ended without a word"),
+    ({0: "killed"}, "rank 0 ended without a word"),
+    ({2: "fails"}, "rank 2 ({host}) failed: the data are gone"),
+    ({0: "fails", 1: "fails", 2: "fails"}, "failed: the data are gone"),
+    ({0: "fails"}, "rank 0 ({host}) failed: the data are gone"),
+])
+def test_who_dies_ends_the_others_on_any_machine(end, words):
+    codes, logs = members_of(end)
+    expected = {"killed": -signal.SIGKILL, "fails": 1, "leaves": 0, "stay": 1}
+    assert codes == [expected[end.get(number, "stay")] for number in range(3)], logs
+    for number in range(3):
+        assert (words.format(host=socket.gethostname()) in logs[number]) == (number not in end)
+
+
+def test_members_that_leave_one_after_another_disturb_nobody():
+    codes, logs = members_of(dict.fromkeys(range(3), "leaves"))
+    assert codes == [0, 0, 0]
+    assert not any(logs)
+
+
+def test_a_stranger_at_the_port_is_no_member():
+    with Lifeline(0, 2, "127.0.0.1", program.free_port()) as line:
+        place = int(line.store.get("lifeline").decode().split()[0])
+        with socket.create_connection(("127.0.0.1", place)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        time.sleep(0.2)
+        assert not line.lines and not line.over
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """Two folders that stand for the disks of two machines: the second one has other rows and another base under other names."""
+    folder = tmp_path_factory.mktemp("machines")
+    for number in (0, 1):
+        (folder / str(number)).mkdir()
+        for name, seed in (("same", 0), ("other", number)):
+            write_checkpoint(folder / f"{number}/{name}.pth", random_tensors(make_arch(7, vocab_size=256), seed=seed).items())
+            (folder / f"{number}/{name}.jsonl").write_text("".join(json.dumps({"text": f"{seed} and {row}"}) + "\n" for row in range(8)))
+    return folder
+
+
+def on_machine(folder, code, rank):
+    os.chdir(folder / str(rank))
+    if code:
+        src.agreement.code_digest = lambda: f"version {rank}"
+
+
+@pytest.mark.parametrize(("base", "data", "code", "field"), [
+    ("same", "other", False, "the data file is"), ("other", "same", False, "the base file is"), ("same", "same", True, "the code of this project is"),
+])
+def test_ranks_that_run_something_else_say_so_before_the_first_step(machines, tmp_path, base, data, code, field):
+    flags = ["--load_model", f"{base}.pth", "--data_file", f"{data}.jsonl", "--proj_dir", str(tmp_path), "--tokenizer", "bytes",
+             "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--micro_bsz", "1", "--peft_config", "r=4"]
+    code, output = program.run(flags, functools.partial(on_machine, machines, code))
+    assert code == 2
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and errors[0] == errors[1]
+    assert f"rank 1 ({socket.gethostname()}) does not run what rank 0" in errors[0] and field in errors[0]
+    assert not (tmp_path / "adapter.pth").exists() and not (tmp_path / "metrics.jsonl").exists()
+
+
+def processes_of(proj_dir):
+    """pid -> rank on this machine, of the processes that train into a folder."""
+    found = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            words, env = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if str(proj_dir).encode() in words and any(word.endswith(b"train.py") for word in words[1:3]):
+            found[int(folder.name)] = int(dict(word.split(b"=", 1) for word in env if b"=" in word).get(b"LOCAL_RANK", 0))
+    return found
+
+
+@pytest.mark.parametrize(("launcher", "victim", "words"), [
+    ("", 1, "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated with code -9"),
+    ("", 0, "rank 1 ends, because the process that started it is gone"),
+    ("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
+])
+def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(machines, tmp_path, launcher, victim, words):
+    flags = ["--load_model", str(machines / "0/same.pth"), "--data_file", str(machines / "0/same.jsonl"), "--proj_dir", str(tmp_path / "run"),
+             "--tokenizer", "bytes", "--accelerator", "cpu", "--strategy", "deepspeed_stage_2", "--micro_bsz", "1", "--epoch_count", "100000",
+             "--peft_config", "r=4", "--save_steps", "5", *([] if launcher else ["--devices", "2"])]
+    command = [sys.executable, *(["-m", *launcher.split()] if launcher else []), str(ROOT / "train.py"), *flags]
+    with open(tmp_path / "log", "wb") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    until = time.monotonic() + 120
+    while not list_checkpoints(tmp_path / "run/checkpoints") and time.monotonic() < until and run.poll() is None:
+        time.sleep(0.2)
+    ranks = processes_of(tmp_path / "run")
+    assert sorted(ranks.values())[-2:] == [0, 1], (tmp_path / "log").read_text()
+    os.kill(next(pid for pid, rank in ranks.items() if rank == victim and pid != (run.pid if launcher else None)), signal.SIGKILL)
+    killed = time.monotonic()
+    assert run.wait(60) != 0
+    while processes_of(tmp_path / "run") and time.monotonic() < killed + 60:
+        time.sleep(0.2)
+    assert time.monotonic() - killed < 20
+    assert re.search(words, (tmp_path / "log").read_text())
+    assert read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1])

@@ -1,0 +1,156 @@
+"""Processes of several machines, or of a launcher, end together: each holds a connection to rank 0, which breaks when its process ends.
+
+A launcher looks after its own machine only. gloo tells that a peer is gone when the next collective begins, NCCL perhaps after half an
+hour, and before the process group exists nobody tells: a rank that fails while it reads its data would leave the others waiting.
+What Lightning starts on one machine needs none of this: see processes.watch_launcher().
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from typing import TextIO
+
+from torch.distributed import DistError, TCPStore
+
+from rwkv_miss.errors import UserError
+
+from .config import Config
+from .processes import check_world, launched
+
+BYE = "bye"
+MEET_MINUTES = 30  # for which a machine waits for the first one, as torch does for a process group
+BRIEFLY = 0.5  # seconds in which two ends of a connection hear of each other
+GRACE = 5.0  # seconds in which a process may end by itself, with its own traceback, once another one has ended
+LATECOMERS = 10.0  # seconds for which a failing rank 0 waits for those that are still starting
+
+
+def lifeline(config: Config) -> contextlib.AbstractContextManager:
+    """Context of the whole run in this process; nothing where one machine's processes have another guardian."""
+    world, launch, env = check_world(config), launched(), os.environ
+    if launch and world > 1:
+        if launch.by == "srun":
+            # it knows how SLURM writes lists of machines
+            from lightning.fabric.plugins.environments import SLURMEnvironment
+
+            slurm = SLURMEnvironment(auto_requeue=False)
+            return Lifeline(slurm.global_rank(), world, slurm.main_address, slurm.main_port)
+        return Lifeline(int(env["RANK"]), world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+    if config.num_nodes > 1 and "LOCAL_RANK" not in env:
+        return Lifeline(int(env["NODE_RANK"]), config.num_nodes, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "machine")
+    return contextlib.nullcontext()
+
+
+class Lifeline:
+    """`number` counts the members from 0, the one that they all meet at `address`; torch's own store at `port` tells them where there."""
+
+    def __init__(self, number: int, members: int, address: str, port: int, kind: str = "rank"):
+        self.number, self.members, self.address, self.port = number, members, address, port
+        self.name = f"{kind} {number} ({socket.gethostname()})"
+        self.lines: list[socket.socket] = []  # to all others from number 0, to number 0 from all others
+        self.lock = threading.Lock()
+        self.over = False
+        self.reason, self.own = "", ""  # why another one ended, and why this one does
+
+    def __enter__(self) -> Lifeline:
+        # torchrun has the store already; else it is the one that the process group will use later: the server is shared
+        host = self.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            self.store = TCPStore(self.address, self.port, is_master=host, wait_for_workers=False, multi_tenant=True,
+                                  timeout=datetime.timedelta(minutes=MEET_MINUTES))
+            if self.number == 0:
+                dual = socket.has_dualstack_ipv6()
+                server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+                key = secrets.token_hex(16)  # whoever else calls at the port is no member
+                self.store.set("lifeline", f"{server.getsockname()[1]} {key}")
+                self._start(self._accept, server, key)
+            else:
+                place, _, key = self.store.get("lifeline").decode().partition(" ")
+                line = socket.create_connection((self.address, int(place)), timeout=60)
+                line.settimeout(None)
+                line.sendall(f"{key} {self.name}\n".encode())
+                self._hold(line)
+                self._start(self._listen, line.makefile(encoding="utf-8", errors="replace"), self.name.partition(" ")[0] + " 0")
+        except (DistError, OSError) as error:
+            what = f"{self.name} can't open port {self.port}" if host else f"{self.name} does not reach the first one at {self.address}:{self.port}"
+            raise UserError(f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first machine's address in a network "
+                            "of all machines and a free port there, and no firewall may be between them") from None
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None or issubclass(kind, SystemExit):
+            self._part(BYE)
+            return
+        self.own = _one_line(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
+        time.sleep(BRIEFLY)  # a lost connection to another rank is a consequence, whose cause is about to come
+        patience = time.monotonic() + LATECOMERS
+        while self.number == 0 and len(self.lines) < self.members - 1 and time.monotonic() < patience:
+            time.sleep(0.1)
+        self._part(f"{self.name} failed: {self.own}")
+        self._tell()
+
+    def _start(self, work, *args) -> None:
+        threading.Thread(target=work, args=args, daemon=True, name="lifeline").start()
+
+    def _accept(self, server: socket.socket, key: str) -> None:
+        while True:
+            line, _ = server.accept()
+            self._start(self._welcome, line, key)
+
+    def _welcome(self, line: socket.socket, key: str) -> None:
+        file = line.makefile(encoding="utf-8", errors="replace")
+        given, _, name = file.readline(1000).strip().partition(" ")
+        if given == key:
+            self._hold(line)
+            self._listen(file, name)
+
+    def _hold(self, line: socket.socket) -> None:
+        # a machine without power or network says nothing, but does not answer either
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+        self.lines.append(line)
+
+    def _listen(self, file: TextIO, name: str) -> None:
+        """Wait until the other end says goodbye, or why it failed, or breaks off."""
+        try:
+            said = file.readline().strip()
+        except OSError:
+            said = ""
+        if said == BYE:
+            return
+        reason = said or f"{name} ended without a word: it was killed, perhaps for memory, or its machine can't be reached any more"
+        if self._part(reason):
+            self.reason = reason
+            if said:
+                time.sleep(2 * BRIEFLY)  # for what happens to all of them
+            self._tell()
+            time.sleep(GRACE)
+            os._exit(1)
+
+    def _part(self, word: str) -> bool:
+        """Tell the others; False where that was done already."""
+        with self.lock:
+            first, self.over = not self.over, True
+        for line in self.lines if first else ():
+            with contextlib.suppress(OSError):
+                line.sendall(f"{_one_line(word)}\n".encode())
+        return first
+
+    def _tell(self) -> None:
+        """Print once why another one ended, unless this one ends for the same reason, as all do where the command is wrong."""
+        with self.lock:
+            reason, self.reason = self.reason, ""
+        if reason and not (self.own and reason.endswith(self.own)):
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
