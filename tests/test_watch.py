@@ -10,6 +10,7 @@ import random
 import shlex
 import shutil
 import sys
+import time
 import types
 
 import numpy as np
@@ -25,6 +26,7 @@ from src.forgetting import sections
 from src.generate import Sampling, stream
 from src.held_out import evaluation_batches, hold_out, questions, undisturbed
 from src.model import RWKV
+from src.run_card import card
 from src.tokenizer import load_tokenizer
 
 from . import program
@@ -235,8 +237,16 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
 
 
 def scripted(losses, rank):
-    """Validation losses by step."""
-    watch.validation_loss = lambda trainer, batches: losses[trainer.global_step]
+    """Validation losses by step, each of which takes an hour."""
+    clock, hours = time.perf_counter, 0
+
+    def loss(trainer, batches):
+        nonlocal hours
+        hours += 1
+        return losses[trainer.global_step]
+
+    watch.validation_loss = loss
+    time.perf_counter = lambda: clock() + 3600 * hours
 
 
 LOSSES = [9.0, 5.0, 4.0, 4.5, float("nan"), 4.0, 3.0]
@@ -266,6 +276,8 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
+    seconds = [json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert max(seconds) < 3600, "an evaluation is no part of a step"
     for name in ("validation.jsonl", "adapter.pth", "best.pth"):
         assert (whole / name).suffix == ".pth" or (whole / name).read_text() == (proj_dir / name).read_text()
         assert (whole / name).suffix != ".pth" or same_tensors(whole / name, proj_dir / name)
@@ -348,6 +360,20 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     expected = moved(RWKV.load(files / "base.pth"), tuned(files, proj_dir / "adapter.pth"))
     assert end["forgetting"] == pytest.approx(expected, rel=1e-4) and list(expected) == ["English", "Chinese", "Code", "Arithmetic", "all"]
     assert expected["all"] > 0.01 and f"| all | {end['forgetting']['all']:.4f} |" in text
+
+
+def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_terminal_or_the_layout():
+    metrics = [{"seconds": 2.0, "tokens": 100, "trained_tokens": 30}, {"seconds": 3.0, "tokens": 150, "trained_tokens": 40}]
+    samples = [[{"prompt": "q\x1b[1m\n\n# q", "answer": f"{step}\0|`", "right": "```"}, {"prompt": "p", "answer": "", "right": "r"}]
+               for step in (0, 9)]
+    history = [{"step": step, "loss": loss, "samples": s} for step, loss, s in zip((0, 9), (2.0, None), samples)]
+    summary = {"steps": 9, "planned_steps": 12, "loss_first": 2.0, "loss_last": 1.5, "output": "out/adapter.pth", "forgetting": {}}
+    text = card(Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, metrics, history)
+    for words in ("### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\nafter:\n\n    9␀|`\n",
+                  "after:\n\n    (nothing)\n", "| steps | 9 of 12 |", "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
+                  "| loss per token, nats | 2.0000 | not finite |", "| peak memory | not measured", "The tokenizer has no tokens for the fixed text"):
+        assert words in text
+    assert not any(ord(letter) < 32 and letter != "\n" for letter in text)
 
 
 def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run_was_resumed(files, tmp_path):
