@@ -18,7 +18,7 @@ def main() -> None:
         parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
         parser.add_argument("--model", required=True)
         parser.add_argument("--adapter")
-        parser.add_argument("--questions", required=True, help='JSONL of {"messages": [...]} that end with the right answer')
+        parser.add_argument("--questions", required=True, help="questions and right answers, in any format of train.py's --data_file")
         parser.add_argument("--tokenizer", default="auto")
         parser.add_argument("--eod", default="")
         parser.add_argument("--template", default="auto")

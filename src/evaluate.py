@@ -10,18 +10,18 @@ from rwkv_miss.errors import UserError
 
 from .formats import read_rows
 from .model import RWKV, LayerState, State
-from .template import DEFAULT, Template, answer_text
+from .template import DEFAULT, Template, answer_text, thoughts_of
 
 
 def read_questions(path, template: Template = DEFAULT) -> list[tuple[list[str], str]]:
-    """(the pieces of the prompt, the right answer) of every row: {"messages": [..., {"role": "assistant", "content": answer}]}."""
+    """(the pieces of the prompt, the right answer without its thoughts) of every row {"messages": [..., {"role": "assistant", ...}]}."""
     questions = []
     for where, row in read_rows(path):
         if "messages" not in row:
-            raise UserError(f"{where}: expected messages that end with the right answer, got text")
+            raise UserError(f"{where}: expected messages, or a question and its answer; got {' and '.join(row)}")
         *before, answer = row["messages"]
         pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
-        questions.append((pieces, answer["content"].strip()))
+        questions.append((pieces, thoughts_of(answer)[1]))
     return questions
 
 

@@ -2,6 +2,7 @@
 
 import builtins
 import functools
+import json
 import random
 import string
 import subprocess
@@ -13,10 +14,11 @@ import torch
 
 import rwkv_miss
 from demo import chat
+from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
-from src.evaluate import exact_accuracy, greedy_answers
+from src.evaluate import exact_accuracy, greedy_answers, read_questions
 from src.generate import Conversation, Sampling, sample, stream
-from src.model import RWKV
+from src.model import RWKV, LayerState
 from src.template import DEFAULT
 from src.tokenizer import load_tokenizer
 
@@ -296,6 +298,30 @@ def test_the_state_after_a_stop_is_that_of_the_shown_text(model, letters):
     assert "".join(pieces) == " no."
     with torch.no_grad():
         close_states(state, model(torch.tensor([tokenizer.encode("User: q no.")]))[1])
+
+
+class ScriptedBatch(Scripted):
+    """With a state as a model's, which answers made together are put into."""
+
+    def next_logits(self, ids, state=None):
+        return super().next_logits(ids, None)[0], [LayerState(*[torch.zeros(1, 1)] * 3)]
+
+
+def test_an_answer_in_utf16_ends_at_a_whole_unit():
+    """The end of document, U+0000, and not two zeros of neighbouring characters."""
+    tokenizer = load_tokenizer("utf16", 256)
+    model = ScriptedBatch(tokenizer, [*tokenizer.encode("aĀb"), *tokenizer.eod, *tokenizer.encode("more")])
+    assert greedy_answers(model, tokenizer, [tokenizer.encode("q")], 20) == ["aĀb"]
+
+
+def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n 4 "}]
+    rows.write_text(json.dumps({"messages": turns}) + '\n{"question": "q", "answer": "a"}\n')
+    assert read_questions(rows) == [(["User: 2+2\n\nAssistant:"], "4"), (["User: q\n\nAssistant:"], "a")]
+    rows.write_text('{"prompt": "q", "completion": "a"}\n')
+    with pytest.raises(UserError, match="rows.jsonl, line 1: expected messages, or a question and its answer; got prompt and completion"):
+        read_questions(rows)
 
 
 def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
