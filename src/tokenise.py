@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import tempfile
@@ -37,6 +38,8 @@ SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is
 LARGE = 256 << 20  # bytes from which other processes help: each takes about 3 s of CPU to start, in which one does 40 MB
 CHUNK = 256  # rows that a process gets at a time
 UNUSED_DAYS = 30
+MAKING = ".making-"  # how a folder's name begins that becomes an entry
+ENTRY = re.compile(r"[0-9a-f]{24}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +141,7 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
                 return found
             _remove_old(folder)
             begun = time.perf_counter()
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".", ignore_cleanup_errors=True) as work:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=MAKING, ignore_cleanup_errors=True) as work:
                 whole = pathlib.Path(work, "whole")
                 _write(chunks(), whole)
                 (whole / "found.json").write_text(json.dumps(report.files[source.path].to_json()))
@@ -173,7 +176,7 @@ def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: 
             digest.update(f"{os.path.basename(file)} {os.path.getsize(file)} ".encode())
             while block := content.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()[:24]
+    return digest.hexdigest()[:24]  # as ENTRY
 
 
 def _version(package: str) -> str:
@@ -265,9 +268,9 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
 
 
 def _remove_old(folder: pathlib.Path) -> None:
-    """Delete what has not been used for UNUSED_DAYS, and what a killed process left."""
+    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left; other things in the folder are not ours."""
     for entry in folder.iterdir():
+        days = UNUSED_DAYS if ENTRY.fullmatch(entry.name) else 1 if entry.name.startswith(MAKING) else None
         with contextlib.suppress(OSError):
-            days = (time.time() - entry.stat().st_mtime) / 86400
-            if entry.is_dir() and days > (1 if entry.name.startswith(".") else UNUSED_DAYS):
+            if days and entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86400:
                 shutil.rmtree(entry, ignore_errors=True)
