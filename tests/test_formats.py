@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import os
-import struct
 import sys
 import types
 
@@ -15,8 +14,10 @@ from rwkv_miss import UserError
 from src import tokenise
 from src.config import Config
 from src.data import load_documents
-from src.formats import Found, Reading, Report, binidx, read_rows, sample, sources
+from src.formats import Found, Reading, Report, read_rows, sample, sources
 from src.tokenizer import load_tokenizer
+
+from .test_binidx import write_binidx
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 CHATS = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "二🙂"}]}]
@@ -282,93 +283,6 @@ def test_a_file_that_cannot_be_read_on_is_an_error(read, name, content, message)
 def test_what_follows_a_break_is_not_skipped(read, name, content):
     """It cannot be told which rows are lost."""
     assert mistake(read, content, name, Report("skip")) == mistake(read, content, name)
-
-
-# binidx
-
-
-def write_binidx(prefix, pieces, boundaries, code=8, version=1, magic=b"MMIDIDX\x00\x00"):
-    """By the specification, with struct alone."""
-    kind = {8: "H", 4: "i", 5: "q"}[code]
-    data = b"".join(struct.pack(f"<{len(piece)}{kind}", *piece) for piece in pieces)
-    sizes = [len(piece) for piece in pieces]
-    places = [sum(sizes[:i]) * struct.calcsize(kind) for i in range(len(sizes))]
-    with open(f"{prefix}.bin", "wb") as file:
-        file.write(data)
-    with open(f"{prefix}.idx", "wb") as file:
-        file.write(magic + struct.pack("<QBQQ", version, code, len(sizes), len(boundaries)))
-        file.write(struct.pack(f"<{len(sizes)}i", *sizes) + struct.pack(f"<{len(sizes)}q", *places))
-        file.write(struct.pack(f"<{len(boundaries)}q", *boundaries))
-
-
-def ids(rows):
-    assert all(row["ids"].dtype == np.int32 and list(row) == ["ids"] for row in rows)
-    return [row["ids"].tolist() for row in rows]
-
-
-@pytest.mark.parametrize("pieces, boundaries, eod, documents", [
-    ([[5, 6, 0], [7, 0], [65535, 8, 0]], [0, 1, 2, 3], (0,), [[5, 6], [7], [65535, 8]]),  # as json2binidx --append-eod writes it
-    ([[5, 6], [7], [8]], [0, 1, 2, 3], (0,), [[5, 6], [7], [8]]), ([[5, 6], [7], [8]], [0], (0,), [[5, 6], [7], [8]]),
-    ([[5, 6], [7], [8]], [0, 2, 3], (0,), [[5, 6, 7], [8]]), ([[5, 6], [7], [8]], [1, 2], (0,), [[5, 6], [7], [8]]),
-    ([[5, 0, 6, 0, 0, 7]], [0, 1], (0,), [[5], [6], [7]]), ([[0, 5, 0]], [0, 1], (0,), [[5]]), ([[0], [], [5]], [0, 1, 2, 3], (0,), [[5]]),
-    ([[5, 0, 6]], [0, 1], (9,), [[5, 0, 6]]), ([[1, 0, 0, 2, 0, 0, 3, 4, 0, 0]], [0, 1], (0, 0), [[1, 0, 0, 2], [3, 4]]),
-], ids=str)
-@pytest.mark.parametrize("code", [8, 4])
-def test_binidx(read, monkeypatch, code, pieces, boundaries, eod, documents):
-    write_binidx("data", pieces, boundaries, code)
-    for name in ("data", "data.bin", "data.idx"):
-        report = Report()
-        assert ids([row for _, row in read_rows(name, report, eod=eod)]) == documents
-        assert report.lines() == [f"format     {name}: binidx, {len(documents)} row{'s' * (len(documents) > 1)}"]
-    monkeypatch.setattr(binidx, "CHUNK", 2)
-    assert ids([row for _, row in read_rows("data", eod=eod)]) == documents
-
-
-@pytest.mark.parametrize("vocab_size, code", [(256, 8), (65536, 8), (65537, 4)])
-def test_binidx_is_written_as_the_specification_has_it(read, vocab_size, code):
-    documents = [[5, 6, 0], [vocab_size - 1, 0], [7] * 1000]
-    writer = binidx.Writer("ours", vocab_size)
-    for document in documents:
-        writer.add(document)
-    assert not os.path.exists("ours.bin") and not os.path.exists("ours.idx"), "nothing half-written"
-    writer.close()
-    write_binidx("theirs", documents, [0, 1, 2, 3], code)
-    for suffix in ("bin", "idx"):
-        assert open(f"ours.{suffix}", "rb").read() == open(f"theirs.{suffix}", "rb").read()
-    writer = binidx.Writer("ours", vocab_size)
-    writer.add([1])
-    writer.discard()
-    assert sorted(os.listdir()) == ["ours.bin", "ours.idx", "theirs.bin", "theirs.idx"]
-    assert ids([row for _, row in read_rows("ours")]) == [[5, 6], [vocab_size - 1], [7] * 1000]
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda b, i: (b, i[:-1]), "data.idx has 81 bytes, expected 82 for 2 pieces and 3 boundaries; is it truncated?"),
-    (lambda b, i: (b, i[:20]), "data.idx is no index of RWKV-LM's binidx data"), (lambda b, i: (b, b""), "data.idx is no index"),
-    (lambda b, i: (b, b"PK" + i[2:]), "it begins with b'PKIDIDX"), (lambda b, i: (b[:-1], i), "points outside of data.bin, which has 7 bytes"),
-    (lambda b, i: (b"", i), "which has 0 bytes"), (lambda b, i: (b, i[:9] + b"\x02" + i[10:]), "has version 2 and type code 8"),
-    (lambda b, i: (b, i[:17] + b"\x07" + i[18:]), "type code 7; expected version 1 and code 8 (uint16) or 4 (int32)"),
-    (lambda b, i: (b, i[:18] + b"\xff" * 8 + i[26:]), "for 18446744073709551615 pieces"),
-    (lambda b, i: (b, i[:34] + b"\xff" * 4 + i[38:]), "points outside of"), (lambda b, i: (b, i[:42] + b"\x01" + i[43:]), "points outside of"),
-    (lambda b, i: (b, i[:49] + b"\x7f" + i[50:]), "points outside of"),
-    (lambda b, i: (b, i[:-8] + b"\x09" + i[-7:]), "document boundaries are not ascending numbers of pieces, up to 2"),
-    (lambda b, i: (b, i[:-1] + b"\xff"), "document boundaries are not ascending"),
-])
-def test_damaged_binidx(read, tmp_path, damage, words):
-    write_binidx("data", [[5, 6], [7, 8]], [0, 1, 2])
-    files = [tmp_path / "data.bin", tmp_path / "data.idx"]
-    for file, content in zip(files, damage(*[file.read_bytes() for file in files])):
-        file.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        list(read_rows("data"))
-    assert words in str(caught.value)
-
-
-def test_negative_ids_are_a_bad_row(read):
-    write_binidx("data", [[5, -6], [7]], [0, 1, 2], code=4)
-    report = Report("skip")
-    assert ids([row for _, row in read_rows("data", report)]) == [[7]]
-    assert report.files["data"].reasons == ["data.bin, document 1: an id is negative, -6"]
 
 
 # tables of other programs
