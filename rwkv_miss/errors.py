@@ -3,8 +3,12 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import os
 import sys
+
+# what a machine refuses whoever asks: no mistake of the program
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO)
 
 
 class UserError(ValueError):
@@ -13,10 +17,14 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Print a UserError as `error: ...` on stderr and exit with code 2; any other exception is a bug and keeps its traceback.
+    """Print a UserError, or what the machine refuses, as `error: ...` on stderr and exit with code 2; any other exception is a bug and keeps
+    its traceback.
 
-    Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells have for it, 141.
+    Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells have for it, 141. What the
+    terminal's encoding has no character for is shown as an escape.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
@@ -30,6 +38,11 @@ def one_line_errors():
         sys.exit(130)
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print("error:", f"{error.filename}: {error.strerror}" if error.filename else error.strerror, file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,11 +1,14 @@
 """How programs end before they have begun, and when nobody reads them any more."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from rwkv_miss.errors import one_line_errors
 
 from .conftest import ROOT
 
@@ -52,3 +55,18 @@ def test_a_reader_that_has_gone_ends_the_program_without_a_word(program):
     done = run(["-m", *program], stdout=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_without_the_characters_shows_escapes(tmp_path):
+    shutil.copy(ROOT / "demo/rwkv7-reverse.pth", tmp_path / "模型 a.pth")
+    done = run(["-m", "rwkv_miss", "inspect", str(tmp_path / "模型 a.pth")], env=os.environ | {"PYTHONIOENCODING": "latin-1"}, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and "\\u6a21\\u578b a.pth: " in done.stdout and done.stderr == ""
+
+
+def test_what_the_machine_refuses_is_one_line_and_a_mistake_of_ours_is_not(tmp_path, capsys):
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        open(path)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {path}: File name too long\n"
+    with pytest.raises(FileNotFoundError), one_line_errors():
+        open(tmp_path / "absent")
