@@ -42,11 +42,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise UserError("expected --max_tokens >= 1, --top_k >= 0, --temperature >= 0 and 0 < --top_p <= 1")
+    if not math.isfinite(args.presence_penalty) or not math.isfinite(args.frequency_penalty):
+        raise UserError("expected finite numbers for --presence_penalty and --frequency_penalty")
+    if not -(2**63) <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
     if args.prompt == "":
         raise UserError("--prompt is empty")
     if args.raw and not args.prompt:
         raise UserError("--raw needs --prompt")
+    for text in (args.prompt, args.system):
+        check_typed(text or "")
     return args
+
+
+def check_typed(text: str) -> None:
+    """UserError for what a shell or a terminal gave in another encoding than Python expects."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"what was typed is no {sys.stdin.encoding} text; if it is UTF-8, set PYTHONUTF8=1") from None
 
 
 def show(pieces) -> None:
@@ -79,6 +93,7 @@ def converse(chat: Conversation, max_tokens: int) -> None:
             text = input("User: " if sys.stdin.isatty() else "").strip()
             if not text:
                 return
+            check_typed(text)
             print(f"Assistant:{chat.template.opening}", end="")
             show(chat.answer(text, max_tokens))
         except UserError as error:

@@ -41,10 +41,15 @@ def main() -> None:
     parser.add_argument("--heldout_out", required=True)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if args.rows < 1 or args.heldout < 1:
+        parser.error(f"--rows {args.rows} and --heldout {args.heldout}: there must be at least 1 of each")
     heldout = rows(args.task, args.heldout, args.seed)
     questions = {message["content"].split()[-1] for row in heldout for message in row["messages"] if message["role"] == "user"}
-    write(args.heldout_out, heldout)
-    write(args.out, rows(args.task, args.rows, args.seed + 1, questions))
+    try:
+        write(args.heldout_out, heldout)
+        write(args.out, rows(args.task, args.rows, args.seed + 1, questions))
+    except OSError as error:
+        parser.error(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 
 
 if __name__ == "__main__":

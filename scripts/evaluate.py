@@ -27,6 +27,8 @@ def main() -> None:
         args = parser.parse_args()
         if args.max_tokens < 1:
             raise UserError(f"--max_tokens {args.max_tokens}: must be at least 1")
+        if args.show < 0:
+            raise UserError(f"--show {args.show}: must not be negative")
         model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision="fp32")
         template = recorded_template(args.template, tokenizer, args.adapter, args.model)
         questions = read_questions(args.questions, template)

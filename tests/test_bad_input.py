@@ -227,7 +227,9 @@ def test_a_model_with_too_few_ids(refused, folder):
 
 @pytest.mark.parametrize("values, words", [
     ({"modle": "x"}, "unknown flag --modle; did you mean --model?"), ({"model": None}, "required: --model"),
-    ({"temperature": "nan"}, "--temperature >= 0"),
+    ({"temperature": "nan"}, "--temperature >= 0"), ({"presence_penalty": "nan"}, "expected finite numbers"),
+    ({"frequency_penalty": "-inf"}, "expected finite numbers"), ({"seed": 2**63}, "--seed 9223372036854775808: expected"),
+    ({"system": "\udcff"}, "text; if it is UTF-8, set PYTHONUTF8=1"),
     ({"top_p": 0}, "0 < --top_p <= 1"), ({"top_k": -1}, "--top_k >= 0"), ({"max_tokens": 0}, "--max_tokens >= 1"),
     ({"max_tokens": "x"}, "invalid int"),
     ({"prompt": ""}, "--prompt is empty"), ({"tokenizer": "auto"}, "give --tokenizer"), ({"wkv": "x"}, "--wkv x: expected one of auto"),
