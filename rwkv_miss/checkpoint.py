@@ -173,11 +173,13 @@ def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
 
 def _head(path, count: int) -> bytes:
     """The first bytes of a file; the door at which a path that can't be read is refused."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is no regular file")  # a pipe can be read once, and who waits for it waits for ever
     try:
         with open(path, "rb") as file:
             head = file.read(count)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist" + ("; nothing is downloaded: fetch it first" if "://" in str(path) else "")) from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     if not head:

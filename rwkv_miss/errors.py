@@ -53,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str):
+        if message.startswith("unrecognized arguments"):
+            message += "; a flag takes one value, between quotes where it has spaces"
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def parse_known_args(self, args=None, namespace=None):

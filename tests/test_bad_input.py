@@ -164,6 +164,9 @@ def test_damaged_files(refused, folder, tmp_path, program, flag):
     assert not (tmp_path / "ran").exists()
     assert "absent.pth does not exist" in refused(program, **{flag: tmp_path / "absent.pth"})
     assert "can't be read: Is a directory" in refused(program, **{flag: tmp_path})
+    assert "https://h/a.pth does not exist; nothing is downloaded" in refused(program, **{flag: "https://h/a.pth"})
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is no regular file" in refused(program, **{flag: tmp_path / "pipe"})
 
 
 def test_the_trap_works(tmp_path):

@@ -373,9 +373,12 @@ def test_several_files_with_weights(read, tmp_path):
     assert [(s.path, s.weight) for s in sources("a.jsonl:2, d:2:0.5,d:2")] == [("a.jsonl", 2), ("d:2", 0.5), ("d:2", 1)]
     assert [row for _, row in read_rows("a.jsonl:3,d:2")] == [{"text": "a.jsonl"}, {"text": "d:2"}]
     assert len(list(read_rows("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == ["format     a.jsonl: JSONL, 1 row, text"]
+    os.mkfifo("pipe")
     for spec, words in (("a.jsonl:0", "a weight is a number above 0, such as 2"), ("a.jsonl:-1", "got -1"), ("a.jsonl:nan", "got nan"),
                         ("a.jsonl:inf", "got inf"), ("a.jsonl:1.2.3", "got 1.2.3"), ("a.jsonl,,d:2", "a name is missing"),
-                        ("absent.jsonl:2", "data file absent.jsonl can't be read: No such file"), ("a.jsonl:two", "a.jsonl:two can't be read")):
+                        ("absent.jsonl:2", "data file absent.jsonl can't be read: No such file"), ("a.jsonl:two", "a.jsonl:two can't be read"),
+                        ("*.jsonl", "*.jsonl can't be read: no pattern is expanded; give the folder"), ("pipe", "it is no regular file"),
+                        ("https://h/a.jsonl", "https://h/a.jsonl can't be read: no address is downloaded from")):
         with pytest.raises(UserError) as caught:
             sources(spec)
         assert words in str(caught.value)

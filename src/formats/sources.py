@@ -137,6 +137,8 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     prefix = binidx.prefix_of(path)
     if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
         return Source(path, "binidx", 1.0, functools.partial(binidx.documents, prefix), (prefix + ".bin", prefix + ".idx"))
+    if problem := _no_file(path):
+        raise UserError(f"data file {path} can't be read: {problem}")
     suffix = _suffix(path)
     if suffix in (".bin", ".idx"):
         raise UserError(f"data file {path} can't be read: binidx data are two files, and {'.idx' if suffix == '.bin' else '.bin'} or both are absent")
@@ -151,6 +153,17 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
         sample = file.read(SAMPLE)
     name, read = _text_format(path, suffix, sample, fields)
     return Source(path, name, 1.0, lambda eod: read(path), (path,))
+
+
+def _no_file(path: str) -> str:
+    """What a name stands for that a person takes for a file's."""
+    if os.path.exists(path):
+        return "" if os.path.isfile(path) else "it is no regular file; data are read more than once, so save them as one"
+    if "://" in path:
+        return "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging Face hub"
+    if re.search(r"[*?]|\[.*\]", path):
+        return "no pattern is expanded; give the folder, or files with commas between them"
+    return ""
 
 
 def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> tuple[str, Callable[[str], Iterator[text.Record]]]:
