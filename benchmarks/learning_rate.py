@@ -45,7 +45,7 @@ def train(config: Config, documents: Documents, steps: int, lr: float) -> tuple[
     state_lr = state_learning_rate(dataclasses.replace(config, state_lr=lr))
     groups = parameter_groups(model, rwkv_miss.METHODS[config.peft].default_lr if state_lr else lr, 0.0, state_lr)
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps)
-    factor = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps, lr))
+    factor = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(dataclasses.replace(config, lr_init=lr), steps))
     losses = []
     for batch in Batches(documents, make_schedule(documents, config, 1), steps, 0):
         loss = rows_loss(model, batch, chunks_of(config)) / batch["step_targets"]

@@ -26,7 +26,7 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config()).injection.trainable
     recomputed, kept = (
-        memory_parts(arch, Config(micro_bsz=1, grad_cp=grad_cp), "gpu", "cuda", "bf16", ROW, ROW) for grad_cp in (True, False)
+        memory_parts(arch, Config(micro_bsz=1, grad_cp=grad_cp), "gpu", "cuda", "bf16", ROW, ROW) for grad_cp in (1, 0)
     )
     adapter = sum(recomputed[part] for part in ("trained", "gradients", "Adam"))
     columns = [recomputed["base"], adapter, sum(recomputed.values()), sum(kept.values())]

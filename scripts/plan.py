@@ -26,29 +26,18 @@ with importing():
     from src.calibrate import measured_speed
     from src.choices import cheapest_fix
     from src.config import Config
-    from src.data import Schedule, make_schedule
-    from src.device import choose_accelerator, choose_precision
-    from src.memory import USABLE, free_memory, largest_batch, memory_parts, needed, parse_size
-    from src.run import read_data
+    from src.data import Schedule
+    from src.memory import USABLE, needed, parse_size
+    from src.prepare import Device, choose_device, device_here, estimate, memory_of, plan_steps, read_data
     from src.template import recorded_template
     from src.words import counted, duration_text, size_text
+
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """Where the run would be: `here` is False for one that is only described."""
-
-    accelerator: str
-    precision: str
-    kernel: str
-    memory: int  # bytes
-    here: bool
-
-
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """(this program's own flags, the run's settings)"""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
+    """(this program's own flags, the run's settings, where they come from)"""
     parser = configuration.flag_parser("python -m scripts.plan", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the plan alone")
     own.add_argument("--memory", default="", metavar="SIZE", help="memory of one device, such as 24GB [what is free on the one at hand]; with it, "
@@ -58,9 +47,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     own.add_argument("--json", action="store_true", default=False, help="a last line for machines")
     given = configuration.read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, _ = configuration.settle(given)
+    config, origins = configuration.settle(given)
     configuration.validate(config)
-    return ours, config
+    return ours, config, origins
 
 
 def main() -> None:
@@ -68,61 +57,57 @@ def main() -> None:
         sys.exit(plan(*parse(sys.argv[1:])))
 
 
-def plan(ours: argparse.Namespace, config: Config) -> int:
+def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Print the plan; 0 if the run fits, else 1."""
     arch, tokenizer = read_base(config)
-    device = describe_device(ours.memory, config, arch)
-    template = recorded_template(config.template, tokenizer, config.load_model)
-    documents, _, found = read_data(config, tokenizer, template)
-    world = config.devices * config.num_nodes
-    schedule = make_schedule(documents, config, world)
+    device = planned_device(ours.memory, config, arch.head_size)
+    choose_device(config, origins, device)
+    data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))
+    documents, world = data.documents, config.devices * config.num_nodes
+    memory = memory_of(device, world)
+    schedule = plan_steps(config, origins, arch, device, documents)
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
 
-    def parts_of(changed: Config) -> dict[str, float]:
-        precision = device.precision if changed.precision == "auto" else changed.precision
-        return memory_parts(arch, changed, device.accelerator, device.kernel, precision, *largest_batch(schedule, changed))
-
     def fits(changed: Config) -> bool:
-        return needed(parts_of(changed), changed, device.accelerator) <= USABLE * device.memory
+        return needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * memory
 
-    parts = parts_of(config)
-    fix = cheapest_fix(config, device.precision, max(schedule.lengths), fits)
+    parts = estimate(config, arch, schedule)
+    fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     speed, source = find_speed(ours, config, arch, device, schedule)
     tokens = steps / schedule.steps_per_pass * sum(schedule.lengths)
     model = model_on_meta(arch, config)
     print(f"base       {config.load_model or 'new model'}: {arch.describe()}")
     print(f"adapter    {describe.training(config, model)}")
-    print(*found.lines(), *describe.data(config, documents, schedule), sep="\n")
+    print(*data.found.lines(), *describe.data(config, documents, schedule), sep="\n")
     print(f"plan       {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
           f"{schedule.accumulate} x devices {world}), {steps / schedule.steps_per_pass:.3g} passes over the data")
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")
+    print(*describe.chosen(config, origins), sep="\n")
     print("memory     of one process, estimated" if device.accelerator == "cpu" else "memory     of one GPU, estimated")
     for name, size in parts.items():
         print(f"           {name:<12} {size_text(size):>10}")
     total = needed(parts, config, device.accelerator)
-    print(f"           together     {size_text(total):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count")
+    print(f"           together     {size_text(total):>10}; there are {size_text(memory)}, of which {USABLE:.0%} count")
     print(f"time       {describe_time(tokens, speed, source)}")
     print(f"verdict    {describe_fix(fix, config)}")
     if ours.json:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(json.dumps({
             "parameters": sum(p.numel() for p in model.parameters()), "trained_parameters": trained, "memory": {k: int(v) for k, v in parts.items()},
-            "memory_together": int(total), "memory_there": device.memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
+            "memory_together": int(total), "memory_there": memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
             "tokens": int(tokens), "steps": steps, "tokens_per_second": speed, "seconds": tokens / speed if speed else None, "speed_from": source,
         }))
     return 0 if fix == {} else 1
 
 
-def describe_device(memory: str, config: Config, arch: Arch) -> Device:
+def planned_device(memory: str, config: Config, head_size: int) -> Device:
     """The device at hand, or the one that --memory and --accelerator gpu describe: a GPU with bf16 and tensor cores."""
-    if memory and config.accelerator == "gpu":
-        kernel = "cuda" if config.wkv == "auto" and not ops.head_size_problem(arch.head_size) else config.wkv
-        precision = "bf16" if config.precision == "auto" else config.precision
-        return Device("gpu", precision, "torch" if kernel == "auto" else kernel, parse_size(memory), False)
-    accelerator = choose_accelerator(config.accelerator, config.devices)
-    precision, _ = choose_precision(config.precision, accelerator, config.strategy)
-    kernel, _ = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
-    return Device(accelerator, precision, kernel, parse_size(memory) if memory else free_memory(accelerator), True)
+    size = parse_size(memory) if memory else 0
+    if not size or config.accelerator != "gpu":
+        return dataclasses.replace(device_here(config, head_size), memory=size)
+    kernel = config.wkv if config.wkv != "auto" else "torch" if ops.head_size_problem(head_size) else "cuda"
+    precision = "bf16" if config.precision == "auto" else config.precision
+    return Device("gpu", precision, "a GPU of today", kernel, "the fastest kernel", size, here=False)
 
 
 def find_speed(ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule) -> tuple[float, str]:

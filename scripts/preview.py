@@ -25,8 +25,9 @@ with importing():
     from rwkv_miss.errors import UserError, one_line_errors
     from src import config as configuration
     from src import describe
+    from src.choices import longest_uncut, row_length
     from src.config import Config
-    from src.data import Document, Documents, fit, pack
+    from src.data import Document, Documents, Loaded, fit, pack
     from src.formats import Reading, Report, read_source, sample, sources
     from src.lint import Lint
     from src.model import read_model_file
@@ -69,7 +70,7 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.ndarray]:
     """Read everything: findings, what the files are, the tokens of all rows that can be used, each once, and which of them a pass sees."""
-    lint, report, reading = Lint(encoder, config.ctx_len), Report("skip"), Reading.of(config)
+    lint, report, reading = Lint(encoder, longest_uncut(config)), Report("skip"), Reading.of(config)
     chosen = []
     for number, source in enumerate(sources(config.data_file, reading, report.notes)):
         before = len(lint.documents)
@@ -148,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = tokenizer_of(config)
         encoder = Encoder(tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask)
         lint, report, tokens, chosen = inspect(config, encoder)
+        config.ctx_len = config.ctx_len or row_length(Loaded(config.data_file, encoder, [tokens], [chosen]).longest, config.chunk_ctx)[0]
         documents = fit([tokens], [chosen], config.ctx_len)
         figures = statistics(config, tokens, documents)
         if args.json:

@@ -74,7 +74,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     full = config.peft == "none"
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16  # as native.has_tensor_core_form()
     model = model_on_meta(arch, config)
-    model.grad_cp = bool(config.grad_cp)
+    model.grad_cp = config.grad_cp == 1
     with FakeTensorMode():  # imports torch._dynamo, a second
         for name, p in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")

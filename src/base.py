@@ -52,8 +52,8 @@ def new_arch(config: Config):
     return dataclasses.replace(arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn), tokenizer
 
 
-def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> tuple[RWKV, float]:
-    """The model with its adapter, and the learning rate: the one asked for, else the method's own."""
+def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> RWKV:
+    """The model with its adapter."""
     full = config.peft == "none"
     if config.load_model:
         # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out
@@ -61,8 +61,8 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
         model = RWKV.load(config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
-    if full:
-        return model, config.lr_init or (configuration.FULL_LR if config.load_model else configuration.NEW_MODEL_LR)
-    options, targets = configuration.adapter_options(config)
-    rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
-    return model, config.lr_init or rwkv_miss.METHODS[config.peft].default_lr
+    model.grad_cp = config.grad_cp == 1
+    if not full:
+        options, targets = configuration.adapter_options(config)
+        rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+    return model

@@ -3,11 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
-from .config import Config
+from .config import Config, accumulation, is_automatic
+from .words import counted, size_text
 
+CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested
+SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
+ROWS, STEPS = 8, 50  # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
+HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
+
+
+def choose(config: Config, origins: dict[str, str], name: str, value: object, reason: str) -> None:
+    """Fill in a setting that was left to the program; one that was given stays as it is."""
+    if is_automatic(config, name):
+        setattr(config, name, value)
+        origins[name] = f"{CHOSEN}: {reason}"
+
+
+def row_length(longest: int, chunk_ctx: int) -> tuple[int, str]:
+    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded."""
+    length = max(SHORTEST, 1 << max(longest - 1, 0).bit_length())
+    return length if chunk_ctx else min(length, LONGEST), f"the longest document has {counted(longest, 'token')}"
+
+
+def longest_uncut(config: Config) -> float:
+    """Inputs of the longest conversation that keeps its end, before or after the length of rows is chosen."""
+    return config.ctx_len or (math.inf if config.chunk_ctx else LONGEST)
+
+
+def held_out_share(config: Config, documents: int) -> tuple[float, str]:
+    """(eval_split, why): two digits, so that it can be given as a flag."""
+    if config.eval_file:
+        return 0.0, "--eval_file is given"
+    if documents < HELD_OUT and not config.eval_steps:
+        return 0.0, f"{counted(documents, 'document')} are too few to leave some out"
+    share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
+    return share, f"{counted(max(1, round(share * documents)), 'document')} of {documents:,}"
+
+
+def choose_batch(config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float) -> None:
+    """Fill in micro_bsz, accumulate_grad_batches and grad_cp for data of `rows` rows.
+
+    `needed` gives the bytes that a run of some settings needs, of which there are `room`. Where nothing fits, the smallest is taken, because
+    an estimate may be wrong.
+    """
+    if not is_automatic(config, "micro_bsz"):
+        choose(config, origins, "accumulate_grad_batches", accumulation(config), "--micro_bsz is given")
+        choose(config, origins, "grad_cp", 0, "--micro_bsz is given")
+        return
+    for tried in _batches(config, rows):
+        if (size := needed(tried)) <= room:
+            break
+    for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
+        choose(config, origins, name, getattr(tried, name), f"needs {size_text(size)}, and {size_text(room)} may be used")
+
+
+def _batches(config: Config, rows: int) -> Iterator[Config]:
+    """The ways to do a step that choose_batch() has, the fastest first."""
+    most = _rows_of_a_process(config, rows)
+    sizes = [n for n in range(min(most, ROWS), 0, -1) if most % n == 0]
+    if config.global_bsz and config.accumulate_grad_batches:
+        sizes = [most]
+    for recompute in (0, 1) if is_automatic(config, "grad_cp") else (config.grad_cp,):
+        for size in sizes:
+            passes = config.accumulate_grad_batches or most // size
+            yield dataclasses.replace(config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=recompute)
+
+
+def _rows_of_a_process(config: Config, rows: int) -> int:
+    """Rows of one process in a step, or in a pass where the number of passes is given."""
+    world = config.devices * config.num_nodes
+    if config.global_bsz:
+        return config.global_bsz // (world * (config.accumulate_grad_batches or 1))
+    if config.accumulate_grad_batches:
+        return ROWS
+    enough = ROWS if config.epoch_steps else rows * config.epoch_count // STEPS
+    most = 1 << max(min(enough, ROWS), 1).bit_length() - 1
+    return max(most // world, 1)
 
 
 def cheapest_fix(config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]) -> dict[str, object] | None:
@@ -28,7 +103,7 @@ def cheapest_fix(config: Config, precision: str, tokens: int, fits: Callable[[Co
 
 def _halvings(config: Config) -> Iterator[tuple[int, int]]:
     """(micro_bsz, accumulate_grad_batches) with the same rows in a step, the most rows at once first."""
-    rows, passes = config.micro_bsz, config.accumulate_grad_batches
+    rows, passes = config.micro_bsz, accumulation(config)
     yield rows, passes
     while rows % 2 == 0:
         rows, passes = rows // 2, passes * 2
@@ -39,8 +114,8 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     """Changes beside micro_bsz, each with those before it: recomputing costs a forward, chunks another, bf16 digits, sharing speed."""
     changes: dict[str, object] = {}
     yield changes
-    if not config.grad_cp:
-        changes = changes | {"grad_cp": True}
+    if config.grad_cp != 1:
+        changes = changes | {"grad_cp": 1}
         yield changes
     row = min(tokens, config.ctx_len)
     if config.chunk_ctx == 0 and row > CHUNK:

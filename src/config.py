@@ -26,9 +26,12 @@ from .files import is_first_process, write_text
 from .processes import drop_local_rank, follow_launcher
 
 
-def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
-    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values."""
-    meta = {"help": help, "alias": alias, "choices": choices}
+def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = (), automatic: bool = False) -> Any:
+    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
+
+    `automatic`: the default is no value but leaves the choice to the program, which fills it in (src/choices.py).
+    """
+    meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -72,19 +75,22 @@ class Config:
     dim_ffn: int = opt(0, "width of the channel mix; read from the checkpoint (new model: x060 3.5 n_embd, x070 4 n_embd)")
     head_size: int = opt(0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",))
 
-    ctx_len: int = opt(1024, "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many")
+    ctx_len: int = opt(0, "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many (0: the "
+                          "longest document's, as a power of two from 256 to 4096; with --chunk_ctx without that bound)", automatic=True)
     chunk_ctx: int = opt(0, "run rows in chunks of so many tokens, with the gradient carried through the state: memory for one chunk and a state of "
                             "each, for one more forward (0: rows are run whole)")
     truncate_ctx: int = opt(0, "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on (0: it is exact)")
     state_cp: bool = opt(False, "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more forward")
     packing: bool = opt(True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document")
-    micro_bsz: int = opt(8, "rows in one forward pass of one device")
-    accumulate_grad_batches: int = opt(1, "forward passes in one optimizer step")
+    micro_bsz: int = opt(0, "rows in one forward pass of one device (0: as many as fit the free memory, up to 8)", automatic=True)
+    accumulate_grad_batches: int = opt(0, "forward passes in one optimizer step (0: 1, or with an automatic micro_bsz so many that a step has 8 rows "
+                                          "over all devices, fewer where little data would make less than 50 steps)", automatic=True)
     global_bsz: int = opt(0, "rows in one optimizer step over all devices; sets accumulate_grad_batches (0: not used)")
     epoch_count: int = opt(1, "epochs")
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
-    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)")
+    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)",
+                         automatic=True)
     state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
@@ -95,21 +101,23 @@ class Config:
     adam_eps: float = opt(1e-8, "AdamW epsilon")
     weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
-    grad_cp: bool = opt(False, "1: recompute each layer in the backward (activation checkpointing): less memory, more time")
+    grad_cp: int = opt(-1, "1: recompute each layer in the backward (activation checkpointing): less memory, more time; 0: keep all (-1: 0, or 1 "
+                           "where an automatic micro_bsz of 1 does not fit otherwise)", automatic=True)
     random_seed: int = opt(42, "seed of initialisation and data order")
 
     precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
-                         choices=("auto", "fp32", "bf16", "fp16"))
+                         choices=("auto", "fp32", "bf16", "fp16"), automatic=True)
     strategy: str = opt("auto", "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3 the "
                                 "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
                         choices=("auto", "ddp", *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload"))))
-    accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"))
+    accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"), automatic=True)
     devices: int = opt(1, "GPUs, or processes on a CPU, of each machine; torchrun, deepspeed and srun tell it")
     num_nodes: int = opt(1, "machines; torchrun, deepspeed and srun tell it")
-    wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",))
+    wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",), automatic=True)
 
     eval_file: str = opt("", "held-out data in any format of --data_file: the loss on it is taken before, during and after the training")
-    eval_split: float = opt(0.0, "share of the documents of --data_file that is held out for this instead (0: none)")
+    eval_split: float = opt(-1.0, "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100 documents, "
+                                  "at most 5 %; none where there are fewer than 100 or --eval_file is given)", automatic=True)
     eval_steps: int = opt(0, "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)")
     eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
     early_stop: int = opt(0, "end the training after N evaluations in a row that are no better than the best one (0: never)")
@@ -127,7 +135,7 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
-_COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0}
+_COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0, "eval_split": 0.0}
 PRESETS = {
     "paper-table7": ({**_COMMON, "global_bsz": 64}, {"miss": {"rank": 64}, "lora": {"rank": 36, "alpha": 72.0}}),
     "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}}),
@@ -232,7 +240,7 @@ def _convert(name: str, value: Any) -> Any:
         elif kind is str:
             value = str(value)
         else:
-            number = float(value)
+            number = float({"true": 1, "false": 0}.get(str(value).lower(), value))  # --grad_cp has three values and two of them are these
             if not math.isfinite(number) or kind(number) != number:
                 raise ValueError
             value = kind(number)
@@ -288,12 +296,13 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
 
 def validate(config: Config) -> None:
     """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
-    for name in ("micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes", "save_total_limit"):
+    for name in ("epoch_count", "devices", "num_nodes", "save_total_limit"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "rollback_steps", "chunk_ctx", "truncate_ctx", "spike_sigmas", "lr_init", "state_lr", "weight_decay", "grad_clip",
-                 "random_seed", "adam_eps", "eval_split", "eval_steps", "eval_samples", "early_stop"):
+                 "save_steps", "rollback_steps", "ctx_len", "micro_bsz", "accumulate_grad_batches", "chunk_ctx", "truncate_ctx",
+                 "spike_sigmas", "lr_init", "state_lr", "weight_decay", "grad_clip",
+                 "random_seed", "adam_eps", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in ("beta1", "beta2"):
@@ -308,9 +317,11 @@ def validate(config: Config) -> None:
         raise UserError(f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them")
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
-    if config.eval_split >= 1:
+    if not (0 <= config.eval_split < 1 or is_automatic(config, "eval_split")):
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
-    if config.eval_file and config.eval_split:
+    if config.grad_cp not in (-1, 0, 1):
+        raise UserError(f"--grad_cp {config.grad_cp}: expected 0 or 1, or -1 for an automatic choice")
+    if config.eval_file and config.eval_split > 0:
         raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
     if config.eval_steps and not (config.eval_file or config.eval_split):
         raise UserError(f"--eval_steps {config.eval_steps} needs held-out data; give --eval_file, or --eval_split 0.05")
@@ -324,17 +335,18 @@ def validate(config: Config) -> None:
         raise UserError(f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it")
     if config.state_lr and "state" not in split_parts(config.train_parts):
         raise UserError(f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init")
-    if config.global_bsz % (config.micro_bsz * config.devices * config.num_nodes):
-        each = config.micro_bsz * config.devices * config.num_nodes
-        raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of micro_bsz x devices x num_nodes = {each}")
-    if config.accumulate_grad_batches not in (1, accumulation(config)):
+    given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
+    each = max(getattr(config, given), 1) * config.devices * config.num_nodes
+    if config.global_bsz % each:
+        raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}")
+    if config.micro_bsz and config.accumulate_grad_batches not in (0, 1, accumulation(config)):
         raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
                         f"but {config.accumulate_grad_batches} was given; drop one of them")
     if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):
         raise UserError(f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that are run whole have no chunks")
     if config.chunk_ctx and config.truncate_ctx % config.chunk_ctx:
         raise UserError(f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of --chunk_ctx {config.chunk_ctx}")
-    if config.chunk_ctx >= config.ctx_len:
+    if config.chunk_ctx >= config.ctx_len > 0:
         raise UserError(f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there would be nothing to cut; "
                         "raise --ctx_len to the length that your documents need, or drop --chunk_ctx")
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
@@ -345,19 +357,31 @@ def validate(config: Config) -> None:
 
 def check_data(config: Config) -> None:
     """The rules about the data alone."""
-    if config.ctx_len < 1:
-        raise UserError(f"--ctx_len {config.ctx_len}: must be at least 1")
+    if config.ctx_len < 0:
+        raise UserError(f"--ctx_len {config.ctx_len}: must not be negative")
     if not config.data_file:
         raise UserError("--data_file is missing: the data to train on")
     if not config.loss_mask.partition("...")[0]:
         raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
 
 
+def is_automatic(config: Config, name: str) -> bool:
+    """Whether the choice of a setting is left to the program, and has not been made yet."""
+    return FIELDS[name].metadata["automatic"] and getattr(config, name) == FIELDS[name].default
+
+
 def accumulation(config: Config) -> int:
     """Forward passes of one device in one optimizer step."""
     if config.global_bsz:
         return config.global_bsz // (config.micro_bsz * config.devices * config.num_nodes)
-    return config.accumulate_grad_batches
+    return config.accumulate_grad_batches or 1
+
+
+def method_rate(config: Config) -> float:
+    """The learning rate that belongs to what is trained."""
+    if config.peft != "none":
+        return METHODS[config.peft].default_lr
+    return FULL_LR if config.load_model else NEW_MODEL_LR
 
 
 def state_learning_rate(config: Config) -> float | None:

@@ -129,25 +129,52 @@ class Documents:
         return int(self.row_targets.sum())
 
 
-def load_documents(
-    data_file, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", cache: str = "none",
-    reading: Reading = BY_NAME, report: Report | None = None, seed: int = 0,
-) -> Documents:
-    """What --data_file names as documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets. `cache` is that of tokenise();
-    `seed` decides which rows of a source with a weight are seen.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What --data_file or --eval_file names, as tokens: its files, and which documents of each are used."""
 
-    A longer conversation is cut; a longer text becomes several documents, each beginning with the last token of the one before, so that
-    every token is a target once. Raises UserError for what cannot be read, for no rows at all, and where nothing is trained.
+    data_file: str
+    encoder: Encoder
+    files: list[Tokens]
+    chosen: list[np.ndarray]
+
+    @property
+    def longest(self) -> int:
+        """Inputs of the longest document."""
+        lengths = [np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in zip(self.files, self.chosen)]
+        return int(max(length.max(initial=1) for length in lengths)) - 1
+
+    def documents(self, ctx_len: int) -> Documents:
+        """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
+
+        A longer conversation is cut; a longer text becomes several documents, each beginning with the last token of the one before, so that
+        every token is a target once. Raises UserError where nothing is trained.
+        """
+        documents = fit(self.files, self.chosen, ctx_len)
+        if not documents.targets:
+            raise UserError(f"{self.data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
+        mask, end = self.encoder.loss_mask, len(self.encoder.tokenizer.eod)
+        if trains_by_marker(mask) and all(int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files):
+            raise UserError(f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes assistant, all, or a text in "
+                            "the rows")
+        return documents
+
+
+def load(data_file: str, encoder: Encoder, cache: str = "none", reading: Reading = BY_NAME, report: Report | None = None, seed: int = 0) -> Loaded:
+    """Read and tokenise. `cache` is that of tokenise(); `seed` decides which rows of a source with a weight are seen.
+
+    Raises UserError for what cannot be read, and for no rows at all.
     """
-    report, encoder = report or Report(), Encoder(tokenizer, template, loss_mask)
+    report = report or Report()
     found = sources(str(data_file), reading, report.notes)
     files = [tokenise(source, encoder, report, reading, cache) for source in found]
-    documents = fit(files, [sample(len(tokens.ends), source.weight, seed, i) for i, (tokens, source) in enumerate(zip(files, found))], ctx_len)
-    if not documents.targets:
-        raise UserError(f"{data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
-    if trains_by_marker(loss_mask) and all(int(tokens.trained.sum()) == len(tokens.ends) * len(tokenizer.eod) for tokens in files):
-        raise UserError(f"{data_file}: no row has anything after the marker {loss_mask!r}; --loss_mask takes assistant, all, or a text in the rows")
-    return documents
+    chosen = [sample(len(tokens.ends), source.weight, seed, i) for i, (tokens, source) in enumerate(zip(files, found))]
+    return Loaded(str(data_file), encoder, files, chosen)
+
+
+def load_documents(data_file, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", **how) -> Documents:
+    """load() and Loaded.documents() in one."""
+    return load(data_file, Encoder(tokenizer, template, loss_mask), **how).documents(ctx_len)
 
 
 def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Documents:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .config import Config, accumulation
+from .choices import CHOSEN
+from .config import Config, accumulation, command
 from .data import Document, Documents, Schedule
 from .infctx import Chunks
 from .model import RWKV
@@ -42,6 +43,17 @@ def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
     stops = f"stops at every {chunks.truncate} tokens" if chunks.truncate else "is exact"
     return [f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
             f"{counted(chunks.states(width), 'state')} of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"]
+
+
+def chosen(config: Config, origins: dict[str, str]) -> list[str]:
+    """Lines of the plan about what was left to the program, and the command that says it all."""
+    by_reason: dict[str, list[str]] = {}
+    for name, origin in origins.items():
+        kind, _, reason = origin.partition(": ")
+        if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):  # which have lines of their own
+            by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}")
+    lines = [f"{', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
+    return [f"{'chosen' if i == 0 else '':<10} {line}" for i, line in enumerate(lines)] + [f"in full    {command(config)}"]
 
 
 def mask(loss_mask: str) -> str:

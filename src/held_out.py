@@ -18,14 +18,13 @@ from .data import Document, Documents, collate, pack
 Batch = list[list[Document]]  # rows of documents
 
 
-def hold_out(config: Config, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:
-    """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of the data file; else none.
+def hold_out(config: Config, documents: Documents, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:
+    """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of `documents`; else none.
 
     A document that is in both, word for word, is held out. The choice depends on the documents' own content and the seed, so that
     it is the same in every process and in a resumed run. Raises UserError where either side would be left without a trained token.
     """
-    documents = load(config.data_file)
-    if not (config.eval_file or config.eval_split):
+    if not config.eval_file and config.eval_split <= 0:
         return documents, Documents([])
     keys = [_key(row, config.random_seed) for row in documents.rows]
     if config.eval_file:

@@ -50,7 +50,7 @@ class Finding:
 class Lint:
     """Collects findings row by row; `documents` are the encoded rows (ids, trained) in order, `texts` whether each is running text."""
 
-    def __init__(self, encoder: Encoder, ctx_len: int):
+    def __init__(self, encoder: Encoder, ctx_len: float):
         self.encoder, self.ctx_len = encoder, ctx_len
         self.found: dict[str, Finding] = {}
         self.documents: list[tuple[np.ndarray, np.ndarray]] = []
@@ -81,7 +81,7 @@ class Lint:
             yield "only the end"
         if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(row):
             yield "cut"
-            if not trained[1 : self.ctx_len + 1].any():
+            if not trained[1 : int(self.ctx_len) + 1].any():
                 yield "no target"
 
     def compare(self, where: str, row: dict) -> None:

@@ -105,9 +105,20 @@ def free_memory(accelerator: str) -> int:
     return min(_available(), _cgroup_limit()) + _resident()
 
 
+def all_memory(accelerator: str) -> int:
+    """Bytes of one device, whatever is in use: a number that the processes of a run find alike."""
+    if accelerator == "gpu":
+        return torch.cuda.get_device_properties(0).total_memory
+    return min(_total(), _cgroup_limit(left=False))
+
+
 def _status(path: str, name: str) -> int:
     with open(path) as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
+
+
+def _total() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
 
 
 def _available() -> int:
@@ -115,7 +126,7 @@ def _available() -> int:
     try:
         return _status("/proc/meminfo", "MemAvailable")
     except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
+        return _total()
 
 
 def _resident() -> int:
@@ -125,8 +136,8 @@ def _resident() -> int:
         return 0
 
 
-def _cgroup_limit(root: str = "/sys/fs/cgroup") -> int:
-    """What a container's limit leaves, version 2 or 1; files that the kernel would drop from its cache count as free."""
+def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
+    """A container's limit, version 2 or 1, or what of it is left; files that the kernel would drop from its cache count as free."""
     for limit, usage, stat, key in (
         (f"{root}/memory.max", f"{root}/memory.current", f"{root}/memory.stat", "inactive_file"),
         (f"{root}/memory/memory.limit_in_bytes", f"{root}/memory/memory.usage_in_bytes", f"{root}/memory/memory.stat", "total_inactive_file"),
@@ -136,6 +147,8 @@ def _cgroup_limit(root: str = "/sys/fs/cgroup") -> int:
                 most = file.read().strip()
             if most == "max":
                 continue
+            if not left:
+                return int(most)
             with open(usage) as used, open(stat) as file:
                 dropped = next((int(line.split()[1]) for line in file if line.split()[0] == key), 0)
                 return int(most) - int(used.read()) + dropped

@@ -8,7 +8,8 @@ from rwkv_miss.errors import UserError
 
 from . import config as configuration
 from .checkpoints import list_checkpoints
-from .config import Config, accumulation
+from .choices import choose
+from .config import Config, accumulation, is_automatic
 from .files import is_first_process
 from .history import BEST
 from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
@@ -21,43 +22,67 @@ MAY_CHANGE = {
 }
 
 
-def find_checkpoint(config: Config) -> tuple[str | None, Config | None]:
-    """The checkpoint to go on from and the settings that it was made with, or (None, None).
+# what a step does at once; its results are equal to rounding
+BATCH = ("micro_bsz", "accumulate_grad_batches", "grad_cp")
+
+
+def earlier_settings(config: Config) -> Config | None:
+    """The settings of the run that --resume auto goes on with; None where there is no such run."""
+    if config.resume != "auto" or not list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS)):
+        return None
+    return Config(**configuration.read_yaml(os.path.join(config.proj_dir, CONFIG)))
+
+
+def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
+    """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are as many and it was not given."""
+    batch = BATCH if processes(config) == processes(before) and is_automatic(config, "micro_bsz") else ()
+    for name in configuration.FIELDS:
+        if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name):
+            choose(config, origins, name, getattr(before, name), "as the run has it so far")
+
+
+def find_checkpoint(config: Config, before: Config | None) -> str | None:
+    """The checkpoint to go on from, or None. `before` is what earlier_settings() gave.
 
     A run that would overwrite another one, or resume with a changed plan, is a UserError.
     """
     paths = list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
-    if config.resume != "auto" or not paths:
+    if not before:
         # without its summary the output comes from a run that was killed before its first checkpoint was complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
         outputs = [path for path in (os.path.join(config.proj_dir, BEST), output_path(config)) if os.path.exists(path)]
         if is_first_process() and not cut_off and (paths or outputs):
             raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
                             + ("go on with --resume auto, or " if paths else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
-        return None, None
-    file = os.path.join(config.proj_dir, CONFIG)
-    before = Config(**configuration.read_yaml(file))
+        return None
     for name in configuration.FIELDS:
-        if name not in MAY_CHANGE and getattr(before, name) != getattr(config, name):
+        if name not in MAY_CHANGE and not is_automatic(before, name) and getattr(before, name) != getattr(config, name):
             raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {getattr(before, name)}, now it is {getattr(config, name)}; "
-                            f"resume with --config {file} --resume auto, or choose another --proj_dir")
-    return paths[-1], before
+                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
+    return paths[-1]
 
 
 def keep_rows_per_step(config: Config, before: Config) -> None:
-    """Choose the accumulation with which a step has as many rows as it had before; a UserError where there is none."""
-
-    def at_once(c: Config) -> int:
-        return c.micro_bsz * c.devices * c.num_nodes
-
-    rows = at_once(before) * accumulation(before)
-    now = at_once(config) * accumulation(config)
-    if now == rows:
+    """Have a step hold as many rows as before, by --global_bsz if need be; a UserError where that can't be."""
+    rows = rows_per_step(before)
+    if config.micro_bsz and rows_per_step(config) == rows:
         return
+    each = (config.micro_bsz or 1) * processes(config)
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
-    if config.global_bsz or config.accumulate_grad_batches > 1:
+    if config.global_bsz not in (0, rows) or config.accumulate_grad_batches > 1:
+        now = config.global_bsz or (rows_per_step(config) if config.micro_bsz else f"a multiple of {each * config.accumulate_grad_batches}")
         raise UserError(f"{what}, now it has {now}; drop --global_bsz and --accumulate_grad_batches, which are then chosen to fit, "
                         "or choose another --proj_dir")
-    if rows % at_once(config):
-        raise UserError(f"{what}, which is not a multiple of micro_bsz x devices x num_nodes = {at_once(config)}; choose a --micro_bsz that fits")
+    if rows % each:
+        raise UserError(f"{what}, which is not a multiple of {'micro_bsz x ' if config.micro_bsz else ''}devices x num_nodes = {each}; "
+                        f"choose {'a --micro_bsz' if config.micro_bsz else '--devices'} that fits")
     config.global_bsz = rows
+
+
+def processes(config: Config) -> int:
+    return config.devices * config.num_nodes
+
+
+def rows_per_step(config: Config) -> int:
+    """Rows of all processes in one optimizer step."""
+    return config.micro_bsz * processes(config) * accumulation(config)

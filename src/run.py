@@ -16,17 +16,15 @@ from . import describe, ops
 from .base import build_model, read_base
 from .checkpoints import checkpoint_step, remove_leftovers
 from .config import Config
-from .data import Documents, load_documents
-from .device import DTYPES, choose_accelerator, choose_precision
+from .device import DTYPES
 from .files import is_first_process, read_lines
-from .formats import Reading, Report
-from .held_out import hold_out
 from .history import VALIDATION, is_over
 from .infctx import state_bytes
 from .outputs import ADAPTER, CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
+from .prepare import choose_device, device_here, plan_steps, read_data
 from .processes import check_world
-from .resume import find_checkpoint, keep_rows_per_step
-from .template import Template, recorded_template
+from .resume import earlier_settings, find_checkpoint, inherit, keep_rows_per_step
+from .template import recorded_template
 from .writers import check_wandb, describe_writers, open_writers
 
 STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells have it for Ctrl-C
@@ -36,24 +34,27 @@ def main(config: Config, origins: dict[str, str]) -> None:
     """Run the settings. Everything that can be wrong with them is found before the first step and before a file is written."""
     started = process_start()
     world = check_world(config)
-    accelerator = choose_accelerator(config.accelerator, config.devices)
-    precision, precision_reason = choose_precision(config.precision, accelerator, config.strategy)
+    before = earlier_settings(config)
+    if before:
+        inherit(config, origins, before)
     arch, tokenizer = read_base(config)
+    device = device_here(config, arch.head_size)
+    choose_device(config, origins, device)
     template = recorded_template(config.template, tokenizer, config.load_model)
     require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     if config.init_only:
         return write_new_model(config, arch, tokenizer)
     if config.wandb and is_first_process():
         check_wandb(config.wandb)
-    resume_from, before = find_checkpoint(config)
+    resume_from = find_checkpoint(config, before)
     if before:
         keep_rows_per_step(config, before)
-    documents, held_out, found = read_data(config, tokenizer, template)
-    kernel, kernel_reason = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", arch.head_size)
+    data = read_data(config, origins, tokenizer, template)
+    documents, held_out = data.documents, data.held_out
+    schedule = plan_steps(config, origins, arch, device, documents)
 
     torch.manual_seed(config.random_seed)
-    model, lr = build_model(config, arch, kernel, DTYPES[precision])
-    model.grad_cp = config.grad_cp
+    model = build_model(config, arch, device.kernel, DTYPES[config.precision])
 
     from . import trainer as training  # lightning: seconds of import that wrong settings need not pay
     from .callbacks import Saver, StepReport
@@ -61,27 +62,27 @@ def main(config: Config, origins: dict[str, str]) -> None:
     from .rollback import LastGood
     from .watch import Watch
 
-    schedule = training.make_schedule(documents, config, world)
     total_steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
-    final = lr * training.learning_rate_factor(config, total_steps, lr)(total_steps - 1)
+    final = config.lr_init * training.learning_rate_factor(config, total_steps)(total_steps - 1)
     plan = [
         f"base       {config.load_model or 'new model'}: {arch.describe()}",
         f"adapter    {describe.training(config, model)}",
-        *found.lines(),
+        *data.found.lines(),
         *describe.data(config, documents, schedule),
         *describe.chunks(training.chunks_of(config), max(schedule.lengths), state_bytes(arch, config.micro_bsz, model.head.weight.itemsize)),
         *describe.held_out(config, held_out),
         f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
         f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
-        f"optimizer  AdamW, lr {lr:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
+        f"optimizer  AdamW, lr {config.lr_init:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
         + (f", initial state {state_lr:g}" if (state_lr := configuration.state_learning_rate(config)) else ""),
-        f"device     {accelerator}, {precision} ({precision_reason}), strategy {config.strategy}",
-        f"kernel     wkv {kernel}: {kernel_reason}",
+        f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
+        f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
         f"template   {template.name}, loss on {describe.mask(config.loss_mask)}",
         f"tokenizer  {tokenizer.name}; first sample, trained part between the marks:",
         describe.sample(documents.rows[0], tokenizer),
     ]
+    plan += describe.chosen(config, origins)
     if config.warmup_steps >= total_steps:
         plan.append(f"warning    the warm-up, {config.warmup_steps} steps, is as long as the run: the full learning rate is never used")
     plan.append(f"hashes     base {model.base_fingerprint}, tokens and mask {documents.digest}"
@@ -112,8 +113,8 @@ def main(config: Config, origins: dict[str, str]) -> None:
     if is_first_process():
         remove_leftovers(config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS))
         configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
-    half = DTYPES[precision] if config.peft == "none" and precision != "fp32" else None
-    module = training.FineTuning(model, config, lr, documents, held_out, total_steps, half, first_step)
+    half = DTYPES[config.precision] if config.peft == "none" and config.precision != "fp32" else None
+    module = training.FineTuning(model, config, documents, held_out, total_steps, half, first_step)
     checkpoints = os.path.join(config.proj_dir, CHECKPOINTS)
     last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
     report = StepReport(os.path.join(config.proj_dir, METRICS), total_steps, started, last_good,
@@ -123,7 +124,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     forgetting = Forgetting(tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
     callbacks = [report, *([Watch(config.proj_dir, history, tokenizer, save, report)] if held_out.rows else []), forgetting, saver]
-    trainer = training.make_trainer(config, accelerator, total_steps, precision, callbacks, first_step)
+    trainer = training.make_trainer(config, total_steps, callbacks, first_step)
     begun = time.perf_counter()
     try:
         with ops.nan_passes(), training.naming_the_killed(trainer):  # LastGood judges the steps
@@ -136,17 +137,6 @@ def main(config: Config, origins: dict[str, str]) -> None:
         finish(config, plan, trainer.global_step, total_steps, measured | ({} if forgetting.result is None else {"forgetting": forgetting.result}))
     if not complete(trainer.global_step):
         sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
-
-
-def read_data(config: Config, tokenizer, template: Template) -> tuple[Documents, Documents, Report]:
-    """(training data, held-out data, what was found while they were read)."""
-    reading = Reading.of(config)
-    found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
-
-    def load(path: str) -> Documents:
-        return load_documents(path, tokenizer, config.ctx_len, template, config.loss_mask, config.data_cache, reading, found, config.random_seed)
-
-    return *hold_out(config, load), found
 
 
 def process_start() -> float:

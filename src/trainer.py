@@ -42,9 +42,9 @@ class ScaledFp16(MixedPrecision):
         return contextlib.nullcontext()
 
 
-def learning_rate_factor(config: Config, total: int, lr: float):
+def learning_rate_factor(config: Config, total: int):
     """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to lr_final."""
-    final = 0.1 if config.lr_final < 0 else config.lr_final / lr
+    final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
@@ -62,15 +62,15 @@ def learning_rate_factor(config: Config, total: int, lr: float):
 class FineTuning(pl.LightningModule):
     """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
 
-    def __init__(self, model: RWKV, config: Config, lr: float, documents: Documents, held_out: Documents, total_steps: int,
+    def __init__(self, model: RWKV, config: Config, documents: Documents, held_out: Documents, total_steps: int,
                  half: torch.dtype | None, first_step: int = 0):
         super().__init__()
-        self.model, self.config, self.lr = model, config, lr
+        self.model, self.config, self.lr = model, config, config.lr_init
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         # now, while every parameter has its shape: ZeRO-3 takes it away
-        self.groups = parameter_groups(model, lr, config.weight_decay, state_learning_rate(config))
-        self.lr_factor = learning_rate_factor(config, total_steps, lr)
+        self.groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config))
+        self.lr_factor = learning_rate_factor(config, total_steps)
         self.chunks = chunks_of(config)
         self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
         self.step_loss = 0.0
@@ -121,26 +121,26 @@ class FineTuning(pl.LightningModule):
         return hashes | ({"held-out data": self.held_out.digest} if self.held_out.rows else {})
 
 
-def make_trainer(config: Config, accelerator: str, total_steps: int, precision: str, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
-    """Lightning's Trainer for the resolved settings; `accelerator` is cpu or gpu, `precision` fp32, bf16 or fp16; `first_step` are done already."""
+def make_trainer(config: Config, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
+    """Lightning's Trainer for settings that are filled in; `first_step` steps are done already."""
     _quiet()
     environment = cluster_environment(config.num_nodes)
-    if accelerator == "cpu" and config.num_nodes > 1:
+    if config.accelerator == "cpu" and config.num_nodes > 1:
         choose_interface(environment.main_address)
     plugins: list[Precision | ClusterEnvironment] = [environment]
     strategy = config.strategy
     if strategy.startswith("deepspeed"):
-        if accelerator == "cpu":
+        if config.accelerator == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(f"--strategy {strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp")
         from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
 
-        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[precision])
-    elif precision == "fp16":
-        plugins.append(ScaledFp16("cuda" if accelerator == "gpu" else "cpu"))
+        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision])
+    elif config.precision == "fp16":
+        plugins.append(ScaledFp16("cuda" if config.accelerator == "gpu" else "cpu"))
     trainer = pl.Trainer(
-        accelerator=accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
+        accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
         max_steps=total_steps, max_epochs=-1, accumulate_grad_batches=accumulation(config),
         gradient_clip_val=config.grad_clip or None, callbacks=callbacks, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False, num_sanity_val_steps=0, benchmark=False,

@@ -31,31 +31,31 @@ def test_a_share_is_held_out_by_content():
     rows = [document(f"document {i}") for i in range(200)]
     rows += rows[:50]  # what is there twice is on one side
     config = Config(eval_split=0.1, random_seed=5)
-    train, held = hold_out(config, lambda _: Documents(rows))
+    train, held = hold_out(config, Documents(rows), None)
     assert len(train.rows) + len(held.rows) == 250 and 25 <= len(held.rows) <= 26
     assert not set(texts(train)) & set(texts(held))
     shuffled = random.Random(0).sample(rows, len(rows))
-    again = hold_out(config, lambda _: Documents(shuffled))[1]
+    again = hold_out(config, Documents(shuffled), None)[1]
     assert sorted(texts(again)) == sorted(texts(held)) and texts(held) == [text for text in texts(Documents(rows)) if text in set(texts(held))]
-    other = hold_out(dataclasses.replace(config, random_seed=6), lambda _: Documents(rows))[1]
+    other = hold_out(dataclasses.replace(config, random_seed=6), Documents(rows), None)[1]
     assert set(texts(other)) != set(texts(held))
-    assert len(hold_out(dataclasses.replace(config, eval_split=1e-9), lambda _: Documents(rows[:50]))[1].rows) == 1
-    assert hold_out(Config(), lambda _: Documents(rows))[1].rows == []
+    assert len(hold_out(dataclasses.replace(config, eval_split=1e-9), Documents(rows[:50]), None)[1].rows) == 1
+    assert hold_out(Config(), Documents(rows), None)[1].rows == []
     for few in (rows[:1], [document("same")] * 4):
         with pytest.raises(UserError, match="nothing is left to train on"):
-            hold_out(dataclasses.replace(config, eval_split=0.5), lambda _, few=few: Documents(few))
+            hold_out(dataclasses.replace(config, eval_split=0.5), Documents(few), None)
     rows = Documents([document(text * 2, [0, 0]) for text in "abcdef"] + [document("trained")])
     with pytest.raises(UserError, match="none of the 3 held-out documents has a trained token"):
-        hold_out(Config(eval_split=0.4, random_seed=0), lambda _: rows)
+        hold_out(Config(eval_split=0.4, random_seed=0), rows, None)
     with pytest.raises(UserError, match="nothing is left to train on; 3 of 7"):
-        hold_out(Config(eval_split=0.4, random_seed=2), lambda _: rows)
+        hold_out(Config(eval_split=0.4, random_seed=2), rows, None)
 
 
 def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
     for name, letters in (("rows", "abcdef"), ("held", "xbyd")):
         (tmp_path / name).write_text("".join(json.dumps({"text": letter * 5}) + "\n" for letter in letters))
     config = Config(data_file=str(tmp_path / "rows"), eval_file=str(tmp_path / "held"))
-    train, held = hold_out(config, lambda path: load_documents(path, BYTES, 99))
+    train, held = hold_out(config, load_documents(config.data_file, BYTES, 99), lambda path: load_documents(path, BYTES, 99))
     assert [text[0] for text in texts(held)] == list("xbyd") and [text[0] for text in texts(train)] == list("acef")
 
 
@@ -66,7 +66,7 @@ def test_what_is_cut_is_counted_on_the_side_where_it_is(tmp_path):
     (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = load_documents(str(tmp_path / "rows"), BYTES, 9)
     assert (whole.cut, whole.cut_tokens, whole.split) == (10, 200, 5)
-    train, held = hold_out(Config(data_file=str(tmp_path / "rows"), eval_split=0.3), lambda _: whole)
+    train, held = hold_out(Config(data_file=str(tmp_path / "rows"), eval_split=0.3), whole, None)
     for side in (train, held):
         conversations = [text for text in texts(side) if "b" in text]
         assert side.cut == sum(int(text[:2]) % 2 for text in conversations) > 0 and side.cut_tokens == 20 * side.cut

@@ -29,12 +29,12 @@ def counted_in_training(path, config, rows):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
     from src.trainer import FineTuning
 
-    model, lr = build_model(config, make_arch(config_version(config), **SIZES), "torch", torch.float32)
+    model = build_model(config, make_arch(config_version(config), **SIZES), "torch", torch.float32)
     model.grad_cp = config.grad_cp
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     documents = Documents([Document(torch.arange(n + 1).numpy() % 67, torch.ones(n + 1).bool().numpy()) for row in rows for n in row])
-    module = FineTuning(model, config, lr, documents, Documents([]), 1, None)
+    module = FineTuning(model, config, documents, Documents([]), 1, None)
     module.accumulate = 1
     module._trainer = type("Trainer", (), {"world_size": 1})()
     place, grouped = 0, []
@@ -106,7 +106,7 @@ def test_tensor_cores_save_what_the_kernel_asks_for():
 
 def test_the_parts_of_the_7b_model_are_the_papers_sizes():
     arch = make_arch(6, n_layer=32, n_embd=4096, head_size=64, vocab_size=65536)
-    config = Config(micro_bsz=1, grad_cp=True)
+    config = Config(micro_bsz=1, grad_cp=1)
     parts = memory_parts(arch, config, "gpu", "cuda", "bf16", 64, 64)
     assert parts["trained"] == parts["gradients"] == parts["Adam"] / 2 == 4 * 88_080_384
     assert 14 < parts["base"] / GIB < 14.5  # 7.6 B parameters of 2 bytes
@@ -117,7 +117,7 @@ def test_zero_divides_the_parts_of_its_stage():
     arch = make_arch(7, **SIZES)
 
     def parts(**settings):
-        return memory_parts(arch, Config(peft_config={"r": 5}, **settings), "gpu", "torch", "bf16", 16, 16)
+        return memory_parts(arch, Config(peft_config={"r": 5}, micro_bsz=8, **settings), "gpu", "torch", "bf16", 16, 16)
 
     one, divided = parts(), {}
     for stage in (1, 2, 3):
@@ -163,7 +163,7 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
 
 
 def test_full_training_has_no_frozen_base():
-    parts = memory_parts(make_arch(7, **SIZES), Config(peft="none"), "cpu", "torch", "bf16", 16, 16)
+    parts = memory_parts(make_arch(7, **SIZES), Config(peft="none", micro_bsz=8), "cpu", "torch", "bf16", 16, 16)
     # layer 0's v0, v1, v2 are never trained
     assert 0 < parts["base"] < parts["trained"] / 20 and "rollback" not in parts
 
@@ -171,7 +171,7 @@ def test_full_training_has_no_frozen_base():
 def test_the_largest_batch_bounds_every_micro_batch():
     lengths = [5, 40, 17, 23, 9, 31, 12]
     documents = Documents([Document(torch.zeros(n + 1).int().numpy(), torch.tensor([True] * (n + 1)).numpy()) for n in lengths])
-    config = Config(micro_bsz=2, packing=False)
+    config = Config(micro_bsz=2, packing=False, ctx_len=1024)
     schedule = make_schedule(documents, config, 1)
     assert largest_batch(schedule, config) == (40, 71)
     assert largest_batch(schedule, dataclasses.replace(config, ctx_len=16)) == (16, 32)
@@ -184,24 +184,24 @@ def test_the_largest_batch_bounds_every_micro_batch():
 
 def needs(config):
     """A device of 100 and a run that takes: rows x length (of a chunk, if there are any), halved by recomputing, and a base of 64, halved by bf16."""
-    rows = config.micro_bsz * (config.chunk_ctx or config.ctx_len) / (2 if config.grad_cp else 1)
+    rows = config.micro_bsz * (config.chunk_ctx or config.ctx_len) / (2 if config.grad_cp == 1 else 1)
     return rows + (32 if config.precision == "bf16" else 64)
 
 
 @pytest.mark.parametrize("room, fix", [
     (64 + 8192, {}), (64 + 4096, {"micro_bsz": 4, "accumulate_grad_batches": 4}), (64 + 1024, {"micro_bsz": 1, "accumulate_grad_batches": 16}),
-    (64 + 512, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": True}),
-    (64 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": True, "chunk_ctx": 512}),
-    (32 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": True, "chunk_ctx": 512, "precision": "bf16"}),
+    (64 + 512, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1}),
+    (64 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1, "chunk_ctx": 512}),
+    (32 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1, "chunk_ctx": 512, "precision": "bf16"}),
     (20, None),
 ])
 def test_the_cheapest_fix_comes_first(room, fix):
-    config = Config(accumulate_grad_batches=2)
+    config = Config(micro_bsz=8, accumulate_grad_batches=2, ctx_len=1024)
     assert cheapest_fix(config, "fp32", 1000, lambda changed: needs(changed) <= room) == fix
 
 
 def test_a_fix_keeps_the_rows_of_a_step():
-    fix = cheapest_fix(Config(micro_bsz=6, global_bsz=12), "bf16", 1000, lambda changed: changed.micro_bsz == 3)
+    fix = cheapest_fix(Config(micro_bsz=6, global_bsz=12, ctx_len=1024), "bf16", 1000, lambda changed: changed.micro_bsz == 3)
     assert fix == {"micro_bsz": 3}
 
 

@@ -162,7 +162,7 @@ def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("ctx_len: 7\nloss_mask: all\nload_model: ''\npeft: miss\n")
     _, output = show(GOOD, "--config", str(tmp_path / "config.yaml"), "--micro_bsz", "3", "--epoch_save", "1", "--samples", "1")
     assert "ctx_len    7:" in output and "loss on everything" in output
-    for flags, words in ((["--ctx_len", "0"], "must be at least 1"), (["--loss_mask", "se"], "START...END"), (["--samples", "-1"], "negative"),
+    for flags, words in ((["--ctx_len", "-1"], "must not be negative"), (["--loss_mask", "se"], "START...END"), (["--samples", "-1"], "negative"),
                          (["--template", "absent"], "cannot read")):
         with pytest.raises(SystemExit) as caught:
             show(GOOD, *flags)
@@ -173,3 +173,12 @@ def test_the_preview_imports_no_trainer():
     code = "import sys, scripts.preview; print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'jinja2.sandbox'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
+def test_rows_are_as_long_as_a_run_would_choose(show):
+    """Nothing is cut that a run would not cut, and what would be is."""
+    long = [{"prompt": "p", "completion": "c" * 5000}]
+    _, output = show([*GOOD, *long])
+    assert "ctx_len    4096:" in output and "finding    cut" in output
+    _, output = show([*GOOD, *long], "--chunk_ctx", "64")
+    assert "ctx_len    8192:" in output and "finding    cut" not in output

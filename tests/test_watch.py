@@ -411,7 +411,7 @@ def test_the_real_wandb_takes_it_offline(files, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--eval_steps", "5"], "--eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05"),
+    (["--eval_steps", "5", "--eval_split", "0"], "--eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05"),
     (["--eval_split", "0.1", "--early_stop", "2"], "--early_stop 2 counts evaluations; give --eval_steps, too"),
     (["--eval_split", "1"], "--eval_split 1.0: must be a share below 1"),
     (["--eval_split", "0.1", "--eval_file", "x"], "--eval_file x and --eval_split 0.1 were given; drop one of them"),

@@ -1,0 +1,96 @@
+"""What is known of a run before its weights are read: where it runs, the data, and the choices that follow from both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rwkv_miss.checkpoint import Arch
+
+from . import ops
+from .choices import choose, choose_batch, held_out_share, row_length
+from .config import Config, accumulation, method_rate
+from .data import Documents, Schedule, load, make_schedule
+from .device import choose_accelerator, choose_precision
+from .formats import Reading, Report
+from .held_out import hold_out
+from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
+from .template import Template
+from .tokenise import Encoder
+from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Where a run is: accelerator, precision and kernel with the reasons for the latter two. `here` is False for one that is only described,
+    with `memory` bytes; 0 is what memory_of() finds."""
+
+    accelerator: str
+    precision: str
+    precision_reason: str
+    kernel: str
+    kernel_reason: str
+    memory: int = 0
+    here: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The documents of a run, those to train on and those held out, and what was found while they were read."""
+
+    documents: Documents
+    held_out: Documents
+    found: Report
+
+
+def device_here(config: Config, head_size: int) -> Device:
+    """The device at hand. Raises UserError where what is asked for is not here."""
+    accelerator = choose_accelerator(config.accelerator, config.devices)
+    kernel = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", head_size)
+    return Device(accelerator, *choose_precision(config.precision, accelerator, config.strategy), *kernel)
+
+
+def choose_device(config: Config, origins: dict[str, str], device: Device) -> None:
+    """Fill in what the device and the method decide."""
+    choose(config, origins, "accelerator", device.accelerator, "the device at hand")
+    choose(config, origins, "precision", device.precision, device.precision_reason.removeprefix("auto: "))
+    choose(config, origins, "wkv", device.kernel, device.kernel_reason.removeprefix("auto: "))
+    choose(config, origins, "lr_init", method_rate(config), f"the rate of --peft {config.peft}")
+
+
+def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, template: Template) -> Data:
+    """Read the data, and fill in the length of rows and the share that is held out."""
+    reading = Reading.of(config)
+    found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
+    encoder = Encoder(tokenizer, template, config.loss_mask)
+
+    def tokens(path: str):
+        return load(path, encoder, config.data_cache, reading, found, config.random_seed)
+
+    loaded = tokens(config.data_file)
+    choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx))
+    documents = loaded.documents(config.ctx_len)
+    choose(config, origins, "eval_split", *held_out_share(config, len(documents.rows)))
+    return Data(*hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len)), found)
+
+
+def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:
+    """Bytes by part on one device, with settings that may differ from those of the schedule in the size of a batch."""
+    return memory_parts(arch, config, config.accelerator, config.wkv, config.precision, *largest_batch(schedule, config))
+
+
+def memory_of(device: Device, world: int) -> int:
+    """Bytes that a run of `world` processes may use on its device. Several processes choose alike, each by itself, so that they do not ask
+    what is free, which they would find different."""
+    return device.memory or (free_memory if world == 1 else all_memory)(device.accelerator)
+
+
+def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents) -> Schedule:
+    """The steps of the run, with the batch filled in."""
+    world = config.devices * config.num_nodes
+    rows = make_schedule(documents, dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0), world)
+
+    def bytes_needed(tried: Config) -> float:
+        return needed(estimate(tried, arch, rows), tried, device.accelerator)
+
+    choose_batch(config, origins, len(rows.rows), bytes_needed, USABLE * memory_of(device, world))
+    return dataclasses.replace(rows, micro_bsz=config.micro_bsz, accumulate=accumulation(config))

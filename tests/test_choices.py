@@ -1,0 +1,143 @@
+"""What is chosen where nothing was given: from the data, the method and the free memory; printed, saved, and the same again."""
+
+import dataclasses
+import json
+import random
+import shlex
+
+import pytest
+import torch
+import yaml
+
+from src import choices, resume
+from src.choices import choose_batch, held_out_share, row_length
+from src.config import FIELDS, Config, accumulation, is_automatic, parse, read_yaml
+from src.resume import inherit, keep_rows_per_step
+
+from . import program
+from .conftest import make_arch, random_tensors
+from .program import succeed
+
+AUTOMATIC = {name for name, field in FIELDS.items() if field.metadata["automatic"]}
+
+
+@pytest.mark.parametrize("longest, length", [(1, 256), (256, 256), (257, 512), (1637, 2048), (4096, 4096), (4097, 4096), (10**6, 4096)])
+def test_rows_are_as_long_as_the_longest_document(longest, length):
+    assert row_length(longest, 0)[0] == length
+    assert row_length(longest, 128)[0] == (1 << 20 if longest == 10**6 else 8192 if longest == 4097 else length), "chunks have no bound"
+
+
+@pytest.mark.parametrize("documents, settings, held", [
+    (99, {}, 0), (100, {}, 5), (1319, {}, 66), (7473, {}, 97), (10**6, {}, 100), (40, {"eval_steps": 5}, 2), (7473, {"eval_file": "a"}, 0),
+])
+def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents, settings, held):
+    share, reason = held_out_share(Config(**settings), documents)
+    assert round(share * documents) == held and f"{share:.2g}" == f"{share:g}"
+    assert not held or reason == f"{held} documents of {documents:,}"
+
+
+@pytest.mark.parametrize("rows, settings, room, batch", [
+    # (micro_bsz, accumulate_grad_batches, grad_cp)
+    (400, {}, 800, (8, 1, 0)), (400, {}, 799, (4, 2, 0)), (400, {}, 100, (1, 8, 0)), (400, {}, 99, (2, 4, 1)), (400, {}, 40, (1, 8, 1)),
+    (400, {}, 1, (1, 8, 1)), (400, {"grad_cp": 0}, 99, (1, 8, 0)), (400, {"grad_cp": 1}, 800, (8, 1, 1)),
+    (399, {}, 800, (4, 1, 0)), (399, {"epoch_count": 2}, 800, (8, 1, 0)), (3, {}, 800, (1, 1, 0)), (3, {"epoch_steps": 9}, 800, (8, 1, 0)),
+    (400, {"devices": 2}, 800, (4, 1, 0)), (400, {"devices": 3, "num_nodes": 4}, 800, (1, 1, 0)), (399, {"devices": 2}, 200, (2, 1, 0)),
+    (3, {"global_bsz": 12}, 800, (6, 2, 0)), (3, {"global_bsz": 12, "devices": 2}, 300, (3, 2, 0)), (3, {"global_bsz": 7}, 699, (1, 7, 0)),
+    (3, {"accumulate_grad_batches": 3}, 800, (8, 3, 0)), (3, {"accumulate_grad_batches": 3, "global_bsz": 60}, 800, (20, 3, 1)),
+])
+def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
+    """A row needs 100, 40 when it is recomputed."""
+    config, origins = Config(**settings), {}
+
+    def needed(tried):
+        assert not is_automatic(tried, "micro_bsz") and not is_automatic(tried, "grad_cp")
+        return tried.micro_bsz * (40 if tried.grad_cp else 100)
+
+    choose_batch(config, origins, rows, needed, room)
+    assert (config.micro_bsz, accumulation(config), config.grad_cp) == batch
+    assert origins["micro_bsz"].startswith(f"{choices.CHOSEN}: needs {needed(config)} bytes, and {room} bytes may be used")
+
+
+def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
+    config, origins = Config(micro_bsz=3), {}
+    choose_batch(config, origins, 999, None, 0)
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (3, 1, 0) and "micro_bsz" not in origins
+
+
+# a run that goes on
+
+BEFORE = Config(micro_bsz=4, accumulate_grad_batches=2, grad_cp=1, ctx_len=512, eval_split=0.05, lr_init=1e-4, precision="fp32", wkv="cpu",
+                accelerator="cpu")
+
+
+def going_on(**settings):
+    config, origins = Config(**settings), {}
+    inherit(config, origins, BEFORE)
+    keep_rows_per_step(config, BEFORE)
+    return config
+
+
+def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
+    config = going_on()
+    changed = {name for name in FIELDS if getattr(config, name) != getattr(BEFORE, name)}
+    assert changed == {"wkv", "accelerator"}, "what depends on the machine alone is chosen again"
+    assert set(resume.BATCH) <= resume.MAY_CHANGE
+
+
+@pytest.mark.parametrize("settings, batch", [
+    ({"devices": 2}, (4, 1)), ({"devices": 4}, (2, 1)), ({"micro_bsz": 2}, (2, 4)), ({"micro_bsz": 2, "devices": 2}, (2, 2)),
+    ({"grad_cp": 0}, (4, 2)),
+])
+def test_a_step_keeps_its_rows(settings, batch):
+    config = going_on(**settings)
+    choose_batch(config, {}, 10, lambda tried: 0, 1)
+    assert (config.micro_bsz, accumulation(config)) == batch
+    assert resume.rows_per_step(config) == 8 and (config.grad_cp == 1) == (settings == {})
+
+
+# the program
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A random base over bytes, and 120 documents of at most 60 bytes."""
+    folder = tmp_path_factory.mktemp("choices")
+    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
+    rng = random.Random(0)
+    rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(40, 60)))} for _ in range(120)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def losses(proj_dir):
+    return [json.loads(line)["loss"] for line in (proj_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):
+    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--tokenizer", "bytes", "--peft_config", "r=5"]
+    output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first")]))
+    assert "chosen     ctx_len 256: the longest document has 60 tokens" in output
+    assert "eval_split 0.05: 6 documents of 120" in output and "lr_init 2e-05: the rate of --peft miss" in output
+    # 24 rows of 256 tokens make less than 50 steps, with one row each
+    assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
+    saved = Config(**read_yaml(str(tmp_path / "first/config.yaml")))
+    assert not [name for name in AUTOMATIC if is_automatic(saved, name)], "the saved settings are filled in"
+
+    line = next(line for line in output.splitlines() if line.startswith("in full")).removeprefix("in full").strip()
+    words = shlex.split(line)
+    assert words[:2] == ["python", "train.py"]
+    assert parse(words[2:])[0] == saved
+    succeed(program.run([*words[2:], "--proj_dir", str(tmp_path / "second")]))
+    succeed(program.run(["--config", str(tmp_path / "first/config.yaml"), "--proj_dir", str(tmp_path / "third")]))
+    curve = losses(tmp_path / "first")
+    assert len(curve) >= 20 and curve == losses(tmp_path / "second") == losses(tmp_path / "third")
+    origin = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
+    assert origin == dataclasses.asdict(saved) | {"proj_dir": str(tmp_path / "second")}
+
+
+def test_several_processes_choose_alike(files, tmp_path):
+    """Each by itself, before they can talk."""
+    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--tokenizer", "bytes", "--peft_config", "r=5",
+             "--epoch_steps", "2", "--devices", "2", "--strategy", "ddp", "--proj_dir", str(tmp_path / "run")]
+    output = succeed(program.run(flags))
+    assert "2 steps of 8 rows (micro_bsz 4 x accumulate 1 x devices 2)" in output and len(losses(tmp_path / "run")) == 2
