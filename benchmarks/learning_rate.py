@@ -22,12 +22,12 @@ import rwkv_miss
 from demo import task
 from src import ops
 from src.config import Config, adapter_options, state_learning_rate
-from src.data import Batches, Documents, collate, load_documents
+from src.data import Batches, Documents, collate, load_documents, make_schedule
 from src.held_out import evaluation_batches
-from src.infctx import rows_loss
+from src.infctx import chunks_of, rows_loss
 from src.model import RWKV, parameter_groups
 from src.tokenizer import recorded_tokenizer
-from src.trainer import chunks_of, learning_rate_factor, make_schedule
+from src.trainer import learning_rate_factor
 
 from .common import report
 

@@ -13,11 +13,10 @@ import time
 import torch
 
 from src.config import Config
-from src.data import Batches, load_documents
+from src.data import Batches, load_documents, make_schedule
 from src.loss import loss_sum
 from src.model import parameter_groups
 from src.tokenizer import load_tokenizer
-from src.trainer import make_schedule
 
 from .common import report
 from .step import random_model

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_miss import UserError
-from src import describe
+from src import data, describe
 from src.config import Config
 from src.data import Batches, Document, Documents, Schedule, collate, load_documents, pack
 from src.model import RWKV
@@ -137,10 +137,9 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert (documents.split, documents.cut, documents.cut_tokens) == (1, 1, 14)
     assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 0, 1]
     assert documents.targets == 18 and documents.tokens == 31
-    from src.trainer import make_schedule
 
     config = Config(ctx_len=8)
-    lines = describe.data(config, documents, make_schedule(documents, config, 1))
+    lines = describe.data(config, documents, data.make_schedule(documents, config, 1))
     assert lines[0] == "data       5 documents, 31 tokens, loss on 18"
     assert lines[1] == "packing    4 rows of 8 tokens, 81.2% full; documents in a row do not see each other"
     assert lines[2] == ("long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins with the last token "
@@ -149,7 +148,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert lines[4] == "warning    1 of 5 documents without any trained token left: nothing is learned there" and len(lines) == 5
     config = Config(packing=False)
     documents = load(rows)
-    assert len(describe.data(config, documents, make_schedule(documents, config, 1))) == 1
+    assert len(describe.data(config, documents, data.make_schedule(documents, config, 1))) == 1
 
 
 # broken rows
@@ -306,13 +305,13 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
     """(loss, gradients) of one optimizer step as the trainer makes it: the mean over ranks and micro-batches of training_step.
 
     packed: the length of rows that documents share; 0: a row for each."""
-    from src.trainer import FineTuning, make_schedule
+    from src.trainer import FineTuning
 
     config = Config(micro_bsz=micro_bsz, accumulate_grad_batches=accumulate, random_seed=0, packing=packed > 0, ctx_len=packed or 1024)
     module = FineTuning(model, config, documents, Documents([]), 4, None)
     module._trainer = types.SimpleNamespace(world_size=world)
     module.setup("fit")
-    assert module.schedule == make_schedule(documents, config, world)
+    assert module.schedule == data.make_schedule(documents, config, world)
     model.zero_grad(set_to_none=True)
     for rank in range(world):
         batches = Batches(documents, module.schedule, 4, rank, step)

@@ -63,6 +63,10 @@ def same_run(one, other, exact=True):
 # what is done to a run, beside what is in program.py; each is called in its processes before the program starts
 
 
+def hang_up():
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
 def interrupt_twice():
     interrupt()
     interrupt()
@@ -122,11 +126,12 @@ def terminate_last_rank(step, rank):
 
 @pytest.mark.parametrize("kind", ["dropout", "fp16"])
 def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
-    """2 steps, Ctrl-C while the metrics are written, and the other 4: bit for bit the uninterrupted run."""
+    """2 steps, Ctrl-C or a closed terminal while the metrics are written, and the other 4: bit for bit the uninterrupted run."""
     flags = ["--precision", "fp16"] if kind == "fp16" else []
     sabotage = dropout if kind == "dropout" else large_scale
     succeed(run("whole", *flags, sabotage=sabotage))
-    stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts", interrupt)  # its first operation is its creation
+    stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts",  # its first operation is its creation
+                             interrupt if kind == "dropout" else hang_up)
     code, output = run("parts", *flags, sabotage=functools.partial(in_turn, sabotage, stop))
     stopped = len(losses(tmp_path / "parts"))
     assert code == 130 and stopped < STEPS and "stopped, go on with --resume auto" in output, output
