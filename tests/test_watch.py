@@ -17,7 +17,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata
-from src import watch
+from src import callbacks, watch
 from src.config import Config, parse, read_yaml
 from src.data import load_documents
 from src.forgetting import sections
@@ -115,6 +115,10 @@ def short_samples(rank):
     watch.SAMPLE_TOKENS = 9
 
 
+def memory_by_rank(rank):
+    callbacks.peak_memory = lambda device: (1 + rank) << 40
+
+
 @pytest.fixture(scope="module")
 def one_process(files, tmp_path_factory):
     """The evaluations, and what is forgotten, of one process whose steps are those of two."""
@@ -128,13 +132,15 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
     """11 rows in batches of 2 are nothing that two processes share evenly."""
     (evaluations, forgotten), two = one_process, ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
     succeed(start(files, tmp_path / "alone", *two))
-    succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"), sabotage=short_samples))
+    succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"),
+                  sabotage=functools.partial(in_turn, short_samples, memory_by_rank)))
     assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
     many = validation(tmp_path / "watched")
     assert many[0] == evaluations[0], "the state before training is the same to the last bit, and so must be all about it"
     assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in evaluations], rel=1e-5)
     assert [line["samples"] for line in many] == [line["samples"] for line in evaluations]
     assert same_tensors(tmp_path / "watched/best.pth", tmp_path / "watched/adapter.pth")
+    assert summary(tmp_path / "watched")["peak_memory_bytes"] == 2 << 40, "of the process that had most"
     assert summary(tmp_path / "watched")["forgetting"] == pytest.approx(forgotten, rel=1e-3)
 
 
