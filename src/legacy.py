@@ -177,12 +177,14 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
 
 
 def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; without it that project reads no chunk_ctx."""
-    kind, chunk = old.get("train_type", "infctx"), _value(kept, "chunk_ctx")
+    """RWKV-PEFT's `--train_type infctx` is --chunk_ctx; with another one that project reads no chunk_ctx."""
+    kind, chunk = old.get("train_type"), _value(kept, "chunk_ctx")
+    if kind is None:
+        return []
     if kind not in ("none", "infctx", "state", ""):
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
-        return ["--chunk_ctx", str(CHUNK)] if "train_type" in old and chunk is None else []
+        return ["--chunk_ctx", str(CHUNK)] if chunk is None else []
     if chunk is None:
         return []
     notes.append(f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in chunks")
