@@ -18,6 +18,10 @@ from .layouts import has_layout
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without rows
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+Format = tuple[str, Callable[[str], Iterator[text.Record]]]  # name, path -> records
+JSONL: Format = ("JSONL", json_text.jsonl)
+JSON: Format = ("JSON", json_text.json_file)
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
@@ -166,30 +170,39 @@ def _no_file(path: str) -> str:
     return ""
 
 
-def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> tuple[str, Callable[[str], Iterator[text.Record]]]:
-    jsonl, whole, plain = ("JSONL", json_text.jsonl), ("JSON", json_text.json_file), ("plain text, one document", text.plain)
+def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> Format:
+    """By the beginning of the file, and by its suffix where that does not tell."""
     lines = [line for line in sample.lstrip(text.BOM).split("\n", 1000) if line.strip()]
     first = lines[0].strip() if lines else ""
-    record = json_text.parse(first) if first.startswith("{") else None
-    if suffix != ".txt" or isinstance(record, dict) and (fields or has_layout(record)):
-        if first.startswith("["):
-            return whole
-        if isinstance(record, dict):
-            return jsonl if len(lines) > 1 or fields or has_layout(record) else whole
-        if first.startswith("{"):
-            cut = len(lines) == 1 and len(sample) == SAMPLE
-            return jsonl if suffix in (".jsonl", ".ndjson") or suffix != ".json" and (cut or first.endswith("}")) else whole
-    delimiter = _delimiter(first, suffix, fields)
-    if delimiter:
+    if found := _json_format(first, len(lines), suffix, len(sample) == SAMPLE, fields):
+        return found
+    if delimiter := _delimiter(first, suffix, fields):
         return DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter)
     if suffix == ".txt":
-        return plain
+        return "plain text, one document", text.plain
     if suffix == ".json":
-        return whole
-    if suffix in (".jsonl", ".ndjson") or not first:
-        return jsonl
+        return JSON
+    if suffix in JSONL_SUFFIXES or not first:
+        return JSONL
     raise UserError(f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with a header, parquet, binidx, "
                     "or plain text in a file named .txt")
+
+
+def _json_format(first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]) -> Format | None:
+    """JSONL or JSON, or None for neither, by the first of `lines` lines, which are all that there are unless the file `goes_on`."""
+    record = json_text.parse(first) if first.startswith("{") else None
+    is_row = isinstance(record, dict)
+    is_known = is_row and bool(fields or has_layout(record))
+    if suffix == ".txt" and not is_known:  # a text may begin with a bracket
+        return None
+    if is_row:
+        return JSONL if lines > 1 or is_known else JSON
+    if first.startswith("["):
+        return JSON
+    if first.startswith("{"):  # an object over several lines, or a row that is broken or longer than what was looked at
+        is_line = first.endswith("}") or lines == 1 and goes_on
+        return JSONL if suffix in JSONL_SUFFIXES or suffix != ".json" and is_line else JSON
+    return None
 
 
 def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
