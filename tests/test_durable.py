@@ -8,13 +8,14 @@ import os
 import random
 import resource
 import signal
+import types
 
 import pytest
 import torch
 
 import rwkv_miss
 from rwkv_miss import read_checkpoint, read_metadata
-from src import trainer
+from src import rollback, trainer
 from src.checkpoints import list_checkpoints, remove_old
 from src.rollback import LastGood
 
@@ -257,6 +258,18 @@ def test_the_newest_checkpoints_stay(run, tmp_path):
 # going back
 
 
+def test_a_state_whose_loss_was_not_finite_never_becomes_the_good_one(monkeypatch):
+    """It was copied before its loss was known; the next loss is that of another state."""
+    run, back = types.SimpleNamespace(global_step=0, is_global_zero=False), []
+    monkeypatch.setattr(rollback, "read_state", lambda run: [("step", torch.tensor(run.global_step))])
+    monkeypatch.setattr(rollback, "write_state", lambda run, state: back.append(int(state["step"])))
+    keeper = LastGood(1, 0.0)
+    keeper.start(run)
+    for run.global_step, loss in enumerate([1.0, 1.0, 1.0, math.nan, 1.0, math.nan, 1.0, 1.0, math.nan], 1):
+        keeper.after_step(run, loss, 1.0)
+    assert back == [2, 2, 7]
+
+
 TWO = ["--devices", "2", "--micro_bsz", "2", "--strategy"]
 FULL = ["--peft", "none", "--lr_init", "1e-3"]
 
@@ -294,14 +307,19 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_spike_is_far_above_the_noise():
+def test_noise_is_no_spike():
     rng = random.Random(0)
-    judge, off = LastGood(20, 8.0), LastGood(20, 0.0)
-    for _ in range(19):
-        judge.losses.append(rng.gauss(2, 0.1))
-    assert judge.fault(100.0) is None, "too few losses to judge by"
-    judge.losses.append(2.0)
-    off.losses.extend(judge.losses)
-    assert all(judge.fault(rng.gauss(2, 0.1)) is None for _ in range(1000))
-    assert "the bound by --spike_sigmas" in judge.fault(4.0) and off.fault(4.0) is None
-    assert all(last_good.fault(math.nan) and last_good.fault(math.inf) for last_good in (judge, off))
+    keeper = LastGood(20, 8.0)
+    keeper.losses.extend(rng.gauss(2, 0.1) for _ in range(20))
+    assert all(keeper.fault(rng.gauss(2, 0.1)) is None for _ in range(1000)) and keeper.fault(4.0)
+
+
+def test_a_bound_is_made_of_the_median_and_the_deviation_from_it():
+    """Of 20 losses, half 1.0 and half 1.2: 1.1 + 3 x 1.4826 x 0.1, and of fewer there is none."""
+    keeper = LastGood(1, 3.0)
+    keeper.losses.extend([1.0, 1.2] * 9 + [1.0])
+    assert keeper.fault(99.0) is None and keeper.fault(math.inf) == "the loss is inf"
+    keeper.losses.append(1.2)
+    assert keeper.fault(1.5447) is None and "above 1.5448, the bound by --spike_sigmas" in keeper.fault(1.5449)
+    keeper.sigmas = 0.0
+    assert keeper.fault(99.0) is None
