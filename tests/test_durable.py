@@ -18,6 +18,7 @@ from rwkv_miss import read_checkpoint, read_metadata
 from src import rollback, trainer
 from src.checkpoints import list_checkpoints, remove_old
 from src.rollback import LastGood
+from src.state import read_state, write_state
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -256,6 +257,28 @@ def test_the_newest_checkpoints_stay(run, tmp_path):
 
 
 # going back
+
+
+def test_what_is_put_back_is_not_worn_by_the_steps_that_follow():
+    """A run may go back to a state several times: parameters, moments, counter of updates and buffers."""
+    model = torch.nn.BatchNorm1d(3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run = types.SimpleNamespace(lightning_module=types.SimpleNamespace(model=model), optimizers=[optimizer], strategy=None)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).pow(3).sum().backward()
+        optimizer.step()
+
+    step()
+    kept, wanted = ({name: tensor.detach().clone() for name, tensor in read_state(run)} for _ in range(2))
+    assert {"weight", "weight:exp_avg", "weight:step", "running_mean"} < kept.keys()
+    for _ in range(2):
+        step()
+        assert any(not torch.equal(tensor, wanted[name]) for name, tensor in read_state(run))
+        write_state(run, kept)
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in read_state(run))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in kept.items())
 
 
 def test_a_state_whose_loss_was_not_finite_never_becomes_the_good_one(monkeypatch):
