@@ -17,6 +17,7 @@ from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts
 from .template import Template
 from .tokenise import Encoder
 from .tokenizer import Tokenizer
+from .words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,10 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx))
     documents = loaded.documents(config.ctx_len)
     choose(config, origins, "eval_split", *held_out_share(config, len(documents.rows)))
-    return Data(*hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len)), found)
+    train, held_out = hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len))
+    if config.eval_file and (both := len(documents.rows) - len(train.rows)):
+        found.notes.append(f"left out   {counted(both, 'document')} of {config.data_file}, word for word in {config.eval_file} too")
+    return Data(train, held_out, found)
 
 
 def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:

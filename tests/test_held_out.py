@@ -13,6 +13,8 @@ from rwkv_miss import UserError
 from src.config import Config
 from src.data import Document, Documents, load_documents
 from src.held_out import evaluation_batches, hold_out, questions, undisturbed
+from src.prepare import read_data
+from src.template import DEFAULT
 from src.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes", 256, "")
@@ -55,7 +57,9 @@ def test_an_evaluation_file_takes_its_documents_out_of_the_training(tmp_path):
     for name, letters in (("rows", "abcdef"), ("held", "xbyd")):
         (tmp_path / name).write_text("".join(json.dumps({"text": letter * 5}) + "\n" for letter in letters))
     config = Config(data_file=str(tmp_path / "rows"), eval_file=str(tmp_path / "held"))
-    train, held = hold_out(config, load_documents(config.data_file, BYTES, 99), lambda path: load_documents(path, BYTES, 99))
+    read = read_data(config, {}, BYTES, DEFAULT)
+    train, held = read.documents, read.held_out
+    assert f"left out   2 documents of {config.data_file}, word for word in {config.eval_file} too" in read.found.lines()
     assert [text[0] for text in texts(held)] == list("xbyd") and [text[0] for text in texts(train)] == list("acef")
 
 
