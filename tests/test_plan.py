@@ -131,7 +131,8 @@ def test_what_deepspeed_holds_beside_its_shares():
     arch = make_arch(7, **SIZES)
 
     def parts(strategy, **settings):
-        return memory_parts(arch, Config(peft_config={"r": 5}, strategy=f"deepspeed_stage_{strategy}", **settings), "gpu", "torch", "bf16", 16, 16)
+        config = Config(peft_config={"r": 5}, strategy=f"deepspeed_stage_{strategy}", micro_bsz=8, **settings)
+        return memory_parts(arch, config, "gpu", "torch", "bf16", 16, 16)
 
     one, two, three = parts("2"), parts("2", devices=4), parts("3", devices=4)
     assert one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"] and two["DeepSpeed"] == one["trained"] * 1.25
