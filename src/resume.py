@@ -55,10 +55,11 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
                             + ("go on with --resume auto, or " if paths else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
         return None
-    for name in configuration.FIELDS:
-        if name not in MAY_CHANGE and not is_automatic(before, name) and getattr(before, name) != getattr(config, name):
-            raise UserError(f"--resume auto: the run in {config.proj_dir} has {name} {getattr(before, name)}, now it is {getattr(config, name)}; "
-                            f"resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
+    changed = [f"{name} {getattr(before, name)}, now it is {getattr(config, name)}" for name in configuration.FIELDS
+               if name not in MAY_CHANGE and not is_automatic(before, name) and getattr(before, name) != getattr(config, name)]
+    if changed:
+        raise UserError(f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. "
+                        f"Resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
     return paths[-1]
 
 

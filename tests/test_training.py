@@ -133,8 +133,9 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
 
 
 def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
-    for flags, word in ((["--epoch_count", "2"], "--resume auto"),
-                        (["--epoch_count", "2", "--lr_init", "1", "--resume", "auto"], "lr_init 0.01, now it is 1.0")):
+    for flags, word in ((["--epoch_count", "2"], "--resume auto"), (["--data_file", "absent.jsonl"], "absent.jsonl can't be read"),
+                        (["--epoch_count", "2", "--lr_init", "1", "--beta1", "0.8", "--resume", "auto"],
+                         "has lr_init 0.01, now it is 1.0; beta1 0.9, now it is 0.8. Resume with --config")):
         code, output = program.run(command(files, plain[0], *flags)[2:])
         assert code == 2 and word in output and "Traceback" not in output, output
 
