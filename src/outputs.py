@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 
 import torch
 
@@ -126,6 +127,7 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
               f"before training {loss_text(history[0])}, at the end {loss_text(history[-1])}")
         chosen = top if summary["best_step"] < step else chosen
     if config.peft == "none":
-        print(f"try it:    python -m demo.chat --model {chosen}")
+        print(f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', chosen])}")
     else:
-        print(f"merge it:  python -m rwkv_miss merge --base {config.load_model} --adapter {chosen} --out merged.pth")
+        words = ["python", "-m", "rwkv_miss", "merge", "--base", config.load_model, "--adapter", chosen, "--out", "merged.pth"]
+        print(f"merge it:  {shlex.join(words)}")
