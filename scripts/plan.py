@@ -79,8 +79,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     print(f"base       {config.load_model or 'new model'}: {arch.describe()}")
     print(f"adapter    {describe.training(config, model)}")
     print(*data.found.lines(), *describe.data(config, documents, schedule), sep="\n")
-    print(f"plan       {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
-          f"{schedule.accumulate} x devices {world}), {steps / schedule.steps_per_pass:.3g} passes over the data")
+    print(describe.steps(config, schedule, steps))
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")
     print(*describe.chosen(config, origins), sep="\n")
     print("memory     of one process, estimated" if device.accelerator == "cpu" else "memory     of one GPU, estimated")

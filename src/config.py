@@ -309,6 +309,8 @@ def validate(config: Config) -> None:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
     check_data(config)
+    if not config.proj_dir:
+        raise UserError("--proj_dir is empty: give the folder that the run writes into")
     if not config.load_model and config.peft != "none":
         raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):

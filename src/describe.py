@@ -36,6 +36,13 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     return lines
 
 
+def steps(config: Config, schedule: Schedule, total: int) -> str:
+    """The line of the plan about its optimizer steps."""
+    passes = total / schedule.steps_per_pass
+    return (f"plan       {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
+            f"{schedule.accumulate} x devices {config.devices * config.num_nodes}), {passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+
+
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
     """The line of the plan about rows in chunks, of which the longest has `width` tokens and a state of a micro-batch has `each` bytes."""
     if not chunks.size:

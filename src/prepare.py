@@ -11,7 +11,7 @@ from .choices import choose, choose_batch, held_out_share, row_length
 from .config import Config, accumulation, method_rate
 from .data import Documents, Schedule, load, make_schedule
 from .device import choose_accelerator, choose_precision
-from .formats import Reading, Report
+from .formats import Reading, Report, sources
 from .held_out import hold_out
 from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
 from .template import Template
@@ -56,6 +56,12 @@ def choose_device(config: Config, origins: dict[str, str], device: Device) -> No
     choose(config, origins, "precision", device.precision, device.precision_reason.removeprefix("auto: "))
     choose(config, origins, "wkv", device.kernel, device.kernel_reason.removeprefix("auto: "))
     choose(config, origins, "lr_init", method_rate(config), f"the rate of --peft {config.peft}")
+
+
+def check_data_files(config: Config) -> None:
+    """A UserError for data that are not there or of no known format: a look at the files' beginnings, before they are read."""
+    for path in filter(None, (config.data_file, config.eval_file)):
+        sources(path, Reading.of(config))
 
 
 def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, template: Template) -> Data:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 
 import torch
 
-from rwkv_miss.checkpoint import require_writable
 from rwkv_miss.errors import UserError
 
 from . import config as configuration
@@ -18,10 +18,11 @@ from .checkpoints import checkpoint_step, remove_leftovers
 from .config import Config
 from .device import DTYPES
 from .files import is_first_process, read_lines
+from .folder import alone_in, require_folder
 from .history import VALIDATION, is_over
 from .infctx import state_bytes
-from .outputs import ADAPTER, CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
-from .prepare import choose_device, device_here, plan_steps, read_data
+from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
+from .prepare import check_data_files, choose_device, device_here, plan_steps, read_data
 from .processes import check_world
 from .resume import earlier_settings, find_checkpoint, inherit, keep_rows_per_step
 from .template import recorded_template
@@ -32,8 +33,14 @@ STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells 
 
 def main(config: Config, origins: dict[str, str]) -> None:
     """Run the settings. Everything that can be wrong with them is found before the first step and before a file is written."""
+    with contextlib.ExitStack() as held:
+        run(config, origins, held)
+
+
+def run(config: Config, origins: dict[str, str], held: contextlib.ExitStack) -> None:
+    """main(); what the run holds until its end goes into `held`."""
     started = process_start()
-    world = check_world(config)
+    check_world(config)
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
@@ -41,9 +48,11 @@ def main(config: Config, origins: dict[str, str]) -> None:
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
     template = recorded_template(config.template, tokenizer, config.load_model)
-    require_writable(os.path.join(existing_part(config.proj_dir), ADAPTER))
     if config.init_only:
+        require_folder(config.proj_dir)
         return write_new_model(config, arch, tokenizer)
+    check_data_files(config)
+    require_folder(config.proj_dir)
     if config.wandb and is_first_process():
         check_wandb(config.wandb)
     resume_from = find_checkpoint(config, before)
@@ -71,8 +80,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
         *describe.data(config, documents, schedule),
         *describe.chunks(training.chunks_of(config), max(schedule.lengths), state_bytes(arch, config.micro_bsz, model.head.weight.itemsize)),
         *describe.held_out(config, held_out),
-        f"plan       {total_steps} steps of {schedule.rows_per_step} rows (micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x "
-        f"devices {world}), {total_steps / schedule.steps_per_pass:.3g} passes over the data",
+        describe.steps(config, schedule, total_steps),
         f"optimizer  AdamW, lr {config.lr_init:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
         + (f", initial state {state_lr:g}" if (state_lr := configuration.state_learning_rate(config)) else ""),
         f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
@@ -111,6 +119,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
 
     os.makedirs(config.proj_dir, exist_ok=True)
     if is_first_process():
+        held.enter_context(alone_in(config.proj_dir))
         remove_leftovers(config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS))
         configuration.save(config, origins, os.path.join(config.proj_dir, CONFIG))
     half = DTYPES[config.precision] if config.peft == "none" and config.precision != "fp32" else None
@@ -147,9 +156,3 @@ def process_start() -> float:
             return time.time() - (float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
     except OSError:
         return time.time()
-
-
-def existing_part(folder: str) -> str:
-    """The folder, or its nearest parent that exists: where it will be made."""
-    folder = os.path.abspath(folder)
-    return folder if os.path.exists(folder) else existing_part(os.path.dirname(folder))

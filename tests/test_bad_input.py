@@ -296,7 +296,8 @@ def test_new_models(refused, values, words):
 def test_an_output_folder_that_cannot_be_written(refused, folder):
     file = folder / "empty"  # root may write into any folder, but nobody below a file
     for place in (file, file / "run", file / "deep" / "run"):
-        assert f"can't be written: {file}: Not a directory" in refused("train", proj_dir=place)
+        assert f"--proj_dir {place}: no file can be made in {file} (Not a directory)" in refused("train", proj_dir=place)
+    assert "--proj_dir is empty" in refused("train", proj_dir="")
     for place, words in ((file / "merged.pth", "Not a directory"), (folder / "absent" / "m.pth", "No such file"), (folder, "is a folder")):
         assert words in refused("merge", out=place)
     assert "is an input of the merge" in refused("merge", out=folder / "base.pth")

@@ -17,6 +17,7 @@ import rwkv_miss
 from rwkv_miss import read_checkpoint, read_metadata
 from src import rollback, trainer
 from src.checkpoints import list_checkpoints, remove_old
+from src.folder import alone_in
 from src.rollback import LastGood
 from src.state import read_state, write_state
 
@@ -245,6 +246,16 @@ def test_signals_while_a_checkpoint_is_written(run, tmp_path):
     succeed(run("whole"))
     succeed(run("run", "--resume", "auto"))
     same_run(tmp_path / "whole", proj_dir)
+
+
+def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with alone_in(str(tmp_path / "run")):
+        code, output = run("run")
+    assert code == 2 and f"another run is writing into {tmp_path}/run now" in output and os.listdir(tmp_path / "run") == []
+    succeed(run("run", "--epoch_steps", "1"))
+    with alone_in(str(tmp_path / "run")):  # given back at its end
+        pass
 
 
 def test_the_newest_checkpoints_stay(run, tmp_path):
