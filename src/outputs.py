@@ -97,6 +97,8 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
     """
     with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
         metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
+    if not metrics:
+        raise UserError("no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is odd in the data or the base")
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
     summary = {

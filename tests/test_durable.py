@@ -341,6 +341,12 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_short_run_without_any_finite_loss_is_an_error(run, tmp_path):
+    """It is over before it has gone back too often."""
+    code, output = run("run", "--epoch_steps", "2", sabotage=functools.partial(spoil, "loss", range(2)))
+    assert code == 2 and "error: no step of the run had a finite loss" in output and "Traceback" not in output, output
+
+
 def test_noise_is_no_spike():
     rng = random.Random(0)
     keeper = LastGood(20, 8.0)
