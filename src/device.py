@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from rwkv_miss.errors import UserError
 
+MOST_PROCESSES = 8  # on a core, where they are slow but come to an end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -13,6 +16,8 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
     """cpu or gpu; a UserError when fewer GPUs are there than asked for."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or asked == "auto" and not gpus:
+        if devices > MOST_PROCESSES * (cores := os.cpu_count() or 1):
+            raise UserError(f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process wants at least one")
         return "cpu"
     if devices > gpus:
         raise UserError(f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or --accelerator cpu")

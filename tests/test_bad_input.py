@@ -275,6 +275,7 @@ def test_questions(refused, folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(refused):
+    assert f"--devices 1000000: this machine has no GPU for them and {os.cpu_count()} cores" in refused("train", devices=1000000)
     for program in ("train", "chat"):
         assert "torch sees 0 CUDA GPUs on this machine, 1 asked for; use fewer, or --accelerator cpu" in refused(program, accelerator="gpu")
 
