@@ -6,6 +6,7 @@ Order of precedence: command line, YAML file, preset, default. RWKV-LM's and RWK
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -187,7 +188,9 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
 
 def read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise UserError(f"config file {path} does not exist")
+        inside = os.path.join(path, "config.yaml")
+        raise UserError(f"config file {path} " + (f"is a folder; give {inside if os.path.isfile(inside) else 'a file'}" if os.path.isdir(path)
+                                                  else "does not exist"))
     with open(path, "rb") as file:
         try:
             values = yaml.safe_load(file) or {}
@@ -209,7 +212,10 @@ def _merge(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], di
     for origin, layer in layers:
         for name, value in layer.items():
             if NAMES[name] not in values:
-                values[NAMES[name]] = _convert(NAMES[name], value)
+                try:
+                    values[NAMES[name]] = _convert(NAMES[name], value)
+                except UserError as error:
+                    raise error if origin == "command line" else UserError(f"{origin}: {error}") from None
                 origins[NAMES[name]] = origin
     return values, origins
 
@@ -240,10 +246,7 @@ def _convert(name: str, value: Any) -> Any:
         elif kind is str:
             value = str(value)
         else:
-            number = float({"true": 1, "false": 0}.get(str(value).lower(), value))  # --grad_cp has three values and two of them are these
-            if not math.isfinite(number) or kind(number) != number:
-                raise ValueError
-            value = kind(number)
+            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)  # two of --grad_cp's three values are these
     except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
@@ -254,10 +257,21 @@ def _convert(name: str, value: Any) -> Any:
     return value
 
 
+def _number(text: str, kind: type) -> int | float:
+    """1e3 is an int, too. A ValueError for what is no finite number of this kind."""
+    if kind is int:
+        with contextlib.suppress(ValueError):
+            return int(text)  # with all its digits, which a float would not keep
+    number = float(text)
+    if not math.isfinite(number) or kind(number) != number:
+        raise ValueError
+    return kind(number)
+
+
 def _parse_options(value: Any) -> dict[str, Any]:
     """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32."""
     if isinstance(value, dict):
-        return value
+        return {str(name): given for name, given in value.items()}
     text = str(value).strip()
     if text.startswith("{"):
         try:
@@ -305,6 +319,12 @@ def validate(config: Config) -> None:
                  "random_seed", "adam_eps", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
+    for name in FIELDS:
+        if _kind(name) is int and name != "random_seed" and getattr(config, name) >= 2**31:
+            raise UserError(f"--{name} {getattr(config, name)}: must be below 2^31")
+    for name in ("lr_init", "lr_final", "state_lr", "weight_decay", "adam_eps"):
+        if getattr(config, name) > 1e9:
+            raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e9")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")

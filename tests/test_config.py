@@ -128,6 +128,11 @@ def test_yaml_mistakes(tmp_path):
     path.write_bytes(b"proj_dir: \xff\n")
     assert "not valid YAML" in mistake("--config", str(path))
     assert "does not exist" in mistake("--config", str(tmp_path / "absent.yaml"))
+    path.write_text("micro_bsz: many\n")
+    assert mistake("--config", str(path)) == f"{path}: --micro_bsz many: expected int"
+    assert mistake("--config", str(tmp_path)).endswith("is a folder; give a file")
+    (tmp_path / "config.yaml").touch()
+    assert mistake("--config", str(tmp_path)) == f"config file {tmp_path} is a folder; give {tmp_path}/config.yaml"
 
 
 # values
@@ -145,6 +150,8 @@ def test_adapter_options_in_yaml_and_of_every_kind(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**dict(zip(["load_model", "data_file"], "ab")), "peft_config": {"r": 8, "targets": ["key"]}}))
     assert adapter_options(parse(["--config", str(path)])[0]) == ({"r": 8}, ["key"])
+    path.write_text("load_model: a\ndata_file: b\npeft_config: {1: 2}\n")
+    assert adapter_options(parse(["--config", str(path)])[0]) == ({"1": 2}, None)  # whose name is then refused
     assert settings("--peft_config", "alpha=1e2,layout=contiguous").peft_config == {"alpha": 100.0, "layout": "contiguous"}
     assert adapter_options(settings()) == ({}, None)
 
@@ -179,7 +186,8 @@ def test_targets_are_a_list():
     ("--load_model=", "needs a base"),
     ("--load_model= --peft none", "a new model needs --version, --n_layer and --n_embd"), ("--data_file=", "--data_file is missing"),
     ("--peft none --peft_config r=8", "no meaning with --peft none"), ("--precision fp16 --strategy deepspeed_stage_2", "fp16 works with"),
-    ("--num_nodes 2", "--num_nodes needs --strategy"),
+    ("--num_nodes 2", "--num_nodes needs --strategy"), ("--ctx_len 1e20", "--ctx_len 100000000000000000000: must be below 2^31"),
+    ("--epoch_count 2147483648", "must be below 2^31"), ("--lr_init 1e300", "--lr_init 1e+300: must not be above 1e9"),
 ])
 def test_values_that_make_no_sense(flags, words):
     assert words in mistake(*flags.split())
@@ -188,6 +196,7 @@ def test_values_that_make_no_sense(flags, words):
 def test_numbers_as_people_write_them():
     values = settings("--epoch_steps", "1e3", "--lr_init", "1", "--grad_cp", "True")
     assert (values.epoch_steps, values.lr_init, values.grad_cp) == (1000, 1.0, True)
+    assert settings("--random_seed", str(2**63 - 1)).random_seed == 2**63 - 1, "no digit is lost"
     assert accumulation(settings("--global_bsz", "48", "--devices", "2", "--micro_bsz", "3")) == 8
 
 
