@@ -21,13 +21,13 @@ import torch
 import rwkv_miss
 from demo import task
 from src import ops
-from src.config import Config, adapter_options, state_learning_rate
+from src.config import Config, adapter_options
 from src.data import Batches, Documents, collate, load_documents, make_schedule
 from src.held_out import evaluation_batches
 from src.infctx import chunks_of, rows_loss
+from src.learning_rate import learning_rate_factor, state_learning_rate
 from src.model import RWKV, parameter_groups
 from src.tokenizer import recorded_tokenizer
-from src.trainer import learning_rate_factor
 
 from .common import report
 

@@ -28,7 +28,7 @@ with importing():
     from src.config import Config
     from src.data import Schedule
     from src.memory import USABLE, needed, parse_size
-    from src.prepare import Device, choose_device, device_here, estimate, memory_of, plan_steps, read_data
+    from src.prepare import Device, choose_device, device_here, estimate, memory_of, plan_steps, read_data, steps_of
     from src.template import recorded_template
     from src.words import counted, duration_text, size_text
 
@@ -66,7 +66,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     documents, world = data.documents, config.devices * config.num_nodes
     memory = memory_of(device, world)
     schedule = plan_steps(config, origins, arch, device, documents)
-    steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
+    steps = steps_of(config, schedule)
 
     def fits(changed: Config) -> bool:
         return needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * memory

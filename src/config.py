@@ -142,9 +142,6 @@ PRESETS = {
     "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}}),
 }
 
-# RWKV-LM's usual rates; every adapter method has its own
-FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
-
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME", a launcher, or "default"."""
@@ -397,20 +394,6 @@ def accumulation(config: Config) -> int:
     if config.global_bsz:
         return config.global_bsz // (config.micro_bsz * config.devices * config.num_nodes)
     return config.accumulate_grad_batches or 1
-
-
-def method_rate(config: Config) -> float:
-    """The learning rate that belongs to what is trained."""
-    if config.peft != "none":
-        return METHODS[config.peft].default_lr
-    return FULL_LR if config.load_model else NEW_MODEL_LR
-
-
-def state_learning_rate(config: Config) -> float | None:
-    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at lr_init."""
-    if "state" not in split_parts(config.train_parts):
-        return None
-    return config.state_lr or METHODS["state"].default_lr
 
 
 def check_sizes(config: Config, arch: Arch) -> None:

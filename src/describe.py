@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from .checkpoints import checkpoint_step
 from .choices import CHOSEN
-from .config import Config, accumulation, command
+from .config import Config, command
 from .data import Document, Documents, Schedule
-from .infctx import Chunks
+from .infctx import Chunks, chunks_of, state_bytes
+from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
+from .outputs import output_path
+from .prepare import Job, steps_of
 from .words import counted
+from .writers import describe_writers
+
+
+def plan(job: Job) -> list[str]:
+    """What the run trains, on what, how and where."""
+    config, device, schedule, documents, held = job.config, job.device, job.schedule, job.data.documents, job.data.held_out
+    model = job.model
+    final = config.lr_init * learning_rate_factor(config, job.steps)(job.steps - 1)
+    state_rate = state_learning_rate(config)
+    lines = [
+        f"base       {config.load_model or 'new model'}: {model.arch.describe()}",
+        f"adapter    {training(config, model)}",
+        *job.data.found.lines(),
+        *data(config, documents, schedule),
+        *chunks(chunks_of(config), max(schedule.lengths), state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize)),
+        *held_out(config, held),
+        steps(config, schedule, job.steps),
+        f"optimizer  AdamW, lr {config.lr_init:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
+        + (f", initial state {state_rate:g}" if state_rate else ""),
+        f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
+        f"kernel     wkv {device.kernel}: {device.kernel_reason}",
+        describe_writers(config),
+        f"template   {job.template.name}, loss on {mask(config.loss_mask)}",
+        f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
+        sample(documents.rows[0], job.tokenizer),
+        *chosen(config, job.origins),
+    ]
+    if config.warmup_steps >= job.steps:
+        lines.append(f"warning    the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is never used")
+    digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest} | ({"held out": held.digest} if held.rows else {})
+    return [*lines, f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}"]
 
 
 def training(config: Config, model: RWKV) -> str:
@@ -79,17 +114,25 @@ def held_out(config: Config, held_out: Documents) -> list[str]:
             f"{counted(held_out.targets, 'token')} before the training{every} and at its end; {counted(config.eval_samples, 'sample')}{stop}"]
 
 
-def resume(config: Config, before: Config, path: str, total_before: int, total: int) -> list[str]:
-    """Lines of the plan about a run that goes on: from where, and what is different from here."""
+def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
+    """Lines of the plan about a run that goes on from a checkpoint: from where, and what is different from here."""
+    config = job.config
+    if over:
+        step = checkpoint_step(path)
+        what = f"has all {counted(job.steps, 'step')} already" if step >= job.steps else f"ended at step {step} by --early_stop"
+        return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
+    if before is None:
+        return [f"resume     no checkpoint in {config.proj_dir}: from the beginning"] if config.resume == "auto" else []
     lines = [f"resume     from {path}; the weights, the optimizer and the order of the data go on where they were"]
     changed = [f"{name} {getattr(before, name)} -> {getattr(config, name)}" for name in ("strategy", "devices", "num_nodes", "micro_bsz")
                if getattr(before, name) != getattr(config, name)]
     if changed:
-        rows = config.micro_bsz * config.devices * config.num_nodes * accumulation(config)
-        lines.append(f"           {', '.join(changed)}: a step keeps its {rows} rows, accumulate is {accumulation(config)}")
-    if total != total_before:
-        lines.append(f"           {counted(total_before, 'step')} -> {total:,}: from here on the learning rate follows the schedule of "
-                     f"{counted(total, 'step')}")
+        lines.append(f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')}, accumulate is "
+                     f"{job.schedule.accumulate}")
+    planned = steps_of(before, job.schedule)
+    if planned != job.steps:
+        lines.append(f"           {counted(planned, 'step')} -> {job.steps:,}: from here on the learning rate follows the schedule of "
+                     f"{counted(job.steps, 'step')}")
     return lines
 
 

@@ -43,19 +43,21 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
     print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
 
 
-def writer(config: Config, model: RWKV, tokenizer, template: Template, training):
+def writer(config: Config, model: RWKV, tokenizer, template: Template):
     """The function that is called on every rank to write the trained tensors or, in full training, the whole model; keywords become metadata."""
+    from .trainer import whole_parameters  # lightning, which merge and chat need not pay
+
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
     made_with = {"tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions}
 
     def write(trainer, path: str, **described) -> None:
         described |= {"step": trainer.global_step, **made_with}
         if config.peft != "none":
-            with training.whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
+            with whole_parameters(trainer, [p for p in model.parameters() if p.requires_grad]):
                 if trainer.is_global_zero:
                     rwkv_miss.save_adapter(model, path, **described)
             return
-        items = whole_model(config, model, lambda p: training.whole_parameters(trainer, [p]))
+        items = whole_model(config, model, lambda p: whole_parameters(trainer, [p]))
         try:
             if trainer.is_global_zero:
                 write_checkpoint(path, items, {"format": "rwkv-miss trained", **described})

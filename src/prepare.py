@@ -8,12 +8,14 @@ from rwkv_miss.checkpoint import Arch
 
 from . import ops
 from .choices import choose, choose_batch, held_out_share, row_length
-from .config import Config, accumulation, method_rate
+from .config import Config, accumulation
 from .data import Documents, Schedule, load, make_schedule
 from .device import choose_accelerator, choose_precision
 from .formats import Reading, Report, sources
 from .held_out import hold_out
+from .learning_rate import method_rate
 from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
+from .model import RWKV
 from .template import Template
 from .tokenise import Encoder
 from .tokenizer import Tokenizer
@@ -41,6 +43,30 @@ class Data:
     documents: Documents
     held_out: Documents
     found: Report
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is ready to begin."""
+
+    config: Config
+    origins: dict[str, str]
+    device: Device
+    tokenizer: Tokenizer
+    template: Template
+    data: Data
+    schedule: Schedule
+    model: RWKV
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return steps_of(self.config, self.schedule)
+
+
+def steps_of(config: Config, schedule: Schedule) -> int:
+    """Optimizer steps of a run with these settings on the rows of the schedule."""
+    return config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
 
 
 def device_here(config: Config, head_size: int) -> Device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import math
 import os
 import signal
 import sys
@@ -23,12 +22,15 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 
 from .agreement import agree
-from .config import Config, accumulation, state_learning_rate
+from .config import Config, accumulation
 from .data import Batches, Documents, make_schedule
 from .device import DTYPES
 from .infctx import chunks_of, rows_loss
+from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV, parameter_groups
 from .processes import choose_interface, launched
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ScaledFp16(MixedPrecision):
@@ -42,28 +44,10 @@ class ScaledFp16(MixedPrecision):
         return contextlib.nullcontext()
 
 
-def learning_rate_factor(config: Config, total: int):
-    """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to lr_final."""
-    final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        progress = min((step - config.warmup_steps) / max(total - 1 - config.warmup_steps, 1), 1.0)
-        if config.lr_schedule == "cos":
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-        if config.lr_schedule == "wsd":
-            return 1 - (1 - final) * max(progress - 0.8, 0.0) / 0.2
-        return 1.0
-
-    return factor
-
-
 class FineTuning(pl.LightningModule):
     """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
 
-    def __init__(self, model: RWKV, config: Config, documents: Documents, held_out: Documents, total_steps: int,
-                 half: torch.dtype | None, first_step: int = 0):
+    def __init__(self, model: RWKV, config: Config, documents: Documents, held_out: Documents, total_steps: int, first_step: int = 0):
         super().__init__()
         self.model, self.config, self.lr = model, config, config.lr_init
         self.documents, self.held_out = documents, held_out
@@ -72,7 +56,8 @@ class FineTuning(pl.LightningModule):
         self.groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config))
         self.lr_factor = learning_rate_factor(config, total_steps)
         self.chunks = chunks_of(config)
-        self.half = half  # autocast dtype of full training; None: compute in the parameters' dtypes
+        # the dtype of autocast in full training; None: compute in the parameters' dtypes
+        self.half = HALF.get(config.precision) if config.peft == "none" else None
         self.step_loss = 0.0
 
     def setup(self, stage: str) -> None:

@@ -308,7 +308,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
     from src.trainer import FineTuning
 
     config = Config(micro_bsz=micro_bsz, accumulate_grad_batches=accumulate, random_seed=0, packing=packed > 0, ctx_len=packed or 1024)
-    module = FineTuning(model, config, documents, Documents([]), 4, None)
+    module = FineTuning(model, config, documents, Documents([]), 4)
     module._trainer = types.SimpleNamespace(world_size=world)
     module.setup("fit")
     assert module.schedule == data.make_schedule(documents, config, world)
