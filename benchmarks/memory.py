@@ -4,7 +4,8 @@
 
 Each configuration is a run of train.py in its own process, on a random model with the World vocabulary and rows that are full and trained
 as a whole. Measured is the most that the process ever had resident (ru_maxrss: its own memory and the mapped files that it touched),
-predicted what `python -m scripts.plan --json` says beforehand, the libraries' share included. The last line is JSON.
+predicted what `python -m scripts.plan --json` says beforehand, the libraries' share included; of two processes it is the larger one's peak,
+against the plan for one. The last line is JSON.
 """
 
 import argparse
@@ -26,6 +27,8 @@ CONFIGURATIONS = {
     "v6-bf16": (6, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "1024"]),
     "v7-grad_cp": (7, ["--precision", "fp32", "--micro_bsz", "8", "--ctx_len", "160", "--grad_cp", "1"]),
     "v6-lora": (6, ["--precision", "fp32", "--micro_bsz", "3", "--ctx_len", "256", "--peft", "lora"]),
+    **{f"v7-zero{n}": (7, ["--precision", "fp32", "--micro_bsz", "1", "--ctx_len", "512", "--devices", "2", "--strategy", f"deepspeed_stage_{n}"])
+       for n in "123"},
 }
 
 
@@ -59,7 +62,8 @@ def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pa
     if planned.returncode not in (0, 1):
         raise SystemExit(planned.stderr)
     plan = json.loads(planned.stdout.splitlines()[-1])
-    return {"predicted": plan["memory_together"], "measured": peak_resident([sys.executable, "train.py", *settings]), "parts": plan["memory"]}
+    predicted = sum(plan["memory"].values())
+    return {"predicted": predicted, "measured": peak_resident([sys.executable, "train.py", *settings]), "parts": plan["memory"]}
 
 
 def main() -> None:

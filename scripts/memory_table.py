@@ -1,11 +1,16 @@
-"""The README's memory table, as `scripts.plan` counts: python -m scripts.memory_table"""
+"""Tables of memory, as `scripts.plan` counts: python -m scripts.memory_table [--scaling]
+
+Without a flag the README's, for one GPU; with it that of docs/scaling.md, for several under DeepSpeed.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from src.doorway import importing
 
 with importing():
-    from rwkv_miss.errors import one_line_errors
+    from rwkv_miss.errors import Parser, one_line_errors
     from src.allocation import model_on_meta
     from src.config import Config
     from src.memory import GIB, memory_parts
@@ -15,10 +20,28 @@ MODELS = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32
 ROW = 1024  # tokens, all of them trained
 
 
+# columns of the table for several GPUs: method, strategy, number of GPUs
+SCALING = [("miss", "auto", 1), *(("miss", "deepspeed_stage_3", n) for n in (2, 4, 8)), ("miss", "deepspeed_stage_3_offload", 1),
+           ("none", "deepspeed_stage_2", 8), *(("none", "deepspeed_stage_3", n) for n in (2, 4, 8)), ("none", "deepspeed_stage_3_offload", 1)]
+
+
 def main() -> None:
     with one_line_errors():
+        parser = Parser(prog="python -m scripts.memory_table", description=__doc__.partition("\n")[0])
+        parser.add_argument("--scaling", action="store_true", help="for several GPUs")
+        line = scaling_row if parser.parse_args(sys.argv[1:]).scaling else row
         for name, (n_layer, n_embd) in MODELS.items():
-            print(row(name, n_layer, n_embd))
+            print(line(name, n_layer, n_embd), flush=True)
+
+
+def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
+    """A model's row for SCALING: GiB of one process with MiSS r=64 or full training, bf16, recomputed layers, one row of 1024 tokens at a time."""
+    arch = default_arch(7, n_layer, n_embd)
+    columns = []
+    for method, strategy, gpus in SCALING:
+        config = Config(micro_bsz=1, grad_cp=True, peft=method, strategy=strategy, devices=gpus)
+        columns.append(sum(memory_parts(arch, config, "gpu", "cuda", "bf16", ROW, ROW).values()))
+    return f"| RWKV-7 {name} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
 
 
 def row(name: str, n_layer: int, n_embd: int) -> str:

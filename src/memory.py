@@ -40,7 +40,7 @@ CACHE_WASTE = 0.1
 # what a process of train.py holds before the model: seen on a CPU; on a GPU the context and cuBLAS's workspace are an assumption
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
-BUCKET, LIVE = 10_000_000, 50_000_000  # numbers in a bucket, and in the parameters that stage 3 holds whole, as AnywhereDeepSpeed sets them
+BUCKET = 10_000_000  # numbers that DeepSpeed reduces or gathers at once, as AnywhereDeepSpeed sets it
 USABLE = 0.9  # of what is free, the rest is for what no part foresees
 
 
@@ -72,8 +72,11 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
         "Adam": shared(8 * trained, 1, offload),
     }
     if stage:
-        live = min(LIVE + BUCKET, frozen + trained) * base_size if stage == 3 and (world > 1 or offload) else 0
-        parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(BUCKET, trained) + live
+        parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(BUCKET, trained)
+        if stage == 3 and (world > 1 or offload):
+            # whole at one time: a bucket of parameters, or one that is larger by itself, such as the head, and a bucket that is fetched ahead
+            largest = max(p.numel() for p in model.parameters())
+            parts["DeepSpeed"] += base_size * min(max(BUCKET, largest) + BUCKET, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
         parts["rollback"] = 24 * trained
     step = step_bytes(arch, config, kernel, precision, row, targets)

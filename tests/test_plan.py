@@ -141,6 +141,13 @@ def test_what_deepspeed_holds_beside_its_shares():
     assert away == [{"Adam", "gradients"}, {"Adam", "gradients"}, {"Adam", "gradients", "trained", "base"}]
 
 
+def test_stage_3_holds_its_largest_parameter_whole():
+    arch = make_arch(7, **SIZES | {"vocab_size": 65536, "n_embd": 768, "head_size": 64})
+    two, three = (memory_parts(arch, Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=4),
+                               "gpu", "torch", "bf16", 16, 16)["DeepSpeed"] for n in "23")
+    assert three - two == 2 * (65536 * 768 + 10_000_000)
+
+
 def test_the_processes_of_a_cpu_share_its_memory():
     parts = {"base": 100.0, "working": 20.0}
     assert memory.needed(parts, Config(devices=3), "cpu") == 360 and memory.needed(parts, Config(devices=3), "gpu") == 120
