@@ -28,6 +28,7 @@ BYE = "bye"
 MEET_MINUTES = 30  # for which a machine waits for the first one, as torch does for a process group
 BRIEFLY = 0.5  # seconds in which two ends of a connection hear of each other
 GRACE = 5.0  # seconds in which a process may end by itself, with its own traceback, once another one has ended
+PATIENCE = 30.0  # seconds before it is said for whom a process waits
 LATECOMERS = 10.0  # seconds for which a failing rank 0 waits for those that are still starting
 
 
@@ -59,6 +60,9 @@ class Lifeline:
         self.reason, self.own = "", ""  # why another one ended, and why this one does
 
     def __enter__(self) -> Lifeline:
+        reminder = threading.Timer(PATIENCE, self._remind)
+        reminder.daemon = True
+        reminder.start()
         # torchrun has the store already; else it is the one that the process group will use later: the server is shared
         host = self.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
@@ -94,6 +98,12 @@ class Lifeline:
             time.sleep(0.1)
         self._part(f"{self.name} failed: {self.own}")
         self._tell()
+
+    def _remind(self) -> None:
+        missing = self.members - 1 - len(self.lines) if self.number == 0 else not self.lines
+        if missing and not self.over:
+            whom = f"{missing} of {self.members - 1} others" if self.number == 0 else "the first one"
+            print(f"note: {self.name} waits for {whom}, to meet at {self.address}:{self.port}", file=sys.stderr, flush=True)
 
     def _start(self, work, *args) -> None:
         threading.Thread(target=work, args=args, daemon=True, name="lifeline").start()

@@ -176,13 +176,16 @@ def test_members_that_leave_one_after_another_disturb_nobody():
     assert not any(logs)
 
 
-def test_a_stranger_at_the_port_is_no_member():
-    with Lifeline(0, 2, "127.0.0.1", program.free_port()) as line:
+def test_a_stranger_at_the_port_is_no_member(monkeypatch, capsys):
+    monkeypatch.setattr(src.lifeline, "PATIENCE", 0.1)
+    port = program.free_port()
+    with Lifeline(0, 2, "127.0.0.1", port) as line:
         place = int(line.store.get("lifeline").decode().split()[0])
         with socket.create_connection(("127.0.0.1", place)) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         time.sleep(0.2)
         assert not line.lines and not line.over
+    assert f"rank 0 ({socket.gethostname()}) waits for 1 of 1 others, to meet at 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
