@@ -32,8 +32,10 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
         for name in first | theirs:
             ours, other = first.get(name), theirs.get(name)
             if ours != other:
+                # what was chosen for a machine, such as --micro_bsz for its memory, ends with a flag
+                advice = f"give {name} on every machine" if name.startswith("--") else "make them the same on every machine"
                 raise UserError(f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other}, on rank 0 it is {ours}; "
-                                "make them the same on every machine")
+                                f"{advice}")
 
 
 def code_digest() -> str:
