@@ -148,6 +148,12 @@ def test_stage_3_holds_its_largest_parameter_whole():
     assert three - two == 2 * (65536 * 768 + 10_000_000)
 
 
+def test_stage_3_leaves_no_holes_in_the_heap_of_a_cpu():
+    two, three = (memory_parts(make_arch(7, **SIZES), Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=2),
+                               "cpu", "torch", "fp32", 16, 16)["allocator"] for n in "23")
+    assert two > 0 and three == 0
+
+
 def test_the_processes_of_a_cpu_share_its_memory():
     parts = {"base": 100.0, "working": 20.0}
     assert memory.needed(parts, Config(devices=3), "cpu") == 360 and memory.needed(parts, Config(devices=3), "gpu") == 120
