@@ -14,6 +14,7 @@ from rwkv_miss.errors import UserError
 
 from .config import Config
 from .data import Document, Documents, collate, pack
+from .words import counted
 
 Batch = list[list[Document]]  # rows of documents
 
@@ -37,8 +38,9 @@ def hold_out(config: Config, documents: Documents, load: Callable[[str], Documen
     kept = np.array([i for i, key in enumerate(keys) if key not in chosen], dtype=np.int64)
     rest = documents.take(kept)
     if not rest.targets:
-        raise UserError(f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {len(keys)} documents of {config.data_file} are "
-                        "held out, the others have no trained token")
+        others = ", and the others have no trained token" if len(kept) else ""
+        raise UserError(f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {counted(len(keys), 'document')} of {config.data_file} "
+                        f"would be held out{others}")
     if not held.targets:
         raise UserError(f"{source}: none of the {len(held.rows)} held-out documents has a trained token")
     return rest, held

@@ -30,7 +30,10 @@ def earlier_settings(config: Config) -> Config | None:
     """The settings of the run that --resume auto goes on with; None where there is no such run."""
     if config.resume != "auto" or not list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS)):
         return None
-    return Config(**configuration.read_yaml(os.path.join(config.proj_dir, CONFIG)))
+    file = os.path.join(config.proj_dir, CONFIG)
+    if not os.path.exists(file):
+        raise UserError(f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose another --proj_dir")
+    return configuration.settle({"config": file})[0]
 
 
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:

@@ -16,7 +16,9 @@ import rwkv_miss
 from rwkv_miss import read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_main
 from src import trainer
+from src.config import Config
 from src.model import RWKV, read_model_file
+from src.resume import earlier_settings
 
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors
@@ -138,6 +140,18 @@ def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
                          "has lr_init 0.01, now it is 1.0; beta1 0.9, now it is 0.8. Resume with --config")):
         code, output = program.run(command(files, plain[0], *flags)[2:])
         assert code == 2 and word in output and "Traceback" not in output, output
+
+
+def test_a_run_whose_settings_are_gone_or_spoilt_is_not_gone_on_with(tmp_path):
+    config = Config(proj_dir=str(tmp_path), resume="auto")
+    assert earlier_settings(config) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.pth").touch()
+    with pytest.raises(rwkv_miss.UserError, match="config.yaml, with the settings of the run, is not there; put it back"):
+        earlier_settings(config)
+    (tmp_path / "config.yaml").write_text("devices: two\n")
+    with pytest.raises(rwkv_miss.UserError, match="config.yaml: --devices two: expected int"):
+        earlier_settings(config)
 
 
 def test_a_checkpoint_says_what_it_is_and_is_no_model(files, plain, tmp_path, capsys):
