@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 
@@ -49,6 +50,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
     config, origins = configuration.settle(given)
     configuration.validate(config)
+    if not 0 <= ours.tokens_per_second < math.inf:
+        raise UserError(f"--tokens_per_second {ours.tokens_per_second}: must be a number above 0")
     return ours, config, origins
 
 

@@ -271,6 +271,9 @@ def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_second"] == 200
     assert plan.plan(*plan.parse([*flags, "--memory", "1MB"])) == 1
     assert "no setting mends that" in capsys.readouterr().out
+    for wrong in ("-1", "nan", "inf"):
+        with pytest.raises(UserError, match="--tokens_per_second .*: must be a number above 0"):
+            plan.parse([*flags, "--tokens_per_second", wrong])
     with pytest.raises(UserError, match="expected the metrics.jsonl of a run of at least 2 steps"):
         plan.plan(*plan.parse([*flags, "--metrics", files[3]]))
 

@@ -11,7 +11,8 @@ def test_one_is_singular():
 
 
 @pytest.mark.parametrize("size, text", [
-    (0, "0 bytes"), (999, "999 bytes"), (1000, "0.98 KiB"), (31104 * 4, "122 KiB"), (9.994 * 2**20, "9.99 MiB"), (9.996 * 2**20, "10.0 MiB"),
+    (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"),
+    (1000, "0.98 KiB"), (31104 * 4, "122 KiB"), (9.994 * 2**20, "9.99 MiB"), (9.996 * 2**20, "10.0 MiB"),
     (99.96 * 2**20, "100 MiB"), (999.4 * 2**20, "999 MiB"), (999.6 * 2**20, "0.98 GiB"), (24 * 2**30, "24.0 GiB"), (2000 * 2**40, "2,000 TiB"),
 ])
 def test_sizes_have_three_digits(size, text):
