@@ -84,6 +84,8 @@ def main() -> None:
                         random_seed=args.random_seed)
         vocab_size = rwkv_miss.read_checkpoint(args.load_model)["emb.weight"].shape[0]
         documents = load_documents(data_file, recorded_tokenizer(args.tokenizer, "", vocab_size, args.load_model), args.ctx_len)
+    if len(documents.rows) <= args.held_out:
+        parser.error(f"there are {len(documents.rows)} documents, of which --held_out {args.held_out} leaves none to train on")
     order = np.random.default_rng(0).permutation(len(documents.rows))
     held_out, documents = documents.take(order[: args.held_out]), documents.take(order[args.held_out :])
 

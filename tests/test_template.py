@@ -277,6 +277,8 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
     assert recorded_template("auto", tokenizer, base).name == "rwkv" == recorded_template("auto", tokenizer, None).name
+    rwkv_miss.save_adapter(model, adapter, template="think-long")
+    assert recorded_template("auto", tokenizer, adapter, merged).name == "think-long", "an adapter's word comes before its base's"
 
 
 def test_templates_reach_other_processes(jinja):
