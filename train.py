@@ -2,7 +2,7 @@
 
 import sys
 
-from src.doorway import importing
+from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import one_line_errors
@@ -11,7 +11,7 @@ with importing():
 
 
 def main() -> None:
-    with one_line_errors():
+    with one_line_errors(), naming_missing_packages():
         processes.watch_launcher()
         settings, origins = config.parse(sys.argv[1:])
         with lifeline(settings):

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 
-from src.doorway import importing
+from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
@@ -70,7 +70,7 @@ def show(pieces) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
+    with one_line_errors(), naming_missing_packages():
         args = parse(argv)
         model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)

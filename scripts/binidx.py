@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from src.doorway import importing
+from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--template", default="auto", help="how conversations are written [rwkv]")
     for name in ("sft_field", "sft_split"):
         parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
-    with one_line_errors():
+    with one_line_errors(), naming_missing_packages():
         args = parser.parse_args(argv)
         count, tokens = convert(args)
         print(f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents, {tokens:,} tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from src.doorway import importing
+from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
@@ -14,7 +14,7 @@ with importing():
 
 
 def main() -> None:
-    with one_line_errors():
+    with one_line_errors(), naming_missing_packages():
         parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
         parser.add_argument("--model", required=True)
         parser.add_argument("--adapter")

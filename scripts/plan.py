@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 
-from src.doorway import importing
+from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.checkpoint import Arch
@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
 
 
 def main() -> None:
-    with one_line_errors():
+    with one_line_errors(), naming_missing_packages():
         sys.exit(plan(*parse(sys.argv[1:])))
 
 

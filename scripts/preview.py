@@ -16,7 +16,7 @@ import os
 import sys
 import time
 
-from src.doorway import importing
+from src.doorway import importing, naming_missing_packages
 
 with importing():
     import numpy as np
@@ -143,7 +143,7 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with one_line_errors():
+    with one_line_errors(), naming_missing_packages():
         args, config = parse(argv)
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)

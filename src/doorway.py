@@ -1,4 +1,4 @@
-"""The first seconds of a program, in which it imports torch. This module imports the standard library only."""
+"""A program's imports, the first of which take seconds. This module imports the standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS = ("rwkv_miss", "src", "scripts", "demo")
 
 @contextlib.contextmanager
 def importing():
-    """Around a program's imports: Ctrl-C ends it at once and silently, and a missing package is one line and exit code 2.
+    """Around a program's first imports: Ctrl-C ends it at once and silently, and a missing package is named.
 
     An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback.
     """
@@ -22,6 +22,17 @@ def importing():
     if quick:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        with naming_missing_packages():
+            yield
+    finally:
+        if quick:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def naming_missing_packages():
+    """Around all of a program, as much is imported when it is needed: a package that is not installed is one line, with exit code 2."""
+    try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -30,6 +41,3 @@ def importing():
         print(f"error: the package {package} is not installed for {sys.executable}; activate the environment that has it "
               "(source .venv/bin/activate), or: pip install -r requirements.txt", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if quick:
-            signal.signal(signal.SIGINT, before)

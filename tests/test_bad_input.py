@@ -222,6 +222,13 @@ def test_settings(refused, values, words):
     assert words in refused("train", **values)
 
 
+def test_a_package_that_only_some_settings_need(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for program in ("train", "chat", "evaluate"):
+        assert "the package tokenizers is not installed for " in refused(program, tokenizer=tmp_path / "tokenizer.json")
+
+
 def test_a_model_with_too_few_ids(refused, folder):
     for program, flag in (("train", "load_model"), ("chat", "model")):
         message = refused(program, **{flag: folder / "letters.pth"})
