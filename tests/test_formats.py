@@ -264,7 +264,7 @@ def test_skipping_counts_and_shows_the_first_three(read):
     ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16")[:-1], "data file rows.jsonl can't be read: not UTF-16 text ("),
     ("rows.jsonl", b"\x28\xb5\x2f\xfd....", "rows.jsonl is packed (zstd); unpack it, or pack it with gzip"),
     ("rows.jsonl", b"PK\x03\x04....", "rows.jsonl is packed (zip); unpack it, or pack it with gzip"),
-    ("rows.jsonl", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "data file rows.jsonl can't be read: the gzip file is truncated or damaged"),
+    ("rows.jsonl", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "data file rows.jsonl can't be read: the gzip file is truncated"),
     ("rows.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0).replace(b"\x08\0", b"\x09\0", 1), "data file rows.jsonl can't be read: Unknown"),
     ("rows.foo", "what is this", "rows.foo is of no known format; it begins with 'what is this'. Expected JSONL, JSON, CSV or TSV with"),
     ("rows.bin", b"123", "data file rows.bin can't be read: binidx data are two files, and .idx or both are absent"),
@@ -278,7 +278,7 @@ def test_a_file_that_cannot_be_read_on_is_an_error(read, name, content, message)
 
 @pytest.mark.parametrize("name, content", [
     ("rows.json", '[{"text": "a"}, {"text": "b"'), ("rows.csv", 'text\na\n"b\nc\n'), ("book.txt", b"a\nb \xe9\n"),
-    ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9]),
+    ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9]),
 ])
 def test_what_follows_a_break_is_not_skipped(read, name, content):
     """It cannot be told which rows are lost."""
