@@ -76,6 +76,17 @@ def test_a_deep_model_is_the_sum_of_its_layers():
     assert dataclasses.astuple(step_bytes(deep, config, "torch", "fp32", 37, 74)) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_long_row_is_counted_by_its_first_chunks_and_the_states_of_the_others(monkeypatch, sparse):
+    from src import allocation
+
+    arch, config = make_arch(7, **SIZES), Config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse)
+    extrapolated = step_bytes(arch, config, "torch", "fp32", 73, 146)  # 15 chunks
+    monkeypatch.setattr(allocation, "CHUNKS", 99)
+    at_once = step_bytes(arch, config, "torch", "fp32", 73, 146)
+    assert dataclasses.astuple(extrapolated) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
+
+
 def test_large_blocks_are_counted_apart():
     kept = []
     with Live([]) as live:
