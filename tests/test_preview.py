@@ -86,7 +86,7 @@ def test_troubles_that_come_together(show):
 
 
 def test_held_out_data(show):
-    held = [GOOD[3], {"messages": [user("2+2?"), assistant("5")]}, {"messages": [user("3+3?"), assistant("6")]}]
+    held = [GOOD[3], {"messages": [user("2+2?"), assistant("5")]}, {"messages": [user("3+3?"), assistant("6")]}, {"text": "another"}]
     assert findings(show, [], held=held) == {"held out": (1, "held.jsonl, line 1"), "known prompt": (1, "held.jsonl, line 2")}
 
 
