@@ -1,5 +1,6 @@
 """What launchers tell, and that no rank outlives another."""
 
+import contextlib
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.checkpoints import list_checkpoints
 from src.files import is_first_process
-from src.lifeline import Lifeline
+from src.lifeline import Lifeline, lifeline
 from src.processes import check_world
 from src.trainer import cluster_environment
 
@@ -123,6 +124,24 @@ def test_of_several_machines_only_the_first_prints(under):
     assert check_world(config) == 4
     assert not is_first_process()
     assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("variables", "flags", "place"), [
+    (TORCHRUN, [], ("rank", 3, 4, "10.0.0.1", 29500)),
+    (SRUN, [], ("rank", 3, 4, "gpu07", 18456)),
+    (MEET | {"NODE_RANK": "1"}, ["--num_nodes", "2", "--devices", "2"], ("machine", 1, 2, "10.0.0.1", 29500)),
+    # the second process of that machine, which Lightning has started, and of a run on one machine
+    (MEET | {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, ["--num_nodes", "2", "--devices", "2"], None),
+    (MEET | {"NODE_RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["--devices", "2"], None),
+    (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, [], None),
+])
+def test_each_process_that_no_other_one_looks_after_holds_a_lifeline(under, variables, flags, place):
+    under(variables)
+    held = lifeline(configuration.parse([*FLAGS, *flags])[0])
+    if place is None:
+        assert isinstance(held, contextlib.nullcontext)
+    else:
+        assert (held.name, held.number, held.members, held.address, held.port) == (f"{place[0]} {place[1]} ({socket.gethostname()})", *place[1:])
 
 
 def hold_on(number, members, port, end):
