@@ -17,8 +17,8 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Print a UserError, or what the machine refuses, as `error: ...` on stderr and exit with code 2; any other exception is a bug and keeps
-    its traceback.
+    """Print a UserError, or what the machine refuses, memory included, as `error: ...` on stderr and exit with code 2; any other exception is
+    a bug and keeps its traceback.
 
     Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells have for it, 141. What the
     terminal's encoding has no character for is shown as an escape.
@@ -44,6 +44,16 @@ def one_line_errors():
             raise
         print("error:", f"{error.filename}: {error.strerror}" if error.filename else error.strerror, file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out(error):
+            raise
+        print("error: memory ran out:", *str(error).rpartition("DefaultCPUAllocator: ")[2].splitlines()[:1], file=sys.stderr)
+        sys.exit(2)
+
+
+def _ran_out(error: Exception) -> bool:
+    """Whether memory did: Python's and numpy's, a GPU's (torch.OutOfMemoryError), or a CPU's, for which torch has no class of its own."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,12 +1,14 @@
 """How programs end before they have begun, and when nobody reads them any more."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from rwkv_miss.errors import one_line_errors
 
@@ -68,5 +70,11 @@ def test_what_the_machine_refuses_is_one_line_and_a_mistake_of_ours_is_not(tmp_p
     with pytest.raises(SystemExit) as stop, one_line_errors():
         open(path)
     assert stop.value.code == 2 and capsys.readouterr().err == f"error: {path}: File name too long\n"
+    for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**62)):
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            allocate()
+        assert stop.value.code == 2 and re.fullmatch(r"error: memory ran out:.*\n", capsys.readouterr().err)
     with pytest.raises(FileNotFoundError), one_line_errors():
         open(tmp_path / "absent")
+    with pytest.raises(RuntimeError, match="size mismatch|must match"), one_line_errors():
+        torch.ones(2) + torch.ones(3)
