@@ -250,28 +250,36 @@ def processes_of(proj_dir):
     return found
 
 
+@pytest.fixture
+def run_folder(tmp_path):
+    """The folder of a run, of which nothing is left when a test fails."""
+    yield tmp_path / "run"
+    for pid in processes_of(tmp_path / "run"):
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(("launcher", "victim", "words"), [
     ("", 1, "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated with code -9"),
     ("", 0, "rank 1 ends, because the process that started it is gone"),
     ("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
 ])
-def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(machines, tmp_path, launcher, victim, words):
-    flags = ["--load_model", str(machines / "0/same.pth"), "--data_file", str(machines / "0/same.jsonl"), "--proj_dir", str(tmp_path / "run"),
+def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(machines, tmp_path, run_folder, launcher, victim, words):
+    flags = ["--load_model", str(machines / "0/same.pth"), "--data_file", str(machines / "0/same.jsonl"), "--proj_dir", str(run_folder),
              "--tokenizer", "bytes", "--accelerator", "cpu", "--strategy", "deepspeed_stage_2", "--micro_bsz", "1", "--epoch_count", "100000",
              "--peft_config", "r=4", "--save_steps", "5", *([] if launcher else ["--devices", "2"])]
     command = [sys.executable, *(["-m", *launcher.split()] if launcher else []), str(ROOT / "train.py"), *flags]
     with open(tmp_path / "log", "wb") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     until = time.monotonic() + 120
-    while not list_checkpoints(tmp_path / "run/checkpoints") and time.monotonic() < until and run.poll() is None:
+    while not list_checkpoints(run_folder / "checkpoints") and time.monotonic() < until and run.poll() is None:
         time.sleep(0.2)
-    ranks = processes_of(tmp_path / "run")
+    ranks = processes_of(run_folder)
     assert sorted(ranks.values())[-2:] == [0, 1], (tmp_path / "log").read_text()
     os.kill(next(pid for pid, rank in ranks.items() if rank == victim and pid != (run.pid if launcher else None)), signal.SIGKILL)
     killed = time.monotonic()
     assert run.wait(60) != 0
-    while processes_of(tmp_path / "run") and time.monotonic() < killed + 60:
+    while processes_of(run_folder) and time.monotonic() < killed + 60:
         time.sleep(0.2)
-    assert not processes_of(tmp_path / "run")
+    assert not processes_of(run_folder)
     assert re.search(words, (tmp_path / "log").read_text())
-    assert read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1])
+    assert read_checkpoint(list_checkpoints(run_folder / "checkpoints")[-1])
