@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import types
 
@@ -175,6 +176,24 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run, tmp_path):
         run("parts", *constant, "--epoch_count", "2", "--resume", "auto"))
     same_run(tmp_path / "whole", tmp_path / "parts")
     assert "step-00000012.pth has all 6 steps already" in succeed(run("parts", *constant, "--resume", "auto"))
+
+
+@pytest.mark.parametrize("change, words", [("rows", "data file"), ("held", "held-out data"), ("base", "base file")])
+def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, words):
+    """Files of the same names whose contents are others."""
+    paths = {name: tmp_path / name for name in ("rows", "held", "base")}
+    for name, source in (("rows", "rows.jsonl"), ("held", "rows.jsonl"), ("base", "base.pth")):
+        shutil.copy(files / source, paths[name])
+    paths["held"].write_text('{"text": "held out"}\n')
+    flags = ["--data_file", str(paths["rows"]), "--eval_file", str(paths["held"]), "--load_model", str(paths["base"]), "--eval_samples", "0"]
+    succeed(run("run", *flags, "--epoch_steps", "1"))
+    if change == "base":
+        torch.save({name: tensor * 1.5 for name, tensor in read_checkpoint(paths["base"]).items()}, paths["base"])
+    else:
+        paths[change].write_text(paths[change].read_text() + '{"text": "one more"}\n')
+    code, output = run("run", *flags, "--epoch_steps", "2", "--resume", "auto")
+    assert code == 2 and f"error: --resume auto: the {words} is not the one that the run began with; put it back" in output, output
+    assert len(losses(tmp_path / "run")) == 1
 
 
 # killed, interrupted, out of disk
