@@ -42,8 +42,10 @@ def main(config: Config, origins: dict[str, str]) -> None:
     choose_device(config, origins, device)
     template = recorded_template(config.template, tokenizer, config.load_model)
     if config.init_only:
-        require_folder(config.proj_dir)
-        return write_new_model(config, arch, tokenizer)
+        if is_first_process():
+            require_folder(config.proj_dir)
+            write_new_model(config, arch, tokenizer)
+        return
     check_data_files(config)
     require_folder(config.proj_dir)
     if config.wandb and is_first_process():

@@ -237,6 +237,13 @@ def test_ranks_that_run_something_else_say_so_before_the_first_step(machines, tm
     assert not (tmp_path / "adapter.pth").exists() and not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_the_first_process_alone_writes_a_new_model(tmp_path):
+    code, output = program.run(["--init_only", "1", "--peft", "none", "--version", "x070", "--n_layer", "1", "--n_embd", "64", "--tokenizer", "bytes",
+                                "--data_file", "rows.jsonl", "--devices", "2", "--accelerator", "cpu", "--proj_dir", str(tmp_path)])
+    assert code == 0 and "error" not in output and output.count("wrote ") == 1, output
+    assert read_checkpoint(tmp_path / "rwkv-init.pth")
+
+
 def processes_of(proj_dir):
     """pid -> rank on this machine, of the processes that train into a folder."""
     found = {}
