@@ -8,7 +8,9 @@ from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.config import FIELDS
     from src.evaluate import exact_accuracy, read_questions
+    from src.formats import Reading
     from src.load import load
     from src.template import recorded_template
 
@@ -19,6 +21,8 @@ def main() -> None:
         parser.add_argument("--model", required=True)
         parser.add_argument("--adapter")
         parser.add_argument("--questions", required=True, help="questions and right answers, in any format of train.py's --data_file")
+        for name in ("sft_field", "sft_split"):
+            parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
         parser.add_argument("--tokenizer", default="auto")
         parser.add_argument("--eod", default="")
         parser.add_argument("--template", default="auto")
@@ -31,7 +35,7 @@ def main() -> None:
             raise UserError(f"--show {args.show}: must not be negative")
         model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision="fp32")
         template = recorded_template(args.template, tokenizer, args.adapter, args.model)
-        questions = read_questions(args.questions, template)
+        questions = read_questions(args.questions, template, Reading.of(args))
         accuracy, answers = exact_accuracy(model, tokenizer, questions, args.max_tokens, template)
         for (question, right), answer in list(zip(questions, answers))[: args.show]:
             print(f"{''.join(question)!r} -> {answer!r}" + ("" if answer == right else f", right is {right!r}"))

@@ -8,15 +8,18 @@ import torch
 
 from rwkv_miss.errors import UserError
 
-from .formats import read_rows
+from .formats import BY_NAME, Reading, read_rows
 from .model import RWKV, LayerState, State
 from .template import DEFAULT, Template, answer_text, thoughts_of
 
 
-def read_questions(path, template: Template = DEFAULT) -> list[tuple[list[str], str]]:
-    """(the pieces of the prompt, the right answer without its thoughts) of every row {"messages": [..., {"role": "assistant", ...}]}."""
+def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[tuple[list[str], str]]:
+    """(the pieces of the prompt, the right answer without its thoughts) of every row {"messages": [..., {"role": "assistant", ...}]}.
+
+    Raises UserError for data that cannot be read, and for a row that is no conversation.
+    """
     questions = []
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, reading=reading):
         if "messages" not in row:
             raise UserError(f"{where}: expected messages, or a question and its answer; got {' and '.join(row)}")
         *before, answer = row["messages"]

@@ -17,6 +17,7 @@ from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src.evaluate import exact_accuracy, greedy_answers, read_questions
+from src.formats import Reading
 from src.generate import Conversation, Sampling, sample, stream
 from src.model import RWKV, LayerState
 from src.template import DEFAULT
@@ -319,6 +320,10 @@ def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tm
     turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n 4 "}]
     rows.write_text(json.dumps({"messages": turns}) + '\n{"question": "q", "answer": "a"}\n')
     assert read_questions(rows) == [(["User: 2+2\n\nAssistant:"], "4"), (["User: q\n\nAssistant:"], "a")]
+    rows.write_text('{"this": "q", "that": "a"}\n')
+    with pytest.raises(UserError, match="--sft_field"):
+        read_questions(rows)
+    assert read_questions(rows, reading=Reading(("this", "that"))) == [(["User: q\n\nAssistant:"], "a")]
     rows.write_text('{"prompt": "q", "completion": "a"}\n')
     with pytest.raises(UserError, match="rows.jsonl, line 1: expected messages, or a question and its answer; got prompt and completion"):
         read_questions(rows)
