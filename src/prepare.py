@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from rwkv_miss.checkpoint import Arch
+from rwkv_miss.errors import UserError
 
 from . import ops
 from .choices import choose, choose_batch, held_out_share, row_length
@@ -20,6 +23,8 @@ from .template import Template
 from .tokenise import Encoder
 from .tokenizer import Tokenizer
 from .words import counted
+
+STAGE_3_CHUNKS = (2, 8)  # the oldest torch in which rows in chunks were seen to run under stage 3; 2.7 fails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +76,18 @@ def steps_of(config: Config, schedule: Schedule) -> int:
 
 def device_here(config: Config, head_size: int) -> Device:
     """The device at hand. Raises UserError where what is asked for is not here."""
+    check_torch(config)
     accelerator = choose_accelerator(config.accelerator, config.devices)
     kernel = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", head_size)
     return Device(accelerator, *choose_precision(config.precision, accelerator, config.strategy), *kernel)
+
+
+def check_torch(config: Config) -> None:
+    """A UserError for chunks under stage 3 with a torch that lacks what their one backward needs of its gradient accumulators."""
+    if config.chunk_ctx and config.strategy.startswith("deepspeed_stage_3") and torch.__version__ < STAGE_3_CHUNKS:
+        needed = ".".join(map(str, STAGE_3_CHUNKS))
+        raise UserError(f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is {torch.__version__}; "
+                        f'pip install "torch>={needed}", or use --strategy deepspeed_stage_2 or ddp')
 
 
 def choose_device(config: Config, origins: dict[str, str], device: Device) -> None:

@@ -7,11 +7,15 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 
 import rwkv_miss
+from rwkv_miss.errors import UserError
+from src.config import Config
 from src.infctx import Chunks, rows_loss
 from src.loss import loss_sum
 from src.model import RWKV
+from src.prepare import device_here
 
 from . import program
 from .conftest import close, make_arch, random_tensors
@@ -249,6 +253,17 @@ def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, reque
     output, losses = train(request.node.callspec.id, *flags)
     assert losses == pytest.approx(whole[:3], rel=1e-5)
     assert f"chunks     of {flags[1]} tokens, at most" in output and "the gradient is exact" in output
+
+
+def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
+    for version, strategy, chunk_ctx in [("2.7.1", "deepspeed_stage_2", 64), ("2.7.1", "deepspeed_stage_3", 0), ("2.8.0", "deepspeed_stage_3", 64),
+                                         ("2.10.0+cpu", "deepspeed_stage_3_offload", 64)]:
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        device_here(Config(strategy=strategy, chunk_ctx=chunk_ctx, accelerator="cpu"), 64)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
+    words = r'--chunk_ctx with --strategy deepspeed_stage_3_offload needs torch 2.8 or newer, here it is 2.7.1\+cu126; pip install "torch>=2.8", or'
+    with pytest.raises(UserError, match=words):
+        device_here(Config(strategy="deepspeed_stage_3_offload", chunk_ctx=64, accelerator="cpu"), 64)
 
 
 def test_a_run_resumes_with_other_chunks(train, whole):
