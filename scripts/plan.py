@@ -67,12 +67,12 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     choose_device(config, origins, device)
     data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))
     documents, world = data.documents, config.devices * config.num_nodes
-    memory = memory_of(device, world)
+    device = dataclasses.replace(device, memory=memory_of(device, world))  # once: what is free changes
     schedule = plan_steps(config, origins, arch, device, documents)
     steps = steps_of(config, schedule)
 
     def fits(changed: Config) -> bool:
-        return needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * memory
+        return needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * device.memory
 
     parts = estimate(config, arch, schedule)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
@@ -89,14 +89,14 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     for name, size in parts.items():
         print(f"           {name:<12} {size_text(size):>10}")
     total = needed(parts, config, device.accelerator)
-    print(f"           together     {size_text(total):>10}; there are {size_text(memory)}, of which {USABLE:.0%} count")
+    print(f"           together     {size_text(total):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count")
     print(f"time       {describe_time(tokens, speed, source)}")
     print(f"verdict    {describe_fix(fix, config)}")
     if ours.json:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(json.dumps({
             "parameters": sum(p.numel() for p in model.parameters()), "trained_parameters": trained, "memory": {k: int(v) for k, v in parts.items()},
-            "memory_together": int(total), "memory_there": memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
+            "memory_together": int(total), "memory_there": device.memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
             "tokens": int(tokens), "steps": steps, "tokens_per_second": speed, "seconds": tokens / speed if speed else None, "speed_from": source,
         }))
     return 0 if fix == {} else 1
