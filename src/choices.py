@@ -45,20 +45,21 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
 
 
 def choose_batch(config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float) -> None:
-    """Fill in micro_bsz, accumulate_grad_batches and grad_cp for data of `rows` rows.
+    """Fill in micro_bsz, accumulate_grad_batches (unless --global_bsz tells) and grad_cp for data of `rows` rows.
 
     `needed` gives the bytes that a run of some settings needs, of which there are `room`. Where nothing fits, the smallest is taken, because
     an estimate may be wrong.
     """
-    if not is_automatic(config, "micro_bsz"):
-        choose(config, origins, "accumulate_grad_batches", accumulation(config), "--micro_bsz is given")
-        choose(config, origins, "grad_cp", 0, "--micro_bsz is given")
-        return
-    for tried in _batches(config, rows):
-        if (size := needed(tried)) <= room:
-            break
+    if is_automatic(config, "micro_bsz"):
+        for tried in _batches(config, rows):
+            if (size := needed(tried)) <= room:
+                break
+        reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
+    else:
+        tried, reason = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0), "--micro_bsz is given"
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
-        choose(config, origins, name, getattr(tried, name), f"needs {size_text(size)}, and {size_text(room)} may be used")
+        if not (name == "accumulate_grad_batches" and config.global_bsz):  # which makes their number, on however many devices
+            choose(config, origins, name, getattr(tried, name), reason)
 
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:

@@ -358,7 +358,7 @@ def validate(config: Config) -> None:
     each = max(getattr(config, given), 1) * config.devices * config.num_nodes
     if config.global_bsz % each:
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}")
-    if config.micro_bsz and config.accumulate_grad_batches not in (0, 1, accumulation(config)):
+    if config.micro_bsz and config.accumulate_grad_batches not in (0, accumulation(config)):
         raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
                         f"but {config.accumulate_grad_batches} was given; drop one of them")
     if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):

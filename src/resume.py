@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from rwkv_miss.errors import UserError
@@ -37,8 +38,9 @@ def earlier_settings(config: Config) -> Config | None:
 
 
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
-    """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are as many and it was not given."""
-    batch = BATCH if processes(config) == processes(before) and is_automatic(config, "micro_bsz") else ()
+    """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are as many and no other was given."""
+    as_before = config.accumulate_grad_batches in (0, accumulation(before))
+    batch = BATCH if processes(config) == processes(before) and is_automatic(config, "micro_bsz") and as_before else ()
     for name in configuration.FIELDS:
         if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name):
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
@@ -63,23 +65,31 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
     if changed:
         raise UserError(f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. "
                         f"Resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
+    if config.eval_steps and not (config.eval_file or config.eval_split):  # when the command was checked, a share might have been chosen yet
+        raise UserError(f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps {config.eval_steps} has none to "
+                        "evaluate; drop it, or choose another --proj_dir")
     return paths[-1]
 
 
 def keep_rows_per_step(config: Config, before: Config) -> None:
-    """Have a step hold as many rows as before, by --global_bsz if need be; a UserError where that can't be."""
+    """Have a step hold as many rows as before, by --global_bsz if need be; a UserError where that can't be.
+
+    Passes as many as before are no wish but the same command, or the run's config.yaml: on other devices there are more or fewer of them.
+    """
     rows = rows_per_step(before)
     if config.micro_bsz and rows_per_step(config) == rows:
         return
-    each = (config.micro_bsz or 1) * processes(config)
+    if config.accumulate_grad_batches == accumulation(before):
+        config.accumulate_grad_batches = 0
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
-    if config.global_bsz not in (0, rows) or config.accumulate_grad_batches > 1:
-        now = config.global_bsz or (rows_per_step(config) if config.micro_bsz else f"a multiple of {each * config.accumulate_grad_batches}")
-        raise UserError(f"{what}, now it has {now}; drop --global_bsz and --accumulate_grad_batches, which are then chosen to fit, "
-                        "or choose another --proj_dir")
+    if config.global_bsz not in (0, rows) or config.micro_bsz and config.accumulate_grad_batches:
+        raise UserError(f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and --accumulate_grad_batches, which "
+                        "are then chosen to fit, or choose another --proj_dir")
+    given = [name for name in ("micro_bsz", "accumulate_grad_batches") if getattr(config, name)]
+    each = math.prod(getattr(config, name) for name in given) * processes(config)
     if rows % each:
-        raise UserError(f"{what}, which is not a multiple of {'micro_bsz x ' if config.micro_bsz else ''}devices x num_nodes = {each}; "
-                        f"choose {'a --micro_bsz' if config.micro_bsz else '--devices'} that fits")
+        raise UserError(f"{what}, which is not a multiple of {' x '.join([*given, 'devices', 'num_nodes'])} = {each}; "
+                        f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits")
     config.global_bsz = rows
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 import yaml
 
+from rwkv_miss.errors import UserError
 from src import choices, resume
 from src.choices import choose_batch, held_out_share, row_length
-from src.config import FIELDS, Config, accumulation, is_automatic, parse, read_yaml
-from src.resume import inherit, keep_rows_per_step
+from src.config import FIELDS, Config, accumulation, is_automatic, parse, read_yaml, validate
+from src.resume import find_checkpoint, inherit, keep_rows_per_step
+from src.words import size_text
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -55,7 +57,8 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
 
     choose_batch(config, origins, rows, needed, room)
     assert (config.micro_bsz, accumulation(config), config.grad_cp) == batch
-    assert origins["micro_bsz"].startswith(f"{choices.CHOSEN}: needs {needed(config)} bytes, and {room} bytes may be used")
+    assert bool(config.accumulate_grad_batches) == ("accumulate_grad_batches" in settings or "global_bsz" not in settings)
+    assert origins["micro_bsz"].startswith(f"{choices.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used")
 
 
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
@@ -66,12 +69,13 @@ def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
 
 # a run that goes on
 
-BEFORE = Config(micro_bsz=4, accumulate_grad_batches=2, grad_cp=1, ctx_len=512, eval_split=0.05, lr_init=1e-4, precision="fp32", wkv="cpu",
+FILES = {"load_model": "base.pth", "data_file": "rows.jsonl"}
+BEFORE = Config(**FILES, micro_bsz=4, accumulate_grad_batches=2, grad_cp=1, ctx_len=512, eval_split=0.05, lr_init=1e-4, precision="fp32", wkv="cpu",
                 accelerator="cpu")
 
 
 def going_on(**settings):
-    config, origins = Config(**settings), {}
+    config, origins = Config(**FILES, **settings), {}
     inherit(config, origins, BEFORE)
     keep_rows_per_step(config, BEFORE)
     return config
@@ -86,13 +90,42 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
 
 @pytest.mark.parametrize("settings, batch", [
     ({"devices": 2}, (4, 1)), ({"devices": 4}, (2, 1)), ({"micro_bsz": 2}, (2, 4)), ({"micro_bsz": 2, "devices": 2}, (2, 2)),
-    ({"grad_cp": 0}, (4, 2)),
+    ({"grad_cp": 0}, (4, 2)), ({"accumulate_grad_batches": 4}, (2, 4)), ({"accumulate_grad_batches": 1}, (8, 1)),
+    ({"devices": 2, "accumulate_grad_batches": 4}, (1, 4)), ({"accumulate_grad_batches": 4, "global_bsz": 8}, (2, 4)),
+    # as many passes as before, in the same command or the run's own file, on other devices
+    ({"accumulate_grad_batches": 2}, (4, 2)), ({"devices": 2, "micro_bsz": 4, "accumulate_grad_batches": 2}, (4, 1)),
+    ({"devices": 2, "accumulate_grad_batches": 2}, (4, 1)),
 ])
 def test_a_step_keeps_its_rows(settings, batch):
     config = going_on(**settings)
     choose_batch(config, {}, 10, lambda tried: 0, 1)
     assert (config.micro_bsz, accumulation(config)) == batch
-    assert resume.rows_per_step(config) == 8 and (config.grad_cp == 1) == (settings == {})
+    assert resume.rows_per_step(config) == 8
+    validate(config)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"devices": 3}, "has 8 rows, which is not a multiple of devices x num_nodes = 3; choose --devices that fits"),
+    ({"micro_bsz": 3}, "not a multiple of micro_bsz x devices x num_nodes = 3; choose a --micro_bsz that fits"),
+    ({"accumulate_grad_batches": 3}, "accumulate_grad_batches x devices x num_nodes = 3; choose a --accumulate_grad_batches that fits"),
+    ({"micro_bsz": 2, "accumulate_grad_batches": 1}, "has 8 rows, now it has 2; drop --global_bsz and --accumulate_grad_batches"),
+    ({"global_bsz": 16}, "has 8 rows, now it has 16; drop --global_bsz"),
+])
+def test_a_step_that_can_not_keep_its_rows_is_an_error_with_both_numbers(settings, words):
+    with pytest.raises(UserError, match=words):
+        going_on(**settings)
+
+
+def test_a_run_that_goes_on_without_held_out_documents_has_none_to_evaluate(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-00000001.pth").touch()
+    before = dataclasses.replace(BEFORE, proj_dir=str(tmp_path), resume="auto", eval_split=0.0)
+    config = Config(**FILES, proj_dir=str(tmp_path), resume="auto", eval_steps=5)
+    inherit(config, {}, before)
+    with pytest.raises(UserError, match="holds no documents out, so that --eval_steps 5 has none to evaluate; drop it"):
+        find_checkpoint(config, before)
+    config.eval_steps = 0
+    assert find_checkpoint(config, before).endswith("step-00000001.pth")
 
 
 # the program

@@ -183,6 +183,7 @@ def test_targets_are_a_list():
     ("--strategy deepspeed", "deepspeed_stage_1"), ("--global_bsz 12 --micro_bsz 8", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),
     ("--global_bsz 12 --accumulate_grad_batches 8", "12 is not a multiple of accumulate_grad_batches x devices x num_nodes = 8"),
     ("--global_bsz 64 --micro_bsz 8 --accumulate_grad_batches 4", "makes accumulate_grad_batches 8, but 4 was given"),
+    ("--global_bsz 64 --micro_bsz 8 --accumulate_grad_batches 1", "makes accumulate_grad_batches 8, but 1 was given"),
     ("--load_model=", "needs a base"),
     ("--load_model= --peft none", "a new model needs --version, --n_layer and --n_embd"), ("--data_file=", "--data_file is missing"),
     ("--peft none --peft_config r=8", "no meaning with --peft none"), ("--precision fp16 --strategy deepspeed_stage_2", "fp16 works with"),
