@@ -19,7 +19,7 @@ from .config import Config
 from .device import DTYPES
 from .files import is_first_process, read_lines
 from .folder import alone_in, require_folder
-from .history import VALIDATION, is_over
+from .history import BEST, VALIDATION, is_over
 from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
 from .prepare import Job, check_data_files, choose_device, device_here, plan_steps, read_data
 from .processes import check_world
@@ -86,6 +86,9 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     folder, checkpoints = config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS)
     if is_first_process():
         remove_leftovers(folder, checkpoints)
+        for name in () if resume_from else (BEST, VALIDATION):  # of a run that was killed before its first checkpoint
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
         configuration.save(config, job.origins, os.path.join(folder, CONFIG))
 
     def complete(step: int) -> bool:

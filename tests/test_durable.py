@@ -267,6 +267,16 @@ def test_signals_while_a_checkpoint_is_written(run, tmp_path):
     same_run(tmp_path / "whole", proj_dir)
 
 
+def test_a_run_killed_before_its_first_checkpoint_leaves_the_next_one_nothing(run, tmp_path):
+    held = ["--eval_split", "0.3", "--eval_steps", "1", "--eval_samples", "0"]
+    code, _ = run("run", *held, sabotage=functools.partial(at_file, "adapter.pth", 1, tmp_path / "run", kill))
+    assert code == -signal.SIGKILL and (tmp_path / "run/best.pth").exists()
+    output = succeed(run("run", "--eval_split", "0", "--resume", "auto"))
+    assert "no checkpoint in" in output and "best:" not in output
+    assert not (tmp_path / "run/best.pth").exists() and not (tmp_path / "run/validation.jsonl").exists()
+    assert "best" not in json.loads((tmp_path / "run/run.json").read_text())
+
+
 def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
     (tmp_path / "run").mkdir()
     with alone_in(str(tmp_path / "run")):
