@@ -25,7 +25,7 @@ with importing():
     from src.allocation import model_on_meta
     from src.base import read_base
     from src.calibrate import measured_speed
-    from src.choices import cheapest_fix
+    from src.choices import CHOSEN, cheapest_fix
     from src.config import Config
     from src.data import Schedule
     from src.memory import USABLE, needed, parse_size
@@ -76,6 +76,8 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
 
     parts = estimate(config, arch, schedule)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
+    if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
+        fix["ctx_len"] = config.ctx_len  # chunks would have it chosen without a bound
     speed, source = find_speed(ours, config, arch, device, schedule)
     tokens = steps / schedule.steps_per_pass * sum(schedule.lengths)
     model = model_on_meta(arch, config)

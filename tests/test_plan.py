@@ -296,6 +296,15 @@ def test_a_gpu_that_is_not_here_is_planned_for(files, capsys):
     assert json.loads(output.splitlines()[-1])["seconds"] is None
 
 
+def test_chunks_are_advised_with_the_length_of_rows_that_was_planned(files, tmp_path, capsys, monkeypatch):
+    """By themselves they would have longer rows chosen."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "long " * 1000}) + "\n")
+    monkeypatch.setattr(plan, "cheapest_fix", lambda *_: {"chunk_ctx": 512})
+    for flags, advice in (([], "add --chunk_ctx 512 --ctx_len 4096\n"), (["--ctx_len", "700"], "add --chunk_ctx 512\n")):
+        assert plan.plan(*plan.parse([*files, "--tokens_per_second", "10", *flags])) == 1
+        assert advice in capsys.readouterr().out
+
+
 def test_planning_imports_no_trainer():
     code = "import sys; import scripts.plan; sys.exit(any(name in sys.modules for name in ('lightning', 'deepspeed')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
