@@ -25,8 +25,10 @@ def choose(config: Config, origins: dict[str, str], name: str, value: object, re
 
 def row_length(longest: int, chunk_ctx: int) -> tuple[int, str]:
     """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded."""
-    length = max(SHORTEST, 1 << max(longest - 1, 0).bit_length())
-    return length if chunk_ctx else min(length, LONGEST), f"the longest document has {counted(longest, 'token')}"
+    length, reason = max(SHORTEST, 1 << max(longest - 1, 0).bit_length()), f"the longest document has {counted(longest, 'token')}"
+    if length > LONGEST and not chunk_ctx:
+        return LONGEST, f"{reason}, more than is chosen without --chunk_ctx"
+    return length, reason
 
 
 def longest_uncut(config: Config) -> float:
@@ -39,7 +41,7 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     if config.eval_file:
         return 0.0, "--eval_file is given"
     if documents < HELD_OUT and not config.eval_steps:
-        return 0.0, f"{counted(documents, 'document')} are too few to leave some out"
+        return 0.0, f"{counted(documents, 'document')}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
     return share, f"{counted(max(1, round(share * documents)), 'document')} of {documents:,}"
 
