@@ -230,6 +230,15 @@ def test_a_fix_keeps_the_rows_of_a_step():
     assert fix == {"micro_bsz": 3}
 
 
+@pytest.mark.parametrize("settings, found", [
+    ({}, False), ({"devices": 2}, True), ({"num_nodes": 2}, True), ({"devices": 2, "strategy": "deepspeed_stage_3"}, False),
+])
+def test_a_base_is_shared_out_where_there_are_processes_to_share_it(settings, found):
+    config = Config(micro_bsz=1, ctx_len=256, **settings)
+    fix = cheapest_fix(config, "bf16", 256, lambda changed: changed.strategy == "deepspeed_stage_3" != config.strategy)
+    assert (fix == {"grad_cp": 1, "strategy": "deepspeed_stage_3"}) if found else fix is None
+
+
 # sizes and what is free
 
 
