@@ -13,7 +13,7 @@ from rwkv_miss.errors import UserError
 from src import choices, resume
 from src.choices import choose_batch, held_out_share, row_length
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, read_yaml, validate
-from src.resume import find_checkpoint, inherit, keep_rows_per_step
+from src.resume import inherit, keep_rows_per_step
 from src.words import size_text
 
 from . import program
@@ -117,18 +117,6 @@ def test_a_step_keeps_its_rows(settings, batch):
 def test_a_step_that_can_not_keep_its_rows_is_an_error_with_both_numbers(settings, words):
     with pytest.raises(UserError, match=words):
         going_on(**settings)
-
-
-def test_a_run_that_goes_on_without_held_out_documents_has_none_to_evaluate(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/step-00000001.pth").touch()
-    before = dataclasses.replace(BEFORE, proj_dir=str(tmp_path), resume="auto", eval_split=0.0)
-    config = Config(**FILES, proj_dir=str(tmp_path), resume="auto", eval_steps=5)
-    inherit(config, {}, before)
-    with pytest.raises(UserError, match="holds no documents out, so that --eval_steps 5 has none to evaluate; drop it"):
-        find_checkpoint(config, before)
-    config.eval_steps = 0
-    assert find_checkpoint(config, before).endswith("step-00000001.pth")
 
 
 # the program

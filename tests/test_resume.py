@@ -1,0 +1,99 @@
+"""Which run a folder holds, and whether it may go on with these settings."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from rwkv_miss.errors import UserError
+from src import config as configuration
+from src.config import Config
+from src.files import RANK_VARIABLES
+from src.resume import earlier_settings, find_checkpoint, inherit
+
+SETTINGS = {"load_model": "base.pth", "data_file": "rows.jsonl", "micro_bsz": 2, "ctx_len": 256, "eval_split": 0.0, "lr_init": 1e-4, "grad_cp": 0}
+
+
+@pytest.fixture(autouse=True)
+def first_process(monkeypatch):
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(FILES...): a run's folder with these files, of which config.yaml has SETTINGS."""
+
+    def make(*names):
+        for name in names:
+            path = pathlib.Path(tmp_path, name)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        if "config.yaml" in names:
+            configuration.save(Config(**SETTINGS), dict.fromkeys(configuration.FIELDS, "default"), str(tmp_path / "config.yaml"))
+        return str(tmp_path)
+
+    return make
+
+
+STEP_2, STEP_10 = "checkpoints/step-00000002.pth", "checkpoints/step-00000010.pth"
+
+
+def go_on(proj_dir, **settings):
+    """The checkpoint that a command with --resume auto finds."""
+    config = Config(**SETTINGS | {"proj_dir": proj_dir, "resume": "auto"} | settings)
+    before = earlier_settings(config)
+    if before:
+        inherit(config, {}, before)
+    return find_checkpoint(config, before)
+
+
+@pytest.mark.parametrize("files", [
+    [], ["config.yaml"], ["config.yaml", "adapter.pth"], ["config.yaml", "best.pth", "validation.jsonl"],
+])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, files):
+    assert go_on(folder(*files)) is None
+
+
+@pytest.mark.parametrize("files, resume, words", [
+    (["adapter.pth"], "none", r"holds a run already \(adapter.pth\); it has no checkpoint to resume from; choose another --proj_dir"),
+    (["best.pth"], "none", r"holds a run already \(best.pth\); it has no checkpoint"),
+    (["adapter.pth", "run.json"], "auto", r"holds a run already \(adapter.pth\); it has no checkpoint"),
+    (["adapter.pth", "config.yaml", STEP_2, STEP_10], "none", r"\(step-00000010.pth\); go on with --resume auto, or choose another"),
+])
+def test_a_run_is_not_overwritten(folder, monkeypatch, files, resume, words):
+    proj_dir = folder(*files)
+    with pytest.raises(UserError, match=words):
+        go_on(proj_dir, resume=resume)
+    monkeypatch.setenv("RANK", "1")
+    assert go_on(proj_dir, resume=resume) is None, "only the first process writes, and sees what is there before"
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(folder):
+    proj_dir = folder("config.yaml", STEP_10, STEP_2)
+    assert go_on(proj_dir).endswith(STEP_10)
+    assert go_on(proj_dir, strategy="ddp", devices=2, chunk_ctx=64, wkv="torch", epoch_count=3, save_steps=7).endswith(STEP_10)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"random_seed": 7}, "has random_seed 42, now it is 7. Resume with --config .*config.yaml --resume auto, or choose"),
+    ({"lr_init": 1e-3, "data_file": "others.jsonl"}, "data_file rows.jsonl, now it is others.jsonl; lr_init 0.0001, now it is 0.001"),
+    ({"eval_split": 0.1}, "eval_split 0.0, now it is 0.1"), ({"ctx_len": 512}, "ctx_len 256, now it is 512"),
+    ({"eval_split": -1.0, "eval_steps": 5}, "holds no documents out, so that --eval_steps 5 has none to evaluate; drop it"),
+])
+def test_another_run_is_not_gone_on_with(folder, changed, words):
+    with pytest.raises(UserError, match=words):
+        go_on(folder("config.yaml", STEP_2), **changed)
+
+
+def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
+    """Its config.yaml has auto, and not what that was."""
+    proj_dir = folder("config.yaml", STEP_2)
+    before = earlier_settings(Config(proj_dir=proj_dir, resume="auto"))
+    assert before == Config(**SETTINGS) and before.precision == "auto"
+    assert find_checkpoint(dataclasses.replace(before, precision="fp32", proj_dir=proj_dir), before).endswith(STEP_2)
+
+
+def test_checkpoints_without_the_settings_of_their_run(folder):
+    with pytest.raises(UserError, match="config.yaml, with the settings of the run, is not there; put it back, or choose another --proj_dir"):
+        go_on(folder(STEP_2))
