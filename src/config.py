@@ -320,8 +320,8 @@ def validate(config: Config) -> None:
         if _kind(name) is int and name != "random_seed" and getattr(config, name) >= 2**31:
             raise UserError(f"--{name} {getattr(config, name)}: must be below 2^31")
     for name in ("lr_init", "lr_final", "state_lr", "weight_decay", "adam_eps"):
-        if getattr(config, name) > 1e9:
-            raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e9")
+        if getattr(config, name) > 1e30:
+            raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e30")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")

@@ -188,7 +188,7 @@ def test_targets_are_a_list():
     ("--load_model= --peft none", "a new model needs --version, --n_layer and --n_embd"), ("--data_file=", "--data_file is missing"),
     ("--peft none --peft_config r=8", "no meaning with --peft none"), ("--precision fp16 --strategy deepspeed_stage_2", "fp16 works with"),
     ("--num_nodes 2", "--num_nodes needs --strategy"), ("--ctx_len 1e20", "--ctx_len 100000000000000000000: must be below 2^31"),
-    ("--epoch_count 2147483648", "must be below 2^31"), ("--lr_init 1e300", "--lr_init 1e+300: must not be above 1e9"),
+    ("--epoch_count 2147483648", "must be below 2^31"), ("--lr_init 1e300", "--lr_init 1e+300: must not be above 1e30"),
 ])
 def test_values_that_make_no_sense(flags, words):
     assert words in mistake(*flags.split())

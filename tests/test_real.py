@@ -24,7 +24,8 @@ def train(base, folder, texts, tokenizer, **settings):
     """The adapter that `train.py` makes in `folder` from rows {"text": ...}; models this small run fastest on one thread."""
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings |= {"packing": 0, "load_model": base, "data_file": folder / "data.jsonl", "proj_dir": folder / "run", "tokenizer": tokenizer}
+    settings |= {"packing": 0, "eval_split": 0, "load_model": base, "data_file": folder / "data.jsonl", "proj_dir": folder / "run",
+                 "tokenizer": tokenizer}
     done = subprocess.run([sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())], cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
