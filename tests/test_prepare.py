@@ -1,0 +1,59 @@
+"""What is decided before the weights are read: the steps of a run, and the memory that they may use."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rwkv_miss.errors import UserError
+from src import prepare
+from src.config import Config
+from src.data import Document, Documents, make_schedule
+from src.prepare import Device, check_data_files, memory_of, plan_steps, steps_of
+
+DEVICE = Device("cpu", "fp32", "", "cpu", "")
+
+
+def documents(count, length=9):
+    return Documents([Document(np.arange(length + 1), np.ones(length + 1, bool)) for _ in range(count)])
+
+
+def test_several_processes_do_not_ask_what_is_free(monkeypatch):
+    """Each would find another number, and choose another batch."""
+    monkeypatch.setattr(prepare, "free_memory", lambda accelerator: f"free of {accelerator}")
+    monkeypatch.setattr(prepare, "all_memory", lambda accelerator: f"all of {accelerator}")
+    assert (memory_of(DEVICE, 1), memory_of(DEVICE, 2)) == ("free of cpu", "all of cpu")
+    described = Device("gpu", "bf16", "", "cuda", "", memory=5, here=False)
+    assert memory_of(described, 1) == memory_of(described, 2) == 5
+
+
+@pytest.mark.parametrize("settings, memory, batch", [
+    # (micro_bsz, accumulate, world, steps of a pass over 401 rows)
+    ({}, 890, (8, 1, 1, 51)), ({}, 880, (4, 2, 1, 51)), ({"devices": 2}, 880, (4, 1, 2, 51)), ({"micro_bsz": 3}, 1, (3, 1, 1, 134)),
+    ({"micro_bsz": 3, "accumulate_grad_batches": 2, "num_nodes": 2}, 1, (3, 2, 2, 34)), ({"global_bsz": 24, "devices": 2}, 700, (6, 2, 2, 17)),
+    ({"global_bsz": 24, "micro_bsz": 4}, 1, (4, 6, 1, 17)),
+])
+def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settings, memory, batch):
+    """A row needs 100."""
+    monkeypatch.setattr(prepare, "estimate", lambda tried, *_: tried.micro_bsz * 100)
+    monkeypatch.setattr(prepare, "needed", lambda size, *_: size)
+    monkeypatch.setattr(prepare, "memory_of", lambda device, world: memory)
+    config = Config(**settings, packing=False, ctx_len=256, grad_cp=0)
+    schedule = plan_steps(config, {}, None, DEVICE, documents(401))
+    assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
+    assert schedule == make_schedule(documents(401), config, batch[2]), "what the trainer makes of the settings"
+
+
+def test_an_epoch_is_the_data_once_or_so_many_steps():
+    schedule = make_schedule(documents(10), Config(packing=False, ctx_len=256, micro_bsz=4), 1)
+    assert steps_of(Config(), schedule) == 3 and steps_of(Config(epoch_count=2), schedule) == 6
+    assert steps_of(Config(epoch_count=2, epoch_steps=5), schedule) == 10
+
+
+@pytest.mark.parametrize("missing", ["data_file", "eval_file"])
+def test_data_that_are_not_there_are_named_before_anything_is_read(tmp_path, missing):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    files = dict.fromkeys(("data_file", "eval_file"), str(tmp_path / "rows.jsonl"))
+    check_data_files(Config(**files))
+    with pytest.raises(UserError, match="absent.jsonl"):
+        check_data_files(Config(**files | {missing: str(tmp_path / "absent.jsonl")}))
