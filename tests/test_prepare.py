@@ -9,7 +9,9 @@ from rwkv_miss.errors import UserError
 from src import prepare
 from src.config import Config
 from src.data import Document, Documents, make_schedule
-from src.prepare import Device, check_data_files, memory_of, plan_steps, steps_of
+from src.prepare import Device, check_data_files, memory_of, plan_steps, read_data, steps_of
+from src.template import DEFAULT
+from src.tokenizer import load_tokenizer
 
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
 
@@ -57,3 +59,12 @@ def test_data_that_are_not_there_are_named_before_anything_is_read(tmp_path, mis
     check_data_files(Config(**files))
     with pytest.raises(UserError, match="absent.jsonl"):
         check_data_files(Config(**files | {missing: str(tmp_path / "absent.jsonl")}))
+
+
+def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    config, tokenizer = Config(data_file=str(tmp_path / "rows.jsonl"), data_cache="none"), load_tokenizer("bytes", 256, "")
+    with pytest.raises(UserError, match="rows.jsonl, line 2: .*; --on_bad_row skip leaves such rows out"):
+        read_data(config, {}, tokenizer, DEFAULT)
+    config.on_bad_row = "skip"
+    assert len(read_data(config, {}, tokenizer, DEFAULT).documents.rows) == 1
