@@ -66,8 +66,8 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)
     data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))
-    documents, world = data.documents, config.devices * config.num_nodes
-    device = dataclasses.replace(device, memory=memory_of(device, world))  # once: what is free changes
+    documents = data.documents
+    device = dataclasses.replace(device, memory=memory_of(device, config.world))  # once: what is free changes
     schedule = plan_steps(config, origins, arch, device, documents)
     steps = steps_of(config, schedule)
 
@@ -122,12 +122,11 @@ def find_speed(ours: argparse.Namespace, config: Config, arch: Arch, device: Dev
         return recorded_speed(ours.metrics), f"the median of {ours.metrics}"
     if not device.here:
         return 0.0, "the device is not here"
-    world = config.devices * config.num_nodes
     trained = sum(schedule.targets) / sum(schedule.lengths)
     torch_device = "cuda" if device.accelerator == "gpu" else "cpu"
     speed = measured_speed(arch, config, device.kernel, device.precision, torch_device, max(schedule.lengths), trained)
     # processes of a CPU share its cores
-    speed *= world if device.accelerator == "gpu" else config.num_nodes
+    speed *= config.world if device.accelerator == "gpu" else config.num_nodes
     return speed, "two layers and the head were timed here just now, on random numbers; loading, saving and the optimizer are not in it"
 
 

@@ -78,14 +78,13 @@ def _batches(config: Config, rows: int) -> Iterator[Config]:
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
     """Rows of one process in a step, or in a pass where the number of passes is given."""
-    world = config.devices * config.num_nodes
     if config.global_bsz:
-        return config.global_bsz // (world * (config.accumulate_grad_batches or 1))
+        return config.global_bsz // (config.world * (config.accumulate_grad_batches or 1))
     if config.accumulate_grad_batches:
         return ROWS
     enough = ROWS if config.epoch_steps else rows * config.epoch_count // STEPS
     most = 1 << max(min(enough, ROWS), 1).bit_length() - 1
-    return max(most // world, 1)
+    return max(most // config.world, 1)
 
 
 def cheapest_fix(config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]) -> dict[str, object] | None:
@@ -127,6 +126,6 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     if precision == "fp32" and config.peft != "none":
         changes = changes | {"precision": "bf16"}
         yield changes
-    if config.devices * config.num_nodes > 1 and not config.strategy.startswith("deepspeed_stage_3"):
+    if config.world > 1 and not config.strategy.startswith("deepspeed_stage_3"):
         changes = changes | {"strategy": "deepspeed_stage_3"}
         yield changes

@@ -132,6 +132,11 @@ class Config:
     spike_sigmas: float = opt(0.0, "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)")
     resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
 
+    @property
+    def world(self) -> int:
+        """Processes on all machines."""
+        return self.devices * self.num_nodes
+
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
@@ -355,7 +360,7 @@ def validate(config: Config) -> None:
     if config.state_lr and "state" not in split_parts(config.train_parts):
         raise UserError(f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init")
     given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
-    each = max(getattr(config, given), 1) * config.devices * config.num_nodes
+    each = max(getattr(config, given), 1) * config.world
     if config.global_bsz % each:
         raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}")
     if config.micro_bsz and config.accumulate_grad_batches not in (0, accumulation(config)):
@@ -392,7 +397,7 @@ def is_automatic(config: Config, name: str) -> bool:
 def accumulation(config: Config) -> int:
     """Forward passes of one device in one optimizer step."""
     if config.global_bsz:
-        return config.global_bsz // (config.micro_bsz * config.devices * config.num_nodes)
+        return config.global_bsz // (config.micro_bsz * config.world)
     return config.accumulate_grad_batches or 1
 
 

@@ -75,7 +75,7 @@ def steps(config: Config, schedule: Schedule, total: int) -> str:
     """The line of the plan about its optimizer steps."""
     passes = total / schedule.steps_per_pass
     return (f"plan       {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
-            f"{schedule.accumulate} x devices {config.devices * config.num_nodes}), {passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+            f"{schedule.accumulate} x devices {config.world}), {passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
 
 
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:

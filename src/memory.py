@@ -56,7 +56,7 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    world = config.devices * config.num_nodes
+    world = config.world
     stage = int(config.strategy[len("deepspeed_stage_")]) if config.strategy.startswith("deepspeed") else 0
     offload = config.strategy.endswith("_offload") and accelerator == "gpu"
     full = config.peft == "none"

@@ -136,11 +136,10 @@ def memory_of(device: Device, world: int) -> int:
 
 def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents) -> Schedule:
     """The steps of the run, with the batch filled in."""
-    world = config.devices * config.num_nodes
-    rows = make_schedule(documents, dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0), world)
+    rows = make_schedule(documents, dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0), config.world)
 
     def bytes_needed(tried: Config) -> float:
         return needed(estimate(tried, arch, rows), tried, device.accelerator)
 
-    choose_batch(config, origins, len(rows.rows), bytes_needed, USABLE * memory_of(device, world))
+    choose_batch(config, origins, len(rows.rows), bytes_needed, USABLE * memory_of(device, config.world))
     return dataclasses.replace(rows, micro_bsz=config.micro_bsz, accumulate=accumulation(config))

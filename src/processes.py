@@ -101,7 +101,7 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> None:
 
 def check_world(config: Config) -> int:
     """Number of processes of the run. A UserError where the environment does not fit to it."""
-    world = config.devices * config.num_nodes
+    world = config.world
     launch, env = launched(), os.environ
     if launch is None and "WORLD_SIZE" in env and _number("WORLD_SIZE") != world:
         raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment, but --devices x --num_nodes is {world}; make them equal, or unset it")

@@ -40,7 +40,7 @@ def earlier_settings(config: Config) -> Config | None:
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are as many and no other was given."""
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
-    batch = BATCH if processes(config) == processes(before) and is_automatic(config, "micro_bsz") and as_before else ()
+    batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in configuration.FIELDS:
         if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name):
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
@@ -86,17 +86,13 @@ def keep_rows_per_step(config: Config, before: Config) -> None:
         raise UserError(f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and --accumulate_grad_batches, which "
                         "are then chosen to fit, or choose another --proj_dir")
     given = [name for name in ("micro_bsz", "accumulate_grad_batches") if getattr(config, name)]
-    each = math.prod(getattr(config, name) for name in given) * processes(config)
+    each = math.prod(getattr(config, name) for name in given) * config.world
     if rows % each:
         raise UserError(f"{what}, which is not a multiple of {' x '.join([*given, 'devices', 'num_nodes'])} = {each}; "
                         f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits")
     config.global_bsz = rows
 
 
-def processes(config: Config) -> int:
-    return config.devices * config.num_nodes
-
-
 def rows_per_step(config: Config) -> int:
     """Rows of all processes in one optimizer step."""
-    return config.micro_bsz * processes(config) * accumulation(config)
+    return config.micro_bsz * config.world * accumulation(config)
