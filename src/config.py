@@ -429,5 +429,6 @@ def command(config: Config) -> str:
     for name in FIELDS:
         value = getattr(config, name)
         if name != "resume" and value != getattr(default, name):
-            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(int(value)) if isinstance(value, bool) else str(value)]
+            text = json.dumps(value) if isinstance(value, dict) else str(int(value)) if isinstance(value, bool) else str(value)
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]  # what begins like a flag is none
     return shlex.join(words)

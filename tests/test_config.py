@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import shlex
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src import config, legacy
-from src.config import FIELDS, NAMES, PRESETS, Config, accumulation, adapter_options, check_sizes, parse
+from src.config import FIELDS, NAMES, PRESETS, Config, accumulation, adapter_options, check_sizes, command, parse
 
 from .conftest import ROOT, make_arch
 
@@ -239,3 +240,8 @@ def test_every_setting_explains_itself():
         assert f"--{field.name} " in words and len(field.metadata["help"]) > 3
         for choice in field.metadata["choices"]:
             assert choice.removeprefix("deepspeed_stage") in field.metadata["help"], f"--{field.name} does not say that it takes {choice}"
+
+
+def test_the_command_of_a_run_is_read_back_as_its_settings():
+    settings = Config(load_model="a b.pth", data_file="it's.jsonl", loss_mask="- q:", eod="-x", lr_final=0.0, packing=False, peft_config={"r": 5})
+    assert parse(shlex.split(command(settings))[2:])[0] == settings
