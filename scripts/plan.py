@@ -30,6 +30,7 @@ with importing():
     from src.data import Schedule
     from src.memory import USABLE, needed, parse_size
     from src.prepare import Device, choose_device, device_here, estimate, memory_of, plan_steps, read_data, steps_of
+    from src.resume import earlier_settings, inherit, keep_rows_per_step
     from src.template import recorded_template
     from src.words import counted, duration_text, size_text
 
@@ -62,6 +63,10 @@ def main() -> None:
 
 def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Print the plan; 0 if the run fits, else 1."""
+    before = earlier_settings(config)
+    if before:
+        inherit(config, origins, before)
+        keep_rows_per_step(config, before)
     arch, tokenizer = read_base(config)
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)

@@ -314,6 +314,16 @@ def test_chunks_are_advised_with_the_length_of_rows_that_was_planned(files, tmp_
         assert advice in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_is_planned_as_it_is(files, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/step-00000001.pth").touch()
+    (run / "config.yaml").write_text("ctx_len: 33\nmicro_bsz: 3\naccumulate_grad_batches: 2\n")
+    assert plan.plan(*plan.parse([*files, "--resume", "auto", "--tokens_per_second", "9"])) == 0
+    output = capsys.readouterr().out
+    assert "ctx_len 33" in output and "micro_bsz 3, accumulate_grad_batches 2" in output and "as the run has it so far" in output
+
+
 def test_planning_imports_no_trainer():
     code = "import sys; import scripts.plan; sys.exit(any(name in sys.modules for name in ('lightning', 'deepspeed')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
