@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import torch
 
@@ -24,7 +25,7 @@ from .tokenise import Encoder
 from .tokenizer import Tokenizer
 from .words import counted
 
-STAGE_3_CHUNKS = (2, 8)  # the oldest torch in which rows in chunks were seen to run under stage 3; 2.7 fails
+STAGE_3_CHUNKS = (2, 8)  # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +77,17 @@ def steps_of(config: Config, schedule: Schedule) -> int:
 
 def device_here(config: Config, head_size: int) -> Device:
     """The device at hand. Raises UserError where what is asked for is not here."""
-    check_torch(config)
+    check_packages(config)
     accelerator = choose_accelerator(config.accelerator, config.devices)
     kernel = ops.choose(config.wkv, "cuda" if accelerator == "gpu" else "cpu", head_size)
     return Device(accelerator, *choose_precision(config.precision, accelerator, config.strategy), *kernel)
 
 
-def check_torch(config: Config) -> None:
-    """A UserError for chunks under stage 3 with a torch that lacks what their one backward needs of its gradient accumulators."""
+def check_packages(config: Config) -> None:
+    """A UserError where DeepSpeed is asked for and absent, and for chunks under stage 3 with a torch that lacks what their one backward needs of
+    its gradient accumulators."""
+    if config.strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp")
     if config.chunk_ctx and config.strategy.startswith("deepspeed_stage_3") and torch.__version__ < STAGE_3_CHUNKS:
         needed = ".".join(map(str, STAGE_3_CHUNKS))
         raise UserError(f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is {torch.__version__}; "

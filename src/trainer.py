@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import signal
@@ -19,7 +18,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.errors import UserError
 
 from .agreement import agree
 from .config import Config, accumulation
@@ -117,8 +115,6 @@ def make_trainer(config: Config, total_steps: int, callbacks: list[pl.Callback],
     if strategy.startswith("deepspeed"):
         if config.accelerator == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
-        if importlib.util.find_spec("deepspeed") is None:
-            raise UserError(f"--strategy {strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp")
         from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
 
         strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision])

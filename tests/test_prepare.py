@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError
 from src import prepare
 from src.config import Config
 from src.data import Document, Documents, make_schedule
-from src.prepare import Device, check_data_files, memory_of, plan_steps, read_data, steps_of
+from src.prepare import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of
 from src.template import DEFAULT
 from src.tokenizer import load_tokenizer
 
@@ -68,3 +68,11 @@ def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
         read_data(config, {}, tokenizer, DEFAULT)
     config.on_bad_row = "skip"
     assert len(read_data(config, {}, tokenizer, DEFAULT).documents.rows) == 1
+
+
+def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):
+    """Before a base is read or a file is written."""
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    device_here(Config(accelerator="cpu", wkv="torch"), 64)
+    with pytest.raises(UserError, match="--strategy deepspeed_stage_2 needs the package deepspeed"):
+        device_here(Config(accelerator="cpu", wkv="torch", strategy="deepspeed_stage_2"), 64)
