@@ -67,7 +67,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     if before:
         inherit(config, origins, before)
         keep_rows_per_step(config, before)
-    arch, tokenizer = read_base(config)
+    arch, tokenizer = read_base(config, origins)
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)
     data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))

@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = tokenizer_of(config)
         encoder = Encoder(tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask)
         lint, report, tokens, chosen = inspect(config, encoder)
-        config.ctx_len = config.ctx_len or row_length(Loaded(config.data_file, encoder, [tokens], [chosen]).longest, config.chunk_ctx)[0]
+        loaded = Loaded(config.data_file, encoder, [tokens], [chosen])
+        config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
         documents = fit([tokens], [chosen], config.ctx_len)
         figures = statistics(config, tokens, documents)
         if args.json:

@@ -12,12 +12,13 @@ from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
 
 from . import config as configuration
+from .choices import choose, own_rank
 from .config import Config
 from .model import RWKV, default_arch, read_model_file
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 
-def read_base(config: Config):
+def read_base(config: Config, origins: dict[str, str]):
     """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
 
     No weight is read yet, but names, shapes, adapter options and targets are checked against them, on a model without memory.
@@ -31,6 +32,7 @@ def read_base(config: Config):
         model = RWKV(arch)
     model.check(tensors, config.load_model)
     if config.peft != "none":
+        choose(config, origins, "peft_config", *own_rank(config.peft, min(arch.n_embd, arch.dim_att)))
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)

@@ -47,9 +47,17 @@ class StepReport(Callback):
         self.before = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step and saves; the second one is Python's own."""
+        """The first signal ends the run after its current step and saves; the second one is Python's own. A step may take long, so that both
+        are answered at once, by the system's own call: print() may be what the signal interrupted."""
         self.stop = True
-        signal.signal(signum, signal.default_int_handler)
+        signal.signal(signum, self._end_at_once)
+        if self.rank_zero:
+            os.write(2, b"\nstopping after this step, and saving; once more ends it at once, without\n")
+
+    def _end_at_once(self, signum, frame) -> None:
+        if self.rank_zero:
+            os.write(2, b"\nended within a step; what was saved before is unchanged\n")
+        signal.default_int_handler(signum, frame)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         if (index + 1) % module.accumulate:

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+from rwkv_miss.adapter import METHODS
+
 from .config import Config, accumulation, is_automatic
 from .words import counted, size_text
 
@@ -13,6 +15,7 @@ CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
 ROWS, STEPS = 8, 50  # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
+RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
 HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
 
 
@@ -23,11 +26,26 @@ def choose(config: Config, origins: dict[str, str], name: str, value: object, re
         origins[name] = f"{CHOSEN}: {reason}"
 
 
-def row_length(longest: int, chunk_ctx: int) -> tuple[int, str]:
-    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded."""
+def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
+    """(peft_config, why): the method's own rank, less in a narrow model; nothing for a method without one."""
+    own = getattr(METHODS[method].Options(), "rank", 0)
+    if not own:
+        return {}, "there is nothing to choose"
+    rank = max(min(own, width // RANK_SHARE), 1)
+    return {"rank": rank}, f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
+
+
+def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
+    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded. `texts` are the inputs of all where
+    they are running text, which loses nothing when it is cut."""
     length, reason = max(SHORTEST, 1 << max(longest - 1, 0).bit_length()), f"the longest document has {counted(longest, 'token')}"
     if length > LONGEST and not chunk_ctx:
-        return LONGEST, f"{reason}, more than is chosen without --chunk_ctx"
+        length, reason = LONGEST, f"{reason}, more than is chosen without --chunk_ctx"
+    shorter = length
+    while texts and not chunk_ctx and shorter > SHORTEST and texts < STEPS * shorter:
+        shorter //= 2
+    if shorter < length:
+        return shorter, f"longer rows of {counted(texts, 'token')} of running text would be fewer than {STEPS}"
     return length, reason
 
 
@@ -57,6 +75,8 @@ def choose_batch(config: Config, origins: dict[str, str], rows: int, needed: Cal
             if (size := needed(tried)) <= room:
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
+        if _rows_of_a_process(config, rows) * config.world < ROWS and not config.global_bsz:
+            reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
         tried, reason = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0), "--micro_bsz is given"
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):

@@ -60,7 +60,8 @@ class Config:
     data_cache: str = opt("auto", "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise every time")
 
     peft: str = opt("miss", "adapter method, or none for full training")
-    peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value')
+    peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value (none: r 64, or an '
+                                "eighth of the width where that is less)", automatic=True)
     train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
                                "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and state (the state that "
                                "documents start from, as --peft state trains it alone), as in ln,time; empty: none")
@@ -83,15 +84,16 @@ class Config:
     truncate_ctx: int = opt(0, "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on (0: it is exact)")
     state_cp: bool = opt(False, "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more forward")
     packing: bool = opt(True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document")
-    micro_bsz: int = opt(0, "rows in one forward pass of one device (0: as many as fit the free memory, up to 8)", automatic=True)
+    micro_bsz: int = opt(0, "rows in one forward pass of one device (0: as many as fit the free memory, up to 8)", alias=("batch_size",),
+                         automatic=True)
     accumulate_grad_batches: int = opt(0, "forward passes in one optimizer step (0: 1, or with an automatic micro_bsz so many that a step has 8 rows "
                                           "over all devices, fewer where little data would make less than 50 steps)", automatic=True)
     global_bsz: int = opt(0, "rows in one optimizer step over all devices; sets accumulate_grad_batches (0: not used)")
-    epoch_count: int = opt(1, "epochs")
+    epoch_count: int = opt(1, "epochs", alias=("epochs",))
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
     lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)",
-                         automatic=True)
+                         alias=("learning_rate",), automatic=True)
     state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
@@ -391,7 +393,7 @@ def check_data(config: Config) -> None:
 
 def is_automatic(config: Config, name: str) -> bool:
     """Whether the choice of a setting is left to the program, and has not been made yet."""
-    return FIELDS[name].metadata["automatic"] and getattr(config, name) == FIELDS[name].default
+    return FIELDS[name].metadata["automatic"] and getattr(config, name) == getattr(Config(), name)
 
 
 def accumulation(config: Config) -> int:

@@ -144,6 +144,13 @@ class Loaded:
         lengths = [np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in zip(self.files, self.chosen)]
         return int(max(length.max(initial=1) for length in lengths)) - 1
 
+    @property
+    def texts(self) -> int:
+        """Inputs of all documents where all are running text, else 0."""
+        if not all(tokens.texts[documents].all() for tokens, documents in zip(self.files, self.chosen)):
+            return 0
+        return sum(int(np.diff(tokens.ends, prepend=0)[documents].sum()) - len(documents) for tokens, documents in zip(self.files, self.chosen))
+
     def documents(self, ctx_len: int) -> Documents:
         """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
 

@@ -145,7 +145,9 @@ def sample(row: Document, tokenizer, limit: int = 600) -> str:
             text += decoder.flush() + ("«" if trained else "»")
             inside = trained
         text += decoder.push(token)
-    text += decoder.flush() + ("»" if inside else "")
+    end = list(tokenizer.eod)
+    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)  # World's end of document has no text
+    text += decoder.flush() + ("␃" if silent else "") + ("»" if inside else "")
     shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
     # a NUL, the end of document of bytes and utf16, would make a log a binary file
     return "\n".join(f"    | {line}" for line in shown.replace("\0", "␀").splitlines())

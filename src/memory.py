@@ -82,7 +82,7 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
     step = step_bytes(arch, config, kernel, precision, row, targets)
     # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
-    parts |= {"activations": step.activations, "working": step.peak - step.activations, "allocator": waste}
+    parts |= {"activations": step.activations, "working": max(step.peak - step.activations, 0), "allocator": waste}
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts
 
@@ -169,7 +169,7 @@ def parse_size(text: str) -> int:
     unit = number[-1:] if number[-1:] in units else ""
     try:
         size = float(number.removesuffix(unit)) * units[unit]
-        if not 0 < size < 1 << 60:
+        if not MIB <= size < 1 << 60:  # no device has less: the unit was forgotten
             raise ValueError
     except ValueError:
         raise UserError(f"--memory {text}: expected a size such as 24GB or 800MB") from None

@@ -118,7 +118,7 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
         return load(path, encoder, config.data_cache, reading, found, config.random_seed)
 
     loaded = tokens(config.data_file)
-    choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx))
+    choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx, loaded.texts))
     documents = loaded.documents(config.ctx_len)
     choose(config, origins, "eval_split", *held_out_share(config, len(documents.rows)))
     train, held_out = hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len))

@@ -37,7 +37,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
-    arch, tokenizer = read_base(config)
+    arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
     template = recorded_template(config.template, tokenizer, config.load_model)

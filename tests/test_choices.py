@@ -11,7 +11,7 @@ import yaml
 
 from rwkv_miss.errors import UserError
 from src import choices, resume
-from src.choices import choose_batch, held_out_share, row_length
+from src.choices import choose_batch, held_out_share, own_rank, row_length
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, read_yaml, validate
 from src.resume import inherit, keep_rows_per_step
 from src.words import size_text
@@ -28,6 +28,18 @@ def test_rows_are_as_long_as_the_longest_document(longest, length):
     found, reason = row_length(longest, 0)
     assert found == length and reason.startswith("the longest document has ") and ("more than is chosen" in reason) == (longest > 4096)
     assert row_length(longest, 128)[0] == (1 << 20 if longest == 10**6 else 8192 if longest == 4097 else length), "chunks have no bound"
+
+
+def test_a_text_makes_rows_enough_for_the_steps_of_a_run():
+    assert row_length(15_000, 0, 15_000) == (256, "longer rows of 15,000 tokens of running text would be fewer than 50")
+    assert row_length(10**6, 0, 10**6)[0] == 4096 and row_length(10**6, 0, 4096 * 50 - 1)[0] == 2048
+    assert row_length(15_000, 64, 15_000)[0] == 16384
+
+
+@pytest.mark.parametrize("method, width, rank", [("miss", 4096, 64), ("miss", 512, 64), ("miss", 96, 12), ("lora", 32, 4), ("miss", 7, 1)])
+def test_a_narrow_model_gets_a_small_rank(method, width, rank):
+    assert own_rank(method, width) == ({"rank": rank}, f"1/8 of the width, {width}" if width < 512 else f"the rank of --peft {method}")
+    assert own_rank("state", width)[0] == {}
 
 
 @pytest.mark.parametrize("documents, settings, held", [

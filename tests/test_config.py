@@ -113,7 +113,7 @@ def test_a_typo_is_answered_with_the_nearest_flag(flag, meant):
 def test_flags_without_a_neighbour_and_stray_words():
     assert mistake("--zzz") == "unknown flag --zzz; python train.py --help lists the flags"
     assert "unrecognized arguments: 16; a flag takes one value, between quotes where it has spaces; " in mistake("--micro_bsz", "8", "16")
-    assert "--micro_bsz: expected one argument" in mistake("--micro_bsz")
+    assert "--beta1: expected one argument" in mistake("--beta1")
     assert "--micro" in mistake("--micro", "8"), "no abbreviations: a flag added later would change what they mean"
 
 

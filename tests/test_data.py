@@ -274,7 +274,7 @@ def test_batches_begin_at_any_step():
 
 def test_the_sample_shows_what_is_trained(world, raw):
     row = encode(render([user("你好"), assistant("好🙂")]), world)
-    assert describe.sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂»"]
+    assert describe.sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂␃»"]
     assert describe.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.trained[1] = False  # the mask may part a character; both halves are then shown as such

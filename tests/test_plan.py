@@ -243,9 +243,9 @@ def test_a_base_is_shared_out_where_there_are_processes_to_share_it(settings, fo
 
 
 def test_sizes_as_people_write_them():
-    sizes = {"24GB": 24 * GIB, "24 GiB": 24 * GIB, "24g": 24 * GIB, "0.5G": GIB // 2, "800MB": 800 << 20, "1024": 1024}
+    sizes = {"24GB": 24 * GIB, "24 GiB": 24 * GIB, "24g": 24 * GIB, "0.5G": GIB // 2, "800MB": 800 << 20, "2097152": 2 << 20}
     assert {text: parse_size(text) for text in sizes} == sizes
-    for text in ("", "GB", "-1GB", "24XB", "nan", "inf"):
+    for text in ("", "GB", "24", "-1GB", "24XB", "nan", "inf"):
         with pytest.raises(UserError, match="expected a size such as 24GB"):
             parse_size(text)
 
@@ -307,7 +307,7 @@ def test_a_gpu_that_is_not_here_is_planned_for(files, capsys):
 
 def test_chunks_are_advised_with_the_length_of_rows_that_was_planned(files, tmp_path, capsys, monkeypatch):
     """By themselves they would have longer rows chosen."""
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "long " * 1000}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "long " * 1000}) + "\n")
     monkeypatch.setattr(plan, "cheapest_fix", lambda *_: {"chunk_ctx": 512})
     for flags, advice in (([], "add --chunk_ctx 512 --ctx_len 4096\n"), (["--ctx_len", "700"], "add --chunk_ctx 512\n")):
         assert plan.plan(*plan.parse([*files, "--tokens_per_second", "10", *flags])) == 1

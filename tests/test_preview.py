@@ -145,7 +145,7 @@ def test_the_colours_are_the_mask_token_for_token(show, monkeypatch):
     codes = [code for code, text in ESCAPE.findall("\n".join(lines)) if text != "⏎"]
     assert all(a != b for a, b in zip(codes, codes[1:])), "neighbours must differ"
     assert "".join(lines).count("⏎") == sum(text.count("\n") for text, _ in template.segments(turns))
-    _, output = show([{"text": "é" * 400}])
+    _, output = show([{"text": "é" * 400}], "--ctx_len", "1024")
     assert ESCAPE.sub(r"\2", output.splitlines()[-2]) == f"    | {'é' * 300} ... (801 tokens)"
 
 

@@ -120,7 +120,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)  # Ctrl-C
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
+    assert process.returncode == 130 and output.count("stopping after this step, and saving") == 1, output
     stopped = len(losses(again))
     assert 4 <= stopped < 24 and f"stopped, go on with --resume auto: step {stopped} of 24" in output, output
     assert read_metadata(again / "adapter.pth")["step"] == stopped
