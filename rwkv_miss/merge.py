@@ -33,6 +33,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOSS_LIMIT = 0.05  # share of the update that rounding may take before the user is warned
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
 @dataclasses.dataclass
 class Rounding:
     """Squared norms of the update and of what the rounding took from it, summed over layers."""
@@ -76,11 +80,11 @@ class MergeReport:
     def lines(self) -> list[str]:
         """What the user is told: one line, and a warning when rounding took more than 5 % of the update."""
         r = self.rounding
-        worst = f", worst {r.worst_name} {100 * r.worst:.2g} %" if r.worst_name else ""
+        worst = f", worst {r.worst_name} {_percent(r.worst)}" if r.worst_name else ""
         parts = f" ({', '.join(self.parts)})" if self.parts else ""
         replaced = f" and {self.replaced} whole tensors{parts}" if self.replaced else ""
         lines = [f"merged {self.linears} linears{replaced} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
-                 f"rounding lost {100 * r.lost:.2g} % of the update{worst}"]
+                 f"rounding lost {_percent(r.lost)} of the update{worst}"]
         if self.states:
             lines.append("note: the file carries the initial state as blocks.i.att.time_state of every layer i, (heads, value, key). This project "
                          "applies it, and so does the package rwkv for RWKV-6; for RWKV-7 put it into the state there: "

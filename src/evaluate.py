@@ -14,14 +14,18 @@ from .template import DEFAULT, Template, answer_text, thoughts_of
 
 
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[tuple[list[str], str]]:
-    """(the pieces of the prompt, the right answer without its thoughts) of every row {"messages": [..., {"role": "assistant", ...}]}.
+    """(the pieces of the prompt, the right answer without its thoughts) of every row {"messages": [..., {"role": "assistant", ...}]}; a
+    {"prompt", "completion"} is taken as it stands.
 
-    Raises UserError for data that cannot be read, and for a row that is no conversation.
+    Raises UserError for data that cannot be read, and for a row that has no answer.
     """
     questions = []
     for where, row in read_rows(path, reading=reading):
+        if "prompt" in row:
+            questions.append(([row["prompt"]], row["completion"].strip()))
+            continue
         if "messages" not in row:
-            raise UserError(f"{where}: expected messages, or a question and its answer; got {' and '.join(row)}")
+            raise UserError(f"{where}: expected messages, a question and its answer, or a prompt and its completion; got {' and '.join(row)}")
         *before, answer = row["messages"]
         pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
         questions.append((pieces, thoughts_of(answer)[1]))

@@ -17,6 +17,12 @@ def is_over(history: list[dict], early_stop: int) -> bool:
     return bool(early_stop) and since >= early_stop
 
 
+def answers_as_before(history: list[dict]) -> bool:
+    """Whether the newest sample answers are, word for word, those of before the training: it has taught little that shows."""
+    before, after = ([sample["answer"] for sample in line["samples"]] for line in (history[0], history[-1]))
+    return len(history) > 1 and bool(before) and before == after
+
+
 def describe(history: list[dict], total: int) -> list[str]:
     """The newest evaluation for the user: the loss beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)

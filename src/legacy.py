@@ -58,10 +58,13 @@ METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
 # before that, one flag for each option of LoRA; the first two stand alone
 LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_load", "lora_parts", "svd_niter")
 
+# what people type for --peft_config r=N
+RANK_FLAGS = ("rank", "r")
+
 # and what RWKV-LM and RWKV-PEFT have about stages and epochs
 STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
 
-NAMES = {"train_type", *DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, "emb", "state_tune"}
+NAMES = {"train_type", *DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, *RANK_FLAGS, "emb", "state_tune"}
 CHUNK = 512  # RWKV-PEFT's chunk_ctx
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
@@ -162,6 +165,9 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
             if _value(kept, "train_parts") is None:
                 notes.append("the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; "
                              "--train_parts time,ln does")
+    for name in RANK_FLAGS:
+        if name in old:
+            options["r"] = _integer(old, name, 0)
     if "emb" in old:
         beside.append("emb")
     if "state_tune" in old or old.get("train_type") == "state":

@@ -17,12 +17,13 @@ from rwkv_miss.errors import UserError
 
 from .config import Config
 from .files import read_lines, write_text
-from .history import BEST, VALIDATION, is_over, loss_text
+from .history import BEST, VALIDATION, answers_as_before, is_over, loss_text
 from .model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses
 from .template import Template
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json"
+MERGED = "merged.pth"  # what the merge that is suggested writes
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
 
@@ -125,6 +126,9 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
           f"{start}wrote {summary['output']}")
     if step >= total_steps or over:
         print(f"read it:   {os.path.join(config.proj_dir, CARD)}")
+    if history and answers_as_before(history):
+        print(f"note:      the sample answers are those of before the training; --lr_init above {config.lr_init:g} or more than --epoch_count "
+              f"{config.epoch_count} moves the model further")
     chosen = summary["output"]
     if "best" in summary:
         print(f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
@@ -133,5 +137,6 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
     if config.peft == "none":
         print(f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', chosen])}")
     else:
-        words = ["python", "-m", "rwkv_miss", "merge", "--base", config.load_model, "--adapter", chosen, "--out", "merged.pth"]
+        out = os.path.join(config.proj_dir, MERGED)
+        words = ["python", "-m", "rwkv_miss", "merge", "--base", config.load_model, "--adapter", chosen, "--out", out]
         print(f"merge it:  {shlex.join(words)}")

@@ -324,8 +324,10 @@ def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tm
     with pytest.raises(UserError, match="--sft_field"):
         read_questions(rows)
     assert read_questions(rows, reading=Reading(("this", "that"))) == [(["User: q\n\nAssistant:"], "a")]
-    rows.write_text('{"prompt": "q", "completion": "a"}\n')
-    with pytest.raises(UserError, match="rows.jsonl, line 1: expected messages, or a question and its answer; got prompt and completion"):
+    rows.write_text('{"prompt": "q,", "completion": " a"}\n')
+    assert read_questions(rows) == [(["q,"], "a")]
+    rows.write_text('{"text": "q"}\n')
+    with pytest.raises(UserError, match="rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its completion; got text"):
         read_questions(rows)
 
 

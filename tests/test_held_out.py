@@ -13,6 +13,7 @@ from rwkv_miss import UserError
 from src.config import Config
 from src.data import Document, Documents, load_documents
 from src.held_out import evaluation_batches, hold_out, questions, undisturbed
+from src.history import answers_as_before
 from src.prepare import read_data
 from src.template import DEFAULT
 from src.tokenizer import load_tokenizer
@@ -109,3 +110,12 @@ def test_a_look_at_the_model_leaves_no_trace():
         torch.rand(3)
         raise ZeroDivisionError
     assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+def test_answers_that_are_those_of_before_are_noticed():
+    def line(*answers):
+        return {"samples": [{"answer": answer} for answer in answers]}
+
+    assert answers_as_before([line("a", "b"), line("c", "b"), line("a", "b")])
+    for history in ([line("a", "b")], [line("a", "b"), line("a", "c")], [line(), line()]):
+        assert not answers_as_before(history)

@@ -47,7 +47,7 @@ def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":48}'], 48),
     (["--peft", "disha", "--disha_config", '{"mode":"bone",', '"load":"",', '"r":48}'], 48),  # cut up by the shell
     (["--peft", "miss", "--peft_config", '{"r":', "48}"], 48),
-    (["--peft", "miss", "--miss_config={'r':48}".replace("'", '"')], 48),
+    (["--peft", "miss", "--miss_config={'r':48}".replace("'", '"')], 48), (["--rank", "48"], 48), (["--peft", "miss", "--r=48"], 48),
 ])
 def test_the_ranks_of_three_generations(flags, rank):
     values = read(*flags, "--micro_bsz", "3")
