@@ -75,7 +75,7 @@ def choose_batch(config: Config, origins: dict[str, str], rows: int, needed: Cal
             if (size := needed(tried)) <= room:
                 break
         reason = f"needs {size_text(size)}, and {size_text(room)} may be used"
-        if _rows_of_a_process(config, rows) * config.world < ROWS and not config.global_bsz:
+        if not (config.global_bsz or config.accumulate_grad_batches) and _rows_of_a_step(config, rows) < ROWS:
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
         tried, reason = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0), "--micro_bsz is given"
@@ -102,9 +102,13 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
         return config.global_bsz // (config.world * (config.accumulate_grad_batches or 1))
     if config.accumulate_grad_batches:
         return ROWS
+    return max(_rows_of_a_step(config, rows) // config.world, 1)
+
+
+def _rows_of_a_step(config: Config, rows: int) -> int:
+    """A power of two up to ROWS with which the run has STEPS steps, if it can."""
     enough = ROWS if config.epoch_steps else rows * config.epoch_count // STEPS
-    most = 1 << max(min(enough, ROWS), 1).bit_length() - 1
-    return max(most // config.world, 1)
+    return 1 << max(min(enough, ROWS), 1).bit_length() - 1
 
 
 def cheapest_fix(config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]) -> dict[str, object] | None:

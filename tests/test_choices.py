@@ -76,6 +76,16 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
     assert origins["micro_bsz"].startswith(f"{choices.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used")
 
 
+@pytest.mark.parametrize("rows, settings, few", [
+    (399, {}, True), (400, {}, False), (400, {"devices": 3}, False), (399, {"devices": 16}, True), (3, {"epoch_steps": 9}, False),
+    (3, {"global_bsz": 4}, False), (3, {"accumulate_grad_batches": 2}, False),
+])
+def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_from_it(rows, settings, few):
+    config, origins = Config(**settings), {}
+    choose_batch(config, origins, rows, lambda tried: 0, 1)
+    assert ("less than 50 steps" in origins["micro_bsz"]) == few
+
+
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     config, origins = Config(micro_bsz=3), {}
     choose_batch(config, origins, 999, None, 0)
