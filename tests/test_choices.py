@@ -169,6 +169,8 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     saved = Config(**read_yaml(str(tmp_path / "first/config.yaml")))
     assert not [name for name in AUTOMATIC if is_automatic(saved, name)], "the saved settings are filled in"
 
+    merge = next(line for line in output.splitlines() if line.startswith("merge it:"))
+    assert merge.endswith(f"--out {tmp_path / 'first/merged.pth'}"), "a second run's file would replace it elsewhere"
     line = next(line for line in output.splitlines() if line.startswith("in full")).removeprefix("in full").strip()
     words = shlex.split(line)
     assert words[:2] == ["python", "train.py"]

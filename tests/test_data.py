@@ -385,3 +385,12 @@ def test_a_step_without_targets_is_zero_and_not_nan(model):
     nothing = Documents([make_document(rng, n, lambda n: [False] * n) for n in (3, 6)])
     loss, gradients = step_gradients(model, nothing, 2, 1, 1)
     assert loss == 0 and all(not gradient.any() for gradient in gradients.values())
+
+
+def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):
+    """Inputs of all documents, of those that are chosen; 0 with a conversation among them."""
+    for name, rows in (("texts", [{"text": "abc"}, {"text": "de"}]), ("mixed", [{"text": "abc"}, {"prompt": "p", "completion": "c"}])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, twice, mixed = (data.load(str(tmp_path / name), Encoder(raw)) for name in ("texts", "texts:2", "mixed"))
+    assert (texts.texts, twice.texts, mixed.texts) == (5, 10, 0)  # the bytes, and the end as a target
+    assert (texts.longest, twice.longest, mixed.longest) == (3, 3, 3)

@@ -14,7 +14,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import fingerprint, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.inject import ADAPTER_FORMAT
-from rwkv_miss.merge import MERGED_FORMAT, merge_file
+from rwkv_miss.merge import MERGED_FORMAT, MergeReport, Rounding, merge_file
 from src.model import RWKV
 
 from .conftest import ROOT, make_arch, random_tensors
@@ -419,3 +419,11 @@ def test_a_real_checkpoint(data_dir, tmp_path):
     for name in base:
         changed = name.removesuffix(".weight") in linears
         assert torch.equal(bits(merged[name]), bits(base[name])) != changed, name
+
+
+@pytest.mark.parametrize("update, error, text", [(1.0, 0.9801, "99 %"), (1.0, 1.0, "100 %"), (1.0, 0.0144, "12 %"), (1.0, 0.000016, "0.4 %")])
+def test_what_rounding_took_is_said_without_exponents(update, error, text):
+    rounding = Rounding()
+    rounding.add("head", update, error)
+    line = MergeReport("merged.pth", 1, 0, [], 0, "bf16", rounding, 0.1, 9).lines()[0]
+    assert line.endswith(f"rounding lost {text} of the update, worst head {text}")

@@ -16,6 +16,7 @@ import rwkv_miss
 from rwkv_miss import read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_main
 from src import trainer
+from src.callbacks import StepReport
 from src.config import Config
 from src.model import RWKV, read_model_file
 from src.resume import earlier_settings
@@ -249,3 +250,18 @@ def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(proj_dir) == pytest.approx(losses(plain[0]), rel=1e-5)
+
+
+def test_both_signals_are_answered_at_once(capfd):
+    """The first asks the run to stop, the second one is Python's own."""
+    report = StepReport("", 1, 0.0, None, [])
+    report.rank_zero = True
+    before = signal.signal(signal.SIGUSR1, report._ask_to_stop)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        assert report.stop and "stopping after this step, and saving; once more ends it at once, without" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGUSR1)
+        assert "ended within a step; what was saved before is unchanged" in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGUSR1, before)
