@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import functional
 from .errors import UserError
 
 METHODS: dict[str, type[AdapterMethod]] = {}
@@ -107,7 +108,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     def base_forward(self, x: Tensor) -> Tensor:
         """forward() of the base file's linear. A method that changes the frozen weight overrides it."""
-        return F.linear(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, or None."""

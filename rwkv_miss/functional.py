@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gemm import product, product_plus
+
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False) -> Tensor:
     """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when rank does not divide it."""
@@ -52,10 +54,54 @@ def _define(name: str, arguments: str, forward, shapes, context, backward) -> No
     torch.library.register_autograd(name, backward, setup_context=context)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _weight_gradients(ctx, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
+    dweight = product(dy.t(), _rows(x).t()) if ctx.needs_input_grad[1] else None
+    return dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return product(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+
+
+def _linear_shapes(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+
+
+def _linear_context(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.x_shape = x.shape
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, x if weight.requires_grad else None)
+
+
+def _linear_backward(ctx, dy, _):
+    if dy is None:
+        return None, None, None
+    weight, x = ctx.saved_tensors
+    dy = _rows(dy)
+    dx = product(dy, weight.t()).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+    return dx, *_weight_gradients(ctx, dy, x)
+
+
+_define("linear", "Tensor x, Tensor weight, Tensor? bias", _linear_forward, _linear_shapes, _linear_context, _linear_backward)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias. Kept for the backward: the weight, and x only where the weight wants a gradient."""
+    if torch.is_autocast_enabled(x.device.type):  # which knows F.linear, and casts its arguments
+        return F.linear(x, weight, bias)
+    return torch.ops.rwkv_miss.linear(x, weight, bias)[0]
+
+
 def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     s = shard_sum(rows, D.shape[0], contiguous)
-    y = F.linear(rows, weight, bias).addmm_(s, D.to(x.dtype))
+    y = product_plus(rows, weight, bias, s, D.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -75,19 +121,14 @@ def _miss_backward(ctx, dy, _ds):
     if dy is None:
         return None, None, None, None, None
     s, weight, D, x = ctx.saved_tensors
-    dy = dy.reshape(-1, weight.shape[0])
-    dx = dweight = dbias = dD = None
+    dy, dx, dD = _rows(dy), None, None
     if ctx.needs_input_grad[0]:
-        dx = dy @ weight
-        add_expanded_(dx, dy @ D.to(dy.dtype).t(), ctx.contiguous)
+        dx = product(dy, weight.t())
+        add_expanded_(dx, product(dy, D.to(dy.dtype)), ctx.contiguous)
         dx = dx.view(ctx.x_shape)
-    if ctx.needs_input_grad[1]:
-        dweight = dy.t() @ x.reshape(-1, weight.shape[1])
-    if ctx.needs_input_grad[2]:
-        dbias = dy.sum(0)
     if ctx.needs_input_grad[3]:
-        dD = (s.t() @ dy).to(D.dtype)
-    return dx, dweight, dbias, dD, None
+        dD = product(s.t().contiguous(), dy.t()).to(D.dtype)  # the copy of S is small, and a GEMM without it 10 % slower
+    return dx, *_weight_gradients(ctx, dy, x), dD, None
 
 
 _define(
@@ -102,9 +143,9 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, conti
 
 
 def _lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
-    h = rows @ A.to(x.dtype).t()
-    y = F.linear(rows, weight, bias).addmm_(h, B.to(x.dtype).t(), alpha=scale)
+    rows = _rows(x)
+    h = product(rows, A.to(x.dtype))
+    y = product_plus(rows, weight, bias, h, (scale * B).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -123,21 +164,16 @@ def _lora_backward(ctx, dy, _dh):
     if dy is None:
         return None, None, None, None, None, None
     x, h, weight, A, B = ctx.saved_tensors
-    dy, rows = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-    dx = dweight = dbias = dA = dB = None
+    dy, dx, dA, dB = _rows(dy), None, None, None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        dh = (dy @ B.to(dy.dtype)).mul_(ctx.scale)
+        dh = product(dy, (ctx.scale * B).to(dy.dtype).t())
     if ctx.needs_input_grad[0]:
-        dx = (dy @ weight).addmm_(dh, A.to(dy.dtype)).view(x.shape)
-    if ctx.needs_input_grad[1]:
-        dweight = dy.t() @ rows
-    if ctx.needs_input_grad[2]:
-        dbias = dy.sum(0)
+        dx = product_plus(dy, weight.t(), None, dh, A.to(dy.dtype)).view(x.shape)
     if ctx.needs_input_grad[3]:
-        dA = (dh.t() @ rows).to(A.dtype)
+        dA = product(dh.t().contiguous(), _rows(x).t()).to(A.dtype)
     if ctx.needs_input_grad[4]:
-        dB = (dy.t() @ h).mul_(ctx.scale).to(B.dtype)
-    return dx, dweight, dbias, dA, dB, None
+        dB = product(dy.t(), h.t()).mul_(ctx.scale).to(B.dtype)
+    return dx, *_weight_gradients(ctx, dy, x), dA, dB, None
 
 
 _define(

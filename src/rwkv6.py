@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv6
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, initial_state, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, depth_ratios, initial_state, token_shift, vector
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
@@ -29,11 +29,11 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(width, ranks["decay"]))
         self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], inner))
         self.time_faaaa = nn.Parameter(torch.empty(arch.n_head, arch.head_size))
-        self.receptance = nn.Linear(width, inner, bias=False)
-        self.key = nn.Linear(width, inner, bias=False)
-        self.value = nn.Linear(width, inner, bias=False)
-        self.gate = nn.Linear(width, inner, bias=False)
-        self.output = nn.Linear(inner, width, bias=False)
+        self.receptance = Linear(width, inner, bias=False)
+        self.key = Linear(width, inner, bias=False)
+        self.value = Linear(width, inner, bias=False)
+        self.gate = Linear(width, inner, bias=False)
+        self.output = Linear(inner, width, bias=False)
         self.ln_x = GroupNorm(arch.n_head, inner, eps=GROUP_NORM_EPS)
         self.time_state = initial_state(arch)
         self._init_weights(arch)
@@ -87,9 +87,9 @@ class ChannelMix(nn.Module):
         super().__init__()
         self.time_maa_k = vector(arch.n_embd)
         self.time_maa_r = vector(arch.n_embd)
-        self.key = nn.Linear(arch.n_embd, arch.dim_ffn, bias=False)
-        self.receptance = nn.Linear(arch.n_embd, arch.n_embd, bias=False)
-        self.value = nn.Linear(arch.dim_ffn, arch.n_embd, bias=False)
+        self.key = Linear(arch.n_embd, arch.dim_ffn, bias=False)
+        self.receptance = Linear(arch.n_embd, arch.n_embd, bias=False)
+        self.value = Linear(arch.dim_ffn, arch.n_embd, bias=False)
         self._init_weights(arch, layer)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv7
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, depth_ratios, initial_state, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, depth_ratios, initial_state, token_shift, vector
 
 
 class TimeMix(nn.Module):
@@ -33,10 +33,10 @@ class TimeMix(nn.Module):
             self.v0 = vector(width, used)
             self.v1 = nn.Parameter(torch.empty(width, ranks["v"]), requires_grad=used)
             self.v2 = nn.Parameter(torch.empty(ranks["v"], width), requires_grad=used)
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width, bias=False)
+        self.output = Linear(width, width, bias=False)
         self.ln_x = GroupNorm(arch.n_head, width, eps=GROUP_NORM_EPS)
         self.time_state = initial_state(arch)
         self._init_weights(arch)
@@ -105,8 +105,8 @@ class ChannelMix(nn.Module):
     def __init__(self, arch: Arch, layer: int):
         super().__init__()
         self.x_k = vector(arch.n_embd)
-        self.key = nn.Linear(arch.n_embd, arch.dim_ffn, bias=False)
-        self.value = nn.Linear(arch.dim_ffn, arch.n_embd, bias=False)
+        self.key = Linear(arch.n_embd, arch.dim_ffn, bias=False)
+        self.value = Linear(arch.dim_ffn, arch.n_embd, bias=False)
         self._init_weights(arch, layer)
 
     @torch.no_grad()

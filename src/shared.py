@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.checkpoint import Arch
+from rwkv_miss.functional import linear
 
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
@@ -57,8 +58,8 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class Head(nn.Linear):
-    """A linear in the dtype of its input, whatever that of its weight."""
+class Linear(nn.Linear):
+    """nn.Linear in the dtype of its input, whatever that of its weight, by the fastest product of the device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))

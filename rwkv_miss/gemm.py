@@ -1,0 +1,51 @@
+"""Matrix products for the adapters' operators, without autograd. x (N, in), weight (out, in), bias (out,), all of one dtype -> (N, out).
+
+In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those use half of the width of an AMD CPU's vectors, and were 2.2 times as
+slow on one with AVX-512 (docs/worklog.md). The operator that leads there is the one of torch.compile, which has no public name; where torch
+does not have it, and in every other dtype and device, the products are torch's own. A weight may be a transposed view: no copy is made.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether this torch has the operator, and it does what it is used for here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x, weight, other = torch.ones(2, 3), torch.ones(3, 5).t(), torch.ones(2, 5)
+    try:
+        return torch.equal(_onednn(x, weight, None), other * 3) and torch.equal(_onednn_plus(x, weight, None, other), other * 4)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
+
+
+def _use_onednn(x: Tensor) -> bool:
+    # exactly a Tensor: tracing and the count of memory run the operators on subclasses that have no numbers
+    return type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled and _has_onednn()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias."""
+    return _onednn(x, weight, bias) if _use_onednn(x) else F.linear(x, weight, bias)
+
+
+def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: Tensor) -> Tensor:
+    """x W^T + bias + s D in one output: s (N, r), D (r, out)."""
+    if _use_onednn(x):
+        return _onednn_plus(x, weight, bias, _onednn(s, D.t(), None))
+    return F.linear(x, weight, bias).addmm_(s, D)

@@ -1,0 +1,77 @@
+"""The matrix products and the frozen linear: values and gradients against float64, and what is kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_miss import gemm
+from rwkv_miss.functional import linear
+
+SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4)]
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
+
+
+def close(got, want, dtype, size=None):
+    """`size`: what the terms of the sums add up to without their signs; want's own size if not given."""
+    assert got.dtype == dtype and got.shape == want.shape
+    size = want.abs() if size is None else size
+    assert not got.numel() or (got.double() - want).abs().max() <= ROUNDING[dtype] * size.max()
+
+
+@pytest.fixture(params=["onednn", "torch"])
+def engine(request, monkeypatch):
+    """Both ways that a product can be taken."""
+    if request.param == "torch":
+        monkeypatch.setattr(gemm, "_has_onednn", lambda: False)
+    elif not gemm._has_onednn():
+        pytest.skip("this torch has no oneDNN operator: the products are torch's own")
+
+
+@pytest.mark.parametrize("rows, width, out", SHAPES)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products(engine, rows, width, out, dtype, transposed):
+    torch.manual_seed(0)
+    x, bias, s, D = (torch.randn(shape).to(dtype) for shape in ((rows, width), (out,), (rows, 4), (4, out)))
+    weight = torch.randn(width, out).to(dtype).t() if transposed else torch.randn(out, width).to(dtype)
+    exact = [x.double() @ weight.double().t(), bias.double(), s.double() @ D.double()]
+    size = [x.double().abs() @ weight.double().abs().t(), bias.double().abs(), s.double().abs() @ D.double().abs()]
+    close(gemm.product(x, weight), exact[0], dtype, size[0])
+    close(gemm.product(x, weight, bias), sum(exact[:2]), dtype, sum(size[:2]))
+    close(gemm.product_plus(x, weight, bias, s, D), sum(exact), dtype, sum(size))
+
+
+def test_onednn_is_taken_in_fp32_and_not_where_there_are_no_numbers(monkeypatch):
+    taken = []
+    monkeypatch.setattr(gemm, "_has_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "_onednn", lambda x, weight, bias: taken.append(x.dtype) or F.linear(x, weight, bias))
+    for x in (torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(2, 3).bfloat16(), torch.ones(2, 3, device="meta")):
+        gemm.product(x, torch.ones(4, 3, dtype=x.dtype, device=x.device))
+    assert taken == [torch.float32]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dtype):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 5, 12), (7, 12), (7,)))
+    dy = torch.randn(2, 5, 7).to(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    want = torch.autograd.grad(F.linear(*exact), exact, dy.double())
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        bias.requires_grad_(trained)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
+            y = linear(x, weight, bias)
+        assert set(kept) == ({weight.data_ptr(), x.data_ptr()} if trained else {weight.data_ptr()})
+        leaves = [t for t in (x, weight, bias) if t.requires_grad]
+        for mine, theirs in zip(torch.autograd.grad(y, leaves, dy), want):
+            close(mine, theirs, dtype)
+    assert not linear(x.detach(), weight.detach(), bias.detach()).requires_grad
+
+
+def test_the_linear_passes_opcheck_and_autocast():
+    x, weight, bias = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
+    torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight, bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
