@@ -6,7 +6,6 @@ import dataclasses
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from rwkv_miss.checkpoint import Arch
@@ -14,7 +13,7 @@ from rwkv_miss.checkpoint import Arch
 from .allocation import model_on_meta
 from .config import Config
 from .device import DTYPES
-from .loss import loss_sum
+from .shared import Head
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 TOKENS = {False: 256, True: 64}  # of one row; fewer in a model of at least 2048 channels, which is slow
@@ -35,7 +34,7 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
     for block in model.blocks:
         block.att.kernel = kernel
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    head = torch.empty(arch.vocab_size, arch.n_embd, dtype=dtype, device=device).normal_(std=0.02).requires_grad_(config.peft == "none")
+    head = Head(arch.n_embd, arch.vocab_size, bias=False, device=device, dtype=dtype).requires_grad_(config.peft == "none")
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
 
     def layers() -> None:
@@ -45,8 +44,8 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
 
     def logits() -> None:
         with torch.autocast(device, DTYPES[precision], enabled=config.peft == "none" and precision != "fp32"):
-            logits = F.linear(x, head)
-        loss_sum(logits, ids[0]).backward()
+            loss = head(x, ids[0])
+        loss.backward()
 
     seconds = _fastest(layers, device) * arch.n_layer / small.n_layer + trained * _fastest(logits, device)
     return tokens / seconds

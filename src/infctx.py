@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.checkpoint import Arch
 
 from .config import Config
-from .loss import loss_sum
 from .model import RWKV, LayerState, State
 
 
@@ -82,7 +81,7 @@ def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | 
     with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
         x, state = model.features(part["ids"], state, part["reset"])
         # the head runs on the tokens that carry loss, and on nothing else
-        return loss_sum(model.head(x[part["mask"]]), part["targets"][part["mask"]]), state
+        return model.head(x[part["mask"]], part["targets"][part["mask"]]), state
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:

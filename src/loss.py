@@ -1,12 +1,20 @@
-"""The training loss: a sum over the trained tokens, with RWKV-LM's L2Wrap."""
+"""The training loss: a sum over the trained tokens, with RWKV-LM's L2Wrap.
+
+`loss_sum` says what it is, of logits. `head_loss` is the same of the head's input: the logits exist for a few rows at a time, and the
+gradients of input and weight are made with them, because the loss is one number whose own gradient only scales them.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_miss.gemm import product, product_into
 
 L2WRAP = 1e-4
+BLOCK = 1 << 24  # logits at a time: 64 MiB in fp32, enough rows for a fast product
 
 
 class _L2Wrap(torch.autograd.Function):
@@ -35,3 +43,51 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     exact = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(exact, targets, reduction="sum")
     return _L2Wrap.apply(loss, exact) if len(targets) else loss
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """loss_sum(x W^T, targets): x (rows, C), weight (V, C) of x's dtype, targets (rows,) int64 -> scalar in at least fp32.
+
+    Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want one.
+    """
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
+    return _HeadLoss.apply(x, weight, targets)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        need_dx, need_dw, _ = ctx.needs_input_grad
+        exact = torch.promote_types(x.dtype, torch.float32)
+        dx = torch.empty_like(x) if need_dx else None
+        dw = torch.zeros_like(weight) if need_dw else None
+        loss = torch.zeros((), dtype=exact, device=x.device)
+        rows = max(1, BLOCK // len(weight))
+        block = x.new_empty(min(rows, len(x)), len(weight))
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            logits = product_into(block[: len(x[part])], x[part], weight).to(exact)
+            loss += softmax_loss_(logits, targets[part])
+            dlogits = logits.to(x.dtype)
+            if need_dx:
+                dx[part] = product(dlogits, weight.t())
+            if need_dw:
+                dw += product(dlogits.t(), x[part].t())
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor):
+        return *(None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors), None
+
+
+def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss of a block of logits (rows, V), which become its gradient with respect to them, L2Wrap's term included."""
+    top, where = logits.max(-1, keepdim=True)
+    targets = targets.unsqueeze(1)
+    own = logits.gather(1, targets)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    logits.div_(total).scatter_add_(1, targets, -torch.ones_like(own)).scatter_add_(1, where, L2WRAP * top)
+    return (total.log() + top - own).sum()

@@ -19,7 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 
 from . import rwkv6, rwkv7
-from .shared import LayerNorm, Linear
+from .shared import Head, LayerNorm
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
@@ -79,7 +79,7 @@ class RWKV(nn.Module):
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd)
-        self.head = Linear(arch.n_embd, arch.vocab_size, bias=False)
+        self.head = Head(arch.n_embd, arch.vocab_size, bias=False)
         self._init_weights()
 
     @torch.no_grad()

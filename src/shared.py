@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.functional import linear
 
+from .loss import head_loss
+
 # 1e-5 * head_size_divisor^2 of RWKV-LM; released weights were trained with it, whatever their head size
 GROUP_NORM_EPS = 64e-5
 
@@ -63,3 +65,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.to(x.dtype))
+
+
+class Head(Linear):
+    """The map to the vocabulary: logits, or with targets (rows,) for x (rows, C) their summed loss, without ever holding all logits."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return head_loss(x, self.weight.to(x.dtype), targets)

@@ -39,6 +39,26 @@ def test_products(engine, rows, width, out, dtype, transposed):
     close(gemm.product(x, weight), exact[0], dtype, size[0])
     close(gemm.product(x, weight, bias), sum(exact[:2]), dtype, sum(size[:2]))
     close(gemm.product_plus(x, weight, bias, s, D), sum(exact), dtype, sum(size))
+    out = torch.full((rows + 1, out), torch.nan, dtype=dtype)
+    close(gemm.product_into(out[:-1], x, weight), exact[0], dtype, size[0])
+    assert out[-1].isnan().all()
+
+
+@pytest.mark.parametrize("rows, width, out", [(3, 9, 8209), (3, 8209, 9)])
+def test_products_in_parts(engine, rows, width, out):
+    """Those of a vocabulary: written in blocks of columns, and summed over blocks of them."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, width), torch.randn(width, out).t()
+    exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    close(gemm.product(x, weight), exact, torch.float32, size)
+    close(gemm.product_into(torch.empty(rows, out), x, weight.contiguous()), exact, torch.float32, size)
+
+
+def test_a_weight_that_is_a_slice_is_left_to_torch(monkeypatch):
+    """oneDNN takes minutes for it."""
+    monkeypatch.setattr(gemm, "_onednn", None)
+    x, weight = torch.randn(5, 8), torch.randn(7, 20)[:, 4:12]
+    close(gemm.product(x, weight), x.double() @ weight.double().t(), torch.float32)
 
 
 def test_onednn_is_taken_in_fp32_and_not_where_there_are_no_numbers(monkeypatch):
