@@ -40,9 +40,9 @@ def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) 
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     # exactly a Tensor: tracing and the count of memory run the operators on subclasses that have no numbers
-    return (
+    return bool(
         type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled
-        and (weight.is_contiguous() or weight.t().is_contiguous()) and _has_onednn()
+        and x.numel() and (weight.is_contiguous() or weight.t().is_contiguous()) and _has_onednn()
     )
 
 

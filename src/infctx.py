@@ -79,9 +79,9 @@ def rows_loss(model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None
 def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
     """(loss summed over the trained tokens of a part of the rows, state after it); `state` is the one before, None where the rows begin."""
     with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
-        x, state = model.features(part["ids"], state, part["reset"])
-        # the head runs on the tokens that carry loss, and on nothing else
-        return model.head(x[part["mask"]], part["targets"][part["mask"]]), state
+        # the head, and what of the last layer only it reads, run on the tokens that carry loss
+        x, state = model.features(part["ids"], state, part["reset"], part["mask"])
+        return model.head(x, part["targets"][part["mask"]]), state
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:

@@ -19,7 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 
 from . import rwkv6, rwkv7
-from .shared import Head, LayerNorm
+from .shared import Head, LayerNorm, chosen
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
@@ -54,14 +54,17 @@ class Block(nn.Module):
         self.att = version.TimeMix(arch, layer, kernel)
         self.ffn = version.ChannelMix(arch, layer)
 
-    def forward(self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6."""
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (B, T) bool the channel mix
+        is computed for these tokens only, and the new x is theirs, (their number, C); the state is whole."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         mixed, v_first, att_x, wkv = self.att(self.ln1(x), v_first, state.att_x, state.wkv, reset)
         x = x + mixed
-        mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset)
-        return x + mixed, v_first, LayerState(att_x, wkv, ffn_x)
+        mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset, wanted)
+        return chosen(x, wanted) + mixed, v_first, LayerState(att_x, wkv, ffn_x)
 
 
 class RWKV(nn.Module):
@@ -140,19 +143,23 @@ class RWKV(nn.Module):
         zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd)
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
 
-    def features(self, ids: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+    def features(
+        self, ids: Tensor, state: State | None = None, reset: Tensor | None = None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
 
-        Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the ones after.
+        Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the ones after. With `wanted` (B, T)
+        bool the result is (their number, C), for these tokens in their order, and the last layer does no more than they need.
         """
         if state is None:
             state = self.initial_state(len(ids))
         x, v_first, after = self.emb(ids).to(self.dtype), None, []
-        for block, before in zip(self.blocks, state, strict=True):
+        for layer, (block, before) in enumerate(zip(self.blocks, state, strict=True), 1):
+            of_these = wanted if layer == len(self.blocks) else None
             if self.grad_cp and torch.is_grad_enabled():
-                x, v_first, new = checkpoint(block, x, v_first, before, reset, use_reentrant=False)
+                x, v_first, new = checkpoint(block, x, v_first, before, reset, of_these, use_reentrant=False)
             else:
-                x, v_first, new = block(x, v_first, before, reset)
+                x, v_first, new = block(x, v_first, before, reset, of_these)
             after.append(new)
         return self.ln_out(x), after
 
@@ -163,8 +170,10 @@ class RWKV(nn.Module):
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs of a prompt."""
-        x, state = self.features(ids, state)
-        return self.head(x[:, -1]), state
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
+        x, state = self.features(ids, state, wanted=last)
+        return self.head(x), state
 
 
 def read_model_file(path) -> dict[str, Tensor]:

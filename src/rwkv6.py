@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv6
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, depth_ratios, initial_state, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, chosen, depth_ratios, initial_state, token_shift, vector
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
@@ -102,11 +102,11 @@ class ChannelMix(nn.Module):
         self.receptance.weight.zero_()
         self.value.weight.zero_()
 
-    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), last z (B, C))."""
+    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
         d, p = token_shift(z, last, reset), Cast(self, z.dtype)
-        k = torch.relu(self.key(z + d * p.time_maa_k)) ** 2
-        return torch.sigmoid(self.receptance(z + d * p.time_maa_r)) * self.value(k), z[:, -1]
+        k = torch.relu(self.key(chosen(z + d * p.time_maa_k, wanted))) ** 2
+        return torch.sigmoid(self.receptance(chosen(z + d * p.time_maa_r, wanted))) * self.value(k), z[:, -1]
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

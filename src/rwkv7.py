@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv7
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, depth_ratios, initial_state, token_shift, vector
+from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, chosen, depth_ratios, initial_state, token_shift, vector
 
 
 class TimeMix(nn.Module):
@@ -116,9 +116,9 @@ class ChannelMix(nn.Module):
         nn.init.orthogonal_(self.key.weight)
         self.value.weight.zero_()
 
-    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), last z (B, C))."""
-        k = self.key(z + token_shift(z, last, reset) * self.x_k.to(z.dtype))
+    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
+        k = self.key(chosen(z + token_shift(z, last, reset) * self.x_k.to(z.dtype), wanted))
         return self.value(torch.relu(k) ** 2), z[:, -1]
 
 

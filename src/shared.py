@@ -21,6 +21,11 @@ def token_shift(z: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
     return (before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)) - z
 
 
+def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """x (B, T, C) at the tokens where `wanted` (B, T) bool is set, (their number, C); x itself if it is None."""
+    return x if wanted is None else x[wanted]
+
+
 def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
     """A per-channel parameter in the checkpoint's shape (1, 1, width)."""
     return nn.Parameter(torch.empty(1, 1, width), requires_grad=requires_grad)

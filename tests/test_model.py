@@ -136,6 +136,32 @@ def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel
         close(name, got[name], t, allowed)
 
 
+@pytest.mark.parametrize("version, grad_cp", [(6, False), (7, True)])
+def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
+    """The same numbers as of all tokens, and the channel mix of the last layer sees no others."""
+    torch.manual_seed(0)
+    model = RWKV(make_arch(version), "reference")
+    model.load_state_dict(random_tensors(model.arch))
+    model.double().grad_cp = grad_cp
+    ids, wanted, reset = torch.randint(20, (2, 13)), torch.rand(2, 13) < 0.4, torch.rand(2, 13) < 0.2
+    seen = {}
+    for layer in (0, -1):
+        model.blocks[layer].ffn.value.register_forward_hook(lambda module, x, y, layer=layer: seen.__setitem__(layer, x[0].shape[:-1]))
+    results = []
+    for these in (None, wanted):
+        x, state = model.features(ids, reset=reset, wanted=these)
+        x = x[wanted] if these is None else x
+        after = [t for layer in state for t in layer]
+        end = sum(t.sin().sum() for t in (x, *after))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append([t.detach() for t in (x, *after)] + list(torch.autograd.grad(end, trained, allow_unused=True)))
+    assert seen == {0: ids.shape, -1: (int(wanted.sum()),)}
+    for all_tokens, these in zip(*results, strict=True):
+        assert (all_tokens is None) == (these is None)
+        if all_tokens is not None:
+            torch.testing.assert_close(these, all_tokens, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("version", [6, 7])
 def test_two_versions_and_bf16_live_in_one_process(version):
     arch = make_arch(version)
