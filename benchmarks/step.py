@@ -59,8 +59,7 @@ def main() -> None:
     seconds, wkv = ({kernel: float("inf") for kernel in args.kernels} for _ in range(2))
     for _ in range(args.rounds + 1):  # the first is the warm-up, and too slow to count
         for kernel in args.kernels:
-            for block in model.blocks:
-                block.att.kernel = kernel
+            model.set_kernel(kernel)
             seconds[kernel] = min(seconds[kernel], train_step(model, optimizer, ids))
             start = time.perf_counter()
             for _ in range(args.n_layer):

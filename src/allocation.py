@@ -82,8 +82,10 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
             fake = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
             fake.grad = torch.empty_like(fake) if p.requires_grad else None  # as from the micro-batch before
             setattr(model.get_submodule(module), leaf, fake)
-        for block in model.blocks:
-            block.att.kernel = "cpu" if kernel.startswith("cuda") else kernel
+        model.set_kernel(kernel)
+        if kernel.startswith("cuda"):  # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
+            for block in model.blocks:
+                block.att.kernel = "cpu"
         batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}
         # documents with an initial state are cut out of their rows by the values of reset (ops.documents), which nobody knows here: they are
         # counted as whole rows, without the copies and the padding of that

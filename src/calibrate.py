@@ -31,8 +31,7 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
         values = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device).normal_(std=0.02)
         setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=p.requires_grad))
     model.grad_cp = config.grad_cp == 1
-    for block in model.blocks:
-        block.att.kernel = kernel
+    model.set_kernel(kernel)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     head = Head(arch.n_embd, arch.vocab_size, bias=False, device=device, dtype=dtype).requires_grad_(config.peft == "none")
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()

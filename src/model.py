@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.ln1 = LayerNorm(arch.n_embd)
         self.ln2 = LayerNorm(arch.n_embd)
         self.att = version.TimeMix(arch, layer, kernel)
-        self.ffn = version.ChannelMix(arch, layer)
+        self.ffn = version.ChannelMix(arch, layer, kernel)
 
     def forward(
         self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None, wanted: Tensor | None = None
@@ -128,6 +128,12 @@ class RWKV(nn.Module):
             got = tensors[name].shape
             if [n for n in got if n != 1] != [n for n in shape if n != 1]:
                 raise UserError(f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}")
+
+    def set_kernel(self, kernel: str) -> None:
+        """Name another WKV implementation; "cpu" also means the native elementwise functions of src.ops.fused."""
+        for block in self.blocks:
+            block.att.kernel = kernel
+            block.att.native = block.ffn.native = kernel == "cpu"
 
     @property
     def dtype(self) -> torch.dtype:

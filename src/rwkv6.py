@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.checkpoint import Arch
+from rwkv_miss.functional import linear
 
 from .ops import wkv6
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, chosen, depth_ratios, initial_state, token_shift, vector
+from .ops.fused import readout6, relu_squared, shift_mix, shift_mix_low_rank, sigmoid_gate
+from .shared import GROUP_NORM_EPS, Cast, Linear, chosen, depth_ratios, initial_state, last_token, low_rank, vector
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
@@ -19,7 +20,8 @@ class TimeMix(nn.Module):
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
-        self.layer, self.heads, self.kernel = layer, arch.n_head, kernel
+        self.layer, self.heads = layer, arch.n_head
+        self.kernel, self.native = kernel, kernel == "cpu"
         width, inner, ranks = arch.n_embd, arch.dim_att, arch.ranks
         for name in ("x", *MIXES):
             setattr(self, f"time_maa_{name}", vector(width))
@@ -34,7 +36,7 @@ class TimeMix(nn.Module):
         self.value = Linear(width, inner, bias=False)
         self.gate = Linear(width, inner, bias=False)
         self.output = Linear(inner, width, bias=False)
-        self.ln_x = GroupNorm(arch.n_head, inner, eps=GROUP_NORM_EPS)
+        self.ln_x = Readout(arch.n_head, inner, eps=GROUP_NORM_EPS)
         self.time_state = initial_state(arch)
         self._init_weights(arch)
 
@@ -54,8 +56,8 @@ class TimeMix(nn.Module):
         for name in ("time_maa", "time_decay"):
             getattr(self, f"{name}_w1").zero_()
             getattr(self, f"{name}_w2").uniform_(-0.01, 0.01)
-        for linear, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0), (self.gate, 0.1)):
-            nn.init.orthogonal_(linear.weight, gain)
+        for linear_map, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0), (self.gate, 0.1)):
+            nn.init.orthogonal_(linear_map.weight, gain)
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
@@ -65,26 +67,35 @@ class TimeMix(nn.Module):
 
     def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
-        B, T, _ = z.shape
-        d, p = token_shift(z, last, reset), Cast(self, z.dtype)
-        q = torch.tanh((z + d * p.time_maa_x) @ p.time_maa_w1).view(B * T, 5, -1).transpose(0, 1)
-        m = torch.bmm(q, p.time_maa_w2).view(5, B, T, -1)
-        x = {name: z + d * (getattr(p, f"time_maa_{name}") + m[i]) for i, name in enumerate(MIXES)}
-        r, k, v = self.receptance(x["r"]), self.key(x["k"]), self.value(x["v"])
-        g = F.silu(self.gate(x["g"]))
-        w = p.time_decay + torch.tanh(x["w"] @ p.time_decay_w1) @ p.time_decay_w2
+        r, k, v, w, g = self.project(z, last, reset)
+        heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, k, v, w))
+        y, wkv = wkv6(*heads, self.time_faaaa.to(z.dtype), wkv, reset, self.kernel, self.start())
+        return self.output(self.ln_x(y.flatten(-2), g, self.native)), v_first, last_token(z), wkv
 
-        r, k, v, w = (t.view(B, T, self.heads, -1) for t in (r, k, v, w))
-        y, wkv = wkv6(r, k, v, w, p.time_faaaa, wkv, reset, self.kernel, self.start())
-        y = self.ln_x(y.reshape(B * T, -1)).view(B, T, -1)
-        return self.output(y * g), v_first, z[:, -1], wkv
+    def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
+        """r, k, v, raw decay w and gate g before silu, all (B, T, A): linear maps of z mixed with its predecessor, in shares that depend on both."""
+        p = Cast(self, z.dtype)
+        (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
+        q = torch.tanh(linear(x, p.time_maa_w1.t())).view(z.shape[0] * z.shape[1], len(MIXES), -1).transpose(0, 1)
+        mixes = [getattr(self, f"time_maa_{name}") for name in MIXES]
+        x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
+        w = low_rank(x_w, p.time_decay_w1, p.time_decay_w2, p.time_decay, torch.tanh)
+        return self.receptance(x_r), self.key(x_k), self.value(x_v), w, self.gate(x_g)
+
+
+class Readout(nn.GroupNorm):
+    """ln_x and the gate: group_norm(y) silu(g)."""
+
+    def forward(self, y: Tensor, g: Tensor, native: bool) -> Tensor:
+        return readout6(y, g, self.weight, self.bias, self.num_groups, self.eps, native)
 
 
 class ChannelMix(nn.Module):
     """sigmoid(receptance(mixed x)) * value(relu(key(mixed x))^2)."""
 
-    def __init__(self, arch: Arch, layer: int):
+    def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
+        self.native = kernel == "cpu"
         self.time_maa_k = vector(arch.n_embd)
         self.time_maa_r = vector(arch.n_embd)
         self.key = Linear(arch.n_embd, arch.dim_ffn, bias=False)
@@ -104,9 +115,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
-        d, p = token_shift(z, last, reset), Cast(self, z.dtype)
-        k = torch.relu(self.key(chosen(z + d * p.time_maa_k, wanted))) ** 2
-        return torch.sigmoid(self.receptance(chosen(z + d * p.time_maa_r, wanted))) * self.value(k), z[:, -1]
+        x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
+        k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
+        return sigmoid_gate(self.value(k), self.receptance(chosen(x_r, wanted)), self.native), last_token(z)
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.checkpoint import Arch
 
 from .ops import wkv7
-from .shared import GROUP_NORM_EPS, Cast, GroupNorm, Linear, chosen, depth_ratios, initial_state, token_shift, vector
+from .ops.fused import delta_inputs, readout7, relu_squared, shift_mix, value_residual
+from .shared import GROUP_NORM_EPS, Cast, Linear, chosen, depth_ratios, initial_state, last_token, low_rank, vector
 
 
 class TimeMix(nn.Module):
@@ -19,7 +19,8 @@ class TimeMix(nn.Module):
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
-        self.layer, self.heads, self.kernel = layer, arch.n_head, kernel
+        self.layer, self.heads = layer, arch.n_head
+        self.kernel, self.native = kernel, kernel == "cpu"
         width, ranks = arch.n_embd, arch.ranks
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "w0", "a0"):
             setattr(self, name, vector(width))
@@ -37,7 +38,7 @@ class TimeMix(nn.Module):
         self.key = Linear(width, width, bias=False)
         self.value = Linear(width, width, bias=False)
         self.output = Linear(width, width, bias=False)
-        self.ln_x = GroupNorm(arch.n_head, width, eps=GROUP_NORM_EPS)
+        self.ln_x = Readout(arch.n_head, width, eps=GROUP_NORM_EPS)
         self.time_state = initial_state(arch)
         self._init_weights(arch)
 
@@ -76,34 +77,41 @@ class TimeMix(nn.Module):
 
     def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
-        B, T, C = z.shape
-        d, p = token_shift(z, last, reset), Cast(self, z.dtype)
-        r = self.receptance(z + d * p.x_r)
-        w = p.w0 + torch.tanh((z + d * p.x_w) @ p.w1) @ p.w2
-        k = self.key(z + d * p.x_k)
-        x_v = z + d * p.x_v
-        v = self.value(x_v)
-        a = torch.sigmoid(p.a0 + (z + d * p.x_a) @ p.a1 @ p.a2)
-        g = torch.sigmoid((z + d * p.x_g) @ p.g1) @ p.g2
+        r, w, k, v, a, g = self.project(z, v_first, last, reset)
         if self.layer == 0:
             v_first = v
-        else:
-            v = v + (v_first - v) * torch.sigmoid(p.v0 + x_v @ p.v1 @ p.v2)
-        kappa = F.normalize((k * p.k_k).view(B, T, self.heads, -1), dim=-1)
-        k = k * (1 + (a - 1) * p.k_a)
+        k, remove, replace = delta_inputs(k, a, self.k_k, self.k_a, self.heads, self.native)
+        heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, w, k, v, remove, replace))
+        y, wkv = wkv7(*heads, wkv, reset, self.kernel, self.start())
+        y = self.ln_x(y.flatten(-2), r, k, v, g, self.r_k, self.native)
+        return self.output(y), v_first, last_token(z), wkv
 
-        r, w, k, v, a = (x.view(B, T, self.heads, -1) for x in (r, w, k, v, a))
-        y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, reset, self.kernel, self.start())
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, self.heads, -1)
-        y = y + (r * k * p.r_k).sum(-1, keepdim=True) * v
-        return self.output(y.view(B, T, C) * g), v_first, z[:, -1], wkv
+    def project(self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
+        """r, raw decay w, k, v, raw learning rate a and gate g, all (B, T, C): linear maps of z mixed with its predecessor."""
+        p = Cast(self, z.dtype)
+        x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(z, last, reset, [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], self.native)
+        v = self.value(x_v)
+        if self.layer > 0:
+            v = value_residual(v, v_first, low_rank(x_v, p.v1, p.v2, p.v0), self.native)
+        w = low_rank(x_w, p.w1, p.w2, p.w0, torch.tanh)
+        a = low_rank(x_a, p.a1, p.a2, p.a0)
+        g = low_rank(x_g, p.g1, p.g2, act=torch.sigmoid)
+        return self.receptance(x_r), w, self.key(x_k), v, a, g
+
+
+class Readout(nn.GroupNorm):
+    """ln_x, with what reads the present token past the state: (group_norm(y) + (r . k r_k) v) g."""
+
+    def forward(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, native: bool) -> Tensor:
+        return readout7(y, r, k, v, g, r_k, self.weight, self.bias, self.eps, native)
 
 
 class ChannelMix(nn.Module):
     """value(relu(key(mixed x))^2)."""
 
-    def __init__(self, arch: Arch, layer: int):
+    def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
+        self.native = kernel == "cpu"
         self.x_k = vector(arch.n_embd)
         self.key = Linear(arch.n_embd, arch.dim_ffn, bias=False)
         self.value = Linear(arch.dim_ffn, arch.n_embd, bias=False)
@@ -118,8 +126,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
-        k = self.key(chosen(z + token_shift(z, last, reset) * self.x_k.to(z.dtype), wanted))
-        return self.value(torch.relu(k) ** 2), z[:, -1]
+        (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
+        return self.value(relu_squared(self.key(chosen(x_k, wanted)), self.native)), last_token(z)
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

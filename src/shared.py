@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,10 +17,9 @@ from .loss import head_loss
 GROUP_NORM_EPS = 64e-5
 
 
-def token_shift(z: Tensor, last: Tensor, reset: Tensor | None) -> Tensor:
-    """z_{t-1} - z_t, where z (B, T, C) is preceded by `last` (B, C); z_{t-1} is 0 where a document starts, reset (B, T) bool."""
-    before = torch.cat([last.unsqueeze(1), z[:, :-1]], dim=1)
-    return (before if reset is None else before.masked_fill(reset.unsqueeze(-1), 0)) - z
+def last_token(z: Tensor) -> Tensor:
+    """(B, C) of z (B, T, C), for the state: a copy, since a view would keep all of z."""
+    return z[:, -1].clone()
 
 
 def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -41,6 +42,12 @@ def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
     return layer / max(n_layer - 1, 1), 1 - layer / n_layer
 
 
+def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """act(x down) up + bias, for x (..., in), down (in, D), up (D, out)."""
+    h = linear(x, down.t())
+    return linear(h if act is None else act(h), up.t(), None if bias is None else bias.view(-1))
+
+
 class Cast:
     """A module's parameters in the dtype of its input: what is trained is fp32, in a base of any dtype. `Cast(module, dtype).NAME`"""
 
@@ -56,13 +63,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm in the dtype of its input, whatever that of its weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):

@@ -25,11 +25,11 @@ from .conftest import ROOT, make_arch
 SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
 
-def counted_in_training(path, config, rows):
+def counted_in_training(config, rows, kernel):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
     from src.trainer import FineTuning
 
-    model = build_model(config, make_arch(config_version(config), **SIZES), "torch", torch.float32)
+    model = build_model(config, make_arch(config_version(config), **SIZES), kernel, torch.float32)
     model.grad_cp = config.grad_cp
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -53,16 +53,18 @@ def config_version(config):
     return int(config.load_model[-5])
 
 
-@pytest.mark.parametrize("version, peft, grad_cp, packed, chunk", [
-    (6, "miss", False, True, 0), (7, "lora", False, False, 0), (7, "miss", True, True, 0), (6, "none", False, False, 0), (7, "miss", False, True, 16),
+@pytest.mark.parametrize("version, peft, grad_cp, packed, chunk, kernel", [
+    (6, "miss", False, True, 0, "torch"), (7, "lora", False, False, 0, "torch"), (7, "miss", True, True, 0, "torch"),
+    (6, "none", False, False, 0, "torch"), (7, "miss", False, True, 16, "torch"), (6, "miss", False, True, 0, "cpu"),
+    (7, "miss", False, True, 0, "cpu"), (7, "miss", True, True, 16, "cpu"), (7, "none", False, True, 0, "cpu"),
 ])
-def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk):
+def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk, kernel):
     """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from the mask."""
     config = Config(load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)), peft=peft, grad_cp=grad_cp, packing=packed,
                     micro_bsz=2, chunk_ctx=chunk, peft_config={} if peft == "none" else {"r": 5})
     rows = [[20, 17], [37]] if packed else [[37], [37]]
-    activations, peak = counted_in_training(config.load_model, config, rows)
-    step = step_bytes(make_arch(version, **SIZES), config, "torch", "fp32", 37, 74)
+    activations, peak = counted_in_training(config, rows, kernel)
+    step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74)
     assert step.activations == pytest.approx(activations, abs=8)  # two losses, of one chunk and of all
     assert peak == pytest.approx(step.peak, rel=0.02)  # 74 tokens x 2 indices x 8 bytes, and what reset makes of a mask
     assert step.large == 0 and step.small == step.peak

@@ -165,8 +165,7 @@ def test_packed_rows_equal_rows_of_their_own(version, train_parts, grad_cp):
 @pytest.mark.parametrize("kernel", ["torch", "reference"])
 def test_whole_chunked_and_step_by_step_agree(version, kernel):
     model = tuned(version)
-    for block in model.blocks:
-        block.att.kernel = kernel
+    model.set_kernel(kernel)
     ids = torch.randint(67, (2, 23), generator=torch.Generator().manual_seed(2))
     reset = torch.zeros(2, 23, dtype=torch.bool)
     reset[1, 9] = True

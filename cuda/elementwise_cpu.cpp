@@ -1,0 +1,373 @@
+// What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its outputs once. The backwards
+// recompute what they need from the inputs. src/ops/fused.py has the formulas in plain torch; arithmetic is fp32 here whatever the dtype.
+//
+// The C interface: activations are contiguous (B, T, C) of one dtype, C and the head size are multiples of 8, a head has at most 256
+// channels; vectors of the model are fp32 (C). Every pointer is on a boundary of 16 bytes or not, vectors are loaded unaligned.
+#include "cpu.h"
+
+namespace {
+
+struct Shape {
+    long B, T, C, H;
+    int dtype, threads;
+    long N() const { return C / H; }
+};
+
+template <int W> inline Vec<W> read(const float* p) { return load<W>(p); }
+template <int W> inline Vec<W> read(const uint16_t* p) { return widen<W>(p); }
+template <int W> inline void write(float* p, Vec<W> x) { store<W>(p, x); }
+template <int W> inline void write(uint16_t* p, Vec<W> x) { narrow<W>(p, x); }
+
+template <int W> inline Vec<W> sigmoid(Vec<W> x) { return 1.f / (1.f + exponential<W>(-x)); }
+
+template <int W> inline Vec<W> square_root(Vec<W> x) {
+    for (int l = 0; l < W; l++) x[l] = __builtin_sqrtf(x[l]);
+    return x;
+}
+
+// the sum of the lanes, by halves
+template <int W> inline float across(Vec<W> x) {
+    if constexpr (W == 1) return x[0];
+    else {
+        Vec<W / 2> half[2];
+        memcpy(half, &x, sizeof x);
+        return across<W / 2>(half[0] + half[1]);
+    }
+}
+
+// run(lanes, number): the widest vectors that `width` is a multiple of, and the type of the activations
+template <class Run> inline void typed(long width, int dtype, Run run) {
+    auto with = [&](auto lanes) { dtype == kFloat32 ? run(lanes, float()) : run(lanes, uint16_t()); };
+    width % WIDTH ? with(std::integral_constant<int, NARROW>()) : with(std::integral_constant<int, WIDTH>());
+}
+
+// work(first, last) over parts of `total`, each a multiple of `unit` and as large as the threads can share evenly
+template <class Work> inline void shared_out(long total, long unit, int threads, Work work) {
+    const long units = total / unit, parts = std::min<long>(units, threads == 1 ? 1 : 4 * threads);
+    parallel(parts, threads, [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
+}
+
+// run(lanes, number, index) for every vector of an elementwise function of the whole tensor
+template <class Run> inline void each(const Shape& s, Run run) {
+    typed(s.C, s.dtype, [&](auto lanes, auto number) {
+        constexpr int W = lanes;
+        shared_out(s.B * s.T * s.C, W, s.threads, [&](long first, long last) {
+            for (long i = first; i < last; i += W) run(lanes, number, i);
+        });
+    });
+}
+
+// run(lanes, number, row, head) for every head of every token; both are offsets, into activations and into vectors of the model
+template <class Run> inline void each_head(const Shape& s, Run run) {
+    typed(s.N(), s.dtype, [&](auto lanes, auto number) {
+        shared_out(s.B * s.T, 1, s.threads, [&](long first, long last) {
+            for (long row = first; row < last; row++)
+                for (long head = 0; head < s.C; head += s.N()) run(lanes, number, row * s.C + head, head);
+        });
+    });
+}
+
+// ---- token shift: out_i = z + (z_before - z) mix_i, with mix_i (C), or for every token mix_i + m_i, m_i (B, T, C) ----
+
+struct Shift {
+    const void *z, *last;
+    const uint8_t* reset;
+    const float* mix;
+    int count;
+    bool starts(const Shape& s, long b, long t) const { return reset && reset[b * s.T + t]; }
+};
+
+// run(lanes, number, b, first, last): the columns of one row of the batch, all tokens
+template <class Run> inline void each_column(const Shape& s, Run run) {
+    typed(s.C, s.dtype, [&](auto lanes, auto number) {
+        for (long b = 0; b < s.B; b++)
+            shared_out(s.C, lanes, s.threads, [&](long first, long last) { run(lanes, number, b, first, last); });
+    });
+}
+
+template <bool PER_TOKEN> void shift_forward(const Shift& in, void* const* out, const Shape& s) {
+    each_column(s, [&](auto lanes, auto number, long b, long first, long last) {
+        constexpr int W = lanes;
+        typedef decltype(number) Number;
+        for (long t = 0; t < s.T; t++) {
+            const long row = (b * s.T + t) * s.C;
+            const Number* z = (const Number*)in.z + row;
+            const Number* before = t ? z - s.C : (const Number*)in.last + b * s.C;
+            const float keep = in.starts(s, b, t) ? 0.f : 1.f;
+            for (int i = 0; i < in.count; i++) {
+                Number* to = (Number*)out[i] + row;
+                for (long c = first; c < last; c += W) {
+                    const auto now = read<W>(z + c);
+                    auto mix = load<W>(in.mix + i * s.C + c);
+                    if (PER_TOKEN) mix += read<W>(to + c);
+                    write<W>(to + c, now + (keep ? read<W>(before + c) - now : -now) * mix);
+                }
+            }
+        }
+    });
+}
+
+template <bool PER_TOKEN>
+void shift_backward(const Shift& in, void* const* m, const void* const* dout, void* dz, void* dlast, const Shape& s) {
+    each_column(s, [&](auto lanes, auto number, long b, long first, long last) {
+        constexpr int W = lanes;
+        typedef decltype(number) Number;
+        Buffer buffer(s.C);
+        float* after = buffer.data;  // what the token after the present one gives to it
+        std::fill(after + first, after + last, 0.f);
+        for (long t = s.T - 1; t >= 0; t--) {
+            const long row = (b * s.T + t) * s.C;
+            const Number* z = (const Number*)in.z + row;
+            const Number* before = t ? z - s.C : (const Number*)in.last + b * s.C;
+            const bool starts = in.starts(s, b, t);
+            for (long c = first; c < last; c += W) {
+                Vec<W> own = load<W>(after + c), shifted = {}, d = {};
+                if (PER_TOKEN) d = (starts ? Vec<W>{} : read<W>(before + c)) - read<W>(z + c);
+                for (int i = 0; i < in.count; i++) {
+                    const auto g = read<W>((const Number*)dout[i] + row + c);
+                    auto mix = load<W>(in.mix + i * s.C + c);
+                    if (PER_TOKEN) {
+                        Number* p = (Number*)m[i] + row + c;
+                        mix += read<W>(p);
+                        write<W>(p, g * d);
+                    }
+                    own += g;
+                    shifted += g * mix;
+                }
+                write<W>((Number*)dz + row + c, own - shifted);
+                store<W>(after + c, starts ? Vec<W>{} : shifted);
+            }
+        }
+        for (long c = first; c < last; c += W) write<W>((Number*)dlast + b * s.C + c, load<W>(after + c));
+    });
+}
+
+// ---- one head of one token ----
+
+template <int W> struct HeadVectors {
+    Vec<W> x[256 / W];
+    Vec<W>& operator[](long c) { return x[c / W]; }
+};
+
+// mean and 1 / standard deviation of N channels; where the squares overflow NaN, as in torch, so that a run that diverges is noticed
+template <int W, class Number> inline std::pair<float, float> moments(const Number* x, long N, float eps) {
+    Vec<W> sum = {}, squares = {};
+    for (long c = 0; c < N; c += W) sum += read<W>(x + c);
+    const float mean = across<W>(sum) / N;
+    for (long c = 0; c < N; c += W) {
+        const auto centred = read<W>(x + c) - mean;
+        squares += centred * centred;
+    }
+    const float variance = across<W>(squares) / N;
+    return {mean, 1.f / std::sqrt(variance + eps) + variance * 0.f};
+}
+
+}  // namespace
+
+#define SIZES int64_t B, int64_t T, int64_t C, int64_t H, int dtype, int threads
+#define SHAPE Shape{B, T, C, H, dtype, threads}
+#define IN(x) ((const decltype(number)*)(x))
+#define OUT(x) ((decltype(number)*)(x))
+
+extern "C" {
+
+void shift_mix_forward(const void* z, const void* last, const uint8_t* reset, const float* mix, void* const* out, int count, SIZES) {
+    shift_forward<false>({z, last, reset, mix, count}, out, SHAPE);
+}
+
+void shift_mix_backward(const uint8_t* reset, const float* mix, const void* const* dout, void* dz, void* dlast, int count, SIZES) {
+    shift_backward<false>({nullptr, nullptr, reset, mix, count}, nullptr, dout, dz, dlast, SHAPE);
+}
+
+// m becomes out, in place
+void shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset, const float* mix, void* const* m, int count, SIZES) {
+    shift_forward<true>({z, last, reset, mix, count}, m, SHAPE);
+}
+
+// m becomes its gradient, in place
+void shift_mix_token_backward(const void* z, const void* last, const uint8_t* reset, const float* mix, void* const* m, const void* const* dout,
+                              void* dz, void* dlast, int count, SIZES) {
+    shift_backward<true>({z, last, reset, mix, count}, m, dout, dz, dlast, SHAPE);
+}
+
+void relu_squared_forward(const void* x, void* y, SIZES) {
+    each(SHAPE, [=](auto lanes, auto number, long i) {
+        constexpr int W = lanes;
+        const auto p = read<W>(IN(x) + i), positive = choose<W>(p < 0.f, Vec<W>{}, p);
+        write<W>(OUT(y) + i, positive * positive);
+    });
+}
+
+void relu_squared_backward(const void* y, const void* dy, void* dx, SIZES) {
+    each(SHAPE, [=](auto lanes, auto number, long i) {
+        constexpr int W = lanes;
+        write<W>(OUT(dx) + i, 2.f * square_root<W>(read<W>(IN(y) + i)) * read<W>(IN(dy) + i));
+    });
+}
+
+void sigmoid_gate_forward(const void* x, const void* gate, void* y, SIZES) {
+    each(SHAPE, [=](auto lanes, auto number, long i) {
+        constexpr int W = lanes;
+        write<W>(OUT(y) + i, read<W>(IN(x) + i) * sigmoid<W>(read<W>(IN(gate) + i)));
+    });
+}
+
+void sigmoid_gate_backward(const void* x, const void* gate, const void* dy, void* dx, void* dgate, SIZES) {
+    each(SHAPE, [=](auto lanes, auto number, long i) {
+        constexpr int W = lanes;
+        const auto s = sigmoid<W>(read<W>(IN(gate) + i)), d = read<W>(IN(dy) + i) * s;
+        write<W>(OUT(dgate) + i, d * read<W>(IN(x) + i) * (1.f - s));
+        write<W>(OUT(dx) + i, d);
+    });
+}
+
+void value_residual_forward(const void* v, const void* first, const void* gate, void* y, SIZES) {
+    each(SHAPE, [=](auto lanes, auto number, long i) {
+        constexpr int W = lanes;
+        const auto own = read<W>(IN(v) + i);
+        write<W>(OUT(y) + i, own + (read<W>(IN(first) + i) - own) * sigmoid<W>(read<W>(IN(gate) + i)));
+    });
+}
+
+void value_residual_backward(const void* v, const void* first, const void* gate, const void* dy, void* dv, void* dfirst, void* dgate, SIZES) {
+    each(SHAPE, [=](auto lanes, auto number, long i) {
+        constexpr int W = lanes;
+        const auto s = sigmoid<W>(read<W>(IN(gate) + i)), g = read<W>(IN(dy) + i), d = g * s;
+        write<W>(OUT(dgate) + i, d * (1.f - s) * (read<W>(IN(first) + i) - read<W>(IN(v) + i)));
+        write<W>(OUT(dfirst) + i, d);
+        write<W>(OUT(dv) + i, g - d);
+    });
+}
+
+// kappa = normalize(k k_k), s = sigmoid(a): k (1 + (s - 1) k_a), -kappa, kappa s
+void delta_inputs_forward(const void* k, const void* a, const float* k_k, const float* k_a, void* key, void* remove, void* replace, SIZES) {
+    const Shape shape = SHAPE;
+    each_head(shape, [=](auto lanes, auto number, long row, long head) {
+        constexpr int W = lanes;
+        const long N = shape.N();
+        Vec<W> squares = {};
+        for (long c = 0; c < N; c += W) {
+            const auto u = read<W>(IN(k) + row + c) * load<W>(k_k + head + c);
+            squares += u * u;
+        }
+        const float scale = 1.f / std::max(std::sqrt(across<W>(squares)), 1e-12f);
+        for (long c = 0; c < N; c += W) {
+            const auto own = read<W>(IN(k) + row + c), s = sigmoid<W>(read<W>(IN(a) + row + c)), kappa = own * load<W>(k_k + head + c) * scale;
+            write<W>(OUT(key) + row + c, own * (1.f + (s - 1.f) * load<W>(k_a + head + c)));
+            write<W>(OUT(remove) + row + c, -kappa);
+            write<W>(OUT(replace) + row + c, kappa * s);
+        }
+    });
+}
+
+void delta_inputs_backward(const void* k, const void* a, const float* k_k, const float* k_a, const void* dkey, const void* dremove,
+                           const void* dreplace, void* dk, void* da, SIZES) {
+    const Shape shape = SHAPE;
+    each_head(shape, [=](auto lanes, auto number, long row, long head) {
+        constexpr int W = lanes;
+        const long N = shape.N();
+        HeadVectors<W> dkappa, s;
+        Vec<W> squares = {}, dots = {};
+        for (long c = 0; c < N; c += W) {
+            const auto u = read<W>(IN(k) + row + c) * load<W>(k_k + head + c);
+            s[c] = sigmoid<W>(read<W>(IN(a) + row + c));
+            dkappa[c] = read<W>(IN(dreplace) + row + c) * s[c] - read<W>(IN(dremove) + row + c);
+            squares += u * u;
+            dots += u * dkappa[c];
+        }
+        const float norm = std::sqrt(across<W>(squares)), scale = 1.f / std::max(norm, 1e-12f);
+        const float along = norm > 1e-12f ? across<W>(dots) * scale * scale : 0.f;  // a norm that is held at its least has no gradient
+        for (long c = 0; c < N; c += W) {
+            const auto own = read<W>(IN(k) + row + c), kk = load<W>(k_k + head + c), ka = load<W>(k_a + head + c), u = own * kk;
+            const auto g = read<W>(IN(dkey) + row + c), ds = read<W>(IN(dreplace) + row + c) * u * scale + g * own * ka;
+            write<W>(OUT(dk) + row + c, (dkappa[c] - u * along) * scale * kk + g * (1.f + (s[c] - 1.f) * ka));
+            write<W>(OUT(da) + row + c, ds * s[c] * (1.f - s[c]));
+        }
+    });
+}
+
+void readout7_forward(const void* y, const void* r, const void* k, const void* v, const void* g, const float* r_k, const float* weight,
+                      const float* bias, void* out, float eps, SIZES) {
+    const Shape shape = SHAPE;
+    each_head(shape, [=](auto lanes, auto number, long row, long head) {
+        constexpr int W = lanes;
+        const long N = shape.N();
+        const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
+        Vec<W> products = {};
+        for (long c = 0; c < N; c += W) products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
+        const float bonus = across<W>(products);
+        for (long c = 0; c < N; c += W) {
+            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) + load<W>(bias + head + c);
+            write<W>(OUT(out) + row + c, (normed + bonus * read<W>(IN(v) + row + c)) * read<W>(IN(g) + row + c));
+        }
+    });
+}
+
+void readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g, const float* r_k, const float* weight,
+                       const float* bias, const void* dout, void* dy, void* dr, void* dk, void* dv, void* dg, float eps, SIZES) {
+    const Shape shape = SHAPE;
+    each_head(shape, [=](auto lanes, auto number, long row, long head) {
+        constexpr int W = lanes;
+        const long N = shape.N();
+        const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
+        HeadVectors<W> normed, dnormed, d;
+        Vec<W> products = {}, dproducts = {}, sum = {}, dots = {};
+        for (long c = 0; c < N; c += W) {
+            products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
+            d[c] = read<W>(IN(dout) + row + c) * read<W>(IN(g) + row + c);
+            dproducts += d[c] * read<W>(IN(v) + row + c);
+            normed[c] = (read<W>(IN(y) + row + c) - mean) * scale;
+            dnormed[c] = d[c] * load<W>(weight + head + c);
+            sum += dnormed[c];
+            dots += dnormed[c] * normed[c];
+        }
+        const float bonus = across<W>(products), dbonus = across<W>(dproducts), mean_d = across<W>(sum) / N, mean_dot = across<W>(dots) / N;
+        for (long c = 0; c < N; c += W) {
+            const auto value = read<W>(IN(v) + row + c), rk = dbonus * load<W>(r_k + head + c);
+            const auto gated = normed[c] * load<W>(weight + head + c) + load<W>(bias + head + c) + bonus * value;
+            const auto receptance = read<W>(IN(r) + row + c), key = read<W>(IN(k) + row + c);
+            write<W>(OUT(dg) + row + c, read<W>(IN(dout) + row + c) * gated);
+            write<W>(OUT(dv) + row + c, bonus * d[c]);
+            write<W>(OUT(dr) + row + c, rk * key);
+            write<W>(OUT(dk) + row + c, rk * receptance);
+            write<W>(OUT(dy) + row + c, scale * (dnormed[c] - mean_d - normed[c] * mean_dot));
+        }
+    });
+}
+
+void readout6_forward(const void* y, const void* g, const float* weight, const float* bias, void* out, float eps, SIZES) {
+    const Shape shape = SHAPE;
+    each_head(shape, [=](auto lanes, auto number, long row, long head) {
+        constexpr int W = lanes;
+        const long N = shape.N();
+        const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
+        for (long c = 0; c < N; c += W) {
+            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) + load<W>(bias + head + c);
+            const auto gate = read<W>(IN(g) + row + c);
+            write<W>(OUT(out) + row + c, normed * gate * sigmoid<W>(gate));
+        }
+    });
+}
+
+void readout6_backward(const void* y, const void* g, const float* weight, const float* bias, const void* dout, void* dy, void* dg, float eps, SIZES) {
+    const Shape shape = SHAPE;
+    each_head(shape, [=](auto lanes, auto number, long row, long head) {
+        constexpr int W = lanes;
+        const long N = shape.N();
+        const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
+        HeadVectors<W> normed, dnormed;
+        Vec<W> sum = {}, dots = {};
+        for (long c = 0; c < N; c += W) {
+            const auto gate = read<W>(IN(g) + row + c), s = sigmoid<W>(gate), d = read<W>(IN(dout) + row + c), w = load<W>(weight + head + c);
+            normed[c] = (read<W>(IN(y) + row + c) - mean) * scale;
+            write<W>(OUT(dg) + row + c, d * (normed[c] * w + load<W>(bias + head + c)) * s * (1.f + gate * (1.f - s)));
+            dnormed[c] = d * gate * s * w;
+            sum += dnormed[c];
+            dots += dnormed[c] * normed[c];
+        }
+        const float mean_d = across<W>(sum) / N, mean_dot = across<W>(dots) / N;
+        for (long c = 0; c < N; c += W) write<W>(OUT(dy) + row + c, scale * (dnormed[c] - mean_d - normed[c] * mean_dot));
+    });
+}
+
+}

@@ -1,0 +1,279 @@
+"""The native elementwise functions against their forms in plain torch, which are run in float64 here."""
+
+import functools
+import platform
+from ctypes import CDLL
+
+import pytest
+import torch
+
+from src.base import build_model
+from src.config import Config
+from src.model import RWKV
+from src.ops import build, fused, plain
+
+from .conftest import close, make_arch, random_tensors
+
+SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 15, 128, 2), (1, 17, 160, 2), (2, 16, 512, 2)]  # B, T, C, heads: head sizes 8, 16, 64, 80, 256
+# Largest errors seen below, against the largest value (torch 2.13 CPU, AVX-512, AVX2, SSE2): fp32 6e-7, in dq of the low-rank mixes, a sum
+# over the channels; bf16 8e-3 with outputs rounded once, 2^-8 = 4e-3 of a value each, and the low-rank mixes rounded before their use
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+EPS = 64e-5
+
+
+def cases(B, T, C, heads):
+    """{name: (function of activations and native, activations, names of what the native form keeps)}; numbers are exact in bf16."""
+    generator = torch.Generator().manual_seed(1000 * T + C)
+
+    def x(*sizes):
+        return torch.randn(sizes or (B, T, C), generator=generator).bfloat16().double()
+
+    reset = torch.rand(B, T + 1, generator=generator)[:, 1:] < 0.3  # a part of something else, as of a chunk
+    mixes, maps = [x(1, 1, C) for _ in range(6)], x(5, 7, C) / 3
+    k_k, k_a, weight, bias, r_k = x(1, 1, C), x(1, 1, C), x(C), x(C), x(heads, C // heads)
+    return {
+        "shift_mix": (lambda z, last, on: fused.shift_mix(z, last, reset, mixes, on), [x(), x(B, C)], []),
+        "shift_mix of one": (lambda z, last, on: fused.shift_mix(z, last, None, mixes[:1], on), [x(), x(B, C)], []),
+        "shift_mix_low_rank": (lambda z, last, q, on: fused.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
+                               [x(), x(B, C), x(5, B * T, 7)], [0, 1, 2]),
+        "value_residual": (fused.value_residual, [x(), x(), x()], [0, 1, 2]),
+        "delta_inputs": (lambda k, a, on: fused.delta_inputs(k, a, k_k, k_a, heads, on), [x(), x()], [0, 1]),
+        "readout6": (lambda y, g, on: fused.readout6(y, g, weight, bias, heads, EPS, on), [x(), x()], [0, 1]),
+        "readout7": (lambda y, r, k, v, g, on: fused.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on), [x() for _ in range(5)], range(5)),
+        "relu_squared": (fused.relu_squared, [x()], ["output"]),
+        "sigmoid_gate": (fused.sigmoid_gate, [x(), x()], [0, 1]),
+    }
+
+
+NAMES = list(cases(1, 1, 8, 1))
+every_function = pytest.mark.parametrize("name", NAMES)
+
+
+def results(function, activations, dtype, on):
+    """Outputs, then gradients of the activations."""
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in activations]
+    out = function(*leaves, on)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16().to(dtype) for y in out]
+    return [t.detach() for t in (*out, *torch.autograd.grad(out, leaves, gradients))]
+
+
+def compare(what, mine, exact, tolerance):
+    """The gradient of `last` is exactly 0 where a document starts in every row."""
+    close(what, mine, exact, tolerance) if exact.any() else torch.testing.assert_close(mine.double(), exact, atol=0, rtol=0)
+
+
+def check(name, sizes, dtype):
+    function, activations, _ = cases(*sizes)[name]
+    want, got = results(function, activations, torch.float64, False), results(function, activations, dtype, True)
+    for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
+        assert mine.dtype == dtype
+        compare(f"{name} {sizes} {dtype}: tensor {i}", mine, exact, TOLERANCE[dtype])
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the native functions, as they are called."""
+    seen, call = [], fused.call
+    monkeypatch.setattr(fused, "call", lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1])
+    return seen
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(1)
+
+
+@every_function
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_outputs_and_gradients(name, dtype, threads, calls):
+    for sizes in SIZES:
+        check(name, sizes, dtype)
+    assert len(calls) == 2 * len(SIZES)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64")
+@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
+def test_narrower_vectors(flags, monkeypatch):
+    """The builds that other CPUs get, as in test_wkv.py."""
+    command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
+    path = build.build("wkv_cpu_narrow", "the CPU kernels", 10, sorted(build.CUDA.glob("*_cpu.cpp")), build.headers(), command, ["-pthread"])
+    monkeypatch.setattr(fused, "library", lambda device: CDLL(str(path)))
+    for name in NAMES:
+        for sizes in SIZES[:4]:
+            check(name, sizes, torch.float32)
+
+
+@every_function
+def test_strides_do_not_matter(name):
+    """Activations and gradients that are parts of something else."""
+    function, activations, _ = cases(2, 15, 48, 3)[name]
+    want = results(function, activations, torch.float32, True)
+    apart = [torch.stack([t.float(), torch.full_like(t, torch.nan).float()], -1)[..., 0].requires_grad_() for t in activations]
+    out = function(*apart, True)
+    out = list(out) if isinstance(out, (list, tuple)) else [out]
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(y.shape, generator=generator).bfloat16().float() for y in out]
+    gradients = [torch.stack([g, torch.full_like(g, torch.nan)], -1)[..., 0] for g in gradients]
+    for mine, theirs in zip((*out, *torch.autograd.grad(out, apart, gradients)), want, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@every_function
+def test_a_part_of_the_outputs_may_be_left_unused(name):
+    function, activations, _ = cases(2, 15, 48, 3)[name]
+
+    def gradients(dtype, on):
+        leaves = [t.to(dtype).requires_grad_() for t in activations]
+        out = function(*leaves, on)
+        (out[-1] if isinstance(out, (list, tuple)) else out).square().sum().backward()
+        return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+
+    for mine, exact in zip(gradients(torch.float32, True), gradients(torch.float64, False), strict=True):
+        compare(name, mine, exact, TOLERANCE[torch.float32])
+
+
+@every_function
+def test_nothing_more_is_kept_than_stated(name):
+    """Storages of the stated activations, and vectors of the model; a token shift with fixed mixes keeps no activation."""
+    function, activations, stated = cases(2, 15, 48, 3)[name]
+    leaves, kept = [t.float().requires_grad_() for t in activations], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = function(*leaves, True)
+    allowed = {(out if i == "output" else leaves[i]).data_ptr() for i in stated}
+    large = {t.data_ptr() for t in kept if t.numel() > 6 * 48 and t.shape != (5, 7, 48)}
+    assert large | {t.data_ptr() for t in kept if t.data_ptr() in allowed} == allowed
+
+
+@every_function
+def test_the_ops_keep_the_rules_of_torch_library(name, monkeypatch):
+    function, activations, _ = cases(2, 5, 24, 3)[name]
+    name, taken = name.removesuffix(" of one"), []
+    real = getattr(torch.ops.rwkv, name)
+
+    def watched(*arguments):
+        taken.append(arguments)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.rwkv, name, watched)
+        function(*[t.float().requires_grad_() for t in activations], True)
+    torch.library.opcheck(real.default, taken[0])
+
+
+def test_the_op_follows_no_pointer_into_another_layout():
+    x = torch.randn(1, 4, 16)[..., ::2]
+    with pytest.raises(ValueError, match="relu_squared_forward: an argument is on cpu with strides .* expected a contiguous one on cpu"):
+        torch.ops.rwkv.relu_squared(x)
+
+
+def test_tokens_without_a_batch():
+    """As the last layer's channel mix has them."""
+    x, gate = torch.randn(7, 24), torch.randn(7, 24)
+    for function, activations in ((fused.relu_squared, [x]), (fused.sigmoid_gate, [x, gate])):
+        got, want = results(function, activations, torch.float32, True), results(function, activations, torch.float64, False)
+        for mine, exact in zip(got, want, strict=True):
+            close("tokens", mine, exact, TOLERANCE[torch.float32])
+
+
+def test_what_is_not_finite_goes_on():
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30, -1e-30, 3.0]).view(1, 1, 8)
+    assert torch.equal(fused.relu_squared(x, True).isnan(), x.isnan())
+    assert fused.relu_squared(x, True)[0, 0, 1:].tolist() == plain.relu_squared(x)[0, 0, 1:].tolist()
+    gate = fused.sigmoid_gate(torch.ones_like(x), x, True)[0, 0]
+    assert gate[0].isnan() and gate[1:].tolist() == pytest.approx(torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37)
+
+
+def test_a_variance_that_overflows_is_nan():
+    y, ones = torch.tensor([[[1e30, -1e30, 3e30, 0, 0, 0, 0, 0]]]), torch.ones(8)
+    for function, others in ((fused.readout6, (ones, ones, 1)), (fused.readout7, (ones.view(1, 8), ones, ones))):
+        activations = [y] * (2 if function is fused.readout6 else 5)
+        for on in (True, False):
+            assert function(*activations, *others, EPS, on).isnan().all()
+
+
+def test_a_key_of_zero_has_no_direction():
+    """normalize() holds the length at 1e-12 there, and its gradient at 0: kappa and the gradients are those of the plain form."""
+    k, a = torch.randn(2, 3, 16, dtype=torch.float64), torch.randn(2, 3, 16, dtype=torch.float64)
+    k[0, 1, :8] = 0
+    ones = torch.ones(1, 1, 16, dtype=torch.float64)
+
+    def function(k, a, on):
+        return fused.delta_inputs(k, a, ones, ones, 2, on)
+
+    for mine, exact in zip(results(function, [k, a], torch.float32, True), results(function, [k, a], torch.float64, False), strict=True):
+        close("key of zero", mine, exact, 2e-6)
+
+
+def test_the_plain_form_runs_where_the_native_one_does_not_serve(calls):
+    x, last, mix = torch.randn(1, 3, 16), torch.randn(1, 16), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        fused.shift_mix(x, last, None, [mix.clone().requires_grad_()], True)
+    assert calls == ["shift_mix_forward"]
+    calls.clear()
+    trained = mix.clone().requires_grad_()
+    fused.shift_mix(x, last, None, [trained], True)[0].sum().backward()
+    assert trained.grad.any()
+    for other in (x.double(), x.half(), x[..., :15], x.to("meta"), x[:, :0]):
+        fused.relu_squared(other, True)
+    fused.relu_squared(x, False)
+    fused.sigmoid_gate(x, x.bfloat16(), True)
+    fused.delta_inputs(x, x, mix, mix, 4, True)  # head size 4
+    assert not calls
+
+
+# the model
+
+
+def frozen_with_adapter(version, kernel, dtype):
+    config = Config(peft="miss", peft_config={"r": 5})
+    arch = make_arch(version, n_layer=3)
+    torch.manual_seed(0)
+    model = build_model(config, arch, kernel, dtype)
+    tensors = random_tensors(arch)
+    for name, p in model.named_parameters():
+        with torch.no_grad():
+            p.copy_(tensors[name] if name in tensors else torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 9)
+    return model.to(dtype)
+
+
+@functools.cache
+def trained(version, kernel, dtype):
+    """{name: logits, state or gradient of an adapter} of two rows with documents, and a state to go on from."""
+    model = frozen_with_adapter(version, kernel, dtype)
+    ids = torch.randint(67, (2, 37), generator=torch.Generator().manual_seed(5))
+    reset = torch.zeros(2, 37, dtype=torch.bool)
+    reset[0, 11] = reset[1, 1] = True
+    _, state = model(ids[:, :9])
+    logits, after = model(ids, state, reset)
+    logits.logsumexp(-1).sum().backward()
+    found = {"logits": logits} | {f"state {i}": t for i, t in enumerate(t for layer in after for t in layer)}
+    return {name: t.detach() for name, t in found.items()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_model_with_a_frozen_base_trains_the_same_through_either_form(version, calls):
+    exact = trained(version, "torch", torch.float64)
+    assert not calls
+    got = trained(version, "cpu", torch.float32)
+    # six functions in each of three layers, two runs; the first layer of v7 has no value residual
+    assert len([name for name in calls if name.endswith("_forward")]) == 2 * (3 * 6 - (version == 7))
+    for name, want in exact.items():
+        close(f"v{version} {name}", got[name], want, 2e-5)  # as between independent fp32 runtimes, and gradients of the same depth
+
+
+@pytest.mark.parametrize("name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"])
+def test_golden_logits(data_dir, name, calls):
+    golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
+    model = RWKV.load(data_dir / f"{name}.pth", torch.float32, kernel="cpu").requires_grad_(False)
+    close("logits", model(golden["tokens"].long())[0], golden["logits64"], 2e-5)
+    assert len(calls) >= 5 * model.arch.n_layer
+
+
+def test_a_states_tokens_are_no_view_of_all_tokens():
+    model = frozen_with_adapter(7, "cpu", torch.float32)
+    _, after = model(torch.zeros(1, 37, dtype=torch.int64))
+    assert all(layer.att_x.untyped_storage().nbytes() == layer.ffn_x.untyped_storage().nbytes() == 48 * 4 for layer in after)
