@@ -12,6 +12,7 @@ from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.decode import fastest
     from src.device import DTYPES
     from src.generate import Conversation, Sampling, stream
     from src.load import load
@@ -37,7 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--frequency_penalty", type=float, default=Sampling.frequency_penalty)
     add("--seed", type=int, default=0)
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
-    add("--precision", default="auto", choices=("auto", *DTYPES))
+    add("--precision", default="auto", choices=("auto", *DTYPES), help="of the weights; auto: on a CPU bf16 if the file has it, else fp32")
+    add("--quant", default="none", choices=("none", "int8"), help="int8: answer from weights of one byte, on a CPU; prompts are read with the file's")
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
         model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
+        model, how = fastest(model, args.quant == "int8")
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
         template = recorded_template(args.template, tokenizer, args.adapter, args.model)
         chat = Conversation(model, tokenizer, sampling, args.seed, args.system, template)
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             pieces = itertools.chain([template.opening] if template.opening else [], chat.answer(args.prompt, args.max_tokens))
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
-            print(f"{os.path.basename(args.model)}: {model.arch.describe()}. An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+            print(f"{os.path.basename(args.model)}: {model.arch.describe()}; {how}. An empty line or Ctrl-D ends the chat.", file=sys.stderr)
             converse(chat, args.max_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Sampling, streaming and the state of a conversation: the same model call as in training, one token at a time."""
+"""Sampling, streaming and the state of a conversation, by a model or its decoder (src/decode.py), which are asked alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
+from .decode import Decoder
 from .model import RWKV, State
 from .template import DEFAULT, Template
 
@@ -49,7 +50,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator
 
 @torch.no_grad()
 def stream(
-    model: RWKV, tokenizer, ids: list[int], state: State | None, sampling: Sampling, max_tokens: int, stop: str = DEFAULT.stop,
+    model: RWKV | Decoder, tokenizer, ids: list[int], state: State | None, sampling: Sampling, max_tokens: int, stop: str = DEFAULT.stop,
     generator: torch.Generator | None = None,
 ) -> Generator[str, None, State]:
     """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the state after it.
@@ -106,7 +107,9 @@ def _overlap(text: str, stop: str) -> int:
 class Conversation:
     """A chat whose state is kept between turns, so that every turn costs only its own tokens."""
 
-    def __init__(self, model: RWKV, tokenizer, sampling: Sampling, seed: int = 0, system: str = "", template: Template = DEFAULT):
+    def __init__(
+        self, model: RWKV | Decoder, tokenizer, sampling: Sampling, seed: int = 0, system: str = "", template: Template = DEFAULT
+    ):
         self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
         self.generator = torch.Generator().manual_seed(seed)
         self.messages = [{"role": "system", "content": system}] if system else []

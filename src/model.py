@@ -155,11 +155,12 @@ class RWKV(nn.Module):
         """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
 
         Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the ones after. With `wanted` (B, T)
-        bool the result is (their number, C), for these tokens in their order, and the last layer does no more than they need.
+        bool the result is (their number, C), for these tokens in their order, and the last layer does no more than they need. The activations
+        have the dtype of the state, which is the model's unless the caller gives another.
         """
         if state is None:
             state = self.initial_state(len(ids))
-        x, v_first, after = self.emb(ids).to(self.dtype), None, []
+        x, v_first, after = self.emb(ids).to(state[0].att_x.dtype), None, []
         for layer, (block, before) in enumerate(zip(self.blocks, state, strict=True), 1):
             of_these = wanted if layer == len(self.blocks) else None
             if self.grad_cp and torch.is_grad_enabled():

@@ -408,6 +408,7 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
     tokenizer = named("bytes")
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
         monkeypatch.setattr(chat, "load", lambda *_, said=said: (Scripted(tokenizer, said), tokenizer))
+        monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, ""))
         assert answer(capsys, "--model", "any", "--template", "rwkv", "--prompt", "q", "--temperature", 0) == shown
 
 

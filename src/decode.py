@@ -1,0 +1,185 @@
+"""One token after another on the CPU: `Decoder`, a model whose single tokens run in one native call each (cuda/decode_cpu.cpp).
+
+It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its states are the model's, so that a prompt is read
+with matrix products and the answer is written by the native code. Weights in fp32 and bf16 are used where the model has them, without a
+copy; int8 ones are the decoder's own. Activations and states of single tokens are fp32 whatever the weights are, so that bf16 weights,
+as released files have them, give what fp32 ones do. A longer prompt is read in bf16 where the CPU multiplies in it and the weights have it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.errors import UserError
+
+from . import ops
+from .model import RWKV, LayerState, State
+from .ops import build, native
+
+MODEL = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias", "head.weight")
+NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
+# the members of Layer6 and Layer7 of cuda/decode_cpu.cpp
+LAYER = {
+    6: (*NORMS, *(f"att.time_maa_{name}" for name in "xwkvrg"), "att.time_decay", "att.time_faaaa", "ffn.time_maa_k", "ffn.time_maa_r",
+        "att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2",
+        *(f"att.{name}.weight" for name in ("receptance", "key", "value", "gate", "output")),
+        *(f"ffn.{name}.weight" for name in ("key", "receptance", "value"))),
+    7: (*NORMS, *(f"att.x_{name}" for name in "rwkvag"), *(f"att.{name}" for name in ("k_k", "k_a", "r_k", "w0", "a0", "v0")), "ffn.x_k",
+        *(f"att.{name}{i}" for name in "wavg" for i in (1, 2)),
+        *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")), "ffn.key.weight", "ffn.value.weight"),
+}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+LANES = 16  # vectors are read in whole lanes of any CPU
+
+
+class Matrix(ctypes.Structure):
+    """Matrix of cuda/decode_cpu.h."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("rows", "columns", "type"))]
+
+
+class Quantised(NamedTuple):
+    """weight (out, in) = values (out, in) int8 * scale (out,) fp32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantise(weight: Tensor) -> Quantised:
+    """Symmetric int8 with a scale for each row, its largest magnitude / 127."""
+    weight = weight.float()
+    scale = weight.abs().amax(1) / 127
+    return Quantised((weight / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8), scale)
+
+
+class Decoder:
+    """A model that reads prompts as before and takes single tokens through the native code. `int8`: there with its large matrices quantised.
+
+    It works on one token at a time, with as many threads as torch has, and on tensors as they are when it is made. Raises ValueError where
+    `problem` has one.
+    """
+
+    def __init__(self, model: RWKV, int8: bool = False):
+        if found := problem(model):
+            raise ValueError(f"no decoder for this model: {found}")
+        self.model, self.int8, self.threads = model, int8, torch.get_num_threads()
+        self.reading = torch.bfloat16 if model.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
+        arch = self.arch = model.arch
+        self.kept: list[Tensor] = []  # what the native code points to
+        names = [f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]]
+        matrices = [self._matrix(name) for name in (*MODEL, *names)]
+        sizes = (arch.n_layer, arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.dim_ffn, arch.vocab_size)
+        library = native.library("cpu")
+        library.decode_open.restype = ctypes.c_void_p
+        self.handle = ctypes.c_void_p(library.decode_open(
+            ctypes.c_int64(arch.version), (ctypes.c_int64 * len(sizes))(*sizes), (Matrix * len(matrices))(*matrices),
+            ctypes.c_int64(len(matrices)), ctypes.c_int64(self.threads),
+        ))
+        if not self.handle:
+            raise RuntimeError(f"decode_open does not take {len(matrices)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp")
+        self.run, self.close_native = library.decode_step, library.decode_close
+
+    @property
+    def emb(self):
+        return self.model.emb
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.handle:
+            self.close_native(self.handle)
+            self.handle = None
+
+    def __del__(self):
+        if getattr(self, "handle", None):
+            self.close()
+
+    def _matrix(self, name: str) -> Matrix:
+        """A parameter as the native code reads it; all zero where this model has none of that name."""
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(self.model.get_submodule(owner), leaf, None)
+        if tensor is None:
+            return Matrix()
+        tensor = tensor.detach().squeeze() if leaf != "weight" else tensor.detach()
+        if leaf in ("time_faaaa", "r_k") or tensor.dim() < 2:
+            padded = torch.zeros(-(-tensor.numel() // LANES) * LANES)
+            padded[: tensor.numel()] = tensor.flatten()
+            return self._described(padded, 1, tensor.numel())
+        if self.int8 and leaf == "weight" and name != "emb.weight":
+            quantised = quantise(tensor)
+            return self._described(quantised.values, *tensor.shape, quantised.scale)
+        return self._described(tensor if tensor.dtype in TYPES else tensor.float(), tensor.numel() // tensor.shape[-1], tensor.shape[-1])
+
+    def _described(self, tensor: Tensor, rows: int, columns: int, scale: Tensor | None = None) -> Matrix:
+        tensor = tensor.contiguous()
+        self.kept += [tensor] if scale is None else [tensor, scale]
+        return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype])
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays as it is."""
+        if state is None:
+            state = self.model.initial_state(1)
+        if ids.shape[1] > 1:
+            state = [LayerState(layer.att_x.to(self.reading), layer.wkv, layer.ffn_x.to(self.reading)) for layer in state]
+            # the last token is the native code's, and of the others only the state is wanted
+            _, state = self.model.features(ids[:, :-1], state, wanted=torch.zeros_like(ids[:, :-1], dtype=torch.bool))
+        return self._step(int(ids[0, -1]), state)
+
+    def _step(self, token: int, state: State) -> tuple[Tensor, State]:
+        arch = self.arch
+        if not 0 <= token < arch.vocab_size:
+            raise IndexError(f"token {token} is not in the vocabulary of {arch.vocab_size}")
+        before = [self._ready(part, layer) for layer, old in enumerate(state) for part in old]
+        att_x, ffn_x = torch.empty(2, arch.n_layer, 1, arch.n_embd)
+        wkv = torch.empty(arch.n_layer, 1, arch.n_head, arch.head_size, arch.head_size)
+        after = [LayerState(*parts) for parts in zip(att_x.unbind(), wkv.unbind(), ffn_x.unbind())]
+        logits = torch.empty(1, arch.vocab_size)
+        pointers = ctypes.c_void_p * len(before)
+        if self.run(
+            self.handle, ctypes.c_int64(token), pointers(*[part.data_ptr() for part in before]),
+            pointers(*[part.data_ptr() for layer in after for part in layer]), ctypes.c_void_p(logits.data_ptr()),
+        ):
+            raise ValueError(f"the logits after token {token} are not finite: the model overflows")
+        return logits, after
+
+    def _ready(self, part: Tensor | None, layer: int) -> Tensor:
+        """A part of a state as the native code reads it; None is the WKV state that documents start from."""
+        if part is None:
+            part = self.model.blocks[layer].att.start()
+        if part is None:
+            part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
+        return part.float().contiguous()
+
+
+def problem(model: RWKV) -> str:
+    """Why the model's tokens do not go through the native code, or nothing."""
+    if model.emb.weight.device.type != "cpu":
+        return f"the model is on {model.emb.weight.device}"
+    if (kernel := model.blocks[0].att.kernel) != "cpu":
+        return f"the kernel is {kernel}"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"the weights are {model.dtype}"
+    if adapted_linears(model):
+        return "its adapter is not merged"
+    return ops.head_size_problem(model.arch.head_size) or native.status("cpu").reason
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16; without them torch is slower in it than in fp32."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(build.cpu_features().split())
+
+
+def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder, str]:
+    """(what answers in the model's place, in words): its decoder where it has one, else the model itself. UserError if int8 is asked of that."""
+    if found := problem(model):
+        if int8:
+            raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
+        return model, f"token by token in torch, as {found}"
+    decoder = Decoder(model, int8)
+    weights = "int8" if int8 else str(model.head.weight.dtype).removeprefix("torch.")
+    return decoder, f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {decoder.threads} threads"

@@ -1,0 +1,294 @@
+"""The decoder of the CPU against the model in float64: logits, states, every kind of weights, and the way into the chat and back."""
+
+import copy
+import dataclasses
+import time
+
+import pytest
+import torch
+
+import rwkv_miss
+from rwkv_miss import UserError
+from rwkv_miss.adapter import adapted_linears
+from src import decode
+from src.decode import Decoder, fastest, quantise
+from src.generate import Sampling, stream
+from src.load import load
+from src.model import RWKV, LayerState
+from src.tokenizer import load_tokenizer
+
+from .conftest import close, make_arch, random_tensors
+
+# fp32 sums against float64, relative to the largest logit: 3e-7 to 3e-6 seen. Goldens' README: 2e-5 between independent fp32 runtimes
+TOLERANCE = 2e-5
+
+SIZES = [
+    dict(version=7), dict(version=6),
+    dict(version=7, n_layer=3, n_embd=72, head_size=8, vocab_size=101), dict(version=6, n_layer=3, n_embd=40, head_size=8, vocab_size=33),
+    dict(version=7, n_layer=1, n_embd=528, head_size=24), dict(version=6, n_layer=1, n_embd=320, head_size=64),
+    dict(version=6, n_embd=50, dim_att=48, dim_ffn=70), dict(version=6, n_embd=24, dim_att=64, dim_ffn=7), dict(version=7, dim_ffn=4099),
+    dict(version=7, layer0_value_residual=False), dict(version=7, initial_state=True), dict(version=6, initial_state=True),
+]
+
+
+def make(version, dim_att=None, dim_ffn=None, layer0_value_residual=None, initial_state=False, **sizes):
+    arch = make_arch(version, **sizes)
+    changes = {"dim_att": dim_att, "dim_ffn": dim_ffn, "layer0_value_residual": layer0_value_residual}
+    if dim_att:
+        changes["n_head"] = dim_att // arch.head_size
+    return dataclasses.replace(arch, initial_state=initial_state, **{name: value for name, value in changes.items() if value is not None})
+
+
+def model_of(arch, tensors, dtype):
+    """The model as the CPU runs it, in `dtype`; states stay fp32."""
+    model = RWKV(arch, "cpu" if dtype != torch.float64 else "torch").to(dtype).eval().requires_grad_(False)
+    model.load_state_dict(tensors)
+    for block in model.blocks:
+        if block.att.time_state is not None and dtype != torch.float64:
+            block.att.time_state.data = tensors[f"blocks.{block.att.layer}.att.time_state"].float()
+    return model
+
+
+def some_ids(arch, count, seed=1):
+    return torch.randint(arch.vocab_size, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def one_by_one(model, ids, state=None):
+    """(logits (T, V), state): every token by itself."""
+    logits = []
+    for i in range(ids.shape[1]):
+        part, state = model.next_logits(ids[:, i : i + 1], state)
+        logits.append(part)
+    return torch.cat(logits), state
+
+
+def close_states(got, want, ratio):
+    for layer, (a, b) in enumerate(zip(got, want, strict=True)):
+        for name in a._fields:
+            close(f"layer {layer}, {name}", getattr(a, name), getattr(b, name), ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_logits_and_states_are_the_models(sizes, dtype):
+    """Weights in bf16 cost nothing: the model in float64 has the same rounded ones, and the tolerance is that of fp32."""
+    arch = make(**sizes)
+    tensors = {name: t if "time_state" in name else t.to(dtype) for name, t in random_tensors(arch).items()}
+    ids = some_ids(arch, 19)
+    want, want_state = one_by_one(model_of(arch, tensors, torch.float64), ids)
+    decoder = Decoder(model_of(arch, tensors, dtype))
+    got, state = one_by_one(decoder, ids)
+    close("logits", got, want, TOLERANCE)
+    close_states(state, want_state, TOLERANCE)
+    assert all(part.dtype == torch.float32 for layer in state for part in layer)
+
+
+@pytest.mark.parametrize("name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"])
+def test_golden_logits_and_states(data_dir, name):
+    golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
+    decoder = Decoder(RWKV.load(data_dir / f"{name}.pth", kernel="cpu"))  # the real v6 file is bf16 and stays so
+    for row, ids in enumerate(golden["tokens"].long()):
+        logits, state = one_by_one(decoder, ids[None])
+        close("logits", logits, golden["logits64"][row], TOLERANCE)
+        wanted = [LayerState(*(want[part][row : row + 1] for part in LayerState._fields)) for want in golden["final_state"]]
+        close_states(state, wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_int8_weights_are_a_byte_each_and_no_further_off(version):
+    """The decoder has the error of the rounded weights and none of its own: float64 with the same weights is the reference."""
+    arch = make(version, n_embd=72, head_size=8, vocab_size=101)
+    tensors = random_tensors(arch)
+    rounded = dict(tensors)
+    for name, weight in tensors.items():
+        if name.endswith(".weight") and weight.dim() == 2 and name != "emb.weight":
+            values, scale = quantise(weight)
+            rounded[name] = values.double() * scale.double().unsqueeze(1)
+            assert ((rounded[name] - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-5)).all()
+    ids = some_ids(arch, 19)
+    want, want_state = one_by_one(model_of(arch, rounded, torch.float64), ids)
+    decoder = Decoder(model_of(arch, tensors, torch.float32), int8=True)
+    got, state = one_by_one(decoder, ids)
+    close("logits", got, want, TOLERANCE)
+    close_states(state, want_state, TOLERANCE)
+    assert (got - one_by_one(Decoder(decoder.model), ids)[0]).abs().max() > 1e-3 * want.abs().max(), "nothing was quantised"
+
+
+def test_a_row_of_zeros_is_zeros_in_int8():
+    values, scale = quantise(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    assert values.tolist() == [[0, 0], [64, -127]] and scale.tolist() == pytest.approx([0, 2 / 127])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24)], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(sizes, int8, monkeypatch):
+    arch = make(**sizes)
+    model = model_of(arch, random_tensors(arch), torch.float32)
+    results = []
+    for threads in (1, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        decoder = Decoder(model, int8)
+        results.append(one_by_one(decoder, some_ids(arch, 9)))
+        decoder.close()
+    for logits, state in results[1:]:
+        assert torch.equal(logits, results[0][0])
+        assert all(torch.equal(a, b) for old, new in zip(results[0][1], state) for a, b in zip(old, new))
+
+
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[1], SIZES[6], SIZES[10], SIZES[11]], ids=str)
+def test_the_state_passes_between_prompt_and_answer_and_back(sizes):
+    """Prompt, single tokens, a second prompt, and the model itself going on from there: as if all of it had been read at once."""
+    arch = make(**sizes)
+    tensors = random_tensors(arch)
+    ids = some_ids(arch, 41)
+    want, want_state = model_of(arch, tensors, torch.float64)(ids)
+    model = model_of(arch, tensors, torch.float32)
+    decoder = Decoder(model)
+    logits, state = decoder.next_logits(ids[:, :17])
+    close("prompt", logits, want[:, 16], TOLERANCE)
+    logits, state = one_by_one(decoder, ids[:, 17:21], state)
+    close("answer", logits, want[0, 17:21], TOLERANCE)
+    logits, state = decoder.next_logits(ids[:, 21:34], state)
+    close("second prompt", logits, want[:, 33], TOLERANCE)
+    logits, state = model(ids[:, 34:], state)
+    close("model", logits, want[:, 34:], TOLERANCE)
+    close_states(state, want_state, TOLERANCE)
+
+
+@pytest.mark.parametrize("reading, ratio", [(torch.float32, TOLERANCE), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_prompt_is_read_in_fp32_where_the_cpu_has_no_bf16(version, reading, ratio, monkeypatch):
+    """With weights that stay bf16: then as exactly as single tokens are; else with the rounding of bf16 activations, 0.01 seen."""
+    monkeypatch.setattr(decode, "multiplies_bf16", lambda: reading == torch.bfloat16)
+    arch = make(version)
+    tensors = {name: t.bfloat16() for name, t in random_tensors(arch).items()}
+    ids = some_ids(arch, 30)
+    want, want_state = model_of(arch, tensors, torch.float64)(ids)
+    decoder = Decoder(model_of(arch, tensors, torch.bfloat16))
+    _, state = decoder.next_logits(ids[:, :20])
+    logits, state = decoder.next_logits(ids[:, 20:], state)
+    error = (logits - want[:, -1]).abs().max() / want.abs().max()
+    assert error < ratio and (error > TOLERANCE) == (reading == torch.bfloat16)
+    close_states(state, want_state, ratio)
+
+
+def test_states_that_are_kept_stay_as_they_are():
+    arch = make(7)
+    decoder = Decoder(model_of(arch, random_tensors(arch), torch.float32))
+    states, copies = [None], [None]
+    for token in some_ids(arch, 12)[0].tolist():
+        _, state = decoder.next_logits(torch.tensor([[token]]), states[-1])
+        states.append(state)
+        copies.append(copy.deepcopy(state))
+    for kept, before in zip(states[1:], copies[1:]):
+        assert all(torch.equal(a, b) for old, new in zip(kept, before) for a, b in zip(old, new))
+    first, _ = decoder.next_logits(torch.tensor([[3]]), states[4])
+    assert torch.equal(first, decoder.next_logits(torch.tensor([[3]]), copies[4])[0])
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("method", ["miss", "lora", "state"])
+def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_path):
+    """On a bf16 base: what is adapted is merged in fp32, what is trained as a whole stays fp32, the rest stays the file's bf16."""
+    base, vocabulary = checkpoint(version, torch.bfloat16), tmp_path / "vocabulary.txt"
+    vocabulary.write_text("".join(f"{i} {bytes([64 + i])!r} 1\n" for i in range(1, 60)))
+    trained = RWKV.load(base)
+    options = {} if method == "state" else {"rank": 5}
+    rwkv_miss.inject(trained, method, train_parts="ln,time,head", **options)
+    torch.manual_seed(2)
+    for p in (p for p in trained.parameters() if p.requires_grad):
+        p.data += 0.05 * torch.randn_like(p)
+    rwkv_miss.save_adapter(trained, tmp_path / "adapter.pth")
+    exact = RWKV.load(base, torch.float64)
+    rwkv_miss.load_adapter(exact, tmp_path / "adapter.pth")
+    for parameter in exact.parameters():
+        parameter.data = parameter.double()
+    model, _ = load(base, tmp_path / "adapter.pth", str(vocabulary), accelerator="cpu")
+    decoder, how = fastest(model)
+    ids = some_ids(model.arch, 19)
+    with torch.no_grad():
+        close("logits", one_by_one(decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
+    assert model.emb.weight.dtype == torch.bfloat16 and not adapted_linears(model) and isinstance(decoder, Decoder)
+    assert load(base, None, str(vocabulary), accelerator="cpu", precision="fp32")[0].emb.weight.dtype == torch.float32
+
+
+def test_a_bf16_file_is_used_where_it_is_mapped(checkpoint):
+    model = RWKV.load(checkpoint(7, torch.bfloat16), kernel="cpu")
+    kept = {tensor.data_ptr() for tensor in Decoder(model).kept}
+    assert kept > {p.data_ptr() for name, p in model.named_parameters() if p.squeeze().dim() > 1 and "r_k" not in name and "0.att.v" not in name}
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_stream_says_the_same_with_and_without_it(version):
+    arch = make(version, vocab_size=257)
+    tensors = random_tensors(arch)
+    tensors["head.weight"][0] -= 1  # the end of document
+    model, tokenizer = model_of(arch, tensors, torch.float32), load_tokenizer("bytes", 257)
+    for sampling in (Sampling(temperature=0), Sampling(1, 0.9, frequency_penalty=0.3)):
+        said = [
+            list(stream(asked, tokenizer, tokenizer.encode("hello"), None, sampling, 60, "", torch.Generator().manual_seed(1)))
+            for asked in (model, Decoder(model))
+        ]
+        assert said[0] == said[1] and len("".join(said[0])) > 10
+
+
+def test_what_has_no_decoder_answers_in_torch():
+    arch = make(7)
+    plain, adapted, odd = RWKV(arch), RWKV(arch, "cpu"), RWKV(make(7, n_embd=36, head_size=12), "cpu")
+    rwkv_miss.inject(adapted, rank=4)
+    for model, why in ((plain, "kernel is torch"), (adapted, "adapter"), (odd, "multiples of 8"), (RWKV(arch, "cpu").half(), "float16")):
+        asked, how = fastest(model)
+        assert asked is model and why in how
+        with pytest.raises(UserError, match=f"--quant int8.*{why}"):
+            fastest(model, int8=True)
+        with pytest.raises(ValueError, match=why):
+            Decoder(model)
+
+
+def test_bad_tokens_and_overflows_are_errors():
+    arch = make(7)
+    decoder = Decoder(model_of(arch, random_tensors(arch), torch.float32))
+    for token in (-1, arch.vocab_size):
+        with pytest.raises(IndexError, match=f"token {token}"):
+            decoder.next_logits(torch.tensor([[token]]))
+    loud = random_tensors(arch)
+    loud["blocks.1.ffn.key.weight"] *= 1e30
+    with pytest.raises(ValueError, match="not finite"):
+        Decoder(model_of(arch, loud, torch.float32)).next_logits(torch.tensor([[1]]))
+
+
+def test_waiting_threads_use_no_time_and_end(monkeypatch):
+    """The pool sleeps between tokens, which a chat spends on waiting for its user, and its threads are gone once it is closed."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    arch = make(7)
+    before = threads()
+    decoder = Decoder(model_of(arch, random_tensors(arch), torch.float32))
+    decoder.next_logits(torch.tensor([[1]]))
+    time.sleep(0.05)
+    start = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - start < 0.1 and threads() == before + 3
+    decoder.close()
+    assert threads() == before
+
+
+def threads():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("Threads"))
+
+
+def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
+    """The one line that a chat says names what --quant, --precision and --wkv chose; the answer is that of the plain model."""
+    from demo import chat
+
+    path = checkpoint(7, torch.bfloat16, vocab_size=257)
+    monkeypatch.setattr("builtins.input", lambda shown: "")
+    for flags, line in (([], "bfloat16 weights"), (["--quant", "int8"], "int8 weights"), (["--precision", "fp32"], "float32 weights"),
+                        (["--wkv", "torch"], "in torch")):
+        chat.main(["--model", str(path), "--tokenizer", "bytes", "--accelerator", "cpu", *flags])
+        assert line in capsys.readouterr().err
+    answers = []
+    for flags in (["--wkv", "torch"], []):
+        chat.main(["--model", str(path), "--tokenizer", "bytes", "--prompt", "hello", "--temperature", "0", "--max_tokens", "40", *flags])
+        answers.append(capsys.readouterr().out)
+    assert answers[0][:20] == answers[1][:20] != ""
