@@ -34,7 +34,6 @@ def measure(args) -> dict:
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:  # MiSS begins at zero
         torch.nn.init.normal_(p, std=0.02)
-    model.set_kernel("cpu")
     tokens = args.tokens[0]
     ids = torch.randint(args.vocab_size, (1, tokens + 1))
     batch = {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": torch.ones(1, tokens, dtype=torch.bool), "reset": None}

@@ -48,7 +48,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     model = random_model(7, args.n_layer, args.n_embd, 65536, 64)
-    model.set_kernel("cpu")
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
 
     start = time.perf_counter()

@@ -1,79 +1,180 @@
-"""One training step of a random RWKV with MiSS under each WKV kernel, in one run: time, tokens a second, and the share of WKV.
+"""The training step of a random RWKV with MiSS, whole and in parts, beside its bare matrix products and beside HF peft in the same loop.
 
-    python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 2] [--rounds 5]
+    python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1] [--rounds 5] [--variants NAME ...] [--memory]
 
-Forward, loss, backward and AdamW on one row. The kernels take turns; the fastest round counts, in wall time. The share of WKV is the time
-inside the ops of the same model's shape, measured beside the step. The last line is JSON.
+A step is forward, loss, backward and AdamW on one row. The variants take turns and the fastest round of each counts: CPU time with one
+thread, wall time with several. `--memory` adds the most memory above the model that two steps of each took in a process of their own.
+The last line is JSON.
 """
 
 import argparse
+import json
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 import rwkv_miss
-from src import ops
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.gemm import product
 from src.loss import loss_sum
 from src.model import RWKV, default_arch, parameter_groups
 
-from .common import report
+from .common import peak_above_start, report
 from .wkv import make, ours
 from .wkv import step as wkv_step
 
+TARGETS = ["receptance", "key", "value", "gate", "output"]
+VARIANTS = {
+    "miss": "MiSS r, as train.py runs it",
+    "half masked": "the same, half of the tokens without loss",
+    "bf16": "the same, with bf16 weights and activations",
+    "all logits": "the same, with the loss of all logits at once, plain torch",
+    "lora": "LoRA r / 2, as train.py runs it",
+    "peft miss": "HF peft's MiSS r on the same model",
+    "peft lora": "HF peft's LoRA r / 2 on the same model",
+    "plain": "MiSS r, with everything but the adapters in plain torch, WKV in chunks",
+    "plain, by tokens": "MiSS r, with everything but the adapters in plain torch, WKV token by token",
+}
+KERNELS = {"plain": "torch", "plain, by tokens": "reference"}
 
-def random_model(version: int, n_layer: int, n_embd: int, vocab_size: int, rank: int) -> RWKV:
-    """A frozen model with MiSS on the paper's linears; weights as a new model has them, with maps that are zero there filled."""
-    model = RWKV(default_arch(version, n_layer, n_embd, vocab_size))
+
+def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int) -> RWKV:
+    """A model as a new one is, with the maps that are zero there filled, and the native kernels of the CPU."""
+    model = RWKV(default_arch(version, n_layer, n_embd, vocab_size), "cpu")
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2 and not p.any():
                 p.normal_(std=0.02)
+    return model.requires_grad_(False)
+
+
+def random_model(version: int, n_layer: int, n_embd: int, vocab_size: int, rank: int) -> RWKV:
+    """A random_base with MiSS on the paper's linears."""
+    model = random_base(version, n_layer, n_embd, vocab_size)
     rwkv_miss.inject(model, "miss", rank=rank)
     return model
 
 
-def train_step(model: RWKV, optimizer, ids) -> float:
-    """Seconds of one step."""
-    start = time.perf_counter()
-    logits, _ = model(ids[:, :-1])
-    (loss_sum(logits.flatten(0, 1), ids[:, 1:].flatten()) / ids[:, 1:].numel()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.perf_counter() - start
+def build(variant: str, base: RWKV, rank: int) -> RWKV:
+    """The model of a variant, on the memory of `base` but for bf16."""
+    with torch.device("meta"):
+        model = RWKV(base.arch, KERNELS.get(variant, "cpu"))
+    dtype = torch.bfloat16 if variant == "bf16" else torch.float32
+    model.load_state_dict({name: t.to(dtype) for name, t in base.state_dict().items()}, assign=True)
+    model.requires_grad_(False)
+    if variant.startswith("peft"):
+        import peft
+
+        settings = peft.LoraConfig(r=rank // 2, lora_alpha=rank) if variant == "peft lora" else peft.MissConfig(r=rank)
+        settings.target_modules = [name for name in TARGETS if name in str(base.state_dict().keys())]
+        peft.get_peft_model(model, settings)
+    else:
+        method = "lora" if variant == "lora" else "miss"
+        rwkv_miss.inject(model, method, rank=rank // 2 if method == "lora" else rank)
+    return model
+
+
+def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callable[[], None]:
+    model = build(variant, base, rank)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
+    wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    if variant == "half masked":
+        wanted[:, : wanted.shape[1] // 2] = False
+    targets = ids[:, 1:][wanted]
+
+    def step() -> None:
+        x, _ = model.features(ids[:, :-1], wanted=wanted)
+        loss = loss_sum(model.head(x), targets) if variant == "all logits" else model.head(x, targets)
+        (loss / len(targets)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callable[[], None]:
+    """Every matrix product of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx = dy W, of each adapter S D, dy D^T
+    and S^T dy. `multiply(x, W)` is x W^T."""
+    matrices = []
+    for name, p in base.named_parameters():
+        parts = p.unbind() if p.dim() == 3 and name.endswith("w2") else [p]  # v6's five maps in one
+        if p.dim() < 2 or name == "emb.weight" or p.shape[0] == 1 or name.endswith(("r_k", "time_faaaa")):
+            continue
+        if name.startswith("blocks.0.att.v") and name[-1] in "012":  # layer 0 does not use them
+            continue
+        matrices += [part if name.endswith("weight") else part.t() for part in parts]  # (out, in)
+    with torch.device("meta"):
+        model = RWKV(base.arch)
+        rwkv_miss.inject(model, "miss", rank=rank)
+    adapters = [torch.zeros(rank, layer.out_features) for layer in adapted_linears(model).values()]
+    x = {width: torch.randn(tokens, width) for width in {n for w in matrices for n in w.shape} | {rank}}
+
+    def gemms() -> None:
+        for w in matrices:
+            multiply(x[w.shape[1]], w)
+            multiply(x[w.shape[0]], w.t())
+        for D in adapters:
+            multiply(x[rank], D.t())
+            multiply(x[D.shape[1]], D)
+            multiply(x[rank].t(), x[D.shape[1]].t())
+
+    return gemms
+
+
+def timed(work: Callable[[], None]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
+def peak(args, variant: str) -> int:
+    """Bytes of the most memory above the model of two steps, in a process of its own."""
+    sizes = [str(part) for name in ("version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank") for part in (f"--{name}", getattr(args, name))]
+    command = [sys.executable, "-m", "benchmarks.step", *sizes, "--threads", "1", "--variants", variant, "--peak"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     for name, default in (("version", 7), ("n_layer", 12), ("n_embd", 768), ("vocab_size", 65536), ("ctx_len", 512), ("rank", 64),
-                          ("threads", torch.get_num_threads()), ("rounds", 5)):
+                          ("threads", 1), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--kernels", nargs="+", default=["cpu", "torch", "reference"], choices=[name for name in ops.KERNELS if "cuda" not in name])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[name for name in VARIANTS if not name.startswith("plain")])
+    parser.add_argument("--memory", action="store_true", help="measure the memory of every variant, too")
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = random_model(args.version, args.n_layer, args.n_embd, args.vocab_size, args.rank)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
+    base = random_base(args.version, args.n_layer, args.n_embd, args.vocab_size)
     ids = torch.randint(args.vocab_size, (1, args.ctx_len + 1))
+    steps = {variant: make_step(variant, base, args.rank, ids) for variant in args.variants}
+    if args.peak:
+        print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
+        return
+    steps["bare GEMMs, torch"] = make_gemms(base, args.rank, args.ctx_len, F.linear)
+    steps["bare GEMMs, ours"] = make_gemms(base, args.rank, args.ctx_len, product)
     inputs, dy = make(args.version, (1, args.ctx_len, args.n_embd), 64, torch.float32)
+    steps["WKV alone"] = lambda: [wkv_step(ours(args.version, "cpu"), inputs, dy) for _ in range(args.n_layer)]
 
-    seconds, wkv = ({kernel: float("inf") for kernel in args.kernels} for _ in range(2))
-    for _ in range(args.rounds + 1):  # the first is the warm-up, and too slow to count
-        for kernel in args.kernels:
-            model.set_kernel(kernel)
-            seconds[kernel] = min(seconds[kernel], train_step(model, optimizer, ids))
-            start = time.perf_counter()
-            for _ in range(args.n_layer):
-                wkv_step(ours(args.version, kernel), inputs, dy)
-            wkv[kernel] = min(wkv[kernel], time.perf_counter() - start)
-
-    rows, last = [], args.kernels[-1]
-    for kernel in args.kernels:
-        row = {"kernel": kernel, "step_s": round(seconds[kernel], 3), "tokens_per_s": round(args.ctx_len / seconds[kernel], 1),
-               "wkv_share": round(wkv[kernel] / seconds[kernel], 3), f"times_{last}": round(seconds[last] / seconds[kernel], 2)}
-        rows.append(row)
-        print(f"{kernel:<10} {row['step_s']:7.3f} s a step {row['tokens_per_s']:7.1f} tokens/s   WKV {row['wkv_share']:6.1%}   "
-              f"{row[f'times_{last}']:5.2f} times {last}")
-    report("step", rows=rows, **{k: v for k, v in vars(args).items() if k != "kernels"}, dtype="float32")
+    seconds = dict.fromkeys(steps, float("inf"))
+    for _ in range(args.rounds + 1):
+        for name, step in steps.items():
+            seconds[name] = min(seconds[name], timed(step))
+    rows = {name: {"seconds": round(s, 4), "of_bare_torch_gemms": round(s / seconds["bare GEMMs, torch"], 3)} for name, s in seconds.items()}
+    for name, row in rows.items():
+        if "miss" in seconds:
+            row["of_miss"] = round(seconds[name] / seconds["miss"], 3)
+        if args.memory and name in VARIANTS:
+            row["peak_MB"] = round(peak(args, name) / 1e6)
+        print(f"{name:<18} {row['seconds']:8.3f} s {args.ctx_len / row['seconds']:8.1f} tokens/s {row['of_bare_torch_gemms']:6.2f} of bare GEMMs "
+              f"{row.get('of_miss', 0):6.2f} of miss {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}", flush=True)
+    report("step", rows=rows, clock="CPU time" if args.threads == 1 else "wall time",
+           **{k: v for k, v in vars(args).items() if k not in ("peak", "variants", "memory")})
 
 
 if __name__ == "__main__":

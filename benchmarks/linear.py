@@ -1,0 +1,109 @@
+"""One adapted linear, forward and backward: MiSS and LoRA of this project and of HF peft beside the frozen linear alone, in one run.
+
+    python -m benchmarks.linear [--shapes 2048,2048,2048,64 512,768,3072,64] [--dtypes float32 bfloat16] [--threads 1] [--rounds 9]
+
+Shapes are tokens, inputs, outputs, rank of MiSS; LoRA has the rank of as many parameters, N r out / (in + out). CPU time with one thread, wall
+time with several; the layers take turns and the fastest round of each counts. "torch" is F.linear, "ours" the product that this project's
+layers use, with the same frozen weight. Kept is what a forward leaves for its backward, beside parameters. The last line is JSON.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rwkv_miss
+from rwkv_miss.functional import linear
+
+from .common import report
+from .step import timed
+
+SHAPES = ["2048,2048,2048,64", "512,768,768,64", "512,768,3072,64", "512,3072,768,64", "2048,2048,2048,16", "1024,4096,4096,64"]
+
+
+def layers(width: int, out: int, rank: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Every layer on the same weight, with an adapter that is not zero."""
+    import peft
+
+    weight = torch.randn(out, width).mul_(0.02).to(dtype)
+
+    def frozen() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(width, out, bias=False, dtype=dtype))
+        model[0].weight = nn.Parameter(weight, requires_grad=False)
+        return model
+
+    class Ours(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x, self.weight)
+
+    with torch.device("meta"):
+        ours = Ours(width, out, bias=False)
+    ours.weight = nn.Parameter(weight, requires_grad=False)
+    lora = max(1, rank * out // (width + out))
+    found = {"frozen, torch": frozen(), "frozen, ours": ours}
+    for name, method, r in (("miss", "miss", rank), ("lora", "lora", lora)):
+        found[name] = frozen()
+        rwkv_miss.inject(found[name], method, targets=["0"], rank=r)
+    for name, settings in (("peft miss", peft.MissConfig(r=rank)), ("peft lora", peft.LoraConfig(r=lora, lora_alpha=lora))):
+        settings.target_modules = ["0"]
+        found[name] = peft.get_peft_model(frozen(), settings)
+    with torch.no_grad():
+        for model in found.values():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.normal_(std=0.01)
+    return found
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """What a forward keeps that is as long as its input; parameters, and casts of them, are not."""
+    parameters, kept = {p.data_ptr() for p in model.parameters()}, {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        y = model(x)
+    rows = [t for place, t in kept.items() if place not in parameters and y.requires_grad and t.shape[0] == len(x)]
+    return sum(t.numel() * t.element_size() for t in rows)
+
+
+def measure(shape: str, dtype: torch.dtype, rounds: int) -> dict:
+    tokens, width, out, rank = map(int, shape.split(","))
+    torch.manual_seed(0)
+    x, dy = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, out).to(dtype)
+    models = layers(width, out, rank, dtype)
+    if dtype == torch.float32:
+        close = (models["miss"](x) - F.linear(x, models["frozen, torch"][0].weight + models["miss"][0].delta())).norm()
+        assert close < 1e-5 * models["miss"](x).norm(), float(close)
+    seconds = dict.fromkeys(models, float("inf"))
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            seconds[name] = min(seconds[name], timed(lambda: model(x).backward(dy)))  # noqa: B023
+            x.grad = None
+            for p in model.parameters():
+                p.grad = None
+    base = seconds["frozen, ours"]
+    rows = {name: {"ms": round(s * 1e3, 3), "of_frozen_ours": round(s / base, 3), "of_frozen_torch": round(s / seconds["frozen, torch"], 3),
+                   "kept_bytes": kept_bytes(models[name], x)} for name, s in seconds.items()}
+    ratios = {f"{other}_overhead_of_ours": round((seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base), 2)
+              for other in ("peft miss", "peft lora")}
+    print(f"{shape} {dtype}")
+    for name, row in rows.items():
+        print(f"    {name:<14} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "
+              f"{row['kept_bytes']:>12,} bytes kept")
+    print(f"    overhead of HF peft over its frozen linear / ours over ours: {ratios}", flush=True)
+    return {"shape": shape, "dtype": str(dtype), "layers": rows, **ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = [measure(shape, getattr(torch, dtype), args.rounds) for dtype in args.dtypes for shape in args.shapes]
+    report("linear", results=results, clock="CPU time" if args.threads == 1 else "wall time", rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()
