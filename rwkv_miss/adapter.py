@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .errors import UserError
+from .quantised import dense
 
 METHODS: dict[str, type[AdapterMethod]] = {}
 
@@ -104,7 +105,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
-        return F.linear(x, (self.weight + self.delta()).to(x.dtype), self.bias)
+        return F.linear(x, (dense(self.weight, self.in_features, x.dtype) + self.delta()).to(x.dtype), self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """forward() of the base file's linear. A method that changes the frozen weight overrides it."""

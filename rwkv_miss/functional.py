@@ -2,7 +2,8 @@
 
 Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
 x, weight and y share a dtype; D, A and B are fp32 and are cast to it for the product (`rank` columns, so the cast is cheap).
-The frozen weight gets a gradient only when it asks for one; only then x is kept.
+The frozen weight gets a gradient only when it asks for one; only then x is kept. It may be quantised (quantised.py): it is expanded for
+each product, and what is kept is the quantised one.
 
 MiSS (arXiv 2409.15371): dW[o, i] = D[i mod r, o], so x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
 The layout "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (the paper's equations 2-3).
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gemm import product, product_plus
+from .quantised import dense
 
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False) -> Tensor:
@@ -65,7 +67,8 @@ def _weight_gradients(ctx, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor
 
 
 def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return product(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+    matrix = dense(weight, x.shape[-1], x.dtype)
+    return product(_rows(x), matrix, bias).view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
 def _linear_shapes(x, weight, bias):
@@ -84,7 +87,7 @@ def _linear_backward(ctx, dy, _):
         return None, None, None
     weight, x = ctx.saved_tensors
     dy = _rows(dy)
-    dx = product(dy, weight.t()).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
+    dx = product(dy, dense(weight, ctx.x_shape[-1], dy.dtype).t()).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
     return dx, *_weight_gradients(ctx, dy, x)
 
 
@@ -101,7 +104,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
     s = shard_sum(rows, D.shape[0], contiguous)
-    y = product_plus(rows, weight, bias, s, D.to(x.dtype))
+    y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, s, D.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -123,7 +126,7 @@ def _miss_backward(ctx, dy, _ds):
     s, weight, D, x = ctx.saved_tensors
     dy, dx, dD = _rows(dy), None, None
     if ctx.needs_input_grad[0]:
-        dx = product(dy, weight.t())
+        dx = product(dy, dense(weight, ctx.x_shape[-1], dy.dtype).t())
         add_expanded_(dx, product(dy, D.to(dy.dtype)), ctx.contiguous)
         dx = dx.view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
@@ -145,7 +148,7 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, conti
 def _lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
     h = product(rows, A.to(x.dtype))
-    y = product_plus(rows, weight, bias, h, (scale * B).to(x.dtype).t())
+    y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, h, (scale * B).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -168,7 +171,8 @@ def _lora_backward(ctx, dy, _dh):
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         dh = product(dy, (ctx.scale * B).to(dy.dtype).t())
     if ctx.needs_input_grad[0]:
-        dx = product_plus(dy, weight.t(), None, dh, A.to(dy.dtype)).view(x.shape)
+        matrix = dense(weight, x.shape[-1], dy.dtype)
+        dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(x.shape)
     if ctx.needs_input_grad[3]:
         dA = product(dh.t().contiguous(), _rows(x).t()).to(A.dtype)
     if ctx.needs_input_grad[4]:

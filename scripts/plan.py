@@ -86,7 +86,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     speed, source = find_speed(ours, config, arch, device, schedule)
     tokens = steps / schedule.steps_per_pass * sum(schedule.lengths)
     model = model_on_meta(arch, config)
-    print(f"base       {config.load_model or 'new model'}: {arch.describe()}")
+    print(describe.base(config, arch, parts["base"]))
     print(f"adapter    {describe.training(config, model)}")
     print(*data.found.lines(), *describe.data(config, documents, schedule), sep="\n")
     print(describe.steps(config, schedule, steps))

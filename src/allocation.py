@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import rwkv_miss
 from rwkv_miss.checkpoint import Arch
+from rwkv_miss.quantised import empty
 
 from .config import Config, adapter_options
 from .device import DTYPES
@@ -75,11 +76,15 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16  # as native.has_tensor_core_form()
     model = model_on_meta(arch, config)
     model.grad_cp = config.grad_cp == 1
+    quantised = set()
+    if config.quant != "none":
+        quantised, model.expands_to = {f"{name}.weight" for name in model.layer_linears()}, half or torch.float32
     with FakeTensorMode():  # imports torch._dynamo, a second
         for name, p in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
             dtype = torch.float32 if full or p.requires_grad else half or torch.float32
-            fake = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+            values = empty(config.quant, *p.shape) if name in quantised else torch.empty(p.shape, dtype=dtype)
+            fake = nn.Parameter(values, requires_grad=p.requires_grad)
             fake.grad = torch.empty_like(fake) if p.requires_grad else None  # as from the micro-batch before
             setattr(model.get_submodule(module), leaf, fake)
         model.set_kernel(kernel)

@@ -58,8 +58,9 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
     """The model with its adapter."""
     full = config.peft == "none"
     if config.load_model:
-        # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out
-        mapped = config.strategy.startswith("deepspeed_stage_3")
+        # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out, quantise() when
+        # it has quantised
+        mapped = config.strategy.startswith("deepspeed_stage_3") or config.quant != "none"
         model = RWKV.load(config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
@@ -67,4 +68,6 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
     if not full:
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+    if config.quant != "none":
+        model.quantise(config.quant, dtype)
     return model

@@ -30,6 +30,8 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
         module, _, leaf = name.rpartition(".")
         values = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device).normal_(std=0.02)
         setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=p.requires_grad))
+    if config.quant != "none":
+        model.quantise(config.quant, dtype)
     model.grad_cp = config.grad_cp == 1
     model.set_kernel(kernel)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)

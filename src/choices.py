@@ -137,7 +137,8 @@ def _halvings(config: Config) -> Iterator[tuple[int, int]]:
 
 
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
-    """Changes beside micro_bsz, each with those before it: recomputing costs a forward, chunks another, bf16 digits, sharing speed."""
+    """Changes beside micro_bsz, each with those before it: recomputing costs a forward, chunks another, bf16 and nf4 digits, sharing
+    speed."""
     changes: dict[str, object] = {}
     yield changes
     if config.grad_cp != 1:
@@ -150,6 +151,8 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
     if precision == "fp32" and config.peft != "none":
         changes = changes | {"precision": "bf16"}
         yield changes
-    if config.world > 1 and not config.strategy.startswith("deepspeed_stage_3"):
-        changes = changes | {"strategy": "deepspeed_stage_3"}
-        yield changes
+    shared = config.strategy.startswith("deepspeed_stage_3")
+    if config.quant == "none" and config.peft != "none" and not shared:
+        yield changes | {"quant": "nf4"}
+    if config.world > 1 and not shared and config.quant == "none":  # stage 3 has no quantised base
+        yield changes | {"strategy": "deepspeed_stage_3"}

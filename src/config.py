@@ -21,6 +21,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import Parser, UserError
 from rwkv_miss.parts import split_parts
+from rwkv_miss.quantised import CODES
 
 from . import legacy
 from .files import is_first_process, write_text
@@ -110,6 +111,9 @@ class Config:
 
     precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
                          choices=("auto", "fp32", "bf16", "fp16"), automatic=True)
+    quant: str = opt("none", "none; int8 or nf4: the frozen matrices of the layers take 8.25 or 4.25 bits a weight, and are expanded to --precision "
+                             "where they multiply; the adapter learns beside them, and the merge takes the unquantised --load_model",
+                     choices=("none", *CODES))
     strategy: str = opt("auto", "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3 the "
                                 "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
                         choices=("auto", "ddp", *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload"))))
@@ -377,6 +381,11 @@ def validate(config: Config) -> None:
                         "raise --ctx_len to the length that your documents need, or drop --chunk_ctx")
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
         raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
+    if config.quant != "none" and config.peft == "none":
+        raise UserError(f"--quant {config.quant} is for a frozen base; --peft none trains all of it: choose an adapter, or drop --quant")
+    if config.quant != "none" and config.strategy.startswith("deepspeed_stage_3"):
+        raise UserError(f"--quant {config.quant} works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3 shares out tensors of "
+                        "floating-point numbers, and a quantised base is whole in every process")
     if config.num_nodes > 1 and config.strategy == "auto":
         raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
 

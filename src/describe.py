@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rwkv_miss.checkpoint import Arch
+
 from .checkpoints import checkpoint_step
 from .choices import CHOSEN
 from .config import Config, command
@@ -11,7 +13,7 @@ from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
 from .outputs import output_path
 from .prepare import Job, steps_of
-from .words import counted
+from .words import counted, size_text
 from .writers import describe_writers
 
 
@@ -22,7 +24,7 @@ def plan(job: Job) -> list[str]:
     final = config.lr_init * learning_rate_factor(config, job.steps)(job.steps - 1)
     state_rate = state_learning_rate(config)
     lines = [
-        f"base       {config.load_model or 'new model'}: {model.arch.describe()}",
+        base(config, model.arch, sum(p.nbytes for p in model.parameters() if not p.requires_grad)),
         f"adapter    {training(config, model)}",
         *job.data.found.lines(),
         *data(config, documents, schedule),
@@ -43,6 +45,12 @@ def plan(job: Job) -> list[str]:
         lines.append(f"warning    the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is never used")
     digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest} | ({"held out": held.digest} if held.rows else {})
     return [*lines, f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}"]
+
+
+def base(config: Config, arch: Arch, held: float) -> str:
+    """The line of the plan about the base, of which `held` bytes are frozen."""
+    quantised = f"; its layers in {config.quant}, {size_text(held)} in all" if config.quant != "none" else ""
+    return f"base       {config.load_model or 'new model'}: {arch.describe()}{quantised}"
 
 
 def training(config: Config, model: RWKV) -> str:

@@ -37,7 +37,6 @@ DROPPED = {
 
 # values that change nothing, and why any other one stops the run
 REFUSED = {
-    "quant": (("none", "0", ""), "quantised bases are not supported yet; train with --precision bf16"),
     "merge": (("0", ""), "train.py writes the adapter; merge it with python -m rwkv_miss merge"),
     "pre_ffn": (("0",), "RWKV-6 and RWKV-7 have no such layer; drop the flag"),
     "head_qk": (("0",), "RWKV-6 and RWKV-7 have no such head; drop the flag"),
@@ -50,6 +49,9 @@ REFUSED = {
 
 # RWKV-PEFT's masks; its padding is never trained here
 LOSS_MASKS = {"none": "assistant", "pad": "assistant", "": "assistant", "qa": "Assistant:"}
+
+# RWKV-PEFT's 4bit is bitsandbytes' default, fp4
+QUANTS = {"": "none", "0": "none", "4bit": "nf4", "fp4": "nf4"}
 
 # RWKV-PEFT's options of a method, one flag for each method, as JSON
 METHOD_CONFIGS = {"miss_config": "miss", "disha_config": "miss", "bone_config": "miss", "lora_config": "lora", "pissa_config": "pissa"}
@@ -86,6 +88,10 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
         new += ["--loss_mask", LOSS_MASKS[mask]]
     elif mask == "se":
         raise UserError("--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END")
+    if (quant := _value(kept, "quant")) in QUANTS:
+        if QUANTS[quant] != "none":
+            notes.append(f"--quant {quant}: nf4 is taken instead of fp4, with as many bits and smaller errors")
+        new += ["--quant", QUANTS[quant]]
     if _value(kept, "op") in ("fla", "triton"):
         notes.append(f"--op {_value(kept, 'op')}: there are own kernels instead; auto chooses")
         new += ["--op", "auto"]

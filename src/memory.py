@@ -2,7 +2,7 @@
 
 | part          | bytes                                                              | where it comes from                             |
 |---------------|--------------------------------------------------------------------|-------------------------------------------------|
-| base          | frozen parameters in --precision                                   | model.RWKV.load                                 |
+| base          | frozen parameters in --precision; of the layers in --quant         | model.RWKV.load and quantise                    |
 | trained       | 4 a trained parameter                                              | adapter.AdapterLinear.setup; fp32 in full training |
 | gradients     | 4 a trained parameter                                              | kept from one micro-batch to the next           |
 | Adam          | 8 a trained parameter: exp_avg and exp_avg_sq                      | trainer.FineTuning.configure_optimizers         |
@@ -25,11 +25,13 @@ import torch
 
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.quantised import empty
 
 from .allocation import StepBytes, model_on_meta, step_bytes
 from .config import Config
 from .data import Schedule
 from .device import DTYPES
+from .model import RWKV
 
 GIB, MIB = 1 << 30, 1 << 20
 # glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB, 0.4 to 0.9 of that were seen
@@ -66,7 +68,7 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
         return 0 if away else size / world if from_stage <= stage else size
 
     parts = {
-        "base": shared(base_size * frozen, 3, offload and stage == 3),
+        "base": shared(base_size * frozen - saved_by_quant(model, config.quant, base_size), 3, offload and stage == 3),
         "trained": shared(4 * trained, 3, offload and stage == 3),
         "gradients": shared(4 * trained, 2, offload),
         "Adam": shared(8 * trained, 1, offload),
@@ -85,6 +87,14 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
     parts |= {"activations": step.activations, "working": max(step.peak - step.activations, 0), "allocator": waste}
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts
+
+
+def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
+    """Bytes that quantised weights of the layers take less than those of `size` bytes each."""
+    if quant == "none":
+        return 0
+    weights = [linear.weight for linear in model.layer_linears().values()]
+    return sum(size * w.numel() - empty(quant, *w.shape, "meta").nbytes for w in weights)
 
 
 def needed(parts: dict[str, float], config: Config, accelerator: str) -> float:

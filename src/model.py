@@ -17,6 +17,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
+from rwkv_miss.quantised import quantise_
 
 from . import rwkv6, rwkv7
 from .shared import Head, LayerNorm, chosen
@@ -77,6 +78,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.arch = arch
         self.grad_cp = False
+        self.expands_to: torch.dtype | None = None  # that of the products, where the linears are quantised and do not tell
         self.base_name: str | None = None
         self.base_fingerprint: str | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
@@ -138,15 +140,30 @@ class RWKV(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """That of the activations: the linears have it, while the tensors trained as a whole are fp32."""
-        return self._linear_weight().dtype
+        return self.expands_to or self._linear_weight().dtype
 
     def _linear_weight(self) -> Tensor:
         # not att.output.weight: a parameter looked up by name outside of its own layer is kept whole by ZeRO-3 for the whole step
         return next(self.blocks[0].att.output.parameters())
 
+    def layer_linears(self) -> dict[str, nn.Linear]:
+        """Name -> linear, adapted or not, of the matrices of all layers: most of the model, without emb, head and low-rank maps."""
+        return {f"blocks.{name}": module for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)}
+
+    def quantise(self, kind: str, dtype: torch.dtype) -> None:
+        """Hold the frozen layer_linears() in 8 or 4 bits (rwkv_miss/quantised.py) and what else is frozen in `dtype`, which is that of the products.
+
+        Mapped weights are read one after the other, so that no dense copy of the model is made.
+        """
+        quantise_(self.layer_linears().values(), kind)
+        for name, p in self.named_parameters():
+            if p.is_floating_point() and not p.requires_grad and not name.endswith("time_state"):  # states are fp32 everywhere
+                p.data = p.data.to(dtype)
+        self.expands_to = dtype
+
     def initial_state(self, batch: int) -> State:
         """The state before the first token of `batch` sequences: zeros, and no WKV state, for which each layer has its own beginning."""
-        zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd)
+        zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd, dtype=self.dtype)
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
 
     def features(

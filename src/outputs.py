@@ -49,7 +49,8 @@ def writer(config: Config, model: RWKV, tokenizer, template: Template):
     from .trainer import whole_parameters  # lightning, which merge and chat need not pay
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
-    made_with = {"tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions}
+    made_with = {"tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions,
+                 "quant": None if config.quant == "none" else config.quant}  # of the base beside which it was trained; the merge needs none
 
     def write(trainer, path: str, **described) -> None:
         described |= {"step": trainer.global_step, **made_with}

@@ -66,10 +66,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the dtype of its input, whatever that of its weight, by the fastest product of the device."""
+    """nn.Linear in the dtype of its input, whatever that of its weight, which may be quantised, by the fastest product of the device."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight)
 
 
 class Head(Linear):

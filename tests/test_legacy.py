@@ -101,6 +101,14 @@ def test_epochs_and_saving(capsys):
     assert read("--op", "fla").wkv == "auto" and read("--op", "cuda").wkv == "cuda"
 
 
+def test_quantised_bases(capsys):
+    assert [read("--quant", kind).quant for kind in ("none", "0", "int8", "nf4")] == ["none", "none", "int8", "nf4"]
+    assert read("--quant=") == read() and "note" not in capsys.readouterr().out
+    for kind in ("4bit", "fp4"):
+        assert read("--quant", kind).quant == read(f"--quant={kind}").quant == "nf4"
+        assert f"note: --quant {kind}: nf4 is taken instead of fp4" in capsys.readouterr().out
+
+
 def test_masks():
     assert [read("--loss_mask", mask).loss_mask for mask in ("none", "pad", "qa", "all")] == ["assistant", "assistant", "Assistant:", "all"]
     assert "--loss_mask START...END" in mistake("--loss_mask", "se", "--mask_id", '{"mask0":"0","mask1":"1"}')

@@ -53,15 +53,15 @@ def config_version(config):
     return int(config.load_model[-5])
 
 
-@pytest.mark.parametrize("version, peft, grad_cp, packed, chunk, kernel", [
-    (6, "miss", False, True, 0, "torch"), (7, "lora", False, False, 0, "torch"), (7, "miss", True, True, 0, "torch"),
-    (6, "none", False, False, 0, "torch"), (7, "miss", False, True, 16, "torch"), (6, "miss", False, True, 0, "cpu"),
-    (7, "miss", False, True, 0, "cpu"), (7, "miss", True, True, 16, "cpu"), (7, "none", False, True, 0, "cpu"),
+@pytest.mark.parametrize("version, peft, grad_cp, packed, chunk, kernel, quant", [
+    (6, "miss", False, True, 0, "torch", "none"), (7, "lora", False, False, 0, "torch", "nf4"), (7, "miss", True, True, 0, "torch", "none"),
+    (6, "none", False, False, 0, "torch", "none"), (7, "miss", False, True, 16, "torch", "none"), (6, "miss", False, True, 0, "cpu", "int8"),
+    (7, "miss", False, True, 0, "cpu", "none"), (7, "miss", True, True, 16, "cpu", "none"), (7, "none", False, True, 0, "cpu", "none"),
 ])
-def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk, kernel):
+def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk, kernel, quant):
     """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from the mask."""
     config = Config(load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)), peft=peft, grad_cp=grad_cp, packing=packed,
-                    micro_bsz=2, chunk_ctx=chunk, peft_config={} if peft == "none" else {"r": 5})
+                    micro_bsz=2, chunk_ctx=chunk, quant=quant, peft_config={} if peft == "none" else {"r": 5})
     rows = [[20, 17], [37]] if packed else [[37], [37]]
     activations, peak = counted_in_training(config, rows, kernel)
     step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74)

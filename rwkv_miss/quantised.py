@@ -1,0 +1,119 @@
+"""Frozen weights in 8 or 4 bits, which a linear multiplies with and never trains.
+
+A quantised weight (out, in) is one integer tensor, a row of bytes for each output, so that it moves between devices, is broadcast and is
+saved for a backward like any other tensor:
+
+| kind | dtype | a row of in weights is, in blocks of 64                                      | bits a weight |
+|------|-------|------------------------------------------------------------------------------|---------------|
+| int8 | int8  | 64 codes a block from -127 to 127, then a scale a block                      | 8.25          |
+| nf4  | uint8 | 32 bytes a block, two codes in each, the earlier one in the high half, then a scale a block | 4.25 |
+
+weight = value of the code x scale of its block. The value of an int8 code is the code itself, that of an nf4 code its entry in NF4. A scale
+is bf16: the largest weight of the block for nf4, which a bf16 file has exactly, and a 127th of it for int8. The last block of a row is filled
+up with codes that are not used. The tensor tells its kind, `out` and the number of blocks; `in` is that of the linear's input.
+
+nf4 is the data type of QLoRA (Dettmers et al., arXiv 2305.14314, section 3 and appendix E), with its blocks of 64. Its double quantisation,
+scales in 8 bits with scales of their own, would take 0.12 bits a weight less.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 64
+SCALE_BYTES = 2
+# bytes of a block without its scale
+CODES = {"int8": BLOCK, "nf4": BLOCK // 2}
+DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+# quantiles of a normal distribution, scaled to -1 and 1, with an exact zero: 8 values below and with it, 8 above
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)
+AT_ONCE = 1 << 18  # weights that are quantised at one time: their fp32 copies stay in the cache
+
+
+def empty(kind: str, out: int, width: int, device=None) -> Tensor:
+    """The tensor of a quantised weight (out, width), without values."""
+    blocks = -(-width // BLOCK)
+    return torch.empty(out, blocks * (CODES[kind] + SCALE_BYTES), dtype=DTYPES[kind], device=device)
+
+
+def quantise(weight: Tensor, kind: str) -> Tensor:
+    """A floating-point weight (out, in) -> the quantised one, every weight by its nearest code."""
+    out, width = weight.shape
+    quantised = empty(kind, out, width, weight.device)
+    rows = max(1, AT_ONCE // width)
+    for part, into in zip(weight.split(rows), quantised.split(rows), strict=True):
+        codes, scales = _codes_and_scales(into)
+        blocks = nn.functional.pad(part.float(), (0, scales.shape[1] * BLOCK - width)).unflatten(1, (-1, BLOCK))
+        largest = blocks.abs().amax(2)
+        scales.copy_(largest if kind == "nf4" else largest / 127)
+        steps = scales.float().unsqueeze(2)
+        relative = (blocks / steps.where(steps > 0, 1)).flatten(1)
+        codes.copy_(_nf4_codes(relative) if kind == "nf4" else relative.round_().clamp_(-127, 127))
+    return quantised
+
+
+def _codes_and_scales(quantised: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a quantised weight: codes (out, bytes) and scales (out, blocks), bf16."""
+    size = CODES[KINDS[quantised.dtype]]
+    end = quantised.shape[1] // (size + SCALE_BYTES) * size
+    return quantised[:, :end], quantised[:, end:].view(torch.bfloat16)
+
+
+def _nf4_codes(relative: Tensor) -> Tensor:
+    """Numbers (out, in) in units of their scale -> the codes of the nearest entries of NF4, two in a byte."""
+    codes = torch.zeros(relative.shape, dtype=torch.uint8, device=relative.device)
+    for lower, upper in zip(NF4, NF4[1:]):  # ten times as fast as torch.bucketize
+        codes += (relative > (lower + upper) / 2).view(torch.uint8)
+    return codes[:, ::2] << 4 | codes[:, 1::2]
+
+
+@functools.cache
+def _nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The two values of every byte, as the parts of a complex number: one look-up gives both."""
+    values = torch.tensor(NF4, dtype=dtype, device=device)
+    return torch.complex(values.repeat_interleave(16), values.repeat(16))
+
+
+def _dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    codes, scales = _codes_and_scales(quantised)
+    exact = torch.promote_types(dtype, torch.float32)
+    if quantised.dtype == DTYPES["nf4"]:
+        pairs = _nf4_pairs(quantised.device, exact).index_select(0, codes.int().flatten())
+        values = torch.view_as_real(pairs).view(*scales.shape, BLOCK)
+    else:
+        values = codes.to(exact).view(*scales.shape, BLOCK)
+    weight = values.mul_(scales.to(exact).unsqueeze(2)).flatten(1)
+    return weight[:, :width].to(dtype).contiguous()
+
+
+def _dequantised_shape(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return quantised.new_empty(quantised.shape[0], width, dtype=dtype)
+
+
+# an operator of its own, so that a faster kernel can stand in for it on a device
+torch.library.define("rwkv_miss::dequantise", "(Tensor quantised, int width, ScalarType dtype) -> Tensor")
+torch.library.impl("rwkv_miss::dequantise", "default", _dequantise)
+torch.library.register_fake("rwkv_miss::dequantise", _dequantised_shape)
+
+
+def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """A quantised weight as a matrix (out, width) in `dtype`, rounded once; a floating-point weight as it is."""
+    if weight.is_floating_point():
+        return weight
+    return torch.ops.rwkv_miss.dequantise(weight, width, dtype)
+
+
+def quantise_(linears: Iterable[nn.Linear], kind: str) -> None:
+    """Replace the weights of linears by quantised, frozen ones, one after the other: what it takes beside them is a few rows.
+
+    Their forward must multiply by functional.linear, miss_linear or lora_linear, as that of every adapted linear does.
+    """
+    for linear in linears:
+        linear.weight = nn.Parameter(quantise(linear.weight.detach(), kind), requires_grad=False)

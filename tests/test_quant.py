@@ -1,0 +1,341 @@
+"""A quantised base: the numbers of its formats, products with it, training beside it, and what it takes."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rwkv_miss
+from benchmarks import quant as benchmark
+from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
+from rwkv_miss.adapter import AdapterLinear
+from rwkv_miss.checkpoint import Arch
+from rwkv_miss.functional import linear, lora_linear, miss_linear
+from rwkv_miss.inject import adapter_tensors
+from rwkv_miss.quantised import BLOCK, CODES, NF4, dense, empty, quantise
+from src import allocation
+from src.base import build_model
+from src.choices import cheapest_fix
+from src.config import Config, parse
+from src.memory import memory_parts
+from src.model import RWKV, read_model_file
+
+from . import program
+from .conftest import close, make_arch, random_tensors
+
+SHAPES = [(3, 64), (5, 131), (2, 9), (7, 63), (4, 128), (1, 200)]  # out, in
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}
+
+
+def weights(shape, seed=0):
+    """Rows and blocks of very unequal sizes, a block of zeros, and a row whose scales are too small for all of bf16's digits."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * torch.logspace(-6, 3, shape[0]).unsqueeze(1)
+    weight[:, BLOCK:] *= 0.01
+    weight[0, :BLOCK] = 0
+    if shape[0] > 1:
+        weight[1] = 1.3e-38 * torch.rand(shape[1], generator=generator)
+    return weight
+
+
+# the formats
+
+
+def values_of_nf4():
+    """QLoRA, appendix E: quantiles of the normal distribution, 8 below and 9 above with one zero in common, scaled to -1 and 1."""
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+
+    def half(count):
+        return -torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)).numpy()
+
+    return np.concatenate([half(8)[:-1], -half(9)[::-1]]) / -half(9)[0]
+
+
+def test_the_codes_of_nf4_are_the_papers():
+    assert np.allclose(NF4, values_of_nf4(), rtol=0, atol=5e-7)  # bitsandbytes', which took 0.9677083 for the outermost quantile
+
+
+def decoded(quantised, width):
+    """(codes as numbers (out, in), scales (out, in)) of the tensor's bytes, by the table of quantised.py's docstring, in numpy."""
+    rows = quantised.view(torch.uint8).numpy()
+    kind = {torch.int8: "int8", torch.uint8: "nf4"}[quantised.dtype]
+    blocks = -(-width // 64)
+    codes, scales = rows[:, : blocks * CODES[kind]], rows[:, blocks * CODES[kind] :]
+    assert scales.shape[1] == 2 * blocks
+    if kind == "nf4":
+        codes = np.array(NF4)[np.stack([codes >> 4, codes & 15], 2).reshape(len(rows), -1)]
+    else:
+        codes = codes.view(np.int8).astype(np.float64)
+    scales = (scales.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return codes[:, :width], np.repeat(scales, 64, axis=1)[:, :width]
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_weight_has_its_nearest_code(kind, shape):
+    weight = weights(shape)
+    quantised = quantise(weight, kind)
+    assert quantised.dtype == empty(kind, *shape).dtype and quantised.shape == empty(kind, *shape).shape
+    codes, scales = decoded(quantised, shape[1])
+    assert np.isfinite(scales).all()
+    largest = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(2)
+    largest = largest.repeat_interleave(BLOCK, 1)[:, : shape[1]].double().numpy()
+    assert (abs(scales * (127 if kind == "int8" else 1) - largest) <= 2.0**-8 * largest + 127 * 2.0**-134).all()  # of the block, and in bf16
+    possible = np.arange(-127, 128) if kind == "int8" else np.array(NF4)
+    exact = weight.double().numpy()
+    errors = abs(possible[:, None, None] * scales - exact)
+    # 1e-6: the quotient of weight and scale is taken in fp32
+    assert (abs(codes * scales - exact) <= errors.min(0) + 1e-6 * largest).all()
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_dense_weight_is_code_times_scale_rounded_once(kind, shape):
+    quantised = quantise(weights(shape), kind)
+    codes, scales = map(torch.from_numpy, decoded(quantised, shape[1]))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        got = dense(quantised, shape[1], dtype)
+        assert got.dtype == dtype and got.is_contiguous()
+        exact = codes.float() * scales.float() if dtype != torch.float64 else codes.float().double() * scales
+        assert torch.equal(got, exact.to(dtype))
+    plain = torch.randn(shape).bfloat16()
+    assert dense(plain, shape[1], torch.float32) is plain
+    torch.library.opcheck(torch.ops.rwkv_miss.dequantise.default, (quantised, shape[1], torch.bfloat16))
+
+
+def test_a_file_in_bf16_keeps_its_largest_weights_in_nf4():
+    weight = torch.randn(5, 192).bfloat16()
+    largest = weight.unflatten(1, (3, 64)).abs().amax(2)
+    assert torch.equal(dense(quantise(weight, "nf4"), 192, torch.bfloat16).unflatten(1, (3, 64)).abs().amax(2), largest)
+
+
+def test_nf4_is_that_of_bitsandbytes():
+    theirs = pytest.importorskip("bitsandbytes.functional", reason="pip install bitsandbytes: the one that others use")
+    weight = torch.randn(6, 192).bfloat16()
+    packed, state = theirs.quantize_4bit(weight.float(), quant_type="nf4", blocksize=64)
+    ours = quantise(weight, "nf4")
+    assert torch.equal(ours[:, :96], packed.view(6, 96))
+    assert torch.equal(dense(ours, 192, torch.float32), theirs.dequantize_4bit(packed, state))
+
+
+# products
+
+
+def operators(width, out):
+    """name -> (call(x, weight), the same in float64 with a dense weight)."""
+    torch.manual_seed(1)
+    bias, D, A, B = torch.randn(out), torch.randn(6, out), torch.randn(6, width), torch.randn(out, 6)
+    P = (torch.arange(width) % 6 == torch.arange(6).unsqueeze(1)).double()
+    return {
+        "linear": (lambda x, w: linear(x, w), lambda x, w: x @ w.t()),
+        "miss": (lambda x, w: miss_linear(x, w, bias.to(x.dtype), D), lambda x, w: x @ w.t() + bias + x @ P.t() @ D.double()),
+        "lora": (lambda x, w: lora_linear(x, w, None, A, B, 0.5), lambda x, w: x @ w.t() + 0.5 * x @ A.double().t() @ B.double().t()),
+    }
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["linear", "miss", "lora"])
+def test_products_are_those_of_the_dense_weight_and_keep_the_quantised_one(kind, dtype, name):
+    for out, width in SHAPES:
+        call, exact = operators(width, out)[name]
+        weight = nn.Parameter(quantise(torch.randn(out, width), kind), requires_grad=False)
+        x = torch.randn(2, 5, width).to(dtype).requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            y = call(x, weight)
+        kept = [t for t in saved if t.shape[-1:] == weight.shape[-1:] and t.dtype == weight.dtype]
+        assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+        assert not [t for t in saved if t.shape in [(out, width), (width, out)]]
+        dy = torch.randn(y.shape).to(dtype)
+        y.backward(dy)
+        reference = x.detach().double().requires_grad_()
+        want = exact(reference, dense(weight, width, dtype).double())
+        want.backward(dy.double())
+        close("y", y, want, ROUNDING[dtype])
+        close("dx", x.grad, reference.grad, ROUNDING[dtype])
+    torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight, None))
+    with torch.no_grad():
+        assert torch.equal(call(x, weight), y)
+
+
+# training
+
+
+def base_file(tmp_path, version=7, state=False, **sizes):
+    arch = make_arch(version, **sizes)
+    tensors = random_tensors(arch)
+    if state:
+        tensors |= {f"blocks.{i}.att.time_state": torch.randn(arch.n_head, arch.head_size, arch.head_size) for i in range(arch.n_layer)}
+    torch.save(tensors, tmp_path / f"v{version}.pth")
+    return tmp_path / f"v{version}.pth"
+
+
+def model_of(path, precision="fp32", **settings):
+    torch.manual_seed(0)
+    config = Config(load_model=str(path), precision=precision, **{"peft_config": {"r": 5}, **settings})
+    return build_model(config, Arch.detect(read_model_file(path)), "torch", {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+
+
+def expanded_file(path, kind, dtype, folder):
+    """The same base with the quantised values in its layers' matrices, in `dtype`."""
+    tensors = read_checkpoint(path)
+    for name in RWKV.load(path).layer_linears():
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = dense(quantise(weight, kind), weight.shape[1], dtype)
+    torch.save(tensors, folder / "expanded.pth")
+    return folder / "expanded.pth"
+
+
+def gradients(model):
+    ids = torch.arange(37).view(1, 37) % 67
+    logits, _ = model(ids)
+    logits.float().square().mean().backward()
+    assert {p.dtype for name, p in model.named_parameters() if name.endswith("time_state")} <= {torch.float32}
+    return {"logits": logits} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("version, kind, precision, settings", [
+    (7, "nf4", "fp32", {}), (6, "int8", "fp32", {}), (7, "int8", "bf16", {}), (6, "nf4", "bf16", {"peft": "lora"}),
+    (7, "nf4", "fp32", {"grad_cp": 1}), (7, "nf4", "fp32", {"peft": "state", "peft_config": {}}),
+    (7, "int8", "fp32", {"peft_config": {"r": 5, "targets": ["key"]}}),
+    (6, "nf4", "bf16", {"train_parts": "ln,time,emb,head,state"}),
+])
+def test_a_step_is_that_of_a_plain_base_with_the_quantised_values(tmp_path, version, kind, precision, settings):
+    path = base_file(tmp_path, version, state=precision == "bf16")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = model_of(path, precision, quant=kind, **settings)
+    plain = model_of(expanded_file(path, kind, dtype, tmp_path), precision, **settings)
+    for tensor, other in zip(adapter_tensors(model).values(), adapter_tensors(plain).values(), strict=True):
+        with torch.no_grad():
+            other.copy_(tensor.add_(0.05 * torch.randn(tensor.shape)))
+    assert model.dtype == plain.dtype == dtype and {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    linears = model.layer_linears()
+    assert len(linears) == {6: 16, 7: 12}[version]
+    assert all(not linear.weight.is_floating_point() and not linear.weight.requires_grad for linear in linears.values())
+    assert [name for name, p in model.named_parameters() if not p.is_floating_point()] == [f"{name}.weight" for name in linears]
+    got, want = gradients(model), gradients(plain)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_a_disabled_adapter_leaves_the_quantised_base(tmp_path):
+    path = base_file(tmp_path)
+    ids = torch.arange(11)[None]
+    plain = RWKV.load(expanded_file(path, "nf4", torch.float32, tmp_path), torch.float32)(ids)[0]
+    for method in ("miss", "lora"):
+        model = model_of(path, quant="nf4", peft=method)
+        with torch.no_grad():
+            for tensor in adapter_tensors(model).values():
+                tensor.add_(0.1)
+        assert not torch.equal(model(ids)[0], plain)
+        with rwkv_miss.disabled(model):
+            assert torch.equal(model(ids)[0], plain)
+        layer, x = model.blocks[0].ffn.key, torch.randn(3, 48)
+        close("a method's own forward, and the one of every method", layer(x), AdapterLinear.forward(layer, x), 1e-5)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_the_plan_counts_what_is_held(tmp_path, kind):
+    """To the byte; what a step takes is compared in test_plan.py."""
+    path = base_file(tmp_path, 6, n_embd=80)
+    config = Config(load_model=str(path), peft_config={"r": 5}, quant=kind, micro_bsz=1)
+    for precision in ("fp32", "bf16"):
+        model = model_of(path, precision, quant=kind)
+        parts = memory_parts(model.arch, config, "cpu", "torch", precision, 37, 37)
+        assert parts["base"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        assert parts["trained"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def test_the_plan_counts_an_expanded_matrix_at_a_time(tmp_path):
+    model = model_of(base_file(tmp_path, n_embd=80), "bf16", quant="nf4")
+    config = Config(peft_config={"r": 5}, quant="nf4", micro_bsz=1)
+    dense_weight = max(linear.in_features * linear.out_features for linear in model.layer_linears().values()) * 2
+    plain = allocation.step_bytes(model.arch, Config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3)
+    quantised = allocation.step_bytes(model.arch, config, "torch", "bf16", 3, 3)
+    assert quantised.activations == plain.activations and plain.peak + dense_weight / 4 < quantised.peak <= plain.peak + dense_weight
+
+
+def test_quantising_takes_one_matrix_at_a_time(tmp_path):
+    model = RWKV.load(base_file(tmp_path, n_embd=96, n_layer=2))
+    rwkv_miss.inject(model, "miss", rank=5)
+    largest = max(linear.weight.numel() for linear in model.layer_linears().values())
+    before = list(model.parameters())  # kept, as a mapped file is
+    with allocation.Live(before) as live:
+        model.quantise("nf4", torch.float32)
+        held = sum(p.nbytes for p in model.parameters() if not p.is_floating_point())
+        assert held <= live.now <= held + 100
+        assert live.peak < held + 20 * largest  # fp32 copies of one matrix, not of twelve
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--quant int8 --peft none", "--quant int8 is for a frozen base; --peft none trains all of it"),
+    ("--quant nf4 --strategy deepspeed_stage_3", "--quant nf4 works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3"),
+    ("--quant nf4 --strategy deepspeed_stage_3_offload", "--quant nf4 works with"), ("--quant int4", "--quant int4: expected one of none, int8, nf4"),
+])
+def test_where_a_quantised_base_makes_no_sense(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])
+
+
+def test_the_plan_advises_nf4_before_sharing():
+    config = Config(load_model="base.pth", micro_bsz=1, grad_cp=1, ctx_len=512, devices=2, strategy="deepspeed_stage_2")
+
+    def fix(works, **settings):
+        return cheapest_fix(Config(**{**vars(config), **settings}), "bf16", 512, works)
+
+    assert fix(lambda tried: tried.quant == "nf4") == {"quant": "nf4"}
+    assert fix(lambda tried: tried.strategy == "deepspeed_stage_3" and tried.quant == "none") == {"strategy": "deepspeed_stage_3"}
+    for settings in ({"peft": "none"}, {"strategy": "deepspeed_stage_3"}, {"quant": "int8"}):
+        seen = []
+        fix(lambda tried, seen=seen: seen.append((tried.quant, tried.strategy)), **settings)
+        assert {quant for quant, _ in seen} == {settings.get("quant", "none")}
+        assert settings.get("quant") != "int8" or {strategy for _, strategy in seen} == {"deepspeed_stage_2"}
+
+
+def test_an_adapter_learns_beside_a_quantised_base_what_it_learns_beside_the_base():
+    """The demo's base and task, shorter than in benchmarks/quant.py; a mean over 200 held-out rows, of which the unquantised base has 4.67."""
+    task = benchmark.tasks(None)["demo: sort"]
+    plain, *others = (benchmark.learn(task, kind, 60) for kind in ("none", "nf4"))
+    assert plain["after"] < 0.5 * plain["before"]
+    for quantised in others:
+        assert quantised["after"] == pytest.approx(plain["after"], rel=0.02)
+
+
+# the program
+
+
+def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_file(tmp_path):
+    """Two processes under DeepSpeed's stage 2 against one; evaluation on the way; a resume keeps the kind."""
+    base = base_file(tmp_path, vocab_size=256)
+    draw = random.Random(0)
+    rows = [{"text": "".join(draw.choices("abcd ", k=draw.randint(20, 40)))} for _ in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def flags(folder, *more):
+        return ["--load_model", str(base), "--data_file", str(tmp_path / "rows.jsonl"), "--proj_dir", str(tmp_path / folder), "--tokenizer", "bytes",
+                "--peft_config", "r=5", "--lr_init", "1e-2", "--global_bsz", "8", "--packing", "0", "--eval_split", "0.1", "--accelerator", "cpu",
+                *more]
+
+    output = program.succeed(program.run(flags("one", "--quant", "nf4", "--micro_bsz", "8")))
+    assert "its layers in nf4, " in output and "--quant nf4" in output
+    program.succeed(program.run(flags("two", "--quant", "nf4", "--micro_bsz", "4", "--strategy", "deepspeed_stage_2", "--devices", "2")))
+    curve = program.losses(tmp_path / "one")
+    assert program.losses(tmp_path / "two") == pytest.approx(curve, rel=1e-5) and len(curve) == 3
+    code, output = program.run(flags("one", "--micro_bsz", "8", "--resume", "auto"))
+    assert code and "has quant nf4, now it is none" in output
+
+    adapter = tmp_path / "one/adapter.pth"
+    assert read_metadata(adapter)["quant"] == "nf4"
+    assert all(t.dtype == torch.float32 for t in read_checkpoint(adapter).values())
+    merge_file(base, adapter, tmp_path / "merged.pth", "fp32")
+    model = RWKV.load(base, torch.float32)
+    rwkv_miss.load_adapter(model, adapter)
+    merged = read_checkpoint(tmp_path / "merged.pth")
+    for name, linear_ in model.layer_linears().items():
+        assert torch.equal(merged[f"{name}.weight"], (linear_.weight + linear_.delta()).detach())
+        assert linear_.delta().abs().max() > 1e-3
