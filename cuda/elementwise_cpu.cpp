@@ -9,8 +9,10 @@ namespace {
 
 struct Shape {
     long B, T, C, H;
+    float eps;
     int dtype, threads;
     long N() const { return C / H; }
+    long numbers() const { return B * T * C; }
 };
 
 template <int W> inline Vec<W> read(const float* p) { return load<W>(p); }
@@ -41,8 +43,11 @@ template <class Run> inline void typed(long width, int dtype, Run run) {
     width % WIDTH ? with(std::integral_constant<int, NARROW>()) : with(std::integral_constant<int, WIDTH>());
 }
 
-// work(first, last) over parts of `total`, each a multiple of `unit` and as large as the threads can share evenly
-template <class Work> inline void shared_out(long total, long unit, int threads, Work work) {
+// work(first, last) over parts of `total`, each a multiple of `unit`, by as many threads as have GRAIN numbers each: starting one takes as long
+// as the work on about that many (20 us)
+constexpr long GRAIN = 1 << 17;
+template <class Work> inline void shared_out(long total, long unit, long numbers, int threads, Work work) {
+    threads = std::max(1L, std::min<long>(threads, numbers / GRAIN));
     const long units = total / unit, parts = std::min<long>(units, threads == 1 ? 1 : 4 * threads);
     parallel(parts, threads, [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
 }
@@ -51,7 +56,7 @@ template <class Work> inline void shared_out(long total, long unit, int threads,
 template <class Run> inline void each(const Shape& s, Run run) {
     typed(s.C, s.dtype, [&](auto lanes, auto number) {
         constexpr int W = lanes;
-        shared_out(s.B * s.T * s.C, W, s.threads, [&](long first, long last) {
+        shared_out(s.numbers(), W, s.numbers(), s.threads, [&](long first, long last) {
             for (long i = first; i < last; i += W) run(lanes, number, i);
         });
     });
@@ -60,7 +65,7 @@ template <class Run> inline void each(const Shape& s, Run run) {
 // run(lanes, number, row, head) for every head of every token; both are offsets, into activations and into vectors of the model
 template <class Run> inline void each_head(const Shape& s, Run run) {
     typed(s.N(), s.dtype, [&](auto lanes, auto number) {
-        shared_out(s.B * s.T, 1, s.threads, [&](long first, long last) {
+        shared_out(s.B * s.T, 1, s.numbers(), s.threads, [&](long first, long last) {
             for (long row = first; row < last; row++)
                 for (long head = 0; head < s.C; head += s.N()) run(lanes, number, row * s.C + head, head);
         });
@@ -68,6 +73,8 @@ template <class Run> inline void each_head(const Shape& s, Run run) {
 }
 
 // ---- token shift: out_i = z + (z_before - z) mix_i, with mix_i (C), or for every token mix_i + m_i, m_i (B, T, C) ----
+
+constexpr long TOKENS = 8;
 
 struct Shift {
     const void *z, *last;
@@ -77,39 +84,40 @@ struct Shift {
     bool starts(const Shape& s, long b, long t) const { return reset && reset[b * s.T + t]; }
 };
 
-// run(lanes, number, b, first, last): the columns of one row of the batch, all tokens
-template <class Run> inline void each_column(const Shape& s, Run run) {
+// run(lanes, number, b, first, last): columns of one row of the batch, all tokens; so many tensors are written or read
+template <class Run> inline void each_column(const Shape& s, long tensors, Run run) {
     typed(s.C, s.dtype, [&](auto lanes, auto number) {
         for (long b = 0; b < s.B; b++)
-            shared_out(s.C, lanes, s.threads, [&](long first, long last) { run(lanes, number, b, first, last); });
+            shared_out(s.C, lanes, s.T * s.C * tensors, s.threads, [&](long first, long last) { run(lanes, number, b, first, last); });
     });
 }
 
 template <bool PER_TOKEN> void shift_forward(const Shift& in, void* const* out, const Shape& s) {
-    each_column(s, [&](auto lanes, auto number, long b, long first, long last) {
+    each_column(s, in.count, [&](auto lanes, auto number, long b, long first, long last) {
         constexpr int W = lanes;
         typedef decltype(number) Number;
-        for (long t = 0; t < s.T; t++) {
-            const long row = (b * s.T + t) * s.C;
-            const Number* z = (const Number*)in.z + row;
-            const Number* before = t ? z - s.C : (const Number*)in.last + b * s.C;
-            const float keep = in.starts(s, b, t) ? 0.f : 1.f;
-            for (int i = 0; i < in.count; i++) {
-                Number* to = (Number*)out[i] + row;
-                for (long c = first; c < last; c += W) {
-                    const auto now = read<W>(z + c);
-                    auto mix = load<W>(in.mix + i * s.C + c);
-                    if (PER_TOKEN) mix += read<W>(to + c);
-                    write<W>(to + c, now + (keep ? read<W>(before + c) - now : -now) * mix);
+        // some tokens of one output before those of the next: longer runs of stores, and z stays in the L1 cache
+        for (long block = 0; block < s.T; block += TOKENS)
+            for (int i = 0; i < in.count; i++)
+                for (long t = block; t < std::min(block + TOKENS, s.T); t++) {
+                    const long row = (b * s.T + t) * s.C;
+                    const Number* z = (const Number*)in.z + row;
+                    const Number* before = t ? z - s.C : (const Number*)in.last + b * s.C;
+                    const bool starts = in.starts(s, b, t);
+                    Number* to = (Number*)out[i] + row;
+                    for (long c = first; c < last; c += W) {
+                        const auto now = read<W>(z + c);
+                        auto mix = load<W>(in.mix + i * s.C + c);
+                        if (PER_TOKEN) mix += read<W>(to + c);
+                        write<W>(to + c, now + (starts ? -now : read<W>(before + c) - now) * mix);
+                    }
                 }
-            }
-        }
     });
 }
 
 template <bool PER_TOKEN>
 void shift_backward(const Shift& in, void* const* m, const void* const* dout, void* dz, void* dlast, const Shape& s) {
-    each_column(s, [&](auto lanes, auto number, long b, long first, long last) {
+    each_column(s, in.count, [&](auto lanes, auto number, long b, long first, long last) {
         constexpr int W = lanes;
         typedef decltype(number) Number;
         Buffer buffer(s.C);
@@ -164,8 +172,8 @@ template <int W, class Number> inline std::pair<float, float> moments(const Numb
 
 }  // namespace
 
-#define SIZES int64_t B, int64_t T, int64_t C, int64_t H, int dtype, int threads
-#define SHAPE Shape{B, T, C, H, dtype, threads}
+#define SIZES int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int threads
+#define SHAPE Shape{B, T, C, H, eps, dtype, threads}
 #define IN(x) ((const decltype(number)*)(x))
 #define OUT(x) ((decltype(number)*)(x))
 
@@ -287,7 +295,7 @@ void delta_inputs_backward(const void* k, const void* a, const float* k_k, const
 }
 
 void readout7_forward(const void* y, const void* r, const void* k, const void* v, const void* g, const float* r_k, const float* weight,
-                      const float* bias, void* out, float eps, SIZES) {
+                      const float* bias, void* out, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -304,7 +312,7 @@ void readout7_forward(const void* y, const void* r, const void* k, const void* v
 }
 
 void readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g, const float* r_k, const float* weight,
-                       const float* bias, const void* dout, void* dy, void* dr, void* dk, void* dv, void* dg, float eps, SIZES) {
+                       const float* bias, const void* dout, void* dy, void* dr, void* dk, void* dv, void* dg, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -335,7 +343,7 @@ void readout7_backward(const void* y, const void* r, const void* k, const void* 
     });
 }
 
-void readout6_forward(const void* y, const void* g, const float* weight, const float* bias, void* out, float eps, SIZES) {
+void readout6_forward(const void* y, const void* g, const float* weight, const float* bias, void* out, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -349,7 +357,7 @@ void readout6_forward(const void* y, const void* g, const float* weight, const f
     });
 }
 
-void readout6_backward(const void* y, const void* g, const float* weight, const float* bias, const void* dout, void* dy, void* dg, float eps, SIZES) {
+void readout6_backward(const void* y, const void* g, const float* weight, const float* bias, const void* dout, void* dy, void* dg, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;

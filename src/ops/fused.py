@@ -9,10 +9,11 @@ in most runs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product
 
@@ -33,7 +34,7 @@ def serves(native: bool, activations: Sequence[Tensor], vectors: Sequence[Tensor
     )
 
 
-def call(function: str, like: Tensor, *arguments: Tensor | list[Tensor] | float | None, heads: int = 1) -> None:
+def call(function: str, like: Tensor, *arguments: Tensor | list[Tensor] | int | None, heads: int = 1, eps: float = 0.0) -> None:
     """A function of cuda/elementwise_cpu.cpp; sizes and dtype are those of `like`, (B, T, C) or (tokens, C)."""
     for x in arguments:
         for t in x if isinstance(x, list) else [x]:
@@ -42,7 +43,7 @@ def call(function: str, like: Tensor, *arguments: Tensor | list[Tensor] | float 
     converted = [_convert(x) for x in arguments]
     batch = like.shape[0] if like.dim() == 3 else 1
     sizes = [ctypes.c_int64(n) for n in (batch, like.numel() // (batch * like.shape[-1]), like.shape[-1], heads)]
-    getattr(library("cpu"), function)(*converted, *sizes, DTYPES[like.dtype], torch.get_num_threads())
+    getattr(library("cpu"), function)(*converted, *sizes, ctypes.c_float(eps), DTYPES[like.dtype], torch.get_num_threads())
 
 
 def _convert(x):
@@ -50,7 +51,7 @@ def _convert(x):
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, list):
         return (ctypes.c_void_p * len(x))(*(t.data_ptr() for t in x))
-    return ctypes.c_float(x) if isinstance(x, float) else x
+    return x
 
 
 def vector(v: Tensor) -> Tensor:
@@ -62,82 +63,97 @@ def ready(*activations: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in activations]
 
 
-def _define(name: str, activations: str, vectors: str = "", outputs: int = 1, options: str = "", keeps: str = "inputs") -> None:
-    """Register rwkv::name(activations, vectors, options) -> outputs, all activations of one shape, and rwkv::name_backward.
+def _library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Callable:
+    """rwkv::name(arguments) -> Tensor[] on a CPU, with its shapes for tracing and for the count of memory."""
+    # not torch.library.custom_op, whose first use imports torch._dynamo: 0.9 s in every process
+    torch.library.define(f"rwkv::{name}", f"({arguments}) -> Tensor[]", tags=LAYOUT)
+    torch.library.impl(f"rwkv::{name}", "cpu", run)
+    torch.library.register_fake(f"rwkv::{name}", shapes)
+    return getattr(torch.ops.rwkv, name).default
+
+
+def _differentiable(forward: Callable, backward: Callable, keep: Callable) -> Callable:
+    """forward(*arguments) -> outputs, whose gradients backward(kept, gradients) makes those of the first arguments; kept = keep(arguments, outputs).
+
+    A Function around two ops, not torch.library.register_autograd, which takes half of the 43 us of a call (torch 2.13).
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            outputs = tuple(forward(*arguments))
+            kept = keep(arguments, outputs)
+            ctx.save_for_backward(*(x for x in kept if isinstance(x, Tensor)))
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in kept]
+            ctx.count = len(arguments)
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *gradients):
+            tensors = iter(ctx.saved_tensors)
+            found = backward([next(tensors) if other is None else other[0] for other in ctx.others], ready(*gradients))
+            return *found, *[None] * (ctx.count - len(found))
+
+    return Differentiable.apply
+
+
+def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = False) -> Callable:
+    """The function (activations of one shape, vectors of the model, heads, eps) -> outputs, with the ops rwkv::name and rwkv::name_backward.
 
     Their C functions have the arguments in this order: inputs, outputs; for the backward what is kept, the outputs' gradients, the inputs'.
     """
-    names, constants = activations.split(), vectors.split()
-    kept = names if keeps == "inputs" else ["y"]
-    many = len(names) + len(constants)
 
-    def schema(tensors: list[str], count: int) -> str:
-        given = ", ".join([*(f"Tensor {t}" for t in tensors), *filter(None, [options])])
-        return f"({given}) -> ({', '.join(['Tensor'] * count)})"
+    def op(name: str, symbol: str, results: int) -> Callable:
+        def shapes(tensors, heads, eps):
+            return [torch.empty_like(tensors[0]) for _ in range(results)]
 
-    def run(suffix: str, count: int, arguments):
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        heads, *rest = [*arguments[len(tensors) :]] or [1]
-        made = [torch.empty_like(tensors[0]) for _ in range(count)]
-        call(f"{name}_{suffix}", tensors[0], *tensors, *made, *rest, heads=heads)
-        return made[0] if count == 1 else tuple(made)
+        def run(tensors, heads, eps):
+            made = shapes(tensors, heads, eps)
+            call(symbol, tensors[0], *tensors, *made, heads=heads, eps=eps)
+            return made
 
-    def empty(count: int, like: Tensor):
-        made = [torch.empty_like(like) for _ in range(count)]
-        return made[0] if count == 1 else tuple(made)
+        return _library_op(name, "Tensor[] tensors, int heads, float eps", run, shapes)
 
-    def keep(ctx, inputs, output):
-        ctx.options = inputs[many:]
-        ctx.save_for_backward(*((*inputs[:many],) if keeps == "inputs" else (output,)))
-
-    def differentiate(ctx, *gradients):
-        gradients = getattr(torch.ops.rwkv, f"{name}_backward")(*ctx.saved_tensors, *ready(*gradients), *ctx.options)
-        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        return *gradients, *[None] * (len(constants) + len(ctx.options))
-
-    # not torch.library.custom_op, whose first call imports torch._dynamo: 0.9 s in every process
-    op = f"rwkv::{name}"
-    torch.library.define(op, schema(names + constants, outputs), tags=LAYOUT)
-    torch.library.impl(op, "cpu", lambda *arguments: run("forward", outputs, arguments))
-    torch.library.register_fake(op, lambda *arguments: empty(outputs, arguments[0]))
-    torch.library.register_autograd(op, differentiate, setup_context=keep)
-    taken = [*kept, *constants, *(f"d{i}" for i in range(outputs))]
-    torch.library.define(f"{op}_backward", schema(taken, len(names)), tags=LAYOUT)
-    torch.library.impl(f"{op}_backward", "cpu", lambda *arguments: run("backward", len(names), arguments))
-    torch.library.register_fake(f"{op}_backward", lambda *arguments: empty(len(names), arguments[0]))
+    forward, backward = op(name, f"{name}_forward", outputs), op(f"{name}_backward", f"{name}_backward", activations)
+    return _differentiable(
+        lambda *arguments: forward(arguments[:-2], *arguments[-2:]),
+        lambda kept, gradients: backward([*kept[:-2], *gradients], *kept[-2:]),
+        lambda arguments, made: [*made, *arguments[-2:]] if keeps_output else arguments,
+    )
 
 
-_define("relu_squared", "x", keeps="output")
-_define("sigmoid_gate", "x gate")
-_define("value_residual", "v v_first gate")
-_define("delta_inputs", "k a", "k_k k_a", outputs=3, options="int heads")
-_define("readout6", "y g", "weight bias", options="int heads, float eps")
-_define("readout7", "y r k v g", "r_k weight bias", options="int heads, float eps")
+_relu_squared = _define("relu_squared", 1, keeps_output=True)
+_sigmoid_gate = _define("sigmoid_gate", 2)
+_value_residual = _define("value_residual", 3)
+_delta_inputs = _define("delta_inputs", 2, outputs=3)
+_readout6 = _define("readout6", 2)
+_readout7 = _define("readout7", 5)
 
 
 def relu_squared(x: Tensor, native: bool) -> Tensor:
-    return torch.ops.rwkv.relu_squared(x.contiguous()) if serves(native, [x]) else plain.relu_squared(x)
+    return _relu_squared(x.contiguous(), 1, 0.0)[0] if serves(native, [x]) else plain.relu_squared(x)
 
 
 def sigmoid_gate(x: Tensor, gate: Tensor, native: bool) -> Tensor:
-    run = torch.ops.rwkv.sigmoid_gate if serves(native, [x, gate]) else plain.sigmoid_gate
-    return run(*ready(x, gate))
+    return _sigmoid_gate(*ready(x, gate), 1, 0.0)[0] if serves(native, [x, gate]) else plain.sigmoid_gate(x, gate)
 
 
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: bool) -> Tensor:
-    run = torch.ops.rwkv.value_residual if serves(native, [v, v_first, gate]) else plain.value_residual
-    return run(*ready(v, v_first, gate))
+    if serves(native, [v, v_first, gate]):
+        return _value_residual(*ready(v, v_first, gate), 1, 0.0)[0]
+    return plain.value_residual(v, v_first, gate)
 
 
 def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int, native: bool) -> tuple[Tensor, Tensor, Tensor]:
     if serves(native, [k, a], [k_k, k_a], k.shape[-1] // heads):
-        return torch.ops.rwkv.delta_inputs(*ready(k, a), vector(k_k), vector(k_a), heads)
+        return _delta_inputs(*ready(k, a), vector(k_k), vector(k_a), heads, 0.0)
     return plain.delta_inputs(k, a, k_k, k_a, heads)
 
 
 def readout6(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: bool) -> Tensor:
     if serves(native, [y, g], [weight, bias], y.shape[-1] // heads):
-        return torch.ops.rwkv.readout6(*ready(y, g), vector(weight), vector(bias), heads, eps)
+        return _readout6(*ready(y, g), vector(weight), vector(bias), heads, eps)[0]
     return plain.readout6(y, g, weight, bias, heads, eps)
 
 
@@ -146,97 +162,82 @@ def readout7(
 ) -> Tensor:
     heads, head_size = r_k.shape
     if serves(native, [y, r, k, v, g], [r_k, weight, bias], head_size):
-        return torch.ops.rwkv.readout7(*ready(y, r, k, v, g), vector(r_k), vector(weight), vector(bias), heads, eps)
+        return _readout7(*ready(y, r, k, v, g), vector(r_k), vector(weight), vector(bias), heads, eps)[0]
     return plain.readout7(y, r, k, v, g, r_k, weight, bias, eps)
 
 
 # The token shift has one output for each mix, none of them a part of another: what keeps one does not keep all.
-_GIVEN = "Tensor z, Tensor last, Tensor? reset, Tensor mix"
+
+
+def _shift_shapes(z, last, reset, mix):
+    return [torch.empty_like(z) for _ in range(len(mix))]
+
+
+def _shift_gradient_shapes(z):
+    return [torch.empty_like(z), z.new_empty(z.shape[0], z.shape[2])]
 
 
 def _shift_forward(z, last, reset, mix):
-    out = [torch.empty_like(z) for _ in mix]
+    out = _shift_shapes(z, last, reset, mix)
     call("shift_mix_forward", z, z, last, reset, mix, out, len(out))
     return out
 
 
 def _shift_backward(reset, mix, gradients):
-    dz, dlast = _empty_shift_gradients(gradients[0])
-    call("shift_mix_backward", dz, reset, mix, gradients, dz, dlast, len(gradients))
-    return dz, dlast
+    found = _shift_gradient_shapes(gradients[0])
+    call("shift_mix_backward", gradients[0], reset, mix, gradients, *found, len(gradients))
+    return found
 
 
-def _empty_shift_gradients(z):
-    return torch.empty_like(z), z.new_empty(z.shape[0], z.shape[2])
-
-
-def _keep_shift(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[2:])
-
-
-def _differentiate_shift(ctx, gradients):
-    return *torch.ops.rwkv.shift_mix_backward(*ctx.saved_tensors, ready(*gradients)), None, None
-
-
-torch.library.define("rwkv::shift_mix", f"({_GIVEN}) -> Tensor[]", tags=LAYOUT)
-torch.library.impl("rwkv::shift_mix", "cpu", _shift_forward)
-torch.library.register_fake("rwkv::shift_mix", lambda z, last, reset, mix: [torch.empty_like(z) for _ in range(len(mix))])
-torch.library.register_autograd("rwkv::shift_mix", _differentiate_shift, setup_context=_keep_shift)
-torch.library.define("rwkv::shift_mix_backward", "(Tensor? reset, Tensor mix, Tensor[] dout) -> (Tensor, Tensor)", tags=LAYOUT)
-torch.library.impl("rwkv::shift_mix_backward", "cpu", _shift_backward)
-torch.library.register_fake("rwkv::shift_mix_backward", lambda reset, mix, gradients: _empty_shift_gradients(gradients[0]))
+_shift_op = _library_op("shift_mix", "Tensor z, Tensor last, Tensor? reset, Tensor mix", _shift_forward, _shift_shapes)
+_shift_backward_op = _library_op(
+    "shift_mix_backward", "Tensor? reset, Tensor mix, Tensor[] gradients", _shift_backward,
+    lambda reset, mix, gradients: _shift_gradient_shapes(gradients[0]),
+)
+_shift_mix = _differentiable(_shift_op, lambda kept, gradients: _shift_backward_op(*kept, gradients), lambda arguments, _: arguments[2:])
 
 
 def _low_rank_mixes(z, q, maps):
     return [product(part, map_.t()).view(z.shape) for part, map_ in zip(q, maps, strict=True)]
 
 
-def _low_rank_forward(z, last, reset, mix, q, maps):
+def _low_rank_forward(z, last, q, reset, mix, maps):
     out = _low_rank_mixes(z, q, maps)
     call("shift_mix_token_forward", z, z, last, reset, mix, out, len(out))
     return out
 
 
-def _low_rank_backward(z, last, reset, mix, q, maps, gradients):
-    dz, dlast = _empty_shift_gradients(z)
+def _low_rank_backward(z, last, q, reset, mix, maps, gradients):
+    dz, dlast = _shift_gradient_shapes(z)
     m = _low_rank_mixes(z, q, maps)
-    call("shift_mix_token_backward", z, z, last, reset, mix, m, gradients, dz, dlast, len(m))
-    dq = torch.stack([product(part.flatten(0, 1), map_) for part, map_ in zip(m, maps, strict=True)])
-    return dz, dlast, dq
+    call("shift_mix_token_backward", z, z, last, reset, mix, m, gradients, dz, dlast, len(m))  # m is its gradient now
+    return [dz, dlast, torch.stack([product(part.flatten(0, 1), map_) for part, map_ in zip(m, maps, strict=True)])]
 
 
-def _keep_low_rank(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_low_rank(ctx, gradients):
-    dz, dlast, dq = torch.ops.rwkv.shift_mix_low_rank_backward(*ctx.saved_tensors, ready(*gradients))
-    return dz, dlast, None, None, dq, None
-
-
-_LOW_RANK = f"{_GIVEN}, Tensor q, Tensor maps"
-torch.library.define("rwkv::shift_mix_low_rank", f"({_LOW_RANK}) -> Tensor[]", tags=LAYOUT)
-torch.library.impl("rwkv::shift_mix_low_rank", "cpu", _low_rank_forward)
-torch.library.register_fake("rwkv::shift_mix_low_rank", lambda z, last, reset, mix, q, maps: [torch.empty_like(z) for _ in range(len(mix))])
-torch.library.register_autograd("rwkv::shift_mix_low_rank", _differentiate_low_rank, setup_context=_keep_low_rank)
-torch.library.define("rwkv::shift_mix_low_rank_backward", f"({_LOW_RANK}, Tensor[] dout) -> (Tensor, Tensor, Tensor)", tags=LAYOUT)
-torch.library.impl("rwkv::shift_mix_low_rank_backward", "cpu", _low_rank_backward)
-torch.library.register_fake(
-    "rwkv::shift_mix_low_rank_backward", lambda z, last, reset, mix, q, *_: (*_empty_shift_gradients(z), q.new_empty(q.shape))
+_LOW_RANK = "Tensor z, Tensor last, Tensor q, Tensor? reset, Tensor mix, Tensor maps"
+_low_rank_op = _library_op(
+    "shift_mix_low_rank", _LOW_RANK, _low_rank_forward, lambda z, last, q, reset, mix, maps: _shift_shapes(z, last, reset, mix)
+)
+_low_rank_backward_op = _library_op(
+    "shift_mix_low_rank_backward", f"{_LOW_RANK}, Tensor[] gradients", _low_rank_backward,
+    lambda z, last, q, *_: [*_shift_gradient_shapes(z), q.new_empty(q.shape)],
+)
+_shift_mix_low_rank = _differentiable(
+    _low_rank_op, lambda kept, gradients: _low_rank_backward_op(*kept, gradients), lambda arguments, _: arguments
 )
 
 
-def shift_mix(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: bool) -> list[Tensor]:
+def shift_mix(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: bool) -> Sequence[Tensor]:
     if serves(native, [z, last], mixes):
-        return torch.ops.rwkv.shift_mix(*ready(z, last, reset), stacked(mixes))
+        return _shift_mix(*ready(z, last, reset), stacked(mixes))
     return plain.shift_mix(z, last, reset, mixes)
 
 
 def shift_mix_low_rank(
     z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor, native: bool
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     if serves(native, [z, last], [*mixes, maps]) and q.dtype == z.dtype:
-        return torch.ops.rwkv.shift_mix_low_rank(*ready(z, last, reset), stacked(mixes), q, maps.detach().to(z.dtype))
+        return _shift_mix_low_rank(*ready(z, last), q, *ready(reset), stacked(mixes), maps.detach().to(z.dtype))
     return plain.shift_mix_low_rank(z, last, reset, mixes, q, maps)
 
 
