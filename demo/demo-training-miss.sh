@@ -12,7 +12,7 @@ heldout_file="$proj_dir/sort-heldout.jsonl"  # questions that are not in data_fi
 tokenizer="auto"                        # auto, world, bytes, utf16, or a file; the demo's base says in its file that it is bytes
 peft="miss"                             # the adapter method
 peft_config='{"r": 12}'                 # its options: r is the rank, an eighth of this model's width; 64 for real models
-micro_bsz=16                            # rows at once; the first thing to lower when memory runs out (then: grad_cp=1)
+micro_bsz=16                            # rows at once; the first thing to lower when memory runs out (then: grad_cp=2)
 ctx_len=128                             # tokens in a row, which short documents share; 512 to 4096 for real data
 epoch_steps=300                         # optimizer steps; 0: the whole data once
 lr_init=5e-3                            # learning rate; small models want more, real ones 2e-5 to 1e-4

@@ -39,7 +39,7 @@ def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
     arch = default_arch(7, n_layer, n_embd)
     columns = []
     for method, strategy, gpus in SCALING:
-        config = Config(micro_bsz=1, grad_cp=True, peft=method, strategy=strategy, devices=gpus)
+        config = Config(micro_bsz=1, grad_cp=1, peft=method, strategy=strategy, devices=gpus)
         columns.append(sum(memory_parts(arch, config, "gpu", "cuda", "bf16", ROW, ROW).values()))
     return f"| RWKV-7 {name} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
 

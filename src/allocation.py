@@ -75,7 +75,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     full = config.peft == "none"
     tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16  # as native.has_tensor_core_form()
     model = model_on_meta(arch, config)
-    model.grad_cp = config.grad_cp == 1
+    model.grad_cp = config.grad_cp
     quantised = set()
     if config.quant != "none":
         quantised, model.expands_to = {f"{name}.weight" for name in model.layer_linears()}, half or torch.float32

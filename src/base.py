@@ -64,7 +64,7 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
         model = RWKV.load(config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
-    model.grad_cp = config.grad_cp == 1
+    model.grad_cp = config.grad_cp
     if not full:
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)

@@ -32,7 +32,7 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
         setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=p.requires_grad))
     if config.quant != "none":
         model.quantise(config.quant, dtype)
-    model.grad_cp = config.grad_cp == 1
+    model.grad_cp = config.grad_cp
     model.set_kernel(kernel)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     head = Head(arch.n_embd, arch.vocab_size, bias=False, device=device, dtype=dtype).requires_grad_(config.peft == "none")

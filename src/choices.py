@@ -15,6 +15,7 @@ CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
 ROWS, STEPS = 8, 50  # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
+RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
 HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
 
@@ -90,7 +91,7 @@ def _batches(config: Config, rows: int) -> Iterator[Config]:
     sizes = [n for n in range(min(most, ROWS), 0, -1) if most % n == 0]
     if config.global_bsz and config.accumulate_grad_batches:
         sizes = [most]
-    for recompute in (0, 1) if is_automatic(config, "grad_cp") else (config.grad_cp,):
+    for recompute in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
         for size in sizes:
             passes = config.accumulate_grad_batches or most // size
             yield dataclasses.replace(config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=recompute)
@@ -137,12 +138,12 @@ def _halvings(config: Config) -> Iterator[tuple[int, int]]:
 
 
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
-    """Changes beside micro_bsz, each with those before it: recomputing costs a forward, chunks another, bf16 and nf4 digits, sharing
-    speed."""
+    """Changes beside micro_bsz, each with those before it: recomputing costs up to a forward, chunks another, bf16 and nf4
+    digits, sharing speed."""
     changes: dict[str, object] = {}
     yield changes
-    if config.grad_cp != 1:
-        changes = changes | {"grad_cp": 1}
+    for recompute in RECOMPUTE[RECOMPUTE.index(max(config.grad_cp, 0)) + 1 :]:
+        changes = changes | {"grad_cp": recompute}
         yield changes
     row = min(tokens, config.ctx_len)
     if config.chunk_ctx == 0 and row > CHUNK:

@@ -105,8 +105,9 @@ class Config:
     adam_eps: float = opt(1e-8, "AdamW epsilon")
     weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
-    grad_cp: int = opt(-1, "1: recompute each layer in the backward (activation checkpointing): less memory, more time; 0: keep all (-1: 0, or 1 "
-                           "where an automatic micro_bsz of 1 does not fit otherwise)", automatic=True)
+    grad_cp: int = opt(-1, "what is recomputed in the backward (activation checkpointing). 1: whole layers, the least memory; 2: their time "
+                           "mixes, most of that for a third of its time; 0: nothing (-1: 0, or 2 or 1 where one row does not fit otherwise)",
+                       automatic=True)
     random_seed: int = opt(42, "seed of initialisation and data order")
 
     precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
@@ -254,7 +255,7 @@ def _convert(name: str, value: Any) -> Any:
         elif kind is str:
             value = str(value)
         else:
-            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)  # two of --grad_cp's three values are these
+            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)  # two of --grad_cp's values are these
     except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
@@ -349,8 +350,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
     if not (0 <= config.eval_split < 1 or is_automatic(config, "eval_split")):
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
-    if config.grad_cp not in (-1, 0, 1):
-        raise UserError(f"--grad_cp {config.grad_cp}: expected 0 or 1, or -1 for an automatic choice")
+    if config.grad_cp not in (-1, 0, 1, 2):
+        raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.eval_file and config.eval_split > 0:
         raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
     if config.eval_steps and not (config.eval_file or config.eval_split):

@@ -6,6 +6,7 @@ Parameter names are the checkpoint's. What differs between the versions is in rw
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -56,16 +57,21 @@ class Block(nn.Module):
         self.ffn = version.ChannelMix(arch, layer, kernel)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None, wanted: Tensor | None = None
+        self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None, wanted: Tensor | None = None, recompute: bool = False
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (B, T) bool the channel mix
-        is computed for these tokens only, and the new x is theirs, (their number, C); the state is whole."""
+        is computed for these tokens only, and the new x is theirs, (their number, C); the state is whole. With `recompute` nothing of the
+        time mix is kept for the backward but its input."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        mixed, v_first, att_x, wkv = self.att(self.ln1(x), v_first, state.att_x, state.wkv, reset)
+        run = functools.partial(checkpoint, self.time_mix, use_reentrant=False) if recompute else self.time_mix
+        mixed, v_first, att_x, wkv = run(x, v_first, state.att_x, state.wkv, reset)
         x = x + mixed
         mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset, wanted)
         return chosen(x, wanted) + mixed, v_first, LayerState(att_x, wkv, ffn_x)
+
+    def time_mix(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        return self.att(self.ln1(x), *others)
 
 
 class RWKV(nn.Module):
@@ -77,7 +83,7 @@ class RWKV(nn.Module):
     def __init__(self, arch: Arch, kernel: str = "torch"):
         super().__init__()
         self.arch = arch
-        self.grad_cp = False
+        self.grad_cp = 0  # what is recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
         self.expands_to: torch.dtype | None = None  # that of the products, where the linears are quantised and do not tell
         self.base_name: str | None = None
         self.base_fingerprint: str | None = None
@@ -180,10 +186,11 @@ class RWKV(nn.Module):
         x, v_first, after = self.emb(ids).to(state[0].att_x.dtype), None, []
         for layer, (block, before) in enumerate(zip(self.blocks, state, strict=True), 1):
             of_these = wanted if layer == len(self.blocks) else None
-            if self.grad_cp and torch.is_grad_enabled():
+            recompute = self.grad_cp if torch.is_grad_enabled() else 0
+            if recompute == 1:
                 x, v_first, new = checkpoint(block, x, v_first, before, reset, of_these, use_reentrant=False)
             else:
-                x, v_first, new = block(x, v_first, before, reset, of_these)
+                x, v_first, new = block(x, v_first, before, reset, of_these, recompute == 2)
             after.append(new)
         return self.ln_out(x), after
 

@@ -110,7 +110,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         with ops.nan_passes(), naming_the_killed(trainer):  # LastGood judges the steps
             trainer.fit(module)
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 1, then --quant nf4, which adapters can do with, "
+        raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "
                         "then lower --ctx_len") from None
     if trainer.is_global_zero:
         measured = {"fit_seconds": time.perf_counter() - begun, "command_to_first_step_seconds": report.first_step_seconds,

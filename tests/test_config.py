@@ -122,7 +122,7 @@ def test_yaml_mistakes(tmp_path):
     for text, words in [
         ("mico_bsz: 4\n", "unknown setting 'mico_bsz'; did you mean micro_bsz?"), ("a: [\n", "not valid YAML"), ("- 4\n", "got list"),
         ("micro_bsz:\n", "--micro_bsz None: expected int"), ("tokenizer:\n", "--tokenizer None: expected str"),
-        ("proj_dir: [a, b]\n", "expected str"), ("ctx_len: 1.5\n", "--ctx_len 1.5: expected int"), ("grad_cp: 2\n", "expected 0 or 1"),
+        ("proj_dir: [a, b]\n", "expected str"), ("ctx_len: 1.5\n", "--ctx_len 1.5: expected int"), ("grad_cp: 3\n", "expected 0, 1 or 2"),
     ]:
         path.write_text(text)
         assert words in mistake("--config", str(path)), text
@@ -179,7 +179,7 @@ def test_targets_are_a_list():
     ("--ctx_len x", "--ctx_len x: expected int"), ("--ctx_len inf", "expected int"),
     ("--n_layer -1", "--n_layer -1: must not be negative"), ("--lr_init nan", "--lr_init nan: expected float"),
     ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"), ("--grad_cp yes", "--grad_cp yes: expected int"),
-    ("--grad_cp 2", "--grad_cp 2: expected 0 or 1"),
+    ("--grad_cp 3", "--grad_cp 3: expected 0, 1 or 2"),
     ("--peft vera", "--peft vera: expected one of lora, miss, state, none"), ("--lr_schedule linear", "expected one of cos, constant, wsd"),
     ("--strategy deepspeed", "deepspeed_stage_1"), ("--global_bsz 12 --micro_bsz 8", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),
     ("--global_bsz 12 --accumulate_grad_batches 8", "12 is not a multiple of accumulate_grad_batches x devices x num_nodes = 8"),
