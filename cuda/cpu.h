@@ -58,6 +58,12 @@ template <int W> inline void narrow(uint16_t* p, Vec<W> x) {
     memcpy(p, &half, sizeof half);
 }
 
+// numbers of an activation, fp32 or bf16
+template <int W> inline Vec<W> read(const float* p) { return load<W>(p); }
+template <int W> inline Vec<W> read(const uint16_t* p) { return widen<W>(p); }
+template <int W> inline void write(float* p, Vec<W> x) { store<W>(p, x); }
+template <int W> inline void write(uint16_t* p, Vec<W> x) { narrow<W>(p, x); }
+
 // exp(x) to 1.5 ulp; 0 below -87.3, where fp32 has no normal numbers, and exp(88) above 88
 template <int W> inline Vec<W> exponential(Vec<W> x) {
     typedef Vec<W> V;

@@ -15,11 +15,6 @@ struct Shape {
     long numbers() const { return B * T * C; }
 };
 
-template <int W> inline Vec<W> read(const float* p) { return load<W>(p); }
-template <int W> inline Vec<W> read(const uint16_t* p) { return widen<W>(p); }
-template <int W> inline void write(float* p, Vec<W> x) { store<W>(p, x); }
-template <int W> inline void write(uint16_t* p, Vec<W> x) { narrow<W>(p, x); }
-
 template <int W> inline Vec<W> sigmoid(Vec<W> x) { return 1.f / (1.f + exponential<W>(-x)); }
 
 template <int W> inline Vec<W> square_root(Vec<W> x) {

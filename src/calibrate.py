@@ -35,7 +35,7 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
     model.grad_cp = config.grad_cp
     model.set_kernel(kernel)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    head = Head(arch.n_embd, arch.vocab_size, bias=False, device=device, dtype=dtype).requires_grad_(config.peft == "none")
+    head = Head(arch.n_embd, arch.vocab_size, kernel).to(device, dtype).requires_grad_(config.peft == "none")
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
 
     def layers() -> None:

@@ -6,12 +6,16 @@ gradients of input and weight are made with them, because the loss is one number
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product, product_into
+
+from .ops.native import DTYPES, library
 
 L2WRAP = 1e-4
 BLOCK = 1 << 24  # logits at a time: 64 MiB in fp32, enough rows for a fast product
@@ -45,49 +49,69 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return _L2Wrap.apply(loss, exact) if len(targets) else loss
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, native: bool = False) -> Tensor:
     """loss_sum(x W^T, targets): x (rows, C), weight (V, C) of x's dtype, targets (rows,) int64 -> scalar in at least fp32.
 
-    Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want one.
+    Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want one. `native`: the softmax by
+    cuda/loss_cpu.cpp, where x is fp32 or bf16 on the CPU.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
-    return _HeadLoss.apply(x, weight, targets)
+    return _HeadLoss.apply(x, weight, targets, native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16))
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        need_dx, need_dw, _ = ctx.needs_input_grad
-        exact = torch.promote_types(x.dtype, torch.float32)
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool) -> Tensor:
+        need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
         dw = torch.zeros_like(weight) if need_dw else None
-        loss = torch.zeros((), dtype=exact, device=x.device)
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         rows = max(1, BLOCK // len(weight))
         block = x.new_empty(min(rows, len(x)), len(weight))
+        softmax_loss = torch.ops.rwkv.softmax_loss_ if native else softmax_loss_
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            logits = product_into(block[: len(x[part])], x[part], weight).to(exact)
-            loss += softmax_loss_(logits, targets[part])
-            dlogits = logits.to(x.dtype)
+            logits = product_into(block[: len(x[part])], x[part], weight)
+            loss += softmax_loss(logits, targets[part]).sum()
             if need_dx:
-                dx[part] = product(dlogits, weight.t())
+                dx[part] = product(logits, weight.t())
             if need_dw:
-                dw += product(dlogits.t(), x[part].t())
+                dw += product(logits.t(), x[part].t())
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor):
-        return *(None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors), None
+        return *(None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors), None, None
 
 
 def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of a block of logits (rows, V), which become its gradient with respect to them, L2Wrap's term included."""
-    top, where = logits.max(-1, keepdim=True)
+    """The loss of each row of logits (rows, V), in at least fp32; the logits become its gradient with respect to them, with L2Wrap's term."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, where = exact.max(-1, keepdim=True)
     targets = targets.unsqueeze(1)
-    own = logits.gather(1, targets)
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    logits.div_(total).scatter_add_(1, targets, -torch.ones_like(own)).scatter_add_(1, where, L2WRAP * top)
-    return (total.log() + top - own).sum()
+    own = exact.gather(1, targets)
+    gradient = exact.sub_(top) if exact is logits else exact - top
+    total = gradient.exp_().sum(-1, keepdim=True)
+    gradient.div_(total).scatter_add_(1, targets, -torch.ones_like(own)).scatter_add_(1, where, L2WRAP * top)
+    logits.copy_(gradient)
+    return (total.log() + top - own).squeeze(1)
+
+
+def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
+    rows, vocab = logits.shape
+    loss = logits.new_empty(rows, dtype=torch.float32)
+    if not logits.is_contiguous() or targets.dtype != torch.int64 or targets.shape != (rows,) or rows and not 0 <= targets.min() <= targets.max() < vocab:
+        raise ValueError(f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)} with strides "
+                         f"{logits.stride()}; expected contiguous logits, and for each row an int64 target from 0 to {vocab - 1}")
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (logits, targets.contiguous(), loss)]
+    sizes = [ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]
+    library("cpu").softmax_loss(*pointers, *sizes, DTYPES[logits.dtype], torch.get_num_threads())
+    return loss
+
+
+torch.library.define("rwkv::softmax_loss_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
+torch.library.impl("rwkv::softmax_loss_", "cpu", _native_softmax_loss_)
+torch.library.register_fake("rwkv::softmax_loss_", lambda logits, targets: logits.new_empty(len(logits), dtype=torch.float32))

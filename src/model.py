@@ -90,7 +90,7 @@ class RWKV(nn.Module):
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd)
-        self.head = Head(arch.n_embd, arch.vocab_size, bias=False)
+        self.head = Head(arch.n_embd, arch.vocab_size, kernel)
         self._init_weights()
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class RWKV(nn.Module):
         """Name another WKV implementation; "cpu" also means the native elementwise functions of src.ops.fused."""
         for block in self.blocks:
             block.att.kernel = kernel
-            block.att.native = block.ffn.native = kernel == "cpu"
+            block.att.native = block.ffn.native = self.head.native = kernel == "cpu"
 
     @property
     def dtype(self) -> torch.dtype:

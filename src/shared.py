@@ -75,9 +75,13 @@ class Linear(nn.Linear):
 class Head(Linear):
     """The map to the vocabulary: logits, or with targets (rows,) for x (rows, C) their summed loss, without ever holding all logits."""
 
+    def __init__(self, width: int, vocab: int, kernel: str):
+        super().__init__(width, vocab, bias=False)
+        self.native = kernel == "cpu"
+
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return head_loss(x, self.weight.to(x.dtype), targets)
+        return head_loss(x, self.weight.to(x.dtype), targets, self.native)

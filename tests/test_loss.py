@@ -16,8 +16,8 @@ def gradients(loss, leaves):
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("rows", [0, 1, 5, 13])
-@pytest.mark.parametrize("trained", [False, True])
-def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained):
+@pytest.mark.parametrize("trained, native", [(False, False), (True, True), (False, True)])
+def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native):
     monkeypatch.setattr(losses, "BLOCK", 5 * 31)  # blocks of 5 rows
     torch.manual_seed(0)
     x = torch.randn(rows, 11).to(dtype).requires_grad_()
@@ -25,20 +25,21 @@ def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, t
     leaves = [x, weight] if trained else [x]
     exact = [t.detach().double().requires_grad_() for t in leaves]
     want = gradients(loss_sum(exact[0] @ (exact[1] if trained else weight.double()).t(), targets), exact)
-    got = gradients(head_loss(x, weight, targets), leaves)
+    got = gradients(head_loss(x, weight, targets, native), leaves)
     assert got[0].dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in got[1:]] == [dtype] * len(leaves)
     for name, mine, theirs in zip(("loss", "dx", "dweight"), got, want):
         assert mine.shape == theirs.shape
         assert rows == 0 or (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm(), name
 
 
-def test_large_and_equal_logits():
+@pytest.mark.parametrize("native", [False, True])
+def test_large_and_equal_logits(native):
     """exp would overflow, and the arg-max is one of several."""
     weight = torch.zeros(9, 3)
     weight[2:5] = 500.0
     for x in (torch.ones(2, 3), -torch.ones(2, 3)):
         x.requires_grad_()
-        mine, want = (gradients(loss, [x]) for loss in (head_loss(x, weight, torch.tensor([2, 7])), loss_sum(x @ weight.t(), torch.tensor([2, 7]))))
+        mine, want = (gradients(loss, [x]) for loss in (head_loss(x, weight, torch.tensor([2, 7]), native), loss_sum(x @ weight.t(), torch.tensor([2, 7]))))
         for a, b in zip(mine, want):
             torch.testing.assert_close(a, b)
             assert a.isfinite().all()
@@ -46,7 +47,7 @@ def test_large_and_equal_logits():
 
 def test_nothing_but_the_gradient_is_kept_and_nothing_without_grad(monkeypatch):
     monkeypatch.setattr(losses, "BLOCK", 2 * 31)
-    head = Head(11, 31, bias=False).requires_grad_(False)
+    head = Head(11, 31, "cpu").requires_grad_(False)
     x, targets, kept = torch.randn(7, 11, requires_grad=True), torch.arange(7), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         loss = head(x, targets)
@@ -60,10 +61,35 @@ def test_nothing_but_the_gradient_is_kept_and_nothing_without_grad(monkeypatch):
 
 
 def test_autocast_computes_in_its_dtype():
-    head = Head(11, 31, bias=False)
+    head = Head(11, 31, "cpu")
     x = torch.randn(7, 11, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         loss = head(x, torch.arange(7))
         want = loss_sum(torch.nn.functional.linear(x, head.weight), torch.arange(7))
     for a, b in zip(gradients(loss, [x, head.weight]), gradients(want, [x, head.weight])):
         assert a.dtype == torch.float32 and (a - b).norm() <= 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, vocab, threads", [(1, 1, 1), (2, 15, 1), (3, 16, 3), (5, 17, 2), (4, 2063, 1)])
+def test_the_native_softmax_is_the_plain_one(dtype, rows, vocab, threads):
+    torch.manual_seed(0)
+    logits, targets = (5 * torch.randn(rows, vocab)).to(dtype), torch.randint(vocab, (rows,))
+    logits[0, -1] = logits.max() + 1  # the arg-max among the last few, which are no whole vector
+    targets[-1] = logits[-1].float().argmax()
+    exact = logits.double()
+    want = losses.softmax_loss_(exact, targets)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = torch.ops.rwkv.softmax_loss_(logits, targets)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got.double(), want, rtol=3e-7, atol=3e-6)
+    torch.testing.assert_close(logits.double(), exact, rtol=4e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+
+
+def test_a_target_outside_of_the_vocabulary_is_an_error():
+    for wrong in ([0, 5], [-1, 0], [0]):
+        with pytest.raises(ValueError, match="an int64 target from 0 to 4"):
+            torch.ops.rwkv.softmax_loss_(torch.randn(2, 5), torch.tensor(wrong))

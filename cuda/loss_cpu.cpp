@@ -1,0 +1,61 @@
+// The cross entropy of a block of logits and its gradient in their place, on a CPU: a row is read three times while it is in the cache, for
+// its largest logit, for the sum of the exponentials and for the gradient, which takes them again. Arithmetic is fp32. src/loss.py has the
+// formula in plain torch.
+//
+// The C interface: logits (rows, V), contiguous, dtype 0 fp32 or 1 bf16; targets (rows) int64, each below V; loss (rows) fp32.
+#include "cpu.h"
+
+namespace {
+
+constexpr int W = WIDTH;
+typedef Lanes<W>::I Index;
+
+// W numbers of a row of V from i on; those behind the end are -inf
+template <class Number> inline Vec<W> numbers(const Number* row, long i, long V) {
+    if (i + W <= V) return read<W>(row + i);
+    Number part[W];
+    Vec<W> x = fill<W>(-INFINITY);
+    memcpy(part, row + i, (V - i) * sizeof(Number));
+    for (long l = 0; l < V - i; l++) x[l] = read<1>(part + l)[0];
+    return x;
+}
+
+template <class Number> float row_loss(Number* row, long V, long target, float l2wrap) {
+    Vec<W> top = fill<W>(-INFINITY);
+    Index where{}, lane{};
+    for (int l = 0; l < W; l++) lane[l] = l;
+    for (long i = 0; i < V; i += W) {
+        const Vec<W> x = numbers(row, i, V);
+        const Index larger = x > top;
+        top = choose<W>(larger, x, top);
+        where = larger ? lane + int(i) : where;
+    }
+    long first = where[0];
+    float most = top[0];
+    for (int l = 1; l < W; l++)
+        if (top[l] > most || (top[l] == most && where[l] < first)) most = top[l], first = where[l];
+
+    LongSum<W> total;
+    for (long i = 0; i < V; i += W) total.add(exponential<W>(numbers(row, i, V) - most));
+    const float all = sum<W>(total.value()), own = read<1>(row + target)[0];
+    for (long i = 0; i < V; i += W) {
+        const Vec<W> x = exponential<W>(numbers(row, i, V) - most) * (1.f / all);
+        if (i + W <= V) write<W>(row + i, x);
+        else
+            for (long l = 0; l < V - i; l++) write<1>(row + i + l, Vec<1>{x[l]});
+    }
+    auto add = [&](long i, float logit, float more) { write<1>(row + i, exponential<1>(Vec<1>{logit - most}) * (1.f / all) + more); };
+    const float pull = l2wrap * most;
+    add(first, most, first == target ? pull - 1.f : pull);
+    if (first != target) add(target, own, -1.f);
+    return std::log(all) + most - own;
+}
+
+}  // namespace
+
+extern "C" void softmax_loss(void* logits, const int64_t* targets, float* loss, int64_t rows, int64_t V, float l2wrap, int dtype, int threads) {
+    parallel(rows, threads, [&](long i, int) {
+        if (dtype == kFloat32) loss[i] = row_loss(static_cast<float*>(logits) + i * V, V, targets[i], l2wrap);
+        else loss[i] = row_loss(static_cast<uint16_t*>(logits) + i * V, V, targets[i], l2wrap);
+    });
+}
