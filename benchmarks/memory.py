@@ -26,6 +26,8 @@ CONFIGURATIONS = {
     "v7": (7, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "512"]),
     "v6-bf16": (6, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "1024"]),
     "v7-grad_cp": (7, ["--precision", "fp32", "--micro_bsz", "8", "--ctx_len", "160", "--grad_cp", "1"]),
+    "v7-grad_cp2": (7, ["--precision", "bf16", "--micro_bsz", "4", "--ctx_len", "512", "--grad_cp", "2"]),
+    "v7-nf4": (7, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "512", "--quant", "nf4"]),
     "v6-lora": (6, ["--precision", "fp32", "--micro_bsz", "3", "--ctx_len", "256", "--peft", "lora"]),
     **{f"v7-zero{n}": (7, ["--precision", "fp32", "--micro_bsz", "1", "--ctx_len", "512", "--devices", "2", "--strategy", f"deepspeed_stage_{n}"])
        for n in "123"},

@@ -103,7 +103,8 @@ def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
 def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
     rows, vocab = logits.shape
     loss = logits.new_empty(rows, dtype=torch.float32)
-    if not logits.is_contiguous() or targets.dtype != torch.int64 or targets.shape != (rows,) or rows and not 0 <= targets.min() <= targets.max() < vocab:
+    in_range = targets.dtype == torch.int64 and targets.shape == (rows,) and (not rows or 0 <= targets.min() <= targets.max() < vocab)
+    if not in_range or not logits.is_contiguous():
         raise ValueError(f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)} with strides "
                          f"{logits.stride()}; expected contiguous logits, and for each row an int64 target from 0 to {vocab - 1}")
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (logits, targets.contiguous(), loss)]
