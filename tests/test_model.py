@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import rwkv_miss
+from rwkv_miss import functional
 from rwkv_miss.errors import UserError
 from src.loss import loss_sum
 from src.model import RWKV, parameter_groups
@@ -160,6 +162,30 @@ def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
         assert (all_tokens is None) == (these is None)
         if all_tokens is not None:
             torch.testing.assert_close(these, all_tokens, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "cpu"])
+@pytest.mark.parametrize("version", [6, 7])
+def test_nothing_is_kept_or_computed_below_the_lowest_adapted_layer(version, kernel, monkeypatch):
+    """Of three layers the last two are adapted: the first leaves no tensor for a backward, and neither it nor the inputs of the second's
+    linears get a gradient."""
+    model = RWKV(make_arch(version, n_layer=3), kernel)
+    model.load_state_dict(random_tensors(model.arch))
+    names = [f"blocks.{layer}.{name}" for layer in (1, 2) for name in ("att.receptance", "att.key", "att.output", "ffn.key", "ffn.value")]
+    rwkv_miss.inject(model, "miss", names, rank=4)
+    kept, below = [], []
+    model.blocks[1].register_forward_pre_hook(lambda module, args: below.extend([*kept, *(x for x in args[:2] if getattr(x, "requires_grad", 0))]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        x, _ = model.features(torch.arange(12)[None])
+    assert not below and kept
+    multiplied = []
+    product = functional.product
+    monkeypatch.setattr(functional, "product", lambda x, weight, *bias: multiplied.append(weight.data_ptr()) or product(x, weight, *bias))
+    x.square().sum().backward()
+    linears = {name: layer.weight.data_ptr() for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    used = {name for name, place in linears.items() if place in multiplied}
+    assert used == {name for name in linears if name.startswith("blocks.2.")} | {f"blocks.1.{name}" for name in ("att.output", "ffn.key", "ffn.value")} \
+        | ({"blocks.1.ffn.receptance"} if version == 6 else set())
 
 
 @pytest.mark.parametrize("version", [6, 7])
