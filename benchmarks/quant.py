@@ -9,10 +9,11 @@ on the unquantised base, as the merge makes it. Rates are so low that rounding a
 are chaotic, and int8 is then 0.84 to 1.20 times none, by the seed.
 
 Cost: a random RWKV-7 of the given size, CPU seconds of one step (forward and backward of a row), the kinds taking turns, the fastest of the
-rounds. Memory is the process's own: what building the model leaves, and the most while a step runs. The last line is JSON.
+rounds; what a whole run takes is in benchmarks/memory.py. The last line is JSON.
 """
 
 import argparse
+import contextlib
 import pathlib
 import random
 import statistics
@@ -30,11 +31,13 @@ from src.config import Config
 from src.device import DTYPES
 from src.infctx import chunks_of, rows_loss
 from src.model import read_model_file
+from src.ops import native
 
-from .common import anonymous_bytes, peak_above_start, report, write_random_base
+from .common import report, write_random_base
 
 ROOT = pathlib.Path(__file__).parent.parent
 KINDS = ("none", *CODES)
+WAYS = (*KINDS, "nf4, plain torch")  # without the native kernel that expands a weight
 DIGITS = "0123456789,#"  # the vocabulary of rwkv7-reverse: an id is a place in it
 
 
@@ -149,27 +152,34 @@ def step_seconds(config: Config, model, rows: dict) -> float:
     return spent
 
 
+@contextlib.contextmanager
+def plain_torch():
+    """Context in which quantised weights are expanded as where there is no compiler."""
+    status, native.status = native.status, lambda device: native.Status(False, False)
+    try:
+        yield
+    finally:
+        native.status = status
+
+
 def cost(base, args, precision: str) -> list[dict]:
     """Bytes and seconds of every kind."""
     generator = torch.Generator().manual_seed(0)
     rows = batch([(torch.randint(256, (args.ctx_len + 1,), generator=generator).tolist(), 1)])
-    models, figures = {}, {}
-    for kind in KINDS:
-        start = anonymous_bytes()
-        models[kind] = build(base, kind, 64, precision)
-        held = anonymous_bytes() - start
-        step_seconds(*models[kind], rows)
-        frozen = sum(p.nbytes for p in models[kind][1].parameters() if not p.requires_grad)
-        figures[kind] = {"precision": precision, "kind": kind, "base_bytes": frozen, "held_bytes": held,
-                         "step_peak_bytes": peak_above_start(lambda kind=kind: step_seconds(*models[kind], rows)), "step_s": float("inf")}
-    for _ in range(args.rounds):
-        for kind in KINDS:
-            figures[kind]["step_s"] = min(figures[kind]["step_s"], step_seconds(*models[kind], rows))
-    for figure in figures.values():
-        figure["times_none"] = round(figure["step_s"] / figures["none"]["step_s"], 3)
-        print(f"{precision} {figure['kind']:<5} base {figure['base_bytes'] / 1e6:7.1f} MB, the process {figure['held_bytes'] / 1e6:7.1f} MB, a step "
-              f"{figure['step_peak_bytes'] / 1e6:7.1f} MB more and {figure['step_s']:6.3f} s, {figure['times_none']:.3f} times none", flush=True)
-    return list(figures.values())
+    models = {kind: build(base, kind, 64, precision) for kind in KINDS}
+    seconds = dict.fromkeys(WAYS, float("inf"))
+    for _ in range(args.rounds + 1):  # the first warms up, and is too slow to count
+        for way in WAYS:
+            with plain_torch() if way == "nf4, plain torch" else contextlib.nullcontext():
+                seconds[way] = min(seconds[way], step_seconds(*models[way.partition(",")[0]], rows))
+    figures = []
+    for way in WAYS:
+        _, model = models[way.partition(",")[0]]
+        held = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        ratio = round(seconds[way] / seconds["none"], 3)
+        figures.append({"precision": precision, "kind": way, "base_bytes": held, "step_s": round(seconds[way], 4), "times_none": ratio})
+        print(f"{precision} {way:<16} base {held / 1e6:7.1f} MB, a step {seconds[way]:6.3f} s, {ratio:.3f} times none", flush=True)
+    return figures
 
 
 def main() -> None:

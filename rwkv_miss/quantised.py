@@ -34,7 +34,7 @@ KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
        0.7229568362236023, 1.0)
-AT_ONCE = 1 << 18  # weights that are quantised at one time: their fp32 copies stay in the cache
+AT_ONCE = 1 << 18  # weights that are worked on at one time: their fp32 copies take no memory to speak of
 
 
 def empty(kind: str, out: int, width: int, device=None) -> Tensor:
@@ -75,22 +75,29 @@ def _nf4_codes(relative: Tensor) -> Tensor:
 
 
 @functools.cache
-def _nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+def nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The two values of every byte, as the parts of a complex number: one look-up gives both."""
     values = torch.tensor(NF4, dtype=dtype, device=device)
     return torch.complex(values.repeat_interleave(16), values.repeat(16))
 
 
-def _dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means, on every device."""
+    weight = quantised.new_empty(quantised.shape[0], width, dtype=dtype)
+    rows = max(1, AT_ONCE // width)
+    for part, into in zip(quantised.split(rows), weight.split(rows), strict=True):
+        into.copy_(_expand_rows(part, width, torch.promote_types(dtype, torch.float32)))
+    return weight
+
+
+def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
     codes, scales = _codes_and_scales(quantised)
-    exact = torch.promote_types(dtype, torch.float32)
     if quantised.dtype == DTYPES["nf4"]:
-        pairs = _nf4_pairs(quantised.device, exact).index_select(0, codes.int().flatten())
+        pairs = nf4_pairs(quantised.device, exact).index_select(0, codes.int().flatten())
         values = torch.view_as_real(pairs).view(*scales.shape, BLOCK)
     else:
         values = codes.to(exact).view(*scales.shape, BLOCK)
-    weight = values.mul_(scales.to(exact).unsqueeze(2)).flatten(1)
-    return weight[:, :width].to(dtype).contiguous()
+    return values.mul_(scales.to(exact).unsqueeze(2)).flatten(1)[:, :width]
 
 
 def _dequantised_shape(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -99,7 +106,7 @@ def _dequantised_shape(quantised: Tensor, width: int, dtype: torch.dtype) -> Ten
 
 # an operator of its own, so that a faster kernel can stand in for it on a device
 torch.library.define("rwkv_miss::dequantise", "(Tensor quantised, int width, ScalarType dtype) -> Tensor")
-torch.library.impl("rwkv_miss::dequantise", "default", _dequantise)
+torch.library.impl("rwkv_miss::dequantise", "default", expand)
 torch.library.register_fake("rwkv_miss::dequantise", _dequantised_shape)
 
 

@@ -1,5 +1,6 @@
 """A quantised base: the numbers of its formats, products with it, training beside it, and what it takes."""
 
+import ctypes
 import json
 import random
 
@@ -15,16 +16,20 @@ from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.functional import linear, lora_linear, miss_linear
 from rwkv_miss.inject import adapter_tensors
-from rwkv_miss.quantised import BLOCK, CODES, NF4, dense, empty, quantise
+from rwkv_miss.quantised import BLOCK, CODES, NF4, dense, empty, expand, quantise
+from scripts.ptxas_report import compile_report
 from src import allocation
 from src.base import build_model
 from src.choices import cheapest_fix
 from src.config import Config, parse
 from src.memory import memory_parts
 from src.model import RWKV, read_model_file
+from src.ops import native
+from src.ops import quantised as kernels
+from src.ops.build import BuildError, find_nvcc
 
 from . import program
-from .conftest import close, make_arch, random_tensors
+from .conftest import ROOT, close, make_arch, random_tensors
 
 SHAPES = [(3, 64), (5, 131), (2, 9), (7, 63), (4, 128), (1, 200)]  # out, in
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}
@@ -104,6 +109,42 @@ def test_the_dense_weight_is_code_times_scale_rounded_once(kind, shape):
     plain = torch.randn(shape).bfloat16()
     assert dense(plain, shape[1], torch.float32) is plain
     torch.library.opcheck(torch.ops.rwkv_miss.dequantise.default, (quantised, shape[1], torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
+    """The CPU's, with one thread and with several, and the GPU's, on the CPU through cuda/emulate.h."""
+    library = native.library("cpu") if device == "cpu" else libraries[7]
+    for shape in [*SHAPES, (700, 769), (3, 1024)]:
+        quantised = quantise(weights(shape), kind)
+        for dtype in kernels.DTYPES[device]:
+            memory = torch.full((quantised.shape[0] * shape[1] + 64,), torch.nan, dtype=dtype)
+            weight = memory[:-64].view(shape)
+            context = ctypes.c_void_p(3 if shape[0] == 700 else 1) if device == "cpu" else None
+            assert kernels.launch(library, quantised, weight, context) == 0
+            assert torch.equal(weight, expand(quantised, shape[1], dtype)) and memory[-64:].isnan().all()
+
+
+def test_a_weight_is_expanded_natively_where_the_kernels_are(monkeypatch):
+    quantised, called = quantise(torch.randn(5, 70), "nf4"), []
+    monkeypatch.setattr(kernels, "launch", lambda library, quantised, weight, context: called.append(weight.dtype) or weight.zero_() is None)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not dense(quantised, 70, dtype).any()
+    assert called == [torch.float32, torch.bfloat16]
+    for without in (lambda: dense(quantised, 70, torch.float64), lambda: dense(quantised[:, :], 70, torch.float16)):
+        assert without().any()
+    monkeypatch.setattr(native, "status", lambda device: native.Status(False, False, reason="no compiler"))
+    assert torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32)) and len(called) == 2
+
+
+def test_nvcc_compiles_the_gpus_kernel():
+    try:
+        find_nvcc()
+    except BuildError:
+        pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
+    rows = compile_report(ROOT / "cuda/quantised.cu", [75, 90], quick=True)
+    assert len(rows) == 2 * 2 * 3 and all(row["spill_stores"] == 0 and row["registers"] <= 32 for row in rows)
 
 
 def test_a_file_in_bf16_keeps_its_largest_weights_in_nf4():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
-from . import native
+from . import native, quantised  # noqa: F401  (quantised registers its kernel)
 from .documents import by_document
 from .native import nan_passes  # noqa: F401  (for a training's own use)
 from .reference import recurrent6, recurrent7

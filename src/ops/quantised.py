@@ -1,0 +1,38 @@
+"""The native kernels of rwkv_miss::dequantise, which expand a quantised weight to a matrix: cuda/quantised.cu and quantised_cpu.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.quantised import KINDS, expand, nf4_pairs
+
+from . import native
+
+DTYPES = {"cpu": {torch.float32: 0, torch.bfloat16: 1}, "cuda": native.DTYPES}
+
+
+def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the dtype, else in plain torch."""
+    device = quantised.device.type
+    if dtype not in DTYPES[device] or not quantised.is_contiguous() or not native.status(device).passed:
+        return expand(quantised, width, dtype)
+    weight = quantised.new_empty(quantised.shape[0], width, dtype=dtype)
+    with torch.cuda.device_of(quantised):
+        code = launch(native.library(device), quantised, weight, native.context(quantised))
+    if code:
+        raise RuntimeError(f"dequantise: the CUDA kernel could not be started, error {code}")
+    return weight
+
+
+def launch(library: ctypes.CDLL, quantised: Tensor, weight: Tensor, context: ctypes.c_void_p) -> int:
+    """Have a library write a quantised weight's numbers into `weight` (out, width); 0, or CUDA's error."""
+    pairs = torch.view_as_real(nf4_pairs(quantised.device, torch.float32))
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (quantised, pairs, weight)]
+    sizes = [ctypes.c_int64(n) for n in weight.shape]
+    return getattr(library, f"dequantise_{KINDS[quantised.dtype]}")(*pointers, *sizes, native.DTYPES[weight.dtype], context)
+
+
+torch.library.impl("rwkv_miss::dequantise", ("cpu", "cuda"), dequantise)
