@@ -96,33 +96,46 @@ def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callabl
     return step
 
 
-def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callable[[], None]:
-    """Every matrix product of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx = dy W, of each adapter S D, dy D^T
-    and S^T dy. `multiply(x, W)` is x W^T."""
-    matrices = []
+def matrices(base: RWKV) -> list[torch.Tensor]:
+    """The frozen weights that a token is multiplied with, (out, in)."""
+    found = []
     for name, p in base.named_parameters():
-        parts = p.unbind() if p.dim() == 3 and name.endswith("w2") else [p]  # v6's five maps in one
-        if p.dim() < 2 or name == "emb.weight" or p.shape[0] == 1 or name.endswith(("r_k", "time_faaaa")):
+        unused = name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"  # layer 0 has no value residual
+        if p.dim() < 2 or p.shape[0] == 1 or unused or name.endswith(("r_k", "time_faaaa", "time_state")):
             continue
-        if name.startswith("blocks.0.att.v") and name[-1] in "012":  # layer 0 does not use them
-            continue
-        matrices += [part if name.endswith("weight") else part.t() for part in parts]  # (out, in)
+        found += [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]  # v6's five maps are in one tensor
+    return found
+
+
+def adapters(base: RWKV, rank: int) -> list[torch.Tensor]:
+    """MiSS's D (r, out) of the paper's linears."""
     with torch.device("meta"):
         model = RWKV(base.arch)
         rwkv_miss.inject(model, "miss", rank=rank)
-    adapters = [torch.zeros(rank, layer.out_features) for layer in adapted_linears(model).values()]
-    x = {width: torch.randn(tokens, width) for width in {n for w in matrices for n in w.shape} | {rank}}
+    return [torch.zeros(rank, layer.out_features) for layer in adapted_linears(model).values()]
+
+
+def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callable[[], None]:
+    """Every matrix product of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx = dy W, of each adapter S D, dy D^T
+    and S^T dy. `multiply(x, W)` is x W^T."""
+    weights, all_D = matrices(base), adapters(base, rank)
+    x = {width: torch.randn(tokens, width) for width in {n for w in weights for n in w.shape} | {rank}}
 
     def gemms() -> None:
-        for w in matrices:
+        for w in weights:
             multiply(x[w.shape[1]], w)
             multiply(x[w.shape[0]], w.t())
-        for D in adapters:
+        for D in all_D:
             multiply(x[rank], D.t())
             multiply(x[D.shape[1]], D)
             multiply(x[rank].t(), x[D.shape[1]].t())
 
     return gemms
+
+
+def flops(base: RWKV, rank: int, tokens: int) -> int:
+    """Of these products."""
+    return tokens * (4 * sum(w.numel() for w in matrices(base)) + 6 * sum(D.numel() for D in adapters(base, rank)))
 
 
 def timed(work: Callable[[], None]) -> float:

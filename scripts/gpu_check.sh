@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Try the CUDA kernels on this machine's GPU and write docs/gpu/CARD-DATE.json, from which scripts/doctor.py says what ran where: the tests
-# that need a GPU, errors against float64, compute-sanitizer, the benchmark. Less than 8 minutes once .venv is made and the kernels are built.
+# that need a GPU, errors against float64, compute-sanitizer, the benchmarks. Less than 10 minutes once .venv is made and the kernels are built.
 # Exit code: 0 all passed, 1 something did not (the file says what), 2 there is no GPU.
 set -euo pipefail
 if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
@@ -39,5 +39,6 @@ done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 # bf16 is what tensor cores take; token by token under autograd, these shapes would not fit into memory
 step benchmark 100 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 1,4096,2048 8,4096,2048 --kernels cuda cuda-exact torch
+step training 120 python -m benchmarks.sizes
 
 python -m scripts.gpu_record "$logs"

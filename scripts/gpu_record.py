@@ -36,6 +36,7 @@ def main(folder: pathlib.Path) -> None:
         "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in ("memcheck", "racecheck")},
         "failures": [f"{name}: exit code {code}" for name, code in codes.items() if code] + numerics.get("failures", []),
         "benchmark": last_json(output["benchmark"]),
+        "training": last_json(output["training"]),
     }
     RECORDS.mkdir(parents=True, exist_ok=True)
     card = re.sub(r"[^a-z0-9]+", "-", record["card"].lower()).strip("-")

@@ -1,0 +1,111 @@
+"""Training steps of random models of the released sizes with MiSS: tokens a second, memory, and the share of the machine's matrix products.
+
+    python -m benchmarks.sizes [--device cuda] [--models 0.1B 0.4B ... v6-3B] [--ctx_len 512 4096] [--precision bf16] [--grad_cp 0] [--rounds 5]
+
+Batch 1, forward, loss, backward and AdamW. The share is the arithmetic of the step's products over its time, beside that of a product of two
+square matrices in the same run. Memory is the most that tensors took, of a GPU, or the process' peak. A model that does not fit is said so. The
+last line is JSON.
+"""
+
+import argparse
+import time
+
+import torch
+from torch import nn
+
+import rwkv_miss
+from scripts.memory_table import MODELS
+from src import ops
+from src.device import DTYPES, peak_memory
+from src.model import RWKV, default_arch, parameter_groups
+
+from .common import report
+from .step import flops
+
+SIZES = {name: (7, *sizes) for name, sizes in MODELS.items() if name != "13.3B"} | {"v6-3B": (6, 32, 2560)}
+RANK = 64
+SQUARE = {"cuda": 8192, "cpu": 2048}
+
+
+def random_model(version: int, n_layer: int, n_embd: int, device: str, dtype: torch.dtype, grad_cp: int) -> RWKV:
+    """Frozen random weights in `dtype` with MiSS beside them, made where they are used."""
+    kernel, _ = ops.choose("auto", device)
+    with torch.device("meta"):
+        model = RWKV(default_arch(version, n_layer, n_embd), kernel)
+    for name, p in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        values = torch.empty(p.shape, dtype=dtype, device=device).normal_(std=0.02)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
+    rwkv_miss.inject(model, "miss", rank=RANK)
+    model.grad_cp = grad_cp
+    return model
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def fastest(work, device: str, rounds: int) -> float:
+    """Wall time of the fastest round after one that warms up."""
+    best = float("inf")
+    for i in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        wait(device)
+        best = min(best, time.perf_counter() - start) if i else best
+    return best
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a product of two square matrices."""
+    n = SQUARE[device]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / fastest(lambda: a @ b, device, 5)
+
+
+def measure(name: str, ctx_len: int, args, rate: float) -> dict:
+    version, n_layer, n_embd = SIZES[name]
+    model = random_model(version, n_layer, n_embd, args.device, DTYPES[args.precision], args.grad_cp)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 0.0))
+    ids = torch.randint(model.arch.vocab_size, (1, ctx_len + 1), device=args.device)
+    wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+
+    def step() -> None:
+        x, _ = model.features(ids[:, :-1], wanted=wanted)
+        (model.head(x, ids[0, 1:]) / ctx_len).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = fastest(step, args.device, args.rounds)
+    return {"tokens_per_s": round(ctx_len / seconds, 1), "seconds": round(seconds, 4), "memory_GB": round(peak_memory(ids.device) / 1e9, 2),
+            "share_of_products": round(flops(model, RANK, ctx_len) / seconds / rate, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--device", default="cuda", choices=SQUARE)
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--ctx_len", nargs="+", type=int, default=[512, 4096])
+    parser.add_argument("--precision", default="bf16", choices=DTYPES)
+    parser.add_argument("--grad_cp", type=int, default=0, choices=(0, 1, 2))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    rate, rows = product_rate(args.device, DTYPES[args.precision]), []
+    for name in args.models:
+        for ctx_len in args.ctx_len:
+            row = {"model": name, "ctx_len": ctx_len}
+            try:
+                row |= measure(name, ctx_len, args, rate)
+            except torch.OutOfMemoryError:
+                row |= {"memory_GB": "more than there is"}
+            rows.append(row)
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    report("sizes", rows=rows, products_tflops=round(rate / 1e12, 2),
+           gpu=torch.cuda.get_device_name() if args.device == "cuda" else None, **{k: getattr(args, k) for k in ("precision", "grad_cp", "rounds")})
+
+
+if __name__ == "__main__":
+    main()
