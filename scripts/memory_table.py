@@ -45,15 +45,14 @@ def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
 
 
 def row(name: str, n_layer: int, n_embd: int) -> str:
-    """A model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time, recomputed layers or kept ones."""
+    """A model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time, layers kept or recomputed; and beside an nf4 base."""
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config()).injection.trainable
-    recomputed, kept = (
-        memory_parts(arch, Config(micro_bsz=1, grad_cp=grad_cp), "gpu", "cuda", "bf16", ROW, ROW) for grad_cp in (1, 0)
-    )
-    adapter = sum(recomputed[part] for part in ("trained", "gradients", "Adam"))
-    columns = [recomputed["base"], adapter, sum(recomputed.values()), sum(kept.values())]
-    return f"| RWKV-7 {name} | {n_layer} x {n_embd} | {trainable:,} | " + " | ".join(f"{size / GIB:.1f} GiB" for size in columns) + " |"
+    runs = [{"grad_cp": 0}, {"grad_cp": 2}, {"grad_cp": 1}, {"grad_cp": 1, "quant": "nf4"}]
+    kept, *others = (memory_parts(arch, Config(micro_bsz=1, **run), "gpu", "cuda", "bf16", ROW, ROW) for run in runs)
+    adapter = sum(kept[part] for part in ("trained", "gradients", "Adam"))
+    columns = [kept["base"], adapter, *(sum(parts.values()) for parts in (kept, *others))]
+    return f"| RWKV-7 {name} | {n_layer} x {n_embd} | {trainable:,} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
 
 
 if __name__ == "__main__":
