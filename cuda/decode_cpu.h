@@ -1,8 +1,11 @@
 // What the decoder is made of: the products of one token's activations with the weights of a model where they lie, and the threads that
 // share them out.
 //
-// A product with a matrix is bound by the memory it streams, so every thread reads rows of its own from the first to the last, one at a time
-// and without software prefetch, which only takes requests away from the hardware's (two thirds of the bandwidth; four rows at a time: half).
+// A product with a matrix is bound by the memory it streams. Every thread reads rows of its own from the first to the last, one at a time: two
+// or four at a time get 60 to 75 % of the bandwidth, and so do pieces of rows. The hardware looks ahead within a page and stops at its end, so
+// the beginning of a page is asked for two pages before (5 to 7 % faster); to ask for more takes requests away from the hardware's. Rows of
+// more than 6000 numbers reach 60 %, because their activations do not stay in the L1 cache.
+//
 // A weight is loaded as whole lanes of 32 bits, which hold one fp32, two bf16 or four int8, and the activations lie in that order (`spread`):
 // widening is then one operation, a shift or a mask, and bf16 weights in the cache are multiplied 2.6 times as fast as by widening halves.
 #pragma once
@@ -68,6 +71,13 @@ inline void spread(int64_t type, const float* x, long n, float* out) {
     std::copy(x + whole, x + n, out + whole);
 }
 
+// Asks for the beginnings of the pages that lie two pages behind those that begin in [from, to).
+inline void look_ahead(const void* from, const void* to) {
+    constexpr uintptr_t PAGE = 4096, LINE = 64;
+    for (uintptr_t page = (reinterpret_cast<uintptr_t>(from) + PAGE - 1) / PAGE * PAGE; page < reinterpret_cast<uintptr_t>(to); page += PAGE)
+        for (uintptr_t line = 0; line < 2; line++) __builtin_prefetch(reinterpret_cast<const void*>(page + 2 * PAGE + line * LINE), 0, 1);
+}
+
 // W sums whose sum is the product of n weights of a row with the activations
 template <class T> inline Vec<WIDTH> product(const T* row, const float* x, long n) {
     constexpr int W = WIDTH, share = sizeof(float) / sizeof(T), together = 4 / share;
@@ -86,17 +96,20 @@ template <class T> inline Vec<WIDTH> product(const T* row, const float* x, long 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// emit(row, product) for the rows [first, last), x spread. Long rows are read in pieces whose activations stay in the L1 cache.
+// emit(row, product) for the rows [first, last), x spread
 template <class T, class Emit> inline void rows_of(const Matrix& matrix, const float* x, long first, long last, Emit emit) {
-    constexpr long W = WIDTH, PIECE = 4096;
+    constexpr long W = WIDTH;
     const T* data = static_cast<const T*>(matrix.data);
     for (long row = first; row < last; row += W) {
+        const long count = std::min(W, last - row);
         Vec<W> sums[W] = {};
-        for (long start = 0; start < matrix.columns; start += PIECE)
-            for (long r = 0; r < W && row + r < last; r++)
-                sums[r] += product(data + (row + r) * matrix.columns + start, x + start, std::min(PIECE, matrix.columns - start));
+        for (long r = 0; r < count; r++) {
+            const T* weights = data + (row + r) * matrix.columns;
+            look_ahead(weights, weights + matrix.columns);
+            sums[r] = product(weights, x, matrix.columns);
+        }
         const Vec<W> totals = row_sums<W>(sums);
-        for (long r = 0; r < W && row + r < last; r++) emit(row + r, std::is_same<T, int8_t>() ? totals[r] * matrix.scale[row + r] : totals[r]);
+        for (long r = 0; r < count; r++) emit(row + r, std::is_same<T, int8_t>() ? totals[r] * matrix.scale[row + r] : totals[r]);
     }
 }
 template <class Emit> inline void multiply_rows(const Matrix& matrix, const float* x, long first, long last, Emit emit) {
@@ -105,30 +118,30 @@ template <class Emit> inline void multiply_rows(const Matrix& matrix, const floa
     else rows_of<int8_t>(matrix, x, first, last, emit);
 }
 
-// W numbers from p on, or no more than `left` of them
-template <class T> inline Vec<WIDTH> widened(const T* p, long left) {
-    if constexpr (std::is_same<T, float>())
-        if (left >= WIDTH) return load<WIDTH>(p);
-    if constexpr (std::is_same<T, uint16_t>())
-        if (left >= WIDTH) return widen<WIDTH>(p);
-    Vec<WIDTH> x = {};
-    for (long l = 0; l < WIDTH && l < left; l++) x[l] = value(p + l);
-    return x;
+template <class T> inline Vec<WIDTH> widened(const T* p) {
+    if constexpr (std::is_same<T, float>()) return load<WIDTH>(p);
+    else return widen<WIDTH>(p);
+}
+
+// out[c] += x[0] rows[0][c] + ... for `count` rows of `columns` each and c in [from, to)
+template <int count, class T> inline void add_rows(const T* rows, long columns, const float* x, long from, long to, float* out) {
+    look_ahead(rows, rows + count * columns);
+    long c = from;
+    for (; c + WIDTH <= to; c += WIDTH) {
+        Vec<WIDTH> sum = load<WIDTH>(out + c);
+        for (int r = 0; r < count; r++) sum += widened(rows + r * columns + c) * x[r];
+        store<WIDTH>(out + c, sum);
+    }
+    for (; c < to; c++)
+        for (int r = 0; r < count; r++) out[c] += value(rows + r * columns + c) * x[r];
 }
 
 // out[c] += the sum of x[r] matrix[r][c] over the rows [first, last), for c in [from, to)
 template <class T> inline void columns_of(const Matrix& matrix, const float* x, long first, long last, long from, long to, float* out) {
-    constexpr long W = WIDTH;
-    for (long row = first; row < last; row += 4) {
-        const int count = std::min(4L, last - row);
-        const T* data = static_cast<const T*>(matrix.data) + row * matrix.columns;
-        for (long c = from; c < to; c += W) {
-            Vec<W> sum = widened(out + c, to - c);
-            for (int r = 0; r < count; r++) sum += widened(data + r * matrix.columns + c, to - c) * x[row + r];
-            if (to - c >= W) store<W>(out + c, sum);
-            else memcpy(out + c, &sum, sizeof(float) * (to - c));  // what follows may be another thread's
-        }
-    }
+    const T* data = static_cast<const T*>(matrix.data);
+    long row = first;
+    for (; row + 8 <= last; row += 8) add_rows<8>(data + row * matrix.columns, matrix.columns, x + row, from, to, out);
+    for (; row < last; row++) add_rows<1>(data + row * matrix.columns, matrix.columns, x + row, from, to, out);
 }
 inline void add_columns(const Matrix& matrix, const float* x, long first, long last, long from, long to, float* out) {
     if (matrix.type == kFp32) columns_of<float>(matrix, x, first, last, from, to, out);

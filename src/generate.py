@@ -38,14 +38,26 @@ def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator
         logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts))
     if sampling.temperature < 1e-5:
         return int(logits.argmax())
-    order = torch.argsort(logits, descending=True)
-    if sampling.top_k:
-        order = order[: sampling.top_k]
-    probabilities = torch.softmax(logits[order], 0)
+    order, probabilities = _likeliest(logits, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
     kept = int((probabilities.cumsum(0) - probabilities < sampling.top_p).sum().clamp(min=1))
     weights = torch.softmax(logits[order[:kept]] / sampling.temperature, 0)
     return int(order[torch.multinomial(weights.cpu(), 1, generator=generator).item()])
+
+
+def _likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities of the likeliest tokens in their order: top_k of them, else enough to reach top_p. Of 65536 tokens 256 are most
+    often enough, and sorting them all takes half as long as making the logits of a small model."""
+    if sampling.top_k:
+        values, order = logits.topk(min(sampling.top_k, len(logits)))
+        return order, values.softmax(0)
+    total = logits.logsumexp(0)
+    for count in (256, 4096, len(logits)):
+        values, order = logits.topk(min(count, len(logits)))
+        probabilities = (values - total).exp()
+        if probabilities.sum() >= sampling.top_p:
+            break
+    return order, probabilities
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ SIZES = [
     dict(version=7), dict(version=6),
     dict(version=7, n_layer=3, n_embd=72, head_size=8, vocab_size=101), dict(version=6, n_layer=3, n_embd=40, head_size=8, vocab_size=33),
     dict(version=7, n_layer=1, n_embd=528, head_size=24), dict(version=6, n_layer=1, n_embd=320, head_size=64),
-    dict(version=6, n_embd=50, dim_att=48, dim_ffn=70), dict(version=6, n_embd=24, dim_att=64, dim_ffn=7), dict(version=7, dim_ffn=4099),
+    dict(version=6, n_embd=50, dim_att=48, dim_ffn=70), dict(version=6, n_embd=24, dim_att=64, dim_ffn=7), dict(version=7, dim_ffn=8237),
     dict(version=7, layer0_value_residual=False), dict(version=7, initial_state=True), dict(version=6, initial_state=True),
 ]
 
@@ -120,7 +120,7 @@ def test_a_row_of_zeros_is_zeros_in_int8():
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24)], ids=str)
+@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24), dict(version=7, dim_ffn=8237)], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(sizes, int8, monkeypatch):
     arch = make(**sizes)
     model = model_of(arch, random_tensors(arch), torch.float32)

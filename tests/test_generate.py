@@ -123,6 +123,18 @@ def test_tokens_come_with_the_promised_frequencies(sampling, expected):
     assert ((got - expected).abs() <= 4 * (expected * (1 - expected) / 3000).sqrt()).all(), got
 
 
+@pytest.mark.parametrize("spread", [0.01, 1, 4])
+def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
+    """Whether 256, 4096 or all of 20000 tokens hold the probability: the smallest set that reaches top_p, and no other token."""
+    logits = spread * torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    probabilities, order = logits.softmax(0).sort(descending=True)
+    for top_p in (0.02, 0.3, 0.9, 0.9999):
+        kept = set(order[: int((probabilities.double().cumsum(0) - probabilities < top_p + 1e-5).sum())].tolist())  # but for rounding
+        generator = torch.Generator().manual_seed(1)
+        drawn = {sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(60)}  # so hot that the kept ones are alike
+        assert drawn <= kept and len(drawn) >= min(len(kept), 40) - 20
+
+
 def test_a_seed_repeats_the_answer_and_another_does_not():
     draw = []
     for seed in (1, 1, 2):

@@ -1,0 +1,207 @@
+"""Tokens per second of single tokens and of a prompt: the decoder in fp32, bf16 and int8, the package `rwkv`, and llama.cpp, in one run.
+
+    python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256] [--rounds 8] [--llama FOLDER]
+
+A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds alternate between the
+contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a token are those of all weights but the embedding. KL is
+that of the next token, mean over 128 tokens, from the decoder in fp32 with the same bf16 weights.
+
+FOLDER holds llama.cpp's libraries and, in include/, its headers: the npm package @node-llama-cpp/linux-x64 (bins/linux-x64) has the former,
+the source archive of the PyPI package llama-cpp-python of the same llama.cpp version the latter (vendor/llama.cpp/include and ggml/include).
+`pip install gguf` writes its files. The last line is JSON.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import pathlib
+import tempfile
+import time
+
+import torch
+
+from rwkv_miss import write_checkpoint
+from src import ops
+from src.decode import Decoder
+from src.model import RWKV, default_arch
+from src.ops import build
+
+from .common import report
+from .gguf_file import write_gguf
+
+TOKENS = 10  # of a round
+
+
+def write_base(path, version: int, layers: int, width: int) -> None:
+    """A random bf16 checkpoint in which every part of the model shows in the logits."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, p in RWKV(default_arch(version, layers, width)).state_dict().items():
+        noise = torch.randn(p.shape)
+        if name == "emb.weight":
+            p = noise
+        elif p.squeeze().dim() < 2:
+            p = p + 0.05 * noise
+        else:
+            p = noise / p.shape[-1] ** 0.5 if name.endswith(".weight") else p + 0.1 * noise
+        tensors[name] = p.bfloat16()
+    write_checkpoint(path, tensors.items())
+
+
+class Ours:
+    def __init__(self, path, dtype: torch.dtype, int8: bool = False):
+        self.model = RWKV.load(path, dtype, kernel=ops.choose("cpu", "cpu")[0]).eval()
+        self.int8, self.decoders = int8, {}
+        sizes = {name: (p.numel(), p.element_size()) for name, p in self.model.named_parameters() if name != "emb.weight"}
+        self.bytes = sum(count * (1 if int8 and name.endswith(".weight") and count > 1e5 else size) for name, (count, size) in sizes.items())
+
+    def start(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        if threads not in self.decoders:
+            self.decoders[threads] = Decoder(self.model, self.int8)
+        self.decoder, self.state = self.decoders[threads], None
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        logits, self.state = self.decoder.next_logits(torch.tensor([tokens]), self.state)
+        return logits[0]
+
+
+class Package:
+    """The package `rwkv`, with TorchScript. It chooses the version by the environment when it is imported."""
+
+    def __init__(self, path, strategy: str, version: int):
+        os.environ |= {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+        from rwkv.model import RWKV as Model
+
+        self.model, self.version = Model(str(path).removesuffix(".pth"), strategy), version
+
+    def start(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.state = self.model.generate_zero_state() if self.version == 7 else None
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        single = len(tokens) == 1 and self.version == 7
+        logits, self.state = self.model.forward(tokens[0] if single else tokens, self.state)
+        return logits
+
+
+class Llama:
+    def __init__(self, library: ctypes.CDLL, folder: str, path, vocabulary: int):
+        self.library, self.vocabulary = library, vocabulary
+        library.llama_start.restype = ctypes.c_void_p
+        handle = library.llama_start(folder.encode(), str(path).encode(), ctypes.c_int64(4096))
+        if not handle:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        self.handle, self.bytes = ctypes.c_void_p(handle), 0
+
+    def start(self, threads: int) -> None:
+        self.threads = threads
+        self.library.llama_forget(self.handle)
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        logits = torch.empty(self.vocabulary)
+        given = (ctypes.c_int32 * len(tokens))(*tokens)
+        if self.library.llama_feed(self.handle, given, ctypes.c_int64(len(tokens)), ctypes.c_int64(self.threads), ctypes.c_void_p(logits.data_ptr())):
+            raise RuntimeError("llama.cpp does not take the tokens")
+        return logits
+
+
+def native(folder: str | None) -> ctypes.CDLL:
+    """The library of decode_peers.cpp, with llama.cpp where its folder is given."""
+    source = pathlib.Path(__file__).with_name("decode_peers.cpp")
+    command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"]
+    link = ["-pthread"]
+    if folder:
+        libraries = [p for pattern in ("libllama.*so*", "libggml.*so*", "libggml-base.so*") for p in sorted(pathlib.Path(folder).glob(pattern))]
+        command += ["-DLLAMA", f"-I{folder}/include"]
+        link += [*map(str, libraries), f"-Wl,-rpath,{folder}"]
+    return ctypes.CDLL(str(build.build("decode_peers", "the decoder's peers", 3, [source], build.headers(), command, link, build.cpu_features())))
+
+
+def seconds(work, threads: int) -> float:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
+def kl(contender, exact: list[torch.Tensor], ids: list[int]) -> float:
+    contender.start(1)
+    want = torch.stack(exact).log_softmax(-1)
+    got = torch.stack([contender.feed([token]).float() for token in ids]).log_softmax(-1)
+    return float((want.exp() * (want - got)).sum(-1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", type=int, default=7, choices=(6, 7))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--llama", help="folder of llama.cpp's libraries and include/; without it llama.cpp is not measured")
+    args = parser.parse_args()
+    library = native(args.llama)
+    buffer = torch.ones(300_000_000 // 4)
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = pathlib.Path(folder, "base.pth")
+        write_base(path, args.version, args.layers, args.width)
+        contenders = {"ours fp32": Ours(path, torch.float32), "ours bf16": Ours(path, torch.bfloat16), "ours int8": Ours(path, torch.bfloat16, True)}
+        vocabulary = contenders["ours fp32"].model.arch.vocab_size
+        if importlib.util.find_spec("rwkv"):
+            contenders |= {f"rwkv {kind}": Package(path, f"cpu {kind}", args.version) for kind in ("fp32", "bf16")}
+        else:
+            print("the package rwkv is absent: not measured")
+        if args.llama:
+            for kind in ("F32", "BF16", "Q8_0"):
+                write_gguf(f"{folder}/{kind}.gguf", contenders["ours fp32"].model, kind)
+                contenders[f"llama {kind}"] = Llama(library, args.llama, f"{folder}/{kind}.gguf", vocabulary)
+        else:
+            print("llama.cpp is not measured: no --llama FOLDER")
+        rows = measure(contenders, buffer, library, args)
+    report("decode", rows=rows, version=args.version, shapes={"layers": args.layers, "width": args.width, "vocabulary": vocabulary},
+           prompt=args.prompt, rounds=args.rounds)
+
+
+def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) -> list[dict]:
+    prompt = torch.randint(65536, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    contenders["ours fp32"].start(1)
+    exact = [contenders["ours fp32"].feed([token]).clone() for token in prompt[:128]]
+    divergence = {name: kl(contender, exact, prompt[:128]) for name, contender in contenders.items()}
+    rows = []
+    for threads in args.threads:
+        read, decode, prefill = [float("inf")], dict.fromkeys(contenders, float("inf")), dict.fromkeys(contenders, float("inf"))
+
+        def read_once(threads=threads, read=read) -> None:
+            work = lambda: library.read_bytes(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.nbytes), ctypes.c_int64(threads))  # noqa: E731
+            read[0] = min(read[0], seconds(work, threads))
+
+        for _ in range(args.rounds):
+            for name, contender in contenders.items():
+                read_once()
+                contender.start(threads)
+                prefill[name] = min(prefill[name], seconds(lambda contender=contender: contender.feed(prompt), threads))
+
+                def tokens(contender=contender) -> None:
+                    for token in prompt[:TOKENS]:
+                        contender.feed([token])
+
+                decode[name] = min(decode[name], seconds(tokens, threads) / TOKENS)
+        bandwidth = buffer.nbytes / read[0]
+        print(f"\n{threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+        print(f"{'':<12} {'tokens/s':>9} {'of bandwidth':>12} {'prompt/s':>9} {'KL':>9}")
+        for name in contenders:
+            share = contenders[name].bytes / decode[name] / bandwidth if getattr(contenders[name], "bytes", 0) else None
+            row = {"threads": threads, "name": name, "tokens_per_second": round(1 / decode[name], 1),
+                   "of_bandwidth": share and round(share, 3), "prompt_tokens_per_second": round(args.prompt / prefill[name]),
+                   "kl": float(f"{divergence[name]:.1e}"), "read_gb_per_second": round(bandwidth / 1e9, 1)}
+            rows.append(row)
+            print(f"{name:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} {row['prompt_tokens_per_second']:9d} {row['kl']:9.1e}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
