@@ -18,8 +18,9 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.errors import UserError
 
 from . import ops
+from .device import multiplies_bf16
 from .model import RWKV, LayerState, State
-from .ops import build, native
+from .ops import native
 
 MODEL = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias", "head.weight")
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
@@ -167,11 +168,6 @@ def problem(model: RWKV) -> str:
     if adapted_linears(model):
         return "its adapter is not merged"
     return ops.head_size_problem(model.arch.head_size) or native.status("cpu").reason
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products in bf16; without them torch is slower in it than in fp32."""
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(build.cpu_features().split())
 
 
 def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder, str]:

@@ -8,6 +8,8 @@ import torch
 
 from rwkv_miss.errors import UserError
 
+from .ops.build import cpu_features
+
 MOST_PROCESSES = 8  # on a core, where they are slow but come to an end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,14 +29,20 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
 def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
     """(fp32, bf16 or fp16; why). fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too."""
     if asked != "auto":
-        return asked, "as asked"
+        slow = asked == "bf16" and accelerator == "cpu" and not multiplies_bf16()
+        return asked, "as asked" + "; this CPU has no products in it, and is slower than in fp32" * slow
     if accelerator == "cpu":
-        return "fp32", "auto: a CPU"
+        return "fp32", "auto: a CPU" + "; --precision bf16 is faster on this one" * multiplies_bf16()
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "auto: the GPU has bf16"
     if strategy.startswith("deepspeed"):
         return "fp32", "auto: the GPU has no bf16, and fp16 works with --strategy auto or ddp only"
     return "fp16", "auto: the GPU has no bf16"
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16; without them torch is slower in it than in fp32."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features().split())
 
 
 def peak_memory(device: torch.device) -> int:

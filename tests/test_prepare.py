@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rwkv_miss.errors import UserError
-from src import prepare
+from src import device, prepare
 from src.config import Config
 from src.data import Document, Documents, make_schedule
 from src.prepare import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of
@@ -76,3 +76,13 @@ def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):
     device_here(Config(accelerator="cpu", wkv="torch"), 64)
     with pytest.raises(UserError, match="--strategy deepspeed_stage_2 needs the package deepspeed"):
         device_here(Config(accelerator="cpu", wkv="torch", strategy="deepspeed_stage_2"), 64)
+
+
+@pytest.mark.parametrize("features, multiplies", [("flags : fpu avx512f avx512_bf16", True), ("Features : asimd bf16", True), ("flags : avx2", False)])
+def test_a_cpu_is_told_whether_bf16_is_fast_on_it(monkeypatch, features, multiplies):
+    monkeypatch.setattr(device, "cpu_features", lambda: features)
+    assert device.multiplies_bf16() == multiplies
+    assert device.choose_precision("auto", "cpu") == ("fp32", "auto: a CPU" + "; --precision bf16 is faster on this one" * multiplies)
+    asked = device.choose_precision("bf16", "cpu")
+    assert asked == ("bf16", "as asked" + "; this CPU has no products in it, and is slower than in fp32" * (not multiplies))
+    assert device.choose_precision("bf16", "gpu") == ("bf16", "as asked")
