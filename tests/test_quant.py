@@ -339,12 +339,12 @@ def test_the_plan_advises_nf4_before_sharing():
 
 
 def test_an_adapter_learns_beside_a_quantised_base_what_it_learns_beside_the_base():
-    """The demo's base and task, shorter than in benchmarks/quant.py; a mean over 200 held-out rows, of which the unquantised base has 4.67."""
+    """The demo's base and task, shorter than in benchmarks/quant.py: a loss of 4.67, then 0.24. Rounding alone changes that by 0.4 %; over three
+    seeds nf4 was 0.5 to 2.7 % below."""
     task = benchmark.tasks(None)["demo: sort"]
-    plain, *others = (benchmark.learn(task, kind, 60) for kind in ("none", "nf4"))
-    assert plain["after"] < 0.5 * plain["before"]
-    for quantised in others:
-        assert quantised["after"] == pytest.approx(plain["after"], rel=0.02)
+    plain, quantised = (benchmark.learn(task, kind, 60) for kind in ("none", "nf4"))
+    assert plain["after"] < 0.1 * plain["before"] and quantised["before"] != plain["before"]
+    assert quantised["after"] < 1.02 * plain["after"]
 
 
 # the program
