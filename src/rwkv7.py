@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rwkv_miss.checkpoint import Arch
 
-from .ops import wkv7
-from .ops.fused import delta_inputs, readout7, relu_squared, shift_mix, value_residual
+from .ops.fused import relu_squared, shift_mix, value_residual
+from .ops.mix7 import mix7
 from .shared import GROUP_NORM_EPS, Cast, Linear, chosen, depth_ratios, initial_state, last_token, low_rank, vector
 
 
@@ -38,7 +38,7 @@ class TimeMix(nn.Module):
         self.key = Linear(width, width, bias=False)
         self.value = Linear(width, width, bias=False)
         self.output = Linear(width, width, bias=False)
-        self.ln_x = Readout(arch.n_head, width, eps=GROUP_NORM_EPS)
+        self.ln_x = Mix(arch.n_head, width, eps=GROUP_NORM_EPS)
         self.time_state = initial_state(arch)
         self._init_weights(arch)
 
@@ -80,10 +80,7 @@ class TimeMix(nn.Module):
         r, w, k, v, a, g = self.project(z, v_first, last, reset)
         if self.layer == 0:
             v_first = v
-        k, remove, replace = delta_inputs(k, a, self.k_k, self.k_a, self.heads, self.native)
-        heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, w, k, v, remove, replace))
-        y, wkv = wkv7(*heads, wkv, reset, self.kernel, self.start())
-        y = self.ln_x(y.flatten(-2), r, k, v, g, self.r_k, self.native)
+        y, wkv = self.ln_x(r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, wkv, reset, self.start(), self.kernel, self.native)
         return self.output(y), v_first, last_token(z), wkv
 
     def project(self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
@@ -99,11 +96,11 @@ class TimeMix(nn.Module):
         return self.receptance(x_r), w, self.key(x_k), v, a, g
 
 
-class Readout(nn.GroupNorm):
-    """ln_x, with what reads the present token past the state: (group_norm(y) + (r . k r_k) v) g."""
+class Mix(nn.GroupNorm):
+    """mix7, with the parameters of ln_x: ZeRO-3 has parameters at hand while the module that they belong to is called, and then only."""
 
-    def forward(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, native: bool) -> Tensor:
-        return readout7(y, r, k, v, g, r_k, self.weight, self.bias, self.eps, native)
+    def forward(self, r, w, k, v, a, g, k_k, k_a, r_k, *state_and_kernel) -> tuple[Tensor, Tensor]:
+        return mix7(r, w, k, v, a, g, k_k, k_a, r_k, self.weight, self.bias, self.eps, *state_and_kernel)
 
 
 class ChannelMix(nn.Module):

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 from src.base import build_model
 from src.config import Config
 from src.model import RWKV
-from src.ops import build, fused, plain
+from src.ops import build, fused, plain, wkv7
+from src.ops.mix7 import mix7
 
 from .conftest import close, make_arch, random_tensors
 
@@ -187,6 +188,15 @@ def test_the_op_follows_no_pointer_into_another_layout():
         torch.ops.rwkv.relu_squared([x], 1, 0.0)
 
 
+def test_the_op_takes_no_other_sizes():
+    """A parameter that ZeRO-3 has let go is empty."""
+    x, none = torch.randn(1, 4, 16), torch.empty(0)
+    with pytest.raises(ValueError, match="delta_inputs_forward: arguments are .*0.* expected one shape, and vectors of its last axis"):
+        fused.delta_inputs(x, x, none, torch.ones(16), 2, True)
+    with pytest.raises(ValueError, match="shift_mix: last, reset and mixes are .* because z is"):
+        fused.shift_mix(x, torch.randn(1, 16), None, [none], True)
+
+
 def test_tokens_without_a_batch():
     """As the last layer's channel mix has them."""
     x, gate = torch.randn(7, 24), torch.randn(7, 24)
@@ -242,6 +252,57 @@ def test_the_plain_form_runs_where_the_native_one_does_not_serve(calls):
     assert not calls
 
 
+def note(kept, t):
+    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return t
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("begin", ["zeros", "state", "start", "documents", "documents and start"])
+def test_mix7_is_its_three_functions(dtype, begin, calls):
+    """To the last bit, with a gradient of the readout, of the state, or of both; and it keeps what they do but for the three inputs of wkv7."""
+    B, T, C, heads = 2, 17, 160, 2
+    generator = torch.Generator().manual_seed(4)
+
+    def x(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    vectors = [x(1, 1, C), x(1, 1, C), x(heads, C // heads), x(C), x(C)]
+    state, start = ("state" in begin, x(B, heads, 80, 80)), ("start" in begin, x(heads, 80, 80))
+    reset = torch.rand(B, T + 1, generator=generator)[:, 1:] < 0.3 if "documents" in begin else None
+    inputs = [x(B, T, C).to(dtype) for _ in range(6)] + [t for given, t in (state, start) if given]
+    dy, dstate = x(B, T, C).to(dtype), x(B, heads, 80, 80)
+
+    def beginning(leaves):
+        return leaves[6] if state[0] else None, reset, leaves[6] if start[0] else None
+
+    def whole(*leaves):
+        return mix7(*leaves[:6], *vectors, EPS, *beginning(leaves), "cpu", True)
+
+    def parts(*leaves):
+        r, w, k, v, a, g = leaves[:6]
+        k, remove, replace = fused.delta_inputs(k, a, *vectors[:2], heads, True)
+        y, last = wkv7(*(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, remove, replace)), *beginning(leaves)[:2], "cpu", beginning(leaves)[2])
+        return fused.readout7(y.flatten(-2), r, k, v, g, *vectors[2:], EPS, True), last
+
+    found = {}
+    for function in (whole, parts):
+        for used in ([0], [1], [0, 1]):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            calls.clear()
+            kept = {}
+            with torch.autograd.graph.saved_tensors_hooks(functools.partial(note, kept), lambda t: t):
+                out = function(*leaves)
+            gradients = torch.autograd.grad([out[i] for i in used], leaves, [(dy, dstate)[i] for i in used], materialize_grads=True)
+            found[(function, *used)] = [*(t.detach() for t in out), *gradients]
+            found[function] = sum(kept.values()), calls.count("delta_inputs_forward")
+    for used in ([0], [1], [0, 1]):
+        assert all(map(torch.equal, found[(whole, *used)], found[(parts, *used)]))
+    # documents that start from a state are cut out of their rows, for which the three functions run
+    made_again = begin != "documents and start"
+    assert found[parts][0] - found[whole][0] == made_again * 3 * dy.nbytes and (found[parts][1], found[whole][1]) == (1, 1 + made_again)
+
+
 # the model
 
 
@@ -277,7 +338,9 @@ def test_a_model_with_a_frozen_base_trains_the_same_through_either_form(version,
     assert not calls
     got = trained(version, "cpu", torch.float32)
     # six functions in each of three layers, two runs; the first layer of v7 has no value residual
-    assert len([name for name in calls if name.endswith("_forward")]) == 2 * (3 * 6 - (version == 7))
+    calls = [name for name in calls if name.endswith("_forward")]
+    again = calls.count("delta_inputs_forward") // 2  # in the backward
+    assert len(calls) - again == 2 * (3 * 6 - (version == 7)) and again == 6 * (version == 7)
     for name, want in exact.items():
         close(f"v{version} {name}", got[name], want, 2e-5)  # as between independent fp32 runtimes, and gradients of the same depth
 

@@ -109,8 +109,10 @@ def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = 
             return [torch.empty_like(tensors[0]) for _ in range(results)]
 
         def run(tensors, heads, eps):
-            made = shapes(tensors, heads, eps)
-            call(symbol, tensors[0], *tensors, *made, heads=heads, eps=eps)
+            like, made = tensors[0], shapes(tensors, heads, eps)
+            if any(t.shape != like.shape and t.shape != like.shape[-1:] for t in tensors):
+                raise ValueError(f"{symbol}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors of its last axis")
+            call(symbol, like, *tensors, *made, heads=heads, eps=eps)
             return made
 
         return _library_op(name, "Tensor[] tensors, int heads, float eps", run, shapes)
@@ -177,7 +179,15 @@ def _shift_gradient_shapes(z):
     return [torch.empty_like(z), z.new_empty(z.shape[0], z.shape[2])]
 
 
+def _check_shift(z, last, reset, mix):
+    B, T, C = z.shape
+    expected = [(B, C), reset if reset is None else (B, T), (len(mix), C)]
+    if (found := [x if x is None else tuple(x.shape) for x in (last, reset, mix)]) != expected:
+        raise ValueError(f"shift_mix: last, reset and mixes are {found}; expected {expected}, because z is {tuple(z.shape)}")
+
+
 def _shift_forward(z, last, reset, mix):
+    _check_shift(z, last, reset, mix)
     out = _shift_shapes(z, last, reset, mix)
     call("shift_mix_forward", z, z, last, reset, mix, out, len(out))
     return out
@@ -202,6 +212,7 @@ def _low_rank_mixes(z, q, maps):
 
 
 def _low_rank_forward(z, last, q, reset, mix, maps):
+    _check_shift(z, last, reset, mix)
     out = _low_rank_mixes(z, q, maps)
     call("shift_mix_token_forward", z, z, last, reset, mix, out, len(out))
     return out
