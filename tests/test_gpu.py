@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from rwkv_miss import load_adapter
+from rwkv_miss.quantised import CODES, dense, expand, quantise
 from src import ops
 from src.model import RWKV
+from src.ops import native
 
 from .conftest import ROOT, close
 from .test_wkv import DW_TOLERANCE, TOLERANCE, both, documents, make, results
@@ -61,14 +63,23 @@ def test_the_model_is_the_same_on_both_devices(version, checkpoint):
         close("state", other.wkv.cpu(), layer.wkv, 1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
-def test_a_run_on_the_gpu(strategy, tmp_path):
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantised_weights_are_expanded_to_the_same_numbers(kind, dtype):
+    assert native.status("cuda").passed
+    for shape in [(5, 131), (300, 1024), (3, 64)]:
+        quantised = quantise(torch.randn(shape), kind)
+        assert torch.equal(dense(quantised.cuda(), shape[1], dtype).cpu(), expand(quantised, shape[1], dtype))
+
+
+@pytest.mark.parametrize("strategy, quant", [("auto", "none"), ("deepspeed_stage_2", "none"), ("auto", "nf4"), ("deepspeed_stage_2", "int8")])
+def test_a_run_on_the_gpu(strategy, quant, tmp_path):
     """Training with the defaults of a GPU, then the adapter on the CPU: the loss falls, and the file does not know where it was made."""
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"sort {word}: {''.join(sorted(word))}"}) for word in ("kitchen", "house", "garden")))
     base = ROOT / "demo/rwkv7-reverse.pth"
     command = [sys.executable, "train.py", "--load_model", base, "--data_file", data, "--proj_dir", tmp_path / "run", "--accelerator", "gpu",
-               "--peft_config", "r=8", "--lr_init", "5e-3", "--epoch_steps", "20", "--strategy", strategy]
+               "--peft_config", "r=8", "--lr_init", "5e-3", "--epoch_steps", "20", "--strategy", strategy, "--quant", quant]
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "device     gpu" in done.stdout and "kernel     wkv cuda" in done.stdout, done.stdout
