@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Generator, Iterator
 
@@ -29,6 +30,18 @@ class Sampling:
     penalty_decay: float = 0.996
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Context for small work between tokens: torch's other threads, once woken, spin for a while on the cores that the decoder needs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None) -> int:
     """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer."""
     logits = logits.float()
@@ -53,9 +66,9 @@ def _likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         return order, values.softmax(0)
     total = logits.logsumexp(0)
     for count in (256, 4096, len(logits)):
-        values, order = logits.topk(min(count, len(logits)))
+        values, order = logits.topk(count) if count < len(logits) else logits.sort(descending=True)
         probabilities = (values - total).exp()
-        if probabilities.sum() >= sampling.top_p:
+        if count >= len(logits) or probabilities.sum() >= sampling.top_p:
             break
     return order, probabilities
 
