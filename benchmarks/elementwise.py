@@ -44,7 +44,6 @@ def cases(shape: tuple[int, int, int], dtype: torch.dtype) -> dict:
         "readout7": (lambda *a: fused.readout7(*a[:5], r_k, weight, bias, 64e-5, a[5]), [x() for _ in range(5)], 6 + 11),
         "readout6": (lambda y, g, native: fused.readout6(y, g, weight, bias, heads, 64e-5, native), [x(), x()], 3 + 5),
         "relu_squared": (fused.relu_squared, [x(B, T, 4 * C)], 4 * (2 + 3)),
-        "sigmoid_gate": (fused.sigmoid_gate, [x(), x()], 3 + 5),
     }
 
 

@@ -1,8 +1,8 @@
-// What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its outputs once. The backwards
-// recompute what they need from the inputs. src/ops/fused.py has the formulas in plain torch; arithmetic is fp32 here whatever the dtype.
+// What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its outputs once, and a backward
+// makes again from the inputs what it needs. src/ops/plain.py has the formulas; arithmetic is fp32 here whatever the dtype.
 //
-// The C interface: activations are contiguous (B, T, C) of one dtype, C and the head size are multiples of 8, a head has at most 256
-// channels; vectors of the model are fp32 (C). Every pointer is on a boundary of 16 bytes or not, vectors are loaded unaligned.
+// The C interface: activations are contiguous (B, T, C) of one dtype; C and the head size are multiples of 8, a head has at most 256
+// channels; vectors of the model are fp32 (C). No pointer need be aligned.
 #include "cpu.h"
 
 namespace {
@@ -38,13 +38,17 @@ template <class Run> inline void typed(long width, int dtype, Run run) {
     width % WIDTH ? with(std::integral_constant<int, NARROW>()) : with(std::integral_constant<int, WIDTH>());
 }
 
+// One copy of the work for every thread: in two the compiler may contract products and sums differently, and the last bit of a number would
+// depend on the thread that got to it first.
+template <class Work> __attribute__((noinline)) void do_part(const Work& work, long first, long last) { work(first, last); }
+
 // work(first, last) over parts of `total`, each a multiple of `unit`, by as many threads as have GRAIN numbers each: starting one takes as long
 // as the work on about that many (20 us)
 constexpr long GRAIN = 1 << 17;
 template <class Work> inline void shared_out(long total, long unit, long numbers, int threads, Work work) {
     threads = std::max(1L, std::min<long>(threads, numbers / GRAIN));
     const long units = total / unit, parts = std::min<long>(units, threads == 1 ? 1 : 4 * threads);
-    parallel(parts, threads, [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
+    parallel(parts, threads, [&](long part, int) { do_part(work, units * part / parts * unit, units * (part + 1) / parts * unit); });
 }
 
 // run(lanes, number, index) for every vector of an elementwise function of the whole tensor
@@ -205,22 +209,6 @@ void relu_squared_backward(const void* y, const void* dy, void* dx, SIZES) {
     each(SHAPE, [=](auto lanes, auto number, long i) {
         constexpr int W = lanes;
         write<W>(OUT(dx) + i, 2.f * square_root<W>(read<W>(IN(y) + i)) * read<W>(IN(dy) + i));
-    });
-}
-
-void sigmoid_gate_forward(const void* x, const void* gate, void* y, SIZES) {
-    each(SHAPE, [=](auto lanes, auto number, long i) {
-        constexpr int W = lanes;
-        write<W>(OUT(y) + i, read<W>(IN(x) + i) * sigmoid<W>(read<W>(IN(gate) + i)));
-    });
-}
-
-void sigmoid_gate_backward(const void* x, const void* gate, const void* dy, void* dx, void* dgate, SIZES) {
-    each(SHAPE, [=](auto lanes, auto number, long i) {
-        constexpr int W = lanes;
-        const auto s = sigmoid<W>(read<W>(IN(gate) + i)), d = read<W>(IN(dy) + i) * s;
-        write<W>(OUT(dgate) + i, d * read<W>(IN(x) + i) * (1.f - s));
-        write<W>(OUT(dx) + i, d);
     });
 }
 

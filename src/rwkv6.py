@@ -9,7 +9,7 @@ from rwkv_miss.checkpoint import Arch
 from rwkv_miss.functional import linear
 
 from .ops import wkv6
-from .ops.fused import readout6, relu_squared, shift_mix, shift_mix_low_rank, sigmoid_gate
+from .ops.fused import readout6, relu_squared, shift_mix, shift_mix_low_rank
 from .shared import GROUP_NORM_EPS, Cast, Linear, chosen, depth_ratios, initial_state, last_token, low_rank, vector
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
@@ -117,7 +117,7 @@ class ChannelMix(nn.Module):
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
-        return sigmoid_gate(self.value(k), self.receptance(chosen(x_r, wanted)), self.native), last_token(z)
+        return torch.sigmoid(self.receptance(chosen(x_r, wanted))) * self.value(k), last_token(z)
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

@@ -126,7 +126,6 @@ def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = 
 
 
 _relu_squared = _define("relu_squared", 1, keeps_output=True)
-_sigmoid_gate = _define("sigmoid_gate", 2)
 _value_residual = _define("value_residual", 3)
 _delta_inputs = _define("delta_inputs", 2, outputs=3)
 _readout6 = _define("readout6", 2)
@@ -135,10 +134,6 @@ _readout7 = _define("readout7", 5)
 
 def relu_squared(x: Tensor, native: bool) -> Tensor:
     return _relu_squared(x.contiguous(), 1, 0.0)[0] if serves(native, [x]) else plain.relu_squared(x)
-
-
-def sigmoid_gate(x: Tensor, gate: Tensor, native: bool) -> Tensor:
-    return _sigmoid_gate(*ready(x, gate), 1, 0.0)[0] if serves(native, [x, gate]) else plain.sigmoid_gate(x, gate)
 
 
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: bool) -> Tensor:

@@ -60,8 +60,3 @@ def readout6(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps
 
 def relu_squared(x: Tensor) -> Tensor:
     return torch.relu(x) ** 2
-
-
-def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """x sigmoid(gate)."""
-    return torch.sigmoid(gate) * x
