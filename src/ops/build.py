@@ -48,7 +48,7 @@ def cpu_library() -> pathlib.Path:
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed
     command = [find_cxx(), "-std=c++17", "-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread"]
-    return build("wkv_cpu", "the CPU kernels", 5, sorted(CUDA.glob("*_cpu.cpp")), headers(), command, ["-pthread"], cpu_features())
+    return build("wkv_cpu", "the CPU kernels", 10, sorted(CUDA.glob("*_cpu.cpp")), headers(), command, ["-pthread"], cpu_features())
 
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
