@@ -78,3 +78,24 @@ def test_what_the_machine_refuses_is_one_line_and_a_mistake_of_ours_is_not(tmp_p
         open(tmp_path / "absent")
     with pytest.raises(RuntimeError, match="size mismatch|must match"), one_line_errors():
         torch.ones(2) + torch.ones(3)
+
+
+def test_torch_keeps_few_prepared_shapes():
+    """More than 300 MB were kept for 1024 of them."""
+    code = """
+import sys
+from src.doorway import importing
+with importing():
+    import torch
+    from rwkv_miss import gemm
+gemm.SMALL = 1
+resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+weight = torch.randn(96, 96)
+gemm.product(torch.randn(200, 96), weight)
+before = resident()
+for rows in range(201, 701):
+    gemm.product(torch.randn(rows, 96), weight)
+print(resident() - before)
+"""
+    grown = run(["-c", code], stdout=subprocess.PIPE).stdout
+    assert int(grown) < 120_000, f"{grown} kB"

@@ -25,6 +25,7 @@ def engine(request, monkeypatch):
         monkeypatch.setattr(gemm, "_has_onednn", lambda: False)
     elif not gemm._has_onednn():
         pytest.skip("this torch has no oneDNN operator: the products are torch's own")
+    monkeypatch.setattr(gemm, "SMALL", 1)
 
 
 @pytest.mark.parametrize("rows, width, out", SHAPES)
@@ -57,17 +58,19 @@ def test_products_in_parts(engine, rows, width, out):
 def test_a_weight_that_is_a_slice_is_left_to_torch(monkeypatch):
     """oneDNN takes minutes for it."""
     monkeypatch.setattr(gemm, "_onednn", None)
+    monkeypatch.setattr(gemm, "SMALL", 1)
     x, weight = torch.randn(5, 8), torch.randn(7, 20)[:, 4:12]
     close(gemm.product(x, weight), x.double() @ weight.double().t(), torch.float32)
 
 
-def test_onednn_is_taken_in_fp32_and_not_where_there_are_no_numbers(monkeypatch):
+def test_onednn_is_taken_for_large_products_in_fp32_and_not_where_there_are_no_numbers(monkeypatch):
     taken = []
     monkeypatch.setattr(gemm, "_has_onednn", lambda: True)
-    monkeypatch.setattr(gemm, "_onednn", lambda x, weight, bias: taken.append(x.dtype) or F.linear(x, weight, bias))
-    for x in (torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(2, 3).bfloat16(), torch.ones(2, 3, device="meta")):
+    monkeypatch.setattr(gemm, "_onednn", lambda x, weight, bias: taken.append((x.dtype, len(x))) or F.linear(x, weight, bias))
+    monkeypatch.setattr(gemm, "SMALL", 2 * 3 * 4)
+    for x in (torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(2, 3).bfloat16(), torch.ones(2, 3, device="meta"), torch.ones(1, 3)):
         gemm.product(x, torch.ones(4, 3, dtype=x.dtype, device=x.device))
-    assert taken == [torch.float32]
+    assert taken == [(torch.float32, 2)]
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
