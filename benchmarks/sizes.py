@@ -73,7 +73,7 @@ def measure(name: str, ctx_len: int, args, rate: float) -> dict:
 
     def step() -> None:
         x, _ = model.features(ids[:, :-1], wanted=wanted)
-        (model.head(x, ids[0, 1:]) / ctx_len).backward()
+        (model.loss(x, ids[0, 1:]) / ctx_len).backward()
         optimizer.step()
         optimizer.zero_grad()
 

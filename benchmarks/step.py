@@ -88,7 +88,7 @@ def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callabl
 
     def step() -> None:
         x, _ = model.features(ids[:, :-1], wanted=wanted)
-        loss = loss_sum(model.head(x), targets) if variant == "all logits" else model.head(x, targets)
+        loss = loss_sum(model.head(x), targets) if variant == "all logits" else model.loss(x, targets)
         (loss / len(targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -101,7 +101,7 @@ def matrices(base: RWKV) -> list[torch.Tensor]:
     found = []
     for name, p in base.named_parameters():
         unused = name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"  # layer 0 has no value residual
-        if p.dim() < 2 or p.shape[0] == 1 or unused or name.endswith(("r_k", "time_faaaa", "time_state")):
+        if p.requires_grad or p.dim() < 2 or p.shape[0] == 1 or unused or name.endswith(("r_k", "time_faaaa", "time_state")):
             continue
         found += [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]  # v6's five maps are in one tensor
     return found

@@ -60,23 +60,36 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _weight_gradients(ctx, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _weight_gradients(ctx, dy: Tensor, x: Tensor, transposed: bool = False) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
-    dweight = product(dy.t(), _rows(x).t()) if ctx.needs_input_grad[1] else None
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        x = _rows(x)
+        dweight = product(x.t(), dy.t()) if transposed else product(dy.t(), x.t())
     return dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    matrix = dense(weight, x.shape[-1], x.dtype)
-    return product(_rows(x), matrix, bias).view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+def _once(dy: Tensor) -> None:
+    """The products of a backward are not differentiated again: that would give nothing, without a word."""
+    if torch.is_grad_enabled() and type(dy) is Tensor:  # not while a compiler traces it
+        raise RuntimeError("the adapters' operators have no second derivative; leave out create_graph=True")
 
 
-def _linear_shapes(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+def _matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool) -> Tensor:
+    return weight.t() if transposed else dense(weight, width, dtype)
+
+
+def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
+    matrix = _matrix(weight, x.shape[-1], x.dtype, transposed)
+    return product(_rows(x), matrix, bias).view(*x.shape[:-1], matrix.shape[0]), x.new_empty(0)
+
+
+def _linear_shapes(x, weight, bias, transposed):
+    return x.new_empty(*x.shape[:-1], weight.shape[transposed]), x.new_empty(0)
 
 
 def _linear_context(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, _, ctx.transposed = inputs
     ctx.x_shape = x.shape
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(weight, x if weight.requires_grad else None)
@@ -84,21 +97,28 @@ def _linear_context(ctx, inputs, output):
 
 def _linear_backward(ctx, dy, _):
     if dy is None:
-        return None, None, None
+        return None, None, None, None
+    _once(dy)
     weight, x = ctx.saved_tensors
-    dy = _rows(dy)
-    dx = product(dy, dense(weight, ctx.x_shape[-1], dy.dtype).t()).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-    return dx, *_weight_gradients(ctx, dy, x)
+    dy, dx = _rows(dy), None
+    if ctx.needs_input_grad[0]:
+        dx = product(dy, _matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed).t()).view(ctx.x_shape)
+    return dx, *_weight_gradients(ctx, dy, x, ctx.transposed), None
 
 
-_define("linear", "Tensor x, Tensor weight, Tensor? bias", _linear_forward, _linear_shapes, _linear_context, _linear_backward)
+_define(
+    "linear", "Tensor x, Tensor weight, Tensor? bias, bool transposed", _linear_forward, _linear_shapes, _linear_context, _linear_backward,
+)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias. Kept for the backward: the weight, and x only where the weight wants a gradient."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out). Kept for the backward: the weight, and x only where the weight wants a gradient.
+
+    A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter with it.
+    """
     if torch.is_autocast_enabled(x.device.type):  # which knows F.linear, and casts its arguments
-        return F.linear(x, weight, bias)
-    return torch.ops.rwkv_miss.linear(x, weight, bias)[0]
+        return F.linear(x, weight.t() if transposed else weight, bias)
+    return torch.ops.rwkv_miss.linear(x, weight, bias, transposed)[0]
 
 
 def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
@@ -123,6 +143,7 @@ def _miss_context(ctx, inputs, output):
 def _miss_backward(ctx, dy, _ds):
     if dy is None:
         return None, None, None, None, None
+    _once(dy)
     s, weight, D, x = ctx.saved_tensors
     dy, dx, dD = _rows(dy), None, None
     if ctx.needs_input_grad[0]:
@@ -166,6 +187,7 @@ def _lora_context(ctx, inputs, output):
 def _lora_backward(ctx, dy, _dh):
     if dy is None:
         return None, None, None, None, None, None
+    _once(dy)
     x, h, weight, A, B = ctx.saved_tensors
     dy, dx, dA, dB = _rows(dy), None, None, None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:

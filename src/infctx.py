@@ -81,7 +81,7 @@ def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | 
     with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
         # the head, and what of the last layer only it reads, run on the tokens that carry loss
         x, state = model.features(part["ids"], state, part["reset"], part["mask"])
-        return model.head(x, part["targets"][part["mask"]]), state
+        return model.loss(x, part["targets"][part["mask"]]), state
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:

@@ -65,8 +65,9 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, native: bool) -> Tensor:
         need_dx, need_dw, *_ = ctx.needs_input_grad
         dx = torch.empty_like(x) if need_dx else None
-        dw = torch.zeros_like(weight) if need_dw else None
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        dw = torch.zeros_like(weight, dtype=exact) if need_dw else None
+        loss = torch.zeros((), dtype=exact, device=x.device)
         rows = max(1, BLOCK // len(weight))
         block = x.new_empty(min(rows, len(x)), len(weight))
         softmax_loss = torch.ops.rwkv.softmax_loss_ if native else softmax_loss_
@@ -79,12 +80,14 @@ class _HeadLoss(torch.autograd.Function):
             if need_dw:
                 dw += product(logits.t(), x[part].t())
         ctx.save_for_backward(dx, dw)
+        ctx.dtype = x.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor):
-        return *(None if d is None else d * dloss.to(d.dtype) for d in ctx.saved_tensors), None, None
+        # in the loss's own dtype: 1 / tokens in bf16 would be off by up to 0.2 %
+        return *(None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors), None, None
 
 
 def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 from rwkv_miss.quantised import quantise_
 
 from . import rwkv6, rwkv7
+from .loss import BLOCK, loss_sum
 from .shared import Head, LayerNorm, chosen
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
@@ -198,6 +199,18 @@ class RWKV(nn.Module):
         """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token; `reset` as in features."""
         x, state = self.features(ids, state, reset)
         return self.head(x), state
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (rows, C) from features(), targets (rows,) int64 -> their loss, summed (see loss.py), without ever holding all logits."""
+        if isinstance(self.head, Head):
+            return self.head(x, targets)
+        # an adapted head gives logits only: they are made for some rows at a time, and in the backward again
+        rows = max(1, BLOCK // self.arch.vocab_size)
+        parts = [checkpoint(self._loss_of, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows), strict=True)]
+        return torch.stack(parts).sum()
+
+    def _loss_of(self, x: Tensor, targets: Tensor) -> Tensor:
+        return loss_sum(self.head(x), targets)
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs of a prompt."""

@@ -76,7 +76,7 @@ class TimeMix(nn.Module):
         """r, k, v, raw decay w and gate g before silu, all (B, T, A): linear maps of z mixed with its predecessor, in shares that depend on both."""
         p = Cast(self, z.dtype)
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
-        q = torch.tanh(linear(x, p.time_maa_w1.t())).view(z.shape[0] * z.shape[1], len(MIXES), -1).transpose(0, 1)
+        q = torch.tanh(linear(x, p.time_maa_w1, transposed=True)).view(z.shape[0] * z.shape[1], len(MIXES), -1).transpose(0, 1)
         mixes = [getattr(self, f"time_maa_{name}") for name in MIXES]
         x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
         w = low_rank(x_w, p.time_decay_w1, p.time_decay_w2, p.time_decay, torch.tanh)

@@ -44,8 +44,8 @@ def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
 
 def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """act(x down) up + bias, for x (..., in), down (in, D), up (D, out)."""
-    h = linear(x, down.t())
-    return linear(h if act is None else act(h), up.t(), None if bias is None else bias.view(-1))
+    h = linear(x, down, transposed=True)
+    return linear(h if act is None else act(h), up, None if bias is None else bias.view(-1), transposed=True)
 
 
 class Cast:

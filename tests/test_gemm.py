@@ -73,28 +73,38 @@ def test_onednn_is_taken_for_large_products_in_fp32_and_not_where_there_are_no_n
     assert taken == [(torch.float32, 2)]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dtype):
+def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dtype, transposed):
+    """Of the weight itself, not of a view of it, whose memory ZeRO-3 could not take away."""
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 5, 12), (7, 12), (7,)))
+    x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 5, 12), (12, 7) if transposed else (7, 12), (7,)))
     dy = torch.randn(2, 5, 7).to(dtype)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    want = torch.autograd.grad(F.linear(*exact), exact, dy.double())
+    want = torch.autograd.grad(F.linear(exact[0], exact[1].t() if transposed else exact[1], exact[2]), exact, dy.double())
     for trained in (False, True):
         weight.requires_grad_(trained)
         bias.requires_grad_(trained)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()) or t, lambda t: t):
-            y = linear(x, weight, bias)
-        assert set(kept) == ({weight.data_ptr(), x.data_ptr()} if trained else {weight.data_ptr()})
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = linear(x, weight, bias, transposed)
+        assert {t.data_ptr() for t in kept} == ({weight.data_ptr(), x.data_ptr()} if trained else {weight.data_ptr()})
+        assert all(t.shape == weight.shape for t in kept if t.data_ptr() == weight.data_ptr())
         leaves = [t for t in (x, weight, bias) if t.requires_grad]
         for mine, theirs in zip(torch.autograd.grad(y, leaves, dy), want):
             close(mine, theirs, dtype)
-    assert not linear(x.detach(), weight.detach(), bias.detach()).requires_grad
+    assert not linear(x.detach(), weight.detach(), bias.detach(), transposed).requires_grad
 
 
 def test_the_linear_passes_opcheck_and_autocast():
     x, weight, bias = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
-    torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight, bias, False))
+    torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight.t().contiguous(), None, True))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_refused():
+    x, weight = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)

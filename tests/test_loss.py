@@ -3,9 +3,14 @@
 import pytest
 import torch
 
+import rwkv_miss
 from src import loss as losses
+from src import model
 from src.loss import head_loss, loss_sum
+from src.model import RWKV
 from src.shared import Head
+
+from .conftest import make_arch, random_tensors
 
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # bf16 rounds logits, their gradient and the products
 
@@ -94,3 +99,36 @@ def test_a_target_outside_of_the_vocabulary_is_an_error():
     for wrong in ([0, 5], [-1, 0], [0]):
         with pytest.raises(ValueError, match="an int64 target from 0 to 4"):
             torch.ops.rwkv.softmax_loss_(torch.randn(2, 5), torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("method", ["miss", "lora"])
+@pytest.mark.parametrize("rows", [0, 1, 13])
+def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch, method, rows):
+    monkeypatch.setattr(model, "BLOCK", 5 * 67)
+    torch.manual_seed(0)
+    adapted = RWKV(make_arch(7, n_layer=1))
+    adapted.load_state_dict(random_tensors(adapted.arch))
+    rwkv_miss.inject(adapted, method, ["head", "att.key"], rank=4)
+    trained = [p for p in adapted.head.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.normal_(std=0.1)
+    x, targets = torch.randn(rows, adapted.arch.n_embd, requires_grad=True), torch.randint(67, (rows,))
+    got, want = (gradients(loss, [x, *trained]) for loss in (adapted.loss(x, targets), loss_sum(adapted.head(x), targets)))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_in_bf16_the_gradients_do_not_depend_on_the_blocks(monkeypatch):
+    """1 / tokens is not a bf16 number, and sums over many blocks would lose digits in bf16."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3001, 16).bfloat16().requires_grad_(), torch.randn(31, 16).bfloat16().requires_grad_()
+    targets = torch.randint(31, (3001,))
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want = torch.autograd.grad(loss_sum(exact[0] @ exact[1].t(), targets) / 3001, exact)
+    for rows in (8, 3001):
+        monkeypatch.setattr(losses, "BLOCK", rows * 31)
+        dx, dw = torch.autograd.grad(head_loss(x, weight, targets) / 3001, [x, weight])
+        size = (dx.double() * want[0]).sum() / want[0].square().sum()  # the share of the gradient that is there
+        assert abs(size - 1) < 5e-4
+        assert (dw.double() - want[1]).norm() < 3e-3 * want[1].norm()
