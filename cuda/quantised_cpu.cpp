@@ -3,7 +3,7 @@
 // A row is the codes of its blocks of 64 weights, 64 bytes each in int8 and 32 in nf4, then their scales in bf16. The codes become fp32 numbers,
 // of nf4 two with one look-up, and are multiplied by their scales in vectors and rounded once. That is done to several blocks in turn, because a
 // vector that is loaded right after its parts were stored waits for them: with one block at a time nf4 took 1.45 times as long. To permute a
-// register of 16 values instead takes 0.8 times as long where there is AVX-512, 2.5 times where there is not.
+// register of 16 values instead takes 0.8 times as long where there is AVX-512, twice where there is not.
 //
 // The C interface is that of quantised.cu, in fp32 and bf16; `context` is the number of threads.
 #include "cpu.h"
