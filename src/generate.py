@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Generator, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,47 +30,50 @@ class Sampling:
     penalty_decay: float = 0.996
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Context for small work between tokens: torch's other threads, once woken, spin for a while on the cores that the decoder needs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
 def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None) -> int:
-    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer."""
-    logits = logits.float()
+    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer. ValueError if a logit is
+    NaN or infinite upwards.
+
+    It is NumPy's work, which stays in the calling thread: torch's other threads, once woken, spin for a while on the cores that the decoder
+    needs.
+    """
+    values = logits.detach().float().cpu().numpy()
     if seen and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids = torch.tensor(list(seen), device=logits.device)
-        counts = torch.tensor(list(seen.values()), device=logits.device)
-        logits = logits.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts))
+        values = values.copy()
+        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * np.array(list(seen.values()), dtype=np.float32)
+    if not np.isfinite(values.max()):
+        raise ValueError(f"the largest logit is {values.max()}, expected a finite number: the model overflows")
     if sampling.temperature < 1e-5:
-        return int(logits.argmax())
-    order, probabilities = _likeliest(logits, sampling)
+        return int(values.argmax())
+    order, probabilities = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
-    kept = int((probabilities.cumsum(0) - probabilities < sampling.top_p).sum().clamp(min=1))
-    weights = torch.softmax(logits[order[:kept]] / sampling.temperature, 0)
-    return int(order[torch.multinomial(weights.cpu(), 1, generator=generator).item()])
+    kept = order[: max(1, int((probabilities.cumsum(dtype=np.float64) - probabilities < sampling.top_p).sum()))]
+    shares = np.exp((values[kept] - values[kept[0]]).astype(np.float64) / sampling.temperature).cumsum()
+    drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * shares[-1]
+    return int(kept[np.searchsorted(shares, drawn, side="right")])
 
 
-def _likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Ids and probabilities of the likeliest tokens in their order: top_k of them, else enough to reach top_p. Of 65536 tokens 256 are most
-    often enough, and sorting them all takes half as long as making the logits of a small model."""
+    often enough, and sorting them all takes longer than making the logits of a small model."""
     if sampling.top_k:
-        values, order = logits.topk(min(sampling.top_k, len(logits)))
-        return order, values.softmax(0)
-    total = logits.logsumexp(0)
+        order = _largest(logits, sampling.top_k)
+        weights = np.exp(logits[order] - logits[order[0]])
+        return order, weights / weights.sum(dtype=np.float64)
+    weights = np.exp(logits - logits.max())
+    total = weights.sum(dtype=np.float64)
     for count in (256, 4096, len(logits)):
-        values, order = logits.topk(count) if count < len(logits) else logits.sort(descending=True)
-        probabilities = (values - total).exp()
-        if count >= len(logits) or probabilities.sum() >= sampling.top_p:
+        order = _largest(logits, count)
+        probabilities = weights[order] / total
+        if probabilities.sum() >= sampling.top_p:
             break
     return order, probabilities
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest values, or of all, the largest first."""
+    found = np.argpartition(values, -count)[-count:] if count < len(values) else np.arange(len(values))
+    return found[np.argsort(-values[found])]
 
 
 @torch.no_grad()
