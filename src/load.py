@@ -11,7 +11,6 @@ from rwkv_miss.adapter import adapted_linears
 from . import ops
 from .device import DTYPES, choose_accelerator, choose_precision
 from .model import RWKV, read_model_file
-from .shared import Head, Linear
 from .tokenizer import Tokenizer, recorded_tokenizer
 
 
@@ -20,8 +19,10 @@ def load(
 ) -> tuple[RWKV, Tokenizer]:
     """(model, tokenizer). "auto" is the GPU where there is one, bf16 on it, and the tokenizer that the files record.
 
-    On a CPU with its native kernels "auto" leaves a bf16 file as it is, mapped, since the decoder loses nothing by it, and an adapter is
-    merged, in fp32 unless another precision is asked for; other files, and other kernels there, are taken in fp32.
+    On a CPU with its native kernels "auto" leaves a bf16 file as it is, mapped, and an adapter is merged, in fp32 unless another precision is
+    asked for; other files, and other kernels there, are taken in fp32. The decoder computes single tokens in fp32 from bf16 weights, too, and
+    loses nothing. Prompts are read with activations in bf16 then, if the CPU has instructions for it: after 2 to 96 tokens the logits of a
+    real v6 model are off by 6e-4 in the mean and 4e-3 at most (7e-8 and 2e-7 with "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5.
     """
     accelerator = choose_accelerator(accelerator)
     device = "cuda" if accelerator == "gpu" else "cpu"
@@ -47,10 +48,12 @@ def in_bf16(tensors: dict[str, Tensor]) -> bool:
 @torch.no_grad()
 def merge_adapter(model: RWKV, dtype: torch.dtype) -> None:
     """Adapted linears become plain ones of the merged weight: added in fp32, then rounded to `dtype`, as merge does."""
+    with torch.device("meta"):
+        plain = RWKV(model.arch, model.blocks[0].att.kernel).train(model.training)
     for name, layer in adapted_linears(model).items():
         merged = layer.weight.float()
         layer.add_delta_to(merged)
         parent, _, leaf = name.rpartition(".")
-        plain = (Head if name == "head" else Linear)(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, plain)
+        linear = plain.get_submodule(name)
+        linear.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
+        setattr(model.get_submodule(parent), leaf, linear)

@@ -15,6 +15,7 @@ from src.decode import Decoder, fastest, quantise
 from src.generate import Sampling, stream
 from src.load import load
 from src.model import RWKV, LayerState
+from src.shared import Head
 from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
@@ -210,6 +211,22 @@ def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_pa
         close("logits", one_by_one(decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
     assert model.emb.weight.dtype == torch.bfloat16 and not adapted_linears(model) and isinstance(decoder, Decoder)
     assert load(base, None, str(vocabulary), accelerator="cpu", precision="fp32")[0].emb.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_an_adapted_head_is_merged_into_a_head(version, checkpoint, tmp_path):
+    base = checkpoint(version, vocab_size=257)
+    trained = RWKV.load(base)
+    rwkv_miss.inject(trained, targets=["head", "key"], rank=4)
+    torch.manual_seed(2)
+    for p in (p for p in trained.parameters() if p.requires_grad):
+        p.data += 0.05 * torch.randn_like(p)
+    rwkv_miss.save_adapter(trained, tmp_path / "adapter.pth")
+    model, _ = load(base, tmp_path / "adapter.pth", "bytes", accelerator="cpu")
+    ids = some_ids(model.arch, 5)
+    with torch.no_grad():
+        close("logits", one_by_one(Decoder(model), ids)[0], trained(ids)[0][0], TOLERANCE)
+    assert type(model.head) is Head and model.head.native and not any(module.training for module in model.modules())
 
 
 def test_a_bf16_file_is_used_where_it_is_mapped(checkpoint):
