@@ -38,8 +38,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--frequency_penalty", type=float, default=Sampling.frequency_penalty)
     add("--seed", type=int, default=0)
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
-    add("--precision", default="auto", choices=("auto", *DTYPES), help="of the weights; auto: on a CPU bf16 if the file has it, else fp32")
-    add("--quant", default="none", choices=("none", "int8"), help="int8: answer from weights of one byte, on a CPU; prompts are read with the file's")
+    add("--precision", default="auto", choices=("auto", *DTYPES),
+        help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with --wkv torch or reference. On a CPU "
+             "answers are computed in fp32 from bf16 weights, too, but their prompts are read in bf16 where the CPU has instructions for it: faster, "
+             "with logits about 1e-3 off; fp32 avoids that")
+    add("--quant", default="none", choices=("none", "int8"),
+        help="int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with those of --precision. It is not the "
+             "int8 of train.py's --quant, which has a scale for each 64 weights")
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:

@@ -44,25 +44,25 @@ class Matrix(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("rows", "columns", "type"))]
 
 
-class Quantised(NamedTuple):
+class Int8Rows(NamedTuple):
     """weight (out, in) = values (out, in) int8 * scale (out,) fp32."""
 
     values: Tensor
     scale: Tensor
 
 
-def quantise(weight: Tensor) -> Quantised:
-    """Symmetric int8 with a scale for each row, its largest magnitude / 127."""
+def int8_rows(weight: Tensor) -> Int8Rows:
+    """Symmetric int8 with a scale for each row, its largest magnitude / 127; rwkv_miss/quantised.py has one for each 64 weights."""
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
-    return Quantised((weight / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8), scale)
+    return Int8Rows((weight / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8), scale)
 
 
 class Decoder:
     """A model that reads prompts as before and takes single tokens through the native code. `int8`: there with its large matrices quantised.
 
-    It works on one token at a time, with as many threads as torch has, and on tensors as they are when it is made. Raises ValueError where
-    `problem` has one.
+    It works on one token at a time, with as many threads as torch has. The model must not change while it is used: of its matrices some are
+    shared with it and some, like all vectors, are copies made here. Raises ValueError where `problem` has one.
     """
 
     def __init__(self, model: RWKV, int8: bool = False):
@@ -71,6 +71,7 @@ class Decoder:
         self.model, self.int8, self.threads = model, int8, torch.get_num_threads()
         self.reading = torch.bfloat16 if model.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
         arch = self.arch = model.arch
+        self.state_shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
         self.kept: list[Tensor] = []  # what the native code points to
         names = [f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]]
         matrices = [self._matrix(name) for name in (*MODEL, *names)]
@@ -111,8 +112,8 @@ class Decoder:
             padded[: tensor.numel()] = tensor.flatten()
             return self._described(padded, 1, tensor.numel())
         if self.int8 and leaf == "weight" and name != "emb.weight":
-            quantised = quantise(tensor)
-            return self._described(quantised.values, *tensor.shape, quantised.scale)
+            values, scale = int8_rows(tensor)
+            return self._described(values, *tensor.shape, scale)
         return self._described(tensor if tensor.dtype in TYPES else tensor.float(), tensor.numel() // tensor.shape[-1], tensor.shape[-1])
 
     def _described(self, tensor: Tensor, rows: int, columns: int, scale: Tensor | None = None) -> Matrix:
@@ -122,14 +123,33 @@ class Decoder:
 
     @torch.no_grad()
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays as it is."""
+        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays as it is.
+
+        Raises ValueError for other shapes, where logits are not finite, and after close(), IndexError for a token that is not in the vocabulary.
+        """
         if state is None:
             state = self.model.initial_state(1)
+        self._check(ids, state)
         if ids.shape[1] > 1:
             state = [LayerState(layer.att_x.to(self.reading), layer.wkv, layer.ffn_x.to(self.reading)) for layer in state]
             # the last token is the native code's, and of the others only the state is wanted
             _, state = self.model.features(ids[:, :-1], state, wanted=torch.zeros_like(ids[:, :-1], dtype=torch.bool))
         return self._step(int(ids[0, -1]), state)
+
+    def _check(self, ids: Tensor, state: State) -> None:
+        if not self.handle:
+            raise ValueError("the decoder is closed; make another one")
+        if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
+            raise ValueError(f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at least one token")
+        if len(state) != self.arch.n_layer:
+            raise ValueError(f"the state has {len(state)} layers, expected {self.arch.n_layer} for {self.arch.describe()}")
+        for layer, parts in enumerate(state):
+            for name, part, shape in zip(LayerState._fields, parts, self.state_shapes):
+                if part is None and name == "wkv":
+                    continue
+                if part is None or part.shape != shape:
+                    seen = None if part is None else tuple(part.shape)
+                    raise ValueError(f"{name} of layer {layer}'s state is {seen}, expected {shape} for {self.arch.describe()}")
 
     def _step(self, token: int, state: State) -> tuple[Tensor, State]:
         arch = self.arch
@@ -154,7 +174,7 @@ class Decoder:
             part = self.model.blocks[layer].att.start()
         if part is None:
             part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
-        return part.float().contiguous()
+        return part.to("cpu", torch.float32).contiguous()
 
 
 def problem(model: RWKV) -> str:
@@ -165,6 +185,8 @@ def problem(model: RWKV) -> str:
         return f"the kernel is {kernel}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the weights are {model.dtype}"
+    if model.expands_to:
+        return "its base is quantised"
     if adapted_linears(model):
         return "its adapter is not merged"
     return ops.head_size_problem(model.arch.head_size) or native.status("cpu").reason

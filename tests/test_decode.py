@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import rwkv_miss
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src import decode
-from src.decode import Decoder, fastest, quantise
+from src.decode import Decoder, fastest, int8_rows
 from src.generate import Sampling, stream
 from src.load import load
 from src.model import RWKV, LayerState
@@ -103,7 +104,7 @@ def test_int8_weights_are_a_byte_each_and_no_further_off(version):
     rounded = dict(tensors)
     for name, weight in tensors.items():
         if name.endswith(".weight") and weight.dim() == 2 and name != "emb.weight":
-            values, scale = quantise(weight)
+            values, scale = int8_rows(weight)
             rounded[name] = values.double() * scale.double().unsqueeze(1)
             assert ((rounded[name] - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-5)).all()
     ids = some_ids(arch, 19)
@@ -116,7 +117,7 @@ def test_int8_weights_are_a_byte_each_and_no_further_off(version):
 
 
 def test_a_row_of_zeros_is_zeros_in_int8():
-    values, scale = quantise(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    values, scale = int8_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
     assert values.tolist() == [[0, 0], [64, -127]] and scale.tolist() == pytest.approx([0, 2 / 127])
 
 
@@ -253,7 +254,10 @@ def test_what_has_no_decoder_answers_in_torch():
     arch = make(7)
     plain, adapted, odd = RWKV(arch), RWKV(arch, "cpu"), RWKV(make(7, n_embd=36, head_size=12), "cpu")
     rwkv_miss.inject(adapted, rank=4)
-    for model, why in ((plain, "kernel is torch"), (adapted, "adapter"), (odd, "multiples of 8"), (RWKV(arch, "cpu").half(), "float16")):
+    quantised = RWKV(arch, "cpu")
+    quantised.quantise("int8", torch.float32)
+    for model, why in ((plain, "kernel is torch"), (adapted, "adapter"), (quantised, "base is quantised"),
+                       (odd, "multiples of 8"), (RWKV(arch, "cpu").half(), "float16")):
         asked, how = fastest(model)
         assert asked is model and why in how
         with pytest.raises(UserError, match=f"--quant int8.*{why}"):
@@ -272,6 +276,34 @@ def test_bad_tokens_and_overflows_are_errors():
     loud["blocks.1.ffn.key.weight"] *= 1e30
     with pytest.raises(ValueError, match="not finite"):
         Decoder(model_of(arch, loud, torch.float32)).next_logits(torch.tensor([[1]]))
+
+
+def test_states_of_other_models_and_other_shapes_are_errors():
+    """By name, and before the native code reads where nothing is."""
+    decoder, one = Decoder(RWKV(make(7), "cpu")), torch.tensor([[1]])
+    _, state = decoder.next_logits(one)
+    for shape in ((2, 1), (0, 1), (1, 0), (1,), (1, 1, 1)):
+        with pytest.raises(ValueError, match=rf"ids are {re.escape(str(shape))}, expected \(1, T\)"):
+            decoder.next_logits(torch.ones(shape, dtype=torch.int64), state)
+    wrong = [(state[:-1], "has 1 layers, expected 2"), ([state[0], state[1]._replace(ffn_x=None)], "ffn_x of layer 1's state is None")]
+    for name in LayerState._fields:
+        part = getattr(state[1], name)
+        for other in (part[..., :-1], torch.cat([part, part]), part[0]):
+            seen, expected = (re.escape(str(tuple(t.shape))) for t in (other, part))
+            wrong.append(([state[0], state[1]._replace(**{name: other})], f"{name} of layer 1's state is {seen}, expected {expected}"))
+    for ids in (one, torch.tensor([[1, 2, 3]])):
+        for given, why in wrong:
+            with pytest.raises(ValueError, match=why):
+                decoder.next_logits(ids, given)
+
+
+def test_a_closed_decoder_is_an_error():
+    decoder = Decoder(RWKV(make(7), "cpu"))
+    decoder.close()
+    decoder.close()
+    for ids in ([[1]], [[1, 2]]):
+        with pytest.raises(ValueError, match="closed"):
+            decoder.next_logits(torch.tensor(ids))
 
 
 def test_waiting_threads_use_no_time_and_end(monkeypatch):
