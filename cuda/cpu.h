@@ -96,6 +96,38 @@ template <int W> inline Vec<W> exponential(Vec<W> x) {
     return choose<W>(x < low, V{}, p * scale);
 }
 
+template <int W> inline Vec<W> sigmoid(Vec<W> x) { return 1.f / (1.f + exponential<W>(-x)); }
+
+// the sum of the lanes, by halves
+template <int W> inline float sum(Vec<W> x) {
+    if constexpr (W == 1) return x[0];
+    else {
+        Vec<W / 2> half[2];
+        memcpy(half, &x, sizeof x);
+        return sum<W / 2>(half[0] + half[1]);
+    }
+}
+// NaN if a number of x is not finite; lane by lane, because by halves gcc 12 moved more through memory in wkv7's forward, 1.05 times its time
+template <int W> inline float poison(Vec<W> x) {
+    float total = 0;
+    for (int l = 0; l < W; l++) total += x[l] * 0.f;
+    return total;
+}
+
+// mean and 1 / standard deviation of n numbers, n a multiple of W; where the squares overflow NaN, as in torch, so that a run that diverges is
+// noticed
+template <int W, class Number> inline std::pair<float, float> moments(const Number* x, long n, float eps) {
+    Vec<W> total = {}, squares = {};
+    for (long i = 0; i < n; i += W) total += read<W>(x + i);
+    const float mean = sum<W>(total) / n;
+    for (long i = 0; i < n; i += W) {
+        const auto centred = read<W>(x + i) - mean;
+        squares += centred * centred;
+    }
+    const float variance = sum<W>(squares) / n;
+    return {mean, 1.f / std::sqrt(variance + eps) + variance * 0.f};
+}
+
 // lane l of the result is lane index(l) of x and y put side by side
 #if defined(__clang__)
 template <int W, class Index, int... L> inline Vec<W> shuffle_lanes(Vec<W> x, Vec<W> y, Index, std::integer_sequence<int, L...>) {
@@ -181,11 +213,15 @@ struct Buffer {
     float* data;
 };
 
+// One copy of the work for every thread: in two the compiler may contract products and sums differently, and the last bit of a number would
+// depend on the thread that got to it first.
+template <class Work> __attribute__((noinline)) void do_item(const Work& work, long item, int thread) { work(item, thread); }
+
 // work(item, thread) for every item below `items`, by `threads` threads that take the next item whenever they are free
 template <class Work> inline void parallel(long items, int threads, Work work) {
     std::atomic<long> next{0};
     auto run = [&](int thread) {
-        for (long item; (item = next.fetch_add(1)) < items;) work(item, thread);
+        for (long item; (item = next.fetch_add(1)) < items;) do_item(work, item, thread);
     };
     std::vector<std::thread> others;
     for (int i = 1; i < threads && i < items; i++) others.emplace_back(run, i);
@@ -272,14 +308,6 @@ template <int W, class Step> inline void in_vectors(long N, Step step) {
         else step(std::integral_constant<int, 1>(), n), n += W;
     }
 }
-
-template <int W> inline float sum(Vec<W> x) {
-    float total = 0;
-    for (int l = 0; l < W; l++) total += x[l];
-    return total;
-}
-// NaN if a number of x is not finite
-template <int W> inline float poison(Vec<W> x) { return sum<W>(x * 0.f); }
 
 // A sum over many tokens that is as good as one in double: the second word holds what rounding took from the first.
 template <int W> struct LongSum {

@@ -30,7 +30,6 @@ struct Layer7 {
     Matrix w1, w2, a1, a2, v1, v2, g1, g2, receptance, key, value, output, ffn_key, ffn_value;
 };
 
-template <int W> inline Vec<W> sigmoid(Vec<W> x) { return 1.f / (1.f + exponential<W>(-x)); }
 template <int W> inline Vec<W> hyperbolic_tangent(Vec<W> x) {
     const Vec<W> s = x * x, size = choose<W>(x < 0.f, -x, x);
     Vec<W> p = s * -5.70498872745e-3f + 2.06390887954e-2f;  // Cephes tanhf
@@ -45,22 +44,8 @@ template <int W = WIDTH, class F> inline void each(long n, F f) {
     for (long i = 0; i < n; i += W) f(i);
 }
 
-// (mean, 1 / standard deviation) of n numbers
-template <int W> inline std::pair<float, float> moments(const float* x, long n, float eps) {
-    auto total = [&](auto f) {
-        Vec<W> sums = {};
-        long i = 0;
-        for (; i + W <= n; i += W) sums += f(load<W>(x + i));
-        float sum = ::sum<W>(sums);
-        for (; i < n; i++) sum += f(fill<W>(x[i]))[0];
-        return sum / n;
-    };
-    const float mean = total([](Vec<W> v) { return v; });
-    return {mean, 1.f / std::sqrt(total([&](Vec<W> v) { return (v - mean) * (v - mean); }) + eps)};
-}
-
 inline void layer_norm(const float* x, long n, const Matrix& weight, const Matrix& bias, float* out) {
-    const auto [mean, scale] = moments<WIDTH>(x, n, LAYER_EPS);
+    const auto [mean, scale] = n % WIDTH ? moments<1>(x, n, LAYER_EPS) : moments<WIDTH>(x, n, LAYER_EPS);
     const float m = mean, s = scale;
     each(n, [&](long i) {
         store<WIDTH>(out + i, (load<WIDTH>(x + i) - m) * s * load<WIDTH>(weight.vector() + i) + load<WIDTH>(bias.vector() + i));

@@ -15,21 +15,9 @@ struct Shape {
     long numbers() const { return B * T * C; }
 };
 
-template <int W> inline Vec<W> sigmoid(Vec<W> x) { return 1.f / (1.f + exponential<W>(-x)); }
-
 template <int W> inline Vec<W> square_root(Vec<W> x) {
     for (int l = 0; l < W; l++) x[l] = __builtin_sqrtf(x[l]);
     return x;
-}
-
-// the sum of the lanes, by halves
-template <int W> inline float across(Vec<W> x) {
-    if constexpr (W == 1) return x[0];
-    else {
-        Vec<W / 2> half[2];
-        memcpy(half, &x, sizeof x);
-        return across<W / 2>(half[0] + half[1]);
-    }
 }
 
 // run(lanes, number): the widest vectors that `width` is a multiple of, and the type of the activations
@@ -38,17 +26,13 @@ template <class Run> inline void typed(long width, int dtype, Run run) {
     width % WIDTH ? with(std::integral_constant<int, NARROW>()) : with(std::integral_constant<int, WIDTH>());
 }
 
-// One copy of the work for every thread: in two the compiler may contract products and sums differently, and the last bit of a number would
-// depend on the thread that got to it first.
-template <class Work> __attribute__((noinline)) void do_part(const Work& work, long first, long last) { work(first, last); }
-
 // work(first, last) over parts of `total`, each a multiple of `unit`, by as many threads as have GRAIN numbers each: starting one takes as long
 // as the work on about that many (20 us)
 constexpr long GRAIN = 1 << 17;
 template <class Work> inline void shared_out(long total, long unit, long numbers, int threads, Work work) {
     threads = std::max(1L, std::min<long>(threads, numbers / GRAIN));
     const long units = total / unit, parts = std::min<long>(units, threads == 1 ? 1 : 4 * threads);
-    parallel(parts, threads, [&](long part, int) { do_part(work, units * part / parts * unit, units * (part + 1) / parts * unit); });
+    parallel(parts, threads, [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
 }
 
 // run(lanes, number, index) for every vector of an elementwise function of the whole tensor
@@ -156,19 +140,6 @@ template <int W> struct HeadVectors {
     Vec<W>& operator[](long c) { return x[c / W]; }
 };
 
-// mean and 1 / standard deviation of N channels; where the squares overflow NaN, as in torch, so that a run that diverges is noticed
-template <int W, class Number> inline std::pair<float, float> moments(const Number* x, long N, float eps) {
-    Vec<W> sum = {}, squares = {};
-    for (long c = 0; c < N; c += W) sum += read<W>(x + c);
-    const float mean = across<W>(sum) / N;
-    for (long c = 0; c < N; c += W) {
-        const auto centred = read<W>(x + c) - mean;
-        squares += centred * centred;
-    }
-    const float variance = across<W>(squares) / N;
-    return {mean, 1.f / std::sqrt(variance + eps) + variance * 0.f};
-}
-
 }  // namespace
 
 #define SIZES int64_t B, int64_t T, int64_t C, int64_t H, float eps, int dtype, int threads
@@ -241,7 +212,7 @@ void delta_inputs_forward(const void* k, const void* a, const float* k_k, const 
             const auto u = read<W>(IN(k) + row + c) * load<W>(k_k + head + c);
             squares += u * u;
         }
-        const float scale = 1.f / std::max(std::sqrt(across<W>(squares)), 1e-12f);
+        const float scale = 1.f / std::max(std::sqrt(sum<W>(squares)), 1e-12f);
         for (long c = 0; c < N; c += W) {
             const auto own = read<W>(IN(k) + row + c), s = sigmoid<W>(read<W>(IN(a) + row + c)), kappa = own * load<W>(k_k + head + c) * scale;
             write<W>(OUT(key) + row + c, own * (1.f + (s - 1.f) * load<W>(k_a + head + c)));
@@ -266,8 +237,8 @@ void delta_inputs_backward(const void* k, const void* a, const float* k_k, const
             squares += u * u;
             dots += u * dkappa[c];
         }
-        const float norm = std::sqrt(across<W>(squares)), scale = 1.f / std::max(norm, 1e-12f);
-        const float along = norm > 1e-12f ? across<W>(dots) * scale * scale : 0.f;  // a norm that is held at its least has no gradient
+        const float norm = std::sqrt(sum<W>(squares)), scale = 1.f / std::max(norm, 1e-12f);
+        const float along = norm > 1e-12f ? sum<W>(dots) * scale * scale : 0.f;  // a norm that is held at its least has no gradient
         for (long c = 0; c < N; c += W) {
             const auto own = read<W>(IN(k) + row + c), kk = load<W>(k_k + head + c), ka = load<W>(k_a + head + c), u = own * kk;
             const auto g = read<W>(IN(dkey) + row + c), ds = read<W>(IN(dreplace) + row + c) * u * scale + g * own * ka;
@@ -286,7 +257,7 @@ void readout7_forward(const void* y, const void* r, const void* k, const void* v
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         Vec<W> products = {};
         for (long c = 0; c < N; c += W) products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
-        const float bonus = across<W>(products);
+        const float bonus = sum<W>(products);
         for (long c = 0; c < N; c += W) {
             const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) + load<W>(bias + head + c);
             write<W>(OUT(out) + row + c, (normed + bonus * read<W>(IN(v) + row + c)) * read<W>(IN(g) + row + c));
@@ -302,17 +273,17 @@ void readout7_backward(const void* y, const void* r, const void* k, const void* 
         const long N = shape.N();
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         HeadVectors<W> normed, dnormed, d;
-        Vec<W> products = {}, dproducts = {}, sum = {}, dots = {};
+        Vec<W> products = {}, dproducts = {}, sums = {}, dots = {};
         for (long c = 0; c < N; c += W) {
             products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
             d[c] = read<W>(IN(dout) + row + c) * read<W>(IN(g) + row + c);
             dproducts += d[c] * read<W>(IN(v) + row + c);
             normed[c] = (read<W>(IN(y) + row + c) - mean) * scale;
             dnormed[c] = d[c] * load<W>(weight + head + c);
-            sum += dnormed[c];
+            sums += dnormed[c];
             dots += dnormed[c] * normed[c];
         }
-        const float bonus = across<W>(products), dbonus = across<W>(dproducts), mean_d = across<W>(sum) / N, mean_dot = across<W>(dots) / N;
+        const float bonus = sum<W>(products), dbonus = sum<W>(dproducts), mean_d = sum<W>(sums) / N, mean_dot = sum<W>(dots) / N;
         for (long c = 0; c < N; c += W) {
             const auto value = read<W>(IN(v) + row + c), rk = dbonus * load<W>(r_k + head + c);
             const auto gated = normed[c] * load<W>(weight + head + c) + load<W>(bias + head + c) + bonus * value;
@@ -347,16 +318,16 @@ void readout6_backward(const void* y, const void* g, const float* weight, const 
         const long N = shape.N();
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         HeadVectors<W> normed, dnormed;
-        Vec<W> sum = {}, dots = {};
+        Vec<W> sums = {}, dots = {};
         for (long c = 0; c < N; c += W) {
             const auto gate = read<W>(IN(g) + row + c), s = sigmoid<W>(gate), d = read<W>(IN(dout) + row + c), w = load<W>(weight + head + c);
             normed[c] = (read<W>(IN(y) + row + c) - mean) * scale;
             write<W>(OUT(dg) + row + c, d * (normed[c] * w + load<W>(bias + head + c)) * s * (1.f + gate * (1.f - s)));
             dnormed[c] = d * gate * s * w;
-            sum += dnormed[c];
+            sums += dnormed[c];
             dots += dnormed[c] * normed[c];
         }
-        const float mean_d = across<W>(sum) / N, mean_dot = across<W>(dots) / N;
+        const float mean_d = sum<W>(sums) / N, mean_dot = sum<W>(dots) / N;
         for (long c = 0; c < N; c += W) write<W>(OUT(dy) + row + c, scale * (dnormed[c] - mean_d - normed[c] * mean_dot));
     });
 }
