@@ -35,7 +35,6 @@ from .wkv7 import chunked7
 PLAIN = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
 NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # the device type of a native kernel
 KERNELS = (*NATIVE, *PLAIN)
-LARGEST_HEAD = 256
 
 
 def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
@@ -60,9 +59,9 @@ def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
 
 def head_size_problem(head_size: int) -> str:
     """Why the native kernels do not take this head size, or nothing."""
-    if head_size % 8 == 0 and head_size <= LARGEST_HEAD:
+    if head_size % 8 == 0 and head_size <= native.LARGEST_HEAD:
         return ""
-    return f"the native kernels take head sizes that are multiples of 8 up to {LARGEST_HEAD}, not {head_size}"
+    return f"the native kernels take head sizes that are multiples of 8 up to {native.LARGEST_HEAD}, not {head_size}"
 
 
 def wkv6(

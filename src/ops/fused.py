@@ -18,17 +18,14 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.gemm import product
 
 from . import plain
-from .native import LAYOUT, library
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-LARGEST_HEAD = 256
+from .native import DTYPES, LARGEST_HEAD, LAYOUT, TAKES, library
 
 
 def serves(native: bool, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8) -> bool:
     """Whether the native code computes this: on the CPU in fp32 or bf16, in multiples of 8 channels, without gradients for vectors."""
     x = activations[0]
     return (
-        native and x.device.type == "cpu" and x.dtype in DTYPES and all(other.dtype == x.dtype for other in activations)
+        native and x.device.type == "cpu" and x.dtype in TAKES["cpu"] and all(other.dtype == x.dtype for other in activations)
         and x.shape[-1] % 8 == head_size % 8 == 0 and head_size <= LARGEST_HEAD and x.numel() > 0
         and not (torch.is_grad_enabled() and any(v.requires_grad for v in vectors))
     )

@@ -24,7 +24,9 @@ from .build import BuildError, cpu_library, cuda_library
 from .reference import recurrent6, recurrent7
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
+TAKES = {"cpu": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPES)}  # the activations of a device's library
+LARGEST_HEAD = 256
 CHUNK = 16
 # torch.compile may not change the layout of an argument; older versions of torch have the second of these tags only
 LAYOUT = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
@@ -151,8 +153,10 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     for x in tensors:
         if x is not None and (x.device != like.device or not x.is_contiguous()):
             raise ValueError(f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one on {like.device}")
-    if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= 256 or not like.numel():
-        raise ValueError(f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a multiple of 8 up to 256")
+    if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= LARGEST_HEAD or not like.numel():
+        raise ValueError(
+            f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a multiple of 8 up to {LARGEST_HEAD}"
+        )
     # vectors of 16 bytes are loaded; a view may begin between two
     tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]

@@ -11,13 +11,11 @@ from rwkv_miss.quantised import KINDS, expand, nf4_pairs
 
 from . import native
 
-DTYPES = {"cpu": {torch.float32: 0, torch.bfloat16: 1}, "cuda": native.DTYPES}
-
 
 def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the dtype, else in plain torch."""
     device = quantised.device.type
-    if dtype not in DTYPES[device] or not quantised.is_contiguous() or not native.status(device).passed:
+    if dtype not in native.TAKES[device] or not quantised.is_contiguous() or not native.status(device).passed:
         return expand(quantised, width, dtype)
     weight = quantised.new_empty(quantised.shape[0], width, dtype=dtype)
     with torch.cuda.device_of(quantised):
