@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import re
 from ctypes import CDLL
 
 import pytest
@@ -299,6 +300,21 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
     # documents that start from a state are cut out of their rows, for which the three functions run
     made_again = begin != "documents and start"
     assert found[parts][0] - found[whole][0] == made_again * 3 * dy.nbytes and (found[parts][1], found[whole][1]) == (1, 1 + made_again)
+
+
+@pytest.mark.parametrize("argument, wrong, found", [
+    ("s0", torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16), "s0 is torch.bfloat16"), ("s0", torch.zeros(2, 3, 8, 8, dtype=torch.float64), "float64"),
+    ("s0", torch.zeros(1, 3, 8, 8), r"\(1, 3, 8, 8\)"), ("s0", torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"), ("s0", torch.zeros(2, 3, 8), "s0 is"),
+    ("reset", torch.zeros(2, 5, dtype=torch.int64), "reset is torch.int64"), ("reset", torch.zeros(2, 4, dtype=torch.bool), r"\(2, 4\)"),
+    ("start", torch.zeros(3, 8, 8, dtype=torch.bfloat16), "start is torch.bfloat16"), ("start", torch.zeros(2, 8, 8), r"\(2, 8, 8\)"),
+    ("w", torch.zeros(2, 4, 24), r"w is torch.float32 \(2, 4, 3, 8\)"), ("g", torch.zeros(2, 5, 48), "g is torch.float32"),
+])
+def test_mix7_refuses_by_name_what_wkv7_refuses(argument, wrong, found, calls):
+    arguments = {name: torch.zeros(2, 5, 24) for name in "rwkvag"} | dict.fromkeys(["s0", "reset", "start"]) | {argument: wrong}
+    vectors = [torch.ones(24), torch.ones(24), torch.ones(3, 8), torch.ones(24), torch.ones(24)]
+    with pytest.raises(ValueError, match=f"wkv7: {argument} is .*expected .* because r is") as error:
+        mix7(*(arguments[name] for name in "rwkvag"), *vectors, EPS, *(arguments[name] for name in ("s0", "reset", "start")), "cpu", True)
+    assert re.search(found, str(error.value)) and not calls
 
 
 # the model

@@ -90,10 +90,20 @@ def wkv7(
 def _run(
     version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The arguments checked by name, then made what the kernel takes."""
-    op, r = f"wkv{version}", inputs["r"]
+    """The arguments checked, then made what the kernel takes."""
     if kernel not in KERNELS:
-        raise ValueError(f"{op}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
+        raise ValueError(f"wkv{version}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
+    check(version, inputs, s0, reset, start)
+    if start is not None and reset is not None:
+        return by_document(lambda parts, state: _compute(version, kernel, parts, state, None), inputs, s0, reset, start)
+    if start is not None and s0 is None:
+        s0 = start.expand(len(inputs["r"]), *start.shape)
+    return _compute(version, kernel, inputs, s0, reset)
+
+
+def check(version: int, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None) -> None:
+    """Raises ValueError with the first argument whose dtype, shape or device is not what r's make it, or r if it has none that is served."""
+    op, r = f"wkv{version}", inputs["r"]
     if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPES, torch.float64):
         raise ValueError(
             f"{op}: r is {r.dtype} {tuple(r.shape)}; expected float32, bfloat16, float16 or float64 (batch, tokens, heads, head size), none of them 0"
@@ -112,11 +122,6 @@ def _run(
                 f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected {' or '.join(map(str, dtypes))} {shape} "
                 f"on {r.device}, because r is {r.dtype} {tuple(r.shape)} there"
             )
-    if start is not None and reset is not None:
-        return by_document(lambda parts, state: _compute(version, kernel, parts, state, None), inputs, s0, reset, start)
-    if start is not None and s0 is None:
-        s0 = start.expand(B, H, N, N)
-    return _compute(version, kernel, inputs, s0, reset)
 
 
 def _compute(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:

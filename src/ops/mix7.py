@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import wkv7
+from . import check, wkv7
 from .fused import delta_inputs, readout7, ready, serves, vector
 
 _ops = torch.ops.rwkv
@@ -22,11 +22,12 @@ def mix7(
 ) -> tuple[Tensor, Tensor]:
     """r, raw decay w, k, v, raw learning rate a and gate g, (B, T, C) -> (readout (B, T, C), final state).
 
-    Vectors as in plain.delta_inputs and plain.readout7; s0, reset, start and kernel as in wkv7.
+    Vectors as in plain.delta_inputs and plain.readout7; s0, reset, start and kernel as in wkv7. Raises ValueError.
     """
     heads, head_size = r_k.shape
     activations, vectors = [r, w, k, v, a, g], [k_k, k_a, r_k, weight, bias]
     if serves(native, activations, vectors, head_size) and (start is None or reset is None):
+        check(7, dict(zip("rwkvag", _by_head(heads, *activations), strict=True)), s0, reset, start)
         if s0 is None and start is not None:
             s0 = start.expand(len(r), *start.shape)
         reset = None if reset is None else reset.contiguous().view(torch.uint8)
