@@ -37,10 +37,13 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 AT_ONCE = 1 << 18  # weights that are worked on at one time: their fp32 copies take no memory to speak of
 
 
+def row_bytes(kind: str, width: int) -> int:
+    return -(-width // BLOCK) * (CODES[kind] + SCALE_BYTES)
+
+
 def empty(kind: str, out: int, width: int, device=None) -> Tensor:
     """The tensor of a quantised weight (out, width), without values."""
-    blocks = -(-width // BLOCK)
-    return torch.empty(out, blocks * (CODES[kind] + SCALE_BYTES), dtype=DTYPES[kind], device=device)
+    return torch.empty(out, row_bytes(kind, width), dtype=DTYPES[kind], device=device)
 
 
 def quantise(weight: Tensor, kind: str) -> Tensor:
@@ -50,6 +53,7 @@ def quantise(weight: Tensor, kind: str) -> Tensor:
     rows = max(1, AT_ONCE // width)
     for part, into in zip(weight.split(rows), quantised.split(rows), strict=True):
         codes, scales = _codes_and_scales(into)
+        scales = scales.view(torch.bfloat16)
         blocks = nn.functional.pad(part.float(), (0, scales.shape[1] * BLOCK - width)).unflatten(1, (-1, BLOCK))
         largest = blocks.abs().amax(2)
         scales.copy_(largest if kind == "nf4" else largest / 127)
@@ -60,10 +64,10 @@ def quantise(weight: Tensor, kind: str) -> Tensor:
 
 
 def _codes_and_scales(quantised: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a quantised weight: codes (out, bytes) and scales (out, blocks), bf16."""
+    """Views of a quantised weight: the bytes of its codes and those of its scales."""
     size = CODES[KINDS[quantised.dtype]]
     end = quantised.shape[1] // (size + SCALE_BYTES) * size
-    return quantised[:, :end], quantised[:, end:].view(torch.bfloat16)
+    return quantised[:, :end], quantised[:, end:]
 
 
 def _nf4_codes(relative: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means, on every device."""
-    weight = quantised.new_empty(quantised.shape[0], width, dtype=dtype)
+    weight = unfilled(quantised, width, dtype)
     rows = max(1, AT_ONCE // width)
     for part, into in zip(quantised.split(rows), weight.split(rows), strict=True):
         into.copy_(_expand_rows(part, width, torch.promote_types(dtype, torch.float32)))
@@ -92,22 +96,30 @@ def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
     codes, scales = _codes_and_scales(quantised)
+    # copied, because a part of another tensor may hold them apart or at an odd address
+    scales = scales.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     if quantised.dtype == DTYPES["nf4"]:
         pairs = nf4_pairs(quantised.device, exact).index_select(0, codes.int().flatten())
         values = torch.view_as_real(pairs).view(*scales.shape, BLOCK)
     else:
-        values = codes.to(exact).view(*scales.shape, BLOCK)
+        values = codes.to(exact).reshape(*scales.shape, BLOCK)
     return values.mul_(scales.to(exact).unsqueeze(2)).flatten(1)[:, :width]
 
 
-def _dequantised_shape(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The memory for the weight (out, width) of a quantised one. Raises ValueError where its rows are not those of `width` weights."""
+    kind = KINDS.get(quantised.dtype)
+    if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
+        expected = " or ".join(f"{DTYPES[name]} (out, {row_bytes(name, width)})" for name in CODES)
+        raise ValueError(f"dequantise: the quantised weight is {quantised.dtype} {tuple(quantised.shape)}; expected {expected} for rows of {width} "
+                         "weights, 1 or more")
     return quantised.new_empty(quantised.shape[0], width, dtype=dtype)
 
 
 # an operator of its own, so that a faster kernel can stand in for it on a device
 torch.library.define("rwkv_miss::dequantise", "(Tensor quantised, int width, ScalarType dtype) -> Tensor")
 torch.library.impl("rwkv_miss::dequantise", "default", expand)
-torch.library.register_fake("rwkv_miss::dequantise", _dequantised_shape)
+torch.library.register_fake("rwkv_miss::dequantise", unfilled)
 
 
 def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:

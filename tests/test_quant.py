@@ -126,14 +126,49 @@ def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
             assert torch.equal(weight, expand(quantised, shape[1], dtype)) and memory[-64:].isnan().all()
 
 
+def parts_of_others(quantised):
+    """The same numbers in other layouts: rows apart, bytes apart, columns before rows, and at an odd address."""
+    out, row_bytes = quantised.shape
+    parts = [quantised.new_zeros(2 * out, row_bytes)[::2], quantised.new_zeros(out, 3 * row_bytes)[:, ::3],
+             quantised.new_zeros(row_bytes, out).t(), quantised.new_zeros(quantised.numel() + 1)[1:].view(quantised.shape)]
+    return [part.copy_(quantised) for part in parts]
+
+
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("out", [1, 5])
+def test_a_part_of_another_tensor_is_expanded(kind, out):
+    quantised = quantise(weights((out, 131)), kind)
+    for part in parts_of_others(quantised):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            want = dense(quantised, 131, dtype)
+            assert torch.equal(dense(part, 131, dtype), want) and torch.equal(expand(part, 131, dtype), want)
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_width_that_the_bytes_are_not_of_is_refused(kind):
+    quantised = quantise(torch.randn(5, 70), kind)  # two blocks: 65 to 128 weights
+    one_block = {"int8": 66, "nf4": 34}[kind]
+    for width, expected in ((64, one_block), (129, 3 * one_block), (100000, 1563 * one_block), (0, 0), (-60, 0)):
+        message = rf"the quantised weight is torch.u?int8 \(5, {2 * one_block}\); expected .*\(out, {expected}\).* for rows of {width} weights"
+        for call in (dense, expand):
+            for weight in (quantised, quantised.to("meta")):
+                with pytest.raises(ValueError, match=message):
+                    call(weight, width, torch.float32)
+    with pytest.raises(ValueError, match="rows of 200 weights"):
+        linear(torch.randn(2, 200), quantised)
+    for other in (quantised.int(), quantised[0], quantised[:, 1:]):
+        with pytest.raises(ValueError, match="dequantise: the quantised weight is"):
+            dense(other, 70, torch.float32)
+
+
 def test_a_weight_is_expanded_natively_where_the_kernels_are(monkeypatch):
     quantised, called = quantise(torch.randn(5, 70), "nf4"), []
     monkeypatch.setattr(kernels, "launch", lambda library, quantised, weight, context: called.append(weight.dtype) or weight.zero_() is None)
     for dtype in (torch.float32, torch.bfloat16):
         assert not dense(quantised, 70, dtype).any()
     assert called == [torch.float32, torch.bfloat16]
-    for without in (lambda: dense(quantised, 70, torch.float64), lambda: dense(quantised[:, :], 70, torch.float16)):
-        assert without().any()
+    for weight, dtype in [(quantised, torch.float64), (quantised, torch.float16), *((part, torch.float32) for part in parts_of_others(quantised))]:
+        assert torch.equal(dense(weight, 70, dtype), expand(quantised, 70, dtype))
     monkeypatch.setattr(native, "status", lambda device: native.Status(False, False, reason="no compiler"))
     assert torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32)) and len(called) == 2
 

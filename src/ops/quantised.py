@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from rwkv_miss.quantised import KINDS, expand, nf4_pairs
+from rwkv_miss.quantised import KINDS, SCALE_BYTES, expand, nf4_pairs, unfilled
 
 from . import native
 
@@ -15,9 +15,10 @@ from . import native
 def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the dtype, else in plain torch."""
     device = quantised.device.type
-    if dtype not in native.TAKES[device] or not quantised.is_contiguous() or not native.status(device).passed:
+    as_made = quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0  # a GPU loads a scale at once
+    if dtype not in native.TAKES[device] or not as_made or not native.status(device).passed:
         return expand(quantised, width, dtype)
-    weight = quantised.new_empty(quantised.shape[0], width, dtype=dtype)
+    weight = unfilled(quantised, width, dtype)
     with torch.cuda.device_of(quantised):
         code = launch(native.library(device), quantised, weight, native.context(quantised))
     if code:
