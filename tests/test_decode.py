@@ -272,10 +272,11 @@ def test_bad_tokens_and_overflows_are_errors():
     for token in (-1, arch.vocab_size):
         with pytest.raises(IndexError, match=f"token {token}"):
             decoder.next_logits(torch.tensor([[token]]))
-    loud = random_tensors(arch)
-    loud["blocks.1.ffn.key.weight"] *= 1e30
-    with pytest.raises(ValueError, match="not finite"):
-        Decoder(model_of(arch, loud, torch.float32)).next_logits(torch.tensor([[1]]))
+    for name in ("blocks.1.ffn.key.weight", "emb.weight"):  # logits that overflow, and a norm's variance
+        loud = random_tensors(arch)
+        loud[name] *= 1e30
+        with pytest.raises(ValueError, match="not finite"):
+            Decoder(model_of(arch, loud, torch.float32)).next_logits(torch.tensor([[1]]))
 
 
 def test_states_of_other_models_and_other_shapes_are_errors():
