@@ -203,12 +203,13 @@ def train(files, proj_dir, *flags):
 
 
 def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files, tmp_path):
-    schedule = ["--epoch_steps", "4", "--lr_schedule", "constant"]
-    output = train(files, tmp_path / "one", *schedule, "--micro_bsz", "6")
+    # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
+    schedule = ["--lr_schedule", "constant", "--adam_eps", "1e-2"]
+    output = train(files, tmp_path / "one", "--epoch_steps", "4", *schedule, "--micro_bsz", "6")
     base = rwkv_miss.read_checkpoint(files / "base.pth")
     wanted = in_parts(base, WHOLE)
     assert f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)" in output
-    many = ["--lr_schedule", "constant", "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
+    many = [*schedule, "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
     train(files, tmp_path / "many", "--epoch_steps", "2", *many)
     train(files, tmp_path / "many", "--epoch_steps", "4", *many, "--resume", "auto")
     # the same sums in another order; a weight on the edge between two bf16 values may then fall to the other side
@@ -217,4 +218,4 @@ def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files,
     assert ours.keys() == theirs.keys() and all(t.dtype == torch.float32 for t in (ours | theirs).values())
     assert not any(torch.equal(ours[name], base[name].float()) for name in wanted), "every one of them is trained"
     for name in ours:
-        close(name, theirs[name] - base.get(name, 0), ours[name] - base.get(name, 0), 0.2)
+        close(name, theirs[name] - base.get(name, 0), ours[name] - base.get(name, 0), 0.1)
