@@ -274,6 +274,7 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
         flags = ["--model", str(merged), "--tokenizer", "bytes", "--prompt", "q", "--max_tokens", "3", "--temperature", "0"]
         monkeypatch.setattr(chat, "load", lambda path, *_: (Scripted(tokenizer, b"yes"), tokenizer))
+        monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
     assert recorded_template("auto", tokenizer, base).name == "rwkv" == recorded_template("auto", tokenizer, None).name
