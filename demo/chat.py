@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", choices=("auto", *DTYPES),
         help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with --wkv torch or reference. On a CPU "
              "answers are computed in fp32 from bf16 weights, too, but their prompts are read in bf16 where the CPU has instructions for it: faster, "
-             "with logits about 1e-3 off; fp32 avoids that")
+             "with logits about 1e-3 off; fp32 avoids that. auto merges an --adapter in fp32")
     add("--quant", default="none", choices=("none", "int8"),
         help="int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with those of --precision. It is not the "
              "int8 of train.py's --quant, which has a scale for each 64 weights")

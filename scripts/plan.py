@@ -154,8 +154,8 @@ def describe_fix(fix: dict[str, object] | None, config: Config) -> str:
     if fix == {}:
         return "it fits"
     if fix is None:
-        more = "" if config.peft != "none" else ", or --peft miss, which trains few parameters"
-        return f"it does not fit, and no setting mends that: take a smaller model, a larger device{more}"
+        more = "a lower rank" if config.peft != "none" else "--peft miss, which trains few parameters"
+        return f"it does not fit, nor with fewer rows at once, recomputing, chunks, bf16, nf4 or stage 3: take {more}, another model or device"
     flags = " ".join(f"--{name} {int(value) if isinstance(value, bool) else value}" for name, value in fix.items())
     return f"it does not fit; add {flags}"
 

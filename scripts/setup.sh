@@ -2,7 +2,7 @@
 # Usage: source scripts/setup.sh EXTRA      with EXTRA = test, the test tools are installed too; "" for none
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# waiting OpenMP threads that spin slow small models down tenfold when anything else runs
+# for pytest, which does not come through src/doorway.py
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 setup() {

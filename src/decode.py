@@ -199,5 +199,6 @@ def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder, str]:
             raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
         return model, f"token by token in torch, as {found}"
     decoder = Decoder(model, int8)
-    weights = "int8" if int8 else str(model.head.weight.dtype).removeprefix("torch.")
+    dtypes = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2}
+    weights = "int8" if int8 else " and ".join(sorted(dtypes))
     return decoder, f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {decoder.threads} threads"

@@ -9,18 +9,19 @@ import sys
 import threading
 
 OURS = ("rwkv_miss", "src", "scripts", "demo")
-# what oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by itself and by torch, unless these variables say otherwise when torch is
-# loaded; the number of trained tokens is another one in every step, so that all of them would be filled
-PREPARED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+# read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting threads spin unless told not to: small
+# models are then up to thirty times slower as soon as anything else runs. What oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by
+# itself and by torch, and the number of trained tokens is another one in every step
+LIBRARY_SETTINGS = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 
 @contextlib.contextmanager
 def importing():
-    """Around a program's first imports: Ctrl-C ends it at once and silently, a missing package is named, and torch is told PREPARED_SHAPES.
+    """Around a program's first imports: Ctrl-C ends it at once and silently, a missing package is named, and torch's libraries get LIBRARY_SETTINGS.
 
     An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback.
     """
-    for name, value in PREPARED_SHAPES.items():
+    for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     before = signal.getsignal(signal.SIGINT)
     # whoever ignores Ctrl-C, as nohup does, has reasons

@@ -99,3 +99,10 @@ print(resident() - before)
 """
     grown = run(["-c", code], stdout=subprocess.PIPE).stdout
     assert int(grown) < 120_000, f"{grown} kB"
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise():
+    code = "import os\nfrom src.doorway import importing\nwith importing(): pass\nprint(os.environ['OMP_WAIT_POLICY'])"
+    for given, found in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        assert run(["-c", code], stdout=subprocess.PIPE, env=environment).stdout.strip() == found

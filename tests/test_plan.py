@@ -301,7 +301,7 @@ def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
     assert plan.plan(*plan.parse([*again, "--metrics", str(tmp_path / "metrics.jsonl")])) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_second"] == 200
     assert plan.plan(*plan.parse([*flags, "--memory", "1MB"])) == 1
-    assert "no setting mends that" in capsys.readouterr().out
+    assert "it does not fit, nor with fewer rows at once" in capsys.readouterr().out
     for wrong in ("-1", "nan", "inf"):
         with pytest.raises(UserError, match="--tokens_per_second .*: must be a number above 0"):
             plan.parse([*flags, "--tokens_per_second", wrong])
