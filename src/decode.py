@@ -19,6 +19,7 @@ from rwkv_miss.errors import UserError
 
 from . import ops
 from .device import multiplies_bf16
+from .graphed import GraphedDecoder
 from .model import RWKV, LayerState, State
 from .ops import native
 
@@ -192,11 +193,18 @@ def problem(model: RWKV) -> str:
     return ops.head_size_problem(model.arch.head_size) or native.status("cpu").reason
 
 
-def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder, str]:
+def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDecoder, str]:
     """(what answers in the model's place, in words): its decoder where it has one, else the model itself. UserError if int8 is asked of that."""
     if found := problem(model):
         if int8:
             raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
+        if model.blocks[0].att.kernel.startswith("cuda"):
+            graphed = GraphedDecoder(model)
+            try:
+                graphed.check()
+                return graphed, "one CUDA graph a token"
+            except RuntimeError as error:
+                found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return model, f"token by token in torch, as {found}"
     decoder = Decoder(model, int8)
     dtypes = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2}

@@ -10,6 +10,7 @@ import torch
 from rwkv_miss import load_adapter
 from rwkv_miss.quantised import CODES, dense, expand, quantise
 from src import ops
+from src.decode import fastest
 from src.model import RWKV
 from src.ops import native
 
@@ -61,6 +62,21 @@ def test_the_model_is_the_same_on_both_devices(version, checkpoint):
     close("logits", got.cpu(), want, 1e-4)
     for layer, other in zip(state, got_state, strict=True):
         close("state", other.wkv.cpu(), layer.wkv, 1e-4)
+
+
+@both
+def test_tokens_of_a_cuda_graph_are_the_models(version, checkpoint):
+    model = RWKV.load(checkpoint(version, n_layer=3, n_embd=64, head_size=64), device="cuda", kernel="cuda").eval()
+    decoder, how = fastest(model)
+    assert how == "one CUDA graph a token"
+    ids = torch.arange(9, device="cuda")[None] % 60
+    _, state = model.next_logits(ids)
+    other = state
+    for token in (5, 17, 5):
+        step = torch.tensor([[token]], device="cuda")
+        want, state = model.next_logits(step, state)
+        got, other = decoder.next_logits(step, other)
+        close("logits", got, want, 1e-4)
 
 
 @pytest.mark.parametrize("kind", CODES)
