@@ -32,6 +32,8 @@ VARIANTS = {
     "miss": "MiSS r, as train.py runs it",
     "half masked": "the same, half of the tokens without loss",
     "bf16": "the same, with bf16 weights and activations",
+    "grad_cp 2": "the same, time mixes recomputed",
+    "grad_cp 1": "the same, whole layers recomputed",
     "all logits": "the same, with the loss of all logits at once, plain torch",
     "lora": "LoRA r / 2, as train.py runs it",
     "peft miss": "HF peft's MiSS r on the same model",
@@ -75,6 +77,8 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
     else:
         method = "lora" if variant == "lora" else "miss"
         rwkv_miss.inject(model, method, rank=rank // 2 if method == "lora" else rank)
+    if variant.startswith("grad_cp"):
+        model.grad_cp = int(variant[-1])
     return model
 
 

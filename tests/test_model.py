@@ -138,6 +138,27 @@ def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel
         close(name, got[name], t, allowed)
 
 
+@pytest.mark.parametrize("version", [6, 7])
+def test_what_is_recomputed(version):
+    """--grad_cp 0: nothing, 1: whole layers, 2: their time mixes; and what the layers keep falls from 0 to 2 to 1."""
+    model = RWKV(make_arch(version, n_layer=2), "cpu")
+    model.load_state_dict(random_tensors(model.arch))
+    rwkv_miss.inject(model, "miss", rank=4)
+    calls, runs, kept = [], {}, {}
+    for name in ("att.key", "ffn.key"):
+        model.blocks[1].get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    for model.grad_cp in (0, 1, 2):
+        calls.clear()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            x, _ = model.features(torch.arange(24)[None])
+        kept[model.grad_cp] = sum(sizes)
+        x.square().sum().backward()
+        runs[model.grad_cp] = (calls.count("att.key"), calls.count("ffn.key"))
+    assert runs == {0: (1, 1), 1: (2, 2), 2: (2, 1)}
+    assert kept[1] < kept[2] < kept[0]
+
+
 @pytest.mark.parametrize("version, grad_cp", [(6, 0), (7, 1), (7, 2)])
 def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
     """The same numbers as of all tokens, and the channel mix of the last layer sees no others."""
