@@ -51,25 +51,45 @@ def _short(count: int) -> str:
 def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Linear]:
     """Dotted name -> linear for every target, which is a leaf name (`key`), a suffix (`att.key`) or a whole name.
 
-    None means the paper's linears. A target that matches nothing is a UserError that lists what exists.
+    None means the linears of RWKV that the paper adapts, and is for such models only. Raises UserError, with the names that exist, for that,
+    for a target that matches nothing, and for a linear whose change would have no effect or another one once merged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+    # key and value alone would match some linears of many a model, and leave out the others without a word
+    if targets is None and not any(name.endswith("receptance") for name in linears):
+        raise UserError(f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV model; "
+                        f"name some of its linear layers: {leaves or 'it has none'}")
     chosen: set[str] = set()
     for target in DEFAULT_TARGETS if targets is None else targets:
         found = {name for name in linears if name == target or name.endswith(f".{target}")}
         if not found and targets is not None:
-            leaves = sorted({name.rpartition(".")[2] for name in linears})
-            raise UserError(f"target {target!r} matches no linear layer; this model has: {', '.join(leaves)}")
+            raise UserError(f"target {target!r} matches no linear layer; this model has: {leaves or 'none'}")
         chosen |= found
     if not chosen:
-        raise UserError("no linear layer to adapt: targets is empty, or the model has none of " + ", ".join(DEFAULT_TARGETS))
+        raise UserError(f"no linear layer to adapt: targets is empty; this model has: {leaves or 'none'}")
+    _refuse_unfit(model, chosen)
     return {name: module for name, module in linears.items() if name in chosen}
+
+
+def _refuse_unfit(model: nn.Module, chosen: set[str]) -> None:
+    """UserError for a linear that shares its weight, which a merge changes for all that use it, and for one that is never called."""
+    owners: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(name)
+    for name in sorted(chosen):
+        others = [other for other in owners[id(model.get_submodule(name).weight)] if other != f"{name}.weight"]
+        if others:
+            raise UserError(f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them or drop the target")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise UserError(f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it; drop the target")
 
 
 def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = None, train_parts: str = "", **options) -> Injection:
     """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss", rank=64)`.
 
     The tensors of `train_parts`, such as "ln,time" (see parts.py), are trained as a whole beside it: each becomes an fp32 parameter.
+    What else should be trained, such as a classifier, is asked for afterwards (`model.classifier.requires_grad_(True)`) and saved as well.
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     if method not in METHODS:

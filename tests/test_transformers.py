@@ -1,0 +1,193 @@
+"""Adapters on models that are no RWKV: small random ones of `transformers`, against Hugging Face peft on the same weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.inject import adapter_tensors
+
+from .conftest import close
+
+transformers = pytest.importorskip("transformers", reason="the test extra is absent: pip install transformers")
+
+SIZES = {"vocab_size": 61, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 10}  # heads that together are wider than the model
+# name -> (model, targets). Leaf names, suffixes and whole names
+MODELS = {
+    "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, attention_bias=True)),
+              ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+    "mistral": (lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=5)),
+                ["self_attn.q_proj", "self_attn.v_proj", "model.layers.1.mlp.down_proj"]),
+    "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED)), ["q_proj", "o_proj", "down_proj", "lm_head"]),
+    "roberta": (lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(
+        **SIZES, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)), ["query", "key", "value", "dense"]),
+}
+METHODS = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A", "lora_B": "lora_B"}}  # our tensors -> peft's
+RANK = 7  # divides none of the widths
+
+
+def make(name):
+    """The model, its matrices large enough for every part to show in the logits, which HF's own (std 0.02) are not."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]().train()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if p.dim() == 2 and "embed" not in key:
+                p.normal_(std=p.shape[1] ** -0.5)
+    return model
+
+
+def batch(name):
+    """Token ids and labels: the next tokens, or a class of each row."""
+    ids = torch.randint(2, 61, (3, 11), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": torch.tensor([0, 2, 1]) if name == "roberta" else ids}
+
+
+def inject(name, model, method, **options):
+    return rwkv_miss.inject(model, method, targets=MODELS[name][1], rank=RANK, **options)
+
+
+def fill(model):
+    with torch.no_grad():
+        for p in adapter_tensors(model).values():
+            p.normal_(std=0.1)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [
+    (torch.float64, 1e-12),
+    (torch.float32, 1e-5),  # the order of the sums differs; 2e-6 was the largest difference seen
+])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_those_of_hf_peft(name, method, dtype, tolerance):
+    peft = pytest.importorskip("peft")
+    ours = make(name).to(dtype)
+    base = copy.deepcopy(ours)
+    inject(name, ours, method, **({"alpha": 3.0 * RANK} if method == "lora" else {}))
+    fill(ours)
+    ours.to(dtype)
+    kinds = {"miss": lambda **o: peft.MissConfig(**o), "lora": lambda **o: peft.LoraConfig(lora_alpha=3 * RANK, **o)}
+    theirs = peft.get_peft_model(base, kinds[method](r=RANK, target_modules=list(adapted_linears(ours)))).to(dtype).train()
+
+    pairs = {}
+    for linear, layer in adapted_linears(ours).items():
+        for mine, other in METHODS[method].items():
+            tensor = getattr(theirs.base_model.model.get_submodule(linear), other)["default"]
+            pairs[f"{linear}.{mine}"] = getattr(layer, mine), tensor.weight if isinstance(tensor, nn.Module) else tensor
+    assert len(pairs) == len(METHODS[method]) * len(adapted_linears(ours)) == len(adapter_tensors(ours))
+    with torch.no_grad():
+        for mine, other in pairs.values():
+            assert mine.shape == other.shape
+            other.copy_(mine)
+
+    # a gradient of the embedding goes through every layer
+    for model in (ours, theirs):
+        model.get_input_embeddings().weight.requires_grad_(True)
+    got, want = ours(**batch(name)), theirs(**batch(name))
+    close("logits", got.logits, want.logits, tolerance)
+    got.loss.backward()
+    want.loss.backward()
+    pairs["embeddings"] = ours.get_input_embeddings().weight, theirs.get_input_embeddings().weight
+    for key, (mine, other) in pairs.items():
+        close(f"gradient of {key}", mine.grad, other.grad, tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
+    model = make(name)
+    base = copy.deepcopy(model)
+    report = inject(name, model, method)
+    with torch.no_grad():
+        assert torch.equal(model(**batch(name)).logits, base(**batch(name)).logits), "a fresh adapter changes nothing"
+    assert report.trainable == sum(t.numel() for t in adapter_tensors(model).values())
+    losses = train(model, batch(name), steps=12)
+    assert losses[-1] < 0.8 * losses[0], losses
+    frozen = {key: tensor for key, tensor in model.state_dict().items() if key not in adapter_tensors(model)}
+    assert frozen.keys() == base.state_dict().keys()
+    assert all(torch.equal(tensor, frozen[key]) for key, tensor in base.state_dict().items())
+
+    rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")
+    again = copy.deepcopy(base)
+    rwkv_miss.load_adapter(again, tmp_path / "adapter.pth")
+    with torch.no_grad():
+        trained = model(**batch(name)).logits
+        assert torch.equal(again(**batch(name)).logits, trained)
+
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)
+    assert list(merged) == list(base.state_dict())
+    plain = copy.deepcopy(base)
+    plain.load_state_dict(merged, strict=True)
+    with torch.no_grad():
+        close("merged logits", plain(**batch(name)).logits, trained, 1e-5)  # W + dW is rounded once, to 24 bits
+    for linear, layer in adapted_linears(model).items():
+        close(linear, merged[f"{linear}.weight"], (layer.weight + layer.delta()).detach(), 1e-6)
+
+
+def train(model, inputs, steps):
+    """The loss before each step of Adam on one batch."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_classifier_beside_the_adapter_is_trained_saved_and_merged(tmp_path):
+    model = make("roberta")
+    base = copy.deepcopy(model)
+    rwkv_miss.inject(model, "miss", targets=["query", "value"], rank=RANK)
+    model.classifier.requires_grad_(True)
+    train(model, batch("roberta"), steps=3)
+    assert not torch.equal(model.classifier.out_proj.bias, base.classifier.out_proj.bias)
+    rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    plain, loaded = copy.deepcopy(base), copy.deepcopy(base)
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
+    rwkv_miss.load_adapter(loaded, tmp_path / "adapter.pth")
+    with torch.no_grad():
+        want = model(**batch("roberta")).logits
+        assert torch.equal(loaded(**batch("roberta")).logits, want)
+        close("merged logits", plain(**batch("roberta")).logits, want, 1e-5)
+
+
+def message(model, **options):
+    with pytest.raises(rwkv_miss.UserError) as error:
+        rwkv_miss.inject(model, rank=RANK, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name,leaves", [
+    ("llama", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
+    ("roberta", "dense, key, out_proj, query, value"),  # which has a key and a value, half of its attention
+])
+def test_a_model_that_is_no_rwkv_needs_targets_and_the_error_lists_them(name, leaves):
+    assert leaves in message(make(name)) and "no RWKV model" in message(make(name))
+    assert leaves in message(make(name), targets=["att.key"])
+    assert leaves in message(make(name), targets=[])
+
+
+def test_a_tied_head_is_refused_and_the_model_left_as_it_was():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True))
+    error = message(model, targets=["q_proj", "lm_head"])
+    assert "lm_head" in error and "model.embed_tokens.weight" in error and "untie" in error
+    assert all(p.requires_grad for p in model.parameters()) and not adapted_linears(model)
+    rwkv_miss.inject(model, targets=["q_proj"], rank=RANK)
+
+
+def test_a_linear_that_is_never_called_is_refused():
+    model = nn.TransformerEncoderLayer(12, 3)
+    assert "self_attn.out_proj" in message(model, targets=["out_proj"])
+    rwkv_miss.inject(model, targets=["linear1"], rank=RANK)
