@@ -1,0 +1,56 @@
+"""The experiments of the MiSS paper (arXiv 2409.15371), each one command that writes a table, a plot and its figures.
+
+    python -m benchmarks.paper NAME [--tiny] [--out docs/results] [options of the experiment]
+
+Without NAME it lists them. An experiment is a module of this folder, NAME with underscores: FULL and TINY, two settings of one frozen
+dataclass (settings.py), and run(settings) -> Result (results.py). Its docstring's first line is what the list shows. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+
+from rwkv_miss.errors import Parser, one_line_errors
+
+from . import results
+from .settings import add_options, chosen, command
+
+EXPERIMENTS = ("complexity",)
+
+
+def experiment(name: str):
+    """The module of an experiment."""
+    return importlib.import_module(f".{name.replace('-', '_')}", __package__)
+
+
+def main(argv: list[str]) -> None:
+    """Run the experiment that argv names, or list them. UserError for a wrong option, before anything is measured."""
+    parser = Parser(prog="python -m benchmarks.paper", description=__doc__.partition("\n")[0])
+    names = parser.add_subparsers(dest="name", metavar="NAME")
+    summaries = {name: experiment(name).__doc__.partition("\n")[0] for name in EXPERIMENTS}
+    for name, summary in summaries.items():
+        module = experiment(name)
+        own = names.add_parser(name, help=summary, description=summary)
+        own.add_argument("--out", default="docs/results", help="folder for NAME.md, NAME.png and NAME.json (default %(default)s)")
+        add_options(own, module.FULL, module.TINY)
+    args = parser.parse_args(argv)
+    if args.name is None:
+        print("\n".join(f"{name:<16}{summary}" for name, summary in summaries.items()))
+        return
+    module = experiment(args.name)
+    settings = chosen(args, module.FULL, module.TINY)
+    folder = results.check_folder(args.out)
+    result = module.run(settings)
+    short = results.write(result, args.name, folder, command(args.name, settings, module.FULL, module.TINY), dataclasses.asdict(settings))
+    for claim in result.claims:
+        print(f"paper: {claim.paper}\n here: {claim.ours}")
+    print(f"{folder / args.name}.md .png .json")
+    print(json.dumps(short))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Fig. 5: FLOPs, saved bytes and parameters of each method's adapted linear, measured, beside the formulas.
+
+FLOPs are those of the matrix products of a forward and a backward, counted as they are executed, inside this project's operators as well;
+the frozen linear's own 4 N k d are taken off. Saved is what the forward keeps for its backward beside parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from .methods import adapted_linear, systems
+from .results import Claim, Result, Table
+from .settings import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    shapes: tuple[str, ...] = option(("512,768,768,32", "512,768,3072,32", "2048,2048,2048,32", "512,2560,8960,32"),
+                                     "tokens, inputs, outputs, rank of LoRA; the others get the rank of as many parameters")
+
+
+FULL = Settings()
+TINY = Settings(shapes=("33,48,40,4",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of an adapter on one linear beside the frozen linear: FLOPs of forward and backward, numbers kept in between, parameters."""
+
+    flops: int
+    saved: int
+    parameters: int
+
+
+# of N tokens, k inputs, d outputs, rank r. MiSS: y += S D, dS = dy D^T, dD = S^T dy. LoRA: the same with B, and three products with A
+FORMULAS: dict[str, Callable[[int, int, int, int], Cost]] = {
+    "miss": lambda N, k, d, r: Cost(6 * N * r * d, N * r, r * d),
+    "lora": lambda N, k, d, r: Cost(6 * N * r * (d + k), N * (k + r), r * (d + k)),
+}
+
+
+def _product_flops(x: Tensor, weight: Tensor, *args, **kwargs) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+# matrix products that torch's counter does not know: oneDNN's, linear() as this project's operators call it, and one in place
+PRODUCTS = {
+    "aten.linear.default": _product_flops,
+    "aten.addmm_.default": lambda y, x, matrix, **kwargs: 2 * x.numel() * matrix.shape[1],
+    "mkldnn._linear_pointwise.default": _product_flops,
+    "mkldnn._linear_pointwise.binary": lambda x, other, weight, *args, **kwargs: _product_flops(x, weight),
+}
+
+
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of the matrix products that run inside it, also inside operators of this project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "rwkv_miss":  # what it calls comes here as well
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        out = func(*args, **kwargs)
+        if (count := PRODUCTS.get(str(func))) is not None:
+            self.total += count(*args, **kwargs)
+        elif (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **kwargs, out_val=out)
+        return out
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """What layer(x) keeps for its backward, in bytes: each memory once, parameters and buffers not."""
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        y = layer(x)
+    assert y.requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+
+
+def measure(layer: nn.Module, tokens: int) -> Cost:
+    """Cost of an adapted linear, fp32, with an input that wants a gradient, as inside a model."""
+    x = torch.randn(tokens, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()  # the first call tries out oneDNN (gemm.py): products that are not the layer's
+    with Flops() as flops:
+        layer(x).sum().backward()
+    frozen = 4 * tokens * layer.in_features * layer.out_features
+    return Cost(flops.total - frozen, saved_bytes(layer, x) // x.element_size(), sum(p.numel() for p in layer.parameters() if p.requires_grad))
+
+
+def rows(shape: str) -> Iterator[dict[str, Any]]:
+    """For each system: what was measured and what its method's formula says."""
+    N, k, d, rank = map(int, shape.split(","))
+    for label, (method, options) in systems(rank, k, d).items():
+        cost = measure(adapted_linear(k, d, method, options), N)
+        formula = FORMULAS[method](N, k, d, options["rank"]) if method in FORMULAS else None
+        yield {"system": label, "rank": options["rank"], "cost": cost, "formula": formula, "frozen": 4 * N * k * d}
+
+
+COLUMNS = ("system", "rank", "parameters", "by formula", "MFLOP", "MFLOP by formula", "x frozen", "saved KiB", "KiB by formula")
+
+
+def table(shape: str, measured: list[dict[str, Any]]) -> Table:
+    cells = []
+    for row in measured:
+        cost, formula = row["cost"], row["formula"]
+        cells.append((
+            row["system"], row["rank"], cost.parameters, formula and formula.parameters, cost.flops / 1e6, formula and formula.flops / 1e6,
+            1 + cost.flops / row["frozen"], cost.saved / 256, formula and formula.saved / 256,
+        ))
+    N, k, d, _ = shape.split(",")
+    return Table(f"{N} tokens, {k} inputs, {d} outputs (fp32; x frozen: FLOPs against the frozen linear's alone)", COLUMNS, cells)
+
+
+def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
+    pairs = [[next(row["cost"] for row in rows if row["system"] == name) for name in ("miss", "lora")] for rows in measured.values()]
+    flops = [miss.flops / lora.flops for miss, lora in pairs]
+    saved = [lora.saved / miss.saved for miss, lora in pairs]
+    wrong = sorted({row["system"] for rows in measured.values() for row in rows if row["formula"] and row["cost"] != row["formula"]})
+    return [
+        Claim("rank r costs r d parameters, where LoRA's costs r (d + k)", "counted exactly, as are the FLOPs and what is kept for the backward"
+              if not wrong else f"the counts of {', '.join(wrong)} are others than the formulas'", not wrong),
+        Claim("MiSS computes less than LoRA", f"at equal rank, not at equal parameters: {min(flops):.3f} to {max(flops):.3f} of LoRA's FLOPs",
+              max(flops) < 0.95),
+        Claim("MiSS needs less memory than LoRA", f"LoRA keeps {min(saved):.0f} to {max(saved):.0f} times as much for the backward: its input, "
+              "where MiSS keeps the shard sums", min(saved) > 1),
+    ]
+
+
+def draw(shape: str, measured: list[dict[str, Any]], figure) -> None:
+    """Three bars a system: FLOPs, saved and parameters, formulas as marks."""
+    names = [row["system"] for row in measured]
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, (title, read) in zip(axes, (("FLOPs (forward + backward)", lambda c: c.flops), ("numbers kept for the backward", lambda c: c.saved),
+                                          ("parameters", lambda c: c.parameters)), strict=True):
+        axis.barh(names, [read(row["cost"]) for row in measured], color="#4c78a8")
+        known = [row for row in measured if row["formula"]]
+        axis.plot([read(row["formula"]) for row in known], [row["system"] for row in known], "k|", markersize=14, label="formula")
+        axis.set_title(title)
+        axis.invert_yaxis()
+    axes[0].legend()
+    figure.suptitle(f"Beside the frozen linear: tokens, inputs, outputs, LoRA's rank = {shape}")
+
+
+def run(settings: Settings) -> Result:
+    torch.manual_seed(0)
+    measured = {shape: list(rows(shape)) for shape in settings.shapes}
+    shape = settings.shapes[0]
+    return Result(
+        "Complexity: FLOPs, memory and parameters of one adapted linear (Fig. 5)",
+        "Every method at LoRA's parameter count. FLOPs are counted in the matrix products as they run, forward and backward, less the frozen "
+        "linear's 4 N k d; adds, such as MiSS's shard sums, are none of them. Saved is what the forward keeps for the backward.",
+        claims(measured), [table(shape, rows) for shape, rows in measured.items()], lambda figure: draw(shape, measured[shape], figure),
+    )

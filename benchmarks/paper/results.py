@@ -1,0 +1,119 @@
+"""What an experiment found, as three files: NAME.md (the paper's statements beside ours, tables), NAME.png and NAME.json (everything)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rwkv_miss import UserError
+from src.files import write_bytes, write_text
+
+from ..common import environment
+
+VERDICTS = {True: "yes", False: "**no**", None: "-"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, what was measured here, and whether they agree (None: there is nothing to compare)."""
+
+    paper: str
+    ours: str
+    agrees: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of text and numbers under a caption; None is an empty cell."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *([_cell(value) for value in row] for row in self.rows)]
+        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`notes` says how it was measured; `draw` fills an empty matplotlib figure; `figures` is what only the JSON file holds."""
+
+    title: str
+    notes: str
+    claims: Sequence[Claim]
+    tables: Sequence[Table]
+    draw: Callable[[Any], None]
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def check_folder(folder: str) -> pathlib.Path:
+    """The folder, made where it is missing. A UserError where the results could not be written or drawn, before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the plot needs matplotlib: pip install matplotlib")
+    path = pathlib.Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} can't be a folder: {error.strerror}") from None
+    return path
+
+
+def write(result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write NAME.md, NAME.png and NAME.json; returns the short form of the last, without tables and curves."""
+    short = {"experiment": name, "command": command, "settings": settings,
+             "claims": [dataclasses.asdict(claim) for claim in result.claims], **environment()}
+    tables = {table.caption: table.records() for table in result.tables}
+    write_bytes(str(folder / f"{name}.png"), plot(result.draw))
+    write_text(str(folder / f"{name}.md"), markdown(result, name, command, short))
+    write_text(str(folder / f"{name}.json"), json.dumps(_finite({**short, "tables": tables, **result.figures}), indent=1, allow_nan=False) + "\n")
+    return _finite(short)
+
+
+def markdown(result: Result, name: str, command: str, machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    claims = Table("The paper's statements beside what was measured:", ("paper", "here", "agrees"),
+                   [(claim.paper, claim.ours, VERDICTS[claim.agrees]) for claim in result.claims])
+    return "\n\n".join([
+        f"# {result.title}", result.notes, claims.markdown(), f"![{result.title}]({name}.png)", *(table.markdown() for table in result.tables),
+        f"Again: `{command}`\n\n{machine['machine']}, {machine['threads']} thread(s), {versions}, commit {machine['commit']}.",
+    ]) + "\n"
+
+
+def plot(draw: Callable[[Any], None]) -> bytes:
+    """The PNG of a figure, without a display and without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, metadata={"Software": None})
+    return image.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
