@@ -11,13 +11,12 @@ import argparse
 import time
 
 import torch
-from torch import nn
 
 import rwkv_miss
 from scripts.memory_table import MODELS
 from src import ops
 from src.device import DTYPES, peak_memory
-from src.model import RWKV, default_arch, parameter_groups
+from src.model import RWKV, default_arch, parameter_groups, replace_tensors
 
 from .common import report
 from .step import flops
@@ -32,10 +31,7 @@ def random_model(version: int, n_layer: int, n_embd: int, device: str, dtype: to
     kernel, _ = ops.choose("auto", device)
     with torch.device("meta"):
         model = RWKV(default_arch(version, n_layer, n_embd), kernel)
-    for name, p in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        values = torch.empty(p.shape, dtype=dtype, device=device).normal_(std=0.02)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
+    replace_tensors(model, lambda name, p: torch.empty(p.shape, dtype=dtype, device=device).normal_(std=0.02))
     rwkv_miss.inject(model, "miss", rank=RANK)
     model.grad_cp = grad_cp
     return model

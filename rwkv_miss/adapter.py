@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,7 @@ class NoOptions:
     def parse(cls, values: dict[str, Any]) -> NoOptions:
         """Options from a dictionary; an unknown key or a value of the wrong kind is a UserError that lists what exists."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
+        default = cls()
         known: dict[str, Any] = {}
         for key, value in values.items():
             name = cls.aliases.get(key, key)
@@ -50,19 +51,59 @@ class NoOptions:
                 short = {field: alias for alias, field in cls.aliases.items() if len(alias) == 1}
                 known_names = ", ".join(f"{field} ({short[field]})" if field in short else field for field in sorted(fields))
                 raise UserError(f"adapter option {key!r} is unknown; this method has: {known_names or 'no options'}")
-            kind = type(fields[name].default)
-            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-                raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
-            known[name] = kind(value)
+            kind = type(getattr(default, name))
+            known[name] = _ranks(key, value) if kind is dict else _scalar(key, value, kind)
         return cls(**known)
+
+    def at(self, name: str) -> NoOptions:
+        """The options of one linear, by its dotted name."""
+        return self
+
+
+def _scalar(key: str, value: Any, kind: type) -> Any:
+    """An option's value in its own kind; 0 and 1 stand for false and true."""
+    fits = {bool: isinstance(value, bool) or value in (0, 1), float: isinstance(value, (int, float))}.get(kind, isinstance(value, kind))
+    if not fits or isinstance(value, bool) and kind is not bool:
+        raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
+    return kind(value)
+
+
+def _ranks(key: str, value: Any) -> dict[str, int]:
+    if not isinstance(value, dict) or not all(type(rank) is int and rank > 0 for rank in value.values()):
+        raise UserError(f'adapter option {key} must be names with ranks, such as {{"ffn": 32, "blocks.0": 8}}, got {value!r}')
+    return dict(value)
+
+
+def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
+    """What a map from parts of dotted names, such as "ffn", "att.key" or "blocks.0", says of one name: its longest part that is in it."""
+    found = [part for part in by_name if f".{part}." in f".{name}."]
+    return by_name[max(found, key=len)] if found else default
+
+
+def check_parts(what: str, by_name: dict[str, Any], names: Iterable[str]) -> None:
+    """UserError for a part of a name that is in none of `names`."""
+    for part in by_name:
+        if not any(f".{part}." in f".{name}." for name in names):
+            raise UserError(f"{what} {part!r} is in no name; the names are such as {', '.join(list(names)[:3])}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(NoOptions):
-    """The options of most methods; subclasses add fields."""
+    """The options of most methods; subclasses add fields.
+
+    `rank_map` gives linears a rank of their own, by parts of their names: {"ffn": 32, "blocks.0.att": 8}; the longest part counts.
+    """
 
     rank: int = 64
-    aliases: ClassVar[dict[str, str]] = {"r": "rank"}
+    rank_map: dict[str, int] = dataclasses.field(default_factory=dict)
+    aliases: ClassVar[dict[str, str]] = {"r": "rank", "rank_pattern": "rank_map"}
+
+    def at(self, name: str) -> Options:
+        return self.with_rank(most_specific(self.rank_map, name, self.rank))
+
+    def with_rank(self, rank: int) -> Options:
+        """The same for one linear, which has this rank."""
+        return dataclasses.replace(self, rank=rank, rank_map={})
 
 
 class AdapterMethod:
@@ -82,22 +123,42 @@ class AdapterMethod:
 class AdapterLinear(AdapterMethod, nn.Linear):
     """A frozen linear with a trainable change of its weight, delta() of shape (out, in).
 
-    A method implements setup() and delta(); forward() may be overridden by something faster that means the same.
-    Parameters named in `shared` are created by the first layer that needs them, live once in memory and once in the file.
+    A method implements setup() and delta(); forward() may be overridden by something faster that means the same. The life of a layer:
+    setup(); then start() if it is new, or assign() with the tensors of a file; then prepare().
+    Tensors named in `shared` are the same in every layer: they live once in memory and once in the file.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
 
-    def setup(self, options: Options, pool: dict[str, Tensor]) -> None:
-        """Register the adapter's parameters (fp32). `pool` is one dictionary for the whole model, for tensors in `shared`.
+    @classmethod
+    def make_shared(cls, shapes: dict[str, tuple[int, int]], options: Options, device) -> dict[str, Tensor]:
+        """The tensors of `shared`, for linears of these (out, in) shapes, by their dotted names: parameters to train, or tensors that stay."""
+        return {}
 
-        The frozen weight may be changed here (PiSSA); what the merge then needs must be kept in a parameter or buffer.
+    def setup(self, options: Options) -> None:
+        """Register the layer's parameters (fp32) and buffers, with initial values where these need no weight; the shared ones are there.
+
+        What prepare() only derives is a buffer with persistent=False: it is not saved.
         """
         raise NotImplementedError
+
+    def start(self) -> None:
+        """Give a new adapter those initial values that follow from the frozen weight."""
+
+    def prepare(self) -> None:
+        """Called when the layer's tensors have their values: derive what forward() needs, or change the frozen weight (PiSSA)."""
+
+    def revert(self) -> None:
+        """Give the frozen weight back as it was before prepare()."""
 
     def delta(self) -> Tensor:
         """The change of the weight *of the base file*, (out, in), fp32. This is the meaning of the method."""
         raise NotImplementedError
+
+    def base_weight(self) -> Tensor:
+        """The weight of the base file, (out, in), fp32 or float64. A method that changes the frozen weight overrides it."""
+        weight = dense(self.weight, self.in_features, torch.float32)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add_delta_to(self, weight: Tensor) -> None:
         """weight += delta(), in place, (out, in) fp32; a method may do it without forming delta()."""
@@ -105,7 +166,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
-        return F.linear(x, (dense(self.weight, self.in_features, x.dtype) + self.delta()).to(x.dtype), self.bias)
+        return F.linear(x, (self.base_weight() + self.delta()).to(x.dtype), self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """forward() of the base file's linear. A method that changes the frozen weight overrides it."""
@@ -118,24 +179,37 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def on_step(self, step: int, total: int) -> None:
         """Called after optimizer step `step` (1-based) of `total`."""
 
+    def rate_factor(self, name: str) -> float:
+        """What the learning rate of one of the layer's tensors is multiplied by (LoRA+)."""
+        return 1.0
+
     @classmethod
     def wrap(cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, pool: dict[str, Tensor]) -> AdapterLinear:
-        """The adapted layer that takes over a linear's weight (out, in) and bias without a copy."""
+        """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy. `options` are its own, `pool` has the
+        shared tensors."""
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
         adapted.out_features, adapted.in_features = weight.shape
         adapted.weight, adapted.bias = weight, bias
         adapted.requires_grad_(False)
-        adapted.setup(options, pool)
+        for key in cls.shared:
+            if isinstance(pool[key], nn.Parameter):
+                adapted.register_parameter(key, pool[key])
+            else:
+                adapted.register_buffer(key, pool[key])
+        adapted.setup(options)
         return adapted
 
     @classmethod
     def attach(cls, model, linears, options) -> None:
-        pool: dict[str, Tensor] = {}
+        if isinstance(options, Options):
+            check_parts("rank_map:", options.rank_map, linears)
+        shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+        pool = cls.make_shared(shapes, options, next(iter(linears.values())).weight.device)
         adapted: dict[str, AdapterLinear] = {}
         for name, linear in linears.items():
             try:
-                adapted[name] = cls.wrap(linear.weight, linear.bias, options, pool)
+                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), pool)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         for name, layer in adapted.items():  # all of them or none
@@ -143,16 +217,17 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             setattr(model.get_submodule(parent), leaf, layer)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Everything the method added to this layer: its parameters and buffers without the base's weight and bias."""
-        own = {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        """Everything of the method that a file keeps of this layer: its parameters and buffers without the base's weight and bias."""
+        buffers = {name: t for name, t in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set}
+        own = {**dict(self.named_parameters(recurse=False)), **buffers}
         return {name: tensor for name, tensor in own.items() if name not in ("weight", "bias")}
 
     @classmethod
     @torch.no_grad()
-    def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-        """Base weight (out, in) fp32 + the layer's adapter tensors -> merged weight (out, in) fp32, in the memory of `weight`."""
-        pool = {name: nn.Parameter(tensors[name], requires_grad=False) for name in cls.shared}
-        adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, cls.Options.parse(options), pool)
+    def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
+        """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in) fp32, in the memory of `weight`."""
+        pool = {name: tensors[name] for name in cls.shared}
+        adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, pool)
         adapted.assign(tensors)
         adapted.add_delta_to(weight)
         return weight
@@ -167,6 +242,13 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             if own[name].shape != tensor.shape:
                 raise UserError(f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the model")
             own[name].copy_(tensor)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """assign() for a layer in use."""
+        self.revert()
+        self.assign(tensors)
+        self.prepare()
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:

@@ -92,6 +92,17 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     What else should be trained, such as a classifier, is asked for afterwards (`model.classifier.requires_grad_(True)`) and saved as well.
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
+    injection = _attach(model, method, targets, train_parts, options)
+    with torch.no_grad():
+        for layer in adapted_linears(model).values():
+            if not layer.weight.is_meta:  # shapes alone have no values to start from
+                layer.start()
+                layer.prepare()
+    return injection
+
+
+def _attach(model: nn.Module, method: str, targets: list[str] | None, train_parts: str, options: dict[str, Any]) -> Injection:
+    """inject() but for the values that the layers start with."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
     if adapted_linears(model):
@@ -211,18 +222,19 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
         if missing:
             raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
         parts = ",".join(metadata.get("train_parts", []))  # none in files of the first version
-        inject(model, metadata["method"], metadata["linears"] or None, parts, **metadata["options"])
+        _attach(model, metadata["method"], metadata["linears"] or None, parts, metadata["options"])
         model.injection.targets = metadata["targets"]
+    saved = {**metadata, "options": dataclasses.asdict(cls.Options.parse(metadata["options"]))}  # options may be newer than the file
     for name in ("method", "options", "linears"):
-        if getattr(model.injection, name) != metadata[name]:
-            raise UserError(f"{path} has {name} {metadata[name]}, the model carries an adapter with {getattr(model.injection, name)}")
+        if getattr(model.injection, name) != saved[name]:
+            raise UserError(f"{path} has {name} {saved[name]}, the model carries an adapter with {getattr(model.injection, name)}")
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
         raise UserError(f"{path} lacks {absent[0]}" + (f" and {len(absent) - 1} more tensors" if absent[1:] else "") + " of this model's adapter")
     full = dict(tensors)
     for name, layer in adapted_linears(model).items():
         try:
-            layer.assign(layer_tensors(cls, name, tensors))
+            layer.load(layer_tensors(cls, name, tensors))
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
         for key in layer.own_tensors():

@@ -102,7 +102,8 @@ class _Merger:
     """Makes the merged value of each tensor of the base, and keeps the account of what rounding took."""
 
     def __init__(self, adapter: dict[str, Tensor], metadata: dict[str, Any]):
-        self.method, self.options, self.linears = METHODS[metadata["method"]], metadata["options"], metadata["linears"]
+        self.method, self.linears = METHODS[metadata["method"]], metadata["linears"]
+        self.options = self.method.Options.parse(metadata["options"])
         self.adapter = adapter
         self.by_weight = {f"{name}.weight": name for name in self.linears}
         self.whole = {n: t for n, t in adapter.items() if n.rpartition(".")[0] not in self.linears and not n.startswith("shared.")}
@@ -126,7 +127,7 @@ class _Merger:
                 # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
                     layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, self.adapter).items()}
-                    self.method.merged_weight(torch.empty(base[key].shape), layer, self.options)
+                    self.method.merged_weight(torch.empty(base[key].shape), layer, self.options.at(name))
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
         if self.states:
@@ -150,7 +151,7 @@ class _Merger:
             return _round(key, base, dtype)
         name = self.by_weight[key]
         weight = self.room(base.shape, dtype).copy_(base)
-        merged = self.method.merged_weight(weight, layer_tensors(self.method, name, self.adapter), self.options)
+        merged = self.method.merged_weight(weight, layer_tensors(self.method, name, self.adapter), self.options.at(name))
         rounded = _round(key, merged, dtype)
         self.rounding.add(name, *_account(base, merged, rounded))
         return rounded

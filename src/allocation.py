@@ -23,7 +23,7 @@ from rwkv_miss.quantised import empty
 from .config import Config, adapter_options
 from .device import DTYPES
 from .infctx import chunks_of, rows_loss, state_bytes
-from .model import RWKV
+from .model import RWKV, replace_tensors
 
 HEAP_LIMIT = 1 << 25  # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back when it is freed
 BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # collate()
@@ -80,13 +80,15 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     if config.quant != "none":
         quantised, model.expands_to = {f"{name}.weight" for name in model.layer_linears()}, half or torch.float32
     with FakeTensorMode():  # imports torch._dynamo, a second
-        for name, p in list(model.named_parameters()):
-            module, _, leaf = name.rpartition(".")
-            dtype = torch.float32 if full or p.requires_grad else half or torch.float32
-            values = empty(config.quant, *p.shape) if name in quantised else torch.empty(p.shape, dtype=dtype)
-            fake = nn.Parameter(values, requires_grad=p.requires_grad)
-            fake.grad = torch.empty_like(fake) if p.requires_grad else None  # as from the micro-batch before
-            setattr(model.get_submodule(module), leaf, fake)
+        def fake(name: str, tensor: Tensor) -> Tensor:
+            if name in quantised:
+                return empty(config.quant, *tensor.shape)
+            of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and not full
+            return torch.empty(tensor.shape, dtype=half if of_base and half else tensor.dtype)
+
+        replace_tensors(model, fake)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None  # as from the micro-batch before
         model.set_kernel(kernel)
         if kernel.startswith("cuda"):  # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
             for block in model.blocks:
@@ -97,7 +99,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         if not config.packing or any(name.endswith(".time_state") for name, _ in model.named_parameters()):
             batch["reset"] = None
         known = [t for t in batch.values() if t is not None]
-        known += [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        known += [*model.buffers(), *(t for p in model.parameters() for t in (p, p.grad) if t is not None)]
         with Live(known, tensor_cores, targets / (config.micro_bsz * row)) as live:
             activations = live.after(model, "features")
             rows_loss(model, batch, chunks_of(config), half if full else None).backward()

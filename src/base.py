@@ -8,6 +8,7 @@ import sys
 import torch
 
 import rwkv_miss
+from rwkv_miss.adapter import check_parts
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
 
@@ -35,6 +36,7 @@ def read_base(config: Config, origins: dict[str, str]):
         choose(config, origins, "peft_config", *own_rank(config.peft, min(arch.n_embd, arch.dim_att)))
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+    check_parts("--lr_map", config.lr_map, [name for name, p in model.named_parameters() if p.requires_grad])
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rwkv_miss.checkpoint import Arch
 
 from .allocation import model_on_meta
 from .config import Config
 from .device import DTYPES
+from .model import replace_tensors
 from .shared import Head
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
@@ -26,10 +27,13 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     model = model_on_meta(small, config)
     dtype = torch.float32 if config.peft == "none" else DTYPES[precision]
-    for name, p in list(model.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        values = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype, device=device).normal_(std=0.02)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=p.requires_grad))
+
+    def random(name: str, tensor: Tensor) -> Tensor:
+        of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        new = torch.empty(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
+        return new.normal_(std=0.02) if new.is_floating_point() else new.zero_()
+
+    replace_tensors(model, random)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     model.grad_cp = config.grad_cp

@@ -96,6 +96,8 @@ class Config:
     lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)",
                          alias=("learning_rate",), automatic=True)
     state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
+    lr_map: dict = opt({}, "factors of the learning rate by parts of the trained tensors' names, of which the longest counts: "
+                           '\'{"ffn": 0.5, "blocks.0": 2}\' or ffn=0.5,blocks.0=2')
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
                            choices=("cos", "constant", "wsd"))
@@ -246,7 +248,7 @@ def _convert(name: str, value: Any) -> Any:
     """A flag's text or a YAML value in the field's own type."""
     kind = _kind(name)
     if kind is dict:
-        return _parse_options(value)
+        return _parse_options(name, value)
     try:
         if value is None or isinstance(value, (dict, list)):
             raise ValueError
@@ -277,7 +279,7 @@ def _number(text: str, kind: type) -> int | float:
     return kind(number)
 
 
-def _parse_options(value: Any) -> dict[str, Any]:
+def _parse_options(name: str, value: Any) -> dict[str, Any]:
     """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32."""
     if isinstance(value, dict):
         return {str(name): given for name, given in value.items()}
@@ -286,12 +288,12 @@ def _parse_options(value: Any) -> dict[str, Any]:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(f"--peft_config {text}: not valid JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(f"--{name} {text}: not valid JSON ({error.msg} at column {error.colno})") from None
     options: dict[str, Any] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         key, sign, raw = pair.partition("=")
         if not sign:
-            raise UserError(f"--peft_config {text}: expected JSON or key=value pairs, got {pair!r}")
+            raise UserError(f"--{name} {text}: expected JSON or key=value pairs, got {pair!r}")
         options[key] = raw.split("+") if key in TARGET_NAMES else _number_or_text(raw)
     return options
 
@@ -319,6 +321,9 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
 
 def validate(config: Config) -> None:
     """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
+    for part, factor in config.lr_map.items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise UserError(f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}")
     for name in ("epoch_count", "devices", "num_nodes", "save_total_limit"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")

@@ -51,7 +51,7 @@ def merge_adapter(model: RWKV, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         plain = RWKV(model.arch, model.blocks[0].att.kernel).train(model.training)
     for name, layer in adapted_linears(model).items():
-        merged = layer.weight.float()
+        merged = layer.base_weight()
         layer.add_delta_to(merged)
         parent, _, leaf = name.rpartition(".")
         linear = plain.get_submodule(name)

@@ -57,7 +57,7 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
     """Bytes by part on one device: rows of `row` tokens, `targets` of them trained in a micro-batch. `precision` is not auto."""
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    frozen = sum(t.numel() for t in [*model.parameters(), *model.buffers()]) - trained
     world = config.world
     stage = int(config.strategy[len("deepspeed_stage_")]) if config.strategy.startswith("deepspeed") else 0
     offload = config.strategy.endswith("_offload") and accelerator == "gpu"

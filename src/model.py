@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import adapted_linears, most_specific
 from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
@@ -113,14 +114,15 @@ class RWKV(nn.Module):
             model = cls(arch, kernel)
         model.check(tensors, path)
         check_finite(tensors)
-        for name, parameter in list(model.named_parameters()):
-            module, _, leaf = name.rpartition(".")
+
+        def from_file(name: str, parameter: Tensor) -> Tensor:
             wanted = dtype or tensors[name].dtype
-            if leaf == "time_state":  # states are fp32 everywhere
+            if name.endswith(".time_state"):  # states are fp32 everywhere
                 wanted = torch.promote_types(wanted, torch.float32)
             # one shape inside, whatever the file's; a view, not a copy
-            tensor = tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+            return tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted)
+
+        replace_tensors(model, from_file)
         model.base_name = os.path.basename(path)
         model.base_fingerprint = fingerprint(tensors)
         return model
@@ -229,21 +231,36 @@ def read_model_file(path) -> dict[str, Tensor]:
     return tensors
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, state_lr: float | None = None) -> list[dict]:
+def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) -> None:
+    """Put values(name, tensor) in the place of every parameter and buffer of a module; one that several layers share stays shared."""
+    new: dict[int, Tensor] = {}
+    for name, old in [*module.named_parameters(), *module.named_buffers()]:
+        tensor = values(name, old)
+        new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    for owner in module.modules():
+        for slots in (owner._parameters, owner._buffers):  # which keep their order and what else is registered of them
+            slots.update({leaf: new[id(old)] for leaf, old in slots.items() if old is not None})
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, state_lr: float | None = None, lr_map: dict[str, float] | None = None
+) -> list[dict]:
     """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 
-    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given. Weight
-    decay acts on matrices named `.weight` and on the adapter's matrices, where it pulls towards the base; vectors, initial states and the
-    low-rank maps of the model have none.
+    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given, and an adapter's
+    tensors at what the method makes of it (LoRA+). `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}. Weight decay
+    acts on matrices named `.weight` and on the adapter's matrices, where it pulls towards the base; vectors, initial states and the low-rank
+    maps of the model have none.
     """
     groups: dict[tuple[float, float], list] = {}
-    adapter = {id(t) for layer in adapted_linears(model).values() for t in layer.own_tensors().values()}
+    factors = {id(t): layer.rate_factor(key) for layer in adapted_linears(model).values() for key, t in layer.own_tensors().items()}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         rate = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr
         if state_lr is not None and name.endswith("att.time_state"):
             rate = state_lr
-        decays = p.squeeze().dim() >= 2 and (name.endswith(".weight") or id(p) in adapter)
+        rate *= factors.get(id(p), 1.0) * most_specific(lr_map or {}, name, 1.0)
+        decays = p.squeeze().dim() >= 2 and (name.endswith(".weight") or id(p) in factors)
         groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -25,7 +25,7 @@ def read_state(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
             yield name, whole
             for key, value in kept.items():
                 yield f"{name}:{key}", value
-    yield from model.named_buffers()
+    yield from _buffers(model)
 
 
 @torch.no_grad()
@@ -39,8 +39,14 @@ def write_state(trainer: pl.Trainer, state: Mapping[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad:
             _write(trainer, p, kept[name].pop(""), kept[name])
-    for name, buffer in model.named_buffers():
+    for name, buffer in _buffers(model):
         buffer.copy_(state[name])
+
+
+def _buffers(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those that are saved: the others follow from them and from the parameters."""
+    saved = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def _read(trainer: pl.Trainer, p: torch.nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:

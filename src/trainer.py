@@ -51,7 +51,7 @@ class FineTuning(pl.LightningModule):
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         # now, while every parameter has its shape: ZeRO-3 takes it away
-        self.groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config))
+        self.groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map)
         self.lr_factor = learning_rate_factor(config, total_steps)
         self.chunks = chunks_of(config)
         # the dtype of autocast in full training; None: compute in the parameters' dtypes

@@ -20,10 +20,14 @@ class Options(adapter.Options):
     """rank r, and alpha: the update is scaled by alpha / r (0: alpha = 2 r, as in the MiSS paper's Table 7)."""
 
     alpha: float = 0.0
-    aliases: ClassVar[dict[str, str]] = {"r": "rank", "lora_r": "rank", "lora_alpha": "alpha"}
+    aliases: ClassVar[dict[str, str]] = {**adapter.Options.aliases, "lora_r": "rank", "lora_alpha": "alpha"}
 
     def __post_init__(self):
         object.__setattr__(self, "alpha", self.alpha or 2.0 * self.rank)  # frozen, and recorded as it is used
+
+    def with_rank(self, rank: int) -> Options:
+        # another rank keeps the factor alpha / r
+        return dataclasses.replace(super().with_rank(rank), alpha=self.alpha * rank / self.rank)
 
 
 @register("lora")
@@ -33,7 +37,7 @@ class LoraLinear(AdapterLinear):
     Options = Options
     default_lr = 2e-4  # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
 
-    def setup(self, options: Options, pool) -> None:
+    def setup(self, options: Options) -> None:
         limit = min(self.in_features, self.out_features)
         if not 1 <= options.rank <= limit:
             raise UserError(f"rank {options.rank} does not fit LoRA: it must be from 1 to the smaller width, {limit}")

@@ -33,7 +33,7 @@ class MissLinear(AdapterLinear):
     Options = Options
     default_lr = 2e-5  # the paper's
 
-    def setup(self, options: Options, pool) -> None:
+    def setup(self, options: Options) -> None:
         if not 1 <= options.rank <= self.in_features:
             raise UserError(f"rank {options.rank} does not fit MiSS: it must be from 1 to the input width, {self.in_features}")
         self.contiguous = options.layout == "contiguous"
