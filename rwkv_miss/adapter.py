@@ -203,7 +203,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     def attach(cls, model, linears, options) -> None:
         if isinstance(options, Options):
-            check_parts("rank_map:", options.rank_map, linears)
+            check_parts("rank_map", options.rank_map, linears)
         shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
         pool = cls.make_shared(shapes, options, next(iter(linears.values())).weight.device)
         adapted: dict[str, AdapterLinear] = {}

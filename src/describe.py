@@ -56,7 +56,8 @@ def base(config: Config, arch: Arch, held: float) -> str:
 def training(config: Config, model: RWKV) -> str:
     if config.peft == "none":
         return f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained"
-    return f"{config.peft} {model.injection.options}: {model.injection.line()}"
+    chosen = ", ".join(f"{name} {value}" for name, value in model.injection.options.items() if value not in ({}, False, ""))
+    return f"{config.peft} {chosen}: {model.injection.line()}".replace(" :", ":")
 
 
 def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:

@@ -295,6 +295,15 @@ def test_parameter_groups_double_the_decay_rate_and_decay_matrices_only():
                 assert group["weight_decay"] == (0.1 if p.squeeze().dim() > 1 and name.endswith(".weight") else 0.0), name
 
 
+def test_a_rate_map_multiplies_the_rates_by_the_longest_part_of_a_name():
+    model = RWKV(make_arch(7))
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in parameter_groups(model, 1e-3, 0.0, None, {"ffn": 0.5, "blocks.1": 3, "att.w0": 0.0}) for p in g["params"]}
+    assert rates["blocks.0.ffn.key.weight"] == 5e-4 and rates["blocks.0.att.key.weight"] == 1e-3 and rates["emb.weight"] == 1e-3
+    assert rates["blocks.1.ffn.key.weight"] == 3e-3, "blocks.1 is longer than ffn"
+    assert rates["blocks.1.att.w0"] == 6e-3 and rates["blocks.0.att.w0"] == 0.0
+
+
 def test_new_models_start_at_the_uniform_loss():
     for version in (6, 7):
         torch.manual_seed(0)
