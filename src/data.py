@@ -273,6 +273,10 @@ class Schedule:
         """Input tokens of the whole step, padding not counted."""
         return sum(self.lengths[row] for row in self.step_rows(step))
 
+    def seed_of(self, step: int, micro: int, rank: int) -> int:
+        """The seed of what is random in a micro-batch (dropout): a function of its place, so that a resumed run draws the same numbers."""
+        return int(np.random.SeedSequence([self.seed, step, micro, rank]).generate_state(1)[0])
+
     def micro_width(self, step: int, micro: int) -> int:
         """Inputs of the longest row of a micro-batch over all ranks, at least 1."""
         return max([self.lengths[row] for rank in range(self.world) for row in self.micro_rows(step, micro, rank)] + [1])

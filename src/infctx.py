@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.checkpoint import Arch
 
 from .config import Config
+from .device import DTYPES
 from .model import RWKV, LayerState, State
 
 
@@ -54,6 +55,11 @@ class Chunks:
 def chunks_of(config: Config) -> Chunks:
     """How the settings have rows run."""
     return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
+
+
+def half_of(config: Config) -> torch.dtype | None:
+    """The dtype of autocast in full training; None: compute in the parameters' dtypes."""
+    return DTYPES[config.precision] if config.peft == "none" and config.precision in ("bf16", "fp16") else None
 
 
 def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:

@@ -11,7 +11,6 @@ import time
 import warnings
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -23,12 +22,10 @@ from .agreement import agree
 from .config import Config, accumulation
 from .data import Batches, Documents, make_schedule
 from .device import DTYPES
-from .infctx import chunks_of, rows_loss
+from .infctx import chunks_of, half_of, rows_loss
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV, parameter_groups
 from .processes import choose_interface, launched
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ScaledFp16(MixedPrecision):
@@ -54,8 +51,7 @@ class FineTuning(pl.LightningModule):
         self.groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map)
         self.lr_factor = learning_rate_factor(config, total_steps)
         self.chunks = chunks_of(config)
-        # the dtype of autocast in full training; None: compute in the parameters' dtypes
-        self.half = HALF.get(config.precision) if config.peft == "none" else None
+        self.half = half_of(config)
         self.step_loss = 0.0
 
     def setup(self, stage: str) -> None:
@@ -74,9 +70,7 @@ class FineTuning(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
-        # what is random in a step (dropout) is a function of its place, so that a resumed run draws the same numbers
-        place = self.trainer.global_step, index % self.accumulate, self.trainer.global_rank
-        torch.manual_seed(int(np.random.SeedSequence([self.config.random_seed, *place]).generate_state(1)[0]))
+        torch.manual_seed(self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank))
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""

@@ -1,0 +1,219 @@
+"""The learning rate that suits a method and your data: short trainings of one model from one start, and the loss of each on held-out documents.
+
+    python -m scripts.lr_sweep --load_model base.pth --data_file data.jsonl --proj_dir out/run [--rates 1e-5,1e-4,1e-3] [--steps 100]
+        [any other flag of train.py]
+
+Every rate has its own whole schedule over the steps and the same batches. The table and the curves go to lr_sweep.json and lr_sweep.png in
+--proj_dir, the last line is the command that trains at the best rate. Exit code 0; 1: no rate is better than not training; 2: the settings
+are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+
+from src.doorway import importing, naming_missing_packages
+
+with importing():
+    import torch
+
+    from rwkv_miss.errors import UserError, one_line_errors
+    from src import config as configuration
+    from src import describe
+    from src.base import build_model, read_base
+    from src.config import Config
+    from src.device import DTYPES
+    from src.files import write_bytes, write_text
+    from src.folder import require_folder
+    from src.learning_rate import state_learning_rate
+    from src.prepare import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
+    from src.template import recorded_template
+    from src.trial import Trial, held_out_loss, trials
+    from src.words import counted
+
+OWN = ("rates", "steps", "setting")
+SETTINGS = ("lr_init", "state_lr")
+STEPS = 100
+FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100)  # of the rate that would be taken: small models want far more than the large ones it is for
+RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
+    """(this program's own flags, the run's settings, where they come from)"""
+    parser = configuration.flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n")[0])
+    own = parser.add_argument_group("of the sweep alone")
+    own.add_argument("--rates", default="", metavar="R,R,...", help="learning rates to try [0.1 to 100 times --lr_init, or the method's own rate]")
+    own.add_argument("--steps", type=int, default=0, help=f"optimizer steps of each training [those of the run, at most {STEPS}]")
+    own.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0], help="the setting whose values they are [lr_init]")
+    given = configuration.read_flags(parser, argv)
+    ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
+    config, origins = configuration.settle(given)
+    configuration.validate(config)
+    check(ours, config)
+    return ours, config, origins
+
+
+def check(ours: argparse.Namespace, config: Config) -> None:
+    """The rules that a run has not."""
+    ours.rates = read_rates(ours.rates)
+    if ours.steps < 0:
+        raise UserError(f"--steps {ours.steps}: must not be negative")
+    if ours.setting == "state_lr" and state_learning_rate(config) is None:
+        raise UserError("--setting state_lr is for --train_parts state, the initial state beside an adapter; all else learns at lr_init")
+    if config.world > 1:
+        raise UserError(f"--devices {config.devices} and --num_nodes {config.num_nodes}: the sweep is one process on one device; leave them out, and "
+                        "give --global_bsz for the rows that a step of the run will have")
+    if config.init_only:
+        raise UserError("--init_only trains nothing; drop it")
+
+
+def read_rates(text: str) -> list[float]:
+    """Rising rates out of "1e-4,1e-5"; none of them for none."""
+    try:
+        rates = sorted({float(part) for part in text.split(",")}) if text else []
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 < rate <= 1e30 for rate in rates):
+        raise UserError(f"--rates {text}: expected learning rates above 0 with commas between them, such as 1e-5,1e-4,1e-3")
+    return rates
+
+
+def grid(centre: float) -> list[float]:
+    """The rates that are tried where none are given."""
+    return [float(f"{factor * centre:.2g}") for factor in FACTORS]
+
+
+def main() -> None:
+    with one_line_errors(), naming_missing_packages():
+        sys.exit(sweep(*parse(sys.argv[1:])))
+
+
+def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
+    """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
+    given = dataclasses.replace(config)  # before anything is chosen: the command leaves the same to the program
+    config.strategy = "auto"  # one process, whatever the run will have
+    require_folder(config.proj_dir)
+    arch, tokenizer = read_base(config, origins)
+    device = device_here(config, arch.head_size)
+    choose_device(config, origins, device)
+    if config.precision == "fp16":
+        raise UserError("the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device has it")
+    check_data_files(config)
+    data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))
+    if not data.held_out.rows:
+        raise UserError(f"rates are compared by the loss on held-out documents, and there are none ({origins['eval_split']}); give --eval_file, "
+                        "or --eval_split 0.05")
+    schedule = plan_steps(config, origins, arch, device, data.documents)
+    steps = ours.steps or min(steps_of(config, schedule), STEPS)
+    if config.warmup_steps >= steps:
+        raise UserError(f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at its full rate; raise "
+                        "--steps, or drop the warm-up")
+    rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
+    torch.manual_seed(config.random_seed)
+    model = build_model(config, arch, device.kernel, DTYPES[config.precision]).to("cuda" if device.accelerator == "gpu" else "cpu")
+
+    print(describe.base(config, arch, sum(p.nbytes for p in model.parameters() if not p.requires_grad)))
+    print(f"adapter    {describe.training(config, model)}")
+    print(*data.found.lines(), *describe.data(config, data.documents, schedule), sep="\n")
+    print(f"held out   {counted(len(data.held_out.rows), 'document')}, loss on {counted(data.held_out.targets, 'token')}")
+    print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
+    print(f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} each")
+    before = held_out_loss(model, config, data.held_out)
+    print(f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last: mean of the last tenth of the steps")
+    print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
+    done = []
+    for trial in trials(model, config, data.documents, data.held_out, steps, ours.setting, rates):
+        done.append(trial)
+        print(line(trial, before), flush=True)
+    return conclude(ours.setting, given, before, done, steps)
+
+
+def line(trial: Trial, before: float) -> str:
+    """A row of the table."""
+    held = f"{trial.held_out:9.4f}" if trial.held_out is not None else f"{'-':>9}"
+    return f"{trial.rate:>10g} {trial.losses[0]:9.4f} {trial.last:9.4f} {held}    {verdict(trial, before)}".rstrip()
+
+
+def verdict(trial: Trial, before: float) -> str:
+    """What is wrong with a training, if anything is: it diverged, or it has only made the held-out loss worse."""
+    if trial.held_out is None:
+        return f"diverged: not finite after {counted(len(trial.losses), 'step')}"
+    if trial.held_out < before:
+        return ""
+    return "diverged: both losses rose" if trial.last > trial.losses[0] else "worse than before"
+
+
+def conclude(setting: str, given: Config, before: float, done: list[Trial], steps: int) -> int:
+    """Write the files, and print the best rate with its command."""
+    best = min((trial for trial in done if not verdict(trial, before)), key=lambda trial: trial.held_out, default=None)
+    command = configuration.command(dataclasses.replace(given, **{setting: best.rate})) if best else None
+    results = {
+        "setting": setting, "steps": steps, "held_out_before": before, "best": best.rate if best else None, "command": command,
+        "trials": [{"rate": trial.rate, "first": trial.losses[0], "last": trial.last, "held_out": trial.held_out,
+                    "diverged": verdict(trial, before).startswith("diverged"), "losses": trial.losses} for trial in done],
+    }
+    os.makedirs(given.proj_dir, exist_ok=True)
+    write_text(path := os.path.join(given.proj_dir, RESULTS), json.dumps(finite(results), indent=1))
+    draw(setting, before, done, image := os.path.join(given.proj_dir, CURVES))
+    print(f"wrote      {path}, {image}")
+    if best is None:
+        print(f"no rate is better than not training; try lower ones: --rates {further(done[0].rate, -1)}")
+        return 1
+    print(f"best       {setting} {best.rate:g}: held-out loss {before:.4f} to {best.held_out:.4f}")
+    for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
+        if best is end:
+            print(f"note       it is the {word} rate tried; one beyond may be better: --rates {further(best.rate, step)}")
+    print(command)
+    return 0
+
+
+def finite(value):
+    """The same for JSON, which has no number for what is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def further(rate: float, direction: int) -> str:
+    """The rate and three more of the grid's spacing beyond it."""
+    return ",".join(f"{rate * 10 ** (direction * i / 2):.2g}" for i in range(4))
+
+
+def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
+    """A PNG: the losses at the end over the rates, and every training's running mean over its steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    ended = [trial for trial in done if trial.held_out is not None]
+    left.plot([trial.rate for trial in ended], [trial.held_out for trial in ended], "o-", label="held out")
+    left.plot([trial.rate for trial in ended], [trial.last for trial in ended], "s--", alpha=0.6, label="training, last tenth")
+    left.axhline(before, color="grey", linestyle=":", label="held out, before")
+    top = max(before, *(trial.losses[0] for trial in done))
+    left.set(xscale="log", xlim=(done[0].rate / 2, done[-1].rate * 2), ylim=(None, 1.2 * top), xlabel=setting, ylabel="loss (nats per token)")
+    for trial in done:
+        losses = [min(loss, 2 * top) for loss in trial.losses if math.isfinite(loss)]
+        window = max(1, len(losses) // 20)
+        mean = [sum(losses[max(0, i - window) : i]) / min(i, window) for i in range(1, len(losses) + 1)]
+        right.plot(range(1, len(mean) + 1), mean, label=f"{trial.rate:g}")
+    right.set(xlabel="optimizer step", ylim=(None, 1.2 * top))
+    left.legend()
+    right.legend(title=setting, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_bytes(path, image.getvalue())
+
+
+if __name__ == "__main__":
+    main()
