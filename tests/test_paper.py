@@ -35,13 +35,12 @@ def test_an_experiment_writes_its_table_plot_and_figures(name, outcome):
     assert found["experiment"] == name and found["commit"] and found["command"] == f"python -m benchmarks.paper {name} --tiny"
     text = (folder / f"{name}.md").read_text()
     assert found["command"] in text and found["claims"]
-    for records in [found["claims"], *found["tables"].values()]:
-        assert records and all(len(line.split("|")) == len(records[0]) + 2 for line in re.findall(rf"^\| {_first(records)} \|.*$", text, re.M))
-    assert len(re.findall(r"^\| (?!---)", text, re.M)) == sum(1 + len(rows) for rows in [found["claims"], *found["tables"].values()])
-
-
-def _first(records):
-    return re.escape(str(next(iter(records[0].values()))))
+    shown = [[line.strip("| ").split(" | ") for line in block.splitlines()] for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    assert len(shown) == 1 + len(found["tables"])
+    for lines, records in zip(shown, [found["claims"], *found["tables"].values()]):
+        assert len(lines) == 2 + len(records) and len(records) > 0
+        assert lines[0] == (["paper", "here", "agrees"] if records is found["claims"] else list(records[0]))
+        assert [line[0] for line in lines[2:]] == [str(next(iter(record.values()))) for record in records]
 
 
 def test_the_list_and_the_mistakes(tmp_path, capsys):
@@ -70,3 +69,26 @@ def test_complexity_counts_what_the_formulas_say(outcome):
             counted = [row[name] for name in ("parameters", "MFLOP", "saved KiB")]
             assert counted == [row[name] for name in ("by formula", "MFLOP by formula", "KiB by formula")], row["system"]
     assert [(row["rank"], row["parameters"]) for row in rows if row["system"] == "miss"] == [(9, 9 * 40)]  # LoRA's 4 (48 + 40), to the nearest
+
+
+def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
+    found, _ = outcome("no-free-lunch")
+    losses, timing = found["tables"].values()
+    assert set(LINEAR) <= {row["system"] for row in losses}
+    fixed = {row["system"]: row["lr 0.001 (paper)"] for row in losses}
+    (unadapted,) = (float(claim["ours"].split()[-1]) for claim in found["claims"] if claim["paper"] == "full fine-tuning is best")
+    assert min(fixed, key=fixed.get) == "full" and max(fixed.values()) < unadapted
+    assert 0.5 < fixed["miss"] / fixed["lora, alpha = r"] < 2
+    if "lora_fa" in fixed:  # MiSS with a frozen random matrix for its shards
+        assert fixed["lora_fa"] > 2 * fixed["miss"]
+    assert {(row["method"], row["parameters"]) for row in timing if row["method"] in ("full", "miss", "lora")} == {
+        ("full", 64 * 64), ("miss", 2 * 64), ("lora", 2 * 64)}
+    curves = found["curves"]["miss"]
+    assert len(curves["training"]) == len(curves["validation"]) == 100 and curves["training"][-1] < 0.5 * curves["training"][0]
+
+
+@pytest.mark.parametrize("reading, distinct", [("lift", 1), ("rep", 1), ("elem", 64)])
+def test_the_readings_of_the_papers_data(reading, distinct):
+    problem = experiment("no-free-lunch").Problem.make(reading, 50, 43)
+    assert problem.x.shape == problem.t.shape == (50, 64) and problem.x_validation.shape == (200, 64)
+    assert len(problem.t[0].unique()) == distinct and len(problem.x[0].unique()) == (1 if reading == "rep" else 64)
