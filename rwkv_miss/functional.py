@@ -7,6 +7,8 @@ each product, and what is kept is the quantised one.
 
 MiSS (arXiv 2409.15371): dW[o, i] = D[i mod r, o], so x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
 The layout "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (the paper's equations 2-3).
+"balanced" shards are sums with alternating signs, so that inputs with a common mean, as those after a squared ReLU, do not all have nearly the
+same S; the mean direction itself is one more row of P: x dW^T = S D with S = x P^T of r + 1 numbers, dW = (P^T D)^T.
 """
 
 from __future__ import annotations
@@ -19,12 +21,20 @@ from .gemm import product, product_plus
 from .quantised import dense
 
 
-def shard_sum(x: Tensor, rank: int, contiguous: bool = False) -> Tensor:
-    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when rank does not divide it."""
-    size = -(-x.shape[-1] // rank)
-    if size * rank != x.shape[-1]:
-        x = F.pad(x, (0, size * rank - x.shape[-1]))
-    return x.unflatten(-1, (rank, size)).sum(-1) if contiguous else x.unflatten(-1, (size, rank)).sum(-2)
+def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
+    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when rank does not divide it.
+
+    `balanced`: every other column of a shard is subtracted, and one more number, the last, is the sum of all columns / sqrt(in).
+    """
+    width = x.shape[-1]
+    size = -(-width // rank)
+    if size * rank != width:
+        x = F.pad(x, (0, size * rank - width))
+    shards = x.unflatten(-1, (rank, size)).transpose(-1, -2) if contiguous else x.unflatten(-1, (size, rank))
+    if not balanced:
+        return shards.sum(-2)
+    even, odd = shards[..., ::2, :].sum(-2), shards[..., 1::2, :].sum(-2)
+    return torch.cat((even - odd, (even + odd).sum(-1, keepdim=True) * width**-0.5), -1)
 
 
 def shard_index(width: int, rank: int, contiguous: bool = False, device=None) -> Tensor:
@@ -33,15 +43,30 @@ def shard_index(width: int, rank: int, contiguous: bool = False, device=None) ->
     return column // -(-width // rank) if contiguous else column % rank
 
 
-def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool) -> None:
-    """dx[n, i] += ds[n, shard(i)] in place: the transpose of shard_sum. dx (N, in), ds (N, r)."""
-    width, rank = dx.shape[1], ds.shape[1]
-    if contiguous:
-        dx += ds[:, shard_index(width, rank, True, dx.device)]
-        return
-    whole = width - width % rank
-    dx[:, :whole].unflatten(1, (-1, rank)).add_(ds.unsqueeze(1))
-    dx[:, whole:] += ds[:, : width - whole]
+def shard_signs(width: int, rank: int, contiguous: bool = False, device=None) -> Tensor:
+    """1 or -1, as which each of `width` input columns counts in its balanced shard, int64 (width,)."""
+    column = torch.arange(width, device=device)
+    return 1 - 2 * ((column % -(-width // rank) if contiguous else column // rank) % 2)
+
+
+def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
+    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n]. dx (N, in), ds (N, r), or (N, r + 1) if balanced."""
+    width, rank = dx.shape[1], ds.shape[1] - balanced
+    parts = [(slice(None), ds)]
+    if balanced:
+        mean = ds[:, rank:] * width**-0.5
+        parts = [(slice(0, None, 2), mean + ds[:, :rank]), (slice(1, None, 2), mean - ds[:, :rank])]
+    size = -(-width // rank) if contiguous else rank
+    count = width // size
+    whole, rest = dx[:, : count * size].unflatten(1, (count, size)), dx[:, count * size :]
+    for part, values in parts:
+        if contiguous:  # the last shard may be shorter, and some after it empty
+            whole[:, :, part].add_(values[:, :count].unsqueeze(2))
+            rest[:, part].add_(values[:, count : count + 1])
+        else:
+            whole[:, part].add_(values.unsqueeze(1))
+    if not contiguous:
+        rest.add_(parts[count % len(parts)][1][:, : rest.shape[1]])
 
 
 def _define(name: str, arguments: str, forward, shapes, context, backward) -> None:
@@ -121,20 +146,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
     return torch.ops.rwkv_miss.linear(x, weight, bias, transposed)[0]
 
 
-def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
+def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool, balanced: bool) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
-    s = shard_sum(rows, D.shape[0], contiguous)
+    s = shard_sum(rows, D.shape[0] - balanced, contiguous, balanced)
     y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, s, D.to(x.dtype))
     return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
-def _miss_shapes(x, weight, bias, D, contiguous):
+def _miss_shapes(x, weight, bias, D, contiguous, balanced):
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, D.shape[0])
 
 
 def _miss_context(ctx, inputs, output):
-    x, weight, bias, D, ctx.contiguous = inputs
+    x, weight, bias, D, ctx.contiguous, ctx.balanced = inputs
     ctx.x_shape = x.shape
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], weight, D, x if weight.requires_grad else None)
@@ -142,28 +167,31 @@ def _miss_context(ctx, inputs, output):
 
 def _miss_backward(ctx, dy, _ds):
     if dy is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     _once(dy)
     s, weight, D, x = ctx.saved_tensors
     dy, dx, dD = _rows(dy), None, None
     if ctx.needs_input_grad[0]:
         dx = product(dy, dense(weight, ctx.x_shape[-1], dy.dtype).t())
-        add_expanded_(dx, product(dy, D.to(dy.dtype)), ctx.contiguous)
+        add_expanded_(dx, product(dy, D.to(dy.dtype)), ctx.contiguous, ctx.balanced)
         dx = dx.view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
         dD = product(s.t().contiguous(), dy.t()).to(D.dtype)  # the copy of S is small, and a GEMM without it 10 % slower
-    return dx, *_weight_gradients(ctx, dy, x), dD, None
+    return dx, *_weight_gradients(ctx, dy, x), dD, None, None
 
 
 _define(
-    "miss_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous",
+    "miss_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced",
     _miss_forward, _miss_shapes, _miss_context, _miss_backward,
 )
 
 
-def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False) -> Tensor:
-    """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves."""
-    return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous)[0]
+def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False, balanced: bool = False) -> Tensor:
+    """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves.
+
+    `balanced`: S and D have one row more, that of the mean.
+    """
+    return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous, balanced)[0]
 
 
 def _lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:

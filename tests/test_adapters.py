@@ -8,17 +8,23 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, AdapterLinear, adapted_linears, register
-from rwkv_miss.functional import lora_linear, miss_linear, shard_index, shard_sum
+from rwkv_miss.functional import add_expanded_, lora_linear, miss_linear, shard_index, shard_sum
 from rwkv_miss.inject import adapter_tensors, find_linears, layer_tensors
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors
 
 # every method that adapts linears, also with those options that make another layer of it; the method state has tests of its own
-CASES = [("miss", {}), ("miss", {"layout": "contiguous"}), ("lora", {}), ("lora", {"alpha": 5.0})]
+CASES = [
+    ("miss", {}), ("miss", {"layout": "contiguous"}), ("miss", {"shards": "balanced"}), ("miss", {"layout": "contiguous", "shards": "balanced"}),
+    ("lora", {}), ("lora", {"alpha": 5.0}),
+]
 EXACT = {"miss", "lora"}  # a fresh adapter changes no bit of the output; the others round on the way
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
-COUNTS = {"miss": lambda d, k, r: r * d, "lora": lambda d, k, r: r * (d + k)}
+COUNTS = {
+    "miss": lambda d, k, r, shards="plain", **options: (r + (shards == "balanced")) * d,
+    "lora": lambda d, k, r, **options: r * (d + k),
+}
 WIDTHS = [(48, 40, 8), (48, 40, 7), (40, 48, 40), (50, 30, 16), (64, 64, 1), (10, 12, 9)]  # in, out, rank
 
 each_case = pytest.mark.parametrize("method,options", CASES, ids=[f"{m}-{'-'.join(map(str, o.values()))}".strip("-") for m, o in CASES])
@@ -65,7 +71,7 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, options,
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert list(shapes) == report.linears and len(shapes) == {6: 16, 7: 12}[version]
     shared = sum(t.numel() for name, t in adapter_tensors(model).items() if name.startswith("shared.") and t.requires_grad)
-    assert report.trainable - shared == sum(COUNTS[method](*shape, 8) for shape in shapes.values())
+    assert report.trainable - shared == sum(COUNTS[method](*shape, 8, **options) for shape in shapes.values())
 
 
 @each_case
@@ -145,19 +151,38 @@ def test_shard_sum_is_the_product_with_the_shard_index(width, rank, contiguous):
         assert index.tolist() == [i % rank for i in range(width)]
 
 
+@pytest.mark.parametrize("width,rank", [(48, 8), (50, 16), (48, 40), (7, 7), (5, 1)])
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_balanced_shards_have_alternating_signs_and_a_row_for_the_mean(width, rank, contiguous):
+    """The projection P written out: shards of ones and minus ones in turn, then a row of 1 / sqrt(in)."""
+    P = torch.zeros(rank + 1, width, dtype=torch.float64)
+    for column in range(width):
+        size = -(-width // rank)
+        shard, place = (column // size, column % size) if contiguous else (column % rank, column // rank)
+        P[shard, column] = (-1) ** place
+    P[rank] = width**-0.5
+    x, ds = torch.randn(3, width, dtype=torch.float64), torch.randn(4, rank + 1, dtype=torch.float64)
+    close("S", shard_sum(x, rank, contiguous, True), x @ P.t(), 1e-13)
+    dx = torch.ones(4, width, dtype=torch.float64)
+    add_expanded_(dx, ds, contiguous, True)
+    close("dx", dx, 1 + ds @ P, 1e-13)
+
+
 def test_the_contiguous_layout_is_another_model():
     model = nn.Sequential(nn.Linear(50, 30, bias=False))
     rwkv_miss.inject(model, "miss", targets=["0"], rank=16, layout="contiguous")
     delta = filled(model)[0].delta()
     assert torch.equal(delta[:, 0], delta[:, 3]) and not torch.equal(delta[:, 0], delta[:, 16])
+    parse = METHODS["miss"].Options.parse
+    assert parse({"layout": "stride-r"}) == parse({"layout": "stride"}) == parse({}), "older files"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_miss_saves_the_shard_sums_and_lora_its_input_and_nothing_else(dtype):
     torch.manual_seed(0)
-    for method, expected in (("miss", 15 * 8), ("lora", 15 * 48 + 15 * 8)):
+    for method, options, expected in (("miss", {}, 15 * 8), ("miss", {"shards": "balanced"}, 15 * 9), ("lora", {}, 15 * 48 + 15 * 8)):
         model = nn.Sequential(nn.Linear(48, 40, bias=False)).to(dtype)
-        rwkv_miss.inject(model, method, targets=["0"], rank=8)
+        rwkv_miss.inject(model, method, targets=["0"], rank=8, **options)
         parameters = {p.data_ptr() for p in model.parameters()}
         saved = []
         x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
@@ -173,7 +198,7 @@ def test_miss_saves_the_shard_sums_and_lora_its_input_and_nothing_else(dtype):
 def test_operators_pass_opcheck():
     x, w, b = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
     D, A, B = (torch.randn(*s, requires_grad=True) for s in ((4, 6), (4, 10), (6, 4)))
-    for args in ((x, w, b, D, False), (x, w, None, D, True)):
+    for args in ((x, w, b, D, False, False), (x, w, None, D, True, False), (x, w, b, D, True, True)):
         torch.library.opcheck(torch.ops.rwkv_miss.miss_linear.default, args)
     torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, (x, w, b, A, B, 2.0))
     compiled = torch.compile(lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), fullgraph=True, backend="aot_eager")
@@ -369,7 +394,7 @@ def test_mistakes_are_explained():
     assert "blocks.0.att.receptance" in message(rank=49) and "48" in message(rank=49)
     assert "rank" in message(rnak=3)
     assert ", ".join(sorted(METHODS)) in message("misss")
-    assert "layout" in message(layout="diagonal")
+    assert "choose one of: stride, contiguous" in message(layout="diagonal") and "plain, balanced" in message(shards="even")
     model = rwkv(7)
     rwkv_miss.inject(model, rank=8)
     with pytest.raises(rwkv_miss.UserError, match="already"):
