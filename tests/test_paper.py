@@ -1,14 +1,18 @@
 """The paper's experiments in their tiny settings: every one writes its three files; what each promises about its numbers."""
 
+import copy
 import json
 import re
 
 import pytest
+import torch
 
 import rwkv_miss
 from benchmarks.paper.__main__ import EXPERIMENTS, experiment, main
-from benchmarks.paper.methods import LINEAR
+from benchmarks.paper.methods import LINEAR, systems
 from benchmarks.paper.settings import command
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.functional import shard_sum
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -92,3 +96,60 @@ def test_the_readings_of_the_papers_data(reading, distinct):
     problem = experiment("no-free-lunch").Problem.make(reading, 50, 43)
     assert problem.x.shape == problem.t.shape == (50, 64) and problem.x_validation.shape == (200, 64)
     assert len(problem.t[0].unique()) == distinct and len(problem.x[0].unique()) == (1 if reading == "rep" else 64)
+
+
+@pytest.fixture(scope="module")
+def demo_gradients():
+    """The demo's task, with the gradients of its linears."""
+    task = experiment("grad-norm").tasks.make("demo", "")
+    return task, experiment("grad-norm").weight_gradients(task)
+
+
+@pytest.mark.parametrize("label", systems(3))
+def test_one_backward_gives_the_first_gradient_of_every_method(label, demo_gradients):
+    task, gradients = demo_gradients
+    method, options = systems(3)[label]
+    torch.manual_seed(0)
+    first = experiment("grad-norm").first_gradient(task.model, gradients, method, options)
+    torch.manual_seed(0)
+    model = copy.deepcopy(task.model)
+    rwkv_miss.inject(model, method, **options)
+    task.loss(model).backward()
+    norms = {name: sum(float(p.grad.square().sum()) for p in layer.parameters(recurse=False) if p.grad is not None) ** 0.5
+             for name, layer in adapted_linears(model).items()}
+    # fp32 on both sides, by different products: 1e-6 to 1e-5 was seen
+    assert first.by_linear == pytest.approx(norms, rel=1e-4)
+    assert first.norm == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5, rel=1e-4)
+
+
+def test_the_first_gradient_by_the_papers_formulas(demo_gradients):
+    """MiSS: the shard sums of G. LoRA: s G A^T. Their first SGD steps: minus the sums, spread again; minus s^2 G A^T A."""
+    task, gradients = demo_gradients
+    find = experiment("grad-norm").first_gradient
+    folded = {name: shard_sum(g, 5) for name, g in gradients.items()}
+    first = find(task.model, gradients, "miss", {"rank": 5})
+    assert first.by_linear == pytest.approx({name: float(f.norm()) for name, f in folded.items()}, rel=1e-5)
+    moved = {name: f[:, torch.arange(gradients[name].shape[1]) % 5] for name, f in folded.items()}
+    assert first.cosine == pytest.approx(_cosine(moved, gradients), rel=1e-4)
+    torch.manual_seed(0)
+    first = find(task.model, gradients, "lora", {"rank": 3})
+    torch.manual_seed(0)
+    model = copy.deepcopy(task.model)
+    rwkv_miss.inject(model, "lora", rank=3)
+    A = {name: layer.lora_A.detach() for name, layer in adapted_linears(model).items()}
+    assert first.by_linear == pytest.approx({name: float(2 * (g @ A[name].t()).norm()) for name, g in gradients.items()}, rel=1e-5)
+    assert first.cosine == pytest.approx(_cosine({name: g @ A[name].t() @ A[name] for name, g in gradients.items()}, gradients), rel=1e-4)
+
+
+def _cosine(a, b):
+    a, b = (torch.cat([t[name].flatten() for name in b]) for t in (a, b))
+    return float(a @ b / a.norm() / b.norm())
+
+
+def test_miss_has_full_fine_tunings_norm_whatever_the_gradient(outcome):
+    found, _ = outcome("grad-norm")
+    norms, cosines, _ = found["tables"].values()
+    ratios = {row["gradients"]: row["miss"] for row in norms}
+    assert set(LINEAR) <= set(norms[0]) and set(ratios) == {f"{name}, r = {r}" for name in ("demo", "random", "random, relu^2") for r in (3, 16)}
+    assert ratios["random, r = 3"] == pytest.approx(1, abs=0.02) and ratios["random, r = 16"] == pytest.approx(1, abs=0.02)
+    assert ratios["random, relu^2, r = 3"] > 2, "the mean of the inputs adds up in the shards"

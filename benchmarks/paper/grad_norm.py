@@ -1,0 +1,208 @@
+"""Section 5.4, Fig. 4 right: the norm of the first gradient of every method at every rank, against full fine-tuning's, from one backward.
+
+At the start every method's model is the base, so one backward gives G = dL/dW of every linear, and a method's gradient is that of
+sum(G * delta()) in its own parameters: for MiSS the shard sums of G, for LoRA s G A^T. `full` is the norm of G over the same linears.
+
+Beside the norm stands what it leaves out: the cosine between the change of the weights that the method's first SGD step makes and -G, full
+fine-tuning's. Random G with independent columns, of the same shapes, tell the scale of a method from what it makes of real gradients: there
+E ||fold(G)||^2 = ||G||^2 holds for MiSS at every rank, whatever is to be learnt.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import rwkv_miss
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.inject import find_linears
+
+from . import tasks
+from .methods import systems
+from .results import Claim, Result, Table
+from .settings import option
+
+STEP = 1e-3  # length of the SGD step against the trained tensors' or, where these are zero, the weights' own
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    models: tuple[str, ...] = option(tuple(tasks.MAKE), f"of {', '.join(tasks.MAKE)}")
+    ranks: tuple[int, ...] = option((2, 4, 8, 16, 32), "rank of every method; not its parameters, as in the paper's figure")
+    data: str = option("../shared/data", "folder with the models and texts of others")
+
+
+FULL = Settings()
+TINY = Settings(models=("demo",), ranks=(3, 16))
+
+
+def weight_gradients(task: tasks.Task) -> dict[str, Tensor]:
+    """G (out, in) of every linear that the paper adapts, by its name, from one backward of the base."""
+    model = copy.deepcopy(task.model).requires_grad_(False)
+    weights = {name: linear.weight.requires_grad_() for name, linear in find_linears(model, None).items()}
+    task.loss(model).backward()
+    return {name: weight.grad for name, weight in weights.items()}
+
+
+def independent(shape: torch.Size) -> Tensor:
+    """A random G whose columns are independent."""
+    return torch.randn(shape)
+
+
+def behind_relu2(shape: torch.Size) -> Tensor:
+    """A random G = dY^T X of 512 tokens with independent dY and inputs X = relu(z)^2, which have a mean, as in the channel mix."""
+    return torch.randn(512, shape[0]).t() @ torch.randn(512, shape[1]).relu().square()
+
+
+RANDOM: dict[str, Callable[[torch.Size], Tensor]] = {"random": independent, "random, relu^2": behind_relu2}
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """Of a method's first gradient: its norm, the norm by linear, and the cosine of the first SGD step with full fine-tuning's."""
+
+    norm: float
+    by_linear: dict[str, float]
+    cosine: float
+
+
+def norm(tensors) -> float:
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
+
+
+def first_gradient(model: nn.Module, gradients: dict[str, Tensor], method: str, options: dict) -> First:
+    """The first gradient of a method on a model whose adapted linears have the gradients G."""
+    model = copy.deepcopy(model)
+    rwkv_miss.inject(model, method, targets=list(gradients), **options)
+    layers = adapted_linears(model)
+    start = {name: layer.delta() for name, layer in layers.items()}
+    sum((start[name] * g).sum() for name, g in gradients.items()).backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    total = norm(p.grad for p in trained)
+    length = STEP * (norm(p for p in trained) or norm(layer.weight for layer in layers.values()))
+    with torch.no_grad():
+        for p in trained:
+            p -= (length / total) * p.grad
+        moved = {name: layer.delta() - start[name] for name, layer in layers.items()}
+    along = -sum(float((moved[name] * g).sum()) for name, g in gradients.items())
+    by_linear = {name: norm(p.grad for p in layer.parameters(recurse=False) if p.grad is not None) for name, layer in layers.items()}
+    return First(total, by_linear, along / (norm(moved.values()) * norm(gradients.values())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with gradients G of its linears, and what the systems make of them: (label, rank) -> First."""
+
+    gradients: dict[str, Tensor]
+    found: dict[tuple[str, int], First]
+
+    @property
+    def full(self) -> float:
+        return norm(self.gradients.values())
+
+    def ratio(self, label: str, rank: int) -> float | None:
+        return self.found[label, rank].norm / self.full if (label, rank) in self.found else None
+
+    def by_leaf(self, label: str, rank: int) -> dict[str, float]:
+        """Ratio for the linears of each kind, such as att.key."""
+        kinds: dict[str, list[str]] = {}
+        for name in self.gradients:
+            kinds.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+        first = self.found[label, rank]
+        return {kind: math.hypot(*(first.by_linear[name] for name in names)) / norm(self.gradients[name] for name in names)
+                for kind, names in kinds.items()}
+
+
+def measure(model: nn.Module, gradients: dict[str, Tensor], ranks: tuple[int, ...]) -> Case:
+    limit = min(min(g.shape) for g in gradients.values())
+    found = {}
+    for rank in (rank for rank in ranks if rank <= limit):
+        for label, (method, options) in systems(rank).items():
+            torch.manual_seed(0)
+            found[label, rank] = first_gradient(model, gradients, method, {**options, "rank": rank})
+    return Case(gradients, found)
+
+
+def cases(settings: Settings) -> dict[str, Case]:
+    """Every model with its own gradients, and the first of them with random ones."""
+    made = {name: tasks.make(name, settings.data) for name in settings.models}
+    found = {name: measure(task.model, weight_gradients(task), settings.ranks) for name, task in made.items()}
+    model = made[settings.models[0]].model
+    for name, draw in RANDOM.items():
+        torch.manual_seed(1)
+        found[name] = measure(model, {linear: draw(m.weight.shape) for linear, m in find_linears(model, None).items()}, settings.ranks)
+    return found
+
+
+def table(caption: str, found: dict[str, Case], read: Callable[[Case, str, int], float]) -> Table:
+    labels = list(dict.fromkeys(label for case in found.values() for label, _ in case.found))
+    rows = [(f"{name}, r = {rank}", *(read(case, label, rank) for label in labels))
+            for name, case in found.items() for rank in dict.fromkeys(rank for _, rank in case.found)]
+    return Table(caption, ("gradients", *labels), rows)
+
+
+def claims(found: dict[str, Case]) -> list[Claim]:
+    def both(case: Case, read: Callable[[First], float]) -> list[tuple[float, float]]:
+        """(MiSS's, LoRA's) at every rank."""
+        return [(read(case.found["miss", rank]), read(case.found["lora", rank])) for label, rank in case.found if label == "miss"]
+
+    real = [case for name, case in found.items() if name not in RANDOM]
+    miss, lora = zip(*(pair for case in real for pair in both(case, lambda first: first.norm / case.full)))  # noqa: B023
+    random = [ratio for ratio, _ in both(found["random"], lambda first: first.norm / found["random"].full)]
+    cosines = [pair for case in real for pair in both(case, lambda first: first.cosine)]
+    ahead = sum(of_miss > of_lora for of_miss, of_lora in cosines)
+    return [
+        Claim("MiSS's first gradient is about as large as full fine-tuning's, at every rank",
+              f"{min(miss):.2f} to {max(miss):.2f} of it; far above 1 where inputs have a mean, behind the relu^2 of ffn.value",
+              0.5 < min(miss) and max(miss) < 2),
+        Claim("LoRA's is smaller, and grows with the rank", f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at "
+              f"{sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models; 2 sqrt(r / 3 k) for independent columns",
+              all(a > b for a, b in zip(miss, lora))),
+        Claim("so MiSS is closer to full fine-tuning", f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. "
+              f"In its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at {ahead} of {len(cosines)}",
+              ahead == len(cosines)),
+    ]
+
+
+def draw(found: dict[str, Case], figure) -> None:
+    """The ratio against the rank, one plot a case, and the legend in the last place."""
+    columns, rows = 3, len(found) // 3 + 1
+    figure.set_size_inches(15, 4.5 * rows)
+    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axis, (name, case) in zip(axes, found.items()):
+        for number, label in enumerate(dict.fromkeys(label for label, _ in case.found)):
+            ranks = [rank for other, rank in case.found if other == label]
+            axis.plot(ranks, [case.ratio(label, rank) for rank in ranks], "o-" if number < 10 else "o--", markersize=3, label=label,
+                      color="k" if label == "miss" else f"C{number}")
+        axis.axhline(1, color="k", linestyle=":", label="full")
+        axis.set(yscale="log", xlabel="rank", ylabel="norm / full fine-tuning's", title=name)
+        axis.set_xscale("log", base=2)
+    for axis in axes[len(found) :]:
+        axis.set_axis_off()
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
+
+
+def run(settings: Settings) -> Result:
+    found = cases(settings)
+    rank = settings.ranks[-1]
+    kinds = Table(
+        f"The same by kind of linear, MiSS, r = {rank}: more where inputs have a mean (behind relu^2, ffn.value), since columns of G are then alike",
+        ("gradients", "linears", "norm / full"),
+        [(name, kind, ratio) for name, case in found.items() if ("miss", rank) in case.found for kind, ratio in case.by_leaf("miss", rank).items()],
+    )
+    return Result(
+        "The first gradient: its norm against full fine-tuning's (Section 5.4, Fig. 4 right)",
+        "Over the linears that the paper adapts. rwkv6-3m: a small RWKV-6 on Shakespeare; rwkv7-reverse and demo: small RWKV-7 that reverse "
+        "digits or letters, on a task changed for fine-tuning. random: independent columns in the shapes of the first model; random, relu^2: "
+        "G = dY^T X with inputs relu(z)^2. One backward for each; a rank wider than the model is left out.",
+        claims(found),
+        [table("Norm of the first gradient / full fine-tuning's", found, lambda case, label, rank: case.ratio(label, rank)),
+         table("Cosine of the change of the weights by the first SGD step with full fine-tuning's (sqrt(r / k) where columns are independent)", found,
+               lambda case, label, rank: case.found[label, rank].cosine), kinds],
+        lambda figure: draw(found, figure),
+    )
