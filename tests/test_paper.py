@@ -153,3 +153,10 @@ def test_miss_has_full_fine_tunings_norm_whatever_the_gradient(outcome):
     assert set(LINEAR) <= set(norms[0]) and set(ratios) == {f"{name}, r = {r}" for name in ("demo", "random", "random, relu^2") for r in (3, 16)}
     assert ratios["random, r = 3"] == pytest.approx(1, abs=0.02) and ratios["random, r = 16"] == pytest.approx(1, abs=0.02)
     assert ratios["random, relu^2, r = 3"] > 2, "the mean of the inputs adds up in the shards"
+
+
+def test_nlu_classifies_held_out_lines(outcome):
+    found, _ = outcome("nlu")
+    for measured in found["outcomes"]:
+        # of 100 lines, where guessing gets 50 right, with a standard deviation of 5
+        assert min(measured["scores"]["accuracy"]) > 0.7, measured
