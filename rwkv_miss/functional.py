@@ -194,48 +194,79 @@ def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, conti
     return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous, balanced)[0]
 
 
-def _lora_forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout, generator=generator)
+    return x.mul(kept).div_(1 - dropout)
+
+
+# an operator of its own, because a compiler traces the backwards that call it, and knows no value of a seed
+torch.library.define("rwkv_miss::drop", "(Tensor x, float dropout, Tensor seed) -> Tensor")
+torch.library.impl("rwkv_miss::drop", "default", _drop)
+torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.empty_like(x))
+
+
+def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """x (N, in) with each number 0 with probability `dropout`, else divided by 1 - dropout; a seed (0-dim, int64) always drops the same places.
+
+    x itself without a seed. Not differentiable: the operators that use it have their own backward.
+    """
+    return x if seed is None else torch.ops.rwkv_miss.drop(x, dropout, seed)
+
+
+def _lora_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
-    h = product(rows, A.to(x.dtype))
+    h = product(dropped(rows, dropout, seed), A.to(x.dtype))
     y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, h, (scale * B).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
-def _lora_shapes(x, weight, bias, A, B, scale):
+def _lora_shapes(x, weight, bias, A, B, scale, dropout, seed):
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, A.shape[0])
 
 
 def _lora_context(ctx, inputs, output):
-    x, weight, bias, A, B, ctx.scale = inputs
+    x, weight, bias, A, B, ctx.scale, ctx.dropout, seed = inputs
+    ctx.x_shape = x.shape
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weight, A, B)
+    ctx.save_for_backward(x if A.requires_grad or weight.requires_grad else None, output[1], weight, A, B, seed)
 
 
 def _lora_backward(ctx, dy, _dh):
     if dy is None:
-        return None, None, None, None, None, None
+        return (None,) * 8
     _once(dy)
-    x, h, weight, A, B = ctx.saved_tensors
+    x, h, weight, A, B, seed = ctx.saved_tensors
     dy, dx, dA, dB = _rows(dy), None, None, None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         dh = product(dy, (ctx.scale * B).to(dy.dtype).t())
     if ctx.needs_input_grad[0]:
-        matrix = dense(weight, x.shape[-1], dy.dtype)
-        dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(x.shape)
+        matrix = dense(weight, ctx.x_shape[-1], dy.dtype)
+        if seed is None:
+            dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(ctx.x_shape)
+        else:
+            dx = product(dy, matrix.t()).add_(dropped(product(dh, A.to(dy.dtype).t()), ctx.dropout, seed)).view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
-        dA = product(dh.t().contiguous(), _rows(x).t()).to(A.dtype)
+        dA = product(dh.t().contiguous(), dropped(_rows(x), ctx.dropout, seed).t()).to(A.dtype)
     if ctx.needs_input_grad[4]:
         dB = product(dy.t(), h.t()).mul_(ctx.scale).to(B.dtype)
-    return dx, *_weight_gradients(ctx, dy, x), dA, dB, None
+    return dx, *_weight_gradients(ctx, dy, x), dA, dB, None, None, None
 
 
 _define(
-    "lora_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale",
+    "lora_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, Tensor? seed",
     _lora_forward, _lora_shapes, _lora_context, _lora_backward,
 )
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y = x W^T + bias + scale x A^T B^T. Kept for the backward: x and x A^T."""
-    return torch.ops.rwkv_miss.lora_linear(x, weight, bias, A, B, scale)[0]
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed). Kept for the backward: x' A^T, and x unless A is frozen.
+
+    The dropped places are drawn again in the backward, which takes less time than to read them from memory and no room.
+    """
+    return torch.ops.rwkv_miss.lora_linear(x, weight, bias, A, B, scale, dropout, seed)[0]

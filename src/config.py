@@ -39,6 +39,15 @@ def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str
     return dataclasses.field(default=default, metadata=meta)
 
 
+# RWKV-LM's usual rates; every adapter method has its own
+FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
+
+
+def _own_rates() -> str:
+    rates = {name: METHODS[name].default_lr for name in sorted(METHODS)} | {"full": FULL_LR, "new model": NEW_MODEL_LR}
+    return ", ".join(f"{name} {rate:.0e}".replace("e-0", "e-") for name, rate in rates.items())
+
+
 @dataclasses.dataclass
 class Config:
     """The settings of a training run."""
@@ -60,7 +69,7 @@ class Config:
                                       "Assistant: (what follows it up to the next turn) or START...END; the end of a document always is")
     data_cache: str = opt("auto", "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise every time")
 
-    peft: str = opt("miss", "adapter method, or none for full training")
+    peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
     peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value (none: r 64, or an '
                                 "eighth of the width where that is less)", automatic=True)
     train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
@@ -93,7 +102,7 @@ class Config:
     epoch_count: int = opt(1, "epochs", alias=("epochs",))
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
-    lr_init: float = opt(0.0, "learning rate after the warm-up (0: the method's own: miss 2e-5, lora 2e-4, state 1e-2, full 1e-5, new model 6e-4)",
+    lr_init: float = opt(0.0, f"learning rate after the warm-up (0: the method's own: {_own_rates()})",
                          alias=("learning_rate",), automatic=True)
     state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
     lr_map: dict = opt({}, "factors of the learning rate by parts of the trained tensors' names, of which the longest counts: "

@@ -7,10 +7,7 @@ import math
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.parts import split_parts
 
-from .config import Config
-
-# RWKV-LM's usual rates; every adapter method has its own
-FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
+from .config import FULL_LR, NEW_MODEL_LR, Config
 
 
 def method_rate(config: Config) -> float:

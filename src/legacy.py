@@ -141,6 +141,13 @@ def _integer(flags: dict[str, str | None], name: str, default: int) -> int:
         raise UserError(f"--{name} {flags[name]}: expected int") from None
 
 
+def _number(flags: dict[str, str], name: str) -> float | None:
+    try:
+        return float(flags[name]) if name in flags else None
+    except ValueError:
+        raise UserError(f"--{name} {flags[name]}: expected a number") from None
+
+
 def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """--peft and --peft_config of the two older spellings."""
     method = _value(kept, "peft")
@@ -152,7 +159,7 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
         options = {"r": _integer(old, "lora_r", 8), "alpha": _integer(old, "lora_alpha", 32), "load": old.get("lora_load"),
-                   "dropout": old.get("lora_dropout")}
+                   "dropout": _number(old, "lora_dropout")}
         parts = old.get("lora_parts", "att,ln,time").split(",")
         linears = {"att": ["att.receptance", "att.key", "att.value", "att.output"], "ffn": ["ffn.key", "ffn.value"]}
         if not {"att", "ffn"} <= set(parts):
@@ -213,8 +220,6 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
     mode = options.pop("mode", "bone")
     if mode not in ("bone", "miss", "disha"):
         raise UserError(f"mode {mode}: expected bone, which is --peft miss; Bat is not supported yet")
-    if "dropout" in options:
-        notes.append(f"lora_dropout {options.pop('dropout')} is not applied: this version of LoRA has no dropout")
     if "load" in options:
         path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):

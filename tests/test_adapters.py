@@ -17,13 +17,14 @@ from .conftest import close, make_arch, random_tensors
 # every method that adapts linears, also with those options that make another layer of it; the method state has tests of its own
 CASES = [
     ("miss", {}), ("miss", {"layout": "contiguous"}), ("miss", {"shards": "balanced"}), ("miss", {"layout": "contiguous", "shards": "balanced"}),
-    ("lora", {}), ("lora", {"alpha": 5.0}),
+    ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
 ]
-EXACT = {"miss", "lora"}  # a fresh adapter changes no bit of the output; the others round on the way
+EXACT = {"miss", "lora", "lora_fa"}  # a fresh adapter changes no bit of the output; the others round on the way
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
 COUNTS = {
     "miss": lambda d, k, r, shards="plain", **options: (r + (shards == "balanced")) * d,
     "lora": lambda d, k, r, **options: r * (d + k),
+    "lora_fa": lambda d, k, r, **options: r * d,
 }
 WIDTHS = [(48, 40, 8), (48, 40, 7), (40, 48, 40), (50, 30, 16), (64, 64, 1), (10, 12, 9)]  # in, out, rank
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_disabled_is_said():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width,out,rank", WIDTHS)
 def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(method, options, bias, width, out, rank):
-    rank = min(rank, out) if method == "lora" else rank
+    rank = min(rank, out) if "lora" in method else rank
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, out, bias=bias)).double()
     rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options)
@@ -178,19 +179,23 @@ def test_the_contiguous_layout_is_another_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_miss_saves_the_shard_sums_and_lora_its_input_and_nothing_else(dtype):
+def test_what_the_methods_keep_for_the_backward(dtype):
+    """MiSS the shard sums, LoRA its input and the products with A, LoRA-FA these alone; dropout adds one number, its seed."""
     torch.manual_seed(0)
-    for method, options, expected in (("miss", {}, 15 * 8), ("miss", {"shards": "balanced"}, 15 * 9), ("lora", {}, 15 * 48 + 15 * 8)):
+    for method, options, expected in (
+        ("miss", {}, 15 * 8), ("miss", {"shards": "balanced"}, 15 * 9), ("lora", {}, 15 * 48 + 15 * 8),
+        ("lora", {"dropout": 0.1}, 15 * 48 + 15 * 8 + 1), ("lora_fa", {}, 15 * 8), ("lora_fa", {"dropout": 0.1}, 15 * 8 + 1),
+    ):
         model = nn.Sequential(nn.Linear(48, 40, bias=False)).to(dtype)
         rwkv_miss.inject(model, method, targets=["0"], rank=8, **options)
-        parameters = {p.data_ptr() for p in model.parameters()}
+        parameters = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
         saved = []
         x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             y = model(x)
         kept = [t for t in saved if t.data_ptr() not in parameters]
         assert sum(t.numel() for t in kept) == expected, [tuple(t.shape) for t in kept]
-        assert all(t.dtype == dtype for t in kept)
+        assert all(t.dtype == dtype for t in kept if t.dim())
         y.float().sum().backward()
         assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
@@ -200,7 +205,8 @@ def test_operators_pass_opcheck():
     D, A, B = (torch.randn(*s, requires_grad=True) for s in ((4, 6), (4, 10), (6, 4)))
     for args in ((x, w, b, D, False, False), (x, w, None, D, True, False), (x, w, b, D, True, True)):
         torch.library.opcheck(torch.ops.rwkv_miss.miss_linear.default, args)
-    torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, (x, w, b, A, B, 2.0))
+    for args in ((x, w, b, A, B, 2.0, 0.0, None), (x, w, None, A.detach(), B, 2.0, 0.3, torch.tensor(5))):
+        torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, args)
     compiled = torch.compile(lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), fullgraph=True, backend="aot_eager")
     close("compiled", compiled(x), miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), 1e-6)
 
@@ -248,34 +254,42 @@ def test_lora_equals_hf_peft_in_fp32(width, out, rank):
     close("dx", x.grad, y.grad, 2e-6)
 
 
-def test_golden_layers_of_hf_peft(data_dir):
+FACTORS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+# kind of golden -> method, its options for a golden of this rank, our tensors' names -> peft's
+GOLDENS = {
+    "miss": ("miss", lambda g, rank: {}, {"miss": "miss_block"}),
+    "lora": ("lora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS),
+    "rslora": ("lora", lambda g, rank: {"alpha": rank**0.5 * g["scaling"], "rslora": True}, FACTORS),
+}
+
+
+@pytest.mark.parametrize("dtype,ratio", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_golden_layers_of_hf_peft(data_dir, dtype, ratio):
     """Float64 vectors of single adapted linears (peft 0.21.2), rank dividing the width or not."""
-    seen = 0
+    seen = set()
     for name, g in torch.load(data_dir / "golden/peft.golden.pt", weights_only=True).items():
-        kind = name.split()[0]
-        if kind not in METHODS:
+        if name.split()[0] not in GOLDENS:
             continue
+        method, options, names = GOLDENS[name.split()[0]]
         out, width = g["W"].shape
-        model = nn.Sequential(nn.Linear(width, out, bias="bias" in g)).double()
+        model = nn.Sequential(nn.Linear(width, out, bias="bias" in g)).to(dtype)
         model[0].weight.data.copy_(g["W"])
         if "bias" in g:
             model[0].bias.data.copy_(g["bias"])
-        names = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}}[kind]
         rank = len(next(iter(g["params"].values())))
-        rwkv_miss.inject(model, kind, targets=["0"], rank=rank, **({"alpha": rank * g["scaling"]} if kind == "lora" else {}))
-        model.double()
-        layer = model[0]
-        layer.assign({ours: g["params"][theirs] for ours, theirs in names.items()})
-        x = g["x"].double().requires_grad_()
+        rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options(g, rank))
+        layer = model.to(dtype)[0]
+        layer.load({**layer.own_tensors(), **{ours: g["params"][theirs] for ours, theirs in names.items()}})
+        x = g["x"].to(dtype).requires_grad_()
         y = model(x)
-        y.backward(g["dy"].double())
-        close(f"{name} y", y, g["y"], 1e-6)
-        close(f"{name} dx", x.grad, g["dx"], 1e-6)
-        close(f"{name} merged", layer.weight + layer.delta(), g["merged"], 1e-6)
+        y.backward(g["dy"].to(dtype))
+        close(f"{name} y", y, g["y"], ratio)
+        close(f"{name} dx", x.grad, g["dx"], ratio)
+        close(f"{name} merged", layer.base_weight() + layer.delta(), g["merged"], ratio)
         for ours, theirs in names.items():
-            close(f"{name} d{ours}", getattr(layer, ours).grad, g["grads"][theirs], 1e-6)
-        seen += 1
-    assert seen == 7
+            close(f"{name} d{ours}", getattr(layer, ours).grad, g["grads"][theirs], ratio)
+        seen.add(name.split()[0])
+    assert seen == GOLDENS.keys()
 
 
 @pytest.mark.parametrize("version", [6, 7])

@@ -116,7 +116,8 @@ def test_lora_of_2024(files, tmp_path):
     """(e): the whole tensors of time and ln are trained beside LoRA, and a pass is saved at its end."""
     output = train(files, 6, "roleplay", tmp_path / "run", LORA)
     metadata = read_metadata(tmp_path / "run/adapter.pth")
-    assert (metadata["method"], metadata["options"], metadata["step"]) == ("lora", {"rank": 64, "alpha": 128.0}, 2)
+    assert (metadata["method"], metadata["step"]) == ("lora", 2)
+    assert metadata["options"].items() >= {"rank": 64, "alpha": 128.0, "dropout": 0.01}.items()
     assert metadata["train_parts"] == ["ln", "time"] and "blocks.1.ln2.weight" in read_checkpoint(tmp_path / "run/adapter.pth")
     assert "rwkv-0.pth is not there: a new adapter is trained" in output
     merge(files, 6, "--lora_checkpoint", tmp_path / "run/adapter.pth", tmp_path / "merged.pth")

@@ -1,3 +1,3 @@
 """One file per adapter method; importing this package registers them all."""
 
-from . import lora, miss, state  # noqa: F401
+from . import lora, lora_fa, miss, state  # noqa: F401

@@ -16,23 +16,60 @@ from ..functional import lora_linear
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(adapter.Options):
-    """rank r, and alpha: the update is scaled by alpha / r (0: alpha = 2 r, as in the MiSS paper's Table 7)."""
+class ScaledOptions(adapter.Options):
+    """rank r and what all methods with factors A and B share.
+
+    alpha: the update is scaled by alpha / r, or with `rslora` by alpha / sqrt(r), which keeps the size of the activations when r grows
+    (arXiv 2312.03732). 0: 2 r, as in the MiSS paper's Table 7; with rslora 16, the same factor at rank 64.
+    dropout: the probability that a number of the adapter's input is left out, in training only.
+
+    With `rank_map` every linear has the factor alpha / r of the others, whatever its rank; with rslora it has their alpha, and so the factor
+    that belongs to its rank: to fit all ranks is what rsLoRA is for.
+    """
 
     alpha: float = 0.0
-    aliases: ClassVar[dict[str, str]] = {**adapter.Options.aliases, "lora_r": "rank", "lora_alpha": "alpha"}
+    rslora: bool = False
+    dropout: float = 0.0
+    lora_plus: ClassVar[float] = 1.0
+    aliases: ClassVar[dict[str, str]] = {
+        **adapter.Options.aliases, "lora_r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout",
+    }
 
     def __post_init__(self):
-        object.__setattr__(self, "alpha", self.alpha or 2.0 * self.rank)  # frozen, and recorded as it is used
+        object.__setattr__(self, "alpha", self.alpha or self.own_alpha())  # frozen, and recorded as it is used
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout} is no probability; it must be at least 0 and below 1")
 
-    def with_rank(self, rank: int) -> Options:
-        # another rank keeps the factor alpha / r
-        return dataclasses.replace(super().with_rank(rank), alpha=self.alpha * rank / self.rank)
+    def own_alpha(self) -> float:
+        """What alpha 0 stands for."""
+        return 16.0 if self.rslora else 2.0 * self.rank
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def with_rank(self, rank: int) -> ScaledOptions:
+        same = super().with_rank(rank)
+        return same if self.rslora else dataclasses.replace(same, alpha=self.alpha * rank / self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ScaledOptions):
+    """lora_plus: the learning rate of B is so many times that of A (LoRA+, arXiv 2402.12354, which recommends about 16)."""
+
+    lora_plus: float = 1.0
+    aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "loraplus_lr_ratio": "lora_plus"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.lora_plus < math.inf:
+            raise UserError(f"lora_plus {self.lora_plus} is no ratio of learning rates; it must be above 0 (1: A and B learn at the same rate)")
 
 
 @register("lora")
 class LoraLinear(AdapterLinear):
-    """dW = (alpha / r) B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both fp32."""
+    """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both fp32."""
 
     Options = Options
     default_lr = 2e-4  # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
@@ -40,8 +77,8 @@ class LoraLinear(AdapterLinear):
     def setup(self, options: Options) -> None:
         limit = min(self.in_features, self.out_features)
         if not 1 <= options.rank <= limit:
-            raise UserError(f"rank {options.rank} does not fit LoRA: it must be from 1 to the smaller width, {limit}")
-        self.scale = options.alpha / options.rank
+            raise UserError(f"rank {options.rank} does not fit {self.method}: it must be from 1 to the smaller width, {limit}")
+        self.scale, self.dropout, self.lora_plus = options.scale, options.dropout, options.lora_plus
         self.lora_A = nn.Parameter(torch.empty(options.rank, self.in_features, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.rank, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -49,5 +86,13 @@ class LoraLinear(AdapterLinear):
     def delta(self) -> Tensor:
         return self.scale * (self.lora_B @ self.lora_A)
 
+    def add_delta_to(self, weight: Tensor) -> None:
+        weight.addmm_(self.lora_B, self.lora_A, alpha=self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+        # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run drop the same
+        seed = torch.randint(2**63 - 1, ()) if self.dropout and self.training else None
+        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.dropout, seed)
+
+    def rate_factor(self, name: str) -> float:
+        return self.lora_plus if name == "lora_B" else 1.0

@@ -1,0 +1,134 @@
+"""What LoRA and its relatives do beyond the promises of every method (test_adapters.py): dropout, rates, scales."""
+
+import pytest
+import torch
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.functional import dropped
+from src.model import RWKV, parameter_groups
+
+from .conftest import close, make_arch
+from .test_adapters import filled, rwkv
+
+
+def linear(method, width=48, out=40, dtype=torch.float64, bias=True, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, out, bias=bias)).to(dtype)
+    rwkv_miss.inject(model, method, targets=["0"], **options)
+    return filled(model.to(dtype))[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_fa"])
+def test_dropout_leaves_out_inputs_of_the_adapter_alone_and_in_training_only(method):
+    layer = linear(method, rank=5, dropout=0.25)
+    x = torch.randn(2000, 48, dtype=torch.float64)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.eye(5, 48))
+        layer.lora_B.copy_(torch.eye(40, 5))
+    base = layer.base_forward(x)
+    adapter = (layer(x) - base)[:, :5] / layer.scale
+    gone = adapter.abs() < 1e-9
+    close("what stays", adapter, (x[:, :5] / 0.75).masked_fill(gone, 0), 1e-9)
+    assert abs(float(gone.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / gone.numel()) ** 0.5  # five standard deviations
+    assert float((layer(x) - base)[:, 5:].detach().abs().max()) < 1e-12, "the base sees all of its input"
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    close("in evaluation", layer(x), base + x @ layer.delta().t(), 1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_fa"])
+def test_the_gradient_with_dropout_is_that_of_what_was_drawn(method):
+    """Central differences along a random direction, in float64, with the same seed: they know nothing of how the gradient is made."""
+    layer = linear(method, rank=5, dropout=0.4)
+    tensors = [torch.randn(3, 4, 48, dtype=torch.float64, requires_grad=True), *(p for p in layer.parameters() if p.requires_grad)]
+
+    def loss():
+        torch.manual_seed(7)
+        return layer(tensors[0]).sin().sum()
+
+    gradients = torch.autograd.grad(loss(), tensors)
+    for name, tensor, gradient in zip(("dx", "dA or dB", "dB"), tensors, gradients, strict=False):
+        direction = torch.randn_like(tensor)
+        with torch.no_grad():
+            tensor += 1e-6 * direction
+            ahead = loss()
+            tensor -= 2e-6 * direction
+            slope = (ahead - loss()) / 2e-6
+            tensor += 1e-6 * direction
+        close(name, (gradient * direction).sum(), slope, 1e-7)
+
+
+def test_other_places_are_dropped_with_every_seed_and_in_every_call():
+    x = torch.ones(50, 40)
+    a, b, c = (dropped(x, 0.5, torch.tensor(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and 0.3 < (a == c).float().mean() < 0.7 and a.unique().tolist() == [0, 2]
+    layer = linear("lora", rank=5, dropout=0.5)
+    x = torch.randn(9, 48, dtype=torch.float64)
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("recompute", [1, 2])
+def test_a_recomputed_layer_drops_the_same(recompute):
+    def gradients(grad_cp):
+        model = rwkv()
+        rwkv_miss.inject(model, "lora", rank=6, dropout=0.3)
+        filled(model).grad_cp = grad_cp
+        torch.manual_seed(11)
+        model(torch.arange(13)[None])[0].sin().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain = gradients(0)
+    for name, gradient in gradients(recompute).items():
+        close(name, gradient, plain[name], 1e-6)
+
+
+def test_lora_plus_multiplies_the_rate_of_b():
+    model = rwkv()
+    rwkv_miss.inject(model, "lora", rank=6, lora_plus=16)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 1e-3, 0.0, lr_map={"ffn": 0.5})
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    for name, rate in rates.items():
+        assert rate == pytest.approx(1e-3 * (16 if name.endswith("lora_B") else 1) * (0.5 if ".ffn." in name else 1)), name
+
+
+def test_rslora_scales_by_the_root_of_each_linears_own_rank():
+    model = rwkv()
+    rwkv_miss.inject(model, "lora", rank=16, rslora=True, rank_map={"ffn": 4})
+    scales = {len(layer.lora_A): layer.scale for layer in adapted_linears(model).values()}
+    assert scales == {16: 16 / 16**0.5, 4: 16 / 4**0.5}
+    with torch.device("meta"):
+        wide = RWKV(make_arch(7, n_embd=128))
+    factors = []
+    for options in ({}, {"rslora": True}, {"alpha": 5}, {"alpha": 5, "rslora": True}):
+        rwkv_miss.inject(wide, "lora", rank=64, **options)
+        factors.append(wide.blocks[0].att.key.scale)
+        with torch.device("meta"):
+            wide = RWKV(make_arch(7, n_embd=128))
+    assert factors == [2, 2, 5 / 64, 5 / 8], "the factor is 2 at rank 64 in both, unless alpha is given"
+
+
+@pytest.mark.parametrize("options,words", [
+    ({"dropout": 1.0}, "dropout 1.0 is no probability"), ({"dropout": -0.1}, "dropout"), ({"lora_plus": 0}, "lora_plus 0.0 is no ratio"),
+    ({"rslora": 2}, "rslora must be bool"), ({"rank": 49}, "rank 49 does not fit lora: .* 48"),
+])
+def test_options_that_make_no_sense(options, words):
+    with pytest.raises(rwkv_miss.UserError, match=words):
+        rwkv_miss.inject(rwkv(), "lora", **options)
+
+
+def test_the_frozen_a_is_in_the_file_and_not_trained(tmp_path):
+    model = rwkv()
+    report = rwkv_miss.inject(model, "lora_fa", rank=5)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    tensors = rwkv_miss.read_checkpoint(tmp_path / "a.pth")
+    assert sum(t.numel() for name, t in tensors.items() if name.endswith("lora_B")) == report.trainable
+    a = tensors["blocks.0.att.key.lora_A"]
+    assert a.dtype == torch.float32 and torch.equal(a, model.blocks[0].att.key.lora_A) and float(a.abs().max()) > 0
+    with pytest.raises(rwkv_miss.UserError, match="lora_plus"):
+        rwkv_miss.inject(rwkv(), "lora_fa", rank=5, lora_plus=2.0)
