@@ -146,20 +146,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
     return torch.ops.rwkv_miss.linear(x, weight, bias, transposed)[0]
 
 
-def _miss_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool, balanced: bool) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
-    s = shard_sum(rows, D.shape[0] - balanced, contiguous, balanced)
-    y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, s, D.to(x.dtype))
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+def _miss_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool, balanced: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    rows, D = _rows(x), D.to(x.dtype)
+    rank = D.shape[0] - balanced
+    s = shard_sum(rows, rank, contiguous, balanced)
+    if scale != 1:
+        s[:, :rank].mul_(scale)
+    matrix = dense(weight, x.shape[-1], x.dtype)
+    if D.shape[1] == len(matrix):
+        y = product_plus(rows, matrix, bias, s, D)
+    else:
+        y = product(rows, matrix, bias)
+        add_expanded_(y, product(s, D.t()))
+    return y.view(*x.shape[:-1], len(matrix)), s
 
 
-def _miss_shapes(x, weight, bias, D, contiguous, balanced):
+def _miss_shapes(x, weight, bias, D, contiguous, balanced, scale):
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, D.shape[0])
 
 
 def _miss_context(ctx, inputs, output):
-    x, weight, bias, D, ctx.contiguous, ctx.balanced = inputs
+    x, weight, bias, D, *ctx.shards = inputs
     ctx.x_shape = x.shape
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], weight, D, x if weight.requires_grad else None)
@@ -167,31 +177,39 @@ def _miss_context(ctx, inputs, output):
 
 def _miss_backward(ctx, dy, _ds):
     if dy is None:
-        return None, None, None, None, None, None
+        return (None,) * 7
     _once(dy)
     s, weight, D, x = ctx.saved_tensors
+    contiguous, balanced, scale = ctx.shards
     dy, dx, dD = _rows(dy), None, None
+    part = dy if D.shape[1] == dy.shape[1] else shard_sum(dy, D.shape[1])
     if ctx.needs_input_grad[0]:
+        ds = product(part, D.to(dy.dtype))
+        if scale != 1:
+            ds[:, : len(D) - balanced].mul_(scale)
         dx = product(dy, dense(weight, ctx.x_shape[-1], dy.dtype).t())
-        add_expanded_(dx, product(dy, D.to(dy.dtype)), ctx.contiguous, ctx.balanced)
+        add_expanded_(dx, ds, contiguous, balanced)
         dx = dx.view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
-        dD = product(s.t().contiguous(), dy.t()).to(D.dtype)  # the copy of S is small, and a GEMM without it 10 % slower
-    return dx, *_weight_gradients(ctx, dy, x), dD, None, None
+        dD = product(s.t().contiguous(), part.t()).to(D.dtype)  # the copy of S is small, and a GEMM without it 10 % slower
+    return dx, *_weight_gradients(ctx, dy, x), dD, None, None, None
 
 
 _define(
-    "miss_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced",
+    "miss_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced, float scale",
     _miss_forward, _miss_shapes, _miss_context, _miss_backward,
 )
 
 
-def miss_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False, balanced: bool = False) -> Tensor:
+def miss_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False, balanced: bool = False, scale: float = 1.0
+) -> Tensor:
     """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves.
 
-    `balanced`: S and D have one row more, that of the mean.
+    `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean. D of shape (r, m) with m < out stands
+    for its columns over and over, D[:, o mod m]; the last ones are cut off where m does not divide out.
     """
-    return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous, balanced)[0]
+    return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous, balanced, scale)[0]
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:

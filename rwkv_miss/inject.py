@@ -94,9 +94,12 @@ def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = N
     """
     injection = _attach(model, method, targets, train_parts, options)
     with torch.no_grad():
-        for layer in adapted_linears(model).values():
+        for name, layer in adapted_linears(model).items():
             if not layer.weight.is_meta:  # shapes alone have no values to start from
-                layer.start()
+                try:
+                    layer.start()
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from None
                 layer.prepare()
     return injection
 

@@ -1,6 +1,7 @@
 """Every registered method keeps the same promises; MiSS and LoRA also agree with HF peft and with float64 formulas."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -17,22 +18,43 @@ from .conftest import close, make_arch, random_tensors
 # every method that adapts linears, also with those options that make another layer of it; the method state has tests of its own
 CASES = [
     ("miss", {}), ("miss", {"layout": "contiguous"}), ("miss", {"shards": "balanced"}), ("miss", {"layout": "contiguous", "shards": "balanced"}),
+    ("miss", {"scale": "sqrt"}), ("miss", {"mini_r": 2, "shards": "balanced", "scale": "sqrt"}), ("miss", {"magnitude": True}),
+    ("miss", {"magnitude": True, "shards": "balanced", "scale": "sqrt", "layout": "contiguous"}),
+    ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
     ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
+    ("mora", {}),
 ]
-EXACT = {"miss", "lora", "lora_fa"}  # a fresh adapter changes no bit of the output; the others round on the way
+# a fresh adapter changes no bit of the output; the others round on the way
+EXACT = {
+    "miss", "lora", "lora_fa",
+    "mora",
+}
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
 COUNTS = {
-    "miss": lambda d, k, r, shards="plain", **options: (r + (shards == "balanced")) * d,
+    "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options:
+        (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d,
     "lora": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
+    "mora": lambda d, k, r: math.isqrt(r * (d + k)) ** 2,
 }
 WIDTHS = [(48, 40, 8), (48, 40, 7), (40, 48, 40), (50, 30, 16), (64, 64, 1), (10, 12, 9)]  # in, out, rank
 
-each_case = pytest.mark.parametrize("method,options", CASES, ids=[f"{m}-{'-'.join(map(str, o.values()))}".strip("-") for m, o in CASES])
+each_case = pytest.mark.parametrize("method,options", CASES, ids=[
+    f"{m}-{'-'.join(str(v) if isinstance(v, str) else k for k, v in o.items())}".strip("-") for m, o in CASES
+])
 
 
 def test_every_method_is_among_the_cases():
     assert {method for method, _ in CASES} == {name for name, method in METHODS.items() if method.adapts_linears} == COUNTS.keys()
+
+
+def fitting(method, options, rank, width=16, out=16):
+    """A rank like `rank` that a method takes on a linear of these widths; those of the models here are multiples of 16."""
+    if "lora" in method or options.get("expand"):
+        return min(rank, out)
+    if method == "mora":
+        return min(rank, min(width, out) ** 2 // (width + out))
+    return rank
 
 
 def filled(model, seed=1):
@@ -50,8 +72,8 @@ def rwkv(version=7, **sizes):
     return model
 
 
-def unchanged(method, got, want):
-    if method in EXACT:
+def unchanged(method, options, got, want):
+    if method in EXACT and not options.get("magnitude"):
         assert torch.equal(got, want)
     else:
         close("logits", got, want, 1e-5)  # a model of four layers in fp32
@@ -65,7 +87,7 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, options,
     before, keys = model(ids)[0], set(model.state_dict())
     shapes = {name: linear.weight.shape for name, linear in find_linears(model, None).items()}
     report = rwkv_miss.inject(model, method, rank=8, **options)
-    unchanged(method, model(ids)[0], before)
+    unchanged(method, options, model(ids)[0], before)
     assert keys < set(model.state_dict()), "an adapter adds keys and moves none"
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in trained.values()} == {id(t) for t in adapter_tensors(model).values() if t.requires_grad} and not trained.keys() & keys
@@ -86,8 +108,8 @@ def test_a_disabled_adapter_leaves_the_base(method, options, version):
     assert not torch.allclose(tuned, base, rtol=1e-3)
     with pytest.raises(ZeroDivisionError), rwkv_miss.disabled(model):
         with rwkv_miss.disabled(model):
-            unchanged(method, model(ids)[0], base)
-        unchanged(method, model(ids)[0], base)
+            unchanged(method, options, model(ids)[0], base)
+        unchanged(method, options, model(ids)[0], base)
         raise ZeroDivisionError
     assert torch.equal(model(ids)[0], tuned)
     assert not any("forward" in layer.__dict__ for layer in adapted_linears(model).values())
@@ -108,7 +130,7 @@ def test_what_cannot_be_disabled_is_said():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width,out,rank", WIDTHS)
 def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(method, options, bias, width, out, rank):
-    rank = min(rank, out) if "lora" in method else rank
+    rank = fitting(method, options, rank, width, out)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, out, bias=bias)).double()
     rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options)
@@ -130,8 +152,8 @@ def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(method,
 @each_case
 def test_trained_bias_and_weight_get_their_gradients(method, options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 9)).double()
-    rwkv_miss.inject(model, method, targets=["0"], rank=5, **options)
+    model = nn.Sequential(nn.Linear(12, 10)).double()
+    rwkv_miss.inject(model, method, targets=["0"], rank=fitting(method, options, 5, 12, 10), **options)
     filled(model.double())
     layer = model[0].requires_grad_(True)
     x = torch.randn(4, 12, dtype=torch.float64)
@@ -203,10 +225,11 @@ def test_what_the_methods_keep_for_the_backward(dtype):
 def test_operators_pass_opcheck():
     x, w, b = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
     D, A, B = (torch.randn(*s, requires_grad=True) for s in ((4, 6), (4, 10), (6, 4)))
-    for args in ((x, w, b, D, False, False), (x, w, None, D, True, False), (x, w, b, D, True, True)):
+    for args in ((x, w, b, D, False, False, 1.0), (x, w, None, D[:, :4], True, False, 0.5), (x, w, b, D, True, True, 1.0)):
         torch.library.opcheck(torch.ops.rwkv_miss.miss_linear.default, args)
     for args in ((x, w, b, A, B, 2.0, 0.0, None), (x, w, None, A.detach(), B, 2.0, 0.3, torch.tensor(5))):
         torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, args)
+    torch.library.opcheck(torch.ops.rwkv_miss.expand_linear.default, (x, w, b, A))
     compiled = torch.compile(lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), fullgraph=True, backend="aot_eager")
     close("compiled", compiled(x), miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), 1e-6)
 
@@ -372,7 +395,7 @@ def test_a_new_adapter_loads_over_one_in_use(method, options, tmp_path):
     want = model(ids)[0]
     filled(model, 3)
     rwkv_miss.load_adapter(model, tmp_path / "a.pth")
-    unchanged(method, model(ids)[0], want)
+    unchanged(method, options, model(ids)[0], want)
 
 
 def test_a_rank_map_gives_linears_their_own_ranks():

@@ -13,7 +13,7 @@ import rwkv_miss
 import train
 from demo import chat
 from rwkv_miss.__main__ import main as rwkv_miss_main
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import METHODS, adapted_linears
 from scripts import evaluate
 from src.model import RWKV
 
@@ -213,7 +213,7 @@ def test_adapter_options_that_do_not_fit(refused, options, words):
     ({"my_testing": "x060"}, "has version x070, but --version x060 was given; drop the flag"), ({"micro_bsz": "many"}, "expected int"),
     ({"config": "absent.yaml"}, "absent.yaml does not exist"), ({"load_model": None}, "needs a base"),
     ({"data_file": None}, "--data_file is missing"),
-    ({"wkv": "cuda9"}, "--wkv cuda9: expected one of auto"), ({"peft": "vera"}, "expected one of lora, miss, state, none"),
+    ({"wkv": "cuda9"}, "--wkv cuda9: expected one of auto"), ({"peft": "veera"}, f"expected one of {', '.join(sorted(METHODS))}, none"),
     ({"tokenizer": "auto"}, "vocabulary of 256 is not the World one (65536); give --tokenizer"),
     ({"tokenizer": "absent.json"}, "absent.json"),
     ({"tokenizer": "world"}, "tokenizer world has a vocabulary of 65530, more than the model's 256"),

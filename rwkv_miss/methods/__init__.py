@@ -1,3 +1,9 @@
 """One file per adapter method; importing this package registers them all."""
 
-from . import lora, lora_fa, miss, state  # noqa: F401
+from . import (  # noqa: F401
+    lora,
+    lora_fa,
+    miss,
+    mora,
+    state,
+)

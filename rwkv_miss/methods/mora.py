@@ -1,0 +1,46 @@
+"""MoRA (Jiang et al., arXiv 2405.12130)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapter
+from ..adapter import AdapterLinear, register
+from ..errors import UserError
+from ..functional import add_expanded_, miss_linear, shard_index
+
+
+@register("mora")
+class MoraLinear(AdapterLinear):
+    """dW[o, i] = M[i mod q, o mod q] with the square M = `mora` (q, q), q = floor(sqrt(rank (in + out))), fp32, zero at the start.
+
+    The paper's sharing form (type 1): the input is folded into q sums, M maps them to q numbers, and these are repeated over the outputs. It is
+    MiSS of rank q with mini_r q. It has LoRA's count at this rank (q^2, rounded down), and MiSS's, r out, at rank r out / (in + out).
+    """
+
+    Options = adapter.Options
+    default_lr = 2e-5  # MiSS's: a step of Adam moves every entry of W by the learning rate, as there
+
+    def setup(self, options: adapter.Options) -> None:
+        size, smaller = math.isqrt(max(0, options.rank * (self.in_features + self.out_features))), min(self.in_features, self.out_features)
+        if not 1 <= size <= smaller:
+            most = smaller**2 // (self.in_features + self.out_features)
+            raise UserError(f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a smaller width of {smaller}; "
+                            f"the largest rank is {most}")
+        self.mora = nn.Parameter(torch.zeros(size, size, device=self.weight.device))
+
+    def _columns(self) -> Tensor:
+        """M with a column for every output, (q, out)."""
+        return self.mora[:, shard_index(self.out_features, len(self.mora), device=self.mora.device)]
+
+    def delta(self) -> Tensor:
+        return self._columns()[shard_index(self.in_features, len(self.mora), device=self.mora.device)].t()
+
+    def add_delta_to(self, weight: Tensor) -> None:
+        add_expanded_(weight, self._columns().t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return miss_linear(x, self.weight, self.bias, self.mora)

@@ -1,0 +1,66 @@
+"""Operators as in functional.py, with the same conventions, for methods that are compared with MiSS."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import _define, _once, _rows, _weight_gradients
+from .gemm import product, product_plus
+from .quantised import dense
+
+
+def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(N, out) as `rank` shards of neighbouring columns: those that are one longer, (N, shards, size + 1), and the others, (N, shards, size)."""
+    size, longer = y.shape[1] // rank, y.shape[1] % rank  # not divmod: tracing has no such thing
+    first, rest = y.split((longer * (size + 1), (rank - longer) * size), 1)
+    return first.unflatten(1, (longer, size + 1)), rest.unflatten(1, (rank - longer, size))
+
+
+def output_shard_index(out: int, rank: int, device=None) -> Tensor:
+    """The shard that each of `out` output rows belongs to, int64 (out,)."""
+    size, longer = divmod(out, rank)
+    sizes = torch.full((rank,), size, device=device) + (torch.arange(rank, device=device) < longer)
+    return torch.arange(rank, device=device).repeat_interleave(sizes, output_size=out)
+
+
+def _expand_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> tuple[Tensor, Tensor]:
+    rows = _rows(x)
+    y = product(rows, dense(weight, x.shape[-1], x.dtype), bias)
+    h = product(rows, D.to(x.dtype))
+    shards = _output_shards(y, len(D))
+    for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
+        shard.add_(part.unsqueeze(2))
+    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+
+
+def _expand_shapes(x, weight, bias, D):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+
+
+def _expand_context(ctx, inputs, output):
+    x, weight, bias, D = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, D)
+
+
+def _expand_backward(ctx, dy, _):
+    if dy is None:
+        return None, None, None, None
+    _once(dy)
+    x, weight, D = ctx.saved_tensors
+    dy, dx, dD = _rows(dy), None, None
+    dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
+    if ctx.needs_input_grad[0]:
+        dx = product_plus(dy, dense(weight, x.shape[-1], dy.dtype).t(), None, dh, D.to(dy.dtype)).view(x.shape)
+    if ctx.needs_input_grad[3]:
+        dD = product(dh.t().contiguous(), _rows(x).t()).to(D.dtype)
+    return dx, *_weight_gradients(ctx, dy, x), dD
+
+
+_define("expand_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D", _expand_forward, _expand_shapes, _expand_context, _expand_backward)
+
+
+def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
+    """y = x W^T + bias + expand(x D^T): D (r, in), and each of the r numbers counts for one shard of neighbouring outputs. Kept: x."""
+    return torch.ops.rwkv_miss.expand_linear(x, weight, bias, D)[0]
