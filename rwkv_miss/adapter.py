@@ -125,7 +125,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     A method implements setup() and delta(); forward() may be overridden by something faster that means the same. The life of a layer:
     setup(); then start() if it is new, or assign() with the tensors of a file; then prepare().
-    Tensors named in `shared` are the same in every layer: they live once in memory and once in the file.
+    Tensors named in `shared` are the same in many layers: they live once in memory and once in the file.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
@@ -134,6 +134,12 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def make_shared(cls, shapes: dict[str, tuple[int, int]], options: Options, device) -> dict[str, Tensor]:
         """The tensors of `shared`, for linears of these (out, in) shapes, by their dotted names: parameters to train, or tensors that stay."""
         return {}
+
+    @classmethod
+    def shared_names(cls, out: int, width: int) -> dict[str, str]:
+        """Of the shared tensors that a linear (out, in) uses: the name in the layer -> that of make_shared() and the file. A method whose tensors
+        differ with the widths overrides it."""
+        return {name: name for name in cls.shared}
 
     def setup(self, options: Options) -> None:
         """Register the layer's parameters (fp32) and buffers, with initial values where these need no weight; the shared ones are there.
@@ -184,19 +190,19 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return 1.0
 
     @classmethod
-    def wrap(cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, pool: dict[str, Tensor]) -> AdapterLinear:
-        """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy. `options` are its own, `pool` has the
+    def wrap(cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]) -> AdapterLinear:
+        """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy. `options` are its own, `shared` has its
         shared tensors."""
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
         adapted.out_features, adapted.in_features = weight.shape
         adapted.weight, adapted.bias = weight, bias
         adapted.requires_grad_(False)
-        for key in cls.shared:
-            if isinstance(pool[key], nn.Parameter):
-                adapted.register_parameter(key, pool[key])
+        for key, tensor in shared.items():
+            if isinstance(tensor, nn.Parameter):
+                adapted.register_parameter(key, tensor)
             else:
-                adapted.register_buffer(key, pool[key])
+                adapted.register_buffer(key, tensor)
         adapted.setup(options)
         return adapted
 
@@ -209,12 +215,25 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         adapted: dict[str, AdapterLinear] = {}
         for name, linear in linears.items():
             try:
-                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), pool)
+                shared = {key: pool[of] for key, of in cls.shared_names(*shapes[name]).items()}
+                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         for name, layer in adapted.items():  # all of them or none
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
+
+    def _apply(self, fn, recurse=True):
+        # a module moves its buffers one by one, and every layer would get a copy of what they share
+        before = {key: self._buffers[key] for key in self.shared if key in self._buffers}
+        super()._apply(fn, recurse)
+        for key, old in before.items():
+            new, first = self._buffers[key], getattr(old, "moved_to", None)
+            if first is not None and (first.device, first.dtype) == (new.device, new.dtype):
+                self._buffers[key] = first
+            elif new is not old:
+                old.moved_to = new
+        return self
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Everything of the method that a file keeps of this layer: its parameters and buffers without the base's weight and bias."""
@@ -226,8 +245,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
         """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in) fp32, in the memory of `weight`."""
-        pool = {name: tensors[name] for name in cls.shared}
-        adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, pool)
+        shared = {name: tensors[name] for name in cls.shared}
+        adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
         adapted.assign(tensors)
         adapted.add_delta_to(weight)
         return weight

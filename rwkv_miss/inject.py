@@ -148,16 +148,25 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     own: set[int] = set()
     for name, layer in adapted_linears(model).items():
         for key, tensor in layer.own_tensors().items():
-            tensors[f"shared.{key}" if key in layer.shared else f"{name}.{key}"] = tensor
+            tensors[_name_in_file(layer, name, key)] = tensor
             own.add(id(tensor))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
     return {**tensors, **trained}
 
 
-def layer_tensors(cls: type[AdapterLinear], name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one adapted linear out of an adapter file, by their names inside the layer, the shared ones included."""
+def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
+    shared = layer.shared_names(layer.out_features, layer.in_features)
+    return f"shared.{shared[key]}" if key in shared else f"{name}.{key}"
+
+
+def layer_tensors(cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one adapted linear (out, in) out of an adapter file, by their names inside the layer, the shared ones included."""
     own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
-    return {**own, **{key: tensors[f"shared.{key}"] for key in cls.shared}}
+    for key, of in cls.shared_names(*shape).items():
+        if f"shared.{of}" not in tensors:
+            raise UserError(f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs needs")
+        own[key] = tensors[f"shared.{of}"]
+    return own
 
 
 def save_adapter(model: nn.Module, path, **metadata) -> None:
@@ -237,11 +246,11 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     full = dict(tensors)
     for name, layer in adapted_linears(model).items():
         try:
-            layer.load(layer_tensors(cls, name, tensors))
+            layer.load(layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors))
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
         for key in layer.own_tensors():
-            full.pop(f"shared.{key}" if key in layer.shared else f"{name}.{key}", None)
+            full.pop(_name_in_file(layer, name, key), None)
     parameters = dict(model.named_parameters())
     for name, tensor in full.items():
         if name not in parameters:

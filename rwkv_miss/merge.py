@@ -126,7 +126,7 @@ class _Merger:
             try:
                 # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
-                    layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, self.adapter).items()}
+                    layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, base[key].shape, self.adapter).items()}
                     self.method.merged_weight(torch.empty(base[key].shape), layer, self.options.at(name))
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
@@ -151,7 +151,7 @@ class _Merger:
             return _round(key, base, dtype)
         name = self.by_weight[key]
         weight = self.room(base.shape, dtype).copy_(base)
-        merged = self.method.merged_weight(weight, layer_tensors(self.method, name, self.adapter), self.options.at(name))
+        merged = self.method.merged_weight(weight, layer_tensors(self.method, name, base.shape, self.adapter), self.options.at(name))
         rounded = _round(key, merged, dtype)
         self.rounding.add(name, *_account(base, merged, rounded))
         return rounded

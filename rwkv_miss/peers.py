@@ -64,3 +64,48 @@ _define("expand_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D", _exp
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
     """y = x W^T + bias + expand(x D^T): D (r, in), and each of the r numbers counts for one shard of neighbouring outputs. Kept: x."""
     return torch.ops.rwkv_miss.expand_linear(x, weight, bias, D)[0]
+
+
+def _vera_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows = _rows(x)
+    h = product(rows, A.to(x.dtype).contiguous())
+    y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def _vera_shapes(x, weight, bias, A, B, d, b):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], A.shape[0])
+
+
+def _vera_context(ctx, inputs, output):
+    x, weight, _, A, B, d, b = inputs
+    ctx.x_shape = x.shape
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight, A, B, d, b, x if weight.requires_grad else None)
+
+
+def _vera_backward(ctx, dy, _dh):
+    if dy is None:
+        return (None,) * 7
+    _once(dy)
+    h, weight, A, B, d, b, x = ctx.saved_tensors
+    dy, dx = _rows(dy), None
+    if ctx.needs_input_grad[0]:
+        dh = product(dy, (b.unsqueeze(1) * B * d).to(dy.dtype).t())
+        matrix = dense(weight, ctx.x_shape[-1], dy.dtype)
+        dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype).contiguous()).view(ctx.x_shape)
+    by_entry = product(dy.t(), h.t()).to(B.dtype).mul_(B)  # what every entry of B gives to the two vectors
+    return dx, *_weight_gradients(ctx, dy, x), None, None, b @ by_entry, by_entry @ d
+
+
+_define(
+    "vera_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor d, Tensor b",
+    _vera_forward, _vera_shapes, _vera_context, _vera_backward,
+)
+
+
+def vera_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out). Kept: x A^T."""
+    return torch.ops.rwkv_miss.vera_linear(x, weight, bias, A, B, d, b)[0]

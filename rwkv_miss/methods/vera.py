@@ -1,0 +1,61 @@
+"""VeRA, Vector-based Random Matrix Adaptation (Kopiczko et al., arXiv 2310.11454)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapter
+from ..adapter import AdapterLinear, register
+from ..errors import UserError
+from ..peers import vera_linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(adapter.Options):
+    """rank r, the width of the random matrices, and d_initial, the value that lambda_d starts with."""
+
+    rank: int = 256
+    d_initial: float = 0.1
+
+
+@register("vera")
+class VeraLinear(AdapterLinear):
+    """dW = diag(b) B diag(d) A. Trained are d = `vera_lambda_d` (r) and b = `vera_lambda_b` (out), zero at the start, both fp32; A = `vera_A`
+    (r, largest in) and B = `vera_B` (largest out, r) are random and stay, one pair for all linears, which use the first columns and rows.
+
+    out + r numbers a linear: MiSS's r out are far beyond any rank, so at its largest useful rank VeRA still has fewer.
+    """
+
+    Options = Options
+    default_lr = 4e-3  # the paper's for instruction tuning (table 8): the vectors scale what is random, and need large steps
+    shared = ("vera_A", "vera_B")
+
+    @classmethod
+    def make_shared(cls, shapes, options, device) -> dict[str, Tensor]:
+        rank = max(options.at(name).rank for name in shapes)
+        if rank < 1:
+            raise UserError(f"rank {rank} does not fit VeRA: it must be at least 1")
+        A = torch.empty(rank, max(width for _, width in shapes.values()), device=device)
+        B = torch.empty(max(out for out, _ in shapes.values()), rank, device=device)
+        return {"vera_A": nn.init.kaiming_uniform_(A), "vera_B": nn.init.kaiming_uniform_(B)}
+
+    def setup(self, options: Options) -> None:
+        if options.rank < 1:
+            raise UserError(f"rank {options.rank} does not fit VeRA: it must be at least 1")
+        self.vera_lambda_d = nn.Parameter(torch.full((options.rank,), options.d_initial, device=self.weight.device))
+        self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device))
+
+    def _random(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        rank = len(self.vera_lambda_d)
+        return self.vera_A[:rank, : self.in_features], self.vera_B[: self.out_features, :rank]
+
+    def delta(self) -> Tensor:
+        A, B = self._random()
+        return (self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d) @ A
+
+    def forward(self, x: Tensor) -> Tensor:
+        return vera_linear(x, self.weight, self.bias, *self._random(), self.vera_lambda_d, self.vera_lambda_b)

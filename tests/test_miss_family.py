@@ -1,0 +1,122 @@
+"""The options of MiSS, and its peers that are no LoRA: what holds for each of them alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.inject import adapter_tensors
+
+from .conftest import close
+from .test_adapters import filled, rwkv
+
+
+def two_linears(method, rank, dtype=torch.float32, **options):
+    """A linear (6, 10) before one (8, 6), adapted, with filled tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.Linear(6, 8, bias=False)).to(dtype)
+    rwkv_miss.inject(model, method, targets=["0", "1"], rank=rank, **options)
+    return filled(model.to(dtype))
+
+
+def test_what_layers_share_is_one_tensor_after_a_move_and_a_copy():
+    model = two_linears("vera", 3)
+    for moved in (model.double(), copy.deepcopy(model), model.to("meta"), model.float()):
+        assert moved[0].vera_A is moved[1].vera_A and moved[0].vera_B is moved[1].vera_B
+        assert moved[0].vera_A.dtype == moved[0].vera_lambda_b.dtype and moved[0].vera_A.device == moved[0].vera_lambda_b.device
+
+
+def test_a_method_with_frozen_random_matrices_does_not_keep_its_input():
+    model, saved = two_linears("vera", 3), []
+    x = torch.randn(7, 10, requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model[0](x)
+    assert [tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in own] == [(7, 3)]
+
+
+@pytest.mark.parametrize("options,settings", [
+    ({"mini_r": 10}, {"init_weights": "mini", "mini_r": 10}), ({"mini_r": 4}, {"init_weights": "mini", "mini_r": 4}),
+])
+@pytest.mark.parametrize("width,out,rank", [(48, 40, 8), (50, 20, 7)])
+def test_mini_equals_hf_peft_in_fp32(options, settings, width, out, rank):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(width, out))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"], **settings))
+    rwkv_miss.inject(base, "miss", targets=["0"], rank=rank, **options)
+    filled(base)
+    block = theirs.base_model.model[0].miss_block["default"]
+    block.data.copy_(base[0].miss)
+    same_in_peft(base, theirs, {"miss": block})
+
+
+def same_in_peft(ours, theirs, pairs):
+    """y, dx, gradients and merged weight of one linear in both; only the order of the sums may differ."""
+    x = torch.randn(7, ours[0].in_features, requires_grad=True)
+    x2 = x.detach().clone().requires_grad_()
+    y, y2 = ours(x), theirs(x2)
+    y.square().sum().backward()
+    y2.square().sum().backward()
+    close("y", y, y2, 2e-6)
+    close("dx", x.grad, x2.grad, 2e-6)
+    for name, tensor in pairs.items():
+        close(name, getattr(ours[0], name).grad, tensor.grad, 4e-6)
+    close("merged", ours[0].weight + ours[0].delta(), theirs.merge_and_unload()[0].weight, 1e-6)
+
+
+def test_vera_equals_hf_peft_in_fp32():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 40))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.VeraConfig(r=9, target_modules=["0"]))
+    rwkv_miss.inject(base, "vera", targets=["0"], rank=9)
+    filled(base)
+    layer = theirs.base_model.model[0]
+    pairs = {"vera_lambda_d": layer.vera_lambda_d["default"], "vera_lambda_b": layer.vera_lambda_b["default"]}
+    for name, tensor in {**pairs, "vera_A": layer.vera_A["default"], "vera_B": layer.vera_B["default"]}.items():
+        tensor.data.copy_(getattr(base[0], name))
+    same_in_peft(base, theirs, pairs)
+
+
+def test_a_magnitude_starts_at_the_norms_and_a_row_of_zeros_is_refused():
+    model = nn.Sequential(nn.Linear(12, 6, bias=False))
+    rwkv_miss.inject(model, "miss", targets=["0"], rank=5, magnitude=True)
+    close("magnitude", model[0].magnitude, model[0].weight.norm(dim=1), 1e-6)
+    filled(model)
+    changed = model[0].weight + model[0].delta()
+    close("norms", changed.norm(dim=1), model[0].magnitude.abs(), 1e-5)
+    model = nn.Sequential(nn.Linear(12, 6, bias=False))
+    model[0].weight.data[2] = 0
+    with pytest.raises(rwkv_miss.UserError, match="0: 1 rows of the weight are zero"):
+        rwkv_miss.inject(model, "miss", targets=["0"], rank=5, magnitude=True)
+
+
+def test_expand_repeats_its_rows_over_shards_of_neighbouring_outputs():
+    model = two_linears("miss", 4, expand=True)  # 6 outputs: shards of 2, 2, 1, 1
+    delta = model[0].delta()
+    assert torch.equal(delta, model[0].miss[[0, 0, 1, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("method,options,words", [
+    ("miss", {"mini_r": 4}, "mini_r 4 does not divide the output width, 6"), ("miss", {"expand": True, "layout": "contiguous"}, "layout=contiguous"),
+    ("miss", {"expand": True, "magnitude": True}, "drop one of the two"), ("miss", {"rank": 7, "expand": True}, "1 to the output width, 6"),
+    ("miss", {"scale": "cube"}, "choose one of: sum, sqrt"), ("mora", {"rank": 9}, "the largest rank is 2"), ("vera", {"rank": 0}, "at least 1"),
+])
+def test_options_that_do_not_fit(method, options, words):
+    model = nn.Sequential(nn.Linear(10, 6))
+    before = dict(model.named_parameters())
+    with pytest.raises(rwkv_miss.UserError, match=words):
+        rwkv_miss.inject(model, method, targets=["0"], **{"rank": 2, **options})
+    assert dict(model.named_parameters()).keys() == before.keys()
+
+
+def test_vera_has_one_pair_of_matrices_of_the_largest_widths():
+    model = rwkv(6)
+    report = rwkv_miss.inject(model, "vera", rank=8, rank_map={"ffn": 5})
+    kept = adapter_tensors(model)
+    assert tuple(kept["shared.vera_A"].shape) == (8, 160) and tuple(kept["shared.vera_B"].shape) == (160, 8)
+    assert report.trainable == sum(layer.out_features + (5 if "ffn" in name else 8) for name, layer in adapted_linears(model).items())
