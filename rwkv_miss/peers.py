@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _define, _once, _rows, _weight_gradients
+from .functional import _define, _once, _rows, _weight_gradients, add_expanded_, shard_sum
 from .gemm import product, product_plus
 from .quantised import dense
 
@@ -109,3 +109,84 @@ _define(
 def vera_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out). Kept: x A^T."""
     return torch.ops.rwkv_miss.vera_linear(x, weight, bias, A, B, d, b)[0]
+
+
+def _blocks(x: Tensor, D: Tensor) -> Tensor:
+    """(N, in) as a batch of the blocks of columns that the matrices of D (in / r, r, r) belong to, a view (in / r, N, r)."""
+    return x.unflatten(1, D.shape[:2]).transpose(0, 1)
+
+
+def _bat_inputs(rows: Tensor, D: Tensor) -> Tensor:
+    """(N, in): every block of r inputs multiplied by its matrix of D, (in / r, r, r)."""
+    return torch.bmm(_blocks(rows, D), D.transpose(1, 2)).transpose(0, 1).reshape(rows.shape)
+
+
+def _bat_change(weight: Tensor, D: Tensor, start: Tensor | None) -> Tensor:
+    """start + dW for D of (out / r, r, r); start is the weight, or None for dW alone. (out, in)."""
+    rank = D.shape[1]
+    blocks = weight.contiguous().view(len(D), -1, rank)  # those of r outputs below each other
+    changed = torch.bmm(blocks, D) if start is None else torch.baddbmm(blocks, blocks, D)
+    changed.view(len(D), rank, -1, rank).add_(D.unsqueeze(2))
+    return changed.view(weight.shape)
+
+
+def _bat_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+    rows, matrix, D = _rows(x), dense(weight, x.shape[-1], x.dtype), D.to(x.dtype)
+    if by_row:  # the block I of (W + I) D repeats the sum over all blocks of inputs
+        moved = _bat_inputs(rows, D)
+        y = product(rows + moved, matrix, bias)
+        add_expanded_(y, shard_sum(moved, D.shape[1]))
+    elif x.dtype.itemsize < 4:  # W + dW would be rounded to the grid of W, and a small dW lost
+        y = product(rows, matrix, bias).add_(product(rows, _bat_change(matrix, D, None)))
+    else:
+        y = product(rows, _bat_change(matrix, D, matrix), bias)
+    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+
+
+def _bat_shapes(x, weight, bias, D, by_row):
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
+
+
+def _bat_context(ctx, inputs, output):
+    x, weight, _, D, ctx.by_row = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, D)
+
+
+def _bat_backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 5
+    _once(dy)
+    x, weight, kept = ctx.saved_tensors
+    dy, rows, dx, dweight, dD = _rows(dy), _rows(x), None, None, None
+    matrix, D, rank = dense(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
+    if ctx.by_row:
+        dx = product(dy, matrix.t())
+        moved = dx.clone()  # the gradient of what the blocks were multiplied to
+        add_expanded_(moved, shard_sum(dy, rank))
+        dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(rows, D))
+        dx += _bat_inputs(moved, D.transpose(1, 2))
+        if ctx.needs_input_grad[1]:
+            dweight = product(dy.t(), (rows + _bat_inputs(rows, D)).t())
+    else:
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, _bat_change(matrix, D, matrix).t())
+        whole = product(dy.t(), rows.t())
+        dD = torch.bmm(matrix.contiguous().view(len(D), -1, rank).transpose(1, 2), whole.view(len(D), -1, rank))
+        dD += whole.view(len(D), rank, -1, rank).sum(2)
+        if ctx.needs_input_grad[1]:
+            dweight = whole + torch.bmm(whole.view(len(D), -1, rank), D.transpose(1, 2)).view(whole.shape)
+    return None if dx is None else dx.view(x.shape), dweight, dy.sum(0) if ctx.needs_input_grad[2] else None, dD.to(kept.dtype), None
+
+
+_define("bat_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool by_row", _bat_forward, _bat_shapes, _bat_context, _bat_backward)
+
+
+def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> Tensor:
+    """y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r, r), or with `by_row` (W[a, b] + I) D[b], D
+    (in / r, r, r). Kept: x.
+
+    By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA. By column W + dW is formed for each
+    product, and the gradient of the whole weight with it: 1.5 times the products of the frozen linear, and 2 in half precision.
+    """
+    return torch.ops.rwkv_miss.bat_linear(x, weight, bias, D, by_row)[0]

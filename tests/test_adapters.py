@@ -1,6 +1,7 @@
 """Every registered method keeps the same promises; MiSS and LoRA also agree with HF peft and with float64 formulas."""
 
 import copy
+import functools
 import math
 import re
 
@@ -23,12 +24,12 @@ CASES = [
     ("miss", {"magnitude": True, "shards": "balanced", "scale": "sqrt", "layout": "contiguous"}),
     ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
     ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
-    ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}),
+    ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}), ("bat", {}), ("bat", {"order": "row"}),
 ]
 # a fresh adapter changes no bit of the output; the others round on the way
 EXACT = {
     "miss", "lora", "lora_fa",
-    "mora", "vera",
+    "mora", "vera", "bat",
 }
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
 COUNTS = {
@@ -37,6 +38,7 @@ COUNTS = {
     "lora": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
     "vera": lambda d, k, r, **options: d + r,
+    "bat": lambda d, k, r, order="col": r * (d if order == "col" else k),
     "mora": lambda d, k, r: math.isqrt(r * (d + k)) ** 2,
 }
 WIDTHS = [(48, 40, 8), (48, 40, 7), (40, 48, 40), (50, 30, 16), (64, 64, 1), (10, 12, 9)]  # in, out, rank
@@ -56,6 +58,8 @@ def fitting(method, options, rank, width=16, out=16):
         return min(rank, out)
     if method == "mora":
         return min(rank, min(width, out) ** 2 // (width + out))
+    if method == "bat":
+        return math.gcd(2 ** round(math.log2(rank)), width, out)
     return rank
 
 
@@ -233,6 +237,8 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, args)
     torch.library.opcheck(torch.ops.rwkv_miss.expand_linear.default, (x, w, b, A))
     d, e = torch.randn(4, requires_grad=True), torch.randn(6, requires_grad=True)
+    for by_row in (False, True):
+        torch.library.opcheck(torch.ops.rwkv_miss.bat_linear.default, (x, w, b, torch.randn(5 if by_row else 3, 2, 2, requires_grad=True), by_row))
     torch.library.opcheck(torch.ops.rwkv_miss.vera_linear.default, (x, w, b, A.detach(), B.detach(), d, e))
     compiled = torch.compile(lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), fullgraph=True, backend="aot_eager")
     close("compiled", compiled(x), miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), 1e-6)
@@ -286,6 +292,7 @@ FACTORS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 GOLDENS = {
     "miss": ("miss", lambda g, rank: {}, {"miss": "miss_block"}),
     "mini": ("miss", lambda g, rank: {"mini_r": g["params"]["miss_block"].shape[1]}, {"miss": "miss_block"}),
+    "bat": ("bat", lambda g, rank: {}, {"bat": "miss_block"}),
     "vera": ("vera", lambda g, rank: {}, {name: name for name in ("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")}),
     "lora": ("lora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS),
     "rslora": ("lora", lambda g, rank: {"alpha": rank**0.5 * g["scaling"], "rslora": True}, FACTORS),
@@ -368,7 +375,8 @@ def test_the_papers_parameter_counts(name, version, layers, width, ffn, expected
 @each_case
 def test_save_and_load_give_the_same_model(method, options, tmp_path):
     model = rwkv(7)
-    rwkv_miss.inject(model, method, rank=5, **options)
+    rank, other = fitting(method, options, 5), fitting(method, options, 6)
+    rwkv_miss.inject(model, method, rank=rank, **options)
     filled(model)
     rwkv_miss.save_adapter(model, tmp_path / "a.pth", step=3, tokenizer="bytes")
     fresh = rwkv(7)
@@ -376,18 +384,19 @@ def test_save_and_load_give_the_same_model(method, options, tmp_path):
     ids = torch.arange(9)[None]
     assert torch.equal(fresh(ids)[0], model(ids)[0])
     assert (metadata["method"], metadata["step"], metadata["tokenizer"]) == (method, 3, "bytes")
-    assert metadata["options"]["rank"] == 5 and len(metadata["linears"]) == 12
+    assert metadata["options"]["rank"] == rank and len(metadata["linears"]) == 12
     again = rwkv(7)
-    rwkv_miss.inject(again, method, rank=6, **options)
-    with pytest.raises(rwkv_miss.UserError, match="options .*5.*6"):
+    rwkv_miss.inject(again, method, rank=other, **options)
+    with pytest.raises(rwkv_miss.UserError, match=f"options .*{rank}.*{other}"):
         rwkv_miss.load_adapter(again, tmp_path / "a.pth")
 
 
 @each_case
 def test_the_merged_file_is_the_live_adapter(method, options, tmp_path):
+    fit = functools.partial(fitting, method, options)
     model = rwkv(6)
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", model.state_dict().items())
-    rwkv_miss.inject(model, method, rank=7, rank_map={"ffn": 3, "blocks.1.ffn.value": 5}, **options)
+    rwkv_miss.inject(model, method, rank=fit(7), rank_map={"ffn": fit(3), "blocks.1.ffn.value": fit(5)}, **options)
     rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth")
     ids = torch.arange(13)[None]
@@ -397,7 +406,7 @@ def test_the_merged_file_is_the_live_adapter(method, options, tmp_path):
 @each_case
 def test_a_new_adapter_loads_over_one_in_use(method, options, tmp_path):
     model = rwkv(7)
-    rwkv_miss.inject(model, method, rank=5, **options)
+    rwkv_miss.inject(model, method, rank=fitting(method, options, 5), **options)
     rwkv_miss.save_adapter(filled(model, 2), tmp_path / "a.pth")
     ids = torch.arange(9)[None]
     want = model(ids)[0]

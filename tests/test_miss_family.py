@@ -68,6 +68,47 @@ def same_in_peft(ours, theirs, pairs):
     close("merged", ours[0].weight + ours[0].delta(), theirs.merge_and_unload()[0].weight, 1e-6)
 
 
+@pytest.mark.parametrize("width,out,rank", [(48, 40, 8), (20, 50, 5)])
+def test_bat_equals_hf_peft_in_fp32(width, out, rank):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(width, out))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"], init_weights="bat"))
+    rwkv_miss.inject(base, "bat", targets=["0"], rank=rank)
+    filled(base)
+    block = theirs.base_model.model[0].miss_block["default"]
+    block.data.copy_(base[0].bat)
+    same_in_peft(base, theirs, {"bat": block})
+
+
+def test_bat_by_row_is_the_formula_of_rwkv_peft():
+    """W[a, b] D[b] + D[b], block by block."""
+    model = two_linears("bat", 2, order="row")
+    weight, D, delta = model[0].weight, model[0].bat, model[0].delta()
+    for a in range(3):
+        for b in range(5):
+            rows, columns = slice(2 * a, 2 * a + 2), slice(2 * b, 2 * b + 2)
+            close("block", delta[rows, columns], weight[rows, columns] @ D[b] + D[b], 1e-6)
+
+
+@pytest.mark.parametrize("order", ["col", "row"])
+def test_a_small_change_by_bat_is_not_lost_in_bf16(order):
+    """W + dW rounded to bf16 would have a third of this dW left out (RMS)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 64, bias=False))
+    model[0].weight.data.normal_(std=0.02)
+    model.bfloat16()
+    rwkv_miss.inject(model, "bat", targets=["0"], rank=16, order=order)
+    model[0].bat.data.normal_(std=1e-4)
+    x = torch.randn(512, 128).bfloat16()
+    exact = x.double() @ (model[0].base_weight() + model[0].delta()).double().t()
+    change = x.double() @ model[0].delta().double().t()
+    bias = (model(x).double() - exact).mean()
+    # what is left is the rounding of y itself, which has no direction: projected on the change it is small
+    along = ((model(x).double() - exact) * change).sum() / change.square().sum()
+    assert abs(along) < 0.05 and abs(bias) < 1e-3
+
+
 def test_vera_equals_hf_peft_in_fp32():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -105,6 +146,7 @@ def test_expand_repeats_its_rows_over_shards_of_neighbouring_outputs():
     ("miss", {"mini_r": 4}, "mini_r 4 does not divide the output width, 6"), ("miss", {"expand": True, "layout": "contiguous"}, "layout=contiguous"),
     ("miss", {"expand": True, "magnitude": True}, "drop one of the two"), ("miss", {"rank": 7, "expand": True}, "1 to the output width, 6"),
     ("miss", {"scale": "cube"}, "choose one of: sum, sqrt"), ("mora", {"rank": 9}, "the largest rank is 2"), ("vera", {"rank": 0}, "at least 1"),
+    ("bat", {"rank": 4}, "blocks of 4 x 4 must divide the weight, 6 outputs and 10 inputs"), ("bat", {"order": "up"}, "choose one of: col, row"),
 ])
 def test_options_that_do_not_fit(method, options, words):
     model = nn.Sequential(nn.Linear(10, 6))

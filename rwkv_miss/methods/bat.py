@@ -1,0 +1,58 @@
+"""Bat, Block Affine Transformation: MiSS's sibling with an update that goes through the frozen weight (Kang and Yin, arXiv 2409.15371)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from .. import adapter
+from ..adapter import AdapterLinear, register
+from ..errors import UserError
+from ..peers import bat_linear
+
+ORDERS = ("col", "row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(adapter.Options):
+    """rank r, the width of a block, and order: "col", one r x r matrix for every r outputs (HF peft's), or "row", for every r inputs (RWKV-PEFT's,
+    once called Bone). For a square linear the tensors look alike, so an adapter file tells which one it is."""
+
+    order: str = "col"
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise UserError(f"order {self.order!r} is unknown; choose one of: {', '.join(ORDERS)}")
+
+
+@register("bat")
+class BatLinear(AdapterLinear):
+    """dW[a, b] = (W[a, b] + I) D[a] for the r x r blocks of W, or D[b] with the order "row". D = `bat`, (out / r, r, r) or (in / r, r, r), fp32,
+    zero at the start.
+
+    r out numbers, MiSS's, at the same rank; r in with the order "row".
+    """
+
+    Options = Options
+    default_lr = 2e-5  # the paper's, as for MiSS
+
+    def setup(self, options: Options) -> None:
+        rank = options.rank
+        if rank < 1 or self.in_features % rank or self.out_features % rank:
+            raise UserError(f"rank {rank} does not fit Bat: its blocks of {rank} x {rank} must divide the weight, {self.out_features} outputs and "
+                            f"{self.in_features} inputs")
+        self.by_row = options.order == "row"
+        count = (self.in_features if self.by_row else self.out_features) // rank
+        self.bat = nn.Parameter(torch.zeros(count, rank, rank, device=self.weight.device))
+
+    def delta(self) -> Tensor:
+        rank = self.bat.shape[1]
+        weight = self.base_weight()
+        blocks = weight.unflatten(1, (-1, rank)).unflatten(0, (-1, rank)).transpose(1, 2)  # (a, b, r, r)
+        D = self.bat if self.by_row else self.bat.unsqueeze(1)
+        return (blocks @ D + D).transpose(1, 2).reshape(weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bat_linear(x, self.weight, self.bias, self.bat, self.by_row)
