@@ -218,14 +218,16 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
         raise UserError("--peft_config and an older flag for the same options were given; keep the former")
     options = {key: value for key, value in options.items() if value not in (None, "") and key not in ("init", "svd_niter")}
     mode = options.pop("mode", "bone")
-    if mode not in ("bone", "miss", "disha"):
-        raise UserError(f"mode {mode}: expected bone, which is --peft miss; Bat is not supported yet")
+    if mode == "bat":
+        options["order"] = "row"
+    elif mode not in ("bone", "miss", "disha"):
+        raise UserError(f"mode {mode}: expected bone, which is --peft miss, or bat")
     if "load" in options:
         path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):
             raise UserError(f"{path} is an adapter of another project, which this version cannot go on with; move it away to train a new one")
         notes.append(f"{path} is not there: a new adapter is trained")
-    return ["--peft_config", json.dumps(options)]
+    return [*(["--peft", "bat"] if mode == "bat" else []), "--peft_config", json.dumps(options)]
 
 
 def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:

@@ -62,6 +62,13 @@ def test_options_of_another_method_are_named(capsys):
     assert "whose names contain time or ln stay frozen" in notes
 
 
+def test_the_mode_bat_has_blocks_of_inputs():
+    for flags in (["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":8}'],
+                  ["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":8}']):
+        values = read(*flags)
+        assert (values.peft, adapter_options(values)) == ("bat", ({"r": 8, "order": "row"}, None))
+
+
 def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     wanted = {"r": 64, "alpha": 128, "dropout": 0.01}
     values = read("--peft", "lora", "--lora_config", '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}')
@@ -83,7 +90,7 @@ def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--peft", "bone", "--bone_config", "{r}"], "--bone_config {r}: expected JSON"),
     (["--peft", "bone", "--bone_config", "8"], "--bone_config 8: expected JSON"),
-    (["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_r":8}'], "mode bat: expected bone"),
+    (["--peft", "bone", "--bone_config", '{"bone_mode":"bot","bone_r":8}'], "mode bot: expected bone, which is --peft miss, or bat"),
     (["--peft", "bone", "--bone_config", '{"bone_r":8}', "--peft_config", "r=8"], "keep the former"),
     (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected int"),
     (["--lora", "--lora_dropout", "x", "--lora_parts", "att,ffn"], "--lora_dropout x: expected a number"),
