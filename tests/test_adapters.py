@@ -25,11 +25,12 @@ CASES = [
     ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
     ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
     ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}), ("bat", {}), ("bat", {"order": "row"}),
+    ("prolora", {"unshared": 0}), ("prolora", {"alpha": 3.0, "shares": 3}), ("mos", {}), ("mos", {"shards": 3, "budget": 1}),
 ]
 # a fresh adapter changes no bit of the output; the others round on the way
 EXACT = {
     "miss", "lora", "lora_fa",
-    "mora", "vera", "bat",
+    "mora", "vera", "bat", "prolora", "mos",
 }
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
 COUNTS = {
@@ -38,6 +39,8 @@ COUNTS = {
     "lora": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
     "vera": lambda d, k, r, **options: d + r,
+    "prolora": lambda d, k, r, unshared=1, shares=4, **options: unshared * (d + k) + (r - unshared) * (-(-d // shares) - (-k // shares)),
+    "mos": lambda d, k, r, **options: 0,
     "bat": lambda d, k, r, order="col": r * (d if order == "col" else k),
     "mora": lambda d, k, r: math.isqrt(r * (d + k)) ** 2,
 }
@@ -54,8 +57,8 @@ def test_every_method_is_among_the_cases():
 
 def fitting(method, options, rank, width=16, out=16):
     """A rank like `rank` that a method takes on a linear of these widths; those of the models here are multiples of 16."""
-    if "lora" in method or options.get("expand"):
-        return min(rank, out)
+    if "lora" in method or method == "mos" or options.get("expand"):
+        return min(rank, width, out)
     if method == "mora":
         return min(rank, min(width, out) ** 2 // (width + out))
     if method == "bat":

@@ -1,9 +1,12 @@
 """The options of MiSS, and its peers that are no LoRA: what holds for each of them alone."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import rwkv_miss
@@ -123,6 +126,67 @@ def test_vera_equals_hf_peft_in_fp32():
     same_in_peft(base, theirs, pairs)
 
 
+def test_prolora_rotates_the_shared_ranks_from_copy_to_copy():
+    """Copy c of A has rank (j + c s) mod r of A0 at rank j, and B as well: a LoRA whose parts are tied."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(14, 10, bias=False))
+    rwkv_miss.inject(model, "prolora", targets=["0"], rank=7, unshared=2, shares=3, alpha=7.0)
+    layer = filled(model)[0]
+    A, B = torch.zeros(7, 14), torch.zeros(10, 7)
+    for rank in range(5):
+        for i in range(14):  # parts of 5 inputs and of 4 outputs, and a step of 5 // 3
+            A[rank, i] = layer.prolora_A0[(rank + i // 5) % 5, i % 5]
+        for o in range(10):
+            B[o, rank] = layer.prolora_B0[o % 4, (rank + o // 4) % 5]
+    A[5:], B[:, 5:] = layer.prolora_A, layer.prolora_B
+    close("delta", layer.delta(), B @ A, 1e-6)
+
+
+def test_mos_draws_its_rows_from_the_pools_of_its_widths():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False), nn.Linear(10, 6, bias=False))
+    report = rwkv_miss.inject(model, "mos", targets=["0", "1", "2"], rank=6, budget=3, private=1, shards=2)
+    assert model[0].mos_A is model[2].mos_A and model[0].mos_A is not model[1].mos_A and model[0].mos_B is model[2].mos_B
+    # two of three ranks of every linear are in the pools, in two shards each
+    kept = {name: tuple(t.shape) for name, t in adapter_tensors(model).items() if name.startswith("shared.")}
+    assert kept == {"shared.mos_A.10": (8, 5), "shared.mos_A.6": (4, 3), "shared.mos_B.6": (8, 3), "shared.mos_B.10": (4, 5)}
+    assert report.trainable == 3 * 3 * (10 + 6), "as LoRA of rank 3"
+    for layer in filled(model):
+        A = torch.stack([torch.cat([layer.mos_A[place] for place in row]) for row in layer.mos_A_index])
+        B = torch.stack([torch.cat([layer.mos_B[place] for place in row]) for row in layer.mos_B_index], 1)
+        close("delta", layer.delta(), 2 * (B @ A + layer.mos_B_private @ layer.mos_A_private), 1e-6)
+        counts = torch.bincount(layer.mos_A_index.flatten(), minlength=len(layer.mos_A))
+        assert counts.max() - counts.min() <= 1, "every shard as often as the others"
+    assert not torch.equal(model[0].mos_A_index, model[2].mos_A_index)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_mos_trains_as_many_numbers_as_lora_of_its_budget(version):
+    lora = rwkv_miss.inject(rwkv(version), "lora", rank=4)
+    assert rwkv_miss.inject(rwkv(version), "mos", rank=12, budget=4).trainable == lora.trainable
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_shared_tensor_gets_the_sum_of_its_layers_gradients(checkpointed):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3))).double()
+    rwkv_miss.inject(model, "mos", targets=["0", "1", "2"], rank=4, budget=2, private=1, shards=2)
+    filled(model.double())
+    x = torch.randn(5, 6, dtype=torch.float64)
+    run = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False) if checkpointed else model
+    run(x).square().sum().backward()
+    got = model[0].mos_A.grad.clone()
+    separate = [layer.mos_A.detach().clone().requires_grad_() for layer in model]
+    y = x
+    for layer, pool in zip(model, separate, strict=True):
+        A, B = layer.factors()
+        own = torch.cat((F.embedding(layer.mos_A_index, pool).flatten(1), layer.mos_A_private))
+        y = y @ (layer.weight + layer.scale * B @ own).t()
+    y.square().sum().backward()
+    close("gradient", got, sum(pool.grad for pool in separate), 1e-12)
+    assert all(pool.grad.norm() > 0.01 * got.norm() for pool in separate)
+
+
 def test_a_magnitude_starts_at_the_norms_and_a_row_of_zeros_is_refused():
     model = nn.Sequential(nn.Linear(12, 6, bias=False))
     rwkv_miss.inject(model, "miss", targets=["0"], rank=5, magnitude=True)
@@ -147,6 +211,9 @@ def test_expand_repeats_its_rows_over_shards_of_neighbouring_outputs():
     ("miss", {"expand": True, "magnitude": True}, "drop one of the two"), ("miss", {"rank": 7, "expand": True}, "1 to the output width, 6"),
     ("miss", {"scale": "cube"}, "choose one of: sum, sqrt"), ("mora", {"rank": 9}, "the largest rank is 2"), ("vera", {"rank": 0}, "at least 1"),
     ("bat", {"rank": 4}, "blocks of 4 x 4 must divide the weight, 6 outputs and 10 inputs"), ("bat", {"order": "up"}, "choose one of: col, row"),
+    ("prolora", {"unshared": 2}, "from 0 to below the rank, 2"), ("prolora", {"shares": 0}, "at least 1"), ("mos", {"rank": 7}, "smaller width, 6"),
+    ("mos", {"budget": 3}, "private 0, budget 3, rank 2: expected"), ("mos", {"private": 1}, "private 1, budget 1"),
+    ("mos", {"shards": 0}, "at least 1"),
 ])
 def test_options_that_do_not_fit(method, options, words):
     model = nn.Sequential(nn.Linear(10, 6))

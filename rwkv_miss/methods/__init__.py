@@ -6,6 +6,8 @@ from . import (  # noqa: F401
     lora_fa,
     miss,
     mora,
+    mos,
+    prolora,
     state,
     vera,
 )

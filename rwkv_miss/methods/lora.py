@@ -67,6 +67,13 @@ class Options(ScaledOptions):
             raise UserError(f"lora_plus {self.lora_plus} is no ratio of learning rates; it must be above 0 (1: A and B learn at the same rate)")
 
 
+def check_rank(layer: AdapterLinear, rank: int) -> None:
+    """UserError for a rank beyond the smaller width of a linear."""
+    limit = min(layer.in_features, layer.out_features)
+    if not 1 <= rank <= limit:
+        raise UserError(f"rank {rank} does not fit {layer.method}: it must be from 1 to the smaller width, {limit}")
+
+
 @register("lora")
 class LoraLinear(AdapterLinear):
     """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both fp32."""
@@ -75,24 +82,28 @@ class LoraLinear(AdapterLinear):
     default_lr = 2e-4  # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
 
     def setup(self, options: Options) -> None:
-        limit = min(self.in_features, self.out_features)
-        if not 1 <= options.rank <= limit:
-            raise UserError(f"rank {options.rank} does not fit {self.method}: it must be from 1 to the smaller width, {limit}")
+        check_rank(self, options.rank)
         self.scale, self.dropout, self.lora_plus = options.scale, options.dropout, options.lora_plus
         self.lora_A = nn.Parameter(torch.empty(options.rank, self.in_features, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, options.rank, device=self.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        return self.lora_A, self.lora_B
+
     def delta(self) -> Tensor:
-        return self.scale * (self.lora_B @ self.lora_A)
+        A, B = self.factors()
+        return self.scale * (B @ A)
 
     def add_delta_to(self, weight: Tensor) -> None:
-        weight.addmm_(self.lora_B, self.lora_A, alpha=self.scale)
+        A, B = self.factors()
+        weight.addmm_(B, A, alpha=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run drop the same
         seed = torch.randint(2**63 - 1, ()) if self.dropout and self.training else None
-        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.dropout, seed)
+        return lora_linear(x, self.weight, self.bias, *self.factors(), self.scale, self.dropout, seed)
 
     def rate_factor(self, name: str) -> float:
         return self.lora_plus if name == "lora_B" else 1.0

@@ -1,0 +1,100 @@
+"""MoS, Mixture of Shards (Wang et al., arXiv 2410.00938)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import register
+from ..errors import UserError
+from .lora import LoraLinear, ScaledOptions, check_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ScaledOptions):
+    """rank r of every linear, from as many numbers as LoRA of rank `budget` e would have (0: a quarter of r, at least 1).
+
+    shards: the parts l that a row of A and a column of B are put together from. private: the ranks of the budget that every linear has for itself
+    (-1: a quarter of e); the shards of all others are in pools that all linears of a width draw from.
+    """
+
+    budget: int = 0
+    shards: int = 4
+    private: int = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "budget", self.budget or max(1, self.rank // 4))
+        object.__setattr__(self, "private", self.budget // 4 if self.private == -1 else self.private)
+        if not 0 <= self.private < self.budget <= max(1, self.rank):
+            raise UserError(f"private {self.private}, budget {self.budget}, rank {self.rank}: expected 0 <= private < budget <= rank")
+        if self.shards < 1:
+            raise UserError(f"shards {self.shards} must be at least 1")
+
+    def with_rank(self, rank: int) -> Options:
+        budget = max(1, self.budget * rank // self.rank)
+        return dataclasses.replace(super().with_rank(rank), budget=budget, private=self.private * budget // self.budget)
+
+
+@register("mos")
+class MosLinear(LoraLinear):
+    """dW = scale B A. Of A the rows beside the private ones, `mos_A_private` (p, in), are l shards each of the pool `mos_A` (shards, in / l) of
+    all linears with as many inputs, at the places `mos_A_index` (r - p, l); B's columns likewise, at places of their own (the paper's pair
+    dissociation), `mos_B_private` (out, p), `mos_B` (shards, out / l) and `mos_B_index`.
+
+    The places are drawn once, every shard as often as the others; the file has them. A starts Kaiming uniform, B at zero; all are fp32. Where l does
+    not divide a width, the last shard is cut off. All linears together have e (in + out) numbers each: MiSS's, R out, at e = R out / (in + out).
+    """
+
+    Options = Options
+    # default_lr is LoRA's: every number is one of a LoRA's
+    shared = ("mos_A", "mos_B")
+
+    @classmethod
+    def shared_names(cls, out: int, width: int) -> dict[str, str]:
+        return {"mos_A": f"mos_A.{width}", "mos_B": f"mos_B.{out}"}
+
+    @classmethod
+    def make_shared(cls, shapes, options, device) -> dict[str, Tensor]:
+        shards: dict[str, int] = {}
+        widths: dict[str, int] = {}
+        for name, (out, width) in shapes.items():
+            own = options.at(name)
+            names = cls.shared_names(out, width)
+            widths |= {names["mos_A"]: width, names["mos_B"]: out}
+            for pool in names.values():
+                shards[pool] = shards.get(pool, 0) + (own.budget - own.private) * own.shards
+        pools = {}
+        for pool, count in shards.items():
+            width = widths[pool]
+            pools[pool] = nn.Parameter(torch.zeros(count, -(-width // options.shards), device=device))
+            if pool.startswith("mos_A"):
+                nn.init.uniform_(pools[pool], -(width**-0.5), width**-0.5)  # kaiming_uniform_(a=sqrt(5)) of a whole row
+        return pools
+
+    def setup(self, options: Options) -> None:
+        check_rank(self, options.rank)
+        self.scale, self.dropout = options.scale, options.dropout
+        device, public = self.weight.device, options.rank - options.private
+        if options.private:
+            self.mos_A_private = nn.Parameter(torch.empty(options.private, self.in_features, device=device))
+            self.mos_B_private = nn.Parameter(torch.zeros(self.out_features, options.private, device=device))
+            nn.init.uniform_(self.mos_A_private, -(self.in_features**-0.5), self.in_features**-0.5)
+        for name in ("mos_A", "mos_B"):
+            self.register_buffer(f"{name}_index", _places(len(getattr(self, name)), public, options.shards, device))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A = F.embedding(self.mos_A_index, self.mos_A).flatten(1)[:, : self.in_features]
+        B = F.embedding(self.mos_B_index, self.mos_B).flatten(1)[:, : self.out_features].t()
+        if hasattr(self, "mos_A_private"):
+            A, B = torch.cat((A, self.mos_A_private)), torch.cat((B, self.mos_B_private), 1)
+        return A, B
+
+
+def _places(pool: int, rank: int, shards: int, device) -> Tensor:
+    """Random places (rank, shards) in a pool, int64: each once before any is there twice."""
+    times = -(-rank * shards // pool)
+    return torch.cat([torch.randperm(pool, device=device) for _ in range(times)])[: rank * shards].view(rank, shards)

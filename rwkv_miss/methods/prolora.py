@@ -1,0 +1,68 @@
+"""PRoLoRA, partially rotation-enhanced LoRA (Wang et al., arXiv 2402.16902)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import register
+from ..errors import UserError
+from .lora import LoraLinear, ScaledOptions, check_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ScaledOptions):
+    """rank r, of which `unshared` ranks are LoRA's (-1: an eighth), and of the others only one of `shares` parts of A and B is trained."""
+
+    unshared: int = -1
+    shares: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "unshared", self.rank // 8 if self.unshared == -1 else self.unshared)
+        if not 0 <= self.unshared < max(1, self.rank):
+            raise UserError(f"unshared {self.unshared} must be from 0 to below the rank, {self.rank}; with all ranks unshared it would be LoRA")
+        if self.shares < 1:
+            raise UserError(f"shares {self.shares} must be at least 1")
+
+    def with_rank(self, rank: int) -> Options:
+        return dataclasses.replace(super().with_rank(rank), unshared=self.unshared * rank // self.rank)
+
+
+@register("prolora")
+class ProloraLinear(LoraLinear):
+    """dW = scale B A, where A's shared ranks are the columns of `prolora_A0` (r - u, in / m) m times side by side, each time rotated by (r - u) / m
+    ranks more, B's those of `prolora_B0` (out / m, r - u) below each other, and u ranks stand apart in `prolora_A` (u, in) and `prolora_B` (out, u).
+
+    A starts Kaiming uniform, by the whole input width (the paper's rectified initialisation), B at zero; all are fp32. Where m does not divide a
+    width, the last copy is cut off. (u + (r - u) / m) (in + out) numbers: MiSS's, R out, at u + (r - u) / m = R out / (in + out).
+    """
+
+    Options = Options
+    # default_lr is LoRA's: it is LoRA with tied parts
+
+    def setup(self, options: Options) -> None:
+        check_rank(self, options.rank)
+        self.scale, self.dropout, self.shares = options.scale, options.dropout, options.shares
+        width, out, unshared, shared = self.in_features, self.out_features, options.unshared, options.rank - options.unshared
+        def make(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=self.weight.device))
+
+        self.prolora_A0, self.prolora_B0 = make(shared, -(-width // self.shares)), make(-(-out // self.shares), shared)
+        starting = [self.prolora_A0]
+        if unshared:
+            self.prolora_A, self.prolora_B = make(unshared, width), make(out, unshared)
+            starting.append(self.prolora_A)
+        for A in starting:
+            nn.init.uniform_(A, -(width**-0.5), width**-0.5)  # kaiming_uniform_(a=sqrt(5)) by another width than the tensor's
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        rank = len(self.prolora_A0)
+        steps = [-copy * max(1, rank // self.shares) for copy in range(self.shares)]
+        A = torch.cat([self.prolora_A0.roll(step, 0) for step in steps], 1)[:, : self.in_features]
+        B = torch.cat([self.prolora_B0.roll(step, 1) for step in steps], 0)[: self.out_features]
+        if hasattr(self, "prolora_A"):
+            A, B = torch.cat((A, self.prolora_A)), torch.cat((B, self.prolora_B), 1)
+        return A.contiguous(), B.contiguous()
