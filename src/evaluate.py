@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -32,24 +33,48 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
     return questions
 
 
+def greedy_answers(model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = ()) -> list[str]:
+    """greedy_texts() without the space around them."""
+    return [text.strip() for text in greedy_texts(model, tokenizer, prompts, max_tokens, batch, stops)]
+
+
 @torch.no_grad()
-def greedy_answers(model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256) -> list[str]:
-    """The greedy answer to each prompt of tokens, up to the end of document or max_tokens; `batch` answers are made at a time."""
-    answers = [""] * len(prompts)
+def greedy_texts(model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = ()) -> list[str]:
+    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens; `batch` are made at a time."""
+    texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        logits, state = _read(model, [prompts[i] for i in part])
-        produced = torch.empty(len(part), 0, dtype=torch.int64, device=logits.device)
+        going = order[start : start + batch]
+        said: dict[int, list[int]] = {i: [] for i in going}
+        logits, state = _read(model, [prompts[i] for i in going])
         for _ in range(max_tokens):
-            token = logits[:, : tokenizer.vocab_size].argmax(-1, keepdim=True)
-            produced = torch.cat([produced, token], 1)
-            if all(len(_before_end(ids, tokenizer.eod)) < len(ids) for ids in produced.tolist()):
+            tokens = logits[:, : tokenizer.vocab_size].argmax(-1)
+            for i, token in zip(going, tokens.tolist(), strict=True):
+                said[i].append(token)
+            left = [row for row, i in enumerate(going) if not _is_over(said[i], tokenizer, stops)]
+            if not left:
                 break
-            logits, state = model.next_logits(token, state)
-        for i, ids in zip(part, produced.tolist(), strict=True):
-            answers[i] = tokenizer.decode(_before_end(ids, tokenizer.eod)).strip()
-    return answers
+            if len(left) < len(going):  # what is complete costs nothing more
+                rows = torch.tensor(left, device=tokens.device)
+                going, tokens = [going[row] for row in left], tokens[rows]
+                state = [LayerState(*(part[rows] for part in layer)) for layer in state]
+            logits, state = model.next_logits(tokens[:, None], state)
+        for i, ids in said.items():
+            text = tokenizer.decode(_before_end(ids, tokenizer.eod))
+            texts[i] = text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+    return texts
+
+
+def _is_over(ids: list[int], tokenizer, stops: Sequence[str]) -> bool:
+    """Whether the last of these ids ends the text."""
+    size = len(tokenizer.eod)
+    if len(ids) % size:
+        return False  # in the middle of a unit of utf16
+    if tuple(ids[-size:]) == tokenizer.eod:
+        return True
+    # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out a space that it begins with
+    tail = ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :] if stops else []
+    return bool(tail) and any(stop in tokenizer.decode(tail) for stop in stops)
 
 
 def _read(model: RWKV, prompts: list[list[int]]) -> tuple[torch.Tensor, State]:
@@ -71,5 +96,6 @@ def exact_accuracy(
 ) -> tuple[float, list[str]]:
     """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the same template."""
     prompts = [[token for piece in pieces for token in tokenizer.encode(piece)] for pieces, _ in questions]
-    answers = [answer_text(text, template) for text in greedy_answers(model, tokenizer, prompts, max_tokens)]
+    stops = [template.stop] if template.stop else []
+    answers = [answer_text(text, template) for text in greedy_answers(model, tokenizer, prompts, max_tokens, stops=stops)]
     return sum(a == right for a, (_, right) in zip(answers, questions, strict=True)) / len(questions), answers

@@ -1,0 +1,92 @@
+"""EleutherAI's lm-evaluation-harness on a model of this project: python -m scripts.lm_eval --model m.pth --tasks lambada_openai,piqa
+
+Needs the extra lm-eval. The harness reads its data sets from the Hugging Face hub or its cache; lambada_local reads --data_file instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from src.doorway import importing, naming_missing_packages
+
+with importing():
+    from rwkv_miss.checkpoint import require_writable
+    from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.device import DTYPES
+    from src.files import write_text
+    from src.load import load
+    from src.template import recorded_template
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate and print the table; the last line is JSON."""
+    parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="base or merged .pth")
+    parser.add_argument("--adapter", help="adapter of that base")
+    parser.add_argument("--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local")
+    parser.add_argument("--data_file", help='rows {"text"} of LAMBADA, for lambada_local')
+    parser.add_argument("--include_path", help="folder with tasks of your own (YAML)")
+    parser.add_argument("--num_fewshot", type=int, help="solved examples before each question (default: the task's)")
+    parser.add_argument("--limit", type=int, help="questions of each task, from the first on (default: all)")
+    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+    parser.add_argument("--tokenizer", default="auto")
+    parser.add_argument("--eod", default="")
+    parser.add_argument("--template", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("auto", *DTYPES), help="default %(default)s; bf16 on a GPU is twice as fast")
+    parser.add_argument("--out", help="JSON file for results and every sample")
+    args = parser.parse_args(argv)
+    if args.out:
+        require_writable(args.out)
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("the package lm_eval is not installed: pip install 'lm_eval>=0.4.12'") from None
+    from src.harness import HarnessModel, Lambada
+
+    names = args.tasks.split(",")
+    local = {name: Lambada(needed(args.data_file)) for name in names if name == Lambada.NAME}
+    manager = TaskManager(include_path=args.include_path, include_defaults=False)
+    if not {*names} <= {*local, *manager.all_tasks}:  # the harness's own tasks are looked through, which takes seconds
+        manager = TaskManager(include_path=args.include_path)
+    tasks = [local.get(name) or known(name, manager) for name in names]
+    load_tasks(manager, tasks)
+    model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
+    template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+    results = lm_eval.simple_evaluate(
+        HarnessModel(model, tokenizer, template), tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
+        apply_chat_template=args.chat,
+    )
+    print(lm_eval.utils.make_table(results))
+    figures = {task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+               for task, scores in results["results"].items()}
+    if args.out:
+        write_text(args.out, json.dumps({"results": figures, "samples": results["samples"]}, default=str, indent=1) + "\n")
+    print(json.dumps({"model": args.model, "adapter": args.adapter, "precision": args.precision, "lm_eval": lm_eval.__version__, "results": figures}))
+
+
+def needed(data_file: str | None) -> str:
+    if data_file is None:
+        raise UserError("task lambada_local needs --data_file, LAMBADA's rows as {\"text\": ...}")
+    return data_file
+
+
+def known(name: str, manager) -> str:
+    if name not in manager.all_tasks:
+        near = [task for task in manager.all_tasks if name.split("_")[0] in task][:10]
+        raise UserError(f"task {name!r} is unknown to the harness; {'near: ' + ', '.join(near) if near else 'python -m lm_eval ls tasks lists them'}")
+    return name
+
+
+def load_tasks(manager, tasks: list) -> None:
+    """Everything that the tasks read, before the model is loaded."""
+    try:
+        manager.load(tasks)
+    except Exception as error:  # no network, no such data set: datasets raises many kinds
+        raise UserError(f"the harness can't load the tasks: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}") from None
+
+
+if __name__ == "__main__":
+    with one_line_errors(), naming_missing_packages():
+        main(sys.argv[1:])

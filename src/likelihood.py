@@ -1,0 +1,70 @@
+"""Log-likelihoods of given continuations: many at once, without padding in the state and without the logits of what is not asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .model import RWKV
+
+TOKENS = 1 << 14  # in one pass, padding included
+LOGITS = 1 << 26  # at once: 256 MiB in fp32
+
+
+@torch.no_grad()
+def log_likelihoods(model: RWKV, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """For each (context, continuation), lists of ids: ln p(continuation | context), and whether greedy decoding gives it.
+
+    Pairs that read the same tokens, as the choices of a question do whose answers are one token long, are computed once. ValueError for an
+    empty context: the first token of a text needs one before it, such as the end of a document.
+    """
+    if not all(context for context, _ in pairs):
+        raise ValueError("log_likelihoods: a context is empty; begin it with the end of document")
+    inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
+    users: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for i, (row, (_, continuation)) in enumerate(zip(inputs, pairs, strict=True)):
+        users.setdefault((row, len(continuation)), []).append(i)
+    results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for batch in _batches(sorted(users, key=lambda key: len(key[0]))):
+        features = _features(model, batch)
+        for key, x in zip(batch, features, strict=True):
+            for i in users[key]:
+                results[i] = _score(model, x, pairs[i][1])
+    return results
+
+
+def _batches(rows: list[tuple[tuple[int, ...], int]]) -> list[list[tuple[tuple[int, ...], int]]]:
+    """Rows in ascending length, cut so that a batch padded to its longest has at most TOKENS tokens."""
+    batches: list[list] = [[]]
+    for row in rows:
+        if batches[-1] and (len(batches[-1]) + 1) * len(row[0]) > TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return batches if rows else []
+
+
+def _features(model: RWKV, batch: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
+    """For each (row of ids, n) the input of the head at its last n tokens, (n, C). The padding comes after them and reaches nothing."""
+    longest = len(batch[-1][0])
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    wanted = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for i, (row, n) in enumerate(batch):
+        ids[i, : len(row)] = torch.tensor(row)
+        wanted[i, len(row) - n : len(row)] = True
+    device = model.emb.weight.device
+    x, _ = model.features(ids.to(device), wanted=wanted.to(device))
+    return list(x.split([n for _, n in batch]))
+
+
+def _score(model: RWKV, x: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """Sum of ln p of the tokens after features x (n, C), in fp64, and whether each is the likeliest."""
+    targets = torch.tensor(continuation, device=x.device)
+    total, greedy = 0.0, True
+    rows = max(1, LOGITS // model.arch.vocab_size)
+    for part, ids in zip(x.split(rows), targets.split(rows), strict=True):
+        logits = model.head(part).float()
+        total += float((logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)).double().sum())
+        greedy = greedy and bool((logits.argmax(1) == ids).all())
+    return total, greedy

@@ -1,0 +1,197 @@
+"""lm-evaluation-harness on our models: the same scores as the package `rwkv` gives, driven the same way."""
+
+import json
+import types
+
+import pytest
+import torch
+
+import rwkv_miss
+from scripts import lm_eval as program
+from src import likelihood
+from src.evaluate import greedy_texts
+from src.generate import Sampling, stream
+from src.likelihood import log_likelihoods
+from src.model import RWKV
+from src.template import load_template
+from src.tokenizer import load_tokenizer
+
+from .conftest import make_arch, pypi_rwkv, random_tensors
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness IS ABSENT: pip install 'lm_eval>=0.4.12'")
+
+import lm_eval.evaluator  # noqa: E402
+from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from src.harness import HarnessModel, Lambada  # noqa: E402
+
+HITS = (854, 1428)  # the two of LAMBADA's 5153 texts whose last word the 3M model finds
+
+
+class Package(LM):
+    """The PyPI package, token by token, without batches."""
+
+    def __init__(self, path, encode):
+        super().__init__()
+        self.run, self.encode = pypi_rwkv(path), encode
+
+    def loglikelihood(self, requests):
+        scores = []
+        for context, continuation in (request.args for request in requests):
+            before, after = self.encode(context), self.encode(continuation)
+            logits, _ = self.run([*before, *after[:-1]])
+            logs = logits[len(before) - 1 :].double().log_softmax(-1)
+            scores.append((sum(float(row[token]) for row, token in zip(logs, after, strict=True)), logs.argmax(-1).tolist() == after))
+        return scores
+
+    def loglikelihood_rolling(self, requests):
+        raise NotImplementedError
+
+    def generate_until(self, requests):
+        raise NotImplementedError
+
+
+def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
+    # in fp32, because the package normalises the embedding of v6 in the file's dtype
+    model, data, out = (tmp_path / name for name in ("model.pth", "lambada.jsonl", "ours.json"))
+    tensors = rwkv_miss.read_checkpoint(data_dir / "real/rwkv6-3m-utf16.pth")
+    rwkv_miss.write_checkpoint(model, ((name, tensor.float()) for name, tensor in tensors.items()))
+    texts = (data_dir / "lambada_test.jsonl").read_text().splitlines()
+    chosen = [texts[i] for i in HITS] + sorted(texts, key=len)[:5]
+    data.write_text("\n".join(chosen) + "\n")
+    program.main(["--model", str(model), "--tokenizer", "utf16", "--tasks", "lambada_local", "--data_file", str(data), "--out", str(out)])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours = json.loads(out.read_text())
+    package = Package(model, lambda text: list(text.encode("utf-16-le")))
+    theirs = lm_eval.evaluator.simple_evaluate(package, tasks=[Lambada(str(data))], task_manager=TaskManager(include_defaults=False))
+    scores, other = ours["results"]["lambada_local"], theirs["results"]["lambada_local"]
+    assert scores["acc,none"] == other["acc,none"] == len(HITS) / len(chosen)
+    assert scores["perplexity,none"] == pytest.approx(other["perplexity,none"], rel=1e-4)
+    pairs = [[run["samples"]["lambada_local"][i]["filtered_resps"][0] for run in (ours, theirs)] for i in range(len(chosen))]
+    for (mine, mine_greedy), (wanted, wanted_greedy) in pairs:
+        assert mine_greedy == wanted_greedy
+        assert mine == pytest.approx(wanted, abs=1e-5)  # fp32 against fp32: 2e-6 was the largest difference seen
+    assert last["results"]["lambada_local"]["acc,none"] == scores["acc,none"] and last["lm_eval"] == lm_eval.__version__
+
+
+@pytest.fixture(params=[6, 7])
+def model(request):
+    made = RWKV(make_arch(request.param, vocab_size=257)).eval().requires_grad_(False)
+    made.load_state_dict(random_tensors(made.arch))
+    return made
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 1 << 14])
+def test_likelihoods_are_those_of_one_text_at_a_time(model, at_once, monkeypatch):
+    monkeypatch.setattr(likelihood, "TOKENS", at_once)
+    monkeypatch.setattr(likelihood, "LOGITS", 3 * 257)
+    draw = torch.Generator().manual_seed(0)
+    pairs = [(torch.randint(257, (n,), generator=draw).tolist(), torch.randint(257, (m,), generator=draw).tolist())
+             for n, m in ((17, 3), (1, 1), (30, 8), (2, 16), (5, 1))]
+    pairs += [(pairs[4][0], [7]), (pairs[4][0], [7, 9]), (pairs[3][0] + pairs[3][1][:3], pairs[3][1][3:]), (pairs[0][0], [])]
+    context = pairs[1][0]
+    for _ in range(3):  # what the model says itself
+        context = context + [int(model(torch.tensor([context]))[0][0, -1].argmax())]
+    pairs.append((context[:1], context[1:]))
+    for (before, after), (got, greedy) in zip(pairs, log_likelihoods(model, pairs), strict=True):
+        logs = model(torch.tensor([before + after]))[0][0, len(before) - 1 : -1].double().log_softmax(-1)
+        assert got == pytest.approx(sum(float(row[token]) for row, token in zip(logs, after)), abs=1e-4)
+        assert greedy == (logs.argmax(-1).tolist() == after)
+    assert log_likelihoods(model, pairs)[-1][1] and not log_likelihoods(model, pairs)[0][1]
+    assert log_likelihoods(model, []) == []
+    with pytest.raises(ValueError, match="context is empty"):
+        log_likelihoods(model, [([], [1])])
+
+
+def test_what_reads_the_same_tokens_is_computed_once(model, monkeypatch):
+    sizes = []
+    features = RWKV.features
+    monkeypatch.setattr(RWKV, "features", lambda self, ids, *args, **kwargs: sizes.append(tuple(ids.shape)) or features(self, ids, *args, **kwargs))
+    log_likelihoods(model, [([1, 2, 3], [choice]) for choice in (4, 5, 6, 7)])
+    assert sizes == [(1, 3)]
+
+
+def request(*args):
+    return types.SimpleNamespace(args=args)
+
+
+@pytest.fixture
+def harness(model):
+    return HarnessModel(model, load_tokenizer("bytes", 257))
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A vocabulary whose every text is made of whole characters."""
+    path = tmp_path / "letters.txt"
+    path.write_text("".join(f"{i} {chr(31 + i)!r} 1\n" for i in range(1, 96)))
+    return str(path)
+
+
+def test_a_text_is_as_likely_as_its_parts(harness):
+    pairs = ("A", " cat"), ("A cat", " sat."), ("A", " cat sat."), ("\0", "A cat sat.")
+    first, second, both, text = (total for total, _ in harness.loglikelihood([request(*pair) for pair in pairs]))
+    assert first + second == pytest.approx(both, abs=1e-4)
+    # a text with nothing before it comes after the end of a document, which is NUL
+    assert harness.loglikelihood_rolling([request("A cat sat."), request("")]) == [pytest.approx(text, abs=1e-4), 0.0]
+    assert harness.loglikelihood([request("", "A cat sat.")])[0][0] == pytest.approx(text, abs=1e-4)
+
+
+def test_tokens_at_the_border(model):
+    world = HarnessModel(model, load_tokenizer("world", 65536))
+    encode = world.tokenizer.encode
+    assert world._tokens("The cat ", "sat") == (encode("The cat"), encode(" sat"))
+    assert encode("hello") != [*encode("hel"), *encode("lo")]
+    assert world._tokens("hel", "lo") == (encode("hel"), encode("lo"))
+    assert world._tokens("", "lo") == ([0], encode("lo"))
+
+
+def test_answers_end_where_they_should(model, letters):
+    harness = HarnessModel(model, load_tokenizer(letters, 257))
+    prompts = ["a", "What is it?", "bc", "", "What else? "]
+    plain = harness.generate_until([request(text, {"max_gen_toks": 30}) for text in prompts])
+    alone = ["".join(stream(harness.model, harness.tokenizer, harness.tokenizer.encode(text) or [0], None, Sampling(temperature=0), 30, ""))
+             for text in prompts]
+    assert plain == alone and len(set(plain)) > 2
+    stops = [plain[0][4:7], plain[1][9:11], "never said"]
+    stopped = harness.generate_until([request(text, {"until": stops, "max_gen_toks": 30}) for text in prompts])
+    for text, whole in zip(stopped, plain, strict=True):
+        assert text == whole[: min([whole.find(stop) for stop in stops if stop in whole], default=30)]
+    assert stopped[0] != plain[0] and stopped[1] != plain[1]
+    mixed = harness.generate_until([request("a", {"until": stops[0], "max_gen_toks": 30}), request("a", {"max_gen_toks": 3})])
+    assert mixed == [stopped[0], plain[0][:3]]
+    with pytest.raises(rwkv_miss.UserError, match="samples its answers"):
+        harness.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
+
+
+def test_complete_answers_are_not_computed_on(model, letters, monkeypatch):
+    tokenizer, rows = load_tokenizer(letters, 257), []
+    next_logits = RWKV.next_logits
+    monkeypatch.setattr(RWKV, "next_logits", lambda self, ids, state=None: rows.append(len(ids)) or next_logits(self, ids, state))
+    prompts = [tokenizer.encode(text) for text in ("one", "two", "six")]
+    texts = greedy_texts(model, tokenizer, prompts, 12)
+    rows.clear()
+    assert greedy_texts(model, tokenizer, prompts, 12, stops=[texts[0][2:5]])[0] == texts[0][:2]
+    assert rows[0] == 3 and rows[-1] < 3
+
+
+def test_a_conversation_is_asked_in_the_models_template(model):
+    harness = HarnessModel(model, load_tokenizer("bytes", 257), load_template("fake-think"))
+    asked = harness.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert asked == "User: Hi\n\nAssistant: <think>\n</think" and harness.chat_template(True) == "fake-think" and harness.tokenizer_name == "bytes"
+
+
+def test_mistakes_are_explained_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: nowhere.jsonl\ntest_split: test\n"
+                                          "output_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n")
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    for flags, message in (
+        (["--tasks", "lambada_local"], "task lambada_local needs --data_file"),
+        (["--tasks", "lambada_local", "--data_file", str(tmp_path / "rows.jsonl")], 'has no row {"text": ...}'),
+        (["--tasks", "lambada_lokal"], "task 'lambada_lokal' is unknown to the harness; near: .*lambada_openai"),
+        (["--tasks", "broken", "--include_path", str(tmp_path)], "the harness can't load the tasks: FileNotFoundError"),
+        (["--tasks", "lambada_openai", "--out", str(tmp_path)], "is a folder"),
+    ):
+        with pytest.raises(rwkv_miss.UserError, match=message):
+            program.main(["--model", "nowhere.pth", *flags])
