@@ -158,8 +158,10 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
     if "lora" in old or "PISSA" in old:
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
-        options = {"r": _integer(old, "lora_r", 8), "alpha": _integer(old, "lora_alpha", 32), "load": old.get("lora_load"),
-                   "dropout": _number(old, "lora_dropout")}
+        options = {"r": _integer(old, "lora_r", 8), "load": old.get("lora_load"), "dropout": _number(old, "lora_dropout"),
+                   **({"niter": _integer(old, "svd_niter", 4)} if method == "pissa" else {"alpha": _integer(old, "lora_alpha", 32)})}
+        if method == "pissa" and "lora_alpha" in old:
+            notes.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
         parts = old.get("lora_parts", "att,ln,time").split(",")
         linears = {"att": ["att.receptance", "att.key", "att.value", "att.output"], "ffn": ["ffn.key", "ffn.value"]}
         if not {"att", "ffn"} <= set(parts):
@@ -216,7 +218,7 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
         return []
     if _value(kept, "peft_config"):
         raise UserError("--peft_config and an older flag for the same options were given; keep the former")
-    options = {key: value for key, value in options.items() if value not in (None, "") and key not in ("init", "svd_niter")}
+    options = {key: value for key, value in options.items() if value not in (None, "") and key != "init"}
     mode = options.pop("mode", "bone")
     if mode == "bat":
         options["order"] = "row"

@@ -3,7 +3,7 @@
 | part          | bytes                                                              | where it comes from                             |
 |---------------|--------------------------------------------------------------------|-------------------------------------------------|
 | base          | frozen parameters in --precision; of the layers in --quant         | model.RWKV.load and quantise                    |
-| trained       | 4 a trained parameter                                              | adapter.AdapterLinear.setup; fp32 in full training |
+| trained       | 4 a trained parameter, and what a method keeps beside them         | adapter.AdapterLinear.setup; fp32 in full training |
 | gradients     | 4 a trained parameter                                              | kept from one micro-batch to the next           |
 | Adam          | 8 a trained parameter: exp_avg and exp_avg_sq                      | trainer.FineTuning.configure_optimizers         |
 | DeepSpeed     | 4 a trained parameter / processes: its master copy; its buckets    | deepspeed_anywhere.AnywhereDeepSpeed            |
@@ -57,7 +57,8 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
     """Bytes by part on one device: rows of `row` tokens, `targets` of them trained in a micro-batch. `precision` is not auto."""
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(t.numel() for t in [*model.parameters(), *model.buffers()]) - trained
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
     world = config.world
     stage = int(config.strategy[len("deepspeed_stage_")]) if config.strategy.startswith("deepspeed") else 0
     offload = config.strategy.endswith("_offload") and accelerator == "gpu"
@@ -69,7 +70,7 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
 
     parts = {
         "base": shared(base_size * frozen - saved_by_quant(model, config.quant, base_size), 3, offload and stage == 3),
-        "trained": shared(4 * trained, 3, offload and stage == 3),
+        "trained": shared(4 * trained, 3, offload and stage == 3) + buffers,
         "gradients": shared(4 * trained, 2, offload),
         "Adam": shared(8 * trained, 1, offload),
     }
@@ -80,7 +81,7 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
             largest = max(p.numel() for p in model.parameters())
             parts["DeepSpeed"] += base_size * min(max(BUCKET, largest) + BUCKET, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
-        parts["rollback"] = 24 * trained
+        parts["rollback"] = 24 * trained + 2 * buffers
     step = step_bytes(arch, config, kernel, precision, row, targets)
     # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)

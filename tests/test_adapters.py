@@ -23,7 +23,7 @@ CASES = [
     ("miss", {"scale": "sqrt"}), ("miss", {"mini_r": 2, "shards": "balanced", "scale": "sqrt"}), ("miss", {"magnitude": True}),
     ("miss", {"magnitude": True, "shards": "balanced", "scale": "sqrt", "layout": "contiguous"}),
     ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
-    ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
+    ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}), ("pissa", {}), ("pissa", {"niter": 0, "alpha": 5.0}),
     ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}), ("bat", {}), ("bat", {"order": "row"}),
     ("prolora", {"unshared": 0}), ("prolora", {"alpha": 3.0, "shares": 3}), ("mos", {}), ("mos", {"shards": 3, "budget": 1}),
 ]
@@ -37,6 +37,7 @@ COUNTS = {
     "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options:
         (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d,
     "lora": lambda d, k, r, **options: r * (d + k),
+    "pissa": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
     "vera": lambda d, k, r, **options: d + r,
     "prolora": lambda d, k, r, unshared=1, shares=4, **options: unshared * (d + k) + (r - unshared) * (-(-d // shares) - (-k // shares)),
@@ -57,7 +58,7 @@ def test_every_method_is_among_the_cases():
 
 def fitting(method, options, rank, width=16, out=16):
     """A rank like `rank` that a method takes on a linear of these widths; those of the models here are multiples of 16."""
-    if "lora" in method or method == "mos" or options.get("expand"):
+    if "lora" in method or method in ("mos", "pissa", "dora") or options.get("expand"):
         return min(rank, width, out)
     if method == "mora":
         return min(rank, min(width, out) ** 2 // (width + out))
@@ -298,6 +299,7 @@ GOLDENS = {
     "bat": ("bat", lambda g, rank: {}, {"bat": "miss_block"}),
     "vera": ("vera", lambda g, rank: {}, {name: name for name in ("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")}),
     "lora": ("lora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS),
+    "pissa": ("pissa", lambda g, rank: {"niter": 0}, FACTORS),
     "rslora": ("lora", lambda g, rank: {"alpha": rank**0.5 * g["scaling"], "rslora": True}, FACTORS),
 }
 
@@ -312,14 +314,20 @@ def test_golden_layers_of_hf_peft(data_dir, dtype, ratio):
         method, options, names = GOLDENS[name.split()[0]]
         out, width = g["W"].shape
         model = nn.Sequential(nn.Linear(width, out, bias="bias" in g)).to(dtype)
-        model[0].weight.data.copy_(g["W"])
+        weight, initial = g["W"], {}
+        if method == "pissa":  # whose residual peft computes in fp32
+            initial = {"initial_A": g["init"]["lora_A.weight"], "initial_B": g["init"]["lora_B.weight"]}
+            close("base", g["base_weight"] + initial["initial_B"] @ initial["initial_A"], weight, 1e-7)
+            weight = g["base_weight"] + initial["initial_B"] @ initial["initial_A"]
+        model[0].weight.data.copy_(weight)
         if "bias" in g:
             model[0].bias.data.copy_(g["bias"])
         rank = int(re.search(r"\br=(\d+)", name)[1])
         rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options(g, rank))
         layer = model.to(dtype)[0]
         given = g["params"] | g["frozen"]
-        layer.load({**layer.own_tensors(), **{ours: given[theirs] for ours, theirs in names.items()}})
+        layer.load({**layer.own_tensors(), **initial, **{ours: given[theirs] for ours, theirs in names.items()}})
+        close(f"{name} frozen weight", layer.weight, g["base_weight"], ratio)
         x = g["x"].to(dtype).requires_grad_()
         y = model(x)
         y.backward(g["dy"].to(dtype))
@@ -385,7 +393,7 @@ def test_save_and_load_give_the_same_model(method, options, tmp_path):
     fresh = rwkv(7)
     metadata = rwkv_miss.load_adapter(fresh, tmp_path / "a.pth")
     ids = torch.arange(9)[None]
-    assert torch.equal(fresh(ids)[0], model(ids)[0])
+    unchanged(method, options, fresh(ids)[0], model(ids)[0])
     assert (metadata["method"], metadata["step"], metadata["tokenizer"]) == (method, 3, "bytes")
     assert metadata["options"]["rank"] == rank and len(metadata["linears"]) == 12
     again = rwkv(7)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rwkv_miss import UserError
+from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import parse as parse_merge
 from rwkv_miss.parts import split_parts
 from src import legacy
@@ -78,7 +78,17 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
     values = read("--lora", "--lora_parts=att")
     assert adapter_options(values) == ({"r": 8, "alpha": 32}, ["att.receptance", "att.key", "att.value", "att.output"])
-    assert "expected one of" in mistake("--lora", "--PISSA", "--svd_niter", "4", "--lora_parts", "att,ffn")
+
+
+def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
+    for flags in (["--peft", "pissa", "--pissa_config", '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":7}'],
+                  ["--lora", "--PISSA", "--svd_niter", "7", "--lora_r", "32", "--lora_alpha", "64", "--lora_parts=att,ffn"]):
+        values = read(*flags)
+        options, targets = adapter_options(values)
+        parsed = METHODS["pissa"].Options.parse(options)
+        assert (values.peft, targets) == ("pissa", None) and (parsed.rank, parsed.niter, parsed.scale) == (32, 7, 1.0)
+    assert "--lora_alpha is ignored: PiSSA has the factor 1" in capsys.readouterr().out
+    assert adapter_options(read("--PISSA", "--lora_parts=att,ffn"))[0] == {"r": 8, "niter": 4}
 
 
 def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):

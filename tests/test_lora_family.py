@@ -1,5 +1,7 @@
 """What LoRA and its relatives do beyond the promises of every method (test_adapters.py): dropout, rates, scales."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -132,3 +134,82 @@ def test_the_frozen_a_is_in_the_file_and_not_trained(tmp_path):
     assert a.dtype == torch.float32 and torch.equal(a, model.blocks[0].att.key.lora_A) and float(a.abs().max()) > 0
     with pytest.raises(rwkv_miss.UserError, match="lora_plus"):
         rwkv_miss.inject(rwkv(), "lora_fa", rank=5, lora_plus=2.0)
+
+
+@pytest.mark.parametrize("niter", [0, 2, 9])
+def test_pissa_takes_the_principal_part_out_of_the_weight(niter):
+    """A spectrum that falls, as those of trained weights do: the randomised SVD gets nearer with every iteration, and the exact one is exact."""
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(width, 50, dtype=torch.float64))[0] for width in (70, 50))
+    values = 0.9 ** torch.arange(50, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(50, 70, bias=False))
+    model[0].weight.data.copy_(u * values @ v.t())
+    before = model[0].weight.detach().clone()
+    rwkv_miss.inject(model, "pissa", targets=["0"], rank=6, niter=niter, alpha=3.0)
+    layer = model[0]
+    kept = torch.linalg.matrix_norm(layer.weight.double())
+    best = values[6:].norm()
+    assert best * (1 - 1e-6) < kept < best * {0: 1 + 1e-6, 2: 1.01, 9: 1 + 1e-5}[niter], "what is left has the other singular values"
+    close("W", layer.weight + 0.5 * layer.lora_B @ layer.lora_A, before, 1e-6)
+    close("A and B share the roots of the singular values", layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B, 1e-2 if niter else 1e-5)
+    assert not layer.delta().any(), "exactly nothing has changed yet"
+
+
+def test_pissa_leaves_the_memory_of_a_mapped_base_alone(tmp_path):
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", rwkv().state_dict().items())
+    content = (tmp_path / "base.pth").read_bytes()
+    base, model = RWKV.load(tmp_path / "base.pth"), RWKV.load(tmp_path / "base.pth")
+    weight = model.blocks[0].att.key.weight.detach()
+    rwkv_miss.inject(model, "pissa", rank=5)
+    assert torch.equal(weight, base.blocks[0].att.key.weight) and not torch.equal(weight, model.blocks[0].att.key.weight)
+    assert (tmp_path / "base.pth").read_bytes() == content
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])
+def test_pissa_rounds_the_residual_of_a_half_precision_base_as_that_was_rounded(dtype, bound):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 40, bias=False)).to(dtype)
+    before = model[0].weight.detach().float()
+    rwkv_miss.inject(model, "pissa", targets=["0"], rank=5)
+    layer = model[0]
+    assert layer.weight.dtype == dtype and layer.lora_A.dtype == torch.float32
+    moved = layer.weight.float() + layer.lora_B @ layer.lora_A - before
+    assert 0 < moved.norm() < bound * before.norm()
+    merged = before.clone()
+    layer.add_delta_to(merged)
+    assert torch.equal(merged, before), "a merge starts from the file's weight"
+
+
+def test_pissa_under_a_quantised_base_has_smaller_errors_than_the_quantised_base():
+    """QPiSSA: inject first, then quantise the residual. Of a weight with a principal part nf4 then has less to round."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(96, 128) + torch.randn(96, 4) @ torch.randn(4, 128) * 0.1
+    errors = {}
+    for method in ("lora", "pissa"):
+        model = nn.Sequential(nn.Linear(128, 96, bias=False))
+        model[0].weight.data.copy_(weight)
+        rwkv_miss.inject(model, method, targets=["0"], rank=8)
+        rwkv_miss.quantised.quantise_(model, "nf4")
+        x = torch.randn(50, 128)
+        errors[method] = float((model(x) - x @ weight.t()).norm() / (x @ weight.t()).norm())
+        close("base", model[0].base_forward(x), model(x), 1e-5)
+        close("definition", model[0].base_weight() + model[0].delta(), model(torch.eye(128)).t(), 1e-5)
+    assert errors["pissa"] < 0.5 * errors["lora"]
+    with pytest.raises(rwkv_miss.UserError, match="quantise after that"):
+        model[0].load(model[0].own_tensors())
+
+
+def test_pissa_equals_hf_peft_in_fp32():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(50, 30))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=7, lora_alpha=14, init_lora_weights="pissa", target_modules=["0"]))
+    rwkv_miss.inject(base, "pissa", targets=["0"], rank=7, alpha=14.0, niter=0)
+    other = theirs.base_model.model[0]
+    a, b = other.lora_A["default"].weight, other.lora_B["default"].weight
+    signs = (a @ base[0].lora_A.t()).diagonal().sign()  # singular vectors have no sign of their own
+    close("A", base[0].lora_A, signs[:, None] * a, 1e-5)
+    close("B", base[0].lora_B, signs * b, 1e-5)
+    close("frozen weight", base[0].weight, other.base_layer.weight, 1e-6)
+    x = torch.randn(9, 50)
+    close("y", base(x), theirs(x), 2e-6)

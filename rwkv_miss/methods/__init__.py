@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     miss,
     mora,
     mos,
+    pissa,
     prolora,
     state,
     vera,

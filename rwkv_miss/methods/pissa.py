@@ -1,0 +1,105 @@
+"""PiSSA, LoRA that begins with the principal part of the weight (Meng et al., arXiv 2404.02948)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adapter import register
+from ..errors import UserError
+from ..functional import lora_linear
+from . import lora
+from .lora import LoraLinear
+
+OVERSAMPLING = 10  # directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, section 4.2: 5 or 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(lora.Options):
+    """Those of LoRA, with alpha 0 for the factor 1, as in the paper. niter: subspace iterations of a randomised SVD, whose numbers come from
+    torch's generator; 0: the exact SVD, which takes 40 times as long at a width of 2048, and more the wider the layer."""
+
+    niter: int = 4
+    aliases: ClassVar[dict[str, str]] = {**lora.Options.aliases, "svd_niter": "niter"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.niter < 0:
+            raise UserError(f"niter {self.niter} is no number of iterations; it must be at least 0 (0: the exact SVD)")
+
+    def own_alpha(self) -> float:
+        return float(self.rank**0.5 if self.rslora else self.rank)
+
+
+def principal_part(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
+    """(B0, A0): their product is the part of `weight` (out, in) fp32 with its `rank` largest singular values, which both have the roots of."""
+    if niter:
+        u, s, v = torch.svd_lowrank(weight, min(rank + OVERSAMPLING, *weight.shape), niter)
+        vt = v.t()
+    else:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root.unsqueeze(1) * vt[:rank]
+
+
+@register("pissa")
+class PissaLinear(LoraLinear):
+    """dW = scale (B A - B0 A0), where scale B0 A0 is the principal part of W, and A = `lora_A` (r, in), B = `lora_B` (out, r) start as A0 and B0.
+
+    W - scale B0 A0 takes the place of the frozen weight, in memory of its own and in W's dtype; so a step costs what LoRA's does. The file
+    keeps A0 and B0 = `initial_A`, `initial_B`, and a merge needs nothing else. In fp32 a fresh adapter changes the output by rounding alone.
+    In bf16 and fp16 the residual is rounded, as W was: the output moves by about the rounding error of W itself, and a merge, which starts
+    from the file's W, does not have it. A base that is quantised afterwards has small residuals in its few bits instead of W (QPiSSA).
+    """
+
+    Options = Options
+    default_lr = 2e-5  # the paper's, and Table 7's of the MiSS paper: A and B are large from the start, and both get their whole gradients
+
+    def setup(self, options: Options) -> None:
+        super().setup(options)
+        self.niter = options.niter
+        # zero: nothing has been taken out of the weight yet
+        self.register_buffer("initial_A", torch.zeros_like(self.lora_A.detach()))
+        self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()))
+
+    def start(self) -> None:
+        B, A = principal_part(self.base_weight(), len(self.lora_A), self.niter)
+        for tensor, value in ((self.lora_A, A), (self.lora_B, B)):
+            tensor.copy_(value / self.scale**0.5)
+        self.initial_A.copy_(self.lora_A)
+        self.initial_B.copy_(self.lora_B)
+
+    def prepare(self) -> None:
+        self._add_to_weight(-self.scale)
+
+    def revert(self) -> None:
+        self._add_to_weight(self.scale)
+
+    def _add_to_weight(self, factor: float) -> None:
+        """The frozen weight + factor B0 A0, computed in fp32, in new memory: the old one may be that of a file, or another model's."""
+        if not self.initial_B.any():
+            return
+        if not self.weight.is_floating_point():
+            raise UserError("PiSSA changes the frozen weight, which is quantised already; load the adapter first and quantise after that")
+        exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        self.weight.data = self._plus_principal(exact, factor).to(self.weight.dtype)
+
+    def _plus_principal(self, weight: Tensor, factor: float) -> Tensor:
+        return weight.addmm(self.initial_B.to(weight.dtype), self.initial_A.to(weight.dtype), alpha=factor)
+
+    def delta(self) -> Tensor:
+        # B A - B0 A0, but exactly zero at the start
+        return self.scale * ((self.lora_B - self.initial_B) @ self.lora_A + self.initial_B @ (self.lora_A - self.initial_A))
+
+    def add_delta_to(self, weight: Tensor) -> None:
+        weight.addmm_(self.lora_B - self.initial_B, self.lora_A, alpha=self.scale)
+        weight.addmm_(self.initial_B, self.lora_A - self.initial_A, alpha=self.scale)
+
+    def base_weight(self) -> Tensor:
+        return self._plus_principal(super().base_weight(), self.scale)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return lora_linear(x, self.weight, self.bias, self.initial_A, self.initial_B, self.scale)
