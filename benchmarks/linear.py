@@ -1,8 +1,9 @@
-"""One adapted linear, forward and backward: MiSS and LoRA of this project and of HF peft beside the frozen linear alone, in one run.
+"""One adapted linear, forward and backward: the methods of this project, and HF peft's MiSS and LoRA, beside the frozen linear alone, in one run.
 
-    python -m benchmarks.linear [--shapes 2048,2048,2048,64 512,768,3072,64] [--dtypes float32 bfloat16] [--threads 1] [--rounds 9]
+    python -m benchmarks.linear [--shapes 2048,2048,2048,64 512,768,3072,64] [--dtypes float32 bfloat16] [--systems miss lora] [--threads 1]
 
-Shapes are tokens, inputs, outputs, rank of MiSS; LoRA has the rank of as many parameters, N r out / (in + out). CPU time with one thread, wall
+Shapes are tokens, inputs, outputs, rank of MiSS; LoRA has the rank of as many parameters, r out / (in + out), and so has every other of --systems,
+which are methods and variants as benchmarks.paper sets them up, or all. CPU time with one thread, wall
 time with several; the layers take turns and the fastest round of each counts. "torch" is F.linear, "ours" the product that this project's
 layers use, with the same frozen weight. Kept is what a forward leaves for its backward, beside parameters. The last line is JSON.
 """
@@ -17,12 +18,13 @@ import rwkv_miss
 from rwkv_miss.functional import linear
 
 from .common import report
+from .paper.methods import systems
 from .step import timed
 
 SHAPES = ["2048,2048,2048,64", "512,768,768,64", "512,768,3072,64", "512,3072,768,64", "2048,2048,2048,16", "1024,4096,4096,64"]
 
 
-def layers(width: int, out: int, rank: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str]) -> dict[str, nn.Module]:
     """Every layer on the same weight, with an adapter that is not zero."""
     import peft
 
@@ -42,12 +44,17 @@ def layers(width: int, out: int, rank: int, dtype: torch.dtype) -> dict[str, nn.
     ours.weight = nn.Parameter(weight, requires_grad=False)
     lora = max(1, rank * out // (width + out))
     found = {"frozen, torch": frozen(), "frozen, ours": ours}
-    for name, method, r in (("miss", "miss", rank), ("lora", "lora", lora)):
-        found[name] = frozen()
-        rwkv_miss.inject(found[name], method, targets=["0"], rank=r)
-    for name, settings in (("peft miss", peft.MissConfig(r=rank)), ("peft lora", peft.LoraConfig(r=lora, lora_alpha=lora))):
-        settings.target_modules = ["0"]
-        found[name] = peft.get_peft_model(frozen(), settings)
+    named = systems(lora, width, out)
+    for name, (method, options) in named.items():
+        if name in ("miss", *labels) or "all" in labels:
+            found[name] = frozen()
+            rwkv_miss.inject(found[name], method, targets=["0"], **options | ({"rank": rank} if name == "miss" else {}))
+    configs = {"miss": peft.MissConfig(r=rank), "lora": peft.LoraConfig(r=lora, lora_alpha=lora), "bat": peft.MissConfig(init_weights="bat"),
+               "vera": peft.VeraConfig(), "dora": peft.LoraConfig(lora_alpha=lora, use_dora=True)}
+    for name, settings in configs.items():
+        if name in found:
+            settings.target_modules, settings.r = ["0"], named[name][1]["rank"] if name != "miss" else rank
+            found[f"peft {name}"] = peft.get_peft_model(frozen(), settings)
     with torch.no_grad():
         for model in found.values():
             for p in model.parameters():
@@ -65,11 +72,11 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in rows)
 
 
-def measure(shape: str, dtype: torch.dtype, rounds: int) -> dict:
+def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> dict:
     tokens, width, out, rank = map(int, shape.split(","))
     torch.manual_seed(0)
     x, dy = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, out).to(dtype)
-    models = layers(width, out, rank, dtype)
+    models = layers(width, out, rank, dtype, labels)
     if dtype == torch.float32:
         close = (models["miss"](x) - F.linear(x, models["frozen, torch"][0].weight + models["miss"][0].delta())).norm()
         assert close < 1e-5 * models["miss"](x).norm(), float(close)
@@ -82,13 +89,14 @@ def measure(shape: str, dtype: torch.dtype, rounds: int) -> dict:
                 p.grad = None
     base = seconds["frozen, ours"]
     rows = {name: {"ms": round(s * 1e3, 3), "of_frozen_ours": round(s / base, 3), "of_frozen_torch": round(s / seconds["frozen, torch"], 3),
-                   "kept_bytes": kept_bytes(models[name], x)} for name, s in seconds.items()}
+                   "kept_bytes": kept_bytes(models[name], x), "parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad)}
+            for name, s in seconds.items()}
     ratios = {f"{other}_overhead_of_ours": round((seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base), 2)
-              for other in ("peft miss", "peft lora")}
+              for other in ("peft miss", "peft lora") if other in seconds}
     print(f"{shape} {dtype}")
     for name, row in rows.items():
-        print(f"    {name:<14} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "
-              f"{row['kept_bytes']:>12,} bytes kept")
+        print(f"    {name:<16} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "
+              f"{row['kept_bytes']:>12,} bytes kept  {row['parameters']:>9,} parameters")
     print(f"    overhead of HF peft over its frozen linear / ours over ours: {ratios}", flush=True)
     return {"shape": shape, "dtype": str(dtype), "layers": rows, **ratios}
 
@@ -97,11 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--systems", nargs="+", default=["miss", "lora"], help=f"of {', '.join(systems(1))}; or all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = [measure(shape, getattr(torch, dtype), args.rounds) for dtype in args.dtypes for shape in args.shapes]
+    results = [measure(shape, getattr(torch, dtype), args.rounds, args.systems) for dtype in args.dtypes for shape in args.shapes]
     report("linear", results=results, clock="CPU time" if args.threads == 1 else "wall time", rounds=args.rounds)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _define, _once, _rows, _weight_gradients, add_expanded_, shard_sum
+from .functional import _define, _once, _rows, _weight_gradients, add_expanded_, add_repeated_, shard_sum
 from .gemm import product, product_plus
 from .quantised import dense
 
@@ -30,7 +30,7 @@ def _expand_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -
     h = product(rows, D.to(x.dtype))
     shards = _output_shards(y, len(D))
     for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
-        shard.add_(part.unsqueeze(2))
+        add_repeated_(shard, part)
     return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
