@@ -63,6 +63,11 @@ def peak_above_start(work) -> int:
     return max(seen) - start
 
 
+def release_freed() -> None:
+    """Have glibc give back what is freed, where it is the C library: what comes next would use it, and seem to need less."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
+
+
 def keep_pages() -> bool:
     """Have glibc keep the memory that is freed, for this process; False where it is another C library.
 

@@ -44,9 +44,9 @@ VARIANTS = {
 KERNELS = {"plain": "torch", "plain, by tokens": "reference"}
 
 
-def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int) -> RWKV:
-    """A model as a new one is, with the maps that are zero there filled, and the native kernels of the CPU."""
-    model = RWKV(default_arch(version, n_layer, n_embd, vocab_size), "cpu")
+def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int, kernel: str = "cpu") -> RWKV:
+    """A model as a new one is, with the maps that are zero there filled, and by default the native kernels of the CPU."""
+    model = RWKV(default_arch(version, n_layer, n_embd, vocab_size), kernel)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2 and not p.any():
@@ -69,11 +69,7 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
     model.load_state_dict({name: t.to(dtype) for name, t in base.state_dict().items()}, assign=True)
     model.requires_grad_(False)
     if variant.startswith("peft"):
-        import peft
-
-        settings = peft.LoraConfig(r=rank // 2, lora_alpha=rank) if variant == "peft lora" else peft.MissConfig(r=rank)
-        settings.target_modules = [name for name in TARGETS if name in str(base.state_dict().keys())]
-        peft.get_peft_model(model, settings)
+        add_peft(model, variant, rank)
     else:
         method = "lora" if variant == "lora" else "miss"
         rwkv_miss.inject(model, method, rank=rank // 2 if method == "lora" else rank)
@@ -82,17 +78,30 @@ def build(variant: str, base: RWKV, rank: int) -> RWKV:
     return model
 
 
+def add_peft(model: RWKV, variant: str, rank: int) -> None:
+    """HF peft's MiSS, or its LoRA with half of the rank, on the paper's linears, in place."""
+    import peft
+
+    settings = peft.LoraConfig(r=rank // 2, lora_alpha=rank) if variant == "peft lora" else peft.MissConfig(r=rank)
+    settings.target_modules = [name for name in TARGETS if name in str(model.state_dict().keys())]
+    peft.get_peft_model(model, settings)
+
+
 def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callable[[], None]:
-    model = build(variant, base, rank)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
     wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     if variant == "half masked":
         wanted[:, : wanted.shape[1] // 2] = False
+    return training_step(build(variant, base, rank), ids, wanted, all_logits=variant == "all logits")
+
+
+def training_step(model: RWKV, ids: torch.Tensor, wanted: torch.Tensor, all_logits: bool = False) -> Callable[[], None]:
+    """Forward, loss on the tokens that are `wanted`, backward and AdamW on rows of ids (B, T + 1)."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
     targets = ids[:, 1:][wanted]
 
     def step() -> None:
         x, _ = model.features(ids[:, :-1], wanted=wanted)
-        loss = loss_sum(model.head(x), targets) if variant == "all logits" else model.loss(x, targets)
+        loss = loss_sum(model.head(x), targets) if all_logits else model.loss(x, targets)
         (loss / len(targets)).backward()
         optimizer.step()
         optimizer.zero_grad()

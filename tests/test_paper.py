@@ -160,3 +160,21 @@ def test_nlu_classifies_held_out_lines(outcome):
     for measured in found["outcomes"]:
         # of 100 lines, where guessing gets 50 right, with a standard deviation of 5
         assert min(measured["scores"]["accuracy"]) > 0.7, measured
+
+
+def test_resources_compares_equal_parameters(outcome):
+    found, _ = outcome("resources")
+    (rows,) = found["tables"].values()
+    assert [row["method"] for row in rows] == list(experiment("resources").TINY.methods)
+    assert len({row["parameters"] for row in rows}) == 1 and all(row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows)
+    assert [(round(row["paper's"], 2), round(row["paper's "], 3)) for row in rows if row["method"] == "miss"] == [(1.10, 0.915)]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--methods", "miss", "lroa"], "takes miss, lora and any of: .*; got miss lroa"), (["--model", "gpt"], "rwkv6-3b"),
+    (["--device", "tpu"], "can't be used here; cpu can"),
+])
+def test_resources_refuses_before_it_builds(argv, message, tmp_path):
+    with pytest.raises(rwkv_miss.UserError, match=message):
+        main(["resources", *argv, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
