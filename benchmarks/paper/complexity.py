@@ -7,6 +7,7 @@ the frozen linear's own 4 N k d are taken off. Saved is what the forward keeps f
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,10 +40,56 @@ class Cost:
     parameters: int
 
 
-# of N tokens, k inputs, d outputs, rank r. MiSS: y += S D, dS = dy D^T, dD = S^T dy. LoRA: the same with B, and three products with A
-FORMULAS: dict[str, Callable[[int, int, int, int], Cost]] = {
-    "miss": lambda N, k, d, r: Cost(6 * N * r * d, N * r, r * d),
-    "lora": lambda N, k, d, r: Cost(6 * N * r * (d + k), N * (k + r), r * (d + k)),
+def _miss(N: int, k: int, d: int, rank: int, shards="plain", mini_r=0, magnitude=False, expand=False, **_) -> Cost:
+    if expand:  # equation 1: x D^T, and the outputs' shards in the backward
+        return Cost(6 * N * rank * k, N * k, rank * k)
+    rows, columns = rank + (shards == "balanced"), mini_r or d
+    return Cost(6 * N * rows * columns, N * rows + magnitude * d * (N + 2), rows * columns + magnitude * d)
+
+
+def _mora(N: int, k: int, d: int, rank: int) -> Cost:
+    size = math.isqrt(rank * (k + d))
+    return Cost(6 * N * size**2, N * size, size**2)
+
+
+def _bat(N: int, k: int, d: int, rank: int, order="col") -> Cost:
+    if order == "row":  # x D for the blocks of x, and two such products in the backward
+        return Cost(6 * N * k * rank, N * k, k * rank)
+    return Cost(2 * N * k * d + 6 * k * d * rank, N * k, d * rank)  # the gradient of the whole weight, and W + dW twice
+
+
+def _lora(N: int, k: int, d: int, rank: int) -> Cost:
+    return Cost(6 * N * rank * (k + d), N * (k + rank), rank * (k + d))
+
+
+def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> Cost:
+    shared = rank - unshared
+    return dataclasses.replace(_put_together(N, k, d, rank), parameters=shared * (-(-k // shares) - (-d // shares)) + unshared * (k + d))
+
+
+def _mos(N: int, k: int, d: int, rank: int, budget: int, shards=4) -> Cost:
+    private = budget // 4
+    pools = (budget - private) * shards * (-(-k // shards) - (-d // shards))
+    return dataclasses.replace(_put_together(N, k, d, rank), parameters=pools + private * (k + d))
+
+
+def _put_together(N: int, k: int, d: int, rank: int) -> Cost:
+    """LoRA, whose A and B are made in the forward, and kept."""
+    lora = _lora(N, k, d, rank)
+    return dataclasses.replace(lora, saved=lora.saved + rank * (k + d))
+
+
+# of N tokens, k inputs, d outputs and the method's options
+FORMULAS: dict[str, Callable[..., Cost]] = {
+    "miss": _miss,
+    "mora": _mora,
+    "bat": _bat,
+    "lora": _lora,
+    "pissa": _lora,
+    "prolora": _prolora,
+    "mos": _mos,
+    "lora_fa": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d), N * rank, rank * d),
+    "vera": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d) + 4 * d * rank, N * rank, rank + d),
 }
 
 
@@ -50,10 +97,11 @@ def _product_flops(x: Tensor, weight: Tensor, *args, **kwargs) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-# matrix products that torch's counter does not know: oneDNN's, linear() as this project's operators call it, and one in place
+# matrix products that torch's counter does not know: oneDNN's, linear() as this project's operators call it, and others
 PRODUCTS = {
     "aten.linear.default": _product_flops,
     "aten.addmm_.default": lambda y, x, matrix, **kwargs: 2 * x.numel() * matrix.shape[1],
+    "aten.mv.default": lambda matrix, x, **kwargs: 2 * matrix.numel(),
     "mkldnn._linear_pointwise.default": _product_flops,
     "mkldnn._linear_pointwise.binary": lambda x, other, weight, *args, **kwargs: _product_flops(x, weight),
 }
@@ -104,7 +152,7 @@ def rows(shape: str) -> Iterator[dict[str, Any]]:
     N, k, d, rank = map(int, shape.split(","))
     for label, (method, options) in systems(rank, k, d).items():
         cost = measure(adapted_linear(k, d, method, options), N)
-        formula = FORMULAS[method](N, k, d, options["rank"]) if method in FORMULAS else None
+        formula = FORMULAS[method](N, k, d, **options) if method in FORMULAS else None
         yield {"system": label, "rank": options["rank"], "cost": cost, "formula": formula, "frozen": 4 * N * k * d}
 
 
@@ -124,17 +172,25 @@ def table(shape: str, measured: list[dict[str, Any]]) -> Table:
 
 
 def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
-    pairs = [[next(row["cost"] for row in rows if row["system"] == name) for name in ("miss", "lora")] for rows in measured.values()]
-    flops = [miss.flops / lora.flops for miss, lora in pairs]
-    saved = [lora.saved / miss.saved for miss, lora in pairs]
-    wrong = sorted({row["system"] for rows in measured.values() for row in rows if row["formula"] and row["cost"] != row["formula"]})
+    costs = [{row["system"]: row["cost"] for row in rows} for rows in measured.values()]
+
+    def ratios(count: str, label: str, to: str) -> tuple[float, float]:
+        """The smallest and the largest of the shapes."""
+        found = [getattr(cost[label], count) / getattr(cost[to], count) for cost in costs]
+        return min(found), max(found)
+
+    wrong = sorted({row["system"] for rows in measured.values() for row in rows if row["cost"] != row["formula"]})
+    flops, saved = ratios("flops", "miss", "lora"), ratios("saved", "lora", "miss")
+    by_output, kept_by_output = ratios("flops", "miss, expand", "miss"), ratios("saved", "miss, expand", "miss")
     return [
         Claim("rank r costs r d parameters, where LoRA's costs r (d + k)", "counted exactly, as are the FLOPs and what is kept for the backward"
               if not wrong else f"the counts of {', '.join(wrong)} are others than the formulas'", not wrong),
-        Claim("MiSS computes less than LoRA", f"at equal rank, not at equal parameters: {min(flops):.3f} to {max(flops):.3f} of LoRA's FLOPs",
-              max(flops) < 0.95),
-        Claim("MiSS needs less memory than LoRA", f"LoRA keeps {min(saved):.0f} to {max(saved):.0f} times as much for the backward: its input, "
-              "where MiSS keeps the shard sums", min(saved) > 1),
+        Claim("MiSS computes less than LoRA", "at equal rank, not at equal parameters: {:.3f} to {:.3f} of LoRA's FLOPs".format(*flops),
+              flops[1] < 0.95),
+        Claim("MiSS needs less memory than LoRA", "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the shard "
+              "sums. LoRA-FA keeps as little".format(*saved), saved[0] > 1),
+        Claim("shards of inputs (equations 2-3) are cheaper than shards of outputs (equation 1)", "in memory: equation 1 keeps {2:.0f} to {3:.0f} "
+              "times as much, with {0:.2f} to {1:.2f} of the FLOPs".format(*by_output, *kept_by_output), kept_by_output[0] > 1),
     ]
 
 

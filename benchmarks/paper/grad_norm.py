@@ -10,6 +10,7 @@ E ||fold(G)||^2 = ||G||^2 holds for MiSS at every rank, whatever is to be learnt
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -23,7 +24,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.inject import find_linears
 
 from . import tasks
-from .methods import systems
+from .methods import named
 from .results import Claim, Result, Table
 from .settings import option
 
@@ -105,8 +106,8 @@ class Case:
     def full(self) -> float:
         return norm(self.gradients.values())
 
-    def ratio(self, label: str, rank: int) -> float | None:
-        return self.found[label, rank].norm / self.full if (label, rank) in self.found else None
+    def ratio(self, label: str, rank: int) -> float:
+        return self.found[label, rank].norm / self.full
 
     def by_leaf(self, label: str, rank: int) -> dict[str, float]:
         """Ratio for the linears of each kind, such as att.key."""
@@ -119,12 +120,13 @@ class Case:
 
 
 def measure(model: nn.Module, gradients: dict[str, Tensor], ranks: tuple[int, ...]) -> Case:
-    limit = min(min(g.shape) for g in gradients.values())
+    """Every system at every rank that fits the model."""
     found = {}
-    for rank in (rank for rank in ranks if rank <= limit):
-        for label, (method, options) in systems(rank).items():
+    for rank in ranks:
+        for label, (method, options) in named(2 * rank).items():  # mini: D (r, r)
             torch.manual_seed(0)
-            found[label, rank] = first_gradient(model, gradients, method, {**options, "rank": rank})
+            with contextlib.suppress(rwkv_miss.UserError):  # a rank, or a mini_r, that does not fit
+                found[label, rank] = first_gradient(model, gradients, method, {**options, "rank": rank})
     return Case(gradients, found)
 
 
@@ -141,7 +143,7 @@ def cases(settings: Settings) -> dict[str, Case]:
 
 def table(caption: str, found: dict[str, Case], read: Callable[[Case, str, int], float]) -> Table:
     labels = list(dict.fromkeys(label for case in found.values() for label, _ in case.found))
-    rows = [(f"{name}, r = {rank}", *(read(case, label, rank) for label in labels))
+    rows = [(f"{name}, r = {rank}", *(read(case, label, rank) if (label, rank) in case.found else None for label in labels))
             for name, case in found.items() for rank in dict.fromkeys(rank for _, rank in case.found)]
     return Table(caption, ("gradients", *labels), rows)
 

@@ -1,7 +1,8 @@
-"""The adapter methods as the paper sets them up, and one adapted linear of each."""
+"""The adapter methods as the paper's experiments set them up, and one adapted linear of each."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,28 +13,58 @@ from rwkv_miss.adapter import METHODS, AdapterLinear
 
 LINEAR = sorted(name for name, method in METHODS.items() if method.adapts_linears)
 
-# label -> method and options of what is compared beside the methods with their defaults
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"miss, contiguous": ("miss", {"layout": "contiguous"})}
+
+def variants(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Label -> (method, options) of what is compared beside the methods as they are by default. `out` is the width of the outputs."""
+    return {
+        "miss, contiguous": ("miss", {"layout": "contiguous"}),  # equations 2-3
+        "miss, expand": ("miss", {"expand": True}),  # equation 1
+        "miss, balanced": ("miss", {"shards": "balanced"}),
+        "miss, sqrt": ("miss", {"scale": "sqrt"}),
+        "miss, mini": ("miss", {"mini_r": out // 2}),
+        "miss, magnitude": ("miss", {"magnitude": True}),
+        "bat, row": ("bat", {"order": "row"}),
+    }
 
 
-def equal_rank(method: str, rank: int, width: int, out: int) -> int:
-    """The rank at which a method has as many parameters as LoRA of `rank` on a linear (width, out), to the nearest whole number."""
-    if method in ("miss",):
-        return round(rank * (width + out) / out)
-    return rank
+def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int) -> dict[str, Any]:
+    """The options at which a method has as many parameters as LoRA of `rank` on a linear (width, out), as near as it can.
 
-
-def systems(rank: int, width: int = 1, out: int = 1) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label -> (method, options) of every method and variant, with about the parameters of LoRA of this rank on linears (width, out).
-
-    Without widths: on a model whose linears are square on average, as RWKV's are.
+    Balanced MiSS has a row more than its rank. VeRA can't have as many: its rank is the smaller width, as in the paper's App. B. PRoLoRA and MoS
+    have ranks of about four times LoRA's, put together from its numbers.
     """
-    named = {name: (name, {}) for name in LINEAR} | VARIANTS
-    return {label: (method, {"rank": equal_rank(method, rank, width, out), **options}) for label, (method, options) in named.items()}
+    numbers = rank * (width + out)
+    if method == "vera":
+        return {**options, "rank": min(width, out)}
+    if method == "bat":
+        wanted, common = numbers / (width if options.get("order") == "row" else out), math.gcd(width, out)
+        return {**options, "rank": min((r for r in range(1, common + 1) if common % r == 0), key=lambda r: abs(r - wanted))}
+    if method in ("miss", "lora_fa"):
+        columns = width if options.get("expand") else options.get("mini_r") or out
+        return {**options, "rank": max(1, round(numbers / columns) - (options.get("shards") == "balanced"))}
+    if method == "prolora":
+        unshared = rank // 4
+        return {**options, "rank": unshared + 4 * (rank - unshared), "unshared": unshared, "shares": 4}
+    if method == "mos":
+        return {**options, "rank": min(4 * rank, width, out), "budget": rank}
+    return {**options, "rank": rank}
+
+
+def named(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Label -> (method, options) of every method and variant, without ranks."""
+    return {name: (name, {}) for name in LINEAR} | variants(out)
+
+
+def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The same with about the parameters of LoRA of this rank on linears (width, out).
+
+    Without widths: for models whose linears are square on average, as RWKV's are.
+    """
+    return {label: (method, equal(method, options, rank, width, out)) for label, (method, options) in named(out).items()}
 
 
 def adapted_linear(width: int, out: int, method: str, options: dict[str, Any]) -> AdapterLinear:
-    """A random linear of (width, out), fp32, with an adapter whose trained tensors are not zero."""
+    """A random linear of (width, out), fp32, with an adapter whose trained tensors are not what they are at the start."""
     model = nn.Sequential(nn.Linear(width, out, bias=False))
     rwkv_miss.inject(model, method, targets=["0"], **options)
     with torch.no_grad():

@@ -186,7 +186,7 @@ def check(settings: Settings) -> None:
     labels = [*systems(1), PEFT]
     unknown = [label for label in settings.methods if label not in labels]
     if unknown or not {"miss", "lora"} <= set(settings.methods):
-        raise rwkv_miss.UserError(f"--methods takes miss, lora and any of: {', '.join(labels)}; got {' '.join(settings.methods)}")
+        raise rwkv_miss.UserError(f"--methods takes miss, lora and any of: {'; '.join(labels)}; got {' '.join(settings.methods)}")
     if settings.model not in MODELS:
         raise rwkv_miss.UserError(f"--model {settings.model} is unknown; choose one of: {', '.join(MODELS)}")
     if settings.device not in ("cpu", "cuda") or settings.device == "cuda" and not torch.cuda.is_available():

@@ -100,7 +100,7 @@ def measure(widths: tuple[int, ...], rounds: int) -> Timing:
     """Every system on every width: LoRA of rank n / 64, the others with its parameters. They take turns, the fastest round of each counts."""
     rows = []
     for width in widths:
-        named, start, models = systems(max(1, width // 64)), {}, {"full": square(width)}
+        named, start, models = systems(max(1, width // 64), width, width), {}, {"full": square(width)}
         for label, (method, options) in named.items():
             start[label], models[label] = initialise(width, method, options)
         steps = {label: make_step(model, width) for label, model in models.items()}
