@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -91,11 +92,18 @@ def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
     return ids[:end]
 
 
+def answers_to(
+    model: RWKV, tokenizer, questions: Sequence[tuple[list[str], Any]], max_tokens: int, template: Template = DEFAULT, batch: int = 256
+) -> list[str]:
+    """What the model answers to each of (the pieces of the prompt, ...), without thoughts; the prompts are made with the same template."""
+    prompts = [[token for piece in pieces for token in tokenizer.encode(piece)] for pieces, _ in questions]
+    stops = [template.stop] if template.stop else []
+    return [answer_text(text, template) for text in greedy_answers(model, tokenizer, prompts, max_tokens, batch, stops)]
+
+
 def exact_accuracy(
     model: RWKV, tokenizer, questions: list[tuple[list[str], str]], max_tokens: int, template: Template = DEFAULT
 ) -> tuple[float, list[str]]:
     """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the same template."""
-    prompts = [[token for piece in pieces for token in tokenizer.encode(piece)] for pieces, _ in questions]
-    stops = [template.stop] if template.stop else []
-    answers = [answer_text(text, template) for text in greedy_answers(model, tokenizer, prompts, max_tokens, stops=stops)]
+    answers = answers_to(model, tokenizer, questions, max_tokens, template)
     return sum(a == right for a, (_, right) in zip(answers, questions, strict=True)) / len(questions), answers

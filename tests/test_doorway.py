@@ -15,7 +15,8 @@ from rwkv_miss.errors import one_line_errors
 from .conftest import ROOT
 
 PROGRAMS = [["train.py"], *(["-m", name] for name in (
-    "demo.chat", "demo.verify", "scripts.binidx", "scripts.doctor", "scripts.evaluate", "scripts.memory_table", "scripts.plan", "scripts.preview"))]
+    "demo.chat", "demo.verify", "scripts.binidx", "scripts.doctor", "scripts.evaluate", "scripts.lm_eval", "scripts.memory_table", "scripts.plan",
+    "scripts.preview"))]
 
 
 def run(program, **options):

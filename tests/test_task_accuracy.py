@@ -1,0 +1,230 @@
+"""The recipes of docs/recipes.md, Tables 3 and 6: MetaMathQA -> GSM8K and MATH, CodeFeedback -> HumanEval and MBPP."""
+
+import json
+import pathlib
+import re
+import time
+from fractions import Fraction
+
+import pytest
+
+from rwkv_miss import merge_file, read_metadata
+from scripts import evaluate
+from src.answers import final_number, normalised, numbers, result, same_number, same_result
+from src.code_tests import Problem, passed, read_problems, written
+from src.formats import read_rows
+from src.template import DEFAULT, row_segments
+
+from . import program
+
+
+def gsm8k(data_dir, name="gsm8k_test.jsonl"):
+    return [json.loads(line) for line in (data_dir / name).read_text().splitlines()]
+
+
+def metamath(row):
+    """A row of GSM8K as MetaMathQA has it."""
+    solution, number = re.sub(r"<<.*?>>", "", row["answer"]).split("\n#### ")
+    return {"type": "GSM_AnsAug", "query": row["question"], "original_question": row["question"],
+            "response": f"{solution}\n#### {number}\nThe answer is: {number}"}
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("so 3 + 4 = 7.\n#### 7", 7), ("#### 1,080", 1080), ("#### -12", -12), ("#### 18 eggs of 20", 18),
+    ("The answer is: $1,234.50.", Fraction("1234.5")), ("The answer is: 3/4", Fraction(3, 4)), ("The answer is 18 and not 20.", 18),
+    ("first 3, then 10-12", 12), ("it costs -$5", -5), ("about .5", Fraction(1, 2)),
+    ("The answer is 3. The answer is 4.", 4), ("the answer is: none of 3", 3), ("The answer is: unknown", None), ("no number", None), ("", None),
+])
+def test_the_number_that_an_answer_ends_in(text, expected):
+    assert final_number(text) == expected
+
+
+def test_numbers_of_a_text_in_their_order():
+    assert numbers("1,2 and 1,234,567.25 or 12,34") == [1, 2, Fraction("1234567.25"), 12, 34]
+
+
+def test_every_right_answer_of_gsm8k_is_right_and_every_shifted_one_wrong(data_dir):
+    rows = gsm8k(data_dir)
+    assert len(rows) == 1319
+    for row in rows:
+        gold = row["answer"]
+        assert final_number(gold) == Fraction(gold.rpartition("#### ")[2].replace(",", ""))
+        assert same_number(gold, gold) and same_number(metamath(row)["response"], gold)
+        shifted = f"{gold.rpartition('#### ')[0]}The answer is: {final_number(gold) + 1}"
+        assert not same_number(shifted, gold)
+        assert not same_number("", gold)
+
+
+@pytest.mark.parametrize("text,expected", [
+    (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{a_{b}^{2}}", "a_{b}^{2}"), (r"is $\boxed 5$", "5"),
+    (r"\fbox{7}", "7"), (r"The answer is: \frac{3}{4}", r"\frac{3}{4}"), ("#### 12\nThe answer is: 12", "12"),
+    (r"\boxed{open", None), ("7", None), ("The answer is:", ""),
+])
+def test_the_result_of_a_solution(text, expected):
+    assert result(text) == expected
+
+
+@pytest.mark.parametrize("one,other", [
+    (r"\dfrac12", r"\frac{1}{2}"), ("1/2", r"\tfrac{1}{2}"), (r"\frac3{45}", r"\frac{3}{45}"), (r"\frac{3}5", r"\frac{3}{5}"),
+    (r"2\sqrt3", r"2\sqrt{3}"), (r"x = 5\text{ cm}", "5"), (r"12\text{ m}^2", "12"), (r"90^\circ", r"90^{\circ}"),
+    (r"\left( 1,\, 2 \right)", "(1,2)"), (r"\$5", "5"), (r"50\%", "50"), (r"\text{Monday}", "Monday"),
+    (r"\mathrm{(B)}", r"\text{(B)}"), (r"5\,\text{degrees}", "5."),
+])
+def test_results_that_are_written_differently(one, other):
+    assert normalised(one) == normalised(other)
+    assert same_result(f"The answer is: {one}", rf"\boxed{{{other}}}")
+
+
+@pytest.mark.parametrize("one,other,equal", [
+    ("0.5", r"\frac{1}{2}", True), ("1,000", "1000", True), (".25", r"\frac14", True), (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
+    ("2.0", "2", True), ("0.33", r"\frac13", False), ("-2", "2", False), ("(1,2)", "(2,1)", False), ("1,2", "12", False),
+    (r"\frac{1}{0}", "1", False), ("x^2", "x^3", False),
+])
+def test_results_that_are_equal_numbers(one, other, equal):
+    assert same_result(rf"\boxed{{{one}}}", rf"\boxed{{{other}}}") == equal
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "entry_point": "largest",
+    "prompt": 'import math\n\n\ndef largest(values):\n    """The largest, or -inf.\n\n    >>> largest([1, 3])\n    3\n    """\n',
+    "canonical_solution": "    return max(values, default=-math.inf)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 3]) == 3\n    assert candidate([]) == -float('inf')\n",
+}
+MBPP = {
+    "task_id": 2, "text": "Write a function to add two numbers.", "code": "def add(a, b):\n    return a + b",
+    "test_list": ["assert add(1, 2) == 3", "assert add(zero, 0) == 0"], "test_setup_code": "zero = 0",
+}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (HUMANEVAL, MBPP)))
+    return path
+
+
+def test_programs_are_right_if_they_pass_and_only_then(problems):
+    (pieces, largest), (_, add) = read_problems(str(problems))
+    assert "".join(pieces) == ('User: Complete this Python function.\n```python\nimport math\ndef largest(values):\n    """The largest, or -inf.\n'
+                               '    >>> largest([1, 3])\n    3\n    """\n```\n\nAssistant:')
+    whole = "```python\ndef largest(values):\n    return max(values, default=-math.inf)\n```"
+    answers = [
+        (largest, HUMANEVAL["canonical_solution"], True), (largest, HUMANEVAL["canonical_solution"].strip(), True),
+        (largest, whole, True), (largest, f"Here it is:\n{whole}\nIt uses max.", True),
+        (largest, "    return max(values)", False), (largest, "", False), (largest, "no code", False),
+        (add, f"```\n{MBPP['code']}\n```", True), (add, MBPP["code"], True), (add, "def add(a, b):\n    return a - b", False),
+        (add, f"{MBPP['code']}\nimport sys\nsys.exit(0)", False), (add, "def add(a, b):\n    import os\n    os._exit(0)", False),
+    ]
+    assert passed([problem.program(answer) for problem, answer, _ in answers]) == [expected for *_, expected in answers]
+    assert written("```py\na\n") == "a\n" and written("```\na\n``` and ```\nb\n```") == "a\n"
+
+
+def test_a_program_has_so_much_time_and_memory_and_leaves_nothing(tmp_path):
+    child = tmp_path / "child"
+    parent = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open({str(child)!r}, "w") as file:
+    file.write(str(child.pid))
+time.sleep(600)
+"""
+    fine = "x = bytearray(1 << 20)\nprint('a' * 100000)\nassert __name__ == '__main__'\nopen('here', 'w').close()"
+    programs = [fine, "x = bytearray(1 << 30)", "while True: pass", parent]
+    assert passed(programs, seconds=3, memory=1 << 29) == [True, False, False, False]
+    status = pathlib.Path(f"/proc/{child.read_text()}/stat")
+    for _ in range(100):  # the kernel ends it when it gets to it
+        if not status.exists() or status.read_text().rpartition(") ")[2][0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("what a program has started does not end with it")
+
+
+def test_rows_that_are_no_problems(tmp_path, problems):
+    for row, message in (({"prompt": "x", "test": "", "entry_point": "f"}, "does not begin the function 'f'"),
+                         ({"question": "q"}, "expected HumanEval's")):
+        problems.write_text(json.dumps(row))
+        with pytest.raises(ValueError, match=f"problems.jsonl, line 1: .*{message}"):
+            read_problems(str(problems))
+    assert Problem("q", "assert f() == 1").program("def f(): return 1") == "def f(): return 1\nassert f() == 1\n"
+
+
+# the program
+
+
+def evaluated(capsys, *flags):
+    """(the last line of stdout, or None; stderr)"""
+    try:
+        evaluate.main([*map(str, flags)])
+    except SystemExit as end:
+        assert end.code == 2
+        return None, capsys.readouterr().err
+    out = capsys.readouterr().out.splitlines()
+    return json.loads(out[-1]) if out[-1].startswith("{") else out[-1], ""
+
+
+def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, problems, capsys):
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    rows = gsm8k(data_dir)[:40]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def score(texts, name="number", file=questions, *flags):
+        answers.write_text("".join(json.dumps({"answer": text}) + "\n" for text in texts))
+        return evaluated(capsys, "--answers", answers, "--questions", file, "--score", name, *flags)[0]["accuracy"]
+
+    assert score([row["answer"] for row in rows]) == 1.0
+    assert score([metamath(row)["response"] for row in rows]) == 1.0
+    assert score([f"#### {final_number(row['answer']) + 1}" for row in rows]) == 0.0
+    assert score([row["answer"] if i % 4 else "" for i, row in enumerate(rows)]) == 0.75
+    assert score([row["answer"] for row in rows], "exact") == 1.0 and score([metamath(row)["response"] for row in rows], "exact") == 0.0
+    maths = tmp_path / "math.jsonl"
+    maths.write_text(json.dumps({"problem": "1/2 + 1/4?", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{\frac{3}{4}}$."}))
+    assert score(["The answer is: 0.75"], "boxed", maths, "--sft_field", "problem,solution") == 1.0
+    assert score([r"\boxed{\frac34}"], "boxed", maths, "--sft_field", "problem,solution") == 1.0
+    assert score(["3/5"], "boxed", maths, "--sft_field", "problem,solution") == 0.0
+    assert score([HUMANEVAL["canonical_solution"], "def add(a, b): return 3"], "code", problems, "--run_code") == 0.5
+
+
+@pytest.mark.parametrize("flags,message", [
+    ([], "give --model, which answers the questions, or --answers"),
+    (["--model", "m", "--answers", "a"], "not both"),
+    (["--answers", "a", "--run_code"], "--run_code is for --score code"),
+    (["--answers", "a", "--score", "code"], "in no sandbox: add --run_code"),
+    (["--model", "m", "--score", "code"], "--save FILE without it keeps the answers"),
+    (["--answers", "a", "--adapter", "b"], "--adapter belongs to a --model"),
+    (["--answers", "a", "--batch", "0"], "--batch 0: must be at least 1"),
+    (["--answers", "nowhere.jsonl", "--score", "number"], "nowhere.jsonl can't be read"),
+    (["--answers", "{folder}/one.jsonl", "--score", "number"], "has 1 answers, --questions has 2 questions"),
+    (["--answers", "{folder}/one.jsonl", "--score", "boxed"], r"--score boxed: a right answer has no \\boxed"),
+])
+def test_mistakes_are_explained(tmp_path, flags, message, capsys):
+    (tmp_path / "one.jsonl").write_text('{"answer": "7"}\n')
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "q", "answer": "7"}\n{"question": "p", "answer": "8"}\n')
+    _, error = evaluated(capsys, "--questions", questions, *(flag.format(folder=tmp_path) for flag in flags))
+    assert re.search(message, error), error
+
+
+def test_from_metamathqa_to_the_score_of_gsm8k(data_dir, tmp_path, capsys):
+    """Train on rows as MetaMathQA has them, merge, answer questions of GSM8K, score: a model of 3M parameters is right in none."""
+    base, data, questions = data_dir / "real/rwkv6-3m-utf16.pth", tmp_path / "MetaMathQA.json", tmp_path / "gsm8k.jsonl"
+    rows = [metamath(row) for row in gsm8k(data_dir, "gsm8k_train.jsonl")[:6]]
+    data.write_text(json.dumps(rows))
+    pieces = row_segments(next(read_rows(data))[1], DEFAULT, "assistant")
+    asked = re.sub(r"\n{2,}", "\n", rows[0]["query"])
+    assert pieces == [(f"User: {asked}\n\nAssistant:", False), (f" {rows[0]['response']}", True)]
+    program.succeed(program.run([
+        "--load_model", str(base), "--tokenizer", "utf16", "--data_file", str(data), "--proj_dir", str(tmp_path / "run"), "--peft_config", "r=8",
+        "--ctx_len", "512", "--micro_bsz", "2", "--epoch_steps", "2", "--lr_init", "1e-3"]))
+    adapter, merged, kept = tmp_path / "run/adapter.pth", tmp_path / "merged.pth", tmp_path / "answers.jsonl"
+    assert read_metadata(adapter)["template"] == "rwkv"
+    merge_file(base, adapter, merged)
+    questions.write_text("".join(json.dumps(row) + "\n" for row in gsm8k(data_dir)[:3]))
+    flags = ["--questions", questions, "--score", "number", "--max_tokens", 40]
+    found, _ = evaluated(capsys, "--model", merged, *flags, "--save", kept)
+    assert found["questions"] == 3 and found["score"] == "number" and found["accuracy"] <= 1 / 3
+    answers = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [row["prompt"] for row in answers] == [f"User: {row['question']}\n\nAssistant:" for row in gsm8k(data_dir)[:3]]
+    assert all(row["answer"] for row in answers)
+    again, _ = evaluated(capsys, "--answers", kept, *flags[:4])
+    assert again["accuracy"] == found["accuracy"]
