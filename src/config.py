@@ -160,9 +160,10 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
 _COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0, "eval_split": 0.0}
+_LORA36, _LORA64 = {"rank": 36, "alpha": 72.0}, {"rank": 64, "alpha": 128.0}
 PRESETS = {
-    "paper-table7": ({**_COMMON, "global_bsz": 64}, {"miss": {"rank": 64}, "lora": {"rank": 36, "alpha": 72.0}, "pissa": {"rank": 36}}),
-    "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}, "pissa": {"rank": 64}}),
+    "paper-table7": ({**_COMMON, "global_bsz": 64}, {"miss": {"rank": 64}, "lora": _LORA36, "dora": _LORA36, "pissa": {"rank": 36, "alpha": 36.0}}),
+    "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": _LORA64, "dora": _LORA64, "pissa": {"rank": 64, "alpha": 64.0}}),
 }
 
 

@@ -23,13 +23,14 @@ CASES = [
     ("miss", {"scale": "sqrt"}), ("miss", {"mini_r": 2, "shards": "balanced", "scale": "sqrt"}), ("miss", {"magnitude": True}),
     ("miss", {"magnitude": True, "shards": "balanced", "scale": "sqrt", "layout": "contiguous"}),
     ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
-    ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}), ("pissa", {}), ("pissa", {"niter": 0, "alpha": 5.0}),
+    ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
+    ("dora", {}), ("pissa", {}), ("pissa", {"niter": 0, "alpha": 5.0}),
     ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}), ("bat", {}), ("bat", {"order": "row"}),
     ("prolora", {"unshared": 0}), ("prolora", {"alpha": 3.0, "shares": 3}), ("mos", {}), ("mos", {"shards": 3, "budget": 1}),
 ]
 # a fresh adapter changes no bit of the output; the others round on the way
 EXACT = {
-    "miss", "lora", "lora_fa",
+    "miss", "lora", "lora_fa", "dora",
     "mora", "vera", "bat", "prolora", "mos",
 }
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
@@ -37,6 +38,7 @@ COUNTS = {
     "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options:
         (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d,
     "lora": lambda d, k, r, **options: r * (d + k),
+    "dora": lambda d, k, r, **options: r * (d + k) + d,
     "pissa": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
     "vera": lambda d, k, r, **options: d + r,
@@ -237,6 +239,7 @@ def test_operators_pass_opcheck():
     D, A, B = (torch.randn(*s, requires_grad=True) for s in ((4, 6), (4, 10), (6, 4)))
     for args in ((x, w, b, D, False, False, 1.0), (x, w, None, D[:, :4], True, False, 0.5), (x, w, b, D, True, True, 1.0)):
         torch.library.opcheck(torch.ops.rwkv_miss.miss_linear.default, args)
+    torch.library.opcheck(torch.ops.rwkv_miss.times_columns.default, (x, torch.randn(10, requires_grad=True), torch.randn(10)))
     for args in ((x, w, b, A, B, 2.0, 0.0, None), (x, w, None, A.detach(), B, 2.0, 0.3, torch.tensor(5))):
         torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, args)
     torch.library.opcheck(torch.ops.rwkv_miss.expand_linear.default, (x, w, b, A))
@@ -299,6 +302,7 @@ GOLDENS = {
     "bat": ("bat", lambda g, rank: {}, {"bat": "miss_block"}),
     "vera": ("vera", lambda g, rank: {}, {name: name for name in ("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")}),
     "lora": ("lora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS),
+    "dora": ("dora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS | {"magnitude": "lora_magnitude_vector.weight"}),
     "pissa": ("pissa", lambda g, rank: {"niter": 0}, FACTORS),
     "rslora": ("lora", lambda g, rank: {"alpha": rank**0.5 * g["scaling"], "rslora": True}, FACTORS),
 }

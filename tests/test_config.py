@@ -54,9 +54,12 @@ def test_the_preset_may_come_from_either_place_and_gives_way_to_both(tmp_path):
 
 def test_the_presets_are_the_papers_tables_7_and_8():
     common = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0, "eval_split": 0.0}
+    small, large = {"rank": 36, "alpha": 72.0}, {"rank": 64, "alpha": 128.0}
     assert PRESETS == {
-        "paper-table7": (common | {"global_bsz": 64}, {"miss": {"rank": 64}, "lora": {"rank": 36, "alpha": 72.0}, "pissa": {"rank": 36}}),
-        "paper-table8": (common | {"global_bsz": 128}, {"miss": {"rank": 128}, "lora": {"rank": 64, "alpha": 128.0}, "pissa": {"rank": 64}}),
+        "paper-table7": (common | {"global_bsz": 64},
+                         {"miss": {"rank": 64}, "lora": small, "dora": small, "pissa": {"rank": 36, "alpha": 36.0}}),
+        "paper-table8": (common | {"global_bsz": 128},
+                         {"miss": {"rank": 128}, "lora": large, "dora": large, "pissa": {"rank": 64, "alpha": 64.0}}),
     }
     assert set(PRESETS) == set(FIELDS["preset"].metadata["choices"]) - {""}
     for name, (_, methods) in PRESETS.items():
@@ -64,7 +67,7 @@ def test_the_presets_are_the_papers_tables_7_and_8():
             values = settings("--preset", name, "--peft", method, "--micro_bsz", "8")
             assert METHODS[method].Options.parse(values.peft_config).rank == options["rank"]
             assert values.micro_bsz * accumulation(values) == PRESETS[name][0]["global_bsz"]
-    assert "paper-table7 has settings for miss, lora, pissa, not for --peft none" in mistake("--preset", "paper-table7", "--peft", "none")
+    assert "paper-table7 has settings for miss, lora, dora, pissa, not for --peft none" in mistake("--preset", "paper-table7", "--peft", "none")
 
 
 def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tmp_path):

@@ -40,7 +40,7 @@ def test_dropout_leaves_out_inputs_of_the_adapter_alone_and_in_training_only(met
     close("in evaluation", layer(x), base + x @ layer.delta().t(), 1e-12)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_fa"])
+@pytest.mark.parametrize("method", ["lora", "lora_fa", "pissa"])
 def test_the_gradient_with_dropout_is_that_of_what_was_drawn(method):
     """Central differences along a random direction, in float64, with the same seed: they know nothing of how the gradient is made."""
     layer = linear(method, rank=5, dropout=0.4)
@@ -213,3 +213,79 @@ def test_pissa_equals_hf_peft_in_fp32():
     close("frozen weight", base[0].weight, other.base_layer.weight, 1e-6)
     x = torch.randn(9, 50)
     close("y", base(x), theirs(x), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_keeps_one_more_tensor_of_the_outputs_size_than_lora(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(480, 400)).to(dtype)
+    rwkv_miss.inject(model, "dora", targets=["0"], rank=8)
+    parameters = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved = []
+    x = torch.randn(3, 5, 480, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = model(x)
+    kept = sorted(t.numel() for t in saved if t.data_ptr() not in parameters)
+    assert kept[-3:] == [15 * 8, 15 * 400, 15 * 480] or sum(n for n in kept if n != 400) == 15 * (8 + 400 + 480), kept
+    assert y.dtype == dtype
+
+
+def test_the_magnitude_is_not_rounded_before_it_is_used_in_bf16():
+    """1.003 is 1 in bf16. The outputs are on the grid of bf16 before and after, so that they grow by 0.0037 in the mean (by nothing otherwise)."""
+    torch.manual_seed(0)
+    for method, options in (("dora", {}), ("miss", {"magnitude": True})):
+        model = nn.Sequential(nn.Linear(256, 128, bias=False)).bfloat16()
+        rwkv_miss.inject(model, method, targets=["0"], rank=8, **options)
+        x = torch.randn(2000, 256).bfloat16()
+        before = model(x).float()
+        with torch.no_grad():
+            model[0].magnitude *= 1.003
+        grown = float((model(x).float() * before).sum() / before.square().sum()) - 1
+        assert 0.0025 < grown < 0.0045, (method, grown)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_dora_under_a_quantised_base_learns_the_norms_of_the_base(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 96, bias=False))
+    rwkv_miss.inject(model, "dora", targets=["0"], rank=8)
+    merged = model[0].weight.detach().clone()
+    rwkv_miss.quantised.quantise_(model, kind)
+    x = torch.randn(9, 128)
+    assert torch.equal(model(x), model[0].base_forward(x)), "nothing has changed at the start"
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=0.05)
+        model[0].magnitude.mul_(1.5)
+    model[0].add_delta_to(merged)
+    error = {"int8": 0.02, "nf4": 0.15}[kind]  # that of the codes
+    assert (model(x) - x @ merged.t()).norm() < error * model(x).norm()
+
+
+def test_dora_equals_hf_peft_in_fp32():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(50, 30))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=7, lora_alpha=21, use_dora=True, target_modules=["0"]))
+    rwkv_miss.inject(base, "dora", targets=["0"], rank=7, alpha=21.0)
+    filled(base)
+    other = theirs.base_model.model[0]
+    pairs = {"lora_A": other.lora_A["default"].weight, "lora_B": other.lora_B["default"].weight,
+             "magnitude": other.lora_magnitude_vector["default"].weight}
+    for name, tensor in pairs.items():
+        tensor.data.copy_(getattr(base[0], name))
+    x = torch.randn(9, 50, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    base(x).sin().sum().backward()
+    theirs(y).sin().sum().backward()
+    close("y", base(x), theirs(y), 2e-6)
+    close("dx", x.grad, y.grad, 2e-6)
+    for name, tensor in pairs.items():
+        close(f"d{name}", getattr(base[0], name).grad, tensor.grad, 4e-6)
+
+
+def test_a_weight_with_a_zero_row_has_no_direction():
+    model = rwkv()
+    with torch.no_grad():
+        model.blocks[0].att.key.weight[3] = 0
+    with pytest.raises(rwkv_miss.UserError, match="1 rows of the weight are zero"):
+        rwkv_miss.inject(model, "dora", rank=5)

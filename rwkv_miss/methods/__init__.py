@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401
     bat,
+    dora,
     lora,
     lora_fa,
     miss,

@@ -101,9 +101,13 @@ class LoraLinear(AdapterLinear):
         weight.addmm_(B, A, alpha=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.lora_forward(x, self.bias)
+
+    def lora_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + scale B A)^T + bias, in training with dropout before A."""
         # from torch's generator, so that a recomputed forward (--grad_cp) and a resumed run drop the same
         seed = torch.randint(2**63 - 1, ()) if self.dropout and self.training else None
-        return lora_linear(x, self.weight, self.bias, *self.factors(), self.scale, self.dropout, seed)
+        return lora_linear(x, self.weight, bias, *self.factors(), self.scale, self.dropout, seed)
 
     def rate_factor(self, name: str) -> float:
         return self.lora_plus if name == "lora_B" else 1.0

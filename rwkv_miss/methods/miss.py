@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import AdapterLinear, register
 from ..errors import UserError
-from ..functional import add_expanded_, miss_linear, shard_index, shard_signs, shard_sum
+from ..functional import add_expanded_, miss_linear, shard_index, shard_signs, shard_sum, times_columns
 from ..peers import expand_linear, output_shard_index
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
@@ -148,5 +148,4 @@ class MissLinear(AdapterLinear):
         if self.magnitude is None:
             return miss_linear(x, self.weight, self.bias, self.miss, self.contiguous, self.balanced, self.scale)
         y = miss_linear(x, self.weight, None, self.miss, self.contiguous, self.balanced, self.scale)
-        factor = (self.magnitude / self._norms()).to(y.dtype)
-        return y * factor if self.bias is None else torch.addcmul(self.bias, y, factor)
+        return times_columns(y, self.magnitude / self._norms(), self.bias)

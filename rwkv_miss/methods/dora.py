@@ -1,0 +1,62 @@
+"""DoRA, weight-decomposed low-rank adaptation (Liu et al., arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import register
+from ..errors import UserError
+from ..functional import times_columns
+from ..gemm import product
+from ..quantised import dense
+from .lora import LoraLinear, Options
+
+
+@register("dora")
+class DoraLinear(LoraLinear):
+    """W + dW = m V / ||V|| row by row with V = W + scale B A, m = `magnitude` (out), fp32, the norms of W's rows at the start, and LoRA's A and B.
+
+    The gradient takes the norms for constants (section 4.3). They follow from ||w||^2 + 2 scale <w, b A> + scale^2 ||b A||^2 for the rows w of W and
+    b of B, without V; under a base quantised afterwards ||w||^2 is still that of the file. Kept for the backward: what LoRA keeps, and x V^T.
+    With dropout the left-out numbers are those of A's input, as in LoRA; the norms know nothing of it.
+    """
+
+    # default_lr is LoRA's: A and B begin as there, with the same gradients
+
+    def setup(self, options: Options) -> None:
+        super().setup(options)
+        self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
+        self.register_buffer("squares", torch.ones(self.out_features, device=self.weight.device), persistent=False)
+
+    def start(self) -> None:
+        squares = self._squares()
+        if not squares.all():
+            raise UserError(f"{int((squares == 0).sum())} rows of the weight are zero and have no direction; drop the target, or take --peft lora")
+        self.magnitude.copy_(squares.sqrt())
+
+    def prepare(self) -> None:
+        self.squares = self._squares()
+
+    def _squares(self) -> Tensor:
+        return self.base_weight().square().sum(1)
+
+    @torch.no_grad()
+    def _norms(self, dtype: torch.dtype) -> Tensor:
+        """||V|| row by row, (out); W A^T is computed in `dtype`."""
+        A, B = self.lora_A, self.lora_B
+        cross = product(dense(self.weight, self.in_features, dtype), A.to(dtype))
+        squares = self.squares + self.scale * (B * (2 * cross + self.scale * (B @ (A @ A.t())))).sum(1)
+        return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return times_columns(self.lora_forward(x, None), self.magnitude / self._norms(x.dtype), self.bias)
+
+    def delta(self) -> Tensor:
+        weight = self.base_weight()
+        V = weight + super().delta()
+        return (self.magnitude / V.detach().norm(dim=1)).unsqueeze(1) * V - weight
+
+    def add_delta_to(self, weight: Tensor) -> None:
+        super().add_delta_to(weight)
+        weight.mul_((self.magnitude / weight.norm(dim=1)).unsqueeze(1))
