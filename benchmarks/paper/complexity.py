@@ -62,6 +62,11 @@ def _lora(N: int, k: int, d: int, rank: int) -> Cost:
     return Cost(6 * N * rank * (k + d), N * (k + rank), rank * (k + d))
 
 
+def _dora(N: int, k: int, d: int, rank: int) -> Cost:
+    lora, norms = _lora(N, k, d, rank), 2 * rank * (k * d + rank * (k + d))  # W A^T, A A^T and B (A A^T), whatever N is
+    return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
+
+
 def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> Cost:
     shared = rank - unshared
     return dataclasses.replace(_put_together(N, k, d, rank), parameters=shared * (-(-k // shares) - (-d // shares)) + unshared * (k + d))
@@ -86,6 +91,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "bat": _bat,
     "lora": _lora,
     "pissa": _lora,
+    "dora": _dora,
     "prolora": _prolora,
     "mos": _mos,
     "lora_fa": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d), N * rank, rank * d),

@@ -26,7 +26,7 @@ from src.model import RWKV
 
 from ..common import peak_above_start, release_freed
 from ..step import add_peft, random_base, timed, training_step
-from .methods import LINEAR, systems
+from .methods import systems
 from .results import Claim, Result, Table
 from .settings import option
 
@@ -38,7 +38,7 @@ PEFT = "peft lora"
 @dataclasses.dataclass(frozen=True)
 class Settings:
     model: str = option("rwkv6-12x768", f"of {', '.join(MODELS)}")
-    methods: tuple[str, ...] = option((*(m for m in ("miss", "lora", "pissa", "dora") if m in LINEAR), PEFT), "what is compared")
+    methods: tuple[str, ...] = option(("miss", "lora", "pissa", "dora", PEFT), "what is compared")
     rank: int = option(32, "LoRA's rank; the others have as many parameters, MiSS twice the rank (the paper: 55.1 M on RWKV6-3B)")
     ctx_len: int = option(512, "tokens of a step")
     device: str = option("cpu", "cpu, one thread in fp32, or cuda, in bf16")

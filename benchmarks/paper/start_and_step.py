@@ -101,6 +101,7 @@ def measure(widths: tuple[int, ...], rounds: int) -> Timing:
     rows = []
     for width in widths:
         named, start, models = systems(max(1, width // 64), width, width), {}, {"full": square(width)}
+        named["pissa, exact SVD"] = ("pissa", {**named["pissa"][1], "niter": 0})
         for label, (method, options) in named.items():
             start[label], models[label] = initialise(width, method, options)
         steps = {label: make_step(model, width) for label, model in models.items()}
