@@ -42,7 +42,8 @@ def counted_in_training(config, rows, kernel):
         grouped.append(documents.rows[place : place + len(row)])
         place += len(row)
     batch = collate(grouped, 1) | {"width": 37}
-    known = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *(t for t in batch.values() if torch.is_tensor(t))]
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    known += [t for t in batch.values() if torch.is_tensor(t)]
     with Live(known) as live:
         kept = live.after(model, "features")
         module.training_step(batch, 0).backward()
@@ -58,11 +59,16 @@ def config_version(config):
     (6, "none", 0, False, 0, "torch", "none"), (7, "miss", 0, True, 16, "torch", "none"), (6, "miss", 0, True, 0, "cpu", "int8"),
     (7, "miss", 0, True, 0, "cpu", "none"), (7, "miss", 1, True, 16, "cpu", "none"), (7, "none", 0, True, 0, "cpu", "none"),
     (6, "miss", 2, True, 0, "cpu", "none"), (7, "lora", 2, True, 0, "cpu", "none"),
+    (7, "mos", 0, True, 0, "torch", "none"), (6, "vera", 1, True, 0, "torch", "int8"), (7, "bat", 0, False, 0, "cpu", "none"),
+    (6, "bat, row", 0, True, 0, "cpu", "none"), (7, "prolora", 1, True, 0, "torch", "none"), (7, "mora", 0, True, 0, "cpu", "nf4"),
+    (7, "miss, magnitude", 0, True, 0, "cpu", "none"),
 ])
 def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk, kernel, quant):
     """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from the mask."""
+    peft, _, option = peft.partition(", ")
+    options = {"none": {}, "bat": {"r": 4}}.get(peft, {"r": 5}) | {"row": {"order": "row"}, "magnitude": {"magnitude": True}}.get(option, {})
     config = Config(load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)), peft=peft, grad_cp=grad_cp, packing=packed,
-                    micro_bsz=2, chunk_ctx=chunk, quant=quant, peft_config={} if peft == "none" else {"r": 5})
+                    micro_bsz=2, chunk_ctx=chunk, quant=quant, peft_config=options)
     rows = [[20, 17], [37]] if packed else [[37], [37]]
     activations, peak = counted_in_training(config, rows, kernel)
     step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74)
