@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gemm import product, product_plus
+from .gemm import product, product_onto, product_plus
 from .quantised import dense
 
 
@@ -168,8 +168,8 @@ def _miss_forward(
     if D.shape[1] == len(matrix):
         y = product_plus(rows, matrix, bias, s, D)
     else:
-        y = product(rows, matrix, bias)
-        add_expanded_(y, product(s, D.t()))
+        repeated = product(s, D.t()).repeat(1, -(-len(matrix) // D.shape[1]))[:, : len(matrix)]
+        y = product_onto(repeated.contiguous(), rows, matrix, bias)
     return y.view(*x.shape[:-1], len(matrix)), s
 
 

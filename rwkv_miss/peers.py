@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .functional import _define, _once, _rows, _weight_gradients, add_expanded_, add_repeated_, shard_sum
-from .gemm import product, product_plus
+from .gemm import product, product_onto, product_plus
 from .quantised import dense
 
 
@@ -26,11 +26,11 @@ def output_shard_index(out: int, rank: int, device=None) -> Tensor:
 
 def _expand_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
-    y = product(rows, dense(weight, x.shape[-1], x.dtype), bias)
-    h = product(rows, D.to(x.dtype))
+    h, y = product(rows, D.to(x.dtype)), rows.new_zeros(len(rows), weight.shape[0])
     shards = _output_shards(y, len(D))
     for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
         add_repeated_(shard, part)
+    y = product_onto(y, rows, dense(weight, x.shape[-1], x.dtype), bias)
     return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
@@ -132,12 +132,16 @@ def _bat_change(weight: Tensor, D: Tensor, start: Tensor | None) -> Tensor:
 
 def _bat_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     rows, matrix, D = _rows(x), dense(weight, x.shape[-1], x.dtype), D.to(x.dtype)
-    if by_row:  # the block I of (W + I) D repeats the sum over all blocks of inputs
+    # in half precision what is small is kept apart: x and W are on the grid that their sums with it would be rounded to
+    half = x.dtype.itemsize < 4
+    if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
         moved = _bat_inputs(rows, D)
-        y = product(rows + moved, matrix, bias)
+        y = product(moved if half else rows + moved, matrix, None if half else bias)
         add_expanded_(y, shard_sum(moved, D.shape[1]))
-    elif x.dtype.itemsize < 4:  # W + dW would be rounded to the grid of W, and a small dW lost
-        y = product(rows, matrix, bias).add_(product(rows, _bat_change(matrix, D, None)))
+        if half:
+            y = product_onto(y, rows, matrix, bias)
+    elif half:
+        y = product_onto(product(rows, _bat_change(matrix, D, None)), rows, matrix, bias)
     else:
         y = product(rows, _bat_change(matrix, D, matrix), bias)
     return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
@@ -187,6 +191,7 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row
     (in / r, r, r). Kept: x.
 
     By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA. By column W + dW is formed for each
-    product, and the gradient of the whole weight with it: 1.5 times the products of the frozen linear, and 2 in half precision.
+    product, and the gradient of the whole weight with it: 1.5 times the products of the frozen linear. In half precision either needs the product
+    with dW apart, half a frozen linear more.
     """
     return torch.ops.rwkv_miss.bat_linear(x, weight, bias, D, by_row)[0]
