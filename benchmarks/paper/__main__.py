@@ -18,7 +18,7 @@ from rwkv_miss.errors import Parser, one_line_errors
 from . import results
 from .settings import add_options, chosen, command
 
-EXPERIMENTS = ("complexity", "no-free-lunch", "grad-norm", "resources", "nlu")
+EXPERIMENTS = ("complexity", "no-free-lunch", "grad-norm", "loss-curves", "rank", "resources", "nlu")
 
 
 def experiment(name: str):

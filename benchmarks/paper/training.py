@@ -1,0 +1,206 @@
+"""Trainings of real small models, each done once: what is finished is kept in a file of JSON lines, and a stopped experiment goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from src import ops
+from src.base import build_model
+from src.config import Config
+from src.data import Documents, collate
+from src.files import append_line, write_lines
+from src.model import RWKV
+from src.trial import held_out_loss, train
+
+from .settings import option
+from .training_tasks import TEXTS, Task, load_task
+
+PAPER_LR = 2e-5
+LOWEST, HIGHEST, START = -12, 0, -6  # exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the training experiments have in common; of two values the first is for text, the second for questions with answers."""
+
+    tasks: tuple[str, ...] = option(("shakespeare", "gsm8k", "digits"), "what is taught: shakespeare, gsm8k, digits, letters")
+    seeds: tuple[int, ...] = option((0, 1, 2), "of adapter and order of the rows; the first chooses the learning rate")
+    steps: tuple[int, ...] = option((100, 600), "optimizer steps, of text and of answers")
+    rows: tuple[int, ...] = option((4, 16), "rows in a step")
+    train: tuple[int, ...] = option((4000, 10000), "rows to train on")
+    held_out: tuple[int, ...] = option((64, 200), "rows held out")
+    characters: int = option(64, "characters of a row of text, each two tokens")
+    data: str = option("../shared/data", "folder of real/*.pth, tinyshakespeare.txt and gsm8k_*.jsonl; letters needs none")
+    runs: str = option("out/paper-runs.jsonl", "file that keeps finished trainings, which are not repeated: remove it to measure anew; '': none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: `rows` rows in each of `steps` steps; full fine-tuning has the method "none"."""
+
+    task: str
+    method: str
+    options: dict[str, Any]
+    lr: float
+    seed: int
+    steps: int
+    rows: int
+    data: list[int]  # rows to train on, held-out rows, characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Losses in nats per trained token: of each step, afterwards on held-out rows and on as many of those to train on; None where it is not
+    finite. Of held-out answers the share of right tokens, and of answers that are right as a whole; None for text."""
+
+    parameters: int
+    losses: list[float]
+    held_out: float | None
+    seen: float | None
+    tokens_right: float | None
+    answers_right: float | None
+    seconds: float
+
+
+class Runs:
+    """The trainings of an experiment, of which the finished ones are in settings.runs. UserError where a task's files are absent."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.done = settings, {}
+        self.tasks = {name: load_task(name, settings.data, *self._data(name)) for name in settings.tasks}
+        path = self.path = settings.runs
+        if path and os.path.exists(path):
+            lines = list(_whole_lines(pathlib.Path(path).read_text(encoding="utf-8")))
+            write_lines(path, lines)  # without one that was cut off
+            self.done = {_key(line["run"]): Outcome(**line["outcome"]) for line in lines}
+        elif path:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+    def _data(self, task: str) -> list[int]:
+        return [self.own(self.settings.train, task), self.own(self.settings.held_out, task), self.settings.characters]
+
+    @staticmethod
+    def own(values: tuple[int, ...], task: str) -> int:
+        """The one of two settings that is the task's: the first for text, the last for answers."""
+        return values[0 if task in TEXTS else -1]
+
+    def at_rate(self, task: str, method: str, options: dict[str, Any], lr: float) -> list[Outcome]:
+        """One training for each seed."""
+        return [self.train(task, method, options, lr, seed) for seed in self.settings.seeds]
+
+    def at_best_rate(self, task: str, method: str, options: dict[str, Any], start: int = START) -> tuple[int, list[Outcome]]:
+        """(exponent of the rate with the lowest held-out loss for the first seed, found from `start`; the trainings at it)."""
+        found = climb(lambda lr: self.train(task, method, options, lr, self.settings.seeds[0]).held_out, start)
+        best = min(found, key=found.get)
+        return best, self.at_rate(task, method, options, rate(best))
+
+    def train(self, task: str, method: str, options: dict[str, Any], lr: float, seed: int) -> Outcome:
+        """A training, done or looked up."""
+        steps, rows = self.own(self.settings.steps, task), self.own(self.settings.rows, task)
+        run = Run(task, method, options, lr, seed, steps, rows, self._data(task))
+        key = _key(described := dataclasses.asdict(run))
+        if key not in self.done:
+            outcome = self.done[key] = _train(run, self.tasks[run.task])
+            if self.path:
+                append_line(self.path, {"run": described, "outcome": dataclasses.asdict(outcome)})
+            shown = "not finite" if outcome.held_out is None else f"{outcome.held_out:.4f}"
+            print(f"{run.task} {run.method} {run.options} lr {run.lr:g} seed {run.seed}: held out {shown}, {outcome.seconds:.1f} s", flush=True)
+        return self.done[key]
+
+
+def _key(run: dict[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True)
+
+
+def _whole_lines(text: str):
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def untouched(task: Task) -> list[float | None]:
+    """Of the base: held-out loss, share of right tokens, share of right answers."""
+    config = Config(load_model=str(task.base), peft="none", micro_bsz=16, ctx_len=task.width)
+    model = build_model(config, task.arch, "torch", torch.float32)
+    return [held_out_loss(model, config, task.held_out), *(right(model, task.held_out) if task.answers else (None, None))]
+
+
+def _train(run: Run, task: Task) -> Outcome:
+    started = time.perf_counter()
+    config = Config(load_model=str(task.base), peft=run.method, peft_config=run.options, micro_bsz=run.rows, ctx_len=task.width,
+                    packing=False, lr_init=run.lr, random_seed=run.seed)
+    torch.manual_seed(run.seed)
+    model = build_model(config, task.arch, ops.choose("auto", "cpu", task.arch.head_size)[0], torch.float32)
+    losses = train(model, config, task.train, run.steps)
+    looks: list[float | None] = [None] * 4
+    if math.isfinite(losses[-1]):
+        seen = task.train.take(np.arange(min(len(task.train.rows), len(task.held_out.rows))))
+        looks = [held_out_loss(model, config, rows) for rows in (task.held_out, seen)] + [*(right(model, task.held_out) if task.answers else ())]
+        looks = [*(round(look, 5) if math.isfinite(look) else None for look in looks), *[None] * (4 - len(looks))]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Outcome(trained, [round(loss, 4) if math.isfinite(loss) else None for loss in losses], *looks, round(time.perf_counter() - started, 2))
+
+
+@torch.no_grad()
+def right(model: RWKV, documents: Documents) -> tuple[float, float]:
+    """(share of answer tokens that are the likeliest where all before them are right, share of answers of such tokens only): the latter are the
+    right ones among greedy answers."""
+    batch = collate([[row] for row in documents.rows], 1)
+    with ops.nan_passes():
+        hits = model(batch["ids"])[0].argmax(-1) == batch["targets"]
+    return float(hits[batch["mask"]].float().mean()), float((hits | ~batch["mask"]).all(1).float().mean())
+
+
+def rate(exponent: int) -> float:
+    """Half decades: rate(-4) = 0.01, rate(-5) = 0.003."""
+    return float(f"{10 ** (exponent / 2) * 0.95:.1g}") if exponent % 2 else 10.0 ** (exponent // 2)
+
+
+def climb(loss: Callable[[float], float | None], start: int) -> dict[int, float]:
+    """Exponent -> loss(rate) by half decades from `start`, until the best rate lies between two worse ones."""
+    found: dict[int, float] = {}
+    wanted = [start]
+    while wanted:
+        value = loss(rate(wanted[0]))
+        found[wanted[0]] = math.inf if value is None else value
+        best = min(found, key=lambda k: (found[k], k))  # the lowest rate where all diverge
+        wanted = [k for k in (best + 1, best - 1) if k not in found and LOWEST <= k <= HIGHEST]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over the seeds; NaN where a training has no such number."""
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, outcomes: list[Outcome], name: str) -> Spread:
+        values = [getattr(outcome, name) for outcome in outcomes]
+        if None in values:
+            return cls(math.nan, math.nan)
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
+
+    def __str__(self) -> str:
+        return "-" if math.isnan(self.mean) else f"{self.mean:.4f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.4f}")
+
+
+def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
+    """Whether a's held-out losses are lower than b's: None where their means are within two standard errors of each other."""
+    first, second = Spread.of(a, "held_out"), Spread.of(b, "held_out")
+    error = math.hypot(first.sd, second.sd) / math.sqrt(len(a))
+    return None if abs(first.mean - second.mean) <= 2 * error else first.mean < second.mean

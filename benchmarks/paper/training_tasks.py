@@ -1,0 +1,93 @@
+"""What the training experiments teach real trained models: English text to a small RWKV-6, a changed task to small RWKV-7s.
+
+    shakespeare   rwkv6-3m-utf16, running text: the first nine tenths of the plays, held out from the last one
+    gsm8k         the same model, running text: questions and answers of GSM8K's training rows, held out from its test rows
+    digits        rwkv7-reverse reverses digits; now each has 1 added as well (mod 10): `123,` -> `432#`
+    letters       the demo's base, which reverses letters, is to sort them; the only task that needs no other files
+
+A document is a row of its own. The last two have right answers, of which the share is an accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import random
+from collections.abc import Callable
+
+import numpy as np
+
+from rwkv_miss import UserError
+from rwkv_miss.checkpoint import Arch
+from src.data import Document, Documents
+from src.model import read_model_file
+
+from ..quant import ROOT, digits, sorting
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A base, rows of at most `width` inputs to train on and others to look at, and whether they have right answers."""
+
+    base: pathlib.Path
+    train: Documents
+    held_out: Documents
+    answers: bool
+
+    @functools.cached_property
+    def arch(self) -> Arch:
+        return Arch.detect(read_model_file(self.base))
+
+    @property
+    def width(self) -> int:
+        return int(max(self.train.lengths.max(), self.held_out.lengths.max())) - 1
+
+
+def from_pairs(rows: list[tuple[list[int], int]]) -> Documents:
+    """Documents of (ids, number of ids that are given)."""
+    return Documents([Document(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given) for ids, given in rows])
+
+
+def windows(text: str, count: int, characters: int, seed: int) -> Documents:
+    """So many random parts of a text, UTF-16-LE bytes, two tokens a character, and one token before."""
+    draw = random.Random(seed)
+    starts = [draw.randrange(len(text) - characters - 1) for _ in range(count)]
+    ids = [list(text[start : start + characters + 1].encode("utf-16-le"))[1:] for start in starts]
+    return from_pairs([(row, 1) for row in ids])
+
+
+def _shakespeare(data: pathlib.Path) -> tuple[str, str]:
+    text = (data / "tinyshakespeare.txt").read_text()
+    cut = len(text) * 9 // 10
+    return text[:cut], text[cut:]
+
+
+def _gsm8k(data: pathlib.Path) -> tuple[str, ...]:
+    parts = ((json.loads(line) for line in (data / f"gsm8k_{part}.jsonl").read_text().splitlines()) for part in ("train", "test"))
+    return tuple("\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows) for rows in parts)
+
+
+TEXTS: dict[str, Callable] = {"shakespeare": _shakespeare, "gsm8k": _gsm8k}
+ANSWERS = {"digits": ("real/rwkv7-reverse.pth", digits), "letters": (ROOT / "demo/rwkv7-reverse.pth", sorting)}
+TASKS = (*TEXTS, *ANSWERS)
+FILES = {"shakespeare": ("real/rwkv6-3m-utf16.pth", "tinyshakespeare.txt"), "digits": ("real/rwkv7-reverse.pth",), "letters": (),
+         "gsm8k": ("real/rwkv6-3m-utf16.pth", "gsm8k_train.jsonl", "gsm8k_test.jsonl")}
+
+
+def load_task(name: str, folder: str, train: int, held_out: int, characters: int) -> Task:
+    """The task with so many rows to train on and held out, those of a text of so many characters. UserError where a file is not in the folder."""
+    if name not in TASKS:
+        raise UserError(f"task {name!r} is unknown; there are: {', '.join(TASKS)}")
+    data = pathlib.Path(folder)
+    for file in FILES[name]:
+        if not (data / file).is_file():
+            raise UserError(f"task {name} needs {file} in --data {folder}; give the folder that has it, or --tasks letters, which needs none")
+    if name in TEXTS:
+        text, other = TEXTS[name](data)
+        return Task(data / FILES[name][0], windows(text, train, characters, 1), windows(other, held_out, characters, 0), False)
+    base, rows = ANSWERS[name]
+    held = rows(held_out, 0)
+    known = {tuple(ids) for ids, _ in held}
+    return Task(data / base, from_pairs([row for row in rows(train, 1) if tuple(row[0]) not in known]), from_pairs(held), True)

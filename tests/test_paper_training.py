@@ -1,0 +1,121 @@
+"""The parts of the paper's training experiments: the search for a rate, finished trainings that are kept, the tasks and what counts as right."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.paper import loss_curves, training
+from benchmarks.paper.training import Outcome, Runs, Settings, Spread, below, climb, rate, right, untouched
+from benchmarks.paper.training_tasks import ROOT, from_pairs, load_task
+from demo import task
+from rwkv_miss import UserError
+from src.base import build_model
+from src.config import Config
+from src.model import RWKV
+
+TINY = dataclasses.replace(loss_curves.TINY, tasks=("letters",))
+
+
+@pytest.mark.parametrize("start", [-12, -6, -5, 0])
+@pytest.mark.parametrize("best", [-12, -7, -3, 0])
+def test_the_climb_ends_between_two_worse_rates(start, best):
+    tried = []
+
+    def loss(lr):
+        tried.append(lr)
+        exponent = round(2 * math.log10(lr))
+        return None if exponent > best + 2 else abs(exponent - best)  # None: it diverged
+
+    found = climb(loss, start)
+    assert min(found, key=found.get) == best and {best - 1, best + 1} - {-13, 1} <= found.keys()
+    assert len(tried) == len(set(tried)) <= abs(start - best) + 3
+
+
+def test_rates_are_half_decades():
+    assert [rate(k) for k in range(-12, 1)] == [1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+
+
+def outcome(held_out):
+    return Outcome(1, [1.0], held_out, held_out, None, None, 0.0)
+
+
+def test_what_is_within_two_standard_errors_is_level():
+    low, high = [outcome(x) for x in (1.0, 1.02, 0.98)], [outcome(x) for x in (1.1, 1.12, 1.08)]
+    wide = [outcome(x) for x in (1.0, 1.3, 1.0)]
+    assert str(Spread.of(low, "held_out")) == "1.0000 ± 0.0200" and str(Spread.of(low[:1], "held_out")) == "1.0000"
+    assert str(Spread.of(low, "tokens_right")) == str(Spread.of([outcome(None), *low], "held_out")) == "-"
+    assert below(low, high) is True and below(high, low) is False and below(low, wide) is None and below(wide, low) is None
+
+
+def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
+    done = []
+
+    def count(run, task):
+        done.append(run)
+        return outcome(float(len(done)))
+
+    monkeypatch.setattr(training, "_train", count)
+    settings = dataclasses.replace(TINY, runs=str(tmp_path / "folder" / "runs.jsonl"))
+    for _ in range(2):
+        first = Runs(settings).at_rate("letters", "miss", {"rank": 2}, 1e-3)
+    assert [o.held_out for o in first] == [1.0, 2.0] and [run.seed for run in done] == [0, 1]
+    file = tmp_path / "folder" / "runs.jsonl"
+    file.write_text(file.read_text()[:-20])  # killed while it wrote the last line
+    assert [o.held_out for o in Runs(settings).at_rate("letters", "miss", {"rank": 2}, 1e-3)] == [1.0, 3.0]
+    assert [json.loads(line)["outcome"]["held_out"] for line in file.read_text().splitlines()] == [1.0, 3.0]
+    for other in ({"steps": (3,)}, {"rows": (5,)}, {"held_out": (11,)}):
+        Runs(dataclasses.replace(settings, **other)).at_rate("letters", "miss", {"rank": 2}, 1e-3)
+    assert len(done) == 9, "another setting is another training"
+
+
+def test_right_answers_are_those_of_greedy_generation():
+    pairs = []
+    for i, row in enumerate(task.rows("reverse", 24, 5)):
+        question, answer = (message["content"] for message in row["messages"][:2])
+        start = f"User: {question}\n\nAssistant: ".encode()
+        pairs.append(([*start, *(answer if i % 3 else answer[::-1]).encode(), 0], len(start)))
+    model = RWKV.load(ROOT / "demo/rwkv7-reverse.pth", torch.float32)
+    answers, tokens = 0, []
+    with torch.no_grad():
+        for ids, given in pairs:
+            made = ids[:given]
+            for _ in range(len(ids) - given):
+                made = [*made, int(model(torch.tensor([made]))[0][0, -1].argmax())]
+            answers += made == ids
+            tokens += (model(torch.tensor([ids[:-1]]))[0][0, given - 1 :].argmax(-1) == torch.tensor(ids[given:])).tolist()
+    shares = right(model, from_pairs(pairs))
+    assert shares == (pytest.approx(sum(tokens) / len(tokens)), pytest.approx(answers / len(pairs))) and 0.3 < shares[1] < 0.8
+
+
+@pytest.mark.parametrize("names", [("lora", "miss", "miss, balanced", "pissa")])
+def test_what_is_compared_has_equal_parameters(names):
+    base = ROOT / "demo/rwkv7-reverse.pth"
+    arch = load_task("letters", "", 3, 3, 0).arch
+    counts = set()
+    for name in names:
+        method, options = loss_curves.system(name, 4)
+        model = build_model(Config(load_model=str(base), peft=method, peft_config=options), arch, "torch", torch.float32)
+        counts.add(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    assert len(counts) == 1
+
+
+def test_the_real_tasks(data_dir):
+    for name, width in (("shakespeare", 128), ("gsm8k", 128), ("digits", 31)):
+        found = load_task(name, str(data_dir), 300, 50, 64)
+        assert found.width <= width and found.answers == (name == "digits")
+        train, held_out = ({tuple(row.ids.tolist()) for row in rows.rows} for rows in (found.train, found.held_out))
+        assert len(held_out) == 50 and not train & held_out
+        if name != "digits":
+            assert all(not row.ids[0] and row.trained[1:].all() for row in found.held_out.rows), "rows begin with the second byte of a character"
+    loss, tokens, answers = untouched(found)
+    assert loss > 5 and answers == 0 and 0.02 < tokens < 0.15, "the base reverses, and does not add 1"
+
+
+def test_absent_files_and_unknown_tasks_are_said(tmp_path):
+    with pytest.raises(UserError, match="needs real/rwkv7-reverse.pth in --data .*--tasks letters"):
+        Runs(dataclasses.replace(Settings(), tasks=("digits",), data=str(tmp_path)))
+    with pytest.raises(UserError, match="there are: shakespeare, gsm8k, digits, letters"):
+        Runs(dataclasses.replace(Settings(), tasks=("sums",)))
