@@ -1,5 +1,6 @@
 """The recipes of docs/recipes.md, Tables 3 and 6: MetaMathQA -> GSM8K and MATH, CodeFeedback -> HumanEval and MBPP."""
 
+import gzip
 import json
 import pathlib
 import re
@@ -99,8 +100,9 @@ MBPP = {
 
 @pytest.fixture
 def problems(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (HUMANEVAL, MBPP)))
+    """As HumanEval is published."""
+    path = tmp_path / "problems.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in (HUMANEVAL, MBPP)).encode()))
     return path
 
 
@@ -140,7 +142,8 @@ time.sleep(600)
     raise AssertionError("what a program has started does not end with it")
 
 
-def test_rows_that_are_no_problems(tmp_path, problems):
+def test_rows_that_are_no_problems(tmp_path):
+    problems = tmp_path / "problems.jsonl"
     for row, message in (({"prompt": "x", "test": "", "entry_point": "f"}, "does not begin the function 'f'"),
                          ({"question": "q"}, "expected HumanEval's")):
         problems.write_text(json.dumps(row))

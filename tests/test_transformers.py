@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
+from rwkv_miss.adapter import METHODS as REGISTERED
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.inject import adapter_tensors
 
@@ -29,6 +30,7 @@ MODELS = {
 }
 METHODS = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A", "lora_B": "lora_B"}}  # our tensors -> peft's
 RANK = 7  # divides none of the widths
+LINEAR = [name for name, method in REGISTERED.items() if method.adapts_linears]
 
 
 def make(name):
@@ -129,6 +131,27 @@ def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
         close("merged logits", plain(**batch(name)).logits, trained, 1e-5)  # W + dW is rounded once, to 24 bits
     for linear, layer in adapted_linears(model).items():
         close(linear, merged[f"{linear}.weight"], (layer.weight + layer.delta()).detach(), 1e-6)
+
+
+@pytest.mark.parametrize("method", LINEAR)
+def test_every_method_trains_loads_and_merges_on_linears_of_many_shapes(method, tmp_path):
+    model = make("llama")
+    base = copy.deepcopy(model)
+    rwkv_miss.inject(model, method, targets=MODELS["llama"][1], rank=2)  # which divides the widths, as Bat needs it
+    with torch.no_grad():
+        close("a fresh adapter changes nothing", model(**batch("llama")).logits, base(**batch("llama")).logits, 1e-5)
+    train(model, batch("llama"), steps=3)
+    rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
+    plain, again = copy.deepcopy(base), copy.deepcopy(base)
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
+    rwkv_miss.load_adapter(again, tmp_path / "adapter.pth")
+    with torch.no_grad():
+        trained = model(**batch("llama")).logits
+        assert (trained - base(**batch("llama")).logits).abs().max() > 1e-4
+        close("loaded", again(**batch("llama")).logits, trained, 1e-5)
+        close("merged", plain(**batch("llama")).logits, trained, 1e-5)
 
 
 def train(model, inputs, steps):

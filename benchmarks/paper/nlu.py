@@ -33,7 +33,7 @@ class Settings:
     model: str = option("roberta-base", "folder of the model and its tokenizer, or a name that is in Hugging Face's cache; empty: a small random one")
     data: str = option("glue", "folder with GLUE's folders CoLA, MRPC, ... of TSV, JSONL or parquet files; empty: lines of this project")
     tasks: tuple[str, ...] = option(tuple(TASKS), "tasks; lines, if --data is empty")
-    methods: tuple[str, ...] = option(("lora", "miss"), "adapter methods")
+    methods: tuple[str, ...] = option(("lora", "pissa", "miss"), "adapter methods")
     lr: tuple[float, ...] = option((1e-4, 5e-4), "learning rates, each tried with each method")
     rank: int = option(8, "rank of LoRA; the other methods get the rank of as many parameters")
     targets: tuple[str, ...] = option(("query", "value"), "linears that are adapted")
@@ -44,7 +44,7 @@ class Settings:
 
 
 FULL = Settings()
-TINY = Settings(model="", data="", tasks=("lines",), lr=(5e-3,), rank=2, seeds=2, epochs=3, batch=16, length=24)
+TINY = Settings(model="", data="", tasks=("lines",), methods=("lora", "miss"), lr=(5e-3,), rank=2, seeds=2, epochs=3, batch=16, length=24)
 
 
 @dataclasses.dataclass(frozen=True)
