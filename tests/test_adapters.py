@@ -13,6 +13,7 @@ import rwkv_miss
 from rwkv_miss.adapter import METHODS, AdapterLinear, adapted_linears, register
 from rwkv_miss.functional import add_expanded_, lora_linear, miss_linear, shard_index, shard_sum
 from rwkv_miss.inject import adapter_tensors, find_linears, layer_tensors
+from rwkv_miss.quantised import quantise_
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors
@@ -173,6 +174,22 @@ def test_trained_bias_and_weight_get_their_gradients(method, options):
     want = torch.autograd.grad(AdapterLinear.forward(layer, x).square().sum(), [layer.weight, layer.bias])
     for name, mine, theirs in zip(("weight", "bias"), got, want, strict=True):
         close(name, mine, theirs, 1e-12)
+
+
+@each_case
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_is_that_of_its_codes(method, options, kind):
+    """But for the norms of a magnitude, which are those of the base file's weight, as in the merged file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 20))
+    rwkv_miss.inject(model, method, targets=["0"], rank=fitting(method, options, 5, 70, 20), **options)
+    quantise_([filled(model)[0]], kind)
+    x, dy = torch.randn(7, 70, requires_grad=True), torch.randn(7, 20)
+    trained = {name: t for name, t in model[0].own_tensors().items() if t.requires_grad}
+    y, want = model(x), AdapterLinear.forward(model[0], x)
+    got = torch.autograd.grad(y, [x, *trained.values()], dy)
+    for name, mine, theirs in zip(["y", "dx", *trained], (y, *got), (want, *torch.autograd.grad(want, [x, *trained.values()], dy)), strict=True):
+        close(name, mine, theirs, 5e-2 if options.get("magnitude") or method == "dora" else 2e-6)
 
 
 @pytest.mark.parametrize("width,rank", [(48, 8), (50, 16), (7, 7), (5, 1)])
