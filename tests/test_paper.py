@@ -77,7 +77,8 @@ def test_complexity_counts_what_the_formulas_say(outcome):
 
 def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
     found, _ = outcome("no-free-lunch")
-    losses, timing = found["tables"].values()
+    losses, readings, timing = found["tables"].values()
+    assert [row["data"] for row in readings] == ["rep", "elem"]
     assert set(LINEAR) <= {row["system"] for row in losses}
     fixed = {row["system"]: row["lr 0.001 (paper)"] for row in losses}
     (unadapted,) = (float(claim["ours"].split()[-1]) for claim in found["claims"] if claim["paper"] == "full fine-tuning is best")

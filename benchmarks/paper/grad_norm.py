@@ -155,6 +155,7 @@ def claims(found: dict[str, Case]) -> list[Claim]:
 
     real = [case for name, case in found.items() if name not in RANDOM]
     miss, lora = zip(*(pair for case in real for pair in both(case, lambda first: first.norm / case.full)))  # noqa: B023
+    balanced = [first.norm / case.full for case in real for (label, _), first in case.found.items() if label == "miss, balanced"]
     random = [ratio for ratio, _ in both(found["random"], lambda first: first.norm / found["random"].full)]
     cosines = [pair for case in real for pair in both(case, lambda first: first.cosine)]
     ahead = sum(of_miss > of_lora for of_miss, of_lora in cosines)
@@ -168,6 +169,8 @@ def claims(found: dict[str, Case]) -> list[Claim]:
         Claim("so MiSS is closer to full fine-tuning", f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. "
               f"In its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at {ahead} of {len(cosines)}",
               ahead == len(cosines)),
+        Claim("(balanced shards are not the paper's)", f"every other block of columns subtracted: {min(balanced):.2f} to {max(balanced):.2f} of full "
+              "fine-tuning's norm"),
     ]
 
 
@@ -177,7 +180,7 @@ def draw(found: dict[str, Case], figure) -> None:
     figure.set_size_inches(15, 4.5 * rows)
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axis, (name, case) in zip(axes, found.items()):
-        for number, label in enumerate(dict.fromkeys(label for label, _ in case.found)):
+        for number, label in enumerate(dict.fromkeys(label for each in found.values() for label, _ in each.found)):
             ranks = [rank for other, rank in case.found if other == label]
             axis.plot(ranks, [case.ratio(label, rank) for rank in ranks], "o-" if number < 10 else "o--", markersize=3, label=label,
                       color="k" if label == "miss" else f"C{number}")
@@ -201,7 +204,8 @@ def run(settings: Settings) -> Result:
         "The first gradient: its norm against full fine-tuning's (Section 5.4, Fig. 4 right)",
         "Over the linears that the paper adapts. rwkv6-3m: a small RWKV-6 on Shakespeare; rwkv7-reverse and demo: small RWKV-7 that reverse "
         "digits or letters, on a task changed for fine-tuning. random: independent columns in the shapes of the first model; random, relu^2: "
-        "G = dY^T X with inputs relu(z)^2. One backward for each; a rank wider than the model is left out.",
+        "G = dY^T X with inputs relu(z)^2. One backward for each. A cell is empty where a rank does not fit "
+        "the model, or a method (DoRA and magnitudes: rwkv7-reverse has rows of zeros).",
         claims(found),
         [table("Norm of the first gradient / full fine-tuning's", found, lambda case, label, rank: case.ratio(label, rank)),
          table("Cosine of the change of the weights by the first SGD step with full fine-tuning's (sqrt(r / k) where columns are independent)", found,
