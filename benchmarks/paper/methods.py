@@ -45,6 +45,8 @@ def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int)
     if method == "prolora":
         unshared = rank // 4
         return {**options, "rank": unshared + 4 * (rank - unshared), "unshared": unshared, "shares": 4}
+    if method == "adalora":  # its numbers at the start, of which a third is pruned
+        return {**options, "rank": max(1, 2 * rank // 3), "init_rank": rank}
     if method == "mos":
         return {**options, "rank": min(4 * rank, width, out), "budget": rank}
     return {**options, "rank": rank}

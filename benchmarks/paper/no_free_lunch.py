@@ -30,7 +30,7 @@ from .settings import option
 
 WIDTH = 64
 RANK = 2  # LoRA's; the others have as many parameters, but where the paper has others
-PAPER_RANKS = {"dora": 1}
+PAPER_RANKS = {"dora": 1, "adalora": RANK}  # AdaLoRA: 516 numbers, of which none is pruned
 FREQUENCIES = 2 * math.pi  # standard deviation of the sine features' angular frequencies
 
 

@@ -142,8 +142,8 @@ class Row:
 
 def table(rows: dict[str, Row], ctx_len: int) -> Table:
     lora = rows["lora"]
-    columns = ("method", "parameters", "step s", "tokens/s", "speed / lora", "paper's", "peak MB", "above weights MB", "peak / lora", "paper's ",
-               "above / lora")
+    columns = ("method", "parameters", "step s", "tokens/s", "speed / lora", "the paper's", "peak MB", "above weights MB", "peak / lora",
+               "the paper's peak / lora", "above / lora")
     cells = []
     for label, row in rows.items():
         speed, memory = (ours / theirs for ours, theirs in zip(PAPER[label], PAPER["lora"])) if label in PAPER else (None, None)
