@@ -1,13 +1,13 @@
 """MiSS and other adapters for RWKV checkpoints: inject, train, save, merge. Needs torch and the standard library only."""
 
 from . import methods  # noqa: F401  (registers the methods)
-from .adapter import METHODS, AdapterLinear, disabled, on_step, penalty, register
+from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register
 from .checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
 from .errors import UserError
 from .inject import inject, load_adapter, save_adapter
 from .merge import merge_file
 
 __all__ = [
-    "METHODS", "AdapterLinear", "Arch", "UserError", "disabled", "inject", "load_adapter", "merge_file", "on_step", "penalty",
+    "METHODS", "AdapterLinear", "Arch", "UserError", "after_step", "before_step", "disabled", "inject", "load_adapter", "merge_file", "penalty",
     "read_checkpoint", "read_metadata", "register", "save_adapter", "write_checkpoint",
 ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from .errors import UserError
 from .quantised import dense
 
 METHODS: dict[str, type[AdapterMethod]] = {}
+GradientOf = Callable[[nn.Parameter], Tensor | None]
+Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 
 
 def register(name: str):
@@ -178,12 +181,20 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """forward() of the base file's linear. A method that changes the frozen weight overrides it."""
         return functional.linear(x, self.weight, self.bias)
 
-    def penalty(self) -> Tensor | None:
-        """A scalar to add to the loss, or None."""
+    @classmethod
+    def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
+        """A scalar to add to the loss, or None. Inside gather(parameters) they are whole, also where ZeRO-3 shares them out; outside, and in the
+        backward, they may not be."""
         return None
 
-    def on_step(self, step: int, total: int) -> None:
-        """Called after optimizer step `step` (1-based) of `total`."""
+    @classmethod
+    def before_step(cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather) -> None:
+        """Called before optimizer step `step` (1-based) of `total`. gradient_of(parameter) is that of the whole step, the same on all ranks, which
+        ask for them in the same order; None where there is none."""
+
+    @classmethod
+    def after_step(cls, layers: list[AdapterLinear], step: int, total: int, gather: Gather) -> None:
+        """Called after optimizer step `step` (1-based) of `total`. What is written into a trained parameter here would be lost under ZeRO."""
 
     def rate_factor(self, name: str) -> float:
         """What the learning rate of one of the layer's tensors is multiplied by (LoRA+)."""
@@ -275,16 +286,31 @@ def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
 
 
-def penalty(model: nn.Module) -> Tensor | None:
-    """Sum of the layers' penalties, or None when no layer has one."""
-    terms = [term for layer in adapted_linears(model).values() if (term := layer.penalty()) is not None]
-    return torch.stack(terms).sum() if terms else None
+def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+    """The `gather` of a model whose parameters are whole at any time."""
+    return contextlib.nullcontext()
 
 
-def on_step(model: nn.Module, step: int, total: int) -> None:
-    """Tell every adapted layer that optimizer step `step` of `total` is done."""
-    for layer in adapted_linears(model).values():
-        layer.on_step(step, total)
+def penalty(model: nn.Module, gather: Gather = whole) -> Tensor | None:
+    """What the method adds to the loss of a step, or None."""
+    layers = list(adapted_linears(model).values())
+    return type(layers[0]).penalty(layers, gather) if layers else None
+
+
+def before_step(
+    model: nn.Module, step: int, total: int, gradient_of: GradientOf = operator.attrgetter("grad"), gather: Gather = whole
+) -> None:
+    """Show the method the gradients of optimizer step `step` (1-based) of `total`, before the optimizer uses them."""
+    layers = list(adapted_linears(model).values())
+    if layers:
+        type(layers[0]).before_step(layers, step, total, gradient_of, gather)
+
+
+def after_step(model: nn.Module, step: int, total: int, gather: Gather = whole) -> None:
+    """Tell the method that optimizer step `step` (1-based) of `total` is done."""
+    layers = list(adapted_linears(model).values())
+    if layers:
+        type(layers[0]).after_step(layers, step, total, gather)
 
 
 def only_linears_change(model: nn.Module) -> bool:

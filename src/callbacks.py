@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -20,7 +21,7 @@ from .checkpoints import checkpoint_name, remove_old
 from .device import peak_memory
 from .files import append_line, read_lines, write_lines
 from .rollback import LastGood
-from .state import gradient_norm, read_state, write_state
+from .state import gradient_norm, read_state, whole_gradient, write_state
 from .writers import Writer
 
 
@@ -59,16 +60,25 @@ class StepReport(Callback):
             os.write(2, b"\nended within a step; what was saved before is unchanged\n")
         signal.default_int_handler(signum, frame)
 
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self.at_boundary = (index + 1) % module.accumulate == 0
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
+        if self.at_boundary:
+            gradient_of = functools.partial(whole_gradient, trainer)
+            rwkv_miss.before_step(module.model, trainer.global_step + 1, self.total, gradient_of, module.gather)
+
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        if (index + 1) % module.accumulate:
+        if not self.at_boundary:
             return
         step = trainer.global_step
         # one reduction carries the loss, the wish of any rank to stop, and whether a gradient is not finite
         mine = [float(module.step_loss), float(self.stop), gradient_norm(trainer)]
         loss, stop, norm = trainer.strategy.reduce(torch.tensor(mine, device=module.device), reduce_op="sum").tolist()
         module.step_loss = 0.0
+        rwkv_miss.after_step(module.model, step, self.total, module.gather)
         back = self.last_good.after_step(trainer, loss, norm)
-        rwkv_miss.on_step(module.model, step, self.total)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         if self.first_step_seconds is None:

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -155,6 +156,10 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         if self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment:  # None: no part of it is on this rank
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+
+    def whole_gradient(self, p: nn.Parameter) -> Tensor | None:
+        """The gradient that the next optimizer step will use, gathered on every rank."""
+        return safe_get_full_grad(p)
 
     def read_whole(self, p: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:
         """(parameter, what the optimizer keeps for it), gathered on every rank."""

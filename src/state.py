@@ -65,6 +65,13 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
     trainer.optimizers[0].state[p] = {key: value.to(p.device if value.dim() else "cpu", copy=True) for key, value in kept.items()}
 
 
+def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:
+    """The gradient of the step that is about to be made, before clipping: over all micro-batches and ranks, whole, the same on every rank."""
+    if hasattr(trainer.strategy, "deepspeed_engine"):
+        return trainer.strategy.whole_gradient(p)
+    return p.grad
+
+
 def gradient_norm(trainer: pl.Trainer) -> float:
     """Norm of the gradient that the step just used; not finite where the gradient was not. 0 where loss scaling looks after that itself."""
     if hasattr(trainer.strategy, "deepspeed_engine"):

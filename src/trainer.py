@@ -77,8 +77,12 @@ class FineTuning(pl.LightningModule):
         loss = self.batch_loss(batch)
         self.step_loss += loss.detach() / max(batch["step_targets"], 1)
         scaled = loss * (self.accumulate * self.trainer.world_size / max(batch["step_targets"], 1))
-        penalty = rwkv_miss.penalty(self.model)
+        penalty = rwkv_miss.penalty(self.model, self.gather)
         return scaled if penalty is None else scaled + penalty
+
+    def gather(self, parameters: list[nn.Parameter]):
+        """Context in which every rank sees the parameters whole."""
+        return whole_parameters(self.trainer, parameters)
 
     def validation_step(self, batch: dict, index: int) -> Tensor:
         """The loss over a batch of held-out rows, summed; src/held_out.py calls it."""

@@ -71,11 +71,12 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
                               for micro in range(schedule.accumulate)))
             if not math.isfinite(losses[-1]):
                 break
+            rwkv_miss.before_step(model, step + 1, steps)
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
             optimizer.step()
             rate.step()
-            rwkv_miss.on_step(model, step + 1, steps)
+            rwkv_miss.after_step(model, step + 1, steps)
     optimizer.zero_grad()
     return losses
 

@@ -25,13 +25,13 @@ CASES = [
     ("miss", {"magnitude": True, "shards": "balanced", "scale": "sqrt", "layout": "contiguous"}),
     ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
     ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
-    ("dora", {}), ("pissa", {}), ("pissa", {"niter": 0, "alpha": 5.0}),
+    ("dora", {}), ("adalora", {}), ("adalora", {"rslora": True}), ("pissa", {}), ("pissa", {"niter": 0, "alpha": 5.0}),
     ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}), ("bat", {}), ("bat", {"order": "row"}),
     ("prolora", {"unshared": 0}), ("prolora", {"alpha": 3.0, "shares": 3}), ("mos", {}), ("mos", {"shards": 3, "budget": 1}),
 ]
 # a fresh adapter changes no bit of the output; the others round on the way
 EXACT = {
-    "miss", "lora", "lora_fa", "dora",
+    "miss", "lora", "lora_fa", "dora", "adalora",
     "mora", "vera", "bat", "prolora", "mos",
 }
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
@@ -39,6 +39,7 @@ COUNTS = {
     "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options:
         (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d,
     "lora": lambda d, k, r, **options: r * (d + k),
+    "adalora": lambda d, k, r, init_rank=12, **options: init_rank * (d + k + 1),
     "dora": lambda d, k, r, **options: r * (d + k) + d,
     "pissa": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
@@ -61,7 +62,7 @@ def test_every_method_is_among_the_cases():
 
 def fitting(method, options, rank, width=16, out=16):
     """A rank like `rank` that a method takes on a linear of these widths; those of the models here are multiples of 16."""
-    if "lora" in method or method in ("mos", "pissa", "dora") or options.get("expand"):
+    if "lora" in method or method in ("mos", "pissa", "dora", "adalora") or options.get("expand"):
         return min(rank, width, out)
     if method == "mora":
         return min(rank, min(width, out) ** 2 // (width + out))
@@ -320,6 +321,9 @@ GOLDENS = {
     "bat": ("bat", lambda g, rank: {}, {"bat": "miss_block"}),
     "vera": ("vera", lambda g, rank: {}, {name: name for name in ("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")}),
     "lora": ("lora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS),
+    # peft's factor is alpha / (init_rank + 1e-5)
+    "adalora": ("adalora", lambda g, rank: {"init_rank": rank, "alpha": rank * g["scaling"] / (rank + 1e-5)},
+                {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}),
     "dora": ("dora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS | {"magnitude": "lora_magnitude_vector.weight"}),
     "pissa": ("pissa", lambda g, rank: {"niter": 0}, FACTORS),
     "rslora": ("lora", lambda g, rank: {"alpha": rank**0.5 * g["scaling"], "rslora": True}, FACTORS),
@@ -348,7 +352,7 @@ def test_golden_layers_of_hf_peft(data_dir, dtype, ratio):
         rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options(g, rank))
         layer = model.to(dtype)[0]
         given = g["params"] | g["frozen"]
-        layer.load({**layer.own_tensors(), **initial, **{ours: given[theirs] for ours, theirs in names.items()}})
+        layer.load({**layer.own_tensors(), **initial, **{ours: given[theirs].squeeze(-1) for ours, theirs in names.items()}})
         close(f"{name} frozen weight", layer.weight, g["base_weight"], ratio)
         x = g["x"].to(dtype).requires_grad_()
         y = model(x)
@@ -358,7 +362,7 @@ def test_golden_layers_of_hf_peft(data_dir, dtype, ratio):
         close(f"{name} merged", layer.base_weight() + layer.delta(), g["merged"], ratio)
         for ours, theirs in names.items():
             if theirs in g["grads"]:
-                close(f"{name} d{ours}", getattr(layer, ours).grad, g["grads"][theirs], ratio)
+                close(f"{name} d{ours}", getattr(layer, ours).grad, g["grads"][theirs].squeeze(-1), ratio)
         seen.add(name.split()[0])
     assert seen == GOLDENS.keys()
 
@@ -514,11 +518,17 @@ def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, mon
         def delta(self):
             return self.rows @ self.common[:, : self.in_features]
 
-        def penalty(self):
-            return self.rows.square().sum()
+        @classmethod
+        def penalty(cls, layers, gather):
+            return sum(layer.rows.square().sum() for layer in layers)
 
-        def on_step(self, step, total):
-            self.steps.append((step, total))
+        @classmethod
+        def before_step(cls, layers, step, total, gradient_of, gather):
+            layers[1].steps.append((step, total, gradient_of(layers[0].rows)))
+
+        @classmethod
+        def after_step(cls, layers, step, total, gather):
+            layers[1].steps.append((step, total))
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.Linear(6, 4, bias=False))
@@ -528,8 +538,9 @@ def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, mon
     assert set(adapter_tensors(model)) == {"0.rows", "1.rows", "shared.common"}
     model[0].rows.data.normal_()
     assert rwkv_miss.penalty(model).item() == pytest.approx(float(model[0].rows.square().sum()), rel=1e-6)
-    rwkv_miss.on_step(model, 2, 9)
-    assert model[1].steps == [(2, 9)]
+    rwkv_miss.before_step(model, 2, 9)
+    rwkv_miss.after_step(model, 2, 9)
+    assert model[1].steps == [(2, 9, None), (2, 9)]
     rwkv_miss.save_adapter(model, tmp_path / "toy.pth")
     again = copy.deepcopy(base)
     rwkv_miss.load_adapter(again, tmp_path / "toy.pth")

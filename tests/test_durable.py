@@ -115,14 +115,14 @@ def spoil(kind, steps, rank):
 
 def terminate_last_rank(step, rank):
     """The second of two processes, and only it, is asked to end after a step, when the processes have agreed on going on."""
-    on_step = rwkv_miss.on_step
+    after_step = rwkv_miss.after_step
 
-    def asked(model, done, total):
-        on_step(model, done, total)
+    def asked(model, done, *others):
+        after_step(model, done, *others)
         if done == step and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    rwkv_miss.on_step = asked
+    rwkv_miss.after_step = asked
 
 
 # resume

@@ -12,7 +12,7 @@ from .conftest import close, make_arch, random_tensors
 from .program import losses
 
 STEPS = 4
-OPTIONS = {}  # of methods whose defaults do nothing in so few steps, or do not fit widths of 48 and 192
+OPTIONS = {"adalora": {"init_rank": 6}}  # of methods whose defaults do nothing in so few steps, or do not fit widths of 48 and 192
 
 
 @pytest.fixture(scope="module")

@@ -102,10 +102,11 @@ def train(model: nn.Module, tokenizer: Any, rows: Sequence[Row], training: Train
             penalty = rwkv_miss.penalty(model)
             optimizer.zero_grad(set_to_none=True)
             (loss if penalty is None else loss + penalty).backward()
+            losses.append(loss.item())
+            rwkv_miss.before_step(model, len(losses), steps)
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
-            rwkv_miss.on_step(model, len(losses), steps)
+            rwkv_miss.after_step(model, len(losses), steps)
     return losses
 
 

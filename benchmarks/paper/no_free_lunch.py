@@ -100,9 +100,10 @@ def train(model: nn.Module, problem: Problem, f, epochs: int, lr: float) -> tupl
         loss = nn.functional.mse_loss(model(problem.x), targets)
         penalty = rwkv_miss.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
+        rwkv_miss.before_step(model, step, epochs)
         optimizer.step()
         optimizer.zero_grad()
-        rwkv_miss.on_step(model, step, epochs)
+        rwkv_miss.after_step(model, step, epochs)
         training.append(loss.item())
         validated.append(validation(model, problem, f))
     return training, validated

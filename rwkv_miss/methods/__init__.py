@@ -1,6 +1,7 @@
 """One file per adapter method; importing this package registers them all."""
 
 from . import (  # noqa: F401
+    adalora,
     bat,
     dora,
     lora,

@@ -42,12 +42,17 @@ class ScaledOptions(adapter.Options):
 
     def own_alpha(self) -> float:
         """What alpha 0 stands for."""
-        return 16.0 if self.rslora else 2.0 * self.rank
+        return 16.0 if self.rslora else 2.0 * self.first_rank
+
+    @property
+    def first_rank(self) -> int:
+        """The rank at the start, which the factor is about."""
+        return self.rank
 
     @property
     def scale(self) -> float:
         """The factor of B A."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        return self.alpha / (self.first_rank**0.5 if self.rslora else self.first_rank)
 
     def with_rank(self, rank: int) -> ScaledOptions:
         same = super().with_rank(rank)

@@ -1,0 +1,174 @@
+"""AdaLoRA, low-rank adaptation whose ranks go where they matter (Zhang et al., arXiv 2303.10512)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import register
+from ..errors import UserError
+from .lora import LoraLinear, ScaledOptions, check_rank
+
+TRAINED = ("lora_A", "lora_E", "lora_B")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ScaledOptions):
+    """rank: what is left of the linears' ranks in the mean; with `rank_map` these are added up.
+
+    init_rank: the rank that a linear begins with (0: 1.5 rank), or its smaller width where that is less; alpha / init_rank is the factor.
+    tinit, tfinal: optimizer steps before the first and after the last pruning (-1: 10 and 30 % of all); delta_t: those between two.
+    beta1, beta2: smoothing of sensitivity and of its uncertainty. orth: weight of the penalty on factors that are not orthogonal.
+    """
+
+    init_rank: int = 0
+    tinit: int = -1
+    tfinal: int = -1
+    delta_t: int = 10
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth: float = 0.5
+    aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "init_r": "init_rank", "target_r": "rank", "deltaT": "delta_t",
+                                         "orth_reg_weight": "orth"}
+
+    def __post_init__(self):
+        object.__setattr__(self, "init_rank", self.init_rank or self.rank + self.rank // 2)
+        super().__post_init__()
+        if self.init_rank < self.rank:
+            raise UserError(f"init_rank {self.init_rank} is below the rank {self.rank} that is to be left; raise the one or lower the other")
+        if self.delta_t < 1 or min(self.tinit, self.tfinal) < -1:
+            raise UserError(f"tinit {self.tinit}, tfinal {self.tfinal}, delta_t {self.delta_t}: must be numbers of steps, delta_t 1 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 0 and below 1")
+        if self.orth < 0:
+            raise UserError(f"orth {self.orth}: must not be negative (0: no penalty)")
+
+    @property
+    def first_rank(self) -> int:
+        return self.init_rank
+
+    def with_rank(self, rank: int) -> Options:
+        init_rank = max(rank, round(self.init_rank * rank / self.rank))
+        alpha = self.alpha if self.rslora else self.alpha * init_rank / self.init_rank
+        return dataclasses.replace(self, rank=rank, rank_map={}, init_rank=init_rank, alpha=alpha)
+
+
+def budget(step: int, total: int, first: int, last: int, options: Options) -> int:
+    """Singular values of all linears that are left after step `step` (1-based) of `total`: cubic from `first` to `last` (equation 12)."""
+    begin, end = pruning_steps(total, options)
+    if step >= end:
+        return last
+    if step <= begin:
+        return first
+    return last + round((first - last) * (1 - (step - begin) / (end - begin)) ** 3)
+
+
+def pruning_steps(total: int, options: Options) -> tuple[int, int]:
+    """(the step after which pruning begins, the step of the last pruning)."""
+    begin = total // 10 if options.tinit < 0 else options.tinit
+    last = 3 * total // 10 if options.tfinal < 0 else options.tfinal
+    return begin, max(total - last, 1)
+
+
+@register("adalora")
+class AdaLoraLinear(LoraLinear):
+    """dW = scale P diag(E) Q with P = `lora_B` (out, r), Q = `lora_A` (r, in), both N(0, 0.02), and the singular values E = `lora_E` (r), zero.
+
+    Every delta_t steps the singular values of the least important triplets become zero, over all linears alike: those of the lowest
+    s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity |w dL/dw| times its smoothed uncertainty (equations 8 to 11).
+    They are trained on, so that a triplet may come back until the last pruning; after that the pruned ones stay zero.
+
+    What is zero is E - `offset`: a pruning sets the offset to E. The optimizer's parameter is not written to: ZeRO and loss scaling keep copies
+    of it, which would write it back. All ranks see the same reduced gradients and make the same offsets and averages, each by itself. The file
+    has E and offset; the averages are buffers that only a run's checkpoint keeps.
+    """
+
+    Options = Options
+    default_lr = 5e-4  # the paper's for MNLI and CoLA (table 8), the lowest there: P, Q and E begin small
+
+    def setup(self, options: Options) -> None:
+        check_rank(self, options.rank)
+        self.options, self.scale, self.dropout, self.lora_plus = options, options.scale, options.dropout, 1.0
+        first = min(options.init_rank, self.in_features, self.out_features)
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(first, self.in_features, device=device))
+        self.lora_E = nn.Parameter(torch.zeros(first, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, first, device=device))
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+        self.register_buffer("offset", torch.zeros(first, device=device))
+        for name in TRAINED:
+            for kind in ("sensitivity", "uncertainty"):
+                self.register_buffer(f"{kind}_{name}", torch.zeros_like(getattr(self, name).detach()))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Q, E and P by their names."""
+        parameters = dict(self.named_parameters(recurse=False))
+        return {name: parameters[name] for name in TRAINED}
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        own = super().own_tensors()
+        return {name: tensor for name, tensor in own.items() if not name.startswith(("sensitivity_", "uncertainty_"))}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self.lora_B * (self.lora_E - self.offset)
+
+    @classmethod
+    def penalty(cls, layers, gather) -> Tensor | None:
+        """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears, as in the authors' code and HF peft."""
+        options = layers[0].options
+        if not options.orth:
+            return None
+        terms = []
+        for layer in layers:
+            # not by their names: ZeRO-3 keeps whole, until the step is over, what is looked up by name outside of its own layer
+            A, _, B = layer.trained().values()
+            with gather([A, B]):
+                for rows in (A.clone(), B.t().clone()):  # the parameters themselves may be shared out when the backward comes
+                    terms.append(torch.linalg.matrix_norm(rows @ rows.t() - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)))
+        return options.orth * torch.stack(terms).mean()
+
+    @classmethod
+    @torch.no_grad()
+    def before_step(cls, layers, step, total, gradient_of, gather) -> None:
+        if step > pruning_steps(total, layers[0].options)[1]:
+            return
+        for layer in layers:
+            for name, p in layer.trained().items():
+                gradient = gradient_of(p)
+                if gradient is not None:
+                    with gather([p]):
+                        layer.note(name, (p - layer.offset if name == "lora_E" else p) * gradient)
+
+    def note(self, name: str, product: Tensor) -> None:
+        """Smooth the sensitivity of one tensor, given weight times gradient."""
+        sensitivity, uncertainty = (getattr(self, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty"))
+        now = product.abs()
+        now = now.where(now.isfinite(), sensitivity)  # a step that overflowed tells nothing
+        sensitivity.lerp_(now, 1 - self.options.beta1)
+        uncertainty.lerp_((now - sensitivity).abs(), 1 - self.options.beta2)
+
+    def importance(self) -> Tensor:
+        """Of each triplet, (r)."""
+        A, E, B = (getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in TRAINED)
+        return E + A.mean(1) + B.mean(0)
+
+    @classmethod
+    @torch.no_grad()
+    def after_step(cls, layers, step, total, gather) -> None:
+        options = layers[0].options
+        begin, end = pruning_steps(total, options)
+        if step < end and (step <= begin or step % options.delta_t):
+            return
+        scores = torch.cat([layer.importance() for layer in layers])
+        left = budget(step, total, len(scores), sum(min(layer.options.rank, len(layer.offset)) for layer in layers), options)
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[scores.argsort(descending=True, stable=True)[:left]] = True
+        for layer, mine in zip(layers, kept.split([len(layer.offset) for layer in layers]), strict=True):
+            E = layer.trained()["lora_E"]
+            with gather([E]):
+                layer.offset.copy_(layer.offset.where(mine, E))
