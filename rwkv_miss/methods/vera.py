@@ -30,7 +30,7 @@ class VeraLinear(AdapterLinear):
     """
 
     Options = Options
-    default_lr = 4e-3  # the paper's for instruction tuning (table 8): the vectors scale what is random, and need large steps
+    default_lr = 4e-3  # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
     shared = ("vera_A", "vera_B")
 
     @classmethod
