@@ -1,6 +1,7 @@
 """Adapters on models that are no RWKV: small random ones of `transformers`, against Hugging Face peft on the same weights."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -13,20 +14,28 @@ from rwkv_miss.inject import adapter_tensors
 
 from .conftest import close
 
-transformers = pytest.importorskip("transformers", reason="the test extra is absent: pip install transformers")
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="the test extra is absent: pip install transformers")
+
+
+def new(kind, task, **sizes):
+    """A model of transformers, which is imported here: it takes seconds, also where these tests are only collected."""
+    import transformers
+
+    return getattr(transformers, f"{kind}For{task}")(getattr(transformers, f"{kind}Config")(**sizes))
+
 
 SIZES = {"vocab_size": 61, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
          "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 10}  # heads that together are wider than the model
 # name -> (model, targets). Leaf names, suffixes and whole names
 MODELS = {
-    "llama": (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, attention_bias=True)),
+    "llama": (lambda: new("Llama", "CausalLM", **GROUPED, attention_bias=True),
               ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-    "mistral": (lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=5)),
+    "mistral": (lambda: new("Mistral", "CausalLM", **GROUPED, sliding_window=5),
                 ["self_attn.q_proj", "self_attn.v_proj", "model.layers.1.mlp.down_proj"]),
-    "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED)), ["q_proj", "o_proj", "down_proj", "lm_head"]),
-    "roberta": (lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(
-        **SIZES, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)), ["query", "key", "value", "dense"]),
+    "qwen3": (lambda: new("Qwen3", "CausalLM", **GROUPED), ["q_proj", "o_proj", "down_proj", "lm_head"]),
+    "roberta": (lambda: new("Roberta", "SequenceClassification", **SIZES, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+                ["query", "key", "value", "dense"]),
 }
 METHODS = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A", "lora_B": "lora_B"}}  # our tensors -> peft's
 RANK = 7  # divides none of the widths
@@ -203,7 +212,7 @@ def test_a_model_that_is_no_rwkv_needs_targets_and_the_error_lists_them(name, le
 
 
 def test_a_tied_head_is_refused_and_the_model_left_as_it_was():
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True))
+    model = new("Llama", "CausalLM", **GROUPED, tie_word_embeddings=True)
     error = message(model, targets=["q_proj", "lm_head"])
     assert "lm_head" in error and "model.embed_tokens.weight" in error and "untie" in error
     assert all(p.requires_grad for p in model.parameters()) and not adapted_linears(model)
