@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
                           "adapter": args.adapter, "answers": args.answers}))
 
 
-def arguments(argv: list[str] | None):
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. UserError for those that do not go together, before a model is loaded."""
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
     parser.add_argument("--model")

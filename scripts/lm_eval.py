@@ -5,6 +5,7 @@ Needs the extra lm-eval. The harness reads its data sets from the Hugging Face h
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
@@ -21,23 +22,7 @@ with importing():
 
 def main(argv: list[str]) -> None:
     """Evaluate and print the table; the last line is JSON."""
-    parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="base or merged .pth")
-    parser.add_argument("--adapter", help="adapter of that base")
-    parser.add_argument("--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local")
-    parser.add_argument("--data_file", help='rows {"text"} of LAMBADA, for lambada_local')
-    parser.add_argument("--include_path", help="folder with tasks of your own (YAML)")
-    parser.add_argument("--num_fewshot", type=int, help="solved examples before each question (default: the task's)")
-    parser.add_argument("--limit", type=int, help="questions of each task, from the first on (default: all)")
-    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
-    parser.add_argument("--tokenizer", default="auto")
-    parser.add_argument("--eod", default="")
-    parser.add_argument("--template", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=("auto", *DTYPES), help="default %(default)s; bf16 on a GPU is twice as fast")
-    parser.add_argument("--out", help="JSON file for results and every sample")
-    args = parser.parse_args(argv)
-    if args.out:
-        require_writable(args.out)
+    args = arguments(argv)
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -64,6 +49,33 @@ def main(argv: list[str]) -> None:
     if args.out:
         write_text(args.out, json.dumps({"results": figures, "samples": results["samples"]}, default=str, indent=1) + "\n")
     print(json.dumps({"model": args.model, "adapter": args.adapter, "precision": args.precision, "lm_eval": lm_eval.__version__, "results": figures}))
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="base or merged .pth")
+    parser.add_argument("--adapter", help="adapter of that base")
+    parser.add_argument("--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local")
+    parser.add_argument("--data_file", help='rows {"text"} of LAMBADA, for lambada_local')
+    parser.add_argument("--include_path", help="folder with tasks of your own (YAML)")
+    parser.add_argument("--num_fewshot", type=int, help="solved examples before each question (default: the task's)")
+    parser.add_argument("--limit", type=int, help="questions of each task, from the first on (default: all)")
+    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+    parser.add_argument("--tokenizer", default="auto")
+    parser.add_argument("--eod", default="")
+    parser.add_argument("--template", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("auto", *DTYPES), help="default %(default)s")
+    parser.add_argument("--out", help="JSON file for results and every sample")
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 1), ("num_fewshot", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if args.data_file and "lambada_local" not in args.tasks.split(","):
+        raise UserError(f"--data_file is for the task lambada_local; --tasks {args.tasks} reads its own")
+    if args.out:
+        require_writable(args.out)
+    return args
 
 
 def needed(data_file: str | None) -> str:

@@ -196,6 +196,8 @@ def test_mistakes_are_explained_before_the_model_is_loaded(tmp_path):
         (["--tasks", "lambada_local", "--data_file", str(tmp_path / "rows.jsonl")], 'has no row {"text": ...}'),
         (["--tasks", "broken", "--include_path", str(tmp_path)], "the harness can't load the tasks: FileNotFoundError"),
         (["--tasks", "lambada_openai", "--out", str(tmp_path)], "is a folder"),
+        (["--tasks", "lambada_openai", "--data_file", "rows.jsonl"], "--data_file is for the task lambada_local"),
+        (["--tasks", "lambada_openai", "--limit", "0"], "--limit 0: must be at least 1"),
     ):
         with pytest.raises(rwkv_miss.UserError, match=message):
             program.main(["--model", "nowhere.pth", *flags])

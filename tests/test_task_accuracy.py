@@ -4,19 +4,23 @@ import gzip
 import json
 import pathlib
 import re
+import shlex
 import time
 from fractions import Fraction
 
 import pytest
 
-from rwkv_miss import merge_file, read_metadata
-from scripts import evaluate
+from benchmarks.paper import __main__ as paper
+from rwkv_miss import UserError, merge_file, read_metadata
+from scripts import evaluate, lm_eval
+from src import config
 from src.answers import final_number, normalised, numbers, result, same_number, same_result
 from src.code_tests import Problem, passed, read_problems, written
 from src.formats import read_rows
 from src.template import DEFAULT, row_segments
 
 from . import program
+from .conftest import ROOT
 
 
 def gsm8k(data_dir, name="gsm8k_test.jsonl"):
@@ -152,7 +156,27 @@ def test_rows_that_are_no_problems(tmp_path):
     assert Problem("q", "assert f() == 1").program("def f(): return 1") == "def f(): return 1\nassert f() == 1\n"
 
 
-# the program
+# the programs
+
+
+def recipes():
+    """The commands of docs/recipes.md, as lists of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python")]
+
+
+@pytest.mark.parametrize("words", recipes(), ids=lambda words: " ".join(words[:6]))
+def test_the_commands_of_the_recipes_are_understood(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if words[1] == "train.py":
+        settings, _ = config.parse(words[2:])
+        assert (settings.global_bsz, settings.lr_init, settings.peft_config) == (64, 2e-5, {"rank": 64})
+    elif words[2] == "benchmarks.paper":
+        with pytest.raises(UserError, match="glue has no folder CoLA"):
+            paper.main([*words[3:], *(["--data", "glue", "--tasks", "cola"] if "--tiny" in words else [])])
+    else:
+        assert {"scripts.evaluate": evaluate, "scripts.lm_eval": lm_eval}[words[2]].arguments(words[3:])
 
 
 def evaluated(capsys, *flags):
