@@ -1,6 +1,7 @@
 """Every registered method keeps the same promises; MiSS and LoRA also agree with HF peft and with float64 formulas."""
 
 import copy
+import dataclasses
 import functools
 import math
 import re
@@ -16,7 +17,7 @@ from rwkv_miss.inject import adapter_tensors, find_linears, layer_tensors
 from rwkv_miss.quantised import quantise_
 from src.model import RWKV
 
-from .conftest import close, make_arch, random_tensors
+from .conftest import ROOT, close, make_arch, random_tensors
 
 # every method that adapts linears, also with those options that make another layer of it; the method state has tests of its own
 CASES = [
@@ -69,6 +70,15 @@ def fitting(method, options, rank, width=16, out=16):
     if method == "bat":
         return math.gcd(2 ** round(math.log2(rank)), width, out)
     return rank
+
+
+def test_the_page_of_methods_has_every_method_with_its_rate_and_every_option():
+    page = (ROOT / "docs/methods.md").read_text()
+    for name, method in METHODS.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert float(row.split(" | ")[-2]) == method.default_lr, row
+        missing = [field.name for field in dataclasses.fields(method.Options) if f"`{field.name}`" not in page]
+        assert not missing, (name, missing)
 
 
 def filled(model, seed=1):
