@@ -112,7 +112,7 @@ class MissLinear(AdapterLinear):
         squares = self.squares + 2 * (D * self.folded).sum(0) + (self.counts * D.square()).sum(0)
         if self.balanced:
             squares += 2 * D[-1] * (self.cross[:-1] @ D[:-1])
-        return squares.clamp(min=0).sqrt()
+        return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
     def _direction(self) -> Tensor:
         """dW before a magnitude, (out, in)."""
