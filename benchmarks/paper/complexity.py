@@ -67,6 +67,11 @@ def _dora(N: int, k: int, d: int, rank: int) -> Cost:
     return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
 
 
+def _adalora(N: int, k: int, d: int, rank: int, init_rank: int) -> Cost:
+    lora = _lora(N, k, d, init_rank)  # before the pruning, without the penalty
+    return Cost(lora.flops, lora.saved + init_rank * (d + 1), lora.parameters + init_rank)
+
+
 def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> Cost:
     shared = rank - unshared
     return dataclasses.replace(_put_together(N, k, d, rank), parameters=shared * (-(-k // shares) - (-d // shares)) + unshared * (k + d))
@@ -92,6 +97,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
     "lora": _lora,
     "pissa": _lora,
     "dora": _dora,
+    "adalora": _adalora,
     "prolora": _prolora,
     "mos": _mos,
     "lora_fa": lambda N, k, d, rank: Cost(N * rank * (4 * k + 6 * d), N * rank, rank * d),

@@ -193,6 +193,7 @@ def draw(found: dict[str, Case], figure) -> None:
 
 
 def run(settings: Settings) -> Result:
+    torch.set_num_threads(1)  # a second one costs such small models more than it brings
     found = cases(settings)
     rank = settings.ranks[-1]
     kinds = Table(

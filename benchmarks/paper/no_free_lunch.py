@@ -245,6 +245,7 @@ def draw(outcomes: dict[str, Outcome], unadapted: float, paper_lr: float, timing
 def run(settings: Settings) -> Result:
     if settings.data not in READINGS:
         raise rwkv_miss.UserError(f"--data {settings.data} is unknown; choose one of: {', '.join(READINGS)}")
+    torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
     learnt = learn(settings, settings.data, paper_systems())
     timing = start_and_step.measure(settings.widths, settings.rounds)
     outcomes, paper_lr = learnt.outcomes, settings.lrs[0]
