@@ -114,6 +114,13 @@ def test_the_real_tasks(data_dir):
     assert loss > 5 and answers == 0 and 0.02 < tokens < 0.15, "the base reverses, and does not add 1"
 
 
+def test_a_method_that_does_not_fit_a_model_is_left_out_and_said(data_dir):
+    settings = dataclasses.replace(TINY, tasks=("digits",), data=str(data_dir), systems=("dora", "miss"))
+    result = loss_curves.run(settings)
+    assert "Not dora: blocks.1.att.output: 32 rows of the weight are zero" in result.tables[0].caption
+    assert [row[0] for row in result.tables[0].rows] == ["untouched", "miss"]
+
+
 def test_absent_files_and_unknown_tasks_are_said(tmp_path):
     with pytest.raises(UserError, match="needs real/rwkv7-reverse.pth in --data .*--tasks letters"):
         Runs(dataclasses.replace(Settings(), tasks=("digits",), data=str(tmp_path)))

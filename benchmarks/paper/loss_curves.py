@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rwkv_miss import UserError
+
 from .results import Claim, Result, Table
 from .settings import option
 from .training import PAPER_LR, Outcome, Runs, Spread, below, rate, untouched
@@ -42,16 +44,21 @@ class Measured:
     best: list[Outcome]
 
 
-def measure(runs: Runs, task: str) -> dict[str, Measured]:
-    found = {}
+def measure(runs: Runs, task: str) -> tuple[dict[str, Measured], dict[str, str]]:
+    """(what was measured, why a system does not fit the task's model) by system."""
+    found, unfit = {}, {}
     for name in runs.settings.systems:
         method, options = system(name, runs.own(runs.settings.rank, task))
-        exponent, best = runs.at_best_rate(task, method, options)
+        try:
+            exponent, best = runs.at_best_rate(task, method, options)
+        except UserError as error:  # such as DoRA's, where rows of a weight are zero
+            unfit[name] = str(error).partition(";")[0]
+            continue
         found[name] = Measured(runs.at_rate(task, method, options, PAPER_LR), rate(exponent), best)
-    return found
+    return found, unfit
 
 
-def table(task: str, before: list[float | None], systems: dict[str, Measured], answers: bool) -> Table:
+def table(task: str, before: list[float | None], systems: dict[str, Measured], unfit: dict[str, str], answers: bool) -> Table:
     """Held-out losses, and where there are answers the share of right tokens and of right answers at the best rate."""
     columns = ["system", "parameters", f"at lr {PAPER_LR:g}", "best lr", "at the best lr", *(("right tokens", "right answers") if answers else ())]
     rows: list[list[Any]] = [["untouched", 0, f"{before[0]:.4f}", None, None, *(f"{share:.1%}" for share in before[1:] if share is not None)]]
@@ -59,7 +66,8 @@ def table(task: str, before: list[float | None], systems: dict[str, Measured], a
         shares = [f"{spread.mean:.1%} ± {spread.sd:.1%}" for spread in (Spread.of(m.best, f"{kind}_right") for kind in ("tokens", "answers"))]
         losses = [str(Spread.of(outcomes, "held_out")) for outcomes in (m.paper, m.best)]
         rows.append([name, m.best[0].parameters, losses[0], f"{m.best_lr:g}", losses[1], *(shares if answers else ())])
-    return Table(f"{task}: held-out loss, nats per token, mean ± standard deviation over the seeds", columns, rows)
+    without = "".join(f". Not {name}: {reason}" for name, reason in unfit.items())
+    return Table(f"{task}: held-out loss, nats per token, mean ± standard deviation over the seeds{without}", columns, rows)
 
 
 WORDS = {True: "below", False: "above", None: "level with"}
@@ -69,11 +77,12 @@ def claims(found: dict[str, dict[str, Measured]]) -> list[Claim]:
     """MiSS against every peer that was measured, task by task, and the balanced form against it."""
 
     def versus(name: str, peer: str, when: str) -> tuple[str, list[bool | None]]:
-        verdicts = [below(getattr(systems[name], when), getattr(systems[peer], when)) for systems in found.values()]
-        return f"{peer}: " + ", ".join(f"{WORDS[verdict]} it on {task}" for task, verdict in zip(found, verdicts)), verdicts
+        both = {task: systems for task, systems in found.items() if {name, peer} <= systems.keys()}
+        verdicts = [below(getattr(systems[name], when), getattr(systems[peer], when)) for systems in both.values()]
+        return f"{peer}: " + ", ".join(f"{WORDS[verdict]} it on {task}" for task, verdict in zip(both, verdicts, strict=True)), verdicts
 
     said = []
-    names = next(iter(found.values()))
+    names = {name for systems in found.values() for name in systems}
     peers = [name for name in ("lora", "pissa", "dora") if name in names and "miss" in names]
     for when, paper in (("paper", f"LoRA and its variants converge slowly; MiSS's loss falls faster (all at lr {PAPER_LR:g})"),
                         ("best", "the same, each at its own best rate, which the paper does not look at")):
@@ -111,8 +120,9 @@ def smoothed(curves: list[list[float | None]]) -> list[float]:
 
 def run(settings: Settings) -> Result:
     runs = Runs(settings)
-    found = {task: measure(runs, task) for task in settings.tasks}
-    tables = [table(task, untouched(runs.tasks[task]), systems, runs.tasks[task].answers) for task, systems in found.items()]
+    measured = {task: measure(runs, task) for task in settings.tasks}
+    found = {task: systems for task, (systems, _) in measured.items()}
+    tables = [table(task, untouched(runs.tasks[task]), *measured[task], runs.tasks[task].answers) for task in settings.tasks]
     figures = {task: {name: dataclasses.asdict(m) for name, m in systems.items()} for task, systems in found.items()}
     return Result(
         "Loss curves of six ways to fine-tune real small models (Fig. 4 left)",

@@ -28,12 +28,12 @@ TINY = Settings(tasks=("letters",), seeds=(0, 1), steps=(2,), rows=(4,), train=(
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A method at a rank: trainings at its best rate, and the first seed's at the paper's."""
+    """A method at a rank: trainings at its best rate, and for MiSS the first seed's at the paper's."""
 
     rank: int
     best_lr: float
     best: list[Outcome]
-    paper: Outcome
+    paper: Outcome | None
 
 
 def measure(runs: Runs, task: str, method: str) -> list[Measured]:
@@ -43,22 +43,23 @@ def measure(runs: Runs, task: str, method: str) -> list[Measured]:
         if rank <= runs.tasks[task].arch.n_embd:
             _, options = system(method, rank // 2)
             exponent, best = runs.at_best_rate(task, method, options, exponent)
-            found.append(Measured(rank, rate(exponent), best, runs.train(task, method, options, PAPER_LR, runs.settings.seeds[0])))
+            paper = runs.train(task, method, options, PAPER_LR, runs.settings.seeds[0]) if method == "miss" else None
+            found.append(Measured(rank, rate(exponent), best, paper))
     return found
 
 
 def table(task: str, miss: list[Measured], lora: list[Measured], answers: bool) -> Table:
-    names = ["best lr", "seen", "unseen", *(["right answers"] if answers else []), f"unseen at {PAPER_LR:g}"]
-    columns = ["r", "parameters", *(f"{method}: {name}" for method in ("MiSS", "LoRA r/2") for name in names)]
-    rows = [[a.rank, a.best[0].parameters, *_cells(a, answers), *_cells(b, answers)] for a, b in zip(miss, lora, strict=True)]
+    names = ["best lr", "seen", "unseen", *(["right answers"] if answers else [])]
+    columns = ["r", "parameters", f"MiSS, unseen at lr {PAPER_LR:g}", *(f"{method}: {name}" for method in ("MiSS", "LoRA r/2") for name in names)]
+    rows = [[a.rank, a.best[0].parameters, "not finite" if a.paper.held_out is None else f"{a.paper.held_out:.4f}", *_cells(a, answers),
+             *_cells(b, answers)] for a, b in zip(miss, lora, strict=True)]
     return Table(f"{task}: loss in nats per token on rows that were trained on and on held-out ones, mean ± standard deviation over the seeds",
                  columns, rows)
 
 
 def _cells(m: Measured, answers: bool) -> list[Any]:
     shares = [f"{Spread.of(m.best, 'answers_right').mean:.1%}"] if answers else []
-    return [f"{m.best_lr:g}", *(str(Spread.of(m.best, name)) for name in ("seen", "held_out")), *shares,
-            "not finite" if m.paper.held_out is None else f"{m.paper.held_out:.4f}"]
+    return [f"{m.best_lr:g}", *(str(Spread.of(m.best, name)) for name in ("seen", "held_out")), *shares]
 
 
 def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
