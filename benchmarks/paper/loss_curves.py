@@ -100,12 +100,16 @@ def draw(found: dict[str, dict[str, Measured]], figure) -> None:
     """A row of plots at the paper's rate, and one at the best rates: running means of the training loss over the seeds."""
     figure.set_size_inches(4.2 * len(found), 7.5)
     grid = figure.subplots(2, len(found), squeeze=False)
+    names = list(dict.fromkeys(name for systems in found.values() for name in systems))  # a system has one color, also where another is missing
     for column, (task, systems) in enumerate(found.items()):
         for row, when in enumerate(("paper", "best")):
             axis = grid[row][column]
-            for number, (name, m) in enumerate(systems.items()):
-                label = name if when == "paper" else f"{name}, {m.best_lr:g}"
-                axis.plot(smoothed([o.losses for o in getattr(m, when)]), label=label, color=f"C{number}", linewidth=1.2)
+            curves = {name: smoothed([o.losses for o in getattr(m, when)]) for name, m in systems.items()}
+            for name, curve in curves.items():
+                label = name if when == "paper" else f"{name}, {systems[name].best_lr:g}"
+                axis.plot(curve, label=label, color=f"C{names.index(name)}", linewidth=1.2)
+            if max(map(max, curves.values())) > 20 * min(map(min, curves.values())):
+                axis.set_yscale("log")
             axis.set(title=f"{task}, {f'lr {PAPER_LR:g}' if when == 'paper' else 'each at its best lr'}", xlabel="step", ylabel="training loss")
             axis.legend(fontsize="x-small")
 
@@ -118,12 +122,23 @@ def smoothed(curves: list[list[float | None]]) -> list[float]:
     return [sum(mean[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(mean))]
 
 
+def figures_of(m: Measured) -> dict[str, Any]:
+    """For the JSON file: what came of every training, and at most 101 points of the plotted curves."""
+    described: dict[str, Any] = {"best_lr": m.best_lr}
+    for when in ("paper", "best"):
+        outcomes = getattr(m, when)
+        curve = smoothed([o.losses for o in outcomes])
+        described[when] = [dataclasses.asdict(dataclasses.replace(o, losses=[])) for o in outcomes]
+        described[f"{when}_curve"] = [round(loss, 4) for loss in curve[:: -(-len(curve) // 100)]]
+    return described
+
+
 def run(settings: Settings) -> Result:
     runs = Runs(settings)
     measured = {task: measure(runs, task) for task in settings.tasks}
     found = {task: systems for task, (systems, _) in measured.items()}
     tables = [table(task, untouched(runs.tasks[task]), *measured[task], runs.tasks[task].answers) for task in settings.tasks]
-    figures = {task: {name: dataclasses.asdict(m) for name, m in systems.items()} for task, systems in found.items()}
+    figures = {task: {name: figures_of(m) for name, m in systems.items()} for task, systems in found.items()}
     return Result(
         "Loss curves of six ways to fine-tune real small models (Fig. 4 left)",
         "shakespeare and gsm8k: English text, two tokens a character, to a 3M-parameter RWKV-6 trained on English; digits: a changed task to an "

@@ -96,10 +96,15 @@ def draw(found: dict[str, dict[str, list[Measured]]], figure) -> None:
         axis.legend(fontsize="small")
 
 
+def figures_of(m: Measured) -> dict[str, Any]:
+    """For the JSON file: all but the losses of the steps."""
+    return {"rank": m.rank, "best_lr": m.best_lr, "best": [{**dataclasses.asdict(o), "losses": []} for o in m.best]}
+
+
 def run(settings: Settings) -> Result:
     runs = Runs(settings)
     found = {task: {method: measure(runs, task, method) for method in ("miss", "lora")} for task in settings.tasks}
-    figures = {task: {method: [dataclasses.asdict(m) for m in measured] for method, measured in methods.items()} for task, methods in found.items()}
+    figures = {task: {method: [figures_of(m) for m in measured] for method, measured in methods.items()} for task, methods in found.items()}
     return Result(
         "What a higher rank brings, seen and unseen (Table 4)",
         "gsm8k: GSM8K's questions and answers as text to a 3M-parameter RWKV-6; digits: a changed task to an RWKV-7 that reverses digits "
