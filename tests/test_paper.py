@@ -81,7 +81,8 @@ def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
     assert set(LINEAR) <= {row["system"] for row in losses}
     fixed = {row["system"]: row["lr 0.001 (paper)"] for row in losses}
     (unadapted,) = (float(claim["ours"].split()[-1]) for claim in found["claims"] if claim["paper"] == "full fine-tuning is best")
-    assert min(fixed, key=fixed.get) == "full" and max(fixed.values()) < unadapted
+    assert min(fixed, key=fixed.get) == "full" and max(fixed.values()) < 1.01 * unadapted  # AdaLoRA has hardly begun at this rate
+    assert max(row["best lr"] for row in losses) < 0.9 * unadapted
     assert 0.5 < fixed["miss"] / fixed["lora, alpha = r"] < 2
     if "lora_fa" in fixed:  # MiSS with a frozen random matrix for its shards
         assert fixed["lora_fa"] > 2 * fixed["miss"]
