@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
@@ -54,6 +55,8 @@ class NoOptions:
                 short = {field: alias for alias, field in cls.aliases.items() if len(alias) == 1}
                 known_names = ", ".join(f"{field} ({short[field]})" if field in short else field for field in sorted(fields))
                 raise UserError(f"adapter option {key!r} is unknown; this method has: {known_names or 'no options'}")
+            if name in known:
+                raise UserError(f"adapter option {name} is given twice, by two of its names; drop one of them")
             kind = type(getattr(default, name))
             known[name] = _ranks(key, value) if kind is dict else _scalar(key, value, kind)
         return cls(**known)
@@ -66,7 +69,7 @@ class NoOptions:
 def _scalar(key: str, value: Any, kind: type) -> Any:
     """An option's value in its own kind; 0 and 1 stand for false and true."""
     fits = {bool: isinstance(value, bool) or value in (0, 1), float: isinstance(value, (int, float))}.get(kind, isinstance(value, kind))
-    if not fits or isinstance(value, bool) and kind is not bool:
+    if not fits or isinstance(value, bool) and kind is not bool or isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
     return kind(value)
 
@@ -100,6 +103,10 @@ class Options(NoOptions):
     rank: int = 64
     rank_map: dict[str, int] = dataclasses.field(default_factory=dict)
     aliases: ClassVar[dict[str, str]] = {"r": "rank", "rank_pattern": "rank_map"}
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise UserError(f"rank {self.rank} must be at least 1")
 
     def at(self, name: str) -> Options:
         return self.with_rank(most_specific(self.rank_map, name, self.rank))

@@ -310,7 +310,7 @@ def _parse_options(name: str, value: Any) -> dict[str, Any]:
 
 def _number_or_text(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads({"True": "true", "False": "false"}.get(text, text))
     except json.JSONDecodeError:
         return text
 

@@ -502,6 +502,21 @@ def test_mistakes_are_explained():
         rwkv_miss.inject(model, rank=8)
 
 
+@pytest.mark.parametrize("method", list(COUNTS))
+def test_numbers_that_no_method_can_do_with(method):
+    def message(**options):
+        with pytest.raises(rwkv_miss.UserError) as error:
+            rwkv_miss.inject(rwkv(7), method, **options)
+        return str(error.value)
+
+    for rank in (0, -1):
+        assert message(rank=rank) == f"rank {rank} must be at least 1"
+    assert "given twice" in message(rank=8, r=4)
+    if hasattr(METHODS[method].Options, "alpha"):
+        assert "alpha -1.0 must not be negative" in message(rank=8, alpha=-1.0)
+        assert "alpha must be float, got nan" in message(rank=8, alpha=math.nan)
+
+
 def test_targets_match_leaves_suffixes_and_whole_names():
     model = rwkv(7)
     assert len(find_linears(model, ["key"])) == 4

@@ -23,6 +23,7 @@ class Options(adapter.Options):
     order: str = "col"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.order not in ORDERS:
             raise UserError(f"order {self.order!r} is unknown; choose one of: {', '.join(ORDERS)}")
 
@@ -40,7 +41,7 @@ class BatLinear(AdapterLinear):
 
     def setup(self, options: Options) -> None:
         rank = options.rank
-        if rank < 1 or self.in_features % rank or self.out_features % rank:
+        if self.in_features % rank or self.out_features % rank:
             raise UserError(f"rank {rank} does not fit Bat: its blocks of {rank} x {rank} must divide the weight, {self.out_features} outputs and "
                             f"{self.in_features} inputs")
         self.by_row = options.order == "row"

@@ -36,6 +36,9 @@ class ScaledOptions(adapter.Options):
     }
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.alpha < 0:
+            raise UserError(f"alpha {self.alpha} must not be negative (0: the method's own)")
         object.__setattr__(self, "alpha", self.alpha or self.own_alpha())  # frozen, and recorded as it is used
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is no probability; it must be at least 0 and below 1")
@@ -75,7 +78,7 @@ class Options(ScaledOptions):
 def check_rank(layer: AdapterLinear, rank: int) -> None:
     """UserError for a rank beyond the smaller width of a linear."""
     limit = min(layer.in_features, layer.out_features)
-    if not 1 <= rank <= limit:
+    if rank > limit:
         raise UserError(f"rank {rank} does not fit {layer.method}: it must be from 1 to the smaller width, {limit}")
 
 

@@ -36,6 +36,7 @@ class Options(adapter.Options):
     expand: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         object.__setattr__(self, "layout", self.layout.replace("stride-r", "stride"))  # its name in older files
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -59,7 +60,7 @@ class MissLinear(AdapterLinear):
 
     def setup(self, options: Options) -> None:
         side, width = ("output", self.out_features) if options.expand else ("input", self.in_features)
-        if not 1 <= options.rank <= width:
+        if options.rank > width:
             raise UserError(f"rank {options.rank} does not fit MiSS: it must be from 1 to the {side} width, {width}")
         if options.mini_r < 0 or options.mini_r and self.out_features % options.mini_r:
             raise UserError(f"mini_r {options.mini_r} does not divide the output width, {self.out_features}")

@@ -25,8 +25,8 @@ class MoraLinear(AdapterLinear):
     default_lr = 2e-5  # MiSS's: a step of Adam moves every entry of W by the learning rate, as there
 
     def setup(self, options: adapter.Options) -> None:
-        size, smaller = math.isqrt(max(0, options.rank * (self.in_features + self.out_features))), min(self.in_features, self.out_features)
-        if not 1 <= size <= smaller:
+        size, smaller = math.isqrt(options.rank * (self.in_features + self.out_features)), min(self.in_features, self.out_features)
+        if size > smaller:
             most = smaller**2 // (self.in_features + self.out_features)
             raise UserError(f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a smaller width of {smaller}; "
                             f"the largest rank is {most}")

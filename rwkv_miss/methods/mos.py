@@ -29,7 +29,7 @@ class Options(ScaledOptions):
         super().__post_init__()
         object.__setattr__(self, "budget", self.budget or max(1, self.rank // 4))
         object.__setattr__(self, "private", self.budget // 4 if self.private == -1 else self.private)
-        if not 0 <= self.private < self.budget <= max(1, self.rank):
+        if not 0 <= self.private < self.budget <= self.rank:
             raise UserError(f"private {self.private}, budget {self.budget}, rank {self.rank}: expected 0 <= private < budget <= rank")
         if self.shards < 1:
             raise UserError(f"shards {self.shards} must be at least 1")

@@ -22,7 +22,7 @@ class Options(ScaledOptions):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "unshared", self.rank // 8 if self.unshared == -1 else self.unshared)
-        if not 0 <= self.unshared < max(1, self.rank):
+        if not 0 <= self.unshared < self.rank:
             raise UserError(f"unshared {self.unshared} must be from 0 to below the rank, {self.rank}; with all ranks unshared it would be LoRA")
         if self.shares < 1:
             raise UserError(f"shares {self.shares} must be at least 1")

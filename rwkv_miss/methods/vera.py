@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..adapter import AdapterLinear, register
-from ..errors import UserError
 from ..peers import vera_linear
 
 
@@ -36,15 +35,11 @@ class VeraLinear(AdapterLinear):
     @classmethod
     def make_shared(cls, shapes, options, device) -> dict[str, Tensor]:
         rank = max(options.at(name).rank for name in shapes)
-        if rank < 1:
-            raise UserError(f"rank {rank} does not fit VeRA: it must be at least 1")
         A = torch.empty(rank, max(width for _, width in shapes.values()), device=device)
         B = torch.empty(max(out for out, _ in shapes.values()), rank, device=device)
         return {"vera_A": nn.init.kaiming_uniform_(A), "vera_B": nn.init.kaiming_uniform_(B)}
 
     def setup(self, options: Options) -> None:
-        if options.rank < 1:
-            raise UserError(f"rank {options.rank} does not fit VeRA: it must be at least 1")
         self.vera_lambda_d = nn.Parameter(torch.full((options.rank,), options.d_initial, device=self.weight.device))
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device))
 
