@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 import rwkv_miss
@@ -116,7 +117,9 @@ def make_trainer(config: Config, total_steps: int, callbacks: list[pl.Callback],
         from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
 
         strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision])
-    elif config.precision == "fp16":
+    elif strategy == "ddp":
+        strategy = DDPStrategy(broadcast_buffers=False)  # every rank derives the same, and a method's may be larger than what it trains
+    if config.precision == "fp16" and not config.strategy.startswith("deepspeed"):
         plugins.append(ScaledFp16("cuda" if config.accelerator == "gpu" else "cpu"))
     trainer = pl.Trainer(
         accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
