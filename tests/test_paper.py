@@ -10,9 +10,12 @@ import torch
 import rwkv_miss
 from benchmarks.paper.__main__ import EXPERIMENTS, experiment, main
 from benchmarks.paper.methods import LINEAR, systems
+from benchmarks.paper.page import renewed
 from benchmarks.paper.settings import command
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import shard_sum
+
+from .conftest import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -56,6 +59,11 @@ def test_the_list_and_the_mistakes(tmp_path, capsys):
         (tmp_path / "file").touch()
         with pytest.raises(rwkv_miss.UserError, match=message):
             main(argv)
+
+
+def test_the_page_of_results_says_what_the_results_say():
+    results = ROOT / "docs/results"
+    assert renewed(results) == (results / "README.md").read_text(encoding="utf-8"), "run python -m benchmarks.paper.page"
 
 
 def test_the_recorded_command_gives_the_same_settings():
