@@ -33,7 +33,7 @@ def main() -> None:
         template = recorded_template("auto", tokenizer, args.merged)
         questions = read_questions(args.questions, template)
         after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens, template)
-        base = RWKV.load(args.base, torch.float32).to(merged.emb.weight.device)
+        base = RWKV.load(args.base, torch.float32).to(merged.emb.weight.device).eval()
         before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)
         load_adapter(base, args.adapter)
         live, _ = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)

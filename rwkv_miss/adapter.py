@@ -234,7 +234,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         for name, linear in linears.items():
             try:
                 shared = {key: pool[of] for key, of in cls.shared_names(*shapes[name]).items()}
-                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared)
+                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared).train(linear.training)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         for name, layer in adapted.items():  # all of them or none

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.functional import dropped
+from src.load import load
 from src.model import RWKV, parameter_groups
 
 from .conftest import close, make_arch
@@ -38,6 +39,19 @@ def test_dropout_leaves_out_inputs_of_the_adapter_alone_and_in_training_only(met
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     close("in evaluation", layer(x), base + x @ layer.delta().t(), 1e-12)
+
+
+def test_an_adapter_that_is_loaded_to_be_used_drops_nothing(tmp_path):
+    model = rwkv(vocab_size=256)
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", model.state_dict().items())
+    rwkv_miss.inject(model, "lora", rank=5, dropout=0.5)
+    rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
+    assert model.blocks[0].att.key.training
+    loaded, _ = load(tmp_path / "base.pth", tmp_path / "a.pth", tokenizer="bytes", wkv="torch")
+    assert isinstance(loaded.blocks[0].att.key, METHODS["lora"]), "not merged, as on a GPU"
+    assert not any(module.training for module in loaded.modules())
+    ids = torch.arange(9)[None]
+    assert torch.equal(loaded(ids)[0], model.eval()(ids)[0])
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_fa", "pissa"])
