@@ -135,10 +135,12 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     A method implements setup() and delta(); forward() may be overridden by something faster that means the same. The life of a layer:
     setup(); then start() if it is new, or assign() with the tensors of a file; then prepare().
-    Tensors named in `shared` are the same in many layers: they live once in memory and once in the file.
+    Tensors named in `shared` are the same in many layers: they live once in memory and once in the file. On those in `constants` the frozen weight
+    depends, so that a run that goes on begins with the ones it had.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def make_shared(cls, shapes: dict[str, tuple[int, int]], options: Options, device) -> dict[str, Tensor]:
@@ -237,9 +239,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
                 adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared).train(linear.training)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-        for name, layer in adapted.items():  # all of them or none
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
+        put_linears(model, adapted)  # all of them or none
 
     def _apply(self, fn, recurse=True):
         # a module moves its buffers one by one, and every layer would get a copy of what they share
@@ -291,6 +291,13 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:
     """Dotted name -> layer, for every adapted linear of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)}
+
+
+def put_linears(model: nn.Module, linears: dict[str, nn.Linear]) -> None:
+    """Put linears into a model, by their dotted names, in the place of those that are there."""
+    for name, linear in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
 
 
 def whole(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:

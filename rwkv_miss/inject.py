@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import METHODS, AdapterLinear, adapted_linears
+from .adapter import METHODS, AdapterLinear, adapted_linears, put_linears
 from .checkpoint import check_finite, read_checkpoint, read_metadata, refuse_run_checkpoint, write_checkpoint
 from .errors import UserError
 from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
@@ -85,27 +87,43 @@ def _refuse_unfit(model: nn.Module, chosen: set[str]) -> None:
             raise UserError(f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it; drop the target")
 
 
-def inject(model: nn.Module, method: str = "miss", targets: list[str] | None = None, train_parts: str = "", **options) -> Injection:
+def inject(
+    model: nn.Module, method: str = "miss", targets: list[str] | None = None, train_parts: str = "", earlier: Mapping[str, Tensor] | None = None,
+    **options,
+) -> Injection:
     """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss", rank=64)`.
 
     The tensors of `train_parts`, such as "ln,time" (see parts.py), are trained as a whole beside it: each becomes an fp32 parameter.
     What else should be trained, such as a classifier, is asked for afterwards (`model.classifier.requires_grad_(True)`) and saved as well.
+    `earlier` has the tensors of a training that goes on, by their names in the model: the weights that the method changes (PiSSA) become the same.
     Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
-    injection = _attach(model, method, targets, train_parts, options)
-    with torch.no_grad():
-        for name, layer in adapted_linears(model).items():
-            if not layer.weight.is_meta:  # shapes alone have no values to start from
-                try:
-                    layer.start()
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from None
-                layer.prepare()
-    return injection
+    return _attach(model, method, targets, train_parts, options, functools.partial(_start, earlier=earlier))
 
 
-def _attach(model: nn.Module, method: str, targets: list[str] | None, train_parts: str, options: dict[str, Any]) -> Injection:
-    """inject() but for the values that the layers start with."""
+@torch.no_grad()
+def _start(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
+    """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
+    layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta}  # shapes alone have no values
+    for name, layer in layers.items():
+        for key in () if earlier is None else layer.constants:
+            constant, found = getattr(layer, key), earlier.get(f"{name}.{key}")
+            if found is None or found.shape != constant.shape:
+                raise UserError(f"the training that goes on has no {name}.{key} of {tuple(constant.shape)}; it is one of another base or rank")
+            constant.copy_(found)
+        try:
+            layer.start()
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    for layer in layers.values():
+        layer.prepare()
+
+
+def _attach(
+    model: nn.Module, method: str, targets: list[str] | None, train_parts: str, options: dict[str, Any],
+    start: Callable[[nn.Module], None] | None = None,
+) -> Injection:
+    """Adapt the model, and start() it; after a UserError it is as before."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
     if adapted_linears(model):
@@ -127,7 +145,10 @@ def _attach(model: nn.Module, method: str, targets: list[str] | None, train_part
     model.requires_grad_(False)
     try:
         cls.attach(model, linears, parsed)
+        if start:
+            start(model)
     except UserError:
+        put_linears(model, linears)
         for p, flag in trained_before.items():
             p.requires_grad_(flag)
         raise

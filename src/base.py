@@ -56,8 +56,8 @@ def new_arch(config: Config):
     return dataclasses.replace(arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn), tokenizer
 
 
-def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> RWKV:
-    """The model with its adapter."""
+def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype, resume_from: str | None = None) -> RWKV:
+    """The model with its adapter, as it was before the first step; `resume_from` is the checkpoint of a run that goes on."""
     full = config.peft == "none"
     if config.load_model:
         # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out, quantise() when
@@ -69,7 +69,8 @@ def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype) -> 
     model.grad_cp = config.grad_cp
     if not full:
         options, targets = configuration.adapter_options(config)
-        rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+        earlier = rwkv_miss.read_checkpoint(resume_from) if resume_from else None
+        rwkv_miss.inject(model, config.peft, targets, config.train_parts, earlier, **options)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     return model

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss import Arch, load_adapter
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import adapted_linears, put_linears
 
 from . import ops
 from .device import DTYPES, choose_accelerator, choose_precision
@@ -53,7 +53,6 @@ def merge_adapter(model: RWKV, dtype: torch.dtype) -> None:
     for name, layer in adapted_linears(model).items():
         merged = layer.base_weight()
         layer.add_delta_to(merged)
-        parent, _, leaf = name.rpartition(".")
         linear = plain.get_submodule(name)
         linear.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
-        setattr(model.get_submodule(parent), leaf, linear)
+        put_linears(model, {name: linear})

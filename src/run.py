@@ -56,7 +56,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
     data = read_data(config, origins, tokenizer, template)
     schedule = plan_steps(config, origins, arch, device, data.documents)
     torch.manual_seed(config.random_seed)
-    model = build_model(config, arch, device.kernel, DTYPES[config.precision])
+    model = build_model(config, arch, device.kernel, DTYPES[config.precision], resume_from)
     job = Job(config, origins, device, tokenizer, template, data, schedule, model)
 
     first_step = checkpoint_step(resume_from) if resume_from else 0

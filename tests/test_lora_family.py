@@ -9,6 +9,8 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.functional import dropped
+from src.base import build_model
+from src.config import Config
 from src.load import load
 from src.model import RWKV, parameter_groups
 
@@ -179,6 +181,23 @@ def test_pissa_leaves_the_memory_of_a_mapped_base_alone(tmp_path):
     assert (tmp_path / "base.pth").read_bytes() == content
 
 
+def test_pissa_goes_on_with_the_principal_part_that_it_had(tmp_path):
+    """Another SVD, of another seed, torch or CPU, is another frozen weight, of which the trained A and B are no continuation."""
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", rwkv().state_dict().items())
+    config = Config(load_model=str(tmp_path / "base.pth"), peft="pissa", peft_config={"rank": 5, "niter": 1})
+    torch.manual_seed(1)
+    first = build_model(config, make_arch(7), "torch", torch.float32)
+    rwkv_miss.write_checkpoint(tmp_path / "step.pth", first.state_dict().items())
+    torch.manual_seed(2)
+    other, second = (build_model(config, make_arch(7), "torch", torch.float32, path) for path in (None, tmp_path / "step.pth"))
+    tensors, again = first.state_dict(), second.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert not torch.equal(other.blocks[0].att.key.weight, first.blocks[0].att.key.weight), "such a test can fail"
+    config.peft_config = {"rank": 6}
+    with pytest.raises(rwkv_miss.UserError, match=r"no blocks.0.att.receptance.initial_A of \(6, 48\)"):
+        build_model(config, make_arch(7), "torch", torch.float32, tmp_path / "step.pth")
+
+
 @pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])
 def test_pissa_rounds_the_residual_of_a_half_precision_base_as_that_was_rounded(dtype, bound):
     torch.manual_seed(0)
@@ -297,9 +316,14 @@ def test_dora_equals_hf_peft_in_fp32():
         close(f"d{name}", getattr(base[0], name).grad, tensor.grad, 4e-6)
 
 
-def test_a_weight_with_a_zero_row_has_no_direction():
-    model = rwkv()
+def test_a_weight_with_a_zero_row_has_no_direction_and_the_model_stays_as_it_was():
+    model = rwkv().requires_grad_(True)
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
     with torch.no_grad():
-        model.blocks[0].att.key.weight[3] = 0
-    with pytest.raises(rwkv_miss.UserError, match="1 rows of the weight are zero"):
-        rwkv_miss.inject(model, "dora", rank=5)
+        model.blocks[1].att.key.weight[3] = 0
+    for method, options in (("dora", {}), ("miss", {"magnitude": True})):
+        with pytest.raises(rwkv_miss.UserError, match="blocks.1.att.key: 1 rows of the weight are zero"):
+            rwkv_miss.inject(model, method, rank=5, **options)
+        after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+        assert after.keys() == before.keys() and all(after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items())
+    rwkv_miss.inject(model, "lora", rank=5)

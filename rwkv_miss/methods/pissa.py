@@ -56,6 +56,7 @@ class PissaLinear(LoraLinear):
     """
 
     Options = Options
+    constants = ("initial_A", "initial_B")
     default_lr = 2e-5  # the paper's, and Table 7's of the MiSS paper: A and B are large from the start, and both get their whole gradients
 
     def setup(self, options: Options) -> None:
@@ -66,11 +67,12 @@ class PissaLinear(LoraLinear):
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()))
 
     def start(self) -> None:
-        B, A = principal_part(self.base_weight(), len(self.lora_A), self.niter)
-        for tensor, value in ((self.lora_A, A), (self.lora_B, B)):
-            tensor.copy_(value / self.scale**0.5)
-        self.initial_A.copy_(self.lora_A)
-        self.initial_B.copy_(self.lora_B)
+        if not self.initial_B.any():  # else they are those of an earlier start
+            B, A = principal_part(self.base_weight(), len(self.lora_A), self.niter)
+            self.initial_A.copy_(A / self.scale**0.5)
+            self.initial_B.copy_(B / self.scale**0.5)
+        self.lora_A.copy_(self.initial_A)
+        self.lora_B.copy_(self.initial_B)
 
     def prepare(self) -> None:
         self._add_to_weight(-self.scale)
