@@ -10,6 +10,8 @@ from fractions import Fraction
 CONCLUSION = re.compile(r"####|answer is:?", re.IGNORECASE)  # GSM8K's solutions, MetaMathQA's
 NUMBER = re.compile(r"(?:(?<![\w.)])(-)\s?)?\$?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d+)?(?:/(\d+))?")
 
+LONGEST = 1000  # characters of a number: a model that repeats itself writes more digits than Python converts
+
 
 def concluded(text: str) -> str | None:
     """What follows the last `####` or `answer is` of a text."""
@@ -19,7 +21,7 @@ def concluded(text: str) -> str | None:
 
 def numbers(text: str) -> list[Fraction]:
     """The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75]."""
-    found = [match for match in NUMBER.finditer(text) if match[2] or match[3]]
+    found = [match for match in NUMBER.finditer(text) if (match[2] or match[3]) and len(match[0]) < LONGEST]
     return [Fraction(f"{match[1] or ''}{(match[2] or '0').replace(',', '')}{match[3] or ''}") / (int(match[4] or 1) or 1) for match in found]
 
 
@@ -73,6 +75,8 @@ def normalised(answer: str) -> str:
 
 def value(text: str) -> Fraction | None:
     """The number that a normalised result is, if it is one."""
+    if len(text) >= LONGEST:
+        return None
     if match := FRACTION.fullmatch(text):
         return int(f"{match[1]}1") * Fraction(int(match[2]), int(match[3])) if int(match[3]) else None
     if re.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d*)(\.\d+)?", text) and re.search(r"\d", text):

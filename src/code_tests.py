@@ -96,7 +96,7 @@ def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY
 
 
 def _passes(program: str, seconds: int, memory: int) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed child may still be writing
         path = pathlib.Path(folder, "program.py")
         path.write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(

@@ -39,6 +39,7 @@ def metamath(row):
     ("The answer is: $1,234.50.", Fraction("1234.5")), ("The answer is: 3/4", Fraction(3, 4)), ("The answer is 18 and not 20.", 18),
     ("first 3, then 10-12", 12), ("it costs -$5", -5), ("about .5", Fraction(1, 2)),
     ("The answer is 3. The answer is 4.", 4), ("the answer is: none of 3", 3), ("The answer is: unknown", None), ("no number", None), ("", None),
+    ("The answer is: " + "3" * 5000, None), ("4 and then 0." + "0" * 5000, 4), ("5 or 1/" + "7" * 5000, 5),
 ])
 def test_the_number_that_an_answer_ends_in(text, expected):
     assert final_number(text) == expected
@@ -83,7 +84,7 @@ def test_results_that_are_written_differently(one, other):
 @pytest.mark.parametrize("one,other,equal", [
     ("0.5", r"\frac{1}{2}", True), ("1,000", "1000", True), (".25", r"\frac14", True), (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
     ("2.0", "2", True), ("0.33", r"\frac13", False), ("-2", "2", False), ("(1,2)", "(2,1)", False), ("1,2", "12", False),
-    (r"\frac{1}{0}", "1", False), ("x^2", "x^3", False),
+    (r"\frac{1}{0}", "1", False), ("x^2", "x^3", False), ("1" * 5000, "1", False), (r"\frac{1}{%s}" % ("7" * 5000), "1", False),
 ])
 def test_results_that_are_equal_numbers(one, other, equal):
     assert same_result(rf"\boxed{{{one}}}", rf"\boxed{{{other}}}") == equal
