@@ -22,7 +22,7 @@ class Settings(Training):
     ranks: tuple[int, ...] = option((4, 8, 16, 32, 64, 128), "MiSS's ranks; those above a model's width are left out")
 
 
-FULL = Settings(tasks=("gsm8k", "digits"), steps=(100, 400), train=(200, 1000))
+FULL = Settings(tasks=("gsm8k", "digits"), steps=(100, 300), train=(200, 1000))
 TINY = Settings(tasks=("letters",), seeds=(0, 1), steps=(2,), rows=(4,), train=(12,), held_out=(10,), runs="", ranks=(2, 8))
 
 
