@@ -11,6 +11,7 @@ import rwkv_miss
 from rwkv_miss.adapter import check_parts
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.inject import adapter_tensors
 
 from . import config as configuration
 from .choices import choose, own_rank
@@ -36,7 +37,7 @@ def read_base(config: Config, origins: dict[str, str]):
         choose(config, origins, "peft_config", *own_rank(config.peft, min(arch.n_embd, arch.dim_att)))
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
-    check_parts("--lr_map", config.lr_map, [name for name, p in model.named_parameters() if p.requires_grad])
+    check_parts("--lr_map", config.lr_map, [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad])
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 

@@ -105,7 +105,8 @@ class Config:
     lr_init: float = opt(0.0, f"learning rate after the warm-up (0: the method's own: {_own_rates()})",
                          alias=("learning_rate",), automatic=True)
     state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
-    lr_map: dict = opt({}, "factors of the learning rate by parts of the trained tensors' names, of which the longest counts: "
+    lr_map: dict = opt({}, "factors of the learning rate by parts of the trained tensors' names, of which the longest counts (what layers "
+                           "share is shared.NAME): "
                            '\'{"ffn": 0.5, "blocks.0": 2}\' or ffn=0.5,blocks.0=2')
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_miss.adapter import adapted_linears, most_specific
 from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.inject import ADAPTER_FORMAT, read_described
+from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.quantised import quantise_
 
 from . import rwkv6, rwkv7
@@ -248,13 +248,13 @@ def parameter_groups(
     """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 
     The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given, and an adapter's
-    tensors at what the method makes of it (LoRA+). `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}. Weight decay
-    acts on matrices named `.weight` and on the adapter's matrices, where it pulls towards the base; vectors, initial states and the low-rank
-    maps of the model have none.
+    tensors at what the method makes of it (LoRA+). `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers
+    share is called shared.NAME, as in the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it pulls
+    towards the base; vectors, initial states and the low-rank maps of the model have none.
     """
     groups: dict[tuple[float, float], list] = {}
     factors = {id(t): layer.rate_factor(key) for layer in adapted_linears(model).values() for key, t in layer.own_tensors().items()}
-    for name, p in model.named_parameters():
+    for name, p in adapter_tensors(model).items():
         if not p.requires_grad:
             continue
         rate = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr

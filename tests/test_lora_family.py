@@ -115,6 +115,16 @@ def test_lora_plus_multiplies_the_rate_of_b():
         assert rate == pytest.approx(1e-3 * (16 if name.endswith("lora_B") else 1) * (0.5 if ".ffn." in name else 1)), name
 
 
+def test_a_rate_of_one_layer_is_none_of_what_all_share():
+    model = rwkv()
+    rwkv_miss.inject(model, "mos", rank=8, budget=4, private=1)
+    for lr_map, mine in (({"blocks.0": 0.0}, 1.0), ({"shared": 0.5}, 0.5), ({"mos_B": 2.0}, 2.0)):
+        rates = {id(p): group["lr"] for group in parameter_groups(model, 1.0, 0.0, lr_map=lr_map) for p in group["params"]}
+        assert rates[id(model.blocks[0].att.receptance.mos_B)] == rates[id(model.blocks[1].ffn.key.mos_B)] == mine
+        assert rates[id(model.blocks[0].att.key.mos_B_private)] == (0 if "blocks.0" in lr_map else 1)
+    assert len(rates) == sum(p.requires_grad for p in model.parameters())
+
+
 def test_rslora_scales_by_the_root_of_each_linears_own_rank():
     model = rwkv()
     rwkv_miss.inject(model, "lora", rank=16, rslora=True, rank_map={"ffn": 4})
