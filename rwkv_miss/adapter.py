@@ -123,6 +123,7 @@ class AdapterMethod:
     Options: ClassVar[type[NoOptions]] = Options
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
+    shared: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
@@ -139,7 +140,6 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     depends, so that a run that goes on begins with the ones it had.
     """
 
-    shared: ClassVar[tuple[str, ...]] = ()
     constants: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -286,6 +286,12 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         self.revert()
         self.assign(tensors)
         self.prepare()
+
+
+@torch.no_grad()
+def prepare_again(layer: AdapterLinear, _) -> None:
+    """Hook after load_state_dict() for a layer that keeps what it derives from the frozen weight, which may be another one now."""
+    layer.prepare()
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdapterLinear]:

@@ -106,7 +106,8 @@ class _Merger:
         self.options = self.method.Options.parse(metadata["options"])
         self.adapter = adapter
         self.by_weight = {f"{name}.weight": name for name in self.linears}
-        self.whole = {n: t for n, t in adapter.items() if n.rpartition(".")[0] not in self.linears and not n.startswith("shared.")}
+        shared = tuple(f"shared.{name}" for name in self.method.shared)
+        self.whole = {n: t for n, t in adapter.items() if n.rpartition(".")[0] not in self.linears and not n.startswith(shared)}
         self.states = [name for name in self.whole if re.fullmatch(PARTS["state"], name)]
         self.rounding = Rounding()
         self.buffer = torch.empty(0)

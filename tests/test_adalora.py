@@ -129,9 +129,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
     for p in model.parameters():
         p.grad = None if p.grad is None else torch.full_like(p.grad, torch.inf)
     rwkv_miss.before_step(model, 2, 12)
-    sensitivities = {name: buffer for name, buffer in model.named_buffers() if "sensitivity" in name}
-    assert sensitivities and all(torch.equal(buffer, before[name]) for name, buffer in sensitivities.items())
-    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    assert len(before) == 2 * 7 and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 @pytest.mark.parametrize("options,words", [

@@ -462,6 +462,34 @@ def test_a_new_adapter_loads_over_one_in_use(method, options, tmp_path):
     unchanged(method, options, model(ids)[0], want)
 
 
+@each_case
+def test_a_state_dict_is_the_whole_model(method, options):
+    """Also what follows from the frozen weight, which it brings along."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(nn.Sequential(nn.Linear(20, 16)))
+        rwkv_miss.inject(models[seed], method, targets=["0"], rank=fitting(method, options, 4), **options)
+        filled(models[seed], seed)
+    x = torch.randn(3, 20)
+    assert not torch.allclose(models[0](x), models[1](x), rtol=1e-2)
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[0](x), models[1](x))
+
+
+def test_a_whole_tensor_may_be_called_shared(tmp_path):
+    """As the embedding of T5 is; tensors that layers share are called shared.NAME in the file."""
+    model = nn.ModuleDict({"shared": nn.Embedding(5, 10), "last": nn.Linear(10, 6)})
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", model.state_dict().items())
+    rwkv_miss.inject(model, "vera", targets=["last"], rank=3)
+    trained = model["shared"].requires_grad_(True).weight
+    with torch.no_grad():
+        trained += 1
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth")
+    assert torch.equal(rwkv_miss.read_checkpoint(tmp_path / "merged.pth")["shared.weight"], trained)
+
+
 def test_a_rank_map_gives_linears_their_own_ranks():
     model = rwkv(7)
     rwkv_miss.inject(model, "lora", rank=6, alpha=12.0, rank_map={"ffn": 3, "blocks.1.ffn.value": 5, "blocks.0": 2})

@@ -147,10 +147,9 @@ class AdaLoraLinear(LoraLinear):
     def note(self, name: str, product: Tensor) -> None:
         """Smooth the sensitivity of one tensor, given weight times gradient."""
         sensitivity, uncertainty = (getattr(self, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty"))
-        now = product.abs()
-        now = now.where(now.isfinite(), sensitivity)  # a step that overflowed tells nothing
-        sensitivity.lerp_(now, 1 - self.options.beta1)
-        uncertainty.lerp_((now - sensitivity).abs(), 1 - self.options.beta2)
+        known, now = product.isfinite(), product.abs()  # a step that overflowed tells nothing
+        sensitivity.lerp_(now.where(known, sensitivity), 1 - self.options.beta1)
+        uncertainty.lerp_((now - sensitivity).abs().where(known, uncertainty), 1 - self.options.beta2)
 
     def importance(self) -> Tensor:
         """Of each triplet, (r)."""

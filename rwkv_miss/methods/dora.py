@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapter import register
+from ..adapter import prepare_again, register
 from ..errors import UserError
 from ..functional import times_columns
 from ..gemm import product
@@ -28,6 +28,7 @@ class DoraLinear(LoraLinear):
         super().setup(options)
         self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
         self.register_buffer("squares", torch.ones(self.out_features, device=self.weight.device), persistent=False)
+        self.register_load_state_dict_post_hook(prepare_again)
 
     def start(self) -> None:
         squares = self._squares()

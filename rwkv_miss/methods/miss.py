@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import adapter
-from ..adapter import AdapterLinear, register
+from ..adapter import AdapterLinear, prepare_again, register
 from ..errors import UserError
 from ..functional import add_expanded_, miss_linear, shard_index, shard_signs, shard_sum, times_columns
 from ..peers import expand_linear, output_shard_index
@@ -73,6 +73,7 @@ class MissLinear(AdapterLinear):
             # what the norms of the rows of W + dW follow from in O(r out): ||w||^2, W P^T, and the diagonal and the last row of P P^T
             for name, shape in {"squares": (self.out_features,), "folded": (rows, self.out_features), "counts": (rows, 1), "cross": (rows,)}.items():
                 self.register_buffer(name, torch.zeros(shape, device=self.weight.device), persistent=False)
+            self.register_load_state_dict_post_hook(prepare_again)
         else:
             self.magnitude = None
 
