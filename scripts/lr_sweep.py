@@ -22,6 +22,7 @@ from src.doorway import importing, naming_missing_packages
 
 with importing():
     import torch
+    from matplotlib.figure import Figure
 
     from rwkv_miss.errors import UserError, one_line_errors
     from src import config as configuration
@@ -125,6 +126,9 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
     print(f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} each")
     before = held_out_loss(model, config, data.held_out)
+    if not math.isfinite(before):
+        raise UserError(f"the loss on the held-out documents is {before} before any training; the base, or --precision {config.precision}, gives "
+                        "numbers that are not finite")
     print(f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last: mean of the last tenth of the steps")
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
     done = []
@@ -189,12 +193,8 @@ def further(rate: float, direction: int) -> str:
 
 def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
     """A PNG: the losses at the end over the rates, and every training's running mean over its steps."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
     ended = [trial for trial in done if trial.held_out is not None]
     left.plot([trial.rate for trial in ended], [trial.held_out for trial in ended], "o-", label="held out")
     left.plot([trial.rate for trial in ended], [trial.last for trial in ended], "s--", alpha=0.6, label="training, last tenth")
@@ -211,7 +211,6 @@ def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
     right.legend(title=setting, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
     write_bytes(path, image.getvalue())
 
 

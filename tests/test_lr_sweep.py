@@ -47,8 +47,8 @@ def results(proj_dir):
 
 
 @pytest.mark.parametrize("more", [
-    ["--peft_config", "r=7", "--accumulate_grad_batches", "2", "--weight_decay", "0.1", "--warmup_steps", "2", "--train_parts", "ln,state",
-     "--lr_map", "ffn=3"],
+    ["--peft", "lora", "--peft_config", "r=7,dropout=0.2", "--accumulate_grad_batches", "2", "--weight_decay", "0.1", "--warmup_steps", "2",
+     "--train_parts", "ln,state", "--lr_map", "ffn=3"],
     ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
 ])
 def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, capsys, more):
@@ -132,3 +132,12 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
     with torch.no_grad():
         model.ln_out.weight.fill_(float("nan"))
     assert len(train(model, Config(micro_bsz=4, ctx_len=64), documents, 5)) == 1
+
+
+def test_a_base_that_gives_no_finite_loss_is_refused(files, tmp_path):
+    tensors = random_tensors(make_arch(7, vocab_size=256))
+    tensors["head.weight"].fill_(1e38)  # finite itself
+    torch.save(tensors, tmp_path / "broken.pth")
+    with pytest.raises(UserError, match="the loss on the held-out documents is (nan|inf) before any training"):
+        sweep(*flags(files, tmp_path / "run", "--load_model", str(tmp_path / "broken.pth"), "--steps", "1"))
+    assert not (tmp_path / "run").exists()
