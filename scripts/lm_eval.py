@@ -26,8 +26,8 @@ def main(argv: list[str]) -> None:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("the package lm_eval is not installed: pip install 'lm_eval>=0.4.12'") from None
+    except ImportError as error:
+        raise UserError(f"lm-evaluation-harness can't be imported ({error}): pip install 'lm_eval>=0.4.12'") from None
     from src.harness import HarnessModel, Lambada
 
     names = args.tasks.split(",")
