@@ -164,11 +164,11 @@ def test_miss_has_full_fine_tunings_norm_whatever_the_gradient(outcome):
     assert ratios["random, relu^2, r = 3"] > 2, "the mean of the inputs adds up in the shards"
 
 
-def test_nlu_classifies_held_out_lines(outcome):
+def test_nlu_classifies_held_out_sentences(outcome):
     found, _ = outcome("nlu")
     for measured in found["outcomes"]:
-        # guessing gets 50 of 100 lines right, in both runs with a standard deviation of 3.5 %; which lines they are changes with the project
-        assert sum(measured["scores"]["accuracy"]) / 2 > 0.6, measured
+        # guessing gets 50 of 100 sentences right, with a standard deviation of 5; over eight runs of each method 91 was the least
+        assert min(measured["scores"]["accuracy"]) > 0.8, measured
 
 
 def test_resources_compares_equal_parameters(outcome):
@@ -177,6 +177,21 @@ def test_resources_compares_equal_parameters(outcome):
     assert [row["method"] for row in rows] == list(experiment("resources").TINY.methods)
     assert len({row["parameters"] for row in rows}) == 1 and all(row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows)
     assert [(round(row["the paper's"], 2), round(row["the paper's peak / lora"], 3)) for row in rows if row["method"] == "miss"] == [(1.10, 0.915)]
+
+
+def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below():
+    module = experiment("loss-curves")
+
+    def outcomes(*losses):
+        return [module.Outcome(1, [], loss, None, None, None, 0.0) for loss in losses]
+
+    assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(2.0, 2.1, 1.9)) is True
+    assert module.below(outcomes(2.0, 2.1, 1.9), outcomes(1.0, 1.1, 0.9)) is False
+    assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(1.1, 1.2, 1.0)) is None  # 0.1 apart, two standard errors are 0.163
+    assert module.below(outcomes(1.0), outcomes(1.1)) is True
+    diverged = outcomes(1.0, None)
+    assert module.below(outcomes(9.0, 9.0), diverged) is True and module.below(diverged, outcomes(9.0, 9.0)) is False
+    assert module.below(diverged, diverged) is None
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import pathlib
 import random
 import tempfile
@@ -20,19 +21,25 @@ from .classify import Training, adapt, load_model, load_tokenizer, predict, quie
 from .glue import TASKS, Example, Task, read_task
 from .methods import systems
 from .metrics import mean_and_deviation
-from .results import Claim, Result, Table
+from .results import Claim, Result, Table, require_package
 from .settings import option
 
-# what --tiny classifies: lines of this project, in a file as SST-2 has them
-LINES = dataclasses.replace(TASKS["sst-2"], name="lines", labels=("prose", "code"), paper={})
-ROOT = pathlib.Path(__file__).parents[2]
+# what --tiny classifies: sentences that are made up, in a file as SST-2 has them
+SENTENCES = dataclasses.replace(TASKS["sst-2"], name="sentences", labels=("kitchen", "journey"), paper={})
+ADJECTIVES = ("old", "small", "warm", "heavy", "plain", "quiet", "second", "good")
+WORDS = (  # of each class, what stands at each place of a sentence
+    (("stir", "boil", "bake", "cool", "slice", "taste", "pour", "fry"), ("the",), ADJECTIVES,
+     ("soup", "bread", "cabbage", "sauce", "rice", "pear", "dough", "fish")),
+    (("cross", "leave", "reach", "follow", "see", "pass", "climb", "draw"), ("the",), ADJECTIVES,
+     ("river", "road", "hill", "harbour", "forest", "border", "bridge", "town")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     model: str = option("roberta-base", "folder of the model and its tokenizer, or a name that is in Hugging Face's cache; empty: a small random one")
-    data: str = option("glue", "folder with GLUE's folders CoLA, MRPC, ... of TSV, JSONL or parquet files; empty: lines of this project")
-    tasks: tuple[str, ...] = option(tuple(TASKS), "tasks; lines, if --data is empty")
+    data: str = option("glue", "folder with GLUE's folders CoLA, MRPC, ... of TSV, JSONL or parquet files; empty: made-up sentences")
+    tasks: tuple[str, ...] = option(tuple(TASKS), "tasks; sentences, if --data is empty")
     methods: tuple[str, ...] = option(("lora", "pissa", "miss"), "adapter methods")
     lr: tuple[float, ...] = option((1e-4, 5e-4), "learning rates, each tried with each method")
     rank: int = option(8, "rank of LoRA; the other methods get the rank of as many parameters")
@@ -44,7 +51,7 @@ class Settings:
 
 
 FULL = Settings()
-TINY = Settings(model="", data="", tasks=("lines",), methods=("lora", "miss"), lr=(5e-3,), rank=2, seeds=2, epochs=3, batch=16, length=24)
+TINY = Settings(model="", data="", tasks=("sentences",), methods=("lora", "miss"), lr=(5e-3,), rank=2, seeds=2, epochs=10, batch=16, length=24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +70,7 @@ def run(settings: Settings) -> Result:
     methods, tasks = check(settings)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        read = {task.name: read_task(settings.data or write_lines(folder), task) for task in tasks}
+        read = {task.name: read_task(settings.data or write_sentences(folder), task) for task in tasks}
         source = settings.model or write_random_model(folder, read[tasks[0].name][0])
         tokenizer = load_tokenizer(source)
         for task in tasks:
@@ -82,7 +89,8 @@ def run(settings: Settings) -> Result:
 
 def check(settings: Settings) -> tuple[dict[str, tuple[str, dict[str, Any]]], list[Task]]:
     """Label -> (method, options), and the tasks. UserError for one that does not exist and for a number that is none."""
-    methods, tasks = systems(settings.rank), TASKS if settings.data else {LINES.name: LINES}
+    require_package("transformers", "nlu")
+    methods, tasks = systems(settings.rank), TASKS if settings.data else {SENTENCES.name: SENTENCES}
     for what, given, exist in (("method", settings.methods, methods), ("task", settings.tasks, tasks)):
         for name in given:
             if name not in exist:
@@ -166,19 +174,15 @@ def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
 # what --tiny runs on
 
 
-def write_lines(folder: str) -> str:
-    """Lines of this project's modules and documents as FOLDER/lines/train.tsv and dev.tsv; returns the folder."""
-    examples: list[tuple[str, int]] = []
-    for label, patterns in enumerate((("README.md", "docs/*.md"), ("rwkv_miss/*.py",))):
-        texts = [path.read_text(encoding="utf-8") for pattern in patterns for path in ROOT.glob(pattern)]
-        long = sorted({line.strip().replace("\t", " ") for text in texts for line in text.splitlines() if len(line.strip()) > 40})
-        examples += [(line, label) for line in random.Random(label).sample(long, 200)]
-    random.Random(0).shuffle(examples)
-    task = pathlib.Path(folder, LINES.name)
+def write_sentences(folder: str) -> str:
+    """300 sentences to train on and 100 others, no two alike, as FOLDER/sentences/train.tsv and dev.tsv; returns the folder."""
+    draw = random.Random(0)
+    rows = [f"{' '.join(words)}\t{label}\n" for label, grammar in enumerate(WORDS) for words in draw.sample([*itertools.product(*grammar)], 200)]
+    draw.shuffle(rows)
+    task = pathlib.Path(folder, SENTENCES.name)
     task.mkdir()
-    for name, part in (("train", examples[:300]), ("dev", examples[300:])):
-        text = "".join(f"{line}\t{label}\n" for line, label in part)
-        (task / f"{name}.tsv").write_text(f"sentence\tlabel\n{text}", encoding="utf-8")
+    for name, part in (("train", rows[:300]), ("dev", rows[300:])):
+        (task / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(part), encoding="utf-8")
     return folder
 
 

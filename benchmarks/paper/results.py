@@ -56,10 +56,15 @@ class Result:
     figures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def require_package(name: str, use: str) -> None:
+    """A UserError, before anything is measured, where a package is absent."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{use} needs {name}: pip install {name}")
+
+
 def check_folder(folder: str) -> pathlib.Path:
     """The folder, made where it is missing. A UserError where the results could not be written or drawn, before anything is measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the plot needs matplotlib: pip install matplotlib")
+    require_package("matplotlib", "the plot")
     path = pathlib.Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -200,7 +200,12 @@ class Spread:
 
 
 def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
-    """Whether a's held-out losses are lower than b's: None where their means are within two standard errors of each other."""
+    """Whether a's held-out losses are lower than b's: None where their means are within two standard errors of each other, or neither is finite.
+
+    With one seed the lower loss counts.
+    """
     first, second = Spread.of(a, "held_out"), Spread.of(b, "held_out")
+    if math.isnan(first.mean) or math.isnan(second.mean):
+        return None if math.isnan(first.mean) == math.isnan(second.mean) else math.isnan(second.mean)
     error = math.hypot(first.sd, second.sd) / math.sqrt(len(a))
     return None if abs(first.mean - second.mean) <= 2 * error else first.mean < second.mean
