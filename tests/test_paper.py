@@ -1,6 +1,7 @@
 """The paper's experiments in their tiny settings: every one writes its three files; what each promises about its numbers."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import rwkv_miss
+from benchmarks.paper import training, training_tasks
 from benchmarks.paper.__main__ import EXPERIMENTS, experiment, main
 from benchmarks.paper.methods import LINEAR, systems
 from benchmarks.paper.page import renewed
@@ -177,6 +179,34 @@ def test_resources_compares_equal_parameters(outcome):
     assert [row["method"] for row in rows] == list(experiment("resources").TINY.methods)
     assert len({row["parameters"] for row in rows}) == 1 and all(row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows)
     assert [(round(row["the paper's"], 2), round(row["the paper's peak / lora"], 3)) for row in rows if row["method"] == "miss"] == [(1.10, 0.915)]
+
+
+def test_a_stopped_experiment_goes_on_and_never_takes_what_was_measured_otherwise(tmp_path, monkeypatch):
+    trained = []
+
+    def fake(run, task):
+        trained.append((run.lr, run.seed, run.steps))
+        return training.Outcome(1, [2.0], float(run.seed), None, None, None, 0.0)
+
+    monkeypatch.setattr(training, "_train", fake)
+    settings = experiment("loss-curves").Settings(tasks=("letters",), seeds=(0, 1), steps=(2,), rows=(4,), train=(12,), held_out=(5,), rank=(4,),
+                                                  runs=str(tmp_path / "a" / "runs.jsonl"))
+
+    def losses(**changed):
+        trained.clear()
+        runs = training.Runs(dataclasses.replace(settings, **changed))
+        return [outcome.held_out for outcome in runs.at_rate("letters", "miss", {"rank": 8}, 1e-3)], len(trained)
+
+    assert losses() == ([0.0, 1.0], 2)
+    assert losses() == ([0.0, 1.0], 0)
+    path = tmp_path / "a" / "runs.jsonl"
+    path.write_text(path.read_text()[:-9])  # killed in the middle of a line
+    assert losses() == ([0.0, 1.0], 1) and losses() == ([0.0, 1.0], 0)
+    assert losses(seeds=(1, 2)) == ([1.0, 2.0], 1)
+    assert losses(steps=(3,)) == ([0.0, 1.0], 2) and losses(held_out=(6,)) == ([0.0, 1.0], 2)
+    sort = training_tasks.sorting
+    monkeypatch.setitem(training_tasks.ANSWERS, "letters", (training_tasks.ANSWERS["letters"][0], lambda count, seed: sort(count, seed + 7)))
+    assert losses() == ([0.0, 1.0], 2), "other rows"
 
 
 def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below():

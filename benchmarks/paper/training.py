@@ -42,7 +42,8 @@ class Settings:
     held_out: tuple[int, ...] = option((64, 200), "rows held out")
     characters: int = option(64, "characters of a row of text, each two tokens")
     data: str = option("../shared/data", "folder of real/*.pth, tinyshakespeare.txt and gsm8k_*.jsonl; letters needs none")
-    runs: str = option("out/paper-runs.jsonl", "file that keeps finished trainings, which are not repeated: remove it to measure anew; '': none")
+    runs: str = option("out/paper-runs.jsonl", "file that keeps finished trainings, which are not repeated on the same base, rows and settings: "
+                              "remove it to measure anew, as after a change of a method; '': none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Run:
     steps: int
     rows: int
     data: list[int]  # rows to train on, held-out rows, characters
+    digest: str  # of the base and the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Runs:
     def train(self, task: str, method: str, options: dict[str, Any], lr: float, seed: int) -> Outcome:
         """A training, done or looked up."""
         steps, rows = self.own(self.settings.steps, task), self.own(self.settings.rows, task)
-        run = Run(task, method, options, lr, seed, steps, rows, self._data(task))
+        run = Run(task, method, options, lr, seed, steps, rows, self._data(task), self.tasks[task].digest)
         key = _key(described := dataclasses.asdict(run))
         if key not in self.done:
             outcome = self.done[key] = _train(run, self.tasks[run.task])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import random
@@ -39,6 +40,12 @@ class Task:
     @functools.cached_property
     def arch(self) -> Arch:
         return Arch.detect(read_model_file(self.base))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the base's file and all rows: what a training depends on beside its settings."""
+        parts = hashlib.sha256(self.base.read_bytes()).hexdigest(), self.train.digest, self.held_out.digest
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     @property
     def width(self) -> int:
