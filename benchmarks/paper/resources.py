@@ -83,11 +83,11 @@ def make_step(model: RWKV, settings: Settings) -> Callable[[], None]:
 
 
 def peak(settings: Settings, label: str) -> tuple[int, int]:
-    """(bytes of the model, most bytes above it in two steps); to be called in a fresh process."""
+    """(bytes of the model with its buffers, most bytes above it in two steps); to be called in a fresh process."""
     torch.set_num_threads(1)
     model = adapt(make_base(settings), label, settings.rank)
     step = make_step(model, settings)
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     if settings.device == "cpu":
         release_freed()
         return held, peak_above_start(lambda: (step(), step()))
