@@ -225,6 +225,18 @@ def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below()
 
 
 @pytest.mark.parametrize("argv, message", [
+    (["loss-curves", "--systems", "full", "mis"], "--systems takes any of: full; .*got full; mis"),
+    (["loss-curves", "--steps", "0"], "--steps 0: must be at least 1"), (["loss-curves", "--tasks", "letter"], "task 'letter' is unknown"),
+    (["loss-curves", "--tasks", "gsm8k", "--data", "nowhere"], "task gsm8k needs real/rwkv6-3m-utf16.pth in --data nowhere"),
+    (["rank", "--ranks", "4", "7"], "--ranks 4 7: must be even"), (["rank", "--ranks", "128"], "one at least 96 or less"),
+])
+def test_trainings_are_refused_before_the_first(argv, message, tmp_path):
+    with pytest.raises(rwkv_miss.UserError, match=message):
+        main([argv[0], "--tiny", *argv[1:], "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv, message", [
     (["--methods", "miss", "lroa"], "takes miss, lora and any of: .*; got miss lroa"), (["--model", "gpt"], "rwkv6-3b"),
     (["--device", "tpu"], "can't be used here; cpu can"),
 ])

@@ -10,6 +10,7 @@ from typing import Any
 
 from rwkv_miss import UserError
 
+from .methods import LINEAR
 from .results import Claim, Result, Table
 from .settings import option
 from .training import PAPER_LR, Outcome, Runs, Spread, below, rate, untouched
@@ -134,6 +135,9 @@ def figures_of(m: Measured) -> dict[str, Any]:
 
 
 def run(settings: Settings) -> Result:
+    known = ("full", "miss, balanced", *LINEAR)
+    if not {*settings.systems} <= {*known}:
+        raise UserError(f"--systems takes any of: {'; '.join(known)}; got {'; '.join(settings.systems)}")
     runs = Runs(settings)
     measured = {task: measure(runs, task) for task in settings.tasks}
     found = {task: systems for task, (systems, _) in measured.items()}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rwkv_miss import UserError
+
 from .loss_curves import system
 from .results import Claim, Result, Table
 from .settings import option
@@ -103,6 +105,10 @@ def figures_of(m: Measured) -> dict[str, Any]:
 
 def run(settings: Settings) -> Result:
     runs = Runs(settings)
+    width = min(task.arch.n_embd for task in runs.tasks.values())
+    if any(rank < 2 or rank % 2 for rank in settings.ranks) or min(settings.ranks) > width:
+        raise UserError(f"--ranks {' '.join(map(str, settings.ranks))}: must be even, as LoRA gets half of each, and one at least {width} or less, "
+                        "the width of the smallest model")
     found = {task: {method: measure(runs, task, method) for method in ("miss", "lora")} for task in settings.tasks}
     figures = {task: {method: [figures_of(m) for m in measured] for method, measured in methods.items()} for task, methods in found.items()}
     return Result(

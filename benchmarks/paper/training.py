@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rwkv_miss import UserError
 from src import ops
 from src.base import build_model
 from src.config import Config
@@ -76,9 +77,13 @@ class Outcome:
 
 
 class Runs:
-    """The trainings of an experiment, of which the finished ones are in settings.runs. UserError where a task's files are absent."""
+    """The trainings of an experiment, of which the finished ones are in settings.runs. UserError where a task's files are absent
+    or a number is none."""
 
     def __init__(self, settings: Settings):
+        for name in ("steps", "rows", "train", "held_out"):
+            if min(getattr(settings, name)) < 1:
+                raise UserError(f"--{name} {' '.join(map(str, getattr(settings, name)))}: must be at least 1")
         self.settings, self.done = settings, {}
         self.tasks = {name: load_task(name, settings.data, *self._data(name)) for name in settings.tasks}
         path = self.path = settings.runs
