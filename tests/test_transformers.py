@@ -123,23 +123,13 @@ def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
     assert frozen.keys() == base.state_dict().keys()
     assert all(torch.equal(tensor, frozen[key]) for key, tensor in base.state_dict().items())
 
-    rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")
-    again = copy.deepcopy(base)
-    rwkv_miss.load_adapter(again, tmp_path / "adapter.pth")
+    loaded, plain = loaded_and_merged(model, base, tmp_path)
     with torch.no_grad():
         trained = model(**batch(name)).logits
-        assert torch.equal(again(**batch(name)).logits, trained)
-
-    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
-    merged = torch.load(tmp_path / "merged.pth", weights_only=True)
-    assert list(merged) == list(base.state_dict())
-    plain = copy.deepcopy(base)
-    plain.load_state_dict(merged, strict=True)
-    with torch.no_grad():
+        assert torch.equal(loaded(**batch(name)).logits, trained)
         close("merged logits", plain(**batch(name)).logits, trained, 1e-5)  # W + dW is rounded once, to 24 bits
     for linear, layer in adapted_linears(model).items():
-        close(linear, merged[f"{linear}.weight"], (layer.weight + layer.delta()).detach(), 1e-6)
+        close(linear, plain.get_submodule(linear).weight.detach(), (layer.weight + layer.delta()).detach(), 1e-6)
 
 
 @pytest.mark.parametrize("method", LINEAR)
@@ -150,17 +140,26 @@ def test_every_method_trains_loads_and_merges_on_linears_of_many_shapes(method, 
     with torch.no_grad():
         close("a fresh adapter changes nothing", model(**batch("llama")).logits, base(**batch("llama")).logits, 1e-5)
     train(model, batch("llama"), steps=3)
-    rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")
-    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
-    plain, again = copy.deepcopy(base), copy.deepcopy(base)
-    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
-    rwkv_miss.load_adapter(again, tmp_path / "adapter.pth")
+    loaded, plain = loaded_and_merged(model, base, tmp_path)
     with torch.no_grad():
         trained = model(**batch("llama")).logits
         assert (trained - base(**batch("llama")).logits).abs().max() > 1e-4
-        close("loaded", again(**batch("llama")).logits, trained, 1e-5)
+        close("loaded", loaded(**batch("llama")).logits, trained, 1e-5)
         close("merged", plain(**batch("llama")).logits, trained, 1e-5)
+
+
+def loaded_and_merged(model, base, folder):
+    """Copies of the base: with the model's adapter out of its file, and with the tensors of the merged file, which are the base's by name."""
+    adapter, unmerged, merged = (folder / f"{name}.pth" for name in ("adapter", "base", "merged"))
+    rwkv_miss.save_adapter(model, adapter)
+    rwkv_miss.write_checkpoint(unmerged, base.state_dict().items())
+    rwkv_miss.merge_file(unmerged, adapter, merged)
+    loaded, plain = copy.deepcopy(base), copy.deepcopy(base)
+    rwkv_miss.load_adapter(loaded, adapter)
+    tensors = torch.load(merged, weights_only=True)
+    assert list(tensors) == list(base.state_dict())
+    plain.load_state_dict(tensors, strict=True)
+    return loaded, plain
 
 
 def train(model, inputs, steps):
@@ -183,12 +182,7 @@ def test_a_classifier_beside_the_adapter_is_trained_saved_and_merged(tmp_path):
     model.classifier.requires_grad_(True)
     train(model, batch("roberta"), steps=3)
     assert not torch.equal(model.classifier.out_proj.bias, base.classifier.out_proj.bias)
-    rwkv_miss.save_adapter(model, tmp_path / "adapter.pth")
-    rwkv_miss.write_checkpoint(tmp_path / "base.pth", base.state_dict().items())
-    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "adapter.pth", tmp_path / "merged.pth")
-    plain, loaded = copy.deepcopy(base), copy.deepcopy(base)
-    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
-    rwkv_miss.load_adapter(loaded, tmp_path / "adapter.pth")
+    loaded, plain = loaded_and_merged(model, base, tmp_path)
     with torch.no_grad():
         want = model(**batch("roberta")).logits
         assert torch.equal(loaded(**batch("roberta")).logits, want)
