@@ -15,6 +15,7 @@ import sys
 
 from rwkv_miss.errors import Parser, one_line_errors
 
+from ..common import environment
 from . import results
 from .settings import add_options, chosen, command
 
@@ -43,8 +44,10 @@ def main(argv: list[str]) -> None:
     module = experiment(args.name)
     settings = chosen(args, module.FULL, module.TINY)
     folder = results.check_folder(args.out)
+    commit = environment()["commit"]  # of the code that runs, which may be another one when it has run
     result = module.run(settings)
-    short = results.write(result, args.name, folder, command(args.name, settings, module.FULL, module.TINY), dataclasses.asdict(settings))
+    shown = command(args.name, settings, module.FULL, module.TINY)
+    short = results.write(result, args.name, folder, shown, dataclasses.asdict(settings), commit)
     for claim in result.claims:
         print(f"paper: {claim.paper}\n here: {claim.ours}")
     print(f"{folder / args.name}.md .png .json")

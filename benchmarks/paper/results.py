@@ -73,10 +73,10 @@ def check_folder(folder: str) -> pathlib.Path:
     return path
 
 
-def write(result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any]) -> dict[str, Any]:
+def write(result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str) -> dict[str, Any]:
     """Write NAME.md, NAME.png and NAME.json; returns the short form of the last, without tables and curves."""
     short = {"experiment": name, "command": command, "settings": settings,
-             "claims": [dataclasses.asdict(claim) for claim in result.claims], **environment()}
+             "claims": [dataclasses.asdict(claim) for claim in result.claims], **environment(), "commit": commit}
     tables = {table.caption: table.records() for table in result.tables}
     write_bytes(str(folder / f"{name}.png"), plot(result.draw))
     write_text(str(folder / f"{name}.md"), markdown(result, name, command, short))
