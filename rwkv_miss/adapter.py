@@ -269,20 +269,26 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         adapted.add_delta_to(weight)
         return weight
 
-    @torch.no_grad()
-    def assign(self, tensors: dict[str, Tensor]) -> None:
-        """Set the layer's own tensors to `tensors`; names and shapes must be exactly those that setup() made."""
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """UserError unless names and shapes are exactly those that setup() made."""
         own = self.own_tensors()
         if own.keys() != tensors.keys():
             raise UserError(f"the adapter holds {sorted(tensors)}, method {self.method} needs {sorted(own)}")
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
                 raise UserError(f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the model")
-            own[name].copy_(tensor)
+
+    @torch.no_grad()
+    def assign(self, tensors: dict[str, Tensor]) -> None:
+        """Set the layer's own tensors to `tensors`."""
+        self.check(tensors)
+        for name, tensor in self.own_tensors().items():
+            tensor.copy_(tensors[name])
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """assign() for a layer in use."""
+        """assign() for a layer in use; one that does not fit changes nothing."""
+        self.check(tensors)
         self.revert()
         self.assign(tensors)
         self.prepare()

@@ -264,10 +264,11 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
         raise UserError(f"{path} lacks {absent[0]}" + (f" and {len(absent) - 1} more tensors" if absent[1:] else "") + " of this model's adapter")
-    full = dict(tensors)
+    full, given = dict(tensors), {}
     for name, layer in adapted_linears(model).items():
         try:
-            layer.load(layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors))
+            given[layer] = layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors)
+            layer.check(given[layer])
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
         for key in layer.own_tensors():
@@ -278,5 +279,8 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
             raise UserError(f"{path} holds {name}, which this model does not have")
         if parameters[name].numel() != tensor.numel():
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model")
+    for layer, own in given.items():  # all that can be wrong is known
+        layer.load(own)
+    for name, tensor in full.items():
         parameters[name].copy_(tensor.view_as(parameters[name]))
     return metadata

@@ -462,6 +462,22 @@ def test_a_new_adapter_loads_over_one_in_use(method, options, tmp_path):
     unchanged(method, options, model(ids)[0], want)
 
 
+@pytest.mark.parametrize("method", list(COUNTS))
+def test_a_file_that_does_not_fit_changes_nothing(method, tmp_path):
+    model = rwkv(7)
+    rwkv_miss.inject(model, method, rank=fitting(method, {}, 5))
+    tensors = adapter_tensors(filled(model))
+    key = next(name for name in reversed(tensors) if not name.startswith("shared."))
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    metadata = rwkv_miss.read_metadata(tmp_path / "a.pth")
+    other = {name: t.detach() + t.is_floating_point() for name, t in tensors.items()} | {key: tensors[key].detach()[:-1]}
+    rwkv_miss.write_checkpoint(tmp_path / "bad.pth", other.items(), metadata)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(rwkv_miss.UserError, match="in the adapter, .* in the model"):
+        rwkv_miss.load_adapter(model, tmp_path / "bad.pth")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 @each_case
 def test_a_state_dict_is_the_whole_model(method, options):
     """Also what follows from the frozen weight, which it brings along."""

@@ -77,7 +77,7 @@ class PissaLinear(LoraLinear):
     def prepare(self) -> None:
         self._add_to_weight(-self.scale)
 
-    def revert(self) -> None:
+    def revert(self) -> None:  # in half precision up to a rounding
         self._add_to_weight(self.scale)
 
     def _add_to_weight(self, factor: float) -> None:
