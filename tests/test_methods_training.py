@@ -49,7 +49,7 @@ def test_a_run_goes_on_in_two_processes(files, tmp_path, method, strategy):
     shutil.copytree(one, two)
     (two / "checkpoints" / f"step-{STEPS:08}.pth").unlink()
     output = train(files, two, method, options, "--resume", "auto", "--strategy", strategy,
-          "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2")
+                   "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2")
     assert f"step-{STEPS // 2:08}.pth; the weights, the optimizer" in output
     curve = losses(one)
     assert curve[-1] < curve[0], "it learns"
