@@ -190,7 +190,7 @@ def test_an_adapter_of_another_base(refused, folder, program, flag):
 
 @pytest.mark.parametrize("options, words", [
     ("r=49", "blocks.0.att.receptance: rank 49 does not fit MiSS: it must be from 1 to the input width, 48"),
-    ("r=0", "rank 0 does not fit"),
+    ("r=0", "rank 0 must be at least 1"),
     ('{"targets": ["recptance"]}', "'recptance' matches no linear layer; this model has: head, key, output, receptance, value"),
     ('{"targets": "key"}', 'targets must be a list of names, such as ["key", "value"]; got \'key\''),
     ('{"targets": []}', "targets is empty"),
