@@ -273,7 +273,7 @@ def _convert(name: str, value: Any) -> Any:
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
         value = legacy.METHOD_ALIASES.get(value, value)
-    choices = (*METHODS, "none") if name == "peft" else FIELDS[name].metadata["choices"]
+    choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
     return value

@@ -184,7 +184,7 @@ def test_targets_are_a_list():
     ("--n_layer -1", "--n_layer -1: must not be negative"), ("--lr_init nan", "--lr_init nan: expected float"),
     ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"), ("--grad_cp yes", "--grad_cp yes: expected int"),
     ("--grad_cp 3", "--grad_cp 3: expected 0, 1 or 2"),
-    ("--peft vora", f"--peft vora: expected one of {', '.join(METHODS)}, none"), ("--lr_map ffn=-1", "--lr_map ffn: must be a factor"),
+    ("--peft vora", f"--peft vora: expected one of {', '.join(sorted(METHODS))}, none"), ("--lr_map ffn=-1", "--lr_map ffn: must be a factor"),
     ("--lr_map ffn", "--lr_map ffn: expected JSON or key=value pairs"), ("--lr_map ffn=x", "--lr_map ffn: must be a factor"),
     ("--lr_map {", "--lr_map {: not valid JSON"), ("--lr_schedule linear", "expected one of cos, constant, wsd"),
     ("--strategy deepspeed", "deepspeed_stage_1"), ("--global_bsz 12 --micro_bsz 8", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),
