@@ -5,7 +5,7 @@ on a GPU `--model rwkv6-3b` is the paper's. A step is forward, loss, backward an
 what differs is the adapter alone. `peft lora` is HF peft's LoRA in the same step.
 
 On a CPU the methods take turns and time is CPU time of one thread, the fastest round of each; on a GPU they run one after the other, since
-all of them would not fit. Memory is the most that two steps took in a process of their own, with the weights.
+all of them would not fit. Memory is the most that two steps took in a process of their own, of three, with the weights.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ def check(settings: Settings) -> None:
 def run(settings: Settings) -> Result:
     check(settings)
     torch.set_num_threads(1)
-    peaks = {label: in_fresh_process(peak, settings, label) for label in settings.methods}
+    # what is sampled can miss a short peak on a busy machine, and never see more than there is
+    peaks = {label: max(in_fresh_process(peak, settings, label) for _ in range(min(settings.rounds, 3))) for label in settings.methods}
     taken, parameters = seconds(settings)
     of_one = min if settings.device == "cpu" else statistics.median
     rows = {label: Row(parameters[label], of_one(taken[label]), *peaks[label]) for label in settings.methods}
@@ -208,7 +209,7 @@ def run(settings: Settings) -> Result:
     return Result(
         "Resources: tokens a second and peak memory (Table 5, Fig. 3 left)",
         f"{settings.model} with random weights on {settings.device}, one row of {settings.ctx_len} tokens, {clock} of {settings.rounds}. Memory "
-        "is the most in two steps in a process of their own, weights included. All rows have the same model, loss and kernels: the paper "
+        "is the most that was seen in two steps, of three processes, weights included. All rows have the same model, loss and kernels: the paper "
         "measured whole programs, RWKV6-3B in bf16 on one RTX 4090. `peft lora` is HF peft's LoRA in the same step. Agrees: at least half of the "
         "paper's gain was found.",
         claims(rows, settings), [table(rows, settings.ctx_len)], lambda figure: draw(rows, settings.ctx_len, figure), {"seconds": taken},
