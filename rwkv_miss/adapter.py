@@ -111,9 +111,9 @@ class Options(NoOptions):
     def at(self, name: str) -> Options:
         return self.with_rank(most_specific(self.rank_map, name, self.rank))
 
-    def with_rank(self, rank: int) -> Options:
-        """The same for one linear, which has this rank."""
-        return dataclasses.replace(self, rank=rank, rank_map={})
+    def with_rank(self, rank: int, **others: Any) -> Options:
+        """The same for one linear, which has this rank; `others` are options that change with it."""
+        return dataclasses.replace(self, rank=rank, rank_map={}, **others)
 
 
 class AdapterMethod:

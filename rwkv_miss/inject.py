@@ -56,6 +56,8 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
     None means the linears of RWKV that the paper adapts, and is for such models only. Raises UserError, with the names that exist, for that,
     for a target that matches nothing, and for a linear whose change would have no effect or another one once merged.
     """
+    if isinstance(targets, str):
+        raise UserError(f"targets {targets!r} is a text, expected a list of names: targets=[{targets!r}]")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     # key and value alone would match some linears of many a model, and leave out the others without a word

@@ -8,7 +8,7 @@ import sys
 import torch
 
 import rwkv_miss
-from rwkv_miss.adapter import check_parts
+from rwkv_miss.adapter import METHODS, check_parts
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
 from rwkv_miss.inject import adapter_tensors
@@ -34,7 +34,11 @@ def read_base(config: Config, origins: dict[str, str]):
         model = RWKV(arch)
     model.check(tensors, config.load_model)
     if config.peft != "none":
-        choose(config, origins, "peft_config", *own_rank(config.peft, min(arch.n_embd, arch.dim_att)))
+        rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
+        choose(config, origins, "peft_config", rank, reason)
+        aliases = METHODS[config.peft].Options.aliases
+        if not any(aliases.get(name, name) == "rank" for name in config.peft_config):  # other options were given
+            config.peft_config = {**rank, **config.peft_config}
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
     check_parts("--lr_map", config.lr_map, [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad])

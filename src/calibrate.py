@@ -8,6 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.checkpoint import Arch
 
 from .allocation import model_on_meta
@@ -34,6 +35,9 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
         return new.normal_(std=0.02) if new.is_floating_point() else new.zero_()
 
     replace_tensors(model, random)
+    with torch.no_grad():
+        for layer in adapted_linears(model).values():
+            layer.prepare()  # norms that are no norms would make NaN
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     model.grad_cp = config.grad_cp

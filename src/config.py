@@ -305,6 +305,8 @@ def _parse_options(name: str, value: Any) -> dict[str, Any]:
         key, sign, raw = pair.partition("=")
         if not sign:
             raise UserError(f"--{name} {text}: expected JSON or key=value pairs, got {pair!r}")
+        if key in options:
+            raise UserError(f"--{name} {text}: {key} is given twice; keep one")
         options[key] = raw.split("+") if key in TARGET_NAMES else _number_or_text(raw)
     return options
 

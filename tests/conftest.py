@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 import sys
 
 import pytest
@@ -20,6 +21,8 @@ DATA = ROOT.parent / "shared" / "data"
 
 # small tensors: a second thread costs more than it brings, also in the processes that tests start
 torch.set_num_threads(1)
+# whoever starts the tests in the background has Ctrl-C ignored, and what tests start would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

@@ -513,6 +513,10 @@ def test_a_rank_map_gives_linears_their_own_ranks():
     assert ranks["blocks.0.att.key"] == 2 and ranks["blocks.0.ffn.key"] == 2, "the longer part, blocks.0, counts"
     assert ranks["blocks.1.att.key"] == 6 and ranks["blocks.1.ffn.key"] == 3 and ranks["blocks.1.ffn.value"] == 5
     assert {layer.scale for layer in adapted_linears(model).values()} == {2.0}, "another rank keeps alpha / r"
+    for method in ("mos", "prolora"):  # what goes with the rank becomes smaller with it
+        model = rwkv(7)
+        rwkv_miss.inject(model, method, rank=16, rank_map={"ffn": 2})
+        assert len(adapted_linears(model)["blocks.0.ffn.key"].factors()[0]) == 2
     for wrong, said in (({"fnn": 3}, "rank_map 'fnn'.*blocks.0.att"), ({"ffn": 0}, "ranks"), (5, "ranks"), ({"ffn": 2.5}, "ranks")):
         with pytest.raises(rwkv_miss.UserError, match=said):
             rwkv_miss.inject(rwkv(7), "lora", rank=6, rank_map=wrong)

@@ -195,6 +195,7 @@ def test_an_adapter_of_another_base(refused, folder, program, flag):
     ('{"targets": "key"}', 'targets must be a list of names, such as ["key", "value"]; got \'key\''),
     ('{"targets": []}', "targets is empty"),
     ("rnk=4", "adapter option 'rnk' is unknown; this method has: "), ("r=4.5", "adapter option r must be int, got 4.5"),
+    ("r=4,r=5", "r is given twice"),
     ("layout=diagonal", "layout 'diagonal' is unknown; choose one of: stride, contiguous"),
 ])
 def test_adapter_options_that_do_not_fit(refused, options, words):

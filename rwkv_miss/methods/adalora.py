@@ -54,7 +54,7 @@ class Options(ScaledOptions):
     def with_rank(self, rank: int) -> Options:
         init_rank = max(rank, round(self.init_rank * rank / self.rank))
         alpha = self.alpha if self.rslora else self.alpha * init_rank / self.init_rank
-        return dataclasses.replace(self, rank=rank, rank_map={}, init_rank=init_rank, alpha=alpha)
+        return super().with_rank(rank, init_rank=init_rank, alpha=alpha)
 
 
 def budget(step: int, total: int, first: int, last: int, options: Options) -> int:

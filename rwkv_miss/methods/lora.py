@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,9 @@ class ScaledOptions(adapter.Options):
         """The factor of B A."""
         return self.alpha / (self.first_rank**0.5 if self.rslora else self.first_rank)
 
-    def with_rank(self, rank: int) -> ScaledOptions:
-        same = super().with_rank(rank)
-        return same if self.rslora else dataclasses.replace(same, alpha=self.alpha * rank / self.rank)
+    def with_rank(self, rank: int, **others: Any) -> ScaledOptions:
+        alpha = self.alpha if self.rslora else self.alpha * rank / self.rank
+        return super().with_rank(rank, **{"alpha": alpha, **others})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Options(ScaledOptions):
 
     def with_rank(self, rank: int) -> Options:
         budget = max(1, self.budget * rank // self.rank)
-        return dataclasses.replace(super().with_rank(rank), budget=budget, private=self.private * budget // self.budget)
+        return super().with_rank(rank, budget=budget, private=self.private * budget // self.budget)
 
 
 @register("mos")

@@ -28,7 +28,7 @@ class Options(ScaledOptions):
             raise UserError(f"shares {self.shares} must be at least 1")
 
     def with_rank(self, rank: int) -> Options:
-        return dataclasses.replace(super().with_rank(rank), unshared=self.unshared * rank // self.rank)
+        return super().with_rank(rank, unshared=self.unshared * rank // self.rank)
 
 
 @register("prolora")
