@@ -570,6 +570,8 @@ def test_targets_match_leaves_suffixes_and_whole_names():
     assert len(find_linears(model, ["key"])) == 4
     assert len(find_linears(model, ["att.key"])) == 2
     assert list(find_linears(model, ["blocks.1.ffn.value", "head"])) == ["blocks.1.ffn.value", "head"]
+    with pytest.raises(rwkv_miss.UserError, match=r"targets 'key' is a text, expected a list of names: targets=\['key'\]"):
+        rwkv_miss.inject(model, "miss", targets="key", rank=4)
 
 
 def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, monkeypatch):

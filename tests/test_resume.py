@@ -97,3 +97,14 @@ def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
 def test_checkpoints_without_the_settings_of_their_run(folder):
     with pytest.raises(UserError, match="config.yaml, with the settings of the run, is not there; put it back, or choose another --proj_dir"):
         go_on(folder(STEP_2))
+
+
+def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
+    proj_dir = folder("config.yaml", STEP_2)
+    before = Config(**SETTINGS, peft="adalora", peft_config={"rank": 4, "delta_t": 2})
+    configuration.save(before, dict.fromkeys(configuration.FIELDS, "default"), f"{proj_dir}/config.yaml")
+    now = Config(**SETTINGS, peft="dora", proj_dir=proj_dir, resume="auto")
+    inherit(now, {}, earlier_settings(now))
+    assert now.peft_config == {}, "which dora would refuse, before the user is told that the method is another"
+    with pytest.raises(UserError, match="has peft adalora, now it is dora"):
+        find_checkpoint(now, earlier_settings(now))
