@@ -15,6 +15,7 @@ from rwkv_miss import UserError
 from src.base import build_model
 from src.config import Config
 from src.model import RWKV
+from src.trial import held_out_loss
 
 TINY = dataclasses.replace(loss_curves.TINY, tasks=("letters",))
 
@@ -69,6 +70,30 @@ def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
     for other in ({"steps": (3,)}, {"rows": (5,)}, {"held_out": (11,)}):
         Runs(dataclasses.replace(settings, **other)).at_rate("letters", "miss", {"rank": 2}, 1e-3)
     assert len(done) == 9, "another setting is another training"
+
+
+def test_a_training_depends_on_its_seed_and_each_loss_is_that_of_its_rows(monkeypatch):
+    looked_at = []
+
+    def look(model, config, rows):
+        looked_at.append(rows)
+        return held_out_loss(model, config, rows)
+
+    monkeypatch.setattr(training, "held_out_loss", look)
+    runs = Runs(dataclasses.replace(TINY, seeds=(0, 1), train=(12,), held_out=(7,), steps=(2,), rows=(4,), runs=""))
+    first, second = runs.at_rate("letters", "lora", {"rank": 2}, 1e-2)
+    assert first.losses[0] != second.losses[0] and first.held_out != second.held_out, "another seed has other rows and another A"
+    assert runs.at_rate("letters", "lora", {"rank": 2}, 1e-2) == [first, second]
+    rows = runs.tasks["letters"]
+    assert [len(documents.rows) for documents in looked_at] == [7, 7] * 2
+    assert looked_at[0].rows is rows.held_out.rows, "the first look is at what was not trained on"
+    assert [row.ids.tolist() for row in looked_at[1].rows] == [row.ids.tolist() for row in rows.train.rows[:7]]
+    assert first.held_out != first.seen
+
+
+def test_the_first_of_two_numbers_is_for_text_and_the_last_for_answers():
+    assert [Runs.own((100, 600), name) for name in ("shakespeare", "gsm8k", "digits", "letters")] == [100, 100, 600, 600]
+    assert Runs.own((5,), "gsm8k") == Runs.own((5,), "digits") == 5
 
 
 def test_right_answers_are_those_of_greedy_generation():
