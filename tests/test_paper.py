@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rwkv_miss
-from benchmarks.paper import training, training_tasks
+from benchmarks.paper import resources, training, training_tasks
 from benchmarks.paper.__main__ import EXPERIMENTS, experiment, main
 from benchmarks.paper.methods import LINEAR, systems
 from benchmarks.paper.page import renewed
@@ -222,6 +222,13 @@ def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below()
     diverged = outcomes(1.0, None)
     assert module.below(outcomes(9.0, 9.0), diverged) is True and module.below(diverged, outcomes(9.0, 9.0)) is False
     assert module.below(diverged, diverged) is None
+
+
+def test_verdicts_of_resources_ask_for_half_of_the_papers_gain():
+    lora = resources.Row(1, 1.0, 400, 600)
+    for seconds, above, agrees in ((1 / 1.06, 550, [True, True]), (1 / 1.04, 570, [False, False]), (1.1, 700, [False, False])):
+        found = resources.claims({"miss": resources.Row(1, seconds, 400, above), "lora": lora}, resources.TINY)
+        assert [claim.agrees for claim in found] == agrees
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.paper import loss_curves, training
+from benchmarks.paper import loss_curves, rank, training
 from benchmarks.paper.training import Outcome, Runs, Settings, Spread, below, climb, rate, right, untouched
 from benchmarks.paper.training_tasks import ROOT, from_pairs, load_task
 from demo import task
@@ -49,6 +49,35 @@ def test_what_is_within_two_standard_errors_is_level():
     assert str(Spread.of(low, "held_out")) == "1.0000 ± 0.0200" and str(Spread.of(low[:1], "held_out")) == "1.0000"
     assert str(Spread.of(low, "tokens_right")) == str(Spread.of([outcome(None), *low], "held_out")) == "-"
     assert below(low, high) is True and below(high, low) is False and below(low, wide) is None and below(wide, low) is None
+
+
+def three(mean):
+    return [outcome(mean + d) for d in (0.0, 0.01, -0.01)]
+
+
+def test_verdicts_of_the_loss_curves():
+    def found(**best):
+        return {"gsm8k": {name: loss_curves.Measured(three(paper), 1e-3, three(own)) for name, (paper, own) in best.items()}}
+
+    ahead = loss_curves.claims(found(miss=(1.0, 0.5), lora=(2.0, 0.9), **{"miss, balanced": (1.5, 0.3)}))
+    assert [claim.agrees for claim in ahead] == [True, True, True]
+    assert ahead[0].ours == "MiSS's held-out loss against lora: below it on gsm8k" and "below it on gsm8k" in ahead[2].ours
+    behind = loss_curves.claims(found(miss=(1.0, 0.9), lora=(2.0, 0.5), pissa=(2.0, 0.9), **{"miss, balanced": (1.0, 0.9)}))
+    assert [claim.agrees for claim in behind] == [True, False, False]
+    assert behind[1].ours.endswith("lora: above it on gsm8k; pissa: level with it on gsm8k") and "level with it" in behind[2].ours
+
+
+def test_verdicts_of_the_ranks():
+    def found(miss, lora):
+        ranks = [[rank.Measured(r, 1e-3, three(own), outcome(paper)) for r, (own, paper) in zip((4, 8, 16), losses)] for losses in (miss, lora)]
+        return {"gsm8k": dict(zip(("miss", "lora"), ranks))}
+
+    falls = rank.claims(found([(0.9, 3.0), (0.7, 2.0), (0.5, 1.0)], [(1.0, 0.0), (0.9, 0.0), (0.8, 0.0)]))
+    assert [claim.agrees for claim in falls] == [True, True, True]
+    assert "falls 2, is level 0 and rises 0 times" in falls[0].ours and "lower at 3, level at 0, higher at 0 of 3" in falls[2].ours
+    rises = rank.claims(found([(0.5, 1.0), (0.7, 2.0), (0.7, 1.0)], [(0.4, 0.0), (0.7, 0.0), (0.6, 0.0)]))
+    assert [claim.agrees for claim in rises] == [False, False, False]
+    assert "falls 0, is level 1 and rises 1 times" in rises[0].ours and "lower at 0, level at 1, higher at 2 of 3" in rises[2].ours
 
 
 def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
