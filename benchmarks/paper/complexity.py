@@ -200,7 +200,7 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         Claim("MiSS computes less than LoRA", "at equal rank, not at equal parameters: {:.3f} to {:.3f} of LoRA's FLOPs (agrees: at most 0.95)"
               .format(*flops), flops[1] <= 0.95),
         Claim("MiSS needs less memory than LoRA", "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the shard "
-              "sums. LoRA-FA keeps as little".format(*saved), saved[0] > 1),
+              "sums. LoRA-FA keeps {:.2f} to {:.2f} times MiSS's".format(*saved, *ratios("saved", "lora_fa", "miss")), saved[0] > 1),
         Claim("shards of inputs (equations 2-3) are cheaper than shards of outputs (equation 1)", "in memory: equation 1 keeps {2:.0f} to {3:.0f} "
               "times as much, with {0:.2f} to {1:.2f} of the FLOPs".format(*by_output, *kept_by_output), kept_by_output[0] > 1),
     ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -159,14 +160,18 @@ def claims(found: dict[str, Case]) -> list[Claim]:
     balanced = [first.norm / case.full for case in real for (label, _), first in case.found.items() if label == "miss, balanced"]
     random = [ratio for ratio, _ in both(found["random"], lambda first: first.norm / found["random"].full)]
     cosines = [pair for case in real for pair in both(case, lambda first: first.cosine)]
+    # of neighbouring ranks, on every model
+    steps = [b[1] > a[1] for case in real for a, b in itertools.pairwise(both(case, lambda first: first.norm))]
+    by_kind = [case.by_leaf("miss", max(rank for label, rank in case.found if label == "miss")) for case in real]
+    loudest = {max(ratios, key=ratios.get) for ratios in by_kind}
     ahead = sum(of_miss > of_lora for of_miss, of_lora in cosines)
     return [
         Claim("MiSS's first gradient is about as large as full fine-tuning's, at every rank",
-              f"{min(miss):.2f} to {max(miss):.2f} of it; far above 1 where inputs have a mean, behind the relu^2 of ffn.value",
+              f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at {' and '.join(sorted(loudest))}",
               1 / ALIKE < min(miss) and max(miss) < ALIKE),
         Claim("LoRA's is smaller, and grows with the rank", f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at "
-              f"{sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models; 2 sqrt(r / 3 k) for independent columns",
-              all(a > b for a, b in zip(miss, lora))),
+              f"{sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models, larger with the next rank at {sum(steps)} of {len(steps)}; "
+              "2 sqrt(r / 3 k) for independent columns", all(a > b for a, b in zip(miss, lora)) and all(steps)),
         Claim("so MiSS is closer to full fine-tuning", f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. "
               f"In its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at {ahead} of {len(cosines)}",
               ahead == len(cosines)),
