@@ -173,6 +173,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """The change of the weight *of the base file*, (out, in), fp32. This is the meaning of the method."""
         raise NotImplementedError
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(A (r, in), B (out, r)), fp32, with B A = delta(); None where the change of the weight has no such form."""
+        return None
+
     def base_weight(self) -> Tensor:
         """The weight of the base file, (out, in), fp32 or float64. A method that changes the frozen weight overrides it."""
         weight = dense(self.weight, self.in_features, torch.float32)

@@ -139,6 +139,22 @@ def test_a_disabled_adapter_leaves_the_base(method, options, version):
     assert not any("forward" in layer.__dict__ for layer in adapted_linears(model).values())
 
 
+@each_case
+@pytest.mark.parametrize("width,out,rank", WIDTHS)
+def test_two_factors_are_the_change_of_the_weight(method, options, width, out, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, out)).double()
+    rwkv_miss.inject(model, method, targets=["0"], rank=fitting(method, options, rank, width, out), **options)
+    filled(model.double())
+    factors = model[0].low_rank()
+    if method in ("bat", "dora") or options.get("magnitude"):
+        assert factors is None
+        return
+    A, B = factors
+    assert A.shape == (len(A), width) and B.shape == (out, len(A))
+    close("B A", B @ A, model[0].delta(), 1e-12)
+
+
 def test_what_cannot_be_disabled_is_said():
     model = rwkv()
     with pytest.raises(rwkv_miss.UserError, match="has none"), rwkv_miss.disabled(model):

@@ -53,6 +53,9 @@ class DoraLinear(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         return times_columns(self.lora_forward(x, None), self.magnitude / self._norms(x.dtype), self.bias)
 
+    def low_rank(self) -> None:
+        return None
+
     def delta(self) -> Tensor:
         weight = self.base_weight()
         V = weight + super().delta()

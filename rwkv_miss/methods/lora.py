@@ -100,6 +100,10 @@ class LoraLinear(AdapterLinear):
         """A (r, in) and B (out, r)."""
         return self.lora_A, self.lora_B
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        A, B = self.factors()
+        return A, self.scale * B
+
     def delta(self) -> Tensor:
         A, B = self.factors()
         return self.scale * (B @ A)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import adapter
@@ -125,6 +126,20 @@ class MissLinear(AdapterLinear):
         if self.balanced:
             delta = delta * shard_signs(self.in_features, self._rank, self.contiguous, D.device) + D[:, -1:] * self.in_features**-0.5
         return delta
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """P and D^T: MiSS is LoRA with a fixed A of zeros and ones, or with an expansion, a fixed B."""
+        if self.magnitude is not None:
+            return None
+        if self.expand:
+            return self.miss, F.one_hot(output_shard_index(self.out_features, len(self.miss), self.miss.device), len(self.miss)).to(self.miss.dtype)
+        shards = F.one_hot(shard_index(self.in_features, self._rank, self.contiguous, self.miss.device), self._rank)
+        if self.balanced:
+            shards = shards * shard_signs(self.in_features, self._rank, self.contiguous, self.miss.device).unsqueeze(1)
+        P = self.scale * shards.t().to(self.miss.dtype)
+        if self.balanced:
+            P = torch.cat((P, P.new_full((1, self.in_features), self.in_features**-0.5)))
+        return P, self._columns().t()
 
     def delta(self) -> Tensor:
         if self.magnitude is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import adapter
@@ -35,6 +36,11 @@ class MoraLinear(AdapterLinear):
     def _columns(self) -> Tensor:
         """M with a column for every output, (q, out)."""
         return self.mora[:, shard_index(self.out_features, len(self.mora), device=self.mora.device)]
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        size = len(self.mora)
+        folds = F.one_hot(shard_index(self.in_features, size, device=self.mora.device), size).t().to(self.mora.dtype)
+        return folds, self._columns().t()
 
     def delta(self) -> Tensor:
         return self._columns()[shard_index(self.in_features, len(self.mora), device=self.mora.device)].t()

@@ -92,6 +92,10 @@ class PissaLinear(LoraLinear):
     def _plus_principal(self, weight: Tensor, factor: float) -> Tensor:
         return weight.addmm(self.initial_B.to(weight.dtype), self.initial_A.to(weight.dtype), alpha=factor)
 
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Of twice the rank, as the difference of two products."""
+        return torch.cat((self.lora_A, self.initial_A)), self.scale * torch.cat((self.lora_B, -self.initial_B), 1)
+
     def delta(self) -> Tensor:
         # B A - B0 A0, but exactly zero at the start
         return self.scale * ((self.lora_B - self.initial_B) @ self.lora_A + self.initial_B @ (self.lora_A - self.initial_A))

@@ -48,9 +48,13 @@ class VeraLinear(AdapterLinear):
         rank = len(self.vera_lambda_d)
         return self.vera_A[:rank, : self.in_features], self.vera_B[: self.out_features, :rank]
 
-    def delta(self) -> Tensor:
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         A, B = self._random()
-        return (self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d) @ A
+        return A, self.vera_lambda_b.unsqueeze(1) * B * self.vera_lambda_d
+
+    def delta(self) -> Tensor:
+        A, B = self.low_rank()
+        return B @ A
 
     def forward(self, x: Tensor) -> Tensor:
         return vera_linear(x, self.weight, self.bias, *self._random(), self.vera_lambda_d, self.vera_lambda_b)
