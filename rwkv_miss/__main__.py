@@ -1,4 +1,4 @@
-"""The command line: rwkv-miss merge | inspect, also as python -m rwkv_miss."""
+"""The command line: rwkv-miss merge | convert | inspect, also as python -m rwkv_miss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from . import merge_file
 from .checkpoint import RUN_FORMAT, Arch, fingerprint, run_output
+from .convert import FORMATS, Hints, convert
 from .errors import Parser, one_line_errors
 from .inject import ADAPTER_FORMAT, read_described
 from .merge import DTYPES
@@ -59,7 +60,7 @@ def show(facts: dict[str, Any]) -> None:
 
 
 def parse(argv: list[str] | None):
-    parser = Parser("rwkv-miss", description="Merge and inspect RWKV checkpoints and adapters.")
+    parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
     merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime")
     # the other names are those of RWKV-PEFT's merge scripts
@@ -69,6 +70,13 @@ def parse(argv: list[str] | None):
     merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
                        help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
     merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
+    converting = commands.add_parser("convert", help="an adapter of any project -> another project's file or folder")
+    converting.add_argument("input", metavar="IN", help="file or folder")
+    converting.add_argument("out", metavar="OUT")
+    converting.add_argument("--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes])
+    converting.add_argument("--origin", default="", help="the project that wrote IN, where its shapes alone could be of two")
+    converting.add_argument("--alpha", type=float, help="LoRA's alpha, where the file does not hold it")
+    converting.add_argument("--init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
     inspect = commands.add_parser("inspect", help="what a file is")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -81,6 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "merge":
             torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
             for line in merge_file(args.base, args.adapter, args.out, args.dtype, args.force).lines():
+                print(line)
+        elif args.command == "convert":
+            for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init)).lines():
                 print(line)
         elif args.json:
             print(json.dumps(describe(args.file)))

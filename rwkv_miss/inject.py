@@ -234,7 +234,8 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") != ADAPTER_FORMAT:
-        raise UserError(f"{path} is not an adapter file: it has no adapter metadata (a base or merged model, perhaps)")
+        raise UserError(f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model, or "
+                        "another project's adapter, of which python -m rwkv_miss convert makes one")
     if metadata["method"] not in METHODS:
         raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
     return tensors, metadata

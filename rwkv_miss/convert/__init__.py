@@ -1,0 +1,66 @@
+"""Adapter files of every project, read into this package's form and written from it: `rwkv-miss convert IN OUT --to FORMAT`.
+
+Between reading and writing an adapter is what save_adapter() puts into a file: tensors by their names in the model, and metadata.
+A format is one file here with one class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from ..checkpoint import check_finite
+from ..errors import UserError
+from . import native  # noqa: F401  (registers the formats, which are asked in this order)
+from .formats import FORMATS, Adapter, Format, Hints
+from .source import Source, open_source
+
+__all__ = ["FORMATS", "Adapter", "Conversion", "Format", "Hints", "Source", "convert", "open_source", "read_any"]
+
+NO_HINTS = Hints()
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What convert() did. `notes` is what the user should know of it."""
+
+    out: str
+    source: str  # the format that was read
+    to: str
+    method: str
+    linears: int
+    tensors: int
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """What the user is told."""
+        first = f"{self.out}: {self.method} of {self.linears} linears, {self.tensors} tensors, from {self.source} to {self.to}"
+        return [first, *(f"note: {note}" for note in self.notes)]
+
+
+def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
+    """(name of the format, the adapter) of a file or folder of any project. UserError for what no format knows, and for what a file
+    alone cannot tell and the hints do not."""
+    source = open_source(path)
+    for name, form in FORMATS.items():
+        if form.reads(source):
+            adapter = form.read(source, hints)
+            check_finite(adapter.tensors)
+            return name, adapter
+    raise UserError(f"{path} is no adapter of a known layout; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}; "
+                    f"known are: {', '.join(FORMATS)}")
+
+
+def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
+    """Write the adapter of `path`, a file or a folder, to `out` in the format `to`.
+
+    UserError before anything is written: an unknown or ambiguous input, a method that the format has no form for, an `out` that is the input.
+    """
+    writable = [name for name, form in FORMATS.items() if form.writes]
+    if to not in writable:
+        raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(writable)}")
+    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+        raise UserError(f"{out} is the input; choose another name")
+    found, adapter = read_any(path, hints)
+    notes = FORMATS[to].write(adapter, out)
+    return Conversion(os.fspath(out), found, to, adapter.metadata["method"], len(adapter.metadata["linears"]), len(adapter.tensors), notes)

@@ -1,0 +1,90 @@
+"""What a format is, and what all of them use."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adapter import METHODS
+from ..inject import ADAPTER_FORMAT
+from .source import Source
+
+FORMATS: dict[str, type[Format]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """What the user says of a file that does not say it itself.
+
+    origin: the project that wrote it, where the shapes of two projects are alike. alpha: LoRA's, which some files leave out. init: the file
+    with the factors that a PiSSA training began with.
+    """
+
+    origin: str = ""
+    alpha: float | None = None
+    init: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Tensors and metadata as save_adapter() writes them: `blocks.0.att.key.miss`, and under "method", "options", "linears" what they mean.
+
+    metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the same file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+def register(name: str):
+    """Class decorator: make a format known as `name`."""
+
+    def add(cls):
+        cls.name = name
+        FORMATS[name] = cls
+        return cls
+
+    return add
+
+
+class Format:
+    """One layout of adapter files. A format that is only read leaves `writes` False and does not override write()."""
+
+    name: ClassVar[str]
+    writes: ClassVar[bool] = False
+
+    @classmethod
+    def reads(cls, source: Source) -> bool:
+        """Whether this is a file of this format: by names and configuration, never by the file's name."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, source: Source, hints: Hints) -> Adapter:
+        """The adapter. UserError for what the format cannot mean, or what is ambiguous without a hint."""
+        raise NotImplementedError
+
+    @classmethod
+    def write(cls, adapter: Adapter, out) -> list[str]:
+        """Write the adapter, whole or not at all; returns notes for the user. UserError, before anything is written, for a method or an option
+        that the format has no form for."""
+        raise NotImplementedError
+
+
+def described(method: str, options: dict[str, Any], linears: list[str], **metadata: Any) -> dict[str, Any]:
+    """The metadata of an adapter that another project wrote: its base is not known. Options are checked, and completed with the defaults."""
+    parsed = METHODS[method].Options.parse(options)
+    return {
+        "format": ADAPTER_FORMAT, "format_version": 1, "method": method, "options": dataclasses.asdict(parsed), "linears": linears,
+        "targets": list(dict.fromkeys(name.rpartition(".")[2] for name in linears)), "train_parts": [], "arch": None, "base": None,
+        "base_fingerprint": None, "versions": {"torch": torch.__version__}, **metadata,
+    }
+
+
+def rank_options(ranks: dict[str, int]) -> dict[str, Any]:
+    """Linear -> rank as the options `rank`, the most frequent one, and `rank_map`, the linears that have another."""
+    common = collections.Counter(ranks.values()).most_common(1)[0][0]
+    return {"rank": common, "rank_map": {name: rank for name, rank in ranks.items() if rank != common}}

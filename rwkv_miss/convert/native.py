@@ -1,0 +1,28 @@
+"""This package's own files."""
+
+from __future__ import annotations
+
+from ..checkpoint import write_checkpoint
+from ..inject import ADAPTER_FORMAT, read_adapter
+from .formats import Adapter, Format, Hints, register
+from .source import Source
+
+
+@register("native")
+class Native(Format):
+    """A .pth file as save_adapter() writes it, and files of nothing but initial states."""
+
+    writes = True
+
+    @classmethod
+    def reads(cls, source: Source) -> bool:
+        return source.config.get("format") == ADAPTER_FORMAT and not source.config_name
+
+    @classmethod
+    def read(cls, source: Source, hints: Hints) -> Adapter:
+        return Adapter(*read_adapter(source.path))
+
+    @classmethod
+    def write(cls, adapter: Adapter, out) -> list[str]:
+        write_checkpoint(out, adapter.tensors.items(), adapter.metadata)
+        return []
