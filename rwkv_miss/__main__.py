@@ -12,7 +12,7 @@ import torch
 from . import merge_file
 from .checkpoint import RUN_FORMAT, Arch, fingerprint, run_output
 from .convert import FORMATS, Hints, convert
-from .errors import Parser, one_line_errors
+from .errors import Parser, one_line_errors, printable
 from .inject import ADAPTER_FORMAT, read_described
 from .merge import DTYPES
 
@@ -56,7 +56,7 @@ def show(facts: dict[str, Any]) -> None:
         if name == "recent_losses" and value:
             value = f"{len(value)}, the last is {value[-1]:.4f}"
         if value not in EMPTY:
-            print(f"  {name:<12} {value}")
+            print(f"  {printable(str(name)):<12} {printable(str(value))}")
 
 
 def parse(argv: list[str] | None):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .untrusted import check_tensors, open_archive, parse_json
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
@@ -99,6 +100,11 @@ class Arch:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Arch:
+        kinds = {f.name: {"int": int, "bool": bool}.get(f.type, dict) for f in dataclasses.fields(Arch)}
+        needed = {f.name for f in dataclasses.fields(Arch) if f.default is dataclasses.MISSING}
+        known = needed <= values.keys() <= kinds.keys() and all(type(value) is kinds[name] for name, value in values.items())
+        if not known or not all(type(rank) is int for rank in values["ranks"].values()):
+            raise UserError(f"a file describes its model as {str(dict(values))[:300]}; expected are the fields {', '.join(kinds)}")
         return Arch(**values)
 
 
@@ -123,9 +129,11 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, mapped from the file rather than read, in the file's order.
 
     Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file, a pickle that
-    asks for anything but tensors, and a content that is no flat dict of tensors.
+    asks for anything but tensors, a content that is no flat dict of plain tensors, and one that claims more than the file holds.
     """
     zipped = _head(path, 4) == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
+    if zipped:
+        open_archive(path).close()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses the pickle
@@ -142,6 +150,7 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors")
+    check_tensors(path, loaded)
     return {name: value.detach() for name, value in loaded.items()}
 
 
@@ -149,17 +158,18 @@ def read_metadata(path) -> dict[str, Any] | None:
     """What write_checkpoint() was told about the file, or None for any other file."""
     if _head(path, 4) != b"PK\x03\x04":
         return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = next((name for name in archive.namelist() if name.partition("/")[2] == METADATA), None)
-            return json.loads(archive.read(record)) if record else None
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{path} is truncated or damaged: {error}") from None
+    with open_archive(path) as archive:
+        record = next((name for name in archive.namelist() if name.partition("/")[2] == METADATA), None)
+        try:
+            content = archive.read(record) if record else None
+        except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: {error}; download or copy it again") from None
+    return None if content is None else parse_json(path, content)
 
 
 def run_output(path, metadata: Mapping[str, Any]) -> str:
     """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat: beside the folder of its checkpoints."""
-    name = metadata.get("output", "adapter.pth")
+    name = os.path.basename(str(metadata.get("output", "adapter.pth")))
     output = os.path.normpath(os.path.join(os.path.dirname(path), os.pardir, name))
     return output if os.path.exists(output) else f"the {name} of its run"
 
@@ -168,7 +178,7 @@ def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
     """UserError for the checkpoint of a run where a model or an adapter is needed."""
     if metadata.get("format") == RUN_FORMAT:
         raise UserError(f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's state of step "
-                        f"{metadata['step']}; what was trained is in {run_output(path, metadata)}")
+                        f"{metadata.get('step')}; what was trained is in {run_output(path, metadata)}")
 
 
 def _head(path, count: int) -> bytes:

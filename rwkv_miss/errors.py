@@ -15,6 +15,11 @@ class UserError(ValueError):
     """A mistake in the user's input: what was seen, what was expected, what to do."""
 
 
+def printable(text: str) -> str:
+    """A text on one line, whose control characters are shown as escapes: names in a file could otherwise rewrite what the terminal shows."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Print a UserError, or what the machine refuses, memory included, as `error: ...` on stderr and exit with code 2; any other exception is
@@ -37,7 +42,7 @@ def one_line_errors():
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
+        print("error:", printable(str(error)), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in REFUSALS:

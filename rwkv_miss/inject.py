@@ -16,6 +16,7 @@ from .adapter import METHODS, AdapterLinear, adapted_linears, put_linears
 from .checkpoint import check_finite, read_checkpoint, read_metadata, refuse_run_checkpoint, write_checkpoint
 from .errors import UserError
 from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
+from .untrusted import check_sums
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -229,6 +230,27 @@ def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata or {}
 
 
+# what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it out
+FIELDS = {"method": str, "options": dict, "linears": list, "targets": list, "train_parts": list, "arch": dict, "base": str, "base_fingerprint": str,
+          "versions": dict, "tokenizer": str, "eod": str, "template": str}
+REQUIRED = ("method", "options", "linears")
+DEFAULTS = {"targets": [], "train_parts": [], "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
+
+
+def _checked(path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """An adapter file's metadata, completed. UserError where something is missing or of another kind."""
+    version = metadata.get("format_version", 1)
+    if version != 1:
+        raise UserError(f"{path} has format_version {version!r}, this package reads 1; update it")
+    for name, kind in FIELDS.items():
+        value = metadata.get(name)
+        sound = isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
+        if not sound and (value is not None or name in REQUIRED):
+            wanted = "a list of names" if kind is list else kind.__name__
+            raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
+    return {**DEFAULTS, **metadata}
+
+
 def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of an adapter file; a UserError says so when the file is something else."""
     tensors, metadata = read_described(path)
@@ -236,8 +258,10 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != ADAPTER_FORMAT:
         raise UserError(f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model, or "
                         "another project's adapter, of which python -m rwkv_miss convert makes one")
+    metadata = _checked(path, metadata)
     if metadata["method"] not in METHODS:
         raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
+    check_sums(path)
     return tensors, metadata
 
 

@@ -17,6 +17,23 @@ def is_first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)
 
 
+LARGEST_TEXT = 1 << 26  # bytes
+
+
+def read_text(path: str, purpose: str, otherwise: str) -> str:
+    """A small UTF-8 file whole. UserError for another encoding, and for what is no regular file or far too large for its purpose: a path may come out
+    of a checkpoint's metadata. `otherwise` says what else the user may give."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is no regular file")
+        if (size := os.path.getsize(path)) > LARGEST_TEXT:
+            raise OSError(f"it has {size:,} bytes")
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"cannot read {path} as {purpose}: {error}; {otherwise}") from None
+
+
 def write_text(path: str, text: str) -> None:
     """write_bytes() of UTF-8."""
     write_bytes(path, text.encode())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
 
+from .files import read_text
 from .words import short
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
@@ -167,11 +168,7 @@ def load_template(spec: str, eos: str = "") -> Template:
 
     if "{" in spec:
         return JinjaTemplate("the recorded template", spec, eos)
-    try:
-        with open(spec, encoding="utf-8") as file:
-            content = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {spec} as a template: {error}; --template takes auto, {', '.join(MODES)}, or a Jinja file") from None
+    content = read_text(spec, "a template", f"--template takes auto, {', '.join(MODES)}, or a Jinja file")
     return JinjaTemplate(spec, content, eos)
 
 

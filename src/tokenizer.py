@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
 
+from .files import read_text
+
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
 END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
@@ -140,10 +142,7 @@ def _world() -> ByteTokenizer:
 
 
 def _from_file(path: str, eod: str) -> Tokenizer:
-    try:
-        content = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as a tokenizer: {error}; --tokenizer takes auto, {CHOICES}") from None
+    content = read_text(path, "a tokenizer", f"--tokenizer takes auto, {CHOICES}")
     if content.lstrip().startswith("{"):
         return JsonTokenizer(path, content, eod)
     return _from_vocabulary(path, content, eod)

@@ -1,0 +1,183 @@
+"""Files that somebody made with care: bombs, lies about sizes, odd tensors, wrong kinds in metadata. Each ends in one clear message."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import pytest
+import torch
+
+import rwkv_miss
+from rwkv_miss import UserError
+from rwkv_miss.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.errors import printable
+from rwkv_miss.inject import ADAPTER_FORMAT, read_adapter
+from rwkv_miss.untrusted import LARGEST_INDEX, check_sums
+from src.template import load_template
+from src.tokenizer import load_tokenizer
+
+from .conftest import make_arch
+
+SOUND = {"a": torch.arange(12.0).view(3, 4)}
+
+
+def rezipped(path, change=lambda name, content: content, method=zipfile.ZIP_STORED):
+    """The same archive with other contents of its records, or compressed."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in records.items():
+            archive.writestr(name, change(name, content))
+    return path
+
+
+def saved(tmp_path, tensors=SOUND, **options):
+    torch.save(tensors, tmp_path / "x.pth", **options)
+    return tmp_path / "x.pth"
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, read_metadata])
+def test_compressed_records(tmp_path, read):
+    # torch maps them as if they were not, and gives other numbers without a word
+    with pytest.raises(UserError, match=r"data\.pkl is compressed.*torch\.save"):
+        read(rezipped(saved(tmp_path), method=zipfile.ZIP_DEFLATED))
+
+
+def test_a_bomb_of_metadata_is_refused_before_it_is_unpacked(tmp_path):
+    path = tmp_path / "x.pth"
+    write_checkpoint(path, SOUND.items(), {"step": 1})
+    bomb = b'{"a": "' + b"0" * (64 * LARGEST_INDEX) + b'"}'
+    rezipped(path, lambda name, content: bomb if name.endswith(".json") else content, zipfile.ZIP_DEFLATED)
+    assert os.path.getsize(path) < 2**21
+    with pytest.raises(UserError, match="is compressed"):
+        read_metadata(path)
+
+
+def test_an_index_beyond_all_reason(tmp_path):
+    def large(name, content):
+        return content + b"N" * LARGEST_INDEX if name.endswith(".pkl") else content
+
+    with pytest.raises(UserError, match=r"data\.pkl has .* far beyond what an index"):
+        read_checkpoint(rezipped(saved(tmp_path), large))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("tensor,words", [
+    (torch.zeros(1).expand(10**6, 10**6), r"claims \(1000000, 1000000\)"),
+    (torch.eye(3).to_sparse(), "is no plain tensor"), (torch.zeros(3, device="meta"), "is no plain tensor"),
+    (torch.zeros(3, dtype=torch.complex64), "is no plain tensor"),
+], ids=["expanded", "sparse", "meta", "complex"])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_plain_numbers(tmp_path, zipped, tensor, words):
+    with pytest.raises(UserError, match=f"x.pth: t {words}"):
+        read_checkpoint(saved(tmp_path, {"t": tensor}, _use_new_zipfile_serialization=zipped))
+
+
+def test_views_and_tied_tensors_are_plain(tmp_path):
+    whole = torch.arange(12.0)
+    tensors = {"a": whole, "b": whole, "c": whole.view(3, 4).t(), "d": whole[3:]}
+    assert all(torch.equal(got, tensors[name]) for name, got in read_checkpoint(saved(tmp_path, tensors)).items())
+
+
+def test_one_storage_under_thousands_of_names(tmp_path):
+    whole = torch.zeros(1 << 16)
+    with pytest.raises(UserError, match="claims tensors of 524,288,000"):
+        read_checkpoint(saved(tmp_path, {f"t{i}": whole for i in range(2000)}))
+
+
+def test_a_changed_byte_is_found_by_the_checksum(tmp_path):
+    path = saved(tmp_path)
+    check_sums(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(struct.pack("<f", 5.0))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged.*copy it again"):
+        check_sums(path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[1]", b"\xff", b'{"a": 1'])
+def test_json_that_is_none(tmp_path, content):
+    path = tmp_path / "x.pth"
+    write_checkpoint(path, SOUND.items(), {"step": 1})
+    with pytest.raises(UserError, match="JSON"):
+        read_metadata(rezipped(path, lambda name, old: content if name.endswith(".json") else old))
+
+
+METADATA = {"format": ADAPTER_FORMAT, "format_version": 1, "method": "miss", "options": {"rank": 3}, "linears": ["blocks.0.att.key"]}
+
+
+def test_an_adapter_of_the_fewest_words_is_read(tmp_path):
+    write_checkpoint(tmp_path / "a.pth", SOUND.items(), METADATA)
+    assert read_adapter(tmp_path / "a.pth")[1]["train_parts"] == []
+
+
+@pytest.mark.parametrize("name,value", [
+    ("method", 5), ("method", None), ("method", "no such"), ("options", []), ("options", None), ("linears", "att"), ("linears", [1]), ("targets", 3),
+    ("train_parts", {"a": 1}), ("arch", [1]), ("base", 4), ("base_fingerprint", 4), ("versions", "x"), ("tokenizer", ["/dev/zero"]), ("template", 7),
+    ("format_version", 2), ("format_version", "x"),
+])
+def test_metadata_of_another_kind(tmp_path, name, value):
+    write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, name: value})
+    with pytest.raises(UserError, match=f"a.pth (is damaged: its {name}|has {name}|was made with {name})"):
+        read_adapter(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("change", [
+    {"n_layer": "3"}, {"n_layer": True}, {"more": 1}, {"ranks": {"w": "x"}}, {"ranks": None}, {"initial_state": 1}, {"n_embd": None},
+])
+def test_sizes_of_another_kind(change):
+    sound = make_arch(7).to_dict()
+    assert Arch.from_dict(sound) == make_arch(7)
+    with pytest.raises(UserError, match="expected are the fields version"):
+        Arch.from_dict({**sound, **change})
+    with pytest.raises(UserError, match="expected are the fields version"):
+        Arch.from_dict({name: value for name, value in sound.items() if name not in change or name == "more"} | {"more": 1})
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "\0"])
+def test_a_recorded_path_that_is_no_small_file(tmp_path, path):
+    with pytest.raises(UserError, match="cannot read"):
+        load_tokenizer(path, 256)
+    with pytest.raises(UserError, match="cannot read"):
+        load_template(path, "")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="it has 1,099,511,627,776 bytes"):
+        load_tokenizer(str(tmp_path / "large"), 256)
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
+    assert printable("a\x1b[2J\nb\u202e") == r"a\x1b[2J b\u202e" and printable("é 中 ok") == "é 中 ok"
+    from rwkv_miss.__main__ import main
+
+    write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, "base": "\x1b]0;title\x07"})
+    main(["inspect", str(tmp_path / "a.pth")])
+    assert "\x1b" not in capsys.readouterr().out
+    torch.save({"\x1b[31m": torch.eye(2).to_sparse()}, tmp_path / "b.pth")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "b.pth")])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("echo executed > executed",)
+
+
+@pytest.mark.parametrize("nested", [lambda code: {"a": code}, lambda code: {"a": torch.zeros(2), "b": [code]}, lambda code: code])
+def test_code_beside_tensors(tmp_path, monkeypatch, nested):
+    monkeypatch.chdir(tmp_path)
+    torch.save(nested(Code()), "x.pth")
+    for read in (rwkv_miss.read_checkpoint, read_adapter):
+        with pytest.raises(UserError, match="could run code"):
+            read("x.pth")
+    assert not os.path.exists("executed")
+
+
+def test_a_pickle_alone_is_no_checkpoint(tmp_path):
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"a": io.BytesIO(json.dumps({}).encode())}))
+    with pytest.raises(UserError, match="is refused: its pickle asks for"):
+        read_checkpoint(tmp_path / "x.pth")
