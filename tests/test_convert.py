@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import rwkv_miss
-from rwkv_miss.__main__ import main
+from rwkv_miss.__main__ import main, parse
 from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
-from rwkv_miss.convert import convert
+from rwkv_miss.convert import Hints, convert
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors
@@ -52,3 +52,11 @@ def test_the_input_is_never_written_over(tmp_path):
     with pytest.raises(rwkv_miss.UserError, match="is the input"):
         convert(path, path, "native")
     assert path.read_bytes() == before
+
+
+def test_an_unknown_origin_is_an_error_that_lists_them(tmp_path):
+    path = saved(tmp_path / "a.pth", rank=8)
+    with pytest.raises(rwkv_miss.UserError, match="--origin 'bone' is unknown; choose one of: rwkv-peft, bone-v0, openmose, peft"):
+        main_convert = ["convert", str(path), str(tmp_path / "b.pth"), "--to", "native", "--origin", "bone"]
+        convert(path, tmp_path / "b.pth", "native", Hints(origin=parse(main_convert).origin))
+    assert not (tmp_path / "b.pth").exists()

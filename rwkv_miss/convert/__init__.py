@@ -12,10 +12,10 @@ import os
 from ..checkpoint import check_finite
 from ..errors import UserError
 from . import native  # noqa: F401  (registers the formats, which are asked in this order)
-from .formats import FORMATS, Adapter, Format, Hints
+from .formats import FORMATS, ORIGINS, Adapter, Format, Hints
 from .source import Source, open_source
 
-__all__ = ["FORMATS", "Adapter", "Conversion", "Format", "Hints", "Source", "convert", "open_source", "read_any"]
+__all__ = ["FORMATS", "ORIGINS", "Adapter", "Conversion", "Format", "Hints", "Source", "convert", "open_source", "read_any"]
 
 NO_HINTS = Hints()
 
@@ -62,5 +62,5 @@ def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     found, adapter = read_any(path, hints)
-    notes = FORMATS[to].write(adapter, out)
+    notes = [*adapter.notes, *FORMATS[to].write(adapter, out)]
     return Conversion(os.fspath(out), found, to, adapter.metadata["method"], len(adapter.metadata["linears"]), len(adapter.tensors), notes)

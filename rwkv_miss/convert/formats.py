@@ -10,34 +10,55 @@ import torch
 from torch import Tensor
 
 from ..adapter import METHODS
+from ..errors import UserError
 from ..inject import ADAPTER_FORMAT
 from .source import Source
 
 FORMATS: dict[str, type[Format]] = {}
+
+# --origin: who wrote a file, where another project's would look alike, and what that decides
+ORIGINS = {
+    "rwkv-peft": "RWKV-PEFT from September 2024 on (Bone, Bat, DiSHA), and RWKV-LM-RLHF: blocks are those of the inputs, Bat with order row; "
+                 "initial states are (heads, value, key)",
+    "bone-v0": "the first Bone, before that: blocks are those of the outputs, Bat with order col; two dimensions are (outputs, r)",
+    "openmose": "RWKV-LM-RLHF with --fla 1, which its state tuning of RWKV-7 needs: as rwkv-peft, but initial states are (heads, key, value)",
+    "peft": "HF peft: blocks are those of the outputs, Bat with order col",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
     """What the user says of a file that does not say it itself.
 
-    origin: the project that wrote it, where the shapes of two projects are alike. alpha: LoRA's, which some files leave out. init: the file
-    with the factors that a PiSSA training began with.
+    origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha: LoRA's, which some files leave out.
+    init: the file with the factors that a PiSSA training began with.
     """
 
     origin: str = ""
     alpha: float | None = None
     init: str = ""
 
+    def __post_init__(self):
+        if self.origin and self.origin not in ORIGINS:
+            raise UserError(f"--origin {self.origin!r} is unknown; choose one of: {', '.join(ORIGINS)}")
+
+
+def origins(*names: str) -> str:
+    """These origins for a message, each with what it means."""
+    return "; ".join(f"--origin {name} ({ORIGINS[name]})" for name in names or ORIGINS)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """Tensors and metadata as save_adapter() writes them: `blocks.0.att.key.miss`, and under "method", "options", "linears" what they mean.
 
-    metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the same file.
+    metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the same file. `notes` is what the user
+    should know of the reading.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def register(name: str):
