@@ -6,9 +6,8 @@ A random model with the World vocabulary's size. One thread is measured in CPU t
 contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a token are those of all weights but the embedding. KL is
 that of the next token, mean over 128 tokens, from the decoder in fp32 with the same bf16 weights.
 
-FOLDER holds llama.cpp's libraries and, in include/, its headers: the npm package @node-llama-cpp/linux-x64 (bins/linux-x64) has the former,
-the source archive of the PyPI package llama-cpp-python of the same llama.cpp version the latter (vendor/llama.cpp/include and ggml/include).
-`pip install gguf` writes its files. The last line is JSON.
+FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches to where they are looked for; `pip install gguf` writes its files.
+The last line is JSON.
 """
 
 import argparse
@@ -24,11 +23,12 @@ import torch
 from rwkv_miss import write_checkpoint
 from src import ops
 from src.decode import Decoder
+from src.export import export
 from src.model import RWKV, default_arch
 from src.ops import build
 
+from . import llama
 from .common import report
-from .gguf_file import write_gguf
 
 TOKENS = 10  # of a round
 
@@ -86,37 +86,12 @@ class Package:
         return logits
 
 
-class Llama:
-    def __init__(self, library: ctypes.CDLL, folder: str, path, vocabulary: int):
-        self.library, self.vocabulary = library, vocabulary
-        library.llama_start.restype = ctypes.c_void_p
-        handle = library.llama_start(folder.encode(), str(path).encode(), ctypes.c_int64(4096))
-        if not handle:
-            raise RuntimeError(f"llama.cpp does not load {path}")
-        self.handle, self.bytes = ctypes.c_void_p(handle), 0
-
-    def start(self, threads: int) -> None:
-        self.threads = threads
-        self.library.llama_forget(self.handle)
-
-    def feed(self, tokens: list[int]) -> torch.Tensor:
-        logits = torch.empty(self.vocabulary)
-        given = (ctypes.c_int32 * len(tokens))(*tokens)
-        if self.library.llama_feed(self.handle, given, ctypes.c_int64(len(tokens)), ctypes.c_int64(self.threads), ctypes.c_void_p(logits.data_ptr())):
-            raise RuntimeError("llama.cpp does not take the tokens")
-        return logits
-
-
-def native(folder: str | None) -> ctypes.CDLL:
-    """The library of decode_peers.cpp, with llama.cpp where its folder is given."""
+def native() -> ctypes.CDLL:
+    """The library of decode_peers.cpp."""
     source = pathlib.Path(__file__).with_name("decode_peers.cpp")
     command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"]
-    link = ["-pthread"]
-    if folder:
-        libraries = [p for pattern in ("libllama.*so*", "libggml.*so*", "libggml-base.so*") for p in sorted(pathlib.Path(folder).glob(pattern))]
-        command += ["-DLLAMA", f"-I{folder}/include"]
-        link += [*map(str, libraries), f"-Wl,-rpath,{folder}"]
-    return ctypes.CDLL(str(build.build("decode_peers", "the decoder's peers", 3, [source], build.headers(), command, link, build.cpu_features())))
+    path = build.build("decode_peers", "the decoder's peers", 3, [source], build.headers(), command, ["-pthread"], build.cpu_features())
+    return ctypes.CDLL(str(path))
 
 
 def seconds(work, threads: int) -> float:
@@ -141,9 +116,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--llama", help="folder of llama.cpp's libraries and include/; without it llama.cpp is not measured")
+    parser.add_argument("--llama", default=llama.FOLDER, type=pathlib.Path, help="folder of llama.cpp's libraries [%(default)s]")
     args = parser.parse_args()
-    library = native(args.llama)
+    library = native()
     buffer = torch.ones(300_000_000 // 4)
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -155,12 +130,13 @@ def main() -> None:
             contenders |= {f"rwkv {kind}": Package(path, f"cpu {kind}", args.version) for kind in ("fp32", "bf16")}
         else:
             print("the package rwkv is absent: not measured")
-        if args.llama:
+        if args.llama.exists():
+            llama_cpp = llama.load_library(args.llama)
             for kind in ("F32", "BF16", "Q8_0"):
-                write_gguf(f"{folder}/{kind}.gguf", contenders["ours fp32"].model, kind)
-                contenders[f"llama {kind}"] = Llama(library, args.llama, f"{folder}/{kind}.gguf", vocabulary)
+                export(path, f"{folder}/{kind}.gguf", "gguf", kind, tokenizer="none")
+                contenders[f"llama {kind}"] = llama.Llama(llama_cpp, f"{folder}/{kind}.gguf")
         else:
-            print("llama.cpp is not measured: no --llama FOLDER")
+            print(f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it")
         rows = measure(contenders, buffer, library, args)
     report("decode", rows=rows, version=args.version, shapes={"layers": args.layers, "width": args.width, "vocabulary": vocabulary},
            prompt=args.prompt, rounds=args.rounds)

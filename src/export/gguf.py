@@ -1,0 +1,133 @@
+"""GGUF files, which llama.cpp reads (docs/gguf.md of ggml-org/ggml): written piece by piece, through the package gguf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_miss.checkpoint import Arch
+from rwkv_miss.errors import UserError
+
+from ..words import counted
+from . import gguf_table
+from .gguf_table import LARGE, MAP, Row
+from .record import KEY, Record
+from .vocabulary import Vocabulary
+from .whole import whole_file
+
+FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # of large matrices, with GGUF's number for a file of mostly these
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+QUANT_ROW = 32  # weights that share a scale
+LN_EPS = 1e-5
+PIECE = 1 << 19  # elements converted at once
+
+
+def check(arch: Arch, kind: str) -> list[str]:
+    """UserError for a model that llama.cpp does not run, or computes something else of, and where the package is absent; notes on what not all of
+    its backends run."""
+    _package()
+    if arch.dim_att != arch.n_embd:
+        raise UserError(f"GGUF: the heads are {arch.dim_att} wide in all and the model {arch.n_embd}; llama.cpp has no models where they differ")
+    if arch.version == 7 and arch.head_size % 64:
+        raise UserError(f"GGUF: an RWKV-7 with heads of {arch.head_size} would load in llama.cpp and compute something else, without a word: its WKV "
+                        "kernel for AVX-512 steps 64 channels at a time, into the next head. Heads of 64 or a multiple are right")
+    if kind in ("Q8_0", "Q4_0"):
+        for name, width in (("width", arch.n_embd), ("ffn", arch.dim_ffn)):
+            if width % QUANT_ROW:
+                raise UserError(f"GGUF: {kind} needs rows of a multiple of {QUANT_ROW}, the {name} is {width}; --type BF16 takes any")
+    if arch.head_size not in (64, 128):
+        return [f"heads of {arch.head_size}: llama.cpp runs them on a CPU; its CUDA kernels have heads of 64 and 128 only"]
+    return []
+
+
+def write(path, tensors: Mapping[str, Tensor], arch: Arch, kind: str, name: str, vocabulary: Vocabulary, record: Record) -> list[str]:
+    """Write a checked model, whole or not at all; large matrices get the type `kind`, low-rank maps F32 with F32, else BF16, vectors F32.
+
+    A piece of one tensor is in memory at a time. Returns notes: what of the checkpoint is not in the file.
+    """
+    gguf = _package()
+    types = gguf.GGMLQuantizationType
+    kinds = {LARGE: types[kind], MAP: types["F32" if kind == "F32" else "BF16"]}
+    tensors = gguf_table.fill_block_0(tensors, arch)
+    table = [(row, kinds.get(row.kind, types.F32)) for row in gguf_table.rows(arch.version, arch.n_layer)]
+    infos = [(row, type_, _stored(row, tensors).shape) for row, type_ in table]
+    nbytes = [_nbytes(shape, *gguf.GGML_QUANT_SIZES[type_]) for _, type_, shape in infos]
+    with whole_file(path, sum(nbytes)) as temporary:
+        writer = gguf.GGUFWriter(temporary, f"rwkv{arch.version}")
+        try:
+            _add_keys(writer, arch, kind, name, vocabulary, record)
+            for (row, type_, shape), size in zip(infos, nbytes):
+                writer.add_tensor_info(row.gguf, shape, np.dtype(np.float32), size, raw_dtype=type_)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            file = writer.fout[0]
+            for row, type_, _ in infos:
+                writer.write_padding(file, file.tell())
+                for piece in _pieces(_stored(row, tensors), type_):
+                    file.write(piece)
+            writer.write_padding(file, file.tell())
+        finally:
+            writer.close()
+    return _notes(arch, kind, {name: type_ for row, type_ in table for name in row.names}, record)
+
+
+def _package():
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError("the package gguf, which writes these files, is absent: pip install 'rwkv-miss[convert]', or pip install gguf") from None
+    return gguf
+
+
+def _stored(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
+    return gguf_table.FORMS[row.form].store([tensors[name] for name in row.names])
+
+
+def _nbytes(shape: torch.Size, block: int, size: int) -> int:
+    return shape.numel() // block * size
+
+
+def _pieces(tensor: Tensor, type_) -> Iterator[memoryview]:
+    """The bytes of a tensor in a type, some rows at a time."""
+    quantise = _package().quants.quantize
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for part in rows.split(max(1, PIECE // rows.shape[-1])):
+        if type_.name in DTYPES:
+            yield memoryview(part.to(DTYPES[type_.name]).contiguous().view(torch.uint8).numpy()).cast("B")
+        else:
+            yield memoryview(quantise(part.float().contiguous().numpy(), type_)).cast("B")
+
+
+def _add_keys(writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, record: Record) -> None:
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[kind])
+    for key, value in gguf_table.keys(arch).items():
+        writer.add_uint32(f"{writer.arch}.{key}", value)
+    writer.add_float32(f"{writer.arch}.attention.layer_norm_epsilon", LN_EPS)  # without it llama.cpp takes 0, silently
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.tokens:
+        writer.add_token_list(vocabulary.tokens)
+        writer.add_token_types(vocabulary.types)
+        writer.add_bos_token_id(vocabulary.end)
+        writer.add_eos_token_id(vocabulary.end)
+        if vocabulary.eot is not None:
+            writer.add_eot_token_id(vocabulary.eot)
+        writer.add_chat_template(vocabulary.chat_template)
+    else:
+        writer.add_uint32(f"{writer.arch}.vocab_size", arch.vocab_size)
+    writer.add_string(KEY, record.text())
+
+
+def _notes(arch: Arch, kind: str, types: dict[str, object], record: Record) -> list[str]:
+    notes: list[str] = []
+    rounded = record.rounded({name: DTYPES.get(type_.name, torch.int8) for name, type_ in types.items()})
+    if rounded and kind in DTYPES:
+        notes.append(f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, had to be rounded to {kind}"
+                     + ("; --type F32 keeps all values" if kind == "BF16" else ""))
+    if arch.layer0_value_residual and record.entries["blocks.0.att.v1"].shape[1] > arch.ranks["a"]:
+        notes.append("the value residual of block 0, which no runtime reads, is cut to a's rank; the way back gives zeros in its place")
+    return notes

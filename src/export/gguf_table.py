@@ -1,0 +1,129 @@
+"""GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions (llama.cpp, src/llama-arch.cpp and its models rwkv6, rwkv7).
+
+Shapes as torch has them; GGUF lists them reversed. What is not in the table is in neither file, but for block 0's value residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rwkv_miss.checkpoint import Arch
+
+LARGE, MAP, VECTOR = "large matrix", "low-rank map", "vector"
+
+
+class Form(NamedTuple):
+    """`store` makes GGUF's tensor of the checkpoint's; `restore` is its inverse, given the head size, up to the shapes (C) and (1, 1, C)."""
+
+    store: Callable[[list[Tensor]], Tensor]
+    restore: Callable[[Tensor, int], list[Tensor]]
+
+
+FORMS = {
+    "same": Form(lambda t: t[0], lambda t, size: [t]),
+    "flat": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(1, 1, -1)]),
+    "heads": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(-1, size)]),
+    # x @ w in the checkpoint, a linear's weight in GGUF
+    "transposed": Form(lambda t: t[0].transpose(-1, -2), lambda t, size: [t.transpose(-1, -2)]),
+    "fused": Form(lambda t: torch.stack([part.reshape(1, 1, -1) for part in t]), lambda t, size: list(t.reshape(len(t), 1, 1, -1))),
+}
+
+
+class Row(NamedTuple):
+    """One tensor of GGUF, the tensors of the checkpoint in it, their form, and LARGE, MAP or VECTOR."""
+
+    gguf: str
+    names: tuple[str, ...]
+    form: str
+    kind: str
+
+    def at(self, layer: int) -> Row:
+        return self._replace(gguf=f"blk.{layer}.{self.gguf}", names=tuple(f"blocks.{layer}.{name}" for name in self.names))
+
+
+def _norm(gguf: str, name: str) -> list[Row]:
+    return [Row(f"{gguf}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
+
+
+def _linears(gguf: str, part: str, names: str) -> list[Row]:
+    return [Row(f"{gguf}_{name}.weight", (f"{part}.{name}.weight",), "same", LARGE) for name in names.split()]
+
+
+def _row(gguf: str, form: str, kind: str, *names: str) -> Row:
+    return Row(f"{gguf}.weight", names, form, kind)
+
+
+OUTSIDE = [
+    _row("token_embd", "same", LARGE, "emb.weight"), *_norm("token_embd_norm", "blocks.0.ln0"),
+    *_norm("output_norm", "ln_out"), _row("output", "same", LARGE, "head.weight"),
+]
+BLOCK = [
+    *_norm("attn_norm", "ln1"), *_norm("attn_norm_2", "ln2"), *_norm("time_mix_ln", "att.ln_x"),
+    *_linears("time_mix", "att", "receptance key value output"), *_linears("channel_mix", "ffn", "key value"),
+]
+OF_VERSION = {
+    6: [
+        *_linears("time_mix", "att", "gate"), *_linears("channel_mix", "ffn", "receptance"),
+        _row("time_mix_lerp_x", "flat", VECTOR, "att.time_maa_x"),
+        _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.time_maa_{name}" for name in "wkvrg")),
+        *(_row(f"time_mix_w{i}", "transposed", MAP, f"att.time_maa_w{i}") for i in (1, 2)),
+        _row("time_mix_decay", "flat", VECTOR, "att.time_decay"),
+        *(_row(f"time_mix_decay_w{i}", "transposed", MAP, f"att.time_decay_w{i}") for i in (1, 2)),
+        _row("time_mix_first", "same", VECTOR, "att.time_faaaa"),
+        *(_row(f"channel_mix_lerp_{name}", "flat", VECTOR, f"ffn.time_maa_{name}") for name in "kr"),
+    ],
+    7: [
+        _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.x_{name}" for name in "rwkvag")),
+        *(_row(f"time_mix_{name}", "flat", VECTOR, f"att.{name}") for name in ("w0", "a0", "v0", "k_k", "k_a")),
+        _row("time_mix_r_k", "heads", VECTOR, "att.r_k"),
+        *(_row(f"time_mix_{name}{i}", "transposed", MAP, f"att.{name}{i}") for name in "wavg" for i in (1, 2)),
+        _row("channel_mix_lerp_k", "flat", VECTOR, "ffn.x_k"),
+    ],
+}
+
+
+def rows(version: int, n_layer: int) -> list[Row]:
+    """The whole table of a model, in GGUF's usual order."""
+    return [*OUTSIDE[:3], *(row.at(layer) for layer in range(n_layer) for row in (*BLOCK, *OF_VERSION[version])), *OUTSIDE[3:]]
+
+
+def keys(arch: Arch) -> dict[str, int]:
+    """The sizes that llama.cpp asks for, under `rwkv6.` or `rwkv7.`."""
+    sizes = {
+        "context_length": 1 << 20, "embedding_length": arch.n_embd, "block_count": arch.n_layer, "feed_forward_length": arch.dim_ffn,
+        "attention.head_count": 0, "wkv.head_size": arch.head_size,
+    }
+    if arch.version == 6:
+        return sizes | {"time_mix_extra_dim": arch.ranks["maa"], "time_decay_extra_dim": arch.ranks["decay"], "rescale_every_n_layers": 0}
+    ranks = {"decay": "w", "iclr": "a", "value_residual_mix": "v" if arch.n_layer > 1 else "a", "gate": "g"}
+    return sizes | {f"attention.{key}_lora_rank": arch.ranks[name] for key, name in ranks.items()}
+
+
+def fill_block_0(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
+    """The tensors with a value residual in block 0, which RWKV-7 in llama.cpp has to have there, of a's rank, though nothing reads it: the
+    checkpoint's own, with columns of zeros or, where its rank is above a's, without the last ones."""
+    if arch.version == 6:
+        return dict(tensors)
+    names = [f"blocks.0.att.v{i}" for i in range(3)]
+    if not arch.layer0_value_residual:
+        return {**tensors, **{name: torch.zeros_like(tensors[name.replace("att.v", "att.a")]) for name in names}}
+    return {**tensors, **dict(zip(names, _with_rank([tensors[name] for name in names], arch.ranks["a"])))}
+
+
+def restore_block_0(tensors: Mapping[str, Tensor], rank: int | None) -> dict[str, Tensor]:
+    """The inverse: the value residual of block 0 with the rank that it had, or None, without it."""
+    names = [f"blocks.0.att.v{i}" for i in range(3)]
+    if rank is None:
+        return {name: tensor for name, tensor in tensors.items() if name not in names}
+    return {**tensors, **dict(zip(names, _with_rank([tensors[name] for name in names], rank)))}
+
+
+def _with_rank(residual: list[Tensor], rank: int) -> list[Tensor]:
+    v0, v1, v2 = residual
+    more = rank - v1.shape[1]  # pad() takes away what is negative
+    return [v0, pad(v1, (0, more)), pad(v2, (0, 0, 0, more))]

@@ -1,0 +1,128 @@
+"""GGUF files under llama.cpp itself: logits, tokens, the chat template. Its libraries come by `python -m benchmarks.llama`."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from benchmarks import llama
+from rwkv_miss.checkpoint import write_checkpoint
+from src.export import export
+from src.model import RWKV
+from src.template import RwkvTemplate
+from src.tokenizer import load_tokenizer
+
+from .conftest import close, make_arch, random_tensors
+
+pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
+EXACT = 2e-5  # of max |logit|: fp32 against float64, as for every implementation in the goldens' README
+# (mean KL, agreement of the likeliest token): 2.5 times the worst of 20 random models of this size, KL 2.9e-5, 4.2e-4 and 4.3e-2, agreement 0.95,
+# 0.93 and 0.50; llama.cpp rounds the activations too. A random model of 12 x 768 loses the same: 2.6e-5, 3e-4, 3.5e-2
+LOST = {"BF16": (7e-5, 0.9), "Q8_0": (1e-3, 0.85), "Q4_0": (0.1, 0.4)}
+
+
+@pytest.fixture(scope="session")
+def library():
+    if not llama.FOLDER.exists():
+        pytest.skip(f"LLAMA.CPP ABSENT ({llama.FOLDER}): python -m benchmarks.llama fetches it; GGUF is not checked against it")
+    return llama.load_library()
+
+
+def under_llama(library, path, kind, folder, ids, tokenizer="none"):
+    """Logits (T, V) token by token, after checking that those of the whole prompt at once end alike."""
+    export(path, folder / "m.gguf", "gguf", kind, tokenizer)
+    model = llama.Llama(library, folder / "m.gguf")
+    whole = model.feed(ids)
+    model.start(1)
+    logits = torch.stack([model.feed([token]) for token in ids])
+    close("prompt", whole, logits[-1], EXACT if kind == "F32" else 0.1)
+    model.close()
+    return logits
+
+
+def lost(got, want):
+    p, q = want.double().log_softmax(-1), got.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).double().mean())
+
+
+@pytest.mark.parametrize("name", ["golden/rwkv7-tiny", "golden/rwkv6-tiny", "real/rwkv6-3m-utf16"])
+def test_goldens(tmp_path, data_dir, library, name):
+    golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
+    ids = (golden["tokens"] if "tokens" in golden else golden["ids"])[0].tolist()
+    want = golden["logits64"][0]
+    close(name, under_llama(library, data_dir / f"{name}.pth", "F32", tmp_path, ids), want, EXACT)
+    for kind, (divergence, agreement) in LOST.items():
+        kl, same = lost(under_llama(library, data_dir / f"{name}.pth", kind, tmp_path, ids), want)
+        assert kl < divergence and same >= agreement, f"{kind}: KL {kl:.1e}, {same:.0%}"
+
+
+def odd(version, **sizes):
+    """Sizes that differ wherever they may."""
+    arch = make_arch(version, 3, 128, 64, 200)
+    ranks = {"w": 8, "a": 12, "v": 24, "g": 16} if version == 7 else {"maa": 20, "decay": 24}
+    return dataclasses.replace(arch, dim_ffn=160, ranks=ranks, **sizes)
+
+
+@pytest.mark.parametrize("version,sizes", [(6, {}), (7, {}), (7, {"head_size": 128, "n_head": 1}), (6, {"head_size": 16, "n_head": 8}),
+                                           (7, {"n_layer": 1}), (7, {"layer0_value_residual": False})])
+def test_random_models(tmp_path, library, version, sizes):
+    path = tmp_path / "m.pth"
+    write_checkpoint(path, random_tensors(odd(version, **sizes)).items())
+    ids = torch.randint(200, (40,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = RWKV.load(path, torch.float64)(ids[None])[0][0]
+    close("F32", under_llama(library, path, "F32", tmp_path, ids.tolist()), want, EXACT)
+    for kind, (divergence, agreement) in LOST.items():
+        kl, same = lost(under_llama(library, path, kind, tmp_path, ids.tolist()), want)
+        assert kl < divergence and same >= agreement, f"{kind}: KL {kl:.1e}, {same:.0%}"
+
+
+def test_a_model_of_bytes_end_to_end(tmp_path, library):
+    path = tmp_path / "m.pth"
+    write_checkpoint(path, random_tensors(dataclasses.replace(odd(7), vocab_size=256)).items(), {"tokenizer": "bytes", "template": "rwkv"})
+    export(path, tmp_path / "m.gguf", "gguf", "F32")
+    model, ours = llama.Llama(library, tmp_path / "m.gguf"), RWKV.load(path, torch.float64)
+    text = "Grüße,\n\n<s> 世界 \x00\x7f!"
+    ids = model.encode(text, special=True)
+    assert ids == list(text.encode()) and model.decode(ids) == text.encode() and model.ends(0)
+    with torch.no_grad():
+        close("logits", model.feed(ids), ours(torch.tensor([ids]))[0][0, -1], EXACT)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, library):
+    folder = tmp_path_factory.mktemp("world")
+    write_checkpoint(folder / "m.pth", random_tensors(make_arch(7, 1, 64, 64, 65536), torch.bfloat16).items())
+    export(folder / "m.pth", folder / "m.gguf", "gguf")
+    return llama.Llama(library, folder / "m.gguf")
+
+
+def test_tokens_are_worlds(world):
+    ours, draw = load_tokenizer("world", 65536), random.Random(0)
+    vocabulary = [text for piece in ours.table.values() if (text := piece.decode(errors="ignore"))]
+    texts = ["<s>", "[PAD65530]", "a <s> b\n\nc", "<|endoftext|>", "it's \"q\" \\n \\x41 \\", "你好，世界 🌍", "\x00\x01\x7f", "\u00ff\ufffd",
+             "\r\n\t  x", "User: hi\n\nAssistant:", "\\xff[PAD65530]"]
+    texts += ["".join(draw.choices(vocabulary, k=draw.randint(1, 30))) for _ in range(300)]
+    texts += ["".join(chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xA0, 0xD800), draw.randrange(0x10000, 0x20000)]))
+                      for _ in range(draw.randint(1, 40))) for _ in range(100)]
+    for text in texts:
+        ids = ours.encode(text)
+        assert world.encode(text) == ids and world.encode(text, special=True) == ids and world.decode(ids) == text.encode(), text
+    assert [token for token in range(65536) if world.ends(token)] == [0, 261]
+    assert world.encode("\\xff<s>") == ours.encode("\\xff<s>")  # only a program that looks for control tokens in it finds token 0 here
+
+
+def test_llama_cpps_own_function_knows_the_chat_template(world):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hello  there\n"}, {"role": "assistant", "content": "Hi. "},
+                {"role": "user", "content": "A\nB"}]
+    for count in (1, 2, 4):
+        ask = messages[count - 1]["role"] == "user"
+        want = "".join(text for text, _ in RwkvTemplate("rwkv").segments(messages[:count], ask=ask))
+        assert world.chat(messages[:count], ask) == want + ("" if ask else "\n\n")  # the function ends every turn
+
+
+def test_another_file_is_not_loaded(tmp_path, library):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(RuntimeError, match="does not load"):
+        llama.Llama(library, tmp_path / "m.gguf")
