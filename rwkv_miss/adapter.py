@@ -58,7 +58,7 @@ class NoOptions:
             if name in known:
                 raise UserError(f"adapter option {name} is given twice, by two of its names; drop one of them")
             kind = type(getattr(default, name))
-            known[name] = _ranks(key, value) if kind is dict else _scalar(key, value, kind)
+            known[name] = _by_name(key, value, fields[name].metadata["of"]) if kind is dict else _scalar(key, value, kind)
         return cls(**known)
 
     def at(self, name: str) -> NoOptions:
@@ -74,10 +74,17 @@ def _scalar(key: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _ranks(key: str, value: Any) -> dict[str, int]:
-    if not isinstance(value, dict) or not all(type(rank) is int and rank > 0 for rank in value.values()):
-        raise UserError(f'adapter option {key} must be names with ranks, such as {{"ffn": 32, "blocks.0": 8}}, got {value!r}')
+def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
+    """A map from parts of names to what `of` says: ranks, or positive factors."""
+    kinds = (int,) if of == "ranks" else (int, float)
+    if not isinstance(value, dict) or not all(type(number) in kinds and 0 < number < math.inf for number in value.values()):
+        raise UserError(f'adapter option {key} must be names with {of}, such as {{"ffn": 32, "blocks.0": 8}}, got {value!r}')
     return dict(value)
+
+
+def names_with(of: str) -> Any:
+    """The field of an option that is a map from parts of names to ranks or factors; empty by default."""
+    return dataclasses.field(default_factory=dict, metadata={"of": of})
 
 
 def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
@@ -101,7 +108,7 @@ class Options(NoOptions):
     """
 
     rank: int = 64
-    rank_map: dict[str, int] = dataclasses.field(default_factory=dict)
+    rank_map: dict[str, int] = names_with("ranks")
     aliases: ClassVar[dict[str, str]] = {"r": "rank", "rank_pattern": "rank_map"}
 
     def __post_init__(self):
@@ -233,7 +240,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     def attach(cls, model, linears, options) -> None:
         if isinstance(options, Options):
-            check_parts("rank_map", options.rank_map, linears)
+            for option, value in vars(options).items():
+                if isinstance(value, dict):
+                    check_parts(option, value, linears)
         shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
         pool = cls.make_shared(shapes, options, next(iter(linears.values())).weight.device)
         adapted: dict[str, AdapterLinear] = {}

@@ -337,3 +337,14 @@ def test_a_weight_with_a_zero_row_has_no_direction_and_the_model_stays_as_it_was
         after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
         assert after.keys() == before.keys() and all(after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items())
     rwkv_miss.inject(model, "lora", rank=5)
+
+
+def test_an_alpha_map_gives_linears_their_own_factors():
+    model = rwkv(7)
+    rwkv_miss.inject(model, "lora", rank=6, alpha=12.0, rank_map={"ffn": 3}, alpha_map={"ffn.key": 4.5, "blocks.1.ffn": 6})
+    scales = {name: layer.scale for name, layer in adapted_linears(model).items()}
+    assert scales["blocks.0.att.key"] == scales["blocks.0.ffn.value"] == 2.0
+    assert scales["blocks.0.ffn.key"] == 1.5 and scales["blocks.1.ffn.value"] == 2.0 and scales["blocks.1.ffn.key"] == 2.0, "the longer part counts"
+    for wrong, said in (({"fnn": 3}, "alpha_map 'fnn'.*blocks.0.att"), ({"ffn": 0}, "factors"), ({"ffn": "3"}, "factors"), (5.0, "factors")):
+        with pytest.raises(rwkv_miss.UserError, match=said):
+            rwkv_miss.inject(rwkv(7), "lora", rank=6, alpha_map=wrong)

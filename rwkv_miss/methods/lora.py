@@ -24,15 +24,17 @@ class ScaledOptions(adapter.Options):
     dropout: the probability that a number of the adapter's input is left out, in training only.
 
     With `rank_map` every linear has the factor alpha / r of the others, whatever its rank; with rslora it has their alpha, and so the factor
-    that belongs to its rank: to fit all ranks is what rsLoRA is for.
+    that belongs to its rank: to fit all ranks is what rsLoRA is for. `alpha_map` gives linears an alpha of their own, by parts of their names.
     """
 
     alpha: float = 0.0
+    alpha_map: dict[str, float] = adapter.names_with("factors")
     rslora: bool = False
     dropout: float = 0.0
     lora_plus: ClassVar[float] = 1.0
     aliases: ClassVar[dict[str, str]] = {
         **adapter.Options.aliases, "lora_r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout",
+        "alpha_pattern": "alpha_map",
     }
 
     def __post_init__(self):
@@ -56,6 +58,10 @@ class ScaledOptions(adapter.Options):
     def scale(self) -> float:
         """The factor of B A."""
         return self.alpha / (self.first_rank**0.5 if self.rslora else self.first_rank)
+
+    def at(self, name: str) -> ScaledOptions:
+        own = super().at(name)
+        return dataclasses.replace(own, alpha=adapter.most_specific(self.alpha_map, name, own.alpha), alpha_map={})
 
     def with_rank(self, rank: int, **others: Any) -> ScaledOptions:
         alpha = self.alpha if self.rslora else self.alpha * rank / self.rank
