@@ -237,7 +237,7 @@ REQUIRED = ("method", "options", "linears")
 DEFAULTS = {"targets": [], "train_parts": [], "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
 
 
-def _checked(path, metadata: dict[str, Any]) -> dict[str, Any]:
+def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
     """An adapter file's metadata, completed. UserError where something is missing or of another kind."""
     version = metadata.get("format_version", 1)
     if version != 1:
@@ -258,7 +258,7 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata.get("format") != ADAPTER_FORMAT:
         raise UserError(f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model, or "
                         "another project's adapter, of which python -m rwkv_miss convert makes one")
-    metadata = _checked(path, metadata)
+    metadata = checked_metadata(path, metadata)
     if metadata["method"] not in METHODS:
         raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
     check_sums(path)
@@ -286,7 +286,8 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
         model.injection.targets = metadata["targets"]
     saved = {**metadata, "options": dataclasses.asdict(cls.Options.parse(metadata["options"]))}  # options may be newer than the file
     for name in ("method", "options", "linears"):
-        if getattr(model.injection, name) != saved[name]:
+        here, there = getattr(model.injection, name), saved[name]
+        if sorted(here) != sorted(there) if name == "linears" else here != there:  # other projects' files have an order of their own
             raise UserError(f"{path} has {name} {saved[name]}, the model carries an adapter with {getattr(model.injection, name)}")
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
