@@ -77,6 +77,8 @@ def parse(argv: list[str] | None):
     converting.add_argument("--origin", default="", help="the project that wrote IN, where its shapes alone could be of two")
     converting.add_argument("--alpha", type=float, help="LoRA's alpha, where the file does not hold it")
     converting.add_argument("--init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
+    converting.add_argument("--base", default="", help="the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
+                            "its model's widths")
     inspect = commands.add_parser("inspect", help="what a file is")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             for line in merge_file(args.base, args.adapter, args.out, args.dtype, args.force).lines():
                 print(line)
         elif args.command == "convert":
-            for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init)).lines():
+            for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init, args.base)).lines():
                 print(line)
         elif args.json:
             print(json.dumps(describe(args.file)))

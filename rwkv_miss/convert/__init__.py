@@ -11,7 +11,8 @@ import os
 
 from ..checkpoint import check_finite
 from ..errors import UserError
-from . import native  # noqa: F401  (registers the formats, which are asked in this order)
+from . import hf_export, hf_peft, native  # noqa: F401  (registers the formats, which are asked in this order)
+from .base import with_base
 from .formats import FORMATS, ORIGINS, Adapter, Format, Hints
 from .source import Source, open_source
 
@@ -62,5 +63,7 @@ def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     found, adapter = read_any(path, hints)
+    if hints.base:
+        adapter = with_base(adapter, hints.base)
     notes = [*adapter.notes, *FORMATS[to].write(adapter, out)]
     return Conversion(os.fspath(out), found, to, adapter.metadata["method"], len(adapter.metadata["linears"]), len(adapter.tensors), notes)

@@ -31,12 +31,14 @@ class Hints:
     """What the user says of a file that does not say it itself.
 
     origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha: LoRA's, which some files leave out.
-    init: the file with the factors that a PiSSA training began with.
+    init: the file with the factors that a PiSSA training began with. base: the model file that the adapter belongs to, for formats that say
+    more of it than the adapter's own file does.
     """
 
     origin: str = ""
     alpha: float | None = None
     init: str = ""
+    base: str = ""
 
     def __post_init__(self):
         if self.origin and self.origin not in ORIGINS:
@@ -53,12 +55,14 @@ class Adapter:
     """Tensors and metadata as save_adapter() writes them: `blocks.0.att.key.miss`, and under "method", "options", "linears" what they mean.
 
     metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the same file. `notes` is what the user
-    should know of the reading.
+    should know of the reading. With a base (Hints.base) `base` is its path and `shapes` has (out, in) of each adapted linear.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     notes: list[str] = dataclasses.field(default_factory=list)
+    base: str = ""
+    shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def register(name: str):

@@ -24,12 +24,13 @@ LARGEST_CONFIG = 1 << 24  # bytes
 @dataclasses.dataclass(frozen=True)
 class Source:
     """`tensors` are mapped from the file. `config` is what its header or the JSON file beside it says, {} where nothing does; `config_name` is
-    that file's name, or "" for a header."""
+    that file's name, or "" for a header. `header` is what the header of the tensors' file in a folder says."""
 
     path: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     config_name: str = ""
+    header: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_source(path) -> Source:
@@ -46,8 +47,8 @@ def open_source(path) -> Source:
             raise UserError(f"{path} has {config_name}, but neither {' nor '.join(files)}")
         config = read_json(os.path.join(path, config_name))
         file = os.path.join(path, file)
-        tensors, _ = read_safetensors(file) if is_safetensors(file) else read_described(file)
-        return Source(path, tensors, config, config_name)
+        tensors, header = read_safetensors(file) if is_safetensors(file) else read_described(file)
+        return Source(path, tensors, config, config_name, header)
     raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; give an adapter's file or folder")
 
 

@@ -1,0 +1,86 @@
+"""The model that an adapter belongs to, as far as a conversion needs it: its widths, and who it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..adapter import METHODS, AdapterLinear
+from ..checkpoint import Arch, fingerprint
+from ..errors import UserError
+from ..inject import layer_tensors, read_described
+from .formats import Adapter
+
+# the linears of a block -> their (out, in), as names of Arch's sizes
+RWKV_LINEARS = {
+    "att.receptance": ("dim_att", "n_embd"), "att.key": ("dim_att", "n_embd"), "att.value": ("dim_att", "n_embd"),
+    "att.gate": ("dim_att", "n_embd"), "att.output": ("n_embd", "dim_att"),
+    "ffn.key": ("dim_ffn", "n_embd"), "ffn.value": ("n_embd", "dim_ffn"), "ffn.receptance": ("n_embd", "n_embd"), "head": ("vocab_size", "n_embd"),
+}
+
+
+def with_base(adapter: Adapter, path) -> Adapter:
+    """The adapter with a model file as its base. UserError where the file is not the one that the adapter names, or lacks one of its linears."""
+    tensors, _ = read_described(path)
+    known, found = adapter.metadata.get("base_fingerprint"), fingerprint(tensors)
+    if known and known != found:
+        raise UserError(f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that one as --base")
+    for name in adapter.metadata["linears"]:
+        if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].dim() != 2:
+            raise UserError(f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model that it was trained on")
+    try:
+        arch = Arch.detect(tensors).to_dict()
+    except UserError:  # no RWKV model: its widths are those of its tensors
+        arch = None
+    about = {"base": os.path.basename(path), "base_fingerprint": found, "arch": arch}
+    shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}
+    return dataclasses.replace(adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes)
+
+
+def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """(out, in) of each adapted linear: from the base, the sizes that the adapter's file names, or its own tensors where these have both widths.
+    UserError where none of them tells."""
+    if adapter.shapes:
+        return adapter.shapes
+    arch = adapter.metadata.get("arch")
+    arch = arch and Arch.from_dict(arch)
+    shapes = {}
+    for name in adapter.metadata["linears"]:
+        kind = name if name == "head" else ".".join(name.split(".")[2:])
+        A, B = (adapter.tensors.get(f"{name}.lora_{factor}") for factor in "AB")
+        if A is not None and B is not None:
+            shapes[name] = len(B), A.shape[1]
+        elif arch and kind in RWKV_LINEARS:
+            shapes[name] = tuple(getattr(arch, size) for size in RWKV_LINEARS[kind])
+        else:
+            raise UserError(f"the widths of {name} are in no file; give the model that the adapter belongs to: --base MODEL.pth")
+    return shapes
+
+
+def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
+    """Each adapted linear by its name, with the adapter's tensors in fp32 and without a weight: for low_rank() of methods that need none."""
+    cls = METHODS[adapter.metadata["method"]]
+    options = cls.Options.parse(adapter.metadata["options"])
+    for name, shape in linear_shapes(adapter).items():
+        tensors = layer_tensors(cls, name, shape, adapter.tensors)
+        weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)  # one number in memory
+        try:
+            layer = cls.wrap(weight, None, options.at(name), {key: tensors[key].float() for key in cls.shared})
+            layer.assign(tensors)
+        except UserError as error:
+            raise UserError(f"the adapter does not fit {name}, {shape}: {error}") from None
+        yield name, layer
+
+
+def sha256(path) -> str:
+    """Of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

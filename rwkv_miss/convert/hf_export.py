@@ -1,0 +1,221 @@
+"""Folders that Hugging Face peft loads: `PeftModel.from_pretrained(model, folder)` gives the outputs of this package's adapter.
+
+`--to peft` keeps the method, where peft has it; `--to lora` makes a LoRA of every method whose change of a weight is a product of two factors,
+which is what servers of adapters take. Read again by hf_peft.py.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import METHODS
+from ..errors import UserError
+from ..methods.lora import ScaledOptions
+from .base import adapted_layers
+from .formats import Adapter, Format, register
+from .output import write_folder, write_json, write_safetensors
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PROVENANCE = "rwkv_miss_provenance"  # in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
+CONSUMED = {"format", "format_version", "method", "options", "layout", "linears", "targets", "train_parts", "trainable", "origin"}
+PREFIX = "base_model.model."
+# ours inside a linear -> peft's
+LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# modules of RWKV that peft can keep a copy of, and their tensors
+MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
+
+
+@dataclasses.dataclass
+class Folder:
+    """What is written: the configuration without its common fields, the tensors by their names in the model, and notes for the user."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@register("lora")
+class Lora(Format):
+    """A peft folder of a LoRA, for servers of LoRA adapters. It is read as any peft folder."""
+
+    writes = True
+
+    @classmethod
+    def reads(cls, source) -> bool:
+        return False
+
+    @classmethod
+    def write(cls, adapter: Adapter, out) -> list[str]:
+        own = adapter.metadata["method"] in ("lora", "lora_fa")
+        return write_peft(adapter, own_factors(adapter) if own else as_lora(adapter), out)
+
+
+def write(adapter: Adapter, out) -> list[str]:
+    """The adapter as the same method of peft; of PiSSA, whose base peft would change when it loads it, the LoRA of twice the rank."""
+    method = adapter.metadata["method"]
+    if method not in FORMS:
+        refuse(adapter, f"peft has no {method}")
+    return write_peft(adapter, FORMS[method](adapter), out)
+
+
+def refuse(adapter: Adapter, why: str) -> None:
+    """UserError that names the nearest way out."""
+    method = adapter.metadata["method"]
+    if METHODS[method].adapts_linears and not (method == "bat" or adapter.metadata["options"].get("magnitude")):
+        raise UserError(f"{why}; --to lora writes the same change of the weights as a LoRA")
+    raise UserError(f"{why}; merge the adapter into its base (rwkv-miss merge), or keep its own file")
+
+
+def own_options(adapter: Adapter) -> dict[str, Any]:
+    """Linear -> its options."""
+    options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])
+    return {name: options.at(name) for name in adapter.metadata["linears"]}
+
+
+def one_rank(adapter: Adapter) -> int:
+    """The rank of all linears. UserError where they differ."""
+    ranks = {options.rank for options in own_options(adapter).values()}
+    if len(ranks) > 1:
+        found = ", ".join(map(str, sorted(ranks)))
+        refuse(adapter, f"peft's {adapter.metadata['method']} has one rank for all linears, and this adapter has {found}")
+    return ranks.pop()
+
+
+def renamed(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of all linears, with peft's names for ours."""
+    return {f"{linear}.{theirs}": adapter.tensors[f"{linear}.{ours}"] for linear in adapter.metadata["linears"] for ours, theirs in names.items()}
+
+
+def as_miss(adapter: Adapter) -> Folder:
+    """D as it is: peft's layout is "stride", its sums are plain."""
+    options = next(iter(own_options(adapter).values()))
+    for name, value in {"layout": "stride", "shards": "plain", "scale": "sum", "magnitude": False, "expand": False}.items():
+        if getattr(options, name) != value:
+            refuse(adapter, f"peft's MiSS has no {name}={getattr(options, name)}")
+    mini = options.mini_r
+    config = {"peft_type": "MISS", "r": one_rank(adapter), "miss_dropout": 0.0, "mini_r": mini or 1, "init_weights": "mini" if mini else True}
+    return Folder(config, renamed(adapter, {"miss": "miss_block"}))
+
+
+def as_bat(adapter: Adapter) -> Folder:
+    """D by output blocks, peft's order."""
+    order = next(iter(own_options(adapter).values())).order
+    if order != "col":
+        refuse(adapter, f"peft's Bat has one matrix for every r outputs, this adapter for every r inputs (order={order})")
+    config = {"peft_type": "MISS", "r": one_rank(adapter), "miss_dropout": 0.0, "mini_r": 1, "init_weights": "bat"}
+    return Folder(config, renamed(adapter, {"bat": "miss_block"}))
+
+
+def own_factors(adapter: Adapter) -> Folder:
+    """LoRA, LoRA-FA and DoRA with their own A, B and alpha."""
+    method, options = adapter.metadata["method"], own_options(adapter)
+    names = {ours: theirs for ours, theirs in LORA.items() if method == "dora" or ours != "magnitude"}
+    config = lora_config({name: own.rank for name, own in options.items()}, {name: own.alpha for name, own in options.items()},
+                         next(iter(options.values())), use_dora=method == "dora")
+    notes = ["peft trains A as well: in the folder LoRA-FA is a LoRA"] if method == "lora_fa" else []
+    if getattr(METHODS[method].Options.parse(adapter.metadata["options"]), "lora_plus", 1) != 1:
+        notes.append("lora_plus, a ratio of learning rates, is no part of the folder")
+    return Folder(config, renamed(adapter, names), notes)
+
+
+def as_lora(adapter: Adapter) -> Folder:
+    """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1. For MiSS A has zeros and ones, and B is D^T."""
+    method = adapter.metadata["method"]
+    if not METHODS[method].adapts_linears:
+        refuse(adapter, f"{method} adapts no linear")
+    tensors, ranks = {}, {}
+    for name, layer in adapted_layers(adapter):
+        with torch.no_grad():
+            factors = layer.low_rank()
+        if factors is None:
+            own = f"{method} with a magnitude" if method == "miss" else method
+            way = "; --to peft writes it" if method == "dora" or method == "bat" and layer.by_row is False else ""
+            raise UserError(f"the change of a weight by {own} is no product of two factors{way}; merge the adapter into its base (rwkv-miss merge)")
+        A, B = (factor.float().contiguous() for factor in factors)
+        tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        ranks[name] = len(A)
+    return Folder(lora_config(ranks, ranks, ScaledOptions(dropout=adapter.metadata["options"].get("dropout", 0.0))), tensors)
+
+
+def lora_config(ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False) -> dict[str, Any]:
+    """peft's fields for each linear's rank and alpha: r and lora_alpha, which most have, and patterns for the others."""
+    rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA", "r": rank, "lora_alpha": number(alpha), "rank_pattern": patterns(ranks, rank), "alpha_pattern": patterns(alphas, alpha),
+        "use_rslora": options.rslora, "lora_dropout": options.dropout, "use_dora": use_dora, "init_lora_weights": True, "fan_in_fan_out": False,
+    }
+
+
+def number(value: float) -> float:
+    """An int where it is one, which is what peft declares."""
+    return int(value) if value == int(value) else value
+
+
+def patterns(values: dict[str, float], default: float) -> dict[str, float]:
+    """peft's pattern for the linears that have another value. It compares the ends of names: where one is the end of another, all are named."""
+    given = {name: number(value) for name, value in values.items() if value != default}
+    if any(re.search(rf"(^|\.){name}$", other) for name in given for other in values if other != name):
+        given = {name: number(value) for name, value in values.items()}
+    return dict(sorted(given.items(), key=lambda item: -len(item[0])))  # the first that fits counts
+
+
+def as_vera(adapter: Adapter) -> Folder:
+    """The vectors and the random pair, which peft takes from the folder."""
+    options = next(iter(own_options(adapter).values()))
+    config = {"peft_type": "VERA", "r": one_rank(adapter), "vera_dropout": 0.0, "d_initial": options.d_initial, "save_projection": True,
+              "projection_prng_key": 0, "init_weights": True, "fan_in_fan_out": False}
+    shared = {f"shared.{name}": adapter.tensors[f"shared.{name}"] for name in ("vera_A", "vera_B")}
+    return Folder(config, {**renamed(adapter, {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}), **shared})
+
+
+FORMS = {"miss": as_miss, "bat": as_bat, "lora": own_factors, "lora_fa": own_factors, "dora": own_factors, "pissa": as_lora, "vera": as_vera}
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What is trained as a whole beside the linears, by its name in the model."""
+    linears = set(adapter.metadata["linears"])
+    return {name: t for name, t in adapter.tensors.items() if name.rpartition(".")[0] not in linears and not name.startswith("shared.")}
+
+
+def saved_modules(whole: dict[str, Tensor]) -> list[str]:
+    """The modules of these tensors, of which peft keeps a trained copy each. UserError for a tensor of no such module."""
+    modules: dict[str, set[str]] = {}
+    for name in whole:
+        modules.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+    for module, leaves in modules.items():
+        kind = "ln" if re.fullmatch(r"ln(\d|_x|_out)", module.rpartition(".")[2]) else module
+        if not module or leaves != set(MODULES.get(kind, leaves)) or not leaves <= {"weight", "bias"}:
+            raise UserError(f"{module}.{min(leaves)} is trained as a whole, and peft keeps whole modules only, such as emb, head and the norms; "
+                            "merge the adapter into its base (rwkv-miss merge), or keep its own file")
+    return sorted(modules)
+
+
+def write_peft(adapter: Adapter, folder: Folder, out) -> list[str]:
+    """Write the folder; returns the notes. One that came from peft and stays the same method keeps its configuration."""
+    origin = adapter.metadata.get("origin") or {}
+    theirs = origin["config"] if origin.get("format") == "peft" else {}
+    same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(folder.config.get("use_dora"))
+    whole = whole_tensors(adapter)
+    config = theirs if same else {
+        "target_modules": sorted(adapter.metadata["linears"]), "modules_to_save": saved_modules(whole) or None, "bias": "none",
+        **{field: theirs.get(field) for field in ("task_type", "base_model_name_or_path", "auto_mapping", "revision")},
+        "inference_mode": True, **folder.config,
+    }
+    prefix = origin["prefix"] if same else PREFIX
+    tensors = {}
+    for name, tensor in {**folder.tensors, **whole}.items():
+        shared = name.startswith("shared.")
+        tensors["base_model." + name.removeprefix("shared.") if shared else prefix + name] = tensor
+    about = {name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None}
+    write_folder(out, {
+        CONFIG: lambda path: write_json(path, config),
+        TENSORS: lambda path: write_safetensors(path, tensors, {PROVENANCE: json.dumps(about)}),
+    })
+    return folder.notes

@@ -1,0 +1,437 @@
+"""Folders of Hugging Face peft: what peft itself writes is read, what is written peft loads, with the same outputs; peft is the oracle throughout."""
+
+import json
+import re
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.convert import Hints, convert, output
+from src.model import RWKV
+
+from .conftest import close, make_arch, random_tensors
+from .test_adapters import CASES, filled, fitting
+
+warnings.filterwarnings("ignore", module="peft")
+IDS = torch.arange(13)[None]
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+KEYS = ["key", "value"]
+# what peft is configured with -> the method that it is here
+READ = {
+    "miss": (lambda: peft.MissConfig(r=7, target_modules=KEYS, miss_dropout=0.1), "miss"),
+    "miss-random": (lambda: peft.MissConfig(r=5, target_modules=r".*\.(key|output)", init_weights=False), "miss"),
+    "bat": (lambda: peft.MissConfig(r=8, target_modules=KEYS, init_weights="bat"), "bat"),
+    "mini": (lambda: peft.MissConfig(r=7, target_modules=KEYS, init_weights="mini", mini_r=4), "miss"),
+    "lora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, lora_dropout=0.1), "lora"),
+    "rslora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, use_rslora=True), "lora"),
+    "patterns": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, rank_pattern={"ffn.key": 3, r"^blocks\.0\.att\.key": 2},
+                                         alpha_pattern={"ffn.value": 7, "1.ffn.key": 11.5}), "lora"),
+    "dora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, use_dora=True, rank_pattern={"att.key": 3}), "dora"),
+    "modules": (lambda: peft.LoraConfig(r=5, target_modules=KEYS, modules_to_save=["emb", "head", "ln1"], task_type=None), "lora"),
+    "adalora": (lambda: peft.AdaLoraConfig(init_r=5, target_r=2, total_step=10, lora_alpha=9, target_modules=KEYS), "lora"),
+    "vera": (lambda: peft.VeraConfig(r=9, target_modules=KEYS), "vera"),
+}
+
+
+def rwkv(version):
+    model = RWKV(make_arch(version))
+    model.load_state_dict(random_tensors(model.arch))
+    return model
+
+
+def trained(model, config, seed=3):
+    """The model under peft, with values in all that is trained."""
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=generator)
+    return wrapped.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS)[0]
+
+
+def merged(tmp_path, version, adapter):
+    """Logits of the base of rwkv(version), merged with an adapter file."""
+    write_checkpoint(tmp_path / "base.pth", rwkv(version).state_dict().items())
+    rwkv_miss.merge_file(tmp_path / "base.pth", adapter, tmp_path / "merged.pth")
+    return logits(RWKV.load(tmp_path / "merged.pth"))
+
+
+def load(path, model):
+    """A folder in peft; a tensor that it does not know, or misses, is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return peft.PeftModel.from_pretrained(model, str(path)).eval()
+
+
+def same_folder(first, second):
+    a, b = (load_file(path / TENSORS) for path in (first, second))
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def config_of(path, **changes):
+    """A folder's configuration; with changes, written back."""
+    config = json.loads((path / CONFIG).read_text())
+    if changes:
+        (path / CONFIG).write_text(json.dumps({**config, **changes}))
+    return config
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("name", READ)
+def test_a_folder_of_peft_is_read_merged_and_written_again(name, version, tmp_path):
+    make, method = READ[name]
+    live = trained(rwkv(version), make())
+    live.save_pretrained(str(tmp_path / "theirs"))
+    done = convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
+    assert done.source == "peft" and done.method == method
+    want = logits(live)
+    # 2 fp32 orders of summation: 7e-7 seen
+    close("merged", merged(tmp_path, version, tmp_path / "ours.pth"), want, 3e-6)
+    ours = rwkv(version)
+    rwkv_miss.load_adapter(ours, tmp_path / "ours.pth")
+    close("unmerged", logits(ours.eval()), want, 3e-6)
+
+    convert(tmp_path / "ours.pth", tmp_path / "back", "peft")
+    assert torch.equal(logits(load(tmp_path / "back", rwkv(version))), want) or name == "adalora"
+    close("in peft again", logits(load(tmp_path / "back", rwkv(version))), want, 3e-6)
+    if name != "adalora":  # which has become a LoRA
+        assert config_of(tmp_path / "theirs") == config_of(tmp_path / "back")
+        same_folder(tmp_path / "theirs", tmp_path / "back")
+
+
+class Net(nn.Module):
+    """Linears of odd widths with biases; the name of one is the end of the other's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.key = nn.Linear(13, 10)
+        self.inner = nn.ModuleDict({"key": nn.Linear(10, 15), "out": nn.Linear(15, 6)})
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.norm(self.inner["out"](self.inner["key"](self.key(x).relu()).relu()))
+
+
+NET = [
+    (lambda: peft.MissConfig(r=4, target_modules=["key"])), (lambda: peft.MissConfig(r=5, target_modules=["inner.key"], init_weights="bat")),
+    (lambda: peft.MissConfig(r=4, target_modules=["key"], init_weights="mini", mini_r=5)),
+    (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key"], rank_pattern={"inner.key": 3}, alpha_pattern={"key": 5.5})),
+    (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key"], rank_pattern={"key": 3}, use_rslora=True)),
+    (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key", "out"], use_dora=True)),
+    (lambda: peft.VeraConfig(r=4, target_modules=["key", "out"])),
+]
+
+
+@pytest.mark.parametrize("case", range(len(NET)))
+def test_in_float64_the_weights_of_peft_and_these_are_one(case, tmp_path):
+    """HF's Bat is the order "col", its MiSS the layout "stride", its norms, factors and patterns are those of here."""
+    live = trained(Net(), NET[case]())
+    live.save_pretrained(str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
+    ours = Net()
+    rwkv_miss.load_adapter(ours, tmp_path / "ours.pth")
+    layers = adapted_linears(ours.double())
+    for layer in layers.values():
+        layer.prepare()
+    want = dict(live.double().merge_and_unload().named_modules())
+    assert layers
+    for name, layer in layers.items():
+        error = layer.base_weight() + layer.delta() - want[name].weight
+        assert error.abs().max() < 1e-13, name
+
+
+def test_after_training_in_peft_the_merged_file_has_its_logits(tmp_path):
+    live = peft.get_peft_model(rwkv(7), peft.MissConfig(r=7, target_modules=KEYS, modules_to_save=["head"]))
+    optimizer = torch.optim.AdamW([p for p in live.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(live(IDS)[0][0, :-1], IDS[0, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    live.save_pretrained(str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
+    moved = (logits(live) - logits(rwkv(7))).abs().max()
+    assert moved > 0.1, "nothing was trained"
+    close("merged", merged(tmp_path, 7, tmp_path / "ours.pth"), logits(live), 3e-6)
+
+
+def test_pissa_is_read_with_its_start_or_refused(tmp_path):
+    """By peft's own account: what it makes of the pair (path_initial_model_for_weight_conversion), and what its live model computes."""
+    live = peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, lora_alpha=8, target_modules=KEYS, init_lora_weights="pissa"))
+    live.peft_config["default"].init_lora_weights = True
+    live.save_pretrained(str(tmp_path / "start"))
+    live.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for p in live.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    live.eval().save_pretrained(str(tmp_path / "trained"))
+    live.save_pretrained(str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    with pytest.raises(rwkv_miss.UserError, match="init_lora_weights = 'pissa' took .* --init FOLDER"):
+        convert(tmp_path / "trained", tmp_path / "a.pth", "native")
+    assert not (tmp_path / "a.pth").exists()
+
+    convert(tmp_path / "trained", tmp_path / "a.pth", "native", Hints(init=str(tmp_path / "start")))
+    assert read_metadata(tmp_path / "a.pth")["method"] == "pissa"
+    convert(tmp_path / "converted", tmp_path / "b.pth", "native")
+    convert(tmp_path / "a.pth", tmp_path / "ours", "peft")
+    for path in ("a.pth", "b.pth"):
+        # W - B0 A0 is rounded in the live model, and the merge starts from W: 2e-6 seen
+        close(path, merged(tmp_path, 7, tmp_path / path), logits(live), 1e-5)
+    close("of twice the rank", logits(load(tmp_path / "ours", rwkv(7))), logits(live), 1e-5)
+    assert config_of(tmp_path / "ours")["r"] == 10
+
+    wrong = config_of(tmp_path / "start")
+    convert(tmp_path / "b.pth", tmp_path / "other", "peft")
+    assert wrong["r"] == 5
+    with pytest.raises(rwkv_miss.UserError, match="is of another training"):
+        convert(tmp_path / "trained", tmp_path / "c.pth", "native", Hints(init=str(tmp_path / "other")))
+
+
+def saved(tmp_path, version, method, options, seed=1, **more):
+    """An adapter file of a filled adapter, and the model that carries it."""
+    model = rwkv(version)
+    rwkv_miss.inject(model, method, **{"rank": fitting(method, options, 7), **options, **more})
+    rwkv_miss.save_adapter(filled(model, seed), tmp_path / "a.pth", step=5)
+    return model.eval()
+
+
+HAS = {"miss", "bat", "lora", "lora_fa", "dora", "pissa", "vera"}
+
+
+@pytest.mark.parametrize("method,options", CASES)
+@pytest.mark.parametrize("to", ["peft", "lora"])
+def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options, to, tmp_path):
+    magnitude = options.get("magnitude") or method == "dora"
+    refused = (method == "bat" or magnitude) if to == "lora" else (
+        method not in HAS or bool(options.keys() & {"layout", "shards", "scale", "magnitude", "expand"}) or options.get("order") == "row")
+    model = saved(tmp_path, 7, method, options)
+    if refused:
+        way = "--to lora" if to == "peft" and not magnitude and method != "bat" else "merge"
+        with pytest.raises(rwkv_miss.UserError, match=way):
+            convert(tmp_path / "a.pth", tmp_path / "out", to)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth"]
+        return
+    convert(tmp_path / "a.pth", tmp_path / "out", to)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [CONFIG, TENSORS]
+    # the same sums in two orders, and PiSSA's residual: 3e-6 seen
+    close(to, logits(load(tmp_path / "out", rwkv(7))), logits(model), 1e-5)
+    assert (config_of(tmp_path / "out")["peft_type"] == "LORA") == (to == "lora" or "lora" in method or method in ("pissa", "dora"))
+
+
+@pytest.mark.parametrize("method,options", [
+    ("miss", {}), ("miss", {"mini_r": 4}), ("bat", {}),
+    ("lora", {"alpha": 5.5, "rank_map": {"ffn": 3, "blocks.0": 5}, "alpha_map": {"att.key": 7.0}}),
+    ("lora", {"rslora": True, "rank_map": {"ffn": 3}}), ("dora", {"dropout": 0.25}), ("vera", {}),
+])
+def test_native_to_peft_and_back_keeps_every_bit(method, options, tmp_path):
+    saved(tmp_path, 6, method, options)
+    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
+    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
+    before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    said, says = read_metadata(tmp_path / "a.pth"), read_metadata(tmp_path / "b.pth")
+    for name in ("method", "arch", "base", "base_fingerprint", "step", "versions"):
+        assert said[name] == says[name], name
+    parse = rwkv_miss.adapter.METHODS[method].Options.parse
+    of = [{name: parse(facts["options"]).at(name) for name in facts["linears"]} for facts in (said, says)]
+    assert of[0] == of[1]
+
+
+def test_miss_as_a_lora_merges_into_the_same_bits(tmp_path):
+    """A = P and B = D^T: every sum of the product has one term beside zeros."""
+    saved(tmp_path, 7, "miss", {})
+    write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
+    convert(tmp_path / "a.pth", tmp_path / "folder", "lora")
+    convert(tmp_path / "folder", tmp_path / "lora.pth", "native")
+    assert read_metadata(tmp_path / "lora.pth")["method"] == "lora"
+    for name in ("a", "lora"):
+        rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / f"{name}.pth", tmp_path / f"{name}-merged.pth")
+    first, second = (read_checkpoint(tmp_path / f"{name}-merged.pth") for name in ("a", "lora"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    A = load_file(tmp_path / "folder" / TENSORS)["base_model.model.blocks.0.att.key.lora_A.weight"]
+    assert A.sum() == A.count_nonzero() == A.shape[1], "one 1 in every column"
+
+
+def test_whole_tensors_are_modules_or_refused(tmp_path):
+    model = saved(tmp_path, 7, "miss", {}, train_parts="emb,head,ln")
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * p.requires_grad
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
+    close("modules_to_save", logits(load(tmp_path / "folder", rwkv(7))), logits(model), 1e-5)
+    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
+    assert read_checkpoint(tmp_path / "a.pth").keys() == read_checkpoint(tmp_path / "b.pth").keys()
+    assert read_metadata(tmp_path / "b.pth")["train_parts"] == ["emb", "head"]
+    saved(tmp_path, 7, "miss", {}, train_parts="time")
+    with pytest.raises(rwkv_miss.UserError, match=r"blocks\.\d\.\w+\.\w+ is trained as a whole, and peft keeps whole modules only.*merge"):
+        convert(tmp_path / "a.pth", tmp_path / "time", "peft")
+    assert not (tmp_path / "time").exists()
+
+
+def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora(tmp_path):
+    model = saved(tmp_path, 7, "miss", {"rank_map": {"ffn": 3}})
+    with pytest.raises(rwkv_miss.UserError, match="one rank for all linears, and this adapter has 3, 7; --to lora"):
+        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    convert(tmp_path / "a.pth", tmp_path / "out", "lora")
+    close("lora", logits(load(tmp_path / "out", rwkv(7))), logits(model), 1e-5)
+
+
+@pytest.mark.parametrize("target", ["key", "0"])
+def test_a_name_that_is_the_end_of_another(target, tmp_path):
+    """peft compares the ends of names; ranks and factors are right for both all the same."""
+    model = Net()
+    if target == "0":
+        model = nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)))
+    fresh = [parameter.detach().clone() for parameter in model.parameters()]
+    longer = "inner.key" if target == "key" else "1.0"
+    rwkv_miss.inject(model, "lora", targets=[target], rank=4, alpha=6.0, rank_map={longer: 3}, alpha_map={longer: 5.0})
+    rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
+    base = Net() if target == "key" else nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)))
+    for parameter, value in zip(base.parameters(), fresh):
+        parameter.data = value
+    x = torch.randn(3, 13)
+    close("outputs", load(tmp_path / "folder", base)(x), model(x), 1e-5)
+    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
+    options = rwkv_miss.adapter.METHODS["lora"].Options.parse(read_metadata(tmp_path / "b.pth")["options"])
+    assert [(options.at(name).rank, options.at(name).scale) for name in adapted_linears(model)] == [
+        (len(layer.lora_A), layer.scale) for layer in adapted_linears(model).values()]
+
+
+def test_the_older_names_of_bone_are_read(tmp_path):
+    """peft before 0.19 called MiSS Bone; it is written as MiSS, which is what peft loads today."""
+    live = trained(rwkv(7), READ["miss"][0]())
+    live.save_pretrained(str(tmp_path / "theirs"))
+    tensors = load_file(tmp_path / "theirs" / TENSORS)
+    (tmp_path / "theirs" / TENSORS).unlink()
+    torch.save({name.replace("miss_block", "bone_block"): t for name, t in tensors.items()}, tmp_path / "theirs" / "adapter_model.bin")
+    config = config_of(tmp_path / "theirs")
+    (tmp_path / "theirs" / CONFIG).write_text(json.dumps(
+        {name: value for name, value in config.items() if name not in ("miss_dropout", "mini_r")} | {"peft_type": "BONE"}))
+    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
+    convert(tmp_path / "a.pth", tmp_path / "back", "peft")
+    assert torch.equal(logits(load(tmp_path / "back", rwkv(7))), logits(live))
+
+
+@pytest.mark.parametrize("case,changes,message", [
+    ("lora", {"peft_type": "IA3"}, "peft_type 'IA3'; read are: MISS, BONE, LORA"),
+    ("lora", {"use_qalora": True}, "use_qalora = True changes what the adapter does.*merge_and_unload"),
+    ("lora", {"layer_replication": [[0, 1]]}, "layer_replication"),
+    ("lora", {"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ("lora", {"init_lora_weights": "loftq"}, "LoftQ belongs to a quantised base"),
+    ("lora", {"init_lora_weights": "olora"}, "'olora' took the adapter's first product"),
+    ("lora", {"r": 4}, r"the configuration says rank 4"),
+    ("lora", {"r": "5"}, "r is '5', expected a number"),
+    ("lora", {"lora_alpha": 0}, "lora_alpha of blocks.0.att.key is 0"),
+    ("lora", {"alpha_pattern": {"(a+)+": 3}}, "more than a name with wildcards"),
+    ("lora", {"alpha_pattern": {"*": 3}}, "no regular expression"),
+    ("lora", {"alpha_pattern": [3]}, "alpha_pattern is .3., expected names with numbers"),
+    ("lora", {"use_dora": True}, "has lora_A, lora_B; LORA as it is configured needs lora_A, lora_B, magnitude"),
+    ("miss", {"init_weights": "bat"}, r"r = 7 and init_weights = 'bat' need \(out / 7, 7, 7\)"),
+    ("miss", {"init_weights": "mini"}, r"need \(7, 1\)"),
+    ("miss", {"init_weights": "spiral"}, "'spiral' is unknown"),
+    ("bat", {"init_weights": True}, r"need \(8, out\)"),
+    ("vera", {"r": 8}, r"r = 8 needs \(8,\)"),
+])
+def test_what_a_configuration_says_is_done_or_refused(case, changes, message, tmp_path):
+    trained(rwkv(7), READ[case][0]()).save_pretrained(str(tmp_path / "theirs"))
+    config_of(tmp_path / "theirs", **changes)
+    with pytest.raises(rwkv_miss.UserError, match=message):
+        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    assert not (tmp_path / "a.pth").exists()
+
+
+@pytest.mark.parametrize("config,message", [
+    (lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="lora_only"),
+     r"trains (inner\.)?key\.bias, of an adapted linear, as well \(bias: 'lora_only'\)"),
+    (lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="all"), "of an adapted linear"),
+    (lambda: peft.LoraConfig(r=4, target_modules=["key"], lora_bias=True), "lora_bias = True"),
+    (lambda: peft.VeraConfig(r=4, target_modules=["key"], save_projection=False), "no vera_A and vera_B"),
+])
+def test_tensors_without_a_form_here_are_refused_by_name(config, message, tmp_path):
+    trained(Net(), config()).save_pretrained(str(tmp_path / "theirs"))
+    with pytest.raises(rwkv_miss.UserError, match=message):
+        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+
+
+def test_trained_biases_of_other_layers_are_whole_tensors(tmp_path):
+    live = trained(rwkv(7), peft.LoraConfig(r=4, target_modules=KEYS, bias="all"))
+    live.save_pretrained(str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    assert "blocks.0.ln1.bias" in read_checkpoint(tmp_path / "a.pth")
+    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
+    convert(tmp_path / "a.pth", tmp_path / "back", "peft")
+    same_folder(tmp_path / "theirs", tmp_path / "back")
+
+
+def test_an_unknown_tensor_is_never_dropped(tmp_path):
+    trained(rwkv(7), READ["lora"][0]()).save_pretrained(str(tmp_path / "theirs"))
+    tensors = load_file(tmp_path / "theirs" / TENSORS)
+    save_file({**tensors, "base_model.model.emb.lora_embedding_A": torch.zeros(2, 3)}, tmp_path / "theirs" / TENSORS)
+    with pytest.raises(rwkv_miss.UserError, match="emb.lora_embedding_A, neither a tensor of an adapted linear"):
+        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+
+
+def test_dtypes_and_other_prefixes_stay(tmp_path):
+    trained(rwkv(7), READ["lora"][0]()).save_pretrained(str(tmp_path / "theirs"))
+    tensors = load_file(tmp_path / "theirs" / TENSORS)
+    save_file({name.removeprefix("base_model.model."): t.bfloat16() for name, t in tensors.items()}, tmp_path / "theirs" / TENSORS)
+    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    assert "blocks.0.att.key.lora_A" in read_checkpoint(tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "back", "peft")
+    same_folder(tmp_path / "theirs", tmp_path / "back")
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    saved(tmp_path, 7, "miss", {})
+    for out, message in (("file", "is a file"), ("full", "holds notes.txt beside")):
+        (tmp_path / "full").mkdir(exist_ok=True)
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(rwkv_miss.UserError, match=message):
+            convert(tmp_path / "a.pth", tmp_path / out, "peft")
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    (tmp_path / "out").mkdir()  # empty, and then one of its own
+    for _ in range(2):
+        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    before = (tmp_path / "out" / TENSORS).read_bytes()
+    saved(tmp_path, 7, "miss", {}, seed=2)
+
+    def fails(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output, "synced", fails)
+    with pytest.raises(OSError):
+        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    assert (tmp_path / "out" / TENSORS).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "file", "full", "out"]
+
+
+def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):
+    saved(tmp_path, 7, "miss", {})
+    convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    for module in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+    for source, out, to in (("a.pth", "new", "peft"), ("out", "new.pth", "native")):
+        with pytest.raises(rwkv_miss.UserError, match=re.escape("pip install 'rwkv-miss[convert]'")):
+            convert(tmp_path / source, tmp_path / out, to)
+        assert not (tmp_path / out).exists()
