@@ -216,6 +216,6 @@ def write_peft(adapter: Adapter, folder: Folder, out) -> list[str]:
     about = {name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None}
     write_folder(out, {
         CONFIG: lambda path: write_json(path, config),
-        TENSORS: lambda path: write_safetensors(path, tensors, {PROVENANCE: json.dumps(about)}),
+        TENSORS: lambda path: write_safetensors(path, tensors, {"format": "pt", PROVENANCE: json.dumps(about)}),
     })
     return folder.notes

@@ -26,7 +26,7 @@ def write_safetensors(path, tensors: dict[str, Tensor], header: dict[str, str]) 
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # of its own memory each: the format has no views
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt", **header})
+        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, temporary, header)
         synced(temporary)
         os.replace(temporary, path)
     finally:

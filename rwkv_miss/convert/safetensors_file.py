@@ -1,0 +1,38 @@
+"""This package's adapters as one safetensors file: the same tensors, and the metadata as JSON in the header."""
+
+from __future__ import annotations
+
+import json
+
+from ..adapter import METHODS
+from ..errors import UserError
+from ..inject import checked_metadata
+from ..untrusted import parse_json
+from .formats import Adapter, Format, Hints, register
+from .output import write_safetensors
+from .source import Source
+
+METADATA = "rwkv_miss"  # in the header
+
+
+@register("safetensors")
+class Safetensors(Format):
+    """What save_adapter() writes, bit for bit, in a file that runs no code whoever opens it."""
+
+    writes = True
+
+    @classmethod
+    def reads(cls, source: Source) -> bool:
+        return METADATA in source.config and not source.config_name
+
+    @classmethod
+    def read(cls, source: Source, hints: Hints) -> Adapter:
+        metadata = checked_metadata(source.path, parse_json(source.path, source.config[METADATA]))
+        if metadata["method"] not in METHODS:
+            raise UserError(f"{source.path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
+        return Adapter(source.tensors, metadata)
+
+    @classmethod
+    def write(cls, adapter: Adapter, out) -> list[str]:
+        write_safetensors(out, adapter.tensors, {METADATA: json.dumps(adapter.metadata)})  # of several keys the order would vary
+        return []
