@@ -290,6 +290,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
                 raise UserError(f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the model")
+            if own[name].is_floating_point() != tensor.is_floating_point():
+                raise UserError(f"{name} is {tensor.dtype} in the adapter, {own[name].dtype} in the model")
 
     @torch.no_grad()
     def assign(self, tensors: dict[str, Tensor]) -> None:

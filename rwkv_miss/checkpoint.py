@@ -141,7 +141,7 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     except Exception as error:  # torch.load has no common exception for bad files: ten types were seen
         named = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and (named or zipped or _head(path, 1) == b"\x80"):
-            wanted = named[1] if named else "more than tensors"
+            wanted = named[1][:200] if named else "more than tensors"
             raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code; "
                             "save it as a flat dict of tensors") from None
         raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
@@ -163,7 +163,7 @@ def read_metadata(path) -> dict[str, Any] | None:
         try:
             content = archive.read(record) if record else None
         except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: {error}; download or copy it again") from None
+            raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
     return None if content is None else parse_json(path, content)
 
 

@@ -15,9 +15,15 @@ class UserError(ValueError):
     """A mistake in the user's input: what was seen, what was expected, what to do."""
 
 
+LONGEST = 2000  # characters of a message
+
+
 def printable(text: str) -> str:
-    """A text on one line, whose control characters are shown as escapes: names in a file could otherwise rewrite what the terminal shows."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.splitlines()))
+    """A text on one line, cut where it is very long, whose control characters are shown as escapes: names in a file could otherwise rewrite what
+    the terminal shows."""
+    text = " ".join(text.splitlines())
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager

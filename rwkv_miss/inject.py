@@ -189,7 +189,10 @@ def layer_tensors(cls: type[AdapterLinear], name: str, shape: tuple[int, int], t
     for key, of in cls.shared_names(*shape).items():
         if f"shared.{of}" not in tensors:
             raise UserError(f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs needs")
-        own[key] = tensors[f"shared.{of}"]
+        tensor = tensors[f"shared.{of}"]
+        if not tensor.is_floating_point():
+            raise UserError(f"shared.{of} is {tensor.dtype}; expected are fp32, bf16 or fp16")
+        own[key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return own
 
 
@@ -262,6 +265,9 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if metadata["method"] not in METHODS:
         raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
     check_sums(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            raise UserError(f"{path}: {name} is {tensor.dtype}; expected are fp32, bf16 or fp16")
     return tensors, metadata
 
 

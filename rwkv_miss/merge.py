@@ -127,7 +127,8 @@ class _Merger:
             try:
                 # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
-                    layer = {n: torch.empty(t.shape) for n, t in layer_tensors(self.method, name, base[key].shape, self.adapter).items()}
+                    own = layer_tensors(self.method, name, base[key].shape, self.adapter)
+                    layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
                     self.method.merged_weight(torch.empty(base[key].shape), layer, self.options.at(name))
             except UserError as error:
                 raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
@@ -138,6 +139,8 @@ class _Merger:
             if found != wanted:
                 raise UserError(f"the initial state is of {len(found)} layers, {found[self.states[0]]} each; this base has {arch.describe()}")
         for key, tensor in self.whole.items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected")
             if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
                 raise UserError(f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base")
 

@@ -23,7 +23,7 @@ def open_archive(path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise UserError(f"{path} is truncated or not a torch checkpoint ({error}); download or copy it again") from None
+        raise UserError(f"{path} is truncated or not a torch checkpoint ({str(error)[:100]}); download or copy it again") from None
     for record in archive.infolist():
         problem = ""
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
@@ -58,7 +58,7 @@ def check_sums(path) -> None:
                     while file.read(BLOCK):
                         pass
             except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
-                raise UserError(f"{path} is damaged: {error}; download or copy it again") from None
+                raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
 
 
 def check_tensors(path, tensors: Mapping[str, Tensor]) -> None:

@@ -83,8 +83,19 @@ class MosLinear(LoraLinear):
             self.mos_A_private = nn.Parameter(torch.empty(options.private, self.in_features, device=device))
             self.mos_B_private = nn.Parameter(torch.zeros(self.out_features, options.private, device=device))
             nn.init.uniform_(self.mos_A_private, -(self.in_features**-0.5), self.in_features**-0.5)
-        for name in ("mos_A", "mos_B"):
+        for name, width in (("mos_A", self.in_features), ("mos_B", self.out_features)):
+            pool = getattr(self, name)
+            size = -(-width // options.shards)
+            if pool.dim() != 2 or not len(pool) or pool.shape[1] != size:
+                raise UserError(f"the pool {name} is {tuple(pool.shape)}, expected rows of {size}, of which {options.shards} cover {width}")
             self.register_buffer(f"{name}_index", _places(len(getattr(self, name)), public, options.shards, device))
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        super().check(tensors)
+        for name in ("mos_A", "mos_B"):
+            index, pool = tensors[f"{name}_index"], len(tensors[name])
+            if not index.is_meta and index.numel() and (index.min() < 0 or index.max() >= pool):
+                raise UserError(f"{name}_index has places from {int(index.min())} to {int(index.max())}, and the pool {name} has {pool} rows")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = F.embedding(self.mos_A_index, self.mos_A).flatten(1)[:, : self.in_features]

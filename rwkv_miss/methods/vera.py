@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import adapter
 from ..adapter import AdapterLinear, register
+from ..errors import UserError
 from ..peers import vera_linear
 
 
@@ -40,6 +41,10 @@ class VeraLinear(AdapterLinear):
         return {"vera_A": nn.init.kaiming_uniform_(A), "vera_B": nn.init.kaiming_uniform_(B)}
 
     def setup(self, options: Options) -> None:
+        for name, needed in (("vera_A", (options.rank, self.in_features)), ("vera_B", (self.out_features, options.rank))):
+            shape = tuple(getattr(self, name).shape)
+            if len(shape) != 2 or shape[0] < needed[0] or shape[1] < needed[1]:
+                raise UserError(f"{name} is {shape}, expected at least {needed}")
         self.vera_lambda_d = nn.Parameter(torch.full((options.rank,), options.d_initial, device=self.weight.device))
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device))
 

@@ -1,0 +1,308 @@
+"""Damage model and adapter files of every kind at random, and read them: that gives a result or one clear message, in little memory and time.
+
+    python -m benchmarks.fuzz_files [--inputs 5000] [--seed 0] [--readers NAME ...]
+
+Each reader gets so many inputs. An input is a sound file or folder, damaged one to four times: bytes changed, cut out, doubled; records of an archive
+dropped, exchanged, compressed, blown up; values in JSON and in headers exchanged for odd ones; tensors of other shapes, dtypes, names, or with NaN.
+Memory is the highest RssAnon over all inputs of a reader above the one at its start. The last line is JSON. An input that fails is kept, and
+its number and seed are printed.
+"""
+
+import argparse
+import collections
+import copy
+import dataclasses
+import io
+import json
+import pathlib
+import random
+import shutil
+import struct
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import rwkv_miss
+from rwkv_miss import UserError, convert
+from rwkv_miss.checkpoint import METADATA, read_metadata, write_checkpoint
+from src.model import RWKV, default_arch, read_model_file
+
+from . import fuzz
+from .common import peak_above_start, report
+
+Files = dict[str, bytes]
+SECONDS = 10
+MEGABYTES = 256  # of RssAnon above the start: libraries loaded late and the allocator's own reserve are in it
+ODD = [None, True, -1, 0, 1, 2**31, 2**63, 1e308, float("nan"), "", "x", "\x00", "../../etc/passwd", "/dev/zero", [], {}, [[]], [None], {"a": 1},
+       "9" * 400, [0, 10**12], "blocks.0.att.key", "miss", "bat", "F8_E4M3", "__reduce__"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """make(folder) writes sound files there; use(folder) reads them as a user's command does. `sealed` are files that are not damaged."""
+
+    make: Callable[[pathlib.Path], None]
+    use: Callable[[pathlib.Path], Any]
+    sealed: tuple[str, ...] = ()
+
+
+def small_model() -> RWKV:
+    torch.manual_seed(0)
+    model = RWKV(default_arch(7, 2, 16, 19, 8))
+    for p in model.parameters():
+        p.data = torch.randn(p.shape)
+    return model
+
+
+def write_base(folder: pathlib.Path) -> None:
+    write_checkpoint(folder / "base.pth", ((name, p.bfloat16()) for name, p in small_model().state_dict().items()))
+
+
+def write_adapter(path: pathlib.Path, method: str = "miss", parts: str = "", **options) -> None:
+    model = small_model()
+    rwkv_miss.inject(model, method, ["att.key", "ffn.value"], parts, **options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_()
+    rwkv_miss.save_adapter(model, path, tokenizer="bytes", eod="", template="rwkv", step=3)
+
+
+def write_state(path: pathlib.Path) -> None:
+    write_checkpoint(path, {f"blocks.{i}.att.time_state": torch.randn(2, 8, 8) for i in range(2)}.items())
+
+
+def merge(folder: pathlib.Path) -> None:
+    rwkv_miss.merge_file(folder / "base.pth", folder / "adapter.pth", folder / "out.pth")
+
+
+def load(folder: pathlib.Path) -> None:
+    rwkv_miss.load_adapter(RWKV.load(folder / "base.pth", torch.float32), folder / "adapter.pth")
+
+
+def make_merge(*adapter, **options):
+    def make(folder: pathlib.Path) -> None:
+        write_base(folder)
+        write_adapter(folder / "adapter.pth", *adapter, **options)
+
+    return make
+
+
+def to_native(name: str):
+    return lambda folder: convert.convert(folder / name, folder / "out.pth", "native")
+
+
+READERS: dict[str, Reader] = {
+    "base": Reader(write_base, lambda folder: RWKV.load(folder / "base.pth", torch.float32)),
+    "base of a merge": Reader(make_merge(rank=4), merge, ("adapter.pth",)),
+    "MiSS": Reader(make_merge("miss", "ln,time", rank=4), merge, ("base.pth",)),
+    "MiSS, loaded": Reader(make_merge("miss", "ln,time", rank=4), load, ("base.pth",)),
+    "PiSSA": Reader(make_merge("pissa", rank=4), merge, ("base.pth",)),
+    "MoS": Reader(make_merge("mos", rank=4), merge, ("base.pth",)),
+    "VeRA": Reader(make_merge("vera", rank=4), merge, ("base.pth",)),
+    "metadata": Reader(write_base, lambda folder: (read_model_file(folder / "base.pth"), read_metadata(folder / "base.pth"))),
+    "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
+}
+
+
+# damage
+
+def damaged(files: Files, others: list[bytes], rng: random.Random) -> Files:
+    """The files after one random change of one of them."""
+    files = dict(files)
+    name = rng.choice(list(files))
+    content = files[name]
+    if content[:4] == b"PK\x03\x04" and rng.random() < 0.7:
+        content = damaged_archive(content, rng)
+    elif content[8:9] == b"{" and rng.random() < 0.7:
+        content = damaged_safetensors(content, rng)
+    elif content[:1] == b"{" and rng.random() < 0.7:
+        content = damaged_json(content, rng)
+    elif rng.random() < 0.5:  # where headers are
+        content = fuzz.mutate(content[:512], others, rng) + content[512:]
+    else:
+        content = fuzz.mutate(content, others, rng)
+    files[name] = content
+    if len(files) > 1 and rng.random() < 0.02:
+        del files[name]
+    return files
+
+
+def damaged_json(content: bytes, rng: random.Random) -> bytes:
+    """The same JSON object with one value, somewhere in it, dropped or exchanged for an odd one."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    return json.dumps(_exchanged(values, rng)).encode()
+
+
+def _exchanged(values: Any, rng: random.Random) -> Any:
+    values = copy.deepcopy(values)
+    owner, place = None, None
+    here = values
+    while isinstance(here, (dict, list)) and here and (owner is None or rng.random() < 0.8):
+        owner, place = here, rng.choice(list(here) if isinstance(here, dict) else range(len(here)))
+        here = here[place]
+    if owner is None:
+        return rng.choice(ODD)
+    kind = rng.randrange(5)
+    if kind == 0:
+        del owner[place]
+    elif kind == 1 and isinstance(owner, dict):
+        owner[rng.choice(["x", "", str(place) + "_", *map(str, owner)])] = owner.pop(place)
+    elif kind == 2 and isinstance(here, int):
+        owner[place] = here + rng.choice([-1, 1, 8, -here, here, 10**6, -(10**6)])
+    else:
+        owner[place] = rng.choice(ODD)
+    return values
+
+
+def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
+    length = struct.unpack("<Q", content[:8])[0]
+    header, data = content[8 : 8 + length], content[8 + length :]
+    header = damaged_json(header, rng)
+    return struct.pack("<Q", len(header) + rng.choice([0, 0, 0, 0, 1, -1, 2**40])) + header + data
+
+
+def damaged_archive(content: bytes, rng: random.Random) -> bytes:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+    except Exception:  # damaged before
+        return content
+    kind, method = rng.randrange(8), zipfile.ZIP_STORED
+    name = rng.choice(list(records))
+    index = next((name for name in records if name.endswith("data.pkl")), name)
+    record = next((name for name in records if name.endswith(METADATA)), name)
+    if kind == 0:
+        return damaged_tensors(content, rng)
+    if kind == 1:
+        records[index] = fuzz.mutate(records[index], list(records.values()), rng)
+    elif kind == 2:
+        records[record] = damaged_json(records[record], rng)
+    elif kind == 3:
+        del records[name]
+    elif kind == 4:
+        records[name] = records[rng.choice(list(records))]
+    elif kind == 5:
+        method = zipfile.ZIP_DEFLATED
+        records[name] = rng.choice([records[name], b"\0" * (1 << 24)])
+    elif kind == 6:
+        records[name] = records[name][: rng.randrange(len(records[name]) + 1)]
+    else:
+        records[name] = fuzz.mutate(records[name], list(records.values()), rng)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
+    """The same checkpoint, soundly written, with one tensor that does not belong there."""
+    try:
+        tensors = torch.load(io.BytesIO(content), weights_only=True)
+        name = rng.choice(sorted(tensors))
+        tensor = tensors[name].detach()
+    except Exception:  # damaged before
+        return content
+    kind = rng.randrange(9)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[rng.choice(["x", name + "x", name.replace("0", "7"), "shared." + name, ""])] = tensors.pop(name)
+    elif kind == 2:
+        tensors[name] = tensor.reshape(-1)
+    elif kind == 3:
+        tensors[name] = tensor.t().contiguous() if tensor.dim() == 2 else tensor[None]
+    elif kind == 4:
+        tensors[name] = tensor.to(rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8]))
+    elif kind == 5:
+        tensors[name] = torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 1e38])) if tensor.is_floating_point() else tensor
+    elif kind == 6:
+        tensors[name] = tensor[: rng.randrange(len(tensor) + 1)] if tensor.dim() else tensor
+    elif kind == 7:
+        tensors[name] = tensors[rng.choice(list(tensors))]
+    else:
+        tensors[name] = tensor.new_zeros(rng.choice([(0,), (), (1, 1, 1, 1, 1), (0, 7), (1,)]))
+    out = io.BytesIO()
+    torch.save({name: value.detach() for name, value in tensors.items() if isinstance(value, torch.Tensor)}, out)
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "a") as archive:
+        for record in old.namelist():
+            if record.endswith(METADATA):
+                archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/{METADATA}", old.read(record))
+    return out.getvalue()
+
+
+# reading
+
+def read_files(folder: pathlib.Path) -> Files:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_files(folder: pathlib.Path, files: Files) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    folder.mkdir(exist_ok=True)
+
+
+def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> collections.Counter:
+    """How the inputs with these numbers ended: "result" | "message" -> inputs. AssertionError for anything else, for an executed pickle, and for
+    an input that was changed or left a half-written file."""
+    reader, here = READERS[name], folder / "input"
+    write_files(here, {})
+    torch.manual_seed(0)
+    reader.make(here)
+    sound = read_files(here)
+    reader.use(here)  # which is no damage's fault
+    sealed = {name: content for name, content in sound.items() if name in reader.sealed}
+    ends: collections.Counter = collections.Counter()
+    for number in numbers:
+        rng = random.Random(f"{seed} {name} {number}")
+        files = {name: content for name, content in sound.items() if name not in sealed}
+        for _ in range(rng.choice([1, 1, 1, 2, 4])):
+            files = damaged(files, list(sound.values()), rng)
+        write_files(here, {**sealed, **files})
+        try:
+            with fuzz.limit(SECONDS):
+                reader.use(here)
+            ends["result"] += 1
+        except UserError as error:
+            assert len(str(error)) > 10, f"input {number} of seed {seed}, {name}: {error}"
+            left = [path.name for path in here.rglob("*") if path.name.startswith("out") or path.name.endswith(".tmp")]
+            assert not left, f"input {number} of seed {seed}, {name}: {left} was left by a refused input"
+            ends["message"] += 1
+        except BaseException as error:
+            raise AssertionError(f"input {number} of seed {seed}, {name}: {type(error).__name__}: {error}; kept: {here}") from error
+    return ends
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--inputs", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", nargs="+", default=list(READERS), choices=list(READERS))
+    args = parser.parse_args()
+    figures = {}
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="fuzz-"))
+    for name in args.readers:
+        ends: collections.Counter = collections.Counter()
+        start = time.perf_counter()
+        peak = peak_above_start(lambda: ends.update(fuzz_reader(name, folder, args.seed, range(args.inputs))))  # noqa: B023
+        seconds = time.perf_counter() - start
+        print(f"{name:<20}{ends['result']:6} results {ends['message']:6} messages {seconds:7.1f} s, {peak / 1e6:5.0f} MB", flush=True)
+        assert peak < MEGABYTES * 1e6, f"{name}: {peak:,} bytes above the start"
+        figures[name] = {**ends, "seconds": round(seconds, 1), "peak_mb": round(peak / 1e6)}
+    shutil.rmtree(folder)
+    print(f"{args.inputs} inputs a reader: no crash, no hang, no file left half-written")
+    report("fuzz_files", inputs=args.inputs, seed=args.seed, readers=figures)
+
+
+if __name__ == "__main__":
+    main()
