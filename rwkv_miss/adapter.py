@@ -276,7 +276,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
         """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in) fp32, in the memory of `weight`."""
-        shared = {name: tensors[name] for name in cls.shared}
+        shared = {name: tensors[name].to(weight.dtype) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
         adapted.assign(tensors)
         adapted.add_delta_to(weight)

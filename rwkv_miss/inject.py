@@ -192,7 +192,7 @@ def layer_tensors(cls: type[AdapterLinear], name: str, shape: tuple[int, int], t
         tensor = tensors[f"shared.{of}"]
         if not tensor.is_floating_point():
             raise UserError(f"shared.{of} is {tensor.dtype}; expected are fp32, bf16 or fp16")
-        own[key] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        own[key] = tensor
     return own
 
 
