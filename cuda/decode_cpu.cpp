@@ -9,6 +9,7 @@
 //
 //   decode_open(version, sizes, matrices, count, threads)    sizes: L, C, A, H, N, F, V; matrices: Model, then Layer6 or Layer7 for every layer
 //   decode_step(decoder, token, before, after, logits)       before, after: att_x, wkv, ffn_x of every layer; 1 if a logit is not finite
+//   decode_replace(decoder, place, matrix)                   the matrix at that place of `matrices` is another one from now on
 //   decode_close(decoder)
 #include "decode_cpu.h"
 
@@ -110,6 +111,13 @@ struct Decoder {
             own_.push_back({vector(C), vector(C), vector(C), vector(std::max({C, A, F})), buffer(5 * padded(rank))});
     }
 
+    void replace(long place, const Matrix& matrix) {
+        std::lock_guard<std::mutex> one_at_a_time(busy);
+        constexpr long first = sizeof model / sizeof(Matrix);
+        Matrix* layers = version == 6 ? &layers6[0].ln1_weight : &layers7[0].ln1_weight;
+        (place < first ? &model.emb + place : layers + place - first)[0] = matrix;
+    }
+
     int step(long token, const float* const* before, float* const* after, float* logits) {
         std::lock_guard<std::mutex> one_at_a_time(busy);
         std::atomic<bool> finite{true};
@@ -123,6 +131,7 @@ struct Decoder {
                 else layer7(layers7[l], l, state, own, thread);
             }
             layer_norm(x, C, model.ln_out_weight, model.ln_out_bias, own.z);
+            if (narrow(model.head, own.z, thread)) pool.barrier();
             float bad = 0;
             rows(model.head, own.z, C, own, thread, [&](long row, float logit) { logits[row] = logit, bad += logit * 0.f; });
             if (bad != 0) finite = false;
@@ -154,6 +163,13 @@ private:
         layer_norm(z, C, model.ln0_weight, model.ln0_bias, x);
     }
 
+    // A x of the adapter beside a matrix, if there is one, whose rows the threads share out: they wait for each other before rows()
+    bool narrow(const Matrix& matrix, const float* input, int thread) {
+        if (!matrix.rank) return false;
+        const auto [begin, end] = share(matrix.rank, thread, pool.threads);
+        multiply_A(matrix, input, begin, end);
+        return true;
+    }
     // emit(row, product) for the thread's rows of a matrix with a vector of n numbers
     template <class Emit> void rows(const Matrix& matrix, const float* input, long n, const Own& own, int thread, Emit emit) {
         spread(matrix.type, input, n, own.spread);
@@ -213,6 +229,7 @@ private:
     }
 
     void add_to_x(const Matrix& matrix, const float* input, long n, const Own& own, int thread) {
+        if (narrow(matrix, input, thread)) pool.barrier();
         rows(matrix, input, n, own, thread, [this](long row, float product) { x[row] += product; });
         pool.barrier();
     }
@@ -223,6 +240,10 @@ private:
     void layer7(const Layer7& layer, long l, State state, const Own& own, int thread) {
         enter(layer.ln1_weight, layer.ln1_bias, state.before[0], state.after[0], own, thread);
         const int maps = l ? 4 : 3;
+        bool adapted = narrow(layer.receptance, mix(layer.x_r, own), thread);
+        adapted |= narrow(layer.key, mix(layer.x_k, own), thread);
+        adapted |= narrow(layer.value, mix(layer.x_v, own), thread);
+        if (adapted) pool.barrier();
         rows(layer.receptance, mix(layer.x_r, own), C, own, thread, r);
         rows(layer.key, mix(layer.x_k, own), C, own, thread, k);
         rows(layer.value, mix(layer.x_v, own), C, own, thread, v);
@@ -247,7 +268,9 @@ private:
         add_to_x(layer.output, y, A, own, thread);
 
         enter(layer.ln2_weight, layer.ln2_bias, state.before[2], state.after[2], own, thread);
-        relu_squared(layer.ffn_key, mix(layer.ffn_x_k, own), own, thread);
+        const float* mixed_k = mix(layer.ffn_x_k, own);
+        if (narrow(layer.ffn_key, mixed_k, thread)) pool.barrier();
+        relu_squared(layer.ffn_key, mixed_k, own, thread);
         pool.barrier();
         add_to_x(layer.ffn_value, h, F, own, thread);
     }
@@ -295,6 +318,11 @@ private:
         pool.barrier();
 
         // the mixes in the order of the rows of maa_w2: w, k, v, r, g
+        bool adapted = narrow(layer.key, mixed[1], thread);
+        adapted |= narrow(layer.value, mixed[2], thread);
+        adapted |= narrow(layer.receptance, mixed[3], thread);
+        adapted |= narrow(layer.gate, mixed[4], thread);
+        if (adapted) pool.barrier();
         shrink(layer.decay_w1, 0, 1, [&] { return mixed[0]; }, thread);
         rows(layer.key, mixed[1], C, own, thread, k);
         rows(layer.value, mixed[2], C, own, thread, v);
@@ -312,10 +340,14 @@ private:
         add_to_x(layer.output, y, A, own, thread);
 
         enter(layer.ln2_weight, layer.ln2_bias, state.before[2], state.after[2], own, thread);
+        adapted = narrow(layer.ffn_key, mix(layer.ffn_maa_k, own), thread);
+        adapted |= narrow(layer.ffn_receptance, mix(layer.ffn_maa_r, own), thread);
+        if (adapted) pool.barrier();
         relu_squared(layer.ffn_key, mix(layer.ffn_maa_k, own), own, thread);
         rows(layer.ffn_receptance, mix(layer.ffn_maa_r, own), C, own, thread, gates);
         pool.barrier();
         each(C, [&](long c) { store<WIDTH>(own.mix + c, sigmoid<WIDTH>(load<WIDTH>(gates + c))); });
+        if (narrow(layer.ffn_value, h, thread)) pool.barrier();
         rows(layer.ffn_value, h, F, own, thread, [&](long row, float product) { x[row] += own.mix[row] * product; });
         pool.barrier();
     }
@@ -357,6 +389,8 @@ void* decode_open(int64_t version, const int64_t* sizes, const Matrix* matrices,
 int decode_step(void* decoder, int64_t token, const float* const* before, float* const* after, float* logits) {
     return static_cast<Decoder*>(decoder)->step(token, before, after, logits);
 }
+
+void decode_replace(void* decoder, int64_t place, const Matrix* matrix) { static_cast<Decoder*>(decoder)->replace(place, *matrix); }
 
 void decode_close(void* decoder) { delete static_cast<Decoder*>(decoder); }
 

@@ -20,10 +20,15 @@
 enum Type : int64_t { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
 
 // A matrix as it lies in a tensor, row by row; int8 ones have a scale for each row. Vectors are fp32 with zeros up to whole lanes.
+// Of rank > 0: with the change strength * B A of an adapter beside it, A (rank, columns), B (rows, rank) and room for A x in `inner`, all fp32;
+// without A it is MiSS's, whose A x are the sums of strided shards, x[j] + x[j + rank] + ...
 struct Matrix {
     const void* data;
     const float* scale;
-    int64_t rows, columns, type;
+    int64_t rows, columns, type, rank;
+    const float *A, *B;
+    float* inner;
+    double strength;
     const float* vector() const { return static_cast<const float*>(data); }
 };
 
@@ -102,20 +107,39 @@ template <class T, class Emit> inline void rows_of(const Matrix& matrix, const f
     const T* data = static_cast<const T*>(matrix.data);
     for (long row = first; row < last; row += W) {
         const long count = std::min(W, last - row);
-        Vec<W> sums[W] = {};
+        Vec<W> sums[W] = {}, added[W] = {};
         for (long r = 0; r < count; r++) {
             const T* weights = data + (row + r) * matrix.columns;
             look_ahead(weights, weights + matrix.columns);
+            if (matrix.rank) {
+                const float* B = matrix.B + (row + r) * matrix.rank;
+                look_ahead(B, B + matrix.rank);
+                added[r] = product(B, matrix.inner, matrix.rank);
+            }
             sums[r] = product(weights, x, matrix.columns);
         }
-        const Vec<W> totals = row_sums<W>(sums);
-        for (long r = 0; r < count; r++) emit(row + r, std::is_same<T, int8_t>() ? totals[r] * matrix.scale[row + r] : totals[r]);
+        Vec<W> totals = row_sums<W>(sums), changes = {};
+        if (matrix.rank) changes = row_sums<W>(added) * static_cast<float>(matrix.strength);
+        for (long r = 0; r < count; r++)
+            emit(row + r, (std::is_same<T, int8_t>() ? totals[r] * matrix.scale[row + r] : totals[r]) + changes[r]);
     }
 }
 template <class Emit> inline void multiply_rows(const Matrix& matrix, const float* x, long first, long last, Emit emit) {
     if (matrix.type == kFp32) rows_of<float>(matrix, x, first, last, emit);
     else if (matrix.type == kBf16) rows_of<uint16_t>(matrix, x, first, last, emit);
     else rows_of<int8_t>(matrix, x, first, last, emit);
+}
+
+// rows [first, last) of A x
+inline void multiply_A(const Matrix& matrix, const float* x, long first, long last) {
+    if (matrix.A) {
+        const Matrix A{matrix.A, nullptr, matrix.rank, matrix.columns, kFp32, 0, nullptr, nullptr, nullptr, 0};
+        rows_of<float>(A, x, first, last, [&](long row, float product) { matrix.inner[row] = product; });
+        return;
+    }
+    std::fill(matrix.inner + first, matrix.inner + last, 0.f);
+    for (long start = 0; start < matrix.columns; start += matrix.rank)
+        for (long j = first; j < std::min(last, matrix.columns - start); j++) matrix.inner[j] += x[start + j];
 }
 
 template <class T> inline Vec<WIDTH> widened(const T* p) {

@@ -277,6 +277,18 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
 
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always is.
     """
+    linears, whole, metadata = fit_adapter(model, path, force)
+    for name, own in linears.items():
+        model.get_submodule(name).load(own)
+    parameters = dict(model.named_parameters())
+    for name, tensor in whole.items():
+        parameters[name].copy_(tensor.view_as(parameters[name]))
+    return metadata
+
+
+def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
+    """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a model, for which the model is
+    injected where needed; it may be one of shapes alone, on the meta device. UserErrors as in load_adapter."""
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
     base = getattr(model, "base_fingerprint", None)
@@ -301,8 +313,8 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     full, given = dict(tensors), {}
     for name, layer in adapted_linears(model).items():
         try:
-            given[layer] = layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors)
-            layer.check(given[layer])
+            given[name] = layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors)
+            layer.check(given[name])
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
         for key in layer.own_tensors():
@@ -313,8 +325,4 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
             raise UserError(f"{path} holds {name}, which this model does not have")
         if parameters[name].numel() != tensor.numel():
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model")
-    for layer, own in given.items():  # all that can be wrong is known
-        layer.load(own)
-    for name, tensor in full.items():
-        parameters[name].copy_(tensor.view_as(parameters[name]))
-    return metadata
+    return given, full, metadata

@@ -2,8 +2,9 @@
 
 It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its states are the model's, so that a prompt is read
 with matrix products and the answer is written by the native code. Weights in fp32 and bf16 are used where the model has them, without a
-copy; int8 ones are the decoder's own. Activations and states of single tokens are fp32 whatever the weights are, so that bf16 weights,
-as released files have them, give what fp32 ones do. A longer prompt is read in bf16 where the CPU multiplies in it and the weights have it.
+copy; int8 ones are the decoder's own. What an adapter (adapters.py) adds is computed beside them, in fp32. Activations and states of single
+tokens are fp32 whatever the weights are, so that bf16 weights, as released files have them, give what fp32 ones do. A longer prompt is read
+in bf16 where the CPU multiplies in it and the weights have it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.errors import UserError
 
 from . import ops
+from .adapters import LowRank
 from .device import multiplies_bf16
 from .graphed import GraphedDecoder
 from .model import RWKV, LayerState, State
@@ -42,7 +44,10 @@ LANES = 16  # vectors are read in whole lanes of any CPU
 class Matrix(ctypes.Structure):
     """Matrix of cuda/decode_cpu.h."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("rows", "columns", "type"))]
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("rows", "columns", "type", "rank")),
+        *((name, ctypes.c_void_p) for name in ("A", "B", "inner")), ("strength", ctypes.c_double),
+    ]
 
 
 class Int8Rows(NamedTuple):
@@ -62,30 +67,51 @@ def int8_rows(weight: Tensor) -> Int8Rows:
 class Decoder:
     """A model that reads prompts as before and takes single tokens through the native code. `int8`: there with its large matrices quantised.
 
-    It works on one token at a time, with as many threads as torch has. The model must not change while it is used: of its matrices some are
-    shared with it and some, like all vectors, are copies made here. Raises ValueError where `problem` has one.
+    It works on one token at a time, with as many threads as torch has. Of the model's matrices some are shared with it and some, like all vectors,
+    are copies made here: where the model gets other tensors, as from Adapters.use, refresh() takes these over. Raises ValueError where `problem`
+    has one.
     """
 
     def __init__(self, model: RWKV, int8: bool = False):
         if found := problem(model):
             raise ValueError(f"no decoder for this model: {found}")
         self.model, self.int8, self.threads = model, int8, torch.get_num_threads()
-        self.reading = torch.bfloat16 if model.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
         arch = self.arch = model.arch
         self.state_shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
-        self.kept: list[Tensor] = []  # what the native code points to
-        names = [f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]]
-        matrices = [self._matrix(name) for name in (*MODEL, *names)]
+        self.names = [*MODEL, *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version])]
+        self.sources = [self._source(name) for name in self.names]
+        self.kept: dict[str, list[Tensor]] = {}  # what the native code points to
+        self.beside: dict[str, list[Tensor]] = {}  # and of adapters
+        self.matrices = [self._matrix(name, tensor) for name, (tensor, _) in zip(self.names, self.sources, strict=True)]
+        for name, matrix, (_, low_rank) in zip(self.names, self.matrices, self.sources, strict=True):
+            self._put_beside(name, matrix, low_rank)
         sizes = (arch.n_layer, arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.dim_ffn, arch.vocab_size)
         library = native.library("cpu")
         library.decode_open.restype = ctypes.c_void_p
         self.handle = ctypes.c_void_p(library.decode_open(
-            ctypes.c_int64(arch.version), (ctypes.c_int64 * len(sizes))(*sizes), (Matrix * len(matrices))(*matrices),
-            ctypes.c_int64(len(matrices)), ctypes.c_int64(self.threads),
+            ctypes.c_int64(arch.version), (ctypes.c_int64 * len(sizes))(*sizes), (Matrix * len(self.names))(*self.matrices),
+            ctypes.c_int64(len(self.names)), ctypes.c_int64(self.threads),
         ))
         if not self.handle:
-            raise RuntimeError(f"decode_open does not take {len(matrices)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp")
-        self.run, self.close_native = library.decode_step, library.decode_close
+            raise RuntimeError(f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp")
+        self.run, self.replace, self.close_native = library.decode_step, library.decode_replace, library.decode_close
+
+    @property
+    def reading(self) -> torch.dtype:
+        """That of the activations of a prompt."""
+        return torch.bfloat16 if self.model.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
+
+    def refresh(self) -> None:
+        """Take over the tensors of the model that are others than they were; what stayed the same costs nothing."""
+        self._check_open()
+        for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
+            tensor, low_rank = self._source(name)
+            if tensor is before[0] and low_rank is before[1]:
+                continue
+            matrix = self.matrices[place] if tensor is before[0] else self._matrix(name, tensor)
+            self._put_beside(name, matrix, low_rank)
+            self.replace(self.handle, ctypes.c_int64(place), ctypes.byref(matrix))
+            self.matrices[place], self.sources[place] = matrix, (tensor, low_rank)
 
     @property
     def emb(self):
@@ -101,26 +127,42 @@ class Decoder:
         if getattr(self, "handle", None):
             self.close()
 
-    def _matrix(self, name: str) -> Matrix:
-        """A parameter as the native code reads it; all zero where this model has none of that name."""
+    def _source(self, name: str) -> tuple[Tensor | None, LowRank | None]:
+        """The model's parameter of that name, and what an adapter adds to it."""
         owner, _, leaf = name.rpartition(".")
-        tensor = getattr(self.model.get_submodule(owner), leaf, None)
+        module = self.model.get_submodule(owner)
+        return getattr(module, leaf, None), getattr(module, "low_rank", None) if leaf == "weight" else None
+
+    def _matrix(self, name: str, tensor: Tensor | None) -> Matrix:
+        """A parameter as the native code reads it; all zero where this model has none of that name."""
         if tensor is None:
             return Matrix()
-        tensor = tensor.detach().squeeze() if leaf != "weight" else tensor.detach()
+        leaf = name.rpartition(".")[2]
+        tensor, scale = tensor.detach(), None
+        tensor = tensor if leaf == "weight" else tensor.squeeze()
         if leaf in ("time_faaaa", "r_k") or tensor.dim() < 2:
-            padded = torch.zeros(-(-tensor.numel() // LANES) * LANES)
-            padded[: tensor.numel()] = tensor.flatten()
-            return self._described(padded, 1, tensor.numel())
-        if self.int8 and leaf == "weight" and name != "emb.weight":
-            values, scale = int8_rows(tensor)
-            return self._described(values, *tensor.shape, scale)
-        return self._described(tensor if tensor.dtype in TYPES else tensor.float(), tensor.numel() // tensor.shape[-1], tensor.shape[-1])
-
-    def _described(self, tensor: Tensor, rows: int, columns: int, scale: Tensor | None = None) -> Matrix:
-        tensor = tensor.contiguous()
-        self.kept += [tensor] if scale is None else [tensor, scale]
+            rows, columns = 1, tensor.numel()
+            padded = torch.zeros(-(-columns // LANES) * LANES)
+            padded[:columns] = tensor.flatten()
+            tensor = padded
+        else:
+            rows, columns = tensor.numel() // tensor.shape[-1], tensor.shape[-1]
+            if self.int8 and leaf == "weight" and name != "emb.weight":
+                tensor, scale = int8_rows(tensor)
+            tensor = (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
+        self.kept[name] = [tensor] if scale is None else [tensor, scale]
         return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype])
+
+    def _put_beside(self, name: str, matrix: Matrix, low_rank: LowRank | None) -> None:
+        """What an adapter adds to a matrix, or nothing."""
+        if low_rank is None:
+            matrix.rank, self.beside[name] = 0, []
+            return
+        A, B, matrix.strength = low_rank
+        matrix.rank = B.shape[1]
+        inner = torch.empty(matrix.rank)
+        matrix.A, matrix.B, matrix.inner = None if A is None else A.data_ptr(), B.data_ptr(), inner.data_ptr()
+        self.beside[name] = [B, inner] if A is None else [B, inner, A]
 
     @torch.no_grad()
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -137,9 +179,12 @@ class Decoder:
             _, state = self.model.features(ids[:, :-1], state, wanted=torch.zeros_like(ids[:, :-1], dtype=torch.bool))
         return self._step(int(ids[0, -1]), state)
 
-    def _check(self, ids: Tensor, state: State) -> None:
+    def _check_open(self) -> None:
         if not self.handle:
             raise ValueError("the decoder is closed; make another one")
+
+    def _check(self, ids: Tensor, state: State) -> None:
+        self._check_open()
         if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
             raise ValueError(f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at least one token")
         if len(state) != self.arch.n_layer:
@@ -189,7 +234,7 @@ def problem(model: RWKV) -> str:
     if model.expands_to:
         return "its base is quantised"
     if adapted_linears(model):
-        return "its adapter is not merged"
+        return "its adapter is one in training"
     return ops.head_size_problem(model.arch.head_size) or native.status("cpu").reason
 
 

@@ -17,14 +17,18 @@ ALLOWED = 1e-2  # of the largest logit: the graph has the same operations, which
 class GraphedDecoder:
     """A model on a GPU that reads prompts as before and replays a recorded graph for every single token, one sequence at a time.
 
-    The graph holds the addresses of the weights, so the model must not change afterwards.
+    The graph holds the addresses of the weights: where the model gets other tensors, as from Adapters.use, refresh() has it recorded again.
     """
 
     def __init__(self, model: RWKV):
-        arch, weight = model.arch, model.emb.weight
         self.model = model
-        self.ids = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
-        width = torch.zeros(arch.n_layer, 1, arch.n_embd, dtype=model.dtype, device=weight.device)
+        self.ids = torch.zeros(1, 1, dtype=torch.int64, device=model.emb.weight.device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The next single token records the graph, as the model is then; until then no weight of an earlier one is held by it."""
+        arch, weight = self.model.arch, self.model.emb.weight
+        width = torch.zeros(arch.n_layer, 1, arch.n_embd, dtype=self.model.dtype, device=weight.device)
         wkv = torch.zeros(arch.n_layer, 1, arch.n_head, arch.head_size, arch.head_size, device=weight.device)
         self.before = [width, wkv, width.clone()]  # the parts of a state, of all layers
         self.graph: torch.cuda.CUDAGraph | None = None

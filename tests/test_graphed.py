@@ -88,3 +88,22 @@ def test_a_graph_with_other_numbers_is_refused(replayed):
     decoder._token = lambda: [1.1 * token()[0], *token()[1:]]
     with pytest.raises(RuntimeError, match="of the largest one off"):
         decoder.check()
+
+
+def test_a_model_with_other_tensors_is_recorded_again(replayed):
+    """As after Adapters.use; the parts of the state get the dtype that the model has then."""
+    model = random_model(7)
+    decoder, replays = replayed(model)
+    one = torch.tensor([[1]])
+    _, state = decoder.next_logits(torch.tensor([[3, 1, 4]]))
+    decoder.next_logits(one, state)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        model.head.weight = torch.nn.Parameter(2 * model.head.weight)
+        recorded = decoder.graph
+        decoder.refresh()
+        assert decoder.graph is None
+        _, state = decoder.next_logits(torch.tensor([[3, 1, 4]]))
+        got, after = decoder.next_logits(one, state)
+        torch.testing.assert_close(got, model.next_logits(one, state)[0])
+        assert decoder.graph is not recorded and got.dtype == after[0].att_x.dtype == dtype

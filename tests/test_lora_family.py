@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rwkv_miss
-from rwkv_miss.adapter import METHODS, adapted_linears
+from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import dropped
 from src.base import build_model
 from src.config import Config
@@ -50,10 +50,9 @@ def test_an_adapter_that_is_loaded_to_be_used_drops_nothing(tmp_path):
     rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
     assert model.blocks[0].att.key.training
     loaded, _ = load(tmp_path / "base.pth", tmp_path / "a.pth", tokenizer="bytes", wkv="torch")
-    assert isinstance(loaded.blocks[0].att.key, METHODS["lora"]), "not merged, as on a GPU"
     assert not any(module.training for module in loaded.modules())
     ids = torch.arange(9)[None]
-    assert torch.equal(loaded(ids)[0], model.eval()(ids)[0])
+    close("logits", loaded(ids)[0], model.eval()(ids)[0], 1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "lora_fa", "pissa"])

@@ -1,0 +1,187 @@
+"""Adapters that run beside their base, any of them chosen and left again in milliseconds: y = W x + scale B (A x), with W as it was.
+
+The methods whose change of a weight has a rank (MiSS, LoRA, PiSSA, VeRA and most others) keep their two factors here, in fp32, by
+AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the tensors of their file, and the weights that these change are
+made in fp32 when the adapter is chosen. Tensors trained as a whole and initial states T stand for base + scale (T - base).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_miss.adapter import METHODS, put_linears
+from rwkv_miss.errors import UserError
+from rwkv_miss.functional import lora_linear, miss_linear, shard_index
+from rwkv_miss.inject import fit_adapter
+
+from .model import RWKV
+from .shared import Linear
+
+
+class LowRank(NamedTuple):
+    """What is added to a weight (out, in): scale B A."""
+
+    A: Tensor | None  # (r, in) fp32; None for MiSS, whose A x are the sums of strided shards, x[j] + x[j + r] + ...
+    B: Tensor  # (out, r) fp32
+    scale: float
+
+
+class UnmergedLinear(Linear):
+    """A linear of the model with what an adapter adds, or nothing, beside its weight."""
+
+    def __init__(self, linear: nn.Linear):
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.low_rank: LowRank | None = None
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.low_rank is None:
+            return super().forward(x)
+        weight = self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight
+        A, B, scale = self.low_rank
+        return miss_linear(x, weight, None, (scale * B).t()) if A is None else lora_linear(x, weight, None, A, B, scale)
+
+
+@dataclasses.dataclass
+class Adapter:
+    """An adapter file that fits the model: the factors of linears, the file's tensors of those that have none, and whole tensors."""
+
+    path: Any
+    metadata: dict[str, Any]
+    factors: dict[str, LowRank]
+    merging: dict[str, dict[str, Tensor]]
+    whole: dict[str, Tensor]
+
+    def replaced(self) -> list[str]:
+        """The names of the model's tensors that have another value with it."""
+        return [*(f"{name}.weight" for name in self.merging), *self.whole]
+
+    def value(self, name: str, base: Tensor) -> Tensor:
+        """That of one of replaced(), fp32, given the base's."""
+        if name in self.whole:
+            return self.whole[name].to(base.device, torch.promote_types(base.dtype, torch.float32)).reshape(base.shape)
+        linear = name.removesuffix(".weight")
+        cls, options = method_of(self.metadata)
+        weight = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        return cls.merged_weight(weight, self.merging[linear], options.at(linear))
+
+
+class Adapters:
+    """A model in the place of its linears, with adapters by name; `use` chooses. None is in use at first.
+
+    Every file is read and checked here, as by load_adapter: a UserError for one that does not fit the model, before anything is changed.
+    """
+
+    def __init__(self, model: RWKV, files: Mapping[str, Any]):
+        self.model, self.scale, self.used = model, 1.0, ()
+        shared: dict[Any, Tensor] = {}
+        self.by_name = {name: read(model, path, shared) for name, path in files.items()}
+        self.base = {name: find(model, name) for adapter in self.by_name.values() for name in adapter.replaced()}
+        names = {name for adapter in self.by_name.values() for name in adapter.factors}
+        self.linears = {name: UnmergedLinear(model.get_submodule(name)) for name in names}
+        put_linears(model, self.linears)
+
+    @torch.no_grad()
+    def use(self, names: Sequence[str] = (), scale: float = 1.0) -> None:
+        """From now on the model is its base with these adapters, each times `scale`; without names it is the base, bit for bit.
+
+        Whoever keeps copies of the model's tensors (decode.Decoder, graphed.GraphedDecoder) is to be told: refresh(). UserError for unknown names.
+        """
+        for name in names:
+            if name not in self.by_name:
+                raise UserError(f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}")
+        chosen = [self.by_name[name] for name in names]
+        for name, linear in self.linears.items():
+            linear.low_rank = together([adapter.factors[name] for adapter in chosen if name in adapter.factors], linear.in_features, float(scale))
+        for name, tensor in self.base.items():  # all at first, so that two merged weights never take memory at once
+            put(self.model, name, tensor)
+        for name, tensor in self.base.items():
+            changing = [adapter for adapter in chosen if name in adapter.replaced()]
+            if changing:
+                put(self.model, name, moved(zeros_of(self.model, name) if tensor is None else tensor.detach(), name, changing, scale))
+        self.used, self.scale = tuple(names), float(scale)
+
+
+def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(class, options) of the method that an adapter file is of."""
+    cls = METHODS[metadata["method"]]
+    return cls, cls.Options.parse(metadata["options"])
+
+
+@torch.no_grad()
+def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
+    """An adapter file for a model, its factors on the model's device. Equal factors A, as all of VeRA's of one width, are kept once in
+    `shared`. UserErrors of load_adapter."""
+    with torch.device("meta"):
+        shapes = RWKV(model.arch)
+    shapes.base_name, shapes.base_fingerprint = model.base_name, model.base_fingerprint
+    linears, whole, metadata = fit_adapter(shapes, path)
+    cls, options = method_of(metadata) if linears else (None, None)
+    adapter = Adapter(path, metadata, {}, {}, whole)
+    for name, own in linears.items():
+        own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
+        weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)
+        layer = cls.wrap(weight, None, options.at(name), {key: own[key] for key in cls.shared})
+        layer.assign(own)
+        factors = layer.low_rank()
+        if factors is None:
+            adapter.merging[name] = own
+            continue
+        A, B = (factor.detach().float().contiguous() for factor in factors)
+        adapter.factors[name] = LowRank(None if torch.equal(A, strided_shards(*A.shape, A.device)) else kept_once(A, shared), B, 1.0)
+    return adapter
+
+
+def strided_shards(rank: int, width: int, device) -> Tensor:
+    """The A (r, in) of MiSS, of ones and zeros."""
+    return F.one_hot(shard_index(width, rank, device=device), rank).t().float()
+
+
+def kept_once(A: Tensor, shared: dict[Any, Tensor]) -> Tensor:
+    """The tensor equal to A that is in `shared` already, else A, which is put there."""
+    first = shared.setdefault((A.shape, hash(A.cpu().numpy().tobytes())), A)
+    return first if torch.equal(first, A) else A
+
+
+def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None:
+    """What several adapters add to a weight (out, in = width), times `scale`."""
+    if len(changes) < 2:
+        return changes[0]._replace(scale=scale) if changes else None
+    A = [strided_shards(change.B.shape[1], width, change.B.device) if change.A is None else change.A for change in changes]
+    return LowRank(torch.cat(A), torch.cat([change.B for change in changes], 1), scale)
+
+
+def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Tensor:
+    """base + scale times the sum of (value - base) over the adapters, in fp32; with one of them and scale 1 it is exactly its value."""
+    exact = base.to(torch.promote_types(base.dtype, torch.float32))
+    first, *others = adapters
+    result = exact.lerp(first.value(name, base), scale)
+    for adapter in others:
+        result.add_(adapter.value(name, base) - exact, alpha=scale)
+    return result
+
+
+def find(model: RWKV, name: str) -> nn.Parameter | None:
+    """A parameter of the model; None for an initial state that it has not."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def put(model: RWKV, name: str, tensor: Tensor | None) -> None:
+    owner, _, leaf = name.rpartition(".")
+    new = tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    setattr(model.get_submodule(owner), leaf, new)
+
+
+def zeros_of(model: RWKV, name: str) -> Tensor:
+    """The initial state of a layer that has none: it changes nothing."""
+    arch = model.arch
+    return torch.zeros(arch.n_head, arch.head_size, arch.head_size, device=model.emb.weight.device)
