@@ -1,4 +1,7 @@
-"""A merged model for other programs: python -m scripts.export --model merged.pth --out merged.gguf --to gguf"""
+"""A merged model for other programs, and back: python -m scripts.export --model merged.pth --out merged.gguf --to gguf
+
+gguf is for llama.cpp; hf is a folder for Hugging Face's transformers, RWKV-7 only; safetensors is one file. pth makes a checkpoint of any of them.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ with importing():
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
-        parser = Parser(prog="python -m scripts.export", description=__doc__)
+        parser = Parser(prog="python -m scripts.export", description=__doc__.partition("\n")[0])
         parser.add_argument("--model", required=True)
         parser.add_argument("--out", required=True)
-        parser.add_argument("--to", required=True, choices=TARGETS)
+        parser.add_argument("--to", required=True, choices=TARGETS,
+                            help="gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to a checkpoint")
         parser.add_argument("--type", default="BF16", choices=FILE_TYPES, help="of the large matrices in GGUF [%(default)s]")
-        parser.add_argument("--tokenizer", default="auto", help="the one to put into GGUF, as in train.py, or none; auto: the one that the model "
-                            "records, else World [%(default)s]")
+        parser.add_argument("--tokenizer", default="auto", 
+                            help="to put into gguf and hf, as in train.py, or none; auto: what the model records, else World [%(default)s]")
         parser.add_argument("--eod", default="", help="as in train.py")
         parser.add_argument("--template", default="auto", help="chat template, as in train.py [%(default)s]")
         parser.add_argument("--drop_state", action="store_true", help="leave out an initial state, for which no other program has a place")

@@ -1,6 +1,6 @@
-"""A model for other programs: GGUF for llama.cpp.
+"""A model for other programs: GGUF for llama.cpp, a folder for Hugging Face's transformers, safetensors; and back to a checkpoint.
 
-Every form keeps a record of the checkpoint (record.py), so that the way back gives the same file.
+A form is one file here. Each keeps a record of the checkpoint (record.py), so that the way back gives the same file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from rwkv_miss.checkpoint import Arch, check_finite, read_metadata, require_writ
 from rwkv_miss.errors import UserError
 
 from ..model import RWKV, read_model_file
-from ..template import load_template
+from ..template import Template, load_template
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..words import counted, size_text
-from . import gguf
+from . import gguf, hugging_face, safetensors
+from .back import form_of, to_checkpoint
 from .record import FLOATS, Record
 from .vocabulary import vocabulary_of
+from .whole import require_new
 
-TARGETS = ("gguf",)
+NAMES = {"gguf": "a GGUF file", "hf": "a Hugging Face folder", "safetensors": "a safetensors file", "pth": "a checkpoint"}
+TARGETS = tuple(NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +58,50 @@ class Exported:
 def export(
     path, out, to: str, kind: str = "BF16", tokenizer: str = "auto", eod: str = "", template: str = "auto", drop_state: bool = False
 ) -> Exported:
-    """Write the model of `path` to `out` in the form `to`.
+    """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES. tokenizer, eod, template: as everywhere; auto is what the file records, and
-    tokenizer may be "none". drop_state: leave out an initial state that the form has no place for. UserError, before anything is written, for
-    what is no model or not merged, for a model that the readers of the form would compute wrongly, and for a missing package.
+    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES. tokenizer, eod, template: as everywhere, for gguf and hf; auto is what the file
+    records, and tokenizer may be "none". drop_state: leave out an initial state that the form has no place for. UserError, before anything is
+    written, for what is no model or not merged, for a model that the readers of the form would compute wrongly, and for a missing package.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
-    require_writable(out)
-    model, notes = _without_state(read_model(path), to, drop_state)
-    record = Record.of(model.tensors, model.metadata)
-    notes += gguf.check(model.arch, kind)
+    (require_new if to == "hf" else require_writable)(out)
+    found = form_of(path)
+    if found == to:
+        raise UserError(f"{path} is {NAMES[to]} already")
+    if to == "pth":
+        form, arch, notes = to_checkpoint(path, out)
+        return Exported(os.fspath(out), f"checkpoint from {form}", arch.describe(), _size(out), notes)
+    if found != "pth":
+        raise UserError(f"{path} is {NAMES[found]}; make a checkpoint of it first, with --to pth")
+    model = read_model(path)
+    record = Record.of(model.tensors, read_metadata(path))
+    notes: list[str] = []
+    if to == "safetensors":
+        check_finite(model.tensors)
+        safetensors.write(out, model.tensors, record)
+        return Exported(os.fspath(out), to, model.arch.describe(), _size(out), notes)
+    model, notes = _without_state(model, to, drop_state)
+    record = record._replace(entries={name: record.entries[name] for name in model.tensors})
+    if to == "hf":
+        hugging_face.check(model.arch)
+    else:
+        notes += gguf.check(model.arch, kind)
     words, chosen = _language(model, tokenizer, eod, template)
-    vocabulary = vocabulary_of(words, chosen, model.arch.vocab_size)
     check_finite(model.tensors)
-    notes += vocabulary.notes + gguf.write(out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, record)
-    return Exported(os.fspath(out), f"GGUF {kind}", model.arch.describe(), os.path.getsize(out), notes)
+    if to == "hf":
+        notes += hugging_face.write(out, model.tensors, model.arch, words, chosen, record)
+    else:
+        vocabulary = vocabulary_of(words, chosen, model.arch.vocab_size)
+        notes += vocabulary.notes + gguf.write(out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, record)
+    return Exported(os.fspath(out), f"GGUF {kind}" if to == "gguf" else "Hugging Face folder", model.arch.describe(), _size(out), notes)
+
+
+def _size(path) -> int:
+    return sum(file.stat().st_size for file in Path(path).iterdir()) if os.path.isdir(path) else os.path.getsize(path)
 
 
 def read_model(path) -> Model:
@@ -100,7 +128,7 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
     return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [f"{lost} left out: the model answers as without its state tuning"]
 
 
-def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Any]:
+def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Template]:
     """The tokenizer, None for "none", and the chat template; auto is what the metadata record."""
     told = model.metadata
     if spec == "auto" and told.get("tokenizer"):

@@ -13,8 +13,8 @@ from rwkv_miss.errors import UserError
 
 from ..words import counted
 from . import gguf_table
-from .gguf_table import LARGE, MAP, Row
 from .record import KEY, Record
+from .table import LARGE, MAP
 from .vocabulary import Vocabulary
 from .whole import whole_file
 
@@ -53,21 +53,21 @@ def write(path, tensors: Mapping[str, Tensor], arch: Arch, kind: str, name: str,
     kinds = {LARGE: types[kind], MAP: types["F32" if kind == "F32" else "BF16"]}
     tensors = gguf_table.fill_block_0(tensors, arch)
     table = [(row, kinds.get(row.kind, types.F32)) for row in gguf_table.rows(arch.version, arch.n_layer)]
-    infos = [(row, type_, _stored(row, tensors).shape) for row, type_ in table]
+    infos = [(row, type_, row.store(tensors).shape) for row, type_ in table]
     nbytes = [_nbytes(shape, *gguf.GGML_QUANT_SIZES[type_]) for _, type_, shape in infos]
     with whole_file(path, sum(nbytes)) as temporary:
         writer = gguf.GGUFWriter(temporary, f"rwkv{arch.version}")
         try:
             _add_keys(writer, arch, kind, name, vocabulary, record)
             for (row, type_, shape), size in zip(infos, nbytes):
-                writer.add_tensor_info(row.gguf, shape, np.dtype(np.float32), size, raw_dtype=type_)
+                writer.add_tensor_info(row.stored, shape, np.dtype(np.float32), size, raw_dtype=type_)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
             for row, type_, _ in infos:
                 writer.write_padding(file, file.tell())
-                for piece in _pieces(_stored(row, tensors), type_):
+                for piece in _pieces(row.store(tensors), type_):
                     file.write(piece)
             writer.write_padding(file, file.tell())
         finally:
@@ -81,10 +81,6 @@ def _package():
     except ModuleNotFoundError:
         raise UserError("the package gguf, which writes these files, is absent: pip install 'rwkv-miss[convert]', or pip install gguf") from None
     return gguf
-
-
-def _stored(row: Row, tensors: Mapping[str, Tensor]) -> Tensor:
-    return gguf_table.FORMS[row.form].store([tensors[name] for name in row.names])
 
 
 def _nbytes(shape: torch.Size, block: int, size: int) -> int:

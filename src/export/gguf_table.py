@@ -1,12 +1,11 @@
 """GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions (llama.cpp, src/llama-arch.cpp and its models rwkv6, rwkv7).
 
-Shapes as torch has them; GGUF lists them reversed. What is not in the table is in neither file, but for block 0's value residual.
+GGUF lists shapes reversed. What is not in the table is in neither file, but for block 0's value residual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,36 +13,7 @@ from torch.nn.functional import pad
 
 from rwkv_miss.checkpoint import Arch
 
-LARGE, MAP, VECTOR = "large matrix", "low-rank map", "vector"
-
-
-class Form(NamedTuple):
-    """`store` makes GGUF's tensor of the checkpoint's; `restore` is its inverse, given the head size, up to the shapes (C) and (1, 1, C)."""
-
-    store: Callable[[list[Tensor]], Tensor]
-    restore: Callable[[Tensor, int], list[Tensor]]
-
-
-FORMS = {
-    "same": Form(lambda t: t[0], lambda t, size: [t]),
-    "flat": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(1, 1, -1)]),
-    "heads": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(-1, size)]),
-    # x @ w in the checkpoint, a linear's weight in GGUF
-    "transposed": Form(lambda t: t[0].transpose(-1, -2), lambda t, size: [t.transpose(-1, -2)]),
-    "fused": Form(lambda t: torch.stack([part.reshape(1, 1, -1) for part in t]), lambda t, size: list(t.reshape(len(t), 1, 1, -1))),
-}
-
-
-class Row(NamedTuple):
-    """One tensor of GGUF, the tensors of the checkpoint in it, their form, and LARGE, MAP or VECTOR."""
-
-    gguf: str
-    names: tuple[str, ...]
-    form: str
-    kind: str
-
-    def at(self, layer: int) -> Row:
-        return self._replace(gguf=f"blk.{layer}.{self.gguf}", names=tuple(f"blocks.{layer}.{name}" for name in self.names))
+from .table import LARGE, MAP, VECTOR, Row
 
 
 def _norm(gguf: str, name: str) -> list[Row]:
@@ -89,7 +59,7 @@ OF_VERSION = {
 
 def rows(version: int, n_layer: int) -> list[Row]:
     """The whole table of a model, in GGUF's usual order."""
-    return [*OUTSIDE[:3], *(row.at(layer) for layer in range(n_layer) for row in (*BLOCK, *OF_VERSION[version])), *OUTSIDE[3:]]
+    return [*OUTSIDE[:3], *(row.at(layer, "blk") for layer in range(n_layer) for row in (*BLOCK, *OF_VERSION[version])), *OUTSIDE[3:]]
 
 
 def keys(arch: Arch) -> dict[str, int]:

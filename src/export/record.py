@@ -28,10 +28,10 @@ class Record(NamedTuple):
     """`entries` in the checkpoint's order; `metadata` as read_metadata() gives them."""
 
     entries: dict[str, Entry]
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] | None
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> Record:
+    def of(tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None) -> Record:
         return Record({name: Entry(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
 
     def text(self) -> str:
@@ -44,7 +44,7 @@ class Record(NamedTuple):
         try:
             told = json.loads(text)
             entries = {name: Entry(FLOATS[dtype], tuple(map(int, shape))) for name, (dtype, *shape) in told["tensors"].items()}
-            metadata = dict(told["metadata"])
+            metadata = None if told["metadata"] is None else dict(told["metadata"])
             if any(n < 0 for entry in entries.values() for n in entry.shape):
                 raise ValueError("a negative size")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

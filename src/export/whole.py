@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from rwkv_miss.checkpoint import require_writable
 from rwkv_miss.errors import UserError
@@ -28,6 +30,28 @@ def whole_file(path, size: int = 0) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+@contextlib.contextmanager
+def whole_folder(path) -> Iterator[Path]:
+    """The same for a folder, which must be new."""
+    require_new(path)
+    temporary = Path(f"{os.path.realpath(path)}.{secrets.token_hex(4)}.tmp")
+    try:
+        with refusing_a_full_disk(path):
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, os.path.realpath(path))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new(path) -> None:
+    """UserError unless a folder can be made at `path`; an empty one may be there."""
+    if os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+        raise UserError(f"{path} is there already; --to hf writes a new folder")
+    if not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
+        raise UserError(f"{path} can't be written: {os.path.dirname(os.path.realpath(path))} is no folder that may be written to")
 
 
 @contextlib.contextmanager

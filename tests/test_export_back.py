@@ -1,0 +1,307 @@
+"""safetensors, Hugging Face folders, and the way back from every form: the same file, or a note of what is not."""
+
+import dataclasses
+import json
+import random
+import struct
+
+import pytest
+import torch
+
+from benchmarks.common import peak_above_start
+from rwkv_miss import UserError
+from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from src.export import export, gguf_reader
+from src.export.chat_template import rwkv_jinja
+from src.tokenizer import load_tokenizer
+
+from .conftest import close, make_arch, random_tensors
+from .test_export_gguf import CONVERSATIONS, arch_of, saved
+
+pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
+safetensors = pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
+METADATA = {"tokenizer": "bytes", "eod": "", "template": "think", "note": "kept ☃"}
+
+
+def released(version, **sizes):
+    """As arch_of(), with the value residual's rank below a's, as in all released models."""
+    arch = arch_of(version, **sizes)
+    return dataclasses.replace(arch, ranks=arch.ranks | {"v": 5}) if version == 7 else arch
+
+
+def there_and_back(path, to, kind="BF16"):
+    there, back = path.with_name(f"there-{to}-{kind}"), path.with_name("back.pth")
+    export(path, there, to, kind)
+    return there, back, export(there, back, "pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", [6, 7])
+def test_there_and_back_is_the_same_file(tmp_path, version, dtype):
+    saved(tmp_path / "m.pth", released(version), dtype, METADATA)
+    kinds = ["F32", "BF16"] if dtype == torch.bfloat16 else ["F32"]
+    for to, kind in [("gguf", kind) for kind in kinds] + [("safetensors", "BF16")] + [("hf", "BF16")] * (version == 7):
+        _, back, told = there_and_back(tmp_path / "m.pth", to, kind)
+        assert back.read_bytes() == (tmp_path / "m.pth").read_bytes() and told.notes == [], (to, kind)
+
+
+@pytest.mark.parametrize("to", ["gguf", "hf", "safetensors"])
+def test_odd_files_come_back_as_they_were(tmp_path, to):
+    """Mixed dtypes, squeezed vectors, another order, no value residual in block 0, and no metadata."""
+    tensors = {name: t for name, t in random_tensors(released(7)).items() if not name.startswith("blocks.0.att.v") or "value" in name}
+    tensors["emb.weight"], tensors["head.weight"] = tensors["emb.weight"].half(), tensors["head.weight"].double()
+    tensors["blocks.1.att.x_r"], tensors["blocks.1.att.w0"] = tensors["blocks.1.att.x_r"].flatten(), tensors["blocks.1.att.w0"].flatten()
+    tensors = dict(sorted(tensors.items(), reverse=True))
+    write_checkpoint(tmp_path / "m.pth", tensors.items())
+    export(tmp_path / "m.pth", tmp_path / "there", to, "F32", "none")
+    told = export(tmp_path / "there", tmp_path / "back.pth", "pth")
+    back = read_checkpoint(tmp_path / "back.pth")
+    assert list(back) == list(tensors) and read_metadata(tmp_path / "back.pth") is None
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape, name
+        assert torch.equal(back[name], tensor if to != "gguf" or name != "head.weight" else tensor.float().double()), name
+    assert len(told.notes) == (to == "gguf")  # no fp64 there
+
+
+def test_what_gguf_does_not_keep_is_said(tmp_path):
+    tensors = saved(tmp_path / "m.pth", released(7))
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", "none")
+    told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+    assert "tensors, emb.weight first, were rounded in the export" in told.notes[0]
+    back = read_checkpoint(tmp_path / "back.pth")
+    assert all(torch.equal(back[name], t if t.squeeze().dim() < 2 or name.endswith("r_k") else t.bfloat16().float()) for name, t in tensors.items())
+    saved(tmp_path / "m.pth", arch_of(7), torch.bfloat16)  # the value residual's rank, 24, is above a's, 12
+    told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", "none")
+    assert "which no runtime reads, is cut to a's rank" in told.notes[-1]
+    told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+    assert "its last columns are zeros" in told.notes[0]
+    before, back = read_checkpoint(tmp_path / "m.pth"), read_checkpoint(tmp_path / "back.pth")
+    assert [name for name in before if not torch.equal(before[name], back[name])] == ["blocks.0.att.v1", "blocks.0.att.v2"]
+    assert torch.equal(back["blocks.0.att.v1"][:, :12], before["blocks.0.att.v1"][:, :12]) and not back["blocks.0.att.v1"][:, 12:].any()
+
+
+def test_quantised_files_are_no_way_back(tmp_path):
+    saved(tmp_path / "m.pth", arch_of(6))
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "Q8_0", "none")
+    with pytest.raises(UserError, match="type 8, in which the checkpoint's values are lost"):
+        export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, version):
+    """Without the record: the canonical order and shapes."""
+    tensors = saved(tmp_path / "m.pth", released(version), torch.bfloat16)
+    for module in ("gguf", "safetensors"):
+        monkeypatch.setattr(f"src.export.{module}.KEY", "another.key")
+    for to in ["gguf", "safetensors"] + ["hf"] * (version == 7):
+        export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="none")
+        told = export(tmp_path / to, tmp_path / "back.pth", "pth")
+        back = read_checkpoint(tmp_path / "back.pth")
+        assert "another program wrote this" in told.notes[-1]
+        wanted = {name: t for name, t in tensors.items() if to == "safetensors" or name not in [f"blocks.0.att.v{i}" for i in range(3)]}
+        assert list(back) == list(wanted) and all(torch.equal(back[name].to(t.dtype), t) for name, t in wanted.items())
+        assert back["ln_out.bias"].dtype == (torch.float32 if to == "gguf" else torch.bfloat16)
+
+
+def test_safetensors_are_read_by_the_package(tmp_path):
+    tensors = saved(tmp_path / "m.pth", arch_of(6)) | {"head.weight": torch.ones(256, 128).half()}
+    tensors |= {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(2)}
+    write_checkpoint(tmp_path / "m.pth", tensors.items(), METADATA)
+    export(tmp_path / "m.pth", tmp_path / "m.safetensors", "safetensors")
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert set(file.keys()) == tensors.keys() and file.metadata()["format"] == "pt"
+        assert all(torch.equal(file.get_tensor(name), t) and file.get_tensor(name).dtype == t.dtype for name, t in tensors.items())
+    export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
+    assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def rwkv7_hf():
+    return pytest.importorskip("rwkv7_hf", reason="the test extra is absent: pip install rwkv7-hf")
+
+
+def test_rwkv7_hf_computes_the_goldens(tmp_path, data_dir, rwkv7_hf):
+    golden = torch.load(data_dir / "golden/rwkv7-tiny.golden.pt", weights_only=True)
+    export(data_dir / "golden/rwkv7-tiny.pth", tmp_path / "hf", "hf", tokenizer="none")
+    model, told = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(told.values())
+    with torch.no_grad():
+        close("logits", model.eval()(golden["tokens"]).logits, golden["logits64"], 2e-5)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_layer": 1}, {"layer0_value_residual": False}])
+def test_rwkv7_hf_computes_what_ours_does(tmp_path, rwkv7_hf, sizes):
+    from src.model import RWKV
+
+    saved(tmp_path / "m.pth", arch_of(7, **sizes), metadata=METADATA)
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf")
+    model, told = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    ids = torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close("logits", model.eval()(ids).logits, RWKV.load(tmp_path / "m.pth", torch.float64)(ids)[0], 2e-5)
+    assert not any(told.values()) and model.config.bos_token_id == model.config.eos_token_id == 0
+
+
+def test_the_folders_tokenizer_and_template(tmp_path, rwkv7_hf):
+    arch = dataclasses.replace(released(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536)
+    saved(tmp_path / "m.pth", arch, torch.bfloat16, {"template": "think-short"})
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf")
+    theirs, ours = rwkv7_hf.RWKV7Tokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer("world", 65536)
+    draw = random.Random(0)
+    texts = ["<|endoftext|> x <|padding|>", "Grüße\n\n世界 🌍\r\n\t ", "'\"\\"] + [bytes(draw.choices(range(128), k=40)).decode() for _ in range(50)]
+    for text in texts:
+        assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text, text
+    assert theirs.eos_token_id == theirs.pad_token_id == 0
+    assert theirs.chat_template == rwkv_jinja("think-short")
+    messages = CONVERSATIONS[3][0]
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).endswith("User: d think a bit\n\nAssistant: <think")
+
+
+def test_a_tokenizer_json_is_in_the_folder(tmp_path):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "t.json"))
+    saved(tmp_path / "m.pth", arch_of(7))
+    assert export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer=str(tmp_path / "t.json")).notes == []
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded("b a")["input_ids"] == [1, 0] and loaded.eos_token_id == 2
+
+
+def test_the_folder_says_what_it_lacks(tmp_path):
+    saved(tmp_path / "m.pth", arch_of(7))
+    assert "rwkv7-hf has none like utf16" in export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="utf16").notes[0]
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["block_0_value_residual.safetensors", "config.json", "model.safetensors"]
+    (tmp_path / "hf" / "block_0_value_residual.safetensors").unlink()
+    assert "which nothing reads, is zero" in export(tmp_path / "hf", tmp_path / "back.pth", "pth").notes[0]
+
+
+def test_a_folder_of_several_files(tmp_path):
+    """As large models are published; and no index leads out of the folder."""
+    from safetensors.torch import load_file, save_file
+
+    saved(tmp_path / "m.pth", released(7), torch.bfloat16)
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    place = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(weights)}
+    for file in set(place.values()):
+        save_file({name: t for name, t in weights.items() if place[name] == file}, tmp_path / "hf" / file)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": place}))
+    export(tmp_path / "hf", tmp_path / "back.pth", "pth")
+    before, back = read_checkpoint(tmp_path / "m.pth"), read_checkpoint(tmp_path / "back.pth")
+    assert all(torch.equal(before[name], t) for name, t in back.items()) and len(before) == len(back) + 3
+    for bad in ("../m.safetensors", 3, None):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, bad)}))
+        with pytest.raises(UserError, match="no table of files in this folder"):
+            export(tmp_path / "hf", tmp_path / "back.pth", "pth")
+
+
+# refusals
+
+
+@pytest.mark.parametrize("to,version,sizes,message", [
+    ("hf", 6, {}, "with the eps of the layers, 1e-5; RWKV-6 has 64e-5"),
+    ("hf", 7, {"head_size": 32, "n_head": 4}, "scale ln_x's eps with the head size, here to 32e-5"),
+    ("hf", 7, {"head_size": 128, "n_head": 1}, "here to 128e-5"),
+    ("pth", 7, {}, "is a checkpoint already"), ("ggml", 7, {}, "--to 'ggml' is unknown; choose one of: gguf, hf, safetensors, pth"),
+])
+def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, message):
+    saved(tmp_path / "m.pth", arch_of(version, **sizes))
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "m.pth", tmp_path / "out", to, tokenizer="none")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
+
+
+def test_no_folder_is_written_over_and_no_half_one_is_left(tmp_path, monkeypatch):
+    saved(tmp_path / "m.pth", arch_of(7))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine").write_text("x")
+    with pytest.raises(UserError, match="is there already"):
+        export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    monkeypatch.setattr("src.export.hugging_face.config", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(tmp_path / "m.pth", tmp_path / "new", "hf", tokenizer="none")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m.pth"]
+
+
+def test_other_forms_go_by_way_of_a_checkpoint(tmp_path):
+    saved(tmp_path / "m.pth", arch_of(7))
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    with pytest.raises(UserError, match="is a GGUF file; make a checkpoint of it first, with --to pth"):
+        export(tmp_path / "m.gguf", tmp_path / "hf", "hf")
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    with pytest.raises(UserError, match="belongs to a Hugging Face folder; give the folder"):
+        export(tmp_path / "hf" / "model.safetensors", tmp_path / "back.pth", "pth")
+
+
+def changed(key, value):
+    """The keys of a GGUF file as the reader gives them, one of them changed."""
+    real = gguf_reader.read
+
+    def read(path):
+        keys, tensors = real(path)
+        return {**keys, key: value}, tensors
+
+    return read
+
+
+@pytest.mark.parametrize("key,value,message", [
+    ("general.architecture", "llama", "a GGUF file of 'llama', expected rwkv6 or rwkv7"),
+    ("rwkv7.block_count", 10**9, "block_count is 1000000000, expected a number from 1 to 4096"),
+    ("rwkv7.block_count", 3, "lacks blk.2."), ("rwkv7.block_count", 1, "has the unknown blk.1."),
+    ("rwkv7.wkv.head_size", 0, "wkv.head_size is 0"), ("rwkv7.wkv.head_size", 60, "its shapes do not fit"),
+    ("rwkv7.rescale_every_n_layers", 6, "halved every 6 layers"),
+    ("rwkv_miss.checkpoint", "{", "can't be read"), ("rwkv_miss.checkpoint", '{"tensors": {}, "metadata": null}', "not in both"),
+])
+def test_keys_that_cannot_be(tmp_path, monkeypatch, key, value, message):
+    saved(tmp_path / "m.pth", released(7))
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    monkeypatch.setattr(gguf_reader, "read", changed(key, value))
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_mutated_files_are_refused_or_read(tmp_path):
+    """Truncated, flipped and overwritten with extremes, most often in the header: never anything but a UserError."""
+    saved(tmp_path / "m.pth", make_arch(7, 1, 64, 64, 16), metadata=METADATA)
+    draw, refused, files = random.Random(0), 0, {}
+    for to in ("gguf", "safetensors", "hf"):
+        export(tmp_path / "m.pth", tmp_path / f"m.{to}", to, tokenizer="none")
+        path = tmp_path / "m.hf" / "config.json" if to == "hf" else tmp_path / f"m.{to}"
+        files[tmp_path / f"m.{to}"] = path, path.read_bytes()
+    for _ in range(120):
+        for model, (path, content) in files.items():
+            data, place = bytearray(content), draw.randrange(min(len(content), draw.choice([100, 6000, len(content)])))
+            change = draw.randrange(3)
+            if change == 0:
+                data = data[:place]
+            elif change == 1:
+                data[place] ^= 1 << draw.randrange(8)
+            else:
+                data[place : place + 8] = struct.pack("<Q", draw.choice([0, 1, 2**31, 2**40, 2**63, 2**64 - 1]))
+            path.write_bytes(data)
+            try:
+                export(model, tmp_path / "back.pth", "pth")
+            except UserError:
+                refused += 1
+        for path, content in files.values():
+            path.write_bytes(content)
+    assert refused > 200
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    arch = dataclasses.replace(released(7), n_embd=384, n_head=6, dim_att=384, vocab_size=65536)
+    saved(tmp_path / "m.pth", arch, torch.bfloat16)
+    largest = 65536 * 384 * 2
+    for to in ("hf", "safetensors", "gguf"):
+        work = lambda: export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="none")  # noqa: B023, E731
+        assert peak_above_start(work) < 0.3 * largest, to
+        peak = peak_above_start(lambda: export(tmp_path / to, tmp_path / "back.pth", "pth"))  # noqa: B023
+        assert peak < 1.3 * largest, f"{to}: {peak:,} bytes"
