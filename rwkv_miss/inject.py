@@ -282,7 +282,10 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
         model.get_submodule(name).load(own)
     parameters = dict(model.named_parameters())
     for name, tensor in whole.items():
-        parameters[name].copy_(tensor.view_as(parameters[name]))
+        if parameters[name].requires_grad:
+            parameters[name].copy_(tensor.view_as(parameters[name]))
+        else:  # the base's, in new memory: the old one may be that of a file, or another model's
+            parameters[name].data = tensor.view_as(parameters[name]).to(parameters[name], copy=True)
     return metadata
 
 
@@ -299,8 +302,10 @@ def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, 
         missing = sorted(set(metadata["linears"]) - {name for name, _ in model.named_modules()})
         if missing:
             raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
-        parts = ",".join(metadata.get("train_parts", []))  # none in files of the first version
-        _attach(model, metadata["method"], metadata["linears"] or None, parts, metadata["options"])
+        parts = metadata.get("train_parts", [])  # none in files of the first version
+        if "origin" in metadata:  # another project's file may have a part of some layers only
+            parts = [part for part in parts if tensors.keys() >= set(in_parts([*dict(model.named_parameters()), *state_names(model)], [part]))]
+        _attach(model, metadata["method"], metadata["linears"] or None, ",".join(parts), metadata["options"])
         model.injection.targets = metadata["targets"]
     saved = {**metadata, "options": dataclasses.asdict(cls.Options.parse(metadata["options"]))}  # options may be newer than the file
     for name in ("method", "options", "linears"):
@@ -325,4 +330,6 @@ def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, 
             raise UserError(f"{path} holds {name}, which this model does not have")
         if parameters[name].numel() != tensor.numel():
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model")
+        if not parameters[name].is_floating_point():
+            raise UserError(f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise after that")
     return given, full, metadata

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from ..checkpoint import write_checkpoint
-from ..inject import ADAPTER_FORMAT, read_adapter
+from ..inject import read_adapter
 from .formats import Adapter, Format, Hints, register
 from .source import Source
 
 
 @register("native")
 class Native(Format):
-    """A .pth file as save_adapter() writes it, and files of nothing but initial states."""
+    """A .pth file as save_adapter() writes it."""
 
     writes = True
 
     @classmethod
     def reads(cls, source: Source) -> bool:
-        return source.config.get("format") == ADAPTER_FORMAT and not source.config_name
+        return source.describes_itself
 
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:

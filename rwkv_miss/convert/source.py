@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..inject import read_described
+from ..inject import ADAPTER_FORMAT, read_described
 
 # configuration of a folder -> the tensors beside it, the first name that is there
 FOLDERS = {
@@ -31,6 +31,11 @@ class Source:
     config: dict[str, Any]
     config_name: str = ""
     header: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def describes_itself(self) -> bool:
+        """Whether this package wrote the file. What read_described() says of a file of initial states has no version."""
+        return not self.config_name and self.config.get("format") == ADAPTER_FORMAT and "format_version" in self.config
 
 
 def open_source(path) -> Source:

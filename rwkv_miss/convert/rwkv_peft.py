@@ -1,0 +1,255 @@
+"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code: flat dicts without a word about what they are.
+
+| tensor | shape | written by | here |
+|---|---|---|---|
+| `.bone` | (out, r), (out / r, r, r) | the first Bone | bat, order col |
+| `.bone` | (in / r, r, r) | RWKV-PEFT from 2024-09, RWKV-LM-RLHF | bat, order row |
+| `.bone`, `.disha` | (r, out), (in / r, r, r) | RWKV-PEFT from 2024-11, 2025-02 | miss; bat, order row |
+| `.lora_A`, `.lora_B` | (r, in), (out, r) | both | lora; pissa with the factors at the start, which are in a file of their own |
+| `.att.time_state` | (heads, N, N) | both | state |
+
+Beside them are whole tensors of the base, named as there, which take the place of the base's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapter import METHODS
+from ..checkpoint import read_checkpoint, require_writable, write_checkpoint
+from ..errors import UserError
+from ..parts import PARTS
+from .formats import Adapter, Format, Hints, described, origins, rank_options, register
+from .source import Source
+from .widths import origin_of_blocks
+
+PREFIXES = ("_forward_module.", "model.")  # DeepSpeed's, and that of their LightningModule
+FACTOR = re.compile(r"(.+)\.(bone|disha|lora_A|lora_B)")
+STATE = re.compile(PARTS["state"])
+# the whole tensors that RWKV-6 and RWKV-7 have
+WHOLE = re.compile("|".join([*PARTS.values(), r"blocks\.\d+\.((att|ffn)\.(receptance|key|value|gate|output)\.weight|att\.[wavg][012])"]))
+REFUSED = {
+    r".+\.(bone|lora_[AB])_expert_\d+|.*\b(router|moe_\w+)\b.*": "is of a mixture of experts (RWKV-LM-RLHF), which RWKV-6 and RWKV-7 are not",
+    r".+\.lora_M": "is of DoRA with a norm for every input (RWKV-LM-RLHF); here, as in HF peft, there is one for every output. Merge it there",
+    r"emb\.(bone|disha|lora_[AB])": "adapts the embedding, which is no linear",
+}
+FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
+
+
+@register("rwkv-peft")
+class RwkvPeft(Format):
+    """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and the merge scripts of the former take: a .pth file, with PiSSA two of them."""
+
+    writes = True
+
+    @classmethod
+    def reads(cls, source: Source) -> bool:
+        # a header with nothing else is any safetensors file's, and read_described() vouches for initial states
+        silent = source.config.keys() <= {"format"} or source.config.get("method") == "state" and not source.describes_itself
+        names = list(map(stripped, source.tensors))
+        states = bool(names) and all(map(STATE.fullmatch, names))
+        return silent and not source.config_name and (states or any(map(FOREIGN.fullmatch, names)))
+
+    @classmethod
+    def read(cls, source: Source, hints: Hints) -> Adapter:
+        try:
+            return cls.read_tensors(source.tensors, hints)
+        except UserError as error:
+            raise UserError(f"{source.path}: {error}") from None
+
+    @classmethod
+    def read_tensors(cls, tensors: dict[str, Tensor], hints: Hints) -> Adapter:
+        """read() of what is in a file."""
+        tensors, notes = plain_names(tensors)
+        factors, whole = sort_out(tensors)
+        kind = next(iter(factors), "").partition("_")[0]  # bone, disha or lora
+        if kind == "lora":
+            method, options, linears, beside = *read_lora(factors, hints), initial_factors(factors, hints)
+        elif kind:
+            method, options, linears, beside = *read_blocks(tensors, factors[kind], kind, hints.origin), {}
+        else:
+            method, options, linears, beside = "state", {}, [], {}
+        if any(map(STATE.fullmatch, whole)):
+            notes += turn_states(tensors, hints.origin)
+        renamed = {f"{found[1]}.{method}" if (found := FACTOR.fullmatch(name)) and kind != "lora" else name: t for name, t in tensors.items()}
+        parts = [part for part, pattern in PARTS.items() if part != method and any(re.fullmatch(pattern, name) for name in whole)]
+        metadata = described(method, options, linears, train_parts=parts, origin={"format": "rwkv-peft", "tensor": kind})
+        return Adapter({**renamed, **beside}, metadata, notes)
+
+    @classmethod
+    def write(cls, adapter: Adapter, out) -> list[str]:
+        method = adapter.metadata["method"]
+        options = METHODS[method].Options.parse(adapter.metadata["options"])
+        notes = check_form(method, options, adapter.metadata["linears"])
+        tensors = dict(adapter.tensors)
+        if method in ("miss", "bat"):
+            origin = adapter.metadata.get("origin")
+            leaf = origin.get("tensor") if isinstance(origin, dict) and origin.get("tensor") in ("bone", "disha") else "disha"
+            names = {f"{linear}.{method}": f"{linear}.{leaf}" for linear in adapter.metadata["linears"]}
+            tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
+        if method == "pissa":
+            both = [(linear, side) for linear in adapter.metadata["linears"] for side in "AB"]
+            initial = {f"{linear}.init_lora_{side}": tensors.pop(f"{linear}.initial_{side}") for linear, side in both}
+            beside = write_beside(out, initial)
+            notes.append(f"the factors that the training began with are in {beside}: --lora_init there, --init here")
+        try:
+            write_checkpoint(out, tensors.items())
+        except BaseException:
+            if method == "pissa":
+                beside.unlink()
+            raise
+        return notes
+
+
+def stripped(name: str) -> str:
+    """A tensor's name without the prefixes of those who saved it."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under their names in the base, and a note where those were others. UserError for two of one name."""
+    plain = {stripped(name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        raise UserError(f"{len(tensors)} tensors have only {len(plain)} names without {' and '.join(PREFIXES)}")
+    taken = " and ".join(prefix for prefix in PREFIXES if any(prefix in name for name in tensors.keys() - plain.keys()))
+    return plain, [f"{taken} was taken off the names of the tensors"] if taken else []
+
+
+def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name). UserError for what has no form here, by name."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, reason in REFUSED.items():
+            if re.fullmatch(pattern, name):
+                raise UserError(f"{name} {reason}")
+        if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+            raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected numbers in fp32, bf16 or fp16")
+        if found := FACTOR.fullmatch(name):
+            factors.setdefault(found[2], {})[found[1]] = tensor
+        elif WHOLE.fullmatch(name):
+            whole[name] = tensor
+        else:
+            raise UserError(f"{name} is no adapter's tensor and none of RWKV-6 or RWKV-7; what it should change is not known")
+    kinds = sorted({kind.partition("_")[0] for kind in factors})
+    if len(kinds) > 1:
+        raise UserError(f"the file has tensors of {' and '.join(kinds)}; one method in a file is expected")
+    for linear in (linear for group in factors.values() for linear in group if f"{linear}.weight" in whole):
+        raise UserError(f"{linear} has a weight of its own in the file, and an adapter on top; only the project that wrote it can merge that")
+    return factors, whole
+
+
+def read_blocks(tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str) -> tuple[str, dict[str, Any], list[str]]:
+    """(method, options, linears) of .bone or .disha tensors. Those of the first Bone with two dimensions get their three, in `tensors`."""
+    dims = {tensor.dim() for tensor in blocks.values()}
+    for linear, tensor in blocks.items():
+        if tensor.dim() not in (2, 3) or tensor.dim() == 3 and tensor.shape[1] != tensor.shape[2]:
+            raise UserError(f"{linear}.{kind} is {list(tensor.shape)}, expected (r, outputs) or (blocks, r, r)")
+    if len(dims) > 1:
+        raise UserError(f"the .{kind} tensors have two dimensions for some linears and three for others; one method in a file is expected")
+    origin = origin_of_blocks(blocks, hint)
+    if dims == {2} and origin == "rwkv-peft":
+        return "miss", rank_options({linear: tensor.shape[0] for linear, tensor in blocks.items()}), list(blocks)
+    for linear, tensor in blocks.items():
+        rank = tensor.shape[-1]
+        tensors[f"{linear}.{kind}"] = tensor.reshape(-1, rank, rank)
+    ranks = rank_options({linear: tensor.shape[-1] for linear, tensor in blocks.items()})
+    return "bat", {**ranks, "order": "row" if origin == "rwkv-peft" else "col"}, list(blocks)
+
+
+def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str, dict[str, Any], list[str]]:
+    """(method, options, linears) of lora_A and lora_B."""
+    ranks: dict[str, int] = {}
+    A, B = (factors.get(f"lora_{side}", {}) for side in "AB")
+    for linear in {**A, **B}:
+        if linear not in A or linear not in B:
+            raise UserError(f"{linear} has lora_{'A' if linear in A else 'B'} without lora_{'B' if linear in A else 'A'}")
+        if A[linear].dim() != 2 or B[linear].dim() != 2 or len(A[linear]) != B[linear].shape[1]:
+            raise UserError(f"{linear} has lora_A {list(A[linear].shape)} and lora_B {list(B[linear].shape)}, expected (r, inputs) and (outputs, r)")
+        ranks[linear] = len(A[linear])
+    options = rank_options(ranks)
+    if hints.init:
+        if hints.alpha is not None:
+            raise UserError(f"--alpha {hints.alpha:g} with --init: PiSSA has the factor 1 in this project; drop one of the two")
+        return "pissa", options, list(ranks)
+    if hints.alpha is None:
+        raise UserError("the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was lora_alpha). A PiSSA file "
+                        "looks the same: then --init FILE instead, the init_pissa.pth beside it")
+    if not 0 < hints.alpha < math.inf:
+        raise UserError(f"--alpha {hints.alpha:g} is no factor; it must be above 0")
+    if options["rank_map"]:
+        raise UserError(f"the ranks differ ({', '.join(map(str, sorted(set(ranks.values()))))}), and with them the factors alpha / r; "
+                        "one --alpha cannot say them")
+    return "lora", {**options, "alpha": hints.alpha}, list(ranks)
+
+
+def initial_factors(factors: dict[str, dict[str, Tensor]], hints: Hints) -> dict[str, Tensor]:
+    """PiSSA's factors at the start, from the file of hints.init, by their names here; {} without one."""
+    if not hints.init:
+        return {}
+    found, _ = plain_names(read_checkpoint(hints.init))
+    initial: dict[str, Tensor] = {}
+    for side in "AB":
+        for linear, tensor in factors[f"lora_{side}"].items():
+            first = found.pop(f"{linear}.init_lora_{side}", None)
+            if first is None or first.shape != tensor.shape or not first.is_floating_point():
+                seen = "no such tensor" if first is None else f"{first.dtype} {list(first.shape)}"
+                raise UserError(f"{hints.init}: {linear}.init_lora_{side} should be {list(tensor.shape)}, found {seen}; it is of another training")
+            initial[f"{linear}.initial_{side}"] = first
+    if found:
+        raise UserError(f"{hints.init} holds {next(iter(found))} too, which the adapter has no tensor for; it is of another training")
+    return initial
+
+
+def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
+    """Have initial states (heads, value, key), in `tensors`; returns notes."""
+    states = {name: tensor for name, tensor in tensors.items() if STATE.fullmatch(name)}
+    for name, tensor in states.items():
+        if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2]:
+            raise UserError(f"{name} is {list(tensor.shape)}, expected (heads, N, N)")
+    if origin == "openmose":
+        tensors |= {name: tensor.mT for name, tensor in states.items()}
+        return ["the initial states were (heads, key, value) and are transposed; without --fla 1 they would not be: --origin rwkv-peft"]
+    return [] if origin else [f"the initial states are taken as (heads, value, key), as released ones are; those of RWKV-LM-RLHF may be others: "
+                              f"{origins('openmose')}"]
+
+
+def check_form(method: str, options, linears: list[str]) -> list[str]:
+    """Notes; UserError for a method, or an option, that these files have no form for."""
+    if method not in ("miss", "bat", "lora", "lora_fa", "pissa", "state"):
+        raise UserError(f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state. Merge the adapter instead")
+    if method == "miss":
+        for name, only in {"layout": "stride", "shards": "plain", "scale": "sum", "mini_r": 0, "magnitude": False, "expand": False}.items():
+            if getattr(options, name) != only:
+                raise UserError(f"RWKV-PEFT has no form for MiSS with {name}={getattr(options, name)}; merge the adapter instead")
+    if method == "bat" and options.order != "row":
+        raise UserError("RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the adapter instead")
+    if method in ("lora", "lora_fa"):
+        own = [options.at(linear) for linear in linears]
+        alphas = {layer.scale * layer.rank if layer.rslora else layer.alpha for layer in own}
+        if len(alphas) > 1:
+            raise UserError(f"RWKV-PEFT's scripts take one alpha for all linears, and this LoRA has {', '.join(f'{a:g}' for a in sorted(alphas))}; "
+                            "merge the adapter instead")
+        alpha = alphas.pop()
+        script = f"merge/merge.py --type lora --lora_alpha {alpha:g}" if alpha == int(alpha) else f"merge/merge_lora.py {alpha!r}"
+        return [f"the file does not hold alpha: {script} there, --alpha {alpha!r} here"]
+    if method == "pissa" and options.scale != 1:
+        raise UserError(f"RWKV-PEFT has PiSSA with the factor 1 alone, this one has {options.scale:g}; merge the adapter instead")
+    return []
+
+
+def write_beside(out, tensors: dict[str, Tensor]) -> Path:
+    """Write PiSSA's factors at the start beside `out`; returns where. A file that is there is never written over."""
+    require_writable(out)
+    path = Path(out).with_name(f"{Path(out).stem}.init_pissa.pth")
+    if path.exists():
+        raise UserError(f"{path}, where the factors at the start would be written, exists; move it away, or choose another OUT")
+    write_checkpoint(path, tensors.items())
+    return path

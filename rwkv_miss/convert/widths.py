@@ -1,0 +1,61 @@
+"""What the shapes of a file's tensors say of the linears that they belong to, where the file does not say what they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import UserError
+from .base import RWKV_LINEARS
+from .formats import origins
+
+
+def sides(name: str) -> tuple[str, str]:
+    """The names of a linear's (outputs, inputs), which RWKV's linears share; those of an unknown one are its own."""
+    known = (pair for end, pair in RWKV_LINEARS.items() if f".{name}".endswith(f".{end}"))
+    return next(known, (f"{name} outputs", f"{name} inputs"))
+
+
+def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int | None]:
+    """(rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin, None for the width that it does not tell."""
+    if len(shape) == 3:
+        width = shape[0] * shape[1]
+        return shape[1], *((None, width) if origin == "rwkv-peft" else (width, None))
+    rank, outputs = shape if origin == "rwkv-peft" else shape[::-1]
+    return rank, outputs, None
+
+
+def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether linears with tensors of these shapes can be those of one model, if the file is of this origin."""
+    widths: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    for name, shape in shapes.items():
+        ranks[name], *pair = blocks_of(origin, shape)
+        for side, width in zip(sides(name), pair):
+            if width is not None and widths.setdefault(side, width) != width:
+                return False
+    whole_blocks = origin == "bone-v0" or any(len(shape) == 3 for shape in shapes.values())
+    for name, rank in ranks.items():
+        outputs, inputs = (widths.get(side) for side in sides(name))
+        if inputs is not None and rank > inputs or whole_blocks and any(width is not None and width % rank for width in (outputs, inputs)):
+            return False
+    return True
+
+
+def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
+    """"rwkv-peft" or "bone-v0": whose the blocks of these linears are. UserError where they can be of both and the hint does not say, or of
+    neither."""
+    names = "rwkv-peft", "openmose", "bone-v0"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    possible = [origin for origin in ("rwkv-peft", "bone-v0") if fits(origin, shapes)]
+    first = next(iter(shapes))
+    if hint == "peft":
+        raise UserError(f"--origin peft: HF peft has no tensor of such a name as {first}'s; choose from: {origins(*names)}")
+    wanted = "rwkv-peft" if hint == "openmose" else hint
+    if not possible or wanted and wanted not in possible:
+        said = f"--origin {hint}, but" if hint and possible else "contradiction:"
+        raise UserError(f"{said} the tensors are no blocks of one model's linears that way: "
+                        + ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:8]))
+    if not wanted and len(possible) > 1:
+        raise UserError(f"{first} and the others are {list(shapes[first])}, which could be of two origins, with other results; say which: "
+                        + origins(*names))
+    return wanted or possible[0]

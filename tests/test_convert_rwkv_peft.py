@@ -1,0 +1,448 @@
+"""Files of RWKV-PEFT and RWKV-LM-RLHF: the forwards of their trainers, written out in float64, are what our merge and our live adapter compute."""
+
+import re
+
+import pytest
+import torch
+
+import rwkv_miss
+from rwkv_miss.__main__ import describe, main
+from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.convert import NO_HINTS, Hints, convert
+from rwkv_miss.parts import PARTS, in_parts
+from src.model import RWKV
+
+from .conftest import close, make_arch, random_tensors
+from .test_adapters import filled
+from .test_convert import same_tensors
+
+LINEARS = {
+    6: ("att.receptance", "att.key", "att.value", "att.output", "att.gate", "ffn.key", "ffn.receptance", "ffn.value"),
+    7: ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"),
+}
+SQUARE = tuple(name for name in LINEARS[7] if name.startswith("att"))
+
+
+# what their layers compute of x (..., inputs), by their equations
+
+
+def miss_forward(x, W, bone):
+    """y = x W^T + S bone, where S sums x, zero-padded, over its blocks of r."""
+    r = bone.shape[0]
+    padded = torch.cat((x, x.new_zeros(*x.shape[:-1], -x.shape[-1] % r)), -1)
+    S = sum(padded[..., start : start + r] for start in range(0, padded.shape[-1], r))
+    return x @ W.T + S @ bone
+
+
+def by_blocks(x, W, r, block):
+    """y = x (W + dW)^T, where the r x r blocks of dW are W_ab D + D with D = block(a, b)."""
+    changed = W.clone()
+    for a in range(W.shape[0] // r):
+        for b in range(W.shape[1] // r):
+            at = slice(a * r, a * r + r), slice(b * r, b * r + r)
+            changed[at] += W[at] @ block(a, b) + block(a, b)
+    return x @ changed.T
+
+
+def row_forward(x, W, bone):
+    return by_blocks(x, W, bone.shape[1], lambda a, b: bone[b])
+
+
+def col_forward(x, W, bone):
+    return by_blocks(x, W, bone.shape[1], lambda a, b: bone[a])
+
+
+def flat_forward(x, W, bone):
+    r = bone.shape[1]
+    return by_blocks(x, W, r, lambda a, b: bone[a * r : a * r + r])
+
+
+def lora_forward(x, W, A, B, alpha):
+    return x @ W.T + alpha / len(A) * (x @ A.T @ B.T)
+
+
+def pissa_forward(x, W, A, B, A0, B0):
+    return x @ (W - B0 @ A0).T + x @ A.T @ B.T
+
+
+# generation -> (tensor, forward, its shape for a linear (out, inputs) and a rank, what the converter makes of it)
+GENERATIONS = {
+    "v0 flat": ("bone", flat_forward, lambda out, inputs, r: (out, r), ("bat", "col")),
+    "v0 col": ("bone", col_forward, lambda out, inputs, r: (out // r, r, r), ("bat", "col")),
+    "v1": ("bone", row_forward, lambda out, inputs, r: (inputs // r, r, r), ("bat", "row")),
+    "v2": ("bone", miss_forward, lambda out, inputs, r: (r, out), ("miss", None)),
+    "disha": ("disha", miss_forward, lambda out, inputs, r: (r, out), ("miss", None)),
+    "disha bat": ("disha", row_forward, lambda out, inputs, r: (inputs // r, r, r), ("bat", "row")),
+}
+
+
+def draw(*shape, dtype=torch.float32, std=0.1):
+    return (std * torch.randn(shape)).to(dtype)
+
+
+def base_file(folder, version, dtype=torch.float32, **sizes):
+    tensors = random_tensors(make_arch(version, **sizes), dtype)
+    write_checkpoint(folder / "base.pth", tensors.items())
+    return tensors
+
+
+def whole_tensors(base, dtype, wanted=r".*(time|ln).*"):
+    """What their --train_parts "time ln" saves beside the adapter: every tensor with such a name, at other values."""
+    return {name: (1.1 * t.float() + 0.01).to(dtype) for name, t in base.items() if re.fullmatch(wanted, name) and "ffn.value" not in name}
+
+
+def linears_of(version, names=None, layers=2):
+    return [f"blocks.{layer}.{name}" for layer in range(layers) for name in names or LINEARS[version]]
+
+
+def theirs(folder, base, generation, version, rank, dtype=torch.float32, names=None, parts=True, prefix="", file="theirs.pth"):
+    """A file as their trainer saves it; returns its tensors under the names of the base."""
+    torch.manual_seed(3)
+    leaf, _, shape, _ = GENERATIONS[generation]
+    tensors = whole_tensors(base, dtype) if parts else {}
+    tensors |= {f"{name}.{leaf}": draw(*shape(*base[f"{name}.weight"].shape, rank), dtype=dtype) for name in linears_of(version, names)}
+    torch.save({prefix + name: tensor for name, tensor in tensors.items()}, folder / file)
+    return tensors
+
+
+def ours(folder, hints=NO_HINTS, file="theirs.pth"):
+    return convert(folder / file, folder / "ours.pth", "native", hints)
+
+
+def refused(folder, words, hints=NO_HINTS, file="theirs.pth", to="native"):
+    with pytest.raises(rwkv_miss.UserError, match=words):
+        convert(folder / file, folder / "out.pth", to, hints)
+    assert not list(folder.glob("out*"))
+
+
+def same_layer(name, merged, x, want):
+    """Our merged weight on x against their forward. fp32 additions and one rounding: 2^-24 of the largest term, a few times over in a product."""
+    close(name, x @ merged.double().T, want, 2e-6)
+
+
+def live(folder, file="ours.pth", base="base.pth"):
+    """Logits of base + adapter."""
+    model = RWKV.load(folder / base)
+    rwkv_miss.load_adapter(model, folder / file)
+    return model(torch.arange(23)[None])[0]
+
+
+def merged_logits(folder):
+    return RWKV.load(folder / "merged.pth")(torch.arange(23)[None])[0]
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("generation, rank", [(name, 8 if form[0] == "bat" else 13) for name, (*_, form) in GENERATIONS.items()])
+def test_every_generation_is_what_their_forward_computes(tmp_path, version, generation, rank):
+    base = base_file(tmp_path, version)
+    tensors = theirs(tmp_path, base, generation, version, rank, torch.bfloat16)
+    leaf, forward, _, (method, order) = GENERATIONS[generation]
+    report = ours(tmp_path)
+    assert (report.method, report.linears) == (method, len(linears_of(version)))
+    facts = describe(tmp_path / "ours.pth")
+    assert facts["kind"] == "adapter" and facts["metadata"]["options"]["rank"] == rank and facts["metadata"]["options"].get("order") == order
+    assert facts["metadata"]["origin"] == {"format": "rwkv-peft", "tensor": leaf}
+    assert facts["metadata"]["train_parts"] == (["ln", "time"] if version == 6 else ["ln"])
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    merged = read_checkpoint(tmp_path / "merged.pth")
+    assert list(merged) == list(base)
+    for name, tensor in base.items():
+        linear = name.removesuffix(".weight")
+        if f"{linear}.{leaf}" in tensors:
+            x = draw(5, tensor.shape[1], dtype=torch.float64)
+            same_layer(linear, merged[name], x, forward(x, tensor.double(), tensors[f"{linear}.{leaf}"].double()))
+            assert not torch.equal(merged[name], tensor)
+        else:
+            assert torch.equal(merged[name], tensors.get(name, tensor).float()), name
+    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+
+
+@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("kind", ["lora", "pissa", "pissa model."])
+def test_lora_and_pissa_are_what_their_forwards_compute(tmp_path, version, kind):
+    base, r, alpha = base_file(tmp_path, version), 5, 12.5
+    torch.manual_seed(4)
+    factors, initial = whole_tensors(base, torch.float32), {}
+    for name in linears_of(version):
+        out, inputs = base[f"{name}.weight"].shape
+        factors |= {f"{name}.lora_A": draw(r, inputs), f"{name}.lora_B": draw(out, r)}
+        initial |= {f"{name}.init_lora_A": draw(r, inputs), f"{name}.init_lora_B": draw(out, r)}
+    torch.save(factors, tmp_path / "theirs.pth")
+    torch.save({f"{kind.partition(' ')[2]}{name}": t for name, t in initial.items()}, tmp_path / "init_pissa.pth")
+    hints = Hints(alpha=alpha) if kind == "lora" else Hints(init=str(tmp_path / "init_pissa.pth"))
+    assert ours(tmp_path, hints).method == kind.partition(" ")[0]
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    merged = read_checkpoint(tmp_path / "merged.pth")
+    for name in linears_of(version):
+        W, (A, B) = base[f"{name}.weight"].double(), (factors[f"{name}.lora_{side}"].double() for side in "AB")
+        x = draw(5, W.shape[1], dtype=torch.float64)
+        if kind == "lora":
+            want = lora_forward(x, W, A, B, alpha)
+        else:
+            want = pissa_forward(x, W, A, B, *(initial[f"{name}.init_lora_{side}"].double() for side in "AB"))
+        same_layer(name, merged[f"{name}.weight"], x, want)
+    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+
+
+# both ways, bit for bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("generation, rank", [("v1", 16), ("v2", 13), ("disha", 7), ("disha bat", 8)])
+def test_their_file_comes_back_bit_for_bit(tmp_path, generation, rank, dtype):
+    base = base_file(tmp_path, 6)
+    theirs(tmp_path, base, generation, 6, rank, dtype)
+    ours(tmp_path)
+    convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
+    same_tensors(tmp_path / "theirs.pth", tmp_path / "again.pth")
+    assert read_metadata(tmp_path / "again.pth") is None
+
+
+NATIVE = [("miss", {"rank": 13, "rank_map": {"ffn": 5}}, ""), ("miss", {"rank": 8}, "ln,time,state"), ("bat", {"rank": 8, "order": "row"}, "head"),
+          ("lora", {"rank": 3, "alpha": 7.25}, "emb"), ("pissa", {"rank": 3, "niter": 0}, "ln"), ("state", {}, "")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method, options, parts", NATIVE)
+def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype):
+    model = RWKV(make_arch(7))
+    model.load_state_dict(random_tensors(model.arch))
+    rwkv_miss.inject(model, method, train_parts=parts, **options)
+    rwkv_miss.save_adapter(filled(model), tmp_path / "full.pth")
+    facts = read_metadata(tmp_path / "full.pth")
+    write_checkpoint(tmp_path / "a.pth", ((name, t.to(dtype)) for name, t in read_checkpoint(tmp_path / "full.pth").items()), facts)
+    notes = convert(tmp_path / "a.pth", tmp_path / "theirs.pth", "rwkv-peft").notes
+    init = tmp_path / "theirs.init_pissa.pth"
+    assert init.exists() == (method == "pissa") == any(str(init) in note for note in notes)
+    assert method != "lora" or notes == ["the file does not hold alpha: merge/merge_lora.py 7.25 there, --alpha 7.25 here"]
+    hints = Hints(alpha=7.25) if method == "lora" else Hints(init=str(init)) if method == "pissa" else Hints(origin="rwkv-peft")
+    ours(tmp_path, hints)
+    before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "ours.pth")
+    assert before.keys() == after.keys() and all(t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items())
+    again = read_metadata(tmp_path / "ours.pth")
+    parsed = [rwkv_miss.METHODS[method].Options.parse(found["options"]) for found in (facts, again)]
+    linears = facts["linears"]
+    assert method == again["method"] and sorted(linears) == sorted(again["linears"]) and again["train_parts"] == facts["train_parts"]
+    assert [[(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears] for o in parsed[:1]] == [
+        [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears] for o in parsed[1:]]
+
+
+@pytest.mark.parametrize("method, options, words", [
+    ("miss", {"layout": "contiguous"}, "no form for MiSS with layout=contiguous"), ("miss", {"shards": "balanced"}, "shards=balanced"),
+    ("miss", {"scale": "sqrt"}, "scale=sqrt"), ("miss", {"mini_r": 16}, "mini_r=16"), ("miss", {"magnitude": True}, "magnitude=True"),
+    ("miss", {"expand": True}, "expand=True"), ("bat", {"order": "col"}, "Bat with order row alone"), ("dora", {}, "no form for dora"),
+    ("lora", {"rank_map": {"ffn": 4}}, "one alpha for all linears, and this LoRA has 8, 16"),
+    ("pissa", {"alpha": 16.0}, "PiSSA with the factor 1 alone, this one has 2"),
+])
+def test_what_their_files_have_no_form_for_is_refused_and_nothing_written(tmp_path, method, options, words):
+    model = RWKV(make_arch(7))
+    model.load_state_dict(random_tensors(model.arch))
+    rwkv_miss.inject(model, method, rank=8, **options)
+    rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
+    refused(tmp_path, words, file="a.pth", to="rwkv-peft")
+
+
+def test_an_initial_file_is_never_written_over(tmp_path):
+    model = RWKV(make_arch(7))
+    model.load_state_dict(random_tensors(model.arch))
+    rwkv_miss.inject(model, "pissa", rank=3)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+    (tmp_path / "b.init_pissa.pth").write_bytes(b"another")
+    with pytest.raises(rwkv_miss.UserError, match="exists; move it away"):
+        convert(tmp_path / "a.pth", tmp_path / "b.pth", "rwkv-peft")
+    assert (tmp_path / "b.init_pissa.pth").read_bytes() == b"another" and not (tmp_path / "b.pth").exists()
+
+
+# what a file alone cannot tell
+
+
+@pytest.mark.parametrize("generation", ["v0 col", "v1"])
+def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(tmp_path, generation):
+    base = base_file(tmp_path, 7)
+    tensors = theirs(tmp_path, base, generation, 7, 8, names=SQUARE)
+    refused(tmp_path, r"could be of two origins.*say which: --origin rwkv-peft \(.*\(heads, value, key\)\); --origin openmose .*--origin bone-v0 ")
+    for origin, order, forward in (("rwkv-peft", "row", row_forward), ("openmose", "row", row_forward), ("bone-v0", "col", col_forward)):
+        ours(tmp_path, Hints(origin=origin))
+        assert read_metadata(tmp_path / "ours.pth")["options"]["order"] == order
+        rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+        name = "blocks.1.att.key"
+        x = draw(5, 48, dtype=torch.float64)
+        want = forward(x, base[f"{name}.weight"].double(), tensors[f"{name}.bone"].double())
+        same_layer(name, read_checkpoint(tmp_path / "merged.pth")[f"{name}.weight"], x, want)
+
+
+def test_a_rank_as_large_as_the_width_can_be_of_two_origins(tmp_path):
+    torch.save({f"{name}.bone": draw(48, 48) for name in linears_of(7, SQUARE)}, tmp_path / "theirs.pth")
+    refused(tmp_path, "could be of two origins")
+    assert ours(tmp_path, Hints(origin="rwkv-peft")).method == "miss" and ours(tmp_path, Hints(origin="bone-v0")).method == "bat"
+
+
+@pytest.mark.parametrize("generation, rank, right, wrong", [
+    ("v1", 8, "rwkv-peft", "bone-v0"), ("v0 col", 16, "bone-v0", "openmose"), ("v0 flat", 8, "bone-v0", "rwkv-peft"),
+    ("disha", 13, "openmose", "bone-v0"),
+])
+def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(tmp_path, generation, rank, right, wrong):
+    theirs(tmp_path, base_file(tmp_path, 6), generation, 6, rank)
+    refused(tmp_path, f"--origin {wrong}, but the tensors are no blocks", Hints(origin=wrong))
+    refused(tmp_path, "--origin peft: HF peft has no tensor of such a name", Hints(origin="peft"))
+    ours(tmp_path)
+    same = read_checkpoint(tmp_path / "ours.pth")
+    ours(tmp_path, Hints(origin=right))
+    assert all(torch.equal(t, same[name]) for name, t in read_checkpoint(tmp_path / "ours.pth").items())
+
+
+@pytest.mark.parametrize("shapes", [
+    {"blocks.0.att.key": (6, 8, 8), "blocks.0.att.value": (5, 8, 8)}, {"blocks.0.ffn.key": (8, 192), "blocks.1.ffn.key": (8, 191)},
+    {"blocks.0.att.key": (6, 8, 8), "blocks.0.ffn.key": (23, 8, 8), "blocks.0.ffn.value": (5, 8, 8), "blocks.0.att.output": (6, 8, 8)},
+])
+def test_widths_of_no_model_are_a_contradiction(tmp_path, shapes):
+    torch.save({f"{name}.bone": draw(*shape) for name, shape in shapes.items()}, tmp_path / "theirs.pth")
+    refused(tmp_path, "contradiction: the tensors are no blocks of one model's linears")
+
+
+A, B, BONE = {"blocks.0.att.key.lora_A": draw(3, 48)}, {"blocks.0.att.key.lora_B": draw(48, 3)}, {"blocks.0.ffn.key.bone": draw(3, 192)}
+
+
+@pytest.mark.parametrize("content, hints, words", [
+    (A | B, Hints(), "does not hold LoRA's alpha: give the one of the training with --alpha"),
+    (A | B, Hints(alpha=0), "--alpha 0 is no factor"), (A | B, Hints(alpha=float("inf")), "--alpha inf is no factor"),
+    (A | B, Hints(alpha=float("nan")), "--alpha nan is no factor"),
+    (A | B, Hints(alpha=4, init="x.pth"), "--alpha 4 with --init: PiSSA has the factor 1"),
+    (A | B, Hints(init="nowhere.pth"), "nowhere.pth does not exist"), (A, Hints(alpha=4), "has lora_A without lora_B"),
+    (B, Hints(alpha=4), "has lora_B without lora_A"), (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
+    (A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)}, Hints(alpha=4), r"the ranks differ \(3, 4\)"),
+    (A | B | BONE, Hints(alpha=4), "tensors of bone and lora; one method"),
+    (BONE | {"blocks.0.att.key.disha": draw(3, 48)}, Hints(), "of bone and disha"),
+    (BONE | {"blocks.0.att.key.bone": draw(16, 3, 3)}, Hints(), "two dimensions for some linears and three"),
+    ({"blocks.0.att.key.bone": draw(16, 3, 4)}, Hints(), "blocks.0.att.key.bone is .16, 3, 4., expected"),
+    ({"blocks.0.att.key.bone": draw(16)}, Hints(), "is .16., expected"), ({"blocks.0.att.key.bone": draw(0, 3)}, Hints(), "expected numbers in fp32"),
+    ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.int8)}, Hints(), "is torch.int8"),
+    ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.float8_e4m3fn)}, Hints(), "is torch.float8_e4m3fn"),
+    (BONE | {"blocks.0.ffn.key.weight": draw(192, 48)}, Hints(), "blocks.0.ffn.key has a weight of its own"),
+    (BONE | {"blocks.0.att.time_offset": draw(48)}, Hints(), "time_offset is no adapter's tensor and none of RWKV-6 or RWKV-7"),
+    (BONE | {"blocks.0.ffn.expert_0.key.bone_expert_0": draw(3, 48)}, Hints(), "bone_expert_0 is of a mixture of experts"),
+    (BONE | {"blocks.0.ffn.router.linear.weight": draw(3, 48)}, Hints(), "router.linear.weight is of a mixture of experts"),
+    (A | B | {"blocks.0.att.key.lora_M": draw(1, 48)}, Hints(alpha=4), "lora_M is of DoRA with a norm for every input"),
+    ({"emb.bone": draw(3, 48)}, Hints(), "emb.bone adapts the embedding"),
+    (BONE | {"model.blocks.0.ffn.key.bone": draw(3, 192)}, Hints(), "2 tensors have only 1 names without _forward_module. and model."),
+    ({"blocks.0.att.time_state": draw(3, 16)}, Hints(), "time_state is .3, 16., expected .heads, N, N."),
+])
+def test_what_has_no_form_or_no_meaning_here_is_refused_by_name(tmp_path, content, hints, words):
+    torch.save(content, tmp_path / "theirs.pth")
+    refused(tmp_path, words, hints)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"blocks.0.att.key.init_lora_A": draw(4, 48)}, r"init_lora_A should be \[3, 48\], found torch.float32 \[4, 48\]; it is of another training"),
+    ({"blocks.0.att.value.init_lora_A": draw(3, 48)}, "holds blocks.0.att.value.init_lora_A too"),
+])
+def test_initial_factors_of_another_training_are_refused(tmp_path, changed, words):
+    torch.save(A | B, tmp_path / "theirs.pth")
+    initial = {name.replace("lora_", "init_lora_"): tensor for name, tensor in (A | B).items()}
+    torch.save(initial | changed, tmp_path / "init_pissa.pth")
+    refused(tmp_path, words, Hints(init=str(tmp_path / "init_pissa.pth")))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_forward_module.", "_forward_module.model."])
+def test_prefixes_of_the_trainer_are_taken_off_and_named(tmp_path, prefix, capsys):
+    base = base_file(tmp_path, 7)
+    theirs(tmp_path, base, "disha", 7, 13)
+    ours(tmp_path)
+    plain = read_checkpoint(tmp_path / "ours.pth")
+    theirs(tmp_path, base, "disha", 7, 13, prefix=prefix)
+    main(["convert", str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth"), "--to", "native"])
+    named = " and ".join(part for part in ("_forward_module.", "model.") if part in prefix)
+    assert f"note: {named} was taken off the names of the tensors" in capsys.readouterr().out
+    assert plain.keys() == read_checkpoint(tmp_path / "ours.pth").keys()
+
+
+# states, the head, and layers that only some of are trained
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_states_are_value_by_key_and_those_of_fla_are_transposed(tmp_path, version):
+    base_file(tmp_path, version)
+    torch.manual_seed(5)
+    states = {f"blocks.{layer}.att.time_state": draw(3, 16, 16, std=1.0) for layer in range(2)}
+    torch.save({f"model.{name}": tensor for name, tensor in states.items()}, tmp_path / "theirs.pth")
+    assert ours(tmp_path, Hints(origin="rwkv-peft")).notes == ["model. was taken off the names of the tensors"]
+    assert "taken as (heads, value, key)" in ours(tmp_path).notes[1]
+    same = read_checkpoint(tmp_path / "ours.pth")
+    assert all(torch.equal(same[name], tensor) for name, tensor in states.items())
+    logits = live(tmp_path)
+    torch.save({name: tensor.mT.contiguous() for name, tensor in states.items()}, tmp_path / "fla.pth")
+    assert "are transposed" in ours(tmp_path, Hints(origin="openmose"), "fla.pth").notes[0]
+    assert torch.equal(live(tmp_path), logits) and not torch.equal(live(tmp_path, "fla.pth"), logits)
+    convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
+    same_tensors(tmp_path / "again.pth", tmp_path / "ours.pth")
+    convert(tmp_path / "ours.pth", tmp_path / "ours.safetensors", "safetensors")
+    assert convert(tmp_path / "ours.safetensors", tmp_path / "again.pth", "native").source == "safetensors"
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    assert torch.equal(merged_logits(tmp_path), logits)
+
+
+def test_an_adapted_head_and_other_ranks_by_layer(tmp_path):
+    base = base_file(tmp_path, 7, vocab_size=64)
+    torch.manual_seed(6)
+    ranks = {"blocks.0.": 8, "blocks.1.": 16, "head": 4}
+    tensors = {}
+    for name in [*linears_of(7), "head"]:
+        r = next(rank for start, rank in ranks.items() if name.startswith(start))
+        tensors[f"{name}.bone"] = draw(base[f"{name}.weight"].shape[1] // r, r, r)
+    torch.save(tensors, tmp_path / "theirs.pth")
+    assert ours(tmp_path).linears == 13
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    merged = read_checkpoint(tmp_path / "merged.pth")
+    for name in ("blocks.0.ffn.value", "blocks.1.ffn.key", "head"):
+        x = draw(5, base[f"{name}.weight"].shape[1], dtype=torch.float64)
+        same_layer(name, merged[f"{name}.weight"], x, row_forward(x, base[f"{name}.weight"].double(), tensors[f"{name}.bone"].double()))
+    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+    convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
+    same_tensors(tmp_path / "theirs.pth", tmp_path / "again.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_tensors_of_some_layers_and_of_no_part_are_honoured(tmp_path, dtype):
+    """RWKV-LM-RLHF trains layer by layer: norms and mixes of one layer, its gate's g1 and g2, block 0's v0, which none of our parts has, and a
+    layer's own weights where the profile says full."""
+    base = base_file(tmp_path, 7, dtype, n_layer=3)
+    layer = r"blocks\.2\.(att\.(g1|g2|x_r|w0|r_k|key\.weight)|ffn\.key\.weight|ln1\.weight)"
+    whole = whole_tensors(base, dtype, layer + r"|blocks\.0\.att\.v0|emb\.weight")
+    whole |= {name: 1.1 * base[name] for name in ("blocks.2.ffn.value.weight",)}
+    theirs(tmp_path, base, "v1", 7, 8, parts=False)
+    torch.save({**read_checkpoint(tmp_path / "theirs.pth"), **whole}, tmp_path / "both.pth")
+    ours(tmp_path, file="both.pth")
+    report = rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    assert report.replaced == len(whole) == 11
+    merged = read_checkpoint(tmp_path / "merged.pth")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in whole.items())
+    model = RWKV.load(tmp_path / "base.pth")
+    rwkv_miss.load_adapter(model, tmp_path / "ours.pth")
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name].to(dtype).view_as(tensor), tensor) for name, tensor in whole.items())
+    assert parameters["emb.weight"].requires_grad and not parameters["blocks.2.ln1.weight"].requires_grad, "a part is trained where it is whole"
+    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5 if dtype == torch.float32 else 3e-2)
+    assert torch.equal(RWKV.load(tmp_path / "base.pth").emb.weight.to(dtype), base["emb.weight"]), "the base's file is as it was"
+
+
+def test_whole_tensors_do_not_write_into_what_two_models_share(tmp_path):
+    base = base_file(tmp_path, 7)
+    torch.save({"blocks.0.att.key.bone": draw(3, 48), "blocks.1.att.g1": 2 * base["blocks.1.att.g1"]}, tmp_path / "theirs.pth")
+    ours(tmp_path)
+    with torch.device("meta"):
+        models = [RWKV(make_arch(7)) for _ in range(2)]
+    for model in models:
+        model.load_state_dict(base, assign=True)
+    before = base["blocks.1.att.g1"].clone()
+    rwkv_miss.load_adapter(models[0], tmp_path / "ours.pth")
+    assert torch.equal(models[1].blocks[1].att.g1, before) and torch.equal(models[0].blocks[1].att.g1, 2 * before)
+
+
+def test_every_name_of_both_versions_is_one_that_may_be_whole(tmp_path):
+    for version in (6, 7):
+        base = random_tensors(make_arch(version))
+        torch.save({"blocks.0.att.key.bone": draw(3, 48)} | {name: t for name, t in base.items() if name != "blocks.0.att.key.weight"},
+                   tmp_path / "theirs.pth")
+        ours(tmp_path)
+        parts = read_metadata(tmp_path / "ours.pth")["train_parts"]
+        assert parts == [part for part in PARTS if part != "state"] and in_parts(base, parts)
