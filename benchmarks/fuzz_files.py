@@ -95,6 +95,17 @@ def to_native(name: str):
     return lambda folder: convert.convert(folder / name, folder / "out.pth", "native")
 
 
+def converted(to: str, method: str, **options) -> Reader:
+    """The reader of a format that convert() writes."""
+
+    def make(folder: pathlib.Path) -> None:
+        write_adapter(folder / "native.pth", method, **options)
+        convert.convert(folder / "native.pth", folder / "sound", to)
+        (folder / "native.pth").unlink()
+
+    return Reader(make, to_native("sound"))
+
+
 READERS: dict[str, Reader] = {
     "base": Reader(write_base, lambda folder: RWKV.load(folder / "base.pth", torch.float32)),
     "base of a merge": Reader(make_merge(rank=4), merge, ("adapter.pth",)),
@@ -104,6 +115,7 @@ READERS: dict[str, Reader] = {
     "MoS": Reader(make_merge("mos", rank=4), merge, ("base.pth",)),
     "VeRA": Reader(make_merge("vera", rank=4), merge, ("base.pth",)),
     "metadata": Reader(write_base, lambda folder: (read_model_file(folder / "base.pth"), read_metadata(folder / "base.pth"))),
+    "peft, MiSS": converted("peft", "miss", rank=4), "peft, Bat": converted("peft", "bat", rank=4), "peft, DoRA": converted("peft", "dora", rank=4),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
 
