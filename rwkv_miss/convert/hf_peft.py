@@ -58,7 +58,7 @@ class Peft(Format):
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
         kind = source.config.get("peft_type")
-        if kind not in READ:
+        if not isinstance(kind, str) or kind not in READ:
             raise UserError(f"{source.path} is of peft_type {kind!r}; read are: {', '.join(READ)}")
         unread = [key for key, value in source.config.items() if value and key not in NEUTRAL | READ[kind]]
         if unread:
