@@ -7,14 +7,12 @@ import json
 import os
 from typing import Any
 
-import torch
-
-from . import merge_file
 from .checkpoint import RUN_FORMAT, Arch, fingerprint, run_output
+from .combine import merged_adapters
 from .convert import FORMATS, Hints, convert
 from .errors import Parser, one_line_errors, printable
 from .inject import ADAPTER_FORMAT, read_described
-from .merge import DTYPES
+from .merge_commands import add_commands
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 EMPTY = (None, "", [], {})
@@ -53,6 +51,8 @@ def show(facts: dict[str, Any]) -> None:
     for name, value in (facts["metadata"] or {}).items():
         if name == "linears" and value:
             value = f"{len(value)}, {value[0]} to {value[-1]}"
+        if name == "adapters" and isinstance(value, list):
+            value = ", ".join(f"{entry.get('adapter')} times {entry.get('weight', 1)}" for entry in merged_adapters(facts["metadata"]))
         if name == "recent_losses" and value:
             value = f"{len(value)}, the last is {value[-1]:.4f}"
         if value not in EMPTY:
@@ -62,14 +62,7 @@ def show(facts: dict[str, Any]) -> None:
 def parse(argv: list[str] | None):
     parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    merge = commands.add_parser("merge", help="base + adapter -> one .pth for any RWKV runtime")
-    # the other names are those of RWKV-PEFT's merge scripts
-    merge.add_argument("--base", "--base_model", required=True)
-    merge.add_argument("--adapter", "--lora_checkpoint", "--peft_checkpoint", required=True)
-    merge.add_argument("--out", "--output", required=True)
-    merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
-                       help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
-    merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
+    add_commands(commands)
     converting = commands.add_parser("convert", help="an adapter of any project -> another project's file or folder")
     converting.add_argument("input", metavar="IN", help="file or folder")
     converting.add_argument("out", metavar="OUT")
@@ -88,10 +81,8 @@ def parse(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         args = parse(argv)
-        if args.command == "merge":
-            torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
-            for line in merge_file(args.base, args.adapter, args.out, args.dtype, args.force).lines():
-                print(line)
+        if hasattr(args, "run"):
+            args.run(args)
         elif args.command == "convert":
             for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init, args.base)).lines():
                 print(line)

@@ -276,11 +276,17 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
         """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in) fp32, in the memory of `weight`."""
+        cls.of_file(weight, tensors, options).add_delta_to(weight)
+        return weight
+
+    @classmethod
+    @torch.no_grad()
+    def of_file(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> AdapterLinear:
+        """The adapted layer of a base weight (out, in) fp32, which is not copied, with the layer's tensors of an adapter file and its options."""
         shared = {name: tensors[name].to(weight.dtype) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
         adapted.assign(tensors)
-        adapted.add_delta_to(weight)
-        return weight
+        return adapted
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         """UserError unless names and shapes are exactly those that setup() made."""

@@ -1,0 +1,226 @@
+"""What adapters do to the tensors of a base: W + sum of w_i delta_i(W) in fp32, with every delta that of the base's weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import METHODS, AdapterLinear, NoOptions
+from .checkpoint import Arch, blocks, check_finite, fingerprint
+from .errors import UserError
+from .inject import layer_tensors, read_adapter
+from .parts import PARTS
+from .rounding import Scratch
+
+RECORDED = ("tokenizer", "eod", "template")  # what readers of a merged file take from its metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One adapter file, and the factor of its change: delta(W) of a linear's weight, T - base for a whole tensor T."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    weight: float = 1.0
+
+    @functools.cached_property
+    def method(self) -> type[AdapterLinear]:
+        return METHODS[self.metadata["method"]]
+
+    @functools.cached_property
+    def options(self) -> NoOptions:
+        return self.method.Options.parse(self.metadata["options"])
+
+    @functools.cached_property
+    def by_weight(self) -> dict[str, str]:
+        """Key of an adapted weight -> name of its linear."""
+        return {f"{name}.weight": name for name in self.metadata["linears"]}
+
+    @functools.cached_property
+    def whole(self) -> dict[str, Tensor]:
+        """The tensors that the file has as a whole."""
+        shared = tuple(f"shared.{name}" for name in self.method.shared)
+        linears = set(self.metadata["linears"])
+        return {n: t for n, t in self.tensors.items() if n.rpartition(".")[0] not in linears and not n.startswith(shared)}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.tensors)
+
+    def changes(self, key: str) -> bool:
+        return key in self.by_weight or key in self.whole
+
+    def check(self, base: Mapping[str, Tensor]) -> None:
+        """Every adapted linear and every whole tensor must fit the base, else a UserError."""
+        for key, name in self.by_weight.items():
+            if key not in base:
+                raise UserError(f"the adapter changes {name}, which the base does not have; merge into the base it was trained on")
+            if base[key].dim() != 2 or not base[key].is_floating_point():
+                raise UserError(f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point matrix is expected")
+        for key, name in self.by_weight.items():
+            try:
+                # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
+                with torch.device("meta"):
+                    layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in self._layer_tensors(key, base[key].shape).items()}
+                    self.method.merged_weight(torch.empty(base[key].shape), layer, self.options.at(name))
+            except UserError as error:
+                raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
+        states = {name: tuple(tensor.shape) for name, tensor in self.whole.items() if is_state(name)}
+        if states:
+            arch = Arch.detect(base)
+            wanted = {f"blocks.{i}.att.time_state": (arch.n_head, arch.head_size, arch.head_size) for i in range(arch.n_layer)}
+            if states != wanted:
+                raise UserError(f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this base has {arch.describe()}")
+        for key, tensor in self.whole.items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected")
+            if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
+                raise UserError(f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base")
+
+    def _layer_tensors(self, key: str, shape) -> dict[str, Tensor]:
+        return layer_tensors(self.method, self.by_weight[key], shape, self.tensors)
+
+    def merge_into(self, key: str, weight: Tensor) -> None:
+        """Add the change of a linear's weight to it, (out, in) fp32."""
+        self.method.merged_weight(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
+
+    @torch.no_grad()
+    def delta(self, key: str, weight: Tensor, out: Tensor) -> Tensor:
+        """The change of a linear's weight, in `out`, fp32. weight: the base's, fp32."""
+        layer = self.method.of_file(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
+        if layer.low_rank() is None:
+            return out.copy_(layer.delta())
+        layer.add_delta_to(out.zero_())  # the same for any weight, and for MiSS 7 times as fast as delta()
+        return out
+
+    def record(self) -> dict[str, Any]:
+        """What the merged file says of it."""
+        facts = {"adapter_fingerprint": self.fingerprint, "method": self.metadata["method"], "options": self.metadata["options"],
+                 "train_parts": self.metadata.get("train_parts", []), "step": self.metadata.get("step")}
+        return facts if self.weight == 1 else {**facts, "weight": self.weight}
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor is an initial state."""
+    return bool(re.fullmatch(PARTS["state"], name))
+
+
+class Combination:
+    """Adapters of one base, merged together."""
+
+    def __init__(self, members: Sequence[Member]):
+        self.members = list(members)
+        self.linears = list(dict.fromkeys(name for m in self.members for name in m.metadata["linears"]))
+        self.whole = dict.fromkeys(key for m in self.members for key in m.whole)
+        self.parts = [part for part in PARTS if any(part in m.metadata.get("train_parts", []) for m in self.members)]
+
+    def changed(self, base: Iterable[str]) -> list[str]:
+        """The keys of the base whose values are not what they were."""
+        return [key for key in base if any(m.changes(key) for m in self.members)]
+
+    def added(self, base: Iterable[str]) -> list[str]:
+        """The keys that the base does not have, such as initial states."""
+        base = set(base)
+        return [key for key in self.whole if key not in base]
+
+    def check(self, base: Mapping[str, Tensor]) -> None:
+        """A UserError, which names the adapter where there are several, unless all of them fit the base."""
+        for m in self.members:
+            try:
+                m.check(base)
+            except UserError as error:
+                raise UserError(f"{m.path}: {error}" if len(self.members) > 1 else str(error)) from None
+
+    def name(self, key: str) -> str:
+        """What reports call a tensor: the linear whose weight it is, or the tensor itself."""
+        return key.removesuffix(".weight") if any(key in m.by_weight for m in self.members) else key
+
+    @torch.no_grad()
+    def change(self, key: str, weight: Tensor, scratch: Scratch) -> Tensor:
+        """sum of w_i delta_i for a tensor that is the weight of a linear for some, fp32. weight: the base's, fp32."""
+        total, delta = scratch.get("total", weight.shape).zero_(), scratch.get("delta", weight.shape)
+        for m in self.members:
+            if key in m.whole:
+                total.add_(torch.sub(m.whole[key].reshape(weight.shape), weight, out=delta), alpha=m.weight)
+            elif key in m.by_weight:
+                total.add_(m.delta(key, weight, delta), alpha=m.weight)
+        return total
+
+    @torch.no_grad()
+    def merged(self, key: str, base: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
+        """One tensor of the base with its changes, before rounding: in `out` or in the scratch memory, fp32, or as it is in an adapter's file."""
+        concerned = [m for m in self.members if m.changes(key)]
+        alone = [m.weight for m in concerned] == [1]
+        if alone and key in concerned[0].whole:
+            return concerned[0].whole[key].reshape(base.shape)
+        weight = (scratch.get("weight", base.shape) if out is None else out).copy_(base)
+        if alone:
+            concerned[0].merge_into(key, weight)
+        elif all(key in m.whole for m in concerned):
+            _mix(weight, [(m.whole[key], m.weight) for m in concerned])
+        else:
+            weight.add_(self.change(key, weight, scratch))
+        return weight
+
+    def added_value(self, key: str) -> Tensor:
+        """A tensor that the base does not have: the sum of w_i T_i, fp32, or as it is in an adapter's file."""
+        values = [(m.whole[key], m.weight) for m in self.members if key in m.whole]
+        if [weight for _, weight in values] == [1]:
+            return values[0][0]
+        return _mix(torch.zeros(values[0][0].shape), values)
+
+
+def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
+    """base += sum of w_i (T_i - base), in place, fp32, without more memory."""
+    for before, *parts in zip(blocks(base), *(blocks(tensor) for tensor, _ in values)):
+        before += sum(weight * (part.float() - before) for part, (_, weight) in zip(parts, values))
+    return base
+
+
+def read_members(paths, weights: Sequence[float] | None = None) -> list[Member]:
+    """Adapter files with their factors, 1 each by default. UserError for a file that is no adapter or holds NaN, for a factor that is no number,
+    and for other numbers of them."""
+    paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    weights = [1.0] * len(paths) if weights is None else list(weights)
+    if len(weights) != len(paths):
+        raise UserError(f"{len(weights)} weights are given for {len(paths)} adapters; give one for each, in their order")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise UserError(f"weight {weight} is no number to multiply with; negative ones are, and 0")
+    members = [Member(path, *read_adapter(path), weight) for path, weight in zip(paths, weights)]
+    seen: dict[str, str] = {}
+    for m in members:
+        check_finite(m.tensors)
+        if m.fingerprint in seen:
+            raise UserError(f"{seen[m.fingerprint]} and {m.path} are the same adapter; give it once, with the sum of the weights")
+        seen[m.fingerprint] = m.path
+    return members
+
+
+def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a merged file's metadata say of its adapters, [] for any other file and for what makes no sense."""
+    entries = metadata["adapters"] if isinstance(metadata.get("adapters"), list) else [metadata]
+    return [dict(entry) for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("adapter_fingerprint"), str)]
+
+
+def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokenizer, end of document and template: what the adapters record, or where they don't, the base. UserError where two contradict."""
+    record = {}
+    for name in RECORDED:
+        said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
+        for value, path in said[1:]:
+            if value != said[0][0]:
+                raise UserError(f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r}, {path} with {value!r}; "
+                                "a merged model has one")
+        # an end of document belongs to its tokenizer
+        record[name] = said[0][0] if said else base.get(name) if name != "eod" or record["tokenizer"] == base.get("tokenizer") else None
+    return record

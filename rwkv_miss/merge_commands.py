@@ -1,0 +1,63 @@
+"""The commands about merged files: merge."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+import torch
+
+from .errors import Parser, printable
+from .merge import DTYPES, merge_file
+from .rounding import ROWS
+
+
+def add_commands(commands) -> None:
+    """Add them to the subparsers of the program; the parsed arguments have the function that does the work as `run`."""
+    merge = commands.add_parser("merge", help="base + adapters -> one .pth for any RWKV runtime")
+    # the other names are those of RWKV-PEFT's merge scripts
+    merge.add_argument("--base", "--base_model", required=True)
+    add_adapters(merge, required=True)
+    merge.add_argument("--out", "--output", required=True)
+    merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
+                       help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
+    merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
+    add_output(merge)
+    merge.set_defaults(run=run_merge)
+
+
+def add_adapters(parser: Parser, required: bool = False, default: str = "1 each") -> None:
+    """--adapter, which may come again, and --weights."""
+    parser.add_argument("--adapter", "--lora_checkpoint", "--peft_checkpoint", required=required, action="append", default=None if required else [],
+                        help="an adapter of that base; again for another one that is merged with it")
+    parser.add_argument("--weights", type=weights, help=f"factors of the adapters' changes, in their order: 0.7,-0.3; default: {default}")
+    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")  # else -0.5,1 would be taken for a flag
+
+
+def add_output(parser: Parser) -> None:
+    parser.add_argument("--layers", action="store_true", help=f"all layers in the table, not the {ROWS} worst")
+    parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
+
+
+def weights(text: str) -> list[float]:
+    """"0.7,-0.3" -> [0.7, -0.3]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them, such as 0.7,-0.3") from None
+
+
+def show(report: Any, args: argparse.Namespace) -> None:
+    """What a command has found, for people or for machines."""
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        for line in report.lines(None if args.layers else ROWS):
+            print(printable(line))
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
+    show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights), args)
