@@ -11,7 +11,9 @@ import os
 
 from ..checkpoint import check_finite
 from ..errors import UserError
-from . import hf_export, hf_peft, native, rwkv_peft, safetensors_file  # noqa: F401  (registers the formats, which are asked in this order)
+
+# registers the formats, which are asked in this order
+from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401
 from .base import with_base
 from .formats import FORMATS, ORIGINS, Adapter, Format, Hints
 from .source import Source, open_source

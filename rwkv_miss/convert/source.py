@@ -17,6 +17,7 @@ from ..inject import ADAPTER_FORMAT, read_described
 FOLDERS = {
     "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
     "adapter.json": ("adapter.pth", "adapter-final.pth"),
+    "checkpoint.json": ("training.pth",),
 }
 LARGEST_CONFIG = 1 << 24  # bytes
 

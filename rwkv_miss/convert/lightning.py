@@ -1,0 +1,253 @@
+"""MiSS adapters of rwkv_lightning_cuda: D is (out, r) in half precision, and the weight changes by scale D P with scale = alpha / r.
+
+An adapter is a folder, adapter.json (the manifest) beside adapter.pth; or one .pth with the manifest in the record archive/miss.json; or a
+checkpoint of a training, whose `.D.master` is in fp32. Its loader wants the SHA-256 of the model file that the manifest names, and the
+manifest's own digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import METHODS
+from ..checkpoint import is_finite, write_checkpoint
+from ..errors import UserError
+from ..methods.miss import Options
+from ..untrusted import open_archive, parse_json
+from .base import adapted_layers, linear_shapes, sha256
+from .formats import Adapter, Format, Hints, described, register
+from .output import synced, write_folder
+from .source import Source
+
+CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "archive/miss.json"
+TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # of each block, in the order of its packages
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
+LARGEST_RANK = 1024
+WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
+
+
+@register("rwkv-lightning")
+class Lightning(Format):
+    """Read with the scale multiplied into D; the manifest is kept, and gives the same bits when the package is written again."""
+
+    writes = True
+
+    @classmethod
+    def reads(cls, source: Source) -> bool:
+        if source.config_name:
+            return source.config_name in (CONFIG, CHECKPOINT)
+        return any(name.endswith((".weight.D", ".weight.D.master")) for name in source.tensors)
+
+    @classmethod
+    def read(cls, source: Source, hints: Hints) -> Adapter:
+        manifest, trained = manifest_of(source)
+        check_manifest(source, manifest, trained)
+        scale, tensors = fp32(manifest["scale"]), {}
+        for target in manifest["targets"]:
+            name = target["name"] + (".master" if trained else "")
+            D = source.tensors.get(name)
+            wanted = torch.float32 if trained else DTYPES[manifest["dtype"]]
+            if D is None or list(D.shape) != target["shape"] or D.dtype != wanted:
+                found = "nothing" if D is None else f"{tuple(D.shape)}, {D.dtype}"
+                raise UserError(f"{source.path}: {name} is {found}, its manifest says {tuple(target['shape'])}, {wanted}")
+            tensors[target["name"].removesuffix(".weight.D") + ".miss"] = (D.float() * scale).t().contiguous()
+        if not trained:
+            check_content(source, manifest)
+        linears = [name.removesuffix(".miss") for name in tensors]
+        if trained:
+            return Adapter(tensors, described("miss", {"rank": manifest["rank"]}, linears))
+        origin = {"format": "rwkv-lightning", "manifest": manifest}
+        shapes = {name: (target["shape"][0], target["in_features"]) for name, target in zip(linears, manifest["targets"])}
+        return Adapter(tensors, described("miss", {"rank": manifest["rank"]}, linears, origin=origin), shapes=shapes)
+
+    @classmethod
+    def write(cls, adapter: Adapter, out) -> list[str]:
+        adapter, manifest = with_manifest(adapter)
+        dtype, scale = DTYPES[manifest["dtype"]], fp32(manifest["scale"])
+        D = columns(adapter)
+        tensors, lost, whole = {}, 0.0, 0.0
+        for name in (target["name"].removesuffix(".weight.D") for target in manifest["targets"]):
+            kept = (D[name] / scale).to(dtype)
+            if not is_finite(kept) or kept.abs().max() > torch.finfo(torch.float16).max:
+                raise UserError(f"{name} has values beyond fp16's largest, 65504, in which rwkv_lightning computes")
+            tensors[f"{name}.weight.D"] = kept
+            lost += float((kept.float() * scale - D[name]).square().sum())
+            whole += float(D[name].square().sum())
+        manifest["content_version"] = digest(manifest, tensors)
+        write_folder(out, {
+            CONFIG: lambda path: write_manifest(path, manifest),
+            TENSORS: lambda path: write_checkpoint(path, tensors.items()),
+        })
+        notes = [f"rounding D to {manifest['dtype']} lost {(lost / whole) ** 0.5:.2g} of it (||lost|| / ||D||)"] if lost else []
+        if len(tensors) == 1:
+            notes.append("rwkv_lightning's reader of .pth files skips the tensor of a file that has only one; adapt two linears or more")
+        return notes
+
+
+def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
+    """(the manifest, whether the tensors are those of a training). A checkpoint's is made of its configuration where none is embedded."""
+    if source.config_name == CONFIG:
+        return source.config, False
+    embedded = read_embedded(source)
+    if embedded is not None:
+        tensors_are = embedded.pop("tensor_source", "D")
+        if tensors_are not in ("D", "master"):
+            raise UserError(f"{source.path}: tensor_source {tensors_are!r} is unknown; read are 'D' and 'master'")
+        return embedded, tensors_are == "master"
+    config = source.config.get("config")
+    if source.config_name != CHECKPOINT or not isinstance(config, dict):
+        raise UserError(f"{source.path} holds D of rwkv_lightning without its manifest; give the folder with adapter.json, or with checkpoint.json")
+    targets = [{"name": name.removesuffix(".master"), "shape": list(t.shape)} for name, t in source.tensors.items() if name.endswith(".D.master")]
+    rank, alpha = config.get("rank"), config.get("alpha")
+    scale = alpha / rank if number(alpha) and number(rank) and rank else None
+    return {**FIXED, "dtype": "float16", "rank": rank, "alpha": alpha, "scale": scale, "base_fingerprint": config.get("base_fingerprint"),
+            "targets": targets}, True
+
+
+def read_embedded(source: Source) -> dict[str, Any] | None:
+    """The manifest inside a .pth file, or None."""
+    path = f"{source.path}/training.pth" if source.config_name == CHECKPOINT else source.path
+    with open_archive(path) as archive:
+        return parse_json(path, archive.read(EMBEDDED)) if EMBEDDED in archive.namelist() else None
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def fp32(value: float) -> float:
+    """As C++ reads it into a float."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def check_manifest(source: Source, manifest: dict[str, Any], trained: bool) -> None:
+    """UserError for what rwkv_lightning's loader refuses as well, and for a scale of zero."""
+    for field, value in FIXED.items():
+        if manifest.get(field) != value:
+            raise UserError(f"{source.path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning")
+    rank, scale, base, targets = (manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets"))
+    if manifest.get("dtype") not in DTYPES:
+        raise UserError(f"{source.path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(DTYPES)}")
+    if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
+        raise UserError(f"{source.path}: rank is {rank!r}, expected a number from 1 to {LARGEST_RANK}")
+    if not number(scale) or not number(manifest.get("alpha")) or not math.isfinite(fp32(scale)) or not fp32(scale):
+        raise UserError(f"{source.path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale that is not zero")
+    if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{64}", base):
+        raise UserError(f"{source.path}: base_fingerprint is {base!r}, expected a SHA-256 in hex")
+    names = [target.get("name") if isinstance(target, dict) else None for target in targets] if isinstance(targets, list) else []
+    form = rf"blocks\.\d{{1,4}}\.({'|'.join(map(re.escape, TARGETS))})\.weight\.D"
+    for name in names or [None]:
+        if not isinstance(name, str) or not re.fullmatch(form, name):
+            raise UserError(f"{source.path}: the target {name!r} is none of blocks.N.{{{','.join(TARGETS)}}}.weight.D")
+    if len(set(names)) < len(names):
+        raise UserError(f"{source.path} names a target twice")
+    for target in targets:
+        shape = target.get("shape")
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape) and shape[1] == rank):
+            raise UserError(f"{source.path}: {target['name']} has shape {shape!r} in the manifest, expected [outputs, {rank}]")
+        if not trained and (type(target.get("in_features")) is not int or target["in_features"] < 1):
+            raise UserError(f"{source.path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest, expected a width")
+
+
+def check_content(source: Source, manifest: dict[str, Any]) -> None:
+    """UserError unless the digest is that of the manifest and the tensors, and no tensor is beside them."""
+    tensors = {target["name"]: source.tensors[target["name"]] for target in manifest["targets"]}
+    if len(tensors) != len(source.tensors):
+        raise UserError(f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, of which its manifest says nothing")
+    if digest(manifest, tensors) != manifest.get("content_version"):
+        raise UserError(f"{source.path}: content_version is not the digest of the manifest and D; the package is damaged or was edited")
+
+
+def canonical(value: Any) -> str:
+    """JSON as jsoncpp writes it without indentation: keys in order, 17 significant digits, and a dot in what is no integer."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(key)}:{canonical(value[key])}" for key in sorted(value, key=str.encode)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    if isinstance(value, float):
+        text = f"{value:.17g}"
+        return text if "." in text or "e" in text else f"{text}.0"
+    return json.dumps(value)
+
+
+def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the manifest without the digest and over the tensors' bytes in its order."""
+    named = {field: value for field, value in manifest.items() if field != "content_version"}
+    found = hashlib.sha256(canonical(named).encode())
+    for tensor in tensors.values():
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def write_manifest(path, manifest: dict[str, Any]) -> None:
+    with open(path, "w") as file:
+        file.write(canonical(manifest) + "\n")
+    synced(path)
+
+
+def columns(adapter: Adapter) -> dict[str, Tensor]:
+    """Each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r]. UserError for a MiSS of another layout."""
+    options = Options.parse(adapter.metadata["options"])
+    for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
+        if getattr(options, name) != value:
+            raise UserError(f"rwkv_lightning's MiSS has no {name}={getattr(options, name)}; {WAY_OUT}")
+    with torch.no_grad():
+        return {name: layer.scale * layer.low_rank()[1].contiguous() for name, layer in adapted_layers(adapter)}
+
+
+def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
+    """(the adapter with its widths, the manifest without its digest): the manifest that the adapter was read with, or a new one with alpha = r.
+    UserError for what a package can't hold, and without a known base."""
+    known = adapter.metadata.get("origin") or {}
+    known = known["manifest"] if known.get("format") == "rwkv-lightning" else None
+    check_linears(adapter)
+    if not adapter.base and not known:
+        raise UserError("rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that file: --base MODEL.pth")
+    base = sha256(adapter.base) if adapter.base else known["base_fingerprint"]
+    if known and base != known["base_fingerprint"]:
+        raise UserError(f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not {known['base_fingerprint']}")
+    if known:
+        shapes = {target["name"].removesuffix(".weight.D"): (target["shape"][0], target["in_features"]) for target in known["targets"]}
+        return dataclasses.replace(adapter, shapes=shapes), dict(known)
+    options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])
+    ranks = sorted({options.at(name).rank for name in adapter.metadata["linears"]})
+    if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
+        found = ", ".join(map(str, ranks))
+        raise UserError(f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {found}; {WAY_OUT}")
+    targets = []
+    for name, (out, width) in sorted(linear_shapes(adapter).items(), key=lambda item: place(item[0])):
+        layer, target = place(name)
+        targets.append({"name": f"{name}.weight.D", "layer": layer, "target": f"{TARGETS[target]}.weight", "in_features": width,
+                        "shape": [out, ranks[0]]})
+    return adapter, {**FIXED, "dtype": "float16", "rank": ranks[0], "alpha": float(ranks[0]), "scale": 1.0, "base_fingerprint": base,
+                     "targets": targets}
+
+
+def check_linears(adapter: Adapter) -> None:
+    """UserError for a change that a package has no place for."""
+    linears, method = set(adapter.metadata["linears"]), adapter.metadata["method"]
+    if method != "miss":
+        raise UserError(f"rwkv_lightning has MiSS only, this adapter is {method}; {WAY_OUT}")
+    if (adapter.metadata.get("arch") or {}).get("version", 7) != 7:
+        raise UserError(f"rwkv_lightning runs RWKV-7, and this adapter belongs to RWKV-6; {WAY_OUT}")
+    for name in sorted(linears):
+        if not re.fullmatch(rf"blocks\.\d{{1,3}}\.({'|'.join(map(re.escape, TARGETS))})", name):
+            raise UserError(f"rwkv_lightning adapts {', '.join(TARGETS)}, and this adapter changes {name}; {WAY_OUT}")
+    for name in adapter.tensors:
+        if name.rpartition(".")[0] not in linears:
+            raise UserError(f"rwkv_lightning keeps changes of linears only, and {name} is trained as a whole; {WAY_OUT}")
+
+
+def place(name: str) -> tuple[int, int]:
+    """(block, place in it) of a linear."""
+    _, layer, *target = name.split(".")
+    return int(layer), TARGETS.index(".".join(target))
