@@ -29,6 +29,7 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError, convert
 from rwkv_miss.checkpoint import METADATA, read_metadata, write_checkpoint
+from src.export import export
 from src.model import RWKV, default_arch, read_model_file
 
 from . import fuzz
@@ -91,11 +92,11 @@ def make_merge(*adapter, **options):
     return make
 
 
-def to_native(name: str):
-    return lambda folder: convert.convert(folder / name, folder / "out.pth", "native")
+def to_native(name: str, origin: str = ""):
+    return lambda folder: convert.convert(folder / name, folder / "out.pth", "native", convert.Hints(origin))
 
 
-def converted(to: str, method: str, **options) -> Reader:
+def converted(to: str, method: str, origin: str = "", **options) -> Reader:
     """The reader of a format that convert() writes."""
 
     def make(folder: pathlib.Path) -> None:
@@ -103,7 +104,20 @@ def converted(to: str, method: str, **options) -> Reader:
         convert.convert(folder / "native.pth", folder / "sound", to)
         (folder / "native.pth").unlink()
 
-    return Reader(make, to_native("sound"))
+    return Reader(make, to_native("sound", origin))
+
+
+def exported(to: str) -> Reader:
+    """The reader of a model's other form, back to a checkpoint."""
+
+    def make(folder: pathlib.Path) -> None:
+        sizes = default_arch(7, 2, 64, 67, 64)
+        torch.manual_seed(0)
+        write_checkpoint(folder / "base.pth", ((name, torch.randn(p.shape).bfloat16()) for name, p in RWKV(sizes).state_dict().items()))
+        export(folder / "base.pth", folder / "sound", to, tokenizer="none")
+        (folder / "base.pth").unlink()
+
+    return Reader(make, lambda folder: export(folder / "sound", folder / "out.pth", "pth"))
 
 
 READERS: dict[str, Reader] = {
@@ -116,6 +130,9 @@ READERS: dict[str, Reader] = {
     "VeRA": Reader(make_merge("vera", rank=4), merge, ("base.pth",)),
     "metadata": Reader(write_base, lambda folder: (read_model_file(folder / "base.pth"), read_metadata(folder / "base.pth"))),
     "peft, MiSS": converted("peft", "miss", rank=4), "peft, Bat": converted("peft", "bat", rank=4), "peft, DoRA": converted("peft", "dora", rank=4),
+    "rwkv-peft, MiSS": converted("rwkv-peft", "miss", rank=4), "rwkv-peft, Bat": converted("rwkv-peft", "bat", "rwkv-peft", rank=4, order="row"),
+    "safetensors": converted("safetensors", "miss", rank=4),
+    "model, safetensors": exported("safetensors"), "model, GGUF": exported("gguf"), "model, HF": exported("hf"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
 
