@@ -93,10 +93,14 @@ class Member:
         """Add the change of a linear's weight to it, (out, in) fp32."""
         self.method.merged_weight(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
 
+    def layer(self, key: str, weight: Tensor) -> AdapterLinear:
+        """The adapted linear of a weight of the base, fp32."""
+        return self.method.of_file(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
+
     @torch.no_grad()
     def delta(self, key: str, weight: Tensor, out: Tensor) -> Tensor:
         """The change of a linear's weight, in `out`, fp32. weight: the base's, fp32."""
-        layer = self.method.of_file(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
+        layer = self.layer(key, weight)
         if layer.low_rank() is None:
             return out.copy_(layer.delta())
         layer.add_delta_to(out.zero_())  # the same for any weight, and for MiSS 7 times as fast as delta()

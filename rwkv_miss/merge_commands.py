@@ -1,4 +1,4 @@
-"""The commands about merged files: merge."""
+"""The commands about merged files: merge, unmerge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .check import check_merge
 from .errors import Parser, printable
 from .merge import DTYPES, merge_file
 from .rounding import ROWS
@@ -26,6 +27,12 @@ def add_commands(commands) -> None:
     merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
     add_output(merge)
     merge.set_defaults(run=run_merge)
+    unmerge = commands.add_parser("unmerge", help="whether a file is a merge into a base, bit for bit: the base is then what undoes it")
+    unmerge.add_argument("merged")
+    unmerge.add_argument("--base", "--base_model", required=True)
+    add_adapters(unmerge, default="what the merged file records, else 1 each")
+    add_output(unmerge)
+    unmerge.set_defaults(run=run_unmerge)
 
 
 def add_adapters(parser: Parser, required: bool = False, default: str = "1 each") -> None:
@@ -61,3 +68,10 @@ def show(report: Any, args: argparse.Namespace) -> None:
 def run_merge(args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
     show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights), args)
+
+
+def run_unmerge(args: argparse.Namespace) -> None:
+    check = check_merge(args.base, args.merged, args.adapter, args.weights)
+    show(check, args)
+    if not check.ok:
+        raise SystemExit(1)

@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 
+import rwkv_miss
+from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.checkpoint import Arch, write_checkpoint
 from src.model import RWKV, VERSIONS
 from src.ops import build
@@ -94,6 +96,66 @@ def checkpoint(tmp_path):
         return path
 
     return make
+
+
+# for widths of 40, which ranks 7 and 3 do not divide
+ADAPTER_OPTIONS = {"miss": {"rank": 7}, "lora": {"rank": 3, "alpha": 5.0}, "dora": {"rank": 3}, "bat": {"rank": 8}, "pissa": {"rank": 3}}
+
+
+@pytest.fixture
+def merging(tmp_path):
+    """merging(version, dtype) makes base.pth in merging.folder; merging.adapter(name, method, ...) an adapter of it, of random numbers."""
+
+    class Files:
+        folder = tmp_path
+
+        def __call__(self, version=7, dtype=torch.float32, **metadata):
+            self.tensors = random_tensors(make_arch(version, n_embd=40, head_size=8), dtype)
+            write_checkpoint(tmp_path / "base.pth", self.tensors.items(), metadata or None)
+            return tmp_path
+
+        def adapter(self, name, method="miss", seed=1, std=1e-2, targets=None, parts="", **metadata):
+            model = RWKV.load(tmp_path / "base.pth", torch.float32)
+            rwkv_miss.inject(model, method, targets, parts, **ADAPTER_OPTIONS.get(method, {}))
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.data += std * torch.randn_like(p)
+            rwkv_miss.save_adapter(model, tmp_path / name, **metadata)
+            return tmp_path / name
+
+        def delta(self, name, linear):
+            """The papers' formulas in float64, (out, in)."""
+            t = {key.removeprefix(f"{linear}."): value.double() for key, value in read_checkpoint(tmp_path / name).items()}
+            options, method = (read_metadata(tmp_path / name)[key] for key in ("options", "method"))
+            weight = self.tensors[f"{linear}.weight"].double()
+            if method == "miss":
+                return t["miss"].t()[:, [i % options["rank"] for i in range(weight.shape[1])]]
+            if method == "bat":
+                rank, result = options["rank"], torch.empty_like(weight)
+                for a in range(weight.shape[0] // rank):
+                    for b in range(weight.shape[1] // rank):
+                        place = slice(a * rank, a * rank + rank), slice(b * rank, b * rank + rank)
+                        result[place] = weight[place] @ t["bat"][a] + t["bat"][a]
+                return result
+            if method == "pissa":
+                return t["lora_B"] @ t["lora_A"] - t["initial_B"] @ t["initial_A"]
+            low_rank = options["alpha"] / options["rank"] * (t["lora_B"] @ t["lora_A"])
+            if method == "lora":
+                return low_rank
+            V = weight + low_rank
+            return t["magnitude"].unsqueeze(1) * V / V.norm(dim=1, keepdim=True) - weight
+
+        def merge(self, adapters, weights=None, dtype="base", out="merged.pth", **options):
+            return merge_file(tmp_path / "base.pth", [tmp_path / name for name in adapters], tmp_path / out, dtype, weights=weights, **options)
+
+        def refused(self, words, *args, **options):
+            before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            with pytest.raises(UserError, match=words):
+                self.merge(*args, **options)
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    return Files()
 
 
 def close(name, got, want, ratio):

@@ -1,0 +1,253 @@
+"""Is a file the merge of adapters into a base? Found from the files alone, tensor by tensor, whoever wrote them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import blocks, fingerprint
+from .combine import Combination, Member, is_state, merged_adapters, read_members
+from .errors import UserError
+from .merge import read_base
+from .rounding import ROWS, Layer, Rounding, Scratch, bits, percent, round_to
+
+# of the largest value: what sums of fp32 products may differ by between machines, with a few bits to spare
+SUMS = 2.0**-21
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """One tensor that is not the base's, by its key: its entries, how many differ from the base, ||merged - base|| / ||base||, and what adapters
+    make of it: how many entries are not the merge's bit for bit (None without adapters), and how many would not be the base's again if the change
+    were subtracted from them."""
+
+    name: str
+    entries: int
+    differing: int
+    distance: float
+    apart: int | None = None
+    not_undone: int = 0
+
+
+@dataclasses.dataclass
+class MergeCheck:
+    """What check_merge() found: `problems` says why it is no such merge, and `rounding` has the account of the adapters' changes."""
+
+    base: str
+    merged: str
+    adapters: list[Member]
+    tensors: int = 0
+    same: int = 0
+    changed: list[Changed] = dataclasses.field(default_factory=list)
+    rounding: Rounding = dataclasses.field(default_factory=Rounding)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    @property
+    def not_undone(self) -> float:
+        """Share of the changed tensors' entries that a subtraction would not bring back."""
+        return sum(c.not_undone for c in self.changed) / max(1, sum(c.entries for c in self.changed))
+
+    def lines(self, rows: int | None = ROWS) -> list[str]:
+        """What the user is told; `rows` tensors of a table (None: all)."""
+        lines = [f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit for bit, {len(self.changed)} are not"]
+        if self.adapters:
+            names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
+            apart = sum(c.apart or 0 for c in self.changed)
+            exact = "bit for bit" if not apart else f"but for the order of sums, {apart:,} entries are rounded the other way"
+            if self.ok:
+                lines.append(f"those are what the merge of {names} writes, {exact}")
+            total = self.rounding.total
+            lines.append(f"rounding lost {percent(total.lost)} of the update and left {percent(total.unchanged_share)} of its entries unchanged")
+            lines += self.rounding.table(rows)
+        elif self.changed:
+            worst = sorted(self.changed, key=lambda c: -c.distance)[:rows]
+            width = max(len(c.name) for c in worst)
+            lines.append(f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| / |base|")
+            lines += [f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}" for c in worst]
+        lines += [f"wrong: {problem}" for problem in self.problems[:rows]]
+        if rows and len(self.problems) > rows:
+            lines.append(f"wrong: and {len(self.problems) - rows} more; --layers shows all")
+        if self.ok and self.changed:
+            lines.append(f"the merge is undone by taking {self.base} again")
+            if self.adapters:
+                lines[-1] += f": to subtract the update would leave {percent(self.not_undone)} of these entries other than the base's"
+        if self.ok and not self.changed:
+            lines.append("no tensor differs: nothing is to be undone")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with every changed tensor."""
+        total = self.rounding.total
+        return {
+            "ok": self.ok, "problems": self.problems, "base": self.base, "merged": self.merged, "tensors": self.tensors, "same": self.same,
+            "adapters": [{"adapter": m.path, "weight": m.weight, "adapter_fingerprint": m.fingerprint} for m in self.adapters],
+            "changed": [dataclasses.asdict(c) for c in self.changed], "lost": total.lost, "unchanged": total.unchanged_share,
+            "not_undone": self.not_undone if self.adapters else None, "layers": [layer.to_dict() for layer in self.rounding.worst()],
+        }
+
+
+def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = None) -> MergeCheck:
+    """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's, bit for bit, up to the rounding to
+    the merged file's dtype. With adapters, that those which differ are what merge_file() writes.
+
+    Their weights are by default what the merged file records, else 1. What is found wrong is in `problems`; a UserError is for files that cannot
+    be compared at all: no model, no adapter, an adapter that does not fit the base.
+
+    Bit for bit is asked where two ways to compute the sum, the merge's and W + delta(), agree to the bit. Where they don't (products of
+    matrices, whose sums have another order on other machines) every entry must be within half a step of the file's dtype of the sum.
+    """
+    (tensors, _), (found, record) = read_base(base), read_base(merged)
+    recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
+    members = read_members(adapters, weights)
+    if weights is None:
+        members = [dataclasses.replace(m, weight=_number(recorded.get(m.fingerprint, 1))) for m in members]
+    check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
+    combination = Combination(members)
+    combination.check(tensors)
+    check.problems += _of_the_record(check, record, recorded, tensors) + _of_the_names(tensors, found, combination)
+    scratch = Scratch()
+    for key, tensor in tensors.items():
+        if key not in found or found[key].shape != tensor.shape or not _writable(tensor.dtype, found[key].dtype):
+            continue
+        name = combination.name(key)
+        if name != key or key in combination.whole:
+            layer, changed, problem = _expected(key, tensor, found[key], combination, scratch)
+            check.rounding.layers.append(dataclasses.replace(layer, name=name))
+        else:
+            changed, problem = _compare(key, tensor, found[key]), ""
+            if members and changed.differing:
+                problem = f"{key} differs from the base in {changed.differing:,} entries, and no adapter changes it"
+        check.problems += [problem] if problem else []
+        if changed.differing:
+            check.changed.append(changed)
+        else:
+            check.same += 1
+    for key in combination.added(tensors):
+        if key in found and found[key].shape == combination.added_value(key).shape:
+            expected = round_to(key, combination.added_value(key), found[key].dtype)
+            if not torch.equal(bits(expected.contiguous()), bits(found[key].contiguous())):
+                check.problems.append(f"{key} is not the adapters'")
+    if not members and not check.same and check.changed:
+        check.problems.append("no tensor is the base's; a merge changes some and leaves the others")
+    return check
+
+
+def _number(weight: Any) -> float:
+    """A weight out of a file's metadata."""
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise UserError(f"the merged file records the weight {str(weight)[:40]!r}, which is no number; give --weights")
+    return float(weight)
+
+
+def _of_the_record(check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Mapping[str, Tensor]) -> list[str]:
+    """What the merged file says of itself that is not so."""
+    problems = []
+    if record.get("base_fingerprint") not in (None, fingerprint(base)):
+        problems.append(f"by its own record it is a merge into another base, {record.get('base')}")
+    for m in check.adapters:
+        if recorded and m.fingerprint not in recorded:
+            problems.append(f"by its own record it is no merge of {m.path}")
+        elif recorded and recorded[m.fingerprint] != m.weight:
+            problems.append(f"by its own record the weight of {m.path} is {recorded[m.fingerprint]}, not {m.weight:g}")
+    if check.adapters and len(recorded) > len(check.adapters):
+        problems.append(f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give all of them")
+    return problems
+
+
+def _of_the_names(base: Mapping[str, Tensor], found: Mapping[str, Tensor], combination: Combination) -> list[str]:
+    """Keys, shapes and dtypes that a merge does not write."""
+    added = set(combination.added(base)) if combination.members else {key for key in found if is_state(key)}
+    problems = [f"{key} of the base is missing" for key in base if key not in found]
+    problems += [f"{key} is in neither the base nor an adapter" for key in found if key not in base and key not in added]
+    if combination.members:
+        problems += [f"{key} of the adapter is missing" for key in added if key not in found]
+    both = [key for key in base if key in found]
+    for key in both:
+        if base[key].shape != found[key].shape:
+            problems.append(f"{key} is {tuple(found[key].shape)}, {tuple(base[key].shape)} in the base")
+        elif not _writable(base[key].dtype, found[key].dtype):
+            problems.append(f"{key} is {found[key].dtype}, {base[key].dtype} in the base")
+    dtypes = {found[key].dtype for key in both if found[key].dtype != base[key].dtype}
+    if dtypes and len({found[key].dtype for key in both if base[key].is_floating_point()}) > 1:
+        problems.append(f"some tensors are {' or '.join(map(str, dtypes))} and others keep the base's dtype; a merge converts all or none")
+    return problems
+
+
+def _writable(base: torch.dtype, merged: torch.dtype) -> bool:
+    """Whether a merge turns the one dtype into the other."""
+    return base == merged or base.is_floating_point and merged in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
+    """A tensor against the base's in the same dtype."""
+    differing, distance = 0, 0.0
+    for before, kept in zip(blocks(base), blocks(found)):
+        before = before.to(kept.dtype)
+        if not torch.equal(bits(before), bits(kept)):
+            differing += int((bits(before) != bits(kept)).sum())
+            distance += float((kept.double() - before.double()).square().sum())
+    size = sum(float(before.double().square().sum()) for before in blocks(base)) if differing else 0.0
+    return Changed(key, base.numel(), differing, (distance / size) ** 0.5 if size else 0.0)
+
+
+@torch.no_grad()
+def _expected(key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch) -> tuple[Layer, Changed, str]:
+    """A tensor that adapters change against what the merge writes: its account, computed from delta() and the files, and what is wrong with it."""
+    exact = combination.merged(key, base, scratch)
+    change = _change(key, base, combination)
+    compared = _compare(key, base, found)
+    update = error = excess = 0.0
+    changing = unchanged = apart = not_undone = 0
+    # where every entry is made by itself, there is no order of sums
+    of_entries = all(key in m.whole for m in combination.members if m.changes(key))
+    same_way = True
+    for before, wanted, delta, kept in zip(blocks(base), blocks(exact), blocks(change), blocks(found)):
+        same = before.to(kept.dtype)
+        stays = bits(same) == bits(kept)
+        delta, before = delta.double(), before.float()
+        same_way = same_way and torch.equal(before + delta.float(), wanted.float())
+        missing = kept.double() - same.double() - delta
+        update, error = update + float(delta.square().sum()), error + float(missing.square().sum())
+        moves = delta != 0
+        changing, unchanged = changing + int(moves.sum()), unchanged + int((moves & stays).sum())
+        apart += int((bits(wanted.to(kept.dtype)) != bits(kept)).sum())
+        not_undone += int((bits((kept.float() - delta.float()).to(kept.dtype)) != bits(same)).sum())
+        reference = before.double() + delta
+        allowed = _half_step(reference, kept.dtype) + SUMS * float(reference.abs().max())
+        far = (kept.double() - reference).abs() / allowed
+        excess = max(excess, float(far.nan_to_num(math.inf).max()))
+    problem = ""
+    if apart and (of_entries or same_way or excess > 1):
+        problem = f"{key} is not what the merge writes in {apart:,} of {base.numel():,} entries" + (
+            f", by up to {excess:.3g} times the rounding of {str(found.dtype).removeprefix('torch.')}" if excess > 1 else "")
+    changed = dataclasses.replace(compared, apart=apart, not_undone=not_undone)
+    return Layer(key, update, error, changing, unchanged), changed, problem
+
+
+def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
+    """sum of w_i delta_i from the methods' definitions, delta(), not from the faster ways that the merge has; fp32."""
+    weight = base.to(torch.float32, copy=True)
+    total = torch.zeros_like(weight)
+    for m in combination.members:
+        if key in m.whole:
+            total.add_(m.whole[key].reshape(weight.shape).float() - weight, alpha=m.weight)
+        elif key in m.by_weight:
+            total.add_(m.layer(key, weight).delta(), alpha=m.weight)
+    return total
+
+
+def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbouring numbers of a dtype at float64 values: the most that one rounding changes."""
+    facts = torch.finfo(dtype)
+    _, exponent = torch.frexp(value.abs().clamp(min=facts.smallest_normal))
+    return torch.ldexp(torch.full_like(value, facts.eps / 4), exponent)
