@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rwkv_miss
+from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import Hints, convert, output
@@ -342,8 +343,9 @@ def test_the_older_names_of_bone_are_read(tmp_path):
     ("lora", {"r": 4}, r"the configuration says rank 4"),
     ("lora", {"r": "5"}, "r is '5', expected a number"),
     ("lora", {"lora_alpha": 0}, "lora_alpha of blocks.0.att.key is 0"),
-    ("lora", {"alpha_pattern": {"(a+)+": 3}}, "more than a name with wildcards"),
-    ("lora", {"alpha_pattern": {"*": 3}}, "no regular expression"),
+    ("lora", {"alpha_pattern": {"(a+)+": 3}}, "more than a name with a wildcard"),
+    ("lora", {"alpha_pattern": {"*": 3}}, "an expression in alpha_pattern is none"), ("lora", {"alpha_pattern": {".*.*.*x": 3}}, "a wildcard"),
+    ("lora", {"alpha_pattern": {"key": "x"}}, "lora_alpha of blocks.0.att.key is 'x'"), ("adalora", {"init_r": -9}, "init_r is -9"),
     ("lora", {"alpha_pattern": [3]}, "alpha_pattern is .3., expected names with numbers"),
     ("lora", {"use_dora": True}, "has lora_A, lora_B; LORA as it is configured needs lora_A, lora_B, magnitude"),
     ("miss", {"init_weights": "bat"}, r"r = 7 and init_weights = 'bat' need \(out / 7, 7, 7\)"),
@@ -381,6 +383,78 @@ def test_trained_biases_of_other_layers_are_whole_tensors(tmp_path):
     close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
     convert(tmp_path / "a.pth", tmp_path / "back", "peft")
     same_folder(tmp_path / "theirs", tmp_path / "back")
+
+
+def test_adalora_that_has_pruned_some_of_its_singular_values(tmp_path):
+    """peft saves what is left, with the factor of the rank at the start; a linear may have lost all."""
+    live = trained(rwkv(7), READ["adalora"][0]())
+    left = {name: layer.lora_E["default"] for name, layer in live.get_base_model().named_modules() if hasattr(layer, "lora_E")}
+    kept = {name: [(row + number) % 3 == 0 and number != 1 for row in range(5)] for number, name in enumerate(left)}
+    with torch.no_grad():
+        for name, E in left.items():
+            E[~torch.tensor(kept[name])] = 0
+    live.peft_config["default"].rank_pattern = {f"{name}.lora_E.default": rows for name, rows in kept.items()}
+    live.save_pretrained(str(tmp_path / "theirs"))
+    assert {len(t) for name, t in load_file(tmp_path / "theirs" / TENSORS).items() if "lora_A" in name} == {0, 1, 2}
+    assert convert(tmp_path / "theirs", tmp_path / "a.pth", "native").linears == 7
+    close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
+
+
+def test_ranks_beyond_a_width_are_refused_before_a_merge(tmp_path):
+    live = peft.get_peft_model(Net(), peft.LoraConfig(r=12, target_modules=["key"]))
+    live.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.raises(rwkv_miss.UserError, match="has rank 12, beyond the smaller of its widths"):
+        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+
+
+def test_hints_that_say_nothing_are_refused(tmp_path):
+    trained(rwkv(7), READ["bat"][0]()).save_pretrained(str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "a.pth", "native", Hints(origin="peft"))
+    for path, hints, message in (("theirs", Hints(alpha=8.0), "leaves nothing open that --alpha"),
+                                 ("theirs", Hints(origin="rwkv-peft"), "a folder of peft"),
+                                 ("a.pth", Hints(origin="peft"), "a.pth is native.*--origin"), ("a.pth", Hints(init="x"), "--init")):
+        with pytest.raises(rwkv_miss.UserError, match=message):
+            convert(tmp_path / path, tmp_path / "b.pth", "native", hints)
+
+
+def test_a_transformers_model_is_none_of_rwkv_and_converts_all_the_same(tmp_path):
+    """Names are the model's, and its task stays in the configuration."""
+    transformers = pytest.importorskip("transformers")
+
+    def llama():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=67, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3)).eval()
+
+    live = trained(llama(), peft.MissConfig(r=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    live.save_pretrained(str(tmp_path / "theirs"))
+    convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+    ours = llama()
+    rwkv_miss.load_adapter(ours, tmp_path / "a.pth")
+    with torch.no_grad():
+        want = live(IDS).logits
+        close("here", ours(IDS).logits, want, 3e-6)
+        write_checkpoint(tmp_path / "base.pth", llama().state_dict().items())
+        for to in ("peft", "lora"):
+            convert(tmp_path / "a.pth", tmp_path / to, to, Hints(base=str(tmp_path / "base.pth")))
+            again = load(tmp_path / to, llama())
+            assert type(again).__name__ == "PeftModelForCausalLM"
+            close(to, again(IDS).logits, want, 3e-6)
+
+
+def test_the_command_line_knows_the_base(tmp_path, capsys):
+    saved(tmp_path, 7, "miss", {})
+    write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
+    write_checkpoint(tmp_path / "other.pth", random_tensors(make_arch(7, n_embd=64)).items())
+    main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "native", "--base", str(tmp_path / "base.pth")])
+    assert "miss of 12 linears" in capsys.readouterr().out
+    facts = read_metadata(tmp_path / "b.pth")
+    assert facts["base"] == "base.pth" and facts["arch"]["n_embd"] == 48
+    for command in (["--to", "native"], ["--to", "lora"]):
+        with pytest.raises(SystemExit):
+            main(["convert", str(tmp_path / "b.pth"), str(tmp_path / "c"), *command, "--base", str(tmp_path / "other.pth")])
+        assert "the adapter was trained on another base (base.pth) than" in capsys.readouterr().err
+        assert not (tmp_path / "c").exists()
 
 
 def test_an_unknown_tensor_is_never_dropped(tmp_path):

@@ -47,11 +47,19 @@ def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
     source = open_source(path)
     for name, form in FORMATS.items():
         if form.reads(source):
+            check_hints(path, form, hints)
             adapter = form.read(source, hints)
             check_finite(adapter.tensors)
             return name, adapter
     raise UserError(f"{path} is no adapter of a known layout; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}; "
                     f"known are: {', '.join(FORMATS)}")
+
+
+def check_hints(path, form: type[Format], hints: Hints) -> None:
+    """UserError for a hint that a reader would not look at."""
+    for name in ("origin", "alpha", "init"):
+        if getattr(hints, name) not in ("", None) and name not in form.hints:
+            raise UserError(f"{path} is {form.name}, which leaves nothing open that --{name} could say; drop the flag")
 
 
 def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:

@@ -81,6 +81,7 @@ class Format:
 
     name: ClassVar[str]
     writes: ClassVar[bool] = False
+    hints: ClassVar[tuple[str, ...]] = ()  # those that read() has a use for
 
     @classmethod
     def reads(cls, source: Source) -> bool:
@@ -97,6 +98,17 @@ class Format:
         """Write the adapter, whole or not at all; returns notes for the user. UserError, before anything is written, for a method or an option
         that the format has no form for."""
         raise NotImplementedError
+
+
+def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
+    """What a reader of this format kept of its file, {} for another format's. UserError where it is not whole: a native file may be anybody's."""
+    origin = adapter.metadata.get("origin")
+    if not isinstance(origin, dict) or origin.get("format") != name:
+        return {}
+    for key, kind in {"peft": {"config": dict, "prefix": str}, "rwkv-lightning": {"manifest": dict}}[name].items():
+        if not isinstance(origin.get(key), kind):
+            raise UserError(f"the adapter's origin is {str(origin)[:60]!r}, expected a {kind.__name__} under {key}; the file is damaged")
+    return origin
 
 
 def described(method: str, options: dict[str, Any], linears: list[str], **metadata: Any) -> dict[str, Any]:

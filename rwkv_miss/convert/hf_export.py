@@ -19,7 +19,7 @@ from ..adapter import METHODS
 from ..errors import UserError
 from ..methods.lora import ScaledOptions
 from .base import adapted_layers
-from .formats import Adapter, Format, register
+from .formats import Adapter, Format, origin_of, register
 from .output import write_folder, write_json, write_safetensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -158,12 +158,24 @@ def number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
+def compiled(patterns: dict[str, Any]) -> list[tuple[re.Pattern, Any]]:
+    """peft's patterns, expressions for the ends of names, with their values."""
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> Any:
+    """What peft takes from its patterns for a linear: the first one that fits."""
+    return next((value for pattern, value in patterns if pattern.match(name)), default)
+
+
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
-    """peft's pattern for the linears that have another value. It compares the ends of names: where one is the end of another, all are named."""
-    given = {name: number(value) for name, value in values.items() if value != default}
-    if any(re.search(rf"(^|\.){name}$", other) for name in given for other in values if other != name):
-        given = {name: number(value) for name, value in values.items()}
-    return dict(sorted(given.items(), key=lambda item: -len(item[0])))  # the first that fits counts
+    """peft's pattern for the linears that have another value, or for all, where one's name is the end of another's."""
+    for names in ([name for name in values if values[name] != default], list(values)):
+        found = {name: number(values[name]) for name in sorted(names, key=len, reverse=True)}
+        expressions = compiled(found)
+        if all(matched(expressions, name, default) == value for name, value in values.items()):
+            return found
+    raise UserError(f"peft's patterns can't tell linears of these names apart: {', '.join(values)}; merge the adapter (rwkv-miss merge)")
 
 
 def as_vera(adapter: Adapter) -> Folder:
@@ -199,8 +211,8 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
 
 def write_peft(adapter: Adapter, folder: Folder, out) -> list[str]:
     """Write the folder; returns the notes. One that came from peft and stays the same method keeps its configuration."""
-    origin = adapter.metadata.get("origin") or {}
-    theirs = origin["config"] if origin.get("format") == "peft" else {}
+    origin = origin_of(adapter, "peft")
+    theirs = origin.get("config", {})
     same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(folder.config.get("use_dora"))
     whole = whole_tensors(adapter)
     config = theirs if same else {

@@ -50,6 +50,7 @@ class Peft(Format):
     """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA, and PiSSA with the folder that was saved before its training (Hints.init)."""
 
     writes = True
+    hints = ("origin", "init")
 
     @classmethod
     def reads(cls, source: Source) -> bool:
@@ -58,6 +59,8 @@ class Peft(Format):
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
         kind = source.config.get("peft_type")
+        if hints.origin not in ("", "peft"):
+            raise UserError(f"{source.path} is a folder of peft; --origin {hints.origin} is of something else")
         if not isinstance(kind, str) or kind not in READ:
             raise UserError(f"{source.path} is of peft_type {kind!r}; read are: {', '.join(READ)}")
         unread = [key for key, value in source.config.items() if value and key not in NEUTRAL | READ[kind]]
@@ -181,12 +184,17 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
     """Ranks, alphas and dropout of a LoRA. UserError where the configuration's ranks are not those of the tensors."""
     config = source.config
     ranks, alphas = {}, {}
+    rank, rank_of = number(source, "r", 8), patterns(source, "rank_pattern")
+    alpha, alpha_of = number(source, "lora_alpha", 8, float), patterns(source, "alpha_pattern")
     for name, own in linears.items():
         A, B = own["lora_A"], own["lora_B"]
-        rank = pattern_value(source, "rank_pattern", name, number(source, "r", 8))
-        if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == rank:
-            raise UserError(f"{source.path}: {name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}; the configuration says rank {rank}")
-        ranks[name], alphas[name] = rank, pattern_value(source, "alpha_pattern", name, number(source, "lora_alpha", 8, float))
+        ranks[name], alphas[name] = hf_export.matched(rank_of, name, rank), hf_export.matched(alpha_of, name, alpha)
+        if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == ranks[name]:
+            shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+            raise UserError(f"{source.path}: {name} has {shapes}; the configuration says rank {ranks[name]}")
+        if len(A) > min(A.shape[1], len(B)):
+            raise UserError(f"{source.path}: {name} has rank {len(A)}, beyond the smaller of its widths, {A.shape[1]} and {len(B)}, for which this "
+                            "package has no LoRA; merge it with peft instead")
         if not isinstance(alphas[name], (int, float)) or not 0 < alphas[name] < math.inf:
             raise UserError(f"{source.path}: lora_alpha of {name} is {alphas[name]!r}, expected a number above 0")
     return scaled_options(ranks, alphas, rslora=bool(config.get("use_rslora")), dropout=number(source, "lora_dropout", 0.0, float))
@@ -203,27 +211,27 @@ def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: An
     return options
 
 
-def pattern_value(source: Source, field: str, name: str, default: Any) -> Any:
-    """What a peft pattern (expressions for the ends of names) says of a linear: the first one that fits."""
-    patterns = source.config.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{source.path}: {field} is {patterns!r}, expected names with numbers")
-    for pattern, value in patterns.items():
-        # no groups, so that no expression of a stranger's file takes exponential time
-        if not re.fullmatch(r"[\w.\\^$*+?|-]{1,200}", pattern) or pattern.count("*") + pattern.count("+") > 4:
-            raise UserError(f"{source.path}: {pattern!r} in {field} is more than a name with wildcards; write out the names there")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error as error:
-            raise UserError(f"{source.path}: {pattern!r} in {field} is no regular expression ({error})") from None
-    return default
+def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
+    """The patterns in a field. UserError for expressions of which a stranger could make some that take for ever: groups, and many wildcards."""
+    given = source.config.get(field) or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{source.path}: {field} is {given!r}, expected names with numbers")
+    for pattern in given:
+        if not re.fullmatch(r"[\w.\\^$*+?|-]{1,300}", pattern) or pattern.count("*") + pattern.count("+") > 1:
+            raise UserError(f"{source.path}: {pattern!r} in {field} is more than a name with a wildcard; write out the names there")
+    try:
+        return hf_export.compiled(given)
+    except re.error as error:
+        raise UserError(f"{source.path}: an expression in {field} is none ({error}: {error.pattern!r})") from None
 
 
 def read_adalora(source: Source, linears, whole, hints: Hints):
-    """AdaLoRA as the LoRA that it has become: B times the singular values, and peft's factor alpha / (rank + 1e-5)."""
+    """AdaLoRA as the LoRA that it has become: B times the singular values, and peft's factor alpha / (init_r + 1e-5)."""
     expect(source, linears, "lora_A", "lora_B", "lora_E")
-    alpha = number(source, "lora_alpha", 8, float)
+    alpha, first = number(source, "lora_alpha", 8, float), number(source, "init_r", 12)
+    if first < 1:
+        raise UserError(f"{source.path}: init_r is {first}, expected a rank")
+    scale = (alpha if alpha > 0 else first) / (first + 1e-5)
     ranks, alphas, merged = {}, {}, {}
     for name, own in linears.items():
         A, B, E = own["lora_A"], own["lora_B"], own["lora_E"]
@@ -233,7 +241,7 @@ def read_adalora(source: Source, linears, whole, hints: Hints):
         if len(A) == 0:
             continue  # nothing is left of it
         ranks[name] = len(A)
-        alphas[name] = (alpha if alpha > 0 else len(A)) * len(A) / (len(A) + 1e-5)
+        alphas[name] = scale * len(A)
         merged[name] = {"lora_A": A.float(), "lora_B": B.float() * E.float().flatten()}
     if not merged:
         raise UserError(f"{source.path}: no linear has a singular value left; the adapter changes nothing")

@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..methods.miss import Options
 from ..untrusted import open_archive, parse_json
 from .base import adapted_layers, linear_shapes, sha256
-from .formats import Adapter, Format, Hints, described, register
+from .formats import Adapter, Format, Hints, described, origin_of, register
 from .output import synced, write_folder
 from .source import Source
 
@@ -50,7 +50,7 @@ class Lightning(Format):
     @classmethod
     def read(cls, source: Source, hints: Hints) -> Adapter:
         manifest, trained = manifest_of(source)
-        check_manifest(source, manifest, trained)
+        check_manifest(source.path, manifest, trained)
         scale, tensors = fp32(manifest["scale"]), {}
         for target in manifest["targets"]:
             name = target["name"] + (".master" if trained else "")
@@ -129,33 +129,33 @@ def fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def check_manifest(source: Source, manifest: dict[str, Any], trained: bool) -> None:
+def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
     """UserError for what rwkv_lightning's loader refuses as well, and for a scale of zero."""
     for field, value in FIXED.items():
         if manifest.get(field) != value:
-            raise UserError(f"{source.path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning")
+            raise UserError(f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning")
     rank, scale, base, targets = (manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets"))
     if manifest.get("dtype") not in DTYPES:
-        raise UserError(f"{source.path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(DTYPES)}")
+        raise UserError(f"{path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(DTYPES)}")
     if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
-        raise UserError(f"{source.path}: rank is {rank!r}, expected a number from 1 to {LARGEST_RANK}")
+        raise UserError(f"{path}: rank is {rank!r}, expected a number from 1 to {LARGEST_RANK}")
     if not number(scale) or not number(manifest.get("alpha")) or not math.isfinite(fp32(scale)) or not fp32(scale):
-        raise UserError(f"{source.path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale that is not zero")
+        raise UserError(f"{path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale that is not zero")
     if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{64}", base):
-        raise UserError(f"{source.path}: base_fingerprint is {base!r}, expected a SHA-256 in hex")
+        raise UserError(f"{path}: base_fingerprint is {base!r}, expected a SHA-256 in hex")
     names = [target.get("name") if isinstance(target, dict) else None for target in targets] if isinstance(targets, list) else []
     form = rf"blocks\.\d{{1,4}}\.({'|'.join(map(re.escape, TARGETS))})\.weight\.D"
     for name in names or [None]:
         if not isinstance(name, str) or not re.fullmatch(form, name):
-            raise UserError(f"{source.path}: the target {name!r} is none of blocks.N.{{{','.join(TARGETS)}}}.weight.D")
+            raise UserError(f"{path}: the target {name!r} is none of blocks.N.{{{','.join(TARGETS)}}}.weight.D")
     if len(set(names)) < len(names):
-        raise UserError(f"{source.path} names a target twice")
+        raise UserError(f"{path} names a target twice")
     for target in targets:
         shape = target.get("shape")
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape) and shape[1] == rank):
-            raise UserError(f"{source.path}: {target['name']} has shape {shape!r} in the manifest, expected [outputs, {rank}]")
+            raise UserError(f"{path}: {target['name']} has shape {shape!r} in the manifest, expected [outputs, {rank}]")
         if not trained and (type(target.get("in_features")) is not int or target["in_features"] < 1):
-            raise UserError(f"{source.path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest, expected a width")
+            raise UserError(f"{path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest, expected a width")
 
 
 def check_content(source: Source, manifest: dict[str, Any]) -> None:
@@ -207,15 +207,17 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
     """(the adapter with its widths, the manifest without its digest): the manifest that the adapter was read with, or a new one with alpha = r.
     UserError for what a package can't hold, and without a known base."""
-    known = adapter.metadata.get("origin") or {}
-    known = known["manifest"] if known.get("format") == "rwkv-lightning" else None
+    known = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)
     if not adapter.base and not known:
         raise UserError("rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that file: --base MODEL.pth")
-    base = sha256(adapter.base) if adapter.base else known["base_fingerprint"]
-    if known and base != known["base_fingerprint"]:
-        raise UserError(f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not {known['base_fingerprint']}")
+    base = sha256(adapter.base) if adapter.base else known.get("base_fingerprint")
+    if known and base != known.get("base_fingerprint"):
+        raise UserError(f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not {known.get('base_fingerprint')}")
     if known:
+        check_manifest("the adapter's origin", known, False)
+        if {target["name"] for target in known["targets"]} != {f"{name}.weight.D" for name in adapter.metadata["linears"]}:
+            raise UserError("the adapter's origin names other linears than the adapter changes; the file is damaged")
         shapes = {target["name"].removesuffix(".weight.D"): (target["shape"][0], target["in_features"]) for target in known["targets"]}
         return dataclasses.replace(adapter, shapes=shapes), dict(known)
     options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])

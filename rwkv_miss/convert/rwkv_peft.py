@@ -46,6 +46,7 @@ class RwkvPeft(Format):
     """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and the merge scripts of the former take: a .pth file, with PiSSA two of them."""
 
     writes = True
+    hints = ("origin", "alpha", "init")
 
     @classmethod
     def reads(cls, source: Source) -> bool:
