@@ -1,4 +1,4 @@
-"""Chat with a model file, or with a base and an unmerged adapter: python -m demo.chat --model merged.pth"""
+"""Chat with a model file, or with a base and adapters beside it, unmerged: python -m demo.chat --model merged.pth"""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import sys
 from src.doorway import importing, naming_missing_packages
 
 with importing():
+    from demo.commands import NO_ADAPTER, Chat, check_typed, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.decode import fastest
     from src.device import DTYPES
     from src.generate import Conversation, Sampling, stream
-    from src.load import load
+    from src.load import load_with
     from src.template import MODES, recorded_template
 
 
@@ -23,7 +24,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo.chat", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="base or merged .pth")
-    add("--adapter", help="adapter .pth trained on that base")
+    add("--adapter", action="append", default=[], metavar="[NAME=]FILE",
+        help="adapter .pth trained on that base, by its file's name unless NAME is given; the first of several answers, /adapter NAME chooses")
+    add("--scale", type=float, default=1.0, help="what the adapter changes is multiplied by this; 1: as it was trained")
+    add("--compare", action="store_true", help="answer --prompt with the base and with the adapter, side by side; in a chat: /compare TEXT")
+    add("--load_state", metavar="FILE", help="go on with a conversation that /save wrote")
     add("--tokenizer", default="auto", help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file")
     add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
     add("--template", default="auto", help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file")
@@ -41,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", choices=("auto", *DTYPES),
         help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with --wkv torch or reference. On a CPU "
              "answers are computed in fp32 from bf16 weights, too, but their prompts are read in bf16 where the CPU has instructions for it: faster, "
-             "with logits about 1e-3 off; fp32 avoids that. auto merges an --adapter in fp32")
+             "with logits about 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32")
     add("--quant", default="none", choices=("none", "int8"),
         help="int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with those of --precision. It is not the "
              "int8 of train.py's --quant, which has a scale for each 64 weights")
@@ -49,66 +54,72 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise UserError("expected --max_tokens >= 1, --top_k >= 0, --temperature >= 0 and 0 < --top_p <= 1")
-    if not math.isfinite(args.presence_penalty) or not math.isfinite(args.frequency_penalty):
-        raise UserError("expected finite numbers for --presence_penalty and --frequency_penalty")
+    if not all(map(math.isfinite, (args.presence_penalty, args.frequency_penalty, args.scale))):
+        raise UserError("expected finite numbers for --presence_penalty, --frequency_penalty and --scale")
     if not -(2**63) <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
     if args.prompt == "":
         raise UserError("--prompt is empty")
     if args.raw and not args.prompt:
         raise UserError("--raw needs --prompt")
+    args.adapter = named(args.adapter)
+    for flag, given in (("--scale", args.scale != 1), ("--compare", args.compare)):
+        if given and not args.adapter:
+            raise UserError(f"{flag} is about an --adapter; give one")
+    if args.compare and (args.raw or not args.prompt):
+        raise UserError("--compare needs --prompt, without --raw; in a chat type /compare TEXT")
+    if args.load_state and args.raw:
+        raise UserError("--load_state goes on with a conversation, --raw has none; drop one of the two")
     for text in (args.prompt, args.system):
         check_typed(text or "")
     return args
 
 
-def check_typed(text: str) -> None:
-    """UserError for what a shell or a terminal gave in another encoding than Python expects."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"what was typed is no {sys.stdin.encoding} text; if it is UTF-8, set PYTHONUTF8=1") from None
-
-
-def show(pieces) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+def named(given: list[str]) -> dict[str, str]:
+    """name -> file of NAME=FILE and bare files, which have their file's name without suffix."""
+    files: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or os.sep in name or os.path.exists(text):
+            name, path = os.path.splitext(os.path.basename(text))[0], text
+        if not name or name == NO_ADAPTER or "+" in name or name.split() != [name]:
+            raise UserError(f"--adapter {text}: an adapter can't be called {name!r}; give it another name: --adapter NAME={path}")
+        if name in files:
+            raise UserError(f"--adapter {text}: {files[name]} is called {name}, too; give one of them another name: --adapter NAME={path}")
+        files[name] = path
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
-        model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
-        model, how = fastest(model, args.quant == "int8")
+        adapters, tokenizer = load_with(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
+        adapters.use(list(args.adapter)[:1], args.scale)
+        model, how = fastest(adapters.model, args.quant == "int8")
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
-        template = recorded_template(args.template, tokenizer, args.adapter, args.model)
-        chat = Conversation(model, tokenizer, sampling, args.seed, args.system, template)
+
+        def template_of(choice: str, paths: list):
+            return recorded_template(choice, tokenizer, *paths, args.model)
+
+        template = template_of(args.template, list(args.adapter.values())[:1])
+        conversation = Conversation(model, tokenizer, sampling, args.seed, args.system, template)
+        chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed)
+        if args.load_state:
+            chat.load_from(args.load_state)
+            if args.template != "auto":
+                conversation.template, chat.chosen = template, args.template
         if args.raw:
-            show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, sampling, args.max_tokens, "", chat.generator))
+            show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, sampling, args.max_tokens, "", conversation.generator))
+        elif args.compare:
+            print(chat.compared(args.prompt))
         elif args.prompt:
-            pieces = itertools.chain([template.opening] if template.opening else [], chat.answer(args.prompt, args.max_tokens))
+            opening = conversation.template.opening
+            pieces = itertools.chain([opening] if opening else [], conversation.answer(args.prompt, args.max_tokens))
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
-            print(f"{os.path.basename(args.model)}: {model.arch.describe()}; {how}. An empty line or Ctrl-D ends the chat.", file=sys.stderr)
-            converse(chat, args.max_tokens)
-
-
-def converse(chat: Conversation, max_tokens: int) -> None:
-    """Turns from stdin until an empty line, end of input, or Ctrl-C."""
-    while True:
-        try:
-            text = input("User: " if sys.stdin.isatty() else "").strip()
-            if not text:
-                return
-            check_typed(text)
-            print(f"Assistant:{chat.template.opening}", end="")
-            show(chat.answer(text, max_tokens))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, Ctrl-D ends the chat.",
+                  file=sys.stderr)
+            chat.converse()
 
 
 if __name__ == "__main__":

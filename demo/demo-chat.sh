@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Chat with a merged file, or with a base and its adapter unmerged. An empty line ends the chat.
+# Chat with a merged file, or with a base and its adapter unmerged. Ctrl-D ends the chat, /help lists its commands.
 set -euo pipefail
 source "$(dirname "$0")/../scripts/setup.sh" ""
 

@@ -7,13 +7,10 @@ import json
 from src.doorway import importing
 
 with importing():
-    import torch
-
-    from rwkv_miss import UserError, load_adapter
+    from rwkv_miss import UserError
     from rwkv_miss.errors import Parser, one_line_errors
     from src.evaluate import exact_accuracy, read_questions
-    from src.load import load
-    from src.model import RWKV
+    from src.load import load, load_with
     from src.template import recorded_template
 
 
@@ -33,10 +30,10 @@ def main() -> None:
         template = recorded_template("auto", tokenizer, args.merged)
         questions = read_questions(args.questions, template)
         after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens, template)
-        base = RWKV.load(args.base, torch.float32).to(merged.emb.weight.device).eval()
-        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)
-        load_adapter(base, args.adapter)
-        live, _ = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)
+        adapters, tokenizer = load_with(args.base, {"adapter": args.adapter}, precision="fp32")
+        before, wrong = exact_accuracy(adapters.model, tokenizer, questions, args.max_tokens, template)
+        adapters.use(["adapter"])
+        live, _ = exact_accuracy(adapters.model, tokenizer, questions, args.max_tokens, template)
         if abs(live - after) > 0.01:
             raise UserError(f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something")
         with open(args.summary, encoding="utf-8") as file:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import METHODS, put_linears
+from rwkv_miss.checkpoint import fingerprint, read_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.functional import lora_linear, miss_linear, shard_index
 from rwkv_miss.inject import fit_adapter
@@ -55,6 +56,7 @@ class Adapter:
     """An adapter file that fits the model: the factors of linears, the file's tensors of those that have none, and whole tensors."""
 
     path: Any
+    fingerprint: str
     metadata: dict[str, Any]
     factors: dict[str, LowRank]
     merging: dict[str, dict[str, Tensor]]
@@ -98,16 +100,32 @@ class Adapters:
         for name in names:
             if name not in self.by_name:
                 raise UserError(f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}")
-        chosen = [self.by_name[name] for name in names]
-        for name, linear in self.linears.items():
-            linear.low_rank = together([adapter.factors[name] for adapter in chosen if name in adapter.factors], linear.in_features, float(scale))
-        for name, tensor in self.base.items():  # all at first, so that two merged weights never take memory at once
+        self._leave()  # at first, so that two merged weights never take memory at once
+        try:
+            self._enter([self.by_name[name] for name in names], float(scale))
+        except BaseException:  # Ctrl-C, or memory that ran out, in the middle of the merged weights
+            self._leave()
+            raise
+        self.used, self.scale = tuple(names), float(scale)
+
+    def identity(self) -> dict[str, Any]:
+        """What the model is beside its base, the same for the same adapter files at the same scale."""
+        return {"adapters": sorted(self.by_name[name].fingerprint for name in self.used), "scale": self.scale if self.used else 1.0}
+
+    def _leave(self) -> None:
+        for linear in self.linears.values():
+            linear.low_rank = None
+        for name, tensor in self.base.items():
             put(self.model, name, tensor)
+        self.used = ()
+
+    def _enter(self, chosen: list[Adapter], scale: float) -> None:
+        for name, linear in self.linears.items():
+            linear.low_rank = together([adapter.factors[name] for adapter in chosen if name in adapter.factors], linear.in_features, scale)
         for name, tensor in self.base.items():
             changing = [adapter for adapter in chosen if name in adapter.replaced()]
             if changing:
                 put(self.model, name, moved(zeros_of(self.model, name) if tensor is None else tensor.detach(), name, changing, scale))
-        self.used, self.scale = tuple(names), float(scale)
 
 
 def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -125,7 +143,7 @@ def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
     shapes.base_name, shapes.base_fingerprint = model.base_name, model.base_fingerprint
     linears, whole, metadata = fit_adapter(shapes, path)
     cls, options = method_of(metadata) if linears else (None, None)
-    adapter = Adapter(path, metadata, {}, {}, whole)
+    adapter = Adapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
     for name, own in linears.items():
         own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)

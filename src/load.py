@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_miss import Arch
+from rwkv_miss import Arch, UserError, read_metadata
 
 from . import ops
 from .adapters import Adapters
@@ -45,8 +45,18 @@ def load_with(
         dtype = None
     else:
         dtype = DTYPES[choose_precision(precision, accelerator)[0]]
+    _check_tokenizers(tokenizer, files)
     model = RWKV.load(path, dtype, device, kernel).eval()
     return Adapters(model, files), recorded_tokenizer(tokenizer, eod, model.arch.vocab_size, *files.values(), path)
+
+
+def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
+    """UserError where adapters that are to be switched record different tokenizers, and none is asked for."""
+    records = {name: (read_metadata(path) or {}).get("tokenizer") for name, path in files.items()}
+    different = {record for record in records.values() if record}
+    if asked == "auto" and len(different) > 1:
+        raise UserError(f"the adapters were trained with different tokenizers ({', '.join(f'{n}: {r}' for n, r in records.items())}); "
+                        "give --tokenizer, or chat with them one by one")
 
 
 def in_bf16(tensors: dict[str, Tensor]) -> bool:

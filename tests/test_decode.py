@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import re
 import time
 
@@ -315,7 +316,7 @@ def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
     from demo import chat
 
     path = checkpoint(7, torch.bfloat16, vocab_size=257)
-    monkeypatch.setattr("builtins.input", lambda shown: "")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     for flags, line in (([], "bfloat16 weights"), (["--quant", "int8"], "int8 weights"), (["--precision", "fp32"], "float32 weights"),
                         (["--wkv", "torch"], "in torch")):
         chat.main(["--model", str(path), "--tokenizer", "bytes", "--accelerator", "cpu", *flags])

@@ -1,7 +1,7 @@
 """Answers: how a token is chosen, where the text ends, and that the state afterwards is that of the text, no more and no less."""
 
-import builtins
 import functools
+import io
 import json
 import random
 import string
@@ -74,6 +74,11 @@ class Scripted:
         logits[:, next(self.tokens, 0)] = 1
         logits[:, self.size] = 2  # an id of a padded model, for which there is no text
         return logits, [*(state or []), *ids[0].tolist()]
+
+
+def without_adapters(model):
+    """Stands in for adapters.Adapters."""
+    return types.SimpleNamespace(model=model, use=lambda names, scale: None, scale=1.0)
 
 
 def run(generator):
@@ -413,14 +418,13 @@ def test_flags_reach_the_sampling(files, letters, capsys):
         assert say("--temperature", 0, *more) != greedy, more
 
 
-def test_the_chat_keeps_its_turns_and_ends_at_an_empty_line(files, letters, capsys, monkeypatch):
-    typed = iter(["hello", "again", ""])
-    monkeypatch.setattr(builtins, "input", lambda shown: next(typed))
+def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n \nagain\n"))
     chat.main(["--model", str(files[0]), "--tokenizer", letters, "--max_tokens", "12", "--temperature", "0"])
     out, err = capsys.readouterr()
     conversation = Conversation(RWKV.load(files[0]), load_tokenizer(letters, 67), GREEDY)
-    assert out == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again"))
-    assert "base.pth: RWKV-" in err and "ends the chat" in err
+    assert out == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again")) + "\n"
+    assert "base.pth: RWKV-" in err and "Ctrl-D ends the chat" in err
 
 
 def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
@@ -435,7 +439,7 @@ def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
 def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monkeypatch):
     tokenizer = named("bytes")
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
-        monkeypatch.setattr(chat, "load", lambda *_, said=said: (Scripted(tokenizer, said), tokenizer))
+        monkeypatch.setattr(chat, "load_with", lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer))
         monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, ""))
         assert answer(capsys, "--model", "any", "--template", "rwkv", "--prompt", "q", "--temperature", 0) == shown
 

@@ -19,7 +19,7 @@ from src.tokenizer import load_tokenizer
 
 from .conftest import make_arch, random_tensors
 from .test_data import assistant, user, whole_blank_line_tokenizer
-from .test_generate import GREEDY, Scripted, named
+from .test_generate import GREEDY, Scripted, named, without_adapters
 
 
 def system(text):
@@ -273,7 +273,7 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
             assert found.segments(TURNS) == template.segments(TURNS) and found.record == template.record
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
         flags = ["--model", str(merged), "--tokenizer", "bytes", "--prompt", "q", "--max_tokens", "3", "--temperature", "0"]
-        monkeypatch.setattr(chat, "load", lambda path, *_: (Scripted(tokenizer, b"yes"), tokenizer))
+        monkeypatch.setattr(chat, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer))
         monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"

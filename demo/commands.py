@@ -1,0 +1,287 @@
+"""What can be typed in a chat: words for the model, and commands, which begin with a slash."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
+
+from rwkv_miss.errors import UserError
+from src.adapters import Adapters
+from src.decode import Decoder
+from src.generate import Conversation
+from src.graphed import GraphedDecoder
+from src.saved_chat import load_chat, save_chat
+from src.template import MODES, RwkvTemplate, Template
+
+NO_ADAPTER = "none"
+MODE_NAMES = {"off": "rwkv", "think": "think", "normal": "think-normal", "short": "think-short", "long": "think-long", "fake": "fake-think"}
+
+
+class Command(NamedTuple):
+    run: Callable[[Chat, str], None]
+    arguments: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str, arguments: str = ""):
+    """Decorator: make a method of Chat a command; its docstring is the help."""
+
+    def add(method):
+        COMMANDS[name] = Command(method, arguments, method.__doc__)
+        return method
+
+    return add
+
+
+class Chat:
+    """A conversation, the adapters it may use, and what is typed. Answers go to stdout, everything else to stderr.
+
+    `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter files in use.
+    """
+
+    def __init__(
+        self, conversation: Conversation, adapters: Adapters, template_of: Callable[[str, list], Template], template: str, max_tokens: int, seed: int
+    ):
+        self.conversation, self.adapters, self.template_of, self.chosen = conversation, adapters, template_of, template
+        self.max_tokens, self.seed = max_tokens, seed
+        self.scale = adapters.scale  # that of the next adapter, too
+
+    def converse(self) -> None:
+        """Take lines from stdin until it ends, or Ctrl-C at the prompt. Ctrl-C in an answer stops that."""
+        while True:
+            try:
+                line = input("User: " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            turns = len(self.conversation.turns)
+            try:
+                self.take(line)
+            except UserError as error:
+                note(f"error: {error}")
+            except KeyboardInterrupt:
+                print()
+                note("stopped" + ("; what was said stays in the conversation, until /undo" if len(self.conversation.turns) > turns else ""))
+
+    def take(self, line: str) -> None:
+        """One line: nothing, a command, or the user's words, which // or a space before a slash makes of what looks like a command."""
+        check_typed(line)
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, argument = line[1:].partition(" ")
+            return find(name).run(self, argument.strip())
+        text = line.strip()
+        text = text[1:] if line.startswith("//") else text
+        if text:
+            print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
+            show(self.conversation.answer(text, self.max_tokens))
+
+    def use(self, names: tuple[str, ...], scale: float) -> None:
+        """Choose adapters, and forget the state that other weights computed."""
+        try:
+            self.adapters.use(names, scale)
+        finally:  # it may have been stopped
+            if isinstance(self.conversation.model, (Decoder, GraphedDecoder)):
+                self.conversation.model.refresh()
+            self.conversation.read_again()
+
+    def switch(self, names: tuple[str, ...], scale: float) -> None:
+        if (names, scale) != (self.adapters.used, self.adapters.scale):
+            self.use(names, scale)
+            self.conversation.template = self.template_of(self.chosen, self.paths())
+        again = self.conversation.turns and not self.conversation.read
+        note(self.in_use() + (f"; {self.turns()} so far: read again with these weights before the next answer" if again else ""))
+
+    def turns(self) -> str:
+        count = len(self.conversation.turns)
+        return f"{count} turn" + "s" * (count != 1)
+
+    def paths(self) -> list:
+        """The files in use."""
+        return [self.adapters.by_name[name].path for name in self.adapters.used]
+
+    def in_use(self) -> str:
+        return f"adapter {'+'.join(self.adapters.used)}, scale {self.adapters.scale:g}" if self.adapters.used else "no adapter: the base answers"
+
+    @command("adapter", "[NAME|NAME+NAME|none]")
+    def choose_adapter(self, argument: str) -> None:
+        """answer with this adapter, with the sum of several, or with the base alone; without a name: list them"""
+        if argument:
+            names = () if argument == NO_ADAPTER else tuple(name.strip() for name in argument.split("+"))
+            if len({*names}) < len(names):
+                raise UserError(f"/adapter {argument} names an adapter twice; /scale makes one stronger")
+            return self.switch(names, self.scale if names else 1.0)
+        for name, adapter in self.adapters.by_name.items():
+            rank = adapter.metadata["options"].get("rank")
+            used = "*" if name in self.adapters.used else " "
+            note(f"{used} {name}: {adapter.path}, {adapter.metadata['method']}{f' r={rank}' if rank else ''}")
+        note(self.in_use() if self.adapters.by_name else "no --adapter was given")
+
+    @command("scale", "[NUMBER]")
+    def choose_scale(self, argument: str) -> None:
+        """multiply what the adapter changes by this; 1: as it was trained"""
+        if argument:
+            self.scale = valid_scale(argument)
+            if self.adapters.used:
+                return self.switch(self.adapters.used, self.scale)
+        note(f"scale {self.scale:g}" + ("" if self.adapters.used else ", once an adapter is in use"))
+
+    @command("reset")
+    def begin_anew(self, argument: str) -> None:
+        """begin a new conversation"""
+        self.conversation.reset()
+        note("a new conversation")
+
+    @command("undo")
+    def take_back(self, argument: str) -> None:
+        """take back the last question and its answer"""
+        self.conversation.undo()
+        note(f"taken back; {self.turns()} left")
+
+    @command("save", "FILE")
+    def save_to(self, argument: str) -> None:
+        """write the conversation and its state to a file"""
+        save_chat(self.conversation, self.adapters, needed("save", argument))
+        note(f"{self.turns()} saved in {argument}")
+
+    @command("load", "FILE")
+    def load_from(self, argument: str) -> None:
+        """go on with a saved conversation"""
+        used = load_chat(self.conversation, self.adapters, needed("load", argument))
+        self.chosen = self.conversation.template.record
+        again = "" if used or not self.conversation.turns else ", saved without a state of these weights: read again before the next answer"
+        note(f"{self.turns()} of {argument}{again}")
+
+    @command("think", "[MODE]")
+    def choose_mode(self, argument: str) -> None:
+        """ask for answers with or without thoughts: off, think, normal, short, long or fake"""
+        template = self.conversation.template
+        if not isinstance(template, RwkvTemplate):
+            raise UserError(f"/think is about RWKV's template; this chat has {template.name}")
+        if argument:
+            self.chosen = named_mode(argument)
+            self.conversation.template = RwkvTemplate(self.chosen)
+        note(f"template {self.conversation.template.name}")
+
+    @command("compare", "TEXT")
+    def compare_answers(self, argument: str) -> None:
+        """the base's answer and the adapter's to the same words, side by side; the conversation stays as it is"""
+        print(self.compared(needed("compare", argument)))
+
+    @command("help")
+    def list_commands(self, argument: str) -> None:
+        """this list"""
+        width = max(len(name) + len(entry.arguments) for name, entry in COMMANDS.items()) + 2
+        for name, entry in COMMANDS.items():
+            note(f"/{name + ' ' + entry.arguments:<{width}} {entry.help}")
+        note("Words that begin with a slash: type a space or another slash before them. Ctrl-C stops an answer; Ctrl-D ends the chat.")
+
+    def compared(self, text: str) -> str:
+        """Two columns: what the base and what the adapter in use answers, with the same random numbers. UserError without an adapter."""
+        names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
+        if not names:
+            raise UserError("no adapter is in use, so there is nothing to compare the base with; " + (
+                f"/adapter NAME, of {', '.join(self.adapters.by_name)}" if self.adapters.by_name else "start with --adapter"))
+        kept = conversation.state, conversation.read, conversation.earlier
+        answers = []
+        try:
+            for weights in (names, ()):  # the adapter's has its state, the base reads the conversation first
+                if weights != names:
+                    self.use(weights, 1.0)
+                twin = conversation.twin(self.seed)
+                answers.append(twin.template.opening.lstrip() + "".join(twin.answer(text, self.max_tokens)).lstrip(" "))
+        finally:
+            self.use(names, scale)
+            conversation.state, conversation.read, conversation.earlier = kept
+        return side_by_side(("base", answers[1]), (f"{'+'.join(names)}, scale {scale:g}", answers[0]), shutil.get_terminal_size().columns)
+
+
+def find(name: str) -> Command:
+    """The command of that name. UserError with all of them, and one that is near."""
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    raise UserError(f"there is no command /{name}" + (f", did you mean /{near[0]}?" if near else "")
+                    + f" There are /{', /'.join(COMMANDS)}; to say it to the model, type a space or another slash before it")
+
+
+def named_mode(name: str) -> str:
+    """The mode of RWKV's template, by its own or its short name. UserError for any other."""
+    mode = MODE_NAMES.get(name, name)
+    if mode not in MODES:
+        raise UserError(f"/think {name}: expected one of {', '.join(MODE_NAMES)}")
+    return mode
+
+
+def needed(name: str, argument: str) -> str:
+    if not argument:
+        raise UserError(f"/{name} needs {COMMANDS[name].arguments}: {COMMANDS[name].help}")
+    return argument
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def show(pieces: Generator[str, None, Any]) -> None:
+    """Print an answer as it is made. Where that is stopped, the answer is told, and its conversation keeps what was said."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    finally:
+        pieces.close()
+
+
+def check_typed(text: str) -> None:
+    """UserError for what a shell or a terminal gave in another encoding than Python expects."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"what was typed is no {sys.stdin.encoding} text; if it is UTF-8, set PYTHONUTF8=1") from None
+
+
+def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> str:
+    """Two (title, text) as columns of together `width` characters of a terminal."""
+    half = max(10, (width - 3) // 2)
+    columns = [[title, "-" * half, *(line for part in text.splitlines() for line in wrapped(part, half))] for title, text in (left, right)]
+    rows = max(map(len, columns))
+    padded = [[line + " " * (half - cells(line)) for line in column + [""] * (rows - len(column))] for column in columns]
+    return "\n".join(f"{a} | {b}".rstrip() for a, b in zip(*padded, strict=True))
+
+
+def cells(text: str) -> int:
+    """The columns of a terminal that a text takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """One line as lines of at most `width` columns, broken at spaces where there are any."""
+    lines, line = [], ""
+    for c in text.expandtabs(4):
+        if cells(line + c) > width:
+            head, space, tail = line.rpartition(" ")
+            lines.append(head if space and head.strip() else line)
+            line = tail if space and head.strip() else ""
+            if c == " " and not line:
+                continue
+        line += c
+    return [*lines, line]
+
+
+def valid_scale(text: str) -> float:
+    """UserError for anything but a finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"scale {text!r}: expected a number such as 0.7")
+    return number

@@ -1,0 +1,417 @@
+"""The chat's commands through a scripted stdin, what happens to its state, saved conversations, and what is stopped."""
+
+import io
+import sys
+import types
+import zipfile
+
+import pytest
+import torch
+
+import rwkv_miss
+from demo import chat, commands
+from demo.commands import cells, named_mode, side_by_side
+from rwkv_miss import UserError
+from src import generate, template
+from src.generate import Conversation, Sampling, stream
+from src.load import load_with
+from src.saved_chat import load_chat, save_chat
+from src.template import load_template
+from src.tokenizer import load_tokenizer
+
+from .test_generate import GREEDY, Scripted, letters, mixing_tensors  # noqa: F401  (a fixture)
+from .test_template import CHATML
+from .test_unmerged import train
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A base and adapters of it, by name."""
+    folder = tmp_path_factory.mktemp("chat")
+    rwkv_miss.write_checkpoint(folder / "base.pth", mixing_tensors(7).items())
+    a, b = (train(folder / "base.pth", folder / f"{name}.pth", method, seed) for name, method, seed in (("a", "miss", 1), ("b", "dora", 2)))
+    return types.SimpleNamespace(base=folder / "base.pth", a=a, b=b)
+
+
+@pytest.fixture
+def typed(files, letters, capsys, monkeypatch):  # noqa: F811
+    """typed(lines, *flags) -> (stdout lines, stderr lines after the first) of a chat with a and b that these lines are typed into."""
+
+    def run(lines, *flags, adapters=True):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        given = ["--adapter", f"a={files.a}", "--adapter", files.b] if adapters else []
+        chat.main([*map(str, ["--model", files.base, "--tokenizer", letters, "--max_tokens", TOKENS, "--temperature", 0, *given, *flags])])
+        out, err = capsys.readouterr()
+        return out.removesuffix("\n").split("\n"), err.splitlines()[1:]
+
+    return run
+
+
+def answers(lines):
+    """Of stdout, one line an answer: these models write line ends, too."""
+    return "\n".join(lines).split("Assistant:")[1:]
+
+
+def said(files, letters, questions, names=(), scale=1.0, sampling=GREEDY):  # noqa: F811
+    """The answers of a fresh chat with one adapter from the beginning."""
+    adapters, tokenizer = load_with(files.base, {name: getattr(files, name) for name in names}, letters, accelerator="cpu")
+    adapters.use(names, scale)
+    conversation = Conversation(adapters.model, tokenizer, sampling)
+    return ["".join(conversation.answer(question, TOKENS)) + "\n" for question in questions]
+
+
+def test_adapters_are_chosen_in_the_chat(typed, files, letters):  # noqa: F811
+    """Each answer is that of a chat with these weights from the beginning; the conversation that they have in common is empty."""
+    script, expected = [], []
+    for line, names, scale in (("", ["a"], 1), ("/adapter b", ["b"], 1), ("/scale 0.5", ["b"], 0.5), ("/adapter a", ["a"], 0.5),
+                               ("/adapter none", [], 1), ("/adapter a+b", ["a", "b"], 0.5)):
+        script += [line, "hello?", "/reset"]
+        expected += said(files, letters, ["hello?"], names, scale)
+    out, err = typed(script)
+    got = answers(out)
+    assert [text.rstrip("\n") for text in got] == [text.rstrip("\n") for text in expected] and len(set(expected)) == 6
+    assert [line for line in err if line != "a new conversation"] == [
+        "adapter b, scale 1", "adapter b, scale 0.5", "adapter a, scale 0.5", "no adapter: the base answers", "adapter a+b, scale 0.5"]
+
+
+def test_the_first_adapter_answers_at_the_scale_that_is_given(typed, files, letters):  # noqa: F811
+    out, err = typed(["hello?", "/adapter", "/scale"], "--scale", 0.3)
+    assert answers(out)[0].rstrip("\n") == said(files, letters, ["hello?"], ["a"], 0.3)[0].rstrip("\n")
+    assert err == [f"* a: {files.a}, miss r=4", f"  b: {files.b}, dora r=4", "adapter a, scale 0.3", "scale 0.3"]
+
+
+@pytest.mark.parametrize("line, names, scale, note", [
+    ("/adapter b", ["b"], 1, "adapter b, scale 1"), ("/scale 0.5", ["a"], 0.5, "adapter a, scale 0.5"), ("/adapter none", [], 1, "no adapter"),
+])
+def test_after_a_switch_the_turns_are_read_again(line, names, scale, note, files, letters, typed):  # noqa: F811
+    """The answer is that of the new weights to the whole conversation so far, as at once; a switch to the same weights reads nothing."""
+    out, err = typed(["hello?", "why", "/adapter a", line, "and now?"])
+    assert err[0] == "adapter a, scale 1" and err[1].startswith(note)
+    assert err[1].endswith("; 2 turns so far: read again with these weights before the next answer")
+    adapters, tokenizer = load_with(files.base, {"a": files.a, "b": files.b}, letters, accelerator="cpu")
+    adapters.use(names, scale)
+    first, second, third = answers(out)
+    asked = f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{second[:-1]}\n\nUser: and now?\n\nAssistant:"
+    whole = "".join(stream(adapters.model, tokenizer, tokenizer.encode(asked), None, GREEDY, TOKENS))
+    assert third.rstrip("\n") == whole.rstrip("\n") and third != second
+
+
+def test_undo_and_reset(typed):
+    """After an undo the chat goes on as if the turn had not been, also after two, of which only one state is kept."""
+    out, err = typed(["hello?", "why", "/undo", "what", "/undo", "/undo", "hello?", "why", "/reset", "hello?", "/undo", "/undo"])
+    first, second, third, again, second_again, fresh = answers(out)
+    assert (again, second_again, fresh.rstrip("\n")) == (first, second, first.rstrip("\n")) and third != second
+    assert err == ["taken back; 1 turn left", "taken back; 1 turn left", "taken back; 0 turns left", "a new conversation", "taken back; 0 turns left",
+                   "error: there is no turn to take back"]
+
+
+def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"]))
+    wrong = ["/adapt b", "/hepl", "/x", "/adapter c", "/adapter a+a", "/scale much", "/scale nan", "/save", "/think deep"]
+    _, err = typed(["//x", *wrong, " /x", "//", "/help"])
+    assert "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /save, /load, /think, /compare, /help" in err[0]
+    assert "did you mean /help?" in err[1] and "did you mean" not in err[2] and all("type a space or another slash" in line for line in err[:3])
+    assert err[3] == "error: there is no adapter 'c'; there are: a, b" and "twice" in err[4] and "'much'" in err[5] and "'nan'" in err[6]
+    assert "/save needs FILE" in err[7] and "off, think, normal, short, long, fake" in err[8]
+    assert [line.split()[0] for line in err[9:18]] == ["/adapter", "/scale", "/reset", "/undo", "/save", "/load", "/think", "/compare", "/help"]
+    assert asked == ["/x", "/x", "/"]
+
+
+def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F811
+    out, err = typed(["hello?", "/adapter", "/adapter a", "/scale 2", "/compare x"], adapters=False)
+    assert answers(out)[0].rstrip("\n") == said(files, letters, ["hello?"])[0].rstrip("\n")
+    assert err[0] == "no --adapter was given" and "there are: none" in err[1] and err[2] == "scale 2, once an adapter is in use"
+    assert "start with --adapter" in err[3]
+
+
+def test_think_changes_how_the_next_turn_is_asked(typed, monkeypatch):
+    asked = []
+
+    def noted(model, tokenizer, ids, *rest):
+        asked.append(tokenizer.decode(ids))
+        return stream(model, tokenizer, ids, *rest)
+
+    monkeypatch.setattr(generate, "stream", noted)
+    # no < and > in this vocabulary: the mode without an opening stands for the others
+    assert (named_mode("short"), named_mode("think-long"), named_mode("off")) == ("think-short", "think-long", "rwkv")
+    monkeypatch.setitem(template.MODES, "think-long", template.Mode(" think a lot", " "))
+    out, err = typed(["hello", "/think long", "why", "/think", "/think off", "so"])
+    assert [text.rpartition("User: ")[2] for text in asked] == ["hello\n\nAssistant:", "why think a lot\n\nAssistant: ", "so\n\nAssistant:"]
+    assert err == ["template think-long", "template think-long", "template rwkv"]
+
+
+def test_think_is_for_rwkvs_template(typed, tmp_path):
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    _, err = typed(["/think short"], "--template", tmp_path / "chatml.jinja")
+    assert len(err) == 1 and "error: /think is about RWKV's template" in err[0]
+
+
+def test_compare_shows_both_answers_and_changes_nothing(typed, files, letters, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "80")
+    plain, _ = typed(["hello?", "why", "so"])
+    out, err = typed(["hello?", "/compare why", "why", "so"])
+    table = [line for line in out if " |" in line]
+    rest = [line for line in out if line not in table]
+    assert rest == plain and err == [] and "no adapter" not in table[0]
+    titles = [part.strip() for part in table[0].split("|")]
+    assert titles == ["base", "a, scale 1"]
+    left, right = ("".join(line.split(" |", 1)[i].strip() for line in table[2:]).replace(" ", "") for i in (0, 1))
+    assert right == answers(plain)[1].replace("\n", "").replace(" ", "") != left
+    shown, _ = typed([], "--compare", "--prompt", "hello?")
+    assert [part.strip() for part in shown[0].split("|")] == ["base", "a, scale 1"]
+
+
+def test_columns_hold_wide_characters_and_long_words():
+    shown = side_by_side(("base", "你好，世界！你好，世界！ ok"), ("a", "one two three four five\n\nsixsevenexightnineteneleven"), 43)
+    lines = shown.splitlines()
+    assert {cells(line.partition(" | ")[0]) for line in lines if " | " in line} == {20}
+    assert [line.partition(" | ")[2] for line in lines] == ["a", "-" * 20, "one two three four", "five", "", "sixsevenexightninete", "neleven"]
+    assert max(map(cells, lines)) <= 43
+
+
+# saved conversations
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1, 0.9)], ids=["greedy", "sampled"])
+def test_a_saved_chat_goes_on_as_if_it_had_not_stopped(sampling, files, letters, tmp_path):  # noqa: F811
+    adapters, tokenizer = load_with(files.base, {"a": files.a}, letters, accelerator="cpu")
+    adapters.use(["a"], 0.7)
+    conversation = Conversation(adapters.model, tokenizer, sampling, seed=3, system="be brief")
+    said = ["".join(conversation.answer(text, TOKENS)) for text in ("hello", "why")]
+    save_chat(conversation, adapters, tmp_path / "chat.pth")
+    state, messages = conversation.state, conversation.messages
+    want = ["".join(conversation.answer(text, TOKENS)) for text in ("so?", "then")]
+    other = Conversation(adapters.model, tokenizer, sampling, seed=9)
+    assert load_chat(other, adapters, tmp_path / "chat.pth")
+    assert all(torch.equal(a, b) for old, new in zip(state, other.state) for a, b in zip(old, new)) and other.messages == messages
+    assert ["".join(other.answer(text, TOKENS)) for text in ("so?", "then")] == want and len(set(want + said)) > 2
+    save_chat(other, adapters, tmp_path / "chat.pth")  # a saved chat may be replaced
+    assert not load_chat(other, with_scale(adapters, 0.6), tmp_path / "chat.pth") and other.state is None and len(other.turns) == 4
+
+
+def with_scale(adapters, scale):
+    adapters.use(adapters.used, scale)
+    return adapters
+
+
+def test_save_and_load_in_the_chat(typed, tmp_path):
+    """With the weights of the save the state is used, with others the turns are read again, and what is said is the same as without a break."""
+    out, _ = typed(["hello?", "why", "/adapter b", "so"])
+    other = answers(out)[2]
+    out, err = typed(["hello?", "why", f"/save {tmp_path}/chat.pth", "so", "/reset", f"/load {tmp_path}/chat.pth", "so"])
+    assert answers(out)[2].rstrip() == answers(out)[3].rstrip() != other.rstrip()
+    assert err == [f"2 turns saved in {tmp_path}/chat.pth", "a new conversation", f"2 turns of {tmp_path}/chat.pth"]
+    again, err = typed(["so"], "--load_state", tmp_path / "chat.pth")
+    assert answers(again)[0].rstrip() == answers(out)[2].rstrip()
+    shown, err = typed(["/adapter b", f"/load {tmp_path}/chat.pth", "so"])
+    assert answers(shown)[0].rstrip() == other.rstrip()
+    assert err[1].endswith("2 turns of " + f"{tmp_path}/chat.pth, saved without a state of these weights: read again before the next answer")
+    tensors, metadata = rwkv_miss.read_checkpoint(tmp_path / "chat.pth"), rwkv_miss.read_metadata(tmp_path / "chat.pth")
+    assert metadata["turns"][0]["messages"][0] == {"role": "user", "content": "hello?"} and len(tensors) == 7
+
+
+def test_the_template_is_saved(typed, files, letters, tmp_path):  # noqa: F811
+    adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
+    conversation = Conversation(adapters.model, tokenizer, GREEDY, template=load_template(CHATML))
+    save_chat(conversation, adapters, tmp_path / "chat.pth")
+    other = Conversation(adapters.model, tokenizer, GREEDY)
+    load_chat(other, adapters, tmp_path / "chat.pth")
+    assert other.template.record == CHATML and other.turns == []
+
+
+def test_a_file_that_is_no_saved_chat_is_not_replaced(typed, files, tmp_path):
+    before = files.base.read_bytes()
+    wrong = [f"save {files.base}", f"save {tmp_path}", f"save {tmp_path}/no/chat.pth", f"load {files.base}", f"load {tmp_path}/absent.pth"]
+    _, err = typed([f"/{line}" for line in wrong])
+    assert files.base.read_bytes() == before
+    for line, why in zip(err, ("is no saved chat", "is no saved chat", "can't be written", "is no saved chat", "does not exist"), strict=True):
+        assert line.startswith("error: ") and why in line
+
+
+@pytest.fixture(scope="module")
+def saved(files, letters, tmp_path_factory):  # noqa: F811
+    """(path, conversation, adapters) of a chat with one turn, on a file of its own."""
+    adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
+    conversation = Conversation(adapters.model, tokenizer, GREEDY)
+    "".join(conversation.answer("hello", 3))
+    path = tmp_path_factory.mktemp("saved") / "chat.pth"
+    save_chat(conversation, adapters, path)
+    return path, conversation, adapters
+
+
+def changed(path, out, tensors=None, **metadata):
+    """A saved chat with other tensors (None: none of that name) and metadata."""
+    new = {**rwkv_miss.read_checkpoint(path), **(tensors or {})}
+    rwkv_miss.write_checkpoint(out, ((k, t) for k, t in new.items() if t is not None), {**rwkv_miss.read_metadata(path), **metadata})
+
+
+TURN = {"messages": [{"role": "user", "content": "x"}], "pieces": ["x"], "whole": True}
+WRONG = [
+    (dict(base_fingerprint="0"), "another base"), (dict(tokenizer="world"), "--tokenizer world"), (dict(format_version=2), "version 2"),
+    (dict(format="rwkv-miss adapter"), "no saved chat"), (dict(read=2), "damaged"), (dict(read=-1), "damaged"), (dict(read=0), "damaged"),
+    (dict(read=True), "read is .True"), (dict(template="/etc/hostname"), "its template is"), (dict(system=None), "system is"),
+    (dict(turns=[]), "damaged"), (dict(turns=[{**TURN, "whole": False}]), "damaged"),
+    *((dict(turns=[{**TURN, **wrong}]), "a turn is") for wrong in ({"pieces": [1]}, {"whole": 1}, {"messages": ["x"]}, {"x": 1})),
+    *((dict(tensors=tensors), why) for tensors, why in (
+        ({"blocks.0.wkv": None}, "blocks.0.wkv is None"), ({"blocks.0.att_x": torch.zeros(1, 47)}, "att_x is .1, 47., expected .1, 48."),
+        ({"blocks.1.ffn_x": torch.zeros(1, 48, dtype=torch.int64)}, "damaged"), ({"blocks.9.ffn_x": torch.zeros(1)}, "blocks.9.ffn_x"),
+        ({"blocks.1.ffn_x": torch.full((1, 48), torch.nan)}, "NaN"), ({"generator": torch.zeros(3)}, "random numbers"),
+        ({"generator": None}, "random numbers"), ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "random numbers"),
+    )),
+]
+
+
+@pytest.mark.parametrize("changes, why", WRONG, ids=[why for _, why in WRONG])
+def test_what_does_not_fit_is_refused_and_changes_nothing(changes, why, saved, tmp_path):
+    path, conversation, adapters = saved
+    before = vars(conversation).copy()
+    changed(path, tmp_path / "chat.pth", **changes)
+    with pytest.raises(UserError, match=why):
+        load_chat(conversation, adapters, tmp_path / "chat.pth")
+    assert vars(conversation) == before
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    """Cut off anywhere, and with any byte of a tensor or of the metadata flipped, which the checksums of the file know."""
+    path, conversation, adapters = saved
+    content, before, bad = path.read_bytes(), vars(conversation).copy(), tmp_path / "chat.pth"
+    with zipfile.ZipFile(path) as archive:
+        places = [info.header_offset + 200 for info in archive.infolist() if info.file_size > 200]
+    for damaged in ([content[:length] for length in range(0, len(content), len(content) // 40)]
+                    + [content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :] for place in places]):
+        bad.write_bytes(damaged)
+        with pytest.raises(UserError):
+            load_chat(conversation, adapters, bad)
+    assert vars(conversation) == before and len(places) == 5
+    assert load_chat(conversation, adapters, path)
+
+
+# what is stopped
+
+
+class Stopped(Scripted):
+    """Ctrl-C comes while the model makes a token."""
+
+    def __init__(self, tokenizer, tokens, at):
+        super().__init__(tokenizer, tokens)
+        self.at = at
+
+    def next_logits(self, ids, state):
+        self.at -= 1
+        if self.at < 0:
+            raise KeyboardInterrupt
+        return super().next_logits(ids, state)
+
+
+@pytest.mark.parametrize("at, kept", [(0, ""), (4, " yes")])
+def test_a_stopped_answer_is_what_was_said_of_it(at, kept):
+    """Nothing said: no turn. The next answer reads what the state does not hold."""
+    tokenizer = load_tokenizer("bytes", 256)
+    conversation = Conversation(Scripted(tokenizer, b" first\0"), tokenizer, GREEDY)
+    "".join(conversation.answer("1"))
+    conversation.model = Stopped(tokenizer, b" yes, and", at)
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.answer("2"))
+    assert [m["content"] for m in conversation.messages[2:]] == (["2", kept.strip()] if kept else [])
+    conversation.model = Scripted(tokenizer, b" third\0")
+    "".join(conversation.answer("3"))
+    stopped = f"\n\nUser: 2\n\nAssistant:{kept}" if kept else ""
+    assert tokenizer.decode(conversation.state) == f"User: 1\n\nAssistant: first{stopped}\n\nUser: 3\n\nAssistant: third"
+    conversation.undo()
+    assert tokenizer.decode(conversation.unread()[0]) == "User: 1\n\nAssistant: first"
+    conversation.undo()
+    conversation.model = Scripted(tokenizer, b" x\0")
+    "".join(conversation.answer("4"))
+    first = "User: 1\n\nAssistant: first\n\n" if kept else ""
+    assert tokenizer.decode(conversation.state) == f"{first}User: 4\n\nAssistant: x"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(typed, monkeypatch, capsys):
+    """Wherever it comes: here while a piece is printed. At the prompt it ends the chat."""
+    pieces = []
+
+    def interrupted(*words, **options):
+        print(*words, **options)
+        pieces.append(words)
+        if len(pieces) == 4:
+            raise KeyboardInterrupt
+
+    plain, _ = typed(["hello?", "why"])
+    monkeypatch.setattr(commands, "print", interrupted, raising=False)
+    out, err = typed(["hello?", "/undo", "hello?", "why"])
+    first, second, third = answers(out)
+    assert answers(plain)[0].startswith(first[:-1]) and 0 < len(first) < len(answers(plain)[0])
+    assert (second, third.rstrip("\n")) == (answers(plain)[0], answers(plain)[1].rstrip("\n"))
+    assert err == ["stopped; what was said stays in the conversation, until /undo", "taken back; 0 turns left"]
+
+
+# the last question is in brackets, and no longer once another one follows
+ANEW = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}.{% endgeneration %}"
+    "{% else %}{{ '[' if loop.last or loop.index0 == messages|length - 2 else '<' }}{{ m['content'] }}"
+    "{{ ']' if loop.last or loop.index0 == messages|length - 2 else '>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_writes_the_conversation_anew_is_read_whole():
+    """Also after an undo and with a state forgotten: the pieces of earlier turns are then not read twice."""
+    tokenizer = load_tokenizer("bytes", 256)
+    template = load_template(ANEW)
+    conversation = Conversation(None, tokenizer, GREEDY, template=template)
+
+    def ask(text, said):
+        conversation.model = Scripted(tokenizer, said + b"\0")
+        "".join(conversation.answer(text))
+        return tokenizer.decode(conversation.state)
+
+    assert ask("a", b"x") == "[a]x"
+    assert ask("b", b"y") == "<a>x.[b]y"
+    conversation.undo()
+    conversation.read_again()
+    assert ask("c", b"z") == "<a>x.[c]z"
+    assert conversation.unread()[1] == [] and tokenizer.decode(conversation.unread()[0]) == "<a>x.[c]z"
+    conversation.read_again()
+    assert "".join(conversation.unread()[1]) == "<a>x.[c]z"
+
+
+# flags
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--scale", "0.5"], "--scale is about an --adapter"), (["--compare", "--prompt", "x"], "--compare is about an --adapter"),
+    (["--adapter", "A", "--compare"], "--compare needs --prompt"), (["--adapter", "A", "--compare", "--prompt", "x", "--raw"], "without --raw"),
+    (["--load_state", "S", "--raw", "--prompt", "x"], "drop one of the two"), (["--adapter", "A", "--scale", "inf"], "finite"),
+    (["--adapter", "none=A"], "can't be called 'none'"), (["--adapter", "a+b=A"], "can't be called"), (["--adapter", "=A"], "can't be called ''"),
+    (["--adapter", "x/A.pth", "--adapter", "y/A.pth"], "x/A.pth is called A, too"), (["--adapter", "a b=A"], "can't be called"),
+])
+def test_flags_that_do_not_go_together(flags, why):
+    with pytest.raises(UserError, match=why.replace("+", r"\+")):
+        chat.parse(["--model", "m.pth", *flags])
+
+
+def test_adapters_are_named_by_their_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.pth").touch()
+    given = ["x=run/adapter.pth", "run/other.pth", "a=b.pth", "runs/lr=1/third.pth"]
+    assert chat.named(given) == {"x": "run/adapter.pth", "other": "run/other.pth", "a=b": "a=b.pth", "third": "runs/lr=1/third.pth"}
+
+
+def test_adapters_of_different_tokenizers_are_not_switched(files, tmp_path):
+    paths = {}
+    for name, tokenizer in (("a", "bytes"), ("b", "utf16"), ("c", None)):
+        tensors, metadata = rwkv_miss.read_checkpoint(files.a), rwkv_miss.read_metadata(files.a)
+        rwkv_miss.write_checkpoint(tmp_path / name, tensors.items(), {**metadata, "tokenizer": tokenizer})
+        paths[name] = tmp_path / name
+    with pytest.raises(UserError, match="different tokenizers .a: bytes, b: utf16, c: None.; give --tokenizer"):
+        load_with(files.base, paths)
+
+
+def test_every_adapter_is_checked_before_the_chat_begins(files, tmp_path, capsys):
+    (tmp_path / "bad.pth").write_bytes(b"x")
+    with pytest.raises(SystemExit):
+        chat.main(["--model", str(files.base), "--adapter", str(files.a), "--adapter", str(tmp_path / "bad.pth"), "--tokenizer", "bytes"])
+    out, err = capsys.readouterr()
+    assert out == "" and "bad.pth is truncated" in err
