@@ -170,7 +170,7 @@ def read_base(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
-        raise UserError(f"{path} is an adapter file; --base is the model that the adapter was trained on")
+        raise UserError(f"{path} is an adapter file, expected a model, such as the one that it was trained on")
     return tensors, metadata
 
 

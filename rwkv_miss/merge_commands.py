@@ -1,4 +1,4 @@
-"""The commands about merged files: merge, unmerge."""
+"""The commands about merged files: merge, unmerge, diff."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 
 from .check import check_merge
 from .errors import Parser, printable
+from .extract import diff_files
 from .merge import DTYPES, merge_file
+from .methods.miss import CHOICES
 from .rounding import ROWS
 
 
@@ -33,6 +35,16 @@ def add_commands(commands) -> None:
     add_adapters(unmerge, default="what the merged file records, else 1 each")
     add_output(unmerge)
     unmerge.set_defaults(run=run_unmerge)
+    diff = commands.add_parser("diff", help="the MiSS adapter of A that comes nearest to B")
+    diff.add_argument("a", metavar="A", help="the checkpoint that is to be the base")
+    diff.add_argument("b", metavar="B", help="what became of it")
+    diff.add_argument("--rank", type=int, required=True)
+    diff.add_argument("--out", "--output", required=True)
+    diff.add_argument("--targets", help="names of linears with commas between them, such as key,att.value; default: all of the paper's")
+    diff.add_argument("--layout", default="stride", choices=CHOICES["layout"], help="of the shards, as in training")
+    diff.add_argument("--whole", action="store_true", help="take other tensors that differ along as they are in B")
+    add_output(diff)
+    diff.set_defaults(run=run_diff)
 
 
 def add_adapters(parser: Parser, required: bool = False, default: str = "1 each") -> None:
@@ -75,3 +87,8 @@ def run_unmerge(args: argparse.Namespace) -> None:
     show(check, args)
     if not check.ok:
         raise SystemExit(1)
+
+
+def run_diff(args: argparse.Namespace) -> None:
+    targets = args.targets.split(",") if args.targets else None
+    show(diff_files(args.a, args.b, args.out, args.rank, targets, args.layout, args.whole), args)

@@ -276,7 +276,7 @@ def test_the_merged_file_says_what_it_is(case):
 def test_a_file_that_is_no_adapter(case):
     folder = case()
     refused(folder, "base.pth is not an adapter file", adapter="base.pth", base="base.pth")
-    refused(folder, "adapter.pth is an adapter file; --base", base="adapter.pth")
+    refused(folder, "adapter.pth is an adapter file, expected a model", base="adapter.pth")
 
 
 def test_another_base(case):

@@ -1,0 +1,212 @@
+"""The MiSS adapter that comes nearest to the difference of two checkpoints: `rwkv-miss diff A.pth B.pth --rank r --out adapter.pth`.
+
+For a matrix dW = B - A and shards S_j of its columns the nearest D, in the sense of least squares, has the means of the shards: D[j, o] is the
+mean of dW[o, i] over i in S_j. So ||dW - D^T P||^2 = ||dW||^2 - sum over j of |S_j| ||D_j||^2, which needs no second look at the matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Arch, blocks, fingerprint, require_writable, write_checkpoint
+from .convert.formats import described
+from .errors import UserError
+from .functional import shard_index, shard_sum
+from .inject import DEFAULT_TARGETS
+from .merge import read_base
+from .parts import PARTS, in_parts
+from .rounding import ROWS, bits, percent
+
+PIECE = 1 << 20  # entries of a matrix in float64 at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One tensor that differs: ||B - A||, ||A||, and of a linear the share of ||B - A||^2 that the adapter has, beside what it would have of a
+    random matrix: r / in."""
+
+    name: str
+    norm: float
+    base_norm: float
+    explained: float | None = None
+    random: float | None = None
+
+    @property
+    def relative(self) -> float:
+        return self.norm / self.base_norm if self.base_norm else math.inf
+
+
+@dataclasses.dataclass
+class DiffReport:
+    """What diff_files() found: linears with their shares, other tensors that differ, and those of them that the file has as a whole."""
+
+    a: str
+    b: str
+    out: str
+    rank: int
+    linears: list[Difference]
+    others: list[Difference]
+    whole: list[str]
+    parts: list[str]
+
+    def share(self, name: str) -> float:
+        """`explained` or `random` of all linears together."""
+        total = sum(d.norm**2 for d in self.linears)
+        return sum(getattr(d, name) * d.norm**2 for d in self.linears) / total
+
+    def lines(self, rows: int | None = ROWS) -> list[str]:
+        """What the user is told; `rows` tensors of a table (None: all)."""
+        lines = [f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what {len(self.linears)} linears of {self.b} "
+                 f"differ by from {self.a}; of a random difference it would have {percent(self.share('random'))}"]
+        least = sorted(self.linears, key=lambda d: d.explained)[:rows]
+        width = max(len(d.name) for d in least)
+        lines.append(f"  {'least of ' + str(len(self.linears)):<{width}}  explained  of a random one  |B - A| / |A|")
+        lines += [f"  {d.name:<{width}}  {percent(d.explained):>9}  {percent(d.random):>15}  {d.relative:>13.3g}" for d in least]
+        if self.others:
+            what = f"are in the file as a whole ({', '.join(self.parts) or 'no part'})" if self.whole else "ARE LEFT OUT; --whole takes them along"
+            largest = sorted(self.others, key=lambda d: -d.norm)[:rows]
+            width = max(len(d.name) for d in largest)
+            lines.append(f"{'note' if self.whole else 'warning'}: {len(self.others)} other tensors differ and {what}")
+            lines.append(f"  {'largest of ' + str(len(self.others)):<{width}}  {'|B - A|':>9}  |B - A| / |A|")
+            lines += [f"  {d.name:<{width}}  {d.norm:>9.3g}  {d.relative:>13.3g}" for d in largest]
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with every tensor that differs."""
+        return {
+            "a": self.a, "b": self.b, "out": self.out, "rank": self.rank, "explained": self.share("explained"), "random": self.share("random"),
+            "layers": [dataclasses.asdict(d) for d in sorted(self.linears, key=lambda d: d.explained)],
+            "others": [{"name": d.name, "norm": d.norm, "base_norm": d.base_norm} for d in self.others], "whole": self.whole, "parts": self.parts,
+        }
+
+
+def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layout: str = "stride", whole: bool = False) -> DiffReport:
+    """Write the MiSS adapter of checkpoint `a` that comes nearest to checkpoint `b`, as save_adapter() does.
+
+    targets are names as in inject(); None: all linears of the paper. Only linears that differ are adapted. Other tensors that differ are left
+    out, or with `whole` in the file as they are in `b`, with all others of their parts (parts.py). Where `b` has another dtype, what counts is its
+    difference from `a` rounded to that. UserError before anything is written: other keys or shapes, targets that match nothing or don't differ,
+    a rank beyond a width, NaN; nothing is left of a file that was begun.
+    """
+    for path in (a, b):
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+            raise UserError(f"{out} is an input; choose another --out")
+    require_writable(out)
+    (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
+    _check_alike(a, b, first, second)
+    options = described("miss", {"rank": rank, "layout": layout}, [])["options"]
+    candidates = find_targets(first, targets)
+    different = [key for key in second if key not in first or not _same(first[key], second[key])]
+    linears = [name for name in candidates if f"{name}.weight" in different]
+    if not linears:
+        raise UserError(f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears; {len(different)} other tensors "
+                        "differ")
+    for name in linears:
+        if rank > (width := first[f"{name}.weight"].shape[1]):
+            raise UserError(f"rank {rank} does not fit {name}: it must be from 1 to the input width, {width}")
+    adapted = {f"{name}.weight" for name in linears}
+    others = [key for key in different if key not in adapted]
+    for key in others:
+        if whole and not second[key].is_floating_point():
+            raise UserError(f"{key} differs and is {second[key].dtype}, which no adapter holds; leave out --whole")
+    parts = [part for part in PARTS if any(re.fullmatch(PARTS[part], key) for key in others)] if whole else []
+    kept = list(dict.fromkeys(in_parts(second, parts) + others)) if whole else []
+    norms = [_difference(key, first.get(key), second[key]) for key in others]
+    report = DiffReport(os.fspath(a), os.fspath(b), os.fspath(out), rank, [], norms, kept, parts)
+
+    def items() -> Iterator[tuple[str, Tensor]]:
+        for name in linears:
+            D, found = nearest(name, first[f"{name}.weight"], second[f"{name}.weight"], rank, options["layout"] == "contiguous")
+            report.linears.append(found)
+            yield f"{name}.miss", D
+        for key in kept:
+            yield key, second[key]
+
+    numbers = sum(rank * len(first[f"{name}.weight"]) for name in linears) + sum(second[key].numel() for key in kept)
+    require_writable(out, 4 * numbers)
+    said = facts_b if facts_b.get("tokenizer") else facts_a  # an end of document belongs to its tokenizer
+    record = {"tokenizer": said.get("tokenizer"), "eod": said.get("eod"), "template": facts_b.get("template") or facts_a.get("template")}
+    write_checkpoint(out, items(), described(
+        "miss", options, linears, layout=options["layout"], train_parts=parts, trainable=numbers, arch=_arch(first), base=os.path.basename(a),
+        base_fingerprint=fingerprint(first), difference_to={"file": os.path.basename(b), "fingerprint": fingerprint(second)}, **record,
+    ))
+    return report
+
+
+def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The sizes of an RWKV model, None for another model."""
+    try:
+        return Arch.detect(tensors).to_dict()
+    except UserError:
+        return None
+
+
+def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """UserError that names the first keys, or the shape, that the two checkpoints do not have in common; the second may add initial states."""
+    for path, missing in ((b, [key for key in first if key not in second]),
+                          (a, [key for key in second if key not in first and not re.fullmatch(PARTS["state"], key)])):
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise UserError(f"{path} has no {', '.join(missing[:3])}{more}; the two checkpoints must be of the same model")
+    for key in first:
+        if first[key].shape != second[key].shape:
+            raise UserError(f"{key} is {tuple(first[key].shape)} in {a} and {tuple(second[key].shape)} in {b}; the two must be of the same model")
+
+
+def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> list[str]:
+    """The names of linears that targets mean, as in inject(), by a checkpoint's matrices. UserError for one that matches nothing."""
+    names = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2 and t.is_floating_point()]
+    names = [name for name in names if name != "emb"]
+    chosen = []
+    for target in targets or DEFAULT_TARGETS:
+        found = [name for name in names if name == target or name.endswith(f".{target}")]
+        if targets and not found:
+            raise UserError(f"target {target!r} matches no linear; there are: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+        chosen += found
+    return [name for name in names if name in set(chosen)]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same bits, the first rounded to the dtype of the second."""
+    return all(torch.equal(bits(x.to(y.dtype)), bits(y)) for x, y in zip(blocks(first), blocks(second)))
+
+
+def _difference(key: str, first: Tensor | None, second: Tensor) -> Difference:
+    first = torch.zeros(1).expand(second.shape) if first is None else first
+    norm = base = 0.0
+    for x, y in zip(blocks(first), blocks(second)):
+        x, y = x.to(y.dtype).double(), y.double()
+        norm, base = norm + float((y - x).square().sum()), base + float(x.square().sum())
+    return _finite(Difference(key, norm**0.5, base**0.5))
+
+
+def _finite(found: Difference) -> Difference:
+    if not math.isfinite(found.norm) or not math.isfinite(found.base_norm):
+        raise UserError(f"{found.name} holds NaN or infinite values in one of the checkpoints; it is damaged or its training diverged")
+    return found
+
+
+def nearest(name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool) -> tuple[Tensor, Difference]:
+    """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near. Computed in float64, some rows at a time."""
+    out, width = first.shape
+    counts = torch.bincount(shard_index(width, rank, contiguous), minlength=rank).double()
+    D = torch.empty(rank, out)
+    norm = base = explained = 0.0
+    rows = max(1, PIECE // width)
+    for at in range(0, out, rows):
+        x = first[at : at + rows].to(second.dtype).double()
+        delta = second[at : at + rows].double() - x
+        means = shard_sum(delta, rank, contiguous) / counts.clamp(min=1)  # a contiguous shard may be empty
+        D[:, at : at + rows] = means.t()
+        norm, base = norm + float(delta.square().sum()), base + float(x.square().sum())
+        explained += float((means.square() * counts).sum())
+    share = explained / norm if norm else 0.0
+    return D, _finite(Difference(name, norm**0.5, base**0.5, share, int((counts > 0).sum()) / width))
