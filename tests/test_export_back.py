@@ -29,7 +29,7 @@ def released(version, **sizes):
     return dataclasses.replace(arch, ranks=arch.ranks | {"v": 5}) if version == 7 else arch
 
 
-def there_and_back(path, to, kind="BF16"):
+def there_and_back(path, to, kind=""):
     there, back = path.with_name(f"there-{to}-{kind}"), path.with_name("back.pth")
     export(path, there, to, kind)
     return there, back, export(there, back, "pth")
@@ -40,7 +40,7 @@ def there_and_back(path, to, kind="BF16"):
 def test_there_and_back_is_the_same_file(tmp_path, version, dtype):
     saved(tmp_path / "m.pth", released(version), dtype, METADATA)
     kinds = ["F32", "BF16"] if dtype == torch.bfloat16 else ["F32"]
-    for to, kind in [("gguf", kind) for kind in kinds] + [("safetensors", "BF16")] + [("hf", "BF16")] * (version == 7):
+    for to, kind in [("gguf", kind) for kind in kinds] + [("safetensors", "")] + [("hf", "")] * (version == 7):
         _, back, told = there_and_back(tmp_path / "m.pth", to, kind)
         assert back.read_bytes() == (tmp_path / "m.pth").read_bytes() and told.notes == [], (to, kind)
 
@@ -53,7 +53,7 @@ def test_odd_files_come_back_as_they_were(tmp_path, to):
     tensors["blocks.1.att.x_r"], tensors["blocks.1.att.w0"] = tensors["blocks.1.att.x_r"].flatten(), tensors["blocks.1.att.w0"].flatten()
     tensors = dict(sorted(tensors.items(), reverse=True))
     write_checkpoint(tmp_path / "m.pth", tensors.items())
-    export(tmp_path / "m.pth", tmp_path / "there", to, "F32", "none")
+    export(tmp_path / "m.pth", tmp_path / "there", to, "F32" if to == "gguf" else "", "auto" if to == "safetensors" else "none")
     told = export(tmp_path / "there", tmp_path / "back.pth", "pth")
     back = read_checkpoint(tmp_path / "back.pth")
     assert list(back) == list(tensors) and read_metadata(tmp_path / "back.pth") is None
@@ -94,7 +94,7 @@ def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, v
     for module in ("gguf", "safetensors"):
         monkeypatch.setattr(f"src.export.{module}.KEY", "another.key")
     for to in ["gguf", "safetensors"] + ["hf"] * (version == 7):
-        export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")
         told = export(tmp_path / to, tmp_path / "back.pth", "pth")
         back = read_checkpoint(tmp_path / "back.pth")
         assert "another program wrote this" in told.notes[-1]
@@ -214,8 +214,18 @@ def test_a_folder_of_several_files(tmp_path):
 def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, message):
     saved(tmp_path / "m.pth", arch_of(version, **sizes))
     with pytest.raises(UserError, match=message):
-        export(tmp_path / "m.pth", tmp_path / "out", to, tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / "out", to)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
+
+
+@pytest.mark.parametrize("to,flags,message", [
+    ("hf", {"kind": "F32"}, "--type F32 is for gguf; hf has the checkpoint's own dtypes"), ("safetensors", {"kind": "BF16"}, "--type BF16"),
+    ("safetensors", {"tokenizer": "bytes"}, "are for gguf and hf; safetensors holds all tensors and no tokenizer"),
+    ("pth", {"drop_state": True}, "are for gguf and hf; pth"), ("pth", {"template": "think"}, "are for gguf and hf"),
+])
+def test_flags_that_would_do_nothing_are_refused(tmp_path, to, flags, message):
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "m.pth", tmp_path / "out", to, **flags)
 
 
 def test_no_folder_is_written_over_and_no_half_one_is_left(tmp_path, monkeypatch):
@@ -268,12 +278,41 @@ def test_keys_that_cannot_be(tmp_path, monkeypatch, key, value, message):
     assert not (tmp_path / "back.pth").exists()
 
 
+def test_a_gguf_file_that_claims_more_than_it_holds(tmp_path):
+    saved(tmp_path / "m.pth", released(7))
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    content = (tmp_path / "m.gguf").read_bytes()
+    tensor = content.index(b"token_embd.weight") + len("token_embd.weight")  # then 4 bytes, how many dimensions; 8 each; 4, the type; 8
+    for place, value, message in (
+        (8, 2**40, "a count of 1,099,511,627,776"),
+        (24, 2**40, "a text of 1,099,511,627,776 bytes"), (24, 2**22, "4,194,304 bytes are announced where"),
+        (tensor + 4, 2**63, "'token_embd.weight' of .* lies outside of the file"),
+        (tensor + 12, 0, "lies outside"), (tensor + 24, 2**62, "lies outside"),
+        (tensor + 12, len(content) // 300, "or lie over each other"),
+    ):
+        data = bytearray(content)
+        data[place : place + 8] = struct.pack("<Q", value)
+        (tmp_path / "m.gguf").write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+
+
+def test_infinite_values_do_not_come_back(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = random_tensors(arch_of(7))
+    tensors["head.weight"][3, 4] = torch.inf
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="head.weight holds NaN or infinite values"):
+        export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
+
+
 def test_mutated_files_are_refused_or_read(tmp_path):
     """Truncated, flipped and overwritten with extremes, most often in the header: never anything but a UserError."""
     saved(tmp_path / "m.pth", make_arch(7, 1, 64, 64, 16), metadata=METADATA)
     draw, refused, files = random.Random(0), 0, {}
     for to in ("gguf", "safetensors", "hf"):
-        export(tmp_path / "m.pth", tmp_path / f"m.{to}", to, tokenizer="none")
+        export(tmp_path / "m.pth", tmp_path / f"m.{to}", to, tokenizer="auto" if to == "safetensors" else "none")
         path = tmp_path / "m.hf" / "config.json" if to == "hf" else tmp_path / f"m.{to}"
         files[tmp_path / f"m.{to}"] = path, path.read_bytes()
     for _ in range(120):
@@ -301,7 +340,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     saved(tmp_path / "m.pth", arch, torch.bfloat16)
     largest = 65536 * 384 * 2
     for to in ("hf", "safetensors", "gguf"):
-        work = lambda: export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="none")  # noqa: B023, E731
+        work = lambda: export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")  # noqa: B023, E731
         assert peak_above_start(work) < 0.3 * largest, to
         peak = peak_above_start(lambda: export(tmp_path / to, tmp_path / "back.pth", "pth"))  # noqa: B023
         assert peak < 1.3 * largest, f"{to}: {peak:,} bytes"

@@ -56,16 +56,21 @@ class Exported:
 
 
 def export(
-    path, out, to: str, kind: str = "BF16", tokenizer: str = "auto", eod: str = "", template: str = "auto", drop_state: bool = False
+    path, out, to: str, kind: str = "", tokenizer: str = "auto", eod: str = "", template: str = "auto", drop_state: bool = False
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES. tokenizer, eod, template: as everywhere, for gguf and hf; auto is what the file
-    records, and tokenizer may be "none". drop_state: leave out an initial state that the form has no place for. UserError, before anything is
-    written, for what is no model or not merged, for a model that the readers of the form would compute wrongly, and for a missing package.
+    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod, template: as everywhere, for gguf
+    and hf; auto is what the file records, and tokenizer may be "none". drop_state: leave out an initial state that the form has no place for.
+    UserError, before anything is written, for what is no model or not merged, for a model that the readers of the form would compute wrongly,
+    and for a missing package.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
+    if kind and to != "gguf":
+        raise UserError(f"--type {kind} is for gguf; {to} has the checkpoint's own dtypes")
+    if to not in ("gguf", "hf") and (tokenizer, eod, template, drop_state) != ("auto", "", "auto", False):
+        raise UserError(f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and no tokenizer")
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     (require_new if to == "hf" else require_writable)(out)
@@ -79,13 +84,13 @@ def export(
         raise UserError(f"{path} is {NAMES[found]}; make a checkpoint of it first, with --to pth")
     model = read_model(path)
     record = Record.of(model.tensors, read_metadata(path))
-    notes: list[str] = []
     if to == "safetensors":
         check_finite(model.tensors)
         safetensors.write(out, model.tensors, record)
-        return Exported(os.fspath(out), to, model.arch.describe(), _size(out), notes)
+        return Exported(os.fspath(out), to, model.arch.describe(), _size(out), [])
     model, notes = _without_state(model, to, drop_state)
     record = record._replace(entries={name: record.entries[name] for name in model.tensors})
+    kind = kind or gguf.DEFAULT_TYPE
     if to == "hf":
         hugging_face.check(model.arch)
     else:

@@ -19,6 +19,7 @@ from .vocabulary import Vocabulary
 from .whole import whole_file
 
 FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # of large matrices, with GGUF's number for a file of mostly these
+DEFAULT_TYPE = "BF16"  # F16 would round the activations too, whose squares in the channel mix can be beyond its range
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 QUANT_ROW = 32  # weights that share a scale
 LN_EPS = 1e-5

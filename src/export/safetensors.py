@@ -18,19 +18,18 @@ ALIGNMENT = 8
 
 
 def write(path, tensors: Mapping[str, Tensor], record: Record) -> None:
-    """Write tensors, whole or not at all, with the record in the header. Wide types come first, as in the package's files: so all are aligned."""
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    """Write tensors in their order, whole or not at all, with the record in the header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", KEY: record.text()}}
     end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     with whole_file(path, 8 + len(text) + end) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for piece in pieces(tensors[name]):
+        for tensor in tensors.values():
+            for piece in pieces(tensor):
                 file.write(piece)
 
 
