@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import struct
 
@@ -266,6 +267,8 @@ def changed(key, value):
     ("rwkv7.block_count", 10**9, "block_count is 1000000000, expected a number from 1 to 4096"),
     ("rwkv7.block_count", 3, "lacks blk.2."), ("rwkv7.block_count", 1, "has the unknown blk.1."),
     ("rwkv7.wkv.head_size", 0, "wkv.head_size is 0"), ("rwkv7.wkv.head_size", 60, "its shapes do not fit"),
+    ("rwkv7.attention.layer_norm_epsilon", 1e-6, "has layers with an eps of 1e-06; RWKV's is 1e-05"),
+    ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1e999]}, "metadata": null}', "can't be read"),
     ("rwkv7.rescale_every_n_layers", 6, "halved every 6 layers"),
     ("rwkv_miss.checkpoint", "{", "can't be read"), ("rwkv_miss.checkpoint", '{"tensors": {}, "metadata": null}', "not in both"),
 ])
@@ -295,6 +298,34 @@ def test_a_gguf_file_that_claims_more_than_it_holds(tmp_path):
         (tmp_path / "m.gguf").write_bytes(data)
         with pytest.raises(UserError, match=message):
             export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+
+
+def test_a_folder_that_would_compute_something_else_or_claims_too_much(tmp_path):
+    saved(tmp_path / "m.pth", released(7))
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    for change, message in (({"head_dim": 32}, "heads of 32 and an eps of 1e-05"), ({"norm_eps": 1e-6}, "heads of 64 and an eps of 1e-06"),
+                            ({"model_type": "llama"}, "a folder of 'llama'"), ({"num_hidden_layers": 3}, "lacks model.layers.2.")):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "hf", tmp_path / "back.pth", "pth")
+    path.write_text(json.dumps(config))
+    (tmp_path / "hf" / "block_0_value_residual.safetensors").unlink()
+    weights = tmp_path / "hf" / "model.safetensors"
+    content = weights.read_bytes()
+    told = b'\\"blocks.0.att.v1\\":[\\"float32\\",128,5]'
+    assert told in content
+    weights.write_bytes(content.replace(told, told.replace(b"128,5]", b"99999]")))
+    with pytest.raises(UserError, match="a value residual that is larger than its matrices"):
+        export(tmp_path / "hf", tmp_path / "back.pth", "pth")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("pipe", "is no regular file"), ("none", "does not exist"), (".", "is a folder without config.json")):
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / name, tmp_path / "m.gguf", "gguf") if name != "." else export(tmp_path, tmp_path / "b.pth", "pth")
 
 
 def test_infinite_values_do_not_come_back(tmp_path):

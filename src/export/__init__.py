@@ -32,12 +32,15 @@ TARGETS = tuple(NAMES)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checked model: `tensors` by the checkpoint's names, mapped from the file, and what its metadata say."""
+    """A checked model: `tensors` by the checkpoint's names, mapped from the file, and its metadata, None where it has none."""
 
     path: str
     arch: Arch
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] | None
+
+    def record(self) -> Record:
+        return Record.of(self.tensors, self.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +68,7 @@ def export(
     UserError, before anything is written, for what is no model or not merged, for a model that the readers of the form would compute wrongly,
     and for a missing package.
     """
-    if to not in TARGETS:
-        raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
-    if kind and to != "gguf":
-        raise UserError(f"--type {kind} is for gguf; {to} has the checkpoint's own dtypes")
-    if to not in ("gguf", "hf") and (tokenizer, eod, template, drop_state) != ("auto", "", "auto", False):
-        raise UserError(f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and no tokenizer")
+    _check_flags(to, kind, (tokenizer, eod, template, drop_state))
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
     (require_new if to == "hf" else require_writable)(out)
@@ -83,26 +81,32 @@ def export(
     if found != "pth":
         raise UserError(f"{path} is {NAMES[found]}; make a checkpoint of it first, with --to pth")
     model = read_model(path)
-    record = Record.of(model.tensors, read_metadata(path))
     if to == "safetensors":
         check_finite(model.tensors)
-        safetensors.write(out, model.tensors, record)
+        safetensors.write(out, model.tensors, model.record())
         return Exported(os.fspath(out), to, model.arch.describe(), _size(out), [])
     model, notes = _without_state(model, to, drop_state)
-    record = record._replace(entries={name: record.entries[name] for name in model.tensors})
-    kind = kind or gguf.DEFAULT_TYPE
     if to == "hf":
         hugging_face.check(model.arch)
-    else:
-        notes += gguf.check(model.arch, kind)
-    words, chosen = _language(model, tokenizer, eod, template)
+        words, chosen = _language(model, tokenizer, eod, template)
+        check_finite(model.tensors)
+        notes += hugging_face.write(out, model.tensors, model.arch, words, chosen, model.record())
+        return Exported(os.fspath(out), "Hugging Face folder", model.arch.describe(), _size(out), notes)
+    kind = kind or gguf.DEFAULT_TYPE
+    notes += gguf.check(model.arch, kind)
+    vocabulary = vocabulary_of(*_language(model, tokenizer, eod, template), model.arch.vocab_size)
     check_finite(model.tensors)
-    if to == "hf":
-        notes += hugging_face.write(out, model.tensors, model.arch, words, chosen, record)
-    else:
-        vocabulary = vocabulary_of(words, chosen, model.arch.vocab_size)
-        notes += vocabulary.notes + gguf.write(out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, record)
-    return Exported(os.fspath(out), f"GGUF {kind}" if to == "gguf" else "Hugging Face folder", model.arch.describe(), _size(out), notes)
+    notes += vocabulary.notes + gguf.write(out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, model.record())
+    return Exported(os.fspath(out), f"GGUF {kind}", model.arch.describe(), _size(out), notes)
+
+
+def _check_flags(to: str, kind: str, language: tuple[str, str, str, bool]) -> None:
+    if to not in TARGETS:
+        raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
+    if kind and to != "gguf":
+        raise UserError(f"--type {kind} is for gguf; {to} has the checkpoint's own dtypes")
+    if to not in ("gguf", "hf") and language != ("auto", "", "auto", False):
+        raise UserError(f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and no tokenizer")
 
 
 def _size(path) -> int:
@@ -118,7 +122,7 @@ def read_model(path) -> Model:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}")
-    return Model(os.fspath(path), arch, tensors, read_metadata(path) or {})
+    return Model(os.fspath(path), arch, tensors, read_metadata(path))
 
 
 def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]:
@@ -135,7 +139,7 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
 
 def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Template]:
     """The tokenizer, None for "none", and the chat template; auto is what the metadata record."""
-    told = model.metadata
+    told = model.metadata or {}
     if spec == "auto" and told.get("tokenizer"):
         spec, eod = told["tokenizer"], eod or told.get("eod") or ""
     tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from rwkv_miss.errors import UserError
 from ..model import RWKV
 from ..words import counted
 from . import gguf_reader, gguf_table, hugging_face
+from .gguf import LN_EPS
 from .record import KEY, Entry, Record
 from .table import Row, restore
 
@@ -38,11 +40,10 @@ def form_of(path) -> str:
     """"gguf", "hf", "safetensors", or "pth" for anything else."""
     if os.path.isdir(path):
         return "hf"
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4)
-    except OSError:
-        return "pth"  # whoever reads it next says why
+    if not os.path.isfile(path):
+        return "pth"  # whose reader says why
+    with open(path, "rb") as file:
+        head = file.read(4)
     return "gguf" if head == gguf_reader.MAGIC else "safetensors" if is_safetensors(path) else "pth"
 
 
@@ -78,6 +79,9 @@ def _from_gguf(path) -> Stored:
     n_layer, head_size, halved = (_number(path, keys, f"{name}.{key}") for key in ("block_count", "wkv.head_size", "rescale_every_n_layers"))
     if halved:
         raise UserError(f"{path} has weights that were halved every {halved} layers for fp16 (rescale_every_n_layers), which is not undone here")
+    eps = keys.get(f"{name}.attention.layer_norm_epsilon")
+    if not isinstance(eps, float) or abs(eps - LN_EPS) > 1e-9:
+        raise UserError(f"{path} has layers with an eps of {str(eps)[:60]}; RWKV's is {LN_EPS:g}, so a checkpoint would compute something else")
     record = Record.parse(keys[KEY], path) if KEY in keys else None
     tensors = _restored(path, gguf_table.rows(version, n_layer), stored, head_size)
     notes = []
@@ -114,6 +118,9 @@ def _from_folder(path) -> Stored:
     if config.get("model_type") != "rwkv7":
         raise UserError(f"{path} is a folder of {str(config.get('model_type'))[:60]!r}, expected rwkv7")
     n_layer, head_size = (_number(path, config, key) for key in ("num_hidden_layers", "head_dim"))
+    if (head_size, config.get("norm_eps", LN_EPS)) != (64, LN_EPS):
+        raise UserError(f"{path} has heads of {head_size} and an eps of {str(config.get('norm_eps'))[:60]}: its ln_x has their product; RWKV's is "
+                        f"64 * {LN_EPS:g}, so a checkpoint would compute something else")
     stored: dict[str, Tensor] = {}
     header: dict[str, str] = {}
     for name in _weight_files(folder):
@@ -121,12 +128,12 @@ def _from_folder(path) -> Stored:
         stored |= found
     record = Record.parse(header[KEY], path) if KEY in header else None
     tensors = _restored(path, hugging_face.rows(n_layer), stored, head_size)
-    if record and VALUE_RESIDUAL[0] in record.entries:
-        if not (folder / hugging_face.UNREAD).exists():
-            return Stored("Hugging Face", {**tensors, **_zeros(record)}, record,
-                          [f"{hugging_face.UNREAD} is absent: the value residual of block 0, which nothing reads, is zero"])
-        tensors |= read_safetensors(folder / hugging_face.UNREAD)[0]
-    return Stored("Hugging Face", tensors, record, [])
+    if record is None or VALUE_RESIDUAL[0] not in record.entries:
+        return Stored("Hugging Face", tensors, record, [])
+    if (folder / hugging_face.UNREAD).exists():
+        return Stored("Hugging Face", tensors | read_safetensors(folder / hugging_face.UNREAD)[0], record, [])
+    notes = [f"{hugging_face.UNREAD} is absent: the value residual of block 0, which nothing reads, is zero"]
+    return Stored("Hugging Face", tensors | _zeros(path, record, tensors), record, notes)
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -142,8 +149,11 @@ def _weight_files(folder: Path) -> list[str]:
     return files
 
 
-def _zeros(record: Record) -> dict[str, Tensor]:
-    return {name: torch.zeros(record.entries[name].shape, dtype=record.entries[name].dtype) for name in VALUE_RESIDUAL if name in record.entries}
+def _zeros(path, record: Record, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    entries = {name: record.entries[name] for name in VALUE_RESIDUAL if name in record.entries}
+    if any(math.prod(entry.shape) > tensors["blocks.0.att.key.weight"].numel() for entry in entries.values()):
+        raise UserError(f"{path} is damaged: its {KEY} gives block 0 a value residual that is larger than its matrices")
+    return {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
 
 
 def _number(path, keys: Mapping[str, Any], key: str) -> int:

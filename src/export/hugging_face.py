@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -114,7 +113,3 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, template: Templa
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def is_folder(path) -> bool:
-    return os.path.isdir(path) and os.path.exists(os.path.join(path, CONFIG))

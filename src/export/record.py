@@ -47,7 +47,7 @@ class Record(NamedTuple):
             metadata = None if told["metadata"] is None else dict(told["metadata"])
             if any(n < 0 for entry in entries.values() for n in entry.shape):
                 raise ValueError("a negative size")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is damaged: its {KEY} can't be read ({type(error).__name__}: {str(error)[:100]})") from None
         return Record(entries, metadata)
 
