@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import pathlib
-import re
 from collections.abc import Callable
 
 import torch
@@ -14,28 +11,9 @@ from torch import Tensor
 
 import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
-from rwkv_miss.errors import UserError
 
 from .held_out import undisturbed
-
-BLOCK = 16
-TEXT = pathlib.Path(__file__).with_name("forgetting.txt")
-
-
-def sections(tokenizer) -> dict[str, list[int]]:
-    """Name -> tokens of the fixed text's sections, without those that the tokenizer has no tokens for."""
-    parts = re.split(r"^=== (.+) ===\n", TEXT.read_text(encoding="utf-8"), flags=re.M)[1:]
-    found = {}
-    for name, text in zip(parts[::2], parts[1::2], strict=True):
-        with contextlib.suppress(UserError):
-            found[name] = tokenizer.encode(text)
-    return found
-
-
-def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """Kullback-Leibler divergence KL(base || tuned) at each token, nats: logits (T, V) -> (T,) fp32."""
-    base, tuned = (torch.log_softmax(logits.float(), -1) for logits in (base, tuned))
-    return (base.exp() * (base - tuned)).sum(-1)
+from .probe import BLOCK, divergence, sections
 
 
 class Forgetting(Callback):

@@ -16,7 +16,7 @@ from .conftest import ROOT
 
 PROGRAMS = [["train.py"], *(["-m", name] for name in (
     "demo.chat", "demo.verify", "scripts.binidx", "scripts.doctor", "scripts.evaluate", "scripts.lm_eval", "scripts.memory_table", "scripts.plan",
-    "scripts.preview"))]
+    "scripts.preview", "scripts.verify_merge"))]
 
 
 def run(program, **options):

@@ -1,0 +1,157 @@
+"""Is a merged file what base + adapters are? Every tensor, bit for bit, and the logits of a probe text:
+python -m scripts.verify_merge --base base.pth --adapter adapter.pth --merged merged.pth"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from src.doorway import importing, naming_missing_packages
+
+with importing():
+    import torch
+
+    from rwkv_miss.check import MergeCheck, check_merge
+    from rwkv_miss.checkpoint import Arch, read_checkpoint
+    from rwkv_miss.errors import Parser, UserError, one_line_errors, printable
+    from rwkv_miss.merge_commands import add_adapters, add_output
+    from rwkv_miss.rounding import ROWS, percent
+    from src import ops
+    from src.blend import blend, merge_blended
+    from src.model import RWKV
+    from src.probe import Distance, distance, logits_of, sections
+    from src.tokenizer import recorded_tokenizer
+
+# of the largest logit: what the order of fp32 sums changes in models of up to 32 layers, with a factor of ten to spare
+TOLERANCE = 1e-4
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison of logits, both computed in `precision`, unless `what` says otherwise."""
+
+    what: str
+    precision: str
+    distance: Distance
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors(), naming_missing_packages():
+        args = arguments(argv)
+        check = check_merge(args.base, args.merged, args.adapter, args.weights)
+        texts = probe_texts(args)
+        rows = compare(args.base, args.merged, [(m.path, m.weight) for m in check.adapters], texts) if comparable(check) else []
+        problems = check.problems + probe_problems(rows)
+        if args.json:
+            print(json.dumps({
+                "ok": not problems, "problems": problems, "files": check.to_dict(), "tokens": sum(map(len, texts)), "tolerance": TOLERANCE,
+                "probe": [{"what": row.what, "precision": row.precision, **dataclasses.asdict(row.distance)} for row in rows],
+            }))
+        else:
+            for line in [*check.lines(None if args.layers else ROWS), *table(rows, sum(map(len, texts)), problems)]:
+                print(printable(line))
+        if problems:
+            raise SystemExit(1)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m scripts.verify_merge", description=__doc__)
+    parser.add_argument("--base", "--base_model", required=True)
+    add_adapters(parser, required=True, default="what the merged file records, else 1 each")
+    parser.add_argument("--merged", required=True)
+    parser.add_argument("--text", help="a file with the probe's text; default: a short one of four kinds, src/forgetting.txt")
+    parser.add_argument("--tokens", type=int, default=256, help="how many of its tokens are read, the first of every kind; default %(default)s")
+    parser.add_argument("--tokenizer", default="auto", help="auto: as recorded in the files")
+    parser.add_argument("--eod", default="")
+    add_output(parser)
+    args = parser.parse_args(argv)
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: must be at least 1")
+    return args
+
+
+def probe_texts(args: argparse.Namespace) -> list[list[int]]:
+    """The tokens of each text of the probe."""
+    arch = Arch.detect(read_checkpoint(args.base))
+    tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *args.adapter, args.merged, args.base)
+    if args.text:
+        try:
+            with open(args.text, encoding="utf-8") as file:
+                texts = [tokenizer.encode(file.read())]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text {args.text} cannot be read: {error}") from None
+    else:
+        texts = list(sections(tokenizer).values())
+    texts = [ids[: max(1, args.tokens // len(texts))] for ids in texts if ids]
+    if not texts:
+        raise UserError(f"tokenizer {tokenizer.name} has no tokens for the probe's text; give another with --text")
+    return texts
+
+
+def comparable(check: MergeCheck) -> bool:
+    """Whether the merged file can be loaded as a model of the base's sizes at all."""
+    base, merged = (read_checkpoint(path) for path in (check.base, check.merged))
+    return all(key in merged and merged[key].shape == tensor.shape for key, tensor in base.items())
+
+
+def compare(base, merged, adapters: list[tuple[str, float]], texts: list[list[int]]) -> list[Row]:
+    """All comparisons, one model in memory at a time."""
+    dtype = read_checkpoint(merged)["head.weight"].dtype
+    dtype = dtype if dtype in NAMES else torch.float32
+    kernel, _ = ops.choose("auto", "cpu", Arch.detect(read_checkpoint(base)).head_size)
+
+    def logits(path, precision: torch.dtype, files=()):
+        model = RWKV.load(path, precision, kernel=kernel).eval()
+        blended = blend(model, files)
+        return model, blended, logits_of(model, texts)
+
+    _, _, of_base = logits(base, torch.float32)
+    model, blended, live = logits(base, torch.float32, adapters)
+    rows = [Row("what the adapters do: base -> live", "fp32", distance(of_base, live))]
+    del of_base
+    merge_blended(model, blended)
+    rows.append(Row("live -> their sum, not rounded", "fp32", distance(live, logits_of(model, texts))))
+    del model, blended
+    rows.append(Row("live -> merged file", "fp32", distance(live, logits(merged, torch.float32)[2])))
+    if dtype != torch.float32:
+        _, _, live_short = logits(base, dtype, adapters)
+        rows.append(Row("live -> merged file", NAMES[dtype], distance(live_short, logits(merged, dtype)[2])))
+        rows.append(Row(f"live in fp32 -> live in {NAMES[dtype]}", "both", distance(live, live_short)))
+    return rows
+
+
+def probe_problems(rows: list[Row]) -> list[str]:
+    """What must hold whatever the file's dtype: the sum that the file holds rounded is the model that was trained."""
+    problems = []
+    for row in rows[1:2]:
+        found = row.distance
+        if not found.max_logit_difference <= TOLERANCE * found.max_logit:
+            problems.append(f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g}, "
+                            f"{TOLERANCE * found.max_logit:.3g} is allowed")
+    return problems
+
+
+def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
+    """The comparisons for people, and what they mean."""
+    if not rows:
+        return ["the logits are not compared: the file is no model of the base's sizes"]
+    lines = [f"logits on {tokens} tokens; live is base + adapters, unmerged, as in training",
+             f"  {'':<36}  {'in':<5}  max |dlogit|   mean KL    max KL  same top-1"]
+    for row in rows:
+        d = row.distance
+        lines.append(f"  {row.what:<36}  {row.precision:<5}  {d.max_logit_difference:>12.3g}  {d.mean_kl:>8.2g}  {d.max_kl:>8.2g}  "
+                     f"{100 * d.top1_agreement:>9.1f} %")
+    effect, exact, merged = (row.distance for row in rows[:3])
+    lines += [f"wrong: {problem}" for problem in problems if problem in probe_problems(rows)]
+    if not problems:
+        share = f", by mean KL {percent(merged.mean_kl / effect.mean_kl)} of what the adapters do" if effect.mean_kl else ""
+        within = exact.max_logit_difference / exact.max_logit
+        lines.append(f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the largest one, so that what "
+                     f"parts it from them is the rounding alone{share}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
