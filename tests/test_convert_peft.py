@@ -1,6 +1,7 @@
 """Folders of Hugging Face peft: what peft itself writes is read, what is written peft loads, with the same outputs; peft is the oracle throughout."""
 
 import json
+import os
 import re
 import warnings
 
@@ -295,26 +296,44 @@ def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora(tmp_path):
     close("lora", logits(load(tmp_path / "out", rwkv(7))), logits(model), 1e-5)
 
 
-@pytest.mark.parametrize("target", ["key", "0"])
-def test_a_name_that_is_the_end_of_another(target, tmp_path):
+@pytest.mark.parametrize("names", [("key", "inner.key"), ("0", "1.0")])
+@pytest.mark.parametrize("ranks", [(4, 3), (3, 4)])
+def test_a_name_that_is_the_end_of_another(names, ranks, tmp_path):
     """peft compares the ends of names; ranks and factors are right for both all the same."""
-    model = Net()
-    if target == "0":
-        model = nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)))
-    fresh = [parameter.detach().clone() for parameter in model.parameters()]
-    longer = "inner.key" if target == "key" else "1.0"
-    rwkv_miss.inject(model, "lora", targets=[target], rank=4, alpha=6.0, rank_map={longer: 3}, alpha_map={longer: 5.0})
+    def fresh():
+        torch.manual_seed(0)
+        return Net() if "key" in names else nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)), nn.ReLU(), nn.Linear(15, 6))
+
+    model = fresh()
+    rwkv_miss.inject(model, "lora", targets=[*names, "3" if "0" in names else "out"], rank=4, alpha=6.0, rank_map=dict(zip(names, ranks)),
+                     alpha_map={names[0]: 6.0, names[1]: 5.0})
     rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
-    base = Net() if target == "key" else nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)))
-    for parameter, value in zip(base.parameters(), fresh):
-        parameter.data = value
     x = torch.randn(3, 13)
-    close("outputs", load(tmp_path / "folder", base)(x), model(x), 1e-5)
+    close("outputs", load(tmp_path / "folder", fresh())(x), model(x), 1e-5)
     convert(tmp_path / "folder", tmp_path / "b.pth", "native")
     options = rwkv_miss.adapter.METHODS["lora"].Options.parse(read_metadata(tmp_path / "b.pth")["options"])
-    assert [(options.at(name).rank, options.at(name).scale) for name in adapted_linears(model)] == [
-        (len(layer.lora_A), layer.scale) for layer in adapted_linears(model).values()]
+    for name, layer in adapted_linears(model).items():
+        assert (options.at(name).rank, options.at(name).scale) == (len(layer.lora_A), layer.scale)
+
+
+def test_linears_with_the_most_frequent_rank_and_factor_are_not_named(tmp_path):
+    saved(tmp_path, 7, "lora", {"alpha": 5.5, "rank_map": {"1.ffn.key": 3}, "alpha_map": {"0.att.key": 7.0}})
+    convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
+    config = config_of(tmp_path / "folder")
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (7, 5.5, {"blocks.1.ffn.key": 3})
+    assert config["alpha_pattern"].keys() == {"blocks.0.att.key", "blocks.1.ffn.key"}
+    convert(tmp_path / "folder", tmp_path / "b.pth", "native")
+    options = read_metadata(tmp_path / "b.pth")["options"]
+    assert options["rank_map"].keys() == {"blocks.1.ffn.key"} and options["alpha_map"] == {"blocks.0.att.key": 7}
+
+
+def test_a_lora_keeps_its_own_factors_as_a_lora(tmp_path):
+    saved(tmp_path, 7, "lora", {"alpha": 5.5})
+    for to in ("peft", "lora"):
+        convert(tmp_path / "a.pth", tmp_path / to, to)
+    assert config_of(tmp_path / "peft") == config_of(tmp_path / "lora")
+    same_folder(tmp_path / "peft", tmp_path / "lora")
 
 
 def test_the_older_names_of_bone_are_read(tmp_path):
@@ -498,6 +517,24 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         convert(tmp_path / "a.pth", tmp_path / "out", "peft")
     assert (tmp_path / "out" / TENSORS).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "file", "full", "out"]
+
+
+def test_a_folder_that_can_not_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    saved(tmp_path, 7, "miss", {})
+    convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    before = (tmp_path / "out" / TENSORS).read_bytes()
+    rename = os.rename
+
+    def fails(source, target):
+        if source.endswith(".tmp"):
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError):
+        convert(tmp_path / "a.pth", tmp_path / "out", "peft")
+    assert (tmp_path / "out" / TENSORS).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "out"]
 
 
 def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):

@@ -169,9 +169,9 @@ def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> 
 
 
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
-    """peft's pattern for the linears that have another value, or for all, where one's name is the end of another's."""
-    for names in ([name for name in values if values[name] != default], list(values)):
-        found = {name: number(values[name]) for name in sorted(names, key=len, reverse=True)}
+    """peft's pattern for the linears that have another value; for all, and by whole names, where one's name is the end of another's."""
+    for names, start in (([name for name in values if values[name] != default], ""), (list(values), "^")):
+        found = {start + name: number(values[name]) for name in sorted(names)}  # as JSON has them, here and in peft
         expressions = compiled(found)
         if all(matched(expressions, name, default) == value for name, value in values.items()):
             return found
