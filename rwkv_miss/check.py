@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .checkpoint import blocks, fingerprint
 from .combine import Combination, Member, is_state, merged_adapters, read_members
+from .convert import NO_HINTS, Hints
 from .errors import UserError
 from .merge import read_base
 from .rounding import ROWS, Layer, Rounding, Scratch, bits, percent, round_to
@@ -96,9 +97,9 @@ class MergeCheck:
         }
 
 
-def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = None) -> MergeCheck:
+def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> MergeCheck:
     """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's, bit for bit, up to the rounding to
-    the merged file's dtype. With adapters, that those which differ are what merge_file() writes.
+    the merged file's dtype. With adapters, which `hints` are for as in merge_file(), that those which differ are what it writes.
 
     Their weights are by default what the merged file records, else 1. What is found wrong is in `problems`; a UserError is for files that cannot
     be compared at all: no model, no adapter, an adapter that does not fit the base.
@@ -108,7 +109,7 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
     """
     (tensors, _), (found, record) = read_base(base), read_base(merged)
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
-    members = read_members(adapters, weights)
+    members = read_members(adapters, weights, hints)
     if weights is None:
         members = [dataclasses.replace(m, weight=_number(recorded.get(m.fingerprint, 1))) for m in members]
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))

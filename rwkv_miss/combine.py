@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adapter import METHODS, AdapterLinear, NoOptions
 from .checkpoint import Arch, blocks, check_finite, fingerprint
+from .convert import FORMATS, NO_HINTS, Adapter, Hints, check_hints, format_of, open_source
 from .errors import UserError
 from .inject import layer_tensors, read_adapter
 from .parts import PARTS
@@ -31,6 +32,7 @@ class Member:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     weight: float = 1.0
+    notes: Sequence[str] = ()  # of the reading
 
     @functools.cached_property
     def method(self) -> type[AdapterLinear]:
@@ -83,6 +85,8 @@ class Member:
         for key, tensor in self.whole.items():
             if not tensor.is_floating_point():
                 raise UserError(f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected")
+            if key not in base and "origin" in self.metadata and not is_state(key):  # this package's files may bring new tensors, a classifier's
+                raise UserError(f"{self.path} replaces {key}, which the base does not have; merge into the base it was trained on")
             if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
                 raise UserError(f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base")
 
@@ -190,9 +194,21 @@ def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
     return base
 
 
-def read_members(paths, weights: Sequence[float] | None = None) -> list[Member]:
-    """Adapter files with their factors, 1 each by default. UserError for a file that is no adapter or holds NaN, for a factor that is no number,
-    and for other numbers of them."""
+def read_foreign(path, hints: Hints) -> Adapter:
+    """An adapter file of this project, or a file or folder of another one. UserError for all else, and for what it does not say, nor the hints."""
+    source = open_source(path)
+    name = format_of(source)
+    if name:
+        check_hints(path, FORMATS[name], hints)
+    if name in (None, "native"):
+        return Adapter(*read_adapter(path))  # which says what else it is
+    adapter = FORMATS[name].read(source, hints)
+    return dataclasses.replace(adapter, notes=[f"{path} is read as {name}: {adapter.metadata['method']}", *adapter.notes])
+
+
+def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> list[Member]:
+    """Adapter files with their factors, 1 each by default; `hints` are for those of other projects. UserError for a file that is no adapter or
+    holds NaN, for a factor that is no number, and for other numbers of them."""
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     weights = [1.0] * len(paths) if weights is None else list(weights)
     if len(weights) != len(paths):
@@ -200,7 +216,8 @@ def read_members(paths, weights: Sequence[float] | None = None) -> list[Member]:
     for weight in weights:
         if not math.isfinite(weight):
             raise UserError(f"weight {weight} is no number to multiply with; negative ones are, and 0")
-    members = [Member(path, *read_adapter(path), weight) for path, weight in zip(paths, weights)]
+    adapters = [read_foreign(path, hints) for path in paths]
+    members = [Member(path, a.tensors, a.metadata, weight, a.notes) for path, a, weight in zip(paths, adapters, weights)]
     seen: dict[str, str] = {}
     for m in members:
         check_finite(m.tensors)

@@ -20,6 +20,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .combine import Combination, Member, common_record, is_state, merged_adapters, read_members
+from .convert import NO_HINTS, Hints
 from .errors import UserError
 from .inject import ADAPTER_FORMAT, read_described
 from .rounding import LOSS_LIMIT, ROWS, Rounding, Scratch, percent, round_into, round_to
@@ -44,6 +45,7 @@ class MergeReport:
     parts: list[str] = dataclasses.field(default_factory=list)
     weights: list[float] = dataclasses.field(default_factory=lambda: [1.0])
     choice: str = ""
+    read: list[str] = dataclasses.field(default_factory=list)  # notes of the reading
 
     def lines(self, rows: int | None = ROWS) -> list[str]:
         """What the user is told: one line, the `rows` layers that rounding cost most (None: all), and what to take notice of."""
@@ -57,7 +59,7 @@ class MergeReport:
         return lines + r.table(rows) + self.notes() + [f"warning: {text}" for text in self.warnings()]
 
     def notes(self) -> list[str]:
-        notes = [self.choice] if self.choice else []
+        notes = [f"note: {note}" for note in self.read] + ([self.choice] if self.choice else [])
         if self.states:
             notes.append("note: the file carries the initial state as blocks.i.att.time_state of every layer i, (heads, value, key). This project "
                          "applies it, and so does the package rwkv for RWKV-6; for RWKV-7 put it into the state there: "
@@ -81,7 +83,7 @@ class MergeReport:
             "out": self.out, "dtype": self.dtype, "choice": self.choice or None, "bytes": self.bytes, "seconds": round(self.seconds, 3),
             "linears": self.linears, "replaced": self.replaced, "parts": self.parts, "states": self.states,
             "lost": total["lost"], "unchanged": total["unchanged"], "warnings": self.warnings(),
-            "layers": [layer.to_dict() for layer in self.rounding.worst()],
+            "notes": self.read, "layers": [layer.to_dict() for layer in self.rounding.worst()],
             "base": self.record["base"], "base_fingerprint": self.record["base_fingerprint"], "fingerprint": fingerprint_of_file(self.out),
             "adapters": [
                 {name: entry.get(name) for name in ("adapter_fingerprint", "method", "options", "train_parts", "step")} | {"weight": weight}
@@ -126,12 +128,15 @@ def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
             yield item
 
 
-def merge_file(base, adapter, out, dtype: str = "base", force: bool = False, weights: Sequence[float] | None = None) -> MergeReport:
+def merge_file(
+    base, adapter, out, dtype: str = "base", force: bool = False, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS,
+) -> MergeReport:
     """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's keys, shapes and order.
 
     Several adapters give W + sum of w_i delta_i(W), where every delta is that of the base's weight, base + sum of w_i (T_i - base) for tensors
     trained as a whole, and the sum of w_i state_i for initial states; `weights` are 1 each by default, may be negative, and may scale one adapter.
     An initial state, which is no change of anything in the base, comes after the base's tensors as `blocks.i.att.time_state`.
+    Adapters of other projects are read as by convert(), with the same `hints`.
 
     dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that would lose more than
     5 % of the update, then fp16, and fp32 if that is not enough. Refused with a UserError before anything is written: a file that
@@ -146,7 +151,7 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False, wei
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input of the merge; choose another --out")
     require_writable(out)
-    (tensors, before), members = read_base(base), read_members(paths, weights)
+    (tensors, before), members = read_base(base), read_members(paths, weights, hints)
     record = _record(base, before, fingerprint(tensors), members)
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
     for m in members:
@@ -162,6 +167,7 @@ def merge_file(base, adapter, out, dtype: str = "base", force: bool = False, wei
     return MergeReport(
         os.fspath(out), len(adapters.linears), len(adapters.whole), sum(map(is_state, adapters.whole)), _dtypes(tensors, adapters, chosen),
         merger.rounding, time.perf_counter() - started, os.path.getsize(out), record, adapters.parts, [m.weight for m in members], choice,
+        [note for m in members for note in m.notes],
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .check import check_merge
+from .convert import Hints
 from .errors import Parser, printable
 from .extract import diff_files
 from .merge import DTYPES, merge_file
@@ -23,6 +24,7 @@ def add_commands(commands) -> None:
     # the other names are those of RWKV-PEFT's merge scripts
     merge.add_argument("--base", "--base_model", required=True)
     add_adapters(merge, required=True)
+    add_hints(merge)
     merge.add_argument("--out", "--output", required=True)
     merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
                        help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
@@ -33,6 +35,7 @@ def add_commands(commands) -> None:
     unmerge.add_argument("merged")
     unmerge.add_argument("--base", "--base_model", required=True)
     add_adapters(unmerge, default="what the merged file records, else 1 each")
+    add_hints(unmerge)
     add_output(unmerge)
     unmerge.set_defaults(run=run_unmerge)
     diff = commands.add_parser("diff", help="the MiSS adapter of A that comes nearest to B")
@@ -55,6 +58,13 @@ def add_adapters(parser: Parser, required: bool = False, default: str = "1 each"
     parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")  # else -0.5,1 would be taken for a flag
 
 
+def add_hints(parser: Parser) -> None:
+    """What an adapter of another project may leave open."""
+    parser.add_argument("--origin", default="", help="the project that wrote the adapter, where its shapes alone could be of two")
+    parser.add_argument("--alpha", "--lora_alpha", type=float, help="LoRA's alpha, where the adapter's file does not hold it")
+    parser.add_argument("--init", "--lora_init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
+
+
 def add_output(parser: Parser) -> None:
     parser.add_argument("--layers", action="store_true", help=f"all layers in the table, not the {ROWS} worst")
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -68,6 +78,11 @@ def weights(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them, such as 0.7,-0.3") from None
 
 
+def hints(args: argparse.Namespace) -> Hints:
+    """What the command line says of adapters of other projects."""
+    return Hints(args.origin, args.alpha, args.init)
+
+
 def show(report: Any, args: argparse.Namespace) -> None:
     """What a command has found, for people or for machines."""
     if args.json:
@@ -79,11 +94,11 @@ def show(report: Any, args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
-    show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights), args)
+    show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights, hints(args)), args)
 
 
 def run_unmerge(args: argparse.Namespace) -> None:
-    check = check_merge(args.base, args.merged, args.adapter, args.weights)
+    check = check_merge(args.base, args.merged, args.adapter, args.weights, hints(args))
     show(check, args)
     if not check.ok:
         raise SystemExit(1)

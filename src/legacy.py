@@ -227,7 +227,8 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
     if "load" in options:
         path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):
-            raise UserError(f"{path} is an adapter of another project, which this version cannot go on with; move it away to train a new one")
+            raise UserError(f"{path} is an adapter of another project, which training cannot go on with. python -m rwkv_miss merge takes it, and "
+                            f"python -m rwkv_miss convert {path} OUT.pth --to native makes one for the chat; move it away to train a new one")
         notes.append(f"{path} is not there: a new adapter is trained")
     return [*(["--peft", "bat"] if mode == "bat" else []), "--peft_config", json.dumps(options)]
 

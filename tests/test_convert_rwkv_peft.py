@@ -312,6 +312,9 @@ A, B, BONE = {"blocks.0.att.key.lora_A": draw(3, 48)}, {"blocks.0.att.key.lora_B
     (B, Hints(alpha=4), "has lora_B without lora_A"), (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
     (A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)}, Hints(alpha=4), r"the ranks differ \(3, 4\)"),
     (A | B | BONE, Hints(alpha=4), "tensors of bone and lora; one method"),
+    (BONE, Hints(alpha=4), "--alpha is for LoRA and PiSSA, and the file has .bone tensors"), (BONE, Hints(init="x.pth"), "--init is for LoRA"),
+    (A | B, Hints(alpha=4, origin="rwkv-peft"), "--origin rwkv-peft decides nothing in a file of LoRA; drop the flag"),
+    ({"blocks.0.att.time_state": draw(3, 16, 16)}, Hints(origin="bone-v0"), "decides nothing in a file of initial states; drop the flag, or choose"),
     (BONE | {"blocks.0.att.key.disha": draw(3, 48)}, Hints(), "of bone and disha"),
     (BONE | {"blocks.0.att.key.bone": draw(16, 3, 3)}, Hints(), "two dimensions for some linears and three"),
     ({"blocks.0.att.key.bone": draw(16, 3, 4)}, Hints(), "blocks.0.att.key.bone is .16, 3, 4., expected"),
@@ -446,3 +449,60 @@ def test_every_name_of_both_versions_is_one_that_may_be_whole(tmp_path):
         ours(tmp_path)
         parts = read_metadata(tmp_path / "ours.pth")["train_parts"]
         assert parts == [part for part in PARTS if part != "state"] and in_parts(base, parts)
+
+
+# without a conversion: the command lines of their merge scripts
+
+
+@pytest.mark.parametrize("flag, generation", [("--lora_checkpoint", "v2"), ("--lora_checkpoint", "v1"), ("--peft_checkpoint", "disha")])
+def test_the_merge_scripts_command_lines_take_their_own_files(tmp_path, capsys, flag, generation):
+    theirs(tmp_path, base_file(tmp_path, 6), generation, 6, 8)
+    ours(tmp_path)
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    main(["merge", "--base_model", str(tmp_path / "base.pth"), flag, str(tmp_path / "theirs.pth"), "--output", str(tmp_path / "direct.pth")])
+    same_tensors(tmp_path / "direct.pth", tmp_path / "merged.pth")
+    method = GENERATIONS[generation][3][0]
+    assert f"note: {tmp_path / 'theirs.pth'} is read as rwkv-peft: {method}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, hints", [(["--lora_alpha", "12"], {"alpha": 12}), (["--lora_init", "init.pth"], {"init": "init.pth"})])
+def test_what_their_merge_of_lora_and_pissa_is_told_ours_is_told(tmp_path, flags, hints, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base_file(tmp_path, 7)
+    torch.save(A | B, "theirs.pth")
+    torch.save({name.replace("lora_", "init_lora_"): 2 * tensor for name, tensor in (A | B).items()}, "init.pth")
+    ours(tmp_path, Hints(**hints))
+    rwkv_miss.merge_file("base.pth", "ours.pth", "merged.pth")
+    line = ["merge", "--base_model", "base.pth", "--lora_checkpoint", "theirs.pth", "--output", "direct.pth"]
+    main([*line, *flags])
+    same_tensors("direct.pth", "merged.pth")
+    with pytest.raises(SystemExit):
+        main(line)
+
+
+def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
+    theirs(tmp_path, base_file(tmp_path, 7), "v1", 7, 8, names=SQUARE)
+    line = ["merge", "--base", str(tmp_path / "base.pth"), "--adapter", str(tmp_path / "theirs.pth"), "--out", str(tmp_path / "out.pth")]
+    with pytest.raises(SystemExit):
+        main(line)
+    assert "could be of two origins" in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
+    main([*line, "--origin", "bone-v0", "--json"])
+    ours(tmp_path, Hints(origin="bone-v0"))
+    rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
+    same_tensors(tmp_path / "out.pth", tmp_path / "merged.pth")
+    undo = ["unmerge", str(tmp_path / "out.pth"), "--base", str(tmp_path / "base.pth"), "--adapter", str(tmp_path / "theirs.pth")]
+    main([*undo, "--origin", "bone-v0"])
+    with pytest.raises(SystemExit):
+        main([*undo, "--origin", "rwkv-peft"])
+
+
+def test_a_whole_tensor_that_the_base_lacks_is_of_another_base(tmp_path):
+    base_file(tmp_path, 7)
+    torch.save({"blocks.0.att.key.bone": draw(3, 48), "blocks.0.att.time_maa_x": draw(1, 1, 48)}, tmp_path / "theirs.pth")
+    ours(tmp_path)
+    for file in ("theirs.pth", "ours.pth"):
+        with pytest.raises(rwkv_miss.UserError, match="replaces blocks.0.att.time_maa_x, which the base does not have"):
+            rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / file, tmp_path / "merged.pth")
+    with pytest.raises(rwkv_miss.UserError, match="holds blocks.0.att.time_maa_x, which this model does not have"):
+        live(tmp_path)
+    assert not (tmp_path / "merged.pth").exists()

@@ -95,6 +95,7 @@ def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
     (tmp_path / "rwkv-0.pth").write_bytes(b"theirs")
     error = mistake("--proj_dir", str(tmp_path), "--lora_load", "rwkv-0", "--lora", "--lora_parts", "att,ffn")
     assert error.startswith(f"{tmp_path / 'rwkv-0.pth'} is an adapter of another project")
+    assert f"python -m rwkv_miss convert {tmp_path / 'rwkv-0.pth'} OUT.pth --to native" in error
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -190,7 +191,7 @@ def test_state_tuning_alone_and_beside_an_adapter(flag):
 @pytest.mark.parametrize("adapter", ["--lora_checkpoint", "--peft_checkpoint"])
 def test_the_merge_scripts(adapter):
     args = parse_merge(["merge", "--base_model", "base.pth", adapter, "rwkv-0.pth", "--output", "merged.pth"])
-    assert (args.base, args.adapter, args.out) == ("base.pth", "rwkv-0.pth", "merged.pth")
+    assert (args.base, args.adapter, args.out) == ("base.pth", ["rwkv-0.pth"], "merged.pth")
 
 
 def test_columns_of_data_sets():

@@ -18,7 +18,9 @@ from .base import with_base
 from .formats import FORMATS, ORIGINS, Adapter, Format, Hints
 from .source import Source, open_source
 
-__all__ = ["FORMATS", "ORIGINS", "Adapter", "Conversion", "Format", "Hints", "Source", "convert", "open_source", "read_any"]
+__all__ = [
+    "FORMATS", "ORIGINS", "Adapter", "Conversion", "Format", "Hints", "Source", "check_hints", "convert", "format_of", "open_source", "read_any",
+]
 
 NO_HINTS = Hints()
 
@@ -41,16 +43,20 @@ class Conversion:
         return [first, *(f"note: {note}" for note in self.notes)]
 
 
+def format_of(source: Source) -> str | None:
+    """The name of the format that reads a file, None for what no format knows."""
+    return next((name for name, form in FORMATS.items() if form.reads(source)), None)
+
+
 def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
     """(name of the format, the adapter) of a file or folder of any project. UserError for what no format knows, and for what a file
     alone cannot tell and the hints do not."""
     source = open_source(path)
-    for name, form in FORMATS.items():
-        if form.reads(source):
-            check_hints(path, form, hints)
-            adapter = form.read(source, hints)
-            check_finite(adapter.tensors)
-            return name, adapter
+    if name := format_of(source):
+        check_hints(path, FORMATS[name], hints)
+        adapter = FORMATS[name].read(source, hints)
+        check_finite(adapter.tensors)
+        return name, adapter
     raise UserError(f"{path} is no adapter of a known layout; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}; "
                     f"known are: {', '.join(FORMATS)}")
 

@@ -69,6 +69,7 @@ class RwkvPeft(Format):
         tensors, notes = plain_names(tensors)
         factors, whole = sort_out(tensors)
         kind = next(iter(factors), "").partition("_")[0]  # bone, disha or lora
+        check_use(kind, any(map(STATE.fullmatch, whole)), hints)
         if kind == "lora":
             method, options, linears, beside = *read_lora(factors, hints), initial_factors(factors, hints)
         elif kind:
@@ -145,6 +146,16 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     for linear in (linear for group in factors.values() for linear in group if f"{linear}.weight" in whole):
         raise UserError(f"{linear} has a weight of its own in the file, and an adapter on top; only the project that wrote it can merge that")
     return factors, whole
+
+
+def check_use(kind: str, states: bool, hints: Hints) -> None:
+    """UserError for a hint that decides nothing in such a file."""
+    if kind != "lora" and (hints.alpha is not None or hints.init):
+        raise UserError(f"--{'alpha' if hints.alpha is not None else 'init'} is for LoRA and PiSSA, and the file has "
+                        f"{f'.{kind} tensors' if kind else 'initial states alone'}; drop the flag")
+    if hints.origin and kind in ("", "lora") and (not states or hints.origin not in ("rwkv-peft", "openmose")):
+        raise UserError(f"--origin {hints.origin} decides nothing in a file of {'LoRA' if kind else 'initial states'}; drop the flag"
+                        + (f", or choose from: {origins('rwkv-peft', 'openmose')}" if states else ""))
 
 
 def read_blocks(tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str) -> tuple[str, dict[str, Any], list[str]]:
