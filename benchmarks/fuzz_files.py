@@ -28,9 +28,15 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, convert
+from rwkv_miss.check import check_merge
 from rwkv_miss.checkpoint import METADATA, read_metadata, write_checkpoint
+from rwkv_miss.extract import diff_files
+from src.adapters import Adapters
 from src.export import export
+from src.generate import Conversation, Sampling
+from src.load import load_with
 from src.model import RWKV, default_arch, read_model_file
+from src.saved_chat import load_chat, save_chat
 
 from . import fuzz
 from .common import peak_above_start, report
@@ -51,16 +57,16 @@ class Reader:
     sealed: tuple[str, ...] = ()
 
 
-def small_model() -> RWKV:
+def small_model(vocab_size: int = 19) -> RWKV:
     torch.manual_seed(0)
-    model = RWKV(default_arch(7, 2, 16, 19, 8))
+    model = RWKV(default_arch(7, 2, 16, vocab_size, 8))
     for p in model.parameters():
         p.data = torch.randn(p.shape)
     return model
 
 
-def write_base(folder: pathlib.Path) -> None:
-    write_checkpoint(folder / "base.pth", ((name, p.bfloat16()) for name, p in small_model().state_dict().items()))
+def write_base(folder: pathlib.Path, vocab_size: int = 19) -> None:
+    write_checkpoint(folder / "base.pth", ((name, p.bfloat16()) for name, p in small_model(vocab_size).state_dict().items()))
 
 
 def write_adapter(path: pathlib.Path, method: str = "miss", parts: str = "", **options) -> None:
@@ -107,6 +113,15 @@ def converted(to: str, method: str, origin: str = "", **options) -> Reader:
     return Reader(make, to_native("sound", origin))
 
 
+def lightning() -> Reader:
+    def make(folder: pathlib.Path) -> None:
+        make_merge(rank=4)(folder)
+        convert.convert(folder / "adapter.pth", folder / "sound", "rwkv-lightning", convert.Hints(base=str(folder / "base.pth")))
+        (folder / "adapter.pth").unlink()
+
+    return Reader(make, to_native("sound"), ("base.pth",))
+
+
 def exported(to: str) -> Reader:
     """The reader of a model's other form, back to a checkpoint."""
 
@@ -120,11 +135,37 @@ def exported(to: str) -> Reader:
     return Reader(make, lambda folder: export(folder / "sound", folder / "out.pth", "pth"))
 
 
+def chat(folder: pathlib.Path) -> tuple[Conversation, Adapters]:
+    adapters, tokenizer = load_with(folder / "base.pth", {}, "bytes", accelerator="cpu", wkv="torch")
+    return Conversation(adapters.model, tokenizer, Sampling(temperature=0)), adapters
+
+
+def make_chat(folder: pathlib.Path) -> None:
+    write_base(folder, 256)
+    conversation, adapters = chat(folder)
+    list(conversation.answer("hello", 4))
+    save_chat(conversation, adapters, folder / "chat.pth")
+
+
+def make_diff(folder: pathlib.Path) -> None:
+    make_merge(rank=4)(folder)
+    rwkv_miss.merge_file(folder / "base.pth", folder / "adapter.pth", folder / "merged.pth")
+    (folder / "adapter.pth").unlink()
+
+
+def beside_base(folder: pathlib.Path) -> None:
+    Adapters(RWKV.load(folder / "base.pth", torch.float32), {"a": folder / "adapter.pth"}).use(["a"], 0.5)
+
+
 READERS: dict[str, Reader] = {
     "base": Reader(write_base, lambda folder: RWKV.load(folder / "base.pth", torch.float32)),
     "base of a merge": Reader(make_merge(rank=4), merge, ("adapter.pth",)),
     "MiSS": Reader(make_merge("miss", "ln,time", rank=4), merge, ("base.pth",)),
     "MiSS, loaded": Reader(make_merge("miss", "ln,time", rank=4), load, ("base.pth",)),
+    "MiSS, in a chat": Reader(make_merge("miss", "ln,time", rank=4), beside_base, ("base.pth",)),
+    "chat": Reader(make_chat, lambda folder: load_chat(*chat(folder), folder / "chat.pth"), ("base.pth",)),
+    "unmerge": Reader(make_merge(rank=4), lambda folder: check_merge(folder / "base.pth", folder / "base.pth", [folder / "adapter.pth"])),
+    "diff": Reader(make_diff, lambda folder: diff_files(folder / "base.pth", folder / "merged.pth", folder / "out.pth", 4)),
     "PiSSA": Reader(make_merge("pissa", rank=4), merge, ("base.pth",)),
     "MoS": Reader(make_merge("mos", rank=4), merge, ("base.pth",)),
     "VeRA": Reader(make_merge("vera", rank=4), merge, ("base.pth",)),
@@ -132,6 +173,7 @@ READERS: dict[str, Reader] = {
     "peft, MiSS": converted("peft", "miss", rank=4), "peft, Bat": converted("peft", "bat", rank=4), "peft, DoRA": converted("peft", "dora", rank=4),
     "rwkv-peft, MiSS": converted("rwkv-peft", "miss", rank=4), "rwkv-peft, Bat": converted("rwkv-peft", "bat", "rwkv-peft", rank=4, order="row"),
     "safetensors": converted("safetensors", "miss", rank=4),
+    "rwkv-lightning": lightning(),
     "model, safetensors": exported("safetensors"), "model, GGUF": exported("gguf"), "model, HF": exported("hf"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
@@ -251,7 +293,7 @@ def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
     elif kind == 4:
         tensors[name] = tensor.to(rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8]))
     elif kind == 5:
-        tensors[name] = torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 1e38])) if tensor.is_floating_point() else tensor
+        tensors[name] = torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 6e4])) if tensor.is_floating_point() else tensor
     elif kind == 6:
         tensors[name] = tensor[: rng.randrange(len(tensor) + 1)] if tensor.dim() else tensor
     elif kind == 7:

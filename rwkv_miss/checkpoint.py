@@ -162,7 +162,7 @@ def read_metadata(path) -> dict[str, Any] | None:
         record = next((name for name in archive.namelist() if name.partition("/")[2] == METADATA), None)
         try:
             content = archive.read(record) if record else None
-        except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
     return None if content is None else parse_json(path, content)
 

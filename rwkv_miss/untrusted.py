@@ -57,7 +57,7 @@ def check_sums(path) -> None:
                 with archive.open(record) as file:
                     while file.read(BLOCK):
                         pass
-            except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, RuntimeError) as error:
+            except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, RuntimeError) as error:
                 raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
 
 

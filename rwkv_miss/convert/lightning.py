@@ -135,7 +135,7 @@ def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
         if manifest.get(field) != value:
             raise UserError(f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning")
     rank, scale, base, targets = (manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets"))
-    if manifest.get("dtype") not in DTYPES:
+    if manifest.get("dtype") not in [*DTYPES]:  # a list, as a value of a file may be no key
         raise UserError(f"{path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(DTYPES)}")
     if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
         raise UserError(f"{path}: rank is {rank!r}, expected a number from 1 to {LARGEST_RANK}")
