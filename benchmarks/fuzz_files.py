@@ -122,14 +122,14 @@ def lightning() -> Reader:
     return Reader(make, to_native("sound"), ("base.pth",))
 
 
-def exported(to: str) -> Reader:
+def exported(to: str, **settings) -> Reader:
     """The reader of a model's other form, back to a checkpoint."""
 
     def make(folder: pathlib.Path) -> None:
         sizes = default_arch(7, 2, 64, 67, 64)
         torch.manual_seed(0)
         write_checkpoint(folder / "base.pth", ((name, torch.randn(p.shape).bfloat16()) for name, p in RWKV(sizes).state_dict().items()))
-        export(folder / "base.pth", folder / "sound", to, tokenizer="none")
+        export(folder / "base.pth", folder / "sound", to, **settings)
         (folder / "base.pth").unlink()
 
     return Reader(make, lambda folder: export(folder / "sound", folder / "out.pth", "pth"))
@@ -174,7 +174,8 @@ READERS: dict[str, Reader] = {
     "rwkv-peft, MiSS": converted("rwkv-peft", "miss", rank=4), "rwkv-peft, Bat": converted("rwkv-peft", "bat", "rwkv-peft", rank=4, order="row"),
     "safetensors": converted("safetensors", "miss", rank=4),
     "rwkv-lightning": lightning(),
-    "model, safetensors": exported("safetensors"), "model, GGUF": exported("gguf"), "model, HF": exported("hf"),
+    "model, safetensors": exported("safetensors"), "model, GGUF": exported("gguf", tokenizer="none"),
+    "model, HF": exported("hf", tokenizer="none"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
 
