@@ -1,10 +1,13 @@
 """Tokens per second of single tokens and of a prompt: the decoder in fp32, bf16 and int8, the package `rwkv`, and llama.cpp, in one run.
 
-    python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256] [--rounds 8] [--llama FOLDER]
+    python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256] [--rounds 8] [--miss 64] [--llama FOLDER]
 
 A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds alternate between the
 contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a token are those of all weights but the embedding. KL is
 that of the next token, mean over 128 tokens, from the decoder in fp32 with the same bf16 weights.
+
+With --miss RANK also the decoder with a MiSS adapter of that rank beside the bf16 base, and with the same adapter merged in fp32, from which
+the KL of the former is.
 
 FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches to where they are looked for; `pip install gguf` writes its files.
 The last line is JSON.
@@ -20,8 +23,10 @@ import time
 
 import torch
 
-from rwkv_miss import write_checkpoint
+from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_checkpoint
+from rwkv_miss.adapter import adapted_linears
 from src import ops
+from src.adapters import Adapters
 from src.decode import Decoder
 from src.export import export
 from src.model import RWKV, default_arch
@@ -65,6 +70,32 @@ class Ours:
     def feed(self, tokens: list[int]) -> torch.Tensor:
         logits, self.state = self.decoder.next_logits(torch.tensor([tokens]), self.state)
         return logits[0]
+
+
+class Adapted(Ours):
+    """A bf16 base with an adapter beside it, or merged in fp32."""
+
+    def __init__(self, path, adapter, merged: bool):
+        super().__init__(path, torch.bfloat16)
+        adapters = Adapters(self.model, {"miss": adapter})
+        if not merged:
+            self.bytes += sum(change.B.nbytes for change in adapters.by_name["miss"].factors.values())
+            adapters.use(["miss"])
+            return
+        merge_file(path, adapter, f"{adapter}.merged", "fp32")
+        weights = read_checkpoint(f"{adapter}.merged")
+        for name, linear in adapters.linears.items():
+            linear.weight = torch.nn.Parameter(weights[f"{name}.weight"].clone(), requires_grad=False)
+            self.bytes += linear.weight.numel() * 2
+
+
+def write_adapter(path, base, rank: int) -> None:
+    """A random MiSS adapter of a base."""
+    model = RWKV.load(base)
+    inject(model, "miss", rank=rank)
+    for layer in adapted_linears(model).values():
+        torch.nn.init.normal_(layer.miss, std=0.01)
+    save_adapter(model, path)
 
 
 class Package:
@@ -116,6 +147,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--miss", type=int, help="rank of a MiSS adapter, which is measured beside the base and merged")
     parser.add_argument("--llama", default=llama.FOLDER, type=pathlib.Path, help="folder of llama.cpp's libraries [%(default)s]")
     args = parser.parse_args()
     library = native()
@@ -126,6 +158,9 @@ def main() -> None:
         write_base(path, args.version, args.layers, args.width)
         contenders = {"ours fp32": Ours(path, torch.float32), "ours bf16": Ours(path, torch.bfloat16), "ours int8": Ours(path, torch.bfloat16, True)}
         vocabulary = contenders["ours fp32"].model.arch.vocab_size
+        if args.miss:
+            write_adapter(f"{folder}/adapter.pth", path, args.miss)
+            contenders |= {name: Adapted(path, f"{folder}/adapter.pth", merged) for name, merged in (("bf16 + miss", False), ("merged fp32", True))}
         if importlib.util.find_spec("rwkv"):
             contenders |= {f"rwkv {kind}": Package(path, f"cpu {kind}", args.version) for kind in ("fp32", "bf16")}
         else:
@@ -144,9 +179,12 @@ def main() -> None:
 
 def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) -> list[dict]:
     prompt = torch.randint(65536, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    contenders["ours fp32"].start(1)
-    exact = [contenders["ours fp32"].feed([token]).clone() for token in prompt[:128]]
-    divergence = {name: kl(contender, exact, prompt[:128]) for name, contender in contenders.items()}
+    exact = {}
+    for name in ("ours fp32", *(["merged fp32"] if args.miss else [])):
+        contenders[name].start(1)
+        exact[name] = [contenders[name].feed([token]).clone() for token in prompt[:128]]
+    divergence = {name: kl(contender, exact["merged fp32" if isinstance(contender, Adapted) else "ours fp32"], prompt[:128])
+                  for name, contender in contenders.items()}
     rows = []
     for threads in args.threads:
         read, decode, prefill = [float("inf")], dict.fromkeys(contenders, float("inf")), dict.fromkeys(contenders, float("inf"))

@@ -48,7 +48,7 @@ class UnmergedLinear(Linear):
             return super().forward(x)
         weight = self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight
         A, B, scale = self.low_rank
-        return miss_linear(x, weight, None, (scale * B).t()) if A is None else lora_linear(x, weight, None, A, B, scale)
+        return miss_linear(x, weight, None, B.t(), scale=scale) if A is None else lora_linear(x, weight, None, A, B, scale)
 
 
 @dataclasses.dataclass
