@@ -127,20 +127,37 @@ def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F81
     assert "start with --adapter" in err[3]
 
 
-def test_think_changes_how_the_next_turn_is_asked(typed, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The texts that are read before the answers, one after another."""
+    texts = []
 
     def noted(model, tokenizer, ids, *rest):
-        asked.append(tokenizer.decode(ids))
+        texts.append(tokenizer.decode(ids))
         return stream(model, tokenizer, ids, *rest)
 
     monkeypatch.setattr(generate, "stream", noted)
-    # no < and > in this vocabulary: the mode without an opening stands for the others
-    assert (named_mode("short"), named_mode("think-long"), named_mode("off")) == ("think-short", "think-long", "rwkv")
+    # no < in this vocabulary: a mode with another opening stands for the others
     monkeypatch.setitem(template.MODES, "think-long", template.Mode(" think a lot", " "))
+    return texts
+
+
+def test_think_changes_how_the_next_turn_is_asked(typed, asked):
+    assert (named_mode("short"), named_mode("think-long"), named_mode("off")) == ("think-short", "think-long", "rwkv")
     out, err = typed(["hello", "/think long", "why", "/think", "/think off", "so"])
     assert [text.rpartition("User: ")[2] for text in asked] == ["hello\n\nAssistant:", "why think a lot\n\nAssistant: ", "so\n\nAssistant:"]
     assert err == ["template think-long", "template think-long", "template rwkv"]
+
+
+def test_each_adapter_is_asked_in_its_own_template(typed, asked, files, tmp_path):
+    """Unless the user chose one, by the flag or in the chat."""
+    tensors, metadata = rwkv_miss.read_checkpoint(files.a), rwkv_miss.read_metadata(files.a)
+    rwkv_miss.write_checkpoint(tmp_path / "long.pth", tensors.items(), {**metadata, "template": "think-long"})
+    typed(["a", "/adapter long", "b", "/adapter none", "c", "/think long", "/adapter a", "d"], "--adapter", tmp_path / "long.pth")
+    typed(["e", "/adapter long", "f"], "--adapter", tmp_path / "long.pth", "--template", "rwkv")
+    plain, long = "{}\n\nAssistant:", "{} think a lot\n\nAssistant: "
+    expected = [form.format(word) for word, form in zip("abcdef", (plain, long, plain, long, plain, plain), strict=True)]
+    assert [text.rpartition("User: ")[2] for text in asked] == expected
 
 
 def test_think_is_for_rwkvs_template(typed, tmp_path):
@@ -149,7 +166,7 @@ def test_think_is_for_rwkvs_template(typed, tmp_path):
     assert len(err) == 1 and "error: /think is about RWKV's template" in err[0]
 
 
-def test_compare_shows_both_answers_and_changes_nothing(typed, files, letters, monkeypatch):  # noqa: F811
+def test_compare_shows_both_answers_and_changes_nothing(typed, asked, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     plain, _ = typed(["hello?", "why", "so"])
     out, err = typed(["hello?", "/compare why", "why", "so"])
@@ -160,6 +177,7 @@ def test_compare_shows_both_answers_and_changes_nothing(typed, files, letters, m
     assert titles == ["base", "a, scale 1"]
     left, right = ("".join(line.split(" |", 1)[i].strip() for line in table[2:]).replace(" ", "") for i in (0, 1))
     assert right == answers(plain)[1].replace("\n", "").replace(" ", "") != left
+    assert asked[-2] == "\n\nUser: why\n\nAssistant:", "the state is that of before the comparison"
     shown, _ = typed([], "--compare", "--prompt", "hello?")
     assert [part.strip() for part in shown[0].split("|")] == ["base", "a, scale 1"]
 

@@ -5,7 +5,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import METHODS, UserError
-from src.adapters import Adapters, UnmergedLinear
+from src.adapters import Adapter, Adapters, UnmergedLinear
 from src.decode import Decoder
 from src.generate import Sampling, stream
 from src.load import load, load_with
@@ -255,3 +255,24 @@ def test_a_base_with_a_state_moves_towards_the_adapters(checkpoint, tmp_path):
         close(name, adapters.model.get_parameter(name), (files[0][name] + files[1][name]) / 2, 1e-6)
     _, state = adapters.model.next_logits(torch.tensor([[1]]))
     assert isinstance(state[0], LayerState) and random_tensors(make_arch(6)).keys().isdisjoint(names)
+
+
+def test_a_stopped_choice_leaves_the_base(checkpoint, tmp_path, monkeypatch):
+    """Merged weights take a while; Ctrl-C in the middle of them must not leave some of each."""
+    base = checkpoint(7, **SIZES)
+    files = {name: train(base, tmp_path / f"{name}.pth", name) for name in ("miss", "dora")}
+    adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
+    before, calls, ids = dict(adapters.model.named_parameters()), [], some_ids(adapters.model.arch, 5)
+    want, merged = logits_of(adapters.model, ids), Adapter.value
+
+    def value(self, *rest):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return merged(self, *rest)
+
+    monkeypatch.setattr(Adapter, "value", value)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.use(["miss", "dora"], 0.5)
+    assert adapters.used == () and all(p is before[name] for name, p in adapters.model.named_parameters())
+    assert torch.equal(logits_of(adapters.model, ids), want)
