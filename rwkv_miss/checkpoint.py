@@ -154,12 +154,12 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in loaded.items()}
 
 
-def read_metadata(path) -> dict[str, Any] | None:
-    """What write_checkpoint() was told about the file, or None for any other file."""
+def read_metadata(path, name: str = METADATA) -> dict[str, Any] | None:
+    """What write_checkpoint() was told about the file, or None for any other file; with another name, the JSON record that another project adds."""
     if _head(path, 4) != b"PK\x03\x04":
         return None
     with open_archive(path) as archive:
-        record = next((name for name in archive.namelist() if name.partition("/")[2] == METADATA), None)
+        record = next((record for record in archive.namelist() if record.partition("/")[2] == name), None)
         try:
             content = archive.read(record) if record else None
         except (zipfile.BadZipFile, ValueError, EOFError, OSError, RuntimeError) as error:

@@ -494,6 +494,21 @@ def test_dtypes_and_other_prefixes_stay(tmp_path):
     same_folder(tmp_path / "theirs", tmp_path / "back")
 
 
+@pytest.mark.parametrize("method", ["miss", "lora", "vera"])
+def test_an_adapter_that_is_not_whole_is_not_written(method, tmp_path):
+    saved(tmp_path, 7, method, {})
+    tensors, metadata = read_checkpoint(tmp_path / "a.pth"), read_metadata(tmp_path / "a.pth")
+    for name in (list(tensors)[0], list(tensors)[-1]):
+        without = {other: t for other, t in tensors.items() if other != name}
+        for changed in (without, {**tensors, name: torch.zeros(5, 6)}):
+            for facts in (metadata, {**metadata, "arch": None}):
+                write_checkpoint(tmp_path / "b.pth", changed.items(), facts)
+                if changed is without or facts is metadata:
+                    with pytest.raises(rwkv_miss.UserError):
+                        convert(tmp_path / "b.pth", tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     saved(tmp_path, 7, "miss", {})
     for out, message in (("file", "is a file"), ("full", "holds notes.txt beside")):

@@ -90,7 +90,13 @@ def one_rank(adapter: Adapter) -> int:
 
 def renamed(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:
     """The tensors of all linears, with peft's names for ours."""
-    return {f"{linear}.{theirs}": adapter.tensors[f"{linear}.{ours}"] for linear in adapter.metadata["linears"] for ours, theirs in names.items()}
+    return {f"{linear}.{theirs}": tensor_of(adapter, f"{linear}.{ours}") for linear in adapter.metadata["linears"] for ours, theirs in names.items()}
+
+
+def tensor_of(adapter: Adapter, name: str) -> Tensor:
+    if name not in adapter.tensors:
+        raise UserError(f"the adapter has no {name}, which its method, {adapter.metadata['method']}, needs; the file is damaged")
+    return adapter.tensors[name]
 
 
 def as_miss(adapter: Adapter) -> Folder:
@@ -183,7 +189,7 @@ def as_vera(adapter: Adapter) -> Folder:
     options = next(iter(own_options(adapter).values()))
     config = {"peft_type": "VERA", "r": one_rank(adapter), "vera_dropout": 0.0, "d_initial": options.d_initial, "save_projection": True,
               "projection_prng_key": 0, "init_weights": True, "fan_in_fan_out": False}
-    shared = {f"shared.{name}": adapter.tensors[f"shared.{name}"] for name in ("vera_A", "vera_B")}
+    shared = {name: tensor_of(adapter, name) for name in ("shared.vera_A", "shared.vera_B")}
     return Folder(config, {**renamed(adapter, {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}), **shared})
 
 
@@ -211,6 +217,9 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
 
 def write_peft(adapter: Adapter, folder: Folder, out) -> list[str]:
     """Write the folder; returns the notes. One that came from peft and stays the same method keeps its configuration."""
+    if adapter.shapes or adapter.metadata.get("arch"):
+        for _ in adapted_layers(adapter):  # which checks every shape
+            pass
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})
     same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(folder.config.get("use_dora"))

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from ..adapter import METHODS
-from ..checkpoint import is_finite, write_checkpoint
+from ..checkpoint import is_finite, read_metadata, write_checkpoint
 from ..errors import UserError
 from ..methods.miss import Options
-from ..untrusted import open_archive, parse_json
 from .base import adapted_layers, linear_shapes, sha256
 from .formats import Adapter, Format, Hints, described, origin_of, register
 from .output import synced, write_folder
 from .source import Source
 
-CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "archive/miss.json"
+CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # of each block, in the order of its packages
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
@@ -97,7 +96,7 @@ def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
     """(the manifest, whether the tensors are those of a training). A checkpoint's is made of its configuration where none is embedded."""
     if source.config_name == CONFIG:
         return source.config, False
-    embedded = read_embedded(source)
+    embedded = read_metadata(f"{source.path}/training.pth" if source.config_name == CHECKPOINT else source.path, EMBEDDED)
     if embedded is not None:
         tensors_are = embedded.pop("tensor_source", "D")
         if tensors_are not in ("D", "master"):
@@ -111,13 +110,6 @@ def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
     scale = alpha / rank if number(alpha) and number(rank) and rank else None
     return {**FIXED, "dtype": "float16", "rank": rank, "alpha": alpha, "scale": scale, "base_fingerprint": config.get("base_fingerprint"),
             "targets": targets}, True
-
-
-def read_embedded(source: Source) -> dict[str, Any] | None:
-    """The manifest inside a .pth file, or None."""
-    path = f"{source.path}/training.pth" if source.config_name == CHECKPOINT else source.path
-    with open_archive(path) as archive:
-        return parse_json(path, archive.read(EMBEDDED)) if EMBEDDED in archive.namelist() else None
 
 
 def number(value: Any) -> bool:
