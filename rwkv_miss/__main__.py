@@ -69,6 +69,7 @@ def parse(argv: list[str] | None):
     converting.add_argument("--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes])
     converting.add_argument("--origin", default="", help="the project that wrote IN, where its shapes alone could be of two")
     converting.add_argument("--alpha", type=float, help="LoRA's alpha, where the file does not hold it")
+    converting.add_argument("--profile", default="", help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer")
     converting.add_argument("--init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
     converting.add_argument("--base", default="", help="the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
                             "its model's widths")
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(args, "run"):
             args.run(args)
         elif args.command == "convert":
-            for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init, args.base)).lines():
+            for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init, args.base, args.profile)).lines():
                 print(line)
         elif args.json:
             print(json.dumps(describe(args.file)))

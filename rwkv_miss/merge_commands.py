@@ -62,6 +62,7 @@ def add_hints(parser: Parser) -> None:
     """What an adapter of another project may leave open."""
     parser.add_argument("--origin", default="", help="the project that wrote the adapter, where its shapes alone could be of two")
     parser.add_argument("--alpha", "--lora_alpha", type=float, help="LoRA's alpha, where the adapter's file does not hold it")
+    parser.add_argument("--profile", default="", help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer")
     parser.add_argument("--init", "--lora_init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
 
 
@@ -80,7 +81,7 @@ def weights(text: str) -> list[float]:
 
 def hints(args: argparse.Namespace) -> Hints:
     """What the command line says of adapters of other projects."""
-    return Hints(args.origin, args.alpha, args.init)
+    return Hints(args.origin, args.alpha, args.init, profile=args.profile)
 
 
 def show(report: Any, args: argparse.Namespace) -> None:

@@ -307,7 +307,9 @@ A, B, BONE = {"blocks.0.att.key.lora_A": draw(3, 48)}, {"blocks.0.att.key.lora_B
     (A | B, Hints(), "does not hold LoRA's alpha: give the one of the training with --alpha"),
     (A | B, Hints(alpha=0), "--alpha 0 is no factor"), (A | B, Hints(alpha=float("inf")), "--alpha inf is no factor"),
     (A | B, Hints(alpha=float("nan")), "--alpha nan is no factor"),
-    (A | B, Hints(alpha=4, init="x.pth"), "--alpha 4 with --init: PiSSA has the factor 1"),
+    (A | B, Hints(alpha=4, init="x.pth"), "--alpha and --init contradict each other"),
+    (A | B, Hints(alpha=4, profile="x.csv"), "--alpha and --profile contradict"), (BONE, Hints(profile="x.csv"), "--profile is for LoRA"),
+    (A | B, Hints(profile="nowhere.csv"), "nowhere.csv can't be read: No such file"),
     (A | B, Hints(init="nowhere.pth"), "nowhere.pth does not exist"), (A, Hints(alpha=4), "has lora_A without lora_B"),
     (B, Hints(alpha=4), "has lora_B without lora_A"), (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
     (A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)}, Hints(alpha=4), r"the ranks differ \(3, 4\)"),
@@ -449,6 +451,52 @@ def test_every_name_of_both_versions_is_one_that_may_be_whole(tmp_path):
         ours(tmp_path)
         parts = read_metadata(tmp_path / "ours.pth")["train_parts"]
         assert parts == [part for part in PARTS if part != "state"] and in_parts(base, parts)
+
+
+PROFILE = """Layer,Mode,Rank,Alpha,Dropout,Weight_lr_init
+emb,freeze,0,0,0.01,1e-4
+0,lora,4,6,0.01,1e-4
+1,lora,8,20,0.01,1e-4
+head,lora,3,9,0.01,1e-4
+"""
+
+
+def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
+    base = base_file(tmp_path, 7)
+    torch.manual_seed(8)
+    wanted = {"blocks.0.": (4, 6), "blocks.1.": (8, 20), "head": (3, 9)}
+    factors = {}
+    for name in ["head", *linears_of(7)]:
+        r = next(rank for start, (rank, _) in wanted.items() if name.startswith(start))
+        out, inputs = base[f"{name}.weight"].shape
+        factors |= {f"{name}.lora_A": draw(r, inputs), f"{name}.lora_B": draw(out, r)}
+    torch.save(factors, tmp_path / "theirs.pth")
+    (tmp_path / "profile.csv").write_text(PROFILE)
+    refused(tmp_path, r"the ranks differ \(3, 4, 8\), and with them the factors alpha / r; one --alpha", Hints(alpha=6))
+    ours(tmp_path, Hints(profile=str(tmp_path / "profile.csv")))
+    line = ["merge", "--base", str(tmp_path / "base.pth"), "--adapter", str(tmp_path / "theirs.pth"), "--out", str(tmp_path / "merged.pth")]
+    main([*line, "--profile", str(tmp_path / "profile.csv")])
+    options = read_metadata(tmp_path / "ours.pth")["options"]
+    assert set(options["rank_map"]) == set(options["alpha_map"]) and len(options["rank_map"]) == 7
+    merged = read_checkpoint(tmp_path / "merged.pth")
+    for name in [*linears_of(7), "head"]:
+        alpha = next(alpha for start, (_, alpha) in wanted.items() if name.startswith(start))
+        x = draw(5, base[f"{name}.weight"].shape[1], dtype=torch.float64)
+        A, B = (factors[f"{name}.lora_{side}"].double() for side in "AB")
+        same_layer(name, merged[f"{name}.weight"], x, lora_forward(x, base[f"{name}.weight"].double(), A, B, alpha))
+    close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("0,lora,4", "0,lora,5", "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the profile is of another"),
+    ("0,lora", "0,bone", "has Mode bone"), ("4,6", "4,x", "has Rank '4' and Alpha 'x', expected numbers"), ("4,6", "4,0", "Alpha 0"),
+    ("4,6", "4,inf", "Alpha inf"), ("0,lora,4,6,0.01,1e-4", "0,lora", "has Rank None"), ("0,lora", "7,lora", "has no row of layer 0"),
+    ("Alpha", "alpha", "is no layer profile: it has no column Alpha"), (PROFILE, "", "has no column Layer"), ("emb", "\x00" * (1 << 20), "too many"),
+])
+def test_a_profile_of_another_training_is_refused(tmp_path, old, new, words):
+    torch.save({"blocks.0.att.key.lora_A": draw(4, 48), "blocks.0.att.key.lora_B": draw(48, 4)}, tmp_path / "theirs.pth")
+    (tmp_path / "profile.csv").write_text(PROFILE.replace(old, new))
+    refused(tmp_path, words, Hints(profile=str(tmp_path / "profile.csv")))
 
 
 # without a conversion: the command lines of their merge scripts

@@ -63,7 +63,7 @@ def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
 
 def check_hints(path, form: type[Format], hints: Hints) -> None:
     """UserError for a hint that a reader would not look at."""
-    for name in ("origin", "alpha", "init"):
+    for name in ("origin", "alpha", "init", "profile"):
         if getattr(hints, name) not in ("", None) and name not in form.hints:
             raise UserError(f"{path} is {form.name}, which leaves nothing open that --{name} could say; drop the flag")
 

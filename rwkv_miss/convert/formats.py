@@ -31,14 +31,15 @@ class Hints:
     """What the user says of a file that does not say it itself.
 
     origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha: LoRA's, which some files leave out.
-    init: the file with the factors that a PiSSA training began with. base: the model file that the adapter belongs to, for formats that say
-    more of it than the adapter's own file does.
+    profile: RWKV-LM-RLHF's layer profile, which has an alpha for every layer. init: the file with the factors that a PiSSA training began with.
+    base: the model file that the adapter belongs to, for formats that say more of it than the adapter's own file does.
     """
 
     origin: str = ""
     alpha: float | None = None
     init: str = ""
     base: str = ""
+    profile: str = ""
 
     def __post_init__(self):
         if self.origin and self.origin not in ORIGINS:

@@ -25,6 +25,7 @@ from ..checkpoint import read_checkpoint, require_writable, write_checkpoint
 from ..errors import UserError
 from ..parts import PARTS
 from .formats import Adapter, Format, Hints, described, origins, rank_options, register
+from .profile import read_alphas
 from .source import Source
 from .widths import origin_of_blocks
 
@@ -46,7 +47,7 @@ class RwkvPeft(Format):
     """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and the merge scripts of the former take: a .pth file, with PiSSA two of them."""
 
     writes = True
-    hints = ("origin", "alpha", "init")
+    hints = ("origin", "alpha", "init", "profile")
 
     @classmethod
     def reads(cls, source: Source) -> bool:
@@ -150,9 +151,13 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
 
 def check_use(kind: str, states: bool, hints: Hints) -> None:
     """UserError for a hint that decides nothing in such a file."""
-    if kind != "lora" and (hints.alpha is not None or hints.init):
-        raise UserError(f"--{'alpha' if hints.alpha is not None else 'init'} is for LoRA and PiSSA, and the file has "
-                        f"{f'.{kind} tensors' if kind else 'initial states alone'}; drop the flag")
+    given = [name for name in ("alpha", "profile", "init") if getattr(hints, name) not in ("", None)]
+    if given and kind != "lora":
+        found = f".{kind} tensors" if kind else "initial states alone"
+        raise UserError(f"--{given[0]} is for LoRA and PiSSA, and the file has {found}; drop the flag")
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} contradict each other: --alpha is the same for all layers, --profile has one for each, and "
+                        "PiSSA, for which --init is, has the factor 1; keep one of the flags")
     if hints.origin and kind in ("", "lora") and (not states or hints.origin not in ("rwkv-peft", "openmose")):
         raise UserError(f"--origin {hints.origin} decides nothing in a file of {'LoRA' if kind else 'initial states'}; drop the flag"
                         + (f", or choose from: {origins('rwkv-peft', 'openmose')}" if states else ""))
@@ -188,9 +193,12 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
         ranks[linear] = len(A[linear])
     options = rank_options(ranks)
     if hints.init:
-        if hints.alpha is not None:
-            raise UserError(f"--alpha {hints.alpha:g} with --init: PiSSA has the factor 1 in this project; drop one of the two")
         return "pissa", options, list(ranks)
+    if hints.profile:
+        alphas = read_alphas(hints.profile, ranks)
+        options["alpha"] = next(alpha for linear, alpha in alphas.items() if ranks[linear] == options["rank"])
+        others = METHODS["lora"].Options.parse(options)  # alpha / r is that of all ranks, unless alpha_map has another alpha
+        return "lora", {**options, "alpha_map": {name: alpha for name, alpha in alphas.items() if others.at(name).alpha != alpha}}, list(ranks)
     if hints.alpha is None:
         raise UserError("the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was lora_alpha). A PiSSA file "
                         "looks the same: then --init FILE instead, the init_pissa.pth beside it")
@@ -198,7 +206,7 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
         raise UserError(f"--alpha {hints.alpha:g} is no factor; it must be above 0")
     if options["rank_map"]:
         raise UserError(f"the ranks differ ({', '.join(map(str, sorted(set(ranks.values()))))}), and with them the factors alpha / r; "
-                        "one --alpha cannot say them")
+                        "one --alpha cannot say them. --profile FILE does, the layer profile of RWKV-LM-RLHF")
     return "lora", {**options, "alpha": hints.alpha}, list(ranks)
 
 
