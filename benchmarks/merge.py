@@ -1,9 +1,11 @@
-"""Merging a MiSS adapter against copying the file: seconds, and memory above the start.
+"""Merging, checking and comparing files against copying one: seconds, and memory above the start.
 
-    python -m benchmarks.merge [--folder DIR] [--rounds 5]
+    python -m benchmarks.merge [--folder DIR] [--rounds 5] [--n_layer 24] [--n_embd 768]
 
-Both sides end with an fsync and read a file that is in the page cache; they run in turns, and the medians are compared. Memory is
-the peak of RssAnon (mapped pages of the base are not in it), in units of the file's largest tensor.
+merge (one MiSS adapter, and two with weights) and the copy end with an fsync and read a file that is in the page cache; they run in turns, and the
+medians are compared, of wall time and of the process's CPU time, which other programs on the machine change less. unmerge and diff read two such
+files, once after a warm-up. Memory is the peak of RssAnon (mapped pages of files are not in it), in units of the file's largest tensor.
+--n_embd 2048 is a file of 3 GB, of which three copies are on the disk at once, and a fourth while it is written.
 """
 
 import argparse
@@ -16,40 +18,45 @@ import time
 
 import torch
 
-from rwkv_miss import merge_file, write_checkpoint
+from rwkv_miss import merge_file, read_checkpoint, write_checkpoint
+from rwkv_miss.check import check_merge
 from rwkv_miss.checkpoint import fingerprint
+from rwkv_miss.extract import diff_files
 from rwkv_miss.inject import ADAPTER_FORMAT
 
-from .common import peak_above_start, report
+from .common import peak_above_start, release_freed, report
 
-LAYERS, WIDTH, VOCABULARY, RANK = 24, 768, 65536, 64  # 0.5 GB in bf16
+VOCABULARY, RANK = 65536, 64
 LINEARS = {"att.receptance": (1, 1), "att.key": (1, 1), "att.value": (1, 1), "att.output": (1, 1), "ffn.key": (4, 1), "ffn.value": (1, 4)}
 
 
-def base_tensors() -> dict[str, torch.Tensor]:
-    """Random matrices with the shapes of RWKV-7, and a few of its vectors."""
-    shapes = {"emb.weight": (VOCABULARY, WIDTH)}
-    for layer in range(LAYERS):
-        shapes |= {f"blocks.{layer}.{norm}.{part}": (WIDTH,) for norm in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")}
-        shapes |= {f"blocks.{layer}.att.x_{name}": (1, 1, WIDTH) for name in "rwkvag"}
-        shapes |= {f"blocks.{layer}.{name}.weight": (out * WIDTH, into * WIDTH) for name, (out, into) in LINEARS.items()}
-    shapes["head.weight"] = (VOCABULARY, WIDTH)
-    return {name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in shapes.items()}
+def base_file(path: pathlib.Path, layers: int, width: int) -> int:
+    """Write random matrices with the shapes of RWKV-7, and a few of its vectors, in bf16; returns the bytes of the largest tensor."""
+    shapes = {"emb.weight": (VOCABULARY, width)}
+    for layer in range(layers):
+        shapes |= {f"blocks.{layer}.{norm}.{part}": (width,) for norm in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")}
+        shapes |= {f"blocks.{layer}.att.x_{name}": (1, 1, width) for name in "rwkvag"}
+        shapes |= {f"blocks.{layer}.{name}.weight": (out * width, into * width) for name, (out, into) in LINEARS.items()}
+    shapes["head.weight"] = (VOCABULARY, width)
+    write_checkpoint(path, ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)) for name, shape in shapes.items()))
+    return 2 * VOCABULARY * width
 
 
-def adapter_file(path: pathlib.Path, base: dict[str, torch.Tensor]) -> None:
-    linears = [f"blocks.{layer}.{name}" for layer in range(LAYERS) for name in LINEARS]
-    shards = ((f"{name}.miss", torch.randn(RANK, base[f"{name}.weight"].shape[0]).mul_(1e-3)) for name in linears)
+def adapter_file(path: pathlib.Path, base: pathlib.Path, layers: int) -> None:
+    tensors = read_checkpoint(base)
+    linears = [f"blocks.{layer}.{name}" for layer in range(layers) for name in LINEARS]
+    shards = ((f"{name}.miss", torch.randn(RANK, tensors[f"{name}.weight"].shape[0]).mul_(1e-3)) for name in linears)
     write_checkpoint(path, shards, {
         "format": ADAPTER_FORMAT, "format_version": 1, "method": "miss", "options": {"rank": RANK}, "linears": linears,
-        "base": "base.pth", "base_fingerprint": fingerprint(base), "versions": {"torch": torch.__version__},
+        "base": "base.pth", "base_fingerprint": fingerprint(tensors), "versions": {"torch": torch.__version__},
     })
 
 
-def seconds(work) -> float:
-    start = time.perf_counter()
+def times(work) -> tuple[float, float]:
+    """(wall, CPU) seconds."""
+    start, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -62,33 +69,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", help="where the files are made; a temporary folder by default")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--n_layer", type=int, default=24)
+    parser.add_argument("--n_embd", type=int, default=768, help="default %(default)s, a file of 0.5 GB")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # as the command does
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        base, adapter, out, copied = (pathlib.Path(folder, name) for name in ("base.pth", "adapter.pth", "merged.pth", "copy.pth"))
-        tensors = base_tensors()
-        largest = max(tensor.nbytes for tensor in tensors.values())
-        write_checkpoint(base, tensors.items())
-        adapter_file(adapter, tensors)
-        del tensors
+        base, first, second, out, copied, found = (pathlib.Path(folder, f"{name}.pth") for name in ("base", "a", "b", "merged", "copy", "diff"))
+        largest = base_file(base, args.n_layer, args.n_embd)
+        for adapter in (first, second):
+            adapter_file(adapter, base, args.n_layer)
         size = base.stat().st_size
+        works = {
+            "copy": lambda: copy(base, copied),
+            "merge": lambda: merge_file(base, first, out),
+            "merge of two": lambda: merge_file(base, [first, second], out, weights=[0.7, 0.3]),
+            "unmerge": lambda: check_merge(base, out),
+            "unmerge --adapter": lambda: check_merge(base, out, [first, second]),
+            "diff": lambda: diff_files(base, out, found, RANK),
+        }
+        peaks = {}
+        for name, work in works.items():  # the first round of each is a warm-up
+            release_freed()
+            peaks[name] = peak_above_start(work) / largest
+        timed = [name for name in works if name.startswith(("copy", "merge"))]
+        rounds = [{name: times(works[name]) for name in timed} for _ in range(args.rounds)]
+        for name in works:
+            if name not in timed:
+                rounds[0][name] = times(works[name])
 
-        peak = peak_above_start(lambda: merge_file(base, adapter, out))
-        copy(base, copied)  # the first round of each is a warm-up
-        rounds = [(seconds(lambda: merge_file(base, adapter, out)), seconds(lambda: copy(base, copied))) for _ in range(args.rounds)]
-
-    print(f"{size / 1e9:.2f} GB bf16, RWKV-7 {LAYERS} x {WIDTH}, {LAYERS * len(LINEARS)} linears, MiSS rank {RANK}")
-    print("round   merge s    copy s   merge / copy")
-    for number, (merge_s, copy_s) in enumerate(rounds, 1):
-        print(f"{number:5}  {merge_s:8.2f}  {copy_s:8.2f}  {merge_s / copy_s:13.2f}")
-    merge_s, copy_s = (statistics.median(column) for column in zip(*rounds))
-    ratio = statistics.median(merge / copy for merge, copy in rounds)
-    print(f"median {merge_s:8.2f}  {copy_s:8.2f}  {ratio:13.2f}")
-    print(f"peak memory above start: {peak / largest:.2f} x the largest tensor ({largest / 1e6:.0f} MB)")
-    report("merge", merge_s=round(merge_s, 3), copy_s=round(copy_s, 3), merge_over_copy=round(ratio, 3),
-           peak_over_largest=round(peak / largest, 3), bytes=size, dtype="bfloat16",
-           shapes={"layers": LAYERS, "width": WIDTH, "vocabulary": VOCABULARY, "rank": RANK})
+    print(f"{size / 1e9:.2f} GB bf16, RWKV-7 {args.n_layer} x {args.n_embd}, {args.n_layer * len(LINEARS)} linears, MiSS rank {RANK}, "
+          f"largest tensor {largest / 1e6:.0f} MB")
+    print(f"{'':<18}  wall s  copy's speed   CPU s  peak / largest")
+    figures = {}
+    for name in works:
+        wall, cpu = (statistics.median(row[name][i] for row in rounds if name in row) for i in (0, 1))
+        speed = statistics.median(row["copy"][0] / row[name][0] for row in rounds if name in row)
+        measured = {"wall_s": wall, "of_copys_speed": speed, "cpu_s": cpu, "peak_over_largest": peaks[name]}
+        figures[name] = {figure: round(value, 3) for figure, value in measured.items()}
+        print(f"{name:<18}  {wall:6.2f}  {speed:12.2f}  {cpu:6.2f}  {peaks[name]:14.2f}")
+    report("merge", works=figures, bytes=size, rounds=args.rounds, dtype="bfloat16",
+           shapes={"layers": args.n_layer, "width": args.n_embd, "vocabulary": VOCABULARY, "rank": RANK})
 
 
 if __name__ == "__main__":
