@@ -207,30 +207,34 @@ def _expected(key: str, base: Tensor, found: Tensor, combination: Combination, s
     exact = combination.merged(key, base, scratch)
     change = _change(key, base, combination)
     compared = _compare(key, base, found)
-    update = error = excess = 0.0
+    update = error = excess = gap = size = 0.0
     changing = unchanged = apart = not_undone = 0
     # where every entry is made by itself, there is no order of sums
     of_entries = all(key in m.whole for m in combination.members if m.changes(key))
     same_way = True
     for before, wanted, delta, kept in zip(blocks(base), blocks(exact), blocks(change), blocks(found)):
-        same = before.to(kept.dtype)
+        same, before, wanted = before.to(kept.dtype), before.float(), wanted.float()
         stays = bits(same) == bits(kept)
-        delta, before = delta.double(), before.float()
-        same_way = same_way and torch.equal(before + delta.float(), wanted.float())
+        by_definition = before + delta
+        same_way = same_way and torch.equal(by_definition, wanted)
+        gap, size = max(gap, float((by_definition - wanted).abs().max())), max(size, float(by_definition.abs().max()))
         missing = kept.double() - same.double() - delta
-        update, error = update + float(delta.square().sum()), error + float(missing.square().sum())
+        update, error = update + float(delta.double().square().sum()), error + float(missing.square().sum())
         moves = delta != 0
         changing, unchanged = changing + int(moves.sum()), unchanged + int((moves & stays).sum())
-        apart += int((bits(wanted.to(kept.dtype)) != bits(kept)).sum())
-        not_undone += int((bits((kept.float() - delta.float()).to(kept.dtype)) != bits(same)).sum())
-        reference = before.double() + delta
-        allowed = _half_step(reference, kept.dtype) + SUMS * float(reference.abs().max())
-        far = (kept.double() - reference).abs() / allowed
-        excess = max(excess, float(far.nan_to_num(math.inf).max()))
+        not_undone += int((bits((kept.float() - delta).to(kept.dtype)) != bits(same)).sum())
+        others = bits(wanted.to(kept.dtype)) != bits(kept)
+        if others.any():
+            apart += int(others.sum())
+            reference = before[others].double() + delta[others]
+            allowed = _half_step(reference, kept.dtype) + SUMS * float(by_definition.abs().max())
+            excess = max(excess, float(((kept[others].double() - reference).abs() / allowed).nan_to_num(math.inf).max()))
     problem = ""
     if apart and (of_entries or same_way or excess > 1):
         problem = f"{key} is not what the merge writes in {apart:,} of {base.numel():,} entries" + (
             f", by up to {excess:.3g} times the rounding of {str(found.dtype).removeprefix('torch.')}" if excess > 1 else "")
+    elif gap > SUMS * size:
+        problem = f"{key}: the merge's sum is not the base + delta(), they differ by {gap:.3g}; this is a mistake of the package"
     changed = dataclasses.replace(compared, apart=apart, not_undone=not_undone)
     return Layer(key, update, error, changing, unchanged), changed, problem
 

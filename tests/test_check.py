@@ -8,6 +8,7 @@ import torch
 
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
+from rwkv_miss.adapter import METHODS
 from rwkv_miss.check import check_merge
 from rwkv_miss.checkpoint import fingerprint
 
@@ -107,6 +108,30 @@ def test_sums_in_another_order_are_no_mistake(merging):
         assert found.ok == allowed and sum(changed.apart for changed in found.changed) > 0
         if allowed:
             assert "entries are rounded the other way" in found.lines()[1]
+
+
+def test_a_merge_with_wrong_arithmetic_is_seen(merging, monkeypatch):
+    """The file is what the merge writes, but not what the method means."""
+    merging()
+    merging.adapter("a.pth")
+    right = METHODS["miss"].add_delta_to
+    monkeypatch.setattr(METHODS["miss"], "add_delta_to", lambda layer, weight: [right(layer, weight), weight[:, 0].mul_(1.001)])
+    merging.merge(["a.pth"])
+    found = check(merging, ["a.pth"])
+    assert len(found.problems) == 12 and all("the merge's sum is not the base + delta()" in problem for problem in found.problems)
+    assert sum(changed.apart for changed in found.changed) == 0
+
+
+def test_entries_that_were_not_to_change_do_not_count(merging):
+    merging(dtype=torch.bfloat16)
+    a = merging.adapter("a.pth", targets=["att.key"], std=1e-3)
+    tensors = read_checkpoint(a)
+    for D in tensors.values():
+        D[:, :10] = 0
+    write_checkpoint(a, tensors.items(), read_metadata(a))
+    report = merging.merge(["a.pth"])
+    for mine, other in zip(check(merging, ["a.pth"]).rounding.layers, report.rounding.layers):
+        assert mine.changing == other.changing == 30 * 40 and mine.unchanged == other.unchanged > 0
 
 
 def test_subtraction_does_not_undo(merging):

@@ -89,6 +89,28 @@ def test_a_blended_model_is_the_merged_one(merging, weights):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "it is mapped, never written"
 
 
+def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging):
+    make(merging)
+    merging.adapter("a.pth", targets=["head"])
+    merging.adapter("b.pth", seed=2, targets=["key"], parts="head", std=0.1)
+    files = [(str(merging.folder / "a.pth"), 2), (str(merging.folder / "b.pth"), 0.5)]
+    merge_file(merging.folder / "base.pth", [path for path, _ in files], merging.folder / "merged.pth", weights=[weight for _, weight in files])
+    model = RWKV.load(merging.folder / "base.pth")
+    blend(model, files)
+    found = distance(*(logits_of(one, [list(range(20))]) for one in (RWKV.load(merging.folder / "merged.pth"), model)))
+    assert found.max_logit_difference < 1e-5 * found.max_logit
+
+
+def test_in_the_files_dtype_both_are_computed_in_it(merging, verify):
+    """An adapter that changes nothing: in bf16 the merged file gives the live model's bits, which are not those of fp32."""
+    make(merging, dtype=torch.bfloat16)
+    merging.adapter("a.pth", std=0)
+    merging.merge(["a.pth"])
+    code, facts = verify(["a.pth"])
+    assert code == 0 and [row["max_logit_difference"] for row in facts["probe"][:4]] == [0] * 4
+    assert facts["probe"][4]["max_logit_difference"] > 1e-3
+
+
 def test_a_wrong_file_ends_with_1(merging, verify):
     make(merging, dtype=torch.bfloat16)
     merging.adapter("a.pth")
