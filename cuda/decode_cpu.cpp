@@ -2,7 +2,8 @@
 //
 // A layer is a few products with matrices and little else, and the products are bound by the memory. Every thread takes its own rows of each
 // matrix, or its own heads; what all of them need (norms, mixes) each works out for itself; between two products they wait for each other, 5
-// times in a layer of v7, 7 times in one of v6. No sum depends on the number of threads.
+// times in a layer of v7, 7 times in one of v6, and before each product that an adapter has a part in, of whose A x they have made rows each.
+// No sum depends on the number of threads.
 //
 // State of a layer, as in src/model.py: att_x (C), wkv (H, N, N), v6 [key, value], v7 [value, key], ffn_x (C). It is read in one place and
 // written in another, so that the caller may keep what there was.

@@ -85,12 +85,14 @@ class Chat:
 
     def use(self, names: tuple[str, ...], scale: float) -> None:
         """Choose adapters, and forget the state that other weights computed."""
+        before = self.adapters.used, self.adapters.scale
         try:
             self.adapters.use(names, scale)
-        finally:  # it may have been stopped
-            if isinstance(self.conversation.model, (Decoder, GraphedDecoder)):
-                self.conversation.model.refresh()
-            self.conversation.read_again()
+        finally:  # it may have been stopped, and without any since
+            if (self.adapters.used, self.adapters.scale) != before:
+                self.conversation.read_again()
+                if isinstance(self.conversation.model, (Decoder, GraphedDecoder)):
+                    self.conversation.model.refresh()
 
     def switch(self, names: tuple[str, ...], scale: float) -> None:
         if (names, scale) != (self.adapters.used, self.adapters.scale):

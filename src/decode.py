@@ -38,6 +38,7 @@ LAYER = {
         *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")), "ffn.key.weight", "ffn.value.weight"),
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ADVICE = "; the file may be damaged, or an adapter's scale too large"
 LANES = 16  # vectors are read in whole lanes of any CPU
 
 
@@ -94,6 +95,7 @@ class Decoder:
         ))
         if not self.handle:
             raise RuntimeError(f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp")
+        self.fresh = True
         self.run, self.replace, self.close_native = library.decode_step, library.decode_replace, library.decode_close
 
     @property
@@ -104,6 +106,7 @@ class Decoder:
     def refresh(self) -> None:
         """Take over the tensors of the model that are others than they were; what stayed the same costs nothing."""
         self._check_open()
+        self.fresh = False  # until the end: stopped on the way, it is done again before the next token
         for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
             tensor, low_rank = self._source(name)
             if tensor is before[0] and low_rank is before[1]:
@@ -112,6 +115,7 @@ class Decoder:
             self._put_beside(name, matrix, low_rank)
             self.replace(self.handle, ctypes.c_int64(place), ctypes.byref(matrix))
             self.matrices[place], self.sources[place] = matrix, (tensor, low_rank)
+        self.fresh = True
 
     @property
     def emb(self):
@@ -168,11 +172,14 @@ class Decoder:
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays as it is.
 
-        Raises ValueError for other shapes, where logits are not finite, and after close(), IndexError for a token that is not in the vocabulary.
+        Raises ValueError for other shapes and after close(), UserError where logits are not finite, IndexError for a token that is not in the
+        vocabulary.
         """
         if state is None:
             state = self.model.initial_state(1)
         self._check(ids, state)
+        if not self.fresh:
+            self.refresh()
         if ids.shape[1] > 1:
             state = [LayerState(layer.att_x.to(self.reading), layer.wkv, layer.ffn_x.to(self.reading)) for layer in state]
             # the last token is the native code's, and of the others only the state is wanted
@@ -211,7 +218,7 @@ class Decoder:
             self.handle, ctypes.c_int64(token), pointers(*[part.data_ptr() for part in before]),
             pointers(*[part.data_ptr() for layer in after for part in layer]), ctypes.c_void_p(logits.data_ptr()),
         ):
-            raise ValueError(f"the logits after token {token} are not finite: the model overflows")
+            raise UserError(f"the logits after token {token} are not finite: the model overflows{ADVICE}")
         return logits, after
 
     def _ready(self, part: Tensor | None, layer: int) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
-from .decode import Decoder
+from .decode import ADVICE, Decoder
 from .model import RWKV, State
+from .ops.native import nan_passes
 from .template import DEFAULT, Template
 
 
@@ -35,7 +36,7 @@ class Sampling:
 
 
 def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None) -> int:
-    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer. ValueError if a logit is
+    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer. UserError if a logit is
     NaN or infinite upwards.
 
     It is NumPy's work, which stays in the calling thread: torch's other threads, once woken, spin for a while on the cores that the decoder
@@ -46,7 +47,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator
         values = values.copy()
         values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * np.array(list(seen.values()), dtype=np.float32)
     if not np.isfinite(values.max()):
-        raise ValueError(f"the largest logit is {values.max()}, expected a finite number: the model overflows")
+        raise UserError(f"the largest logit is {values.max()}, expected a finite number: the model overflows{ADVICE}")
     if sampling.temperature < 1e-5:
         return int(values.argmax())
     order, probabilities = _likeliest(values, sampling)
@@ -93,7 +94,8 @@ def stream(
     device = model.emb.weight.device
 
     def feed(tokens: list[int], before: State | None) -> tuple[Tensor, State]:
-        logits, after = model.next_logits(torch.tensor([tokens], device=device), before)
+        with nan_passes():  # a model that overflows is named by its logits
+            logits, after = model.next_logits(torch.tensor([tokens], device=device), before)
         return logits[0, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
 
     logits, state = feed(ids, state)

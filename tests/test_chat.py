@@ -15,6 +15,7 @@ from rwkv_miss import UserError
 from src import generate, template
 from src.generate import Conversation, Sampling, stream
 from src.load import load_with
+from src.ops import native
 from src.saved_chat import load_chat, save_chat
 from src.template import load_template
 from src.tokenizer import load_tokenizer
@@ -29,6 +30,7 @@ TOKENS = 12
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A base and adapters of it, by name."""
+    native.status("cpu")  # built here, if it has to be, and not with words in the middle of a chat
     folder = tmp_path_factory.mktemp("chat")
     rwkv_miss.write_checkpoint(folder / "base.pth", mixing_tensors(7).items())
     a, b = (train(folder / "base.pth", folder / f"{name}.pth", method, seed) for name, method, seed in (("a", "miss", 1), ("b", "dora", 2)))
@@ -118,6 +120,13 @@ def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     assert "/save needs FILE" in err[7] and "off, think, normal, short, long, fake" in err[8]
     assert [line.split()[0] for line in err[9:18]] == ["/adapter", "/scale", "/reset", "/undo", "/save", "/load", "/think", "/compare", "/help"]
     assert asked == ["/x", "/x", "/"]
+
+
+def test_what_overflows_is_an_error_and_the_chat_goes_on(typed, asked):
+    """And neither it nor a name that does not exist costs the state."""
+    out, err = typed(["hello?", "/scale 1e38", "why", "/scale 1", "/adapter c", "why", "/adapter c", "so"])
+    assert "error: the logits after token" in err[1] and "an adapter's scale too large" in err[1] and len(answers(out)) == 4
+    assert [text.count("User: ") for text in asked] == [1, 2, 2, 1]
 
 
 def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F811

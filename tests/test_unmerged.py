@@ -276,3 +276,25 @@ def test_a_stopped_choice_leaves_the_base(checkpoint, tmp_path, monkeypatch):
         adapters.use(["miss", "dora"], 0.5)
     assert adapters.used == () and all(p is before[name] for name, p in adapters.model.named_parameters())
     assert torch.equal(logits_of(adapters.model, ids), want)
+
+
+def test_a_stopped_refresh_is_finished_before_the_next_token(checkpoint, tmp_path, monkeypatch):
+    base = checkpoint(7, **SIZES)
+    files = {name: train(base, tmp_path / f"{name}.pth", name) for name in ("miss", "dora")}
+    ids = some_ids(make_arch(7, **SIZES), 5)
+    adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
+    decoder = Decoder(adapters.model)
+    want = logits_with(base, files, ["dora"], 1, ids)
+    adapters.use(["dora"])
+    made, calls = Decoder._matrix, []
+
+    def matrix(self, *rest):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return made(self, *rest)
+
+    monkeypatch.setattr(Decoder, "_matrix", matrix)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.refresh()
+    assert torch.equal(one_by_one(decoder, ids)[0], want)
