@@ -113,13 +113,34 @@ def converted(to: str, method: str, origin: str = "", **options) -> Reader:
     return Reader(make, to_native("sound", origin))
 
 
-def lightning() -> Reader:
+def package(embedded: bool) -> Reader:
+    """The reader of rwkv_lightning's packages: a folder, or one file with the manifest inside."""
+
     def make(folder: pathlib.Path) -> None:
         make_merge(rank=4)(folder)
         convert.convert(folder / "adapter.pth", folder / "sound", "rwkv-lightning", convert.Hints(base=str(folder / "base.pth")))
         (folder / "adapter.pth").unlink()
+        if embedded:
+            with zipfile.ZipFile(folder / "sound" / "adapter.pth", "a") as archive:
+                archive.writestr("archive/miss.json", (folder / "sound" / "adapter.json").read_text())
+            (folder / "sound" / "adapter.pth").rename(folder / "sound.pth")
+            shutil.rmtree(folder / "sound")
 
-    return Reader(make, to_native("sound"), ("base.pth",))
+    return Reader(make, to_native("sound.pth" if embedded else "sound"), ("base.pth",))
+
+
+def written(to: str, method: str) -> Reader:
+    """The writer of a format, from a native file that came from there."""
+
+    def make(folder: pathlib.Path) -> None:
+        make_merge(method, rank=4)(folder)
+        hints = convert.Hints(base=str(folder / "base.pth"))
+        convert.convert(folder / "adapter.pth", folder / "there", to, hints)
+        (folder / "adapter.pth").unlink()
+        convert.convert(folder / "there", folder / "native.pth", "native", hints)
+        shutil.rmtree(folder / "there")
+
+    return Reader(make, lambda folder: convert.convert(folder / "native.pth", folder / "out", to), ("base.pth",))
 
 
 def exported(to: str, **settings) -> Reader:
@@ -173,7 +194,9 @@ READERS: dict[str, Reader] = {
     "peft, MiSS": converted("peft", "miss", rank=4), "peft, Bat": converted("peft", "bat", rank=4), "peft, DoRA": converted("peft", "dora", rank=4),
     "rwkv-peft, MiSS": converted("rwkv-peft", "miss", rank=4), "rwkv-peft, Bat": converted("rwkv-peft", "bat", "rwkv-peft", rank=4, order="row"),
     "safetensors": converted("safetensors", "miss", rank=4),
-    "rwkv-lightning": lightning(),
+    "peft, LoRA": converted("peft", "lora", rank=4, rank_map={"ffn": 3}, alpha_map={"key": 5.5}), "peft, VeRA": converted("peft", "vera", rank=4),
+    "to peft": written("peft", "miss"), "to lora": written("lora", "pissa"), "to rwkv-lightning": written("rwkv-lightning", "miss"),
+    "rwkv-lightning": package(False), "rwkv-lightning, file": package(True),
     "model, safetensors": exported("safetensors"), "model, GGUF": exported("gguf", tokenizer="none"),
     "model, HF": exported("hf", tokenizer="none"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),

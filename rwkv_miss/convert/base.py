@@ -53,7 +53,7 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     for name in adapter.metadata["linears"]:
         kind = name if name == "head" else ".".join(name.split(".")[2:])
         A, B = (adapter.tensors.get(f"{name}.lora_{factor}") for factor in "AB")
-        if A is not None and B is not None:
+        if A is not None and B is not None and A.dim() == B.dim() == 2:
             shapes[name] = len(B), A.shape[1]
         elif arch and kind in RWKV_LINEARS:
             shapes[name] = tuple(getattr(arch, size) for size in RWKV_LINEARS[kind])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ class Lora(Format):
     @classmethod
     def write(cls, adapter: Adapter, out) -> list[str]:
         own = adapter.metadata["method"] in ("lora", "lora_fa")
-        return write_peft(adapter, own_factors(adapter) if own else as_lora(adapter), out)
+        return write_peft(adapter, own_factors if own else as_lora, out)
 
 
 def write(adapter: Adapter, out) -> list[str]:
@@ -62,7 +64,7 @@ def write(adapter: Adapter, out) -> list[str]:
     method = adapter.metadata["method"]
     if method not in FORMS:
         refuse(adapter, f"peft has no {method}")
-    return write_peft(adapter, FORMS[method](adapter), out)
+    return write_peft(adapter, FORMS[method], out)
 
 
 def refuse(adapter: Adapter, why: str) -> None:
@@ -134,8 +136,6 @@ def own_factors(adapter: Adapter) -> Folder:
 def as_lora(adapter: Adapter) -> Folder:
     """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1. For MiSS A has zeros and ones, and B is D^T."""
     method = adapter.metadata["method"]
-    if not METHODS[method].adapts_linears:
-        refuse(adapter, f"{method} adapts no linear")
     tensors, ranks = {}, {}
     for name, layer in adapted_layers(adapter):
         with torch.no_grad():
@@ -152,6 +152,8 @@ def as_lora(adapter: Adapter) -> Folder:
 
 def lora_config(ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False) -> dict[str, Any]:
     """peft's fields for each linear's rank and alpha: r and lora_alpha, which most have, and patterns for the others."""
+    if not all(map(math.isfinite, alphas.values())):
+        raise UserError("an alpha of the adapter is infinite; the file is damaged")
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA", "r": rank, "lora_alpha": number(alpha), "rank_pattern": patterns(ranks, rank), "alpha_pattern": patterns(alphas, alpha),
@@ -215,11 +217,14 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
     return sorted(modules)
 
 
-def write_peft(adapter: Adapter, folder: Folder, out) -> list[str]:
+def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out) -> list[str]:
     """Write the folder; returns the notes. One that came from peft and stays the same method keeps its configuration."""
+    if not adapter.metadata["linears"]:
+        refuse(adapter, f"{adapter.metadata['method']} of no linear is nothing that peft has")
     if adapter.shapes or adapter.metadata.get("arch"):
         for _ in adapted_layers(adapter):  # which checks every shape
             pass
+    folder = form(adapter)
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})
     same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(folder.config.get("use_dora"))

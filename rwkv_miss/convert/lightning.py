@@ -233,7 +233,7 @@ def check_linears(adapter: Adapter) -> None:
         raise UserError(f"rwkv_lightning has MiSS only, this adapter is {method}; {WAY_OUT}")
     if (adapter.metadata.get("arch") or {}).get("version", 7) != 7:
         raise UserError(f"rwkv_lightning runs RWKV-7, and this adapter belongs to RWKV-6; {WAY_OUT}")
-    for name in sorted(linears):
+    for name in sorted(linears) or ["no linear"]:
         if not re.fullmatch(rf"blocks\.\d{{1,3}}\.({'|'.join(map(re.escape, TARGETS))})", name):
             raise UserError(f"rwkv_lightning adapts {', '.join(TARGETS)}, and this adapter changes {name}; {WAY_OUT}")
     for name in adapter.tensors:
