@@ -145,8 +145,8 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
 
 def _number(weight: Any) -> float:
     """A weight out of a file's metadata."""
-    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise UserError(f"the merged file records the weight {str(weight)[:40]!r}, which is no number; give --weights")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not -1e30 < weight < 1e30:
+        raise UserError(f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with; give --weights")
     return float(weight)
 
 
@@ -159,7 +159,7 @@ def _of_the_record(check: MergeCheck, record: Mapping[str, Any], recorded: Mappi
         if recorded and m.fingerprint not in recorded:
             problems.append(f"by its own record it is no merge of {m.path}")
         elif recorded and recorded[m.fingerprint] != m.weight:
-            problems.append(f"by its own record the weight of {m.path} is {recorded[m.fingerprint]}, not {m.weight:g}")
+            problems.append(f"by its own record the weight of {m.path} is {str(recorded[m.fingerprint])[:40]}, not {m.weight:g}")
     if check.adapters and len(recorded) > len(check.adapters):
         problems.append(f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give all of them")
     return problems

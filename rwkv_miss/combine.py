@@ -155,12 +155,13 @@ class Combination:
     @torch.no_grad()
     def change(self, key: str, weight: Tensor, scratch: Scratch) -> Tensor:
         """sum of w_i delta_i for a tensor that is the weight of a linear for some, fp32. weight: the base's, fp32."""
-        total, delta = scratch.get("total", weight.shape).zero_(), scratch.get("delta", weight.shape)
+        total = None
         for m in self.members:
-            if key in m.whole:
-                total.add_(torch.sub(m.whole[key].reshape(weight.shape), weight, out=delta), alpha=m.weight)
-            elif key in m.by_weight:
-                total.add_(m.delta(key, weight, delta), alpha=m.weight)
+            if not m.changes(key):
+                continue
+            room = scratch.get("total" if total is None else "delta", weight.shape)
+            delta = torch.sub(m.whole[key].reshape(weight.shape), weight, out=room) if key in m.whole else m.delta(key, weight, room)
+            total = delta.mul_(m.weight) if total is None else total.add_(delta, alpha=m.weight)
         return total
 
     @torch.no_grad()

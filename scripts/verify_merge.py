@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 
 from src.doorway import importing, naming_missing_packages
 
@@ -14,8 +15,9 @@ with importing():
 
     from rwkv_miss.check import MergeCheck, check_merge
     from rwkv_miss.checkpoint import Arch, read_checkpoint
+    from rwkv_miss.combine import Member
     from rwkv_miss.errors import Parser, UserError, one_line_errors, printable
-    from rwkv_miss.merge_commands import add_adapters, add_output
+    from rwkv_miss.merge_commands import add_adapters, add_hints, add_output, hints
     from rwkv_miss.rounding import ROWS, percent
     from src import ops
     from src.blend import blend, merge_blended
@@ -40,9 +42,9 @@ class Row:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
-        check = check_merge(args.base, args.merged, args.adapter, args.weights)
+        check = check_merge(args.base, args.merged, args.adapter, args.weights, hints(args))
         texts = probe_texts(args)
-        rows = compare(args.base, args.merged, [(m.path, m.weight) for m in check.adapters], texts) if comparable(check) else []
+        rows = compare(args.base, args.merged, check.adapters, texts) if comparable(check) else []
         problems = check.problems + probe_problems(rows)
         if args.json:
             print(json.dumps({
@@ -60,6 +62,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.verify_merge", description=__doc__)
     parser.add_argument("--base", "--base_model", required=True)
     add_adapters(parser, required=True, default="what the merged file records, else 1 each")
+    add_hints(parser)
     parser.add_argument("--merged", required=True)
     parser.add_argument("--text", help="a file with the probe's text; default: a short one of four kinds, src/forgetting.txt")
     parser.add_argument("--tokens", type=int, default=256, help="how many of its tokens are read, the first of every kind; default %(default)s")
@@ -75,7 +78,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     """The tokens of each text of the probe."""
     arch = Arch.detect(read_checkpoint(args.base))
-    tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *args.adapter, args.merged, args.base)
+    files = filter(os.path.isfile, [*args.adapter, args.merged, args.base])  # other projects' folders do not tell
+    tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
         try:
             with open(args.text, encoding="utf-8") as file:
@@ -96,7 +100,7 @@ def comparable(check: MergeCheck) -> bool:
     return all(key in merged and merged[key].shape == tensor.shape for key, tensor in base.items())
 
 
-def compare(base, merged, adapters: list[tuple[str, float]], texts: list[list[int]]) -> list[Row]:
+def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> list[Row]:
     """All comparisons, one model in memory at a time."""
     dtype = read_checkpoint(merged)["head.weight"].dtype
     dtype = dtype if dtype in NAMES else torch.float32

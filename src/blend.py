@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.adapter import METHODS, AdapterLinear, put_linears
-from rwkv_miss.inject import fit_adapter
+from rwkv_miss.adapter import AdapterLinear, put_linears
+from rwkv_miss.combine import Member
+from rwkv_miss.errors import UserError
+from rwkv_miss.parts import state_names
 
 from .adapters import find, put, zeros_of
 from .model import RWKV
@@ -40,30 +42,29 @@ class BlendedLinear(nn.Module):
 
 
 @torch.no_grad()
-def blend(model: RWKV, adapters: Sequence[tuple[str, float]]) -> dict[str, BlendedLinear]:
-    """Put adapter files with weights onto a model, in place, whichever base they name; returns the changed linears by name. UserError for files
+def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
+    """Put adapters with their weights onto a model, in place, whichever base they name; returns the changed linears by name. UserError for those
     that do not fit. Whole tensors T become base + sum of w_i (T_i - base), fp32, as they are in training."""
     linears: dict[str, list[tuple[AdapterLinear, float]]] = {}
     whole: dict[str, list[tuple[Tensor, float]]] = {}
-    for path, weight in adapters:
-        with torch.device("meta"):
-            shapes = RWKV(model.arch)
-        own, replaced, metadata = fit_adapter(shapes, path, force=True)
-        cls = METHODS[metadata["method"]]
-        for name, tensors in own.items():
-            frozen = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)  # its own, as PiSSA gives it another value
-            layer = cls.wrap(frozen, None, cls.Options.parse(metadata["options"]).at(name), {key: tensors[key] for key in cls.shared}).eval()
-            layer.assign(tensors)
+    modules, names = dict(model.named_modules()), {*dict(model.named_parameters()), *state_names(model)}
+    for m in members:
+        for key, name in m.by_weight.items():
+            if not isinstance(modules.get(name), nn.Linear):
+                raise UserError(f"{m.path} adapts {name}, which is no linear of this model")
+            layer = m.layer(key, modules[name].weight.detach()).eval()  # with a parameter of its own, as PiSSA gives it another value
             layer.prepare()
-            linears.setdefault(name, []).append((layer, weight))
-        for name, tensor in replaced.items():
-            whole.setdefault(name, []).append((tensor, weight))
+            linears.setdefault(name, []).append((layer, m.weight))
+        for name, tensor in m.whole.items():
+            if name not in names:
+                raise UserError(f"{m.path} holds {name}, which this model does not have")
+            whole.setdefault(name, []).append((tensor, m.weight))
     for name, values in whole.items():
         base = find(model, name)
         base = zeros_of(model, name) if base is None else base.detach().to(torch.promote_types(base.dtype, torch.float32))
         change = sum(weight * (tensor.to(base.dtype).reshape(base.shape) - base) for tensor, weight in values)
         put(model, name, base + change)
-    blended = {name: BlendedLinear(model.get_submodule(name), layers) for name, layers in linears.items()}
+    blended = {name: BlendedLinear(modules[name], layers) for name, layers in linears.items()}
     put_linears(model, blended)
     return blended
 

@@ -178,6 +178,22 @@ def test_weights_and_adapters_must_be_the_merges(merging):
     assert check(merging, ["a.pth", "b.pth"], [0.5, 0.25]).ok and not check(merging, ["a.pth", "b.pth"]).ok
 
 
+@pytest.mark.parametrize("weight", ["NaN", "1e400", '"2"', "[]", "true", "1" + 400 * "0"])
+def test_a_record_that_makes_no_sense(merging, weight):
+    merging()
+    merging.adapter("a.pth", targets=["key"])
+    merging.merge(["a.pth"], [0.5])
+    record = read_metadata(merging.folder / "merged.pth")
+    tensors = read_checkpoint(merging.folder / "merged.pth")
+    entry = {"adapter_fingerprint": record["adapter_fingerprint"], "weight": json.loads(weight)}
+    for sabotage in (entry, {"adapters": [7, entry]}):
+        write_checkpoint(merging.folder / "odd.pth", tensors.items(), {**record, **sabotage})
+        with pytest.raises(UserError, match="which is no number to multiply with; give --weights"):
+            check(merging, ["a.pth"], merged="odd.pth")
+        problems = check(merging, ["a.pth"], [0.5], merged="odd.pth").problems
+        assert len(problems) == 1 and "by its own record the weight of" in problems[0]
+
+
 def test_what_is_no_merge(merging):
     merging()
     merging.adapter("a.pth", targets=["key"])

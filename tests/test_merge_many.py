@@ -112,6 +112,15 @@ def test_what_the_merged_file_says(merging, capsys):
     assert facts["weight"] == 0.5 and facts["tokenizer"] == "bytes", "what no adapter says is the base's"
 
 
+def test_an_end_of_document_stays_with_its_tokenizer(merging):
+    merging(tokenizer="vocab.txt", eod="#", format="rwkv-miss trained")
+    for recorded, wanted in (({}, ("vocab.txt", "#")), ({"tokenizer": "bytes"}, ("bytes", None)), ({"tokenizer": "vocab.txt"}, ("vocab.txt", "#"))):
+        merging.adapter("a.pth", **recorded)
+        merging.merge(["a.pth"])
+        facts = read_metadata(merging.folder / "merged.pth")
+        assert (facts["tokenizer"], facts["eod"]) == wanted
+
+
 def test_contradictions_name_both(merging):
     merging()
     merging.adapter("a.pth", tokenizer="utf16")

@@ -1,5 +1,6 @@
 """python -m scripts.verify_merge: the file bit for bit, and base + live adapters against it on a probe."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.combine import read_members
+from rwkv_miss.convert import convert
 from scripts.verify_merge import main
 from src.blend import BlendedLinear, blend
 from src.model import RWKV
@@ -79,7 +82,7 @@ def test_a_blended_model_is_the_merged_one(merging, weights):
     merge_file(merging.folder / "base.pth", [path for path, _ in files], merging.folder / "merged.pth", weights=weights)
     model = RWKV.load(merging.folder / "base.pth")
     before = {name: tensor.clone() for name, tensor in read_checkpoint(merging.folder / "base.pth").items()}
-    blended = blend(model, files)
+    blended = blend(model, read_members([path for path, _ in files], [weight for _, weight in files]))
     texts = [list(range(20)), list(range(50, 59))]
     assert len(blended) == 12 and all(isinstance(layer, BlendedLinear) for layer in blended.values())
     live, merged = logits_of(model, texts), logits_of(RWKV.load(merging.folder / "merged.pth"), texts)
@@ -96,7 +99,7 @@ def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging):
     files = [(str(merging.folder / "a.pth"), 2), (str(merging.folder / "b.pth"), 0.5)]
     merge_file(merging.folder / "base.pth", [path for path, _ in files], merging.folder / "merged.pth", weights=[weight for _, weight in files])
     model = RWKV.load(merging.folder / "base.pth")
-    blend(model, files)
+    blend(model, read_members([path for path, _ in files], [weight for _, weight in files]))
     found = distance(*(logits_of(one, [list(range(20))]) for one in (RWKV.load(merging.folder / "merged.pth"), model)))
     assert found.max_logit_difference < 1e-5 * found.max_logit
 
@@ -171,7 +174,21 @@ def test_for_people(merging, capsys):
 
 def test_files_that_do_not_fit(merging):
     make(merging)
-    a = merging.adapter("a.pth")
-    write_checkpoint(merging.folder / "deep.pth", random_tensors(make_arch(7, n_embd=48, vocab_size=256)).items())
-    with pytest.raises(UserError, match="48"):
-        blend(RWKV.load(merging.folder / "deep.pth"), [(str(a), 1.0)])
+    merging.adapter("a.pth", targets=["key"], parts="head")
+    member, = read_members(merging.folder / "a.pth")
+    model = RWKV.load(merging.folder / "base.pth")
+    for name in ("emb", "blocks.7.att.key"):
+        with pytest.raises(UserError, match=f"adapts {name}, which is no linear of this model"):
+            blend(model, [dataclasses.replace(member, metadata={**member.metadata, "linears": [name]})])
+    with pytest.raises(UserError, match="holds classifier.weight, which this model does not have"):
+        blend(model, [dataclasses.replace(member, tensors={**member.tensors, "classifier.weight": torch.zeros(2, 40)})])
+    assert not any(isinstance(module, BlendedLinear) for module in model.modules())
+
+
+def test_adapters_of_other_projects(merging, verify, capsys):
+    make(merging)
+    merging.adapter("a.pth", tokenizer="bytes")
+    convert(merging.folder / "a.pth", merging.folder / "peft", "peft")
+    merge_file(merging.folder / "base.pth", merging.folder / "peft", merging.folder / "merged.pth")
+    code, facts = verify(["peft"])
+    assert code == 0 and facts["files"]["adapters"][0]["adapter"].endswith("peft") and facts["probe"][0]["mean_kl"] > 0
