@@ -198,11 +198,11 @@ def test_pissa_is_read_with_its_start_or_refused(tmp_path):
     close("of twice the rank", logits(load(tmp_path / "ours", rwkv(7))), logits(live), 1e-5)
     assert config_of(tmp_path / "ours")["r"] == 10
 
-    wrong = config_of(tmp_path / "start")
-    convert(tmp_path / "b.pth", tmp_path / "other", "peft")
-    assert wrong["r"] == 5
-    with pytest.raises(rwkv_miss.UserError, match="is of another training"):
-        convert(tmp_path / "trained", tmp_path / "c.pth", "native", Hints(init=str(tmp_path / "other")))
+    convert(tmp_path / "b.pth", tmp_path / "other", "peft")  # of another rank
+    peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, target_modules=[*KEYS, "output"])).save_pretrained(str(tmp_path / "more"))
+    for path, message in (("other", r"blocks\.0\.att\.key has .* there"), ("more", r"blocks\.0\.att\.output is not adapted")):
+        with pytest.raises(rwkv_miss.UserError, match=f"is of another training: {message}"):
+            convert(tmp_path / "trained", tmp_path / "c.pth", "native", Hints(init=str(tmp_path / path)))
 
 
 def saved(tmp_path, version, method, options, seed=1, **more):
@@ -357,7 +357,8 @@ def test_the_older_names_of_bone_are_read(tmp_path):
     ("lora", {"use_qalora": True}, "use_qalora = True changes what the adapter does.*merge_and_unload"),
     ("lora", {"layer_replication": [[0, 1]]}, "layer_replication"),
     ("lora", {"fan_in_fan_out": True}, "fan_in_fan_out"),
-    ("lora", {"init_lora_weights": "loftq"}, "LoftQ belongs to a quantised base"),
+    ("lora", {"init_lora_weights": "loftq"}, "'loftq' did to the base is not known here"),
+    ("lora", {"init_lora_weights": "mica"}, "'mica' did to the base"),
     ("lora", {"init_lora_weights": "olora"}, "'olora' took the adapter's first product"),
     ("lora", {"r": 4}, r"the configuration says rank 4"),
     ("lora", {"r": "5"}, "r is '5', expected a number"),
@@ -482,6 +483,23 @@ def test_an_unknown_tensor_is_never_dropped(tmp_path):
     save_file({**tensors, "base_model.model.emb.lora_embedding_A": torch.zeros(2, 3)}, tmp_path / "theirs" / TENSORS)
     with pytest.raises(rwkv_miss.UserError, match="emb.lora_embedding_A, neither a tensor of an adapted linear"):
         convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+
+
+def test_two_names_of_one_tensor(tmp_path):
+    trained(rwkv(7), READ["dora"][0]()).save_pretrained(str(tmp_path / "theirs"))
+    tensors = load_file(tmp_path / "theirs" / TENSORS)
+    name = next(name for name in tensors if name.endswith("magnitude_vector"))
+    save_file({**tensors, f"{name}.weight": tensors[name].clone()}, tmp_path / "theirs" / TENSORS)
+    with pytest.raises(rwkv_miss.UserError, match="names a tensor twice"):
+        convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
+
+
+def test_options_of_training_are_no_part_of_a_folder_and_said_so(tmp_path):
+    for method, options in (("lora", {"lora_plus": 4.0}), ("pissa", {"lora_plus": 4.0})):
+        saved(tmp_path, 7, method, options)
+        assert convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes == ["lora_plus 4, a ratio of learning rates, is no part of the folder"]
+    saved(tmp_path, 7, "lora_fa", {})
+    assert "LoRA-FA is a LoRA" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
 
 
 def test_dtypes_and_other_prefixes_stay(tmp_path):

@@ -128,8 +128,6 @@ def own_factors(adapter: Adapter) -> Folder:
     config = lora_config({name: own.rank for name, own in options.items()}, {name: own.alpha for name, own in options.items()},
                          next(iter(options.values())), use_dora=method == "dora")
     notes = ["peft trains A as well: in the folder LoRA-FA is a LoRA"] if method == "lora_fa" else []
-    if getattr(METHODS[method].Options.parse(adapter.metadata["options"]), "lora_plus", 1) != 1:
-        notes.append("lora_plus, a ratio of learning rates, is no part of the folder")
     return Folder(config, renamed(adapter, names), notes)
 
 
@@ -244,4 +242,5 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out) -> list
         CONFIG: lambda path: write_json(path, config),
         TENSORS: lambda path: write_safetensors(path, tensors, {"format": "pt", PROVENANCE: json.dumps(about)}),
     })
-    return folder.notes
+    ratio = adapter.metadata["options"].get("lora_plus", 1)
+    return [*folder.notes, *([f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder"] if ratio != 1 else [])]

@@ -42,7 +42,8 @@ READ = {
                 "total_step"} | STARTS,
     "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
 }
-MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")  # inits that take the adapter's first product out of the frozen weight
+INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")  # that take the adapter's first product out of the frozen weight
 
 
 @register("peft")
@@ -109,6 +110,8 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
             raise UserError(f"{source.path} holds {key}, neither a tensor of an adapted linear nor one of the model; merge it with peft instead")
         else:
             whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+    if len(source.tensors) != len(whole) + sum(map(len, linears.values())):
+        raise UserError(f"{source.path} names a tensor twice, in an older and in a newer way; save it again with peft")
     if not linears:
         raise UserError(f"{source.path} adapts no linear; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}")
     for name in whole:
@@ -160,8 +163,9 @@ def read_lora(source: Source, linears, whole, hints: Hints):
     expect(source, linears, "lora_A", "lora_B", *(["magnitude"] if dora else []))
     options = lora_options(source, linears)
     moved = isinstance(init, str) and init.lower().startswith(MOVED_BASES)
-    if isinstance(init, str) and init.lower() == "loftq":
-        raise UserError(f"{source.path}: LoftQ belongs to a quantised base, whose weights are in no file; merge it with peft instead")
+    if not moved and init not in INITS:
+        raise UserError(f"{source.path}: what init_lora_weights = {init!r} did to the base is not known here (LoftQ's is quantised, and in no file); "
+                        "merge it with peft instead")
     if not moved and not hints.init:
         return ("dora" if dora else "lora"), options, linears
     if not hints.init:
@@ -172,6 +176,8 @@ def read_lora(source: Source, linears, whole, hints: Hints):
         raise UserError(f"{source.path}: use_dora together with --init has no form here; merge it with peft instead")
     _, first, _ = split(initial := open_source(hints.init))
     expect(initial, first, "lora_A", "lora_B")
+    if extra := first.keys() - linears.keys():
+        raise UserError(f"--init {hints.init} is of another training: {min(extra)} is not adapted in {source.path}")
     for name, own in linears.items():
         shapes = [{part: tuple(t.shape) for part, t in parts.items()} for parts in (own, first.get(name, {}))]
         if shapes[0] != shapes[1]:
