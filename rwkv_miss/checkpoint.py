@@ -233,7 +233,7 @@ def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[s
                         raise ValueError(f"write_checkpoint: {name} comes twice")
                     needed = file.tell() + tensor.nbytes
                     index[name] = _Entry(str(len(index)), tensor)
-                    _write_record(archive, f"data/{len(index) - 1}", _memory(tensor))
+                    _write_record(archive, f"data/{len(index) - 1}", memory(tensor))
                 records = {"data.pkl": _pickled(index), "byteorder": sys.byteorder.encode(), "version": b"3\n", **extra}
                 for name, content in records.items():
                     _write_record(archive, name, memoryview(content))
@@ -294,7 +294,7 @@ def _pickled(index: dict[str, _Entry]) -> bytes:
     return buffer.getvalue()
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor without a copy, valid while the tensor lives."""
     if not tensor.nbytes:
         return memoryview(b"")  # ctypes can't view nothing
@@ -332,7 +332,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         tensor = tensor.detach().cpu().contiguous()
-        data = _memory(tensor)
+        data = memory(tensor)
         for start in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
             digest.update(data[start : start + SAMPLE])
     return digest.hexdigest()

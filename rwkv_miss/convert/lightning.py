@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import METHODS
-from ..checkpoint import is_finite, read_metadata, write_checkpoint
+from ..checkpoint import is_finite, memory, read_metadata, write_checkpoint
 from ..errors import UserError
 from ..methods.miss import Options
 from .base import adapted_layers, linear_shapes, sha256
@@ -176,7 +176,7 @@ def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     named = {field: value for field, value in manifest.items() if field != "content_version"}
     found = hashlib.sha256(canonical(named).encode())
     for tensor in tensors.values():
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(memory(tensor.contiguous()))
     return found.hexdigest()
 
 
