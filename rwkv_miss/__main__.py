@@ -9,9 +9,9 @@ from typing import Any
 
 from .checkpoint import RUN_FORMAT, Arch, fingerprint, run_output
 from .combine import merged_adapters
-from .convert import FORMATS, Hints, convert
-from .errors import Parser, one_line_errors, printable
-from .inject import ADAPTER_FORMAT, read_described
+from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
+from .errors import Parser, UserError, one_line_errors, printable
+from .inject import ADAPTER_FORMAT
 from .merge_commands import add_commands
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
@@ -19,21 +19,34 @@ EMPTY = (None, "", [], {})
 
 
 def describe(path) -> dict[str, Any]:
-    """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values."""
-    tensors, metadata = read_described(path)
+    """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values; an adapter may be another project's."""
+    source = open_source(path)
+    tensors, metadata = source.tensors, source.config
     written_as = metadata.get("format", "checkpoint")
+    if (read_as := format_of(source)) not in (None, "native") and written_as != ADAPTER_FORMAT:
+        written_as, metadata = ADAPTER_FORMAT, foreign(source, read_as)
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
     arch = None if written_as in KINDS else Arch.detect(tensors)
     # src/state.py names what the optimizer keeps NAME:exp_avg and so on
     trained = [t for name, t in tensors.items() if ":" not in name] if written_as == RUN_FORMAT else None
+    files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
     return {
         "file": os.fspath(path), "kind": KINDS.get(written_as, written_as),
         "trained": trained and {"tensors": len(trained), "parameters": sum(t.numel() for t in trained)},
         "output": run_output(path, metadata) if trained else None,
-        "bytes": os.path.getsize(path), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": sum(map(os.path.getsize, files)), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values()),
         "dtypes": dict(dtypes), "arch": arch.to_dict() if arch else None, "description": arch.describe() if arch else None,
         "fingerprint": fingerprint(tensors), "metadata": metadata or None,
     }
+
+
+def foreign(source: Source, read_as: str) -> dict[str, Any]:
+    """What an adapter of another project becomes here, or what would have to be said of it first."""
+    try:
+        adapter = FORMATS[read_as].read(source, NO_HINTS)
+    except UserError as error:
+        return {"format": read_as, "open": str(error)}
+    return {**adapter.metadata, "format": read_as}
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -554,3 +554,19 @@ def test_a_whole_tensor_that_the_base_lacks_is_of_another_base(tmp_path):
     with pytest.raises(rwkv_miss.UserError, match="holds blocks.0.att.time_maa_x, which this model does not have"):
         live(tmp_path)
     assert not (tmp_path / "merged.pth").exists()
+
+
+def test_inspect_says_what_a_file_of_theirs_is_and_what_it_leaves_open(tmp_path, capsys):
+    theirs(tmp_path, base_file(tmp_path, 7), "disha", 7, 13)
+    facts = describe(tmp_path / "theirs.pth")
+    assert (facts["kind"], facts["arch"], facts["metadata"]["format"]) == ("adapter", None, "rwkv-peft")
+    assert facts["metadata"]["method"] == "miss" and facts["metadata"]["options"]["rank"] == 13
+    main(["inspect", str(tmp_path / "theirs.pth")])
+    assert re.search(r"theirs.pth: adapter, .*format +rwkv-peft.*method +miss", capsys.readouterr().out, re.S)
+    torch.save(A | B, tmp_path / "lora.pth")
+    main(["inspect", str(tmp_path / "lora.pth")])
+    assert re.search(r"open +.*does not hold LoRA's alpha", capsys.readouterr().out)
+    for to in ("peft", "safetensors"):
+        convert(tmp_path / "theirs.pth", tmp_path / to, to)
+        facts = describe(tmp_path / to)
+        assert facts["kind"] == "adapter" and facts["metadata"]["method"] == "miss" and facts["bytes"] > 1000
