@@ -15,13 +15,19 @@ from ..checkpoint import require_writable
 from ..errors import UserError
 
 
-def write_safetensors(path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """One file, dtypes and bits as they are. It appears under its name only when it is complete."""
+def require_safetensors(out):
+    """The function that writes a safetensors file. UserError without the packages that it takes."""
     try:
         import numpy  # noqa: F401  (save_file() needs it)
         from safetensors.torch import save_file
     except ImportError:
-        raise UserError(f"{path} can't be written: the package safetensors or numpy is absent: pip install 'rwkv-miss[convert]'") from None
+        raise UserError(f"{out} can't be written: the package safetensors or numpy is absent: pip install 'rwkv-miss[convert]'") from None
+    return save_file
+
+
+def write_safetensors(path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """One file, dtypes and bits as they are. It appears under its name only when it is complete."""
+    save_file = require_safetensors(path)
     require_writable(path, sum(tensor.nbytes for tensor in tensors.values()))
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
