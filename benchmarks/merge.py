@@ -3,16 +3,15 @@
     python -m benchmarks.merge [--folder DIR] [--rounds 5] [--n_layer 24] [--n_embd 768]
 
 merge (one MiSS adapter, and two with weights) and the copy end with an fsync and read a file that is in the page cache; they run in turns, and the
-medians are compared, of wall time and of the process's CPU time, which other programs on the machine change less. unmerge and diff read two such
-files, once after a warm-up. Memory is the peak of RssAnon (mapped pages of files are not in it), in units of the file's largest tensor.
---n_embd 2048 is a file of 3 GB, of which three copies are on the disk at once, and a fourth while it is written.
+fastest of the rounds are compared, by wall time and by the process's CPU time, which other programs on the machine change less. unmerge and diff
+read two such files, once after a warm-up. Memory is the peak of RssAnon (mapped pages of files are not in it), in units of the file's largest
+tensor. --n_embd 2048 is a file of 3 GB, of which three copies are on the disk at once, and a fourth while it is written.
 """
 
 import argparse
 import os
 import pathlib
 import shutil
-import statistics
 import tempfile
 import time
 
@@ -103,8 +102,8 @@ def main() -> None:
     print(f"{'':<18}  wall s  copy's speed   CPU s  peak / largest")
     figures = {}
     for name in works:
-        wall, cpu = (statistics.median(row[name][i] for row in rounds if name in row) for i in (0, 1))
-        speed = statistics.median(row["copy"][0] / row[name][0] for row in rounds if name in row)
+        wall, cpu = (min(row[name][i] for row in rounds if name in row) for i in (0, 1))
+        speed = min(row["copy"][0] for row in rounds) / wall
         measured = {"wall_s": wall, "of_copys_speed": speed, "cpu_s": cpu, "peak_over_largest": peaks[name]}
         figures[name] = {figure: round(value, 3) for figure, value in measured.items()}
         print(f"{name:<18}  {wall:6.2f}  {speed:12.2f}  {cpu:6.2f}  {peaks[name]:14.2f}")
