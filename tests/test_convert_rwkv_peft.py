@@ -1,5 +1,6 @@
 """Files of RWKV-PEFT and RWKV-LM-RLHF: the forwards of their trainers, written out in float64, are what our merge and our live adapter compute."""
 
+import os
 import re
 
 import pytest
@@ -570,3 +571,13 @@ def test_inspect_says_what_a_file_of_theirs_is_and_what_it_leaves_open(tmp_path,
         convert(tmp_path / "theirs.pth", tmp_path / to, to)
         facts = describe(tmp_path / to)
         assert facts["kind"] == "adapter" and facts["metadata"]["method"] == "miss" and facts["bytes"] > 1000
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["convert", "OUT", "--to", "native"], ["merge", "--base", "base.pth", "--out", "OUT", "--adapter"]])
+def test_a_pipe_is_not_waited_for(tmp_path, command, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base_file(tmp_path, 7)
+    os.mkfifo("pipe")
+    with pytest.raises(SystemExit):
+        main([*command[:1], *(["pipe"] if command[0] != "merge" else []), *command[1:], *(["pipe"] if command[0] == "merge" else [])])
+    assert "pipe is no regular file" in capsys.readouterr().err

@@ -73,6 +73,8 @@ def read_json(path) -> dict[str, Any]:
 
 def is_safetensors(path) -> bool:
     """Whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and its brace."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     try:
         with open(path, "rb") as file:
             head = file.read(9)
