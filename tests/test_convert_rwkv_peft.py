@@ -311,6 +311,7 @@ A, B, BONE = {"blocks.0.att.key.lora_A": draw(3, 48)}, {"blocks.0.att.key.lora_B
     (A | B, Hints(alpha=4, init="x.pth"), "--alpha and --init contradict each other"),
     (A | B, Hints(alpha=4, profile="x.csv"), "--alpha and --profile contradict"), (BONE, Hints(profile="x.csv"), "--profile is for LoRA"),
     (A | B, Hints(profile="nowhere.csv"), "nowhere.csv can't be read: No such file"),
+    (A | B, Hints(profile="/dev/zero"), "/dev/zero is no regular file"),
     (A | B, Hints(init="nowhere.pth"), "nowhere.pth does not exist"), (A, Hints(alpha=4), "has lora_A without lora_B"),
     (B, Hints(alpha=4), "has lora_B without lora_A"), (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
     (A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)}, Hints(alpha=4), r"the ranks differ \(3, 4\)"),

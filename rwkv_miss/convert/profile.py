@@ -34,6 +34,8 @@ def read_alphas(path, ranks: dict[str, int]) -> dict[str, float]:
 
 def read_rows(path) -> list[dict[str, str]]:
     """The rows of the table, by its columns."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no regular file")  # a pipe would be waited for
     try:
         if os.path.getsize(path) > LARGEST:
             raise UserError(f"{path} has {os.path.getsize(path):,} bytes, too many for a layer profile")
