@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .untrusted import check_tensors, open_archive, parse_json
+from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json
 
 ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
@@ -131,19 +131,13 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file, a pickle that
     asks for anything but tensors, a content that is no flat dict of plain tensors, and one that claims more than the file holds.
     """
-    zipped = _head(path, 4) == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
-    if zipped:
-        open_archive(path).close()
+    zipped = first_bytes(path, 4) == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
+    check_pickles(path, zipped)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses the pickle
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load has no common exception for bad files: ten types were seen
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and (named or zipped or _head(path, 1) == b"\x80"):
-            wanted = named[1][:200] if named else "more than tensors"
-            raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code; "
-                            "save it as a flat dict of tensors") from None
         raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a flat dict of tensors")
@@ -156,7 +150,7 @@ def read_checkpoint(path) -> dict[str, Tensor]:
 
 def read_metadata(path, name: str = METADATA) -> dict[str, Any] | None:
     """What write_checkpoint() was told about the file, or None for any other file; with another name, the JSON record that another project adds."""
-    if _head(path, 4) != b"PK\x03\x04":
+    if first_bytes(path, 4) != b"PK\x03\x04":
         return None
     with open_archive(path) as archive:
         record = next((record for record in archive.namelist() if record.partition("/")[2] == name), None)
@@ -179,22 +173,6 @@ def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
     if metadata.get("format") == RUN_FORMAT:
         raise UserError(f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's state of step "
                         f"{metadata.get('step')}; what was trained is in {run_output(path, metadata)}")
-
-
-def _head(path, count: int) -> bytes:
-    """The first bytes of a file; the door at which a path that can't be read is refused."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"{path} is no regular file")  # a pipe can be read once, and who waits for it waits for ever
-    try:
-        with open(path, "rb") as file:
-            head = file.read(count)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist" + ("; nothing is downloaded: fetch it first" if "://" in str(path) else "")) from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-    if not head:
-        raise UserError(f"{path} is empty")
-    return head
 
 
 def require_writable(path, size: int = 0) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -13,27 +16,98 @@ from torch import Tensor
 
 from .errors import UserError
 
-LARGEST_INDEX = 1 << 24  # bytes of a pickle or of a JSON record; those of real files have a hundred or two for each tensor
+LARGEST_INDEX = 1 << 22  # bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a megabyte
+LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 BLOCK = 1 << 18
+# what a pickle of plain tensors names. torch knows more, some of which allocates whatever the file says, such as bytearray and FloatTensor
+PLAIN = re.compile(r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage UntypedStorage|"
+                   r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)")
+LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, protocol, the machine's types, the tensors, the keys of their storages
+
+
+def first_bytes(path, count: int) -> bytes:
+    """The first bytes of a file; the door at which a path that can't be read is refused."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is no regular file")  # a pipe can be read once, and who waits for it waits for ever
+    try:
+        with open(path, "rb") as file:
+            head = file.read(count)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist" + ("; nothing is downloaded: fetch it first" if "://" in str(path) else "")) from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
+    if not head:
+        raise UserError(f"{path} is empty")
+    return head
 
 
 def open_archive(path) -> zipfile.ZipFile:
     """A checkpoint's zip archive. UserError for a truncated one, for compressed records, which torch never writes and would map as if they were
-    not, and for an index so large that unpickling it could fill the memory."""
+    not, for an index so large that unpickling it could fill the memory, and for records that lie over each other: to sum them up takes for ever."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise UserError(f"{path} is truncated or not a torch checkpoint ({str(error)[:100]}); download or copy it again") from None
+    if sum(record.compress_size for record in archive.infolist()) > os.path.getsize(path):
+        archive.close()
+        raise UserError(f"{path} is damaged: its records have more bytes together than the file; download or copy it again")
     for record in archive.infolist():
-        problem = ""
+        problem, kind = "", record.filename.lower()[-4:]  # torch finds names in capitals, too
+        limit = LARGEST_INDEX if kind == ".pkl" else LARGEST_JSON if kind == "json" else None
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             problem = "is compressed, which no record of a checkpoint is; unpack the archive and save its tensors again with torch.save"
-        elif record.filename.endswith((".pkl", ".json")) and record.file_size > LARGEST_INDEX:
-            problem = f"has {record.file_size:,} bytes, far beyond what an index of tensors needs ({LARGEST_INDEX:,}); the file is refused"
+        elif limit and record.file_size > limit:
+            problem = f"has {record.file_size:,} bytes, far beyond what an index of tensors needs ({limit:,}); the file is refused"
         if problem:
             archive.close()
             raise UserError(f"{path}: {record.filename} {problem}")
     return archive
+
+
+def check_pickles(path, zipped: bool) -> None:
+    """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice: one that holds another twice, and so on,
+    is small, and to hash or to print it takes for ever."""
+    try:
+        if not zipped:
+            with open(path, "rb") as file:
+                start = io.BytesIO(file.read(LARGEST_INDEX))
+            if start.getvalue()[:1] != b"\x80":
+                raise ValueError("no pickle of protocol 2")
+            for _ in range(LEGACY_PICKLES):
+                _check_pickle(path, start)
+            return
+        with open_archive(path) as archive:
+            for record in archive.infolist():
+                if record.filename.lower().endswith(".pkl"):
+                    _check_pickle(path, io.BytesIO(archive.read(record)))
+    except UserError:
+        raise
+    except Exception as error:  # pickletools and zipfile have no common exception for damage
+        raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
+
+
+def _check_pickle(path, stream: io.BytesIO) -> None:
+    tuples, tuple_is_last = set(), False  # places in the pickle's memo
+    for code, argument, _ in pickletools.genops(stream):
+        if code.name in ("STACK_GLOBAL", "INST", "OBJ") or code.name == "GLOBAL" and not PLAIN.fullmatch(argument):
+            wanted = argument.replace(" ", ".", 1)[:200] if code.name == "GLOBAL" else "more than tensors"
+            raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code and which plain tensors do not need; "
+                            "save it as a flat dict of dense tensors")
+        if "PUT" in code.name and tuple_is_last:
+            tuples.add(argument)
+        elif "GET" in code.name and argument in tuples:
+            raise UserError(f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of dense tensors")
+        tuple_is_last = code.name.startswith("TUPLE") or "PUT" in code.name and tuple_is_last
+
+
+def read_json(path) -> dict[str, Any]:
+    """The JSON object in a small file."""
+    first_bytes(path, 1)
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, far beyond what a configuration needs ({LARGEST_JSON:,}); the file is refused")
+    return parse_json(path, content)
 
 
 def parse_json(path, content: bytes) -> dict[str, Any]:

@@ -267,6 +267,9 @@ def changed(key, value):
     ("rwkv7.block_count", 10**9, "block_count is 1000000000, expected a number from 1 to 4096"),
     ("rwkv7.block_count", 3, "lacks blk.2."), ("rwkv7.block_count", 1, "has the unknown blk.1."),
     ("rwkv7.wkv.head_size", 0, "wkv.head_size is 0"), ("rwkv7.wkv.head_size", 60, "its shapes do not fit"),
+    ("rwkv7.attention.layer_norm_epsilon", float("nan"), "has layers with an eps of nan"),
+    ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1099511627776]}, "metadata": null}', "a size that no tensor has"),
+    ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1, 1, 1, 1, 1]}, "metadata": null}', "a size that no tensor has"),
     ("rwkv7.attention.layer_norm_epsilon", 1e-6, "has layers with an eps of 1e-06; RWKV's is 1e-05"),
     ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1e999]}, "metadata": null}', "can't be read"),
     ("rwkv7.rescale_every_n_layers", 6, "halved every 6 layers"),
@@ -326,6 +329,32 @@ def test_what_is_no_file_is_refused(tmp_path):
     for name, message in (("pipe", "is no regular file"), ("none", "does not exist"), (".", "is a folder without config.json")):
         with pytest.raises(UserError, match=message):
             export(tmp_path / name, tmp_path / "m.gguf", "gguf") if name != "." else export(tmp_path, tmp_path / "b.pth", "pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_what_is_no_float_does_not_come_back(tmp_path, dtype):
+    from safetensors.torch import save_file
+
+    save_file({name: t.to(dtype) for name, t in random_tensors(arch_of(7)).items()}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="expected one of float64, float32, bfloat16, float16"):
+        export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_a_folder_is_refused(tmp_path, name):
+    saved(tmp_path / "m.pth", arch_of(7))
+    export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
+    (tmp_path / "hf" / name).unlink()
+    os.mkfifo(tmp_path / "hf" / name)
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        export(tmp_path / "hf", tmp_path / "back.pth", "pth")
+
+
+def test_a_gguf_header_without_end(tmp_path):
+    arrays = struct.pack("<Q1sIIQ", 1, b"a", 9, 4, 1 << 20) + bytes(4 << 20)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 9) + 9 * arrays)
+    with pytest.raises(UserError, match="a header beyond 33,554,432 bytes"):
+        export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
 
 
 def test_infinite_values_do_not_come_back(tmp_path):

@@ -13,9 +13,10 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError
 from rwkv_miss.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.convert.source import open_source
 from rwkv_miss.errors import printable
 from rwkv_miss.inject import ADAPTER_FORMAT, read_adapter
-from rwkv_miss.untrusted import LARGEST_INDEX, check_sums
+from rwkv_miss.untrusted import LARGEST_INDEX, LARGEST_JSON, check_sums
 from src.template import load_template
 from src.tokenizer import load_tokenizer
 
@@ -64,15 +65,85 @@ def test_an_index_beyond_all_reason(tmp_path):
         read_checkpoint(rezipped(saved(tmp_path), large))
 
 
+def test_an_index_in_capitals_is_an_index(tmp_path):
+    path = saved(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x/DATA.PKL", b"N" * (LARGEST_INDEX + 1))  # torch would find it, were the other one not there
+    with pytest.raises(UserError, match=r"DATA\.PKL has"):
+        read_checkpoint(path)
+
+
+def test_records_that_lie_over_each_other(tmp_path):
+    path = saved(tmp_path, {"a": torch.zeros(1000)})
+    content = path.read_bytes()
+    end = content.rfind(b"PK\5\6")
+    records, size, start = struct.unpack("<HLL", content[end + 10 : end + 20])
+    index, more = content[start : start + size], 2
+    again = b"PK\1\2" + next(entry for entry in index.split(b"PK\1\2") if b"data/0" in entry)
+    again *= more
+    path.write_bytes(content[:start] + index + again + struct.pack("<4s4HLLH", b"PK\5\6", 0, 0, records + more, records + more,
+                                                                   size + len(again), start, 0))
+    for read in (read_checkpoint, read_metadata, check_sums):
+        with pytest.raises(UserError, match="records have more bytes together than the file"):
+            read(path)
+
+
+def calling(module, name, *arguments):
+    """A pickle of {"a": module.name(*arguments)}, in torch's protocol; pickle itself looks the function up before it writes the name."""
+    parts = b"".join(pickle.dumps(argument, 2)[2:-1] for argument in arguments)
+    return b"\x80\2}X\1\0\0\0a" + f"c{module}\n{name}\n".encode() + b"(" + parts + b"tRs."
+
+
+def twice(depth):
+    """A pickle of {((("x", "x"), ("x", "x")), ...): None}, whose hash takes 2**depth steps."""
+    return b"\x80\2}" + b"X\1\0\0\0x" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(depth)) + b"Ns."
+
+
+def with_pickle(tmp_path, content, zipped):
+    saved(tmp_path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        return rezipped(tmp_path / "x.pth", lambda name, old: content if name.endswith(".pkl") else old)
+    facts = 0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    (tmp_path / "x.pth").write_bytes(b"".join(pickle.dumps(fact, 2) for fact in facts) + content)
+    return tmp_path / "x.pth"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("content,words", [
+    (calling("builtins", "bytearray", 10**11), r"asks for builtins\.bytearray"),
+    (calling("torch", "FloatTensor", 10**11), r"asks for torch\.FloatTensor"),
+    (calling("_codecs", "encode", "x", "utf-32"), r"asks for _codecs\.encode"),
+    (calling("collections", "Counter", "x"), r"asks for collections\.Counter"),
+    (twice(60), "holds a tuple in several places"),
+], ids=["bytearray", "FloatTensor", "encode", "Counter", "tuples"])
+def test_what_torch_would_make_of_a_pickle_without_end(tmp_path, zipped, content, words):
+    with pytest.raises(UserError, match=f"x.pth is refused: its pickle {words}"):
+        read_checkpoint(with_pickle(tmp_path, content, zipped))
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_everything_plain_is_read(tmp_path, zipped, protocol):
+    module = torch.nn.BatchNorm1d(3)
+    tensors = module.state_dict()  # an OrderedDict with versions beside its items
+    dtypes = [torch.float64, torch.bfloat16, torch.int16, torch.bool, *[torch.float8_e5m2] * zipped]  # torch reads no legacy file of fp8
+    tensors |= {str(dtype): torch.ones(2, 2, dtype=dtype) for dtype in dtypes}
+    tensors |= {"p": torch.nn.Parameter(torch.ones(4)), "none": torch.ones(0, 3), "number": torch.tensor(2.0)}
+    tensors["p"].note = "attributes come by another function"
+    got = read_checkpoint(saved(tmp_path, tensors, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol))
+    assert all(torch.equal(got[name].double(), t.double()) and got[name].dtype == t.dtype for name, t in tensors.items()) and len(got) == len(tensors)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("tensor,words", [
-    (torch.zeros(1).expand(10**6, 10**6), r"claims \(1000000, 1000000\)"),
-    (torch.eye(3).to_sparse(), "is no plain tensor"), (torch.zeros(3, device="meta"), "is no plain tensor"),
-    (torch.zeros(3, dtype=torch.complex64), "is no plain tensor"),
+    (torch.zeros(1).expand(10**6, 10**6), r": t claims \(1000000, 1000000\)"),
+    (torch.eye(3).to_sparse(), r" is refused: its pickle asks for torch\._utils\._rebuild_sparse_tensor"),
+    (torch.zeros(3, device="meta"), r" is refused: its pickle asks for torch\._utils\._rebuild_meta_tensor_no_storage"),
+    (torch.zeros(3, dtype=torch.complex64), ": t is no plain tensor"),
 ], ids=["expanded", "sparse", "meta", "complex"])
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_no_plain_numbers(tmp_path, zipped, tensor, words):
-    with pytest.raises(UserError, match=f"x.pth: t {words}"):
+    with pytest.raises(UserError, match=f"x.pth{words}"):
         read_checkpoint(saved(tmp_path, {"t": tensor}, _use_new_zipfile_serialization=zipped))
 
 
@@ -137,6 +208,31 @@ def test_sizes_of_another_kind(change):
         Arch.from_dict({name: value for name, value in sound.items() if name not in change or name == "more"} | {"more": 1})
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", ""])
+def test_pipes_and_devices_in_the_place_of_files(tmp_path, name):
+    """Who opens a pipe waits for ever, and /dev/zero never ends."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    (tmp_path / "a" / "adapter_model.safetensors").write_text("{}")
+    place = tmp_path / "a" / name if name else tmp_path / "b"
+    place.unlink(missing_ok=True)
+    for make in (os.mkfifo, lambda place: os.symlink("/dev/zero", place)):
+        make(place)
+        with pytest.raises(UserError, match=f"{place.name} is no regular file"):
+            open_source(place if place.name == "b" else tmp_path / "a")
+        place.unlink()
+
+
+def test_a_configuration_and_a_header_beyond_all_reason(tmp_path):
+    (tmp_path / "adapter_config.json").write_bytes(b" " * LARGEST_JSON + b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"adapter_config.json has 16,777,218 bytes, far beyond"):
+        open_source(tmp_path)
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", LARGEST_JSON + 1) + b"{" + b" " * LARGEST_JSON)
+    with pytest.raises(UserError, match="has a header of 16,777,217 bytes"):
+        open_source(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("path", ["/dev/zero", "/", "\0"])
 def test_a_recorded_path_that_is_no_small_file(tmp_path, path):
     with pytest.raises(UserError, match="cannot read"):
@@ -156,10 +252,11 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, capsys):
     write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, "base": "\x1b]0;title\x07"})
     main(["inspect", str(tmp_path / "a.pth")])
     assert "\x1b" not in capsys.readouterr().out
-    torch.save({"\x1b[31m": torch.eye(2).to_sparse()}, tmp_path / "b.pth")
+    torch.save({"\x1b[31m": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "b.pth")
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "b.pth")])
-    assert "\x1b" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and r"\x1b[31m is no plain tensor" in err
 
 
 class Code:

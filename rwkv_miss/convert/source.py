@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError
 from ..inject import ADAPTER_FORMAT, read_described
+from ..untrusted import LARGEST_JSON, first_bytes, read_json
 
 # configuration of a folder -> the tensors beside it, the first name that is there
 FOLDERS = {
@@ -19,7 +18,6 @@ FOLDERS = {
     "adapter.json": ("adapter.pth", "adapter-final.pth"),
     "checkpoint.json": ("training.pth",),
 }
-LARGEST_CONFIG = 1 << 24  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +56,11 @@ def open_source(path) -> Source:
     raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; give an adapter's file or folder")
 
 
-def read_json(path) -> dict[str, Any]:
-    """The object in a small JSON file."""
-    if (size := os.path.getsize(path)) > LARGEST_CONFIG:
-        raise UserError(f"{path} has {size:,} bytes, too many for a configuration")
-    try:
-        config = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {str(error)[:100]}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, expected a JSON object")
-    return config
-
-
 def is_safetensors(path) -> bool:
     """Whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and its brace."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        return False
     try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError:
+        head = first_bytes(path, 9)
+    except UserError:
         return False  # whoever reads it next says why
     return len(head) == 9 and head[8:] == b"{" and head[:4] != b"PK\x03\x04"
 
@@ -89,6 +71,9 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         import safetensors
     except ImportError:
         raise UserError(f"{path} is a safetensors file, and the package that reads those is absent: pip install 'rwkv-miss[convert]'") from None
+    header = int.from_bytes(first_bytes(path, 8), "little")
+    if header > LARGEST_JSON:
+        raise UserError(f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused")
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})

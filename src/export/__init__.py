@@ -22,7 +22,7 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from ..words import counted, size_text
 from . import gguf, hugging_face, safetensors
 from .back import form_of, to_checkpoint
-from .record import FLOATS, Record
+from .record import Record, check_dtypes
 from .vocabulary import vocabulary_of
 from .whole import require_new
 
@@ -119,9 +119,7 @@ def read_model(path) -> Model:
     arch = Arch.detect(tensors)
     with torch.device("meta"):
         RWKV(arch).check(tensors, path)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS.values():
-            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}")
+    check_dtypes(tensors, path)
     return Model(os.fspath(path), arch, tensors, read_metadata(path))
 
 

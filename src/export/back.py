@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.checkpoint import Arch, check_finite, require_writable, write_checkpoint
-from rwkv_miss.convert.source import is_safetensors, read_json, read_safetensors
+from rwkv_miss.convert.source import is_safetensors, read_safetensors
 from rwkv_miss.errors import UserError
+from rwkv_miss.untrusted import read_json
 
 from ..model import RWKV
 from ..words import counted
 from . import gguf_reader, gguf_table, hugging_face
 from .gguf import LN_EPS
-from .record import KEY, Entry, Record
+from .record import KEY, Entry, Record, check_dtypes
 from .table import Row, restore
 
 LARGEST_DEPTH = 1 << 12  # layers
@@ -58,6 +59,7 @@ def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
     with torch.device("meta"):
         canonical = RWKV(arch)
     canonical.check(stored.tensors, path)
+    check_dtypes(stored.tensors, path)
     notes = list(stored.notes)
     if record is None:
         record = Record({name: Entry(stored.tensors[name].dtype, tuple(p.shape)) for name, p in canonical.named_parameters()}, None)
@@ -80,7 +82,7 @@ def _from_gguf(path) -> Stored:
     if halved:
         raise UserError(f"{path} has weights that were halved every {halved} layers for fp16 (rescale_every_n_layers), which is not undone here")
     eps = keys.get(f"{name}.attention.layer_norm_epsilon")
-    if not isinstance(eps, float) or abs(eps - LN_EPS) > 1e-9:
+    if not isinstance(eps, float) or not abs(eps - LN_EPS) <= 1e-9:  # NaN is neither
         raise UserError(f"{path} has layers with an eps of {str(eps)[:60]}; RWKV's is {LN_EPS:g}, so a checkpoint would compute something else")
     record = Record.parse(keys[KEY], path) if KEY in keys else None
     tensors = _restored(path, gguf_table.rows(version, n_layer), stored, head_size)

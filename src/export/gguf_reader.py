@@ -19,6 +19,7 @@ UINT64 = 10
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 LARGEST_COUNT = 1 << 20  # of keys, tensors, and strings in an array
 LARGEST_TEXT = 1 << 24  # bytes
+LARGEST_HEADER = 1 << 25  # bytes of all keys and the list of tensors; World's vocabulary takes 2 MB of it
 ALIGNMENT = 32
 
 
@@ -61,6 +62,8 @@ class _Reader:
         if size > len(self.data) - self.at:
             raise ValueError(f"{size:,} bytes are announced where {len(self.data) - self.at:,} are left")
         self.at += size
+        if self.at > LARGEST_HEADER:
+            raise ValueError(f"a header beyond {LARGEST_HEADER:,} bytes")
         return self.data[self.at - size : self.at]
 
     def scalar(self, type_: int) -> Any:

@@ -18,6 +18,15 @@ FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, 
 # dtype -> those that hold all its values
 WITHIN = {torch.float32: (torch.float64,), torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.float32, torch.float64)}
 
+LARGEST_SIZE = 1 << 40  # numbers beyond, of thousands of digits each, take hours to multiply
+
+
+def check_dtypes(tensors: Mapping[str, Tensor], path) -> None:
+    """UserError for a model whose tensors are not all of FLOATS."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS.values():
+            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}")
+
 
 class Entry(NamedTuple):
     dtype: torch.dtype
@@ -45,8 +54,8 @@ class Record(NamedTuple):
             told = json.loads(text)
             entries = {name: Entry(FLOATS[dtype], tuple(map(int, shape))) for name, (dtype, *shape) in told["tensors"].items()}
             metadata = None if told["metadata"] is None else dict(told["metadata"])
-            if any(n < 0 for entry in entries.values() for n in entry.shape):
-                raise ValueError("a negative size")
+            if not all(len(entry.shape) <= 4 and all(0 <= n < LARGEST_SIZE for n in entry.shape) for entry in entries.values()):
+                raise ValueError("a size that no tensor has")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is damaged: its {KEY} can't be read ({type(error).__name__}: {str(error)[:100]})") from None
         return Record(entries, metadata)
