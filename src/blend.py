@@ -17,16 +17,20 @@ from .model import RWKV
 
 
 class BlendedLinear(nn.Module):
-    """y = W x + sum of w_i (f_i(x) - W x) with the forward f_i of each adapter's layer; f(x) itself for one adapter of weight 1."""
+    """y = V x + sum of w_i (f_i(x) - W x) with the forward f_i of each adapter's layer; f(x) itself for one adapter of weight 1.
 
-    def __init__(self, linear: nn.Linear, layers: list[tuple[AdapterLinear, float]]):
+    V is the base's weight W, unless another adapter has trained that as a whole (`moved`).
+    """
+
+    def __init__(self, linear: nn.Linear, layers: list[tuple[AdapterLinear, float]], moved: bool):
         super().__init__()
         self.linear = linear
         self.layers = nn.ModuleList(layer for layer, _ in layers)
         self.weights = [weight for _, weight in layers]
+        self.alone = self.weights == [1] and not moved
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weights == [1]:
+        if self.alone:
             return self.layers[0](x)
         y = self.linear(x)
         for layer, weight in zip(self.layers, self.weights):
@@ -34,7 +38,7 @@ class BlendedLinear(nn.Module):
         return y
 
     def merged(self) -> Tensor:
-        """W + sum of w_i delta_i, (out, in) fp32."""
+        """V + sum of w_i delta_i, (out, in) fp32."""
         weight = self.linear.weight.to(torch.promote_types(self.linear.weight.dtype, torch.float32), copy=True)
         for layer, factor in zip(self.layers, self.weights):
             weight.add_(layer.delta(), alpha=factor)
@@ -64,14 +68,14 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
         base = zeros_of(model, name) if base is None else base.detach().to(torch.promote_types(base.dtype, torch.float32))
         change = sum(weight * (tensor.to(base.dtype).reshape(base.shape) - base) for tensor, weight in values)
         put(model, name, base + change)
-    blended = {name: BlendedLinear(modules[name], layers) for name, layers in linears.items()}
+    blended = {name: BlendedLinear(modules[name], layers, f"{name}.weight" in whole) for name, layers in linears.items()}
     put_linears(model, blended)
     return blended
 
 
 @torch.no_grad()
 def merge_blended(model: RWKV, blended: dict[str, BlendedLinear]) -> None:
-    """The linears of a blended model become plain ones, of W + sum of w_i delta_i in fp32 and not rounded."""
+    """The linears of a blended model become plain ones, of V + sum of w_i delta_i in fp32 and not rounded."""
     for name, layer in blended.items():
         layer.linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
         put_linears(model, {name: layer.linear})

@@ -92,11 +92,12 @@ def test_a_blended_model_is_the_merged_one(merging, weights):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "it is mapped, never written"
 
 
-def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging):
+@pytest.mark.parametrize("weight", [2, 1])
+def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging, weight):
     make(merging)
     merging.adapter("a.pth", targets=["head"])
     merging.adapter("b.pth", seed=2, targets=["key"], parts="head", std=0.1)
-    files = [(str(merging.folder / "a.pth"), 2), (str(merging.folder / "b.pth"), 0.5)]
+    files = [(str(merging.folder / "a.pth"), weight), (str(merging.folder / "b.pth"), 0.5)]
     merge_file(merging.folder / "base.pth", [path for path, _ in files], merging.folder / "merged.pth", weights=[weight for _, weight in files])
     model = RWKV.load(merging.folder / "base.pth")
     blend(model, read_members([path for path, _ in files], [weight for _, weight in files]))
