@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import errno
 import hashlib
 import io
 import json
 import os
 import pickle
 import re
-import secrets
-import shutil
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .output import whole_file
 from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json
 
 ARCHIVE = "archive"
@@ -175,57 +171,24 @@ def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
                         f"{metadata.get('step')}; what was trained is in {run_output(path, metadata)}")
 
 
-def require_writable(path, size: int = 0) -> None:
-    """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be lost."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to write")
-    folder = Path(os.path.realpath(path)).parent
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {folder}: {error.strerror}") from None
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise UserError(f"{path} needs {size:,} bytes, {free:,} are free in {folder}")
-
-
 def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None) -> None:
     """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a time.
 
     The file appears under its name only when it is complete and on the disk; until then, and after any failure, what was there
     stays. UserError when the folder can't be written or has no room.
     """
-    require_writable(path)
-    path = Path(os.path.realpath(path))  # the file behind a link is replaced, not the link
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     extra = {} if metadata is None else {METADATA: json.dumps(metadata, indent=1).encode()}
-    needed = 0
-    try:
-        with open(temporary, "xb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                index: dict[str, _Entry] = {}
-                for name, tensor in items:
-                    tensor = tensor.detach().cpu().contiguous()
-                    if name in index:
-                        raise ValueError(f"write_checkpoint: {name} comes twice")
-                    needed = file.tell() + tensor.nbytes
-                    index[name] = _Entry(str(len(index)), tensor)
-                    _write_record(archive, f"data/{len(index) - 1}", memory(tensor))
-                records = {"data.pkl": _pickled(index), "byteorder": sys.byteorder.encode(), "version": b"3\n", **extra}
-                for name, content in records.items():
-                    _write_record(archive, name, memoryview(content))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise UserError(f"{path} was not written: {error.strerror}; it needs at least {needed:,} bytes, {free:,} are free") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        index: dict[str, _Entry] = {}
+        for name, tensor in items:
+            tensor = tensor.detach().cpu().contiguous()
+            if name in index:
+                raise ValueError(f"write_checkpoint: {name} comes twice")
+            index[name] = _Entry(str(len(index)), tensor)
+            _write_record(archive, f"data/{len(index) - 1}", memory(tensor))
+        records = {"data.pkl": _pickled(index), "byteorder": sys.byteorder.encode(), "version": b"3\n", **extra}
+        for name, content in records.items():
+            _write_record(archive, name, memoryview(content))
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:

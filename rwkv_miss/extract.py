@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Arch, blocks, fingerprint, require_writable, write_checkpoint
+from .checkpoint import Arch, blocks, fingerprint, write_checkpoint
 from .convert.formats import described
 from .errors import UserError
 from .functional import shard_index, shard_sum
 from .inject import DEFAULT_TARGETS
 from .merge import read_base
+from .output import require_writable
 from .parts import PARTS, in_parts
 from .rounding import ROWS, bits, percent
 

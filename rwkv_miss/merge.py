@@ -12,17 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    Arch,
-    fingerprint,
-    refuse_run_checkpoint,
-    require_writable,
-    write_checkpoint,
-)
+from .checkpoint import Arch, fingerprint, refuse_run_checkpoint, write_checkpoint
 from .combine import Combination, Member, common_record, is_state, merged_adapters, read_members
 from .convert import NO_HINTS, Hints
 from .errors import UserError
 from .inject import ADAPTER_FORMAT, read_described
+from .output import require_writable
 from .rounding import LOSS_LIMIT, ROWS, Rounding, Scratch, percent, round_into, round_to
 
 MERGED_FORMAT = "rwkv-miss merged"

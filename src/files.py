@@ -41,7 +41,7 @@ def write_text(path: str, text: str) -> None:
 
 def write_bytes(path: str, content: bytes) -> None:
     """Write a file under a temporary name, then rename it; a full or read-only disk is a UserError."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.tmp"  # no random name: what a killed run leaves, the next one takes over
     try:
         with open(temporary, "wb") as file:
             file.write(content)

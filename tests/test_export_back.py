@@ -92,7 +92,7 @@ def test_quantised_files_are_no_way_back(tmp_path):
 def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, version):
     """Without the record: the canonical order and shapes."""
     tensors = saved(tmp_path / "m.pth", released(version), torch.bfloat16)
-    for module in ("gguf", "safetensors"):
+    for module in ("gguf", "record"):
         monkeypatch.setattr(f"src.export.{module}.KEY", "another.key")
     for to in ["gguf", "safetensors"] + ["hf"] * (version == 7):
         export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")
@@ -233,7 +233,7 @@ def test_no_folder_is_written_over_and_no_half_one_is_left(tmp_path, monkeypatch
     saved(tmp_path / "m.pth", arch_of(7))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "mine").write_text("x")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="holds mine; choose another name, or empty the folder"):
         export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
     monkeypatch.setattr("src.export.hugging_face.config", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

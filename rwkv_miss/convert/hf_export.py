@@ -20,9 +20,10 @@ from torch import Tensor
 from ..adapter import METHODS
 from ..errors import UserError
 from ..methods.lora import ScaledOptions
+from ..output import write_folder, write_json
+from ..safetensors_io import write_safetensors
 from .base import adapted_layers
 from .formats import Adapter, Format, origin_of, register
-from .output import require_safetensors, write_folder, write_json, write_safetensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PROVENANCE = "rwkv_miss_provenance"  # in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
@@ -222,7 +223,6 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out) -> list
     if adapter.shapes or adapter.metadata.get("arch"):
         for _ in adapted_layers(adapter):  # which checks every shape
             pass
-    require_safetensors(out)
     folder = form(adapter)
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})

@@ -21,9 +21,9 @@ from ..adapter import METHODS
 from ..checkpoint import is_finite, memory, read_metadata, write_checkpoint
 from ..errors import UserError
 from ..methods.miss import Options
+from ..output import write_folder, write_text
 from .base import adapted_layers, linear_shapes, sha256
 from .formats import Adapter, Format, Hints, described, origin_of, register
-from .output import synced, write_folder
 from .source import Source
 
 CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
@@ -83,7 +83,7 @@ class Lightning(Format):
             whole += float(D[name].square().sum())
         manifest["content_version"] = digest(manifest, tensors)
         write_folder(out, {
-            CONFIG: lambda path: write_manifest(path, manifest),
+            CONFIG: lambda path: write_text(path, canonical(manifest) + "\n"),
             TENSORS: lambda path: write_checkpoint(path, tensors.items()),
         })
         notes = [f"rounding D to {manifest['dtype']} lost {(lost / whole) ** 0.5:.2g} of it (||lost|| / ||D||)"] if lost else []
@@ -178,12 +178,6 @@ def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for tensor in tensors.values():
         found.update(memory(tensor.contiguous()))
     return found.hexdigest()
-
-
-def write_manifest(path, manifest: dict[str, Any]) -> None:
-    with open(path, "w") as file:
-        file.write(canonical(manifest) + "\n")
-    synced(path)
 
 
 def columns(adapter: Adapter) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ import json
 from ..adapter import METHODS
 from ..errors import UserError
 from ..inject import checked_metadata
+from ..safetensors_io import write_safetensors
 from ..untrusted import parse_json
 from .formats import Adapter, Format, Hints, register
-from .output import write_safetensors
 from .source import Source
 
 METADATA = "rwkv_miss"  # in the header
@@ -34,5 +34,5 @@ class Safetensors(Format):
 
     @classmethod
     def write(cls, adapter: Adapter, out) -> list[str]:
-        write_safetensors(out, adapter.tensors, {METADATA: json.dumps(adapter.metadata)})  # of several keys the order would vary
+        write_safetensors(out, adapter.tensors, {METADATA: json.dumps(adapter.metadata)})
         return []

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..inject import ADAPTER_FORMAT, read_described
-from ..untrusted import LARGEST_JSON, first_bytes, read_json
+from ..safetensors_io import is_safetensors, read_safetensors
+from ..untrusted import read_json
 
 # configuration of a folder -> the tensors beside it, the first name that is there
 FOLDERS = {
@@ -54,28 +55,3 @@ def open_source(path) -> Source:
         tensors, header = read_safetensors(file) if is_safetensors(file) else read_described(file)
         return Source(path, tensors, config, config_name, header)
     raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; give an adapter's file or folder")
-
-
-def is_safetensors(path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and its brace."""
-    try:
-        head = first_bytes(path, 9)
-    except UserError:
-        return False  # whoever reads it next says why
-    return len(head) == 9 and head[8:] == b"{" and head[:4] != b"PK\x03\x04"
-
-
-def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the file, and the metadata of its header. UserError for a damaged file, or without the package."""
-    try:
-        import safetensors
-    except ImportError:
-        raise UserError(f"{path} is a safetensors file, and the package that reads those is absent: pip install 'rwkv-miss[convert]'") from None
-    header = int.from_bytes(first_bytes(path, 8), "little")
-    if header > LARGEST_JSON:
-        raise UserError(f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is truncated or damaged: {str(error)[:200]}") from None

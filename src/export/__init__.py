@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import Arch, check_finite, read_metadata, require_writable
+from rwkv_miss.checkpoint import Arch, check_finite, read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.output import check_folder, require_writable
+from rwkv_miss.safetensors_io import write_safetensors
 
 from ..model import RWKV, read_model_file
 from ..template import Template, load_template
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..words import counted, size_text
-from . import gguf, hugging_face, safetensors
+from . import gguf, hugging_face
 from .back import form_of, to_checkpoint
 from .record import Record, check_dtypes
 from .vocabulary import vocabulary_of
-from .whole import require_new
 
 NAMES = {"gguf": "a GGUF file", "hf": "a Hugging Face folder", "safetensors": "a safetensors file", "pth": "a checkpoint"}
 TARGETS = tuple(NAMES)
@@ -71,7 +72,10 @@ def export(
     _check_flags(to, kind, (tokenizer, eod, template, drop_state))
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
         raise UserError(f"{out} is the input; choose another name")
-    (require_new if to == "hf" else require_writable)(out)
+    if to == "hf":
+        check_folder(out, [])
+    else:
+        require_writable(out)
     found = form_of(path)
     if found == to:
         raise UserError(f"{path} is {NAMES[to]} already")
@@ -83,7 +87,7 @@ def export(
     model = read_model(path)
     if to == "safetensors":
         check_finite(model.tensors)
-        safetensors.write(out, model.tensors, model.record())
+        write_safetensors(out, model.tensors, model.record().header())
         return Exported(os.fspath(out), to, model.arch.describe(), _size(out), [])
     model, notes = _without_state(model, to, drop_state)
     if to == "hf":

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import Arch, check_finite, require_writable, write_checkpoint
-from rwkv_miss.convert.source import is_safetensors, read_safetensors
+from rwkv_miss.checkpoint import Arch, check_finite, write_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.output import require_writable
+from rwkv_miss.safetensors_io import is_safetensors, read_safetensors
 from rwkv_miss.untrusted import read_json
 
 from ..model import RWKV

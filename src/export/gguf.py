@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.output import whole_file
 
 from ..words import counted
 from . import gguf_table
 from .record import KEY, Record
 from .table import LARGE, MAP
 from .vocabulary import Vocabulary
-from .whole import whole_file
 
 FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # of large matrices, with GGUF's number for a file of mostly these
 DEFAULT_TYPE = "BF16"  # F16 would round the activations too, whose squares in the channel mix can be beyond its range
@@ -56,8 +56,8 @@ def write(path, tensors: Mapping[str, Tensor], arch: Arch, kind: str, name: str,
     table = [(row, kinds.get(row.kind, types.F32)) for row in gguf_table.rows(arch.version, arch.n_layer)]
     infos = [(row, type_, row.store(tensors).shape) for row, type_ in table]
     nbytes = [_nbytes(shape, *gguf.GGML_QUANT_SIZES[type_]) for _, type_, shape in infos]
-    with whole_file(path, sum(nbytes)) as temporary:
-        writer = gguf.GGUFWriter(temporary, f"rwkv{arch.version}")
+    with whole_file(path, sum(nbytes)) as whole:
+        writer = gguf.GGUFWriter(whole.name, f"rwkv{arch.version}")
         try:
             _add_keys(writer, arch, kind, name, vocabulary, record)
             for (row, type_, shape), size in zip(infos, nbytes):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.output import write_bytes, write_folder, write_json
+from rwkv_miss.safetensors_io import write_safetensors
 
 from ..template import RwkvTemplate, Template
 from ..tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from . import safetensors
 from .chat_template import rwkv_jinja
 from .record import Record
 from .table import LARGE, MAP, VECTOR, Row
-from .whole import whole_folder
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 UNREAD = "block_0_value_residual.safetensors"  # which no loader knows; for the way back
@@ -80,36 +79,33 @@ def config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     }
 
 
-def write(path, tensors: Mapping[str, Tensor], arch: Arch, tokenizer: Tokenizer | None, template: Template, record: Record) -> list[str]:
+def write(out, tensors: Mapping[str, Tensor], arch: Arch, tokenizer: Tokenizer | None, template: Template, record: Record) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
-    with whole_folder(path) as folder:
-        stored = {row.stored: row.store(tensors) for row in rows(arch.n_layer)}
-        safetensors.write(folder / WEIGHTS, stored, record)
-        unread = {name: tensor for name, tensor in tensors.items() if name in [f"blocks.0.att.v{i}" for i in range(3)]}
-        if unread:
-            safetensors.write(folder / UNREAD, unread, Record.of(unread, {}))
-        _write_json(folder / CONFIG, config(arch, tensors))
-        return _write_tokenizer(folder, tokenizer, template, arch.vocab_size)
+    stored = {row.stored: row.store(tensors) for row in rows(arch.n_layer)}
+    unread = {name: tensor for name, tensor in tensors.items() if name in [f"blocks.0.att.v{i}" for i in range(3)]}
+    writers: dict[str, Callable[[str], None]] = {WEIGHTS: lambda path: write_safetensors(path, stored, record.header())}
+    if unread:
+        writers[UNREAD] = lambda path: write_safetensors(path, unread, Record.of(unread, {}).header())
+    writers[CONFIG] = lambda path: write_json(path, config(arch, tensors))
+    of_tokenizer, notes = _tokenizer_files(tokenizer, template, arch.vocab_size)
+    write_folder(out, writers | of_tokenizer)
+    return notes
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> list[str]:
+def _tokenizer_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> tuple[dict[str, Callable[[str], None]], list[str]]:
+    """(writers of the files by name, notes)."""
     jinja = rwkv_jinja(template.name) if isinstance(template, RwkvTemplate) else template.record
     if isinstance(tokenizer, JsonTokenizer):
-        (folder / "tokenizer.json").write_bytes(Path(tokenizer.name).read_bytes())
-        _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode(tokenizer.eod),
-                                                       "chat_template": jinja})
-        return []
-    if not isinstance(tokenizer, ByteTokenizer) or tokenizer.encoding != "utf-8" or tokenizer.eod != (0,):
-        return ["no tokenizer is in the folder: " + (f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for")]
-    lines = (f"{token} {piece!r} {len(piece)}\n" for token, piece in sorted(tokenizer.table.items()) if piece)
-    (folder / VOCABULARY).write_text("".join(lines), encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": vocab_size, "eos_token": END, "pad_token": PADDING, "errors": "replace",
-        "split_special_tokens": True,  # what a user types is text, also END
-        "chat_template": jinja,
-    })
-    return []
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        described: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode(tokenizer.eod)}
+        table, content = "tokenizer.json", Path(tokenizer.name).read_bytes()
+    elif isinstance(tokenizer, ByteTokenizer) and tokenizer.encoding == "utf-8" and tokenizer.eod == (0,):
+        described = {
+            "tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": vocab_size, "eos_token": END, "pad_token": PADDING, "errors": "replace",
+            "split_special_tokens": True,  # what a user types is text, also END
+        }
+        table = VOCABULARY
+        content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in sorted(tokenizer.table.items()) if piece).encode()
+    else:
+        return {}, ["no tokenizer is in the folder: " + (f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for")]
+    described["chat_template"] = jinja
+    return {table: lambda path: write_bytes(path, content), "tokenizer_config.json": lambda path: write_json(path, described)}, []

@@ -47,6 +47,10 @@ class Record(NamedTuple):
         tensors = {name: [str(entry.dtype).removeprefix("torch."), *entry.shape] for name, entry in self.entries.items()}
         return json.dumps({"tensors": tensors, "metadata": self.metadata}, separators=(",", ":"))
 
+    def header(self) -> dict[str, str]:
+        """The texts in the header of a safetensors file with these tensors."""
+        return {"format": "pt", KEY: self.text()}
+
     @staticmethod
     def parse(text: str, path) -> Record:
         """UserError for what text() did not write."""

@@ -1,0 +1,107 @@
+"""Outputs that appear under their names only when they are complete and on the disk: a file, and a folder of a few files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UserError
+
+
+def require_writable(path, size: int = 0) -> None:
+    """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be lost."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to write")
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {folder}: {error.strerror}") from None
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(f"{path} needs {size:,} bytes, {free:,} are free in {folder}")
+
+
+@contextlib.contextmanager
+def whole_file(path, size: int = 0) -> Iterator[BinaryIO]:
+    """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk. What was there before stays until then,
+    and after any failure. UserError where it can't be written, `size` bytes are not free, or the disk runs full."""
+    require_writable(path, size)
+    place = os.path.realpath(path)  # the file behind a link is replaced, not the link
+    temporary, written = f"{place}.{secrets.token_hex(4)}.tmp", 0
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, place)
+        finally:
+            if os.path.exists(temporary):
+                written = os.path.getsize(temporary)
+                os.remove(temporary)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(os.path.dirname(place)).free
+        raise UserError(f"{path} was not written: {error.strerror}; {written:,} bytes were, {free:,} are free") from None
+
+
+def write_bytes(path, content: bytes) -> None:
+    """A file with this content, whole or not at all."""
+    with whole_file(path, len(content)) as file:
+        file.write(content)
+
+
+def write_text(path, text: str) -> None:
+    """The same in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path, content: dict) -> None:
+    """A JSON file for people as well as machines."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def check_folder(out, names: list[str]) -> None:
+    """UserError unless a folder of these files can be made at `out`: nothing is there, or a folder with no other files, which is replaced."""
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f"{out} is a file, expected the name of a folder to write")
+    others = sorted(set(os.listdir(out)) - set(names)) if os.path.isdir(out) else []
+    if others:
+        beside = f" beside the files that would be written, {', '.join(names)}" if names else ""
+        raise UserError(f"{out} holds {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "")
+                        + f"{beside}; choose another name, or empty the folder")
+    require_writable(f"{os.path.realpath(out)}.tmp")
+
+
+def write_folder(out, writers: dict[str, Callable[[str], None]]) -> None:
+    """A folder of files, each made by a function of its path. It appears under its name when all are complete; a folder that is there is
+    replaced if it has no other files (check_folder), and stays as it was after a failure."""
+    check_folder(out, list(writers))
+    out = os.path.realpath(out)
+    temporary, old = (f"{out}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old"))
+    try:
+        os.mkdir(temporary)
+        for name, write in writers.items():
+            write(os.path.join(temporary, name))
+        if os.path.isdir(out):
+            os.rename(out, old)
+        try:
+            os.rename(temporary, out)
+        except OSError:
+            if os.path.isdir(old):
+                os.rename(old, out)
+            raise
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,65 @@
+"""safetensors files: read by the package of that name, and written as a stream, which it has no function for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .checkpoint import memory
+from .errors import UserError
+from .output import whole_file
+from .untrusted import LARGEST_JSON, first_bytes
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+ALIGNMENT = 8
+
+
+def is_safetensors(path) -> bool:
+    """Whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and its brace."""
+    try:
+        head = first_bytes(path, 9)
+    except UserError:
+        return False  # whoever reads it next says why
+    return len(head) == 9 and head[8:] == b"{" and head[:4] != b"PK\x03\x04"
+
+
+def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, mapped from the file, and the metadata of its header. UserError for a damaged file, or without the package."""
+    try:
+        import safetensors
+    except ImportError:
+        raise UserError(f"{path} is a safetensors file, and the package that reads those is absent: pip install 'rwkv-miss[convert]'") from None
+    header = int.from_bytes(first_bytes(path, 8), "little")
+    if header > LARGEST_JSON:
+        raise UserError(f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged: {str(error)[:200]}") from None
+
+
+def write_safetensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors bit for bit, whole or not at all, with texts in the header. UserError for a dtype that the format lacks."""
+    # the wide ones first, so that each is aligned, and by their names, in whose order they are read: a copy is the same file
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(f"{path} can't be written: {name} is {tensor.dtype}; safetensors has {', '.join(DTYPES.values())}")
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with whole_file(path, 8 + len(text) + end) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            tensor = tensor.detach().cpu().contiguous()
+            file.write(memory(tensor))
