@@ -168,14 +168,14 @@ def test_weights_and_adapters_must_be_the_merges(merging):
     merging()
     for i, name in enumerate("abc"):
         merging.adapter(f"{name}.pth", seed=i, targets=["key"])
-    merging.merge(["a.pth", "b.pth"], [0.5, 0.25])
+    merging.merge(["a.pth", "b.pth"], [0.7, -0.3])
     assert check(merging, ["b.pth", "a.pth"]).ok, "in any order, each with its own weight"
-    problems = check(merging, ["a.pth", "b.pth"], [0.25, 0.5]).problems
-    assert "the weight of" in problems[0] and "is 0.5, not 0.25" in problems[0] and "not what the merge writes" in problems[2]
+    problems = check(merging, ["a.pth", "b.pth"], [-0.3, 0.7]).problems
+    assert "the weight of" in problems[0] and "is 0.7, not -0.3" in problems[0] and "not what the merge writes" in problems[2]
     assert any("no merge of" in problem and "c.pth" in problem for problem in check(merging, ["a.pth", "c.pth"]).problems)
     assert any("a merge of 2 adapters, not of 1" in problem for problem in check(merging, ["a.pth"]).problems)
     rewrite(merging, lambda tensors: None, record=False)  # as another project's tools write it
-    assert check(merging, ["a.pth", "b.pth"], [0.5, 0.25]).ok and not check(merging, ["a.pth", "b.pth"]).ok
+    assert check(merging, ["a.pth", "b.pth"], [0.7, -0.3]).ok and not check(merging, ["a.pth", "b.pth"]).ok
 
 
 @pytest.mark.parametrize("weight", ["NaN", "1e400", '"2"', "[]", "true", "1" + 400 * "0"])
