@@ -496,7 +496,8 @@ def test_two_names_of_one_tensor(tmp_path):
 def test_options_of_training_are_no_part_of_a_folder_and_said_so(tmp_path):
     for method, options in (("lora", {"lora_plus": 4.0}), ("pissa", {"lora_plus": 4.0})):
         saved(tmp_path, 7, method, options)
-        assert convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes == ["lora_plus 4, a ratio of learning rates, is no part of the folder"]
+        assert convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[-1] == "lora_plus 4, a ratio of learning rates, is no part of the folder"
+    assert "PiSSA is a LoRA of twice the rank" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
     saved(tmp_path, 7, "lora_fa", {})
     assert "LoRA-FA is a LoRA" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
 

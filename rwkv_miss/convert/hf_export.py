@@ -194,7 +194,14 @@ def as_vera(adapter: Adapter) -> Folder:
     return Folder(config, {**renamed(adapter, {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}), **shared})
 
 
-FORMS = {"miss": as_miss, "bat": as_bat, "lora": own_factors, "lora_fa": own_factors, "dora": own_factors, "pissa": as_lora, "vera": as_vera}
+def as_pissa(adapter: Adapter) -> Folder:
+    """A LoRA, because peft would change the base again when it loads a PiSSA."""
+    folder = as_lora(adapter)
+    return dataclasses.replace(folder, notes=["in the folder PiSSA is a LoRA of twice the rank, for the base as it is; its factors at the start are no "
+                                              "part of it"])
+
+
+FORMS = {"miss": as_miss, "bat": as_bat, "lora": own_factors, "lora_fa": own_factors, "dora": own_factors, "pissa": as_pissa, "vera": as_vera}
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
