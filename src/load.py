@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ def load_with(
     has instructions for it: after 2 to 96 tokens the logits of a real v6 model are off by 6e-4 in the mean and 4e-3 at most (7e-8 and 2e-7 with
     "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5. An adapter never changes the weights, whatever their precision (adapters.py).
     """
+    for folder in filter(os.path.isdir, files.values()):
+        raise UserError(f"{folder} is a folder, and an adapter here is one .pth; python -m rwkv_miss convert {folder} adapter.pth --to native makes it")
     accelerator = choose_accelerator(accelerator)
     device = "cuda" if accelerator == "gpu" else "cpu"
     tensors = read_model_file(path)

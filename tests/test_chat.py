@@ -442,3 +442,8 @@ def test_every_adapter_is_checked_before_the_chat_begins(files, tmp_path, capsys
         chat.main(["--model", str(files.base), "--adapter", str(files.a), "--adapter", str(tmp_path / "bad.pth"), "--tokenizer", "bytes"])
     out, err = capsys.readouterr()
     assert out == "" and "bad.pth is truncated" in err
+
+
+def test_an_adapter_that_is_a_folder_is_converted_first(files, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder, .* rwkv_miss convert {tmp_path} adapter.pth --to native"):
+        load_with(files.base, {"a": files.a, "b": tmp_path})
