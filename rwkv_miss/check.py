@@ -101,8 +101,8 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
     """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's, bit for bit, up to the rounding to
     the merged file's dtype. With adapters, which `hints` are for as in merge_file(), that those which differ are what it writes.
 
-    Their weights are by default what the merged file records, else 1, and their order is the recorded one. What is found wrong is in `problems`; a UserError is for files that cannot
-    be compared at all: no model, no adapter, an adapter that does not fit the base.
+    Their weights are by default what the merged file records, else 1, and their order is the recorded one. What is found wrong is in
+    `problems`; a UserError is for files that cannot be compared at all: no model, no adapter, an adapter that does not fit the base.
 
     Bit for bit is asked where two ways to compute the sum, the merge's and W + delta(), agree to the bit. Where they don't (products of
     matrices, whose sums have another order on other machines) every entry must be within half a step of the file's dtype of the sum.

@@ -39,7 +39,8 @@ def load_with(
     "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5. An adapter never changes the weights, whatever their precision (adapters.py).
     """
     for folder in filter(os.path.isdir, files.values()):
-        raise UserError(f"{folder} is a folder, and an adapter here is one .pth; python -m rwkv_miss convert {folder} adapter.pth --to native makes it")
+        raise UserError(f"{folder} is a folder, and an adapter here is one .pth; "
+                        f"python -m rwkv_miss convert {folder} adapter.pth --to native makes it")
     accelerator = choose_accelerator(accelerator)
     device = "cuda" if accelerator == "gpu" else "cpu"
     tensors = read_model_file(path)

@@ -196,9 +196,8 @@ def as_vera(adapter: Adapter) -> Folder:
 
 def as_pissa(adapter: Adapter) -> Folder:
     """A LoRA, because peft would change the base again when it loads a PiSSA."""
-    folder = as_lora(adapter)
-    return dataclasses.replace(folder, notes=["in the folder PiSSA is a LoRA of twice the rank, for the base as it is; its factors at the start are no "
-                                              "part of it"])
+    note = "in the folder PiSSA is a LoRA of twice the rank, for the base as it is; its factors at the start are no part of it"
+    return dataclasses.replace(as_lora(adapter), notes=[note])
 
 
 FORMS = {"miss": as_miss, "bat": as_bat, "lora": own_factors, "lora_fa": own_factors, "dora": own_factors, "pissa": as_pissa, "vera": as_vera}
