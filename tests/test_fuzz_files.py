@@ -6,13 +6,17 @@ from benchmarks import fuzz_files
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
 
+# readers that build a model, or more than one, for each input get fewer
+INPUTS = dict.fromkeys(["base", "base of a merge", "MiSS", "PiSSA", "MoS", "VeRA", "unmerge", "diff"], 75)
+INPUTS |= {"MiSS, in a chat": 40, "chat": 40, "MiSS, loaded": 50}
+
 
 @pytest.mark.parametrize("name", fuzz_files.READERS)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_end_in_a_result_or_a_message(tmp_path, name):
-    ends = []
-    peak = peak_above_start(lambda: ends.append(fuzz_files.fuzz_reader(name, tmp_path, 1, range(150))))
-    assert ends[0].total() == 150 and ends[0]["message"] > 30
+    ends, inputs = [], INPUTS.get(name, 150)
+    peak = peak_above_start(lambda: ends.append(fuzz_files.fuzz_reader(name, tmp_path, 1, range(inputs))))
+    assert ends[0].total() == inputs and ends[0]["message"] > inputs / 5
     assert peak < fuzz_files.MEGABYTES * 1e6
 
 
