@@ -357,6 +357,24 @@ def test_a_gguf_header_without_end(tmp_path):
         export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
 
 
+def test_a_gguf_tensor_that_comes_twice(tmp_path):
+    saved(tmp_path / "m.pth", released(7))
+    export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"blk.1.attn_norm_2.bias", b"blk.0.attn_norm_2.bias", 1))
+    with pytest.raises(UserError, match="tensors come twice"):
+        export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
+
+
+def test_the_input_is_no_output(tmp_path):
+    saved(tmp_path / "m.pth", arch_of(7))
+    (tmp_path / "link").symlink_to(tmp_path / "m.pth")
+    before = (tmp_path / "m.pth").read_bytes()
+    with pytest.raises(UserError, match="link is the input; choose another name"):
+        export(tmp_path / "m.pth", tmp_path / "link", "safetensors")
+    assert (tmp_path / "m.pth").read_bytes() == before
+
+
 def test_infinite_values_do_not_come_back(tmp_path):
     from safetensors.torch import save_file
 

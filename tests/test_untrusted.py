@@ -115,7 +115,8 @@ def with_pickle(tmp_path, content, zipped):
     (calling("_codecs", "encode", "x", "utf-32"), r"asks for _codecs\.encode"),
     (calling("collections", "Counter", "x"), r"asks for collections\.Counter"),
     (twice(60), "holds a tuple in several places"),
-], ids=["bytearray", "FloatTensor", "encode", "Counter", "tuples"])
+    (b"\x80\2}X\1\0\0\0x\x85q\0q\1h\1\x86Ns.", "holds a tuple in several places"),  # put into two places, and taken from the second
+], ids=["bytearray", "FloatTensor", "encode", "Counter", "tuples", "tuples, put twice"])
 def test_what_torch_would_make_of_a_pickle_without_end(tmp_path, zipped, content, words):
     with pytest.raises(UserError, match=f"x.pth is refused: its pickle {words}"):
         read_checkpoint(with_pickle(tmp_path, content, zipped))
@@ -167,6 +168,15 @@ def test_a_changed_byte_is_found_by_the_checksum(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="is damaged.*copy it again"):
         check_sums(path)
+
+
+def test_a_changed_byte_of_an_adapter_is_found_whenever_it_is_read(tmp_path):
+    write_checkpoint(tmp_path / "a.pth", SOUND.items(), METADATA)
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[content.index(struct.pack("<f", 5.0))] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match="a.pth is damaged.*copy it again"):
+        read_adapter(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"[1]", b"\xff", b'{"a": 1'])
