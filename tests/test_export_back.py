@@ -329,6 +329,8 @@ def test_what_is_no_file_is_refused(tmp_path):
     for name, message in (("pipe", "is no regular file"), ("none", "does not exist"), (".", "is a folder without config.json")):
         with pytest.raises(UserError, match=message):
             export(tmp_path / name, tmp_path / "m.gguf", "gguf") if name != "." else export(tmp_path, tmp_path / "b.pth", "pth")
+    with pytest.raises(UserError, match="none.gguf does not exist"):
+        export(tmp_path / "none.gguf", tmp_path / "b.pth", "pth")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])

@@ -15,7 +15,7 @@ from rwkv_miss.checkpoint import Arch, check_finite, write_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.output import require_writable
 from rwkv_miss.safetensors_io import is_safetensors, read_safetensors
-from rwkv_miss.untrusted import read_json
+from rwkv_miss.untrusted import first_bytes, read_json
 
 from ..model import RWKV
 from ..words import counted
@@ -39,14 +39,10 @@ class Stored(NamedTuple):
 
 
 def form_of(path) -> str:
-    """"gguf", "hf", "safetensors", or "pth" for anything else."""
+    """"gguf", "hf", "safetensors", or "pth" for any other file. UserError for what is no file."""
     if os.path.isdir(path):
         return "hf"
-    if not os.path.isfile(path):
-        return "pth"  # whose reader says why
-    with open(path, "rb") as file:
-        head = file.read(4)
-    return "gguf" if head == gguf_reader.MAGIC else "safetensors" if is_safetensors(path) else "pth"
+    return "gguf" if first_bytes(path, 4) == gguf_reader.MAGIC else "safetensors" if is_safetensors(path) else "pth"
 
 
 def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
