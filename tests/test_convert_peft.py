@@ -417,6 +417,10 @@ def test_adalora_that_has_pruned_some_of_its_singular_values(tmp_path):
     assert {len(t) for name, t in load_file(tmp_path / "theirs" / TENSORS).items() if "lora_A" in name} == {0, 1, 2}
     assert convert(tmp_path / "theirs", tmp_path / "a.pth", "native").linears == 7
     close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
+    facts = read_metadata(tmp_path / "a.pth")
+    options = rwkv_miss.METHODS["lora"].Options.parse(facts["options"])
+    # peft divides by the rank + 1e-5, which logits in fp32 hardly show
+    assert [options.at(name).scale for name in facts["linears"]] == [pytest.approx(9 / (5 + 1e-5), rel=1e-9)] * 7
 
 
 def test_ranks_beyond_a_width_are_refused_before_a_merge(tmp_path):
