@@ -158,7 +158,7 @@ class Chat:
         """go on with a saved conversation"""
         used = load_chat(self.conversation, self.adapters, needed("load", argument))
         self.chosen = self.conversation.template.record
-        again = "" if used or not self.conversation.turns else ", saved without a state of these weights: read again before the next answer"
+        again = "" if used or not self.conversation.turns else ", saved with other adapters or another scale: read again before the next answer"
         note(f"{self.turns()} of {argument}{again}")
 
     @command("think", "[MODE]")

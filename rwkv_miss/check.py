@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import blocks, fingerprint
-from .combine import Combination, Member, is_state, merged_adapters, read_members
+from .combine import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
 from .convert import NO_HINTS, Hints
 from .errors import UserError
 from .merge import read_base
@@ -67,9 +67,9 @@ class MergeCheck:
             exact = "bit for bit" if not apart else f"but for the order of sums, {apart:,} entries are rounded the other way"
             if self.ok:
                 lines.append(f"those are what the merge of {names} writes, {exact}")
-            total = self.rounding.total
-            lines.append(f"rounding lost {percent(total.lost)} of the update and left {percent(total.unchanged_share)} of its entries unchanged")
-            lines += self.rounding.table(rows)
+                total = self.rounding.total
+                lines.append(f"rounding lost {percent(total.lost)} of the update and left {percent(total.unchanged_share)} of its entries unchanged")
+                lines += self.rounding.table(rows)
         elif self.changed:
             worst = sorted(self.changed, key=lambda c: -c.distance)[:rows]
             width = max(len(c.name) for c in worst)
@@ -147,7 +147,7 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
 
 def _number(weight: Any) -> float:
     """A weight out of a file's metadata."""
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not -1e30 < weight < 1e30:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < LARGEST_WEIGHT:
         raise UserError(f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with; give --weights")
     return float(weight)
 

@@ -127,7 +127,12 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file, a pickle that
     asks for anything but tensors, a content that is no flat dict of plain tensors, and one that claims more than the file holds.
     """
-    zipped = first_bytes(path, 4) == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
+    head = first_bytes(path, 9)
+    zipped = head[:4] == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
+    for form, found in (("GGUF", head[:4] == b"GGUF"), ("safetensors", head[8:] == b"{" and not zipped)):
+        if found:
+            raise UserError(f"{path} is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a model, python -m rwkv_miss "
+                            "convert of an adapter")
     check_pickles(path, zipped)
     try:
         with warnings.catch_warnings():
@@ -177,6 +182,8 @@ def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[s
     The file appears under its name only when it is complete and on the disk; until then, and after any failure, what was there
     stays. UserError when the folder can't be written or has no room.
     """
+    if os.fspath(path).endswith((".safetensors", ".gguf")):
+        raise UserError(f"{path} would be a torch checkpoint under another format's name; name it .pth")
     extra = {} if metadata is None else {METADATA: json.dumps(metadata, indent=1).encode()}
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         index: dict[str, _Entry] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +14,13 @@ from torch import Tensor
 
 from .adapter import METHODS, AdapterLinear, NoOptions
 from .checkpoint import Arch, blocks, check_finite, fingerprint
-from .convert import FORMATS, NO_HINTS, Adapter, Hints, check_hints, format_of, open_source
+from .convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, format_of, open_source
 from .errors import UserError
 from .inject import layer_tensors, read_adapter
 from .parts import PARTS
 from .rounding import Scratch
 
+LARGEST_WEIGHT = 1e30  # of an adapter; beyond it nothing is left in fp32
 RECORDED = ("tokenizer", "eod", "template")  # what readers of a merged file take from its metadata
 
 
@@ -195,16 +195,13 @@ def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
     return base
 
 
-def read_foreign(path, hints: Hints) -> Adapter:
-    """An adapter file of this project, or a file or folder of another one. UserError for all else, and for what it does not say, nor the hints."""
-    source = open_source(path)
-    name = format_of(source)
-    if name:
-        check_hints(path, FORMATS[name], hints)
+def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
+    """An adapter file of this project, or, by the name of its format, a file or folder of another one. UserError for all else, and for what it does
+    not say, nor the hints."""
     if name in (None, "native"):
-        return Adapter(*read_adapter(path))  # which says what else it is
-    adapter = FORMATS[name].read(source, hints)
-    return dataclasses.replace(adapter, notes=[f"{path} is read as {name}: {adapter.metadata['method']}", *adapter.notes])
+        return Adapter(*read_adapter(source.path))  # which says what else it is
+    adapter = FORMATS[name].read(source, hints.only(FORMATS[name].hints))
+    return dataclasses.replace(adapter, notes=[f"{source.path} is read as {name}: {adapter.metadata['method']}", *adapter.notes])
 
 
 def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> list[Member]:
@@ -215,9 +212,15 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
     if len(weights) != len(paths):
         raise UserError(f"{len(weights)} weights are given for {len(paths)} adapters; give one for each, in their order")
     for weight in weights:
-        if not math.isfinite(weight):
-            raise UserError(f"weight {weight} is no number to multiply with; negative ones are, and 0")
-    adapters = [read_foreign(path, hints) for path in paths]
+        if not abs(weight) < LARGEST_WEIGHT:
+            raise UserError(f"weight {weight} is no number to multiply with; expected is one below {LARGEST_WEIGHT:g}, negative ones and 0 included")
+    sources = [open_source(path) for path in paths]
+    forms = [format_of(source) for source in sources]
+    useful = {hint for name in forms if name for hint in FORMATS[name].hints}  # to one of them at least
+    for path, name in zip(paths, forms):
+        if name:
+            check_hints(path, FORMATS[name], hints.without(useful))
+    adapters = [read_foreign(source, name, hints) for source, name in zip(sources, forms)]
     members = [Member(path, a.tensors, a.metadata, weight, a.notes) for path, a, weight in zip(paths, adapters, weights)]
     seen: dict[str, str] = {}
     for m in members:

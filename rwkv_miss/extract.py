@@ -20,7 +20,8 @@ from .checkpoint import Arch, blocks, fingerprint, write_checkpoint
 from .convert.formats import described
 from .errors import UserError
 from .functional import shard_index, shard_sum
-from .inject import DEFAULT_TARGETS
+from .inject import ADAPTER_FORMAT, DEFAULT_TARGETS
+from .kinds import may_replace
 from .merge import read_base
 from .output import require_writable
 from .parts import PARTS, in_parts
@@ -101,6 +102,7 @@ def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layou
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input; choose another --out")
     require_writable(out)
+    may_replace(out, ADAPTER_FORMAT)
     (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
     _check_alike(a, b, first, second)
     options = described("miss", {"rank": rank, "layout": layout}, [])["options"]

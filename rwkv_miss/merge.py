@@ -17,6 +17,7 @@ from .combine import Combination, Member, common_record, is_state, merged_adapte
 from .convert import NO_HINTS, Hints
 from .errors import UserError
 from .inject import ADAPTER_FORMAT, read_described
+from .kinds import may_replace
 from .output import require_writable
 from .rounding import LOSS_LIMIT, ROWS, Rounding, Scratch, percent, round_into, round_to
 
@@ -64,7 +65,7 @@ class MergeReport:
     def warnings(self) -> list[str]:
         warnings = []
         if self.linears and not self.rounding.total.update:
-            warnings.append("the update is zero, nothing was trained in the linears")
+            warnings.append("the update is zero: nothing was trained in the linears, or the weights make nothing of it")
         if self.rounding.lost > LOSS_LIMIT:
             finer = "" if "float16" in self.dtype.split(", ") else "--dtype fp16 (8 times finer than bf16) or "
             warnings.append(f"more than {100 * LOSS_LIMIT:.0f} % of what was trained is lost in {self.dtype}; "
@@ -146,6 +147,7 @@ def merge_file(
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
             raise UserError(f"{out} is an input of the merge; choose another --out")
     require_writable(out)
+    may_replace(out, MERGED_FORMAT)
     (tensors, before), members = read_base(base), read_members(paths, weights, hints)
     record = _record(base, before, fingerprint(tensors), members)
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}

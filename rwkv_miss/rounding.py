@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -117,7 +118,11 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
             same = before.to(kept.dtype)
             missing += before - same
             before = same
-        update += float(change.dot(change))
+        size = float(change.dot(change))
+        if not math.isfinite(size) and bool(before.isfinite().all()):
+            raise UserError(f"{key} would change by values that are infinite, or beyond 1e19, in which nothing can be reckoned; look at the "
+                            "weights of the adapters, and whether their training diverged")
+        update += size
         error += float(missing.dot(missing))
         moved += int(torch.sub(bits(kept), bits(before), out=bits(scratch.get("moved", kept.shape, kept.dtype))).count_nonzero())
         ones = change.sign_()  # whose sum of squares is exact, and takes less time than count_nonzero()

@@ -34,7 +34,7 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         import safetensors
     except ImportError:
-        raise UserError(f"{path} is a safetensors file, and the package that reads those is absent: pip install 'rwkv-miss[convert]'") from None
+        raise UserError(f"{path} is a safetensors file, and the package that reads those is absent: pip install safetensors") from None
     header = int.from_bytes(first_bytes(path, 8), "little")
     if header > LARGEST_JSON:
         raise UserError(f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused")

@@ -227,7 +227,8 @@ def read_model_file(path) -> dict[str, Tensor]:
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
-        raise UserError(f"{path} is an adapter; give its base ({metadata.get('base')}) as the model, and this file as --adapter in chat and merge")
+        base = metadata.get("base") or "which it does not name"
+        raise UserError(f"{path} is an adapter; give its base ({base}) as the model, and this file as --adapter in chat and merge")
     return tensors
 
 

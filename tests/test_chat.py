@@ -235,7 +235,7 @@ def test_save_and_load_in_the_chat(typed, tmp_path):
     assert answers(again)[0].rstrip() == answers(out)[2].rstrip()
     shown, err = typed(["/adapter b", f"/load {tmp_path}/chat.pth", "so"])
     assert answers(shown)[0].rstrip() == other.rstrip()
-    assert err[1].endswith("2 turns of " + f"{tmp_path}/chat.pth, saved without a state of these weights: read again before the next answer")
+    assert err[1].endswith("2 turns of " + f"{tmp_path}/chat.pth, saved with other adapters or another scale: read again before the next answer")
     tensors, metadata = rwkv_miss.read_checkpoint(tmp_path / "chat.pth"), rwkv_miss.read_metadata(tmp_path / "chat.pth")
     assert metadata["turns"][0]["messages"][0] == {"role": "user", "content": "hello?"} and len(tensors) == 7
 

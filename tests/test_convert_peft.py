@@ -581,6 +581,6 @@ def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     convert(tmp_path / "a.pth", tmp_path / "new", "peft")  # only to read it takes the package
     assert (tmp_path / "new" / TENSORS).read_bytes() == (tmp_path / "out" / TENSORS).read_bytes()
-    with pytest.raises(rwkv_miss.UserError, match=rf"{tmp_path}/out/{TENSORS} .*absent: pip install 'rwkv-miss\[convert\]'"):
+    with pytest.raises(rwkv_miss.UserError, match=rf"{tmp_path}/out/{TENSORS} .*absent: pip install safetensors"):
         convert(tmp_path / "out", tmp_path / "new.pth", "native")
     assert not (tmp_path / "new.pth").exists()

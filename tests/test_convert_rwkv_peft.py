@@ -383,7 +383,7 @@ def test_states_are_value_by_key_and_those_of_fla_are_transposed(tmp_path, versi
     convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
     same_tensors(tmp_path / "again.pth", tmp_path / "ours.pth")
     convert(tmp_path / "ours.pth", tmp_path / "ours.safetensors", "safetensors")
-    assert convert(tmp_path / "ours.safetensors", tmp_path / "again.pth", "native").source == "safetensors"
+    assert convert(tmp_path / "ours.safetensors", tmp_path / "native.pth", "native").source == "safetensors"
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
     assert torch.equal(merged_logits(tmp_path), logits)
 

@@ -324,4 +324,4 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(SystemExit):
         program.main(argv)
-    assert "pip install 'rwkv-miss[convert]'" in capsys.readouterr().err
+    assert "pip install gguf" in capsys.readouterr().err

@@ -9,6 +9,11 @@ import torch
 from rwkv_miss import merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
 from rwkv_miss.checkpoint import fingerprint
+from rwkv_miss.convert import Hints
+from rwkv_miss.errors import UserError
+
+from .conftest import close, make_arch, random_tensors
+from .test_convert import saved
 
 
 @pytest.mark.parametrize("methods, weights", [
@@ -195,3 +200,19 @@ def test_auto_says_why(merging, std, words):
     merging.adapter("a.pth", std=std)
     lines = merging.merge(["a.pth"], dtype="auto").lines()
     assert any(re.search(words, line) for line in lines), lines
+
+
+def test_a_hint_is_for_the_adapters_that_have_a_use_for_it(tmp_path):
+    base = random_tensors(make_arch(7))
+    write_checkpoint(tmp_path / "base.pth", base.items())
+    saved(tmp_path / "ours.pth", rank=8)
+    out, width = base["blocks.0.att.key.weight"].shape
+    factors = {"blocks.0.att.key.lora_A": torch.randn(4, width), "blocks.0.att.key.lora_B": torch.randn(out, 4)}
+    torch.save(factors, tmp_path / "theirs.pth")
+    both = [tmp_path / "ours.pth", tmp_path / "theirs.pth"]
+    merge_file(tmp_path / "base.pth", both, tmp_path / "m.pth", hints=Hints(alpha=8.0))
+    merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "alone.pth")
+    got, alone = (read_checkpoint(tmp_path / name)["blocks.0.att.key.weight"] for name in ("m.pth", "alone.pth"))
+    close("theirs", got - alone, 2 * factors["blocks.0.att.key.lora_B"] @ factors["blocks.0.att.key.lora_A"], 1e-5)
+    with pytest.raises(UserError, match="ours.pth is native, which leaves nothing open that --init could say; drop the flag"):
+        merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "n.pth", hints=Hints(init="x.pth"))

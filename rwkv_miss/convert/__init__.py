@@ -11,6 +11,7 @@ import os
 
 from ..checkpoint import check_finite
 from ..errors import UserError
+from ..kinds import may_replace
 
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401
@@ -81,5 +82,6 @@ def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
     found, adapter = read_any(path, hints)
     if hints.base:
         adapter = with_base(adapter, hints.base)
+    may_replace(out, *FORMATS[to].replaces)
     notes = [*adapter.notes, *FORMATS[to].write(adapter, out)]
     return Conversion(os.fspath(out), found, to, adapter.metadata["method"], len(adapter.metadata["linears"]), len(adapter.tensors), notes)

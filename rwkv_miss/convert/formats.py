@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,14 @@ class Hints:
         if self.origin and self.origin not in ORIGINS:
             raise UserError(f"--origin {self.origin!r} is unknown; choose one of: {', '.join(ORIGINS)}")
 
+    def without(self, names: Iterable[str]) -> Hints:
+        """The same, and nothing said of these."""
+        return dataclasses.replace(self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in names})
+
+    def only(self, names: Iterable[str]) -> Hints:
+        """The same, and nothing said of others than these and the base."""
+        return self.without({f.name for f in dataclasses.fields(self)} - {*names, "base"})
+
 
 def origins(*names: str) -> str:
     """These origins for a message, each with what it means."""
@@ -82,6 +91,7 @@ class Format:
 
     name: ClassVar[str]
     writes: ClassVar[bool] = False
+    replaces: ClassVar[tuple[str, ...]] = ()  # kinds of files (kinds.py) whose place an output may take; folders have a rule of their own
     hints: ClassVar[tuple[str, ...]] = ()  # those that read() has a use for
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint import write_checkpoint
-from ..inject import read_adapter
+from ..inject import ADAPTER_FORMAT, read_adapter
 from .formats import Adapter, Format, Hints, register
 from .source import Source
 
@@ -13,6 +13,7 @@ class Native(Format):
     """A .pth file as save_adapter() writes it."""
 
     writes = True
+    replaces = (ADAPTER_FORMAT,)
 
     @classmethod
     def reads(cls, source: Source) -> bool:

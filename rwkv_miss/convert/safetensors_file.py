@@ -7,6 +7,7 @@ import json
 from ..adapter import METHODS
 from ..errors import UserError
 from ..inject import checked_metadata
+from ..kinds import SAFETENSORS
 from ..safetensors_io import write_safetensors
 from ..untrusted import parse_json
 from .formats import Adapter, Format, Hints, register
@@ -20,6 +21,7 @@ class Safetensors(Format):
     """What save_adapter() writes, bit for bit, in a file that runs no code whoever opens it."""
 
     writes = True
+    replaces = (SAFETENSORS,)
 
     @classmethod
     def reads(cls, source: Source) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rwkv_miss.checkpoint import Arch, check_finite, read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.kinds import GGUF, SAFETENSORS, may_replace
 from rwkv_miss.output import check_folder, require_writable
 from rwkv_miss.safetensors_io import write_safetensors
 
@@ -76,6 +77,7 @@ def export(
         check_folder(out, [])
     else:
         require_writable(out)
+        may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
     found = form_of(path)
     if found == to:
         raise UserError(f"{path} is {NAMES[to]} already")

@@ -80,7 +80,7 @@ def _package():
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError("the package gguf, which writes these files, is absent: pip install 'rwkv-miss[convert]', or pip install gguf") from None
+        raise UserError("the package gguf, which writes these files, is absent: pip install gguf") from None
     return gguf
 
 

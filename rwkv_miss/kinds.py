@@ -1,0 +1,35 @@
+"""What a file is, by its first bytes and its own words, and whether an output may take its place."""
+
+from __future__ import annotations
+
+import os
+
+from .checkpoint import read_metadata
+from .errors import UserError
+from .safetensors_io import is_safetensors
+from .untrusted import first_bytes
+
+GGUF, SAFETENSORS, CHECKPOINT, OTHER = "a GGUF file", "a safetensors file", "a checkpoint", "something else"
+
+
+def kind_of(path) -> str:
+    """GGUF, SAFETENSORS, the format that a checkpoint's metadata name, CHECKPOINT for one without, or OTHER."""
+    head = first_bytes(path, 4)
+    if head == b"GGUF":
+        return GGUF
+    if is_safetensors(path):
+        return SAFETENSORS
+    if head[:1] == b"\x80":  # of torch < 1.6
+        return CHECKPOINT
+    if head != b"PK\x03\x04":
+        return OTHER
+    try:
+        return str((read_metadata(path) or {}).get("format") or CHECKPOINT)
+    except UserError:
+        return OTHER
+
+
+def may_replace(out, *kinds: str) -> None:
+    """UserError where `out` is a model, an adapter or the like of another kind than these: they are easily lost under the name of an output."""
+    if os.path.isfile(out) and os.path.getsize(out) and (found := kind_of(out)) not in (*kinds, OTHER):
+        raise UserError(f"{out} is there already, {found}, and would be lost; choose another name, or remove it first")
