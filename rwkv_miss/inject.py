@@ -251,7 +251,7 @@ def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
         if not sound and (value is not None or name in REQUIRED):
             wanted = "a list of names" if kind is list else kind.__name__
             raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
-    return {**DEFAULTS, **metadata}
+    return {**DEFAULTS, **{name: value for name, value in metadata.items() if value is not None or name not in DEFAULTS}}
 
 
 def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:

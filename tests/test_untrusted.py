@@ -195,6 +195,12 @@ def test_an_adapter_of_the_fewest_words_is_read(tmp_path):
     assert read_adapter(tmp_path / "a.pth")[1]["train_parts"] == []
 
 
+@pytest.mark.parametrize("name,wanted", [("targets", []), ("train_parts", []), ("versions", {}), ("base", None), ("arch", None)])
+def test_nothing_in_a_field_is_as_if_it_were_absent(tmp_path, name, wanted):
+    write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, name: None})
+    assert read_adapter(tmp_path / "a.pth")[1][name] == wanted
+
+
 @pytest.mark.parametrize("name,value", [
     ("method", 5), ("method", None), ("method", "no such"), ("options", []), ("options", None), ("linears", "att"), ("linears", [1]), ("targets", 3),
     ("train_parts", {"a": 1}), ("arch", [1]), ("base", 4), ("base_fingerprint", 4), ("versions", "x"), ("tokenizer", ["/dev/zero"]), ("template", 7),
