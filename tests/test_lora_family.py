@@ -99,8 +99,9 @@ def test_a_recomputed_layer_drops_the_same(recompute):
         model(torch.arange(13)[None])[0].sin().sum().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    plain = gradients(0)
-    for name, gradient in gradients(recompute).items():
+    plain, recomputed = gradients(0), gradients(recompute)
+    assert plain.keys() == recomputed.keys() and len(plain) == 24  # A and B of the 12 linears
+    for name, gradient in recomputed.items():
         close(name, gradient, plain[name], 1e-6)
 
 
@@ -110,6 +111,7 @@ def test_lora_plus_multiplies_the_rate_of_b():
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, 1e-3, 0.0, lr_map={"ffn": 0.5})
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rates) == 24  # A and B of the 12 linears
     for name, rate in rates.items():
         assert rate == pytest.approx(1e-3 * (16 if name.endswith("lora_B") else 1) * (0.5 if ".ffn." in name else 1)), name
 

@@ -1,6 +1,7 @@
 """The sweep of learning rates: its trainings are train.py's, start alike, and what it prints and writes is whole."""
 
 import json
+import math
 import shlex
 
 import pytest
@@ -13,7 +14,7 @@ from src.config import Config
 from src.data import load_documents
 from src.model import RWKV
 from src.tokenizer import load_tokenizer
-from src.trial import train, trials
+from src.trial import Trial, train, trials
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -88,12 +89,24 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
 def test_a_rate_that_diverges_is_said_and_not_chosen(files, tmp_path, capsys):
     assert sweep(*flags(files, tmp_path / "run", "--peft_config", "r=7", "--steps", "6", "--rates", "1e-2,1e30,3e-3")) == 0
     found = results(tmp_path / "run")
-    assert [trial["diverged"] for trial in found["trials"]] == [False, False, True] and found["best"] in (3e-3, 1e-2)
-    assert found["trials"][2]["held_out"] is None or found["trials"][2]["held_out"] > found["held_out_before"]
-    assert "diverged" in capsys.readouterr().out
+    slow, best, diverged = found["trials"]
+    assert best["held_out"] < slow["held_out"] < found["held_out_before"] and found["best"] == 1e-2
+    assert [trial["diverged"] for trial in found["trials"]] == [False, False, True]
+    assert diverged["losses"] == [slow["losses"][0], None] and diverged["held_out"] is None
+    assert "diverged: not finite after 2 steps" in capsys.readouterr().out
     assert sweep(*flags(files, tmp_path / "bad", "--peft_config", "r=7", "--steps", "6", "--rates", "1e30")) == 1
     assert results(tmp_path / "bad")["command"] is None
     assert "no rate is better than not training; try lower ones: --rates 1e+30,3.2e+29," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("losses, held_out, words", [
+    ([3.0, 2.0], 2.5, ""),
+    ([3.0, 2.0], 3.5, "worse than before"),
+    ([3.0, 4.0], 3.5, "diverged: both losses rose"),
+    ([3.0, math.nan], None, "diverged: not finite after 2 steps"),
+])
+def test_what_is_wrong_with_a_training_is_said(losses, held_out, words):
+    assert lr_sweep.verdict(Trial(1e-3, losses, held_out), before=3.0) == words
 
 
 def test_the_rate_of_the_initial_state_alone(files, tmp_path):

@@ -233,26 +233,34 @@ def test_mistakes_are_explained(tmp_path, flags, message, capsys):
     assert re.search(message, error), error
 
 
-def test_from_metamathqa_to_the_score_of_gsm8k(data_dir, tmp_path, capsys):
-    """Train on rows as MetaMathQA has them, merge, answer questions of GSM8K, score: a model of 3M parameters is right in none."""
-    base, data, questions = data_dir / "real/rwkv6-3m-utf16.pth", tmp_path / "MetaMathQA.json", tmp_path / "gsm8k.jsonl"
-    rows = [metamath(row) for row in gsm8k(data_dir, "gsm8k_train.jsonl")[:6]]
-    data.write_text(json.dumps(rows))
+def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
+    """Rows as MetaMathQA has them are learnt by heart, merged, asked, scored; one right answer is changed."""
+    rows = [
+        {"question": "Ann has 3 pens.\n\nShe buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+        {"question": "A box of 20 eggs loses 8. How many stay?", "answer": "20 - 8 = <<20-8=12>>12\n#### 12"},
+        {"question": "Six bags of 7 nuts?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"},
+        {"question": "Tom reads 9 pages and 6 more. How many?", "answer": "9 + 6 = <<9+6=15>>15\n#### 15"},
+    ]
+    base, data = checkpoint(7, vocab_size=256), tmp_path / "MetaMathQA.json"
+    data.write_text(json.dumps([metamath(row) for row in rows]))
     pieces = row_segments(next(read_rows(data))[1], DEFAULT, "assistant")
-    asked = re.sub(r"\n{2,}", "\n", rows[0]["query"])
-    assert pieces == [(f"User: {asked}\n\nAssistant:", False), (f" {rows[0]['response']}", True)]
+    prompt = "User: Ann has 3 pens.\nShe buys 4. How many?\n\nAssistant:"
+    assert pieces == [(prompt, False), (" 3 + 4 = 7\n#### 7\nThe answer is: 7", True)]
     program.succeed(program.run([
-        "--load_model", str(base), "--tokenizer", "utf16", "--data_file", str(data), "--proj_dir", str(tmp_path / "run"), "--peft_config", "r=8",
-        "--ctx_len", "512", "--micro_bsz", "2", "--epoch_steps", "2", "--lr_init", "1e-3"]))
+        "--load_model", str(base), "--tokenizer", "bytes", "--data_file", str(data), "--eval_split", "0",
+        "--proj_dir", str(tmp_path / "run"), "--peft_config", "r=16", "--train_parts", "ln,time,emb,head",
+        "--micro_bsz", "4", "--epoch_steps", "60", "--lr_init", "1e-2", "--lr_final", "1e-3"]))
     adapter, merged, kept = tmp_path / "run/adapter.pth", tmp_path / "merged.pth", tmp_path / "answers.jsonl"
     assert read_metadata(adapter)["template"] == "rwkv"
     merge_file(base, adapter, merged)
-    questions.write_text("".join(json.dumps(row) + "\n" for row in gsm8k(data_dir)[:3]))
-    flags = ["--questions", questions, "--score", "number", "--max_tokens", 40]
+    answers = [metamath(row)["response"] for row in rows]
+    rows[3]["answer"] = "#### 16"
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--questions", tmp_path / "gsm8k.jsonl", "--score", "number", "--max_tokens", 60]
+    assert evaluated(capsys, "--model", base, "--tokenizer", "bytes", *flags)[0]["accuracy"] == 0
     found, _ = evaluated(capsys, "--model", merged, *flags, "--save", kept)
-    assert found["questions"] == 3 and found["score"] == "number" and found["accuracy"] <= 1 / 3
-    answers = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert [row["prompt"] for row in answers] == [f"User: {row['question']}\n\nAssistant:" for row in gsm8k(data_dir)[:3]]
-    assert all(row["answer"] for row in answers)
+    assert found["questions"] == 4 and found["score"] == "number" and found["accuracy"] == 0.75
+    saved = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert saved[0]["prompt"] == prompt and [row["answer"] for row in saved] == answers
     again, _ = evaluated(capsys, "--answers", kept, *flags[:4])
-    assert again["accuracy"] == found["accuracy"]
+    assert again["accuracy"] == 0.75
