@@ -7,6 +7,8 @@ import errno
 import os
 import sys
 
+from .progress import clear
+
 # what a machine refuses whoever asks: no mistake of the program
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO)
 
@@ -39,6 +41,9 @@ def one_line_errors():
     try:
         try:
             yield
+        except BaseException:
+            clear()  # of a bar that was being drawn
+            raise
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

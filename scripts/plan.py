@@ -20,6 +20,7 @@ from src.doorway import importing, naming_missing_packages
 with importing():
     from rwkv_miss.checkpoint import Arch
     from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.progress import duration_text
     from src import config as configuration
     from src import describe, ops
     from src.allocation import model_on_meta
@@ -32,7 +33,7 @@ with importing():
     from src.prepare import Device, choose_device, device_here, estimate, memory_of, plan_steps, read_data, steps_of
     from src.resume import earlier_settings, inherit, keep_rows_per_step
     from src.template import recorded_template
-    from src.words import counted, duration_text, size_text
+    from src.words import counted, size_text
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")

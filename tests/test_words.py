@@ -2,7 +2,8 @@
 
 import pytest
 
-from src.words import counted, duration_text, size_text
+from rwkv_miss.progress import duration_text
+from src.words import counted, size_text
 
 
 def test_one_is_singular():

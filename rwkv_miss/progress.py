@@ -1,0 +1,132 @@
+"""How far a long piece of work is: a bar on a terminal, elsewhere a line now and then. Both go to stderr.
+
+    for path in progress(paths, "hashing", unit="files"):           # a loop over things that can be counted
+        ...
+    with Progress("merging", total=size / 1e6, unit="MB") as bar:   # anything else
+        bar.update(part / 1e6)
+
+What is over within two seconds shows nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+DELAY, REDRAW = 2.0, 0.1  # seconds before a bar is shown, and between two drawings
+LINE, LINE_SHARE = 10.0, 0.1  # seconds between two lines, and in a long work the share of its time
+BAR = 20  # characters
+
+
+def progress(
+    items: Iterable[T], what: str, total: float | None = None, unit: str = "", shown: bool = True,
+) -> Iterator[T]:
+    """The items one by one, with a Progress that counts them; `total` where len() does not tell."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Progress(what, total, unit, shown) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+class Progress:
+    """A bar: `what` is done, of `total` things called `unit` ("files"); `done` are there already.
+
+    `total` None: nobody knows how many. Of several processes one has `shown`. `delay`: seconds before the first
+    drawing on a terminal, DELAY unless given.
+    """
+
+    def __init__(
+        self, what: str, total: float | None = None, unit: str = "", shown: bool = True, done: float = 0,
+        delay: float | None = None,
+    ):
+        self.what, self.total, self.unit, self.shown = what, total, unit, shown
+        self.first = self.done = done
+        self.note = ""
+        self.terminal = sys.stderr.isatty()
+        self.begun = time.monotonic()
+        delay = DELAY if delay is None else delay
+        self.next = self.begun + (delay if self.terminal else LINE)
+        self.drawn = False
+        if not delay:
+            self.update(0)
+
+    def update(self, count: float = 1, note: str = "") -> None:
+        """So many more are done; `note` is more text for the end of the line, until the next one."""
+        self.done += count
+        self.note = note or self.note
+        now = time.monotonic()
+        if self.shown and now >= self.next:
+            elapsed = now - self.begun
+            if self.terminal:
+                self.next = now + REDRAW
+                draw(self.text(elapsed))
+                self.drawn = True
+            else:
+                self.next = now + max(LINE, LINE_SHARE * elapsed)
+                print(self.text(elapsed), file=sys.stderr, flush=True)
+
+    def text(self, elapsed: float) -> str:
+        """The line after so many seconds: "merging [##  ]  50%, 500 of 1,000 MB, 98.1 MB/s, 5.1 s left"."""
+        whole = f"{self.done:,.0f} of {self.total:,.0f}" if self.total else f"{self.done:,.0f}"
+        parts = [f"{whole} {self.unit}".strip()]
+        share = min(self.done / self.total, 1) if self.total else 0
+        new = self.done - self.first
+        if new and elapsed:
+            rate = new / elapsed
+            parts.append(f"{rate:,.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each")
+            if self.total:
+                parts.append(f"{duration_text(max(self.total - self.done, 0) / rate)} left")
+        if self.note:
+            parts.append(self.note)
+        bar = f" [{'#' * int(BAR * share):<{BAR}}]" if self.terminal and self.total else ":"
+        percent = f" {share:4.0%}," if self.total else ""
+        return f"{self.what}{bar}{percent} {', '.join(parts)}"
+
+    def close(self) -> None:
+        """No more of it: the terminal's line is empty again."""
+        if self.drawn:
+            clear()
+            self.drawn = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def say(text: str) -> None:
+    """Print a line to stdout that leaves no rest of a bar in front of it."""
+    clear()
+    print(text, flush=True)
+
+
+def clear() -> None:
+    """Empty the line that a bar may be on; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        draw("")
+        print("\r", end="", file=sys.stderr, flush=True)
+
+
+def draw(text: str) -> None:
+    """A whole line of the terminal but its last column, after which some terminals begin another line."""
+    width = max(shutil.get_terminal_size().columns - 1, 1)
+    print("\r" + text[:width].ljust(width), end="", file=sys.stderr, flush=True)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for what is short, days for what is long: "0.3 s", "14 min", "5 h 12 min", "3 days 4 h"."""
+    if seconds < 119.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if (minutes := round(seconds / 60)) < 120:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} days {hours % 24} h"

@@ -1,0 +1,109 @@
+"""What a user sees of a long piece of work: on a terminal a bar, on a pipe a line now and then."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rwkv_miss import progress as module
+from rwkv_miss.progress import Progress, progress, say
+
+from .conftest import ROOT
+
+WORK = """
+import sys
+from rwkv_miss import progress as module
+from rwkv_miss.errors import UserError, one_line_errors
+module.DELAY, module.REDRAW = 0.0, 0.0
+with one_line_errors():
+    for i in module.progress(range(3), "counting", unit="things"):
+        if i == 2 and sys.argv[1:]:
+            raise UserError("two")
+    module.say("done")
+"""
+
+
+def on_a_terminal(*args):
+    """(exit code, all that the terminal was sent) of WORK."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"COLUMNS": "100"}
+    command = [sys.executable, "-c", WORK, *args]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux's end of a terminal
+            part = b""
+        if not part:
+            os.close(ours)
+            return process.wait(), seen.decode()
+        seen += part
+
+
+def last_lines(seen):
+    """What stays on the screen: after a carriage return a text is written over the one before it."""
+    lines = []
+    for line in seen.replace("\r\n", "\n").split("\n"):
+        screen = ""
+        for text in line.split("\r"):
+            screen = text + screen[len(text):]
+        lines.append(screen.rstrip())
+    return [line for line in lines if line]
+
+
+def test_a_terminal_sees_a_bar_and_keeps_nothing_of_it():
+    code, seen = on_a_terminal()
+    assert code == 0
+    assert re.search(r"counting \[#{6} {14}\]  33%, 1 of 3 things, [\d,.e+]+ things/s, 0.0 s left", seen)
+    assert last_lines(seen) == ["done"]
+
+
+def test_an_error_does_not_hang_on_the_end_of_a_bar():
+    code, seen = on_a_terminal("fail")
+    assert code == 2 and "counting [" in seen and last_lines(seen) == ["error: two"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand, and stderr as a pipe."""
+    seconds = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def test_a_pipe_gets_a_line_now_and_then(clock, capsys):
+    for _ in progress(range(600), "validation", unit="documents"):
+        clock[0] += 1.0
+    lines = capsys.readouterr().err.splitlines()
+    # every ten seconds, later after a tenth of what has passed
+    assert lines[0] == "validation:   2%, 10 of 600 documents, 1 documents/s, 10 min left"
+    assert 20 < len(lines) < 40 and not any("\r" in line or "[" in line for line in lines)
+
+
+def test_what_is_short_says_nothing(clock, capsys):
+    for _ in progress(range(9), "validation"):
+        clock[0] += 1.0
+    say("done")
+    assert capsys.readouterr() == ("done\n", "")
+
+
+def test_slow_things_unknown_numbers_and_a_note(clock, capsys):
+    with Progress("building", None, "files") as bar:
+        clock[0] = 30.0
+        bar.update(2, "the second one")
+    with Progress("hidden", 3, shown=False) as bar:
+        clock[0] = 60.0
+        bar.update()
+    assert capsys.readouterr().err == "building: 2 files, 15 s each, the second one\n"
+
+
+def test_a_run_that_goes_on_counts_what_it_does_itself(clock):
+    bar = Progress("training", 100, "steps", done=50)
+    clock[0] = 10.0
+    bar.update(10)
+    assert bar.text(10.0) == "training:  60%, 60 of 100 steps, 1 steps/s, 40 s left"
