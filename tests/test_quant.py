@@ -189,12 +189,13 @@ def test_a_file_in_bf16_keeps_its_largest_weights_in_nf4():
 
 
 def test_nf4_is_that_of_bitsandbytes():
-    theirs = pytest.importorskip("bitsandbytes.functional", reason="pip install bitsandbytes: the one that others use")
-    weight = torch.randn(6, 192).bfloat16()
-    packed, state = theirs.quantize_4bit(weight.float(), quant_type="nf4", blocksize=64)
-    ours = quantise(weight, "nf4")
-    assert torch.equal(ours[:, :96], packed.view(6, 96))
-    assert torch.equal(dense(ours, 192, torch.float32), theirs.dequantize_4bit(packed, state))
+    """Codes and scales of a file in bf16, bit for bit."""
+    theirs = pytest.importorskip("bitsandbytes.functional", reason="the test extra is absent: pip install bitsandbytes")
+    for weight in (torch.randn(6, 192).bfloat16(), weights((6, 192)).bfloat16()):
+        packed, state = theirs.quantize_4bit(weight.float(), quant_type="nf4", blocksize=64)
+        ours = quantise(weight, "nf4")
+        assert torch.equal(ours[:, :96], packed.view(6, 96))
+        assert torch.equal(dense(ours, 192, torch.float32), theirs.dequantize_4bit(packed, state))
 
 
 # products
