@@ -1,11 +1,13 @@
-"""The replayed token, without a GPU: a stand-in for the graph runs the recorded function again, into the memory of its first result."""
+"""The replayed token, without a GPU: a stand-in records operations with their memory and runs them again."""
 
 import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from src import decode, graphed
+from src import decode, graphed, ops
 from src.graphed import GraphedDecoder
 from src.model import RWKV
 
@@ -17,41 +19,73 @@ class Stream:
         pass
 
 
-@pytest.fixture
-def replayed(monkeypatch):
-    """RWKV -> its GraphedDecoder, whose graph is a stand-in on the CPU, and the number of its replays."""
+class Graph(TorchDispatchMode):
+    """As a CUDA graph: an operation reads and writes the memory it was recorded with, whatever Python holds since.
 
-    def make(model):
-        decoder, replays = GraphedDecoder(model), []
+    Nothing of a recording is computed before the first replay. What would wait for the device is an error.
+    """
 
-        class Graph:
-            def replay(self):
-                replays.append(1)
-                for result, new in zip(decoder.result, decoder._token(), strict=True):
-                    result.copy_(new)
+    def __init__(self):
+        super().__init__()
+        self.calls = []
 
-        for name, stand_in in (("Stream", Stream), ("current_stream", Stream), ("stream", contextlib.nullcontext), ("CUDAGraph", Graph),
-                               ("graph", contextlib.nullcontext)):
-            monkeypatch.setattr(graphed.torch.cuda, name, stand_in)
-        return decoder, replays
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        results = operation(*arguments, **(keywords or {}))
+        self.calls.append((operation, arguments, keywords or {}, results))
+        return results
 
-    return make
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for _, arguments, keywords, results in self.calls:
+            for result in new_tensors(results, (arguments, keywords)):
+                result.fill_(torch.nan if result.is_floating_point() else 0)
+
+    def replay(self):
+        for operation, arguments, keywords, results in self.calls:
+            again = operation(*arguments, **keywords)
+            inputs = (arguments, keywords)
+            for result, now in zip(new_tensors(results, inputs), new_tensors(again, inputs), strict=True):
+                result.copy_(now)
+
+
+def new_tensors(results, inputs):
+    """The tensors of an operation's results that are neither its inputs nor views of them."""
+    results, inputs = ([t for t in tree_leaves(tree) if torch.is_tensor(t)] for tree in (results, inputs))
+    old = {t.untyped_storage().data_ptr() for t in inputs}
+    return [t for t in results if t.untyped_storage().data_ptr() not in old]
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """What GraphedDecoder takes of torch.cuda, and the kernel of a GPU's models, on the CPU."""
+    for name, stand_in in {
+        "Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext, "CUDAGraph": Graph,
+        "graph": lambda graph: graph,
+    }.items():
+        monkeypatch.setattr(graphed.torch.cuda, name, stand_in)
+    monkeypatch.setitem(ops.NATIVE, "cuda", "cpu")
 
 
 def random_model(version):
-    model = RWKV(make_arch(version, n_layer=3)).eval()
+    model = RWKV(make_arch(version, n_layer=3), kernel="cuda").eval()
     model.load_state_dict(random_tensors(model.arch))
     return model
 
 
+PROMPT, ONE = torch.tensor([[3, 1, 4]]), torch.tensor([[1]])
+
+
 @pytest.mark.parametrize("version", [6, 7])
-def test_tokens_and_states_are_the_models_and_stay_what_they_were(version, replayed):
+def test_tokens_and_states_are_the_models_and_stay_what_they_were(version):
     model = random_model(version)
-    decoder, replays = replayed(model)
-    _, state = decoder.next_logits(torch.tensor([[3, 1, 4]]))
-    assert not replays, "a prompt is the model's"
+    decoder = GraphedDecoder(model)
+    _, state = decoder.next_logits(PROMPT)
+    assert decoder.graph is None, "a prompt is the model's"
     given, other = state, state
     results = [(t, t.clone()) for layer in given for t in layer]
+    graphs = set()
     for token in (1, 5, 9, 1):
         want, state = model.next_logits(torch.tensor([[token]]), state)
         got, other = decoder.next_logits(torch.tensor([[token]]), other)
@@ -59,51 +93,62 @@ def test_tokens_and_states_are_the_models_and_stay_what_they_were(version, repla
         results += [(t, t.clone()) for t in (got, *(part for layer in other for part in layer))]
         for mine, theirs in zip((t for layer in other for t in layer), (t for layer in state for t in layer), strict=True):
             torch.testing.assert_close(mine, theirs)
-    assert len(replays) == 4
+        graphs.add(decoder.graph)
+    assert len(graphs) == 1, "recorded once"
     assert all(torch.equal(now, then) for now, then in results)
 
 
-def test_a_graph_that_fails_is_left_alone(replayed, monkeypatch):
+def test_a_chat_on_a_gpu_takes_the_graph_or_the_model_where_it_fails():
     model = random_model(7)
-    decoder, _ = replayed(model)
-    decoder.check()
-    for block in model.blocks:
-        monkeypatch.setattr(block.att, "kernel", "cuda")
-    monkeypatch.setattr(decode, "GraphedDecoder", lambda model: decoder)
-    monkeypatch.setattr(decoder, "check", lambda: None)
-    assert decode.fastest(model) == (decoder, "one CUDA graph a token")
-
-    def fails():
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    monkeypatch.setattr(decoder, "check", fails)
     answers, how = decode.fastest(model)
-    assert answers is model and how.endswith("as a CUDA graph does not work: operation not permitted when stream is capturing")
+    assert isinstance(answers, GraphedDecoder) and answers.graph is not None
+    assert how == "one CUDA graph a token"
+    # a number for Python waits for the device
+    model.ln_out.register_forward_hook(lambda layer, inputs, x: x * float(x.isfinite().all()))
+    answers, how = decode.fastest(model)
+    assert answers is model
+    assert how.endswith("as a CUDA graph does not work: operation not permitted when stream is capturing")
 
 
-def test_a_graph_with_other_numbers_is_refused(replayed):
-    model = random_model(7)
-    decoder, _ = replayed(model)
-    token = decoder._token
-    decoder._token = lambda: [1.1 * token()[0], *token()[1:]]
+def test_a_graph_with_other_numbers_is_refused():
+    """A hook runs while the graph is recorded, and not when it is replayed."""
+    model, calls = random_model(7), []
+
+    def other_when_recorded(layer, inputs, x):
+        calls.append(1)
+        return x * 1.1 if len(calls) == 4 else x  # after a prompt, the model's token, and the one to warm up
+
+    model.ln_out.register_forward_hook(other_when_recorded)
     with pytest.raises(RuntimeError, match="of the largest one off"):
-        decoder.check()
+        GraphedDecoder(model).check()
+    assert len(calls) == 4
 
 
-def test_a_model_with_other_tensors_is_recorded_again(replayed):
+def test_a_model_with_other_tensors_is_recorded_again():
     """As after Adapters.use; the parts of the state get the dtype that the model has then."""
     model = random_model(7)
-    decoder, replays = replayed(model)
-    one = torch.tensor([[1]])
-    _, state = decoder.next_logits(torch.tensor([[3, 1, 4]]))
-    decoder.next_logits(one, state)
+    decoder = GraphedDecoder(model)
+    _, state = decoder.next_logits(PROMPT)
+    decoder.next_logits(ONE, state)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         model.head.weight = torch.nn.Parameter(2 * model.head.weight)
         recorded = decoder.graph
         decoder.refresh()
         assert decoder.graph is None
-        _, state = decoder.next_logits(torch.tensor([[3, 1, 4]]))
-        got, after = decoder.next_logits(one, state)
-        torch.testing.assert_close(got, model.next_logits(one, state)[0])
+        _, state = decoder.next_logits(PROMPT)
+        got, after = decoder.next_logits(ONE, state)
+        torch.testing.assert_close(got, model.next_logits(ONE, state)[0])
         assert decoder.graph is not recorded and got.dtype == after[0].att_x.dtype == dtype
+
+
+def test_a_graph_holds_the_tensors_that_it_was_recorded_with():
+    """Why refresh() is there."""
+    model = random_model(6)
+    decoder = GraphedDecoder(model)
+    _, state = decoder.next_logits(PROMPT)
+    before, _ = decoder.next_logits(ONE, state)
+    model.head.weight = torch.nn.Parameter(2 * model.head.weight)
+    assert torch.equal(decoder.next_logits(ONE, state)[0], before)
+    decoder.refresh()
+    torch.testing.assert_close(decoder.next_logits(ONE, state)[0], 2 * before)
