@@ -29,7 +29,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header(config):
-    return f"golden files: {DATA}" if DATA.is_dir() else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
+    files = f"golden files: {DATA}" if DATA.is_dir() else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
+    return [files, "all tests take about 8 minutes on two idle cores"]
+
+
+def pytest_collection_modifyitems(items):
+    """`-m data` selects the tests that read ../shared/data."""
+    for item in items:
+        if "data_dir" in item.fixturenames:
+            item.add_marker("data")
 
 
 def pytest_terminal_summary(terminalreporter):

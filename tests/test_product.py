@@ -1,6 +1,5 @@
 """The product's shape: 12 layers of width 768 over the World vocabulary in bf16, from data file to chat, with the commands a user types."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ from rwkv_miss import load_adapter, read_checkpoint, read_metadata, write_checkp
 from src.model import RWKV
 from src.tokenizer import load_tokenizer
 
-from .conftest import DATA, ROOT, close, make_arch, pypi_rwkv, random_tensors
+from .conftest import ROOT, close, make_arch, pypi_rwkv
 
 QUESTION = "2 + 3 是多少？🙂"
 PROMPT = f"User: {QUESTION}\n\nAssistant:"
@@ -41,18 +40,18 @@ def product_tensors(arch):
             yield name, noise
         elif noise.squeeze().dim() > 1:
             width = shape[-1] if name.endswith(".weight") else shape[-2]  # the low-rank maps are multiplied from the right
+            if name == "head.weight":
+                noise[0] = 0  # the end of a document never has the largest logit: answers go on to their limit
             yield name, noise / width**0.5
         else:
             yield name, noise * 0.1 + 1 if name.endswith(".weight") else noise * 0.5
 
 
 def questions():
-    """Rows of GSM8K as messages, or a few of our own where ../shared is absent."""
-    pairs = [(f"{n} 加 {n} 等于多少？", f"{n} + {n} = {2 * n}。🎉") for n in range(6)]
-    if DATA.is_dir():
-        with open(DATA / "gsm8k_train.jsonl", encoding="utf-8") as file:
-            pairs = [(row["question"], row["answer"]) for row in map(json.loads, itertools.islice(file, 6))]
-    for question, answer in pairs:
+    """Six conversations of 50 to 64 World tokens: each fills a row of 64, so that two rows a step make 3 steps."""
+    for n in range(6):
+        question = f"A box holds {n + 2} red and {n + 3} blue marbles 🙂. 请问 {n + 4} 个盒子里一共有多少颗弹珠？"
+        answer = f"{n + 2} + {n + 3} = {2 * n + 5}, {2 * n + 5} × {n + 4} = {(2 * n + 5) * (n + 4)} 颗。🎉"
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
@@ -66,7 +65,7 @@ def product(request):
         write_checkpoint(base, product_tensors(arch))
         data.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
         log = command("train.py", "--load_model", base, "--data_file", data, "--proj_dir", run, "--precision", precision,
-                      "--micro_bsz", 2, "--ctx_len", 64, "--lr_init", 1e-3)
+                      "--micro_bsz", 2, "--ctx_len", 64, "--lr_init", 3e-4)
         report = command("-m", "rwkv_miss", "merge", "--base", base, "--adapter", run / "adapter.pth", "--out", merged, "--dtype", "fp32")
         yield types.SimpleNamespace(version=version, precision=precision, base=base, run=run, adapter=run / "adapter.pth",
                                     merged=merged, log=log, report=report)
@@ -125,7 +124,7 @@ def reciter(path):
     chain = [*tokenizer.encode("Assistant:")[-1:], *tokenizer.encode(" " + TEXT), *tokenizer.eod]
     assert len(set(chain)) == len(chain), "a token that comes twice has two successors"
     model = RWKV(arch)
-    model.load_state_dict(random_tensors(arch))
+    model.load_state_dict(dict(product_tensors(arch)))
     with torch.no_grad():
         for linear in (model.blocks[0].att.output, model.blocks[0].ffn.value, model.head):
             linear.weight.zero_()
