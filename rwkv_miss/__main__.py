@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import os
@@ -13,6 +14,7 @@ from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_
 from .errors import Parser, UserError, one_line_errors, printable
 from .inject import ADAPTER_FORMAT
 from .merge_commands import add_commands
+from .version import version_line
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 EMPTY = (None, "", [], {})
@@ -72,8 +74,17 @@ def show(facts: dict[str, Any]) -> None:
             print(f"  {printable(str(name)):<12} {printable(str(value))}")
 
 
+class Version(argparse.Action):
+    """argparse's own would ask git in every command."""
+
+    def __call__(self, parser, *_) -> None:
+        print(f"rwkv-miss {version_line()}")
+        parser.exit()
+
+
 def parse(argv: list[str] | None):
     parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
+    parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)
     add_commands(commands)
     converting = commands.add_parser("convert", help="an adapter of any project -> another project's file or folder")

@@ -1,0 +1,25 @@
+"""Which version of the project this is, and in a checkout which commit."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import subprocess
+
+VERSION = "0.1.0"  # pyproject.toml takes it from here
+
+
+def commit() -> str:
+    """The commit of the checkout, "4ad1e2f" or, with changes of its own, "4ad1e2f-dirty"; "" outside of one."""
+    root = pathlib.Path(__file__).parents[1]
+    if not (root / ".git").exists():  # another project's, around the environment that this is installed in
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
+
+
+def version_line() -> str:
+    """ "0.1.0, commit 4ad1e2f"."""
+    return f"{VERSION}, commit {found}" if (found := commit()) else VERSION
