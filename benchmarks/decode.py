@@ -3,8 +3,12 @@
     python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256] [--rounds 8] [--miss 64] [--llama FOLDER]
 
 A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds alternate between the
-contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a token are those of all weights but the embedding. KL is
-that of the next token, mean over 128 tokens, from the decoder in fp32 with the same bf16 weights.
+contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a token are those of all
+weights but the embedding.
+
+KL is that of the next token, from the decoder in fp32 with the same bf16 weights and one token after another.
+The first is the mean over 128 tokens that are fed one by one. The second is the mean over the prompts of 16,
+32, ..., 128 of these tokens, each read at once, as the timed prompt is.
 
 With --miss RANK also the decoder with a MiSS adapter of that rank beside the bf16 base, and with the same adapter merged in fp32, from which
 the KL of the former is.
@@ -132,11 +136,32 @@ def seconds(work, threads: int) -> float:
     return clock() - start
 
 
-def kl(contender, exact: list[torch.Tensor], ids: list[int]) -> float:
+def one_by_one(contender, ids: list[int]) -> list[torch.Tensor]:
+    """Logits after every token."""
     contender.start(1)
-    want = torch.stack(exact).log_softmax(-1)
-    got = torch.stack([contender.feed([token]).float() for token in ids]).log_softmax(-1)
-    return float((want.exp() * (want - got)).sum(-1).mean())
+    return [contender.feed([token]).float().clone() for token in ids]
+
+
+def at_once(contender, ids: list[int], lengths: range) -> list[torch.Tensor]:
+    """Logits after prompts of these lengths, each read from the beginning in one call."""
+    logits = []
+    for length in lengths:
+        contender.start(1)
+        logits.append(contender.feed(ids[:length]).float().clone())
+    return logits
+
+
+def kl(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Mean divergence of got from exact, in nats, rounded to two digits."""
+    got, want = torch.stack(got).log_softmax(-1), torch.stack(exact).log_softmax(-1)
+    return float(f"{(want.exp() * (want - got)).sum(-1).mean():.1e}")
+
+
+def divergences(contender, exact: list[torch.Tensor], ids: list[int]) -> dict[str, float]:
+    """Of tokens fed one by one, and of prompts; `exact` are the logits after every token of `ids`."""
+    lengths = range(len(ids), 0, -16)
+    return {"kl": kl(one_by_one(contender, ids), exact),
+            "kl_prompt": kl(at_once(contender, ids, lengths), [exact[length - 1] for length in lengths])}
 
 
 def main() -> None:
@@ -179,12 +204,13 @@ def main() -> None:
 
 def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) -> list[dict]:
     prompt = torch.randint(65536, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    exact = {}
-    for name in ("ours fp32", *(["merged fp32"] if args.miss else [])):
-        contenders[name].start(1)
-        exact[name] = [contenders[name].feed([token]).clone() for token in prompt[:128]]
-    divergence = {name: kl(contender, exact["merged fp32" if isinstance(contender, Adapted) else "ours fp32"], prompt[:128])
-                  for name, contender in contenders.items()}
+    ids = prompt[:128]
+    exact, divergence = {}, {}
+    for name, contender in contenders.items():
+        reference = "merged fp32" if isinstance(contender, Adapted) else "ours fp32"
+        if reference not in exact:
+            exact[reference] = one_by_one(contenders[reference], ids)
+        divergence[name] = divergences(contender, exact[reference], ids)
     rows = []
     for threads in args.threads:
         read, decode, prefill = [float("inf")], dict.fromkeys(contenders, float("inf")), dict.fromkeys(contenders, float("inf"))
@@ -206,14 +232,15 @@ def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) 
                 decode[name] = min(decode[name], seconds(tokens, threads) / TOKENS)
         bandwidth = buffer.nbytes / read[0]
         print(f"\n{threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
-        print(f"{'':<12} {'tokens/s':>9} {'of bandwidth':>12} {'prompt/s':>9} {'KL':>9}")
+        print(f"{'':<12} {'tokens/s':>9} {'of bandwidth':>12} {'prompt/s':>9} {'KL':>9} {'KL, prompt':>11}")
         for name in contenders:
             share = contenders[name].bytes / decode[name] / bandwidth if getattr(contenders[name], "bytes", 0) else None
             row = {"threads": threads, "name": name, "tokens_per_second": round(1 / decode[name], 1),
                    "of_bandwidth": share and round(share, 3), "prompt_tokens_per_second": round(args.prompt / prefill[name]),
-                   "kl": float(f"{divergence[name]:.1e}"), "read_gb_per_second": round(bandwidth / 1e9, 1)}
+                   **divergence[name], "read_gb_per_second": round(bandwidth / 1e9, 1)}
             rows.append(row)
-            print(f"{name:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} {row['prompt_tokens_per_second']:9d} {row['kl']:9.1e}")
+            print(f"{name:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} "
+                  f"{row['prompt_tokens_per_second']:9d} {row['kl']:9.1e} {row['kl_prompt']:11.1e}")
     return rows
 
 

@@ -6,6 +6,9 @@ Shapes are tokens, inputs, outputs, rank of MiSS; LoRA has the rank of as many p
 which are methods and variants as benchmarks.paper sets them up, or all. CPU time with one thread, wall
 time with several; the layers take turns and the fastest round of each counts. "torch" is F.linear, "ours" the product that this project's
 layers use, with the same frozen weight. Kept is what a forward leaves for its backward, beside parameters. The last line is JSON.
+
+In bf16 peft comes twice: as get_peft_model() makes it, with adapters in fp32, by which it multiplies in fp32, and with
+autocast_adapter_dtype=False, in one dtype. Our adapters are fp32 and are cast to bf16 for the products.
 """
 
 import argparse
@@ -54,7 +57,9 @@ def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str
     for name, settings in configs.items():
         if name in found:
             settings.target_modules, settings.r = ["0"], named[name][1]["rank"] if name != "miss" else rank
-            found[f"peft {name}"] = peft.get_peft_model(frozen(), settings)
+            found[f"peft {name}"] = peft.get_peft_model(frozen(), settings, autocast_adapter_dtype=False)
+            if dtype != torch.float32:
+                found[f"peft {name}, fp32"] = peft.get_peft_model(frozen(), settings)
     with torch.no_grad():
         for model in found.values():
             for p in model.parameters():
@@ -92,7 +97,7 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
                    "kept_bytes": kept_bytes(models[name], x), "parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad)}
             for name, s in seconds.items()}
     ratios = {f"{other}_overhead_of_ours": round((seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base), 2)
-              for other in ("peft miss", "peft lora") if other in seconds}
+              for other in ("peft miss", "peft lora", "peft miss, fp32", "peft lora, fp32") if other in seconds}
     print(f"{shape} {dtype}")
     for name, row in rows.items():
         print(f"    {name:<16} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "

@@ -8,8 +8,10 @@ import time
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
 import rwkv_miss
+from benchmarks import decode as benchmark
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src import decode
@@ -83,6 +85,19 @@ def test_logits_and_states_are_the_models(sizes, dtype):
     close("logits", got, want, TOLERANCE)
     close_states(state, want_state, TOLERANCE)
     assert all(part.dtype == torch.float32 for layer in state for part in layer)
+
+
+def test_the_benchmarks_divergence_of_a_prompt_is_that_of_one_that_is_read_at_once(tmp_path):
+    benchmark.write_base(tmp_path / "base.pth", 7, 2, 64)
+    exact, half = (benchmark.Ours(tmp_path / "base.pth", dtype) for dtype in (torch.float32, torch.bfloat16))
+    ids = list(range(1, 41))
+    logits = benchmark.one_by_one(exact, ids)
+    found = benchmark.divergences(half, logits, ids)
+    read = {length: half.decoder.next_logits(torch.tensor([ids[:length]]))[0] for length in (40, 24, 8)}
+    each = [kl_div(got.log_softmax(-1), logits[length - 1].log_softmax(-1), reduction="sum", log_target=True)
+            for length, got in read.items()]
+    assert found["kl_prompt"] == pytest.approx(float(sum(each) / 3), rel=0.05, abs=1e-7)
+    assert abs(found["kl"]) < 1e-6, "weights in bf16 cost nothing where the state is fp32"
 
 
 @pytest.mark.parametrize("name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"])

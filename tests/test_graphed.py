@@ -20,7 +20,7 @@ class Stream:
 
 
 class Graph(TorchDispatchMode):
-    """As a CUDA graph: an operation reads and writes the memory it was recorded with, whatever Python holds since.
+    """As a CUDA graph: an operation reads and writes the memory that it had when it was recorded.
 
     Nothing of a recording is computed before the first replay. What would wait for the device is an error.
     """
