@@ -12,6 +12,7 @@ import rwkv_miss
 from benchmarks.paper import resources, training, training_tasks
 from benchmarks.paper.__main__ import EXPERIMENTS, experiment, main
 from benchmarks.paper.methods import LINEAR, systems
+from benchmarks.paper.metrics import median_and_interval
 from benchmarks.paper.page import renewed
 from benchmarks.paper.settings import command
 from rwkv_miss.adapter import adapted_linears
@@ -91,6 +92,11 @@ def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
     assert set(LINEAR) <= {row["system"] for row in losses}
     fixed = {row["system"]: row["lr 0.001 (paper)"] for row in losses}
     (unadapted,) = (float(claim["ours"].split()[-1]) for claim in found["claims"] if claim["paper"] == "full fine-tuning is best")
+    verdicts = {claim["paper"]: claim["agrees"] for claim in found["claims"]}
+    own = {row["system"]: row["best lr"] for row in losses}
+    assert verdicts["full fine-tuning is best"] == (min(fixed, key=fixed.get) == "full")
+    at_own = next(agrees for paper, agrees in verdicts.items() if "each at its own best rate" in paper)
+    assert at_own == (min(own, key=own.get) == "full")
     assert min(fixed, key=fixed.get) == "full" and max(fixed.values()) < 1.01 * unadapted  # AdaLoRA has hardly begun at this rate
     assert max(row["best lr"] for row in losses) < 0.9 * unadapted
     assert 0.5 < fixed["miss"] / fixed["lora, alpha = r"] < 2
@@ -227,10 +233,25 @@ def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below()
 
 
 def test_verdicts_of_resources_ask_for_half_of_the_papers_gain():
+    """By the whole interval: 1.051 is asked for."""
     lora = resources.Row(1, 1.0, 400, 600)
-    for seconds, above, agrees in ((1 / 1.06, 550, [True, True]), (1 / 1.04, 570, [False, False]), (1.1, 700, [False, False])):
-        found = resources.claims({"miss": resources.Row(1, seconds, 400, above), "lora": lora}, resources.TINY)
+    for speed, above, agrees in (
+        ((1.06, 1.055, 1.07), 550, [True, True]), ((1.054, 1.045, 1.06), 550, [None, True]),
+        ((1.054, 1.052, 1.06), 570, [True, False]), ((1.04, 1.03, 1.05), 570, [False, False]),
+    ):
+        rows = {"miss": resources.Row(1, 1.0, 400, above), "lora": lora}
+        found = resources.claims(rows, {"lora": speed}, resources.TINY)
         assert [claim.agrees for claim in found] == agrees
+        assert f"{speed[0]:.3f} times (95 % interval {speed[1]:.3f} to {speed[2]:.3f})" in found[0].ours
+        assert ("open" in found[0].ours) == (agrees[0] is None)
+
+
+def test_the_interval_of_a_median_holds_it_19_times_of_20():
+    assert median_and_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert median_and_interval(range(1, 8)) == (4, 1, 7) and median_and_interval(range(1, 16)) == (8, 4, 12)
+    samples = torch.randn(4000, 15, generator=torch.Generator().manual_seed(0)).exp()  # their median is 1
+    held = sum(low <= 1 <= high for _, low, high in map(median_and_interval, samples.tolist()))
+    assert 0.955 < held / len(samples) < 0.975  # 0.965 by the binomial distribution
 
 
 @pytest.mark.parametrize("argv, message", [
