@@ -12,12 +12,19 @@ import socket
 import sys
 import tempfile
 
-import matplotlib.pyplot  # noqa: F401  (what the runs need is imported once)
+# what the runs need is imported once; DeepSpeed's optimizers bring torch._inductor, a second of each process
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
 import torch
+import torch.utils.tensorboard  # noqa: F401
 
 import src.deepspeed_anywhere  # noqa: F401
+import src.forgetting  # noqa: F401
 import src.model
 import src.run  # noqa: F401
+import src.trainer  # noqa: F401
+import src.watch  # noqa: F401
 import train
 
 from .conftest import ROOT
