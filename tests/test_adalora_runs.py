@@ -92,7 +92,7 @@ def test_an_interrupted_run_prunes_as_if_it_had_not_been(files, run, plain, tmp_
     program.succeed(run(tmp_path / "parts", "--resume", "auto"))
     assert losses(tmp_path / "parts") == losses(plain)
     ours, theirs = (rwkv_miss.read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (plain, tmp_path / "parts"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     live = RWKV.load(files / "base.pth")
     rwkv_miss.load_adapter(live, plain / "adapter.pth")
     rwkv_miss.merge_file(files / "base.pth", plain / "adapter.pth", tmp_path / "merged.pth")

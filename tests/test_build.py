@@ -366,7 +366,8 @@ def test_the_compiler_of_the_host_s_part_can_be_chosen(cuda, monkeypatch):
     monkeypatch.setenv("NVCC_CCBIN", build.find_cxx())
     monkeypatch.setattr(build, "find_cxx", None)
     build.cuda_library(["90"])
-    assert all(f"-ccbin {os.environ['NVCC_CCBIN']} " in line for line in cuda.record.read_text().splitlines())
+    calls = cuda.record.read_text().splitlines()
+    assert calls and all(f"-ccbin {os.environ['NVCC_CCBIN']} " in line for line in calls)
 
 
 @pytest.mark.parametrize("architecture", ["70", "61", "gfx90a", "7.5"])

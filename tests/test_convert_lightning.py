@@ -147,7 +147,7 @@ def test_one_file_with_its_manifest_inside(tmp_path):
     (tmp_path / "theirs" / "adapter.pth").rename(tmp_path / "adapter-final.pth")
     convert(tmp_path / "adapter-final.pth", tmp_path / "b.pth", "native")
     first, second = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("embedded", [True, False])

@@ -214,8 +214,11 @@ def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype
     write_checkpoint(tmp_path / "a.pth", ((name, t.to(dtype)) for name, t in read_checkpoint(tmp_path / "full.pth").items()), facts)
     notes = convert(tmp_path / "a.pth", tmp_path / "theirs.pth", "rwkv-peft").notes
     init = tmp_path / "theirs.init_pissa.pth"
-    assert init.exists() == (method == "pissa") == any(str(init) in note for note in notes)
-    assert method != "lora" or notes == ["the file does not hold alpha: merge/merge_lora.py 7.25 there, --alpha 7.25 here"]
+    assert init.exists() == (method == "pissa")
+    assert notes == {
+        "lora": ["the file does not hold alpha: merge/merge_lora.py 7.25 there, --alpha 7.25 here"],
+        "pissa": [f"the factors that the training began with are in {init}: --lora_init there, --init here"],
+    }.get(method, [])
     hints = Hints(alpha=7.25) if method == "lora" else Hints(init=str(init)) if method == "pissa" else Hints(origin="rwkv-peft")
     ours(tmp_path, hints)
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "ours.pth")

@@ -384,7 +384,7 @@ def test_a_step_without_targets_is_zero_and_not_nan(model):
     rng = random.Random(2)
     nothing = Documents([make_document(rng, n, lambda n: [False] * n) for n in (3, 6)])
     loss, gradients = step_gradients(model, nothing, 2, 1, 1)
-    assert loss == 0 and all(not gradient.any() for gradient in gradients.values())
+    assert loss == 0 and gradients and not any(gradient.any() for gradient in gradients.values())
 
 
 def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):

@@ -32,9 +32,9 @@ def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, t
     want = gradients(loss_sum(exact[0] @ (exact[1] if trained else weight.double()).t(), targets), exact)
     got = gradients(head_loss(x, weight, targets, native), leaves)
     assert got[0].dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in got[1:]] == [dtype] * len(leaves)
-    for name, mine, theirs in zip(("loss", "dx", "dweight"), got, want):
+    for name, mine, theirs in zip(("loss", "dx", "dweight")[: len(want)], got, want, strict=True):
         assert mine.shape == theirs.shape
-        assert rows == 0 or (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm(), name
+        assert (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm(), name
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -46,7 +46,7 @@ def test_large_and_equal_logits(native):
         x.requires_grad_()
         targets = torch.tensor([2, 7])
         mine, want = (gradients(loss, [x]) for loss in (head_loss(x, weight, targets, native), loss_sum(x @ weight.t(), targets)))
-        for a, b in zip(mine, want):
+        for a, b in zip(mine, want, strict=True):
             torch.testing.assert_close(a, b)
             assert a.isfinite().all()
 
@@ -72,7 +72,7 @@ def test_autocast_computes_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         loss = head(x, torch.arange(7))
         want = loss_sum(torch.nn.functional.linear(x, head.weight), torch.arange(7))
-    for a, b in zip(gradients(loss, [x, head.weight]), gradients(want, [x, head.weight])):
+    for a, b in zip(gradients(loss, [x, head.weight]), gradients(want, [x, head.weight]), strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() <= 1e-2 * b.norm()
 
 

@@ -252,8 +252,7 @@ def test_auto(case, bases, std, change, wanted):
     for name, value in change.items():
         base[name][0, 0] = value
     report = merge(case(base=base, std=std), "auto")
-    assert report.dtype == wanted
-    assert report.rounding.lost <= 0.05 or wanted == "float32"
+    assert report.dtype == wanted and report.rounding.lost <= 0.05
 
 
 def test_auto_keeps_an_fp32_base(case):

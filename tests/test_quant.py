@@ -408,7 +408,8 @@ def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_f
 
     adapter = tmp_path / "one/adapter.pth"
     assert read_metadata(adapter)["quant"] == "nf4"
-    assert all(t.dtype == torch.float32 for t in read_checkpoint(adapter).values())
+    tensors = read_checkpoint(adapter)
+    assert len(tensors) == 12 and all(t.dtype == torch.float32 for t in tensors.values())
     merge_file(base, adapter, tmp_path / "merged.pth", "fp32")
     model = RWKV.load(base, torch.float32)
     rwkv_miss.load_adapter(model, adapter)

@@ -280,7 +280,9 @@ def test_a_state_file_of_another_project_is_an_adapter(version, checkpoint, tmp_
     states = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     torch.save({name: t.bfloat16() for name, t in states.items()}, tmp_path / "state.pth")
     loaded, _ = load(base, tmp_path / "state.pth", tokenizer=letters(tmp_path), precision="fp32", wkv="torch")
-    assert all(torch.equal(p, states[name].bfloat16().float()) for name, p in loaded.named_parameters() if name in states)
+    found = {name: p for name, p in loaded.named_parameters() if name in states}
+    assert len(found) == 2
+    assert all(torch.equal(p, states[name].bfloat16().float()) for name, p in found.items())
     assert describe(tmp_path / "state.pth")["kind"] == "adapter"
     rwkv_miss.merge_file(base, tmp_path / "state.pth", tmp_path / "m.pth")
     assert torch.equal(RWKV.load(tmp_path / "m.pth")(torch.arange(9)[None])[0], loaded(torch.arange(9)[None])[0])

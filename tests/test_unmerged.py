@@ -182,7 +182,8 @@ def test_a_switch_makes_no_copy_of_what_stays(checkpoint, tmp_path):
         assert weights == {name: p.data_ptr() for name, p in adapters.model.named_parameters()}
         assert kept == {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in decoder.kept.items()}
     changes = [[adapter.factors[name] for name in adapter.factors] for adapter in adapters.by_name.values()]
-    assert all(change.A is None for change in changes[0]) and len({change.A.data_ptr() for change in changes[1]}) == 2  # widths: 40 and ffn's
+    assert [len(of_one) for of_one in changes] == [12, 12] and all(change.A is None for change in changes[0])
+    assert len({change.A.data_ptr() for change in changes[1]}) == 2  # widths: 40 and ffn's
 
 
 def test_a_model_in_bf16_reads_prompts_with_the_adapter_beside_it(checkpoint, tmp_path):
