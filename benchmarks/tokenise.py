@@ -1,16 +1,22 @@
-"""Tokenising question-answer data, and the share of a training step that waits for data.
+"""Tokenising question-answer data, the share of a training step that waits for data, and the memory that a run keeps of them.
 
     python -m benchmarks.tokenise DATA.jsonl [--repeat 16] [--steps 60]
+    python -m benchmarks.tokenise DATA.jsonl --memory 200 1000
 
 The tokenizer is World's. Cold is into an empty cache, cached is the same call again, which maps the arrays. The data, repeated, is then
-tokenised in one process and in two. The share is measured in a run of train.py on the
-demo's base (--micro_bsz 16 --ctx_len 128): the time spent in the iterator of batches over that of the steps. The last line is JSON.
+tokenised in one process, in two, and in one for each core. The share is measured in a run of train.py on the demo's base
+(--micro_bsz 16 --ctx_len 128): the time spent in the iterator of batches over that of the steps.
+
+--memory: for the data once, and repeated to so many MB, a run of its own trains a tiny model, first into an empty cache, then from it. What it
+has in its second step is its own memory (RssAnon) and mapped pages (RssFile); growth is between two sizes, by bytes of the file. It needs
+2.7 times the largest size on the disk. The last line is JSON.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import tempfile
@@ -18,10 +24,10 @@ import time
 
 from src import config, run, tokenise
 from src.data import Batches
-from src.formats import Report, read_rows, sources
+from src.formats import BY_NAME, Report, sources
 from src.tokenizer import load_tokenizer
 
-from .common import report
+from .common import release_freed, report, write_random_base
 
 
 def timed(work) -> float:
@@ -32,10 +38,8 @@ def timed(work) -> float:
 
 def in_processes(path: str, encoder: tokenise.Encoder, processes: int) -> float:
     """Seconds that all of the file takes, without a cache."""
-    rows = iter(read_rows(path))
-    chunks = iter(lambda: list(itertools.islice(rows, tokenise.CHUNK)), [])
-    parts = map(encoder.encode_all, chunks) if processes == 1 else tokenise.in_parallel(chunks, encoder, processes)
-    return timed(lambda: [None for _ in parts])
+    tokenise.available_cores = lambda: processes
+    return timed(lambda: [None for _ in tokenise._encoded(sources(path)[0], encoder, Report(), BY_NAME)])
 
 
 def loading_share(path: str, folder: str, steps: int) -> dict[str, float]:
@@ -63,12 +67,71 @@ def loading_share(path: str, folder: str, steps: int) -> dict[str, float]:
     return {"loading": sum(waited), "steps": total, "share": sum(waited) / total}
 
 
+def watch_batches(watch) -> None:
+    """Have the iterator of batches call watch(number of the batch) once a batch has been used."""
+    batches = Batches.__iter__
+
+    def watched(self):
+        for number, batch in enumerate(batches(self)):
+            yield batch
+            watch(number)
+
+    Batches.__iter__ = watched
+
+
+def resident(path: str, cache: str, folder: str) -> dict[str, int]:
+    """Bytes that a run on these data has in its second step."""
+    found: dict[str, int] = {}
+
+    def look(number: int) -> None:
+        release_freed()
+        with open("/proc/self/status") as status:
+            found.update({line.split(":")[0]: int(line.split()[1]) << 10 for line in status if line.startswith(("RssAnon", "RssFile"))})
+
+    watch_batches(look)
+    flags = ["--load_model", f"{folder}/base.pth", "--tokenizer", "world", "--data_file", path, "--proj_dir", f"{path}.{cache}", "--micro_bsz", "1",
+             "--ctx_len", "512", "--epoch_steps", "2", "--eval_split", "1e-4", "--eval_samples", "0", "--data_cache", f"{folder}/cache"]
+    with contextlib.redirect_stdout(None):
+        run.main(*config.parse(flags))
+    return found
+
+
+def kept_memory(data: str, sizes: list[int], folder: str) -> None:
+    """The table of --memory, and its JSON line."""
+    write_random_base(f"{folder}/base.pth", 7, 1, 64)
+    content = pathlib.Path(data).read_bytes()
+    found, growth = {}, {}
+    for size in [len(content), *(megabytes * 10**6 for megabytes in sizes)]:
+        path = f"{folder}/{size}.jsonl"
+        with open(path, "wb") as file:
+            for _ in range(max(size // len(content), 1)):
+                file.write(content)
+        written = os.path.getsize(path)
+        for cache in ("cold", "cached"):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found[cache, written] = pool.apply(resident, (path, cache, folder))
+            own, mapped = found[cache, written]["RssAnon"], found[cache, written]["RssFile"]
+            print(f"{written / 1e6:7.0f} MB {cache:<6} own {own / 1e6:7.1f} MB, mapped {mapped / 1e6:7.1f} MB")
+        os.remove(path)
+    for cache in ("cold", "cached"):
+        own = [(size, memory["RssAnon"]) for (name, size), memory in found.items() if name == cache]
+        growth[cache] = [round((after - before) / (larger - size), 3) for (size, before), (larger, after) in itertools.pairwise(own)]
+        print(f"growth     {cache:<6} {', '.join(f'{value:.3f}' for value in growth[cache])} bytes for each byte of the file")
+    report("tokenise memory", growth=growth, sizes=sizes,
+           memory=[{"cache": cache, "bytes": size, **memory} for (cache, size), memory in found.items()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("data")
     parser.add_argument("--repeat", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--memory", type=int, nargs="+", metavar="MB", help="the memory that runs keep, instead of times")
+    parser.add_argument("--folder", help="where --memory has its files [a temporary folder]")
     args = parser.parse_args()
+    if args.memory:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            return kept_memory(args.data, args.memory, folder)
     encoder = tokenise.Encoder(load_tokenizer("world", 65536))
     with tempfile.TemporaryDirectory() as folder:
         def cached() -> tokenise.Tokens:
@@ -76,9 +139,10 @@ def main() -> None:
 
         work = {name: timed(cached) for name in ("cold", "cached")}
         tokens = len(cached().ids)
+        cores = tokenise.available_cores()
         many = pathlib.Path(folder, "many.jsonl")
         many.write_bytes(pathlib.Path(args.data).read_bytes() * args.repeat)
-        work |= {f"{n} processes": in_processes(str(many), encoder, n) for n in (1, 2)}
+        work |= {f"{n} processes": in_processes(str(many), encoder, n) for n in sorted({1, 2, cores})}
         size = os.path.getsize(args.data)
         for name, seconds in work.items():
             megabytes = size / 1e6 * (args.repeat if "processes" in name else 1)

@@ -64,7 +64,7 @@ def read_problems(path: str, template: Template = DEFAULT) -> list[tuple[list[st
     """(the pieces of the prompt, the problem) of every row of HumanEval or MBPP. UserError for a row that is neither."""
     problems = []
     for source in sources(path):
-        for where, record in source.read(()):
+        for where, record in source.records():
             if isinstance(record, UserError):
                 raise UserError(f"{where}: {record}")
             problem = _problem(where, record)

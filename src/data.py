@@ -6,6 +6,7 @@ step number, and the trained tokens of a whole optimizer step are known before i
 
 from __future__ import annotations
 
+import array
 import bisect
 import dataclasses
 import functools
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import progress
 
 from .config import Config, accumulation
+from .files import is_first_process
 from .formats import BY_NAME, Reading, Report, sample, sources
 from .template import DEFAULT, Template, trains_by_marker
 from .tokenise import Encoder, Tokens, tokenise
@@ -32,101 +35,87 @@ class Document:
 
     @property
     def targets(self) -> int:
-        return int(self.trained[1:].sum())
+        return int(np.count_nonzero(self.trained[1:]))
+
+
+# A run keeps what is here for each document, of which there may be 10^8, so that numbers have the bytes they need and are no objects.
 
 
 class Rows(Sequence):
-    """Documents that are parts [starts[i], stops[i]) of flat arrays, one or several files' worth; row i is in files[of[i]]."""
+    """Documents that are parts of flat arrays, one or several files' worth: row i is `lengths[i]` int32 tokens of files[of[i]] from
+    `starts[i]` int64 on."""
 
-    def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, stops: np.ndarray):
-        self.files, self.of, self.starts, self.stops = files, of, starts, stops
+    def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
+        self.files, self.of, self.starts, self.lengths = files, of, starts, lengths
 
     def __len__(self) -> int:
         return len(self.of)
 
     def __getitem__(self, i: int) -> Document:
-        tokens, part = self.files[self.of[i]], slice(self.starts[i], self.stops[i])
+        start = int(self.starts[i])
+        tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
         return Document(tokens.ids[part], tokens.trained[part])
 
     def take(self, chosen: np.ndarray) -> Rows:
-        return Rows(self.files, self.of[chosen], self.starts[chosen], self.stops[chosen])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.stops - self.starts
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Trained tokens of each row but its first token, (n,) int64."""
-        counts = np.zeros(len(self), dtype=np.int64)
-        for file, tokens in enumerate(self.files):
-            mine = np.flatnonzero((self.of == file) & (self.lengths > 1))
-            # reduceat takes the sums from each even place to the odd one after it, and the other way round, which are left out
-            places = np.stack([self.starts[mine] + 1, self.stops[mine]], 1).ravel()
-            if len(mine):
-                trained = tokens.trained if places.max() < len(tokens.trained) else np.append(tokens.trained, False)
-                counts[mine] = np.add.reduceat(trained, places, dtype=np.int64)[::2]
-        return counts
+        return Rows(self.files, self.of[chosen], self.starts[chosen], self.lengths[chosen])
 
 
 @dataclasses.dataclass
 class Documents:
-    """The encoded data set. `lost` (n,) int64: tokens that were cut off each row, a conversation longer than ctx_len; None: of no row.
-    `text` (n,) int64: the number of the text, longer than ctx_len, that a row is a part of, -1 for a row of its own; None: for all."""
+    """The encoded data set. `lost` (n,) int32: tokens that were cut off each row, a conversation longer than ctx_len; None: of no row.
+    `text` (n,) int32: the number of the text, longer than ctx_len, that a row is a part of, -1 for a row of its own; None: for all."""
 
     rows: Sequence[Document]
     lost: np.ndarray | None = None
     text: np.ndarray | None = None
 
-    def __post_init__(self):
-        self.lost = np.zeros(len(self.rows), dtype=np.int64) if self.lost is None else self.lost
-        self.text = np.full(len(self.rows), -1) if self.text is None else self.text
-
     @property
     def cut(self) -> int:
         """Rows that were longer than ctx_len and lost their end."""
-        return int(np.count_nonzero(self.lost))
+        return 0 if self.lost is None else int(np.count_nonzero(self.lost))
 
     @property
     def cut_tokens(self) -> int:
         """Tokens that they lost in all."""
-        return int(self.lost.sum())
+        return 0 if self.lost is None else int(self.lost.sum(dtype=np.int64))
 
     @property
     def split(self) -> int:
         """Texts that became several rows, of which at least one is here."""
-        return len(np.unique(self.text[self.text >= 0]))
+        return 0 if self.text is None else len(np.unique(self.text[self.text >= 0]))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, (n,) int64."""
-        return self.rows.lengths if isinstance(self.rows, Rows) else np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+        """Tokens of each row, (n,) int32."""
+        return self.rows.lengths if isinstance(self.rows, Rows) else np.array([len(row.ids) for row in self.rows], dtype=np.int32)
 
     @functools.cached_property
     def row_targets(self) -> np.ndarray:
-        """Trained tokens of each row, (n,) int64."""
-        return self.rows.targets if isinstance(self.rows, Rows) else np.array([row.targets for row in self.rows], dtype=np.int64)
+        """Trained tokens of each row, (n,) int32."""
+        rows = progress(self.rows, "counting trained tokens", unit="documents", shown=is_first_process())
+        return np.fromiter((row.targets for row in rows), np.int32, len(self.rows))
 
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
         rows = self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen]
-        return Documents(rows, self.lost[chosen], self.text[chosen])
+        return Documents(rows, *(None if part is None else part[chosen] for part in (self.lost, self.text)))
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the tokens and masks; every save asks for it."""
         digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(row.ids.tobytes() + row.trained.tobytes())
+        for row in progress(self.rows, "hashing the tokens", unit="documents", shown=is_first_process()):
+            digest.update(row.ids)
+            digest.update(row.trained)
         return digest.hexdigest()
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths.sum())
+        return int(self.lengths.sum(dtype=np.int64))
 
     @property
     def targets(self) -> int:
-        return int(self.row_targets.sum())
+        return int(self.row_targets.sum(dtype=np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,62 +175,91 @@ def load_documents(data_file, tokenizer, ctx_len: int, template: Template = DEFA
 
 def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Documents:
     """Documents of at most ctx_len + 1 tokens, from the chosen documents of each file."""
-    file = np.repeat(np.arange(len(files)), [len(documents) for documents in chosen])
+    file = np.repeat(np.arange(len(files), dtype=np.min_scalar_type(len(files))), [len(documents) for documents in chosen])
     ends = np.concatenate([tokens.ends[documents] for tokens, documents in zip(files, chosen)])
     starts = np.concatenate([np.concatenate([[0], tokens.ends[:-1]])[documents] for tokens, documents in zip(files, chosen)])
     texts = np.concatenate([tokens.texts[documents] for tokens, documents in zip(files, chosen)])
     lengths = ends - starts
-    lost = np.where(texts, 0, np.maximum(lengths - (ctx_len + 1), 0))
-    windows = np.where(texts, np.maximum(-(-(lengths - 1) // ctx_len), 1), 1)
+    too_long = lengths > ctx_len + 1
+    lost = np.where(too_long & ~texts, lengths - (ctx_len + 1), 0).astype(np.int32) if (too_long & ~texts).any() else None
+    if not (too_long & texts).any():
+        return Documents(Rows(files, file, starts, np.minimum(lengths, ctx_len + 1).astype(np.int32)), lost)
+    windows = np.where(too_long & texts, -(-(lengths - 1) // ctx_len), 1)
     of = np.repeat(np.arange(len(lengths)), windows)
     begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
-    stops = np.minimum(begins + ctx_len + 1, ends[of])
-    rows = Rows(files, file[of], begins, stops)
-    return Documents(rows, lost[of], np.where(windows > 1, np.arange(len(windows)), -1)[of])
+    rows = Rows(files, file[of], begins, np.minimum(ends[of] - begins, ctx_len + 1).astype(np.int32))
+    return Documents(rows, None if lost is None else lost[of], np.where(windows > 1, np.arange(len(windows)), -1).astype(np.int32)[of])
 
 
-def pack(lengths: list[int], capacity: int, seed: int) -> list[list[int]]:
+@dataclasses.dataclass(frozen=True)
+class Groups(Sequence):
+    """Lists of numbers one after another: list i is members[ends[i - 1] : ends[i]], from 0 for the first."""
+
+    members: Sequence[int]
+    ends: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> list[int]:
+        i = range(len(self.ends))[i]
+        return list(self.members[self.ends[i - 1] if i else 0 : self.ends[i]])
+
+    def sums(self, values: np.ndarray) -> array.array:
+        """The sum of the members' values of each list."""
+        return _integers(np.diff(np.cumsum(values[np.asarray(self.members)], dtype=np.int64)[np.asarray(self.ends) - 1], prepend=0))
+
+
+def _integers(values: np.ndarray) -> array.array:
+    """As Python's integers, 4 bytes each: those of numpy overflow in a sum, and are no JSON."""
+    return array.array("i", values.astype(np.int32).tobytes())
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Groups:
     """Documents into rows of at most `capacity` tokens, best fit, longest first: each into the fullest row that has room.
 
     Which of two documents of one length comes first is random, so that neighbours in the file do not share rows.
     """
+    lengths = np.asarray(lengths)
     order = np.random.default_rng(seed).permutation(len(lengths))
-    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
-    rows: list[list[int]] = []
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    row_of = array.array("i", bytes(4 * len(order)))
+    rows = 0
     room: list[int] = []  # the distinct amounts of room in rows, ascending
     rows_with: dict[int, list[int]] = {}
-    for document in order.tolist():
-        place = bisect.bisect_left(room, lengths[document])
+    for i, length in enumerate(memoryview(lengths[order])):
+        place = bisect.bisect_left(room, length)
         if place == len(room):
-            row, left = len(rows), capacity
-            rows.append([])
+            row, left = rows, capacity
+            rows += 1
         else:
             left = room[place]
             row = rows_with[left].pop()
             if not rows_with[left]:
                 del rows_with[left], room[place]
-        rows[row].append(document)
-        left -= lengths[document]
+        row_of[i] = row
+        left -= length
         if left not in rows_with:
             bisect.insort(room, left)
             rows_with[left] = []
         rows_with[left].append(row)
-    return rows
+    in_row = np.asarray(row_of)
+    return Groups(_integers(order[np.argsort(in_row, kind="stable")]), _integers(np.cumsum(np.bincount(in_row, minlength=rows))))
 
 
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
     """The order of the rows in pass `turn` over the data."""
-    return np.random.default_rng([seed, turn]).permutation(count)
+    return np.random.default_rng([seed, turn]).permutation(count).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new permutation of the rows."""
 
-    rows: list[list[int]]  # the documents of each row
-    lengths: list[int]  # inputs of each row
-    targets: list[int]  # trained tokens of each row
+    rows: Sequence[list[int]]  # the documents of each row
+    lengths: Sequence[int]  # inputs of each row
+    targets: Sequence[int]  # trained tokens of each row
     micro_bsz: int
     accumulate: int
     world: int
@@ -292,12 +310,9 @@ class Schedule:
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
-    lengths, targets = (documents.lengths - 1).tolist(), documents.row_targets.tolist()
-    rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else [[i] for i in range(len(lengths))]
-    return Schedule(
-        rows, [sum(lengths[i] for i in row) for row in rows], [sum(targets[i] for i in row) for row in rows],
-        config.micro_bsz, accumulation(config), world, config.random_seed,
-    )
+    lengths, count = documents.lengths - 1, len(documents.rows)
+    rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else Groups(range(count), range(1, count + 1))
+    return Schedule(rows, rows.sums(lengths), rows.sums(documents.row_targets), config.micro_bsz, accumulation(config), world, config.random_seed)
 
 
 def collate(rows: list[list[Document]], step_targets: int) -> dict:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import progress
 
 from .config import Config
 from .data import Document, Documents, collate, pack
+from .files import is_first_process
 from .words import counted
 
 Batch = list[list[Document]]  # rows of documents
@@ -27,15 +29,15 @@ def hold_out(config: Config, documents: Documents, load: Callable[[str], Documen
     """
     if not config.eval_file and config.eval_split <= 0:
         return documents, Documents([])
-    keys = [_key(row, config.random_seed) for row in documents.rows]
+    keys = _keys(documents, config.random_seed)
     if config.eval_file:
         source, held = config.eval_file, load(config.eval_file)
-        chosen = {_key(row, config.random_seed) for row in held.rows}
+        is_held = np.isin(keys, _keys(held, config.random_seed))
     else:
         source = f"--eval_split {config.eval_split} of {config.data_file}"
-        chosen = set(sorted(keys)[: max(1, round(config.eval_split * len(keys)))])
-        held = documents.take(np.array([i for i, key in enumerate(keys) if key in chosen], dtype=np.int64))
-    kept = np.array([i for i, key in enumerate(keys) if key not in chosen], dtype=np.int64)
+        is_held = np.isin(keys, np.sort(keys)[: max(1, round(config.eval_split * len(keys)))])
+        held = documents.take(np.flatnonzero(is_held))
+    kept = np.flatnonzero(~is_held)
     rest = documents.take(kept)
     if not rest.targets:
         others = ", and the others have no trained token" if len(kept) else ""
@@ -46,16 +48,18 @@ def hold_out(config: Config, documents: Documents, load: Callable[[str], Documen
     return rest, held
 
 
-def _key(row: Document, seed: int) -> bytes:
-    """A number that stands for the document's text, equal for equal texts and random otherwise."""
-    return hashlib.blake2b(row.ids.tobytes(), digest_size=16, key=seed.to_bytes(8, "little")).digest()
+def _keys(documents: Documents, seed: int) -> np.ndarray:
+    """(n,) 16 bytes that stand for each document's text, equal for equal texts and random otherwise."""
+    key = seed.to_bytes(8, "little")
+    rows = progress(documents.rows, "choosing held-out documents", unit="documents", shown=is_first_process())
+    digests = (hashlib.blake2b(row.ids, digest_size=16, key=key).digest() for row in rows)
+    return np.fromiter(digests, "S16", len(documents.rows))
 
 
 def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
     """Batches of micro_bsz packed rows, the longest first, which is where memory would run out."""
     lengths = (held_out.lengths - 1).tolist()
-    rows = pack(lengths, config.ctx_len, config.random_seed)
-    rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+    rows = sorted(pack(lengths, config.ctx_len, config.random_seed), key=lambda row: -sum(lengths[i] for i in row))
     return [[[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]] for at in range(0, len(rows), config.micro_bsz)]
 
 

@@ -21,22 +21,29 @@ import pathlib
 import re
 import shutil
 import signal
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
 
-from .formats import BY_NAME, Found, Reading, Report, Source, WrongSetting, read_source
+from .files import is_first_process
+from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source, WrongSetting, read_record
+from .formats.report import Kind
 from .ops.build import locked, say
 from .template import DEFAULT, Segment, Template, marked_spans, row_segments, trains_by_marker
 from .tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
-LARGE = 256 << 20  # bytes from which other processes help: each takes about 3 s of CPU to start, in which one does 40 MB
-CHUNK = 256  # rows that a process gets at a time
+LARGE = 8 << 20  # bytes from which other processes help
+PROCESSES = 16  # at most: one reads for all of them
+CHUNK, CHUNK_TEXT = 256, 1 << 20  # rows that a process gets at a time, and characters of lines after which there are no more
 UNUSED_DAYS = 30
 MAKING = ".making-"  # how a folder's name begins that becomes an entry
 ENTRY = re.compile(r"[0-9a-f]{24}")
@@ -105,20 +112,43 @@ class Encoder:
             trained |= (begins >= begin) & (begins < end)
         return trained
 
-    def encode_all(self, rows: list[tuple[str, dict]]) -> tuple[Tokens, list[tuple[str, UserError]]]:
-        """(tokens, bad rows) of rows (where, row); a bad row is (where, reason)."""
+
+@dataclasses.dataclass
+class Part:
+    """What a chunk of records became: tokens, the kinds of its rows, and the bad ones, (where, reason)."""
+
+    tokens: Tokens
+    kinds: collections.Counter[Kind]
+    bad: list[tuple[str, UserError]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Converter:
+    """Records (where, what source.read() gives) -> tokens."""
+
+    source: Source
+    reading: Reading
+    encoder: Encoder
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}  # another process is given what is read
+
+    def __call__(self, records: list[tuple[str, Any]]) -> Part:
         encoded, texts, bad = [], [], []
-        for where, row in rows:
+        kinds: collections.Counter[Kind] = collections.Counter()
+        for where, record in records:
             try:
-                encoded.append(self.encode(row))
+                kind, row = read_record(record, self.source, self.reading)
+                kinds[kind] += 1
+                encoded.append(self.encoder.encode(row))
             except UserError as error:
                 bad.append((where, error))
             else:
-                texts.append(self.is_text(row))
+                texts.append(self.encoder.is_text(row))
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
         trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
-        return Tokens(ids, trained, ends, np.array(texts, dtype=bool)), bad
+        return Part(Tokens(ids, trained, ends, np.array(texts, dtype=bool)), kinds, bad)
 
 
 def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none") -> Tokens:
@@ -126,9 +156,8 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
 
     What was found goes to the report, and a row that cannot be read or expressed. Raises UserError for a source without rows.
     """
-    size = sum(os.path.getsize(file) for file in source.files)
-    chunks = functools.partial(_encoded, source, encoder, report, reading, size)
-    if cache == "none" or size < SMALL:
+    chunks = functools.partial(_encoded, source, encoder, report, reading)
+    if cache == "none" or source.size < SMALL:
         return _joined(list(chunks()))
     folder = cache_folder(cache)
     entry = folder / fingerprint(source, encoder, reading, report.on_bad_row)
@@ -143,7 +172,8 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=folder, prefix=MAKING, ignore_cleanup_errors=True) as work:
                 whole = pathlib.Path(work, "whole")
-                _write(chunks(), whole)
+                with contextlib.closing(chunks()) as parts:
+                    _write(parts, whole)
                 (whole / "found.json").write_text(json.dumps(report.files[source.path].to_json()))
                 shutil.rmtree(entry, ignore_errors=True)  # one that could not be opened
                 os.rename(whole, entry)
@@ -171,11 +201,13 @@ def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: 
     described = (source.format, reading, on_bad_row, versions, encoder.tokenizer.name, encoder.tokenizer.eod, encoder.template.record,
                  encoder.loss_mask)
     digest = hashlib.sha256(repr(described).encode())
-    for file in (*code, *tokenizer, *source.files):
-        with open(file, "rb") as content:
-            digest.update(f"{os.path.basename(file)} {os.path.getsize(file)} ".encode())
-            while block := content.read(1 << 20):
-                digest.update(block)
+    with Progress(f"hashing {source.path}", source.size / 1e6, "MB", is_first_process()) as bar:
+        for file in (*code, *tokenizer, *source.files):
+            with open(file, "rb") as content:
+                digest.update(f"{os.path.basename(file)} {os.path.getsize(file)} ".encode())
+                while block := content.read(1 << 20):
+                    digest.update(block)
+                    bar.update(len(block) / 1e6)
     return digest.hexdigest()[:24]  # as ENTRY
 
 
@@ -185,31 +217,55 @@ def _version(package: str) -> str:
     return ""
 
 
-def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading, size: int) -> Iterator[Tokens]:
+def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
     """The tokens of a source's rows, a chunk of rows at a time."""
-    rows = read_source(source, report, reading, encoder.tokenizer.eod)
-    chunks = iter(lambda: list(itertools.islice(rows, CHUNK)), [])
-    first = next(chunks)  # without a row read_source() raises
-    chunks = itertools.chain([first], chunks)
-    processes = min(os.cpu_count() or 1, 16) if size >= LARGE and "ids" not in first[0][1] else 1
+    found = report.begin(source)
+    chunks = _chunks(source.watched(encoder.tokenizer.eod, "tokenising"))
+    convert = Converter(source, reading, encoder)
+    processes = min(available_cores(), PROCESSES) if source.size >= LARGE and source.format != BINIDX else 1
     documents = 0
-    for tokens, bad in map(encoder.encode_all, chunks) if processes == 1 else in_parallel(chunks, encoder, processes):
-        for where, reason in bad:
-            report.refuse(source.path, where, reason)
-        documents += len(tokens.ends)
-        yield tokens
+    with contextlib.closing(in_parallel(convert, chunks, processes)) if processes > 1 else contextlib.nullcontext(map(convert, chunks)) as parts:
+        for part in parts:
+            for where, reason in part.bad:
+                report.refuse(source.path, where, reason)
+            found.kinds.update(part.kinds)
+            documents += len(part.tokens.ends)
+            yield part.tokens
+    report.require_rows(source)
     if not documents:
-        raise UserError(f"{source.path}: no row can be used, such as {report.files[source.path].reasons[0]}")
+        raise UserError(f"{source.path}: no row can be used, such as {found.reasons[0]}")
 
 
-def in_parallel(chunks: Iterable[list], encoder: Encoder, processes: int) -> Iterator[tuple[Tokens, list]]:
-    """encode_all() of each chunk in order, in processes that begin afresh; few chunks are ahead of what is asked for."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (encoder,)) as pool:
+def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    chunk, length = [], 0
+    for where, record in records:
+        chunk.append((where, record))
+        length += len(record) if isinstance(record, str) else 0
+        if len(chunk) == CHUNK or length >= CHUNK_TEXT:
+            yield chunk
+            chunk, length = [], 0
+    if chunk:
+        yield chunk
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
+    """work() of each chunk in order; few chunks are ahead of what is asked for.
+
+    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh one imports torch for 3 s, and
+    they run nothing that has threads.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(_encode, chunk))
+                with _no_interrupt():  # which a new process would answer with a traceback of its own
+                    waiting.append(pool.submit(_work, chunk))
                 if len(waiting) > 4 * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -220,14 +276,35 @@ def in_parallel(chunks: Iterable[list], encoder: Encoder, processes: int) -> Ite
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Context in which Ctrl-C waits; a process that starts in it keeps it out for good."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(work: Callable[[list], Part], parent: int) -> None:
+    global _convert
+    _convert = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _encode(rows: list[tuple[str, dict]]) -> tuple[Tokens, list]:
-    return _encoder.encode_all(rows)
+def _end_with(parent: int) -> None:
+    """End this process when the first one is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(chunk: list) -> Part:
+    return _convert(chunk)
 
 
 def _joined(parts: list[Tokens]) -> Tokens:
@@ -239,16 +316,14 @@ def _joined(parts: list[Tokens]) -> Tokens:
 def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
     """A cache entry; no more than one part is in memory at a time."""
     folder.mkdir()
-    ends, texts, length = [], [], 0
-    with open(folder / "ids", "wb") as ids, open(folder / "trained", "wb") as trained:
+    length = 0
+    with contextlib.ExitStack() as stack:
+        files = {field.name: stack.enter_context(open(folder / field.name, "wb")) for field in dataclasses.fields(Tokens)}
         for part in parts:
-            ids.write(part.ids.tobytes())
-            trained.write(part.trained.tobytes())
-            ends.append(part.ends + length)
-            texts.append(part.texts)
+            for name, file in files.items():
+                array = getattr(part, name)
+                file.write((array + length if name == "ends" else array).tobytes())
             length += len(part.ids)
-    np.concatenate(ends).tofile(folder / "ends")
-    np.concatenate(texts).tofile(folder / "texts")
 
 
 def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
@@ -256,7 +331,8 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
     whole because the machine went down."""
     try:
         kinds = {"ids": np.int32, "trained": np.bool_, "ends": np.int64, "texts": np.bool_}
-        found = Tokens(**{name: np.memmap(entry / name, kind, "r") for name, kind in kinds.items()})
+        # as plain arrays, of which a part costs a tenth
+        found = Tokens(**{name: np.memmap(entry / name, kind, "r").view(np.ndarray) for name, kind in kinds.items()})
         if not len(found.ids) == len(found.trained) == found.ends[-1] or len(found.ends) != len(found.texts):
             return None
         with contextlib.suppress(OSError):

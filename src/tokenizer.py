@@ -10,7 +10,9 @@ of document that no text can spell (World's id 0) gives "", one that a text can 
 from __future__ import annotations
 
 import ast
+import bisect
 import codecs
+import itertools
 import json
 import pathlib
 import tempfile
@@ -18,8 +20,9 @@ from collections.abc import Callable, Iterable
 
 from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
 
-from .files import read_text
+from .files import is_first_process, read_text
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
@@ -27,6 +30,7 @@ END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|
 # end of document and encoding; in utf16 the end is the whole unit U+0000, as a lone 0 is the second byte of every ASCII character
 RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}
 BROKEN = "\ufffd"
+LONG = 1 << 20  # characters of a text that are turned into ids at a time
 
 
 def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
@@ -78,9 +82,10 @@ class Tokenizer:
         return self._decode(ids)
 
     def check(self, ids: Iterable[int]) -> None:
-        for token in ids:
-            if token not in self.ids:
-                raise UserError(f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is {self.vocab_size}")
+        ids = list(ids)
+        if not self.ids.issuperset(ids):
+            token = next(token for token in ids if token not in self.ids)
+            raise UserError(f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is {self.vocab_size}")
 
     def cannot_encode(self, text: str, place: int) -> UserError:
         return UserError(f"tokenizer {self.name} has no token for {text[place]!r} (character {place + 1})")
@@ -92,19 +97,54 @@ class ByteTokenizer(Tokenizer):
     def __init__(self, name: str, eod: tuple[int, ...], table: dict[int, bytes], find: Callable[[str, bytes], list[int]], encoding: str):
         super().__init__(name, eod, table)
         self.table, self.find, self.encoding = table, find, encoding
+        self.sizes = {token: len(piece) for token, piece in table.items()}
 
     def _encode(self, text: str, data: bytes) -> list[int]:
-        ids = self.find(text, data)
-        reached = sum(len(self.table[token]) for token in ids)
+        return self._encode_long(text) if len(text) > LONG else self._rest(text, data)
+
+    def _encode_long(self, text: str) -> list[int]:
+        """The same ids part by part: which token comes next depends on no more text than the longest token has."""
+        ids: list[int] = []
+        done, size, beyond = 0, LONG, max(self.sizes.values())  # characters
+        with Progress("tokenising a long text", len(text) / 1e6, "million characters", is_first_process()) as bar:
+            while done + size < len(text):
+                part = text[done : done + size + beyond]
+                data, wanted = part.encode(self.encoding), len(part[:size].encode(self.encoding))
+                found = self.find(part, data)
+                ends = [0, *itertools.accumulate(map(self.sizes.__getitem__, found))]
+                if ends[-1] < wanted:
+                    break  # no token fits; the rest says where
+                count = bisect.bisect_right(ends, wanted) - 1
+                while not _is_text(data[: ends[count]], self.encoding):  # a token may end inside a character
+                    count -= 1
+                size = LONG if count else 2 * size
+                ids += found[:count]
+                characters = len(data[: ends[count]].decode(self.encoding))
+                done += characters
+                bar.update(characters / 1e6)
+            return ids + self._rest(text, text[done:].encode(self.encoding), done)
+
+    def _rest(self, text: str, data: bytes, start: int = 0) -> list[int]:
+        """The ids of the text from a character on, of which `data` are the bytes."""
+        ids = self.find(text[start:], data)
+        reached = sum(map(self.sizes.__getitem__, ids))
         if reached < len(data):
-            raise self.cannot_encode(text, len(data[:reached].decode(self.encoding, "ignore")))
+            raise self.cannot_encode(text, start + len(data[:reached].decode(self.encoding, "ignore")))
         return ids
 
     def _decode(self, ids: list[int]) -> str:
-        return b"".join(self.table[token] for token in ids).decode(self.encoding, "replace")
+        return b"".join(map(self.table.__getitem__, ids)).decode(self.encoding, "replace")
 
     def decoder(self) -> ByteDecoder:
         return ByteDecoder(self)
+
+
+def _is_text(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class ByteDecoder:
@@ -193,7 +233,7 @@ def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes],
         copy.write_text("".join(f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1)))
         trie = pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(copy))
     ids = [-1, *table]
-    return lambda text, data: [ids[n] for n in trie.encode(text)]
+    return lambda text, data: list(map(ids.__getitem__, trie.encode(text)))
 
 
 class JsonTokenizer(Tokenizer):

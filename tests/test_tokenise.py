@@ -1,11 +1,17 @@
 """Tokens are made once: the cache gives back what was put in, is another one for anything that matters, and is never half there."""
 
+import dataclasses
 import itertools
 import json
 import os
+import pickle
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,10 +19,12 @@ import pytest
 from rwkv_miss import UserError
 from src import data
 from src import tokenise as module
+from src.config import Config
 from src.data import Rows, load_documents
-from src.formats import BY_NAME, Reading, Report, WrongSetting, binidx, sources
+from src.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
+from src.formats.text import Position
 from src.template import load_template
-from src.tokenise import Encoder, Tokens, in_parallel
+from src.tokenise import Converter, Encoder, Tokens, in_parallel
 from src.tokenizer import load_tokenizer
 
 from .test_data import assistant, user
@@ -86,9 +94,9 @@ def test_the_arrays_are_the_documents_one_after_another(path, encoder):
 def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cached, monkeypatch, capfd):
     whole, first = tokenise(path, encoder), tokenise(path, encoder, str(cached))
     assert f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
-    monkeypatch.setattr(module, "read_source", None)
+    monkeypatch.setattr(module, "read_record", None)
     second = tokenise(path, encoder, str(cached))
-    assert equal(whole, first) and equal(whole, second) and isinstance(second.ids, np.memmap) and not second.ids.flags.writeable
+    assert equal(whole, first) and equal(whole, second) and isinstance(second.ids.base, np.memmap) and not second.ids.flags.writeable
     assert capfd.readouterr().err == "" and len(entries(cached)) == 1
     documents = load_documents(path, encoder.tokenizer, 50, cache=str(cached))
     monkeypatch.undo()
@@ -100,8 +108,13 @@ def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cac
 def test_much_text_is_shared_among_processes_and_ids_are_not(path, encoder, monkeypatch, tmp_path):
     whole, asked = tokenise(path, encoder), []
     monkeypatch.setattr(module, "LARGE", 1)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 5)
-    monkeypatch.setattr(module, "in_parallel", lambda chunks, encoder, processes: asked.append(processes) or map(encoder.encode_all, chunks))
+    monkeypatch.setattr(module, "available_cores", lambda: 5)
+
+    def in_parallel(convert, chunks, processes):
+        asked.append(processes)
+        yield from map(convert, chunks)
+
+    monkeypatch.setattr(module, "in_parallel", in_parallel)
     assert equal(tokenise(path, encoder), whole) and asked == [5]
     writer = binidx.Writer(str(tmp_path / "ids"), 256)
     writer.add([1, 2, 0])
@@ -216,15 +229,86 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
     encoder = Encoder(load_tokenizer("bytes", 256), load_template(CHATML))
-    rows = [(f"row {i}", row) for i, row in enumerate(make_rows(90))]
+    convert = Converter(Source("rows", "JSONL", 1.0, None, (), parse=json.loads), BY_NAME, encoder)
+    rows = [(f"row {i}", json.dumps(row)) for i, row in enumerate(make_rows(90))]
     chunks = [rows[i : i + 7] for i in range(0, 90, 7)]
-    parts = in_parallel([*chunks, [("row 90", {"text": "\ud800"}), ("row 91", {"ids": [256]})]], encoder, 2)
-    for mine in map(encoder.encode_all, chunks):
-        (tokens, bad), (expected, _) = next(parts), mine
-        assert equal(tokens, expected) and bad == []
-    tokens, bad = next(parts)
-    assert [where for where, _ in bad] == ["row 90", "row 91"] and str(bad[0][1]).startswith("half a surrogate pair")
-    assert isinstance(bad[1][1], WrongSetting) and not isinstance(bad[0][1], WrongSetting) and len(tokens.ids) == len(tokens.ends) == 0
+    parts = in_parallel(convert, [*chunks, [("row 90", '{"text": "\\ud800"}')]], 2)
+    for expected in map(convert, chunks):
+        part = next(parts)
+        assert equal(part.tokens, expected.tokens) and part.kinds == expected.kinds and part.bad == []
+    [(where, reason)], tokens = (part := next(parts)).bad, part.tokens
+    assert (where, str(reason)[:28]) == ("row 90", "text: half a surrogate pair,") and not isinstance(reason, WrongSetting)
+    assert len(tokens.ids) == len(tokens.ends) == 0
+    ids = dataclasses.replace(convert, source=Source("ids", BINIDX, 1.0, None, ()))
+    [part] = in_parallel(ids, [[("row 91", {"ids": [256]})]], 2)
+    assert isinstance(part.bad[0][1], WrongSetting) and part.bad[0][0] == "row 91"
+
+
+def test_a_fresh_process_can_be_sent_the_work(path, encoder):
+    """As where there is no fork."""
+    [source] = sources(path)
+    rows = list(itertools.islice(source.read((0,), Position()), 9))
+    convert = Converter(source, BY_NAME, encoder)
+    assert equal(pickle.loads(pickle.dumps(convert))(rows).tokens, convert(rows).tokens)
+
+
+def test_a_worker_that_is_killed_is_named():
+    def work(chunk):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match="a process that tokenises was killed, perhaps because memory ran out"):
+        list(in_parallel(work, [[1]], 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, number):
+    """Ctrl-C goes to all processes of the terminal, a kill to one."""
+    script = """if True:
+        import sys, time
+        from rwkv_miss.errors import one_line_errors
+        from src import tokenise as module
+        from src.formats import Report, sources
+        from src.tokenizer import load_tokenizer
+        module.SMALL = module.LARGE = module.CHUNK_TEXT = 0
+        module.available_cores = lambda: 3
+        encode = module.Encoder.encode
+        def slow(*args):
+            print("works", flush=True)
+            time.sleep(0.02)
+            return encode(*args)
+        module.Encoder.encode = slow
+        with one_line_errors():
+            module.tokenise(sources(sys.argv[1])[0], module.Encoder(load_tokenizer("bytes", 256)), Report(), cache=sys.argv[2])
+    """
+    cache = tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, "-c", script, path, str(cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    process.stdout.readline()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    _, said = process.communicate(timeout=60)  # until no process holds the pipe any more
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and said.strip() == "interrupted" and sorted(os.listdir(cache)) == ["lock"]
+
+
+def test_what_is_kept_of_a_document_is_little(encoder):
+    """Beside its tokens: 13 bytes for where it is, 4 for its targets, and in the schedule 12 to 16 more, and 4 for the order of a pass."""
+    count = 100_000
+    lengths = np.random.default_rng(0).integers(20, 40, count)
+    ids = np.zeros(int(lengths.sum()), np.int32)
+    tokens = Tokens(ids, np.ones(len(ids), bool), np.cumsum(lengths), np.zeros(count, bool))
+    tracemalloc.start()
+    try:
+        documents = fit(tokens, 64)
+        schedules = [data.make_schedule(documents, Config(ctx_len=64, packing=packing, micro_bsz=1), 1) for packing in (False, True)]
+        steps = [schedule.step_rows(0) for schedule in schedules]
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert documents.targets == documents.tokens - count and len(steps) == 2
+    assert kept / count < 50
 
 
 # documents of ctx_len
@@ -252,6 +336,6 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
 
 def test_rows_of_several_files_in_any_order():
     files = [Tokens(np.arange(9, dtype=np.int32) + 10 * i, np.arange(9) % 2 == i, np.array([9]), np.array([True])) for i in range(2)]
-    rows = Rows(files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 9, 6, 9, 3]))
+    rows = Rows(files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 1, 2, 1, 1]))
     assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
-    assert rows.targets.tolist() == [row.targets for row in rows] and rows[-1].ids.tolist() == [2]
+    assert data.Documents(rows).row_targets.tolist() == [row.targets for row in rows] and rows[-1].ids.tolist() == [2]

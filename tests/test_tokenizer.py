@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rwkv_miss.errors import UserError
+from src import tokenizer as module
 from src.tokenizer import load_tokenizer
 
 FAMILY = "\U0001f468‍\U0001f469‍\U0001f467"  # one visible emoji, three of them joined by ZWJ
@@ -344,3 +345,25 @@ def test_a_file_that_is_absent_or_no_tokenizer(tmp_path):
     for content in ("{", "{}", '{"model": 3}', "", "[1]"):
         with pytest.raises(UserError, match="t.json"):
             load_tokenizer(write(tmp_path / "t.json", content), 256)
+
+
+def test_a_long_text_is_encoded_part_by_part_to_the_same_ids(tmp_path, monkeypatch):
+    """Also where tokens begin and end inside characters, and a text that cannot be expressed is refused in the same place."""
+    pieces = ["a", "ab", "abab", "b", "é", b"\xe4", b"\xbd\xa0", b"\xa0a", b"\xbd", b"\xbd\xa0\xe4", "你b"]
+    size = lambda piece: len(piece.encode() if isinstance(piece, str) else piece)  # noqa: E731
+    (tmp_path / "vocabulary.txt").write_text("".join(f"{i} {piece!r} {size(piece)}\n" for i, piece in enumerate(pieces, 1)))
+    rng, parts = random.Random(0), []
+    for tokenizer in [load_tokenizer(name, 65536) for name in ("world", "utf16", str(tmp_path / "vocabulary.txt"))]:
+        for _ in range(40):
+            words = rng.choice([["a", "b", "é", "你", "ab"], ["a", "🙂", "\n\n", " hello", "你", "x"]])
+            text = "".join(rng.choices(words, k=rng.randint(20, 60)))
+            results = []
+            for length in (1 << 20, 1, 5, 17):
+                monkeypatch.setattr(module, "LONG", length)
+                try:
+                    results.append(tokenizer.encode(text))
+                except UserError as error:
+                    results.append(str(error))
+            parts.append(len(text) > 17)
+            assert results == results[:1] * 4
+    assert all(parts)

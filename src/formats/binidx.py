@@ -17,6 +17,8 @@ import numpy as np
 
 from rwkv_miss.errors import UserError
 
+from .text import Position
+
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
@@ -80,11 +82,14 @@ class BinIdx:
                 yield np.concatenate(pieces)
 
 
-def documents(prefix: str, eod: Sequence[int]) -> Iterator[tuple[str, dict | UserError]]:
+def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[tuple[str, dict | UserError]]:
     """(place, {"ids": int32 array}) of every document that is not empty. `eod`, the ids that end a document, end one wherever they stand,
     and are left out: whoever encodes documents puts them back, as for any other row."""
-    number = 0
-    for span in BinIdx(prefix).spans():
+    number = read = 0
+    data = BinIdx(prefix)
+    position.share = lambda: read / max(len(data.ids), 1)
+    for span in data.spans():
+        read += len(span)
         for part in split(span, eod):
             number += 1
             where = f"{prefix}.bin, document {number}"

@@ -11,7 +11,7 @@ from rwkv_miss.errors import UserError
 
 from ..words import short
 from .layouts import has_layout
-from .text import BOM, Record, open_text, undecoded, whole_text
+from .text import BOM, Position, Record, open_text, undecoded, whole_text
 
 BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -33,13 +33,18 @@ def _constant(name: str) -> None:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def jsonl(path: str) -> Iterator[Record]:
-    """One JSON object a line; blank lines are left out."""
-    with open_text(path) as file:
+def jsonl(path: str, position: Position) -> Iterator[tuple[str, str]]:
+    """(place, line) of a file with one JSON object a line, for parse_line(); blank lines are left out."""
+    with open_text(path, position) as file:
         for number, line in enumerate(file, 1):
             line = line.rstrip().lstrip(BOM)  # files with a mark may have been put one after the other
             if line:
-                yield f"{path}, line {number}", undecoded(line) or parse(line)
+                yield f"{path}, line {number}", line
+
+
+def parse_line(line: str) -> Any:
+    """The record of a line of jsonl()."""
+    return undecoded(line) or parse(line)
 
 
 def parse(line: str) -> Any:
@@ -60,9 +65,10 @@ def _wrong(error: Exception) -> UserError:
     return UserError(f"not usable JSON: {error}")  # a number of thousands of digits
 
 
-def json_file(path: str) -> Iterator[Record]:
+def json_file(path: str, position: Position) -> Iterator[Record]:
     """An array of objects, an object with one such array in it, or a single row."""
     scanner = _Scanner(whole_text(path))
+    position.share = lambda: scanner.place / len(scanner.text)
     try:
         for place, record in _records(scanner):
             yield f"{path}, line {scanner.line(place)}", record

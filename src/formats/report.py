@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rwkv_miss.errors import UserError
 
 from ..words import counted
 
+if TYPE_CHECKING:
+    from .sources import Source
+
+Kind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
 SHOWN = 3  # reasons in the plan, and files with a line of their own
 
 
@@ -19,10 +23,10 @@ class WrongSetting(UserError):
 
 @dataclasses.dataclass
 class Found:
-    """What reading one source found. `kinds` counts rows by (name of the layout, columns used, all columns); `reasons` are the first ones."""
+    """What reading one source found. `kinds` counts the rows of each kind; `reasons` are the first ones."""
 
     format: str
-    kinds: collections.Counter[tuple[str, tuple[str, ...], tuple[str, ...]]] = dataclasses.field(default_factory=collections.Counter)
+    kinds: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
     bad: int = 0
     reasons: list[str] = dataclasses.field(default_factory=list)
 
@@ -57,6 +61,18 @@ class Report:
     hint: str = ""  # ends an error that leaving out the row would avoid
     files: dict[str, Found] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def begin(self, source: Source) -> Found:
+        """What a new reading of the source finds, also of a file that is named twice."""
+        self.files[source.path] = Found(source.format)
+        return self.files[source.path]
+
+    def require_rows(self, source: Source) -> None:
+        """A UserError where reading the source has found no row."""
+        found = self.files[source.path]
+        if not found.kinds:
+            what = f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}" if found.bad else ""
+            raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
         """A row of the source `path` that cannot be used, at reading or later: a UserError, or one more skipped."""

@@ -8,8 +8,8 @@ from typing import Any
 from rwkv_miss.errors import UserError
 
 from .layouts import TOKENS, canonical
-from .report import Found, Report
-from .sources import BY_NAME, Reading, Source, sources
+from .report import Kind, Report
+from .sources import BINIDX, BY_NAME, Reading, Source, sources
 
 
 def read_rows(data_file, report: Report | None = None, reading: Reading = BY_NAME, eod: Sequence[int] = (0,)) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -25,17 +25,22 @@ def read_rows(data_file, report: Report | None = None, reading: Reading = BY_NAM
 
 def read_source(source: Source, report: Report, reading: Reading, eod: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """read_rows() of one source."""
-    found = report.files[source.path] = Found(source.format)  # of this reading, also of a file that is named twice
-    for where, record in source.read(eod):
+    found = report.begin(source)
+    for where, record in source.watched(eod, "reading"):
         try:
-            if isinstance(record, UserError):
-                raise record
-            layout, row = (TOKENS, record) if source.format == "binidx" else canonical(record, reading.fields)
+            kind, row = read_record(record, source, reading)
         except UserError as error:
             report.refuse(source.path, where, error)
             continue
-        found.kinds[layout.name, layout.used, tuple(record)] += 1
+        found.kinds[kind] += 1
         yield where, row
-    if not found.kinds:
-        what = f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}" if found.bad else ""
-        raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
+    report.require_rows(source)
+
+
+def read_record(record: Any, source: Source, reading: Reading) -> tuple[Kind, dict[str, Any]]:
+    """(what Found counts, the row) of something that source.read() gave. Raises UserError that says what is wrong with it."""
+    record = source.parse(record)
+    if isinstance(record, UserError):
+        raise record
+    layout, row = (TOKENS, record) if source.format == BINIDX else canonical(record, reading.fields)
+    return (layout.name, layout.used, tuple(record)), row

@@ -8,24 +8,26 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
 
+from ..files import is_first_process
 from . import binidx, json_text, tables, text
 from .layouts import has_layout
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without rows
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-Format = tuple[str, Callable[[str], Iterator[text.Record]]]  # name, path -> records
-JSONL: Format = ("JSONL", json_text.jsonl)
-JSON: Format = ("JSON", json_text.json_file)
+BINIDX = "binidx"  # whose rows are tokens already
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
 HEADER = 1 << 16  # characters of a header, at most
+WATCHED = 16  # records between two looks at how far the reader is
 SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 
@@ -44,15 +46,53 @@ class Reading:
 BY_NAME = Reading()
 
 
+def _as_it_is(record: Any) -> Any:
+    return record
+
+
+class Format(NamedTuple):
+    """How a file of text is read: path -> (place, what stands there), of which parse() makes the record, in another process perhaps."""
+
+    name: str
+    read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]
+    parse: Callable[[Any], Any] = _as_it_is
+
+
+JSONL = Format("JSONL", json_text.jsonl, json_text.parse_line)
+JSON = Format("JSON", json_text.json_file)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data."""
+    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read` and `parse` are a Format's, but
+    that `read` takes the ids that end a document."""
 
     path: str
     format: str
     weight: float
-    read: Callable[[Sequence[int]], Iterator[text.Record]]  # end of document -> records
+    read: Callable[[Sequence[int], text.Position], Iterator[tuple[str, Any]]]
     files: tuple[str, ...]  # what its content is in; () for a data set of the hub
+    parse: Callable[[Any], Any] = _as_it_is
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 for a data set of the hub."""
+        return sum(os.path.getsize(file) for file in self.files)
+
+    def watched(self, eod: Sequence[int], doing: str) -> Iterator[tuple[str, Any]]:
+        """read() with a bar that says what is being done."""
+        position = text.Position()
+        total, unit = (self.size / 1e6, "MB") if self.size else (100, "%")
+        with Progress(f"{doing} {self.path}", total, unit, is_first_process()) as bar:
+            for number, found in enumerate(self.read(eod, position)):
+                yield found
+                if number % WATCHED == 0:
+                    bar.update(total * position.share() - bar.done)
+
+    def records(self, eod: Sequence[int] = ()) -> Iterator[text.Record]:
+        """(place, record) of everything in it, as in text.py."""
+        for where, found in self.watched(eod, "reading"):
+            yield where, self.parse(found)
 
 
 def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[Source]:
@@ -99,9 +139,11 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
         return [detect(file, fields) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
         files = tuple(sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names))
-        return [Source(path, f"Hugging Face data set, split {split}", 1.0, lambda eod: tables.saved_dataset(path, split), files)]
+        read = lambda eod, position: tables.saved_dataset(path, split, position)  # noqa: E731
+        return [Source(path, f"Hugging Face data set, split {split}", 1.0, read, files)]
     if HUB_NAME.fullmatch(path) and not _exists(path) and not os.path.exists(path.split("/")[0]) and not path.endswith(SUFFIXES):
-        return [Source(path, f"data set of the Hugging Face hub, split {split}", 1.0, lambda eod: tables.named_dataset(path, split), ())]
+        read = lambda eod, position: tables.named_dataset(path, split, position)  # noqa: E731
+        return [Source(path, f"data set of the Hugging Face hub, split {split}", 1.0, read, ())]
     return [detect(path, fields)]
 
 
@@ -140,7 +182,7 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     """The source that a file is: by its content, and by its suffix where the content does not tell."""
     prefix = binidx.prefix_of(path)
     if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
-        return Source(path, "binidx", 1.0, functools.partial(binidx.documents, prefix), (prefix + ".bin", prefix + ".idx"))
+        return Source(path, BINIDX, 1.0, functools.partial(binidx.documents, prefix), (prefix + ".bin", prefix + ".idx"))
     if problem := _no_file(path):
         raise UserError(f"data file {path} can't be read: {problem}")
     suffix = _suffix(path)
@@ -152,11 +194,11 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     except OSError as error:
         raise UserError(f"data file {path} can't be read: {error.strerror}") from None
     if parquet or suffix == ".parquet":
-        return Source(path, "parquet", 1.0, lambda eod: tables.parquet(path), (path,))
+        return Source(path, "parquet", 1.0, lambda eod, position: tables.parquet(path, position), (path,))
     with text.open_text(path) as file:
         sample = file.read(SAMPLE)
-    name, read = _text_format(path, suffix, sample, fields)
-    return Source(path, name, 1.0, lambda eod: read(path), (path,))
+    found = _text_format(path, suffix, sample, fields)
+    return Source(path, found.name, 1.0, lambda eod, position: found.read(path, position), (path,), found.parse)
 
 
 def _no_file(path: str) -> str:
@@ -177,9 +219,9 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
     if found := _json_format(first, len(lines), suffix, len(sample) == SAMPLE, fields):
         return found
     if delimiter := _delimiter(first, suffix, fields):
-        return DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter)
+        return Format(DELIMITERS[delimiter], functools.partial(text.delimited, delimiter=delimiter))
     if suffix == ".txt":
-        return "plain text, one document", text.plain
+        return Format("plain text, one document", text.plain)
     if suffix == ".json":
         return JSON
     if suffix in JSONL_SUFFIXES or not first:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
-from .text import Record
+from .text import Position, Record
 
 BATCH = 256  # records in memory at a time
 
@@ -21,12 +21,13 @@ def _needed(package: str, path: str) -> Any:
         raise UserError(f"{path} needs the package {package.partition('.')[0]}: pip install pyarrow datasets ({error})") from None
 
 
-def parquet(path: str) -> Iterator[Record]:
+def parquet(path: str, position: Position) -> Iterator[Record]:
     """The rows of a parquet file, a batch at a time."""
     module = _needed("pyarrow.parquet", path)
     try:
         with module.ParquetFile(path) as file:
             row = 0
+            position.share = lambda: row / max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(BATCH):
                 for record in batch.to_pylist():
                     row += 1
@@ -35,7 +36,7 @@ def parquet(path: str) -> Iterator[Record]:
         raise UserError(f"data file {path} can't be read as parquet: {_first_line(error)}") from None
 
 
-def saved_dataset(path: str, split: str) -> Iterator[Record]:
+def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]:
     """The rows of a folder that Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
     module = _needed("datasets", path)
     try:
@@ -46,10 +47,10 @@ def saved_dataset(path: str, split: str) -> Iterator[Record]:
         if split not in data:
             raise UserError(f"{path} has no split {split!r}; choose one of {', '.join(data)} with --sft_split")
         data = data[split]
-    return _rows(path, data)
+    return _rows(path, data, position)
 
 
-def named_dataset(name: str, split: str) -> Iterator[Record]:
+def named_dataset(name: str, split: str, position: Position) -> Iterator[Record]:
     """The rows of a data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME/CONFIG; datasets downloads it, or takes it from its cache."""
     module = _needed("datasets", f"the data set {name}")
     owner, short, *config = name.split("/")
@@ -58,10 +59,12 @@ def named_dataset(name: str, split: str) -> Iterator[Record]:
     except Exception as error:  # no network, no such data set, split or configuration: datasets raises many kinds
         raise UserError(f"{name} is no file or folder here, and datasets can't load a data set of this name, split {split!r} (--sft_split): "
                         f"{_first_line(error)}") from None
-    return _rows(name, data)
+    return _rows(name, data, position)
 
 
-def _rows(where: str, data: Any) -> Iterator[Record]:
+def _rows(where: str, data: Any, position: Position) -> Iterator[Record]:
+    start = 0
+    position.share = lambda: start / max(len(data), 1)
     for start in range(0, len(data), BATCH):
         try:
             columns = data[start : start + BATCH]

@@ -1,18 +1,21 @@
 """Files of text, plain or gzipped, whatever their encoding; CSV and plain text.
 
 Readers give (place, record): a record is a dict, or the UserError that says why there is none, after which the reader goes on. What makes
-the rest of a file unreadable is raised.
+the rest of a file unreadable is raised. How far they are stands in a Position.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
+import functools
 import gzip
 import io
+import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rwkv_miss.errors import UserError
@@ -27,8 +30,15 @@ FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
 STRANGE = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 are read
 
 
+@dataclasses.dataclass
+class Position:
+    """How far a reader is: share() of its source, from 0 to 1."""
+
+    share: Callable[[], float] = lambda: 0.0
+
+
 @contextlib.contextmanager
-def open_text(path: str) -> Iterator[io.TextIOBase]:
+def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIOBase]:
     """The file as text with its line ends as they are. UTF-8, or what its byte order mark says; bytes that are not UTF-8 are surrogates.
 
     Raises UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by anything but gzip.
@@ -36,6 +46,8 @@ def open_text(path: str) -> Iterator[io.TextIOBase]:
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(open(path, "rb"))
+            if position is not None:
+                position.share = functools.partial(_share, file, os.path.getsize(path))
             if file.peek(2)[:2] == b"\x1f\x8b":
                 file = stack.enter_context(io.BufferedReader(stack.enter_context(gzip.open(file))))
             head = bytes(file.peek(8)[:8])
@@ -52,6 +64,10 @@ def open_text(path: str) -> Iterator[io.TextIOBase]:
         raise UserError(f"data file {path} can't be read: the gzip file is truncated or damaged ({error})") from None
     except UnicodeError as error:
         raise UserError(f"data file {path} can't be read: not {encoding.upper()} text ({error})") from None
+
+
+def _share(file: io.BufferedReader, size: int) -> float:
+    return 1.0 if file.closed else file.tell() / max(size, 1)
 
 
 def undecoded(text: str) -> UserError | None:
@@ -85,18 +101,18 @@ def whole_text(path: str) -> str:
     return content
 
 
-def plain(path: str) -> Iterator[Record]:
+def plain(path: str, position: Position) -> Iterator[Record]:
     """The whole file as one text; Windows line ends become newlines."""
     content = whole_text(path)
     if content.strip():
         yield path, {"text": content.replace("\r\n", "\n")}
 
 
-def delimited(path: str, delimiter: str) -> Iterator[Record]:
+def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]:
     """CSV with a header line. A cell may hold line breaks between double quotes; an empty cell counts as absent."""
     csv.field_size_limit(FIELD_LIMIT)
     header: list[str] = []
-    with open_text(path) as file:
+    with open_text(path, position) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         while True:
             where = f"{path}, line {reader.line_num + 1}"
