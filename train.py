@@ -7,15 +7,13 @@ from src.doorway import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import one_line_errors
     from src import config, processes, run
-    from src.lifeline import lifeline
 
 
 def main() -> None:
     with one_line_errors(), naming_missing_packages():
         processes.watch_launcher()
         settings, origins = config.parse(sys.argv[1:])
-        with lifeline(settings):
-            run.main(settings, origins)
+        run.main(settings, origins)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import rwkv_miss
 from rwkv_miss.checkpoint import RUN_FORMAT
 from rwkv_miss.errors import UserError
 
-from .checkpoints import checkpoint_name, remove_old
+from .checkpoints import checkpoint_name, keep_best, remove_old
 from .device import peak_memory
 from .files import append_line, read_lines, write_lines
+from .history import BEST
 from .rollback import LastGood
 from .state import gradient_norm, read_state, whole_gradient, write_state
 from .writers import Writer
@@ -163,6 +164,7 @@ class Saver(Callback):
                     "loss_scaling": trainer.precision_plugin.state_dict(), "recent_losses": list(self.last_good.losses),
                 })
                 remove_old(self.folder, self.keep)
+                keep_best(os.path.join(os.path.dirname(self.output), BEST), self.folder)
         except (UserError, OSError) as caught:
             error = str(caught)
         for _ in state:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import shutil
+
+from rwkv_miss.checkpoint import read_metadata
+
+CHECKPOINT = f"step-{'[0-9]' * 8}.pth"  # the pattern of checkpoint_name()
 
 
 def checkpoint_name(step: int) -> str:
@@ -16,7 +22,7 @@ def checkpoint_step(path: str) -> int:
 
 def list_checkpoints(folder: str) -> list[str]:
     """Paths of the checkpoints in a folder, oldest first. Each is whole: a file gets its name when it is complete."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*.pth")))
+    return sorted(glob.glob(os.path.join(glob.escape(folder), CHECKPOINT)))
 
 
 def remove_old(folder: str, keep: int) -> None:
@@ -25,8 +31,53 @@ def remove_old(folder: str, keep: int) -> None:
         os.remove(path)
 
 
-def remove_leftovers(*folders: str) -> None:
-    """Remove what a killed process was writing, under the temporary names of rwkv_miss.write_checkpoint."""
-    for folder in folders:
-        for path in glob.glob(os.path.join(glob.escape(folder), "*.pth.*.tmp")):
-            os.remove(path)
+def remove_leftovers(*paths: str) -> None:
+    """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these folders,
+    under the temporary names of rwkv_miss.output.whole_file. Files of others may be on their way beside them."""
+    for path in paths:
+        written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)
+        for leftover in glob.glob(f"{written}.{'[0-9a-f]' * 8}.tmp"):
+            os.remove(leftover)
+
+
+def keep_best(path: str, folder: str) -> None:
+    """Keep best.pth at `path` as it is with the newest checkpoint in a folder, under its own name there: the next one
+    that takes its place may be of a step that a resumed run does not come to."""
+    kept = os.path.join(folder, os.path.basename(path))
+    if os.path.exists(path) and _evaluation(path) != _evaluation(kept):
+        _same_file(path, kept)
+
+
+def restore_best(path: str, folder: str, wanted: dict | None) -> str:
+    """Have best.pth at `path` be the state of the evaluation `wanted`, the best one up to the step that a run goes on
+    from, or be absent where there is none or it is lost. Returns what the user should know, "" for nothing."""
+    found, wanted_one = _evaluation(path), wanted and (wanted["step"], wanted["loss"])
+    if found in (None, wanted_one):
+        return ""
+    kept, (step, _) = os.path.join(folder, os.path.basename(path)), found
+    if wanted and _evaluation(kept) == wanted_one:
+        _same_file(kept, path)
+        return f"{path}, of step {step}, is that of step {wanted['step']} again: step {step} is not reached yet"
+    os.remove(path)
+    lost = f"; the best one so far, of step {wanted['step']}, is lost" if wanted else ""
+    return f"{path}, of step {step}, is removed: step {step} is not reached yet{lost}"
+
+
+def _evaluation(path: str) -> tuple | None:
+    """(step, loss) of the evaluation whose state a file holds; None where there is no file."""
+    if not os.path.exists(path):
+        return None
+    metadata = read_metadata(path) or {}
+    return metadata.get("step"), metadata.get("validation_loss")
+
+
+def _same_file(path: str, other: str) -> None:
+    """Make `other` the same file, or a copy where there are no hard links."""
+    temporary = f"{other}.tmp"  # what a killed run leaves, the next one takes over
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)

@@ -85,7 +85,19 @@ class Lifeline:
             what = f"{self.name} can't open port {self.port}" if host else f"{self.name} does not reach the first one at {self.address}:{self.port}"
             raise UserError(f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first machine's address in a network "
                             "of all machines and a free port there, and no firewall may be between them") from None
+        self.folder_key = f"folder {key}"
         return self
+
+    def tell_folder_is_held(self) -> None:
+        """Number 0: the others may look into the run's folder now."""
+        self.store.set(self.folder_key, "held")
+
+    def wait_for_folder(self) -> None:
+        """Any other: until number 0 holds the run's folder, so that all see the same in it."""
+        try:
+            self.store.get(self.folder_key)
+        except DistError:
+            raise UserError("the first process ended before it held --proj_dir") from None
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None or issubclass(kind, SystemExit):

@@ -14,15 +14,15 @@ from rwkv_miss.errors import UserError
 from . import config as configuration
 from . import describe, ops
 from .base import build_model, read_base
-from .checkpoints import checkpoint_step, remove_leftovers
+from .checkpoints import checkpoint_step, remove_leftovers, restore_best
 from .config import Config
 from .device import DTYPES
 from .files import is_first_process, read_lines
-from .folder import alone_in, require_folder
-from .history import BEST, VALIDATION, is_over
+from .folder import folder_of_run
+from .history import BEST, VALIDATION, best, is_over
+from .lifeline import lifeline
 from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
 from .prepare import Job, check_data_files, choose_device, device_here, plan_steps, read_data
-from .processes import check_world
 from .resume import earlier_settings, find_checkpoint, inherit, keep_rows_per_step
 from .template import recorded_template
 from .writers import check_wandb, open_writers
@@ -31,9 +31,16 @@ STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells 
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
-    """Run the settings. Everything that can be wrong with them is found before the first step and before a file is written."""
+    """Run the settings in this process, which may be one of several. It looks into the folder when that is held, not
+    before."""
     started = process_start()
-    check_world(config)
+    with lifeline(config) as others, folder_of_run(config.proj_dir, others):
+        run(config, origins, started)
+
+
+def run(config: Config, origins: dict[str, str], started: float) -> None:
+    """All of main() in the held folder. Everything that can be wrong with the settings is found before the first step
+    and before a file is written."""
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
@@ -43,11 +50,9 @@ def main(config: Config, origins: dict[str, str]) -> None:
     template = recorded_template(config.template, tokenizer, config.load_model)
     if config.init_only:
         if is_first_process():
-            require_folder(config.proj_dir)
             write_new_model(config, arch, tokenizer)
         return
     check_data_files(config)
-    require_folder(config.proj_dir)
     if config.wandb and is_first_process():
         check_wandb(config.wandb)
     resume_from = find_checkpoint(config, before)
@@ -65,13 +70,20 @@ def main(config: Config, origins: dict[str, str]) -> None:
     plan = describe.plan(job) + describe.resume(job, before, resume_from, over)
     if is_first_process():
         print("\n".join(plan), flush=True)
+        if resume_from:
+            put_best_back(config, history)
     if over:
         if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
             finish(config, plan, first_step, job.steps)
         return
-    os.makedirs(config.proj_dir, exist_ok=True)
-    with alone_in(config.proj_dir) if is_first_process() else contextlib.nullcontext():
-        train(job, plan, started, history, resume_from)
+    train(job, plan, started, history, resume_from)
+
+
+def put_best_back(config: Config, history: list[dict]) -> None:
+    """Have best.pth be that of the history: it may be of a step after the one that the run goes on from."""
+    note = restore_best(os.path.join(config.proj_dir, BEST), os.path.join(config.proj_dir, CHECKPOINTS), best(history))
+    if note:
+        print(f"note:      {note}", flush=True)
 
 
 def train(job: Job, plan: list[str], started: float, history: list[dict], resume_from: str | None) -> None:
@@ -85,7 +97,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     config, model, held_out = job.config, job.model, job.data.held_out
     folder, checkpoints = config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS)
     if is_first_process():
-        remove_leftovers(folder, checkpoints)
+        remove_leftovers(output_path(config), os.path.join(folder, BEST), checkpoints)
         for name in () if resume_from else (BEST, VALIDATION):  # of a run that was killed before its first checkpoint
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))

@@ -1,5 +1,6 @@
 """Nothing is lost: killed at any moment, out of disk, on another number of processes, after a NaN, a run goes on to the same losses."""
 
+import concurrent.futures
 import errno
 import functools
 import json
@@ -9,6 +10,8 @@ import random
 import resource
 import shutil
 import signal
+import sys
+import time
 import types
 
 import pytest
@@ -277,14 +280,69 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_the_next_one_nothing(ru
     assert "best" not in json.loads((tmp_path / "run/run.json").read_text())
 
 
-def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
-    (tmp_path / "run").mkdir()
-    with alone_in(str(tmp_path / "run")):
-        code, output = run("run")
-    assert code == 2 and f"another run is writing into {tmp_path}/run now" in output and os.listdir(tmp_path / "run") == []
-    succeed(run("run", "--epoch_steps", "1"))
-    with alone_in(str(tmp_path / "run")):  # given back at its end
+def pause(change, tell, go, rank):
+    """Wait before a file is opened or renamed whose path contains `change`, once, until the file `go` is there."""
+    waited = []
+
+    def hook(event, args):
+        if event in ("open", "os.rename") and change in str(args[0]) and not waited:
+            waited.append(True)
+            tell.touch()
+            while not go.exists():
+                time.sleep(0.01)
+
+    sys.addaudithook(hook)
+
+
+def contents(folder):
+    """Relative path -> (bytes, time of the last change) of all files, and of the folders the times."""
+    return {str(path.relative_to(folder)): (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns)
+            for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("moment", ["rows.jsonl", "run.json"])
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_two_runs_do_not_share_a_folder(run, tmp_path, moment, resume):
+    """One is paused when it reads its data, for which it has looked into the folder, or when it ends; another begins."""
+    proj_dir, tell, go = (tmp_path / name for name in ("run", "tell", "go"))
+    if resume == "auto":
+        succeed(run("run", "--epoch_steps", "1"))
+    flags = ["--epoch_steps", "2", "--resume", resume]
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        first = thread.submit(run, "run", *flags, sabotage=functools.partial(pause, moment, tell, go))
+        try:
+            while not tell.exists() and not first.done():
+                time.sleep(0.01)
+            before = contents(proj_dir)
+            code, output = run("run", *flags, "--lr_schedule", "cos" if resume == "auto" else "constant")
+            assert code == 2 and f"error: another run is writing into {proj_dir} now" in output, output
+            assert contents(proj_dir) == before
+        finally:
+            go.touch()
+    succeed(first.result())
+    assert len(losses(proj_dir)) == 2 and "lr_schedule: cos" in (proj_dir / "config.yaml").read_text()
+    with alone_in(str(proj_dir)):  # given back at its end
         pass
+
+
+def test_a_folder_that_a_refused_run_made_is_removed(run, tmp_path):
+    """And a run that waits for a folder that is just being removed makes its own."""
+    code, output = run("deep/run", "--data_file", str(tmp_path / "none.jsonl"))
+    assert code == 2 and os.listdir(tmp_path) == [], output
+    with alone_in(str(tmp_path / "deep/run")):
+        assert os.listdir(tmp_path / "deep") == ["run"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_leftovers_of_the_run_itself_are_removed(run, tmp_path):
+    proj_dir = tmp_path / "run"
+    (proj_dir / "checkpoints").mkdir(parents=True)
+    own = ["adapter.pth.0123abcd.tmp", "best.pth.0123abcd.tmp", "checkpoints/step-00000001.pth.0123abcd.tmp"]
+    others = ["merged.pth.0123abcd.tmp", "adapter.pth.mine.tmp", "step-00000001.pth.0123abcd.tmp", "checkpoints/mine.pth.0123abcd.tmp"]
+    for name in own + others:
+        (proj_dir / name).touch()
+    succeed(run("run", "--epoch_steps", "1"))
+    assert [name for name in own + others if (proj_dir / name).exists()] == others
 
 
 def test_the_newest_checkpoints_stay(run, tmp_path):

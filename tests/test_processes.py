@@ -1,5 +1,6 @@
 """What launchers tell, and that no rank outlives another."""
 
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 import src.agreement
+import src.folder
 import src.lifeline
 from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
@@ -191,6 +194,27 @@ def test_members_that_leave_one_after_another_disturb_nobody():
     codes, logs = members_of(dict.fromkeys(range(3), "leaves"))
     assert codes == [0, 0, 0]
     assert not any(logs)
+
+
+def test_the_others_look_into_the_folder_when_the_first_one_holds_it(tmp_path, monkeypatch):
+    """In threads, each of which is told its rank."""
+    port, order = program.free_port(), []
+    ranks = {}
+    monkeypatch.setattr(src.folder, "is_first_process", lambda: ranks[threading.get_ident()] == 0)
+
+    def member(rank):
+        ranks[threading.get_ident()] = rank
+        with Lifeline(rank, 2, "127.0.0.1", port) as line:
+            if rank == 0:
+                time.sleep(0.3)
+                order.append("about to hold it")
+            with src.folder.folder_of_run(str(tmp_path / "run"), line):
+                order.append(f"{rank} is in")
+                time.sleep(0.3)  # the first one stays until the other has answered
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        list(threads.map(member, (1, 0)))
+    assert order[0] == "about to hold it" and sorted(order[1:]) == ["0 is in", "1 is in"]
 
 
 def test_a_stranger_at_the_port_is_no_member(monkeypatch, capsys):

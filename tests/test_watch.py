@@ -195,6 +195,30 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     assert losses(whole) == losses(proj_dir)
 
 
+def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, tmp_path):
+    """Step 2 is the best one up to the checkpoint of step 3; step 4 was better, and the run does not come to it again."""
+    whole, proj_dir, lost = (tmp_path / name for name in ("whole", "run", "lost"))
+    flags = ["--eval_split", "0.2", "--eval_samples", "0", "--eval_steps", "1", "--save_steps", "3", "--micro_bsz", "1",
+             "--lr_schedule", "constant", "--peft_config", "r=5"]
+    script = functools.partial(scripted, [9.0, 5.0, 4.0, 4.5, 3.0, 3.5])
+    stop = functools.partial(at_file, "validation.jsonl", 8, proj_dir, kill)  # before the line of step 5
+    code, output = start(files, proj_dir, *flags, "--epoch_steps", "6", sabotage=functools.partial(in_turn, script, stop))
+    assert code and read_metadata(proj_dir / "best.pth")["step"] == 4, output
+    shutil.copytree(proj_dir, lost)
+    (lost / "checkpoints/best.pth").unlink(missing_ok=True)  # as earlier versions leave a folder
+
+    succeed(start(files, whole, *flags, "--epoch_steps", "3", sabotage=script))
+    output = succeed(start(files, proj_dir, *flags, "--epoch_steps", "3", "--resume", "auto"))
+    assert f"{proj_dir}/best.pth, of step 4, is that of step 2 again: step 4 is not reached yet" in output
+    assert same_tensors(proj_dir / "best.pth", whole / "best.pth")
+    assert {name: summary(proj_dir)[name] for name in ("best_step", "validation_best")} == {"best_step": 2, "validation_best": 4.0}
+
+    worse = functools.partial(scripted, [9.0, 5.0, 4.0, 4.5, 6.0])
+    output = succeed(start(files, lost, *flags, "--epoch_steps", "4", "--resume", "auto", sabotage=worse))
+    assert "best.pth, of step 4, is removed: step 4 is not reached yet; the best one so far, of step 2, is lost" in output
+    assert not (lost / "best.pth").exists() and "best" not in summary(lost)
+
+
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
     flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "1", "--micro_bsz", "3"]
     stop = functools.partial(at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt)  # in step 2, so that step 3 is the last
