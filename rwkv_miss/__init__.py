@@ -1,4 +1,9 @@
 """MiSS and other adapters for RWKV checkpoints: inject, train, save, merge. Needs torch and the standard library only."""
+# ruff: noqa: E402  (torch is imported after the first call)
+
+from .interrupts import end_program_at_once
+
+end_program_at_once()
 
 from . import methods  # noqa: F401  (registers the methods)
 from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register

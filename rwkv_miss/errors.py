@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 
+from .interrupts import EXIT_CODE, answered
 from .progress import clear
 
 # what a machine refuses whoever asks: no mistake of the program
@@ -40,7 +41,8 @@ def one_line_errors():
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            yield
+            with answered():
+                yield
         except BaseException:
             clear()  # of a bar that was being drawn
             raise
@@ -51,7 +53,7 @@ def one_line_errors():
         sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_CODE)
     except UserError as error:
         print("error:", printable(str(error)), file=sys.stderr)
         sys.exit(2)

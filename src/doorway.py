@@ -17,23 +17,30 @@ LIBRARY_SETTINGS = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACI
 
 @contextlib.contextmanager
 def importing():
-    """Around a program's first imports: Ctrl-C ends it at once and silently, a missing package is named, and torch's libraries get LIBRARY_SETTINGS.
+    """Around a program's first imports: Ctrl-C ends it at once, a missing package is named, and torch's libraries get LIBRARY_SETTINGS.
 
-    An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback.
+    An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback or be
+    lost. From one_line_errors() on, rwkv_miss.interrupts answers.
     """
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     before = signal.getsignal(signal.SIGINT)
     # whoever ignores Ctrl-C, as nohup does, has reasons
-    quick = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if quick:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, _end_at_once)
     try:
         with naming_missing_packages():
             yield
     finally:
-        if quick:
+        if ours:
             signal.signal(signal.SIGINT, before)
+
+
+def _end_at_once(signum, frame) -> None:
+    """That of rwkv_miss.interrupts, which can't be imported before torch is."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 @contextlib.contextmanager

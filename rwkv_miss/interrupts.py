@@ -1,0 +1,66 @@
+"""What Ctrl-C does to a program of this project: exit code 130 and one line. Standard library only.
+
+Where files may have to be put away it raises KeyboardInterrupt. In the middle of an import the process ends at once:
+an exception may be lost there, or meet the C++ of a package that is half loaded. Nothing of ours is being written then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
+LINE = b"interrupted\n"
+
+
+def end_at_once(signum: int = signal.SIGINT, frame: FrameType | None = None) -> None:
+    """Handler of a signal: one line, and the end, with neither exceptions nor the interpreter's own tidying."""
+    os.write(2, b"\r\x1b[K" + LINE if os.isatty(2) else LINE)
+    os._exit(EXIT_CODE)
+
+
+def answer(signum: int, frame: FrameType | None) -> None:
+    """Handler of Ctrl-C: KeyboardInterrupt, or the end at once in the middle of an import."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            end_at_once()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def answered():
+    """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C, unless that is ignored, as under nohup.
+
+    An interrupt in the destructor of an object or in a callback from C, which Python would only print, ends the
+    process, too.
+    """
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def keep_interrupts(unraisable) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            end_at_once()
+        hook(unraisable)
+
+    signal.signal(signal.SIGINT, answer)
+    sys.unraisablehook = keep_interrupts
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
+
+
+def end_program_at_once() -> None:
+    """Have Ctrl-C end the process at once where this package is the program: its imports precede its first line."""
+    started = os.path.basename(sys.argv[0]) if sys.argv else ""
+    as_module = started == "-m" and "rwkv_miss" in sys.orig_argv  # what runpy puts there while it looks for the module
+    if (as_module or started.startswith("rwkv-miss")) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
