@@ -12,20 +12,48 @@ import torch
 from rwkv_miss import write_checkpoint
 from src.model import RWKV, default_arch
 
+# what decides which kernels run: x86's names in /proc/cpuinfo, then ARM's (asimd is NEON)
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16",
+                "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
+
+
+def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
+    """Name, family, model and the INSTRUCTIONS of this machine's first CPU; ARM's implementer and part where it has those."""
+    try:
+        with open(path) as info:
+            lines = info.read().partition("\n\n")[0].splitlines()
+    except OSError:  # no Linux
+        return {"name": platform.processor() or platform.machine()}
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    found = {"name": facts.get("model name") or platform.machine()}
+    numbers = {"family": "cpu family", "model": "model", "implementer": "CPU implementer", "part": "CPU part"}
+    for key, name in numbers.items():
+        if name in facts:
+            found[key] = int(facts[name], 0)
+    return found | {"instructions": [name for name in INSTRUCTIONS if name in flags]}
+
+
+def machine_line() -> str:
+    """The CPU in words: "AMD EPYC (family 26, model 2), 2 cores, avx2 avx512f"."""
+    facts = cpu()
+    numbers = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("name", "instructions"))
+    name = f"{facts['name']} ({numbers})" if numbers else facts["name"]
+    return ", ".join(filter(None, [name, f"{os.cpu_count()} cores", " ".join(facts.get("instructions", []))]))
+
 
 def environment() -> dict[str, object]:
     """Machine, versions and commit, for a benchmark's JSON line."""
-    with open("/proc/cpuinfo") as info:
-        name = next((line.partition(": ")[2].strip() for line in info if line.startswith("model name")), platform.machine())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
-        "machine": f"{name}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+        "machine": machine_line(), "cpu": cpu(), "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit,
     }
 
 
 def report(benchmark: str, **figures) -> None:
-    """The last line of a benchmark's output."""
+    """The last lines of a benchmark's output: the machine for people, and JSON with all of it."""
+    print(f"measured on {machine_line()}")
     print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
 
 

@@ -1,9 +1,10 @@
 """Matrix products for the adapters' operators, without autograd. x (N, in), weight (out, in), bias (out,), all of one dtype -> (N, out).
 
-In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those use half of the width of an AMD CPU's vectors, and were 2.2 times as
-slow on one with AVX-512 (docs/worklog.md). The operator that leads there is the one of torch.compile, which has no public name; where torch
-does not have it, and in every other dtype and device, the products are torch's own. A weight is contiguous or the transposed view of one: no
-copy is made. (Of any other view oneDNN would make the product by its plain loops, a thousand times as slow: torch's is taken.)
+In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those took 2.1 times as long on one AMD CPU with
+AVX-512, and 1.1 times on another, of family 25 model 17 (docs/speed.md). The operator that leads there is the one of
+torch.compile, which has no public name; where torch does not have it, and in every other dtype and device, the products
+are torch's own. A weight is contiguous or the transposed view of one: no copy is made. (Of any other view oneDNN would
+make the product by its plain loops, a thousand times as slow: torch's is taken.)
 """
 
 from __future__ import annotations
