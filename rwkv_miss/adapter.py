@@ -195,7 +195,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x (W + delta)^T + bias, x (..., in) -> (..., out)."""
-        return F.linear(x, (self.base_weight() + self.delta()).to(x.dtype), self.bias)
+        x = functional.autocast(x)
+        with functional.without_autocast(x.device):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, (self.base_weight() + self.delta()).to(x.dtype), bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """forward() of the base file's linear. A method that changes the frozen weight overrides it."""

@@ -1,7 +1,8 @@
 """The adapters' linear maps as torch operators, each with the smallest set of tensors kept for the backward.
 
 Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
-x, weight and y share a dtype; D, A and B are fp32 and are cast to it for the product (`rank` columns, so the cast is cheap).
+y has the dtype of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's dtype, as for
+torch's own linear; fp64 stays. What is kept of a weight is the parameter itself, where torch keeps its cast copy.
 The frozen weight gets a gradient only when it asks for one; only then x is kept. It may be quantised (quantised.py): it is expanded for
 each product, and what is kept is the quantised one.
 
@@ -12,6 +13,9 @@ same S; the mean direction itself is one more row of P: x dW^T = S D with S = x 
 """
 
 from __future__ import annotations
+
+import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +83,35 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bo
         rest.add_(parts[count % len(parts)][1][:, : rest.shape[1]])
 
 
+def in_autocast(device: torch.device) -> bool:
+    """Whether somebody's torch.autocast holds for a device. torch.is_autocast_enabled() fails for types that have none, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context for what is computed in the dtypes of its tensors, whatever the caller's torch.autocast."""
+    return torch.autocast(device.type, enabled=False) if in_autocast(device) else contextlib.nullcontext()
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype of the caller's torch.autocast, or as it is where there is none, and in fp64."""
+    if not in_autocast(x.device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _in_own_dtypes(function):
+    """Decorator for an operator's forward or backward: no autocast reaches its products, also where backward() is called inside of one."""
+    @functools.wraps(function)
+    def compute(*args):
+        tensor = next((a for a in args if isinstance(a, Tensor)), None)
+        if tensor is None or not in_autocast(tensor.device):
+            return function(*args)
+        with without_autocast(tensor.device):
+            return function(*args)
+    return compute
+
+
 def _define(name: str, arguments: str, forward, shapes, context, backward) -> None:
     """Register rwkv_miss::name(arguments) -> (y, kept) on every device, with its shapes for tracing and its gradient.
 
@@ -86,9 +119,9 @@ def _define(name: str, arguments: str, forward, shapes, context, backward) -> No
     """
     name = f"rwkv_miss::{name}"
     torch.library.define(name, f"({arguments}) -> (Tensor, Tensor)")
-    torch.library.impl(name, "default", forward)
+    torch.library.impl(name, "default", _in_own_dtypes(forward))
     torch.library.register_fake(name, shapes)
-    torch.library.register_autograd(name, backward, setup_context=context)
+    torch.library.register_autograd(name, _in_own_dtypes(backward), setup_context=context)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,13 +143,18 @@ def _once(dy: Tensor) -> None:
         raise RuntimeError("the adapters' operators have no second derivative; leave out create_graph=True")
 
 
-def _matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool) -> Tensor:
-    return weight.t() if transposed else dense(weight, width, dtype)
+def _matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """The weight (out, in) in the dtype of a product; `transposed`: it is (in, out)."""
+    return weight.t().to(dtype) if transposed else dense(weight, width, dtype).to(dtype)
+
+
+def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
 
 
 def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
     matrix = _matrix(weight, x.shape[-1], x.dtype, transposed)
-    return product(_rows(x), matrix, bias).view(*x.shape[:-1], matrix.shape[0]), x.new_empty(0)
+    return product(_rows(x), matrix, _bias(bias, x.dtype)).view(*x.shape[:-1], matrix.shape[0]), x.new_empty(0)
 
 
 def _linear_shapes(x, weight, bias, transposed):
@@ -151,20 +189,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
 
     A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter with it.
     """
-    if torch.is_autocast_enabled(x.device.type):  # which knows F.linear, and casts its arguments
-        return F.linear(x, weight.t() if transposed else weight, bias)
-    return torch.ops.rwkv_miss.linear(x, weight, bias, transposed)[0]
+    return torch.ops.rwkv_miss.linear(autocast(x), weight, bias, transposed)[0]
 
 
 def _miss_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool, balanced: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    rows, D = _rows(x), D.to(x.dtype)
+    rows, D, bias = _rows(x), D.to(x.dtype), _bias(bias, x.dtype)
     rank = D.shape[0] - balanced
     s = shard_sum(rows, rank, contiguous, balanced)
     if scale != 1:
         s[:, :rank].mul_(scale)
-    matrix = dense(weight, x.shape[-1], x.dtype)
+    matrix = _matrix(weight, x.shape[-1], x.dtype)
     if D.shape[1] == len(matrix):
         y = product_plus(rows, matrix, bias, s, D)
     else:
@@ -197,7 +233,7 @@ def _miss_backward(ctx, dy, _ds):
         ds = product(part, D.to(dy.dtype))
         if scale != 1:
             ds[:, : len(D) - balanced].mul_(scale)
-        dx = product(dy, dense(weight, ctx.x_shape[-1], dy.dtype).t())
+        dx = product(dy, _matrix(weight, ctx.x_shape[-1], dy.dtype).t())
         add_expanded_(dx, ds, contiguous, balanced)
         dx = dx.view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
@@ -219,7 +255,7 @@ def miss_linear(
     `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean. D of shape (r, m) with m < out stands
     for its columns over and over, D[:, o mod m]; the last ones are cut off where m does not divide out.
     """
-    return torch.ops.rwkv_miss.miss_linear(x, weight, bias, D, contiguous, balanced, scale)[0]
+    return torch.ops.rwkv_miss.miss_linear(autocast(x), weight, bias, D, contiguous, balanced, scale)[0]
 
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
@@ -247,7 +283,7 @@ def _lora_forward(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
     h = product(dropped(rows, dropout, seed), A.to(x.dtype))
-    y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, h, (scale * B).to(x.dtype).t())
+    y = product_plus(rows, _matrix(weight, x.shape[-1], x.dtype), _bias(bias, x.dtype), h, (scale * B).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -272,7 +308,7 @@ def _lora_backward(ctx, dy, _dh):
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         dh = product(dy, (ctx.scale * B).to(dy.dtype).t())
     if ctx.needs_input_grad[0]:
-        matrix = dense(weight, ctx.x_shape[-1], dy.dtype)
+        matrix = _matrix(weight, ctx.x_shape[-1], dy.dtype)
         if seed is None:
             dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(ctx.x_shape)
         else:
@@ -297,7 +333,7 @@ def lora_linear(
 
     The dropped places are drawn again in the backward, which takes less time than to read them from memory and no room.
     """
-    return torch.ops.rwkv_miss.lora_linear(x, weight, bias, A, B, scale, dropout, seed)[0]
+    return torch.ops.rwkv_miss.lora_linear(autocast(x), weight, bias, A, B, scale, dropout, seed)[0]
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
@@ -340,4 +376,4 @@ def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tens
 
     The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 % below, before it is used.
     """
-    return torch.ops.rwkv_miss.times_columns(x, factor, bias)[0]
+    return torch.ops.rwkv_miss.times_columns(autocast(x), factor, bias)[0]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _define, _once, _rows, _weight_gradients, add_expanded_, add_repeated_, shard_sum
+from .functional import _bias, _define, _matrix, _once, _rows, _weight_gradients, add_expanded_, add_repeated_, autocast, shard_sum
 from .gemm import product, product_onto, product_plus
-from .quantised import dense
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -30,7 +29,7 @@ def _expand_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -
     shards = _output_shards(y, len(D))
     for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
         add_repeated_(shard, part)
-    y = product_onto(y, rows, dense(weight, x.shape[-1], x.dtype), bias)
+    y = product_onto(y, rows, _matrix(weight, x.shape[-1], x.dtype), bias)
     return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
@@ -52,7 +51,7 @@ def _expand_backward(ctx, dy, _):
     dy, dx, dD = _rows(dy), None, None
     dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
     if ctx.needs_input_grad[0]:
-        dx = product_plus(dy, dense(weight, x.shape[-1], dy.dtype).t(), None, dh, D.to(dy.dtype)).view(x.shape)
+        dx = product_plus(dy, _matrix(weight, x.shape[-1], dy.dtype).t(), None, dh, D.to(dy.dtype)).view(x.shape)
     if ctx.needs_input_grad[3]:
         dD = product(dh.t().contiguous(), _rows(x).t()).to(D.dtype)
     return dx, *_weight_gradients(ctx, dy, x), dD
@@ -63,7 +62,7 @@ _define("expand_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D", _exp
 
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
     """y = x W^T + bias + expand(x D^T): D (r, in), and each of the r numbers counts for one shard of neighbouring outputs. Kept: x."""
-    return torch.ops.rwkv_miss.expand_linear(x, weight, bias, D)[0]
+    return torch.ops.rwkv_miss.expand_linear(autocast(x), weight, bias, D)[0]
 
 
 def _vera_forward(
@@ -71,7 +70,7 @@ def _vera_forward(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
     h = product(rows, A.to(x.dtype).contiguous())
-    y = product_plus(rows, dense(weight, x.shape[-1], x.dtype), bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
+    y = product_plus(rows, _matrix(weight, x.shape[-1], x.dtype), _bias(bias, x.dtype), h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -94,7 +93,7 @@ def _vera_backward(ctx, dy, _dh):
     dy, dx = _rows(dy), None
     if ctx.needs_input_grad[0]:
         dh = product(dy, (b.unsqueeze(1) * B * d).to(dy.dtype).t())
-        matrix = dense(weight, ctx.x_shape[-1], dy.dtype)
+        matrix = _matrix(weight, ctx.x_shape[-1], dy.dtype)
         dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype).contiguous()).view(ctx.x_shape)
     by_entry = product(dy.t(), h.t()).to(B.dtype).mul_(B)  # what every entry of B gives to the two vectors
     return dx, *_weight_gradients(ctx, dy, x), None, None, b @ by_entry, by_entry @ d
@@ -108,7 +107,7 @@ _define(
 
 def vera_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out). Kept: x A^T."""
-    return torch.ops.rwkv_miss.vera_linear(x, weight, bias, A, B, d, b)[0]
+    return torch.ops.rwkv_miss.vera_linear(autocast(x), weight, bias, A, B, d, b)[0]
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
@@ -131,7 +130,8 @@ def _bat_change(weight: Tensor, D: Tensor, start: Tensor | None) -> Tensor:
 
 
 def _bat_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
-    rows, matrix, D = _rows(x), dense(weight, x.shape[-1], x.dtype), D.to(x.dtype)
+    rows, matrix, D = _rows(x), _matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
+    bias = _bias(bias, x.dtype)
     # in half precision what is small is kept apart: x and W are on the grid that their sums with it would be rounded to
     half = x.dtype.itemsize < 4
     if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
@@ -163,7 +163,7 @@ def _bat_backward(ctx, dy, _):
     _once(dy)
     x, weight, kept = ctx.saved_tensors
     dy, rows, dx, dweight, dD = _rows(dy), _rows(x), None, None, None
-    matrix, D, rank = dense(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
+    matrix, D, rank = _matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
     if ctx.by_row:
         dx = product(dy, matrix.t())
         moved = dx.clone()  # the gradient of what the blocks were multiplied to
@@ -194,4 +194,4 @@ def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row
     product, and the gradient of the whole weight with it: 1.5 times the products of the frozen linear. In half precision either needs the product
     with dW apart, half a frozen linear more.
     """
-    return torch.ops.rwkv_miss.bat_linear(x, weight, bias, D, by_row)[0]
+    return torch.ops.rwkv_miss.bat_linear(autocast(x), weight, bias, D, by_row)[0]

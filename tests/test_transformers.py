@@ -14,7 +14,10 @@ from rwkv_miss.inject import adapter_tensors
 
 from .conftest import close
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="the test extra is absent: pip install transformers")
+needs_transformers = pytest.mark.skipif(
+    not importlib.util.find_spec("transformers"), reason="the test extra is absent: pip install transformers"
+)
+pytestmark = needs_transformers
 
 
 def new(kind, task, **sizes):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import register
 from ..errors import UserError
+from ..functional import without_autocast
 from .lora import LoraLinear, ScaledOptions, check_rank
 
 TRAINED = ("lora_A", "lora_E", "lora_B")
@@ -129,7 +130,9 @@ class AdaLoraLinear(LoraLinear):
             A, _, B = layer.trained().values()
             with gather([A, B]):
                 for rows in (A.clone(), B.t().clone()):  # the parameters themselves may be shared out when the backward comes
-                    terms.append(torch.linalg.matrix_norm(rows @ rows.t() - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)))
+                    with without_autocast(rows.device):
+                        product = rows @ rows.t()
+                    terms.append(torch.linalg.matrix_norm(product - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)))
         return options.orth * torch.stack(terms).mean()
 
     @classmethod

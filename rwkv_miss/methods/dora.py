@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..adapter import prepare_again, register
 from ..errors import UserError
-from ..functional import times_columns
+from ..functional import times_columns, without_autocast
 from ..gemm import product
 from ..quantised import dense
 from .lora import LoraLinear, Options
@@ -46,12 +46,15 @@ class DoraLinear(LoraLinear):
     def _norms(self, dtype: torch.dtype) -> Tensor:
         """||V|| row by row, (out); W A^T is computed in `dtype`."""
         A, B = self.lora_A, self.lora_B
-        cross = product(dense(self.weight, self.in_features, dtype), A.to(dtype))
+        cross = product(dense(self.weight, self.in_features, dtype).to(dtype), A.to(dtype))
         squares = self.squares + self.scale * (B * (2 * cross + self.scale * (B @ (A @ A.t())))).sum(1)
         return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        return times_columns(self.lora_forward(x, None), self.magnitude / self._norms(x.dtype), self.bias)
+        y = self.lora_forward(x, None)
+        with without_autocast(y.device):
+            factor = self.magnitude / self._norms(y.dtype)
+        return times_columns(y, factor, self.bias)
 
     def low_rank(self) -> None:
         return None

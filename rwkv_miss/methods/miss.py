@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import AdapterLinear, prepare_again, register
 from ..errors import UserError
-from ..functional import add_expanded_, miss_linear, shard_index, shard_signs, shard_sum, times_columns
+from ..functional import add_expanded_, miss_linear, shard_index, shard_signs, shard_sum, times_columns, without_autocast
 from ..peers import expand_linear, output_shard_index
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
@@ -165,4 +165,6 @@ class MissLinear(AdapterLinear):
         if self.magnitude is None:
             return miss_linear(x, self.weight, self.bias, self.miss, self.contiguous, self.balanced, self.scale)
         y = miss_linear(x, self.weight, None, self.miss, self.contiguous, self.balanced, self.scale)
-        return times_columns(y, self.magnitude / self._norms(), self.bias)
+        with without_autocast(y.device):
+            factor = self.magnitude / self._norms()
+        return times_columns(y, factor, self.bias)
