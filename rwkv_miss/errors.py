@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 
-from .interrupts import EXIT_CODE, answered
+from .interrupts import EXIT_CODE, answered, say_interrupted
 from .progress import clear
 
 # what a machine refuses whoever asks: no mistake of the program
@@ -52,7 +52,7 @@ def one_line_errors():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at the end
         sys.exit(141)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say_interrupted()
         sys.exit(EXIT_CODE)
     except UserError as error:
         print("error:", printable(str(error)), file=sys.stderr)

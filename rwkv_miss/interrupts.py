@@ -14,12 +14,18 @@ import threading
 from types import FrameType
 
 EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
-LINE = b"interrupted\n"
+
+
+def say_interrupted() -> None:
+    """The line, from the first of a run's processes; the system's own call, as print() may be what was interrupted."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    if rank == "0":
+        os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
 
 
 def end_at_once(signum: int = signal.SIGINT, frame: FrameType | None = None) -> None:
     """Handler of a signal: one line, and the end, with neither exceptions nor the interpreter's own tidying."""
-    os.write(2, b"\r\x1b[K" + LINE if os.isatty(2) else LINE)
+    say_interrupted()
     os._exit(EXIT_CODE)
 
 

@@ -39,7 +39,8 @@ def importing():
 
 def _end_at_once(signum, frame) -> None:
     """That of rwkv_miss.interrupts, which can't be imported before torch is."""
-    os.write(2, b"interrupted\n")
+    if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0":
+        os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
     os._exit(130)
 
 
