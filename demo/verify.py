@@ -39,8 +39,8 @@ def main() -> None:
         with open(args.summary, encoding="utf-8") as file:
             seconds = json.load(file)["train_seconds"]
         print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
-        for (question, _), first, second in list(zip(questions, wrong, answers))[:8]:
-            print(f"{_short(question):<60.60} {first:<12.12} {second:<12.12}")
+        for question, first, second in list(zip(questions, wrong, answers, strict=True))[:8]:
+            print(f"{_short(question.pieces):<60.60} {first:<12.12} {second:<12.12}")
         print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
         print(json.dumps({
             "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,

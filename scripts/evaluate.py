@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import sys
 
 from src.doorway import importing, naming_missing_packages
 
@@ -15,13 +15,13 @@ with importing():
     from src.code_tests import passed, read_problems
     from src.config import FIELDS
     from src.device import DTYPES
-    from src.evaluate import answers_to, read_questions
+    from src.evaluate import LIMITS, THOUGHTS, Answer, Question, answer_limit, answers_to, read_questions
     from src.files import write_text
     from src.formats import Reading
     from src.load import load
-    from src.template import load_template, recorded_template
+    from src.template import MODES, load_template, recorded_template
 
-Questions = list[tuple[list[str], Any]]
+WARN_CUT = 0.01  # share of answers that reach the limit, from which on the user is warned
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,50 +31,74 @@ def main(argv: list[str] | None = None) -> None:
             model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
             template = recorded_template(args.template, tokenizer, args.adapter, args.model)
             questions = read(args, template)
-            answers = answers_to(model, tokenizer, questions, args.max_tokens, template, args.batch)
+            limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
+            answers = answers_to(model, tokenizer, questions, limit, template, args.batch)
         else:
             questions = read(args, load_template(args.template))
+            limit = None
             answers = saved(args.answers, len(questions))
         if args.save:
-            rows = ({"prompt": "".join(pieces), "answer": answer} for (pieces, _), answer in zip(questions, answers))
+            rows = ({"prompt": "".join(question.pieces), "answer": answer.text, "cut": answer.cut}
+                    for question, answer in zip(questions, answers, strict=True))
             write_text(args.save, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        cut = sum(answer.cut for answer in answers)
+        print(describe_cut(cut, len(answers), limit))
+        if cut >= WARN_CUT * len(answers) and cut:
+            print(f"warning: {cut / len(answers):.1%} of the answers were cut, and may be wrong for that alone; "
+                  "--max_tokens N lets them go on", file=sys.stderr)
         if args.score == "code" and not args.run_code:
             print(f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code --run_code runs them")
             return
-        right = judged(args.score, answers, questions)
-        for (pieces, wanted), answer, is_right in list(zip(questions, answers, right))[: args.show]:
-            expected = "" if is_right else f", {'fails the tests' if args.score == 'code' else f'right is {wanted!r}'}"
-            print(f"{''.join(pieces)!r} -> {answer!r}{expected}")
+        texts = [answer.text for answer in answers]
+        right = judged(args.score, texts, questions)
+        for question, answer, is_right in list(zip(questions, texts, right, strict=True))[: args.show]:
+            expected = ""
+            if not is_right:
+                expected = ", fails the tests" if args.score == "code" else f", right is {question.right!r}"
+            print(f"{''.join(question.pieces)!r} -> {answer!r}{expected}")
         print(json.dumps({"accuracy": sum(right) / len(right), "score": args.score, "questions": len(questions), "model": args.model,
-                          "adapter": args.adapter, "answers": args.answers}))
+                          "adapter": args.adapter, "answers": args.answers, "max_tokens": limit, "cut": cut}))
+
+
+def describe_cut(cut: int, count: int, limit: int | None) -> str:
+    """How many of `count` answers reached the limit of tokens; None: the one that they were made with."""
+    return f"{cut:,} of {count:,} answers ({cut / count:.1%}) reach the limit of {f'{limit:,} ' if limit else ''}tokens"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. UserError for those that do not go together, before a model is loaded."""
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
-    parser.add_argument("--model")
-    parser.add_argument("--adapter")
-    parser.add_argument("--questions", required=True, help="questions and right answers, in any format of train.py's --data_file; with --score code "
-                                                           "HumanEval or MBPP")
+    add = parser.add_argument
+    add("--model", help="the model that answers: base or merged .pth")
+    add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
+    add("--questions", required=True,
+        help="questions and right answers, in any format of train.py's --data_file; with --score code HumanEval or MBPP")
     for name in ("sft_field", "sft_split"):
-        parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
-    parser.add_argument("--score", default="exact", choices=(*SCORES, "code"),
-                        help="an answer is right if it is, as a whole, the right one (exact), ends in the same number (number: GSM8K), has an "
-                             "equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, MBPP)")
-    parser.add_argument("--run_code", action="store_true",
-                        help="with --score code: run the model's programs on this machine, with limits of time and memory but in no sandbox")
-    parser.add_argument("--save", help="write prompts and answers to this JSONL file")
-    parser.add_argument("--answers", help="score the answers of such a file, without a model")
-    parser.add_argument("--tokenizer", default="auto")
-    parser.add_argument("--eod", default="")
-    parser.add_argument("--template", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=("auto", *DTYPES), help="default %(default)s")
-    parser.add_argument("--max_tokens", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=256, help="answers made at once")
-    parser.add_argument("--show", type=int, default=5, help="answers to print")
+        default = FIELDS[name].default
+        add(f"--{name}", default=default, help=f"{FIELDS[name].metadata['help']}; default {default!r}".replace("%", "%%"))
+    add("--score", default="exact", choices=(*SCORES, "code"),
+        help="an answer is right if it is, as a whole, the right one (exact), ends in the same number (number: GSM8K), has an "
+             "equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, MBPP); default %(default)s")
+    add("--run_code", action="store_true",
+        help="with --score code: run the model's programs on this machine, with limits of time and memory but in no sandbox; "
+             "default: only keep the answers")
+    add("--save", help="write prompts and answers to this JSONL file; default: they are not kept")
+    add("--answers", help="score the answers of such a file, in the place of a --model")
+    add("--tokenizer", default="auto",
+        help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; default %(default)s")
+    add("--eod", default="",
+        help="text of the end-of-document token, where a tokenizer file does not tell; default: as the tokenizer says")
+    add("--template", default="auto",
+        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; default %(default)s")
+    add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the weights; default %(default)s")
+    limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
+    add("--max_tokens", type=int, help="the longest answer, in tokens. Default: for exact a quarter more than the longest right answer, "
+                                       f"and 16; {limits}; {THOUGHTS} where a template begins thoughts")
+    add("--batch", type=int, default=256, help="answers made at once; fewer take less memory; default %(default)s")
+    add("--show", type=int, default=5, help="answers to print; default %(default)s")
     args = parser.parse_args(argv)
     for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0)):
-        if getattr(args, name) < least:
+        if (given := getattr(args, name)) is not None and given < least:
             raise UserError(f"--{name} {getattr(args, name)}: " + ("must be at least 1" if least else "must not be negative"))
     if bool(args.model) == bool(args.answers):
         raise UserError("give --model, which answers the questions, or --answers, a file of answers" + (", not both" if args.model else ""))
@@ -90,36 +114,37 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read(args, template) -> Questions:
-    """(the pieces of the prompt, what is right) of each row. UserError for a right answer that the score can't read."""
+def read(args, template) -> list[Question]:
+    """The questions of the file. UserError for a right answer that the score can't read."""
     if args.score == "code":
         return read_problems(args.questions, template)
     questions = read_questions(args.questions, template, Reading.of(args))
     _, find, what = SCORES[args.score]
-    for pieces, right in questions:
+    for pieces, right, _ in questions:
         if find(right) is None:
             raise UserError(f"--score {args.score}: a right answer has no {what.removeprefix('a ')}: {right[-200:]!r} (of {''.join(pieces)[:80]!r})")
     return questions
 
 
-def saved(path: str, count: int) -> list[str]:
+def saved(path: str, count: int) -> list[Answer]:
     """The answers that --save wrote. UserError unless there are `count`."""
     try:
         with open(path, encoding="utf-8") as file:
-            answers = [json.loads(line)["answer"] for line in file]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            rows = [json.loads(line) for line in file]
+        answers = [Answer(row["answer"], bool(row.get("cut"))) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save writes it') from None
     if len(answers) != count:
         raise UserError(f"--answers {path} has {len(answers)} answers, --questions has {count} questions; both must be of the same file")
     return answers
 
 
-def judged(score: str, answers: list[str], questions: Questions) -> list[bool]:
+def judged(score: str, answers: list[str], questions: list[Question]) -> list[bool]:
     """Whether each answer is right."""
     if score == "code":
-        return passed([problem.program(answer) for answer, (_, problem) in zip(answers, questions, strict=True)])
+        return passed([problem.program(answer) for answer, (_, problem, _) in zip(answers, questions, strict=True)])
     agree, _, _ = SCORES[score]
-    return [agree(answer, right) for answer, (_, right) in zip(answers, questions, strict=True)]
+    return [agree(answer, right) for answer, (_, right, _) in zip(answers, questions, strict=True)]
 
 
 if __name__ == "__main__":

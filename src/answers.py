@@ -8,6 +8,11 @@ from collections.abc import Callable
 from fractions import Fraction
 
 CONCLUSION = re.compile(r"####|answer is:?", re.IGNORECASE)  # GSM8K's solutions, MetaMathQA's
+# whole part, numerator, denominator; without braces these are one digit
+LATEX_FRACTION = re.compile(
+    r"(?:(?<![\d.,])(\d{1,300})\s*)?\\[dt]?frac\s*(?:\{\s*(-?\d{1,300})\s*\}|(\d))\s*(?:\{\s*(\d{1,300})\s*\}|(\d))"
+)
+MINUS = "\u2212"  # the sign that typeset mathematics has for a hyphen
 NUMBER = re.compile(r"(?:(?<![\w.)])(-)\s?)?\$?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d+)?(?:/(\d+))?")
 
 LONGEST = 1000  # characters of a number: a model that repeats itself writes more digits than Python converts
@@ -20,9 +25,16 @@ def concluded(text: str) -> str | None:
 
 
 def numbers(text: str) -> list[Fraction]:
-    """The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75]."""
+    r"""The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` -> [1.75]."""
+    text = LATEX_FRACTION.sub(_plain_fraction, text.replace(MINUS, "-"))
     found = [match for match in NUMBER.finditer(text) if (match[2] or match[3]) and len(match[0]) < LONGEST]
     return [Fraction(f"{match[1] or ''}{(match[2] or '0').replace(',', '')}{match[3] or ''}") / (int(match[4] or 1) or 1) for match in found]
+
+
+def _plain_fraction(found: re.Match[str]) -> str:
+    r"""`\frac{3}{4}` -> 3/4, `1\frac34` -> 7/4."""
+    over, under = int(found[2] or found[3]), int(found[4] or found[5])
+    return f" {int(found[1] or 0) * under + over}/{under}"
 
 
 def final_number(text: str) -> Fraction | None:
@@ -63,7 +75,7 @@ FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}")
 
 def normalised(answer: str) -> str:
     r"""A result of MATH in one way of writing: `\dfrac12` and `1/2` -> `\frac{1}{2}`, `x = 5\text{ cm}.` -> `5`, `\left( 1, 2 \right)` -> `(1,2)`."""
-    text = UNIT.sub("", answer.strip().rstrip(".").replace("\n", ""))
+    text = UNIT.sub("", answer.strip().rstrip(".").replace("\n", "").replace(MINUS, "-"))
     text = re.sub(r"^\$?[a-zA-Z]\s*=\s*", "", text)
     text = DROPPED.sub("", WRAPPED.sub(r"\1", text))
     text = re.sub(r"\\[dt]frac", r"\\frac", text)

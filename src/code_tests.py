@@ -20,6 +20,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from .evaluate import Question
 from .formats import sources
 from .template import DEFAULT, Template
 
@@ -60,8 +61,8 @@ def written(answer: str) -> str:
     return found[1] if found else answer
 
 
-def read_problems(path: str, template: Template = DEFAULT) -> list[tuple[list[str], Problem]]:
-    """(the pieces of the prompt, the problem) of every row of HumanEval or MBPP. UserError for a row that is neither."""
+def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
+    """A question, of which a Problem is what is right, of every row of HumanEval or MBPP. UserError for a row that is neither."""
     problems = []
     for source in sources(path):
         for where, record in source.records():
@@ -69,7 +70,7 @@ def read_problems(path: str, template: Template = DEFAULT) -> list[tuple[list[st
                 raise UserError(f"{where}: {record}")
             problem = _problem(where, record)
             pieces = [piece for piece, _ in template.segments([{"role": "user", "content": problem.question}], ask=True)]
-            problems.append((pieces, problem))
+            problems.append(Question(pieces, problem, template.opening))
     return problems
 
 

@@ -3,67 +3,100 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
 
 from .formats import BY_NAME, Reading, read_rows
 from .model import RWKV, LayerState, State
 from .template import DEFAULT, Template, answer_text, thoughts_of
 
+BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
 
-def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[tuple[list[str], str]]:
-    """(the pieces of the prompt, the right answer without its thoughts) of every row {"messages": [..., {"role": "assistant", ...}]}; a
-    {"prompt", "completion"} is taken as it stands.
+
+class Question(NamedTuple):
+    """What is asked, in the pieces that are tokenised on their own; what is right; what an answer begins with though it
+    is not generated (a template's <think)."""
+
+    pieces: list[str]
+    right: Any
+    opening: str = ""
+
+
+class Answer(NamedTuple):
+    """What a model said, and whether it was cut: it had not ended when it reached the limit of tokens."""
+
+    text: str
+    cut: bool
+
+
+def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
+    """A question, with the right answer without its thoughts, of every row {"messages": [..., {"role": "assistant", ...}]};
+    a {"prompt", "completion"} is taken as it stands, whatever the template.
 
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
     questions = []
     for where, row in read_rows(path, reading=reading):
         if "prompt" in row:
-            questions.append(([row["prompt"]], row["completion"].strip()))
+            begun = BEGUN_THOUGHTS.search(row["prompt"])
+            questions.append(Question([row["prompt"]], row["completion"].strip(), begun[0] if begun else ""))
             continue
         if "messages" not in row:
             raise UserError(f"{where}: expected messages, a question and its answer, or a prompt and its completion; got {' and '.join(row)}")
         *before, answer = row["messages"]
         pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
-        questions.append((pieces, thoughts_of(answer)[1]))
+        questions.append(Question(pieces, thoughts_of(answer)[1], template.opening))
     return questions
 
 
-def greedy_answers(model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = ()) -> list[str]:
-    """greedy_texts() without the space around them."""
-    return [text.strip() for text in greedy_texts(model, tokenizer, prompts, max_tokens, batch, stops)]
+def greedy_texts(
+    model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
+) -> list[str]:
+    """The texts of greedy()."""
+    return [answer.text for answer in greedy(model, tokenizer, prompts, max_tokens, batch, stops)]
 
 
 @torch.no_grad()
-def greedy_texts(model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = ()) -> list[str]:
-    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens; `batch` are made at a time."""
-    texts = [""] * len(prompts)
+def greedy(
+    model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
+    shown: bool = True,
+) -> list[Answer]:
+    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens.
+
+    `batch` answers are made at a time. A bar counts them where it takes long, unless it is not to be `shown`.
+    """
+    answers = [Answer("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        going = order[start : start + batch]
-        said: dict[int, list[int]] = {i: [] for i in going}
-        logits, state = _read(model, [prompts[i] for i in going])
-        for _ in range(max_tokens):
-            tokens = logits[:, : tokenizer.vocab_size].argmax(-1)
-            for i, token in zip(going, tokens.tolist(), strict=True):
-                said[i].append(token)
-            left = [row for row, i in enumerate(going) if not _is_over(said[i], tokenizer, stops)]
-            if not left:
-                break
-            if len(left) < len(going):  # what is complete costs nothing more
-                rows = torch.tensor(left, device=tokens.device)
-                going, tokens = [going[row] for row in left], tokens[rows]
-                state = [LayerState(*(part[rows] for part in layer)) for layer in state]
-            logits, state = model.next_logits(tokens[:, None], state)
-        for i, ids in said.items():
-            text = tokenizer.decode(_before_end(ids, tokenizer.eod))
-            texts[i] = text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
-    return texts
+    with Progress("answering", len(prompts), "questions", shown) as bar:
+        for start in range(0, len(order), batch):
+            going = order[start : start + batch]
+            said: dict[int, list[int]] = {i: [] for i in going}
+            logits, state = _read(model, [prompts[i] for i in going], bar)
+            for count in range(1, max_tokens + 1):
+                tokens = logits[:, : tokenizer.vocab_size].argmax(-1)
+                for i, token in zip(going, tokens.tolist(), strict=True):
+                    said[i].append(token)
+                left = [row for row, i in enumerate(going) if not _is_over(said[i], tokenizer, stops)]
+                bar.update(len(going) - len(left), f"token {count:,} of at most {max_tokens:,}")
+                if len(left) < len(going):  # what is complete costs nothing more
+                    rows = torch.tensor(left, dtype=torch.int64, device=tokens.device)
+                    going, tokens = [going[row] for row in left], tokens[rows]
+                    state = [LayerState(*(part[rows] for part in layer)) for layer in state]
+                if not going:
+                    break
+                logits, state = model.next_logits(tokens[:, None], state)
+            bar.update(len(going))
+            for i, ids in said.items():
+                text = tokenizer.decode(_before_end(ids, tokenizer.eod))
+                end = min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
+                answers[i] = Answer(text[:end], i in going)
+    return answers
 
 
 def _is_over(ids: list[int], tokenizer, stops: Sequence[str]) -> bool:
@@ -78,10 +111,13 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str]) -> bool:
     return bool(tail) and any(stop in tokenizer.decode(tail) for stop in stops)
 
 
-def _read(model: RWKV, prompts: list[list[int]]) -> tuple[torch.Tensor, State]:
+def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.Tensor, State]:
     """Logits (B, V) after each prompt, and the states: prompts of one length are read together, without padding."""
     device = model.emb.weight.device
-    read = [model.next_logits(torch.tensor(list(same), device=device)) for _, same in itertools.groupby(prompts, key=len)]
+    read = []
+    for _, same in itertools.groupby(prompts, key=len):
+        read.append(model.next_logits(torch.tensor(list(same), device=device)))
+        bar.update(0, "reading the prompts")
     logits, states = zip(*read, strict=True)
     return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*states, strict=True)]
 
@@ -93,17 +129,36 @@ def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
 
 
 def answers_to(
-    model: RWKV, tokenizer, questions: Sequence[tuple[list[str], Any]], max_tokens: int, template: Template = DEFAULT, batch: int = 256
-) -> list[str]:
-    """What the model answers to each of (the pieces of the prompt, ...), without thoughts; the prompts are made with the same template."""
-    prompts = [[token for piece in pieces for token in tokenizer.encode(piece)] for pieces, _ in questions]
+    model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT, batch: int = 256
+) -> list[Answer]:
+    """What the model answers to each question, without thoughts; the questions are made with the same template."""
+    prompts = [[token for piece in question.pieces for token in tokenizer.encode(piece)] for question in questions]
     stops = [template.stop] if template.stop else []
-    return [answer_text(text, template) for text in greedy_answers(model, tokenizer, prompts, max_tokens, batch, stops)]
+    answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
+    return [Answer(answer_text(answer.text, template, question.opening), answer.cut)
+            for answer, question in zip(answers, questions, strict=True)]
 
 
 def exact_accuracy(
-    model: RWKV, tokenizer, questions: list[tuple[list[str], str]], max_tokens: int, template: Template = DEFAULT
+    model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT
 ) -> tuple[float, list[str]]:
     """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the same template."""
-    answers = answers_to(model, tokenizer, questions, max_tokens, template)
-    return sum(a == right for a, (_, right) in zip(answers, questions, strict=True)) / len(questions), answers
+    answers = [answer.text for answer in answers_to(model, tokenizer, questions, max_tokens, template)]
+    return sum(a == q.right for a, q in zip(answers, questions, strict=True)) / len(questions), answers
+
+
+THOUGHTS = 2048  # tokens of an answer that begins with thoughts
+LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by score
+
+
+def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
+    """The tokens that an answer may have where the user does not say.
+
+    `exact`: those of the longest right answer, a quarter more and 16. A longer answer is wrong, whatever follows.
+    """
+    if any("<think" in question.opening and "</think" not in question.opening for question in questions):
+        return THOUGHTS
+    if score in LIMITS:
+        return LIMITS[score]
+    longest = max((len(tokenizer.encode(question.right)) for question in questions), default=0)
+    return longest + longest // 4 + 16

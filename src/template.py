@@ -180,9 +180,10 @@ def recorded_template(spec: str, tokenizer, *paths) -> Template:
     return load_template(spec, tokenizer.decode(tokenizer.eod))
 
 
-def answer_text(text: str, template: Template) -> str:
-    """What a generated answer says: the text up to the end of its turn, without the thoughts before it."""
-    text = template.opening + (text.partition(template.stop)[0] if template.stop else text)
+def answer_text(text: str, template: Template, opening: str) -> str:
+    """What a generated answer says: the text up to the end of its turn, without the thoughts before it. `opening` is what
+    the answer begins with though it was not generated."""
+    text = opening + (text.partition(template.stop)[0] if template.stop else text)
     return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
 
 

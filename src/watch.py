@@ -12,7 +12,7 @@ from tqdm import tqdm
 from rwkv_miss.errors import UserError
 
 from .callbacks import StepReport
-from .evaluate import greedy_answers
+from .evaluate import greedy_texts
 from .files import append_line, write_lines
 from .held_out import evaluation_batches, questions, undisturbed, validation_loss
 from .history import BEST, VALIDATION, best, describe, is_over
@@ -57,9 +57,9 @@ class Watch(Callback):
         with undisturbed(trainer):
             loss = validation_loss(trainer, self.batches)
             with module.autocast():
-                answers = greedy_answers(module.model, self.tokenizer, [q.prompt for q in self.questions], SAMPLE_TOKENS)
+                answers = greedy_texts(module.model, self.tokenizer, [q.prompt for q in self.questions], SAMPLE_TOKENS)
         decode = self.tokenizer.decode
-        samples = [{"prompt": decode(q.prompt), "answer": answer, "right": decode(q.answer).strip()}
+        samples = [{"prompt": decode(q.prompt), "answer": answer.strip(), "right": decode(q.answer).strip()}
                    for q, answer in zip(self.questions, answers, strict=True)]
         line = {"step": step, "loss": loss if math.isfinite(loss) else None, "tokens": module.held_out.targets, "samples": samples}
         self.history.append(line)

@@ -16,11 +16,11 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
-from src.evaluate import exact_accuracy, greedy_answers, read_questions
+from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions
 from src.formats import Reading
 from src.generate import Conversation, Sampling, sample, stream
 from src.model import RWKV, LayerState
-from src.template import DEFAULT
+from src.template import DEFAULT, load_template
 from src.tokenizer import load_tokenizer
 
 from .conftest import ROOT, close, make_arch, random_tensors
@@ -345,20 +345,22 @@ def test_an_answer_in_utf16_ends_at_a_whole_unit():
     """The end of document, U+0000, and not two zeros of neighbouring characters."""
     tokenizer = load_tokenizer("utf16", 256)
     model = ScriptedBatch(tokenizer, [*tokenizer.encode("aĀb"), *tokenizer.eod, *tokenizer.encode("more")])
-    assert greedy_answers(model, tokenizer, [tokenizer.encode("q")], 20) == ["aĀb"]
+    assert greedy(model, tokenizer, [tokenizer.encode("q")], 20) == [("aĀb", False)]
 
 
 def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tmp_path):
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n 4 "}]
     rows.write_text(json.dumps({"messages": turns}) + '\n{"question": "q", "answer": "a"}\n')
-    assert read_questions(rows) == [(["User: 2+2\n\nAssistant:"], "4"), (["User: q\n\nAssistant:"], "a")]
+    assert read_questions(rows) == [(["User: 2+2\n\nAssistant:"], "4", ""), (["User: q\n\nAssistant:"], "a", "")]
     rows.write_text('{"this": "q", "that": "a"}\n')
     with pytest.raises(UserError, match="--sft_field"):
         read_questions(rows)
-    assert read_questions(rows, reading=Reading(("this", "that"))) == [(["User: q\n\nAssistant:"], "a")]
-    rows.write_text('{"prompt": "q,", "completion": " a"}\n')
-    assert read_questions(rows) == [(["q,"], "a")]
+    assert read_questions(rows, reading=Reading(("this", "that"))) == [(["User: q\n\nAssistant:"], "a", "")]
+    assert read_questions(rows, load_template("think"), Reading(("this", "that")))[0].opening == " <think"
+    rows.write_text('{"prompt": "q,", "completion": " a"}\n{"prompt": "q: <think>", "completion": "a"}\n')
+    # which stand as they are, whatever the template
+    assert read_questions(rows, load_template("think")) == [(["q,"], "a", ""), (["q: <think>"], "a", "<think>")]
     rows.write_text('{"text": "q"}\n')
     with pytest.raises(UserError, match="rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its completion; got text"):
         read_questions(rows)
@@ -369,9 +371,39 @@ def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
     prompts = [f"User: {text}\n\nAssistant:" for text in ("a", "bc", "d", "efg", "hi!", "j")]
     encoded = [tokenizer.encode(text) for text in prompts]
     single = ["".join(run(stream(model, tokenizer, ids, None, GREEDY, 15, ""))[0]).strip() for ids in encoded]
-    assert greedy_answers(model, tokenizer, encoded, 15, batch=2) == single and len(set(single)) > 3
-    questions = [([text], answer if i % 3 else "another") for i, (text, answer) in enumerate(zip(prompts, single))]
+    made = greedy(model, tokenizer, encoded, 15, batch=2)
+    assert [answer.text.strip() for answer in made] == single and len(set(single)) > 3
+    questions = [Question([text], answer if i % 3 else "another") for i, (text, answer) in enumerate(zip(prompts, single))]
     assert exact_accuracy(model, tokenizer, questions, 15) == (4 / 6, single)
+
+
+@pytest.mark.parametrize("limit,cut", [(6, False), (4, True)])
+def test_who_reaches_the_limit_is_cut_and_who_ends_there_is_not(limit, cut):
+    tokenizer = load_tokenizer("utf16", 256)
+    scripted = ScriptedBatch(tokenizer, [*tokenizer.encode("ab"), *tokenizer.eod])
+    assert answers_to(scripted, tokenizer, [Question(["q"], "ab")], limit) == [("ab", cut)]
+
+
+def test_the_limit_follows_the_task():
+    tokenizer = load_tokenizer("utf16", 256)
+    questions = [Question(["q"], "four"), Question(["q"], "x" * 40)]
+    assert answer_limit("exact", tokenizer, questions) == 80 + 20 + 16
+    assert [answer_limit(score, tokenizer, questions) for score in ("number", "boxed", "code")] == [512, 512, 1024]
+    thinking = [question._replace(opening=load_template("think").opening) for question in questions]
+    assert {answer_limit(score, tokenizer, thinking) for score in ("exact", "number", "code")} == {2048}
+    closed = [question._replace(opening=load_template("fake-think").opening) for question in questions]
+    assert answer_limit("number", tokenizer, closed) == 512
+
+
+@pytest.mark.parametrize("question,said", [
+    (Question(["q"], "4", " <think"), ">\nhm\n</think>\n4"),
+    (Question(["q <think"], "4", "<think"), ">\nhm\n</think>\n4"),
+    (Question(["q"], "4"), "4"),
+], ids=["by the template", "a prompt that begins thoughts", "a prompt as it stands"])
+def test_an_answer_begins_with_what_its_prompt_opened(question, said):
+    tokenizer = load_tokenizer("utf16", 256)
+    scripted = ScriptedBatch(tokenizer, [*tokenizer.encode(said), *tokenizer.eod])
+    assert answers_to(scripted, tokenizer, [question], 99, load_template("think")) == [("4", False)]
 
 
 # the program

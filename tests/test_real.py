@@ -11,7 +11,7 @@ import sys
 import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
-from src.evaluate import greedy_answers
+from src.evaluate import greedy_texts
 from src.loss import loss_sum
 from src.model import RWKV
 from src.tokenizer import load_tokenizer
@@ -74,7 +74,8 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
     tokenizer = load_tokenizer(tokenizer_file, 12)
 
     def answers(model):
-        return greedy_answers(model, tokenizer, [tokenizer.encode(f"{question},") for question in QUESTIONS], 14)
+        prompts = [tokenizer.encode(f"{question},") for question in QUESTIONS]
+        return [text.strip() for text in greedy_texts(model, tokenizer, prompts, 14)]
 
     def run(seed):
         texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100 + seed)]

@@ -39,6 +39,9 @@ def metamath(row):
     ("The answer is: $1,234.50.", Fraction("1234.5")), ("The answer is: 3/4", Fraction(3, 4)), ("The answer is 18 and not 20.", 18),
     ("first 3, then 10-12", 12), ("it costs -$5", -5), ("about .5", Fraction(1, 2)),
     ("The answer is 3. The answer is 4.", 4), ("the answer is: none of 3", 3), ("The answer is: unknown", None), ("no number", None), ("", None),
+    ("#### \u22123", -3), (r"The answer is: $\frac{3}{4}$", Fraction(3, 4)), (r"so \dfrac34", Fraction(3, 4)),
+    (r"#### -\frac{3}{4}", Fraction(-3, 4)), (r"it is 1\frac{3}{4}", Fraction(7, 4)), (r"about \frac{-1}{2}", Fraction(-1, 2)),
+    (r"from 1,080 to \frac{1}{2}", Fraction(1, 2)), (r"\frac{%s}{4} of 9" % ("7" * 5000), 9),
     ("The answer is: " + "3" * 5000, None), ("4 and then 0." + "0" * 5000, 4), ("5 or 1/" + "7" * 5000, 5),
 ])
 def test_the_number_that_an_answer_ends_in(text, expected):
@@ -83,7 +86,8 @@ def test_results_that_are_written_differently(one, other):
 
 @pytest.mark.parametrize("one,other,equal", [
     ("0.5", r"\frac{1}{2}", True), ("1,000", "1000", True), (".25", r"\frac14", True), (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
-    ("2.0", "2", True), ("0.33", r"\frac13", False), ("-2", "2", False), ("(1,2)", "(2,1)", False), ("1,2", "12", False),
+    ("2.0", "2", True), ("\u22123", "-3", True), ("\u2212\\frac{1}{2}", "-0.5", True),
+    ("0.33", r"\frac13", False), ("-2", "2", False), ("(1,2)", "(2,1)", False), ("1,2", "12", False),
     (r"\frac{1}{0}", "1", False), ("x^2", "x^3", False), ("1" * 5000, "1", False), (r"\frac{1}{%s}" % ("7" * 5000), "1", False),
 ])
 def test_results_that_are_equal_numbers(one, other, equal):
@@ -112,7 +116,7 @@ def problems(tmp_path):
 
 
 def test_programs_are_right_if_they_pass_and_only_then(problems):
-    (pieces, largest), (_, add) = read_problems(str(problems))
+    (pieces, largest, _), (_, add, _) = read_problems(str(problems))
     assert "".join(pieces) == ('User: Complete this Python function.\n```python\nimport math\ndef largest(values):\n    """The largest, or -inf.\n'
                                '    >>> largest([1, 3])\n    3\n    """\n```\n\nAssistant:')
     whole = "```python\ndef largest(values):\n    return max(values, default=-math.inf)\n```"
@@ -262,5 +266,14 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert found["questions"] == 4 and found["score"] == "number" and found["accuracy"] == 0.75
     saved = [json.loads(line) for line in kept.read_text().splitlines()]
     assert saved[0]["prompt"] == prompt and [row["answer"] for row in saved] == answers
+    assert (found["max_tokens"], found["cut"]) == (60, 0)
     again, _ = evaluated(capsys, "--answers", kept, *flags[:4])
     assert again["accuracy"] == 0.75
+    # without a limit by the user it is that of the task, far beyond these answers
+    assert evaluated(capsys, "--model", merged, *flags[:4])[0] == found | {"max_tokens": 512}
+    evaluate.main(["--model", str(merged), "--max_tokens", "9", "--save", str(kept), *map(str, flags[:4])])
+    told = capsys.readouterr()
+    assert "4 of 4 answers (100.0%) reach the limit of 9 tokens" in told.out
+    assert "warning: 100.0% of the answers were cut" in told.err and "--max_tokens N" in told.err
+    assert json.loads(told.out.splitlines()[-1])["cut"] == 4
+    assert evaluated(capsys, "--answers", kept, *flags[:4])[0]["cut"] == 4

@@ -88,7 +88,8 @@ def test_answers_that_a_mode_has_no_form_for(name, message, words):
 def test_what_an_answer_says():
     for name, said in (("rwkv", " yo"), ("rwkv", " <think>\nhm\n</think>\nyo\n\nUser: more"), ("think", ">\nhm\n</think>\nyo"),
                        ("fake-think", ">\nyo ")):
-        assert answer_text(said, load_template(name)) == "yo"
+        template = load_template(name)
+        assert answer_text(said, template, template.opening) == "yo"
 
 
 # Jinja
