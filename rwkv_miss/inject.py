@@ -40,8 +40,10 @@ class Injection:
     def line(self) -> str:
         """One line for the user: linears, whole tensors, trainable parameters, and their share of the base."""
         share = 100 * self.trainable / self.total
-        beside = f" and {self.whole} whole tensors ({', '.join(self.train_parts)})" if self.whole else ""
-        return f"{len(self.linears)} linears{beside}, {self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
+        parts = [f"{len(self.linears)} linears"] if self.linears else []
+        parts += [f"{self.whole} whole tensors ({', '.join(self.train_parts)})"] if self.whole else []
+        changed = f"{' and '.join(parts)}, " if parts else ""
+        return f"{changed}{self.trainable:,} trainable of {_short(self.total)} ({share:.2g} %)"
 
 
 def _short(count: int) -> str:

@@ -119,8 +119,8 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     torch.manual_seed(config.random_seed)
     model = build_model(config, arch, device.kernel, DTYPES[config.precision]).to("cuda" if device.accelerator == "gpu" else "cpu")
 
-    print(describe.base(config, arch, sum(p.nbytes for p in model.parameters() if not p.requires_grad)))
-    print(f"adapter    {describe.training(config, model)}")
+    print(describe.base(config, arch, describe.frozen_bytes(model)))
+    print(f"trained    {describe.trained(config, model)}")
     print(*data.found.lines(), *describe.data(config, data.documents, schedule), sep="\n")
     print(f"held out   {counted(len(data.held_out.rows), 'document')}, loss on {counted(data.held_out.targets, 'token')}")
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")

@@ -25,12 +25,24 @@ with importing():
     from src import describe, ops
     from src.allocation import model_on_meta
     from src.base import read_base
-    from src.calibrate import measured_speed
+    from src.calibrate import Speed, speed_here
     from src.choices import CHOSEN, cheapest_fix
     from src.config import Config
     from src.data import Schedule
     from src.memory import USABLE, needed, parse_size
-    from src.prepare import Device, choose_device, device_here, estimate, memory_of, plan_steps, read_data, steps_of
+    from src.prepare import (
+        Cost,
+        Device,
+        choose_device,
+        choose_evaluation,
+        device_here,
+        estimate,
+        memory_of,
+        plan_steps,
+        read_data,
+        run_cost,
+        steps_of,
+    )
     from src.resume import earlier_settings, inherit, keep_rows_per_step
     from src.template import recorded_template
     from src.words import counted, size_text
@@ -75,6 +87,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     documents = data.documents
     device = dataclasses.replace(device, memory=memory_of(device, config.world))  # once: what is free changes
     schedule = plan_steps(config, origins, arch, device, documents)
+    evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
     steps = steps_of(config, schedule)
 
     def fits(changed: Config) -> bool:
@@ -84,28 +97,29 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
         fix["ctx_len"] = config.ctx_len  # chunks would have it chosen without a bound
-    speed, source = find_speed(ours, config, arch, device, schedule)
-    tokens = steps / schedule.steps_per_pass * sum(schedule.lengths)
+    speed = find_speed(ours, config, arch, device, schedule)
+    cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
     model = model_on_meta(arch, config)
     print(describe.base(config, arch, parts["base"]))
-    print(f"adapter    {describe.training(config, model)}")
+    print(f"trained    {describe.trained(config, model)}")
     print(*data.found.lines(), *describe.data(config, documents, schedule), sep="\n")
     print(describe.steps(config, schedule, steps))
+    print(describe.evaluation(config, len(evaluated.rows), len(data.held_out.rows), steps, cost))
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")
     print(*describe.chosen(config, origins), sep="\n")
     print("memory     of one process, estimated" if device.accelerator == "cpu" else "memory     of one GPU, estimated")
     for name, size in parts.items():
         print(f"           {name:<12} {size_text(size):>10}")
-    total = needed(parts, config, device.accelerator)
-    print(f"           together     {size_text(total):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count")
-    print(f"time       {describe_time(tokens, speed, source)}")
+    print(f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count")
+    print(f"time       {describe_time(cost, speed)}")
     print(f"verdict    {describe_fix(fix, config)}")
     if ours.json:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(json.dumps({
             "parameters": sum(p.numel() for p in model.parameters()), "trained_parameters": trained, "memory": {k: int(v) for k, v in parts.items()},
-            "memory_together": int(total), "memory_there": device.memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
-            "tokens": int(tokens), "steps": steps, "tokens_per_second": speed, "seconds": tokens / speed if speed else None, "speed_from": source,
+            "memory_together": int(cost.memory), "memory_there": device.memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
+            "tokens": int(cost.tokens), "steps": steps, "tokens_per_second": speed.tokens, "seconds": cost.seconds or None,
+            "evaluation_seconds": cost.evaluation_seconds or None, "evaluated_documents": len(evaluated.rows), "speed_from": speed.source,
         }))
     return 0 if fix == {} else 1
 
@@ -120,20 +134,15 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
     return Device("gpu", precision, "a GPU of today", kernel, "the fastest kernel", size, here=False)
 
 
-def find_speed(ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule) -> tuple[float, str]:
-    """(tokens a second of the whole run, where the number comes from); 0 where nothing tells."""
+def find_speed(ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule) -> Speed:
+    """The speed of the whole run: as given, as recorded, or measured."""
     if ours.tokens_per_second > 0:
-        return ours.tokens_per_second, "as given"
+        return Speed(ours.tokens_per_second, source="as given")
     if ours.metrics:
-        return recorded_speed(ours.metrics), f"the median of {ours.metrics}"
+        return Speed(recorded_speed(ours.metrics), source=f"the median of {ours.metrics}")
     if not device.here:
-        return 0.0, "the device is not here"
-    trained = sum(schedule.targets) / sum(schedule.lengths)
-    torch_device = "cuda" if device.accelerator == "gpu" else "cpu"
-    speed = measured_speed(arch, config, device.kernel, device.precision, torch_device, max(schedule.lengths), trained)
-    # processes of a CPU share its cores
-    speed *= config.world if device.accelerator == "gpu" else config.num_nodes
-    return speed, "two layers and the head were timed here just now, on random numbers; loading, saving and the optimizer are not in it"
+        return Speed(0.0, source="the device is not here")
+    return speed_here(arch, config, schedule)
 
 
 def recorded_speed(path: str) -> float:
@@ -145,10 +154,12 @@ def recorded_speed(path: str) -> float:
         raise UserError(f"--metrics {path}: expected the metrics.jsonl of a run of at least 2 steps") from None
 
 
-def describe_time(tokens: float, speed: float, source: str) -> str:
-    if not speed:
-        return f"not known, {source}; give --tokens_per_second, or the --metrics of an earlier run"
-    return f"about {duration_text(tokens / speed)} for {counted(round(tokens), 'token')} at {speed:,.0f} tokens/s ({source})"
+def describe_time(cost: Cost, speed: Speed) -> str:
+    if not speed.tokens:
+        return f"not known, {speed.source}; give --tokens_per_second, or the --metrics of an earlier run"
+    evaluation = f", {duration_text(cost.evaluation_seconds)} of evaluation" if cost.evaluation_seconds else ""
+    return (f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at {speed.tokens:,.0f} tokens/s{evaluation} "
+            f"({speed.source})")
 
 
 def describe_fix(fix: dict[str, object] | None, config: Config) -> str:

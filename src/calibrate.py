@@ -1,4 +1,4 @@
-"""A short measurement of how fast this machine would train a model: two of its layers and its head, with random weights."""
+"""A short measurement of how fast this machine trains a model: two of its layers and its head, with random weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rwkv_miss.checkpoint import Arch
 
 from .allocation import model_on_meta
 from .config import Config
+from .data import Schedule
 from .device import DTYPES
 from .model import replace_tensors
 from .shared import Head
@@ -22,17 +23,47 @@ TOKENS = {False: 256, True: 64}  # of one row; fewer in a model of at least 2048
 WIDE = 2048
 
 
-def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float) -> float:
-    """Tokens a second of one process: forward and backward of a row of up to `row` tokens, of which the share `trained` are targets."""
+SECONDS = 1.0  # after which nothing is timed a second time
+NOISE = 99_991  # random numbers that weights are made of; a prime, so that no two rows of a matrix are alike
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """`tokens`: trained a second, 0 where nothing tells; `answer`: seconds for one more token of all sample answers."""
+
+    tokens: float
+    answer: float = 0.0
+    source: str = ""
+
+
+def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
+    """That of a whole run of these settings, which are filled in, on this machine."""
+    device = "cuda" if config.accelerator == "gpu" else "cpu"
+    trained = sum(schedule.targets) / sum(schedule.lengths)
+    one = measured_speed(arch, config, config.wkv, config.precision, device, max(schedule.lengths), trained)
+    # processes of a CPU share its cores
+    return dataclasses.replace(one, tokens=one.tokens * (config.world if device == "cuda" else config.num_nodes))
+
+
+def measured_speed(
+    arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float,
+) -> Speed:
+    """That of one process, from the forward and backward of a row of up to `row` tokens, of which the share `trained`
+    are targets, and from one token after `eval_samples` prompts."""
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     model = model_on_meta(small, config)
     dtype = torch.float32 if config.peft == "none" else DTYPES[precision]
 
+    noise = torch.empty(NOISE, device=device).normal_(std=0.02)
+
     def random(name: str, tensor: Tensor) -> Tensor:
         of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        new = torch.empty(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
-        return new.normal_(std=0.02) if new.is_floating_point() else new.zero_()
+        new = torch.zeros(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
+        if new.is_floating_point():  # repeated, as a generator of random numbers takes seconds for a large model
+            for part in new.view(-1).split(NOISE):
+                part.copy_(noise[: len(part)])
+        return new
 
     replace_tensors(model, random)
     with torch.no_grad():
@@ -43,7 +74,9 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
     model.grad_cp = config.grad_cp
     model.set_kernel(kernel)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    head = Head(arch.n_embd, arch.vocab_size, kernel).to(device, dtype).requires_grad_(config.peft == "none")
+    with torch.device("meta"):
+        head = Head(arch.n_embd, arch.vocab_size, kernel)
+    head.weight = nn.Parameter(random("head.weight", head.weight).to(dtype), requires_grad=config.peft == "none")
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
 
     def layers() -> None:
@@ -56,17 +89,28 @@ def measured_speed(arch: Arch, config: Config, kernel: str, precision: str, devi
             loss = head(x, ids[0])
         loss.backward()
 
-    seconds = _fastest(layers, device) * arch.n_layer / small.n_layer + trained * _fastest(logits, device)
-    return tokens / seconds
+    @torch.no_grad()
+    def next_token() -> None:
+        model.features(ids[:, :1].expand(config.eval_samples, 1))
+
+    @torch.no_grad()
+    def next_logits() -> None:
+        head(x[: config.eval_samples])
+
+    depth = arch.n_layer / small.n_layer
+    seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)
+    answer = _fastest(next_token, device) * depth + _fastest(next_logits, device) if config.eval_samples else 0.0
+    source = "two layers and the head were timed here just now, on random numbers"
+    return Speed(tokens / seconds, answer, f"{source}; loading, saving and the optimizer are not in it")
 
 
 def _fastest(work, device: str) -> float:
-    """Seconds of the faster of two calls, after one that warms up."""
-    seconds = []
-    for _ in range(3):
+    """Seconds of the faster of two calls, after one that warms up; of the first alone where that was slow."""
+    seconds: list[float] = []
+    while len(seconds) < 3 and sum(seconds) < SECONDS:
         begun = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    return min(seconds[1:])
+    return min(seconds[1:] or seconds)

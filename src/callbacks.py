@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -11,15 +12,15 @@ import time
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
 
 import rwkv_miss
 from rwkv_miss.checkpoint import RUN_FORMAT
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text
 
 from .checkpoints import checkpoint_name, keep_best, remove_old
 from .device import peak_memory
-from .files import append_line, read_lines, write_lines
+from .files import append_line, is_first_process, read_lines, write_lines
 from .history import BEST
 from .rollback import LastGood
 from .state import gradient_norm, read_state, whole_gradient, write_state
@@ -31,37 +32,59 @@ class StepReport(Callback):
 
     def __init__(self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer]):
         self.path, self.total, self.started, self.last_good, self.writers = path, total, started, last_good, writers
-        self.stop = False
+        self.training = self.stop = False
         self.first_step_seconds: float | None = None
         self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
         self.validation = ""  # what the bar says of the newest evaluation
 
     def on_train_start(self, trainer, module) -> None:
         self.rank_zero = trainer.is_global_zero
-        self.bar = tqdm(total=self.total, initial=trainer.global_step, disable=not (self.rank_zero and sys.stderr.isatty()), unit="step")
+        # a pipe gets lines of its own
+        self.bar = Progress("training", self.total, "steps", self.rank_zero and sys.stderr.isatty(), trainer.global_step, 0)
         if self.rank_zero:
             # a resumed run does the steps after its checkpoint again
             write_lines(self.path, read_lines(self.path, trainer.global_step))
         self.last_good.start(trainer)
-        self.clock = time.perf_counter()
-        # Ctrl-C, a scheduler's end of time, a closed terminal; Windows has no SIGHUP
-        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-        self.before = {number: signal.signal(number, self._ask_to_stop) for number in numbers}
+        self.clock = self.begun = self.line = time.perf_counter()
+        self.steps_here = 0
+        self._take_signals()  # again: Lightning has its own for SIGTERM
+
+    @contextlib.contextmanager
+    def answering_signals(self):
+        """Around Trainer.fit: Ctrl-C, a scheduler's end of time and a closed terminal are answered here."""
+        before = self._take_signals()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take_signals(self) -> dict:
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step and saves; the second one is Python's own. A step may take long, so that both
-        are answered at once, by the system's own call: print() may be what the signal interrupted."""
+        """The first signal ends the run after its current step and saves, the second one, or one before the first step,
+        ends it now. Both are answered at once, by the system's own call: print() may be what the signal interrupted."""
+        if not self.training:
+            self._end(signum, b"\ninterrupted before the first step\n")
+        if self.stop:
+            self._end(signum, b"\nended within a step; what was saved before is unchanged\n")
         self.stop = True
-        signal.signal(signum, self._end_at_once)
-        if self.rank_zero:
-            os.write(2, b"\nstopping after this step, and saving; once more ends it at once, without\n")
+        self._tell(b"\nstopping after this step and saving; press Ctrl-C again to quit now without saving\n")
 
-    def _end_at_once(self, signum, frame) -> None:
-        if self.rank_zero:
-            os.write(2, b"\nended within a step; what was saved before is unchanged\n")
-        signal.default_int_handler(signum, frame)
+    def _tell(self, text: bytes) -> None:
+        if is_first_process():
+            os.write(2, text)
+
+    def _end(self, signum: int, text: bytes) -> None:
+        """End the process. An exception would first have to find its way out of torch's and Lightning's code."""
+        self._tell(text)
+        os._exit(128 + signum)
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self.training = True
         self.at_boundary = (index + 1) % module.accumulate == 0
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
@@ -95,10 +118,14 @@ class StepReport(Callback):
             append_line(self.path, line)
             for writer in self.writers:
                 writer.numbers(step, {f"train/{name}": line[name] for name in ("loss", "lr", "tokens_per_second") if line[name] is not None})
-            self.bar.set_postfix_str(f"loss {loss:.4f}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tok/s")
-            self.bar.update()
-            if not sys.stderr.isatty() and (step % max(1, self.total // 20) == 0 or step == 1):
-                print(f"step {step}/{self.total} loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s", flush=True)
+            said = f"loss {loss:.4f}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+            self.bar.update(1, said)
+            self.steps_here += 1
+            due = now - self.line > max(LINE, LINE_SHARE * (now - self.begun))
+            if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):
+                self.line = now
+                left = (now - self.begun) / self.steps_here * (self.total - step)
+                print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
         trainer.should_stop = trainer.should_stop or bool(stop)  # not self.stop, which a signal may just have set on this rank alone
 
     def on_train_end(self, trainer, module) -> None:
@@ -115,8 +142,6 @@ class StepReport(Callback):
     def _close(self, failed: bool) -> None:
         for writer in self.writers:
             writer.close(failed)
-        for number, handler in getattr(self, "before", {}).items():
-            signal.signal(number, handler)
 
 
 class Saver(Callback):

@@ -138,6 +138,8 @@ class Config:
     eval_file: str = opt("", "held-out data in any format of --data_file: the loss on it is taken before, during and after the training")
     eval_split: float = opt(-1.0, "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100 documents, "
                                   "at most 5 %; none where there are fewer than 100 or --eval_file is given)", automatic=True)
+    eval_docs: int = opt(0, "held-out documents that are evaluated, chosen by a hash of their tokens (0: so many that all evaluations "
+                            "together take at most a tenth of the run, counted in tokens)", automatic=True)
     eval_steps: int = opt(0, "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)")
     eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
     early_stop: int = opt(0, "end the training after N evaluations in a row that are no better than the best one (0: never)")
@@ -149,6 +151,7 @@ class Config:
     rollback_steps: int = opt(20, "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or gradient is not "
                                   "finite (0: stop instead; --peft none goes back to its newest checkpoint)")
     spike_sigmas: float = opt(0.0, "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)")
+    verbose: bool = opt(False, "1: print all that run_card.md says of the plan, and not its 14 lines alone")
     resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
 
     @property
@@ -184,7 +187,8 @@ def flag_parser(prog: str, description: str) -> Parser:
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
         help = (field.metadata["help"] + default).replace("%", "%%")
-        parser.add_argument(*names, dest=field.name, metavar=_kind(field.name).__name__, help=help)
+        alone = {"nargs": "?", "const": "1"} if _kind(field.name) is bool else {}  # --verbose is --verbose 1
+        parser.add_argument(*names, dest=field.name, metavar=_kind(field.name).__name__, help=help, **alone)
     return parser
 
 
@@ -343,7 +347,7 @@ def validate(config: Config) -> None:
     for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
                  "save_steps", "rollback_steps", "ctx_len", "micro_bsz", "accumulate_grad_batches", "chunk_ctx", "truncate_ctx",
                  "spike_sigmas", "lr_init", "state_lr", "weight_decay", "grad_clip",
-                 "random_seed", "adam_eps", "eval_steps", "eval_samples", "early_stop"):
+                 "random_seed", "adam_eps", "eval_docs", "eval_steps", "eval_samples", "early_stop"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in FIELDS:
@@ -374,6 +378,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
     if config.eval_steps and not (config.eval_file or config.eval_split):
         raise UserError(f"--eval_steps {config.eval_steps} needs held-out data; give --eval_file, or --eval_split 0.05")
+    if config.eval_docs and not (config.eval_file or config.eval_split):
+        raise UserError(f"--eval_docs {config.eval_docs} needs held-out data; give --eval_file, or --eval_split 0.05")
     if config.early_stop and not config.eval_steps:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
     if config.random_seed >= 2**63:

@@ -1,38 +1,72 @@
-"""The lines of the plan that a run prints before its first step."""
+"""The plan that a run prints before its first step: at most LINES lines, and the details that run_card.md has beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from rwkv_miss.adapter import METHODS
 from rwkv_miss.checkpoint import Arch
+from rwkv_miss.progress import duration_text
+from rwkv_miss.version import version_line
 
 from .checkpoints import checkpoint_step
 from .choices import CHOSEN
 from .config import Config, command
 from .data import Document, Documents, Schedule
+from .held_out import evaluations
 from .infctx import Chunks, chunks_of, state_bytes
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
-from .outputs import output_path
-from .prepare import Job, steps_of
+from .outputs import ADAPTER, MODEL, output_path
+from .prepare import Cost, Data, Job, steps_of
+from .run_card import CARD
 from .words import counted, size_text
-from .writers import describe_writers
+from .writers import describe_writers, places_to_watch
+
+LINES = 14  # of the plan
+SAMPLE = 80  # characters of each part of the first sample, in the plan
 
 
-def plan(job: Job) -> list[str]:
-    """What the run trains, on what, how and where."""
+def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
+    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` is what resume() says."""
+    config, device = job.config, job.device
+    processes = f", {counted(config.world, 'process', 'processes')} ({config.strategy})" if config.world > 1 else ""
+    precision = f"{device.accelerator}, {device.precision} ({device.precision_reason.removeprefix('auto: ')}){processes}"
+    watch = "; ".join(places_to_watch(config))
+    lines = [
+        f"rwkv-miss  {version_line()}",
+        f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
+        documents_line(config, job.data, job.template.name),
+        f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
+        f"trained    {trained(config, job.model)}",
+        f"rates      {rates(config, job.steps)}",
+        f"device     {precision}",
+        needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
+        evaluation(config, len(job.evaluated.rows), len(job.data.held_out.rows), job.steps, cost),
+        f"files      in {config.proj_dir}: {ADAPTER if config.peft != 'none' else MODEL}, {CARD}" + (f"; watch: {watch}" if watch else ""),
+        *resumed,
+        *warnings(job, cost),
+        f"sample     {short_sample(job.data.documents.rows[0], job.tokenizer)}",
+    ]
+    if len(lines) <= LINES:
+        return lines
+    # nothing of it is dropped; a sample is the last line
+    first, rest = lines[: LINES - 2], lines[LINES - 2 : -1]
+    return [*first, f"{rest[0][:11]}{'; '.join(line[11:] for line in rest)}", lines[-1]]
+
+
+def details(job: Job) -> list[str]:
+    """What the plan has no room for: for run_card.md, and for the terminal with --verbose."""
     config, device, schedule, documents, held = job.config, job.device, job.schedule, job.data.documents, job.data.held_out
     model = job.model
-    final = config.lr_init * learning_rate_factor(config, job.steps)(job.steps - 1)
-    state_rate = state_learning_rate(config)
-    lines = [
-        base(config, model.arch, sum(p.nbytes for p in model.parameters() if not p.requires_grad)),
+    digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest} | ({"held out": held.digest} if held.rows else {})
+    return [
         f"adapter    {training(config, model)}",
         *job.data.found.lines(),
         *data(config, documents, schedule),
         *chunks(chunks_of(config), max(schedule.lengths), state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize)),
         *held_out(config, held),
-        steps(config, schedule, job.steps),
-        f"optimizer  AdamW, lr {config.lr_init:g} to {final:g} ({config.lr_schedule}, warm-up {config.warmup_steps}), clip {config.grad_clip:g}"
-        + (f", initial state {state_rate:g}" if state_rate else ""),
+        f"optimizer  AdamW, {rates(config, job.steps)}, clip {config.grad_clip:g}",
         f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
@@ -40,17 +74,104 @@ def plan(job: Job) -> list[str]:
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
         sample(documents.rows[0], job.tokenizer),
         *chosen(config, job.origins),
+        f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
+
+
+def frozen_bytes(model: RWKV) -> int:
+    return sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+
+
+def documents_line(config: Config, found: Data, template: str) -> str:
+    """The line of the plan about what is trained on."""
+    documents, files = found.documents, list(found.found.files.values())
+    described = f" ({files[0].describe()})" if len(files) == 1 else ""
+    return (f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
+            f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: {mask(config.loss_mask)} "
+            f"(template {template})").encode("utf-8", "backslashreplace").decode()
+
+
+def rows(config: Config, schedule: Schedule) -> str:
+    """How documents lie in rows."""
+    if not config.packing:
+        return f"rows of up to {counted(max(schedule.lengths), 'token')}, a document in each"
+    full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
+    return f"rows of {config.ctx_len} tokens, {full:.0%} full"
+
+
+def trained(config: Config, model: RWKV) -> str:
+    """How much of the model is trained, and by what."""
+    count, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    if config.peft == "none":
+        return f"all {count:,} parameters"
+    report = model.injection
+    beside = f", and {', '.join(report.train_parts)} of the base" if report.train_parts else ""
+    return f"{count:,} of {total:,} parameters ({percent(count / total)}): {method(config, model)}{beside}"
+
+
+def percent(share: float) -> str:
+    """Two digits: "7.2 %"."""
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+
+
+def method(config: Config, model: RWKV) -> str:
+    """The adapter with its rank and what is not its default."""
+    report = model.injection
+    usual = vars(METHODS[config.peft].Options())
+    others = {name: value for name, value in report.options.items() if name == "rank" or value != usual.get(name)}
+    described = "".join(f", {name} {value}" for name, value in others.items() if value not in ({}, False, ""))
+    where = f" in {counted(len(report.linears), 'matrix', 'matrices')}" if report.linears else ""
+    return f"{config.peft}{described}{where}"
+
+
+def rates(config: Config, total: int) -> str:
+    """The learning rates."""
+    final = config.lr_init * learning_rate_factor(config, total)(total - 1)
+    state_rate = state_learning_rate(config)
+    shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
+    return f"lr {config.lr_init:g} to {final:g} ({shape})" + (f", initial state {state_rate:g}" if state_rate else "")
+
+
+def needs(cost: Cost, where: str) -> str:
+    """The line of the plan about memory and time."""
+    memory = f"about {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
+    if not cost.seconds:
+        return f"needs      {memory}"
+    of_that = f", of which {duration_text(cost.evaluation_seconds)} are evaluation" if cost.evaluation_seconds else ""
+    return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}"
+
+
+def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
+    """The line of the plan about the loss on so many of so many held-out documents, in a run of `total` steps."""
+    if not held:
+        return "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what the run is worth)"
+    every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
+    stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one" if config.early_stop else ""
+    asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
+    return (f"evaluation loss on {evaluated:,} of {counted(held, 'held-out document')}{asked}, "
+            f"{evaluations(config, total)} times: before the training{every} and at its end; "
+            f"{percent(cost.evaluation)} of the training's work{stop}")
+
+
+def warnings(job: Job, cost: Cost) -> list[str]:
+    """What of the data, the device or the settings is probably not meant so."""
+    config, device, documents = job.config, job.device, job.data.documents
+    texts = list(cut_warnings(config, documents))
+    if bad := job.data.found.bad:
+        texts.append(f"{counted(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} left out; {CARD} has the first")
     if config.warmup_steps >= job.steps:
-        lines.append(f"warning    the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is never used")
-    digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest} | ({"held out": held.digest} if held.rows else {})
-    return [*lines, f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}"]
+        texts.append(f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is never used")
+    if cost.memory > cost.room:
+        texts.append("memory may run out; python -m scripts.plan with the same flags says what to change")
+    if device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
+        texts.append(f"slow: {device.kernel_reason.removeprefix('auto: ')}")
+    return [f"warning    {text}" for text in texts]
 
 
 def base(config: Config, arch: Arch, held: float) -> str:
     """The line of the plan about the base, of which `held` bytes are frozen."""
     quantised = f"; its layers in {config.quant}, {size_text(held)} in all" if config.quant != "none" else ""
-    return f"base       {config.load_model or 'new model'}: {arch.describe()}{quantised}"
+    return f"model      {config.load_model or 'new model'}: {arch.describe()}{quantised}"
 
 
 def training(config: Config, model: RWKV) -> str:
@@ -71,19 +192,22 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     if documents.split:
         lines.append(f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut into several documents, "
                      "each of which begins with the last token of the one before")
+    return lines + [f"warning    {text}" for text in cut_warnings(config, documents)]
+
+
+def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
+    """What --ctx_len takes away."""
+    of_all = f"of {counted(len(documents.rows), 'document')}"
     if documents.cut:
-        lines.append(f"warning    {documents.cut:,} of {counted(len(rows), 'document')} cut at --ctx_len {config.ctx_len}: "
-                     f"{counted(documents.cut_tokens, 'token')} lost")
-    empty = int((documents.row_targets == 0).sum())
-    if empty:
-        lines.append(f"warning    {empty:,} of {counted(len(rows), 'document')} without any trained token left: nothing is learned there")
-    return lines
+        yield (f"{documents.cut:,} {of_all} cut at --ctx_len {config.ctx_len}: {counted(documents.cut_tokens, 'token')} lost")
+    if empty := int((documents.row_targets == 0).sum()):
+        yield f"{empty:,} {of_all} without any trained token left: nothing is learned there"
 
 
 def steps(config: Config, schedule: Schedule, total: int) -> str:
     """The line of the plan about its optimizer steps."""
     passes = total / schedule.steps_per_pass
-    return (f"plan       {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
+    return (f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
             f"{schedule.accumulate} x devices {config.world}), {passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
 
 
@@ -109,7 +233,7 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
 
 def mask(loss_mask: str) -> str:
     """What is trained, in words."""
-    return {"assistant": "the assistant's turns and on plain text", "all": "everything"}.get(loss_mask, f"what follows {loss_mask!r}")
+    return {"assistant": "the assistant's turns and plain text", "all": "everything"}.get(loss_mask, f"what follows {loss_mask!r}")
 
 
 def held_out(config: Config, held_out: Documents) -> list[str]:
@@ -147,16 +271,35 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
 
 def sample(row: Document, tokenizer, limit: int = 600) -> str:
     """A document decoded, its trained parts between the marks."""
-    text, inside = "", False
-    decoder = tokenizer.decoder()
-    for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
-        if trained != inside:
-            text += decoder.flush() + ("«" if trained else "»")
-            inside = trained
-        text += decoder.push(token)
-    end = list(tokenizer.eod)
-    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)  # World's end of document has no text
-    text += decoder.flush() + ("␃" if silent else "") + ("»" if inside else "")
+    text = "".join(f"«{part}»" if trained else part for part, trained in parts_of(row, tokenizer))
     shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
     # a NUL, the end of document of bytes and utf16, would make a log a binary file
     return "\n".join(f"    | {line}" for line in shown.replace("\0", "␀").splitlines())
+
+
+def short_sample(row: Document, tokenizer) -> str:
+    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next to the mark
+    between them."""
+    shown = ""
+    for part, trained in parts_of(row, tokenizer):
+        line = "⏎".join(part.replace("\0", "␀").splitlines())
+        if trained:
+            shown += f"«{line if len(line) <= SAMPLE else f'{line[:SAMPLE]} ...'}»"
+            break
+        shown += line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
+    return f"{shown} (« » is what is trained)"
+
+
+def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
+    """A document's text in pieces, and whether each is trained."""
+    parts: list[tuple[str, bool]] = []
+    decoder = tokenizer.decoder()
+    text, inside = "", bool(row.trained[0])
+    for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+        if trained != inside:
+            parts.append((text + decoder.flush(), inside))
+            text, inside = "", trained
+        text += decoder.push(token)
+    end = list(tokenizer.eod)
+    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)  # World's end of document has no text
+    return [*parts, (text + decoder.flush() + ("␃" if silent else ""), inside)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.progress import progress
+from rwkv_miss.progress import Progress, progress
 
 from .config import Config
 from .data import Document, Documents, collate, pack
@@ -19,6 +19,9 @@ from .files import is_first_process
 from .words import counted
 
 Batch = list[list[Document]]  # rows of documents
+EVALUATION = 0.1  # of a run's time, counted in tokens: what all its evaluations take where nobody says more
+FORWARD = 1 / 3  # what a token takes without a backward, of one that is trained on
+SAMPLE_TOKENS = 64  # of a sample answer at most
 
 
 def hold_out(config: Config, documents: Documents, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:
@@ -56,6 +59,23 @@ def _keys(documents: Documents, seed: int) -> np.ndarray:
     return np.fromiter(digests, "S16", len(documents.rows))
 
 
+def evaluations(config: Config, steps: int) -> int:
+    """How often a run of so many steps evaluates: before its first step, every eval_steps, and after its last step."""
+    return 2 + ((steps - 1) // config.eval_steps if config.eval_steps else 0)
+
+
+def in_hash_order(held_out: Documents, seed: int) -> np.ndarray:
+    """The places of the documents with a trained token, in an order that follows from each document's own content."""
+    places = np.flatnonzero(held_out.row_targets)
+    return places[np.argsort(_keys(held_out.take(places), seed), kind="stable")]
+
+
+def affordable(held_out: Documents, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
+    """How many documents, from the first in this order, so many evaluations of a run may read; at least one."""
+    budget = EVALUATION * trained_tokens / (FORWARD * evaluations)
+    return max(1, int(np.searchsorted(np.cumsum(held_out.lengths[order] - 1), budget, side="right")))
+
+
 def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
     """Batches of micro_bsz packed rows, the longest first, which is where memory would run out."""
     lengths = (held_out.lengths - 1).tolist()
@@ -78,8 +98,9 @@ def undisturbed(trainer):
                 module.training = mode
 
 
-def validation_loss(trainer, batches: list[Batch]) -> float:
+def validation_loss(trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False) -> float | None:
     """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the same number.
+    None where on some rank is_stopped() between two batches.
 
     Packing and the number of processes do not change it: rows don't see each other, each batch is computed by one process, and float64
     has room enough for fp32 sums to be added without rounding, in any order.
@@ -87,12 +108,19 @@ def validation_loss(trainer, batches: list[Batch]) -> float:
     strategy, world = trainer.strategy, trainer.world_size
     count = sum(document.targets for rows in batches for row in rows for document in row)
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
+    documents = sum(len(row) for rows in batches for row in rows)
+    bar = Progress("validation", documents, "documents", shown=trainer.is_global_zero)
     for first in range(0, len(batches), world):
+        if strategy.reduce(torch.tensor(float(is_stopped()), device=strategy.root_device), reduce_op="sum"):
+            bar.close()
+            return None
         # a rank without a batch takes one without a target, because all of them must do the same operations
         mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
         # the longest of the rows that the ranks have now
         batch = collate(mine, count) | {"width": sum(len(document.ids) - 1 for document in batches[first][0])}
         total += strategy.validation_step(strategy.batch_to_device(batch), first)
+        bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
+    bar.close()
     return float(strategy.reduce(total, reduce_op="sum")) / count
 
 

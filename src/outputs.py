@@ -14,6 +14,7 @@ import torch
 import rwkv_miss
 from rwkv_miss.checkpoint import Arch, read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.version import VERSION, commit
 
 from .config import Config
 from .files import read_lines, write_text
@@ -105,6 +106,7 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
     summary = {
+        "version": VERSION, "commit": commit() or None,
         "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
         "train_seconds": sum(line["seconds"] for line in metrics), **(measured or {}), "output": output_path(config),
     }

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
+import numpy as np
 import torch
 
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
 
 from . import ops
+from .calibrate import Speed
 from .choices import choose, choose_batch, held_out_share, row_length
-from .config import Config, accumulation
+from .config import Config, accumulation, is_automatic
 from .data import Documents, Schedule, load, make_schedule
 from .device import choose_accelerator, choose_precision
 from .formats import Reading, Report, sources
-from .held_out import hold_out
+from .held_out import FORWARD, SAMPLE_TOKENS, affordable, evaluations, hold_out, in_hash_order, questions
 from .learning_rate import method_rate
 from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
 from .model import RWKV
@@ -61,6 +63,7 @@ class Job:
     tokenizer: Tokenizer
     template: Template
     data: Data
+    evaluated: Documents  # those of data.held_out whose loss is taken
     schedule: Schedule
     model: RWKV
 
@@ -73,6 +76,41 @@ class Job:
 def steps_of(config: Config, schedule: Schedule) -> int:
     """Optimizer steps of a run with these settings on the rows of the schedule."""
     return config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a run takes, estimated: `memory` of `room` bytes, and `tokens` to train on, with the repeated ones.
+
+    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds` of all and
+    of the evaluations, with the answers, are 0 where no speed is known.
+    """
+
+    memory: float
+    room: float
+    tokens: float
+    evaluation: float
+    seconds: float
+    evaluation_seconds: float
+
+
+def run_cost(
+    config: Config, arch: Arch, device: Device, schedule: Schedule, data: Data, evaluated: Documents, eod: tuple[int, ...],
+    speed: Speed,
+) -> Cost:
+    """The cost of a run whose settings are filled in."""
+    memory = needed(estimate(config, arch, schedule), config, device.accelerator)
+    tokens = trained_tokens(config, schedule)
+    times = evaluations(config, steps_of(config, schedule)) if evaluated.rows else 0
+    read = FORWARD * times * float((evaluated.lengths - 1).sum())
+    asked = questions(data.held_out, config.eval_samples, eod) if times else []
+    seconds = answers = 0.0
+    if speed.tokens:
+        prompts = FORWARD * sum(len(question.prompt) for question in asked) / speed.tokens
+        answers = times * (prompts + (SAMPLE_TOKENS * speed.answer if asked else 0))
+        seconds = tokens / speed.tokens
+        answers += read / speed.tokens
+    return Cost(memory, USABLE * memory_of(device, config.world), tokens, read / tokens, seconds + answers, answers)
 
 
 def device_here(config: Config, head_size: int) -> Device:
@@ -125,6 +163,30 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     if config.eval_file and (both := len(documents.rows) - len(train.rows)):
         found.notes.append(f"left out   {counted(both, 'document')} of {config.data_file}, word for word in {config.eval_file} too")
     return Data(train, held_out, found)
+
+
+def trained_tokens(config: Config, schedule: Schedule) -> float:
+    """Tokens of all steps of a run."""
+    return steps_of(config, schedule) / schedule.steps_per_pass * sum(schedule.lengths)
+
+
+def choose_evaluation(
+    config: Config, origins: dict[str, str], schedule: Schedule, held_out: Documents, before: Config | None = None,
+) -> Documents:
+    """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the run that
+    goes on; one from before there was a choice took all of them."""
+    if not held_out.rows:
+        return held_out
+    order = in_hash_order(held_out, config.random_seed)
+    if before and is_automatic(before, "eval_docs"):
+        choose(config, origins, "eval_docs", len(order), "as the run has it so far")
+    fits = affordable(held_out, order, trained_tokens(config, schedule), evaluations(config, steps_of(config, schedule)))
+    if fits < len(order):
+        reason = f"of {counted(len(order), 'held-out document')}, so that all evaluations take at most a tenth of the run"
+    else:
+        reason = "all held-out documents take less than a tenth of the run"
+    choose(config, origins, "eval_docs", min(fits, len(order)), reason)
+    return held_out.take(np.sort(order[: config.eval_docs]))
 
 
 def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:

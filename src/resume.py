@@ -18,7 +18,7 @@ from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
 MAY_CHANGE = {
     "proj_dir", "resume", "data_cache", "eval_steps", "eval_samples", "early_stop", "wandb", "save_steps", "save_total_limit", "rollback_steps",
-    "spike_sigmas", "grad_cp", "chunk_ctx", "state_cp", "wkv", "accelerator",
+    "spike_sigmas", "grad_cp", "chunk_ctx", "state_cp", "wkv", "accelerator", "verbose",
     "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
 }
 

@@ -14,6 +14,7 @@ from rwkv_miss.errors import UserError
 from . import config as configuration
 from . import describe, ops
 from .base import build_model, read_base
+from .calibrate import speed_here
 from .checkpoints import checkpoint_step, remove_leftovers, restore_best
 from .config import Config
 from .device import DTYPES
@@ -22,7 +23,16 @@ from .folder import folder_of_run
 from .history import BEST, VALIDATION, best, is_over
 from .lifeline import lifeline
 from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
-from .prepare import Job, check_data_files, choose_device, device_here, plan_steps, read_data
+from .prepare import (
+    Job,
+    check_data_files,
+    choose_device,
+    choose_evaluation,
+    device_here,
+    plan_steps,
+    read_data,
+    run_cost,
+)
 from .resume import earlier_settings, find_checkpoint, inherit, keep_rows_per_step
 from .template import recorded_template
 from .writers import check_wandb, open_writers
@@ -60,16 +70,23 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
         keep_rows_per_step(config, before)
     data = read_data(config, origins, tokenizer, template)
     schedule = plan_steps(config, origins, arch, device, data.documents)
+    evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
+    cost = None
+    if is_first_process():  # before the model is there: what is timed shall not count among the run's memory
+        speed = speed_here(arch, config, schedule)
+        cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
     torch.manual_seed(config.random_seed)
     model = build_model(config, arch, device.kernel, DTYPES[config.precision], resume_from)
-    job = Job(config, origins, device, tokenizer, template, data, schedule, model)
+    job = Job(config, origins, device, tokenizer, template, data, evaluated, schedule, model)
 
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
     over = first_step >= job.steps or is_over(history, config.early_stop)
-    plan = describe.plan(job) + describe.resume(job, before, resume_from, over)
-    if is_first_process():
-        print("\n".join(plan), flush=True)
+    plan = []
+    if cost:
+        plan, details = describe.plan(job, cost, describe.resume(job, before, resume_from, over)), describe.details(job)
+        print("\n".join([*plan, *details] if config.verbose else plan), flush=True)
+        plan = [*plan, *details]
         if resume_from:
             put_best_back(config, history)
     if over:
@@ -115,11 +132,11 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
-    callbacks = [report, *([Watch(folder, history, job.tokenizer, save, report)] if held_out.rows else []), forgetting, saver]
+    callbacks = [report, *([Watch(folder, history, job.evaluated, job.tokenizer, save, report)] if held_out.rows else []), forgetting, saver]
     trainer = make_trainer(config, job.steps, callbacks, first_step)
     begun = time.perf_counter()
     try:
-        with ops.nan_passes(), naming_the_killed(trainer):  # LastGood judges the steps
+        with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals():  # LastGood judges the steps
             trainer.fit(module)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "

@@ -7,32 +7,32 @@ import os
 import time
 
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.progress import say
 
 from .callbacks import StepReport
+from .data import Documents
 from .evaluate import greedy_texts
 from .files import append_line, write_lines
-from .held_out import evaluation_batches, questions, undisturbed, validation_loss
+from .held_out import SAMPLE_TOKENS, evaluation_batches, questions, undisturbed, validation_loss
 from .history import BEST, VALIDATION, best, describe, is_over
-
-SAMPLE_TOKENS = 64
 
 
 class Watch(Callback):
-    """Evaluates before the first step, every `eval_steps` and after the last step; one JSON line each.
+    """Evaluates `documents` before the first step, every `eval_steps` and after the last step; one JSON line each.
 
     `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is the best one, and
     whether the run is over, are functions of it. `write` puts the trained tensors into a file; it is called on every rank.
     """
 
-    def __init__(self, folder: str, history: list[dict], tokenizer, write, report: StepReport):
+    def __init__(self, folder: str, history: list[dict], documents: Documents, tokenizer, write, report: StepReport):
         self.path, self.best_path = os.path.join(folder, VALIDATION), os.path.join(folder, BEST)
-        self.history, self.tokenizer, self.write, self.report = history, tokenizer, write, report
+        self.history, self.documents, self.tokenizer = history, documents, tokenizer
+        self.write, self.report = write, report
 
     def on_train_start(self, trainer, module) -> None:
-        self.batches = evaluation_batches(module.held_out, module.config)
+        self.batches = evaluation_batches(self.documents, module.config)
         self.questions = questions(module.held_out, module.config.eval_samples, tuple(self.tokenizer.eod))
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
@@ -48,20 +48,23 @@ class Watch(Callback):
         due = step in (0, module.total_steps) or every and step % every == 0
         if due and not any(line["step"] == step for line in self.history):
             started = time.perf_counter()
-            self._evaluate(trainer, module)
+            stopped = not self._evaluate(trainer, module)
             self.report.clock += time.perf_counter() - started  # no part of the next step
-            trainer.should_stop = trainer.should_stop or is_over(self.history, module.config.early_stop)
+            trainer.should_stop = trainer.should_stop or stopped or is_over(self.history, module.config.early_stop)
 
-    def _evaluate(self, trainer, module) -> None:
+    def _evaluate(self, trainer, module) -> bool:
+        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, but after the last step."""
         step = trainer.global_step
         with undisturbed(trainer):
-            loss = validation_loss(trainer, self.batches)
+            loss = validation_loss(trainer, self.batches, lambda: self.report.stop and step < module.total_steps)
+            if loss is None:
+                return False
             with module.autocast():
                 answers = greedy_texts(module.model, self.tokenizer, [q.prompt for q in self.questions], SAMPLE_TOKENS)
         decode = self.tokenizer.decode
         samples = [{"prompt": decode(q.prompt), "answer": answer.strip(), "right": decode(q.answer).strip()}
                    for q, answer in zip(self.questions, answers, strict=True)]
-        line = {"step": step, "loss": loss if math.isfinite(loss) else None, "tokens": module.held_out.targets, "samples": samples}
+        line = {"step": step, "loss": loss if math.isfinite(loss) else None, "tokens": self.documents.targets, "samples": samples}
         self.history.append(line)
         if best(self.history) is line:
             self._save(trainer, loss)
@@ -73,7 +76,8 @@ class Watch(Callback):
                 if samples:
                     writer.samples(step, samples)
             self.report.validation = f" validation {loss:.4f}"
-            tqdm.write("\n".join(describe(self.history, module.total_steps)))
+            say("\n".join(describe(self.history, module.total_steps)))
+        return True
 
     def _save(self, trainer, loss: float) -> None:
         """The best state so far, whole under its name or not at all; all ranks fail together."""

@@ -110,8 +110,14 @@ def open_writers(config: Config, first_step: int) -> list[Writer]:
     return [*writers, WeightsAndBiases(config, first_step)] if config.wandb else writers
 
 
+def places_to_watch(config: Config) -> list[str]:
+    """Where the numbers can be seen while they come."""
+    board = [] if tensorboard_problem() else [f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}"]
+    return board + ([f"Weights & Biases, project {config.wandb}"] if config.wandb else [])
+
+
 def describe_writers(config: Config) -> str:
-    """Line of the plan about where the numbers can be seen."""
+    """Line of the plan's details about where the numbers can be seen."""
     problem = tensorboard_problem()
-    board = f"TensorBoard {problem}" if problem else f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}"
-    return f"watch it   {board}" + (f"; Weights & Biases, project {config.wandb}" if config.wandb else "")
+    absent = [f"TensorBoard {problem}"] if problem else []
+    return f"watch it   {'; '.join(absent + places_to_watch(config))}"

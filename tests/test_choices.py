@@ -162,7 +162,7 @@ def losses(proj_dir):
 
 def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):
     flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--tokenizer", "bytes", "--peft_config", "r=5"]
-    output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first")]))
+    output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"]))
     assert "chosen     ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.05: 6 documents of 120" in output and "lr_init 2e-05: the rate of --peft miss" in output
     # 24 rows of 256 tokens make less than 50 steps, with one row each

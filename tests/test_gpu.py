@@ -95,7 +95,7 @@ def test_a_run_on_the_gpu(strategy, quant, tmp_path):
     data.write_text("\n".join(json.dumps({"text": f"sort {word}: {''.join(sorted(word))}"}) for word in ("kitchen", "house", "garden")))
     base = ROOT / "demo/rwkv7-reverse.pth"
     command = [sys.executable, "train.py", "--load_model", base, "--data_file", data, "--proj_dir", tmp_path / "run", "--accelerator", "gpu",
-               "--peft_config", "r=8", "--lr_init", "5e-3", "--epoch_steps", "20", "--strategy", strategy, "--quant", quant]
+               "--peft_config", "r=8", "--lr_init", "5e-3", "--epoch_steps", "20", "--strategy", strategy, "--quant", quant, "--verbose"]
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "device     gpu" in done.stdout and "kernel     wkv cuda" in done.stdout, done.stdout

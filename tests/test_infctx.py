@@ -226,8 +226,9 @@ def train(tmp_path_factory):
     def run(name, *flags):
         settings = {"load_model": folder / "base.pth", "data_file": folder / "data.jsonl", "proj_dir": folder / name, "tokenizer": "bytes",
                     "peft_config": "r=100", "lr_init": "1e-2", "lr_schedule": "constant", "micro_bsz": 8, "packing": 0, "accelerator": "cpu"}
-        output = program.succeed(program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags]))
-        return output, [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        program.succeed(program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags]))
+        card = (folder / name / "run_card.md").read_text()
+        return card, [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
     return run
 
@@ -250,9 +251,9 @@ def whole(train):
 ], ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"])
 def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, request):
     """The ranks have rows of different lengths, and the micro-batches of a step different numbers of chunks, some of them one."""
-    output, losses = train(request.node.callspec.id, *flags)
+    card, losses = train(request.node.callspec.id, *flags)
     assert losses == pytest.approx(whole[:3], rel=1e-5)
-    assert f"chunks     of {flags[1]} tokens, at most" in output and "the gradient is exact" in output
+    assert f"chunks     of {flags[1]} tokens, at most" in card and "the gradient is exact" in card
 
 
 def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
@@ -268,8 +269,8 @@ def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
 
 def test_a_run_resumes_with_other_chunks(train, whole):
     train("resumed", "--chunk_ctx", "40")
-    output, losses = train("resumed", "--chunk_ctx", "64", "--state_cp", "1", "--epoch_count", "2", "--resume", "auto")
+    _, losses = train("resumed", "--chunk_ctx", "64", "--state_cp", "1", "--epoch_count", "2", "--resume", "auto")
     assert losses == pytest.approx(whole, rel=1e-5)
-    output, losses = train("cut", "--chunk_ctx", "40", "--truncate_ctx", "80")
-    assert "the gradient stops at every 80 tokens" in output
+    card, losses = train("cut", "--chunk_ctx", "40", "--truncate_ctx", "80")
+    assert "the gradient stops at every 80 tokens" in card
     assert losses[0] == pytest.approx(whole[0], rel=1e-6) and losses[1] != pytest.approx(whole[1], rel=1e-4)

@@ -208,7 +208,8 @@ def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files,
     output = train(files, tmp_path / "one", "--epoch_steps", "4", *schedule, "--micro_bsz", "6")
     base = rwkv_miss.read_checkpoint(files / "base.pth")
     wanted = in_parts(base, WHOLE)
-    assert f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)" in output
+    assert "in 12 matrices, and emb, head, ln, time of the base" in output
+    assert f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)" in (tmp_path / "one/run_card.md").read_text()
     many = [*schedule, "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
     train(files, tmp_path / "many", "--epoch_steps", "2", *many)
     train(files, tmp_path / "many", "--epoch_steps", "4", *many, "--resume", "auto")

@@ -195,17 +195,18 @@ def test_free_is_what_machine_and_container_have_with_what_is_held_already(monke
 
 
 def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monkeypatch):
-    monkeypatch.setattr(calibrate, "_fastest", lambda work, device: [work(), {"layers": 4.0, "logits": 3.0}[work.__name__]][1])
+    seconds = {"layers": 4.0, "logits": 3.0, "next_token": 0.5, "next_logits": 0.25}
+    monkeypatch.setattr(calibrate, "_fastest", lambda work, device: [work(), seconds[work.__name__]][1])
     for row, tokens in ((37, 37), (9999, 256)):
         speed = calibrate.measured_speed(make_arch(7, **SIZES | {"n_layer": 6}), Config(peft_config={"r": 5}), "torch", "fp32", "cpu", row, 0.5)
-        assert speed == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0))
+        assert speed.tokens == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0)) and speed.answer == 0.5 * 6 / 2 + 0.25
 
 
 @pytest.mark.parametrize("method,options", [("dora", {}), ("miss", {"magnitude": True}), ("pissa", {}), ("adalora", {}), ("vera", {}), ("mos", {})])
 def test_the_speed_of_methods_that_derive_something_from_the_weight(method, options):
     """The operators refuse NaN, which norms that are none would make."""
     config = Config(peft=method, peft_config={"r": 5, **options})
-    assert calibrate.measured_speed(make_arch(7, **SIZES), config, ops.choose("auto", "cpu", 16)[0], "fp32", "cpu", 20, 0.5) > 0
+    assert calibrate.measured_speed(make_arch(7, **SIZES), config, ops.choose("auto", "cpu", 16)[0], "fp32", "cpu", 20, 0.5).tokens > 0
 
 
 def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):

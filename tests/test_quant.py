@@ -399,7 +399,7 @@ def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_f
                 *more]
 
     output = program.succeed(program.run(flags("one", "--quant", "nf4", "--micro_bsz", "8")))
-    assert "its layers in nf4, " in output and "--quant nf4" in output
+    assert "its layers in nf4, " in output and "--quant nf4" in (tmp_path / "one/run_card.md").read_text()
     program.succeed(program.run(flags("two", "--quant", "nf4", "--micro_bsz", "4", "--strategy", "deepspeed_stage_2", "--devices", "2")))
     curve = program.losses(tmp_path / "one")
     assert program.losses(tmp_path / "two") == pytest.approx(curve, rel=1e-5) and len(curve) == 3

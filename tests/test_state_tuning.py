@@ -131,7 +131,7 @@ def test_a_fresh_state_changes_nothing_and_only_it_is_trained(version, dtype, ch
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert list(trained) == [f"blocks.{i}.att.time_state" for i in range(2)] and set(trained) == set(model.state_dict()) - set(plain.state_dict())
     assert {(p.dtype, tuple(p.shape)) for p in trained.values()} == {(torch.float32, (3, 16, 16))}
-    assert report.line().startswith("0 linears") and report.trainable == 2 * 3 * 16 * 16
+    assert report.line().startswith("1,536 trainable") and report.trainable == 2 * 3 * 16 * 16
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -376,7 +376,7 @@ def train(files, proj_dir, *flags, version=7):
 @pytest.mark.parametrize("version", [6, 7])
 def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sittings(files, tmp_path, version):
     output = train(files, tmp_path / "own", "--peft", "state", "--packing", "0", "--epoch_steps", "6", version=version)
-    assert "state: 0 linears, 1,536 trainable" in output and "lr 0.01" in output
+    assert "trained    1,536 of " in output and "%): state\n" in output and "lr 0.01" in output
     curve = losses(tmp_path / "own")
     assert curve[-1] < curve[0] - 0.01
     shared = ["--peft", "state", "--ctx_len", "150", "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "4", "--grad_cp", "1"]
@@ -391,7 +391,7 @@ def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sitting
 
 def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
     output = train(files, tmp_path / "run", "--peft_config", "r=7", "--train_parts", "state", "--epoch_steps", "3")
-    assert "12 linears and 2 whole tensors (state)" in output and "initial state 0.01" in output
+    assert "in 12 matrices, and state of the base" in output and "initial state 0.01" in output
     tensors = rwkv_miss.read_checkpoint(tmp_path / "run/adapter.pth")
     assert len(tensors) == 14 and 5e-3 < tensors["blocks.1.att.time_state"].abs().max() < 0.1 and tensors["blocks.1.att.key.miss"].abs().max() < 1e-3
 

@@ -1,6 +1,7 @@
 """Training as a user runs it: one process, many, interrupted and resumed, all to the same losses."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -61,8 +62,9 @@ def plain(files, tmp_path_factory):
 
 def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     proj_dir, output = plain
-    assert "RWKV-7, 2 layers, width 48" in output and "12 linears" in output and "21 documents" in output
-    assert "6 steps of 8 rows" in output and "wkv cpu" in output and "«" in output
+    assert "RWKV-7, 2 layers, width 48" in output and "12 matrices" in output and "21 documents" in output
+    assert "6 steps of 8 rows" in output and "«" in output
+    assert "wkv cpu" in (proj_dir / "run_card.md").read_text()
     left = {p.name for p in proj_dir.iterdir()} - {"tensorboard"}
     assert left == {"adapter.pth", "config.yaml", "metrics.jsonl", "run.json", "loss.png", "run_card.md", "checkpoints"}
     assert (proj_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -93,7 +95,8 @@ def test_documents_in_shared_rows_train_the_same(files, tmp_path):
     output = train(files, tmp_path / "shared", *packed)
     two = ["--strategy", "deepspeed_stage_2", "--devices", "2", "--micro_bsz", "1", "--accumulate_grad_batches", "4"]
     train(files, tmp_path / "both", *packed, *two)
-    assert "of 150 tokens" in output and "documents in a row do not see each other" in output
+    assert "rows of 150 tokens" in output
+    assert "documents in a row do not see each other" in (tmp_path / "shared/run_card.md").read_text()
     curve = losses(tmp_path / "own")
     assert len(curve) == 4
     assert losses(tmp_path / "shared") == pytest.approx(curve, rel=1e-5) == losses(tmp_path / "both")
@@ -121,7 +124,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)  # Ctrl-C
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and output.count("stopping after this step, and saving") == 1, output
+    assert process.returncode == 130 and output.count("stopping after this step and saving; ") == 1, output
     stopped = len(losses(again))
     assert 4 <= stopped < 24 and f"stopped, go on with --resume auto: step {stopped} of 24" in output, output
     assert read_metadata(again / "adapter.pth")["step"] == stopped
@@ -253,15 +256,26 @@ def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     assert losses(proj_dir) == pytest.approx(losses(plain[0]), rel=1e-5)
 
 
-def test_both_signals_are_answered_at_once(capfd):
-    """The first asks the run to stop, the second one is Python's own."""
+def test_both_signals_are_answered_at_once(capfd, monkeypatch):
+    """The first asks the run to stop, the second one ends it; so does one before the first step."""
+    class Ended(Exception):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
     report = StepReport("", 1, 0.0, None, [])
-    report.rank_zero = True
     before = signal.signal(signal.SIGUSR1, report._ask_to_stop)
     try:
+        with pytest.raises(Ended, match=str(128 + signal.SIGUSR1)):
+            signal.raise_signal(signal.SIGUSR1)
+        assert capfd.readouterr().err == "\ninterrupted before the first step\n" and not report.stop
+        report.training = True
         signal.raise_signal(signal.SIGUSR1)
-        assert report.stop and "stopping after this step, and saving; once more ends it at once, without" in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
+        words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
+        assert report.stop and words in capfd.readouterr().err
+        with pytest.raises(Ended, match=str(128 + signal.SIGUSR1)):
             signal.raise_signal(signal.SIGUSR1)
         assert "ended within a step; what was saved before is unchanged" in capfd.readouterr().err
     finally:

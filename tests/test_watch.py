@@ -75,8 +75,9 @@ def same_tensors(one, other):
     return ours.keys() <= theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-THREE = ["--eval_steps", "3", "--eval_samples", "1", "--eval_file"]
-EVAL = ["--eval_steps", "4", "--eval_samples", "2", "--eval_file"]
+ALL = ["--eval_docs", "99"]
+THREE = [*ALL, "--eval_steps", "3", "--eval_samples", "1", "--eval_file"]
+EVAL = [*ALL, "--eval_steps", "4", "--eval_samples", "2", "--eval_file"]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,8 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
         assert sample["prompt"] == f"User: {question['content']}\n\nAssistant:" and sample["right"] == answer["content"].strip()
         pieces = stream(model, BYTES, list(sample["prompt"].encode()), None, Sampling(temperature=0), watch.SAMPLE_TOKENS, stop="")
         assert "".join(pieces).strip().rstrip("\ufffd") == sample["answer"].rstrip("\ufffd")  # chat does not show half a character
-    assert "held out   11 documents" in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
+    said = "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training, every 4 steps and at its end; "
+    assert said in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
     assert f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}" in output
     assert same_tensors(proj_dir / "best.pth", proj_dir / "adapter.pth") and read_metadata(proj_dir / "best.pth")["step"] == 6
 
@@ -151,7 +153,7 @@ def scripted(losses, rank):
     """Validation losses by step, each of which takes an hour."""
     clock, hours = time.perf_counter, 0
 
-    def loss(trainer, batches):
+    def loss(trainer, batches, is_stopped):
         nonlocal hours
         hours += 1
         return losses[trainer.global_step]
@@ -248,7 +250,7 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
 
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     """Its loss is the one that it is named with; bf16 has 8 bits."""
-    flags = ["--peft", "none", "--peft_config", "", "--lr_init", "1e-3", "--precision", "bf16", "--eval_samples", "1"]
+    flags = [*ALL, "--peft", "none", "--peft_config", "", "--lr_init", "1e-3", "--precision", "bf16", "--eval_samples", "1"]
     succeed(start(files, tmp_path / "run", *flags, "--eval_file", str(files / "held.jsonl")))
     assert same_tensors(tmp_path / "run/best.pth", tmp_path / "run/model.pth")
     named = read_metadata(tmp_path / "run/best.pth")["validation_loss"]
@@ -351,7 +353,7 @@ def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_
     flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
     for checkpoint in ("step-00000002", "step-00000004"):  # the first run leaves none, the second goes on from step 2, the last as well
         code, output = start(files, proj_dir, *flags, "--resume", "auto", sabotage=functools.partial(at_file, checkpoint, 1, proj_dir, kill))
-        assert code and f"watch it   tensorboard --logdir {proj_dir}/tensorboard" in output
+        assert code and f"; watch: tensorboard --logdir {proj_dir}/tensorboard" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto"))
     shown, events = scalars(proj_dir / "tensorboard", "train/loss")
     assert shown == pytest.approx(dict(enumerate(losses(proj_dir), 1)))
@@ -375,7 +377,7 @@ def test_without_tensorboard_a_run_says_so_and_goes_on(files, tmp_path):
     for sabotage, words in ((functools.partial(without, "tensorboard"), "watch it   TensorBoard not installed (pip install tensorboard)"),
                             (broken_tensorboard, "watch it   TensorBoard broken here: ")):
         pytest.importorskip("tensorboard")
-        assert words in succeed(start(files, tmp_path / words[-9:-1], "--epoch_steps", "1", sabotage=sabotage))
+        assert words in succeed(start(files, tmp_path / words[-9:-1], "--epoch_steps", "1", "--verbose", sabotage=sabotage))
         assert not (tmp_path / words[-9:-1] / "tensorboard").exists()
 
 
