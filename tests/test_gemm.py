@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_miss import gemm
+from rwkv_miss import functional, gemm, peers
 from rwkv_miss.functional import linear
 
 SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4), (3, 0, 4)]
@@ -96,12 +96,80 @@ def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dty
     assert not linear(x.detach(), weight.detach(), bias.detach(), transposed).requires_grad
 
 
-def test_the_linear_passes_opcheck_and_autocast():
+def test_the_linear_passes_opcheck():
     x, weight, bias = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
     torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight, bias, False))
     torch.library.opcheck(torch.ops.rwkv_miss.linear.default, (x, weight.t().contiguous(), None, True))
+
+
+# operator -> (its function, the shapes of the tensors that follow an x of (3, 8), and what follows these)
+OPERATORS = {
+    "linear": (functional.linear, [(6, 8), (6,)], []),
+    "miss_linear": (functional.miss_linear, [(6, 8), (6,), (4, 6)], []),
+    "lora_linear": (functional.lora_linear, [(6, 8), (6,), (2, 8), (6, 2)], [0.5]),
+    "times_columns": (functional.times_columns, [(8,), (8,)], []),
+    "expand_linear": (peers.expand_linear, [(6, 8), (6,), (2, 8)], []),
+    "vera_linear": (peers.vera_linear, [(6, 8), (6,), (2, 8), (6, 2), (2,), (6,)], []),
+    "bat_linear": (peers.bat_linear, [(6, 8), (6,), (3, 2, 2)], [False]),
+}
+NO_PRODUCTS = {"drop", "dequantise"}
+
+
+def test_every_operator_is_among_those_that_autocast_is_tried_with():
+    defined = {name.removeprefix("rwkv_miss::") for name in torch._C._dispatch_get_all_op_names()
+               if name.startswith("rwkv_miss::")}
+    assert defined == {*OPERATORS, *NO_PRODUCTS}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_computes_in_its_dtype_and_the_gradients_keep_theirs(name, half, inside):
+    """As torch's own linear: y in half precision, gradients in fp32 as the parameters, wherever it runs."""
+    function, shapes, rest = OPERATORS[name]
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((3, 8), *shapes)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    want = function(*exact, *rest)
+    dy = torch.randn(want.shape, dtype=torch.float64)
+    want.backward(dy)
+    with torch.autocast("cpu", half):
+        y = function(*leaves, *rest)
+        if inside:
+            y.backward(dy.to(half))
+    if not inside:
+        y.backward(dy.to(half))
+    assert y.dtype == half
+    of_all = zip([y, *(t.grad for t in leaves)], [want, *(t.grad for t in exact)], strict=True)
+    pairs = [(got, exact) for got, exact in of_all if exact is not None]
+    assert len(pairs) == sum(t.grad is not None for t in leaves) + 1 >= 3
+    assert all(got.dtype == torch.float32 for got, _ in pairs[1:])
+    for got, exact in pairs:
+        # products of products: each is rounded up to three times
+        assert (got - exact).abs().max() <= 3 * torch.finfo(half).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_does_not_reach_the_backward_of_what_was_computed_outside(name):
+    function, shapes, rest = OPERATORS[name]
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape).requires_grad_() for shape in ((3, 8), *shapes)]
+    y = function(*leaves, *rest)
+    dy = torch.randn(y.shape)
+    want = torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight, bias).dtype == torch.bfloat16
+        got = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    assert [g is None for g in got] == [g is None for g in want]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True) if w is not None)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_leaves_float64_alone(name):
+    function, shapes, rest = OPERATORS[name]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 8), *shapes)]
+    want = function(*tensors, *rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(*tensors, *rest), want)
 
 
 def test_a_second_derivative_is_refused():
