@@ -52,10 +52,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
              "int8 of train.py's --quant, which has a scale for each 64 weights")
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
     args = parser.parse_args(argv)
-    if args.max_tokens < 1 or args.top_k < 0 or not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        raise UserError("expected --max_tokens >= 1, --top_k >= 0, --temperature >= 0 and 0 < --top_p <= 1")
-    if not all(map(math.isfinite, (args.presence_penalty, args.frequency_penalty, args.scale))):
-        raise UserError("expected finite numbers for --presence_penalty, --frequency_penalty and --scale")
+    if args.max_tokens < 1:
+        raise UserError(f"--max_tokens {args.max_tokens}: expected 1 or more")
+    sampling_of(args).check()
+    if not math.isfinite(args.scale):
+        raise UserError(f"--scale {args.scale}: expected a finite number")
     if not -(2**63) <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: expected a number from -2^63 to below 2^63")
     if args.prompt == "":
@@ -73,6 +74,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for text in (args.prompt, args.system):
         check_typed(text or "")
     return args
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
 
 
 def named(given: list[str]) -> dict[str, str]:
@@ -96,20 +101,18 @@ def main(argv: list[str] | None = None) -> None:
         adapters, tokenizer = load_with(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
         adapters.use(list(args.adapter)[:1], args.scale)
         model, how = fastest(adapters.model, args.quant == "int8")
-        sampling = Sampling(args.temperature, args.top_p, args.top_k, args.presence_penalty, args.frequency_penalty)
-
         def template_of(choice: str, paths: list):
             return recorded_template(choice, tokenizer, *paths, args.model)
 
         template = template_of(args.template, list(args.adapter.values())[:1])
-        conversation = Conversation(model, tokenizer, sampling, args.seed, args.system, template)
+        conversation = Conversation(model, tokenizer, sampling_of(args), args.seed, args.system, template)
         chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed)
         if args.load_state:
             chat.load_from(args.load_state)
             if args.template != "auto":
                 conversation.template, chat.chosen = template, args.template
         if args.raw:
-            show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, sampling, args.max_tokens, "", conversation.generator))
+            show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, conversation.sampling, args.max_tokens, "", conversation.generator))
         elif args.compare:
             print(chat.compared(args.prompt))
         elif args.prompt:
@@ -117,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             pieces = itertools.chain([opening] if opening else [], conversation.answer(args.prompt, args.max_tokens))
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
-            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, Ctrl-D ends the chat.",
+            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, /exit ends the chat.",
                   file=sys.stderr)
             chat.converse()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import shutil
@@ -19,6 +20,7 @@ from src.saved_chat import load_chat, save_chat
 from src.template import MODES, RwkvTemplate, Template
 
 NO_ADAPTER = "none"
+LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
 MODE_NAMES = {"off": "rwkv", "think": "think", "normal": "think-normal", "short": "think-short", "long": "think-long", "fake": "fake-think"}
 
 
@@ -53,10 +55,11 @@ class Chat:
         self.conversation, self.adapters, self.template_of, self.chosen = conversation, adapters, template_of, template
         self.max_tokens, self.seed = max_tokens, seed
         self.scale = adapters.scale  # that of the next adapter, too
+        self.over = False
 
     def converse(self) -> None:
-        """Take lines from stdin until it ends, or Ctrl-C at the prompt. Ctrl-C in an answer stops that."""
-        while True:
+        """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer stops that."""
+        while not self.over:
             try:
                 line = input("User: " if sys.stdin.isatty() else "")
             except (EOFError, KeyboardInterrupt):
@@ -69,7 +72,8 @@ class Chat:
                 note(f"error: {error}")
             except KeyboardInterrupt:
                 print()
-                note("stopped" + ("; what was said stays in the conversation, until /undo" if len(self.conversation.turns) > turns else ""))
+                kept = "; what was said stays in the conversation, until /undo" if len(self.conversation.turns) > turns else ""
+                note(f"stopped{kept}")
 
     def take(self, line: str) -> None:
         """One line: nothing, a command, or the user's words, which // or a space before a slash makes of what looks like a command."""
@@ -77,11 +81,17 @@ class Chat:
         if line.startswith("/") and not line.startswith("//"):
             name, _, argument = line[1:].partition(" ")
             return find(name).run(self, argument.strip())
+        if line.rstrip() in LEAVING:
+            return self.leave("")
         text = line.strip()
         text = text[1:] if line.startswith("//") else text
         if text:
-            print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
-            show(self.conversation.answer(text, self.max_tokens))
+            self.answer(text)
+
+    def answer(self, text: str) -> None:
+        """Print the model's answer as it is made."""
+        print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
+        show(self.conversation.answer(text, self.max_tokens))
 
     def use(self, names: tuple[str, ...], scale: float) -> None:
         """Choose adapters, and forget the state that other weights computed."""
@@ -130,7 +140,7 @@ class Chat:
     def choose_scale(self, argument: str) -> None:
         """multiply what the adapter changes by this; 1: as it was trained"""
         if argument:
-            self.scale = valid_scale(argument)
+            self.scale = valid_number("scale", argument)
             if self.adapters.used:
                 return self.switch(self.adapters.used, self.scale)
         note(f"scale {self.scale:g}" + ("" if self.adapters.used else ", once an adapter is in use"))
@@ -146,6 +156,37 @@ class Chat:
         """take back the last question and its answer"""
         self.conversation.undo()
         note(f"taken back; {self.turns()} left")
+
+    @command("retry")
+    def answer_again(self, argument: str) -> None:
+        """another answer in the place of the last one"""
+        conversation = self.conversation
+        kept = conversation.turns[:], conversation.state, conversation.read, conversation.earlier
+        conversation.undo()
+        if not conversation.sampling.temperature:
+            note("temperature 0 draws the same answer again; /temperature 1 draws others")
+        try:
+            self.answer(kept[0][-1].messages[0]["content"])
+        finally:
+            if len(conversation.turns) < len(kept[0]):  # stopped before its first word
+                conversation.turns, conversation.state, conversation.read, conversation.earlier = kept
+
+    @command("temperature", "[NUMBER]")
+    def choose_temperature(self, argument: str) -> None:
+        """how freely the next answers are drawn; 0: always the likeliest token"""
+        self.choose_sampling("temperature", argument)
+
+    @command("top_p", "[NUMBER]")
+    def choose_top_p(self, argument: str) -> None:
+        """draw among the likeliest tokens that have this share together; 1: among all"""
+        self.choose_sampling("top_p", argument)
+
+    def choose_sampling(self, name: str, argument: str) -> None:
+        if argument:
+            sampling = dataclasses.replace(self.conversation.sampling, **{name: valid_number(name, argument)})
+            sampling.check()
+            self.conversation.sampling = sampling
+        note(f"{name} {getattr(self.conversation.sampling, name):g}")
 
     @command("save", "FILE")
     def save_to(self, argument: str) -> None:
@@ -183,7 +224,14 @@ class Chat:
         width = max(len(name) + len(entry.arguments) for name, entry in COMMANDS.items()) + 2
         for name, entry in COMMANDS.items():
             note(f"/{name + ' ' + entry.arguments:<{width}} {entry.help}")
-        note("Words that begin with a slash: type a space or another slash before them. Ctrl-C stops an answer; Ctrl-D ends the chat.")
+        note("Words that begin with a slash: type a space or another slash before them. Ctrl-C stops an answer. Ctrl-D ends the chat.")
+
+    @command("exit")
+    def leave(self, argument: str) -> None:
+        """end the chat; so do exit, quit, /quit and Ctrl-D"""
+        self.over = True
+
+    COMMANDS["quit"] = COMMANDS["exit"]
 
     def compared(self, text: str) -> str:
         """Two columns: what the base and what the adapter in use answers, with the same random numbers. UserError without an adapter."""
@@ -210,8 +258,9 @@ def find(name: str) -> Command:
     if name in COMMANDS:
         return COMMANDS[name]
     near = difflib.get_close_matches(name, COMMANDS, 1)
-    raise UserError(f"there is no command /{name}" + (f", did you mean /{near[0]}?" if near else "")
-                    + f" There are /{', /'.join(COMMANDS)}; to say it to the model, type a space or another slash before it")
+    guess = f", did you mean /{near[0]}?" if near else "."
+    raise UserError(f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. To say it to the model, type a space "
+                    "or another slash before it.")
 
 
 def named_mode(name: str) -> str:
@@ -278,12 +327,12 @@ def wrapped(text: str, width: int) -> list[str]:
     return [*lines, line]
 
 
-def valid_scale(text: str) -> float:
+def valid_number(name: str, text: str) -> float:
     """UserError for anything but a finite number."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"scale {text!r}: expected a number such as 0.7")
+        raise UserError(f"{name} {text!r}: expected a number such as 0.7")
     return number

@@ -24,6 +24,7 @@ from .device import multiplies_bf16
 from .graphed import GraphedDecoder
 from .model import RWKV, LayerState, State
 from .ops import native
+from .words import counted
 
 MODEL = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias", "head.weight")
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
@@ -261,4 +262,4 @@ def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDe
     decoder = Decoder(model, int8)
     dtypes = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2}
     weights = "int8" if int8 else " and ".join(sorted(dtypes))
-    return decoder, f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {decoder.threads} threads"
+    return decoder, f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {counted(decoder.threads, 'thread')}"

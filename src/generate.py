@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -33,6 +34,18 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_decay: float = 0.996
+
+    def check(self) -> None:
+        """UserError for a number that is out of its range."""
+        for name, fits, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+        ):
+            if not fits:
+                raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
 
 
 def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None) -> int:

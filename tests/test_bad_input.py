@@ -240,10 +240,11 @@ def test_a_model_with_too_few_ids(refused, folder):
 
 @pytest.mark.parametrize("values, words", [
     ({"modle": "x"}, "unknown flag --modle; did you mean --model?"), ({"model": None}, "required: --model"),
-    ({"temperature": "nan"}, "--temperature >= 0"), ({"presence_penalty": "nan"}, "expected finite numbers"),
-    ({"frequency_penalty": "-inf"}, "expected finite numbers"), ({"seed": 2**63}, "--seed 9223372036854775808: expected"),
+    ({"temperature": "nan"}, "temperature nan: expected 0 or more"),
+    ({"presence_penalty": "nan"}, "presence_penalty nan: expected a finite number"),
+    ({"frequency_penalty": "-inf"}, "frequency_penalty -inf: expected a finite number"), ({"seed": 2**63}, "--seed 9223372036854775808: expected"),
     ({"system": "\udcff"}, "text; if it is UTF-8, set PYTHONUTF8=1"),
-    ({"top_p": 0}, "0 < --top_p <= 1"), ({"top_k": -1}, "--top_k >= 0"), ({"max_tokens": 0}, "--max_tokens >= 1"),
+    ({"top_p": 0}, "expected more than 0 and at most 1"), ({"top_k": -1}, "top_k -1: expected 0 or more"), ({"max_tokens": 0}, "--max_tokens 0: expected 1 or more"),
     ({"max_tokens": "x"}, "invalid int"),
     ({"prompt": ""}, "--prompt is empty"), ({"tokenizer": "auto"}, "give --tokenizer"), ({"wkv": "x"}, "--wkv x: expected one of auto"),
     ({"precision": "int4"}, "invalid choice: 'int4'"),

@@ -109,16 +109,61 @@ def test_undo_and_reset(typed):
                    "error: there is no turn to take back"]
 
 
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", "exit  "])
+def test_the_words_that_end_a_chat(word, typed):
+    """And a space before one says it to the model."""
+    out, err = typed([" exit", word, "hello?"])
+    assert len(answers(out)) == 1 and not err
+
+
+def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # noqa: F811
+    """Drawn anew, from the state before the first one; without a temperature it is the same, which is said."""
+    out, err = typed(["hello?", "why", "/retry", "/temperature 2", "/retry", "/temperature 0", "what"])
+    first, second, same, other, last = answers(out)
+    assert same == second and other != second
+    assert err == ["temperature 0 draws the same answer again; /temperature 1 draws others", "temperature 2", "temperature 0"]
+    adapters, tokenizer = load_with(files.base, {"a": files.a}, letters, accelerator="cpu")
+    adapters.use(["a"])
+    asked = f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{other[:-1]}\n\nUser: what\n\nAssistant:"
+    whole = "".join(stream(adapters.model, tokenizer, tokenizer.encode(asked), None, GREEDY, TOKENS))
+    assert last.rstrip("\n") == whole.rstrip("\n")
+
+
+def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, letters, monkeypatch):  # noqa: F811
+    adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
+    conversation = Conversation(adapters.model, tokenizer, GREEDY)
+    talk = commands.Chat(conversation, adapters, None, "rwkv", TOKENS, 0)
+    talk.take("hello?")
+    kept = conversation.turns[:], conversation.state
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(talk, "answer", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        talk.take("/retry")
+    assert conversation.turns == kept[0] and conversation.state is kept[1]
+
+
+def test_how_answers_are_drawn_is_changed_in_the_chat(typed):
+    _, err = typed(["/temperature", "/temperature 0.5", "/top_p 0.9", "/top_p 2", "/temperature -1", "/top_p x", "/retry"])
+    assert err[:3] == ["temperature 0", "temperature 0.5", "top_p 0.9"]
+    assert err[3] == "error: top_p 2.0: expected more than 0 and at most 1"
+    assert err[4] == "error: temperature -1.0: expected 0 or more" and err[5] == "error: top_p 'x': expected a number such as 0.7"
+    assert err[6] == "error: there is no turn to take back"
+
+
 def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     asked = []
     monkeypatch.setattr(Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"]))
     wrong = ["/adapt b", "/hepl", "/x", "/adapter c", "/adapter a+a", "/scale much", "/scale nan", "/save", "/think deep"]
     _, err = typed(["//x", *wrong, " /x", "//", "/help"])
-    assert "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /save, /load, /think, /compare, /help" in err[0]
+    assert "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry, /temperature, /top_p, /save, " in err[0]
+    assert "no command /x. There are" in err[2] and all(line.endswith("or another slash before it.") for line in err[:3])
     assert "did you mean /help?" in err[1] and "did you mean" not in err[2] and all("type a space or another slash" in line for line in err[:3])
     assert err[3] == "error: there is no adapter 'c'; there are: a, b" and "twice" in err[4] and "'much'" in err[5] and "'nan'" in err[6]
     assert "/save needs FILE" in err[7] and "off, think, normal, short, long, fake" in err[8]
-    assert [line.split()[0] for line in err[9:18]] == ["/adapter", "/scale", "/reset", "/undo", "/save", "/load", "/think", "/compare", "/help"]
+    assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS] and len(err) == 9 + 14 + 1
     assert asked == ["/x", "/x", "/"]
 
 
