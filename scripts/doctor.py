@@ -89,11 +89,18 @@ def examine() -> Iterator[Check]:
     except (ImportError, OSError) as error:
         yield Check("missing", "import torch", f"{' '.join(str(error).split())}; pip install --force-reinstall torch", needed=True)
         return
-    yield from gpus(torch)
-    yield from tools(torch)
+    has_gpu = torch.cuda.is_available() or driver_version() is not None
+    if has_gpu:
+        yield from gpus(torch)
+        yield nvcc()
+    else:
+        yield Check("ok", "GPU", "none, training runs on the CPU; where there is one: sudo ubuntu-drivers install (on Ubuntu), then "
+                    "pip install --force-reinstall torch")
+    yield from tools()
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         yield from kernels(device)
-    yield from evidence()
+    if has_gpu:
+        yield from evidence()
 
 
 def python() -> Check:
@@ -192,7 +199,7 @@ def dotted(cuda: int) -> str:
     return f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "unknown"
 
 
-def tools(torch) -> Iterator[Check]:
+def tools() -> Iterator[Check]:
     """What native kernels are built with, and where they are kept."""
     from src.ops import build
 
@@ -202,19 +209,23 @@ def tools(torch) -> Iterator[Check]:
             yield Check("ok", name, f"{path}, {first_line(path, '--version')}")
         except build.BuildError as error:
             yield Check("missing", name, str(error))
-    try:
-        nvcc = build.find_nvcc().path
-    except build.BuildError as error:
-        yield Check("missing", "nvcc", f"{error} (only a GPU needs it)")
-    else:
-        release = re.search(r"release (\d+)\.(\d+)", run(nvcc, "--version"))
-        driver = cuda_of_driver()
-        if release and driver and int(release[1]) > driver // 1000:
-            fix = f"update the driver, or install a CUDA {driver // 1000} toolkit and set CUDA_HOME to its folder"
-            yield Check("warn", "nvcc", f"{nvcc}, {release[0]}, is too new for a driver for CUDA {dotted(driver)}; {fix}")
-        else:
-            yield Check("ok", "nvcc", f"{nvcc}, {release[0] if release else 'of unknown release'}")
     yield disk("kernel cache", build.cache_folder(), 0.2, "set RWKV_KERNEL_CACHE to a folder with space")
+
+
+def nvcc() -> Check:
+    """The compiler of a GPU's kernels."""
+    from src.ops import build
+
+    try:
+        path = build.find_nvcc().path
+    except build.BuildError as error:
+        return Check("missing", "nvcc", f"{error} (only a GPU needs it)")
+    release = re.search(r"release (\d+)\.(\d+)", run(path, "--version"))
+    driver = cuda_of_driver()
+    if release and driver and int(release[1]) > driver // 1000:
+        fix = f"update the driver, or install a CUDA {driver // 1000} toolkit and set CUDA_HOME to its folder"
+        return Check("warn", "nvcc", f"{path}, {release[0]}, is too new for a driver for CUDA {dotted(driver)}; {fix}")
+    return Check("ok", "nvcc", f"{path}, {release[0] if release else 'of unknown release'}")
 
 
 def build_all() -> None:

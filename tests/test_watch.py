@@ -17,13 +17,13 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata
-from src import callbacks, watch
+from src import callbacks, run_card, watch
 from src.config import Config, parse, read_yaml
 from src.data import load_documents
 from src.forgetting import sections
 from src.generate import Sampling, stream
 from src.model import RWKV
-from src.run_card import card
+from src.run_card import card, draw_losses
 from src.tokenizer import load_tokenizer
 
 from . import program
@@ -451,3 +451,31 @@ def test_the_real_wandb_takes_it_offline(files, tmp_path):
 def test_settings_that_make_no_sense(flags, words):
     with pytest.raises(UserError, match=words):
         parse(["--load_model", "m.pth", "--data_file", "d.jsonl", *flags])
+
+
+@pytest.mark.parametrize("count, line", [(1, "None"), (2, "None"), (3, "-")])
+def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, monkeypatch, count, line):
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+
+    def noted(self, *args, **options):
+        [artist] = plot(self, *args, **options)
+        drawn[options["label"]] = artist
+        return [artist]
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    metrics = [{"step": step, "loss": 3.0} for step in range(1, 9)]
+    draw_losses(metrics, [{"step": 4 * i, "loss": 2.0} for i in range(count)], str(tmp_path / "loss.png"))
+    validation = drawn["validation loss"]
+    assert validation.get_linestyle() == line and validation.get_marker() == "o" and len(validation.get_xdata()) == count
+    assert drawn["loss"].get_linestyle() == "-" and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_kl_has_words_beside_it():
+    rows = {"English": 0.004, "Code": 0.05, "Arithmetic": 0.5, "all": 1.5}
+    summary = {"forgetting": rows, "validation_first": 2.0, "validation_last": 1.25}
+    text = "\n".join(run_card._forgetting(Config(load_model="base.pth"), summary))
+    for line in ("| English | 0.0040 | +0.4 % | small |", "| Code | 0.0500 | +5.1 % | moderate |", "| Arithmetic | 0.5000 | 1.65 times | large |",
+                 "| all | 1.5000 | 4.48 times | very large", "the loss fell by 0.7500 nats per token"):
+        assert line in text
