@@ -13,6 +13,7 @@ has in its second step is its own memory (RssAnon) and mapped pages (RssFile); g
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -108,8 +109,8 @@ def kept_memory(data: str, sizes: list[int], folder: str) -> None:
                 file.write(content)
         written = os.path.getsize(path)
         for cache in ("cold", "cached"):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found[cache, written] = pool.apply(resident, (path, cache, folder))
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found[cache, written] = pool.submit(resident, path, cache, folder).result()
             own, mapped = found[cache, written]["RssAnon"], found[cache, written]["RssFile"]
             print(f"{written / 1e6:7.0f} MB {cache:<6} own {own / 1e6:7.1f} MB, mapped {mapped / 1e6:7.1f} MB")
         os.remove(path)

@@ -16,22 +16,28 @@ from lightning.pytorch.callbacks import Callback
 import rwkv_miss
 from rwkv_miss.checkpoint import RUN_FORMAT
 from rwkv_miss.errors import UserError
-from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text
+from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from .checkpoints import checkpoint_name, keep_best, remove_old
 from .device import peak_memory
 from .files import append_line, is_first_process, read_lines, write_lines
+from .guessing import worse_than_guessing
 from .history import BEST
 from .rollback import LastGood
 from .state import gradient_norm, read_state, whole_gradient, write_state
+from .tokenizer import Tokenizer
 from .writers import Writer
 
 
 class StepReport(Callback):
-    """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop."""
+    """Once per optimizer step: the loss over all ranks, one JSON line, the bar, and the decision to stop.
 
-    def __init__(self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer]):
+    `tokenizer` is that of a base that was trained with it; None: the model is new.
+    """
+
+    def __init__(self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer], tokenizer: Tokenizer | None = None):
         self.path, self.total, self.started, self.last_good, self.writers = path, total, started, last_good, writers
+        self.tokenizer = tokenizer
         self.training = self.stop = False
         self.first_step_seconds: float | None = None
         self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
@@ -89,7 +95,10 @@ class StepReport(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
-        if self.at_boundary:
+        if self.at_boundary and not module.schedule.step_targets(trainer.global_step):
+            for group in optimizer.param_groups:  # the schedule sets it anew after the step
+                group["lr"] = 0.0  # else momentum and weight decay would move the weights
+        elif self.at_boundary:
             gradient_of = functools.partial(whole_gradient, trainer)
             rwkv_miss.before_step(module.model, trainer.global_step + 1, self.total, gradient_of, module.gather)
 
@@ -101,8 +110,11 @@ class StepReport(Callback):
         mine = [float(module.step_loss), float(self.stop), gradient_norm(trainer)]
         loss, stop, norm = trainer.strategy.reduce(torch.tensor(mine, device=module.device), reduce_op="sum").tolist()
         module.step_loss = 0.0
-        rwkv_miss.after_step(module.model, step, self.total, module.gather)
-        back = self.last_good.after_step(trainer, loss, norm)
+        targets = module.schedule.step_targets(step - 1)
+        back = None
+        if targets:
+            rwkv_miss.after_step(module.model, step, self.total, module.gather)
+            back = self.last_good.after_step(trainer, loss, norm)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         if self.first_step_seconds is None:
@@ -110,15 +122,21 @@ class StepReport(Callback):
         if self.rank_zero:
             tokens = module.schedule.step_tokens(step - 1)
             line = {
-                "step": step, "loss": loss if math.isfinite(loss) else None, "lr": module.lr * module.lr_factor(step - 1), "tokens": tokens,
-                "trained_tokens": module.schedule.step_targets(step - 1), "seconds": seconds, "tokens_per_second": tokens / seconds,
+                "step": step, "loss": loss if targets and math.isfinite(loss) else None,
+                "lr": module.lr * module.lr_factor(step - 1), "tokens": tokens,
+                "trained_tokens": targets, "seconds": seconds, "tokens_per_second": tokens / seconds,
             }
             if back is not None:
                 line["rolled_back_to"] = back
             append_line(self.path, line)
+            if not targets:
+                say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
+            elif step == 1 and self.tokenizer and (doubt := worse_than_guessing(loss, self.tokenizer)):
+                say(doubt)
+            shown = f"loss {loss:.4f}" if targets else "no loss"
             for writer in self.writers:
                 writer.numbers(step, {f"train/{name}": line[name] for name in ("loss", "lr", "tokens_per_second") if line[name] is not None})
-            said = f"loss {loss:.4f}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+            said = f"{shown}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
             self.bar.update(1, said)
             self.steps_here += 1
             due = now - self.line > max(LINE, LINE_SHARE * (now - self.begun))

@@ -63,11 +63,13 @@ class Rows(Sequence):
 @dataclasses.dataclass
 class Documents:
     """The encoded data set. `lost` (n,) int32: tokens that were cut off each row, a conversation longer than ctx_len; None: of no row.
-    `text` (n,) int32: the number of the text, longer than ctx_len, that a row is a part of, -1 for a row of its own; None: for all."""
+    `text` (n,) int32: the number of the text, longer than ctx_len, that a row is a part of, -1 for a row of its own; None: for all.
+    `untrained`: how many were left out because they have no trained token."""
 
     rows: Sequence[Document]
     lost: np.ndarray | None = None
     text: np.ndarray | None = None
+    untrained: int = 0
 
     @property
     def cut(self) -> int:
@@ -98,7 +100,13 @@ class Documents:
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
         rows = self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen]
-        return Documents(rows, *(None if part is None else part[chosen] for part in (self.lost, self.text)))
+        return Documents(rows, *(None if part is None else part[chosen] for part in (self.lost, self.text)), self.untrained)
+
+    def learnable(self) -> Documents:
+        """Those with a trained token: a step of others alone would have no loss."""
+        chosen = np.flatnonzero(self.row_targets)
+        left_out = len(self.rows) - len(chosen)
+        return dataclasses.replace(self.take(chosen), untrained=self.untrained + left_out) if left_out else self
 
     @functools.cached_property
     def digest(self) -> str:
@@ -144,7 +152,7 @@ class Loaded:
         """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
 
         A longer conversation is cut; a longer text becomes several documents, each beginning with the last token of the one before, so that
-        every token is a target once. Raises UserError where nothing is trained.
+        every token is a target once. Those without a trained token are left out. Raises UserError where nothing is trained.
         """
         documents = fit(self.files, self.chosen, ctx_len)
         if not documents.targets:
@@ -153,7 +161,7 @@ class Loaded:
         if trains_by_marker(mask) and all(int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files):
             raise UserError(f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes assistant, all, or a text in "
                             "the rows")
-        return documents
+        return documents.learnable()
 
 
 def load(data_file: str, encoder: Encoder, cache: str = "none", reading: Reading = BY_NAME, report: Report | None = None, seed: int = 0) -> Loaded:

@@ -200,8 +200,8 @@ def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
     of_all = f"of {counted(len(documents.rows), 'document')}"
     if documents.cut:
         yield (f"{documents.cut:,} {of_all} cut at --ctx_len {config.ctx_len}: {counted(documents.cut_tokens, 'token')} lost")
-    if empty := int((documents.row_targets == 0).sum()):
-        yield f"{empty:,} {of_all} without any trained token left: nothing is learned there"
+    if documents.untrained:
+        yield f"{counted(documents.untrained, 'document')} left out: nothing in the first {config.ctx_len} tokens is trained"
 
 
 def steps(config: Config, schedule: Schedule, total: int) -> str:

@@ -127,7 +127,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     module = FineTuning(model, config, job.data.documents, held_out, job.steps, first_step)
     last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
     writers = open_writers(config, first_step) if is_first_process() else []
-    report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers)
+    report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, job.tokenizer if config.load_model else None)
     save = writer(config, model, job.tokenizer, job.template)
     saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)

@@ -11,8 +11,11 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
+import rwkv_miss
 from rwkv_miss import UserError
+from rwkv_miss.checkpoint import read_checkpoint
 from src import data, describe
+from src.checkpoints import checkpoint_step, list_checkpoints
 from src.config import Config
 from src.data import Batches, Document, Documents, Schedule, collate, load_documents, pack
 from src.model import RWKV
@@ -133,19 +136,20 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     rows = [{"text": "12345678"}, {"text": "123456789"}, {"messages": [user("ab"), assistant("c")]}, {"text": "1"}]
     documents = load(rows, ctx_len=8)
     # 8 inputs with their targets are 9 tokens, the end of document among them
-    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "<9$>", "User: ab\n", "<1$>"]
-    assert (documents.split, documents.cut, documents.cut_tokens) == (1, 1, 14)
-    assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 0, 1]
-    assert documents.targets == 18 and documents.tokens == 31
+    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "<9$>", "<1$>"], "the fourth is left out"
+    assert (documents.split, documents.cut, documents.cut_tokens, documents.untrained) == (1, 0, 0, 1)
+    assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 1]
+    assert documents.targets == 18 and documents.tokens == 22
 
     config = Config(ctx_len=8)
     lines = describe.data(config, documents, data.make_schedule(documents, config, 1))
-    assert lines[0] == "data       5 documents, 31 tokens, loss on 18"
-    assert lines[1] == "packing    4 rows of 8 tokens, 81.2% full; documents in a row do not see each other"
+    assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
+    assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
     assert lines[2] == ("long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins with the last token "
                         "of the one before")
-    assert lines[3] == "warning    1 of 5 documents cut at --ctx_len 8: 14 tokens lost"
-    assert lines[4] == "warning    1 of 5 documents without any trained token left: nothing is learned there" and len(lines) == 5
+    assert lines[3:] == ["warning    1 document left out: nothing in the first 8 tokens is trained"]
+    cut = load(rows[2:], ctx_len=26)
+    assert (cut.cut, cut.cut_tokens) == (0, 0) and load([{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26).cut == 1
     config = Config(packing=False)
     documents = load(rows)
     assert len(describe.data(config, documents, data.make_schedule(documents, config, 1))) == 1
@@ -385,6 +389,36 @@ def test_a_step_without_targets_is_zero_and_not_nan(model):
     nothing = Documents([make_document(rng, n, lambda n: [False] * n) for n in (3, 6)])
     loss, gradients = step_gradients(model, nothing, 2, 1, 1)
     assert loss == 0 and gradients and not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("peft", ["miss", "adalora"])
+def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, monkeypatch, peft, capfd):
+    """Such rows are left out; here one is not, and comes after steps that have given the optimizer its momentum."""
+    from src import config as configuration
+    from src import run
+
+    monkeypatch.setattr(Documents, "learnable", lambda self: self)
+    arch = make_arch(7, n_embd=32, vocab_size=256)
+    tensors = random_tensors(arch, torch.float32)
+    tensors["head.weight"] *= 9  # a model that knows less than nothing
+    rwkv_miss.write_checkpoint(tmp_path / "base.pth", tensors.items())
+    rows = [{"text": f"text {i}"} for i in range(5)] + [{"prompt": "a question of many words", "completion": "cut"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--load_model", str(tmp_path / "base.pth"), "--data_file", str(tmp_path / "data.jsonl"), "--proj_dir", str(tmp_path / "run"),
+             "--tokenizer", "bytes", "--peft", peft, "--ctx_len", "9", "--micro_bsz", "1", "--packing", "0", "--epoch_count", "2", "--save_steps",
+             "1", "--save_total_limit", "99", "--eval_split", "0", "--weight_decay", "0.1", "--lr_init", "1e-2", "--accelerator", "cpu",
+             "--wkv", "torch"]
+    run.main(*configuration.parse(flags))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    empty = [line["step"] for line in lines if not line["trained_tokens"]]
+    assert [line["step"] for line in lines if line["loss"] is None] == empty and len(empty) == 2
+    states = {checkpoint_step(path): read_checkpoint(path) for path in list_checkpoints(str(tmp_path / "run/checkpoints"))}
+    weights = [name for name in states[12] if ":" not in name]
+    moved = [step for step in range(2, 13) if any(not torch.equal(states[step][name], states[step - 1][name]) for name in weights)]
+    assert moved == [step for step in range(2, 13) if step not in empty]
+    said = capfd.readouterr().out
+    assert all(f"note: step {step} has no trained token; it has no loss, and no weight moved" in said for step in empty)
+    assert said.count("WARNING: the loss is ") == 1 and f"WARNING: the loss is {lines[0]['loss']:.2f}, worse than guessing" in said
 
 
 def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):
