@@ -47,8 +47,13 @@ REFUSED = {
     "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
 }
 
-# RWKV-PEFT's masks; its padding is never trained here
-LOSS_MASKS = {"none": "assistant", "pad": "assistant", "": "assistant", "qa": "Assistant:"}
+# RWKV-PEFT's masks, and what each of them trains there; with --data_type sft it reads none, and trains the answers
+LOSS_MASKS = {
+    "none": ("all", "trains every token; padding, which is trained there, is not"),
+    "": ("all", "trains every token; padding, which is trained there, is not"),
+    "pad": ("all", "trains every token but the padding"),
+    "qa": ("Assistant:", "trains what follows Assistant: until the next turn"),
+}
 
 # RWKV-PEFT's 4bit is bitsandbytes' default, fp4
 QUANTS = {"": "none", "0": "none", "4bit": "nf4", "fp4": "nf4"}
@@ -84,8 +89,16 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     new = [*_method(old, kept, notes), *_train_type(old, kept, notes), *_stage(old, kept, notes)]
     if _value(kept, "warmup_steps") == "-1":
         new += ["--warmup_steps", "0"]
-    if (mask := _value(kept, "loss_mask")) in LOSS_MASKS:
-        new += ["--loss_mask", LOSS_MASKS[mask]]
+        notes.append("--warmup_steps -1 is --warmup_steps 0")
+    mask = _value(kept, "loss_mask")
+    if mask in LOSS_MASKS and old.get("data_type") == "sft":
+        new += ["--loss_mask", "assistant"]
+        notes.append(f"--loss_mask {mask or repr('')} is ignored with --data_type sft, there as well: the answers are trained")
+    elif mask in LOSS_MASKS:
+        today, meaning = LOSS_MASKS[mask]
+        new += ["--loss_mask", today]
+        other = "; assistant trains the answers alone" if today == "all" else ""
+        notes.append(f"--loss_mask {mask or repr('')} {meaning}: --loss_mask {today}{other}")
     elif mask == "se":
         raise UserError("--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END")
     if (quant := _value(kept, "quant")) in QUANTS:
@@ -150,14 +163,17 @@ def _number(flags: dict[str, str], name: str) -> float | None:
 
 def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
     """--peft and --peft_config of the two older spellings."""
-    method = _value(kept, "peft")
-    method = METHOD_ALIASES.get(method, method)
+    named = _value(kept, "peft")
+    method = METHOD_ALIASES.get(named, named)
     new: list[str] = []
+    if method != named:
+        notes.append(f"--peft {named} is --peft {method}, its name today")
     options: dict[str, Any] = {}
     beside: list[str] = []
     if "lora" in old or "PISSA" in old:
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
+        notes.append(f"--{'PISSA' if method == 'pissa' else 'lora'} and its flags are --peft {method} with --peft_config")
         options = {"r": _integer(old, "lora_r", 8), "load": old.get("lora_load"), "dropout": _number(old, "lora_dropout"),
                    **({"niter": _integer(old, "svd_niter", 4)} if method == "pissa" else {"alpha": _integer(old, "lora_alpha", 32)})}
         if method == "pissa" and "lora_alpha" in old:
@@ -177,20 +193,25 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
                 options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in json.loads(old[name]).items()}
             except (json.JSONDecodeError, AttributeError):
                 raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
+            notes.append(f"--{name} is --peft_config")
             if _value(kept, "train_parts") is None:
                 notes.append("the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; "
                              "--train_parts time,ln does")
     for name in RANK_FLAGS:
         if name in old:
             options["r"] = _integer(old, name, 0)
+            notes.append(f"--{name} {old[name]} is --peft_config r={old[name]}")
     if "emb" in old:
         beside.append("emb")
+        notes.append("--emb is --train_parts emb")
     if "state_tune" in old or old.get("train_type") == "state":
         # beside a method it is a part, alone it is the method
         if method in (None, "none", "state"):
             new += ["--peft", "state"]
+            notes.append("the state alone is trained: --peft state")
         else:
             beside.append("state")
+            notes.append("the state is trained beside the adapter: --train_parts state")
     given = _value(kept, "train_parts") or ""
     if given == "none" or beside:
         new += ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
@@ -205,6 +226,7 @@ def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
     if kind not in ("none", "infctx", "state", ""):
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
+        notes.append(f"--train_type infctx is --chunk_ctx {chunk or CHUNK}: rows run in chunks of so many tokens")
         return ["--chunk_ctx", str(CHUNK)] if chunk is None else []
     if chunk is None:
         return []
@@ -240,8 +262,10 @@ def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
     stage = old.get("train_stage", "0")
     if stage != "0":
         new += ["--peft", "none", *(["--init_only", "1"] if stage == "1" else ["--resume", "auto"])]
+        notes.append(f"--train_stage {stage} is {' '.join(new)}")
     if _value(kept, "load_model") == "0":
         new += ["--load_model", newest_model(folder)]
+        notes.append(f"--load_model 0 is the newest model there: --load_model {new[-1]}")
     if _integer(old, "my_exit_tokens", 0):
         notes.append("--my_exit_tokens is the data once: --epoch_count 1")
         new += ["--epoch_count", "1"]
@@ -253,6 +277,7 @@ def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
             steps = MINI_EPOCH // math.prod(max(1, _integer(now, name, 1)) for name in now if name != "epoch_steps")
         if steps:
             new += ["--save_steps", str(epochs * steps)]
+            notes.append(f"--epoch_save {epochs} is --save_steps {epochs * steps}: {epochs} x {steps} steps of an epoch")
         else:
             notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
     return new

@@ -128,10 +128,38 @@ def test_quantised_bases(capsys):
         assert f"note: --quant {kind}: nf4 is taken instead of fp4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mask, today, words", [
+    ("none", "all", "trains every token; padding, which is trained there, is not"), ("", "all", "trains every token; padding, which"),
+    ("pad", "all", "trains every token but the padding: --loss_mask all; assistant trains the answers alone"),
+    ("qa", "Assistant:", "trains what follows Assistant: until the next turn: --loss_mask Assistant:"),
+])
+def test_masks_train_what_they_train_there(mask, today, words, capsys):
+    assert read(f"--loss_mask={mask}").loss_mask == today
+    assert f"note: --loss_mask {mask or repr('')} {words}" in capsys.readouterr().out
+    assert read("--loss_mask", mask, "--data_type", "sft").loss_mask == "assistant"
+    assert f"note: --loss_mask {mask or repr('')} is ignored with --data_type sft, there as well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, note", [
+    (["--peft", "bone"], "--peft bone is --peft miss, its name today"), (["--peft=disha"], "--peft disha is --peft miss"),
+    (["--epoch_steps", "10", "--epoch_save", "1"], "--epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch"),
+    (["--warmup_steps", "-1"], "--warmup_steps -1 is --warmup_steps 0"), (["--rank", "8"], "--rank 8 is --peft_config r=8"),
+    (["--peft", "bone", "--bone_config", '{"bone_r":8}'], "--bone_config is --peft_config"),
+    (["--lora", "--lora_parts", "att,ffn"], "--lora and its flags are --peft lora with --peft_config"),
+    (["--PISSA", "--lora_parts", "att,ffn"], "--PISSA and its flags are --peft pissa with --peft_config"),
+    (["--emb"], "--emb is --train_parts emb"), (["--train_type", "state"], "the state alone is trained: --peft state"),
+    (["--peft", "lora", "--state_tune"], "the state is trained beside the adapter: --train_parts state"),
+    (["--train_type", "infctx"], "--train_type infctx is --chunk_ctx 512: rows run in chunks"),
+    (["--train_stage", "1"], "--train_stage 1 is --peft none --init_only 1"),
+])
+def test_a_translated_flag_leaves_a_note(flags, note, capsys):
+    _, notes = translate(flags)
+    assert any(said.startswith(note) for said in notes)
+
+
 def test_masks():
-    assert [read("--loss_mask", mask).loss_mask for mask in ("none", "pad", "qa", "all")] == ["assistant", "assistant", "Assistant:", "all"]
+    assert read("--loss_mask", "all").loss_mask == "all" and read("--loss_mask", "assistant").loss_mask == "assistant"
     assert "--loss_mask START...END" in mistake("--loss_mask", "se", "--mask_id", '{"mask0":"0","mask1":"1"}')
-    assert read("--loss_mask=").loss_mask == "assistant"
     assert "expected assistant, all, or a marker" in mistake("--loss_mask=...User:")
 
 
