@@ -8,10 +8,11 @@ import json
 import os
 from typing import Any
 
-from .checkpoint import RUN_FORMAT, Arch, fingerprint, run_output
+from .checkpoint import RUN_FORMAT, Arch, run_output
 from .combine import merged_adapters
 from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
 from .errors import Parser, UserError, one_line_errors, printable
+from .identity import Identity
 from .inject import ADAPTER_FORMAT
 from .merge_commands import add_commands
 from .version import version_line
@@ -38,7 +39,7 @@ def describe(path) -> dict[str, Any]:
         "output": run_output(path, metadata) if trained else None,
         "bytes": sum(map(os.path.getsize, files)), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values()),
         "dtypes": dict(dtypes), "arch": arch.to_dict() if arch else None, "description": arch.describe() if arch else None,
-        "fingerprint": fingerprint(tensors), "metadata": metadata or None,
+        "fingerprint": Identity(path, tensors).fingerprint, "metadata": metadata or None,
     }
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import blocks, fingerprint
+from .checkpoint import blocks
 from .combine import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
 from .convert import NO_HINTS, Hints
 from .errors import UserError
+from .identity import Identity
 from .merge import read_base
 from .rounding import ROWS, Layer, Rounding, Scratch, bits, percent, round_to
 
@@ -111,13 +112,13 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
     members = read_members(adapters, weights, hints)
     if weights is None:
-        members = [dataclasses.replace(m, weight=_number(recorded.get(m.fingerprint, 1))) for m in members]
+        members = [dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members]
     places = {name: place for place, name in enumerate(recorded)}
-    members.sort(key=lambda m: places.get(m.fingerprint, len(places)))  # a sum in another order is rounded otherwise
+    members.sort(key=lambda m: places.get(m.recorded_as(places), len(places)))  # a sum in another order is rounded otherwise
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
     combination = Combination(members)
     combination.check(tensors)
-    check.problems += _of_the_record(check, record, recorded, tensors) + _of_the_names(tensors, found, combination)
+    check.problems += _of_the_record(check, record, recorded, Identity(base, tensors)) + _of_the_names(tensors, found, combination)
     scratch = Scratch()
     for key, tensor in tensors.items():
         if key not in found or found[key].shape != tensor.shape or not _writable(tensor.dtype, found[key].dtype):
@@ -152,16 +153,18 @@ def _number(weight: Any) -> float:
     return float(weight)
 
 
-def _of_the_record(check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Mapping[str, Tensor]) -> list[str]:
+def _of_the_record(check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Identity) -> list[str]:
     """What the merged file says of itself that is not so."""
     problems = []
-    if record.get("base_fingerprint") not in (None, fingerprint(base)):
+    wanted = record.get("base_fingerprint")
+    if wanted is not None and not base.is_recorded(str(wanted), check.merged):
         problems.append(f"by its own record it is a merge into another base, {record.get('base')}")
     for m in check.adapters:
-        if recorded and m.fingerprint not in recorded:
+        name = m.recorded_as(recorded)
+        if recorded and name is None:
             problems.append(f"by its own record it is no merge of {m.path}")
-        elif recorded and recorded[m.fingerprint] != m.weight:
-            problems.append(f"by its own record the weight of {m.path} is {str(recorded[m.fingerprint])[:40]}, not {m.weight:g}")
+        elif recorded and recorded[name] != m.weight:
+            problems.append(f"by its own record the weight of {m.path} is {str(recorded[name])[:40]}, not {m.weight:g}")
     if check.adapters and len(recorded) > len(check.adapters):
         problems.append(f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give all of them")
     return problems

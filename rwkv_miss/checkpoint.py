@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -33,8 +32,6 @@ METADATA = "rwkv_miss.json"
 RUN_FORMAT = "rwkv-miss checkpoint"  # what a run goes on from
 ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
 BLOCK = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
-SAMPLE = 256  # bytes hashed at each place that the fingerprint looks at
-SAMPLES = 13  # places per tensor; no power of two, so that they fall into different columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,19 +265,3 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise UserError(f"{name} holds NaN or infinite values; the file is damaged or its training diverged")
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256, in hex, over names, shapes, dtypes and sampled bytes of all tensors: the identity of a file's content.
-
-    Small tensors are hashed whole; of a large one a few places are read, so that 14 GB take well under a second. The order of the
-    names doesn't matter.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        tensor = tensor.detach().cpu().contiguous()
-        data = memory(tensor)
-        for start in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
-            digest.update(data[start : start + SAMPLE])
-    return digest.hexdigest()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .adapter import METHODS, AdapterLinear, NoOptions
-from .checkpoint import Arch, blocks, check_finite, fingerprint
+from .checkpoint import Arch, blocks, check_finite
 from .convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, format_of, open_source
 from .errors import UserError
+from .identity import Identity
 from .inject import layer_tensors, read_adapter
 from .parts import PARTS
 from .rounding import Scratch
@@ -55,8 +56,16 @@ class Member:
         return {n: t for n, t in self.tensors.items() if n.rpartition(".")[0] not in linears and not n.startswith(shared)}
 
     @functools.cached_property
+    def identity(self) -> Identity:
+        return Identity(tensors=self.tensors)
+
+    @property
     def fingerprint(self) -> str:
-        return fingerprint(self.tensors)
+        return self.identity.fingerprint
+
+    def recorded_as(self, names: Iterable[str]) -> str | None:
+        """That of the recorded fingerprints which is this adapter's, whatever its rule."""
+        return next((name for name in names if self.identity.is_recorded(name)), None)
 
     def changes(self, key: str) -> bool:
         return key in self.by_weight or key in self.whole

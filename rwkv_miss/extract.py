@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Arch, blocks, fingerprint, write_checkpoint
+from .checkpoint import Arch, blocks, write_checkpoint
 from .convert.formats import described
 from .errors import UserError
 from .functional import shard_index, shard_sum
+from .identity import Identity
 from .inject import ADAPTER_FORMAT, DEFAULT_TARGETS
 from .kinds import may_replace
 from .merge import read_base
@@ -139,7 +140,8 @@ def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layou
     record = {"tokenizer": said.get("tokenizer"), "eod": said.get("eod"), "template": facts_b.get("template") or facts_a.get("template")}
     write_checkpoint(out, items(), described(
         "miss", options, linears, layout=options["layout"], train_parts=parts, trainable=numbers, arch=_arch(first), base=os.path.basename(a),
-        base_fingerprint=fingerprint(first), difference_to={"file": os.path.basename(b), "fingerprint": fingerprint(second)}, **record,
+        base_fingerprint=Identity(a, first).fingerprint,
+        difference_to={"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint}, **record,
     ))
     return report
 

@@ -291,13 +291,19 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     return metadata
 
 
+def _is_base(model: nn.Module, recorded: str, path) -> bool:
+    """Whether a model is the one that an adapter file was trained on, as far as the model knows what it is."""
+    if identity := getattr(model, "base_identity", None):
+        return identity.is_recorded(recorded, path)
+    return getattr(model, "base_fingerprint", None) in (None, recorded)
+
+
 def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
     """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a model, for which the model is
     injected where needed; it may be one of shapes alone, on the meta device. UserErrors as in load_adapter."""
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
-    base = getattr(model, "base_fingerprint", None)
-    if not force and base and metadata["base_fingerprint"] and base != metadata["base_fingerprint"]:
+    if not force and metadata["base_fingerprint"] and not _is_base(model, metadata["base_fingerprint"], path):
         raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that one as the base")
     cls = METHODS[metadata["method"]]
     if not hasattr(model, "injection"):

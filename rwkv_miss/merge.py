@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Arch, fingerprint, refuse_run_checkpoint, write_checkpoint
+from .checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from .combine import Combination, Member, common_record, is_state, merged_adapters, read_members
 from .convert import NO_HINTS, Hints
 from .errors import UserError
+from .identity import Identity
 from .inject import ADAPTER_FORMAT, read_described
 from .kinds import may_replace
 from .output import require_writable
@@ -149,12 +150,13 @@ def merge_file(
     require_writable(out)
     may_replace(out, MERGED_FORMAT)
     (tensors, before), members = read_base(base), read_members(paths, weights, hints)
-    record = _record(base, before, fingerprint(tensors), members)
+    identity = Identity(base, tensors)
+    record = _record(base, before, identity.fingerprint, members)
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
     for m in members:
-        if not force and m.fingerprint in earlier:
+        if not force and m.recorded_as(earlier):
             raise UserError(f"{base} is already a merge of {m.path} into {before.get('base')}; --force merges it a second time")
-        _check_base(base, m, record["base_fingerprint"], tensors, force)
+        _check_base(base, m, identity, tensors, force)
     adapters = Combination(members)
     adapters.check(tensors)
     chosen, choice = _choose_dtype(tensors, adapters) if dtype == "auto" else (DTYPES.get(dtype), "")
@@ -179,7 +181,7 @@ def read_base(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def fingerprint_of_file(path) -> str:
     """The identity of a checkpoint's content."""
-    return fingerprint(read_described(path)[0])
+    return Identity(path).fingerprint
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
     return torch.float32, f"--dtype auto: {', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in float32"
 
 
-def _check_base(base, adapter: Member, found_fingerprint: str, tensors: dict[str, Tensor], force: bool) -> None:
+def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
     """Refuse a base that is not the adapter's, and say where the two differ when their sizes do; other widths never fit."""
     differs, misfit = "", False
     metadata = adapter.metadata
@@ -234,6 +236,6 @@ def _check_base(base, adapter: Member, found_fingerprint: str, tensors: dict[str
         # a MiSS adapter does not know the input width of its linears, so the shapes alone would let this pass
         misfit = any(getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn"))
     wanted = metadata.get("base_fingerprint")
-    if misfit or (not force and wanted and wanted != found_fingerprint):
+    if misfit or (not force and wanted and not identity.is_recorded(wanted, adapter.path)):
         advice = "merge into that one" + ("" if misfit else ", or --force")
         raise UserError(f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs}; {advice}")

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import METHODS, put_linears
-from rwkv_miss.checkpoint import fingerprint, read_checkpoint
+from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.functional import lora_linear, miss_linear, shard_index
+from rwkv_miss.identity import Identity
 from rwkv_miss.inject import fit_adapter
 
 from .model import RWKV
@@ -56,7 +57,7 @@ class Adapter:
     """An adapter file that fits the model: the factors of linears, the file's tensors of those that have none, and whole tensors."""
 
     path: Any
-    fingerprint: str
+    identity: Identity
     metadata: dict[str, Any]
     factors: dict[str, LowRank]
     merging: dict[str, dict[str, Tensor]]
@@ -108,9 +109,14 @@ class Adapters:
             raise
         self.used, self.scale = tuple(names), float(scale)
 
-    def identity(self) -> dict[str, Any]:
-        """What the model is beside its base, the same for the same adapter files at the same scale."""
-        return {"adapters": sorted(self.by_name[name].fingerprint for name in self.used), "scale": self.scale if self.used else 1.0}
+    def identity(self, rule: str = "fingerprint") -> dict[str, Any]:
+        """What the model is beside its base, the same for the same adapter files at the same scale, by a rule of Identity."""
+        names = sorted(getattr(self.by_name[name].identity, rule) for name in self.used)
+        return {"adapters": names, "scale": self.scale if self.used else 1.0}
+
+    def is_recorded(self, identity: Mapping[str, Any]) -> bool:
+        """Whether a record is of the adapters in use, whatever its rule."""
+        return any(identity == self.identity(rule) for rule in ("fingerprint", "sampled"))
 
     def _leave(self) -> None:
         for linear in self.linears.values():
@@ -140,10 +146,10 @@ def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
     `shared`. UserErrors of load_adapter."""
     with torch.device("meta"):
         shapes = RWKV(model.arch)
-    shapes.base_name, shapes.base_fingerprint = model.base_name, model.base_fingerprint
+    shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
     linears, whole, metadata = fit_adapter(shapes, path)
     cls, options = method_of(metadata) if linears else (None, None)
-    adapter = Adapter(path, fingerprint(read_checkpoint(path)), metadata, {}, {}, whole)
+    adapter = Adapter(path, Identity(tensors=read_checkpoint(path)), metadata, {}, {}, whole)
     for name, own in linears.items():
         own = {key: tensor.to(model.emb.weight.device) for key, tensor in own.items()}
         weight = nn.Parameter(model.get_submodule(name).weight.detach(), requires_grad=False)

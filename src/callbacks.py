@@ -178,9 +178,6 @@ class Saver(Callback):
         if not self.resume_from:
             return
         kept = rwkv_miss.read_metadata(self.resume_from)
-        for name, value in module.inputs().items():
-            if kept["inputs"][name] != value:
-                raise UserError(f"--resume auto: the {name} is not the one that the run began with; put it back, or choose another --proj_dir")
         write_state(trainer, rwkv_miss.read_checkpoint(self.resume_from))
         trainer.precision_plugin.load_state_dict(kept["loss_scaling"])
         self.last_good.losses.extend(kept["recent_losses"])

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.adapter import adapted_linears, most_specific
-from rwkv_miss.checkpoint import Arch, check_finite, fingerprint, refuse_run_checkpoint
+from rwkv_miss.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.identity import Identity
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.quantised import quantise_
 
 from . import rwkv6, rwkv7
+from .files import is_first_process
 from .loss import BLOCK, loss_sum
 from .shared import Head, LayerNorm, chosen
 
@@ -88,7 +90,7 @@ class RWKV(nn.Module):
         self.grad_cp = 0  # what is recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
         self.expands_to: torch.dtype | None = None  # that of the products, where the linears are quantised and do not tell
         self.base_name: str | None = None
-        self.base_fingerprint: str | None = None
+        self.base_identity: Identity | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
         self.blocks = nn.ModuleList(Block(arch, layer, kernel) for layer in range(arch.n_layer))
         self.ln_out = LayerNorm(arch.n_embd)
@@ -124,8 +126,13 @@ class RWKV(nn.Module):
 
         replace_tensors(model, from_file)
         model.base_name = os.path.basename(path)
-        model.base_fingerprint = fingerprint(tensors)
+        model.base_identity = Identity(path, shown=is_first_process())
         return model
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """That of the file, which is read to its end when it is asked for, unless it is remembered."""
+        return self.base_identity and self.base_identity.fingerprint
 
     def check(self, tensors: dict[str, Tensor], path) -> None:
         """Every key must land, with its shape; vectors may be squeezed, (C) for (1, 1, C), as some converters write them."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 
+from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.identity import Identity
 
 from . import config as configuration
 from .checkpoints import list_checkpoints
 from .choices import choose
 from .config import Config, accumulation, is_automatic
+from .data import Documents
 from .files import is_first_process
 from .history import BEST
+from .model import RWKV
 from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
@@ -70,6 +74,24 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
         raise UserError(f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps {config.eval_steps} has none to "
                         "evaluate; drop it, or choose another --proj_dir")
     return paths[-1]
+
+
+def inputs(model: RWKV, documents: Documents, held_out: Documents) -> dict[str, str | None]:
+    """Hashes of what a resumed run must find unchanged."""
+    hashes = {"base file": model.base_fingerprint, "data file": documents.digest}
+    return hashes | ({"held-out data": held_out.digest} if held_out.rows else {})
+
+
+def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None) -> None:
+    """UserError unless base and data are those of the run whose checkpoint is at `path`."""
+    recorded = read_metadata(path)["inputs"]
+    for name, value in inputs.items():
+        same = value == recorded[name]
+        if name == "base file" and base and isinstance(recorded[name], str):
+            same = base.is_recorded(recorded[name], path)
+        if not same:
+            raise UserError(f"--resume auto: the {name} is not the one that the run began with; put it back, or choose "
+                            "another --proj_dir")
 
 
 def keep_rows_per_step(config: Config, before: Config) -> None:

@@ -33,7 +33,7 @@ from .prepare import (
     read_data,
     run_cost,
 )
-from .resume import earlier_settings, find_checkpoint, inherit, keep_rows_per_step
+from .resume import check_inputs, earlier_settings, find_checkpoint, inherit, inputs, keep_rows_per_step
 from .template import recorded_template
 from .writers import check_wandb, open_writers
 
@@ -82,6 +82,8 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     first_step = checkpoint_step(resume_from) if resume_from else 0
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), first_step) if resume_from else []
     over = first_step >= job.steps or is_over(history, config.early_stop)
+    if resume_from:
+        check_inputs(resume_from, inputs(model, data.documents, data.held_out), model.base_identity)
     plan = []
     if cost:
         plan, details = describe.plan(job, cost, describe.resume(job, before, resume_from, over)), describe.details(job)

@@ -52,7 +52,7 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     """
     metadata = _read_metadata(path)
     model, tokenizer = adapters.model, conversation.tokenizer
-    if metadata["base_fingerprint"] != model.base_fingerprint:
+    if not (model.base_identity and model.base_identity.is_recorded(metadata["base_fingerprint"], path)):
         raise UserError(f"{path} was saved with another base ({metadata['base']}), not with {model.base_name}; go on with that one")
     if metadata["tokenizer"] != os.path.basename(tokenizer.name):
         raise UserError(f"{path} was saved with --tokenizer {metadata['tokenizer']}, this chat has {tokenizer.name}; go on with that one")
@@ -67,7 +67,7 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     conversation.system, conversation.template, conversation.generator = metadata["system"], template, generator
     conversation.reset()
     conversation.turns = turns
-    if state is None or metadata["weights"] != adapters.identity():
+    if state is None or not adapters.is_recorded(metadata["weights"]):
         return False
     like = torch.float32 if isinstance(conversation.model, Decoder) else model.dtype
     conversation.state = [LayerState(layer.att_x.to(like), layer.wkv, layer.ffn_x.to(like)) for layer in state]

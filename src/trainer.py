@@ -27,6 +27,7 @@ from .infctx import chunks_of, half_of, rows_loss
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV, parameter_groups
 from .processes import choose_interface, launched
+from .resume import inputs
 
 
 class ScaledFp16(MixedPrecision):
@@ -99,8 +100,7 @@ class FineTuning(pl.LightningModule):
 
     def inputs(self) -> dict[str, str | None]:
         """Hashes of what a resumed run must find unchanged."""
-        hashes = {"base file": self.model.base_fingerprint, "data file": self.documents.digest}
-        return hashes | ({"held-out data": self.held_out.digest} if self.held_out.rows else {})
+        return inputs(self.model, self.documents, self.held_out)
 
 
 def make_trainer(config: Config, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:

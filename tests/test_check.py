@@ -10,7 +10,7 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, wri
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.check import check_merge
-from rwkv_miss.checkpoint import fingerprint
+from rwkv_miss.identity import fingerprint
 
 from .conftest import make_arch, random_tensors
 

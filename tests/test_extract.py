@@ -8,8 +8,8 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError, load_adapter, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
-from rwkv_miss.checkpoint import fingerprint
 from rwkv_miss.extract import diff_files
+from rwkv_miss.identity import fingerprint
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors

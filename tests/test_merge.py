@@ -11,8 +11,9 @@ import torch
 
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.checkpoint import fingerprint, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.identity import fingerprint
 from rwkv_miss.inject import ADAPTER_FORMAT
 from rwkv_miss.merge import MERGED_FORMAT, MergeReport, merge_file
 from rwkv_miss.rounding import Layer, Rounding

@@ -8,9 +8,9 @@ import torch
 
 from rwkv_miss import merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
-from rwkv_miss.checkpoint import fingerprint
 from rwkv_miss.convert import Hints
 from rwkv_miss.errors import UserError
+from rwkv_miss.identity import fingerprint
 
 from .conftest import close, make_arch, random_tensors
 from .test_convert import saved

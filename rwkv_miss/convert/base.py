@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..adapter import METHODS, AdapterLinear
-from ..checkpoint import Arch, fingerprint
+from ..checkpoint import Arch
 from ..errors import UserError
+from ..identity import Identity
 from ..inject import layer_tensors, read_described
 from .formats import Adapter
 
@@ -27,8 +28,8 @@ RWKV_LINEARS = {
 def with_base(adapter: Adapter, path) -> Adapter:
     """The adapter with a model file as its base. UserError where the file is not the one that the adapter names, or lacks one of its linears."""
     tensors, _ = read_described(path)
-    known, found = adapter.metadata.get("base_fingerprint"), fingerprint(tensors)
-    if known and known != found:
+    known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
+    if known and not identity.is_recorded(known):
         raise UserError(f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that one as --base")
     for name in adapter.metadata["linears"]:
         if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].dim() != 2:
@@ -37,7 +38,7 @@ def with_base(adapter: Adapter, path) -> Adapter:
         arch = Arch.detect(tensors).to_dict()
     except UserError:  # no RWKV model: its widths are those of its tensors
         arch = None
-    about = {"base": os.path.basename(path), "base_fingerprint": found, "arch": arch}
+    about = {"base": os.path.basename(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}
     return dataclasses.replace(adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes)
 

@@ -1,0 +1,179 @@
+"""Who a checkpoint is: a digest of every byte of its tensors, recorded by adapters, merged files, runs and chats.
+
+fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's cache
+folder, by the file's size, times and inode. Records name their digest, "blake2b:..."; a record without a name is of
+an earlier version and is compared by its rule, sampled_fingerprint().
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .checkpoint import memory, read_checkpoint
+from .errors import UserError
+from .progress import DELAY, Progress, clear
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for that
+REMEMBERED = 1 << 24  # bytes of a file from which its digest is remembered
+SETTLED = 2_000_000_000  # ns from a file's last change until it is remembered: two changes may have one time
+SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes at a place, places of a tensor
+
+
+def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
+    """"blake2b:" and 64 hex digits over names, shapes, dtypes and all bytes, in no order of the names."""
+    names = sorted(tensors)
+    digest = hashlib.blake2b(digest_size=32)
+    digests = _in_threads(_digest_of, [tensors[name] for name in names])
+    for name, of_bytes in zip(names, digests, strict=True):
+        tensor = tensors[name]
+        digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode() + of_bytes)
+        if bar:
+            bar.update(tensor.nbytes / 1e6)
+    return DIGEST + digest.hexdigest()
+
+
+def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The rule of records without a name: sha256, in hex, over names, shapes, dtypes and 256 bytes at 14 places of
+    each tensor at most, so that another tensor may have the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        tensor = tensor.detach().cpu().contiguous()
+        data = memory(tensor)
+        for start in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
+            digest.update(data[start : start + SAMPLE])
+    return digest.hexdigest()
+
+
+def _digest_of(tensor: Tensor) -> bytes:
+    tensor = tensor.detach().cpu().contiguous()
+    return hashlib.blake2b(memory(tensor), digest_size=32).digest()
+
+
+def _in_threads(work: Callable[[Tensor], bytes], tensors: list[Tensor]) -> Iterable[bytes]:
+    """The results in order; hashlib leaves the other threads running."""
+    if sum(tensor.nbytes for tensor in tensors) < REMEMBERED:
+        yield from map(work, tensors)
+        return
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    try:
+        yield from pool.map(work, tensors)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing more is begun
+
+
+class Identity:
+    """Who the tensors of a checkpoint are. Digests are computed when they are asked for.
+
+    `path` is their file, "" for none. Without `tensors` they are read from it again, in the state that it has now.
+    Of several processes that compute the same one has `shown`: a bar.
+    """
+
+    def __init__(self, path="", tensors: Mapping[str, Tensor] | None = None, shown: bool = True):
+        self.path, self.given, self.shown = os.fspath(path), tensors, shown
+        self.state = _state(path) if tensors is None else None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """fingerprint() of the tensors."""
+        if os.path.isfile(self.path) and os.path.getsize(self.path) >= REMEMBERED:
+            return _remembered(self.path, self._compute)
+        return fingerprint(self._tensors())
+
+    @functools.cached_property
+    def sampled(self) -> str:
+        """sampled_fingerprint() of the tensors."""
+        return sampled_fingerprint(self._tensors())
+
+    def is_recorded(self, recorded: str, where="") -> bool:
+        """Whether a record in the file `where` is of these tensors, by the rule that the record names."""
+        if recorded.startswith(DIGEST):
+            return recorded == self.fingerprint
+        same = recorded == self.sampled
+        if same and where:
+            _note_of_sample(os.fspath(where))
+        return same
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        if self.given is not None:
+            return self.given
+        tensors = read_checkpoint(self.path)
+        # a change of the name or the rights is none of the content
+        if _state(self.path)[:3] != self.state[:3]:
+            raise UserError(f"{self.path} is another file than the one that was read; start again")
+        return tensors
+
+    def _compute(self) -> str:
+        tensors = self._tensors()
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+        with Progress(f"hashing {os.path.basename(self.path)}", size, "MB", self.shown) as bar:
+            return fingerprint(tensors, bar)
+
+
+@functools.cache
+def _note_of_sample(where: str) -> None:
+    """Say it once for a file."""
+    clear()
+    print(f"note: {where} is of an earlier version, which recorded its base by a sample of the bytes; it is compared "
+          "by that", file=sys.stderr, flush=True)
+
+
+def _state(path) -> list[int]:
+    """What changes when a file does: size, time of its content, inode, and the time that nobody can set."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns]
+
+
+def cache_folder() -> pathlib.Path:
+    """rwkv-miss/fingerprints in the user's cache folder. It need not exist."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "rwkv-miss" / "fingerprints"
+
+
+def _remembered(path: str, compute: Callable[[], str]) -> str:
+    """What compute() has found or finds out about a file as it is now. One process computes while others wait."""
+    state = _state(path)
+    place = os.path.realpath(path)
+    entry = cache_folder() / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.json"
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        file = open(entry, "a+b", buffering=0)
+    except OSError as error:
+        begun = time.monotonic()
+        value = compute()
+        if time.monotonic() - begun > DELAY:
+            print(f"note: {entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it is used",
+                  file=sys.stderr, flush=True)
+        return value
+    with file:
+        if fcntl:
+            with contextlib.suppress(OSError):  # no locks on this file system
+                fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            known = json.loads(file.read())
+            if known["state"] == state and known["fingerprint"].startswith(DIGEST):
+                return known["fingerprint"]
+        value = compute()
+        if _state(path) == state and time.time_ns() - max(state[1], state[3]) > SETTLED:
+            with contextlib.suppress(OSError):  # a full disk: half an entry is none
+                file.truncate(0)
+                file.write(json.dumps({"file": place, "state": state, "fingerprint": value}).encode())
+        return value
