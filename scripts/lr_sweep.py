@@ -135,7 +135,10 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     for trial in trials(model, config, data.documents, data.held_out, steps, ours.setting, rates):
         done.append(trial)
         print(line(trial, before), flush=True)
-    return conclude(ours.setting, given, before, done, steps)
+    shortened = given.epoch_steps if not ours.steps and given.epoch_steps * given.epoch_count <= STEPS else 0
+    if shortened:
+        given = dataclasses.replace(given, epoch_steps=0)
+    return conclude(ours.setting, given, before, done, steps, shortened)
 
 
 def line(trial: Trial, before: float) -> str:
@@ -153,8 +156,9 @@ def verdict(trial: Trial, before: float) -> str:
     return "diverged: both losses rose" if trial.last > trial.losses[0] else "worse than before"
 
 
-def conclude(setting: str, given: Config, before: float, done: list[Trial], steps: int) -> int:
-    """Write the files, and print the best rate with its command."""
+def conclude(setting: str, given: Config, before: float, done: list[Trial], steps: int, shortened: int = 0) -> int:
+    """Write the files, and print the best rate with the command of a run of the whole data. `shortened`: --epoch_steps,
+    where it made the sweep short."""
     best = min((trial for trial in done if not verdict(trial, before)), key=lambda trial: trial.held_out, default=None)
     command = configuration.command(dataclasses.replace(given, **{setting: best.rate})) if best else None
     results = {
@@ -173,6 +177,8 @@ def conclude(setting: str, given: Config, before: float, done: list[Trial], step
     for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
         if best is end:
             print(f"note       it is the {word} rate tried; one beyond may be better: --rates {further(best.rate, step)}")
+    if shortened:
+        print(f"note       --epoch_steps {shortened} made the sweep short; the command is that of a run over the whole data")
     print(command)
     return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 import rwkv_miss
+from rwkv_miss.progress import progress
 
 from . import ops
 from .config import Config
@@ -65,7 +66,7 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
     losses: list[float] = []
     model.train()
     with ops.nan_passes():
-        for step in range(steps):
+        for step in progress(range(steps), f"training at {config.lr_init:g}", unit="steps"):
             optimizer.zero_grad()
             losses.append(sum(_backward(model, config, next(batches), schedule.seed_of(step, micro, 0), schedule.accumulate)
                               for micro in range(schedule.accumulate)))
@@ -96,7 +97,7 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents) -> float:
     model.eval()
     with ops.nan_passes():
         total = sum(float(rows_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
-                    for batch in evaluation_batches(held_out, config))
+                    for batch in progress(evaluation_batches(held_out, config), "validation", unit="batches"))
     return total / held_out.targets
 
 

@@ -57,11 +57,13 @@ def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, cap
     assert sweep(*flags(files, run, *more, "--epoch_steps", "5", "--rates", "1e-3,1e-5")) == 0
     found = results(run)
     assert found["steps"] == 5 and [trial["rate"] for trial in found["trials"]] == [1e-5, 1e-3]
-    *_, note, command = capsys.readouterr().out.splitlines()
+    *_, note, shortened, command = capsys.readouterr().out.splitlines()
     assert "highest rate tried" in note and "1e-3" not in command and command == found["command"]
-    words = shlex.split(command)
+    # the command is that of a whole run, whatever made the sweep short
+    assert "--epoch_steps 5 made the sweep short" in shortened and "epoch_steps" not in command
+    words = [*shlex.split(command), "--epoch_steps", "5"]
     assert words[:2] == ["python", "train.py"] and found["best"] == 1e-3
-    output = program.succeed(program.run(words[2:]))
+    output = program.succeed(program.run([*words[2:], "--eval_docs", "99"]))
     best = found["trials"][1]
     # of one kind of machine; where the held-out rows fall into other batches only the order of a sum differs
     assert losses(run) == pytest.approx(best["losses"], rel=1e-6), output
