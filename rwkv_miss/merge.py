@@ -20,6 +20,7 @@ from .identity import Identity
 from .inject import ADAPTER_FORMAT, read_described
 from .kinds import may_replace
 from .output import require_writable
+from .progress import tensors_with_progress
 from .rounding import LOSS_LIMIT, ROWS, Rounding, Scratch, percent, round_into, round_to
 
 MERGED_FORMAT = "rwkv-miss merged"
@@ -127,6 +128,7 @@ def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 
 def merge_file(
     base, adapter, out, dtype: str = "base", force: bool = False, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS,
+    shown: bool = False,
 ) -> MergeReport:
     """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's keys, shapes and order.
 
@@ -138,7 +140,7 @@ def merge_file(
     dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that would lose more than
     5 % of the update, then fp16, and fp32 if that is not enough. Refused with a UserError before anything is written: a file that
     is no adapter, another base than an adapter's, a second merge of the same adapter (both allowed by `force`), shapes that do not fit, and
-    adapters that contradict each other in tokenizer, end of document or template.
+    adapters that contradict each other in tokenizer, end of document or template. `shown`: a bar on stderr where it takes long.
     """
     started = time.perf_counter()
     if dtype not in ("base", "auto", *DTYPES):
@@ -160,9 +162,11 @@ def merge_file(
     adapters = Combination(members)
     adapters.check(tensors)
     chosen, choice = _choose_dtype(tensors, adapters) if dtype == "auto" else (DTYPES.get(dtype), "")
-    require_writable(out, sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values()))
+    size = sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values())
+    require_writable(out, size)
     merger = _Merger(adapters)
-    write_checkpoint(out, _ahead(merger.items(tensors, chosen)), record)
+    items = _ahead(merger.items(tensors, chosen))
+    write_checkpoint(out, tensors_with_progress(items, "merging", size, shown), record)
     return MergeReport(
         os.fspath(out), len(adapters.linears), len(adapters.whole), sum(map(is_state, adapters.whole)), _dtypes(tensors, adapters, chosen),
         merger.rounding, time.perf_counter() - started, os.path.getsize(out), record, adapters.parts, [m.weight for m in members], choice,

@@ -95,7 +95,7 @@ def show(report: Any, args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
-    show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights, hints(args)), args)
+    show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights, hints(args), shown=True), args)
 
 
 def run_unmerge(args: argparse.Namespace) -> None:

@@ -34,6 +34,14 @@ def progress(
             bar.update()
 
 
+def tensors_with_progress(items: Iterable[tuple[str, T]], what: str, size: int, shown: bool = True) -> Iterator[tuple[str, T]]:
+    """(name, tensor) one by one, with a Progress that counts their bytes out of `size`."""
+    with Progress(what, size / 1e6, "MB", shown) as bar:
+        for name, tensor in items:
+            yield name, tensor
+            bar.update(tensor.nbytes / 1e6)
+
+
 class Progress:
     """A bar: `what` is done, of `total` things called `unit` ("files"); `done` are there already.
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 import rwkv_miss
 from rwkv_miss.checkpoint import RUN_FORMAT
 from rwkv_miss.errors import UserError
+from rwkv_miss.interrupts import answer
 from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from .checkpoints import checkpoint_name, keep_best, remove_old
@@ -73,21 +74,18 @@ class StepReport(Callback):
     def _ask_to_stop(self, signum, frame) -> None:
         """The first signal ends the run after its current step and saves, the second one, or one before the first step,
         ends it now. Both are answered at once, by the system's own call: print() may be what the signal interrupted."""
-        if not self.training:
-            self._end(signum, b"\ninterrupted before the first step\n")
+        if not self.training:  # nothing of ours is there to be put away
+            self._tell(b"\ninterrupted before the first step\n")
+            os._exit(128 + signum)
         if self.stop:
-            self._end(signum, b"\nended within a step; what was saved before is unchanged\n")
+            self._tell(b"\nended within a step; what was saved before is unchanged\n")
+            answer(signum, frame)
         self.stop = True
         self._tell(b"\nstopping after this step and saving; press Ctrl-C again to quit now without saving\n")
 
     def _tell(self, text: bytes) -> None:
         if is_first_process():
             os.write(2, text)
-
-    def _end(self, signum: int, text: bytes) -> None:
-        """End the process. An exception would first have to find its way out of torch's and Lightning's code."""
-        self._tell(text)
-        os._exit(128 + signum)
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
         self.training = True

@@ -20,6 +20,7 @@ from rwkv_miss.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.identity import Identity
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
+from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
 
 from . import rwkv6, rwkv7
@@ -171,7 +172,8 @@ class RWKV(nn.Module):
 
         Mapped weights are read one after the other, so that no dense copy of the model is made.
         """
-        quantise_(self.layer_linears().values(), kind)
+        linears = list(self.layer_linears().values())
+        quantise_(progress(linears, f"quantising to {kind}", unit="matrices", shown=is_first_process()), kind)
         for name, p in self.named_parameters():
             if p.is_floating_point() and not p.requires_grad and not name.endswith("time_state"):  # states are fp32 everywhere
                 p.data = p.data.to(dtype)

@@ -140,6 +140,8 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     try:
         with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals():  # LastGood judges the steps
             trainer.fit(module)
+    except SystemExit:  # Lightning's answer to the second Ctrl-C, with another code
+        sys.exit(STOPPED)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "
                         "then lower --ctx_len") from None

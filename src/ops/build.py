@@ -24,6 +24,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from rwkv_miss.progress import Progress
+
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # what the sources are written for; a build has the ones at hand only
 TOOLKITS = "/usr/local/cuda*/bin"
@@ -223,14 +225,22 @@ def make(library: pathlib.Path, ninja: str, sources: Sequence[pathlib.Path], com
     lines += [f"build linked: run {' '.join(objects)}", f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', 'linked')}"]
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.name}-", ignore_cleanup_errors=True) as work:
         pathlib.Path(work, "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
-        done = subprocess.run(
-            [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env=os.environ | {"TMPDIR": work},  # so that what a killed compiler leaves is swept with the rest
-        )
-        if "No space left on device" in done.stdout:
+        environment = os.environ | {"TMPDIR": work}  # so that what a killed compiler leaves is swept with the rest
+        command = [ninja, "-C", work]
+        output = ""
+        with (
+            Progress("compiling", len(objects) + 1, "files") as bar,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
+            ) as process,
+        ):
+            for line in process.stdout:
+                output += line
+                bar.update(re.match(r"\[\d+/\d+\] ", line) is not None)
+        if "No space left on device" in output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if done.returncode:
-            return done.stdout
+        if process.returncode:
+            return output
         with open(os.path.join(work, "linked")) as file:
             os.fsync(file.fileno())  # else a power cut may leave an empty file under the final name
         os.replace(file.name, library)
