@@ -125,6 +125,8 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     asks for anything but tensors, a content that is no flat dict of plain tensors, and one that claims more than the file holds.
     """
     head = first_bytes(path, 9)
+    if head[:1] in (b"{", b"[") and head.decode("ascii", "replace").isprintable():
+        raise UserError(f"{path} is text, JSON as it seems, expected a .pth; data go to --data_file")
     zipped = head[:4] == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
     for form, found in (("GGUF", head[:4] == b"GGUF"), ("safetensors", head[8:] == b"{" and not zipped)):
         if found:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 
+OLDEST = (3, 10)  # as in pyproject.toml; an older one must be able to read this file and the first lines of a program
 OURS = ("rwkv_miss", "src", "scripts", "demo")
 # read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting threads spin unless told not to: small
 # models are then up to thirty times slower as soon as anything else runs. What oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by
@@ -17,11 +18,16 @@ LIBRARY_SETTINGS = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACI
 
 @contextlib.contextmanager
 def importing():
-    """Around a program's first imports: Ctrl-C ends it at once, a missing package is named, and torch's libraries get LIBRARY_SETTINGS.
+    """Around a program's first imports: an old Python and a missing package are named, Ctrl-C ends it at once, and torch's libraries get
+    LIBRARY_SETTINGS.
 
     An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback or be
     lost. From one_line_errors() on, rwkv_miss.interrupts answers.
     """
+    if sys.version_info < OLDEST:
+        major, minor = sys.version_info[:2]
+        print(f"error: Python {major}.{minor} is too old, 3.10 or newer is needed; here it is {sys.executable}", file=sys.stderr)
+        sys.exit(2)
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     before = signal.getsignal(signal.SIGINT)

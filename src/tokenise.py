@@ -153,6 +153,7 @@ class Converter:
 
 def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none") -> Tokens:
     """The documents of a source, from the cache folder where they are in it ("none": never; "auto": in the user's own cache folder).
+    Where the folder cannot be used, a note says so, and there is no cache.
 
     What was found goes to the report, and a row that cannot be read or expressed. Raises UserError for a source without rows.
     """
@@ -179,7 +180,9 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
                 os.rename(whole, entry)
             found = _open(entry, source, report)
     except OSError as error:
-        raise UserError(f"the cache for tokens, {folder}, cannot be used ({error}); give --data_cache another folder, or none") from None
+        report.notes.append(f"note       the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself alone. "
+                            "--data_cache takes another folder")
+        return _joined(list(chunks()))
     size = sum(file.stat().st_size for file in entry.iterdir())
     seconds = time.perf_counter() - begun
     say(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")

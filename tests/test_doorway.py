@@ -1,5 +1,6 @@
 """How programs end before they have begun, and when nobody reads them any more."""
 
+import ast
 import os
 import re
 import shutil
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from benchmarks import interrupt
-from rwkv_miss.errors import one_line_errors
+from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.errors import UserError, one_line_errors
+from src import doorway
 
 from . import program
 from .conftest import ROOT
@@ -151,3 +154,24 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     for given, found in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
         assert run(["-c", code], stdout=subprocess.PIPE, env=environment).stdout.strip() == found
+
+
+def test_an_old_python_is_named_before_a_package(monkeypatch, capsys):
+    monkeypatch.setattr(doorway.sys, "version_info", (3, 8, 10))
+    with pytest.raises(SystemExit, match="2"), doorway.importing():
+        raise AssertionError("imports are not tried")
+    assert capsys.readouterr().err.startswith("error: Python 3.8 is too old, 3.10 or newer is needed; here it is ")
+
+
+MODULES = [words[-1] for words in PROGRAMS[1:] if words[-1] != "rwkv_miss"]
+
+
+@pytest.mark.parametrize("path", ["train.py", "src/doorway.py", *(name.replace(".", "/") + ".py" for name in MODULES)])
+def test_an_old_python_can_read_a_program_as_far_as_that(path):
+    ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
+
+
+def test_json_in_the_place_of_a_model(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="rows.jsonl is text, JSON as it seems, expected a .pth; data go to --data_file"):
+        read_checkpoint(tmp_path / "rows.jsonl")

@@ -215,8 +215,10 @@ def test_processes_that_start_together_do_the_work_once(path, encoder, cached, m
 
 def test_a_folder_that_cannot_be_used(path, encoder, cached):
     cached.write_text("a file")
-    with pytest.raises(UserError, match=f"{cached}, cannot be used .* give --data_cache another folder, or none"):
-        tokenise(path, encoder, str(cached))
+    tokens = module.tokenise(sources(path)[0], encoder, report := Report(), cache=str(cached))
+    assert equal(tokens, tokenise(path, encoder)) and report.files[path].kinds.total() == 700
+    [note] = report.notes
+    assert f"the cache for tokens, {cached}, cannot be used (" in note and "--data_cache takes another folder" in note
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

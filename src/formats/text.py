@@ -24,6 +24,7 @@ from ..words import short
 
 Record = tuple[str, "dict[str, Any] | UserError"]
 OTHERS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
+MODELS = (".pth", ".pt", ".ckpt", ".bin")  # a checkpoint of torch is a zip file
 BOMS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # the longer ones first
 BOM = "\ufeff"
 FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
@@ -51,6 +52,8 @@ def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIO
             if file.peek(2)[:2] == b"\x1f\x8b":
                 file = stack.enter_context(io.BufferedReader(stack.enter_context(gzip.open(file))))
             head = bytes(file.peek(8)[:8])
+            if head.startswith(b"PK\x03\x04") and path.endswith(MODELS) or head.startswith(b"GGUF"):
+                raise UserError(f"{path} is a model or an adapter, no data; a model goes to --load_model, --data_file takes text, such as JSONL")
             for magic, name in OTHERS.items():
                 if head.startswith(magic):
                     raise UserError(f"{path} is packed ({name}); unpack it, or pack it with gzip")
@@ -78,16 +81,16 @@ def undecoded(text: str) -> UserError | None:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        return UserError(f"not UTF-8 text ({error.reason} at byte {error.start + 1}){_chinese(data)}")
+        return UserError(f"not UTF-8 text ({error.reason} at byte {error.start + 1}); {_other_encoding(data)}")
     return UserError("not UTF-8 text")
 
 
-def _chinese(data: bytes) -> str:
+def _other_encoding(data: bytes) -> str:
     try:
         data.decode("gb18030")
     except UnicodeDecodeError:
-        return ""
-    return "; if it is GBK: iconv -f GB18030 -t UTF-8"
+        return "if it is Latin-1 or Windows-1252: iconv -f WINDOWS-1252 -t UTF-8"
+    return "if it is GBK: iconv -f GB18030 -t UTF-8; if it is Latin-1: iconv -f WINDOWS-1252 -t UTF-8"
 
 
 def whole_text(path: str) -> str:
