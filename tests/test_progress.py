@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
@@ -107,3 +108,21 @@ def test_a_run_that_goes_on_counts_what_it_does_itself(clock):
     clock[0] = 10.0
     bar.update(10)
     assert bar.text(10.0) == "training:  60%, 60 of 100 steps, 1 steps/s, 40 s left"
+
+
+def test_a_merge_and_a_build_are_counted(merging, tmp_path, monkeypatch, capsys):
+    from rwkv_miss.__main__ import main
+    from src.ops import build
+
+    monkeypatch.setattr(module, "LINE", 0.0)
+    monkeypatch.setattr(module, "LINE_SHARE", 0.0)
+    folder = merging()
+    merging.adapter("a.pth")
+    main(["merge", "--base", str(folder / "base.pth"), "--adapter", str(folder / "a.pth"), "--out", str(folder / "m.pth")])
+    assert "merging: 100%, 0 of 0 MB" in capsys.readouterr().err
+    if not shutil.which("c++"):
+        pytest.skip("NO C++ COMPILER ON PATH")
+    monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "one.cpp").write_text("int one() { return 1; }\n")
+    build.build("one", "one", 1, [tmp_path / "one.cpp"], [], [build.find_cxx(), "-fPIC"])
+    assert "compiling: 100%, 2 of 2 files" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from torch import Tensor
 from rwkv_miss.checkpoint import Arch, check_finite, write_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.output import require_writable
+from rwkv_miss.progress import tensors_with_progress
 from rwkv_miss.safetensors_io import is_safetensors, read_safetensors
 from rwkv_miss.untrusted import first_bytes, read_json
 
@@ -64,8 +65,10 @@ def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
     elif rounded := record.rounded({name: tensor.dtype for name, tensor in stored.tensors.items()}):
         notes.append(f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, were rounded in the export: these values are not the checkpoint's own")
     check_finite(stored.tensors)
-    require_writable(out, sum(entry.dtype.itemsize * stored.tensors[name].numel() for name, entry in record.entries.items()))
-    write_checkpoint(out, record.restored(stored.tensors), record.metadata)
+    size = sum(entry.dtype.itemsize * stored.tensors[name].numel() for name, entry in record.entries.items())
+    require_writable(out, size)
+    restored = tensors_with_progress(record.restored(stored.tensors), "writing the checkpoint", size)
+    write_checkpoint(out, restored, record.metadata)
     return stored.form, arch, notes
 
 

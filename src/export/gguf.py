@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
 from rwkv_miss.output import whole_file
+from rwkv_miss.progress import progress
 
 from ..words import counted
 from . import gguf_table
@@ -66,7 +67,7 @@ def write(path, tensors: Mapping[str, Tensor], arch: Arch, kind: str, name: str,
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            for row, type_, _ in infos:
+            for row, type_, _ in progress(infos, "writing GGUF", unit="tensors"):
                 writer.write_padding(file, file.tell())
                 for piece in _pieces(row.store(tensors), type_):
                     file.write(piece)
