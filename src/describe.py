@@ -84,8 +84,9 @@ def frozen_bytes(model: RWKV) -> int:
 
 def documents_line(config: Config, found: Data, template: str) -> str:
     """The line of the plan about what is trained on."""
-    documents, files = found.documents, list(found.found.files.values())
-    described = f" ({files[0].describe()})" if len(files) == 1 else ""
+    documents = found.documents
+    file = found.found.files.get(config.data_file)  # None where there are several
+    described = f" ({file.describe()})" if file else ""
     return (f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
             f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: {mask(config.loss_mask)} "
             f"(template {template})").encode("utf-8", "backslashreplace").decode()
