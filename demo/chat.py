@@ -35,13 +35,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     add("--system", default="", help="text of a System: turn before the chat")
-    add("--max_tokens", type=int, default=512)
-    add("--temperature", type=float, default=Sampling.temperature, help="0: greedy")
-    add("--top_p", type=float, default=Sampling.top_p)
-    add("--top_k", type=int, default=Sampling.top_k, help="0: off")
-    add("--presence_penalty", type=float, default=Sampling.presence_penalty)
-    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty)
-    add("--seed", type=int, default=0)
+    add("--max_tokens", type=int, default=512, help="the longest answer, in tokens; default %(default)s")
+    add("--temperature", type=float, default=Sampling.temperature,
+        help="how freely tokens are drawn; 0: always the likeliest one; default %(default)s")
+    add("--top_p", type=float, default=Sampling.top_p,
+        help="draw among the likeliest tokens that have this share together; 1: among all; default %(default)s")
+    add("--top_k", type=int, default=Sampling.top_k, help="draw among so many of the likeliest tokens; 0: among all; default %(default)s")
+    add("--presence_penalty", type=float, default=Sampling.presence_penalty,
+        help="lowers the logit of a token that the answer holds already; default %(default)s")
+    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty,
+        help="lowers it once for each time that the answer holds the token; default %(default)s")
+    add("--seed", type=int, default=0, help="of the random numbers; default %(default)s")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add("--precision", default="auto", choices=("auto", *DTYPES),
         help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with --wkv torch or reference. On a CPU "

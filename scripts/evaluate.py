@@ -41,11 +41,10 @@ def main(argv: list[str] | None = None) -> None:
             rows = ({"prompt": "".join(question.pieces), "answer": answer.text, "cut": answer.cut}
                     for question, answer in zip(questions, answers, strict=True))
             write_text(args.save, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        cut = sum(answer.cut for answer in answers)
-        print(describe_cut(cut, len(answers), limit))
-        if cut >= WARN_CUT * len(answers) and cut:
-            print(f"warning: {cut / len(answers):.1%} of the answers were cut, and may be wrong for that alone; "
-                  "--max_tokens N lets them go on", file=sys.stderr)
+        cut = None
+        if all(answer.cut is not None for answer in answers):
+            cut = sum(answer.cut for answer in answers)
+            tell_cut(cut / len(answers), cut, limit)
         if args.score == "code" and not args.run_code:
             print(f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code --run_code runs them")
             return
@@ -60,9 +59,12 @@ def main(argv: list[str] | None = None) -> None:
                           "adapter": args.adapter, "answers": args.answers, "max_tokens": limit, "cut": cut}))
 
 
-def describe_cut(cut: int, count: int, limit: int | None) -> str:
-    """How many of `count` answers reached the limit of tokens; None: the one that they were made with."""
-    return f"{cut:,} of {count:,} answers ({cut / count:.1%}) reach the limit of {f'{limit:,} ' if limit else ''}tokens"
+def tell_cut(share: float, cut: int, limit: int | None) -> None:
+    """Say how many answers reached the limit of tokens; None: the one that they were made with. Warn where they are many."""
+    print(f"{cut:,} answers ({share:.1%}) reach the limit of {f'{limit:,} ' if limit else ''}tokens")
+    if cut and share >= WARN_CUT:
+        print(f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; --max_tokens N lets them go on",
+              file=sys.stderr)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -131,7 +133,7 @@ def saved(path: str, count: int) -> list[Answer]:
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]
-        answers = [Answer(row["answer"], bool(row.get("cut"))) for row in rows]
+        answers = [Answer(row["answer"], row.get("cut")) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save writes it') from None
     if len(answers) != count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class Answer(NamedTuple):
     """What a model said, and whether it was cut: it had not ended when it reached the limit of tokens."""
 
     text: str
-    cut: bool
+    cut: bool | None  # None: it is not known, of an answer that was made elsewhere
 
 
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
@@ -57,17 +58,19 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
 
 def greedy_texts(
     model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
+    characters: float = math.inf,
 ) -> list[str]:
     """The texts of greedy()."""
-    return [answer.text for answer in greedy(model, tokenizer, prompts, max_tokens, batch, stops)]
+    return [answer.text for answer in greedy(model, tokenizer, prompts, max_tokens, batch, stops, characters)]
 
 
 @torch.no_grad()
 def greedy(
     model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
-    shown: bool = True,
+    characters: float = math.inf, shown: bool = True,
 ) -> list[Answer]:
-    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens.
+    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens; or
+    until it has said more than `characters`.
 
     `batch` answers are made at a time. A bar counts them where it takes long, unless it is not to be `shown`.
     """
@@ -82,7 +85,7 @@ def greedy(
                 tokens = logits[:, : tokenizer.vocab_size].argmax(-1)
                 for i, token in zip(going, tokens.tolist(), strict=True):
                     said[i].append(token)
-                left = [row for row, i in enumerate(going) if not _is_over(said[i], tokenizer, stops)]
+                left = [row for row, i in enumerate(going) if not _is_over(said[i], tokenizer, stops, characters)]
                 bar.update(len(going) - len(left), f"token {count:,} of at most {max_tokens:,}")
                 if len(left) < len(going):  # what is complete costs nothing more
                     rows = torch.tensor(left, dtype=torch.int64, device=tokens.device)
@@ -99,16 +102,23 @@ def greedy(
     return answers
 
 
-def _is_over(ids: list[int], tokenizer, stops: Sequence[str]) -> bool:
+def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float) -> bool:
     """Whether the last of these ids ends the text."""
     size = len(tokenizer.eod)
     if len(ids) % size:
         return False  # in the middle of a unit of utf16
-    if tuple(ids[-size:]) == tokenizer.eod:
+    if tuple(ids[-size:]) == tokenizer.eod or characters < math.inf and len(tokenizer.decode(ids)) > characters:
         return True
     # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out a space that it begins with
     tail = ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :] if stops else []
     return bool(tail) and any(stop in tokenizer.decode(tail) for stop in stops)
+
+
+def shortened(text: str, characters: int) -> str:
+    """A text of at most so many characters, of which the last is "…" where it was longer; without half a character that a
+    limit of tokens has left at its end."""
+    whole = text.rstrip("\ufffd")
+    return text if len(text) <= characters and whole == text else f"{whole[: characters - 1]}…"
 
 
 def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.Tensor, State]:

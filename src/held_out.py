@@ -21,7 +21,9 @@ from .words import counted
 Batch = list[list[Document]]  # rows of documents
 EVALUATION = 0.1  # of a run's time, counted in tokens: what all its evaluations take where nobody says more
 FORWARD = 1 / 3  # what a token takes without a backward, of one that is trained on
-SAMPLE_TOKENS = 64  # of a sample answer at most
+SAMPLE_CHARACTERS = 300  # of a sample answer that are kept
+SAMPLE_TOKENS = 300  # of one at most, where a character takes more than one
+USUAL_SAMPLE_TOKENS = 100  # of one in a plan: SAMPLE_CHARACTERS of English are about 75 World tokens, of Chinese about 200
 
 
 def hold_out(config: Config, documents: Documents, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:

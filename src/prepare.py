@@ -18,7 +18,7 @@ from .config import Config, accumulation, is_automatic
 from .data import Documents, Schedule, load, make_schedule
 from .device import choose_accelerator, choose_precision
 from .formats import Reading, Report, sources
-from .held_out import FORWARD, SAMPLE_TOKENS, affordable, evaluations, hold_out, in_hash_order, questions
+from .held_out import FORWARD, USUAL_SAMPLE_TOKENS, affordable, evaluations, hold_out, in_hash_order, questions
 from .learning_rate import method_rate
 from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
 from .model import RWKV
@@ -107,7 +107,7 @@ def run_cost(
     seconds = answers = 0.0
     if speed.tokens:
         prompts = FORWARD * sum(len(question.prompt) for question in asked) / speed.tokens
-        answers = times * (prompts + (SAMPLE_TOKENS * speed.answer if asked else 0))
+        answers = times * (prompts + (USUAL_SAMPLE_TOKENS * speed.answer if asked else 0))
         seconds = tokens / speed.tokens
         answers += read / speed.tokens
     return Cost(memory, USABLE * memory_of(device, config.world), tokens, read / tokens, seconds + answers, answers)

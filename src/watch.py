@@ -13,9 +13,9 @@ from rwkv_miss.progress import say
 
 from .callbacks import StepReport
 from .data import Documents
-from .evaluate import greedy_texts
+from .evaluate import greedy_texts, shortened
 from .files import append_line, write_lines
-from .held_out import SAMPLE_TOKENS, evaluation_batches, questions, undisturbed, validation_loss
+from .held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions, undisturbed, validation_loss
 from .history import BEST, VALIDATION, best, describe, is_over
 
 
@@ -60,10 +60,14 @@ class Watch(Callback):
             if loss is None:
                 return False
             with module.autocast():
-                answers = greedy_texts(module.model, self.tokenizer, [q.prompt for q in self.questions], SAMPLE_TOKENS)
+                prompts = [q.prompt for q in self.questions]
+                answers = greedy_texts(
+                    module.model, self.tokenizer, prompts, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS
+                )
         decode = self.tokenizer.decode
-        samples = [{"prompt": decode(q.prompt), "answer": answer.strip(), "right": decode(q.answer).strip()}
-                   for q, answer in zip(self.questions, answers, strict=True)]
+        samples = [{"prompt": decode(question.prompt), "answer": shortened(answer.strip(), SAMPLE_CHARACTERS),
+                    "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS)}
+                   for question, answer in zip(self.questions, answers, strict=True)]
         line = {"step": step, "loss": loss if math.isfinite(loss) else None, "tokens": self.documents.targets, "samples": samples}
         self.history.append(line)
         if best(self.history) is line:

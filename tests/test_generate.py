@@ -16,7 +16,7 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
-from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions
+from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, greedy_texts, read_questions, shortened
 from src.formats import Reading
 from src.generate import Conversation, Sampling, sample, stream
 from src.model import RWKV, LayerState
@@ -384,6 +384,21 @@ def test_who_reaches_the_limit_is_cut_and_who_ends_there_is_not(limit, cut):
     assert answers_to(scripted, tokenizer, [Question(["q"], "ab")], limit) == [("ab", cut)]
 
 
+def test_a_sample_answer_is_cut_between_characters():
+    """🎉 takes four of the tokens: neither a limit of tokens nor one of characters leaves a part of it."""
+    tokenizer = load_tokenizer("bytes", 256)
+    said = [*"ab🎉🎉🎉".encode(), *tokenizer.eod]
+
+    def sample(tokens, characters):
+        model = ScriptedBatch(tokenizer, said)
+        text, = greedy_texts(model, tokenizer, [[65]], tokens, characters=characters)
+        return shortened(text, characters), sum(1 for _ in model.tokens)
+
+    assert sample(99, 300) == ("ab🎉🎉🎉", 0)
+    assert sample(99, 4) == ("ab🎉…", 4), "what is not shown is not made"
+    assert sample(9, 300)[0] == "ab🎉…" and sample(10, 300)[0] == "ab🎉🎉"
+
+
 def test_the_limit_follows_the_task():
     tokenizer = load_tokenizer("utf16", 256)
     questions = [Question(["q"], "four"), Question(["q"], "x" * 40)]
@@ -456,7 +471,7 @@ def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys
     out, err = capsys.readouterr()
     conversation = Conversation(RWKV.load(files[0]), load_tokenizer(letters, 67), GREEDY)
     assert out == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again")) + "\n"
-    assert "base.pth: RWKV-" in err and "Ctrl-D ends the chat" in err
+    assert "base.pth: RWKV-" in err and "/exit ends the chat" in err
 
 
 def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):

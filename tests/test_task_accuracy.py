@@ -273,7 +273,11 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     assert evaluated(capsys, "--model", merged, *flags[:4])[0] == found | {"max_tokens": 512}
     evaluate.main(["--model", str(merged), "--max_tokens", "9", "--save", str(kept), *map(str, flags[:4])])
     told = capsys.readouterr()
-    assert "4 of 4 answers (100.0%) reach the limit of 9 tokens" in told.out
+    assert "4 answers (100.0%) reach the limit of 9 tokens" in told.out
     assert "warning: 100.0% of the answers were cut" in told.err and "--max_tokens N" in told.err
     assert json.loads(told.out.splitlines()[-1])["cut"] == 4
     assert evaluated(capsys, "--answers", kept, *flags[:4])[0]["cut"] == 4
+    kept.write_text("".join(json.dumps({"answer": row["answer"]}) + "\n" for row in saved))
+    evaluate.main(["--answers", str(kept), "--show", "0", *map(str, flags[:4])])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["cut"] is None, "of answers made elsewhere it is not known"
