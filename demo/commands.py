@@ -16,6 +16,7 @@ from src.adapters import Adapters
 from src.decode import Decoder
 from src.generate import Conversation
 from src.graphed import GraphedDecoder
+from src.guessing import ENOUGH, doubt_of_text
 from src.saved_chat import load_chat, save_chat
 from src.template import MODES, RwkvTemplate, Template
 
@@ -56,6 +57,7 @@ class Chat:
         self.max_tokens, self.seed = max_tokens, seed
         self.scale = adapters.scale  # that of the next adapter, too
         self.over = False
+        self.doubted = False  # whether a text long enough to tell has told that the tokenizer is the model's
 
     def converse(self) -> None:
         """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer stops that."""
@@ -92,6 +94,15 @@ class Chat:
         """Print the model's answer as it is made."""
         print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
         show(self.conversation.answer(text, self.max_tokens))
+        if not self.doubted:
+            self.doubt(text)
+
+    def doubt(self, text: str) -> None:
+        """Say so where the model knows less of the user's words than a guess."""
+        ids = self.conversation.tokenizer.encode(text)
+        self.doubted = len(ids) >= ENOUGH
+        if doubt := doubt_of_text(self.adapters.model, self.conversation.tokenizer, ids):
+            note(doubt)
 
     def use(self, names: tuple[str, ...], scale: float) -> None:
         """Choose adapters, and forget the state that other weights computed."""

@@ -18,9 +18,11 @@ with importing():
     from src.evaluate import LIMITS, THOUGHTS, Answer, Question, answer_limit, answers_to, read_questions
     from src.files import write_text
     from src.formats import Reading
+    from src.guessing import doubt_of_answers
     from src.load import load
     from src.template import MODES, load_template, recorded_template
 
+DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's
 WARN_CUT = 0.01  # share of answers that reach the limit, from which on the user is warned
 
 
@@ -31,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
             template = recorded_template(args.template, tokenizer, args.adapter, args.model)
             questions = read(args, template)
+            if args.score != "code" and (doubt := doubt_of_answers(model, tokenizer, first_answers(tokenizer, questions))):
+                print(doubt, file=sys.stderr)
             limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
             answers = answers_to(model, tokenizer, questions, limit, template, args.batch)
         else:
@@ -57,6 +61,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{''.join(question.pieces)!r} -> {answer!r}{expected}")
         print(json.dumps({"accuracy": sum(right) / len(right), "score": args.score, "questions": len(questions), "model": args.model,
                           "adapter": args.adapter, "answers": args.answers, "max_tokens": limit, "cut": cut}))
+
+
+def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
+    """Ids of the first prompts and their right answers."""
+    return [([i for piece in question.pieces for i in tokenizer.encode(piece)], tokenizer.encode(f" {question.right}"))
+            for question in questions[:DOUBTED]]
 
 
 def tell_cut(share: float, cut: int, limit: int | None) -> None:

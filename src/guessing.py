@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 
+import torch
+import torch.nn.functional as F
+
+from .likelihood import log_likelihoods
+from .model import RWKV
 from .tokenizer import Tokenizer
 
 MARGIN = 0.5  # nats
+ENOUGH = 32  # tokens that can tell
 
 
 def worse_than_guessing(loss: float, tokenizer: Tokenizer) -> str | None:
@@ -15,4 +21,22 @@ def worse_than_guessing(loss: float, tokenizer: Tokenizer) -> str | None:
     if loss <= guess + MARGIN:
         return None
     return (f"WARNING: the loss is {loss:.2f}, worse than guessing: any of the tokenizer's {tokenizer.vocab_size:,} ids alike gives {guess:.2f}.\n"
-            f"Was the model trained with another tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model (--load_model)?")
+            f"Was the model trained with another tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model?")
+
+
+@torch.no_grad()
+def doubt_of_text(model: RWKV, tokenizer: Tokenizer, ids: list[int]) -> str | None:
+    """The warning for a text that the model reads; None for one that is too short to tell."""
+    if len(ids) < ENOUGH:
+        return None
+    ids = torch.tensor([ids], device=model.emb.weight.device)
+    logits, _ = model(ids)
+    return worse_than_guessing(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item(), tokenizer)
+
+
+def doubt_of_answers(model: RWKV, tokenizer: Tokenizer, pairs: list[tuple[list[int], list[int]]]) -> str | None:
+    """The warning for right answers after their prompts, as ids; None for what is too short to tell."""
+    tokens = sum(len(answer) for _, answer in pairs)
+    if tokens < ENOUGH:
+        return None
+    return worse_than_guessing(-sum(total for total, _ in log_likelihoods(model, pairs)) / tokens, tokenizer)

@@ -12,7 +12,7 @@ import rwkv_miss
 from demo import chat, commands
 from demo.commands import cells, named_mode, side_by_side
 from rwkv_miss import UserError
-from src import generate, template
+from src import generate, guessing, template
 from src.generate import Conversation, Sampling, stream
 from src.load import load_with
 from src.ops import native
@@ -153,9 +153,16 @@ def test_how_answers_are_drawn_is_changed_in_the_chat(typed):
     assert err[6] == "error: there is no turn to take back"
 
 
+def test_a_tokenizer_that_is_not_the_models_is_told_once(typed, monkeypatch):
+    monkeypatch.setattr(guessing, "MARGIN", -99)
+    _, err = typed(["short", "a question of more than so many tokens as can tell", "a question of more than so many tokens again"])
+    assert len(err) == 2 and err[0].startswith("WARNING: the loss is ") and err[1].endswith("Is it the right model?")
+
+
 def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     asked = []
     monkeypatch.setattr(Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"]))
+    monkeypatch.setattr(commands.Chat, "doubt", lambda self, text: None)
     wrong = ["/adapt b", "/hepl", "/x", "/adapter c", "/adapter a+a", "/scale much", "/scale nan", "/save", "/think deep"]
     _, err = typed(["//x", *wrong, " /x", "//", "/help"])
     assert "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry, /temperature, /top_p, /save, " in err[0]
