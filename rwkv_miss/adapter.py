@@ -131,6 +131,7 @@ class AdapterMethod:
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
     shared: ClassVar[tuple[str, ...]] = ()
+    decays: ClassVar[bool] = True  # weight decay of its matrices pulls towards the base, because they are the base at zero
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:

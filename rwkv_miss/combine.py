@@ -53,7 +53,17 @@ class Member:
         """The tensors that the file has as a whole."""
         shared = tuple(f"shared.{name}" for name in self.method.shared)
         linears = set(self.metadata["linears"])
-        return {n: t for n, t in self.tensors.items() if n.rpartition(".")[0] not in linears and not n.startswith(shared)}
+        def own(name: str) -> bool:
+            owner, _, leaf = name.rpartition(".")
+            return owner in linears and leaf != "bias" or name.startswith(shared)
+
+        whole = {name: tensor for name, tensor in self.tensors.items() if not own(name)}
+        return whole | {other: whole[name] for other, name in self.tied.items() if name in whole}
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Other name of a whole tensor -> the name under which the file has it; a base may have either, or both."""
+        return {other: name for other, name in (self.metadata.get("tied") or {}).items() if isinstance(name, str)}
 
     @functools.cached_property
     def identity(self) -> Identity:
@@ -147,7 +157,8 @@ class Combination:
     def added(self, base: Iterable[str]) -> list[str]:
         """The keys that the base does not have, such as initial states."""
         base = set(base)
-        return [key for key in self.whole if key not in base]
+        other_names = {other for m in self.members for other in m.tied}
+        return [key for key in self.whole if key not in base and key not in other_names]
 
     def check(self, base: Mapping[str, Tensor]) -> None:
         """A UserError, which names the adapter where there are several, unless all of them fit the base."""

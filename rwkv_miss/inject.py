@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, adapted_linears, put_linears
-from .checkpoint import check_finite, read_checkpoint, read_metadata, refuse_run_checkpoint, write_checkpoint
+from .checkpoint import Arch, check_finite, read_checkpoint, read_metadata, refuse_run_checkpoint, write_checkpoint
 from .errors import UserError
+from .kinds import may_replace
 from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 from .untrusted import check_sums
 
@@ -36,6 +37,8 @@ class Injection:
     total: int
     train_parts: list[str] = dataclasses.field(default_factory=list)
     whole: int = 0
+    merged_linears: list[str] = dataclasses.field(default_factory=list)  # in the file as whole tensors
+    statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)  # what they were before
 
     def line(self) -> str:
         """One line for the user: linears, whole tensors, trainable parameters, and their share of the base."""
@@ -61,7 +64,8 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
     """
     if isinstance(targets, str):
         raise UserError(f"targets {targets!r} is a text, expected a list of names: targets=[{targets!r}]")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     # key and value alone would match some linears of many a model, and leave out the others without a word
     if targets is None and not any(name.endswith("receptance") for name in linears):
@@ -75,21 +79,81 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
         chosen |= found
     if not chosen:
         raise UserError(f"no linear layer to adapt: targets is empty; this model has: {leaves or 'none'}")
-    _refuse_unfit(model, chosen)
+    _refuse_unfit(modules, chosen)
     return {name: module for name, module in linears.items() if name in chosen}
 
 
-def _refuse_unfit(model: nn.Module, chosen: set[str]) -> None:
-    """UserError for a linear that shares its weight, which a merge changes for all that use it, and for one that is never called."""
-    owners: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(p), []).append(name)
+def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
+    """UserError for a linear whose change would have no effect, or another one once it is merged.
+
+    `modules` has every module under all its names.
+    """
+    places: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        places.setdefault(id(module), []).append(name)
+    memory = _SharedMemory(modules[""])
     for name in sorted(chosen):
-        others = [other for other in owners[id(model.get_submodule(name).weight)] if other != f"{name}.weight"]
+        linear, parent = modules[name], modules[name.rpartition(".")[0]]
+        if len(places[id(linear)]) > 1:
+            first, second = places[id(linear)][:2]
+            raise UserError(f"{first} and {second} are one layer under two names; give each a layer of its own "
+                            "(copy.deepcopy), or drop the target")
+        what = _more_than_linear(linear)
+        if what:
+            raise UserError(f"{name} is no plain nn.Linear: {what}, which an adapter in its place would drop; put a plain linear there, "
+                            "or drop the target")
+        others = memory.overlapping(f"{name}.weight", linear.weight)
         if others:
             raise UserError(f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them or drop the target")
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        if isinstance(parent, nn.MultiheadAttention):
             raise UserError(f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it; drop the target")
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise UserError(f"{name} belongs to torch's TransformerEncoderLayer, which in eval reads its weight and does "
+                            "not call it: the adapter would do nothing there. Call torch.backends.mha.set_fastpath_enabled(False) "
+                            "first, here and wherever the adapter is used")
+
+
+def _more_than_linear(linear: nn.Linear) -> str:
+    """What a linear does or has beyond y = x W^T + bias; "" where that is all."""
+    children, own = [name for name, _ in linear.named_children()], {"weight", "bias"}
+    tensors = [name for name in (*linear._parameters, *linear._buffers) if name not in own]
+    hooks = any(getattr(linear, kind, None) for kind in (
+        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"))
+    own_forward = type(linear).forward is not nn.Linear.forward and not getattr(type(linear), "is_linear", False)
+    found = {
+        f"it has modules of its own ({', '.join(children)}), as a parametrization has": children,
+        f"it has tensors of its own ({', '.join(tensors)}), as weight_norm has": tensors,
+        "hooks are registered on it": hooks,
+        f"{type(linear).__name__} has a forward of its own": own_forward or "forward" in vars(linear),
+    }
+    return next((what for what, holds in found.items() if holds), "")
+
+
+class _SharedMemory:
+    """Which parameters and buffers of a model, under all their names, lie in the same memory: tied ones, and views of each other."""
+
+    def __init__(self, model: nn.Module):
+        self.tensors: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+            self.tensors.setdefault(self._storage(tensor), []).append((name, tensor))
+
+    @staticmethod
+    def _storage(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata  # the same for all views; an address would be none on the meta device
+
+    @staticmethod
+    def _range(tensor: Tensor) -> tuple[int, int]:
+        """The first byte of a tensor in its storage, and the one after its last."""
+        start = tensor.storage_offset() * tensor.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        return start, start + (last + 1) * tensor.itemsize if tensor.numel() else start
+
+    def overlapping(self, name: str, tensor: Tensor) -> list[str]:
+        """The other names of memory that a tensor of this name uses."""
+        start, end = self._range(tensor)
+        beside = [(other, *self._range(t)) for other, t in self.tensors[self._storage(tensor)] if other != name]
+        return [other for other, first, last in beside if first < end and start < last]
 
 
 def inject(
@@ -147,6 +211,7 @@ def _attach(
             raise UserError(f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from the parts")
     total = sum(p.numel() for p in model.parameters())
     trained_before = {p: p.requires_grad for p in model.parameters()}
+    statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
     model.requires_grad_(False)
     try:
         cls.attach(model, linears, parsed)
@@ -164,6 +229,7 @@ def _attach(
     model.injection = Injection(
         method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS) if linears else [], list(linears),
         sum(p.numel() for p in model.parameters() if p.requires_grad), total, parts, len(whole),
+        statistics=statistics,
     )
     return model.injection
 
@@ -180,6 +246,53 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**tensors, **trained}
 
 
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state and that training may move without a gradient, such as BatchNorm's means and variances.
+
+    Not its count of batches, an integer: answers do not depend on it.
+    """
+    adapters = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.buffers(recurse=False)}
+    kept = model.state_dict().keys()
+    return {name: t.detach() for name, t in model.named_buffers() if name in kept and t.is_floating_point() and id(t) not in adapters}
+
+
+def _moved_statistics(model: nn.Module) -> dict[str, Tensor]:
+    before = model.injection.statistics
+    return {name: t for name, t in _statistics(model).items() if name in before and not torch.equal(t.to(before[name]), before[name])}
+
+
+@torch.no_grad()
+def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
+    """(the tensors of an adapter file, the linears that have an adapter there, the other names of tensors that are tied).
+
+    A linear whose own weight is trained beside its adapter is in the file as a whole, with the sum of both. What shares memory with a trained
+    tensor has changed with it.
+    """
+    tensors, linears = adapter_tensors(model), list(model.injection.linears)
+    tied: dict[str, str] = {}
+    memory = _SharedMemory(model)
+    everything = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name in [name for name in tensors if name in everything]:
+        for other in memory.overlapping(name, everything[name]):
+            if _place(everything[other]) == _place(everything[name]):
+                tied[other] = name
+            else:
+                tensors[other] = everything[other]
+    layers = adapted_linears(model)
+    merged = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+    needed = {_name_in_file(layer, name, key) for name, layer in layers.items() if name not in merged for key in layer.own_tensors()}
+    for name, layer in merged.items():
+        for key in {_name_in_file(layer, name, key) for key in layer.own_tensors()} - needed:
+            tensors.pop(key, None)  # a shared one may be gone already
+        tensors[f"{name}.weight"] = layer.base_weight() + layer.delta()
+        linears.remove(name)
+    return {**tensors, **_moved_statistics(model)}, linears, tied
+
+
+def _place(tensor: Tensor) -> tuple:
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
 def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
     shared = layer.shared_names(layer.out_features, layer.in_features)
     return f"shared.{shared[key]}" if key in shared else f"{name}.{key}"
@@ -187,7 +300,7 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
 
 def layer_tensors(cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one adapted linear (out, in) out of an adapter file, by their names inside the layer, the shared ones included."""
-    own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+    own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name and key != f"{name}.bias"}
     for key, of in cls.shared_names(*shape).items():
         if f"shared.{of}" not in tensors:
             raise UserError(f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs needs")
@@ -199,28 +312,35 @@ def layer_tensors(cls: type[AdapterLinear], name: str, shape: tuple[int, int], t
 
 
 def save_adapter(model: nn.Module, path, **metadata) -> None:
-    """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step, tokenizer, ...) are added to it."""
+    """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step, tokenizer, ...) are added to it.
+
+    UserError where `path` is a model: its place is not taken.
+    """
     injection: Injection | None = getattr(model, "injection", None)
     if injection is None:
         raise UserError("the model carries no adapter; call inject() first")
-    arch = getattr(model, "arch", None)
+    may_replace(path, ADAPTER_FORMAT)
+    arch = getattr(model, "arch", None)  # of other people's models it may be anything
+    tensors, linears, tied = _file_content(model)
     described = {
         "format": ADAPTER_FORMAT,
         "format_version": 1,
         "method": injection.method,
         "options": injection.options,
         "layout": injection.options.get("layout"),
-        "linears": injection.linears,
+        "linears": linears,
+        "merged_linears": injection.merged_linears + [name for name in injection.linears if name not in linears],
         "targets": injection.targets,
         "train_parts": injection.train_parts,
         "trainable": injection.trainable,
-        "arch": arch.to_dict() if arch else None,
+        "arch": arch.to_dict() if isinstance(arch, Arch) else None,
         "base": getattr(model, "base_name", None),
         "base_fingerprint": getattr(model, "base_fingerprint", None),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **({"tied": tied} if tied else {}),
         **metadata,
     }
-    write_checkpoint(path, ((k, t.detach().cpu()) for k, t in adapter_tensors(model).items()), described)
+    write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
 
 
 def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -236,10 +356,11 @@ def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 # what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it out
-FIELDS = {"method": str, "options": dict, "linears": list, "targets": list, "train_parts": list, "arch": dict, "base": str, "base_fingerprint": str,
-          "versions": dict, "tokenizer": str, "eod": str, "template": str}
+FIELDS = {"method": str, "options": dict, "linears": list, "targets": list, "train_parts": list, "merged_linears": list,
+          "arch": dict, "base": str, "base_fingerprint": str,
+          "versions": dict, "tied": dict, "tokenizer": str, "eod": str, "template": str}
 REQUIRED = ("method", "options", "linears")
-DEFAULTS = {"targets": [], "train_parts": [], "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
+DEFAULTS = {"targets": [], "train_parts": [], "merged_linears": [], "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
 
 
 def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -277,17 +398,20 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
+    What was trained is trained on, so that save_adapter() writes all of it again: the file's whole tensors require gradients as the adapter's do.
+
     An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always is.
     """
     linears, whole, metadata = fit_adapter(model, path, force)
     for name, own in linears.items():
         model.get_submodule(name).load(own)
-    parameters = dict(model.named_parameters())
+    own = _replaceable(model)
     for name, tensor in whole.items():
-        if parameters[name].requires_grad:
-            parameters[name].copy_(tensor.view_as(parameters[name]))
+        if own[name].requires_grad:
+            own[name].copy_(tensor.view_as(own[name]))
         else:  # the base's, in new memory: the old one may be that of a file, or another model's
-            parameters[name].data = tensor.view_as(parameters[name]).to(parameters[name], copy=True)
+            own[name].data = tensor.view_as(own[name]).to(own[name], copy=True)
+        own[name].requires_grad_(isinstance(own[name], nn.Parameter))
     return metadata
 
 
@@ -296,6 +420,11 @@ def _is_base(model: nn.Module, recorded: str, path) -> bool:
     if identity := getattr(model, "base_identity", None):
         return identity.is_recorded(recorded, path)
     return getattr(model, "base_fingerprint", None) in (None, recorded)
+
+
+def _replaceable(model: nn.Module) -> dict[str, Tensor]:
+    """What whole tensors of a file take the place of: parameters under all their names, and statistics."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
 def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
@@ -307,14 +436,18 @@ def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, 
         raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that one as the base")
     cls = METHODS[metadata["method"]]
     if not hasattr(model, "injection"):
-        missing = sorted(set(metadata["linears"]) - {name for name, _ in model.named_modules()})
+        merged, modules = metadata["merged_linears"], dict(model.named_modules())
+        missing = sorted({*metadata["linears"], *merged} - modules.keys())
         if missing:
             raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
         parts = metadata.get("train_parts", [])  # none in files of the first version
         if "origin" in metadata:  # another project's file may have a part of some layers only
             parts = [part for part in parts if tensors.keys() >= set(in_parts([*dict(model.named_parameters()), *state_names(model)], [part]))]
-        _attach(model, metadata["method"], metadata["linears"] or None, ",".join(parts), metadata["options"])
-        model.injection.targets = metadata["targets"]
+        # with the merged ones, whose number and names the options and the shared tensors depend on
+        _attach(model, metadata["method"], metadata["linears"] + merged or None, ",".join(parts), metadata["options"])
+        put_linears(model, {name: modules[name] for name in merged})
+        model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
+        model.injection.linears = [name for name in model.injection.linears if name not in merged]
     saved = {**metadata, "options": dataclasses.asdict(cls.Options.parse(metadata["options"]))}  # options may be newer than the file
     for name in ("method", "options", "linears"):
         here, there = getattr(model.injection, name), saved[name]
@@ -332,7 +465,10 @@ def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, 
             raise UserError(f"{path}, {name}: {error}") from None
         for key in layer.own_tensors():
             full.pop(_name_in_file(layer, name, key), None)
-    parameters = dict(model.named_parameters())
+    parameters = _replaceable(model)
+    for other, name in metadata.get("tied", {}).items():
+        if name in full and parameters.get(other) is not parameters.get(name) and other in parameters:  # not tied in this model
+            full[other] = full[name]
     for name, tensor in full.items():
         if name not in parameters:
             raise UserError(f"{path} holds {name}, which this model does not have")

@@ -356,6 +356,9 @@ def validate(config: Config) -> None:
     for name in ("lr_init", "lr_final", "state_lr", "weight_decay", "adam_eps"):
         if getattr(config, name) > 1e30:
             raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e30")
+    if config.weight_decay and not config.train_parts and config.peft in METHODS and not METHODS[config.peft].decays:
+        raise UserError(f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at zero are "
+                        "not the base, so they do not decay; drop the flag")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")

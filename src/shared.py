@@ -68,6 +68,8 @@ class LayerNorm(nn.LayerNorm):
 class Linear(nn.Linear):
     """nn.Linear in the dtype of its input, whatever that of its weight, which may be quantised, by the fastest product of the device."""
 
+    is_linear = True  # an adapter may take its place
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight)
 

@@ -9,7 +9,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.__main__ import describe
-from rwkv_miss.adapter import adapted_linears
+from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.parts import PARTS, in_parts, split_parts
 from src.config import Config, parse
 from src.load import load
@@ -165,6 +165,22 @@ def test_parts_learn_with_the_methods_rate_and_decays_with_twice_that():
     places = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert places[id(model.blocks[1].att.w0)] == (2e-3, 0.0) and places[id(model.blocks[1].att.x_r)] == (1e-3, 0.0)
     assert places[id(model.emb.weight)] == (1e-3, 0.1)
+
+
+@pytest.mark.parametrize("method", ["miss", "lora", "bat", "pissa"])
+def test_weight_decay_pulls_the_adapters_matrices_towards_the_base_at_rank_1_as_well(method):
+    model = RWKV(make_arch(7))
+    rwkv_miss.inject(model, method, rank=1)
+    decay = {id(p): group["weight_decay"] for group in parameter_groups(model, 1e-3, 0.1) for p in group["params"]}
+    own = {0.1 * METHODS[method].decays}  # PiSSA's matrices are not the base at zero
+    assert {decay[id(p)] for p in model.parameters() if p.requires_grad} == own
+
+
+def test_weight_decay_beside_pissa_is_refused():
+    flags = ["--load_model", "a", "--data_file", "b", "--peft", "pissa", "--weight_decay", "0.1"]
+    with pytest.raises(rwkv_miss.UserError, match="--weight_decay 0.1 has no meaning with --peft pissa"):
+        parse(flags)
+    assert parse([*flags, "--train_parts", "emb"])[0].weight_decay == 0.1
 
 
 # runs

@@ -214,9 +214,3 @@ def test_a_tied_head_is_refused_and_the_model_left_as_it_was():
     assert "lm_head" in error and "model.embed_tokens.weight" in error and "untie" in error
     assert all(p.requires_grad for p in model.parameters()) and not adapted_linears(model)
     rwkv_miss.inject(model, targets=["q_proj"], rank=RANK)
-
-
-def test_a_linear_that_is_never_called_is_refused():
-    model = nn.TransformerEncoderLayer(12, 3)
-    assert "self_attn.out_proj" in message(model, targets=["out_proj"])
-    rwkv_miss.inject(model, targets=["linear1"], rank=RANK)

@@ -111,6 +111,9 @@ class MissLinear(AdapterLinear):
 
     def _norms(self) -> Tensor:
         """Those of the rows of W + dW, (out)."""
+        if self.weight.requires_grad:  # it moves with every step
+            with torch.no_grad():
+                self.prepare()
         D = self._columns().detach()
         squares = self.squares + 2 * (D * self.folded).sum(0) + (self.counts * D.square()).sum(0)
         if self.balanced:

@@ -57,6 +57,7 @@ class PissaLinear(LoraLinear):
 
     Options = Options
     constants = ("initial_A", "initial_B")
+    decays = False  # at zero they leave W - B0 A0
     default_lr = 2e-5  # the paper's, and Table 7's of the MiSS paper: A and B are large from the start, and both get their whole gradients
 
     def setup(self, options: Options) -> None:
