@@ -1,0 +1,57 @@
+"""python -m tests.fake_gpu: run all cases and compare them with table.json, or write it anew."""
+
+import argparse
+import pathlib
+import sys
+
+from . import stub
+from .table import TABLE, differences, read, write
+
+UNAVAILABLE = 77
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fake_gpu", description="Run the GPU's paths on a device that computes nothing."
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--write", action="store_true", help="write table.json anew")
+    output.add_argument(
+        "--json",
+        type=pathlib.Path,
+        help="write the records to this file, with the reason where there can be none",
+    )
+    arguments = parser.parse_args()
+    try:
+        stub.load()
+    except stub.Unavailable as reason:
+        print(f"no fake GPU: {reason}")
+        sys.exit(UNAVAILABLE)
+    import torch
+
+    from .runner import records  # imports torch, which has to come after the stub
+
+    found = {"torch": torch.__version__.split("+")[0], "cases": records()}
+    if arguments.json:
+        write(found, arguments.json)
+        return
+    failed = {name: record["error"] for name, record in found["cases"].items() if "error" in record}
+    for name, error in failed.items():
+        print(f"{name}\n{error}")
+    if arguments.write and not failed:
+        write(found, TABLE)
+    changes = [
+        line
+        for name, record in found["cases"].items()
+        if name not in failed
+        for line in differences(name, record, read(TABLE))
+    ]
+    print(
+        "\n".join(changes)
+        or f"{len(found['cases']) - len(failed)} cases are as {TABLE.name} has them, {len(failed)} failed"
+    )
+    sys.exit(bool(failed or changes))
+
+
+if __name__ == "__main__":
+    main()

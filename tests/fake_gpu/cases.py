@@ -1,0 +1,40 @@
+"""What is run on the fake GPU, by name; importing this imports no torch."""
+
+METHODS = (
+    "adalora",
+    "bat",
+    "dora",
+    "lora",
+    "lora_fa",
+    "miss",
+    "mora",
+    "mos",
+    "none",
+    "pissa",
+    "prolora",
+    "state",
+    "vera",
+)
+VERSIONS = (6, 7)
+# method, quantised base, --grad_cp
+MEMORY = (("miss", "none", 0), ("miss", "nf4", 1), ("lora", "none", 2), ("none", "none", 0))
+READING = ("decode", "chat", "evaluation", "likelihood")
+# train.py as a whole; the first one evaluates and answers, too
+RUNS = {
+    "bf16": "--precision bf16 --eval_samples 1",
+    "fp16": "--precision fp16 --eval_split 0",
+    "nf4": "--quant nf4 --eval_split 0",
+    "chunked": "--chunk_ctx 64 --ctx_len 128 --eval_split 0",
+    "state": "--peft state --eval_split 0",
+    "none": "--peft none --eval_split 0",
+}
+
+STEP_CASES = [f"step {method} v{version}" for method in METHODS for version in VERSIONS]
+MEMORY_CASES = [
+    f"memory {peft} {quant} grad_cp {level} v{version}"
+    for peft, quant, level in MEMORY
+    for version in VERSIONS
+]
+READING_CASES = [f"{what} v{version}" for what in READING for version in VERSIONS]
+RUN_CASES = [f"train.py {name}" for name in RUNS]
+ALL = STEP_CASES + MEMORY_CASES + READING_CASES + RUN_CASES

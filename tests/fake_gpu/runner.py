@@ -1,0 +1,258 @@
+"""Runs the cases on the fake GPU; the stub has to be loaded before this is imported."""
+
+import contextlib
+import io
+import json
+import pathlib
+import tempfile
+import traceback
+
+import torch
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.quantised import empty
+from src import config as configuration
+from src import run
+from src.allocation import model_on_meta, step_bytes
+from src.config import Config
+from src.evaluate import greedy_texts
+from src.generate import Sampling, stream
+from src.graphed import GraphedDecoder
+from src.infctx import chunks_of, half_of, rows_loss
+from src.likelihood import log_likelihoods
+from src.model import RWKV, default_arch, parameter_groups, replace_tensors
+from src.tokenizer import load_tokenizer
+from src.trainer import FineTuning
+
+from . import cases
+from .device import FakeGpu, install
+
+KIB = 1024
+
+
+def records() -> dict[str, dict]:
+    """Case -> its record for table.json, or {"error": traceback} where it raised."""
+    torch.set_num_threads(1)
+    install()
+    work = [
+        *((step, (method, version)) for method in cases.METHODS for version in cases.VERSIONS),
+        *((memory, (*settings, version)) for settings in cases.MEMORY for version in cases.VERSIONS),
+        *((READING[what], (version,)) for what in cases.READING for version in cases.VERSIONS),
+        *((train, (flags,)) for flags in cases.RUNS.values()),
+    ]
+    found = {}
+    for name, (case, arguments) in zip(cases.ALL, work, strict=True):
+        try:
+            found[name] = case(*arguments)
+        except (Exception, SystemExit):
+            found[name] = {"error": traceback.format_exc()}
+    return found
+
+
+def model_on(
+    device: str, version: int, config: Config, n_layer: int = 2, n_embd: int = 128, vocab: int = 512
+) -> RWKV:
+    """A model as a run in bf16 has it: the frozen base in bf16 or quantised, what is trained in fp32."""
+    model = model_on_meta(default_arch(version, n_layer, n_embd, vocab, 64), config)
+    quantised = set()
+    if config.quant != "none":
+        quantised, model.expands_to = {f"{name}.weight" for name in model.layer_linears()}, torch.bfloat16
+
+    def on_device(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in quantised:
+            return empty(config.quant, *tensor.shape, device=device)
+        of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad and config.peft != "none"
+        return torch.empty(tensor.shape, dtype=torch.bfloat16 if of_base else tensor.dtype, device=device)
+
+    replace_tensors(model, on_device)
+    model.grad_cp = config.grad_cp
+    model.set_kernel("cuda")
+    return model
+
+
+def batch_on(device: str, rows: int, width: int) -> dict:
+    """As src.data.collate makes it, of tokens that are all trained."""
+    kinds = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}
+    batch = {name: torch.zeros(rows, width, dtype=dtype) for name, dtype in kinds.items()}
+    batch["mask"].fill_(True)
+    return {name: tensor.to(device) for name, tensor in batch.items()} | {"width": width}
+
+
+def config_of(peft: str, rank: int = 8, **settings) -> Config:
+    return Config(
+        peft=peft,
+        peft_config={} if peft in ("none", "state") else {"rank": rank},
+        precision="bf16",
+        **settings,
+    )
+
+
+def step(method: str, version: int) -> dict:
+    """An optimizer step on cuda:0, and the same on cuda:1."""
+    first, second = (step_on(device, method, version) for device in ("cuda:0", "cuda:1"))
+    assert first == second, f"cuda:0: {first}\ncuda:1: {second}"
+    return first
+
+
+def step_on(device: str, method: str, version: int) -> dict:
+    config = config_of(method)
+    with FakeGpu() as gpu:
+        model, batch = model_on(device, version, config), batch_on(device, 2, 37)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
+        gpu.begin()
+        loss = rows_loss(model, batch, chunks_of(config), half_of(config), batch["width"])
+        penalty = rwkv_miss.penalty(model)
+        (loss if penalty is None else loss + penalty).backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert trained and all(p.grad.device == torch.device(device) for p in trained)
+        counts = gpu.counts()
+        optimizer.step()
+    return counts | {
+        "trained": sorted({_dtype(p) for p in trained}),
+        "loss": _dtype(loss),
+        "KiB": gpu.peak // KIB,
+    }
+
+
+def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
+    """The most that a forward and a backward pass have beside parameters and gradients, and the plan of it."""
+    config = config_of(peft, 64, micro_bsz=2, ctx_len=512, quant=quant, grad_cp=grad_cp)
+    planned = step_bytes(default_arch(version, 3, 512, 4096, 64), config, "cuda", "bf16", 512, 1024).peak
+    with FakeGpu() as gpu:
+        model, batch = model_on("cuda:0", version, config, 3, 512, 4096), batch_on("cuda:0", 2, 512)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        before = gpu.allocated
+        rows_loss(model, batch, chunks_of(config), half_of(config), 512).backward()
+    peak = gpu.peak - before
+    return {"planned KiB": int(planned) // KIB, "KiB": peak // KIB, "ratio": round(peak / planned, 3)}
+
+
+def reading(version: int) -> RWKV:
+    model = model_on("cuda:0", version, config_of("none")).bfloat16().requires_grad_(False).eval()
+    model.set_kernel("cuda")
+    return model
+
+
+@torch.no_grad()
+def decode(version: int) -> dict:
+    """The token that src/graphed.py has a CUDA graph record."""
+    with FakeGpu() as gpu:
+        decoder = GraphedDecoder(reading(version))
+        gpu.begin()
+        decoder._token()
+    return gpu.counts()
+
+
+def chat(version: int) -> dict:
+    """A prompt, and the tokens of an answer one after another."""
+    with FakeGpu() as gpu:
+        decoder = GraphedDecoder(reading(version))
+        gpu.begin()
+        list(
+            stream(decoder, load_tokenizer("bytes", 512), list(range(1, 38)), None, Sampling(0.0), 4, stop="")
+        )
+    return gpu.counts()
+
+
+def evaluation(version: int) -> dict:
+    """Greedy answers to two prompts at once."""
+    with FakeGpu() as gpu:
+        model = reading(version)
+        gpu.begin()
+        greedy_texts(model, load_tokenizer("bytes", 512), [list(range(1, 38)), list(range(1, 21))], 4)
+    return gpu.counts()
+
+
+def likelihood(version: int) -> dict:
+    """Two continuations of different length."""
+    with FakeGpu() as gpu:
+        model = reading(version)
+        gpu.begin()
+        log_likelihoods(model, [(list(range(1, 38)), [5, 6, 7]), (list(range(1, 21)), [5])])
+    return gpu.counts()
+
+
+READING = {"decode": decode, "chat": chat, "evaluation": evaluation, "likelihood": likelihood}
+
+
+def train(flags: str) -> dict:
+    """train.py to its end with Lightning's CUDA accelerator; counted from the second step to the third."""
+    seen = []
+    begin = FineTuning.on_train_batch_start
+
+    with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
+        work = pathlib.Path(folder)
+        model = RWKV(default_arch(7, 2, 64, 256, 64))
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.02)
+        torch.save(
+            {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, work / "base.pth"
+        )
+        words = ("kitchen", "house", "garden", "flower", "tree") * 30
+        questions = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"sort {word * 5}"},
+                    {"role": "assistant", "content": word},
+                ]
+            }
+            for word in words
+        ]
+        (work / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
+
+        def begin_counted(module, batch, index):
+            seen.append(gpu.counts())
+            begin(module, batch, index)
+
+        FineTuning.on_train_batch_start = begin_counted
+        paths = [
+            "--load_model",
+            work / "base.pth",
+            "--data_file",
+            work / "data.jsonl",
+            "--proj_dir",
+            work / "out",
+        ]
+        output = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                run.main(
+                    *configuration.parse(
+                        [
+                            *map(str, paths),
+                            "--tokenizer",
+                            "bytes",
+                            "--epoch_steps",
+                            "3",
+                            "--micro_bsz",
+                            "2",
+                            *flags.split(),
+                        ]
+                    )
+                )
+        except BaseException:
+            print(output.getvalue()[-2000:])
+            raise
+        finally:
+            FineTuning.on_train_batch_start = begin
+        steps = len((work / "out/metrics.jsonl").read_text().splitlines())
+        assert steps == 3, output.getvalue()
+    second, third = seen[1:]
+    counts = {name: _difference(third[name], second[name]) for name in ("waits", "copies", "native")}
+    return {
+        "launches": third["launches"] - second["launches"],
+        **counts,
+        "KiB": gpu.peak // KIB,
+        "waits of the run": sorted(gpu.waits),
+        "copies of the run": sorted(gpu.copies),
+    }
+
+
+def _difference(more: dict, less: dict) -> dict:
+    return {key: more[key] - less.get(key, 0) for key in more if more[key] != less.get(key, 0)}
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
