@@ -91,7 +91,7 @@ def _files(folder: pathlib.Path, splits: tuple[str, ...]) -> list[pathlib.Path]:
 
 
 def _records(path: pathlib.Path, task: Task) -> Iterator[tuple[str, Any]]:
-    return _tsv(str(path), task) if path.suffix == ".tsv" else detect(str(path)).read(())
+    return _tsv(str(path), task) if path.suffix == ".tsv" else detect(str(path)).records()
 
 
 def _tsv(path: str, task: Task) -> Iterator[tuple[str, dict[str, str]]]:
