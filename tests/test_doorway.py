@@ -81,7 +81,9 @@ def test_ctrl_c_at_any_moment_of_a_start(tmp_path):
     arguments = interrupt.training(tmp_path)
     ready = interrupt.seconds_until(arguments, "step 1/")
     assert interrupt.interrupt_all(arguments, [ready * (0.05 + number / 10) for number in range(10)]) == []
-    assert interrupt.interrupt_all(interrupt.PROGRAMS["inspect"][0], [0.1 * ready, 0.25 * ready]) == []
+    arguments, answer = interrupt.PROGRAMS["inspect"]
+    ready = interrupt.seconds_until(arguments, answer)
+    assert interrupt.interrupt_all(arguments, [ready * 0.3, ready * 0.6]) == []
 
 
 @pytest.mark.parametrize("program", [program for program in PROGRAMS if not {"scripts.doctor", "rwkv_miss"} & {*program}], ids=" ".join)

@@ -97,10 +97,10 @@ def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, caps
 
 def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
     with open(files / "bad.jsonl", "w") as bad:
-        bad.write((files / "rows.jsonl").read_text() + '{"prompt": 1}\n{"prompt": "' + "long " * 20 + '", "completion": "lost"}\n')
+        bad.write((files / "rows.jsonl").read_text() + '{"prompt": 1}\n{"prompt": "q", "completion": "' + "long " * 20 + '"}\n')
     more = ["--data_file", str(files / "bad.jsonl"), "--on_bad_row", "skip", "--ctx_len", "40", "--warmup_steps", "99", "--resume", "auto"]
     output = succeed(start(files, tmp_path / "run", *more))
-    lines = output.partition("step 1/")[0].splitlines()
+    lines = output.partition("WARNING: the loss")[0].splitlines()  # a random model's, at its first step
     assert len(lines) == describe.LINES and lines[-1].startswith("sample ")
     for text in ("no checkpoint in", "cut at --ctx_len 40", "1 row cannot be used and is left out", "the warm-up, 99 steps"):
         assert sum(text in line for line in lines) == 1, text

@@ -69,7 +69,8 @@ def look_inside(rank):
 
     def checked_features(self, *args, **kwargs):
         out = head_of(self, *args, **kwargs)
-        whole = [name for name, p in self.named_parameters() if p.numel() > 10_000]  # DeepSpeed leaves smaller ones whole
+        # DeepSpeed leaves smaller ones whole; the model that a run measures its speed with is not DeepSpeed's
+        whole = [name for name, p in self.named_parameters() if p.numel() > 10_000 and hasattr(p, "ds_tensor")]
         # the head may have been fetched ahead, nothing that was used before may still be there
         assert set(whole) <= {"head.weight"}, f"{whole} are whole after the last layer"
         return out
@@ -135,5 +136,5 @@ def test_two_machines_train_what_one_process_does_and_the_first_one_writes_it(fi
     assert losses(tmp_path / "run-0") == pytest.approx(losses(plain), rel=1e-5)
     close("the adapter", *(torch.cat([t.flatten() for t in read_checkpoint(path / "adapter.pth").values()])
                                    for path in (tmp_path / "run-0", plain)), 1e-5)
-    assert not any((tmp_path / "run-1").iterdir()), "the second machine wrote, too"
+    assert not (tmp_path / "run-1").exists(), "the second machine wrote, too"
     assert not [line for line in subprocess.check_output(["ip", "netns"], text=True).splitlines() if line.startswith("rwkv-")]
