@@ -53,6 +53,7 @@ class Member:
         """The tensors that the file has as a whole."""
         shared = tuple(f"shared.{name}" for name in self.method.shared)
         linears = set(self.metadata["linears"])
+
         def own(name: str) -> bool:
             owner, _, leaf = name.rpartition(".")
             return owner in linears and leaf != "bias" or name.startswith(shared)
@@ -63,7 +64,7 @@ class Member:
     @property
     def tied(self) -> dict[str, str]:
         """Other name of a whole tensor -> the name under which the file has it; a base may have either, or both."""
-        return {other: name for other, name in (self.metadata.get("tied") or {}).items() if isinstance(name, str)}
+        return self.metadata["tied"]
 
     @functools.cached_property
     def identity(self) -> Identity:

@@ -330,6 +330,7 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
         "layout": injection.options.get("layout"),
         "linears": linears,
         "merged_linears": injection.merged_linears + [name for name in injection.linears if name not in linears],
+        "tied": tied,
         "targets": injection.targets,
         "train_parts": injection.train_parts,
         "trainable": injection.trainable,
@@ -337,7 +338,6 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
         "base": getattr(model, "base_name", None),
         "base_fingerprint": getattr(model, "base_fingerprint", None),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **({"tied": tied} if tied else {}),
         **metadata,
     }
     write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
@@ -356,11 +356,13 @@ def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 # what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it out
+# (`tied`: another name of a whole tensor -> the name under which the file has it)
 FIELDS = {"method": str, "options": dict, "linears": list, "targets": list, "train_parts": list, "merged_linears": list,
-          "arch": dict, "base": str, "base_fingerprint": str,
-          "versions": dict, "tied": dict, "tokenizer": str, "eod": str, "template": str}
+          "tied": dict, "arch": dict, "base": str, "base_fingerprint": str, "versions": dict, "tokenizer": str, "eod": str,
+          "template": str}
 REQUIRED = ("method", "options", "linears")
-DEFAULTS = {"targets": [], "train_parts": [], "merged_linears": [], "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
+DEFAULTS = {"targets": [], "train_parts": [], "merged_linears": [], "tied": {}, "arch": None, "base": None,
+            "base_fingerprint": None, "versions": {}}
 
 
 def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -374,6 +376,9 @@ def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
         if not sound and (value is not None or name in REQUIRED):
             wanted = "a list of names" if kind is list else kind.__name__
             raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
+    for other, name in (metadata.get("tied") or {}).items():
+        if not isinstance(name, str):
+            raise UserError(f"{path} is damaged: {other} is tied to {str(name)[:60]!r}, expected the name of a tensor")
     return {**DEFAULTS, **{name: value for name, value in metadata.items() if value is not None or name not in DEFAULTS}}
 
 
@@ -466,7 +471,7 @@ def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, 
         for key in layer.own_tensors():
             full.pop(_name_in_file(layer, name, key), None)
     parameters = _replaceable(model)
-    for other, name in metadata.get("tied", {}).items():
+    for other, name in metadata["tied"].items():
         if name in full and parameters.get(other) is not parameters.get(name) and other in parameters:  # not tied in this model
             full[other] = full[name]
     for name, tensor in full.items():

@@ -8,6 +8,7 @@ from torch import nn
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, adapted_linears
+from rwkv_miss.convert import convert
 from src.model import RWKV
 
 from .conftest import close, make_arch
@@ -77,9 +78,6 @@ def test_a_tied_head_that_is_trained_has_both_names_in_the_merged_file(by_parame
     base = copy.deepcopy(model)
     rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
     model.head.requires_grad_(True)
-    if not by_parameter:
-        # the copy shares no memory, as after loading; both names have to be in the file for it
-        assert base.head.weight.data_ptr() != base.emb.weight.data_ptr() or base.head.weight is not base.emb.weight
     train(model, ids)
     same_everywhere(model, base, ids, tmp_path)
     content, metadata = torch.load(tmp_path / "adapter.pth", weights_only=True), rwkv_miss.read_metadata(tmp_path / "adapter.pth")
@@ -89,6 +87,42 @@ def test_a_tied_head_that_is_trained_has_both_names_in_the_merged_file(by_parame
     rwkv_miss.write_checkpoint(tmp_path / "short.pth", tensors.items())
     rwkv_miss.merge_file(tmp_path / "short.pth", tmp_path / "adapter.pth", tmp_path / "short_merged.pth")
     assert list(torch.load(tmp_path / "short_merged.pth", weights_only=True)) == list(tensors)
+
+
+@pytest.mark.parametrize("to", ["peft", "lora", "rwkv-peft", "rwkv-lightning"])
+def test_other_projects_files_have_no_form_for_a_tensor_of_two_names_or_a_bias_beside_an_adapter(to, tmp_path):
+    for name, words in (("emb.weight", "emb.weight is trained as a whole, and head.weight is the same tensor"),
+                        ("key.bias", "key.bias is trained as a whole beside the linear's adapter")):
+        model = Tied()
+        rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
+        model.get_parameter(name).requires_grad_(True)
+        rwkv_miss.save_adapter(model, tmp_path / "a.pth")
+        with pytest.raises(rwkv_miss.UserError, match=f"{words}, which --to {to} has no form for; merge the adapter"):
+            convert(tmp_path / "a.pth", tmp_path / "out", to)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_safetensors_file_keeps_both_names(tmp_path):
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(20)[None]
+    base = copy.deepcopy(model)
+    rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
+    model.head.requires_grad_(True)
+    rwkv_miss.save_adapter(train(model, ids), tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "native")
+    assert rwkv_miss.read_metadata(tmp_path / "b.pth")["tied"] == {"head.weight": "emb.weight"}
+    base.head.weight = nn.Parameter(base.head.weight.detach().clone())  # no longer tied
+    rwkv_miss.load_adapter(base.eval(), tmp_path / "b.pth")
+    assert torch.equal(base.head.weight, base.emb.weight) and torch.equal(base(ids), model(ids))
+
+
+def test_a_name_of_a_tied_tensor_that_is_none_is_refused(tmp_path):
+    model = Tied()
+    rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
+    rwkv_miss.save_adapter(model, tmp_path / "a.pth", tied={"head.weight": ["emb.weight"]})
+    with pytest.raises(rwkv_miss.UserError, match="head.weight is tied to \"\\['emb.weight'\\]\", expected the name of a tensor"):
+        rwkv_miss.load_adapter(Tied(), tmp_path / "a.pth")
 
 
 def test_a_trained_view_of_another_parameter_takes_that_along(tmp_path):

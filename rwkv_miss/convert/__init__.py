@@ -16,7 +16,7 @@ from ..kinds import may_replace
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401
 from .base import with_base
-from .formats import FORMATS, ORIGINS, Adapter, Format, Hints
+from .formats import FORMATS, ORIGINS, Adapter, Format, Hints, refuse_what_would_be_lost
 from .source import Source, open_source
 
 __all__ = [
@@ -82,6 +82,8 @@ def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
     found, adapter = read_any(path, hints)
     if hints.base:
         adapter = with_base(adapter, hints.base)
+    if not FORMATS[to].keeps_all:
+        refuse_what_would_be_lost(adapter, to)
     may_replace(out, *FORMATS[to].replaces)
     notes = [*adapter.notes, *FORMATS[to].write(adapter, out)]
     return Conversion(os.fspath(out), found, to, adapter.metadata["method"], len(adapter.metadata["linears"]), len(adapter.tensors), notes)

@@ -91,6 +91,7 @@ class Format:
 
     name: ClassVar[str]
     writes: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = False  # has room for all that save_adapter() writes
     replaces: ClassVar[tuple[str, ...]] = ()  # kinds of files (kinds.py) whose place an output may take; folders have a rule of their own
     hints: ClassVar[tuple[str, ...]] = ()  # those that read() has a use for
 
@@ -111,6 +112,17 @@ class Format:
         raise NotImplementedError
 
 
+def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
+    """UserError for what only this package's own files can say of a model that is no RWKV: a trained tensor of two names,
+    and a trained bias of an adapted linear."""
+    way = f"which --to {to} has no form for; merge the adapter into its base (rwkv-miss merge), or keep its own file"
+    for other, name in adapter.metadata["tied"].items():
+        raise UserError(f"{name} is trained as a whole, and {other} is the same tensor, {way}")
+    for linear in adapter.metadata["linears"]:
+        if f"{linear}.bias" in adapter.tensors:
+            raise UserError(f"{linear}.bias is trained as a whole beside the linear's adapter, {way}")
+
+
 def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
     """What a reader of this format kept of its file, {} for another format's. UserError where it is not whole: a native file may be anybody's."""
     origin = adapter.metadata.get("origin")
@@ -127,8 +139,8 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
     parsed = METHODS[method].Options.parse(options)
     return {
         "format": ADAPTER_FORMAT, "format_version": 1, "method": method, "options": dataclasses.asdict(parsed), "linears": linears,
-        "targets": list(dict.fromkeys(name.rpartition(".")[2] for name in linears)), "train_parts": [], "arch": None, "base": None,
-        "base_fingerprint": None, "versions": {"torch": torch.__version__}, **metadata,
+        "targets": list(dict.fromkeys(name.rpartition(".")[2] for name in linears)), "train_parts": [], "merged_linears": [], "tied": {},
+        "arch": None, "base": None, "base_fingerprint": None, "versions": {"torch": torch.__version__}, **metadata,
     }
 
 

@@ -27,7 +27,8 @@ from .formats import Adapter, Format, origin_of, register
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PROVENANCE = "rwkv_miss_provenance"  # in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
-CONSUMED = {"format", "format_version", "method", "options", "layout", "linears", "targets", "train_parts", "trainable", "origin"}
+CONSUMED = {"format", "format_version", "method", "options", "layout", "linears", "tied", "targets", "train_parts", "trainable",
+            "origin"}
 PREFIX = "base_model.model."
 # ours inside a linear -> peft's
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

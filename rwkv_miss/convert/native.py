@@ -12,7 +12,7 @@ from .source import Source
 class Native(Format):
     """A .pth file as save_adapter() writes it."""
 
-    writes = True
+    writes = keeps_all = True
     replaces = (ADAPTER_FORMAT,)
 
     @classmethod

@@ -20,7 +20,7 @@ METADATA = "rwkv_miss"  # in the header
 class Safetensors(Format):
     """What save_adapter() writes, bit for bit, in a file that runs no code whoever opens it."""
 
-    writes = True
+    writes = keeps_all = True
     replaces = (SAFETENSORS,)
 
     @classmethod
