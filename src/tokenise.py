@@ -180,8 +180,9 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
                 os.rename(whole, entry)
             found = _open(entry, source, report)
     except OSError as error:
-        report.notes.append(f"note       the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself alone. "
-                            "--data_cache takes another folder")
+        if is_first_process():
+            say(f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself alone. "
+                "--data_cache takes another folder")
         return _joined(list(chunks()))
     size = sum(file.stat().st_size for file in entry.iterdir())
     seconds = time.perf_counter() - begun

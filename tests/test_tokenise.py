@@ -213,12 +213,12 @@ def test_processes_that_start_together_do_the_work_once(path, encoder, cached, m
     assert len(started) == 1 and len(found) == 3 and all(equal(found[0], other) for other in found)
 
 
-def test_a_folder_that_cannot_be_used(path, encoder, cached):
+def test_a_folder_that_cannot_be_used(path, encoder, cached, capfd):
     cached.write_text("a file")
     tokens = module.tokenise(sources(path)[0], encoder, report := Report(), cache=str(cached))
     assert equal(tokens, tokenise(path, encoder)) and report.files[path].kinds.total() == 700
-    [note] = report.notes
-    assert f"the cache for tokens, {cached}, cannot be used (" in note and "--data_cache takes another folder" in note
+    note = capfd.readouterr().err
+    assert f"note: the cache for tokens, {cached}, cannot be used (" in note and "--data_cache takes another folder" in note
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
