@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         adapters, tokenizer = load_with(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
         adapters.use(list(args.adapter)[:1], args.scale)
         model, how = fastest(adapters.model, args.quant == "int8")
+
         def template_of(choice: str, paths: list):
             return recorded_template(choice, tokenizer, *paths, args.model)
 

@@ -21,8 +21,6 @@ from .shared import Head
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 TOKENS = {False: 256, True: 64}  # of one row; fewer in a model of at least 2048 channels, which is slow
 WIDE = 2048
-
-
 SECONDS = 1.0  # after which nothing is timed a second time
 NOISE = 99_991  # random numbers that weights are made of; a prime, so that no two rows of a matrix are alike
 

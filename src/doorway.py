@@ -21,8 +21,8 @@ def importing():
     """Around a program's first imports: an old Python and a missing package are named, Ctrl-C ends it at once, and torch's libraries get
     LIBRARY_SETTINGS.
 
-    An exception from Ctrl-C in the middle of torch's C++ would abort the process, and elsewhere leave a traceback or be
-    lost. From one_line_errors() on, rwkv_miss.interrupts answers.
+    An exception from Ctrl-C in the middle of an import may meet C++ that is half loaded, leave a traceback or be lost.
+    From one_line_errors() on, rwkv_miss.interrupts answers.
     """
     if sys.version_info < OLDEST:
         major, minor = sys.version_info[:2]
