@@ -10,6 +10,7 @@ import time
 import torch
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.interrupts import EXIT_CODE
 
 from . import config as configuration
 from . import describe, ops
@@ -37,20 +38,18 @@ from .resume import check_inputs, earlier_settings, find_checkpoint, inherit, in
 from .template import recorded_template
 from .writers import check_wandb, open_writers
 
-STOPPED = 130  # exit code of a run that was asked to stop and saved, as shells have it for Ctrl-C
-
 
 def main(config: Config, origins: dict[str, str]) -> None:
-    """Run the settings in this process, which may be one of several. It looks into the folder when that is held, not
-    before."""
+    """Run the settings in this process, which may be one of several. It looks into the folder only when that is
+    held."""
     started = process_start()
     with lifeline(config) as others, folder_of_run(config.proj_dir, others):
         run(config, origins, started)
 
 
 def run(config: Config, origins: dict[str, str], started: float) -> None:
-    """All of main() in the held folder. Everything that can be wrong with the settings is found before the first step
-    and before a file is written."""
+    """All of main() in the held folder. Everything that can be wrong with the settings is found before the first
+    step and before a file is written."""
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
@@ -71,7 +70,6 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     data = read_data(config, origins, tokenizer, template)
     schedule = plan_steps(config, origins, arch, device, data.documents)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
-    cost = None
     if is_first_process():  # before the model is there: what is timed shall not count among the run's memory
         speed = speed_here(arch, config, schedule)
         cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
@@ -85,10 +83,10 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     if resume_from:
         check_inputs(resume_from, inputs(model, data.documents, data.held_out), model.base_identity)
     plan = []
-    if cost:
-        plan, details = describe.plan(job, cost, describe.resume(job, before, resume_from, over)), describe.details(job)
-        print("\n".join([*plan, *details] if config.verbose else plan), flush=True)
-        plan = [*plan, *details]
+    if is_first_process():
+        short = describe.plan(job, cost, describe.resume(job, before, resume_from, over))
+        plan = [*short, *describe.details(job)]
+        print("\n".join(plan if config.verbose else short), flush=True)
         if resume_from:
             put_best_back(config, history)
     if over:
@@ -100,7 +98,8 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
 
 def put_best_back(config: Config, history: list[dict]) -> None:
     """Have best.pth be that of the history: it may be of a step after the one that the run goes on from."""
-    note = restore_best(os.path.join(config.proj_dir, BEST), os.path.join(config.proj_dir, CHECKPOINTS), best(history))
+    folder = config.proj_dir
+    note = restore_best(os.path.join(folder, BEST), os.path.join(folder, CHECKPOINTS), best(history))
     if note:
         print(f"note:      {note}", flush=True)
 
@@ -129,19 +128,22 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     module = FineTuning(model, config, job.data.documents, held_out, job.steps, first_step)
     last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
     writers = open_writers(config, first_step) if is_first_process() else []
-    report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, job.tokenizer if config.load_model else None)
+    trained_with = job.tokenizer if config.load_model else None
+    report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
     save = writer(config, model, job.tokenizer, job.template)
     saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
-    callbacks = [report, *([Watch(folder, history, job.evaluated, job.tokenizer, save, report)] if held_out.rows else []), forgetting, saver]
+    watch = [Watch(folder, history, job.evaluated, job.tokenizer, save, report)] if held_out.rows else []
+    callbacks = [report, *watch, forgetting, saver]
     trainer = make_trainer(config, job.steps, callbacks, first_step)
     begun = time.perf_counter()
     try:
-        with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals():  # LastGood judges the steps
+        # NaN passes, as LastGood judges the steps
+        with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals():
             trainer.fit(module)
     except SystemExit:  # Lightning's answer to the second Ctrl-C, with another code
-        sys.exit(STOPPED)
+        sys.exit(EXIT_CODE)
     except torch.OutOfMemoryError:
         raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "
                         "then lower --ctx_len") from None
@@ -150,7 +152,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
                     "peak_memory_bytes": report.peak_memory}
         finish(config, plan, trainer.global_step, job.steps, measured | ({} if forgetting.result is None else {"forgetting": forgetting.result}))
     if not complete(trainer.global_step):
-        sys.exit(STOPPED)  # so that a script does not go on with a half-trained adapter
+        sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 
 
 def process_start() -> float:
