@@ -14,9 +14,9 @@ with importing():
     from src.template import recorded_template
 
 
-def _short(question: list[str]) -> str:
+def _short(prompt: str) -> str:
     """A prompt without the words of the template, on one line."""
-    return "".join(question).removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
+    return prompt.removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             seconds = json.load(file)["train_seconds"]
         print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
         for question, first, second in list(zip(questions, wrong, answers, strict=True))[:8]:
-            print(f"{_short(question.pieces):<60.60} {first:<12.12} {second:<12.12}")
+            print(f"{_short(question.prompt):<60.60} {first:<12.12} {second:<12.12}")
         print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
         print(json.dumps({
             "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,

@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
             model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
             template = recorded_template(args.template, tokenizer, args.adapter, args.model)
             questions = read(args, template)
-            if args.score != "code" and (doubt := doubt_of_answers(model, tokenizer, first_answers(tokenizer, questions))):
+            pairs = [] if args.score == "code" else first_answers(tokenizer, questions)
+            if doubt := doubt_of_answers(model, tokenizer, pairs):
                 print(doubt, file=sys.stderr)
             limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
             answers = answers_to(model, tokenizer, questions, limit, template, args.batch)
@@ -42,13 +43,13 @@ def main(argv: list[str] | None = None) -> None:
             limit = None
             answers = saved(args.answers, len(questions))
         if args.save:
-            rows = ({"prompt": "".join(question.pieces), "answer": answer.text, "cut": answer.cut}
+            rows = ({"prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
                     for question, answer in zip(questions, answers, strict=True))
             write_text(args.save, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         cut = None
         if all(answer.cut is not None for answer in answers):
             cut = sum(answer.cut for answer in answers)
-            tell_cut(cut / len(answers), cut, limit)
+            tell_cut(cut, len(answers), limit)
         if args.score == "code" and not args.run_code:
             print(f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code --run_code runs them")
             return
@@ -58,23 +59,25 @@ def main(argv: list[str] | None = None) -> None:
             expected = ""
             if not is_right:
                 expected = ", fails the tests" if args.score == "code" else f", right is {question.right!r}"
-            print(f"{''.join(question.pieces)!r} -> {answer!r}{expected}")
+            print(f"{question.prompt!r} -> {answer!r}{expected}")
         print(json.dumps({"accuracy": sum(right) / len(right), "score": args.score, "questions": len(questions), "model": args.model,
                           "adapter": args.adapter, "answers": args.answers, "max_tokens": limit, "cut": cut}))
 
 
 def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
     """Ids of the first prompts and their right answers."""
-    return [([i for piece in question.pieces for i in tokenizer.encode(piece)], tokenizer.encode(f" {question.right}"))
-            for question in questions[:DOUBTED]]
+    return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in questions[:DOUBTED]]
 
 
-def tell_cut(share: float, cut: int, limit: int | None) -> None:
-    """Say how many answers reached the limit of tokens; None: the one that they were made with. Warn where they are many."""
-    print(f"{cut:,} answers ({share:.1%}) reach the limit of {f'{limit:,} ' if limit else ''}tokens")
+def tell_cut(cut: int, count: int, limit: int | None) -> None:
+    """Say how many of `count` answers reached the limit of tokens, and warn where they are many. None: the limit that
+    they were made with, which is not known."""
+    share = cut / count
+    tokens = f"{limit:,} tokens" if limit else "tokens"
+    print(f"{cut:,} answers ({share:.1%}) reach the limit of {tokens}")
     if cut and share >= WARN_CUT:
-        print(f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; --max_tokens N lets them go on",
-              file=sys.stderr)
+        print(f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; --max_tokens N lets them "
+              "go on", file=sys.stderr)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -111,7 +114,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0)):
         if (given := getattr(args, name)) is not None and given < least:
-            raise UserError(f"--{name} {getattr(args, name)}: " + ("must be at least 1" if least else "must not be negative"))
+            raise UserError(f"--{name} {given}: " + ("must be at least 1" if least else "must not be negative"))
     if bool(args.model) == bool(args.answers):
         raise UserError("give --model, which answers the questions, or --answers, a file of answers" + (", not both" if args.model else ""))
     if args.adapter and not args.model:
@@ -132,9 +135,10 @@ def read(args, template) -> list[Question]:
         return read_problems(args.questions, template)
     questions = read_questions(args.questions, template, Reading.of(args))
     _, find, what = SCORES[args.score]
-    for pieces, right, _ in questions:
-        if find(right) is None:
-            raise UserError(f"--score {args.score}: a right answer has no {what.removeprefix('a ')}: {right[-200:]!r} (of {''.join(pieces)[:80]!r})")
+    for question in questions:
+        if find(question.right) is None:
+            raise UserError(f"--score {args.score}: a right answer has no {what.removeprefix('a ')}: "
+                            f"{question.right[-200:]!r} (of {question.prompt[:80]!r})")
     return questions
 
 
@@ -154,9 +158,9 @@ def saved(path: str, count: int) -> list[Answer]:
 def judged(score: str, answers: list[str], questions: list[Question]) -> list[bool]:
     """Whether each answer is right."""
     if score == "code":
-        return passed([problem.program(answer) for answer, (_, problem, _) in zip(answers, questions, strict=True)])
+        return passed([question.right.program(answer) for answer, question in zip(answers, questions, strict=True)])
     agree, _, _ = SCORES[score]
-    return [agree(answer, right) for answer, (_, right, _) in zip(answers, questions, strict=True)]
+    return [agree(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
 
 
 if __name__ == "__main__":

@@ -18,15 +18,25 @@ from .model import RWKV, LayerState, State
 from .template import DEFAULT, Template, answer_text, thoughts_of
 
 BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
+THOUGHTS = 2048  # tokens of an answer that begins with thoughts
+LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by score
 
 
 class Question(NamedTuple):
-    """What is asked, in the pieces that are tokenised on their own; what is right; what an answer begins with though it
-    is not generated (a template's <think)."""
+    """What is asked, in the pieces that are tokenised on their own; what is right; what an answer begins with though
+    it is not generated (a template's <think)."""
 
     pieces: list[str]
     right: Any
     opening: str = ""
+
+    @property
+    def prompt(self) -> str:
+        return "".join(self.pieces)
+
+    def ids(self, tokenizer) -> list[int]:
+        """The tokens of the prompt."""
+        return [token for piece in self.pieces for token in tokenizer.encode(piece)]
 
 
 class Answer(NamedTuple):
@@ -37,8 +47,8 @@ class Answer(NamedTuple):
 
 
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
-    """A question, with the right answer without its thoughts, of every row {"messages": [..., {"role": "assistant", ...}]};
-    a {"prompt", "completion"} is taken as it stands, whatever the template.
+    """A question, with the right answer without its thoughts, of every row
+    {"messages": [..., {"role": "assistant", ...}]}; a {"prompt", "completion"} is taken as it stands, whatever the template.
 
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
@@ -56,23 +66,15 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
     return questions
 
 
-def greedy_texts(
-    model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
-    characters: float = math.inf,
-) -> list[str]:
-    """The texts of greedy()."""
-    return [answer.text for answer in greedy(model, tokenizer, prompts, max_tokens, batch, stops, characters)]
-
-
 @torch.no_grad()
 def greedy(
     model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
     characters: float = math.inf, shown: bool = True,
 ) -> list[Answer]:
-    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens; or
-    until it has said more than `characters`.
+    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens;
+    or until it has said more than `characters`.
 
-    `batch` answers are made at a time. A bar counts them where it takes long, unless it is not to be `shown`.
+    `batch` answers are made at a time. A bar counts them where it takes long; of several processes one has `shown`.
     """
     answers = [Answer("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -107,7 +109,9 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float)
     size = len(tokenizer.eod)
     if len(ids) % size:
         return False  # in the middle of a unit of utf16
-    if tuple(ids[-size:]) == tokenizer.eod or characters < math.inf and len(tokenizer.decode(ids)) > characters:
+    if tuple(ids[-size:]) == tokenizer.eod:
+        return True
+    if characters < math.inf and len(tokenizer.decode(ids)) > characters:
         return True
     # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out a space that it begins with
     tail = ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :] if stops else []
@@ -115,8 +119,8 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float)
 
 
 def shortened(text: str, characters: int) -> str:
-    """A text of at most so many characters, of which the last is "…" where it was longer; without half a character that a
-    limit of tokens has left at its end."""
+    """A text of at most so many characters, of which the last is "…" where it was longer; without half a character
+    that a limit of tokens has left at its end."""
     whole = text.rstrip("\ufffd")
     return text if len(text) <= characters and whole == text else f"{whole[: characters - 1]}…"
 
@@ -139,10 +143,11 @@ def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
 
 
 def answers_to(
-    model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT, batch: int = 256
+    model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT,
+    batch: int = 256,
 ) -> list[Answer]:
     """What the model answers to each question, without thoughts; the questions are made with the same template."""
-    prompts = [[token for piece in question.pieces for token in tokenizer.encode(piece)] for question in questions]
+    prompts = [question.ids(tokenizer) for question in questions]
     stops = [template.stop] if template.stop else []
     answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
     return [Answer(answer_text(answer.text, template, question.opening), answer.cut)
@@ -155,10 +160,6 @@ def exact_accuracy(
     """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the same template."""
     answers = [answer.text for answer in answers_to(model, tokenizer, questions, max_tokens, template)]
     return sum(a == q.right for a, q in zip(answers, questions, strict=True)) / len(questions), answers
-
-
-THOUGHTS = 2048  # tokens of an answer that begins with thoughts
-LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by score
 
 
 def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:

@@ -11,7 +11,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from rwkv_miss.errors import UserError
 
-from .evaluate import greedy_texts
+from .evaluate import greedy
 from .formats import read_rows
 from .likelihood import log_likelihoods
 from .model import RWKV
@@ -50,8 +50,8 @@ class HarnessModel(LM):
         answers = [""] * len(requests)
         for (stops, limit), members in groups.items():
             prompts = [self.tokenizer.encode(requests[i].args[0]) or list(self.tokenizer.eod) for i in members]
-            for i, text in zip(members, greedy_texts(self.model, self.tokenizer, prompts, limit, stops=stops), strict=True):
-                answers[i] = text
+            for i, answer in zip(members, greedy(self.model, self.tokenizer, prompts, limit, stops=stops), strict=True):
+                answers[i] = answer.text
         return answers
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -23,7 +23,8 @@ EVALUATION = 0.1  # of a run's time, counted in tokens: what all its evaluations
 FORWARD = 1 / 3  # what a token takes without a backward, of one that is trained on
 SAMPLE_CHARACTERS = 300  # of a sample answer that are kept
 SAMPLE_TOKENS = 300  # of one at most, where a character takes more than one
-USUAL_SAMPLE_TOKENS = 100  # of one in a plan: SAMPLE_CHARACTERS of English are about 75 World tokens, of Chinese about 200
+# of one in a plan; SAMPLE_CHARACTERS of English are about 75 World tokens, of Chinese about 200
+USUAL_SAMPLE_TOKENS = 100
 
 
 def hold_out(config: Config, documents: Documents, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:
@@ -62,18 +63,18 @@ def _keys(documents: Documents, seed: int) -> np.ndarray:
 
 
 def evaluations(config: Config, steps: int) -> int:
-    """How often a run of so many steps evaluates: before its first step, every eval_steps, and after its last step."""
+    """How often a run of so many steps evaluates: before its first step, every eval_steps, and after its last."""
     return 2 + ((steps - 1) // config.eval_steps if config.eval_steps else 0)
 
 
 def in_hash_order(held_out: Documents, seed: int) -> np.ndarray:
-    """The places of the documents with a trained token, in an order that follows from each document's own content."""
+    """The places of the documents with a trained token, in an order that follows from their own content."""
     places = np.flatnonzero(held_out.row_targets)
     return places[np.argsort(_keys(held_out.take(places), seed), kind="stable")]
 
 
 def affordable(held_out: Documents, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
-    """How many documents, from the first in this order, so many evaluations of a run may read; at least one."""
+    """How many documents, from the first in this order, so many evaluations may read; at least one."""
     budget = EVALUATION * trained_tokens / (FORWARD * evaluations)
     return max(1, int(np.searchsorted(np.cumsum(held_out.lengths[order] - 1), budget, side="right")))
 
@@ -81,7 +82,8 @@ def affordable(held_out: Documents, order: np.ndarray, trained_tokens: float, ev
 def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
     """Batches of micro_bsz packed rows, the longest first, which is where memory would run out."""
     lengths = (held_out.lengths - 1).tolist()
-    rows = sorted(pack(lengths, config.ctx_len, config.random_seed), key=lambda row: -sum(lengths[i] for i in row))
+    packed = pack(lengths, config.ctx_len, config.random_seed)
+    rows = sorted(packed, key=lambda row: -sum(lengths[i] for i in row))
     return [[[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]] for at in range(0, len(rows), config.micro_bsz)]
 
 
@@ -100,7 +102,9 @@ def undisturbed(trainer):
                 module.training = mode
 
 
-def validation_loss(trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False) -> float | None:
+def validation_loss(
+    trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
+) -> float | None:
     """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the same number.
     None where on some rank is_stopped() between two batches.
 
@@ -111,18 +115,16 @@ def validation_loss(trainer, batches: list[Batch], is_stopped: Callable[[], bool
     count = sum(document.targets for rows in batches for row in rows for document in row)
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
     documents = sum(len(row) for rows in batches for row in rows)
-    bar = Progress("validation", documents, "documents", shown=trainer.is_global_zero)
-    for first in range(0, len(batches), world):
-        if strategy.reduce(torch.tensor(float(is_stopped()), device=strategy.root_device), reduce_op="sum"):
-            bar.close()
-            return None
-        # a rank without a batch takes one without a target, because all of them must do the same operations
-        mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
-        # the longest of the rows that the ranks have now
-        batch = collate(mine, count) | {"width": sum(len(document.ids) - 1 for document in batches[first][0])}
-        total += strategy.validation_step(strategy.batch_to_device(batch), first)
-        bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
-    bar.close()
+    with Progress("validation", documents, "documents", is_first_process()) as bar:
+        for first in range(0, len(batches), world):
+            if strategy.reduce(torch.tensor(float(is_stopped()), device=strategy.root_device), reduce_op="sum"):
+                return None
+            # a rank without a batch takes one without a target, because all of them must do the same operations
+            mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
+            # the longest of the rows that the ranks have now
+            batch = collate(mine, count) | {"width": sum(len(document.ids) - 1 for document in batches[first][0])}
+            total += strategy.validation_step(strategy.batch_to_device(batch), first)
+            bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
     return float(strategy.reduce(total, reduce_op="sum")) / count
 
 

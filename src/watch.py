@@ -13,9 +13,16 @@ from rwkv_miss.progress import say
 
 from .callbacks import StepReport
 from .data import Documents
-from .evaluate import greedy_texts, shortened
-from .files import append_line, write_lines
-from .held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, evaluation_batches, questions, undisturbed, validation_loss
+from .evaluate import greedy, shortened
+from .files import append_line, is_first_process, write_lines
+from .held_out import (
+    SAMPLE_CHARACTERS,
+    SAMPLE_TOKENS,
+    evaluation_batches,
+    questions,
+    undisturbed,
+    validation_loss,
+)
 from .history import BEST, VALIDATION, best, describe, is_over
 
 
@@ -26,7 +33,9 @@ class Watch(Callback):
     whether the run is over, are functions of it. `write` puts the trained tensors into a file; it is called on every rank.
     """
 
-    def __init__(self, folder: str, history: list[dict], documents: Documents, tokenizer, write, report: StepReport):
+    def __init__(
+        self, folder: str, history: list[dict], documents: Documents, tokenizer, write, report: StepReport
+    ):
         self.path, self.best_path = os.path.join(folder, VALIDATION), os.path.join(folder, BEST)
         self.history, self.documents, self.tokenizer = history, documents, tokenizer
         self.write, self.report = write, report
@@ -53,22 +62,27 @@ class Watch(Callback):
             trainer.should_stop = trainer.should_stop or stopped or is_over(self.history, module.config.early_stop)
 
     def _evaluate(self, trainer, module) -> bool:
-        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, but after the last step."""
+        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after its last
+        step."""
         step = trainer.global_step
         with undisturbed(trainer):
             loss = validation_loss(trainer, self.batches, lambda: self.report.stop and step < module.total_steps)
             if loss is None:
                 return False
+            prompts = [question.prompt for question in self.questions]
             with module.autocast():
-                prompts = [q.prompt for q in self.questions]
-                answers = greedy_texts(
-                    module.model, self.tokenizer, prompts, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS
+                answers = greedy(
+                    module.model, self.tokenizer, prompts, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS,
+                    shown=is_first_process(),
                 )
         decode = self.tokenizer.decode
-        samples = [{"prompt": decode(question.prompt), "answer": shortened(answer.strip(), SAMPLE_CHARACTERS),
+        samples = [{"prompt": decode(question.prompt), "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS),
                     "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS)}
                    for question, answer in zip(self.questions, answers, strict=True)]
-        line = {"step": step, "loss": loss if math.isfinite(loss) else None, "tokens": self.documents.targets, "samples": samples}
+        line = {
+            "step": step, "loss": loss if math.isfinite(loss) else None, "tokens": self.documents.targets,
+            "samples": samples,
+        }
         self.history.append(line)
         if best(self.history) is line:
             self._save(trainer, loss)

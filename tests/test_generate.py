@@ -16,7 +16,7 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
-from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, greedy_texts, read_questions, shortened
+from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions, shortened
 from src.formats import Reading
 from src.generate import Conversation, Sampling, sample, stream
 from src.model import RWKV, LayerState
@@ -391,7 +391,7 @@ def test_a_sample_answer_is_cut_between_characters():
 
     def sample(tokens, characters):
         model = ScriptedBatch(tokenizer, said)
-        text, = greedy_texts(model, tokenizer, [[65]], tokens, characters=characters)
+        (text, _), = greedy(model, tokenizer, [[65]], tokens, characters=characters)
         return shortened(text, characters), sum(1 for _ in model.tokens)
 
     assert sample(99, 300) == ("ab🎉🎉🎉", 0)

@@ -10,7 +10,7 @@ import torch
 import rwkv_miss
 from scripts import lm_eval as program
 from src import likelihood
-from src.evaluate import greedy_texts
+from src.evaluate import greedy
 from src.generate import Sampling, stream
 from src.likelihood import log_likelihoods
 from src.model import RWKV
@@ -93,10 +93,10 @@ def test_likelihoods_are_those_of_one_text_at_a_time(model, at_once, monkeypatch
     for _ in range(3):  # what the model says itself
         context = context + [int(model(torch.tensor([context]))[0][0, -1].argmax())]
     pairs.append((context[:1], context[1:]))
-    for (before, after), (got, greedy) in zip(pairs, log_likelihoods(model, pairs), strict=True):
+    for (before, after), (got, is_greedy) in zip(pairs, log_likelihoods(model, pairs), strict=True):
         logs = model(torch.tensor([before + after]))[0][0, len(before) - 1 : -1].double().log_softmax(-1)
         assert got == pytest.approx(sum(float(row[token]) for row, token in zip(logs, after)), abs=1e-4)
-        assert greedy == (logs.argmax(-1).tolist() == after)
+        assert is_greedy == (logs.argmax(-1).tolist() == after)
     assert log_likelihoods(model, pairs)[-1][1] and not log_likelihoods(model, pairs)[0][1]
     assert log_likelihoods(model, []) == []
     with pytest.raises(ValueError, match="context is empty"):
@@ -175,9 +175,9 @@ def test_complete_answers_are_not_computed_on(model, letters, monkeypatch):
     next_logits = RWKV.next_logits
     monkeypatch.setattr(RWKV, "next_logits", lambda self, ids, state=None: rows.append(len(ids)) or next_logits(self, ids, state))
     prompts = [tokenizer.encode(text) for text in ("one", "two", "six")]
-    texts = greedy_texts(model, tokenizer, prompts, 12)
+    texts = [answer.text for answer in greedy(model, tokenizer, prompts, 12)]
     rows.clear()
-    assert greedy_texts(model, tokenizer, prompts, 12, stops=[texts[0][2:5]])[0] == texts[0][:2]
+    assert greedy(model, tokenizer, prompts, 12, stops=[texts[0][2:5]])[0].text == texts[0][:2]
     assert rows[0] == 3 and rows[-1] < 3
 
 

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
-from src.evaluate import greedy_texts
+from src.evaluate import greedy
 from src.loss import loss_sum
 from src.model import RWKV
 from src.tokenizer import load_tokenizer
@@ -75,7 +75,7 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
 
     def answers(model):
         prompts = [tokenizer.encode(f"{question},") for question in QUESTIONS]
-        return [text.strip() for text in greedy_texts(model, tokenizer, prompts, 14)]
+        return [answer.text.strip() for answer in greedy(model, tokenizer, prompts, 14)]
 
     def run(seed):
         texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100 + seed)]

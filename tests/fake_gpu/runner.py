@@ -16,7 +16,7 @@ from src import config as configuration
 from src import run
 from src.allocation import model_on_meta, step_bytes
 from src.config import Config
-from src.evaluate import greedy_texts
+from src.evaluate import greedy
 from src.generate import Sampling, stream
 from src.graphed import GraphedDecoder
 from src.infctx import chunks_of, half_of, rows_loss
@@ -161,7 +161,7 @@ def evaluation(version: int) -> dict:
     with FakeGpu() as gpu:
         model = reading(version)
         gpu.begin()
-        greedy_texts(model, load_tokenizer("bytes", 512), [list(range(1, 38)), list(range(1, 21))], 4)
+        greedy(model, load_tokenizer("bytes", 512), [list(range(1, 38)), list(range(1, 21))], 4)
     return gpu.counts()
 
 
