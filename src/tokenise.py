@@ -36,14 +36,14 @@ from rwkv_miss.progress import Progress
 from .files import is_first_process
 from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source, WrongSetting, read_record
 from .formats.report import Kind
-from .ops.build import locked, say
+from .ops.build import announce, locked
 from .template import DEFAULT, Segment, Template, marked_spans, row_segments, trains_by_marker
 from .tokenizer import Tokenizer
 
 SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
 LARGE = 8 << 20  # bytes from which other processes help
 PROCESSES = 16  # at most: one reads for all of them
-CHUNK, CHUNK_TEXT = 256, 1 << 20  # rows that a process gets at a time, and characters of lines after which there are no more
+CHUNK, CHUNK_TEXT = 256, 1 << 20  # rows that a process gets at a time, and characters after which it gets no more
 UNUSED_DAYS = 30
 MAKING = ".making-"  # how a folder's name begins that becomes an entry
 ENTRY = re.compile(r"[0-9a-f]{24}")
@@ -131,7 +131,8 @@ class Converter:
     encoder: Encoder
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}  # another process is given what is read
+        # read() is the first process's, and may be one that does not travel
+        return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}
 
     def __call__(self, records: list[tuple[str, Any]]) -> Part:
         encoded, texts, bad = [], [], []
@@ -181,12 +182,12 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
             found = _open(entry, source, report)
     except OSError as error:
         if is_first_process():
-            say(f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself alone. "
-                "--data_cache takes another folder")
+            announce(f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself "
+                     "alone. --data_cache takes another folder")
         return _joined(list(chunks()))
     size = sum(file.stat().st_size for file in entry.iterdir())
     seconds = time.perf_counter() - begun
-    say(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")
+    announce(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")
     return found
 
 
@@ -228,7 +229,10 @@ def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading)
     convert = Converter(source, reading, encoder)
     processes = min(available_cores(), PROCESSES) if source.size >= LARGE and source.format != BINIDX else 1
     documents = 0
-    with contextlib.closing(in_parallel(convert, chunks, processes)) if processes > 1 else contextlib.nullcontext(map(convert, chunks)) as parts:
+    with contextlib.ExitStack() as stack:
+        parts: Iterable[Part] = map(convert, chunks)
+        if processes > 1:
+            parts = stack.enter_context(contextlib.closing(in_parallel(convert, chunks, processes)))
         for part in parts:
             for where, reason in part.bad:
                 report.refuse(source.path, where, reason)
@@ -241,6 +245,7 @@ def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading)
 
 
 def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """The records in lists of at most CHUNK, and of little more than CHUNK_TEXT characters."""
     chunk, length = [], 0
     for where, record in records:
         chunk.append((where, record))
@@ -260,8 +265,8 @@ def available_cores() -> int:
 def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
     """work() of each chunk in order; few chunks are ahead of what is asked for.
 
-    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh one imports torch for 3 s, and
-    they run nothing that has threads.
+    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh one
+    imports torch for 3 s, and they run nothing that has threads.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:
@@ -322,7 +327,8 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
     folder.mkdir()
     length = 0
     with contextlib.ExitStack() as stack:
-        files = {field.name: stack.enter_context(open(folder / field.name, "wb")) for field in dataclasses.fields(Tokens)}
+        names = [field.name for field in dataclasses.fields(Tokens)]
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
         for part in parts:
             for name, file in files.items():
                 array = getattr(part, name)
@@ -335,8 +341,9 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
     whole because the machine went down."""
     try:
         kinds = {"ids": np.int32, "trained": np.bool_, "ends": np.int64, "texts": np.bool_}
-        # as plain arrays, of which a part costs a tenth
-        found = Tokens(**{name: np.memmap(entry / name, kind, "r").view(np.ndarray) for name, kind in kinds.items()})
+        # as plain arrays, which are sliced in a tenth of the time
+        arrays = {name: np.memmap(entry / name, kind, "r").view(np.ndarray) for name, kind in kinds.items()}
+        found = Tokens(**arrays)
         if not len(found.ids) == len(found.trained) == found.ends[-1] or len(found.ends) != len(found.texts):
             return None
         with contextlib.suppress(OSError):

@@ -168,11 +168,11 @@ def build(
             if not (log.exists() and log.stat().st_mtime > asked):
                 for abandoned in folder.glob(f".{name}-*"):
                     shutil.rmtree(abandoned, ignore_errors=True)
-                say(f"building {title} with ninja (once, about {seconds} s)")
+                announce(f"building {title} with ninja (once, about {seconds} s)")
                 start = time.monotonic()
                 output = make(library, ninja, sources, command, link)
                 if output is None:
-                    say(f"built in {time.monotonic() - start:.1f} s")
+                    announce(f"built in {time.monotonic() - start:.1f} s")
                     return library
                 log.write_text(output, "utf-8")
             raise BuildError(f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler, {FALLBACK}; all of its output: {log}")
@@ -211,7 +211,7 @@ def locked(path: pathlib.Path, title: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that builds {title}")
+            announce(f"waiting for another process that builds {title}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -225,13 +225,12 @@ def make(library: pathlib.Path, ninja: str, sources: Sequence[pathlib.Path], com
     lines += [f"build linked: run {' '.join(objects)}", f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', 'linked')}"]
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.name}-", ignore_cleanup_errors=True) as work:
         pathlib.Path(work, "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
-        environment = os.environ | {"TMPDIR": work}  # so that what a killed compiler leaves is swept with the rest
-        command = [ninja, "-C", work]
         output = ""
         with (
             Progress("compiling", len(objects) + 1, "files") as bar,
             subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment,
+                [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                env=os.environ | {"TMPDIR": work},  # so that what a killed compiler leaves is swept with the rest
             ) as process,
         ):
             for line in process.stdout:
@@ -258,5 +257,6 @@ def reason(output: str) -> str:
     return next((line for line in lines if re.search(r"\b(error|fatal)\s*:|cannot find|undefined reference", line)), lines[-1])
 
 
-def say(message: str) -> None:
+def announce(message: str) -> None:
+    """Print a line to stderr: what a program answers is on stdout."""
     print(message, file=sys.stderr, flush=True)
