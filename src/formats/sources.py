@@ -51,7 +51,8 @@ def _as_it_is(record: Any) -> Any:
 
 
 class Format(NamedTuple):
-    """How a file of text is read: path -> (place, what stands there), of which parse() makes the record, in another process perhaps."""
+    """How a file of text is read: path -> (place, what stands there), of which parse() makes the record, in another
+    process perhaps."""
 
     name: str
     read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]
@@ -64,8 +65,8 @@ JSON = Format("JSON", json_text.json_file)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read` and `parse` are a Format's, but
-    that `read` takes the ids that end a document."""
+    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read` and `parse`
+    are a Format's, except that `read` takes the ids that end a document instead of the path."""
 
     path: str
     format: str
@@ -139,11 +140,11 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
         return [detect(file, fields) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
         files = tuple(sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names))
-        read = lambda eod, position: tables.saved_dataset(path, split, position)  # noqa: E731
-        return [Source(path, f"Hugging Face data set, split {split}", 1.0, read, files)]
+        described = f"Hugging Face data set, split {split}"
+        return [Source(path, described, 1.0, lambda eod, position: tables.saved_dataset(path, split, position), files)]
     if HUB_NAME.fullmatch(path) and not _exists(path) and not os.path.exists(path.split("/")[0]) and not path.endswith(SUFFIXES):
-        read = lambda eod, position: tables.named_dataset(path, split, position)  # noqa: E731
-        return [Source(path, f"data set of the Hugging Face hub, split {split}", 1.0, read, ())]
+        described = f"data set of the Hugging Face hub, split {split}"
+        return [Source(path, described, 1.0, lambda eod, position: tables.named_dataset(path, split, position), ())]
     return [detect(path, fields)]
 
 

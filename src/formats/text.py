@@ -52,8 +52,9 @@ def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIO
             if file.peek(2)[:2] == b"\x1f\x8b":
                 file = stack.enter_context(io.BufferedReader(stack.enter_context(gzip.open(file))))
             head = bytes(file.peek(8)[:8])
-            if head.startswith(b"PK\x03\x04") and path.endswith(MODELS) or head.startswith(b"GGUF"):
-                raise UserError(f"{path} is a model or an adapter, no data; a model goes to --load_model, --data_file takes text, such as JSONL")
+            if head.startswith(b"GGUF") or (head.startswith(b"PK\x03\x04") and path.endswith(MODELS)):
+                raise UserError(f"{path} is a model or an adapter, no data; a model goes to --load_model, --data_file takes "
+                                "text, such as JSONL")
             for magic, name in OTHERS.items():
                 if head.startswith(magic):
                     raise UserError(f"{path} is packed ({name}); unpack it, or pack it with gzip")
