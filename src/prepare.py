@@ -82,8 +82,8 @@ def steps_of(config: Config, schedule: Schedule) -> int:
 class Cost:
     """What a run takes, estimated: `memory` of `room` bytes, and `tokens` to train on, with the repeated ones.
 
-    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds` of all and
-    of the evaluations, with the answers, are 0 where no speed is known.
+    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds` of the
+    whole run, and those of the evaluations with their answers, are 0 where no speed is known.
     """
 
     memory: float
@@ -95,8 +95,8 @@ class Cost:
 
 
 def run_cost(
-    config: Config, arch: Arch, device: Device, schedule: Schedule, data: Data, evaluated: Documents, eod: tuple[int, ...],
-    speed: Speed,
+    config: Config, arch: Arch, device: Device, schedule: Schedule, data: Data, evaluated: Documents,
+    eod: tuple[int, ...], speed: Speed,
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
     memory = needed(estimate(config, arch, schedule), config, device.accelerator)
@@ -104,13 +104,14 @@ def run_cost(
     times = evaluations(config, steps_of(config, schedule)) if evaluated.rows else 0
     read = FORWARD * times * float((evaluated.lengths - 1).sum())
     asked = questions(data.held_out, config.eval_samples, eod) if times else []
-    seconds = answers = 0.0
+    seconds = evaluation_seconds = 0.0
     if speed.tokens:
-        prompts = FORWARD * sum(len(question.prompt) for question in asked) / speed.tokens
-        answers = times * (prompts + (USUAL_SAMPLE_TOKENS * speed.answer if asked else 0))
-        seconds = tokens / speed.tokens
-        answers += read / speed.tokens
-    return Cost(memory, USABLE * memory_of(device, config.world), tokens, read / tokens, seconds + answers, answers)
+        prompts = FORWARD * times * sum(len(question.prompt) for question in asked)
+        answers = times * USUAL_SAMPLE_TOKENS * speed.answer if asked else 0.0
+        evaluation_seconds = (read + prompts) / speed.tokens + answers
+        seconds = tokens / speed.tokens + evaluation_seconds
+    room = USABLE * memory_of(device, config.world)
+    return Cost(memory, room, tokens, read / tokens, seconds, evaluation_seconds)
 
 
 def device_here(config: Config, head_size: int) -> Device:
@@ -173,16 +174,18 @@ def trained_tokens(config: Config, schedule: Schedule) -> float:
 def choose_evaluation(
     config: Config, origins: dict[str, str], schedule: Schedule, held_out: Documents, before: Config | None = None,
 ) -> Documents:
-    """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the run that
-    goes on; one from before there was a choice took all of them."""
+    """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the run
+    that goes on; one from before there was a choice took all of them."""
     if not held_out.rows:
         return held_out
     order = in_hash_order(held_out, config.random_seed)
     if before and is_automatic(before, "eval_docs"):
         choose(config, origins, "eval_docs", len(order), "as the run has it so far")
-    fits = affordable(held_out, order, trained_tokens(config, schedule), evaluations(config, steps_of(config, schedule)))
+    times = evaluations(config, steps_of(config, schedule))
+    fits = affordable(held_out, order, trained_tokens(config, schedule), times)
     if fits < len(order):
-        reason = f"of {counted(len(order), 'held-out document')}, so that all evaluations take at most a tenth of the run"
+        of_all = counted(len(order), "held-out document")
+        reason = f"of {of_all}, so that all evaluations take at most a tenth of the run"
     else:
         reason = "all held-out documents take less than a tenth of the run"
     choose(config, origins, "eval_docs", min(fits, len(order)), reason)
