@@ -1,4 +1,4 @@
-"""The plan that a run prints before its first step: at most LINES lines, and the details that run_card.md has beside them."""
+"""The plan that a run prints before its first step, and the details that run_card.md has beside it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ from .run_card import CARD
 from .words import counted, size_text
 from .writers import describe_writers, places_to_watch
 
-LINES = 14  # of the plan
+LINES = 14  # of the plan, at most
+LABEL = 11  # characters that a line begins with
 SAMPLE = 80  # characters of each part of the first sample, in the plan
 
 
 def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
-    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` is what resume() says."""
+    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` are the lines of
+    resume()."""
     config, device = job.config, job.device
-    processes = f", {counted(config.world, 'process', 'processes')} ({config.strategy})" if config.world > 1 else ""
-    precision = f"{device.accelerator}, {device.precision} ({device.precision_reason.removeprefix('auto: ')}){processes}"
-    watch = "; ".join(places_to_watch(config))
+    processes = ""
+    if config.world > 1:
+        processes = f", {counted(config.world, 'process', 'processes')} ({config.strategy})"
+    reason = device.precision_reason.removeprefix("auto: ")
+    output = ADAPTER if config.peft != "none" else MODEL
+    watch = f"; watch: {'; '.join(places)}" if (places := places_to_watch(config)) else ""
     lines = [
         f"rwkv-miss  {version_line()}",
         f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
@@ -40,32 +45,34 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
         f"trained    {trained(config, job.model)}",
         f"rates      {rates(config, job.steps)}",
-        f"device     {precision}",
+        f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
         evaluation(config, len(job.evaluated.rows), len(job.data.held_out.rows), job.steps, cost),
-        f"files      in {config.proj_dir}: {ADAPTER if config.peft != 'none' else MODEL}, {CARD}" + (f"; watch: {watch}" if watch else ""),
+        f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(job, cost),
         f"sample     {short_sample(job.data.documents.rows[0], job.tokenizer)}",
     ]
     if len(lines) <= LINES:
         return lines
-    # nothing of it is dropped; a sample is the last line
-    first, rest = lines[: LINES - 2], lines[LINES - 2 : -1]
-    return [*first, f"{rest[0][:11]}{'; '.join(line[11:] for line in rest)}", lines[-1]]
+    # what is too much shares the last line but one, as nothing of it may be dropped
+    first, rest, last = lines[: LINES - 2], lines[LINES - 2 : -1], lines[-1]
+    return [*first, rest[0][:LABEL] + "; ".join(line[LABEL:] for line in rest), last]
 
 
 def details(job: Job) -> list[str]:
     """What the plan has no room for: for run_card.md, and for the terminal with --verbose."""
-    config, device, schedule, documents, held = job.config, job.device, job.schedule, job.data.documents, job.data.held_out
-    model = job.model
-    digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest} | ({"held out": held.digest} if held.rows else {})
+    config, device, schedule, model = job.config, job.device, job.schedule, job.model
+    documents, held = job.data.documents, job.data.held_out
+    digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest}
+    if held.rows:
+        digests["held out"] = held.digest
     return [
         f"adapter    {training(config, model)}",
         *job.data.found.lines(),
         *data(config, documents, schedule),
         *chunks(chunks_of(config), max(schedule.lengths), state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize)),
-        *held_out(config, held),
+        *held_out(config, held, job.evaluated),
         f"optimizer  AdamW, {rates(config, job.steps)}, clip {config.grad_clip:g}",
         f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
@@ -96,13 +103,18 @@ def rows(config: Config, schedule: Schedule) -> str:
     """How documents lie in rows."""
     if not config.packing:
         return f"rows of up to {counted(max(schedule.lengths), 'token')}, a document in each"
-    full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
-    return f"rows of {config.ctx_len} tokens, {full:.0%} full"
+    return f"rows of {config.ctx_len} tokens, {fullness(config, schedule):.0%} full"
+
+
+def fullness(config: Config, schedule: Schedule) -> float:
+    """The share of the places in packed rows that have a token."""
+    return sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
 
 
 def trained(config: Config, model: RWKV) -> str:
     """How much of the model is trained, and by what."""
-    count, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     if config.peft == "none":
         return f"all {count:,} parameters"
     report = model.injection
@@ -119,8 +131,8 @@ def method(config: Config, model: RWKV) -> str:
     """The adapter with its rank and what is not its default."""
     report = model.injection
     usual = vars(METHODS[config.peft].Options())
-    others = {name: value for name, value in report.options.items() if name == "rank" or value != usual.get(name)}
-    described = "".join(f", {name} {value}" for name, value in others.items() if value not in ({}, False, ""))
+    told = {name: value for name, value in report.options.items() if name == "rank" or value != usual.get(name)}
+    described = "".join(f", {name} {value}" for name, value in told.items() if value not in ({}, False, ""))
     where = f" in {counted(len(report.linears), 'matrix', 'matrices')}" if report.linears else ""
     return f"{config.peft}{described}{where}"
 
@@ -130,7 +142,8 @@ def rates(config: Config, total: int) -> str:
     final = config.lr_init * learning_rate_factor(config, total)(total - 1)
     state_rate = state_learning_rate(config)
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
-    return f"lr {config.lr_init:g} to {final:g} ({shape})" + (f", initial state {state_rate:g}" if state_rate else "")
+    of_states = f", initial state {state_rate:g}" if state_rate else ""
+    return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}"
 
 
 def needs(cost: Cost, where: str) -> str:
@@ -138,16 +151,21 @@ def needs(cost: Cost, where: str) -> str:
     memory = f"about {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
         return f"needs      {memory}"
-    of_that = f", of which {duration_text(cost.evaluation_seconds)} are evaluation" if cost.evaluation_seconds else ""
+    of_that = ""
+    if cost.evaluation_seconds:
+        of_that = f", of which {duration_text(cost.evaluation_seconds)} are evaluation"
     return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}"
 
 
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
-    """The line of the plan about the loss on so many of so many held-out documents, in a run of `total` steps."""
+    """The line of the plan about the loss on `evaluated` of `held` documents, in a run of `total` steps."""
     if not held:
-        return "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what the run is worth)"
+        return ("evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what the run is "
+                "worth)")
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
-    stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one" if config.early_stop else ""
+    stop = ""
+    if config.early_stop:
+        stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
     return (f"evaluation loss on {evaluated:,} of {counted(held, 'held-out document')}{asked}, "
             f"{evaluations(config, total)} times: before the training{every} and at its end; "
@@ -159,9 +177,11 @@ def warnings(job: Job, cost: Cost) -> list[str]:
     config, device, documents = job.config, job.device, job.data.documents
     texts = list(cut_warnings(config, documents))
     if bad := job.data.found.bad:
-        texts.append(f"{counted(bad, 'row')} cannot be used and {'is' if bad == 1 else 'are'} left out; {CARD} has the first")
+        are = "is" if bad == 1 else "are"
+        texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
     if config.warmup_steps >= job.steps:
-        texts.append(f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is never used")
+        texts.append(f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is "
+                     "never used")
     if cost.memory > cost.room:
         texts.append("memory may run out; python -m scripts.plan with the same flags says what to change")
     if device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
@@ -176,6 +196,7 @@ def base(config: Config, arch: Arch, held: float) -> str:
 
 
 def training(config: Config, model: RWKV) -> str:
+    """trained() with every option of the adapter and what of the model it is in."""
     if config.peft == "none":
         return f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained"
     chosen = ", ".join(f"{name} {value}" for name, value in model.injection.options.items() if value not in ({}, False, ""))
@@ -187,9 +208,8 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     rows = documents.rows
     lines = [f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"]
     if config.packing:
-        full = sum(schedule.lengths) / (len(schedule.rows) * config.ctx_len)
-        lines.append(f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, {full:.1%} full; documents in a row do not "
-                     "see each other")
+        lines.append(f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
+                     f"{fullness(config, schedule):.1%} full; documents in a row do not see each other")
     if documents.split:
         lines.append(f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut into several documents, "
                      "each of which begins with the last token of the one before")
@@ -200,9 +220,11 @@ def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
     """What --ctx_len takes away."""
     of_all = f"of {counted(len(documents.rows), 'document')}"
     if documents.cut:
-        yield (f"{documents.cut:,} {of_all} cut at --ctx_len {config.ctx_len}: {counted(documents.cut_tokens, 'token')} lost")
+        lost = counted(documents.cut_tokens, "token")
+        yield f"{documents.cut:,} {of_all} cut at --ctx_len {config.ctx_len}: {lost} lost"
     if documents.untrained:
-        yield f"{counted(documents.untrained, 'document')} left out: nothing in the first {config.ctx_len} tokens is trained"
+        left_out = counted(documents.untrained, "document")
+        yield f"{left_out} left out: nothing in the first {config.ctx_len} tokens is trained"
 
 
 def steps(config: Config, schedule: Schedule, total: int) -> str:
@@ -234,18 +256,17 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
 
 def mask(loss_mask: str) -> str:
     """What is trained, in words."""
-    return {"assistant": "the assistant's turns and plain text", "all": "everything"}.get(loss_mask, f"what follows {loss_mask!r}")
+    names = {"assistant": "the assistant's turns and plain text", "all": "everything"}
+    return names.get(loss_mask, f"what follows {loss_mask!r}")
 
 
-def held_out(config: Config, held_out: Documents) -> list[str]:
-    """Line of the plan about the documents that are not trained on, if there are any."""
+def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[str]:
+    """Line of the details about the documents that are not trained on, if there are any."""
     if not held_out.rows:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
-    stop = f", early stop after {counted(config.early_stop, 'evaluation')} without a better one" if config.early_stop else ""
-    return [f"held out   {counted(len(held_out.rows), 'document')} of {config.eval_file or config.data_file}{cut}, loss on "
-            f"{counted(held_out.targets, 'token')} before the training{every} and at its end; {counted(config.eval_samples, 'sample')}{stop}"]
+    return [f"held out   {counted(len(held_out.rows), 'document')} of {config.eval_file or config.data_file}{cut}; the loss is on "
+            f"{counted(evaluated.targets, 'token')} of {counted(len(evaluated.rows), 'document')}"]
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
@@ -274,25 +295,25 @@ def sample(row: Document, tokenizer, limit: int = 600) -> str:
     """A document decoded, its trained parts between the marks."""
     text = "".join(f"«{part}»" if trained else part for part, trained in parts_of(row, tokenizer))
     shown = text if len(text) <= limit else f"{text[:limit]} ... ({len(row.ids)} tokens)"
-    # a NUL, the end of document of bytes and utf16, would make a log a binary file
-    return "\n".join(f"    | {line}" for line in shown.replace("\0", "␀").splitlines())
+    return "\n".join(f"    | {line}" for line in shown.splitlines())
 
 
 def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next to the mark
-    between them."""
+    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next to the
+    mark between them."""
     shown = ""
     for part, trained in parts_of(row, tokenizer):
-        line = "⏎".join(part.replace("\0", "␀").splitlines())
+        line = "⏎".join(part.splitlines())
         if trained:
-            shown += f"«{line if len(line) <= SAMPLE else f'{line[:SAMPLE]} ...'}»"
+            begin = line if len(line) <= SAMPLE else f"{line[:SAMPLE]} ..."
+            shown += f"«{begin}»"
             break
         shown += line if len(line) <= SAMPLE else f"... {line[-SAMPLE:]}"
     return f"{shown} (« » is what is trained)"
 
 
 def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
-    """A document's text in pieces, and whether each is trained."""
+    """A document's text in pieces, and whether each is trained. What cannot be seen has a sign."""
     parts: list[tuple[str, bool]] = []
     decoder = tokenizer.decoder()
     text, inside = "", bool(row.trained[0])
@@ -303,4 +324,6 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
         text += decoder.push(token)
     end = list(tokenizer.eod)
     silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)  # World's end of document has no text
-    return [*parts, (text + decoder.flush() + ("␃" if silent else ""), inside)]
+    parts.append((text + decoder.flush() + ("␃" if silent else ""), inside))
+    # a NUL, the end of document of bytes and utf16, would make a log a binary file
+    return [(part.replace("\0", "␀"), trained) for part, trained in parts]
