@@ -40,7 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="how freely tokens are drawn; 0: always the likeliest one; default %(default)s")
     add("--top_p", type=float, default=Sampling.top_p,
         help="draw among the likeliest tokens that have this share together; 1: among all; default %(default)s")
-    add("--top_k", type=int, default=Sampling.top_k, help="draw among so many of the likeliest tokens; 0: among all; default %(default)s")
+    add("--top_k", type=int, default=Sampling.top_k,
+        help="draw among so many of the likeliest tokens; 0: among all; default %(default)s")
     add("--presence_penalty", type=float, default=Sampling.presence_penalty,
         help="lowers the logit of a token that the answer holds already; default %(default)s")
     add("--frequency_penalty", type=float, default=Sampling.frequency_penalty,
@@ -117,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.template != "auto":
                 conversation.template, chat.chosen = template, args.template
         if args.raw:
-            show(stream(model, tokenizer, tokenizer.encode(args.prompt), None, conversation.sampling, args.max_tokens, "", conversation.generator))
+            ids, generator = tokenizer.encode(args.prompt), conversation.generator
+            show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, "", generator))
         elif args.compare:
             print(chat.compared(args.prompt))
         elif args.prompt:
@@ -125,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             pieces = itertools.chain([opening] if opening else [], conversation.answer(args.prompt, args.max_tokens))
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
-            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, /exit ends the chat.",
-                  file=sys.stderr)
+            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, /exit ends "
+                  "the chat.", file=sys.stderr)
             chat.converse()
 
 

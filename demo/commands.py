@@ -57,7 +57,7 @@ class Chat:
         self.max_tokens, self.seed = max_tokens, seed
         self.scale = adapters.scale  # that of the next adapter, too
         self.over = False
-        self.doubted = False  # whether a text long enough to tell has told that the tokenizer is the model's
+        self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
 
     def converse(self) -> None:
         """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer stops that."""
@@ -74,8 +74,8 @@ class Chat:
                 note(f"error: {error}")
             except KeyboardInterrupt:
                 print()
-                kept = "; what was said stays in the conversation, until /undo" if len(self.conversation.turns) > turns else ""
-                note(f"stopped{kept}")
+                kept = len(self.conversation.turns) > turns
+                note("stopped" + ("; what was said stays in the conversation, until /undo" if kept else ""))
 
     def take(self, line: str) -> None:
         """One line: nothing, a command, or the user's words, which // or a space before a slash makes of what looks like a command."""
@@ -94,13 +94,13 @@ class Chat:
         """Print the model's answer as it is made."""
         print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
         show(self.conversation.answer(text, self.max_tokens))
-        if not self.doubted:
-            self.doubt(text)
+        if not self.tokenizer_judged:
+            self.judge_tokenizer(text)
 
-    def doubt(self, text: str) -> None:
+    def judge_tokenizer(self, text: str) -> None:
         """Say so where the model knows less of the user's words than a guess."""
         ids = self.conversation.tokenizer.encode(text)
-        self.doubted = len(ids) >= ENOUGH
+        self.tokenizer_judged = len(ids) >= ENOUGH
         if doubt := doubt_of_text(self.adapters.model, self.conversation.tokenizer, ids):
             note(doubt)
 
@@ -235,14 +235,14 @@ class Chat:
         width = max(len(name) + len(entry.arguments) for name, entry in COMMANDS.items()) + 2
         for name, entry in COMMANDS.items():
             note(f"/{name + ' ' + entry.arguments:<{width}} {entry.help}")
-        note("Words that begin with a slash: type a space or another slash before them. Ctrl-C stops an answer. Ctrl-D ends the chat.")
+        note("Words that begin with a slash: type a space or another slash before them. Ctrl-C stops an answer. "
+             "Ctrl-D ends the chat.")
 
+    @command("quit")
     @command("exit")
     def leave(self, argument: str) -> None:
         """end the chat; so do exit, quit, /quit and Ctrl-D"""
         self.over = True
-
-    COMMANDS["quit"] = COMMANDS["exit"]
 
     def compared(self, text: str) -> str:
         """Two columns: what the base and what the adapter in use answers, with the same random numbers. UserError without an adapter."""
@@ -270,8 +270,8 @@ def find(name: str) -> Command:
         return COMMANDS[name]
     near = difflib.get_close_matches(name, COMMANDS, 1)
     guess = f", did you mean /{near[0]}?" if near else "."
-    raise UserError(f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. To say it to the model, type a space "
-                    "or another slash before it.")
+    raise UserError(f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. To say it to the model, type a "
+                    "space or another slash before it.")
 
 
 def named_mode(name: str) -> str:
