@@ -1,4 +1,4 @@
-"""A short measurement of how fast this machine trains a model: two of its layers and its head, with random weights."""
+"""A short measurement of how fast this machine trains a model: two of its layers and its head, on random weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ NOISE = 99_991  # random numbers that weights are made of; a prime, so that no t
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """`tokens`: trained a second, 0 where nothing tells; `answer`: seconds for one more token of all sample answers."""
+    """How fast a run is, and where that is known from."""
 
-    tokens: float
-    answer: float = 0.0
+    tokens: float  # trained a second, 0 where nothing tells
+    answer: float = 0.0  # seconds for one more token of all sample answers together
     source: str = ""
 
 
@@ -40,7 +40,8 @@ def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
     trained = sum(schedule.targets) / sum(schedule.lengths)
     one = measured_speed(arch, config, config.wkv, config.precision, device, max(schedule.lengths), trained)
     # processes of a CPU share its cores
-    return dataclasses.replace(one, tokens=one.tokens * (config.world if device == "cuda" else config.num_nodes))
+    devices = config.world if device == "cuda" else config.num_nodes
+    return dataclasses.replace(one, tokens=one.tokens * devices)
 
 
 def measured_speed(
@@ -52,13 +53,13 @@ def measured_speed(
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     model = model_on_meta(small, config)
     dtype = torch.float32 if config.peft == "none" else DTYPES[precision]
-
     noise = torch.empty(NOISE, device=device).normal_(std=0.02)
 
     def random(name: str, tensor: Tensor) -> Tensor:
         of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         new = torch.zeros(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
-        if new.is_floating_point():  # repeated, as a generator of random numbers takes seconds for a large model
+        if new.is_floating_point():
+            # the same numbers over and over: to draw new ones takes seconds for a large model
             for part in new.view(-1).split(NOISE):
                 part.copy_(noise[: len(part)])
         return new

@@ -36,7 +36,10 @@ class StepReport(Callback):
     `tokenizer` is that of a base that was trained with it; None: the model is new.
     """
 
-    def __init__(self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer], tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer],
+        tokenizer: Tokenizer | None = None,
+    ):
         self.path, self.total, self.started, self.last_good, self.writers = path, total, started, last_good, writers
         self.tokenizer = tokenizer
         self.training = self.stop = False
@@ -47,12 +50,13 @@ class StepReport(Callback):
     def on_train_start(self, trainer, module) -> None:
         self.rank_zero = trainer.is_global_zero
         # a pipe gets lines of its own
-        self.bar = Progress("training", self.total, "steps", self.rank_zero and sys.stderr.isatty(), trainer.global_step, 0)
+        shown = self.rank_zero and sys.stderr.isatty()
+        self.bar = Progress("training", self.total, "steps", shown, done=trainer.global_step, delay=0)
         if self.rank_zero:
             # a resumed run does the steps after its checkpoint again
             write_lines(self.path, read_lines(self.path, trainer.global_step))
         self.last_good.start(trainer)
-        self.clock = self.begun = self.line = time.perf_counter()
+        self.clock = self.begun = self.last_line = time.perf_counter()
         self.steps_here = 0
         self._take_signals()  # again: Lightning has its own for SIGTERM
 
@@ -72,8 +76,8 @@ class StepReport(Callback):
         return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step and saves, the second one, or one before the first step,
-        ends it now. Both are answered at once, by the system's own call: print() may be what the signal interrupted."""
+        """The first signal ends the run after its current step and saves. The second one ends it now, and so does one
+        before the first step."""
         if not self.training:  # nothing of ours is there to be put away
             self._tell(b"\ninterrupted before the first step\n")
             os._exit(128 + signum)
@@ -84,6 +88,7 @@ class StepReport(Callback):
         self._tell(b"\nstopping after this step and saving; press Ctrl-C again to quit now without saving\n")
 
     def _tell(self, text: bytes) -> None:
+        """By the system's own call, as print() may be what the signal interrupted."""
         if is_first_process():
             os.write(2, text)
 
@@ -94,8 +99,9 @@ class StepReport(Callback):
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         # before the gradient is clipped; under DeepSpeed Lightning calls this for every micro-batch
         if self.at_boundary and not module.schedule.step_targets(trainer.global_step):
-            for group in optimizer.param_groups:  # the schedule sets it anew after the step
-                group["lr"] = 0.0  # else momentum and weight decay would move the weights
+            # else momentum and weight decay would move the weights; the schedule sets it anew after the step
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
         elif self.at_boundary:
             gradient_of = functools.partial(whole_gradient, trainer)
             rwkv_miss.before_step(module.model, trainer.global_step + 1, self.total, gradient_of, module.gather)
@@ -131,15 +137,15 @@ class StepReport(Callback):
                 say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
             elif step == 1 and self.tokenizer and (doubt := worse_than_guessing(loss, self.tokenizer)):
                 say(doubt)
-            shown = f"loss {loss:.4f}" if targets else "no loss"
             for writer in self.writers:
                 writer.numbers(step, {f"train/{name}": line[name] for name in ("loss", "lr", "tokens_per_second") if line[name] is not None})
+            shown = f"loss {loss:.4f}" if targets else "no loss"
             said = f"{shown}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
             self.bar.update(1, said)
             self.steps_here += 1
-            due = now - self.line > max(LINE, LINE_SHARE * (now - self.begun))
+            due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))
             if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):
-                self.line = now
+                self.last_line = now
                 left = (now - self.begun) / self.steps_here * (self.total - step)
                 print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
         trainer.should_stop = trainer.should_stop or bool(stop)  # not self.stop, which a signal may just have set on this rank alone

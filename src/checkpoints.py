@@ -33,7 +33,7 @@ def remove_old(folder: str, keep: int) -> None:
 
 def remove_leftovers(*paths: str) -> None:
     """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these folders,
-    under the temporary names of rwkv_miss.output.whole_file. Files of others may be on their way beside them."""
+    under the temporary names of rwkv_miss.output.whole_file, and nothing else: others may write beside them."""
     for path in paths:
         written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)
         for leftover in glob.glob(f"{written}.{'[0-9a-f]' * 8}.tmp"):
@@ -41,25 +41,27 @@ def remove_leftovers(*paths: str) -> None:
 
 
 def keep_best(path: str, folder: str) -> None:
-    """Keep best.pth at `path` as it is with the newest checkpoint in a folder, under its own name there: the next one
-    that takes its place may be of a step that a resumed run does not come to."""
+    """Keep best.pth at `path` with the newest checkpoint in a folder, as it is now and by its own name: the next
+    best.pth may be of a step that a run which goes on from here does not come to."""
     kept = os.path.join(folder, os.path.basename(path))
     if os.path.exists(path) and _evaluation(path) != _evaluation(kept):
-        _same_file(path, kept)
+        _link(path, kept)
 
 
 def restore_best(path: str, folder: str, wanted: dict | None) -> str:
     """Have best.pth at `path` be the state of the evaluation `wanted`, the best one up to the step that a run goes on
     from, or be absent where there is none or it is lost. Returns what the user should know, "" for nothing."""
-    found, wanted_one = _evaluation(path), wanted and (wanted["step"], wanted["loss"])
-    if found in (None, wanted_one):
+    found = _evaluation(path)
+    best = (wanted["step"], wanted["loss"]) if wanted else None
+    if found in (None, best):
         return ""
-    kept, (step, _) = os.path.join(folder, os.path.basename(path)), found
-    if wanted and _evaluation(kept) == wanted_one:
-        _same_file(kept, path)
-        return f"{path}, of step {step}, is that of step {wanted['step']} again: step {step} is not reached yet"
+    step, _ = found
+    kept = os.path.join(folder, os.path.basename(path))
+    if best and _evaluation(kept) == best:
+        _link(kept, path)
+        return f"{path}, of step {step}, is that of step {best[0]} again: step {step} is not reached yet"
     os.remove(path)
-    lost = f"; the best one so far, of step {wanted['step']}, is lost" if wanted else ""
+    lost = f"; the best one so far, of step {best[0]}, is lost" if best else ""
     return f"{path}, of step {step}, is removed: step {step} is not reached yet{lost}"
 
 
@@ -71,8 +73,8 @@ def _evaluation(path: str) -> tuple | None:
     return metadata.get("step"), metadata.get("validation_loss")
 
 
-def _same_file(path: str, other: str) -> None:
-    """Make `other` the same file, or a copy where there are no hard links."""
+def _link(path: str, other: str) -> None:
+    """Make `other` another name of the file at `path`, or a copy where there are no hard links."""
     temporary = f"{other}.tmp"  # what a killed run leaves, the next one takes over
     with contextlib.suppress(FileNotFoundError):
         os.remove(temporary)
