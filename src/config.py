@@ -151,7 +151,7 @@ class Config:
     rollback_steps: int = opt(20, "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or gradient is not "
                                   "finite (0: stop instead; --peft none goes back to its newest checkpoint)")
     spike_sigmas: float = opt(0.0, "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)")
-    verbose: bool = opt(False, "1: print all that run_card.md says of the plan, and not its 14 lines alone")
+    verbose: bool = opt(False, "1: print the plan with all the details that run_card.md has, not its 14 lines alone")
     resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
 
     @property
@@ -356,9 +356,10 @@ def validate(config: Config) -> None:
     for name in ("lr_init", "lr_final", "state_lr", "weight_decay", "adam_eps"):
         if getattr(config, name) > 1e30:
             raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e30")
-    if config.weight_decay and not config.train_parts and config.peft in METHODS and not METHODS[config.peft].decays:
-        raise UserError(f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at zero are "
-                        "not the base, so they do not decay; drop the flag")
+    decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
+    if config.weight_decay and not decays:
+        raise UserError(f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at zero "
+                        "are not the base, so they do not decay; drop the flag")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
@@ -379,10 +380,9 @@ def validate(config: Config) -> None:
         raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.eval_file and config.eval_split > 0:
         raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
-    if config.eval_steps and not (config.eval_file or config.eval_split):
-        raise UserError(f"--eval_steps {config.eval_steps} needs held-out data; give --eval_file, or --eval_split 0.05")
-    if config.eval_docs and not (config.eval_file or config.eval_split):
-        raise UserError(f"--eval_docs {config.eval_docs} needs held-out data; give --eval_file, or --eval_split 0.05")
+    for name in ("eval_steps", "eval_docs"):
+        if getattr(config, name) and not (config.eval_file or config.eval_split):
+            raise UserError(f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, or --eval_split 0.05")
     if config.early_stop and not config.eval_steps:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
     if config.random_seed >= 2**63:

@@ -260,11 +260,17 @@ def parameter_groups(
     The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given, and an adapter's
     tensors at what the method makes of it (LoRA+). `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers
     share is called shared.NAME, as in the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it pulls
-    towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the low-rank maps of the model have none.
+    towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the low-rank maps of the
+    model have none.
     """
     groups: dict[tuple[float, float], list] = {}
-    factors = {id(t): layer.rate_factor(key) for layer in adapted_linears(model).values() for key, t in layer.own_tensors().items()}
-    undecayed = {id(t) for layer in adapted_linears(model).values() if not layer.decays for t in layer.own_tensors().values()}
+    factors: dict[int, float] = {}
+    decaying: set[int] = set()
+    for layer in adapted_linears(model).values():
+        for key, tensor in layer.own_tensors().items():
+            factors[id(tensor)] = layer.rate_factor(key)
+            if layer.decays:
+                decaying.add(id(tensor))
     for name, p in adapter_tensors(model).items():
         if not p.requires_grad:
             continue
@@ -272,6 +278,6 @@ def parameter_groups(
         if state_lr is not None and name.endswith("att.time_state"):
             rate = state_lr
         rate *= factors.get(id(p), 1.0) * most_specific(lr_map or {}, name, 1.0)
-        decays = p.dim() >= 2 and (name.endswith(".weight") or id(p) in factors and id(p) not in undecayed)
+        decays = p.dim() >= 2 and (name.endswith(".weight") or id(p) in decaying)
         groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
