@@ -39,7 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=Sampling.temperature,
         help="how freely tokens are drawn; 0: always the likeliest one; default %(default)s")
     add("--top_p", type=float, default=Sampling.top_p,
-        help="draw among the likeliest tokens that have this share together; 1: among all; default %(default)s")
+        help="draw among the likeliest tokens that have this share together; 1: among all; "
+             "default %(default)s")
     add("--top_k", type=int, default=Sampling.top_k,
         help="draw among so many of the likeliest tokens; 0: among all; default %(default)s")
     add("--presence_penalty", type=float, default=Sampling.presence_penalty,
@@ -127,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
             pieces = itertools.chain([opening] if opening else [], conversation.answer(args.prompt, args.max_tokens))
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
-            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, /exit ends "
-                  "the chat.", file=sys.stderr)
+            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, "
+                  "/exit ends the chat.", file=sys.stderr)
             chat.converse()
 
 

@@ -60,7 +60,7 @@ class Chat:
         self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
 
     def converse(self) -> None:
-        """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer stops that."""
+        """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer ends that."""
         while not self.over:
             try:
                 line = input("User: " if sys.stdin.isatty() else "")
@@ -235,8 +235,8 @@ class Chat:
         width = max(len(name) + len(entry.arguments) for name, entry in COMMANDS.items()) + 2
         for name, entry in COMMANDS.items():
             note(f"/{name + ' ' + entry.arguments:<{width}} {entry.help}")
-        note("Words that begin with a slash: type a space or another slash before them. Ctrl-C stops an answer. "
-             "Ctrl-D ends the chat.")
+        note("Words that begin with a slash: type a space or another slash before them. "
+             "Ctrl-C stops an answer. Ctrl-D ends the chat.")
 
     @command("quit")
     @command("exit")
@@ -270,8 +270,8 @@ def find(name: str) -> Command:
         return COMMANDS[name]
     near = difflib.get_close_matches(name, COMMANDS, 1)
     guess = f", did you mean /{near[0]}?" if near else "."
-    raise UserError(f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. To say it to the model, type a "
-                    "space or another slash before it.")
+    raise UserError(f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. "
+                    "To say it to the model, type a space or another slash before it.")
 
 
 def named_mode(name: str) -> str:

@@ -66,18 +66,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
     """Ids of the first prompts and their right answers."""
-    return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in questions[:DOUBTED]]
+    first = questions[:DOUBTED]
+    return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in first]
 
 
 def tell_cut(cut: int, count: int, limit: int | None) -> None:
-    """Say how many of `count` answers reached the limit of tokens, and warn where they are many. None: the limit that
-    they were made with, which is not known."""
+    """Say how many of `count` answers reached the limit of tokens, and warn where they are many. None: the limit is
+    not known."""
     share = cut / count
     tokens = f"{limit:,} tokens" if limit else "tokens"
     print(f"{cut:,} answers ({share:.1%}) reach the limit of {tokens}")
     if cut and share >= WARN_CUT:
-        print(f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; --max_tokens N lets them "
-              "go on", file=sys.stderr)
+        print(f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; "
+              "--max_tokens N lets them go on", file=sys.stderr)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -87,34 +88,43 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="the model that answers: base or merged .pth")
     add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
     add("--questions", required=True,
-        help="questions and right answers, in any format of train.py's --data_file; with --score code HumanEval or MBPP")
+        help="questions and right answers, in any format of train.py's --data_file; "
+             "with --score code HumanEval or MBPP")
     for name in ("sft_field", "sft_split"):
         default = FIELDS[name].default
-        add(f"--{name}", default=default, help=f"{FIELDS[name].metadata['help']}; default {default!r}".replace("%", "%%"))
+        text = f"{FIELDS[name].metadata['help']}; default {default!r}"
+        add(f"--{name}", default=default, help=text.replace("%", "%%"))
     add("--score", default="exact", choices=(*SCORES, "code"),
-        help="an answer is right if it is, as a whole, the right one (exact), ends in the same number (number: GSM8K), has an "
-             "equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, MBPP); default %(default)s")
+        help="an answer is right if it is, as a whole, the right one (exact), ends in the same number (number: GSM8K), "
+             "has an equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, "
+             "MBPP); default %(default)s")
     add("--run_code", action="store_true",
-        help="with --score code: run the model's programs on this machine, with limits of time and memory but in no sandbox; "
-             "default: only keep the answers")
+        help="with --score code: run the model's programs on this machine, with limits of time and memory but in no "
+             "sandbox; default: only keep the answers")
     add("--save", help="write prompts and answers to this JSONL file; default: they are not kept")
     add("--answers", help="score the answers of such a file, in the place of a --model")
     add("--tokenizer", default="auto",
-        help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; default %(default)s")
+        help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
+             "default %(default)s")
     add("--eod", default="",
-        help="text of the end-of-document token, where a tokenizer file does not tell; default: as the tokenizer says")
+        help="text of the end-of-document token, where a tokenizer file does not tell; "
+             "default: as the tokenizer says")
     add("--template", default="auto",
-        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; default %(default)s")
+        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; "
+             "default %(default)s")
     add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the weights; default %(default)s")
     limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
-    add("--max_tokens", type=int, help="the longest answer, in tokens. Default: for exact a quarter more than the longest right answer, "
-                                       f"and 16; {limits}; {THOUGHTS} where a template begins thoughts")
-    add("--batch", type=int, default=256, help="answers made at once; fewer take less memory; default %(default)s")
+    add("--max_tokens", type=int,
+        help="the longest answer, in tokens. Default: for exact a quarter more than the longest right answer, and 16; "
+             f"{limits}; {THOUGHTS} where a template begins thoughts")
+    add("--batch", type=int, default=256,
+        help="answers made at once; fewer take less memory; default %(default)s")
     add("--show", type=int, default=5, help="answers to print; default %(default)s")
     args = parser.parse_args(argv)
     for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0)):
         if (given := getattr(args, name)) is not None and given < least:
-            raise UserError(f"--{name} {given}: " + ("must be at least 1" if least else "must not be negative"))
+            expected = "must be at least 1" if least else "must not be negative"
+            raise UserError(f"--{name} {given}: {expected}")
     if bool(args.model) == bool(args.answers):
         raise UserError("give --model, which answers the questions, or --answers, a file of answers" + (", not both" if args.model else ""))
     if args.adapter and not args.model:
@@ -157,10 +167,11 @@ def saved(path: str, count: int) -> list[Answer]:
 
 def judged(score: str, answers: list[str], questions: list[Question]) -> list[bool]:
     """Whether each answer is right."""
+    pairs = [(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
     if score == "code":
-        return passed([question.right.program(answer) for answer, question in zip(answers, questions, strict=True)])
+        return passed([problem.program(answer) for answer, problem in pairs])
     agree, _, _ = SCORES[score]
-    return [agree(answer, question.right) for answer, question in zip(answers, questions, strict=True)]
+    return [agree(answer, right) for answer, right in pairs]
 
 
 if __name__ == "__main__":

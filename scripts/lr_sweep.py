@@ -156,9 +156,11 @@ def verdict(trial: Trial, before: float) -> str:
     return "diverged: both losses rose" if trial.last > trial.losses[0] else "worse than before"
 
 
-def conclude(setting: str, given: Config, before: float, done: list[Trial], steps: int, shortened: int = 0) -> int:
-    """Write the files, and print the best rate with the command of a run over the whole data. `shortened`: the
-    --epoch_steps that made the sweep short, else 0."""
+def conclude(
+    setting: str, given: Config, before: float, done: list[Trial], steps: int, shortened: int = 0
+) -> int:
+    """Write the files, and print the best rate with the command of a run over the whole data. `shortened`:
+    the --epoch_steps that made the sweep short, else 0."""
     best = min((trial for trial in done if not verdict(trial, before)), key=lambda trial: trial.held_out, default=None)
     command = configuration.command(dataclasses.replace(given, **{setting: best.rate})) if best else None
     results = {
@@ -178,8 +180,8 @@ def conclude(setting: str, given: Config, before: float, done: list[Trial], step
         if best is end:
             print(f"note       it is the {word} rate tried; one beyond may be better: --rates {further(best.rate, step)}")
     if shortened:
-        print(f"note       --epoch_steps {shortened} made the sweep short; the command is that of a run over the whole "
-              "data")
+        print(f"note       --epoch_steps {shortened} made the sweep short; "
+              "the command is that of a run over the whole data")
     print(command)
     return 0
 

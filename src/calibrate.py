@@ -1,4 +1,4 @@
-"""A short measurement of how fast this machine trains a model: two of its layers and its head, on random weights."""
+"""How fast this machine trains a model: two layers and the head, measured for a moment on random weights."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
 def measured_speed(
     arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float,
 ) -> Speed:
-    """That of one process, from the forward and backward of a row of up to `row` tokens, of which the share `trained`
-    are targets, and from one token after `eval_samples` prompts."""
+    """That of one process, from the forward and backward of a row of up to `row` tokens, of which the share
+    `trained` are targets, and from one token after `eval_samples` prompts."""
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     model = model_on_meta(small, config)
@@ -75,7 +75,8 @@ def measured_speed(
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     with torch.device("meta"):
         head = Head(arch.n_embd, arch.vocab_size, kernel)
-    head.weight = nn.Parameter(random("head.weight", head.weight).to(dtype), requires_grad=config.peft == "none")
+    weight = random("head.weight", head.weight).to(dtype)
+    head.weight = nn.Parameter(weight, requires_grad=config.peft == "none")
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
 
     def layers() -> None:
@@ -98,7 +99,9 @@ def measured_speed(
 
     depth = arch.n_layer / small.n_layer
     seconds = _fastest(layers, device) * depth + trained * _fastest(logits, device)
-    answer = _fastest(next_token, device) * depth + _fastest(next_logits, device) if config.eval_samples else 0.0
+    answer = 0.0
+    if config.eval_samples:
+        answer = _fastest(next_token, device) * depth + _fastest(next_logits, device)
     source = "two layers and the head were timed here just now, on random numbers"
     return Speed(tokens / seconds, answer, f"{source}; loading, saving and the optimizer are not in it")
 

@@ -76,8 +76,8 @@ class StepReport(Callback):
         return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step and saves. The second one ends it now, and so does one
-        before the first step."""
+        """The first signal ends the run after its current step and saves. The second one ends it now, and so does
+        one before the first step."""
         if not self.training:  # nothing of ours is there to be put away
             self._tell(b"\ninterrupted before the first step\n")
             os._exit(128 + signum)

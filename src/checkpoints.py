@@ -32,8 +32,8 @@ def remove_old(folder: str, keep: int) -> None:
 
 
 def remove_leftovers(*paths: str) -> None:
-    """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these folders,
-    under the temporary names of rwkv_miss.output.whole_file, and nothing else: others may write beside them."""
+    """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these
+    folders, under the temporary names of rwkv_miss.output.whole_file. Others may write beside them."""
     for path in paths:
         written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)
         for leftover in glob.glob(f"{written}.{'[0-9a-f]' * 8}.tmp"):
@@ -41,16 +41,17 @@ def remove_leftovers(*paths: str) -> None:
 
 
 def keep_best(path: str, folder: str) -> None:
-    """Keep best.pth at `path` with the newest checkpoint in a folder, as it is now and by its own name: the next
-    best.pth may be of a step that a run which goes on from here does not come to."""
+    """Keep best.pth at `path` with the newest checkpoint in a folder, as it is now and by its own name: the
+    next best.pth may be of a step that a run which goes on from here does not come to."""
     kept = os.path.join(folder, os.path.basename(path))
     if os.path.exists(path) and _evaluation(path) != _evaluation(kept):
         _link(path, kept)
 
 
 def restore_best(path: str, folder: str, wanted: dict | None) -> str:
-    """Have best.pth at `path` be the state of the evaluation `wanted`, the best one up to the step that a run goes on
-    from, or be absent where there is none or it is lost. Returns what the user should know, "" for nothing."""
+    """Have best.pth at `path` be the state of the evaluation `wanted`, the best one up to the step that a run
+    goes on from, or be absent where there is none or it is lost. Returns what the user should know, "" for
+    nothing."""
     found = _evaluation(path)
     best = (wanted["step"], wanted["loss"]) if wanted else None
     if found in (None, best):

@@ -138,8 +138,8 @@ class Config:
     eval_file: str = opt("", "held-out data in any format of --data_file: the loss on it is taken before, during and after the training")
     eval_split: float = opt(-1.0, "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100 documents, "
                                   "at most 5 %; none where there are fewer than 100 or --eval_file is given)", automatic=True)
-    eval_docs: int = opt(0, "held-out documents that are evaluated, chosen by a hash of their tokens (0: so many that all evaluations "
-                            "together take at most a tenth of the run, counted in tokens)", automatic=True)
+    eval_docs: int = opt(0, "held-out documents that are evaluated, chosen by a hash of their tokens (0: so many that "
+                            "all evaluations together take at most a tenth of the run, counted in tokens)", automatic=True)
     eval_steps: int = opt(0, "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)")
     eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
     early_stop: int = opt(0, "end the training after N evaluations in a row that are no better than the best one (0: never)")
@@ -358,8 +358,8 @@ def validate(config: Config) -> None:
             raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e30")
     decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
     if config.weight_decay and not decays:
-        raise UserError(f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at zero "
-                        "are not the base, so they do not decay; drop the flag")
+        raise UserError(f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "
+                        "zero are not the base, so they do not decay; drop the flag")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
@@ -382,7 +382,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
     for name in ("eval_steps", "eval_docs"):
         if getattr(config, name) and not (config.eval_file or config.eval_split):
-            raise UserError(f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, or --eval_split 0.05")
+            raise UserError(f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
+                            "or --eval_split 0.05")
     if config.early_stop and not config.eval_steps:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
     if config.random_seed >= 2**63:

@@ -29,8 +29,8 @@ SAMPLE = 80  # characters of each part of the first sample, in the plan
 
 
 def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
-    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` are the lines of
-    resume()."""
+    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` are the lines
+    of resume()."""
     config, device = job.config, job.device
     processes = ""
     if config.world > 1:
@@ -95,8 +95,8 @@ def documents_line(config: Config, found: Data, template: str) -> str:
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
     return (f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
-            f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: {mask(config.loss_mask)} "
-            f"(template {template})").encode("utf-8", "backslashreplace").decode()
+            f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
+            f"{mask(config.loss_mask)} (template {template})").encode("utf-8", "backslashreplace").decode()
 
 
 def rows(config: Config, schedule: Schedule) -> str:
@@ -131,7 +131,8 @@ def method(config: Config, model: RWKV) -> str:
     """The adapter with its rank and what is not its default."""
     report = model.injection
     usual = vars(METHODS[config.peft].Options())
-    told = {name: value for name, value in report.options.items() if name == "rank" or value != usual.get(name)}
+    options = report.options.items()
+    told = {name: value for name, value in options if name == "rank" or value != usual.get(name)}
     described = "".join(f", {name} {value}" for name, value in told.items() if value not in ({}, False, ""))
     where = f" in {counted(len(report.linears), 'matrix', 'matrices')}" if report.linears else ""
     return f"{config.peft}{described}{where}"
@@ -160,8 +161,8 @@ def needs(cost: Cost, where: str) -> str:
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
     """The line of the plan about the loss on `evaluated` of `held` documents, in a run of `total` steps."""
     if not held:
-        return ("evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what the run is "
-                "worth)")
+        return ("evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what "
+                "the run is worth)")
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
     stop = ""
     if config.early_stop:
@@ -180,8 +181,8 @@ def warnings(job: Job, cost: Cost) -> list[str]:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
     if config.warmup_steps >= job.steps:
-        texts.append(f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: the full learning rate is "
-                     "never used")
+        texts.append(f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: "
+                     "the full learning rate is never used")
     if cost.memory > cost.room:
         texts.append("memory may run out; python -m scripts.plan with the same flags says what to change")
     if device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
@@ -230,8 +231,9 @@ def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
 def steps(config: Config, schedule: Schedule, total: int) -> str:
     """The line of the plan about its optimizer steps."""
     passes = total / schedule.steps_per_pass
-    return (f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} (micro_bsz {config.micro_bsz} x accumulate "
-            f"{schedule.accumulate} x devices {config.world}), {passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+    return (f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} "
+            f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
+            f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
 
 
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
@@ -265,8 +267,8 @@ def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[
     if not held_out.rows:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    return [f"held out   {counted(len(held_out.rows), 'document')} of {config.eval_file or config.data_file}{cut}; the loss is on "
-            f"{counted(evaluated.targets, 'token')} of {counted(len(evaluated.rows), 'document')}"]
+    return [f"held out   {counted(len(held_out.rows), 'document')} of {config.eval_file or config.data_file}{cut}; "
+            f"the loss is on {counted(evaluated.targets, 'token')} of {counted(len(evaluated.rows), 'document')}"]
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
@@ -299,8 +301,8 @@ def sample(row: Document, tokenizer, limit: int = 600) -> str:
 
 
 def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next to the
-    mark between them."""
+    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next to
+    the mark between them."""
     shown = ""
     for part, trained in parts_of(row, tokenizer):
         line = "⏎".join(part.splitlines())

@@ -23,8 +23,8 @@ LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by 
 
 
 class Question(NamedTuple):
-    """What is asked, in the pieces that are tokenised on their own; what is right; what an answer begins with though
-    it is not generated (a template's <think)."""
+    """What is asked, in the pieces that are tokenised on their own; what is right; what an answer begins with
+    though it is not generated (a template's <think)."""
 
     pieces: list[str]
     right: Any
@@ -48,7 +48,8 @@ class Answer(NamedTuple):
 
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
     """A question, with the right answer without its thoughts, of every row
-    {"messages": [..., {"role": "assistant", ...}]}; a {"prompt", "completion"} is taken as it stands, whatever the template.
+    {"messages": [..., {"role": "assistant", ...}]}; a {"prompt", "completion"} is taken as it stands, whatever
+    the template.
 
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
@@ -68,13 +69,14 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
 
 @torch.no_grad()
 def greedy(
-    model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256, stops: Sequence[str] = (),
-    characters: float = math.inf, shown: bool = True,
+    model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256,
+    stops: Sequence[str] = (), characters: float = math.inf, shown: bool = True,
 ) -> list[Answer]:
-    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or max_tokens;
-    or until it has said more than `characters`.
+    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or
+    max_tokens; or until it has said more than `characters`.
 
-    `batch` answers are made at a time. A bar counts them where it takes long; of several processes one has `shown`.
+    `batch` answers are made at a time. A bar counts them where it takes long; of several processes one has
+    `shown`.
     """
     answers = [Answer("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -87,7 +89,8 @@ def greedy(
                 tokens = logits[:, : tokenizer.vocab_size].argmax(-1)
                 for i, token in zip(going, tokens.tolist(), strict=True):
                     said[i].append(token)
-                left = [row for row, i in enumerate(going) if not _is_over(said[i], tokenizer, stops, characters)]
+                over = [_is_over(said[i], tokenizer, stops, characters) for i in going]
+                left = [row for row, is_over in enumerate(over) if not is_over]
                 bar.update(len(going) - len(left), f"token {count:,} of at most {max_tokens:,}")
                 if len(left) < len(going):  # what is complete costs nothing more
                     rows = torch.tensor(left, dtype=torch.int64, device=tokens.device)
@@ -119,8 +122,8 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float)
 
 
 def shortened(text: str, characters: int) -> str:
-    """A text of at most so many characters, of which the last is "…" where it was longer; without half a character
-    that a limit of tokens has left at its end."""
+    """A text of at most so many characters, of which the last is "…" where it was longer; without half a
+    character that a limit of tokens has left at its end."""
     whole = text.rstrip("\ufffd")
     return text if len(text) <= characters and whole == text else f"{whole[: characters - 1]}…"
 
@@ -146,7 +149,7 @@ def answers_to(
     model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT,
     batch: int = 256,
 ) -> list[Answer]:
-    """What the model answers to each question, without thoughts; the questions are made with the same template."""
+    """What the model answers to each question, without thoughts; the same template has made the questions."""
     prompts = [question.ids(tokenizer) for question in questions]
     stops = [template.stop] if template.stop else []
     answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
@@ -165,7 +168,7 @@ def exact_accuracy(
 def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
     """The tokens that an answer may have where the user does not say.
 
-    `exact`: those of the longest right answer, a quarter more and 16. A longer answer is wrong, whatever follows.
+    `exact`: those of the longest right answer, a quarter more and 16. A longer answer is wrong anyway.
     """
     if any("<think" in question.opening and "</think" not in question.opening for question in questions):
         return THOUGHTS

@@ -50,7 +50,8 @@ class HarnessModel(LM):
         answers = [""] * len(requests)
         for (stops, limit), members in groups.items():
             prompts = [self.tokenizer.encode(requests[i].args[0]) or list(self.tokenizer.eod) for i in members]
-            for i, answer in zip(members, greedy(self.model, self.tokenizer, prompts, limit, stops=stops), strict=True):
+            made = greedy(self.model, self.tokenizer, prompts, limit, stops=stops)
+            for i, answer in zip(members, made, strict=True):
                 answers[i] = answer.text
         return answers
 

@@ -63,7 +63,7 @@ def _keys(documents: Documents, seed: int) -> np.ndarray:
 
 
 def evaluations(config: Config, steps: int) -> int:
-    """How often a run of so many steps evaluates: before its first step, every eval_steps, and after its last."""
+    """How often a run of so many steps evaluates: before the first one, every eval_steps, and after the last."""
     return 2 + ((steps - 1) // config.eval_steps if config.eval_steps else 0)
 
 
@@ -117,12 +117,14 @@ def validation_loss(
     documents = sum(len(row) for rows in batches for row in rows)
     with Progress("validation", documents, "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):
-            if strategy.reduce(torch.tensor(float(is_stopped()), device=strategy.root_device), reduce_op="sum"):
+            stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)
+            if strategy.reduce(stopped, reduce_op="sum"):
                 return None
-            # a rank without a batch takes one without a target, because all of them must do the same operations
+            # a rank without a batch takes one without a target: all of them must do the same operations
             mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
             # the longest of the rows that the ranks have now
-            batch = collate(mine, count) | {"width": sum(len(document.ids) - 1 for document in batches[first][0])}
+            width = sum(len(document.ids) - 1 for document in batches[first][0])
+            batch = collate(mine, count) | {"width": width}
             total += strategy.validation_step(strategy.batch_to_device(batch), first)
             bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
     return float(strategy.reduce(total, reduce_op="sum")) / count

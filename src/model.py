@@ -260,8 +260,8 @@ def parameter_groups(
     The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given, and an adapter's
     tensors at what the method makes of it (LoRA+). `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers
     share is called shared.NAME, as in the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it pulls
-    towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the low-rank maps of the
-    model have none.
+    towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the low-rank maps
+    of the model have none.
     """
     groups: dict[tuple[float, float], list] = {}
     factors: dict[int, float] = {}

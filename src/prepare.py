@@ -80,10 +80,10 @@ def steps_of(config: Config, schedule: Schedule) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a run takes, estimated: `memory` of `room` bytes, and `tokens` to train on, with the repeated ones.
+    """What a run takes, estimated: `memory` of `room` bytes, and `tokens` to train on, with repeated ones.
 
-    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds` of the
-    whole run, and those of the evaluations with their answers, are 0 where no speed is known.
+    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds` of
+    the whole run, and those of the evaluations with their answers, are 0 where no speed is known.
     """
 
     memory: float
@@ -172,10 +172,11 @@ def trained_tokens(config: Config, schedule: Schedule) -> float:
 
 
 def choose_evaluation(
-    config: Config, origins: dict[str, str], schedule: Schedule, held_out: Documents, before: Config | None = None,
+    config: Config, origins: dict[str, str], schedule: Schedule, held_out: Documents,
+    before: Config | None = None,
 ) -> Documents:
-    """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the run
-    that goes on; one from before there was a choice took all of them."""
+    """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the
+    run that goes on; one from before there was a choice took all of them."""
     if not held_out.rows:
         return held_out
     order = in_hash_order(held_out, config.random_seed)

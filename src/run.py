@@ -40,16 +40,16 @@ from .writers import check_wandb, open_writers
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
-    """Run the settings in this process, which may be one of several. It looks into the folder only when that is
-    held."""
+    """Run the settings in this process, which may be one of several. It looks into the folder only when that
+    is held."""
     started = process_start()
     with lifeline(config) as others, folder_of_run(config.proj_dir, others):
         run(config, origins, started)
 
 
 def run(config: Config, origins: dict[str, str], started: float) -> None:
-    """All of main() in the held folder. Everything that can be wrong with the settings is found before the first
-    step and before a file is written."""
+    """All of main() in the held folder. Everything that can be wrong with the settings is found before the
+    first step and before a file is written."""
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)

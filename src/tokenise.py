@@ -43,7 +43,8 @@ from .tokenizer import Tokenizer
 SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
 LARGE = 8 << 20  # bytes from which other processes help
 PROCESSES = 16  # at most: one reads for all of them
-CHUNK, CHUNK_TEXT = 256, 1 << 20  # rows that a process gets at a time, and characters after which it gets no more
+CHUNK = 256  # rows that a process gets at a time
+CHUNK_TEXT = 1 << 20  # characters of rows after which it gets no more of them
 UNUSED_DAYS = 30
 MAKING = ".making-"  # how a folder's name begins that becomes an entry
 ENTRY = re.compile(r"[0-9a-f]{24}")
@@ -187,7 +188,8 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
         return _joined(list(chunks()))
     size = sum(file.stat().st_size for file in entry.iterdir())
     seconds = time.perf_counter() - begun
-    announce(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; kept in {entry} ({size / 1e6:.1f} MB) for later runs")
+    announce(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; "
+             f"kept in {entry} ({size / 1e6:.1f} MB) for later runs")
     return found
 
 
@@ -265,8 +267,8 @@ def available_cores() -> int:
 def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
     """work() of each chunk in order; few chunks are ahead of what is asked for.
 
-    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh one
-    imports torch for 3 s, and they run nothing that has threads.
+    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh
+    one imports torch for 3 s, and they run nothing that has threads.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:

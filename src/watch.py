@@ -27,7 +27,7 @@ from .history import BEST, VALIDATION, best, describe, is_over
 
 
 class Watch(Callback):
-    """Evaluates `documents` before the first step, every `eval_steps` and after the last step; one JSON line each.
+    """Evaluates `documents` before the first step, every `eval_steps` and after the last; one JSON line each.
 
     `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is the best one, and
     whether the run is over, are functions of it. `write` puts the trained tensors into a file; it is called on every rank.
@@ -62,11 +62,12 @@ class Watch(Callback):
             trainer.should_stop = trainer.should_stop or stopped or is_over(self.history, module.config.early_stop)
 
     def _evaluate(self, trainer, module) -> bool:
-        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after its last
-        step."""
+        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after its
+        last step."""
         step = trainer.global_step
         with undisturbed(trainer):
-            loss = validation_loss(trainer, self.batches, lambda: self.report.stop and step < module.total_steps)
+            may_stop = step < module.total_steps
+            loss = validation_loss(trainer, self.batches, lambda: self.report.stop and may_stop)
             if loss is None:
                 return False
             prompts = [question.prompt for question in self.questions]
@@ -76,9 +77,14 @@ class Watch(Callback):
                     shown=is_first_process(),
                 )
         decode = self.tokenizer.decode
-        samples = [{"prompt": decode(question.prompt), "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS),
-                    "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS)}
-                   for question, answer in zip(self.questions, answers, strict=True)]
+        samples = [
+            {
+                "prompt": decode(question.prompt),
+                "answer": shortened(answer.text.strip(), SAMPLE_CHARACTERS),
+                "right": shortened(decode(question.answer).strip(), SAMPLE_CHARACTERS),
+            }
+            for question, answer in zip(self.questions, answers, strict=True)
+        ]
         line = {
             "step": step, "loss": loss if math.isfinite(loss) else None, "tokens": self.documents.targets,
             "samples": samples,

@@ -51,8 +51,8 @@ def _as_it_is(record: Any) -> Any:
 
 
 class Format(NamedTuple):
-    """How a file of text is read: path -> (place, what stands there), of which parse() makes the record, in another
-    process perhaps."""
+    """How a file of text is read: path -> (place, what stands there), of which parse() makes the record, in
+    another process perhaps."""
 
     name: str
     read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]
@@ -65,8 +65,8 @@ JSON = Format("JSON", json_text.json_file)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read` and `parse`
-    are a Format's, except that `read` takes the ids that end a document instead of the path."""
+    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read` and
+    `parse` are a Format's, except that `read` takes the ids that end a document instead of the path."""
 
     path: str
     format: str
@@ -141,10 +141,10 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
     if os.path.isdir(path):
         files = tuple(sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names))
         described = f"Hugging Face data set, split {split}"
-        return [Source(path, described, 1.0, lambda eod, position: tables.saved_dataset(path, split, position), files)]
+        return [Source(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)]
     if HUB_NAME.fullmatch(path) and not _exists(path) and not os.path.exists(path.split("/")[0]) and not path.endswith(SUFFIXES):
         described = f"data set of the Hugging Face hub, split {split}"
-        return [Source(path, described, 1.0, lambda eod, position: tables.named_dataset(path, split, position), ())]
+        return [Source(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
     return [detect(path, fields)]
 
 
@@ -183,7 +183,8 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     """The source that a file is: by its content, and by its suffix where the content does not tell."""
     prefix = binidx.prefix_of(path)
     if prefix and (not os.path.isfile(path) or path.endswith((".bin", ".idx"))):
-        return Source(path, BINIDX, 1.0, functools.partial(binidx.documents, prefix), (prefix + ".bin", prefix + ".idx"))
+        files = (f"{prefix}.bin", f"{prefix}.idx")
+        return Source(path, BINIDX, 1.0, functools.partial(binidx.documents, prefix), files)
     if problem := _no_file(path):
         raise UserError(f"data file {path} can't be read: {problem}")
     suffix = _suffix(path)
@@ -195,11 +196,11 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     except OSError as error:
         raise UserError(f"data file {path} can't be read: {error.strerror}") from None
     if parquet or suffix == ".parquet":
-        return Source(path, "parquet", 1.0, lambda eod, position: tables.parquet(path, position), (path,))
+        return Source(path, "parquet", 1.0, lambda eod, at: tables.parquet(path, at), (path,))
     with text.open_text(path) as file:
         sample = file.read(SAMPLE)
     found = _text_format(path, suffix, sample, fields)
-    return Source(path, found.name, 1.0, lambda eod, position: found.read(path, position), (path,), found.parse)
+    return Source(path, found.name, 1.0, lambda eod, at: found.read(path, at), (path,), found.parse)
 
 
 def _no_file(path: str) -> str:

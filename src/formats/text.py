@@ -53,8 +53,8 @@ def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIO
                 file = stack.enter_context(io.BufferedReader(stack.enter_context(gzip.open(file))))
             head = bytes(file.peek(8)[:8])
             if head.startswith(b"GGUF") or (head.startswith(b"PK\x03\x04") and path.endswith(MODELS)):
-                raise UserError(f"{path} is a model or an adapter, no data; a model goes to --load_model, --data_file takes "
-                                "text, such as JSONL")
+                raise UserError(f"{path} is a model or an adapter, no data; a model goes to --load_model, "
+                                "--data_file takes text, such as JSONL")
             for magic, name in OTHERS.items():
                 if head.startswith(magic):
                     raise UserError(f"{path} is packed ({name}); unpack it, or pack it with gzip")
@@ -82,7 +82,8 @@ def undecoded(text: str) -> UserError | None:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        return UserError(f"not UTF-8 text ({error.reason} at byte {error.start + 1}); {_other_encoding(data)}")
+        place = error.start + 1
+        return UserError(f"not UTF-8 text ({error.reason} at byte {place}); {_other_encoding(data)}")
     return UserError("not UTF-8 text")
 
 

@@ -229,8 +229,9 @@ def make(library: pathlib.Path, ninja: str, sources: Sequence[pathlib.Path], com
         with (
             Progress("compiling", len(objects) + 1, "files") as bar,
             subprocess.Popen(
-                [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                env=os.environ | {"TMPDIR": work},  # so that what a killed compiler leaves is swept with the rest
+                [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace",
+                env=os.environ | {"TMPDIR": work},  # what a killed compiler leaves is swept with the rest
             ) as process,
         ):
             for line in process.stdout:
