@@ -64,17 +64,19 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
         return [NOT_MEASURED]
     if not summary["forgetting"]:
         return ["The tokenizer has no tokens for the fixed text, `src/forgetting.txt`."]
-    rows = [[name, f"{value:.4f}", perplexity(value), kl_in_words(value)] for name, value in summary["forgetting"].items()]
+    measured = summary["forgetting"].items()
+    rows = [[name, f"{kl:.4f}", perplexity(kl), kl_in_words(kl)] for name, kl in measured]
     parts = [
-        "How far the model of the last step has moved from its base on a fixed text, `src/forgetting.txt`, that the training "
-        "has nothing to do with: KL(base, tuned), nats per token, 0 for the base itself.",
+        "How far the model of the last step has moved from its base on a fixed text, `src/forgetting.txt`, that the "
+        "training has nothing to do with: KL(base, tuned), nats per token, 0 for the base itself.",
         _table(["text", "KL", "perplexity", "in words"], rows),
-        "A KL of x makes the perplexity of the tuned model on what its base would write e^x times that of the base: 1 % more "
-        "at 0.01, which is small, 11 % at 0.1, 2.7 times at 1, which is large.",
+        "A KL of x makes the perplexity of the tuned model on what its base would write e^x times that of the base: "
+        "1 % more at 0.01, below which it is called small, 11 % at 0.1, 2.7 times at 1, from which it is very large.",
     ]
-    if "validation_first" in summary and None not in (summary["validation_first"], summary["validation_last"]):
-        gained = summary["validation_first"] - summary["validation_last"]
-        parts.append(f"Beside it stands what was learned: on held-out documents the loss fell by {gained:.4f} nats per token.")
+    first, last = summary.get("validation_first"), summary.get("validation_last")
+    if first is not None and last is not None:
+        moved = f"fell by {first - last:.4f}" if last <= first else f"rose by {last - first:.4f}"
+        parts.append(f"Beside it stands what was learned: on held-out documents the loss {moved} nats per token.")
     return parts
 
 
@@ -83,13 +85,13 @@ def perplexity(kl: float) -> str:
     return f"+{100 * math.expm1(kl):.1f} %" if kl < 0.5 else f"{math.exp(min(kl, 99)):,.3g} times"
 
 
-def kl_in_words(value: float) -> str:
+def kl_in_words(kl: float) -> str:
     """Nats per token against what they do to the perplexity."""
-    if value < 0.01:
+    if kl < 0.01:
         return "small"
-    if value < 0.1:
+    if kl < 0.1:
         return "moderate"
-    return "large" if value < 1 else "very large: little of the base is left"
+    return "large" if kl < 1 else "very large: little of the base is left"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -119,7 +121,8 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
     if finite:
         # two points are no curve
         marks = "o-" if len(finite) > 2 else "o"
-        axes.plot([line["step"] for line in finite], [line["loss"] for line in finite], marks, label="validation loss")
+        evaluated, losses = [line["step"] for line in finite], [line["loss"] for line in finite]
+        axes.plot(evaluated, losses, marks, label="validation loss")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.legend()
     image = io.BytesIO()
