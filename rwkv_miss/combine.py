@@ -56,7 +56,7 @@ class Member:
 
         def own(name: str) -> bool:
             owner, _, leaf = name.rpartition(".")
-            return owner in linears and leaf != "bias" or name.startswith(shared)
+            return name.startswith(shared) or (owner in linears and leaf != "bias")
 
         whole = {name: tensor for name, tensor in self.tensors.items() if not own(name)}
         return whole | {other: whole[name] for other, name in self.tied.items() if name in whole}

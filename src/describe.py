@@ -267,8 +267,9 @@ def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[
     if not held_out.rows:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    return [f"held out   {counted(len(held_out.rows), 'document')} of {config.eval_file or config.data_file}{cut}; "
-            f"the loss is on {counted(evaluated.targets, 'token')} of {counted(len(evaluated.rows), 'document')}"]
+    source, taken = config.eval_file or config.data_file, counted(len(evaluated.rows), "document")
+    return [f"held out   {counted(len(held_out.rows), 'document')} of {source}{cut}; "
+            f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"]
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:

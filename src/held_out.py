@@ -63,7 +63,7 @@ def _keys(documents: Documents, seed: int) -> np.ndarray:
 
 
 def evaluations(config: Config, steps: int) -> int:
-    """How often a run of so many steps evaluates: before the first one, every eval_steps, and after the last."""
+    """How often a run of so many steps evaluates: before the first, every eval_steps, and after the last."""
     return 2 + ((steps - 1) // config.eval_steps if config.eval_steps else 0)
 
 

@@ -59,7 +59,8 @@ class Watch(Callback):
             started = time.perf_counter()
             stopped = not self._evaluate(trainer, module)
             self.report.clock += time.perf_counter() - started  # no part of the next step
-            trainer.should_stop = trainer.should_stop or stopped or is_over(self.history, module.config.early_stop)
+            if stopped or is_over(self.history, module.config.early_stop):
+                trainer.should_stop = True
 
     def _evaluate(self, trainer, module) -> bool:
         """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after its
