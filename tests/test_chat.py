@@ -162,7 +162,7 @@ def test_a_tokenizer_that_is_not_the_models_is_told_once(typed, monkeypatch):
 def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     asked = []
     monkeypatch.setattr(Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"]))
-    monkeypatch.setattr(commands.Chat, "doubt", lambda self, text: None)
+    monkeypatch.setattr(commands.Chat, "judge_tokenizer", lambda self, text: None)
     wrong = ["/adapt b", "/hepl", "/x", "/adapter c", "/adapter a+a", "/scale much", "/scale nan", "/save", "/think deep"]
     _, err = typed(["//x", *wrong, " /x", "//", "/help"])
     assert "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry, /temperature, /top_p, /save, " in err[0]
