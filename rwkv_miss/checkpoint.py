@@ -125,7 +125,8 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     asks for anything but tensors, a content that is no flat dict of plain tensors, and one that claims more than the file holds.
     """
     head = first_bytes(path, 9)
-    if head[:1] in (b"{", b"[") and head.decode("ascii", "replace").isprintable():
+    text = head.decode("ascii", "replace")
+    if text[:1] in ("{", "[") and all(character.isprintable() or character.isspace() for character in text):
         raise UserError(f"{path} is text, JSON as it seems, expected a .pth; data go to --data_file")
     zipped = head[:4] == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
     for form, found in (("GGUF", head[:4] == b"GGUF"), ("safetensors", head[8:] == b"{" and not zipped)):

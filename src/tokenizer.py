@@ -15,6 +15,7 @@ import codecs
 import itertools
 import json
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 
@@ -29,6 +30,7 @@ WORLD_MODEL = 65536
 END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
 # end of document and encoding; in utf16 the end is the whole unit U+0000, as a lone 0 is the second byte of every ASCII character
 RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}
+BUILT_IN = ("world", *RAW)
 BROKEN = "\ufffd"
 LONG = 1 << 20  # characters of a text that are turned into ids at a time
 
@@ -43,7 +45,7 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
         if vocab_size != WORLD_MODEL:
             raise UserError(f"the model's vocabulary of {vocab_size} is not the World one ({WORLD_MODEL}); give --tokenizer {CHOICES}")
         spec = "world"
-    if eod and spec in ("world", *RAW):
+    if eod and spec in BUILT_IN:
         raise UserError(f"--eod {eod!r} is for a tokenizer file; {spec} has its own end of document")
     tokenizer = _world() if spec == "world" else _raw(spec) if spec in RAW else _from_file(spec, eod)
     if tokenizer.vocab_size > vocab_size:
@@ -318,10 +320,16 @@ class WindowDecoder:
 
 
 def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
-    """load_tokenizer(), where "auto" is the tokenizer that the first of these checkpoint files to name one was trained with."""
-    if spec == "auto":
-        for path in filter(None, paths):
-            record = read_metadata(path) or {}
-            if record.get("tokenizer"):
-                return load_tokenizer(record["tokenizer"], vocab_size, eod or record.get("eod") or "")
-    return load_tokenizer(spec, vocab_size, eod)
+    """load_tokenizer(), where "auto" is the tokenizer that the first of these checkpoint files to name one was trained with.
+    Another one than that is warned of, on stderr."""
+    records = ((path, read_metadata(path) or {}) for path in filter(None, paths))
+    path, record = next(((path, record) for path, record in records if record.get("tokenizer")), (None, {}))
+    recorded = record.get("tokenizer")
+    if recorded and spec == "auto":
+        return load_tokenizer(recorded, vocab_size, eod or record.get("eod") or "")
+    tokenizer = load_tokenizer(spec, vocab_size, eod)
+    # two files of other names may hold the same tokenizer
+    if recorded and recorded != tokenizer.name and {recorded, tokenizer.name} & set(BUILT_IN) and is_first_process():
+        print(f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
+              "leave --tokenizer out to use the recorded one", file=sys.stderr)
+    return tokenizer

@@ -173,7 +173,8 @@ def test_an_old_python_can_read_a_program_as_far_as_that(path):
     ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
 
 
-def test_json_in_the_place_of_a_model(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+@pytest.mark.parametrize("content", ['{"text": "a"}\n', '{"a": 1}\n', '{\n  "a": 1\n}\n', "[]\n"])
+def test_json_in_the_place_of_a_model(content, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(UserError, match="rows.jsonl is text, JSON as it seems, expected a .pth; data go to --data_file"):
         read_checkpoint(tmp_path / "rows.jsonl")

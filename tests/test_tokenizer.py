@@ -11,9 +11,10 @@ import pyrwkv_tokenizer
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import tokenizer as module
-from src.tokenizer import load_tokenizer
+from src.tokenizer import load_tokenizer, recorded_tokenizer
 
 FAMILY = "\U0001f468‍\U0001f469‍\U0001f467"  # one visible emoji, three of them joined by ZWJ
 TEXTS = [
@@ -367,3 +368,15 @@ def test_a_long_text_is_encoded_part_by_part_to_the_same_ids(tmp_path, monkeypat
             parts.append(len(text) > 17)
             assert results == results[:1] * 4
     assert all(parts)
+
+
+@pytest.mark.parametrize("recorded,given,warned", [
+    ("bytes", "utf16", True), ("bytes", "bytes", False), ("bytes", "auto", False), ("mine.json", "bytes", True), (None, "utf16", False),
+])
+def test_another_tokenizer_than_the_recorded_one_is_warned_of(checkpoint, recorded, given, warned, capsys):
+    base = checkpoint(7, vocab_size=256)
+    path = base.with_name("recorded.pth")
+    write_checkpoint(path, read_checkpoint(base).items(), {"tokenizer": recorded} if recorded else None)
+    assert recorded_tokenizer(given, "", 256, None, base, path).name == ("bytes" if given == "auto" else given)
+    words = f"WARNING: {path} was trained with the tokenizer {recorded}, {given} is another one; leave --tokenizer out"
+    assert (words in capsys.readouterr().err) == warned
