@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 def pytest_report_header(config):
     files = f"golden files: {DATA}" if DATA.is_dir() else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
-    return [files, "all tests take about 8 minutes on two idle cores"]
+    return [files, "all tests take about 10 minutes on two idle cores"]
 
 
 def pytest_collection_modifyitems(items):
