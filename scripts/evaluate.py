@@ -65,9 +65,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
-    """Ids of the first prompts and their right answers."""
+    """Ids of the first prompts and their right answers; none where the tokenizer has no tokens for one of them."""
     first = questions[:DOUBTED]
-    return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in first]
+    try:
+        return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in first]
+    except UserError:
+        return []
 
 
 def tell_cut(cut: int, count: int, limit: int | None) -> None:

@@ -174,5 +174,13 @@ def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
         return THOUGHTS
     if score in LIMITS:
         return LIMITS[score]
-    longest = max((len(tokenizer.encode(question.right)) for question in questions), default=0)
+    longest = max((_length(tokenizer, question.right) for question in questions), default=0)
     return longest + longest // 4 + 16
+
+
+def _length(tokenizer, text: str) -> int:
+    """Tokens of a text; its bytes where the tokenizer has no tokens for it, and no answer can be right."""
+    try:
+        return len(tokenizer.encode(text))
+    except UserError:
+        return len(text.encode())

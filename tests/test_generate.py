@@ -16,6 +16,7 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
+from scripts.evaluate import first_answers
 from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions, shortened
 from src.formats import Reading
 from src.generate import Conversation, Sampling, sample, stream
@@ -397,6 +398,16 @@ def test_a_sample_answer_is_cut_between_characters():
     assert sample(99, 300) == ("ab🎉🎉🎉", 0)
     assert sample(99, 4) == ("ab🎉…", 4), "what is not shown is not made"
     assert sample(9, 300)[0] == "ab🎉…" and sample(10, 300)[0] == "ab🎉🎉"
+
+
+def test_a_right_answer_that_the_tokenizer_has_no_tokens_for_ends_no_evaluation(letters):
+    """A vocabulary of its own may lack the space before an answer, or a character of it."""
+    tokenizer = load_tokenizer(letters, 67)
+    with pytest.raises(UserError, match="has no token for"):
+        tokenizer.encode("a/b")
+    questions = [Question(["hello"], "a/b"), Question(["hello"], "a")]
+    assert answer_limit("exact", tokenizer, questions) == 3 + 16
+    assert first_answers(tokenizer, questions) == [] and len(first_answers(tokenizer, questions[1:])) == 1
 
 
 def test_the_limit_follows_the_task():
