@@ -13,8 +13,23 @@ from rwkv_miss import write_checkpoint
 from src.model import RWKV, default_arch
 
 # what decides which kernels run: x86's names in /proc/cpuinfo, then ARM's (asimd is NEON)
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16",
-                "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
+INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx_vnni",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+    "sve2",
+)
 
 
 def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
@@ -37,17 +52,24 @@ def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
 def machine_line() -> str:
     """The CPU in words: "AMD EPYC (family 26, model 2), 2 cores, avx2 avx512f"."""
     facts = cpu()
-    numbers = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("name", "instructions"))
+    numbers = ", ".join(
+        f"{key} {value}" for key, value in facts.items() if key not in ("name", "instructions")
+    )
     name = f"{facts['name']} ({numbers})" if numbers else facts["name"]
     return ", ".join(filter(None, [name, f"{os.cpu_count()} cores", " ".join(facts.get("instructions", []))]))
 
 
 def environment() -> dict[str, object]:
     """Machine, versions and commit, for a benchmark's JSON line."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     return {
-        "machine": machine_line(), "cpu": cpu(), "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "commit": commit,
+        "machine": machine_line(),
+        "cpu": cpu(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": commit,
     }
 
 
@@ -60,9 +82,14 @@ def report(benchmark: str, **figures) -> None:
 def write_random_base(path, version: int, n_layer: int, n_embd: int) -> int:
     """A random checkpoint in bf16, as released files are, of the World vocabulary's size and for the tokenizer bytes; its number of parameters."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in RWKV(default_arch(version, n_layer, n_embd)).named_parameters()}
+        shapes = {
+            name: p.shape for name, p in RWKV(default_arch(version, n_layer, n_embd)).named_parameters()
+        }
     generator = torch.Generator().manual_seed(0)
-    tensors = ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)) for name, shape in shapes.items())
+    tensors = (
+        (name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator))
+        for name, shape in shapes.items()
+    )
     write_checkpoint(path, tensors, {"format": "rwkv-miss trained", "tokenizer": "bytes", "eod": ""})
     return sum(shape.numel() for shape in shapes.values())
 

@@ -62,8 +62,15 @@ class Ours:
     def __init__(self, path, dtype: torch.dtype, int8: bool = False):
         self.model = RWKV.load(path, dtype, kernel=ops.choose("cpu", "cpu")[0]).eval()
         self.int8, self.decoders = int8, {}
-        sizes = {name: (p.numel(), p.element_size()) for name, p in self.model.named_parameters() if name != "emb.weight"}
-        self.bytes = sum(count * (1 if int8 and name.endswith(".weight") and count > 1e5 else size) for name, (count, size) in sizes.items())
+        sizes = {
+            name: (p.numel(), p.element_size())
+            for name, p in self.model.named_parameters()
+            if name != "emb.weight"
+        }
+        self.bytes = sum(
+            count * (1 if int8 and name.endswith(".weight") and count > 1e5 else size)
+            for name, (count, size) in sizes.items()
+        )
 
     def start(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -125,7 +132,16 @@ def native() -> ctypes.CDLL:
     """The library of decode_peers.cpp."""
     source = pathlib.Path(__file__).with_name("decode_peers.cpp")
     command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-fPIC", "-pthread"]
-    path = build.build("decode_peers", "the decoder's peers", 3, [source], build.headers(), command, ["-pthread"], build.cpu_features())
+    path = build.build(
+        "decode_peers",
+        "the decoder's peers",
+        3,
+        [source],
+        build.headers(),
+        command,
+        ["-pthread"],
+        build.cpu_features(),
+    )
     return ctypes.CDLL(str(path))
 
 
@@ -160,8 +176,10 @@ def kl(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 def divergences(contender, exact: list[torch.Tensor], ids: list[int]) -> dict[str, float]:
     """Of tokens fed one by one, and of prompts; `exact` are the logits after every token of `ids`."""
     lengths = range(len(ids), 0, -16)
-    return {"kl": kl(one_by_one(contender, ids), exact),
-            "kl_prompt": kl(at_once(contender, ids, lengths), [exact[length - 1] for length in lengths])}
+    return {
+        "kl": kl(one_by_one(contender, ids), exact),
+        "kl_prompt": kl(at_once(contender, ids, lengths), [exact[length - 1] for length in lengths]),
+    }
 
 
 def main() -> None:
@@ -172,8 +190,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--miss", type=int, help="rank of a MiSS adapter, which is measured beside the base and merged")
-    parser.add_argument("--llama", default=llama.FOLDER, type=pathlib.Path, help="folder of llama.cpp's libraries [%(default)s]")
+    parser.add_argument(
+        "--miss", type=int, help="rank of a MiSS adapter, which is measured beside the base and merged"
+    )
+    parser.add_argument(
+        "--llama",
+        default=llama.FOLDER,
+        type=pathlib.Path,
+        help="folder of llama.cpp's libraries [%(default)s]",
+    )
     args = parser.parse_args()
     library = native()
     buffer = torch.ones(300_000_000 // 4)
@@ -181,13 +206,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = pathlib.Path(folder, "base.pth")
         write_base(path, args.version, args.layers, args.width)
-        contenders = {"ours fp32": Ours(path, torch.float32), "ours bf16": Ours(path, torch.bfloat16), "ours int8": Ours(path, torch.bfloat16, True)}
+        contenders = {
+            "ours fp32": Ours(path, torch.float32),
+            "ours bf16": Ours(path, torch.bfloat16),
+            "ours int8": Ours(path, torch.bfloat16, True),
+        }
         vocabulary = contenders["ours fp32"].model.arch.vocab_size
         if args.miss:
             write_adapter(f"{folder}/adapter.pth", path, args.miss)
-            contenders |= {name: Adapted(path, f"{folder}/adapter.pth", merged) for name, merged in (("bf16 + miss", False), ("merged fp32", True))}
+            contenders |= {
+                name: Adapted(path, f"{folder}/adapter.pth", merged)
+                for name, merged in (("bf16 + miss", False), ("merged fp32", True))
+            }
         if importlib.util.find_spec("rwkv"):
-            contenders |= {f"rwkv {kind}": Package(path, f"cpu {kind}", args.version) for kind in ("fp32", "bf16")}
+            contenders |= {
+                f"rwkv {kind}": Package(path, f"cpu {kind}", args.version) for kind in ("fp32", "bf16")
+            }
         else:
             print("the package rwkv is absent: not measured")
         if args.llama.exists():
@@ -196,10 +230,18 @@ def main() -> None:
                 export(path, f"{folder}/{kind}.gguf", "gguf", kind, tokenizer="none")
                 contenders[f"llama {kind}"] = llama.Llama(llama_cpp, f"{folder}/{kind}.gguf")
         else:
-            print(f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it")
+            print(
+                f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it"
+            )
         rows = measure(contenders, buffer, library, args)
-    report("decode", rows=rows, version=args.version, shapes={"layers": args.layers, "width": args.width, "vocabulary": vocabulary},
-           prompt=args.prompt, rounds=args.rounds)
+    report(
+        "decode",
+        rows=rows,
+        version=args.version,
+        shapes={"layers": args.layers, "width": args.width, "vocabulary": vocabulary},
+        prompt=args.prompt,
+        rounds=args.rounds,
+    )
 
 
 def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) -> list[dict]:
@@ -213,17 +255,25 @@ def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) 
         divergence[name] = divergences(contender, exact[reference], ids)
     rows = []
     for threads in args.threads:
-        read, decode, prefill = [float("inf")], dict.fromkeys(contenders, float("inf")), dict.fromkeys(contenders, float("inf"))
+        read, decode, prefill = (
+            [float("inf")],
+            dict.fromkeys(contenders, float("inf")),
+            dict.fromkeys(contenders, float("inf")),
+        )
 
         def read_once(threads=threads, read=read) -> None:
-            work = lambda: library.read_bytes(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.nbytes), ctypes.c_int64(threads))  # noqa: E731
+            work = lambda: library.read_bytes(
+                ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.nbytes), ctypes.c_int64(threads)
+            )  # noqa: E731
             read[0] = min(read[0], seconds(work, threads))
 
         for _ in range(args.rounds):
             for name, contender in contenders.items():
                 read_once()
                 contender.start(threads)
-                prefill[name] = min(prefill[name], seconds(lambda contender=contender: contender.feed(prompt), threads))
+                prefill[name] = min(
+                    prefill[name], seconds(lambda contender=contender: contender.feed(prompt), threads)
+                )
 
                 def tokens(contender=contender) -> None:
                     for token in prompt[:TOKENS]:
@@ -234,13 +284,25 @@ def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) 
         print(f"\n{threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
         print(f"{'':<12} {'tokens/s':>9} {'of bandwidth':>12} {'prompt/s':>9} {'KL':>9} {'KL, prompt':>11}")
         for name in contenders:
-            share = contenders[name].bytes / decode[name] / bandwidth if getattr(contenders[name], "bytes", 0) else None
-            row = {"threads": threads, "name": name, "tokens_per_second": round(1 / decode[name], 1),
-                   "of_bandwidth": share and round(share, 3), "prompt_tokens_per_second": round(args.prompt / prefill[name]),
-                   **divergence[name], "read_gb_per_second": round(bandwidth / 1e9, 1)}
+            share = (
+                contenders[name].bytes / decode[name] / bandwidth
+                if getattr(contenders[name], "bytes", 0)
+                else None
+            )
+            row = {
+                "threads": threads,
+                "name": name,
+                "tokens_per_second": round(1 / decode[name], 1),
+                "of_bandwidth": share and round(share, 3),
+                "prompt_tokens_per_second": round(args.prompt / prefill[name]),
+                **divergence[name],
+                "read_gb_per_second": round(bandwidth / 1e9, 1),
+            }
             rows.append(row)
-            print(f"{name:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} "
-                  f"{row['prompt_tokens_per_second']:9d} {row['kl']:9.1e} {row['kl_prompt']:11.1e}")
+            print(
+                f"{name:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} "
+                f"{row['prompt_tokens_per_second']:9d} {row['kl']:9.1e} {row['kl_prompt']:11.1e}"
+            )
     return rows
 
 

@@ -36,13 +36,32 @@ def cases(shape: tuple[int, int, int], dtype: torch.dtype) -> dict:
     r_k = torch.randn(heads, HEAD)
     return {
         "shift_mix, 6 mixes": (lambda z, native: fused.shift_mix(z, last, None, mixes, native), [x()], 7 + 7),
-        "shift_mix, 1 mix": (lambda z, native: fused.shift_mix(z, last, None, mixes[:1], native), [x()], 2 + 2),
-        "shift_mix_low_rank": (lambda z, q, native: fused.shift_mix_low_rank(z, last, None, mixes[:5], q, maps, native),
-                               [x(), x(5, B * T, RANK)], 6 + 7),
+        "shift_mix, 1 mix": (
+            lambda z, native: fused.shift_mix(z, last, None, mixes[:1], native),
+            [x()],
+            2 + 2,
+        ),
+        "shift_mix_low_rank": (
+            lambda z, q, native: fused.shift_mix_low_rank(z, last, None, mixes[:5], q, maps, native),
+            [x(), x(5, B * T, RANK)],
+            6 + 7,
+        ),
         "value_residual": (fused.value_residual, [x(), x(), x()], 4 + 7),
-        "delta_inputs": (lambda k, a, native: fused.delta_inputs(k, a, k_k, k_a, heads, native), [x(), x()], 5 + 7),
-        "readout7": (lambda *a: fused.readout7(*a[:5], r_k, weight, bias, 64e-5, a[5]), [x() for _ in range(5)], 6 + 11),
-        "readout6": (lambda y, g, native: fused.readout6(y, g, weight, bias, heads, 64e-5, native), [x(), x()], 3 + 5),
+        "delta_inputs": (
+            lambda k, a, native: fused.delta_inputs(k, a, k_k, k_a, heads, native),
+            [x(), x()],
+            5 + 7,
+        ),
+        "readout7": (
+            lambda *a: fused.readout7(*a[:5], r_k, weight, bias, 64e-5, a[5]),
+            [x() for _ in range(5)],
+            6 + 11,
+        ),
+        "readout6": (
+            lambda y, g, native: fused.readout6(y, g, weight, bias, heads, 64e-5, native),
+            [x(), x()],
+            3 + 5,
+        ),
         "relu_squared": (fused.relu_squared, [x(B, T, 4 * C)], 4 * (2 + 3)),
     }
 
@@ -70,18 +89,27 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> lis
             copy.copy_(activation)
             best["copy"] = min(best["copy"], time.process_time() - start)
         size = activation.nbytes
-        rows.append({
-            "function": name, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "native_ms": round(1e3 * best[True], 3),
-            "plain_ms": round(1e3 * best[False], 3), "times_faster": round(best[False] / best[True], 2),
-            "gb_per_s": round(moved * size / best[True] / 1e9, 1), "copy_gb_per_s": round(2 * size / best["copy"] / 1e9, 1),
-        })
+        rows.append(
+            {
+                "function": name,
+                "shape": shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "native_ms": round(1e3 * best[True], 3),
+                "plain_ms": round(1e3 * best[False], 3),
+                "times_faster": round(best[False] / best[True], 2),
+                "gb_per_s": round(moved * size / best[True] / 1e9, 1),
+                "copy_gb_per_s": round(2 * size / best["copy"] / 1e9, 1),
+            }
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=["1,512,768", "1,512,2048"], help="B,T,C")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,10 +118,15 @@ def main() -> None:
     for text in args.shapes:
         for dtype in args.dtypes:
             shape = tuple(map(int, text.split(",")))
-            print(f"{shape} {dtype}: forward and backward" + ("" if kept else "; memory is not kept between rounds"))
+            print(
+                f"{shape} {dtype}: forward and backward"
+                + ("" if kept else "; memory is not kept between rounds")
+            )
             for row in measure(shape, getattr(torch, dtype), args.rounds):
-                print(f"  {row['function']:<20} {row['native_ms']:8.3f} ms   plain {row['plain_ms']:8.3f} ms ({row['times_faster']:5.2f} times)   "
-                      f"{row['gb_per_s']:6.1f} GB/s   copy {row['copy_gb_per_s']:6.1f} GB/s")
+                print(
+                    f"  {row['function']:<20} {row['native_ms']:8.3f} ms   plain {row['plain_ms']:8.3f} ms ({row['times_faster']:5.2f} times)   "
+                    f"{row['gb_per_s']:6.1f} GB/s   copy {row['copy_gb_per_s']:6.1f} GB/s"
+                )
                 rows.append(row)
     report("elementwise", rows=rows, rounds=args.rounds)
 

@@ -45,7 +45,11 @@ def main() -> None:
 
     def note(name: str, seconds: float, peak: int, size: int) -> None:
         before = rows.get(name, {"seconds": seconds, "peak_mb": 0.0})
-        rows[name] = {"seconds": round(min(seconds, before["seconds"]), 2), "peak_mb": round(max(peak / 1e6, before["peak_mb"]), 1), "bytes": size}
+        rows[name] = {
+            "seconds": round(min(seconds, before["seconds"]), 2),
+            "peak_mb": round(max(peak / 1e6, before["peak_mb"]), 1),
+            "bytes": size,
+        }
 
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -59,18 +63,32 @@ def main() -> None:
                 out = folder / f"out-{to}"
                 remove(out)
                 language = {"tokenizer": "none"} if to != "safetensors" else {}
-                there = measured(lambda to=to, kind=kind, out=out, language=language: export(base, out, to, kind, **language))
+                there = measured(
+                    lambda to=to, kind=kind, out=out, language=language: export(
+                        base, out, to, kind, **language
+                    )
+                )
                 size = sum(p.stat().st_size for p in out.iterdir()) if out.is_dir() else out.stat().st_size
                 note(f"to {to} {kind}", *there, size)
                 if not kind.startswith("Q"):
-                    note(f"from {to} {kind}", *measured(lambda out=out: export(out, back, "pth")), os.path.getsize(back))
+                    note(
+                        f"from {to} {kind}",
+                        *measured(lambda out=out: export(out, back, "pth")),
+                        os.path.getsize(back),
+                    )
                     if back.read_bytes() != base.read_bytes():
                         raise RuntimeError(f"from {to} {kind} came another file")
     print(f"{'':<20} {'bytes':>14} {'CPU s':>7} {'peak MB':>8}")
     for name, row in rows.items():
         print(f"{name:<20} {row['bytes']:>14,} {row['seconds']:7.2f} {row['peak_mb']:8.1f}")
-    report("export", rows=rows, version=args.version, parameters=parameters,
-           shapes={"layers": args.layers, "width": args.width, "vocabulary": 65536}, rounds=args.rounds)
+    report(
+        "export",
+        rows=rows,
+        version=args.version,
+        parameters=parameters,
+        shapes={"layers": args.layers, "width": args.width, "vocabulary": 65536},
+        rounds=args.rounds,
+    )
 
 
 if __name__ == "__main__":

@@ -29,21 +29,56 @@ from src.tokenizer import load_tokenizer
 
 from .common import report
 
-SECONDS = 10  # for one input, on a machine that is busy with other things; the slowest takes some milliseconds
-CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "quéstion\n\n?"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
-        {"role": "tool", "content": "5", "tool_call_id": "1"}, {"role": "assistant", "content": "答え 🙂", "reasoning_content": "hm"}]
+SECONDS = (
+    10  # for one input, on a machine that is busy with other things; the slowest takes some milliseconds
+)
+CHAT = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": [{"type": "text", "text": "quéstion\n\n?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+    },
+    {"role": "tool", "content": "5", "tool_call_id": "1"},
+    {"role": "assistant", "content": "答え 🙂", "reasoning_content": "hm"},
+]
 ROWS = [
-    {"text": "Some text, 中文.\nAnother line."}, {"messages": CHAT, "tools": [{"name": "f"}]},
+    {"text": "Some text, 中文.\nAnother line."},
+    {"messages": CHAT, "tools": [{"name": "f"}]},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
     {"conversation": [{"human": "q", "assistant": "a"}]},
-    {"instruction": "i", "input": "x", "output": "o", "history": [["a", "b"]]}, {"prompt": "p", "completion": "c", "score": 1.5e10},
+    {"instruction": "i", "input": "x", "output": "o", "history": [["a", "b"]]},
+    {"prompt": "p", "completion": "c", "score": 1.5e10},
     {"question": "q", "answer": "#### 42", "id": 17, "n": None},
 ]
-PAIRS = [{"question": f"question {i}, \"quoted\"\n", "answer": "à; \t" * i + "x", "id": str(i)} for i in range(6)]
-WORDS = [*(bytes([code]) for code in b"\"'\\\x00\xff\xc3\r\n,;\t{}[]: "), b"NaN", b"-Infinity", b"1e999", b"null", b"true", b"\\ud800",
-         b"\\u0000", b"\\u", "\ufeff".encode(), b"\xff\xfe", b'"text": ', b'"messages": ', b'{"a":' * 3000, b"[" * 3000,
-         b"9" * 5000, b"\x1f\x8b", b"PAR1", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00" * 8, b"x" * 200_000]
+PAIRS = [
+    {"question": f'question {i}, "quoted"\n', "answer": "à; \t" * i + "x", "id": str(i)} for i in range(6)
+]
+WORDS = [
+    *(bytes([code]) for code in b"\"'\\\x00\xff\xc3\r\n,;\t{}[]: "),
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"null",
+    b"true",
+    b"\\ud800",
+    b"\\u0000",
+    b"\\u",
+    "\ufeff".encode(),
+    b"\xff\xfe",
+    b'"text": ',
+    b'"messages": ',
+    b'{"a":' * 3000,
+    b"[" * 3000,
+    b"9" * 5000,
+    b"\x1f\x8b",
+    b"PAR1",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff",
+    b"\x00" * 8,
+    b"x" * 200_000,
+]
 
 
 def lines(rows: list[dict]) -> bytes:
@@ -59,12 +94,16 @@ def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
     """format -> {file name: content} of sound files; what is read is the first name."""
     table = cells(PAIRS, ",")
     files = {
-        "JSONL": {"d.jsonl": lines(ROWS)}, "JSON": {"d.json": json.dumps(ROWS, indent=1).encode()},
+        "JSONL": {"d.jsonl": lines(ROWS)},
+        "JSON": {"d.json": json.dumps(ROWS, indent=1).encode()},
         "JSON, nested": {"d": json.dumps({"version": 1, "data": PAIRS, "tags": ["x"]}).encode()},
         "JSON, one row": {"d.json": json.dumps(ROWS[1], indent=2).encode()},
-        "CSV": {"d.csv": table}, "TSV": {"d.tsv": cells(PAIRS, "\t")}, "CSV with ;": {"d": cells(PAIRS, ";")},
+        "CSV": {"d.csv": table},
+        "TSV": {"d.tsv": cells(PAIRS, "\t")},
+        "CSV with ;": {"d": cells(PAIRS, ";")},
         "text": {"d.txt": "Line one.\r\n\r\n第二行 🙂\n".encode() * 9},
-        "gzip": {"d.jsonl.gz": gzip.compress(lines(ROWS), mtime=0)}, "UTF-16": {"d.jsonl": lines(ROWS).decode().encode("utf-16")},
+        "gzip": {"d.jsonl.gz": gzip.compress(lines(ROWS), mtime=0)},
+        "UTF-16": {"d.jsonl": lines(ROWS).decode().encode("utf-16")},
     }
     writer = binidx.Writer(os.path.join(folder, "d"), 256)
     for i in range(1, 8):
@@ -77,7 +116,9 @@ def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
         names = dict.fromkeys(name for row in (*PAIRS, *ROWS) for name in row if name != "history")
         rows = [{name: row.get(name) for name in names} for row in (*PAIRS, ROWS[0], ROWS[2], ROWS[5])]
         for name, compression in (("parquet", "snappy"), ("parquet, plain", "none")):
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), os.path.join(folder, "d"), compression=compression)
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(rows), os.path.join(folder, "d"), compression=compression
+            )
             files[name] = {"d.parquet": pathlib.Path(folder, "d").read_bytes()}
     return files
 
@@ -109,7 +150,9 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
     elif kind == 7:
         del data[at:]
     elif kind == 8:
-        number = struct.pack(rng.choice(["<i", "<q", ">i"]), rng.choice([-1, 0, 1, 2**31 - 1, -(2**31), rng.randrange(2**20)]))
+        number = struct.pack(
+            rng.choice(["<i", "<q", ">i"]), rng.choice([-1, 0, 1, 2**31 - 1, -(2**31), rng.randrange(2**20)])
+        )
         data[at : at + len(number)] = number
     else:  # what most often leaves a file sound, so that several changes meet
         data[at : at + 1] = rng.choice(b"aeiou0123456789 ").to_bytes(1, "little")
@@ -119,7 +162,12 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 def check(row: dict) -> None:
     """That a row has one of the forms that src/formats promises."""
     if "ids" in row:
-        assert row["ids"].dtype == np.int32 and row["ids"].ndim == 1 and len(row["ids"]) and row["ids"].min() >= 0
+        assert (
+            row["ids"].dtype == np.int32
+            and row["ids"].ndim == 1
+            and len(row["ids"])
+            and row["ids"].min() >= 0
+        )
         texts = []
     elif "messages" in row:
         assert row["messages"] and row["messages"][-1]["role"] == "assistant"
@@ -181,11 +229,15 @@ def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
                         found.refuse(path, where, error)
             ends[kind, "some rows" if found.bad else "rows"] += 1
         except UserError as error:
-            assert os.path.join(folder, "d") in str(error) and len(str(error)) < 2000, f"input {number} of seed {seed}, {kind}: {str(error)[:2000]}"
+            assert os.path.join(folder, "d") in str(error) and len(str(error)) < 2000, (
+                f"input {number} of seed {seed}, {kind}: {str(error)[:2000]}"
+            )
             ends[kind, "message"] += 1
         except BaseException as error:
             shown = f"{type(error).__name__}: {error}"
-            raise AssertionError(f"input {number} of seed {seed}, {kind}, {found.on_bad_row}: {shown}; kept: {path}") from error
+            raise AssertionError(
+                f"input {number} of seed {seed}, {kind}, {found.on_bad_row}: {shown}; kept: {path}"
+            ) from error
         for name in files:
             os.remove(os.path.join(folder, name))
     return ends
@@ -200,7 +252,10 @@ def main() -> None:
     ends = fuzz(tempfile.mkdtemp(prefix="fuzz-"), args.seed, range(args.inputs))
     seconds = time.perf_counter() - start
     for kind in dict.fromkeys(kind for kind, _ in ends):
-        print(f"{kind:<16}" + "".join(f"{ends[kind, end]:6} {end:<10}" for end in ("rows", "some rows", "message")))
+        print(
+            f"{kind:<16}"
+            + "".join(f"{ends[kind, end]:6} {end:<10}" for end in ("rows", "some rows", "message"))
+        )
     print(f"{args.inputs} inputs: no crash, no hang, {seconds:.0f} s")
     counted = {f"{kind}: {end}": count for (kind, end), count in sorted(ends.items())}
     report("fuzz", inputs=args.inputs, seed=args.seed, seconds=round(seconds, 1), ends=counted)

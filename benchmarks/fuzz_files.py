@@ -44,8 +44,34 @@ from .common import peak_above_start, report
 Files = dict[str, bytes]
 SECONDS = 10
 MEGABYTES = 256  # of RssAnon above the start: libraries loaded late and the allocator's own reserve are in it
-ODD = [None, True, -1, 0, 1, 2**31, 2**63, 1e308, float("nan"), "", "x", "\x00", "../../etc/passwd", "/dev/zero", [], {}, [[]], [None], {"a": 1},
-       "9" * 400, [0, 10**12], "blocks.0.att.key", "miss", "bat", "F8_E4M3", "__reduce__"]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    1e308,
+    float("nan"),
+    "",
+    "x",
+    "\x00",
+    "../../etc/passwd",
+    "/dev/zero",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    "9" * 400,
+    [0, 10**12],
+    "blocks.0.att.key",
+    "miss",
+    "bat",
+    "F8_E4M3",
+    "__reduce__",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +92,10 @@ def small_model(vocab_size: int = 19) -> RWKV:
 
 
 def write_base(folder: pathlib.Path, vocab_size: int = 19) -> None:
-    write_checkpoint(folder / "base.pth", ((name, p.bfloat16()) for name, p in small_model(vocab_size).state_dict().items()))
+    write_checkpoint(
+        folder / "base.pth",
+        ((name, p.bfloat16()) for name, p in small_model(vocab_size).state_dict().items()),
+    )
 
 
 def write_adapter(path: pathlib.Path, method: str = "miss", parts: str = "", **options) -> None:
@@ -118,7 +147,12 @@ def package(embedded: bool) -> Reader:
 
     def make(folder: pathlib.Path) -> None:
         make_merge(rank=4)(folder)
-        convert.convert(folder / "adapter.pth", folder / "sound", "rwkv-lightning", convert.Hints(base=str(folder / "base.pth")))
+        convert.convert(
+            folder / "adapter.pth",
+            folder / "sound",
+            "rwkv-lightning",
+            convert.Hints(base=str(folder / "base.pth")),
+        )
         (folder / "adapter.pth").unlink()
         if embedded:
             with zipfile.ZipFile(folder / "sound" / "adapter.pth", "a") as archive:
@@ -140,7 +174,9 @@ def written(to: str, method: str) -> Reader:
         convert.convert(folder / "there", folder / "native.pth", "native", hints)
         shutil.rmtree(folder / "there")
 
-    return Reader(make, lambda folder: convert.convert(folder / "native.pth", folder / "out", to), ("base.pth",))
+    return Reader(
+        make, lambda folder: convert.convert(folder / "native.pth", folder / "out", to), ("base.pth",)
+    )
 
 
 def exported(to: str, **settings) -> Reader:
@@ -149,7 +185,10 @@ def exported(to: str, **settings) -> Reader:
     def make(folder: pathlib.Path) -> None:
         sizes = default_arch(7, 2, 64, 67, 64)
         torch.manual_seed(0)
-        write_checkpoint(folder / "base.pth", ((name, torch.randn(p.shape).bfloat16()) for name, p in RWKV(sizes).state_dict().items()))
+        write_checkpoint(
+            folder / "base.pth",
+            ((name, torch.randn(p.shape).bfloat16()) for name, p in RWKV(sizes).state_dict().items()),
+        )
         export(folder / "base.pth", folder / "sound", to, **settings)
         (folder / "base.pth").unlink()
 
@@ -185,25 +224,42 @@ READERS: dict[str, Reader] = {
     "MiSS, loaded": Reader(make_merge("miss", "ln,time", rank=4), load, ("base.pth",)),
     "MiSS, in a chat": Reader(make_merge("miss", "ln,time", rank=4), beside_base, ("base.pth",)),
     "chat": Reader(make_chat, lambda folder: load_chat(*chat(folder), folder / "chat.pth"), ("base.pth",)),
-    "unmerge": Reader(make_merge(rank=4), lambda folder: check_merge(folder / "base.pth", folder / "base.pth", [folder / "adapter.pth"])),
-    "diff": Reader(make_diff, lambda folder: diff_files(folder / "base.pth", folder / "merged.pth", folder / "out.pth", 4)),
+    "unmerge": Reader(
+        make_merge(rank=4),
+        lambda folder: check_merge(folder / "base.pth", folder / "base.pth", [folder / "adapter.pth"]),
+    ),
+    "diff": Reader(
+        make_diff,
+        lambda folder: diff_files(folder / "base.pth", folder / "merged.pth", folder / "out.pth", 4),
+    ),
     "PiSSA": Reader(make_merge("pissa", rank=4), merge, ("base.pth",)),
     "MoS": Reader(make_merge("mos", rank=4), merge, ("base.pth",)),
     "VeRA": Reader(make_merge("vera", rank=4), merge, ("base.pth",)),
-    "metadata": Reader(write_base, lambda folder: (read_model_file(folder / "base.pth"), read_metadata(folder / "base.pth"))),
-    "peft, MiSS": converted("peft", "miss", rank=4), "peft, Bat": converted("peft", "bat", rank=4), "peft, DoRA": converted("peft", "dora", rank=4),
-    "rwkv-peft, MiSS": converted("rwkv-peft", "miss", rank=4), "rwkv-peft, Bat": converted("rwkv-peft", "bat", "rwkv-peft", rank=4, order="row"),
+    "metadata": Reader(
+        write_base, lambda folder: (read_model_file(folder / "base.pth"), read_metadata(folder / "base.pth"))
+    ),
+    "peft, MiSS": converted("peft", "miss", rank=4),
+    "peft, Bat": converted("peft", "bat", rank=4),
+    "peft, DoRA": converted("peft", "dora", rank=4),
+    "rwkv-peft, MiSS": converted("rwkv-peft", "miss", rank=4),
+    "rwkv-peft, Bat": converted("rwkv-peft", "bat", "rwkv-peft", rank=4, order="row"),
     "safetensors": converted("safetensors", "miss", rank=4),
-    "peft, LoRA": converted("peft", "lora", rank=4, rank_map={"ffn": 3}, alpha_map={"key": 5.5}), "peft, VeRA": converted("peft", "vera", rank=4),
-    "to peft": written("peft", "miss"), "to lora": written("lora", "pissa"), "to rwkv-lightning": written("rwkv-lightning", "miss"),
-    "rwkv-lightning": package(False), "rwkv-lightning, file": package(True),
-    "model, safetensors": exported("safetensors"), "model, GGUF": exported("gguf", tokenizer="none"),
+    "peft, LoRA": converted("peft", "lora", rank=4, rank_map={"ffn": 3}, alpha_map={"key": 5.5}),
+    "peft, VeRA": converted("peft", "vera", rank=4),
+    "to peft": written("peft", "miss"),
+    "to lora": written("lora", "pissa"),
+    "to rwkv-lightning": written("rwkv-lightning", "miss"),
+    "rwkv-lightning": package(False),
+    "rwkv-lightning, file": package(True),
+    "model, safetensors": exported("safetensors"),
+    "model, GGUF": exported("gguf", tokenizer="none"),
     "model, HF": exported("hf", tokenizer="none"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
 
 
 # damage
+
 
 def damaged(files: Files, others: list[bytes], rng: random.Random) -> Files:
     """The files after one random change of one of them."""
@@ -309,15 +365,25 @@ def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
     if kind == 0:
         del tensors[name]
     elif kind == 1:
-        tensors[rng.choice(["x", name + "x", name.replace("0", "7"), "shared." + name, ""])] = tensors.pop(name)
+        tensors[rng.choice(["x", name + "x", name.replace("0", "7"), "shared." + name, ""])] = tensors.pop(
+            name
+        )
     elif kind == 2:
         tensors[name] = tensor.reshape(-1)
     elif kind == 3:
         tensors[name] = tensor.t().contiguous() if tensor.dim() == 2 else tensor[None]
     elif kind == 4:
-        tensors[name] = tensor.to(rng.choice([torch.float64, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8]))
+        tensors[name] = tensor.to(
+            rng.choice(
+                [torch.float64, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8]
+            )
+        )
     elif kind == 5:
-        tensors[name] = torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 6e4])) if tensor.is_floating_point() else tensor
+        tensors[name] = (
+            torch.full_like(tensor, rng.choice([float("nan"), float("inf"), 6e4]))
+            if tensor.is_floating_point()
+            else tensor
+        )
     elif kind == 6:
         tensors[name] = tensor[: rng.randrange(len(tensor) + 1)] if tensor.dim() else tensor
     elif kind == 7:
@@ -325,7 +391,9 @@ def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
     else:
         tensors[name] = tensor.new_zeros(rng.choice([(0,), (), (1, 1, 1, 1, 1), (0, 7), (1,)]))
     out = io.BytesIO()
-    torch.save({name: value.detach() for name, value in tensors.items() if isinstance(value, torch.Tensor)}, out)
+    torch.save(
+        {name: value.detach() for name, value in tensors.items() if isinstance(value, torch.Tensor)}, out
+    )
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "a") as archive:
         for record in old.namelist():
             if record.endswith(METADATA):
@@ -335,8 +403,13 @@ def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
 
 # reading
 
+
 def read_files(folder: pathlib.Path) -> Files:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def write_files(folder: pathlib.Path, files: Files) -> None:
@@ -370,11 +443,17 @@ def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> c
             ends["result"] += 1
         except UserError as error:
             assert len(str(error)) > 10, f"input {number} of seed {seed}, {name}: {error}"
-            left = [path.name for path in here.rglob("*") if path.name.startswith("out") or path.name.endswith(".tmp")]
+            left = [
+                path.name
+                for path in here.rglob("*")
+                if path.name.startswith("out") or path.name.endswith(".tmp")
+            ]
             assert not left, f"input {number} of seed {seed}, {name}: {left} was left by a refused input"
             ends["message"] += 1
         except BaseException as error:
-            raise AssertionError(f"input {number} of seed {seed}, {name}: {type(error).__name__}: {error}; kept: {here}") from error
+            raise AssertionError(
+                f"input {number} of seed {seed}, {name}: {type(error).__name__}: {error}; kept: {here}"
+            ) from error
     return ends
 
 
@@ -391,7 +470,10 @@ def main() -> None:
         start = time.perf_counter()
         peak = peak_above_start(lambda: ends.update(fuzz_reader(name, folder, args.seed, range(args.inputs))))  # noqa: B023
         seconds = time.perf_counter() - start
-        print(f"{name:<20}{ends['result']:6} results {ends['message']:6} messages {seconds:7.1f} s, {peak / 1e6:5.0f} MB", flush=True)
+        print(
+            f"{name:<20}{ends['result']:6} results {ends['message']:6} messages {seconds:7.1f} s, {peak / 1e6:5.0f} MB",
+            flush=True,
+        )
         assert peak < MEGABYTES * 1e6, f"{name}: {peak:,} bytes above the start"
         figures[name] = {**ends, "seconds": round(seconds, 1), "peak_mb": round(peak / 1e6)}
     shutil.rmtree(folder)

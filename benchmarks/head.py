@@ -40,9 +40,17 @@ def make(form: str, args, dtype: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    for name, default in (("tokens", 2048), ("n_embd", 768), ("vocab_size", 65536), ("threads", 1), ("rounds", 3)):
+    for name, default in (
+        ("tokens", 2048),
+        ("n_embd", 768),
+        ("vocab_size", 65536),
+        ("threads", 1),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
     parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -59,18 +67,38 @@ def main() -> None:
         del works
         peaks = {}
         for form in FORMS:
-            sizes = [str(part) for name in ("tokens", "n_embd", "vocab_size", "threads") for part in (f"--{name}", getattr(args, name))]
+            sizes = [
+                str(part)
+                for name in ("tokens", "n_embd", "vocab_size", "threads")
+                for part in (f"--{name}", getattr(args, name))
+            ]
             command = [sys.executable, "-m", "benchmarks.head", *sizes, "--dtypes", dtype, "--peak", form]
-            peaks[form] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            peaks[form] = json.loads(
+                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            )
         for form in FORMS:
-            rows.append({"form": form, "dtype": dtype, "seconds": round(seconds[form], 4), "peak_MB": round(peaks[form] / 1e6),
-                         "time_of_all_logits": round(seconds[form] / seconds["all logits"], 3),
-                         "peak_of_all_logits": round(peaks[form] / peaks["all logits"], 3)})
+            rows.append(
+                {
+                    "form": form,
+                    "dtype": dtype,
+                    "seconds": round(seconds[form], 4),
+                    "peak_MB": round(peaks[form] / 1e6),
+                    "time_of_all_logits": round(seconds[form] / seconds["all logits"], 3),
+                    "peak_of_all_logits": round(peaks[form] / peaks["all logits"], 3),
+                }
+            )
             row = rows[-1]
-            print(f"{dtype:<9} {form:<22} {row['seconds']:8.3f} s {row['time_of_all_logits']:6.3f} of all logits   "
-                  f"{row['peak_MB']:6} MB {row['peak_of_all_logits']:6.3f}", flush=True)
-    report("head", rows=rows, clock="CPU time" if args.threads == 1 else "wall time",
-           **{k: v for k, v in vars(args).items() if k not in ("peak", "dtypes")})
+            print(
+                f"{dtype:<9} {form:<22} {row['seconds']:8.3f} s {row['time_of_all_logits']:6.3f} of all logits   "
+                f"{row['peak_MB']:6} MB {row['peak_of_all_logits']:6.3f}",
+                flush=True,
+            )
+    report(
+        "head",
+        rows=rows,
+        clock="CPU time" if args.threads == 1 else "wall time",
+        **{k: v for k, v in vars(args).items() if k not in ("peak", "dtypes")},
+    )
 
 
 if __name__ == "__main__":

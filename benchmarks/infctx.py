@@ -36,7 +36,12 @@ def measure(args) -> dict:
         torch.nn.init.normal_(p, std=0.02)
     tokens = args.tokens[0]
     ids = torch.randint(args.vocab_size, (1, tokens + 1))
-    batch = {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": torch.ones(1, tokens, dtype=torch.bool), "reset": None}
+    batch = {
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "mask": torch.ones(1, tokens, dtype=torch.bool),
+        "reset": None,
+    }
     warm_up = {name: x if x is None else x[:, :48] for name, x in batch.items()}
     torch.autograd.grad(rows_loss(model, warm_up, Chunks(16)), parameters)
 
@@ -46,16 +51,37 @@ def measure(args) -> dict:
     gradients = torch.autograd.grad(loss / tokens, parameters)
     seconds, peak = time.process_time() - start, peak_memory(ids.device) - before
     torch.save(gradients, args.out)
-    return {"mode": args.mode, "tokens": tokens, "cpu_seconds": round(seconds, 2), "peak_mb": round(peak / 1e6, 1),
-            "loss": float(loss) / tokens, "chunks": chunks.count(tokens), "states": chunks.states(tokens),
-            "state_bytes": state_bytes(model.arch, 1, 4)}
+    return {
+        "mode": args.mode,
+        "tokens": tokens,
+        "cpu_seconds": round(seconds, 2),
+        "peak_mb": round(peak / 1e6, 1),
+        "loss": float(loss) / tokens,
+        "chunks": chunks.count(tokens),
+        "states": chunks.states(tokens),
+        "state_bytes": state_bytes(model.arch, 1, 4),
+    }
 
 
 def in_a_process(args, mode: str, tokens: int) -> tuple[dict, list[torch.Tensor]]:
     """measure() in a fresh process, whose memory nothing has touched."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as out:
-        sizes = [f"--{name}={getattr(args, name)}" for name in ("chunk_ctx", "version", "n_layer", "n_embd", "vocab_size", "rank")]
-        command = [sys.executable, "-m", "benchmarks.infctx", "--mode", mode, "--tokens", str(tokens), "--out", out.name, *sizes]
+        sizes = [
+            f"--{name}={getattr(args, name)}"
+            for name in ("chunk_ctx", "version", "n_layer", "n_embd", "vocab_size", "rank")
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.infctx",
+            "--mode",
+            mode,
+            "--tokens",
+            str(tokens),
+            "--out",
+            out.name,
+            *sizes,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
@@ -66,7 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 262144, 1048576])
     parser.add_argument("--whole", type=int, nargs="+", default=[16384, 65536])
-    for name, default in (("chunk_ctx", 1024), ("version", 7), ("n_layer", 2), ("n_embd", 64), ("vocab_size", 256), ("rank", 16)):
+    for name, default in (
+        ("chunk_ctx", 1024),
+        ("version", 7),
+        ("n_layer", 2),
+        ("n_embd", 64),
+        ("vocab_size", 256),
+        ("rank", 16),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
@@ -82,18 +115,32 @@ def main() -> None:
             row, gradients = in_a_process(args, mode, tokens)
             rows.append(row)
             found[mode] = row["cpu_seconds"], gradients
-            print(f"{tokens:>9,} tokens  {mode:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB   {row['cpu_seconds']:7.2f} s   "
-                  f"{tokens / row['cpu_seconds']:9,.0f} tokens/s   loss {row['loss']:.6f}", flush=True)
+            print(
+                f"{tokens:>9,} tokens  {mode:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB   {row['cpu_seconds']:7.2f} s   "
+                f"{tokens / row['cpu_seconds']:9,.0f} tokens/s   loss {row['loss']:.6f}",
+                flush=True,
+            )
         if tokens in args.whole:
             (whole_seconds, whole), (seconds, ours) = found[WHOLE], found[CHUNKS]
             errors[tokens] = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, whole, strict=True))
             times[tokens] = round(seconds / whole_seconds, 2)
-            print(f"{tokens:>9,} tokens  gradients differ by {errors[tokens]:.1e} at most, time {times[tokens]:.2f} of the whole row's", flush=True)
+            print(
+                f"{tokens:>9,} tokens  gradients differ by {errors[tokens]:.1e} at most, time {times[tokens]:.2f} of the whole row's",
+                flush=True,
+            )
     *_, short, long = (row for row in rows if row["mode"] == CHUNKS)
     growth = (long["peak_mb"] - short["peak_mb"]) * 1e6 / (long["chunks"] - short["chunks"])
     print(f"a chunk more costs {growth / 1e3:,.1f} kB; a state has {long['state_bytes'] / 1e3:,.1f} kB")
-    report("infctx", rows=rows, gradient_error=errors, times_whole=times, bytes_per_chunk=round(growth), state_bytes=long["state_bytes"],
-           dtype="float32", **{k: v for k, v in vars(args).items() if k not in ("tokens", "whole", "mode", "out")})
+    report(
+        "infctx",
+        rows=rows,
+        gradient_error=errors,
+        times_whole=times,
+        bytes_per_chunk=round(growth),
+        state_bytes=long["state_bytes"],
+        dtype="float32",
+        **{k: v for k, v in vars(args).items() if k not in ("tokens", "whole", "mode", "out")},
+    )
 
 
 if __name__ == "__main__":

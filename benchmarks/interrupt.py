@@ -38,14 +38,32 @@ GIVEN_UP = 60  # seconds after which a process that goes on has not heard Ctrl-C
 def training(folder: pathlib.Path, *flags: str) -> list[str]:
     """Arguments of a run that does not end by itself; its data are written to the folder."""
     task.write(str(folder / "data.jsonl"), task.rows("sort", 500, seed=1))
-    return ["train.py", "--load_model", BASE, "--data_file", str(folder / "data.jsonl"), "--micro_bsz", "2",
-            "--ctx_len", "64", "--epoch_steps", "1000000", "--resume", "auto", "--proj_dir", str(folder / "run"), *flags]
+    return [
+        "train.py",
+        "--load_model",
+        BASE,
+        "--data_file",
+        str(folder / "data.jsonl"),
+        "--micro_bsz",
+        "2",
+        "--ctx_len",
+        "64",
+        "--epoch_steps",
+        "1000000",
+        "--resume",
+        "auto",
+        "--proj_dir",
+        str(folder / "run"),
+        *flags,
+    ]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
     """A program in a process group of its own, as a shell starts it."""
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *arguments], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def seconds_until(arguments: list[str], begins: str) -> float:
@@ -130,9 +148,17 @@ def main() -> None:
         wrong = interrupt_all(arguments, moments)
     kinds = collections.Counter(problem.partition(": ")[2].partition("\n")[0] for problem in wrong)
     print(f"{args.tries - len(wrong)} of {args.tries} ended with exit code 130 and one line")
-    report("interrupt", program=args.program, tries=args.tries, right=args.tries - len(wrong), wrong=kinds,
-           strategy=args.strategy, devices=args.devices, seconds_to_python_and_ready=[round(earliest, 2), round(latest, 2)],
-           mean_moment=round(statistics.fmean(moments), 2))
+    report(
+        "interrupt",
+        program=args.program,
+        tries=args.tries,
+        right=args.tries - len(wrong),
+        wrong=kinds,
+        strategy=args.strategy,
+        devices=args.devices,
+        seconds_to_python_and_ready=[round(earliest, 2), round(latest, 2)],
+        mean_moment=round(statistics.fmean(moments), 2),
+    )
     sys.exit(bool(wrong))
 
 

@@ -53,32 +53,77 @@ def main() -> None:
         folder = pathlib.Path(temporary)
         task.write(str(folder / "data.jsonl"), task.rows("sort", 2000, seed=1))
         command = [
-            sys.executable, "train.py", "--load_model", "demo/rwkv7-reverse.pth", "--data_file", str(folder / "data.jsonl"), "--peft_config", "r=12",
-            "--micro_bsz", "2", "--ctx_len", "64", "--epoch_steps", str(args.steps), "--save_steps", str(SAVE_STEPS), "--save_total_limit", "2",
-            "--strategy", args.strategy, "--resume", "auto", "--proj_dir",
+            sys.executable,
+            "train.py",
+            "--load_model",
+            "demo/rwkv7-reverse.pth",
+            "--data_file",
+            str(folder / "data.jsonl"),
+            "--peft_config",
+            "r=12",
+            "--micro_bsz",
+            "2",
+            "--ctx_len",
+            "64",
+            "--epoch_steps",
+            str(args.steps),
+            "--save_steps",
+            str(SAVE_STEPS),
+            "--save_total_limit",
+            "2",
+            "--strategy",
+            args.strategy,
+            "--resume",
+            "auto",
+            "--proj_dir",
         ]
         subprocess.run([*command, str(folder / "whole")], check=True, capture_output=True)
         moments, steps = [], [0]
         while len(moments) < args.kills:
             moment = rng.uniform(0, LONGEST)
-            process = subprocess.Popen([*command, str(folder / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                [*command, str(folder / "killed")],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             try:
                 error = process.communicate(timeout=moment)[1]
-                sys.exit(f"after {len(moments)} kills the run " + (f"failed:\n{error}" if process.returncode else "was done; raise --steps"))
+                sys.exit(
+                    f"after {len(moments)} kills the run "
+                    + (f"failed:\n{error}" if process.returncode else "was done; raise --steps")
+                )
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
             moments.append(moment)
             steps.append(newest_step(folder / "killed") if os.path.exists(folder / "killed") else 0)
-            assert steps[-1] >= steps[-2], f"the newest checkpoint went back from step {steps[-2]} to {steps[-1]}"
-            print(f"kill {len(moments)} after {moment:.2f} s: the newest checkpoint is of step {steps[-1]}", flush=True)
+            assert steps[-1] >= steps[-2], (
+                f"the newest checkpoint went back from step {steps[-2]} to {steps[-1]}"
+            )
+            print(
+                f"kill {len(moments)} after {moment:.2f} s: the newest checkpoint is of step {steps[-1]}",
+                flush=True,
+            )
         subprocess.run([*command, str(folder / "killed")], check=True, capture_output=True)
         leftovers = [str(path.relative_to(folder)) for path in (folder / "killed").rglob("*.tmp")]
         assert not leftovers, f"left behind: {leftovers}"
-        assert losses(folder / "killed") == losses(folder / "whole"), "the losses differ from those of the run that was left alone"
-    print(f"{len(moments)} kills, {len(set(steps)) - 1} of them after a new checkpoint; all {args.steps} losses are those of a run left alone")
-    report("kill", kills=len(moments), seconds_to_kill=[round(statistics.fmean(moments), 2), round(max(moments), 2)], checkpoints_at_kills=steps[1:],
-           steps=args.steps, save_steps=SAVE_STEPS, strategy=args.strategy, losses_equal=True)
+        assert losses(folder / "killed") == losses(folder / "whole"), (
+            "the losses differ from those of the run that was left alone"
+        )
+    print(
+        f"{len(moments)} kills, {len(set(steps)) - 1} of them after a new checkpoint; all {args.steps} losses are those of a run left alone"
+    )
+    report(
+        "kill",
+        kills=len(moments),
+        seconds_to_kill=[round(statistics.fmean(moments), 2), round(max(moments), 2)],
+        checkpoints_at_kills=steps[1:],
+        steps=args.steps,
+        save_steps=SAVE_STEPS,
+        strategy=args.strategy,
+        losses_equal=True,
+    )
 
 
 if __name__ == "__main__":

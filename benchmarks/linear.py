@@ -24,7 +24,14 @@ from .common import report
 from .paper.methods import systems
 from .step import timed
 
-SHAPES = ["2048,2048,2048,64", "512,768,768,64", "512,768,3072,64", "512,3072,768,64", "2048,2048,2048,16", "1024,4096,4096,64"]
+SHAPES = [
+    "2048,2048,2048,64",
+    "512,768,768,64",
+    "512,768,3072,64",
+    "512,3072,768,64",
+    "2048,2048,2048,16",
+    "1024,4096,4096,64",
+]
 
 
 def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str]) -> dict[str, nn.Module]:
@@ -51,9 +58,16 @@ def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str
     for name, (method, options) in named.items():
         if name in ("miss", *labels) or "all" in labels:
             found[name] = frozen()
-            rwkv_miss.inject(found[name], method, targets=["0"], **options | ({"rank": rank} if name == "miss" else {}))
-    configs = {"miss": peft.MissConfig(r=rank), "lora": peft.LoraConfig(r=lora, lora_alpha=lora), "bat": peft.MissConfig(init_weights="bat"),
-               "vera": peft.VeraConfig(), "dora": peft.LoraConfig(lora_alpha=lora, use_dora=True)}
+            rwkv_miss.inject(
+                found[name], method, targets=["0"], **options | ({"rank": rank} if name == "miss" else {})
+            )
+    configs = {
+        "miss": peft.MissConfig(r=rank),
+        "lora": peft.LoraConfig(r=lora, lora_alpha=lora),
+        "bat": peft.MissConfig(init_weights="bat"),
+        "vera": peft.VeraConfig(),
+        "dora": peft.LoraConfig(lora_alpha=lora, use_dora=True),
+    }
     for name, settings in configs.items():
         if name in found:
             settings.target_modules, settings.r = ["0"], named[name][1]["rank"] if name != "miss" else rank
@@ -71,9 +85,13 @@ def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """What a forward keeps that is as long as its input; parameters, and casts of them, are not."""
     parameters, kept = {p.data_ptr() for p in model.parameters()}, {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
         y = model(x)
-    rows = [t for place, t in kept.items() if place not in parameters and y.requires_grad and t.shape[0] == len(x)]
+    rows = [
+        t for place, t in kept.items() if place not in parameters and y.requires_grad and t.shape[0] == len(x)
+    ]
     return sum(t.numel() * t.element_size() for t in rows)
 
 
@@ -83,7 +101,9 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
     x, dy = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, out).to(dtype)
     models = layers(width, out, rank, dtype, labels)
     if dtype == torch.float32:
-        close = (models["miss"](x) - F.linear(x, models["frozen, torch"][0].weight + models["miss"][0].delta())).norm()
+        close = (
+            models["miss"](x) - F.linear(x, models["frozen, torch"][0].weight + models["miss"][0].delta())
+        ).norm()
         assert close < 1e-5 * models["miss"](x).norm(), float(close)
     seconds = dict.fromkeys(models, float("inf"))
     for _ in range(rounds + 1):
@@ -93,15 +113,29 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
             for p in model.parameters():
                 p.grad = None
     base = seconds["frozen, ours"]
-    rows = {name: {"ms": round(s * 1e3, 3), "of_frozen_ours": round(s / base, 3), "of_frozen_torch": round(s / seconds["frozen, torch"], 3),
-                   "kept_bytes": kept_bytes(models[name], x), "parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad)}
-            for name, s in seconds.items()}
-    ratios = {f"{other}_overhead_of_ours": round((seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base), 2)
-              for other in ("peft miss", "peft lora", "peft miss, fp32", "peft lora, fp32") if other in seconds}
+    rows = {
+        name: {
+            "ms": round(s * 1e3, 3),
+            "of_frozen_ours": round(s / base, 3),
+            "of_frozen_torch": round(s / seconds["frozen, torch"], 3),
+            "kept_bytes": kept_bytes(models[name], x),
+            "parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad),
+        }
+        for name, s in seconds.items()
+    }
+    ratios = {
+        f"{other}_overhead_of_ours": round(
+            (seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base), 2
+        )
+        for other in ("peft miss", "peft lora", "peft miss, fp32", "peft lora, fp32")
+        if other in seconds
+    }
     print(f"{shape} {dtype}")
     for name, row in rows.items():
-        print(f"    {name:<16} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "
-              f"{row['kept_bytes']:>12,} bytes kept  {row['parameters']:>9,} parameters")
+        print(
+            f"    {name:<16} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "
+            f"{row['kept_bytes']:>12,} bytes kept  {row['parameters']:>9,} parameters"
+        )
     print(f"    overhead of HF peft over its frozen linear / ours over ours: {ratios}", flush=True)
     return {"shape": shape, "dtype": str(dtype), "layers": rows, **ratios}
 
@@ -109,14 +143,24 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--systems", nargs="+", default=["miss", "lora"], help=f"of {', '.join(systems(1))}; or all")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--systems", nargs="+", default=["miss", "lora"], help=f"of {', '.join(systems(1))}; or all"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = [measure(shape, getattr(torch, dtype), args.rounds, args.systems) for dtype in args.dtypes for shape in args.shapes]
-    report("linear", results=results, clock="CPU time" if args.threads == 1 else "wall time", rounds=args.rounds)
+    results = [
+        measure(shape, getattr(torch, dtype), args.rounds, args.systems)
+        for dtype in args.dtypes
+        for shape in args.shapes
+    ]
+    report(
+        "linear", results=results, clock="CPU time" if args.threads == 1 else "wall time", rounds=args.rounds
+    )
 
 
 if __name__ == "__main__":

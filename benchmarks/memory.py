@@ -25,7 +25,16 @@ from src.model import default_arch
 from .common import report, write_random_base
 
 # two steps of two micro-batches before the copies that --rollback_steps keeps, and four after: the heap is as large as it gets
-COMMON = ["--accelerator", "cpu", "--accumulate_grad_batches", "2", "--epoch_steps", "4", "--rollback_steps", "2"]
+COMMON = [
+    "--accelerator",
+    "cpu",
+    "--accumulate_grad_batches",
+    "2",
+    "--epoch_steps",
+    "4",
+    "--rollback_steps",
+    "2",
+]
 CONFIGURATIONS = {
     "v7": (7, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "512"]),
     "v6-bf16": (6, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "1024"]),
@@ -33,15 +42,35 @@ CONFIGURATIONS = {
     "v7-grad_cp2": (7, ["--precision", "bf16", "--micro_bsz", "4", "--ctx_len", "512", "--grad_cp", "2"]),
     "v7-nf4": (7, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "512", "--quant", "nf4"]),
     "v6-lora": (6, ["--precision", "fp32", "--micro_bsz", "3", "--ctx_len", "256", "--peft", "lora"]),
-    **{f"v7-zero{n}": (7, ["--precision", "fp32", "--micro_bsz", "1", "--ctx_len", "512", "--devices", "2", "--strategy", f"deepspeed_stage_{n}"])
-       for n in "123"},
+    **{
+        f"v7-zero{n}": (
+            7,
+            [
+                "--precision",
+                "fp32",
+                "--micro_bsz",
+                "1",
+                "--ctx_len",
+                "512",
+                "--devices",
+                "2",
+                "--strategy",
+                f"deepspeed_stage_{n}",
+            ],
+        )
+        for n in "123"
+    },
 }
 
 
 def write_rows(path: pathlib.Path, rows: int, length: int) -> None:
     """Rows of one document each, `length` tokens of letters and the end of document."""
     draw = random.Random(0)
-    path.write_text("".join(json.dumps({"text": "".join(draw.choices("abcdefgh ", k=length))}) + "\n" for _ in range(rows)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": "".join(draw.choices("abcdefgh ", k=length))}) + "\n" for _ in range(rows)
+        )
+    )
 
 
 # in between, because a process that is started inherits the peak of the one that starts it
@@ -63,18 +92,40 @@ def peak_resident(command: list[str]) -> int:
 
 def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pathlib.Path) -> dict:
     """Predicted and measured bytes of one run."""
-    settings = ["--load_model", str(base), "--data_file", str(data), "--proj_dir", str(folder / "run"), *COMMON, *flags]
-    planned = subprocess.run([sys.executable, "-m", "scripts.plan", "--json", "--tokens_per_second", "1", *settings], capture_output=True, text=True)
+    settings = [
+        "--load_model",
+        str(base),
+        "--data_file",
+        str(data),
+        "--proj_dir",
+        str(folder / "run"),
+        *COMMON,
+        *flags,
+    ]
+    planned = subprocess.run(
+        [sys.executable, "-m", "scripts.plan", "--json", "--tokens_per_second", "1", *settings],
+        capture_output=True,
+        text=True,
+    )
     if planned.returncode not in (0, 1):
         raise SystemExit(planned.stderr)
     plan = json.loads(planned.stdout.splitlines()[-1])
     predicted = sum(plan["memory"].values())
-    return {"predicted": predicted, "measured": peak_resident([sys.executable, "train.py", *settings]), "parts": plan["memory"]}
+    return {
+        "predicted": predicted,
+        "measured": peak_resident([sys.executable, "train.py", *settings]),
+        "parts": plan["memory"],
+    }
 
 
 def shapes() -> dict[str, dict[str, dict[str, float]]]:
     """What the plan counts for the released sizes, in MB by part, with each way to need less."""
-    ways = {"kept": {"grad_cp": 0}, "grad_cp 2": {"grad_cp": 2}, "grad_cp 1": {"grad_cp": 1}, "grad_cp 1, nf4": {"grad_cp": 1, "quant": "nf4"}}
+    ways = {
+        "kept": {"grad_cp": 0},
+        "grad_cp 2": {"grad_cp": 2},
+        "grad_cp 1": {"grad_cp": 1},
+        "grad_cp 1, nf4": {"grad_cp": 1, "quant": "nf4"},
+    }
     found = {}
     for name, (n_layer, n_embd) in list(MODELS.items())[:-1]:
         arch = default_arch(7, n_layer, n_embd)
@@ -82,7 +133,11 @@ def shapes() -> dict[str, dict[str, dict[str, float]]]:
         for way, flags in ways.items():
             counted = memory_parts(arch, Config(micro_bsz=1, **flags), "cpu", "cpu", "bf16", 512, 512)
             parts = found[name][way] = {part: round(size / 1e6) for part, size in counted.items()}
-            print(f"{name:<5} {way:<15} {sum(parts.values()):>7,} MB: " + ", ".join(f"{part} {size:,}" for part, size in parts.items()), flush=True)
+            print(
+                f"{name:<5} {way:<15} {sum(parts.values()):>7,} MB: "
+                + ", ".join(f"{part} {size:,}" for part, size in parts.items()),
+                flush=True,
+            )
     return found
 
 
@@ -98,7 +153,9 @@ def main() -> None:
         return
     imports = "import lightning.pytorch, matplotlib.pyplot, src.run, src.trainer, src.callbacks"
     libraries = peak_resident([sys.executable, "-c", imports])
-    print(f"the imports alone: {libraries / 1e6:,.0f} MB; the plan counts {LIBRARIES['cpu'] / 1e6:,.0f} MB for libraries")
+    print(
+        f"the imports alone: {libraries / 1e6:,.0f} MB; the plan counts {LIBRARIES['cpu'] / 1e6:,.0f} MB for libraries"
+    )
     results = {}
     for name in args.configurations:
         version, flags = CONFIGURATIONS[name]
@@ -110,7 +167,10 @@ def main() -> None:
             results[name] = result = compare(base, data, flags, folder)
         ratio = result["ratio"] = round(result["predicted"] / result["measured"], 3)
         predicted, measured = (f"{result[key] / 1e6:,.0f}" for key in ("predicted", "measured"))
-        print(f"{name:<12} {' '.join(flags):<75} predicted {predicted:>6} MB   measured {measured:>6} MB   {ratio:.3f}", flush=True)
+        print(
+            f"{name:<12} {' '.join(flags):<75} predicted {predicted:>6} MB   measured {measured:>6} MB   {ratio:.3f}",
+            flush=True,
+        )
     report("memory", n_layer=args.n_layer, n_embd=args.n_embd, libraries=libraries, results=results)
 
 

@@ -26,29 +26,61 @@ from rwkv_miss.inject import ADAPTER_FORMAT
 from .common import peak_above_start, release_freed, report
 
 VOCABULARY, RANK = 65536, 64
-LINEARS = {"att.receptance": (1, 1), "att.key": (1, 1), "att.value": (1, 1), "att.output": (1, 1), "ffn.key": (4, 1), "ffn.value": (1, 4)}
+LINEARS = {
+    "att.receptance": (1, 1),
+    "att.key": (1, 1),
+    "att.value": (1, 1),
+    "att.output": (1, 1),
+    "ffn.key": (4, 1),
+    "ffn.value": (1, 4),
+}
 
 
 def base_file(path: pathlib.Path, layers: int, width: int) -> int:
     """Write random matrices with the shapes of RWKV-7, and a few of its vectors, in bf16; returns the bytes of the largest tensor."""
     shapes = {"emb.weight": (VOCABULARY, width)}
     for layer in range(layers):
-        shapes |= {f"blocks.{layer}.{norm}.{part}": (width,) for norm in ("ln1", "ln2", "att.ln_x") for part in ("weight", "bias")}
+        shapes |= {
+            f"blocks.{layer}.{norm}.{part}": (width,)
+            for norm in ("ln1", "ln2", "att.ln_x")
+            for part in ("weight", "bias")
+        }
         shapes |= {f"blocks.{layer}.att.x_{name}": (1, 1, width) for name in "rwkvag"}
-        shapes |= {f"blocks.{layer}.{name}.weight": (out * width, into * width) for name, (out, into) in LINEARS.items()}
+        shapes |= {
+            f"blocks.{layer}.{name}.weight": (out * width, into * width)
+            for name, (out, into) in LINEARS.items()
+        }
     shapes["head.weight"] = (VOCABULARY, width)
-    write_checkpoint(path, ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)) for name, shape in shapes.items()))
+    write_checkpoint(
+        path,
+        (
+            (name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02))
+            for name, shape in shapes.items()
+        ),
+    )
     return 2 * VOCABULARY * width
 
 
 def adapter_file(path: pathlib.Path, base: pathlib.Path, layers: int) -> None:
     tensors = read_checkpoint(base)
     linears = [f"blocks.{layer}.{name}" for layer in range(layers) for name in LINEARS]
-    shards = ((f"{name}.miss", torch.randn(RANK, tensors[f"{name}.weight"].shape[0]).mul_(1e-3)) for name in linears)
-    write_checkpoint(path, shards, {
-        "format": ADAPTER_FORMAT, "format_version": 1, "method": "miss", "options": {"rank": RANK}, "linears": linears,
-        "base": "base.pth", "base_fingerprint": fingerprint(tensors), "versions": {"torch": torch.__version__},
-    })
+    shards = (
+        (f"{name}.miss", torch.randn(RANK, tensors[f"{name}.weight"].shape[0]).mul_(1e-3)) for name in linears
+    )
+    write_checkpoint(
+        path,
+        shards,
+        {
+            "format": ADAPTER_FORMAT,
+            "format_version": 1,
+            "method": "miss",
+            "options": {"rank": RANK},
+            "linears": linears,
+            "base": "base.pth",
+            "base_fingerprint": fingerprint(tensors),
+            "versions": {"torch": torch.__version__},
+        },
+    )
 
 
 def times(work) -> tuple[float, float]:
@@ -74,7 +106,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # as the command does
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        base, first, second, out, copied, found = (pathlib.Path(folder, f"{name}.pth") for name in ("base", "a", "b", "merged", "copy", "diff"))
+        base, first, second, out, copied, found = (
+            pathlib.Path(folder, f"{name}.pth") for name in ("base", "a", "b", "merged", "copy", "diff")
+        )
         largest = base_file(base, args.n_layer, args.n_embd)
         for adapter in (first, second):
             adapter_file(adapter, base, args.n_layer)
@@ -97,8 +131,10 @@ def main() -> None:
             if name not in timed:
                 rounds[0][name] = times(works[name])
 
-    print(f"{size / 1e9:.2f} GB bf16, RWKV-7 {args.n_layer} x {args.n_embd}, {args.n_layer * len(LINEARS)} linears, MiSS rank {RANK}, "
-          f"largest tensor {largest / 1e6:.0f} MB")
+    print(
+        f"{size / 1e9:.2f} GB bf16, RWKV-7 {args.n_layer} x {args.n_embd}, {args.n_layer * len(LINEARS)} linears, MiSS rank {RANK}, "
+        f"largest tensor {largest / 1e6:.0f} MB"
+    )
     print(f"{'':<18}  wall s  copy's speed   CPU s  peak / largest")
     figures = {}
     for name in works:
@@ -107,8 +143,14 @@ def main() -> None:
         measured = {"wall_s": wall, "of_copys_speed": speed, "cpu_s": cpu, "peak_over_largest": peaks[name]}
         figures[name] = {figure: round(value, 3) for figure, value in measured.items()}
         print(f"{name:<18}  {wall:6.2f}  {speed:12.2f}  {cpu:6.2f}  {peaks[name]:14.2f}")
-    report("merge", works=figures, bytes=size, rounds=args.rounds, dtype="bfloat16",
-           shapes={"layers": args.n_layer, "width": args.n_embd, "vocabulary": VOCABULARY, "rank": RANK})
+    report(
+        "merge",
+        works=figures,
+        bytes=size,
+        rounds=args.rounds,
+        dtype="bfloat16",
+        shapes={"layers": args.n_layer, "width": args.n_embd, "vocabulary": VOCABULARY, "rank": RANK},
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ from .step import random_model
 def to_ctx_len(batch: dict, ctx_len: int) -> dict:
     """The batch with its rows padded to ctx_len."""
     missing = ctx_len - batch["ids"].shape[1]
-    return batch | {name: torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "targets", "mask")}
+    return batch | {
+        name: torch.nn.functional.pad(batch[name], (0, missing)) for name in ("ids", "targets", "mask")
+    }
 
 
 def train_step(model, optimizer, batch, every_position: bool) -> tuple[int, float]:
@@ -55,10 +57,16 @@ def main() -> None:
     tokenise_seconds = time.perf_counter() - start
     batches, fill = {}, {}
     for title in ("packed", "padded to the longest", "padded to ctx_len", "padded to ctx_len, head on all"):
-        schedule = make_schedule(documents, Config(packing=title == "packed", ctx_len=args.ctx_len, micro_bsz=args.micro_bsz), 1)
+        schedule = make_schedule(
+            documents, Config(packing=title == "packed", ctx_len=args.ctx_len, micro_bsz=args.micro_bsz), 1
+        )
         batches[title] = iter(Batches(documents, schedule, args.steps + 1, 0))
         steps = range(schedule.steps_per_pass)
-        widths = {step: max(schedule.lengths[row] for row in schedule.step_rows(step)) for step in steps} if "longest" in title else {}
+        widths = (
+            {step: max(schedule.lengths[row] for row in schedule.step_rows(step)) for step in steps}
+            if "longest" in title
+            else {}
+        )
         room = sum(len(schedule.step_rows(step)) * widths.get(step, args.ctx_len) for step in steps)
         fill[title] = sum(schedule.lengths) / room
 
@@ -66,16 +74,29 @@ def main() -> None:
     for step in range(args.steps + 1):
         for title, source in batches.items():
             batch = next(source)
-            trained, spent = train_step(model, optimizer, to_ctx_len(batch, args.ctx_len) if "ctx_len" in title else batch, "head on all" in title)
+            trained, spent = train_step(
+                model,
+                optimizer,
+                to_ctx_len(batch, args.ctx_len) if "ctx_len" in title else batch,
+                "head on all" in title,
+            )
             if step:  # the first is the warm-up
                 tokens[title] += trained
                 seconds[title] += spent
     rate = {title: tokens[title] / seconds[title] for title in batches}
     for title in batches:
         times = rate["packed"] / rate[title]
-        print(f"{title:<30} {fill[title]:6.1%} full   {rate[title]:8.1f} trained tokens/s   packed is {times:.2f} times as fast")
-    report("packing", fill={k: round(v, 4) for k, v in fill.items()}, trained_tokens_per_s={k: round(v, 1) for k, v in rate.items()},
-           tokenise_seconds=round(tokenise_seconds, 2), documents=len(documents.rows), **{k: v for k, v in vars(args).items() if k != "data"})
+        print(
+            f"{title:<30} {fill[title]:6.1%} full   {rate[title]:8.1f} trained tokens/s   packed is {times:.2f} times as fast"
+        )
+    report(
+        "packing",
+        fill={k: round(v, 4) for k, v in fill.items()},
+        trained_tokens_per_s={k: round(v, 1) for k, v in rate.items()},
+        tokenise_seconds=round(tokenise_seconds, 2),
+        documents=len(documents.rows),
+        **{k: v for k, v in vars(args).items() if k != "data"},
+    )
 
 
 if __name__ == "__main__":

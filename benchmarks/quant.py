@@ -47,7 +47,17 @@ def digits(count: int, seed: int) -> list[tuple[list[int], int]]:
     rows = []
     for _ in range(count):
         question = draw.choices(range(10), k=draw.randint(3, 15))
-        rows.append(([*question, DIGITS.index(","), *((digit + 1) % 10 for digit in reversed(question)), DIGITS.index("#")], len(question) + 1))
+        rows.append(
+            (
+                [
+                    *question,
+                    DIGITS.index(","),
+                    *((digit + 1) % 10 for digit in reversed(question)),
+                    DIGITS.index("#"),
+                ],
+                len(question) + 1,
+            )
+        )
     return rows
 
 
@@ -66,17 +76,38 @@ def shakespeare(path: pathlib.Path, count: int, seed: int) -> list[tuple[list[in
     text = path.read_text()
     cut = len(text) * 9 // 10
     draw = random.Random(seed)
-    starts = [draw.randrange(cut, len(text) - 200) if seed == 0 else draw.randrange(cut - 200) for _ in range(count)]
+    starts = [
+        draw.randrange(cut, len(text) - 200) if seed == 0 else draw.randrange(cut - 200) for _ in range(count)
+    ]
     return [(list(text[start : start + 200].encode("utf-16-le")), 1) for start in starts]
 
 
 def tasks(data: pathlib.Path | None) -> dict[str, dict]:
     """Name -> base, rows(count, seed), rows in a step, rank, learning rate."""
-    found = {"demo: sort": {"base": ROOT / "demo/rwkv7-reverse.pth", "rows": sorting, "batch": 16, "rank": 12, "lr": 5e-3}}
+    found = {
+        "demo: sort": {
+            "base": ROOT / "demo/rwkv7-reverse.pth",
+            "rows": sorting,
+            "batch": 16,
+            "rank": 12,
+            "lr": 5e-3,
+        }
+    }
     if data:
-        found["rwkv7-reverse: digits"] = {"base": data / "real/rwkv7-reverse.pth", "rows": digits, "batch": 16, "rank": 8, "lr": 1e-3}
-        found["rwkv6-3m: Shakespeare"] = {"base": data / "real/rwkv6-3m-utf16.pth", "batch": 4, "rank": 16, "lr": 3e-3,
-                                          "rows": lambda count, seed: shakespeare(data / "tinyshakespeare.txt", count, seed)}
+        found["rwkv7-reverse: digits"] = {
+            "base": data / "real/rwkv7-reverse.pth",
+            "rows": digits,
+            "batch": 16,
+            "rank": 8,
+            "lr": 1e-3,
+        }
+        found["rwkv6-3m: Shakespeare"] = {
+            "base": data / "real/rwkv6-3m-utf16.pth",
+            "batch": 4,
+            "rank": 16,
+            "lr": 3e-3,
+            "rows": lambda count, seed: shakespeare(data / "tinyshakespeare.txt", count, seed),
+        }
     return found
 
 
@@ -110,7 +141,9 @@ def learn(task: dict, kind: str, steps: int, seed: int = 1) -> dict[str, float]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=task["lr"], betas=(0.9, 0.99), weight_decay=0.0)
     warmup = steps // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
+    )
     with torch.no_grad():
         before = float(loss(model, config, heldout))
     rows = task["rows"](steps * task["batch"], seed)
@@ -136,10 +169,16 @@ def compare(name: str, chosen: dict, args) -> list[dict]:
         runs = [learn(chosen, kind, args.steps, seed) for seed in range(1, args.seeds + 1)]
         result = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
         plain = (results or [result])[0]["after"]
-        ratios = {"times_none": round(result["after"] / plain, 4), "merged_times_none": round(result["merged"] / plain, 4)}
+        ratios = {
+            "times_none": round(result["after"] / plain, 4),
+            "merged_times_none": round(result["merged"] / plain, 4),
+        }
         results.append({"task": name, "kind": kind, **result, **ratios})
-        print(f"{name:<24} {kind:<5} held-out loss {result['before']:.4f}, after {args.steps} steps {result['after']:.4f}, "
-              f"{ratios['times_none']:.4f} times none; merged {result['merged']:.4f}, {ratios['merged_times_none']:.4f} times", flush=True)
+        print(
+            f"{name:<24} {kind:<5} held-out loss {result['before']:.4f}, after {args.steps} steps {result['after']:.4f}, "
+            f"{ratios['times_none']:.4f} times none; merged {result['merged']:.4f}, {ratios['merged_times_none']:.4f} times",
+            flush=True,
+        )
     return results
 
 
@@ -177,19 +216,42 @@ def cost(base, args, precision: str) -> list[dict]:
         _, model = models[way.partition(",")[0]]
         held = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         ratio = round(seconds[way] / seconds["none"], 3)
-        figures.append({"precision": precision, "kind": way, "base_bytes": held, "step_s": round(seconds[way], 4), "times_none": ratio})
-        print(f"{precision} {way:<16} base {held / 1e6:7.1f} MB, a step {seconds[way]:6.3f} s, {ratio:.3f} times none", flush=True)
+        figures.append(
+            {
+                "precision": precision,
+                "kind": way,
+                "base_bytes": held,
+                "step_s": round(seconds[way], 4),
+                "times_none": ratio,
+            }
+        )
+        print(
+            f"{precision} {way:<16} base {held / 1e6:7.1f} MB, a step {seconds[way]:6.3f} s, {ratio:.3f} times none",
+            flush=True,
+        )
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", type=pathlib.Path)
-    for name, default in (("steps", 200), ("seeds", 3), ("n_layer", 12), ("n_embd", 768), ("ctx_len", 512), ("threads", 1), ("rounds", 5)):
+    for name, default in (
+        ("steps", 200),
+        ("seeds", 3),
+        ("n_layer", 12),
+        ("n_embd", 768),
+        ("ctx_len", 512),
+        ("threads", 1),
+        ("rounds", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    learned = [result for name, chosen in tasks(args.data).items() for result in compare(name, chosen, args)] if args.steps else []
+    learned = (
+        [result for name, chosen in tasks(args.data).items() for result in compare(name, chosen, args)]
+        if args.steps
+        else []
+    )
     with tempfile.TemporaryDirectory() as folder:
         base = pathlib.Path(folder, "base.pth")
         write_random_base(base, 7, args.n_layer, args.n_embd)

@@ -26,7 +26,9 @@ RANK = 64
 SQUARE = {"cuda": 8192, "cpu": 2048}
 
 
-def random_model(version: int, n_layer: int, n_embd: int, device: str, dtype: torch.dtype, grad_cp: int) -> RWKV:
+def random_model(
+    version: int, n_layer: int, n_embd: int, device: str, dtype: torch.dtype, grad_cp: int
+) -> RWKV:
     """Frozen random weights in `dtype` with MiSS beside them, made where they are used."""
     kernel, _ = ops.choose("auto", device)
     with torch.device("meta"):
@@ -76,8 +78,12 @@ def measure(name: str, ctx_len: int, args, rate: float) -> dict:
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = fastest(step, args.device, args.rounds)
-    return {"tokens_per_s": round(ctx_len / seconds, 1), "seconds": round(seconds, 4), "memory_GB": round(peak_memory(ids.device) / 1e9, 2),
-            "share_of_products": round(flops(model, RANK, ctx_len) / seconds / rate, 3)}
+    return {
+        "tokens_per_s": round(ctx_len / seconds, 1),
+        "seconds": round(seconds, 4),
+        "memory_GB": round(peak_memory(ids.device) / 1e9, 2),
+        "share_of_products": round(flops(model, RANK, ctx_len) / seconds / rate, 3),
+    }
 
 
 def main() -> None:
@@ -99,8 +105,13 @@ def main() -> None:
                 row |= {"memory_GB": "more than there is"}
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    report("sizes", rows=rows, products_tflops=round(rate / 1e12, 2),
-           gpu=torch.cuda.get_device_name() if args.device == "cuda" else None, **{k: getattr(args, k) for k in ("precision", "grad_cp", "rounds")})
+    report(
+        "sizes",
+        rows=rows,
+        products_tflops=round(rate / 1e12, 2),
+        gpu=torch.cuda.get_device_name() if args.device == "cuda" else None,
+        **{k: getattr(args, k) for k in ("precision", "grad_cp", "rounds")},
+    )
 
 
 if __name__ == "__main__":

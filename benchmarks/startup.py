@@ -1,6 +1,6 @@
 """What starting costs: `import rwkv_miss` on top of `import torch`, and the time from the command to the first training step.
 
-    python -m benchmarks.startup [--rounds 7]
+python -m benchmarks.startup [--rounds 7]
 """
 
 import argparse
@@ -27,8 +27,19 @@ def first_step_seconds(strategy: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder, "data.jsonl")
         data.write_text('{"text": "sort cab"}\n')
-        flags = ["--load_model", "demo/rwkv7-reverse.pth", "--data_file", str(data), "--proj_dir", f"{folder}/run", "--peft_config", "r=8"]
-        subprocess.run([sys.executable, "train.py", *flags, "--strategy", strategy], check=True, capture_output=True)
+        flags = [
+            "--load_model",
+            "demo/rwkv7-reverse.pth",
+            "--data_file",
+            str(data),
+            "--proj_dir",
+            f"{folder}/run",
+            "--peft_config",
+            "r=8",
+        ]
+        subprocess.run(
+            [sys.executable, "train.py", *flags, "--strategy", strategy], check=True, capture_output=True
+        )
         return json.loads(pathlib.Path(folder, "run/run.json").read_text())["command_to_first_step_seconds"]
 
 
@@ -36,13 +47,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    runs = [float(subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True).stdout) for _ in range(rounds)]
+    runs = [
+        float(
+            subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True).stdout
+        )
+        for _ in range(rounds)
+    ]
     milliseconds = statistics.median(runs)
     print(f"import rwkv_miss after torch: {milliseconds:.0f} ms, median of {rounds} processes")
-    seconds = {strategy: statistics.median(first_step_seconds(strategy) for _ in range(3)) for strategy in ("auto", "deepspeed_stage_1")}
+    seconds = {
+        strategy: statistics.median(first_step_seconds(strategy) for _ in range(3))
+        for strategy in ("auto", "deepspeed_stage_1")
+    }
     for strategy, value in seconds.items():
         print(f"command to first training step, strategy {strategy}: {value:.1f} s, median of 3")
-    report("startup", import_ms=round(milliseconds, 1), first_step_seconds={name: round(value, 2) for name, value in seconds.items()})
+    report(
+        "startup",
+        import_ms=round(milliseconds, 1),
+        first_step_seconds={name: round(value, 2) for name, value in seconds.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def add_peft(model: RWKV, variant: str, rank: int) -> None:
     """HF peft's MiSS, or its LoRA with half of the rank, on the paper's linears, in place."""
     import peft
 
-    settings = peft.LoraConfig(r=rank // 2, lora_alpha=rank) if variant == "peft lora" else peft.MissConfig(r=rank)
+    settings = (
+        peft.LoraConfig(r=rank // 2, lora_alpha=rank) if variant == "peft lora" else peft.MissConfig(r=rank)
+    )
     settings.target_modules = [name for name in TARGETS if name in str(model.state_dict().keys())]
     peft.get_peft_model(model, settings)
 
@@ -94,7 +96,9 @@ def make_step(variant: str, base: RWKV, rank: int, ids: torch.Tensor) -> Callabl
     return training_step(build(variant, base, rank), ids, wanted, all_logits=variant == "all logits")
 
 
-def training_step(model: RWKV, ids: torch.Tensor, wanted: torch.Tensor, all_logits: bool = False) -> Callable[[], None]:
+def training_step(
+    model: RWKV, ids: torch.Tensor, wanted: torch.Tensor, all_logits: bool = False
+) -> Callable[[], None]:
     """Forward, loss on the tokens that are `wanted`, backward and AdamW on rows of ids (B, T + 1)."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
     targets = ids[:, 1:][wanted]
@@ -113,10 +117,20 @@ def matrices(base: RWKV) -> list[torch.Tensor]:
     """The frozen weights that a token is multiplied with, (out, in)."""
     found = []
     for name, p in base.named_parameters():
-        unused = name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"  # layer 0 has no value residual
-        if p.requires_grad or p.dim() < 2 or p.shape[0] == 1 or unused or name.endswith(("r_k", "time_faaaa", "time_state")):
+        unused = (
+            name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"
+        )  # layer 0 has no value residual
+        if (
+            p.requires_grad
+            or p.dim() < 2
+            or p.shape[0] == 1
+            or unused
+            or name.endswith(("r_k", "time_faaaa", "time_state"))
+        ):
             continue
-        found += [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]  # v6's five maps are in one tensor
+        found += (
+            [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]
+        )  # v6's five maps are in one tensor
     return found
 
 
@@ -148,7 +162,9 @@ def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callab
 
 def flops(base: RWKV, rank: int, tokens: int) -> int:
     """Of these products."""
-    return tokens * (4 * sum(w.numel() for w in matrices(base)) + 6 * sum(D.numel() for D in adapters(base, rank)))
+    return tokens * (
+        4 * sum(w.numel() for w in matrices(base)) + 6 * sum(D.numel() for D in adapters(base, rank))
+    )
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -160,17 +176,44 @@ def timed(work: Callable[[], None]) -> float:
 
 def peak(args, variant: str) -> int:
     """Bytes of the most memory above the model of two steps, in a process of its own."""
-    sizes = [str(part) for name in ("version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank") for part in (f"--{name}", getattr(args, name))]
-    command = [sys.executable, "-m", "benchmarks.step", *sizes, "--threads", "1", "--variants", variant, "--peak"]
+    sizes = [
+        str(part)
+        for name in ("version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank")
+        for part in (f"--{name}", getattr(args, name))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step",
+        *sizes,
+        "--threads",
+        "1",
+        "--variants",
+        variant,
+        "--peak",
+    ]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    for name, default in (("version", 7), ("n_layer", 12), ("n_embd", 768), ("vocab_size", 65536), ("ctx_len", 512), ("rank", 64),
-                          ("threads", 1), ("rounds", 5)):
+    for name, default in (
+        ("version", 7),
+        ("n_layer", 12),
+        ("n_embd", 768),
+        ("vocab_size", 65536),
+        ("ctx_len", 512),
+        ("rank", 64),
+        ("threads", 1),
+        ("rounds", 5),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[name for name in VARIANTS if not name.startswith("plain")])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=[name for name in VARIANTS if not name.startswith("plain")],
+    )
     parser.add_argument("--memory", action="store_true", help="measure the memory of every variant, too")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -185,22 +228,34 @@ def main() -> None:
     steps["bare GEMMs, torch"] = make_gemms(base, args.rank, args.ctx_len, F.linear)
     steps["bare GEMMs, ours"] = make_gemms(base, args.rank, args.ctx_len, product)
     inputs, dy = make(args.version, (1, args.ctx_len, args.n_embd), 64, torch.float32)
-    steps["WKV alone"] = lambda: [wkv_step(ours(args.version, "cpu"), inputs, dy) for _ in range(args.n_layer)]
+    steps["WKV alone"] = lambda: [
+        wkv_step(ours(args.version, "cpu"), inputs, dy) for _ in range(args.n_layer)
+    ]
 
     seconds = dict.fromkeys(steps, float("inf"))
     for _ in range(args.rounds + 1):
         for name, step in steps.items():
             seconds[name] = min(seconds[name], timed(step))
-    rows = {name: {"seconds": round(s, 4), "of_bare_torch_gemms": round(s / seconds["bare GEMMs, torch"], 3)} for name, s in seconds.items()}
+    rows = {
+        name: {"seconds": round(s, 4), "of_bare_torch_gemms": round(s / seconds["bare GEMMs, torch"], 3)}
+        for name, s in seconds.items()
+    }
     for name, row in rows.items():
         if "miss" in seconds:
             row["of_miss"] = round(seconds[name] / seconds["miss"], 3)
         if args.memory and name in VARIANTS:
             row["peak_MB"] = round(peak(args, name) / 1e6)
-        print(f"{name:<18} {row['seconds']:8.3f} s {args.ctx_len / row['seconds']:8.1f} tokens/s {row['of_bare_torch_gemms']:6.2f} of bare GEMMs "
-              f"{row.get('of_miss', 0):6.2f} of miss {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}", flush=True)
-    report("step", rows=rows, clock="CPU time" if args.threads == 1 else "wall time",
-           **{k: v for k, v in vars(args).items() if k not in ("peak", "variants", "memory")})
+        print(
+            f"{name:<18} {row['seconds']:8.3f} s {args.ctx_len / row['seconds']:8.1f} tokens/s {row['of_bare_torch_gemms']:6.2f} of bare GEMMs "
+            f"{row.get('of_miss', 0):6.2f} of miss {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}",
+            flush=True,
+        )
+    report(
+        "step",
+        rows=rows,
+        clock="CPU time" if args.threads == 1 else "wall time",
+        **{k: v for k, v in vars(args).items() if k not in ("peak", "variants", "memory")},
+    )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def batch_adapters(model: RWKV, adapters: int) -> None:
     """Give every adapted linear so many adapters, each for its own share of the rows."""
     for layer in adapted_linears(model).values():
         layer.miss = nn.Parameter(layer.miss.detach().repeat(adapters, 1, 1))
-        layer.forward = lambda x, layer=layer: _Batched.apply(x.flatten(0, -2), layer.weight, layer.miss).view(*x.shape[:-1], -1)
+        layer.forward = lambda x, layer=layer: _Batched.apply(
+            x.flatten(0, -2), layer.weight, layer.miss
+        ).view(*x.shape[:-1], -1)
 
 
 def build(version: int, layers: int, width: int, vocabulary: int) -> RWKV:
@@ -63,14 +65,21 @@ def build(version: int, layers: int, width: int, vocabulary: int) -> RWKV:
     rwkv_miss.inject(model, rank=RANK)
     with torch.no_grad():
         for layer in adapted_linears(model).values():
-            layer.weight.normal_(std=width**-0.5)  # the initialisation has zeros, behind which nothing is computed differently
+            layer.weight.normal_(
+                std=width**-0.5
+            )  # the initialisation has zeros, behind which nothing is computed differently
             layer.miss.normal_(std=1e-3)
     return model
 
 
 def batch(vocabulary: int, rows: int, tokens: int) -> dict:
     ids = torch.randint(vocabulary, (rows, tokens + 1))
-    return {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": torch.ones(rows, tokens, dtype=torch.bool), "reset": None}
+    return {
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "mask": torch.ones(rows, tokens, dtype=torch.bool),
+        "reset": None,
+    }
 
 
 def step(model: RWKV, rows: dict, times: int = 1) -> float:
@@ -93,7 +102,9 @@ def compare(shape: str, adapters: int, rounds: int) -> dict:
     together = {name: None if t is None else t.repeat(adapters, 1) for name, t in once.items()}
     ways = {"in turn": lambda: step(one, once, adapters), "together": lambda: step(all_of_them, together)}
     losses = [run() for run in ways.values()]
-    assert abs(losses[0] / losses[1] - 1) < 1e-4, losses  # the adapters are equal, so that both ways compute the same
+    assert abs(losses[0] / losses[1] - 1) < 1e-4, (
+        losses
+    )  # the adapters are equal, so that both ways compute the same
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, run in ways.items():
@@ -101,13 +112,20 @@ def compare(shape: str, adapters: int, rounds: int) -> dict:
             run()
             seconds[name] = min(seconds[name], time.process_time() - start)
     ratio = seconds["together"] / seconds["in turn"]
-    print(f"{shape:<24} {adapters} adapters: in turn {seconds['in turn']:.4f} s, together {seconds['together']:.4f} s, {ratio:.3f} times", flush=True)
+    print(
+        f"{shape:<24} {adapters} adapters: in turn {seconds['in turn']:.4f} s, together {seconds['together']:.4f} s, {ratio:.3f} times",
+        flush=True,
+    )
     return {"shape": shape, "seconds": seconds, "ratio": round(ratio, 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--shapes", nargs="+", default=["6:12:128:256:8x128", "6:12:128:256:1x128", "7:4:32:12:16x24", "7:12:768:65536:1x512"])
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["6:12:128:256:8x128", "6:12:128:256:1x128", "7:4:32:12:16x24", "7:12:768:65536:1x512"],
+    )
     for name, default in (("adapters", 4), ("rounds", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()

@@ -59,8 +59,24 @@ def loading_share(path: str, folder: str, steps: int) -> dict[str, float]:
             yield batch
 
     Batches.__iter__ = watched
-    flags = ["--load_model", "demo/rwkv7-reverse.pth", "--data_file", path, "--proj_dir", f"{folder}/run", "--peft_config", "r=12", "--micro_bsz",
-             "16", "--ctx_len", "128", "--epoch_steps", str(steps), "--data_cache", "none"]
+    flags = [
+        "--load_model",
+        "demo/rwkv7-reverse.pth",
+        "--data_file",
+        path,
+        "--proj_dir",
+        f"{folder}/run",
+        "--peft_config",
+        "r=12",
+        "--micro_bsz",
+        "16",
+        "--ctx_len",
+        "128",
+        "--epoch_steps",
+        str(steps),
+        "--data_cache",
+        "none",
+    ]
     with contextlib.redirect_stdout(None):
         run.main(*config.parse(flags))
     metrics = pathlib.Path(folder, "run/metrics.jsonl").read_text().splitlines()
@@ -87,11 +103,37 @@ def resident(path: str, cache: str, folder: str) -> dict[str, int]:
     def look(number: int) -> None:
         release_freed()
         with open("/proc/self/status") as status:
-            found.update({line.split(":")[0]: int(line.split()[1]) << 10 for line in status if line.startswith(("RssAnon", "RssFile"))})
+            found.update(
+                {
+                    line.split(":")[0]: int(line.split()[1]) << 10
+                    for line in status
+                    if line.startswith(("RssAnon", "RssFile"))
+                }
+            )
 
     watch_batches(look)
-    flags = ["--load_model", f"{folder}/base.pth", "--tokenizer", "world", "--data_file", path, "--proj_dir", f"{path}.{cache}", "--micro_bsz", "1",
-             "--ctx_len", "512", "--epoch_steps", "2", "--eval_split", "1e-4", "--eval_samples", "0", "--data_cache", f"{folder}/cache"]
+    flags = [
+        "--load_model",
+        f"{folder}/base.pth",
+        "--tokenizer",
+        "world",
+        "--data_file",
+        path,
+        "--proj_dir",
+        f"{path}.{cache}",
+        "--micro_bsz",
+        "1",
+        "--ctx_len",
+        "512",
+        "--epoch_steps",
+        "2",
+        "--eval_split",
+        "1e-4",
+        "--eval_samples",
+        "0",
+        "--data_cache",
+        f"{folder}/cache",
+    ]
     with contextlib.redirect_stdout(None):
         run.main(*config.parse(flags))
     return found
@@ -112,14 +154,25 @@ def kept_memory(data: str, sizes: list[int], folder: str) -> None:
             with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found[cache, written] = pool.submit(resident, path, cache, folder).result()
             own, mapped = found[cache, written]["RssAnon"], found[cache, written]["RssFile"]
-            print(f"{written / 1e6:7.0f} MB {cache:<6} own {own / 1e6:7.1f} MB, mapped {mapped / 1e6:7.1f} MB")
+            print(
+                f"{written / 1e6:7.0f} MB {cache:<6} own {own / 1e6:7.1f} MB, mapped {mapped / 1e6:7.1f} MB"
+            )
         os.remove(path)
     for cache in ("cold", "cached"):
         own = [(size, memory["RssAnon"]) for (name, size), memory in found.items() if name == cache]
-        growth[cache] = [round((after - before) / (larger - size), 3) for (size, before), (larger, after) in itertools.pairwise(own)]
-        print(f"growth     {cache:<6} {', '.join(f'{value:.3f}' for value in growth[cache])} bytes for each byte of the file")
-    report("tokenise memory", growth=growth, sizes=sizes,
-           memory=[{"cache": cache, "bytes": size, **memory} for (cache, size), memory in found.items()])
+        growth[cache] = [
+            round((after - before) / (larger - size), 3)
+            for (size, before), (larger, after) in itertools.pairwise(own)
+        ]
+        print(
+            f"growth     {cache:<6} {', '.join(f'{value:.3f}' for value in growth[cache])} bytes for each byte of the file"
+        )
+    report(
+        "tokenise memory",
+        growth=growth,
+        sizes=sizes,
+        memory=[{"cache": cache, "bytes": size, **memory} for (cache, size), memory in found.items()],
+    )
 
 
 def main() -> None:
@@ -127,7 +180,9 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--repeat", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--memory", type=int, nargs="+", metavar="MB", help="the memory that runs keep, instead of times")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", metavar="MB", help="the memory that runs keep, instead of times"
+    )
     parser.add_argument("--folder", help="where --memory has its files [a temporary folder]")
     args = parser.parse_args()
     if args.memory:
@@ -135,6 +190,7 @@ def main() -> None:
             return kept_memory(args.data, args.memory, folder)
     encoder = tokenise.Encoder(load_tokenizer("world", 65536))
     with tempfile.TemporaryDirectory() as folder:
+
         def cached() -> tokenise.Tokens:
             return tokenise.tokenise(sources(args.data)[0], encoder, Report(), cache=f"{folder}/cache")
 
@@ -150,8 +206,15 @@ def main() -> None:
             print(f"{name:<12} {megabytes:7.1f} MB {seconds:8.3f} s {megabytes / seconds:8.1f} MB/s")
         share = loading_share(args.data, folder, args.steps)
     print(f"data loading takes {share['share']:.2%} of the time of {args.steps} steps of the demo's model")
-    report("tokenise", seconds={name: round(seconds, 4) for name, seconds in work.items()}, bytes=size, tokens=tokens, repeat=args.repeat,
-           loading={name: round(value, 4) for name, value in share.items()}, steps=args.steps)
+    report(
+        "tokenise",
+        seconds={name: round(seconds, 4) for name, seconds in work.items()},
+        bytes=size,
+        tokens=tokens,
+        repeat=args.repeat,
+        loading={name: round(value, 4) for name, value in share.items()},
+        steps=args.steps,
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from src.ops import build
 from .common import keep_pages, report
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
-OPERATIONS = {6: 3 + 7, 7: 5 + 12}  # multiply-adds for each element of the state in forward and backward: cuda/wkv*_cpu.cpp
+OPERATIONS = {
+    6: 3 + 7,
+    7: 5 + 12,
+}  # multiply-adds for each element of the state in forward and backward: cuda/wkv*_cpu.cpp
 
 
 def make(version: int, shape: tuple[int, int, int], head_size: int, dtype: torch.dtype, device: str = "cpu"):
@@ -31,7 +34,11 @@ def make(version: int, shape: tuple[int, int, int], head_size: int, dtype: torch
     torch.manual_seed(0)
     r, k, v, w, p, q, dy = (torch.randn(sizes) for _ in range(7))
     kappa = torch.nn.functional.normalize(p, dim=-1)
-    inputs = [r, k, v, w - 2, torch.randn(sizes[2:])] if version == 6 else [r, 2 * w - 2, k, v, -kappa, kappa * torch.sigmoid(q)]
+    inputs = (
+        [r, k, v, w - 2, torch.randn(sizes[2:])]
+        if version == 6
+        else [r, 2 * w - 2, k, v, -kappa, kappa * torch.sigmoid(q)]
+    )
     return [x.to(device, dtype).requires_grad_() for x in inputs], dy.to(device, dtype)
 
 
@@ -74,8 +81,29 @@ def milliseconds(run, inputs, dy) -> float:
 def fma_probe():
     """A function that measures the peak of multiply-adds of this core, now, in FLOP per millisecond."""
     source = pathlib.Path(__file__).with_name("fma_peak.cpp")
-    command = [build.find_cxx(), "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-pthread"]
-    library = ctypes.CDLL(str(build.build("fma_peak", "the multiply-add probe", 2, [source], build.headers(), command, (), build.cpu_features())))
+    command = [
+        build.find_cxx(),
+        "-std=c++17",
+        "-O3",
+        "-march=native",
+        "-ffp-contract=fast",
+        "-fPIC",
+        "-pthread",
+    ]
+    library = ctypes.CDLL(
+        str(
+            build.build(
+                "fma_peak",
+                "the multiply-add probe",
+                2,
+                [source],
+                build.headers(),
+                command,
+                (),
+                build.cpu_features(),
+            )
+        )
+    )
     repeats = 10_000_000
     flops = repeats * 2 * library.fma_width()
 
@@ -131,7 +159,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--kernels", nargs="+", choices=ops.KERNELS, help="all that run on the device, when not given")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=ops.KERNELS, help="all that run on the device, when not given"
+    )
     parser.add_argument("--peers", action="store_true", help="measure flash-linear-attention too")
     args = parser.parse_args()
     dtype, on_cpu = getattr(torch, args.dtype), args.device == "cpu"
@@ -143,7 +173,9 @@ def main() -> None:
     peak = fma_probe() if "cpu" in kernels else None
     others = peers() if args.peers else {6: {}, 7: {}}
 
-    print(f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8} {'2 threads':>9} {'kept MB':>8} {'error':>8}")
+    print(
+        f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8} {'2 threads':>9} {'kept MB':>8} {'error':>8}"
+    )
     rows = []
     for title in args.shapes:
         shape = tuple(map(int, title.split(",")))
@@ -153,7 +185,9 @@ def main() -> None:
             exact = [x.detach().cpu().double().requires_grad_() for x in first]
             want = [x.detach() for x in step(ours(version, "torch"), exact, dy[:1].cpu().double())]
             runs = {kernel: ours(version, kernel) for kernel in kernels} | others[version]
-            errors = {name: error(step(run, first, dy[:1]), want) for name, run in runs.items()}  # also the warm-up
+            errors = {
+                name: error(step(run, first, dy[:1]), want) for name, run in runs.items()
+            }  # also the warm-up
             best, limits = {name: float("inf") for name in runs}, []
             for _ in range(args.rounds):
                 for name, run in runs.items():
@@ -165,18 +199,35 @@ def main() -> None:
                         limits.append((before + elements / peak()) / 2 / ms)
             for name, ms in best.items():
                 row = {
-                    "shape": shape, "op": f"wkv{version}", "kernel": name, "ms": round(ms, 2),
+                    "shape": shape,
+                    "op": f"wkv{version}",
+                    "kernel": name,
+                    "ms": round(ms, 2),
                     "times_reference": round(best["reference"] / ms, 2) if "reference" in best else None,
                     "of_fma_limit": round(sorted(limits)[len(limits) // 2], 3) if name == "cpu" else None,
-                    "second_thread": round(second_thread(runs[name], inputs, dy, args.rounds), 2) if name == "cpu" else None,
-                    "kept_mb": round(kept_mb(runs[name], inputs), 1), "error": float(f"{errors[name]:.1e}"),
+                    "second_thread": round(second_thread(runs[name], inputs, dy, args.rounds), 2)
+                    if name == "cpu"
+                    else None,
+                    "kept_mb": round(kept_mb(runs[name], inputs), 1),
+                    "error": float(f"{errors[name]:.1e}"),
                 }
                 rows.append(row)
                 shown = [row[key] or "" for key in ("times_reference", "of_fma_limit", "second_thread")]
-                print(f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {shown[0]:>10} {shown[1]:>8} {shown[2]:>9} "
-                      f"{row['kept_mb']:8.1f} {row['error']:8.1e}", flush=True)
+                print(
+                    f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {shown[0]:>10} {shown[1]:>8} {shown[2]:>9} "
+                    f"{row['kept_mb']:8.1f} {row['error']:8.1e}",
+                    flush=True,
+                )
     card = {} if on_cpu else {"card": torch.cuda.get_device_name()}
-    report("wkv", rows=rows, dtype=args.dtype, head_size=args.head_size, rounds=args.rounds, pages_kept=pages_kept, **card)
+    report(
+        "wkv",
+        rows=rows,
+        dtype=args.dtype,
+        head_size=args.head_size,
+        rounds=args.rounds,
+        pages_kept=pages_kept,
+        **card,
+    )
 
 
 if __name__ == "__main__":

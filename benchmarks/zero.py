@@ -40,8 +40,14 @@ def rank_main(rank: int, port: int, flags: list[str], results) -> None:
     import train
 
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
-                   "WORLD_SIZE": str(PROCESSES), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(PROCESSES),
+        "DS_ACCELERATOR": "cpu",
+    }
     start, peak, done = resident(), {"own": 0, "mapped": 0, "together": 0}, threading.Event()
 
     def watch():
@@ -65,7 +71,9 @@ def run(flags: list[str]) -> dict[str, int]:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, port, flags, results)) for rank in range(PROCESSES)]
+    ranks = [
+        context.Process(target=rank_main, args=(rank, port, flags, results)) for rank in range(PROCESSES)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -76,9 +84,15 @@ def run(flags: list[str]) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategies", nargs="+", default=["deepspeed_stage_2", "deepspeed_stage_3"],
-                        help="the last one's memory over the first one's is the ratio")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["deepspeed_stage_2", "deepspeed_stage_3"],
+        help="the last one's memory over the first one's is the ratio",
+    )
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=1024)
@@ -88,23 +102,72 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, data = f"{folder}/base.pth", f"{folder}/rows.jsonl"
         parameters = write_random_base(base, 7, args.layers, args.width)
-        Path(data).write_text("".join(json.dumps({"text": "x" * args.tokens}) + "\n" for _ in range(PROCESSES * args.steps)))
-        print(f"{parameters / 1e6:.0f} M parameters, base in {args.precision}, {PROCESSES} processes, {args.steps} steps; "
-              "MiB above the start, of the process that has more")
-        table, peaks, seconds = ["| strategy | own memory | mapped pages | both at once | s a step |\n|---|---|---|---|---|"], {}, {}
+        Path(data).write_text(
+            "".join(json.dumps({"text": "x" * args.tokens}) + "\n" for _ in range(PROCESSES * args.steps))
+        )
+        print(
+            f"{parameters / 1e6:.0f} M parameters, base in {args.precision}, {PROCESSES} processes, {args.steps} steps; "
+            "MiB above the start, of the process that has more"
+        )
+        table, peaks, seconds = (
+            ["| strategy | own memory | mapped pages | both at once | s a step |\n|---|---|---|---|---|"],
+            {},
+            {},
+        )
         for strategy in args.strategies:
             proj_dir = f"{folder}/{strategy}"
-            peak = run(["--load_model", base, "--data_file", data, "--proj_dir", proj_dir, "--accelerator", "cpu", "--devices", str(PROCESSES),
-                        "--strategy", strategy, "--precision", args.precision, "--packing", "0", "--ctx_len", str(args.tokens), "--micro_bsz", "1",
-                        "--peft_config", "r=16"])
-            peaks[strategy], seconds[strategy] = peak, json.loads(Path(proj_dir, "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-            table.append(f"| {strategy} | " + " | ".join(f"{size / MIB:.0f}" for size in peak.values()) + f" | {seconds[strategy]:.2f} |")
+            peak = run(
+                [
+                    "--load_model",
+                    base,
+                    "--data_file",
+                    data,
+                    "--proj_dir",
+                    proj_dir,
+                    "--accelerator",
+                    "cpu",
+                    "--devices",
+                    str(PROCESSES),
+                    "--strategy",
+                    strategy,
+                    "--precision",
+                    args.precision,
+                    "--packing",
+                    "0",
+                    "--ctx_len",
+                    str(args.tokens),
+                    "--micro_bsz",
+                    "1",
+                    "--peft_config",
+                    "r=16",
+                ]
+            )
+            peaks[strategy], seconds[strategy] = (
+                peak,
+                json.loads(Path(proj_dir, "metrics.jsonl").read_text().splitlines()[-1])["seconds"],
+            )
+            table.append(
+                f"| {strategy} | "
+                + " | ".join(f"{size / MIB:.0f}" for size in peak.values())
+                + f" | {seconds[strategy]:.2f} |"
+            )
     first, last = (peaks[args.strategies[i]] for i in (0, -1))
     ratio = {name: round(last[name] / max(first[name], 1), 3) for name in first}
     print("\n".join(table))
-    print(f"{args.strategies[-1]} over {args.strategies[0]}: {ratio['own']} of the process's own memory, {ratio['together']} with mapped pages")
-    report("zero", parameters=parameters, precision=args.precision, processes=PROCESSES, steps=args.steps, tokens=args.tokens,
-           peak_bytes=peaks, ratio=ratio, seconds_per_step=seconds)
+    print(
+        f"{args.strategies[-1]} over {args.strategies[0]}: {ratio['own']} of the process's own memory, {ratio['together']} with mapped pages"
+    )
+    report(
+        "zero",
+        parameters=parameters,
+        precision=args.precision,
+        processes=PROCESSES,
+        steps=args.steps,
+        tokens=args.tokens,
+        peak_bytes=peaks,
+        ratio=ratio,
+        seconds_per_step=seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -24,38 +24,88 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo.chat", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="base or merged .pth")
-    add("--adapter", action="append", default=[], metavar="[NAME=]FILE",
-        help="adapter .pth trained on that base, by its file's name unless NAME is given; the first of several answers, /adapter NAME chooses")
-    add("--scale", type=float, default=1.0, help="what the adapter changes is multiplied by this; 1: as it was trained")
-    add("--compare", action="store_true", help="answer --prompt with the base and with the adapter, side by side; in a chat: /compare TEXT")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="adapter .pth trained on that base, by its file's name unless NAME is given; the first of several answers, /adapter NAME chooses",
+    )
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="what the adapter changes is multiplied by this; 1: as it was trained",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="answer --prompt with the base and with the adapter, side by side; in a chat: /compare TEXT",
+    )
     add("--load_state", metavar="FILE", help="go on with a conversation that /save wrote")
-    add("--tokenizer", default="auto", help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file")
+    add(
+        "--tokenizer",
+        default="auto",
+        help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file",
+    )
     add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
-    add("--template", default="auto", help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file")
+    add(
+        "--template",
+        default="auto",
+        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file",
+    )
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     add("--system", default="", help="text of a System: turn before the chat")
     add("--max_tokens", type=int, default=512, help="the longest answer, in tokens; default %(default)s")
-    add("--temperature", type=float, default=Sampling.temperature,
-        help="how freely tokens are drawn; 0: always the likeliest one; default %(default)s")
-    add("--top_p", type=float, default=Sampling.top_p,
+    add(
+        "--temperature",
+        type=float,
+        default=Sampling.temperature,
+        help="how freely tokens are drawn; 0: always the likeliest one; default %(default)s",
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=Sampling.top_p,
         help="draw among the likeliest tokens that have this share together; 1: among all; "
-             "default %(default)s")
-    add("--top_k", type=int, default=Sampling.top_k,
-        help="draw among so many of the likeliest tokens; 0: among all; default %(default)s")
-    add("--presence_penalty", type=float, default=Sampling.presence_penalty,
-        help="lowers the logit of a token that the answer holds already; default %(default)s")
-    add("--frequency_penalty", type=float, default=Sampling.frequency_penalty,
-        help="lowers it once for each time that the answer holds the token; default %(default)s")
+        "default %(default)s",
+    )
+    add(
+        "--top_k",
+        type=int,
+        default=Sampling.top_k,
+        help="draw among so many of the likeliest tokens; 0: among all; default %(default)s",
+    )
+    add(
+        "--presence_penalty",
+        type=float,
+        default=Sampling.presence_penalty,
+        help="lowers the logit of a token that the answer holds already; default %(default)s",
+    )
+    add(
+        "--frequency_penalty",
+        type=float,
+        default=Sampling.frequency_penalty,
+        help="lowers it once for each time that the answer holds the token; default %(default)s",
+    )
     add("--seed", type=int, default=0, help="of the random numbers; default %(default)s")
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
-    add("--precision", default="auto", choices=("auto", *DTYPES),
+    add(
+        "--precision",
+        default="auto",
+        choices=("auto", *DTYPES),
         help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with --wkv torch or reference. On a CPU "
-             "answers are computed in fp32 from bf16 weights, too, but their prompts are read in bf16 where the CPU has instructions for it: faster, "
-             "with logits about 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32")
-    add("--quant", default="none", choices=("none", "int8"),
+        "answers are computed in fp32 from bf16 weights, too, but their prompts are read in bf16 where the CPU has instructions for it: faster, "
+        "with logits about 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32",
+    )
+    add(
+        "--quant",
+        default="none",
+        choices=("none", "int8"),
         help="int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with those of --precision. It is not the "
-             "int8 of train.py's --quant, which has a scale for each 64 weights")
+        "int8 of train.py's --quant, which has a scale for each 64 weights",
+    )
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
     args = parser.parse_args(argv)
     if args.max_tokens < 1:
@@ -94,9 +144,13 @@ def named(given: list[str]) -> dict[str, str]:
         if not equals or os.sep in name or os.path.exists(text):
             name, path = os.path.splitext(os.path.basename(text))[0], text
         if not name or name == NO_ADAPTER or "+" in name or name.split() != [name]:
-            raise UserError(f"--adapter {text}: an adapter can't be called {name!r}; give it another name: --adapter NAME={path}")
+            raise UserError(
+                f"--adapter {text}: an adapter can't be called {name!r}; give it another name: --adapter NAME={path}"
+            )
         if name in files:
-            raise UserError(f"--adapter {text}: {files[name]} is called {name}, too; give one of them another name: --adapter NAME={path}")
+            raise UserError(
+                f"--adapter {text}: {files[name]} is called {name}, too; give one of them another name: --adapter NAME={path}"
+            )
         files[name] = path
     return files
 
@@ -104,7 +158,9 @@ def named(given: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
-        adapters, tokenizer = load_with(args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv)
+        adapters, tokenizer = load_with(
+            args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
+        )
         adapters.use(list(args.adapter)[:1], args.scale)
         model, how = fastest(adapters.model, args.quant == "int8")
 
@@ -125,11 +181,16 @@ def main(argv: list[str] | None = None) -> None:
             print(chat.compared(args.prompt))
         elif args.prompt:
             opening = conversation.template.opening
-            pieces = itertools.chain([opening] if opening else [], conversation.answer(args.prompt, args.max_tokens))
+            pieces = itertools.chain(
+                [opening] if opening else [], conversation.answer(args.prompt, args.max_tokens)
+            )
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
-            print(f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, "
-                  "/exit ends the chat.", file=sys.stderr)
+            print(
+                f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, "
+                "/exit ends the chat.",
+                file=sys.stderr,
+            )
             chat.converse()
 
 

@@ -22,7 +22,14 @@ from src.template import MODES, RwkvTemplate, Template
 
 NO_ADAPTER = "none"
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
-MODE_NAMES = {"off": "rwkv", "think": "think", "normal": "think-normal", "short": "think-short", "long": "think-long", "fake": "fake-think"}
+MODE_NAMES = {
+    "off": "rwkv",
+    "think": "think",
+    "normal": "think-normal",
+    "short": "think-short",
+    "long": "think-long",
+    "fake": "fake-think",
+}
 
 
 class Command(NamedTuple):
@@ -51,9 +58,20 @@ class Chat:
     """
 
     def __init__(
-        self, conversation: Conversation, adapters: Adapters, template_of: Callable[[str, list], Template], template: str, max_tokens: int, seed: int
+        self,
+        conversation: Conversation,
+        adapters: Adapters,
+        template_of: Callable[[str, list], Template],
+        template: str,
+        max_tokens: int,
+        seed: int,
     ):
-        self.conversation, self.adapters, self.template_of, self.chosen = conversation, adapters, template_of, template
+        self.conversation, self.adapters, self.template_of, self.chosen = (
+            conversation,
+            adapters,
+            template_of,
+            template,
+        )
         self.max_tokens, self.seed = max_tokens, seed
         self.scale = adapters.scale  # that of the next adapter, too
         self.over = False
@@ -120,7 +138,14 @@ class Chat:
             self.use(names, scale)
             self.conversation.template = self.template_of(self.chosen, self.paths())
         again = self.conversation.turns and not self.conversation.read
-        note(self.in_use() + (f"; {self.turns()} so far: read again with these weights before the next answer" if again else ""))
+        note(
+            self.in_use()
+            + (
+                f"; {self.turns()} so far: read again with these weights before the next answer"
+                if again
+                else ""
+            )
+        )
 
     def turns(self) -> str:
         count = len(self.conversation.turns)
@@ -131,7 +156,11 @@ class Chat:
         return [self.adapters.by_name[name].path for name in self.adapters.used]
 
     def in_use(self) -> str:
-        return f"adapter {'+'.join(self.adapters.used)}, scale {self.adapters.scale:g}" if self.adapters.used else "no adapter: the base answers"
+        return (
+            f"adapter {'+'.join(self.adapters.used)}, scale {self.adapters.scale:g}"
+            if self.adapters.used
+            else "no adapter: the base answers"
+        )
 
     @command("adapter", "[NAME|NAME+NAME|none]")
     def choose_adapter(self, argument: str) -> None:
@@ -210,7 +239,11 @@ class Chat:
         """go on with a saved conversation"""
         used = load_chat(self.conversation, self.adapters, needed("load", argument))
         self.chosen = self.conversation.template.record
-        again = "" if used or not self.conversation.turns else ", saved with other adapters or another scale: read again before the next answer"
+        again = (
+            ""
+            if used or not self.conversation.turns
+            else ", saved with other adapters or another scale: read again before the next answer"
+        )
         note(f"{self.turns()} of {argument}{again}")
 
     @command("think", "[MODE]")
@@ -235,8 +268,10 @@ class Chat:
         width = max(len(name) + len(entry.arguments) for name, entry in COMMANDS.items()) + 2
         for name, entry in COMMANDS.items():
             note(f"/{name + ' ' + entry.arguments:<{width}} {entry.help}")
-        note("Words that begin with a slash: type a space or another slash before them. "
-             "Ctrl-C stops an answer. Ctrl-D ends the chat.")
+        note(
+            "Words that begin with a slash: type a space or another slash before them. "
+            "Ctrl-C stops an answer. Ctrl-D ends the chat."
+        )
 
     @command("quit")
     @command("exit")
@@ -248,8 +283,14 @@ class Chat:
         """Two columns: what the base and what the adapter in use answers, with the same random numbers. UserError without an adapter."""
         names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
         if not names:
-            raise UserError("no adapter is in use, so there is nothing to compare the base with; " + (
-                f"/adapter NAME, of {', '.join(self.adapters.by_name)}" if self.adapters.by_name else "start with --adapter"))
+            raise UserError(
+                "no adapter is in use, so there is nothing to compare the base with; "
+                + (
+                    f"/adapter NAME, of {', '.join(self.adapters.by_name)}"
+                    if self.adapters.by_name
+                    else "start with --adapter"
+                )
+            )
         kept = conversation.state, conversation.read, conversation.earlier
         answers = []
         try:
@@ -257,11 +298,17 @@ class Chat:
                 if weights != names:
                     self.use(weights, 1.0)
                 twin = conversation.twin(self.seed)
-                answers.append(twin.template.opening.lstrip() + "".join(twin.answer(text, self.max_tokens)).lstrip(" "))
+                answers.append(
+                    twin.template.opening.lstrip() + "".join(twin.answer(text, self.max_tokens)).lstrip(" ")
+                )
         finally:
             self.use(names, scale)
             conversation.state, conversation.read, conversation.earlier = kept
-        return side_by_side(("base", answers[1]), (f"{'+'.join(names)}, scale {scale:g}", answers[0]), shutil.get_terminal_size().columns)
+        return side_by_side(
+            ("base", answers[1]),
+            (f"{'+'.join(names)}, scale {scale:g}", answers[0]),
+            shutil.get_terminal_size().columns,
+        )
 
 
 def find(name: str) -> Command:
@@ -270,8 +317,10 @@ def find(name: str) -> Command:
         return COMMANDS[name]
     near = difflib.get_close_matches(name, COMMANDS, 1)
     guess = f", did you mean /{near[0]}?" if near else "."
-    raise UserError(f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. "
-                    "To say it to the model, type a space or another slash before it.")
+    raise UserError(
+        f"there is no command /{name}{guess} There are /{', /'.join(COMMANDS)}. "
+        "To say it to the model, type a space or another slash before it."
+    )
 
 
 def named_mode(name: str) -> str:
@@ -307,21 +356,31 @@ def check_typed(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"what was typed is no {sys.stdin.encoding} text; if it is UTF-8, set PYTHONUTF8=1") from None
+        raise UserError(
+            f"what was typed is no {sys.stdin.encoding} text; if it is UTF-8, set PYTHONUTF8=1"
+        ) from None
 
 
 def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> str:
     """Two (title, text) as columns of together `width` characters of a terminal."""
     half = max(10, (width - 3) // 2)
-    columns = [[title, "-" * half, *(line for part in text.splitlines() for line in wrapped(part, half))] for title, text in (left, right)]
+    columns = [
+        [title, "-" * half, *(line for part in text.splitlines() for line in wrapped(part, half))]
+        for title, text in (left, right)
+    ]
     rows = max(map(len, columns))
-    padded = [[line + " " * (half - cells(line)) for line in column + [""] * (rows - len(column))] for column in columns]
+    padded = [
+        [line + " " * (half - cells(line)) for line in column + [""] * (rows - len(column))]
+        for column in columns
+    ]
     return "\n".join(f"{a} | {b}".rstrip() for a, b in zip(*padded, strict=True))
 
 
 def cells(text: str) -> int:
     """The columns of a terminal that a text takes."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
 
 
 def wrapped(text: str, width: int) -> list[str]:

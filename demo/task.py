@@ -22,7 +22,10 @@ def rows(task: str, count: int, seed: int, excluded: set[str] = frozenset()) -> 
         letters = "".join(rng.choices(string.ascii_lowercase, k=rng.choice(LENGTHS)))
         if letters in excluded:
             return turn()
-        return [{"role": "user", "content": f"{task} {letters}"}, {"role": "assistant", "content": TASKS[task](letters)}]
+        return [
+            {"role": "user", "content": f"{task} {letters}"},
+            {"role": "assistant", "content": TASKS[task](letters)},
+        ]
 
     return [{"messages": turn() + (turn() if rng.random() < 0.25 else [])} for _ in range(count)]
 
@@ -44,7 +47,12 @@ def main() -> None:
     if args.rows < 1 or args.heldout < 1:
         parser.error(f"--rows {args.rows} and --heldout {args.heldout}: there must be at least 1 of each")
     heldout = rows(args.task, args.heldout, args.seed)
-    questions = {message["content"].split()[-1] for row in heldout for message in row["messages"] if message["role"] == "user"}
+    questions = {
+        message["content"].split()[-1]
+        for row in heldout
+        for message in row["messages"]
+        if message["role"] == "user"
+    }
     try:
         write(args.heldout_out, heldout)
         write(args.out, rows(args.task, args.rows, args.seed + 1, questions))

@@ -35,17 +35,29 @@ def main() -> None:
         adapters.use(["adapter"])
         live, _ = exact_accuracy(adapters.model, tokenizer, questions, args.max_tokens, template)
         if abs(live - after) > 0.01:
-            raise UserError(f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something")
+            raise UserError(
+                f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something"
+            )
         with open(args.summary, encoding="utf-8") as file:
             seconds = json.load(file)["train_seconds"]
         print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
         for question, first, second in list(zip(questions, wrong, answers, strict=True))[:8]:
             print(f"{_short(question.prompt):<60.60} {first:<12.12} {second:<12.12}")
-        print(f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})")
-        print(json.dumps({
-            "accuracy_before": before, "accuracy_after": after, "base": args.base, "adapter": args.adapter, "merged": args.merged,
-            "train_seconds": round(seconds, 1),
-        }))
+        print(
+            f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})"
+        )
+        print(
+            json.dumps(
+                {
+                    "accuracy_before": before,
+                    "accuracy_after": after,
+                    "base": args.base,
+                    "adapter": args.adapter,
+                    "merged": args.merged,
+                    "train_seconds": round(seconds, 1),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,20 @@ from .inject import inject, load_adapter, save_adapter
 from .merge import merge_file
 
 __all__ = [
-    "METHODS", "AdapterLinear", "Arch", "UserError", "after_step", "before_step", "disabled", "inject", "load_adapter", "merge_file", "penalty",
-    "read_checkpoint", "read_metadata", "register", "save_adapter", "write_checkpoint",
+    "METHODS",
+    "AdapterLinear",
+    "Arch",
+    "UserError",
+    "after_step",
+    "before_step",
+    "disabled",
+    "inject",
+    "load_adapter",
+    "merge_file",
+    "penalty",
+    "read_checkpoint",
+    "read_metadata",
+    "register",
+    "save_adapter",
+    "write_checkpoint",
 ]

@@ -34,12 +34,18 @@ def describe(path) -> dict[str, Any]:
     trained = [t for name, t in tensors.items() if ":" not in name] if written_as == RUN_FORMAT else None
     files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
     return {
-        "file": os.fspath(path), "kind": KINDS.get(written_as, written_as),
+        "file": os.fspath(path),
+        "kind": KINDS.get(written_as, written_as),
         "trained": trained and {"tensors": len(trained), "parameters": sum(t.numel() for t in trained)},
         "output": run_output(path, metadata) if trained else None,
-        "bytes": sum(map(os.path.getsize, files)), "tensors": len(tensors), "parameters": sum(t.numel() for t in tensors.values()),
-        "dtypes": dict(dtypes), "arch": arch.to_dict() if arch else None, "description": arch.describe() if arch else None,
-        "fingerprint": Identity(path, tensors).fingerprint, "metadata": metadata or None,
+        "bytes": sum(map(os.path.getsize, files)),
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "dtypes": dict(dtypes),
+        "arch": arch.to_dict() if arch else None,
+        "description": arch.describe() if arch else None,
+        "fingerprint": Identity(path, tensors).fingerprint,
+        "metadata": metadata or None,
     }
 
 
@@ -59,7 +65,9 @@ def show(facts: dict[str, Any]) -> None:
     print(f"  tensors      {facts['tensors']}, {facts['parameters']:,} parameters, {dtypes}")
     if facts["trained"]:
         trained = facts["trained"]
-        print(f"  trained      {trained['tensors']}, {trained['parameters']:,} parameters; the others are the optimizer's")
+        print(
+            f"  trained      {trained['tensors']}, {trained['parameters']:,} parameters; the others are the optimizer's"
+        )
         print(f"  purpose      --resume auto goes on from it; for merge and chat there is {facts['output']}")
     if facts["description"]:
         print(f"  model        {facts['description']}")
@@ -68,7 +76,10 @@ def show(facts: dict[str, Any]) -> None:
         if name == "linears" and value:
             value = f"{len(value)}, {value[0]} to {value[-1]}"
         if name == "adapters" and isinstance(value, list):
-            value = ", ".join(f"{entry.get('adapter')} times {entry.get('weight', 1)}" for entry in merged_adapters(facts["metadata"]))
+            value = ", ".join(
+                f"{entry.get('adapter')} times {entry.get('weight', 1)}"
+                for entry in merged_adapters(facts["metadata"])
+            )
         if name == "recent_losses" and value:
             value = f"{len(value)}, the last is {value[-1]:.4f}"
         if value not in EMPTY:
@@ -88,16 +99,32 @@ def parse(argv: list[str] | None):
     parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)
     add_commands(commands)
-    converting = commands.add_parser("convert", help="an adapter of any project -> another project's file or folder")
+    converting = commands.add_parser(
+        "convert", help="an adapter of any project -> another project's file or folder"
+    )
     converting.add_argument("input", metavar="IN", help="file or folder")
     converting.add_argument("out", metavar="OUT")
-    converting.add_argument("--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes])
-    converting.add_argument("--origin", default="", help="the project that wrote IN, where its shapes alone could be of two")
+    converting.add_argument(
+        "--to", required=True, choices=[name for name, form in FORMATS.items() if form.writes]
+    )
+    converting.add_argument(
+        "--origin", default="", help="the project that wrote IN, where its shapes alone could be of two"
+    )
     converting.add_argument("--alpha", type=float, help="LoRA's alpha, where the file does not hold it")
-    converting.add_argument("--profile", default="", help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer")
-    converting.add_argument("--init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
-    converting.add_argument("--base", default="", help="the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
-                            "its model's widths")
+    converting.add_argument(
+        "--profile",
+        default="",
+        help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer",
+    )
+    converting.add_argument(
+        "--init", default="", help="PiSSA's factors at the start, where they are in a file of their own"
+    )
+    converting.add_argument(
+        "--base",
+        default="",
+        help="the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
+        "its model's widths",
+    )
     inspect = commands.add_parser("inspect", help="what a file is")
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true", help="one JSON object, for machines")
@@ -110,7 +137,12 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(args, "run"):
             args.run(args)
         elif args.command == "convert":
-            for line in convert(args.input, args.out, args.to, Hints(args.origin, args.alpha, args.init, args.base, args.profile)).lines():
+            for line in convert(
+                args.input,
+                args.out,
+                args.to,
+                Hints(args.origin, args.alpha, args.init, args.base, args.profile),
+            ).lines():
                 print(line)
         elif args.json:
             print(json.dumps(describe(args.file)))

@@ -53,12 +53,22 @@ class NoOptions:
             name = cls.aliases.get(key, key)
             if name not in fields:
                 short = {field: alias for alias, field in cls.aliases.items() if len(alias) == 1}
-                known_names = ", ".join(f"{field} ({short[field]})" if field in short else field for field in sorted(fields))
-                raise UserError(f"adapter option {key!r} is unknown; this method has: {known_names or 'no options'}")
+                known_names = ", ".join(
+                    f"{field} ({short[field]})" if field in short else field for field in sorted(fields)
+                )
+                raise UserError(
+                    f"adapter option {key!r} is unknown; this method has: {known_names or 'no options'}"
+                )
             if name in known:
-                raise UserError(f"adapter option {name} is given twice, by two of its names; drop one of them")
+                raise UserError(
+                    f"adapter option {name} is given twice, by two of its names; drop one of them"
+                )
             kind = type(getattr(default, name))
-            known[name] = _by_name(key, value, fields[name].metadata["of"]) if kind is dict else _scalar(key, value, kind)
+            known[name] = (
+                _by_name(key, value, fields[name].metadata["of"])
+                if kind is dict
+                else _scalar(key, value, kind)
+            )
         return cls(**known)
 
     def at(self, name: str) -> NoOptions:
@@ -68,8 +78,16 @@ class NoOptions:
 
 def _scalar(key: str, value: Any, kind: type) -> Any:
     """An option's value in its own kind; 0 and 1 stand for false and true."""
-    fits = {bool: isinstance(value, bool) or value in (0, 1), float: isinstance(value, (int, float))}.get(kind, isinstance(value, kind))
-    if not fits or isinstance(value, bool) and kind is not bool or isinstance(value, float) and not math.isfinite(value):
+    fits = {bool: isinstance(value, bool) or value in (0, 1), float: isinstance(value, (int, float))}.get(
+        kind, isinstance(value, kind)
+    )
+    if (
+        not fits
+        or isinstance(value, bool)
+        and kind is not bool
+        or isinstance(value, float)
+        and not math.isfinite(value)
+    ):
         raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
     return kind(value)
 
@@ -77,8 +95,12 @@ def _scalar(key: str, value: Any, kind: type) -> Any:
 def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
     """A map from parts of names to what `of` says: ranks, or positive factors."""
     kinds = (int,) if of == "ranks" else (int, float)
-    if not isinstance(value, dict) or not all(type(number) in kinds and 0 < number < math.inf for number in value.values()):
-        raise UserError(f'adapter option {key} must be names with {of}, such as {{"ffn": 32, "blocks.0": 8}}, got {value!r}')
+    if not isinstance(value, dict) or not all(
+        type(number) in kinds and 0 < number < math.inf for number in value.values()
+    ):
+        raise UserError(
+            f'adapter option {key} must be names with {of}, such as {{"ffn": 32, "blocks.0": 8}}, got {value!r}'
+        )
     return dict(value)
 
 
@@ -97,7 +119,9 @@ def check_parts(what: str, by_name: dict[str, Any], names: Iterable[str]) -> Non
     """UserError for a part of a name that is in none of `names`."""
     for part in by_name:
         if not any(f".{part}." in f".{name}." for name in names):
-            raise UserError(f"{what} {part!r} is in no name; the names are such as {', '.join(list(names)[:3])}")
+            raise UserError(
+                f"{what} {part!r} is in no name; the names are such as {', '.join(list(names)[:3])}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +155,9 @@ class AdapterMethod:
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
     shared: ClassVar[tuple[str, ...]] = ()
-    decays: ClassVar[bool] = True  # weight decay of its matrices pulls towards the base, because they are the base at zero
+    decays: ClassVar[bool] = (
+        True  # weight decay of its matrices pulls towards the base, because they are the base at zero
+    )
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
@@ -212,7 +238,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return None
 
     @classmethod
-    def before_step(cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather) -> None:
+    def before_step(
+        cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather
+    ) -> None:
         """Called before optimizer step `step` (1-based) of `total`. gradient_of(parameter) is that of the whole step, the same on all ranks, which
         ask for them in the same order; None where there is none."""
 
@@ -225,7 +253,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return 1.0
 
     @classmethod
-    def wrap(cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]) -> AdapterLinear:
+    def wrap(
+        cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
+    ) -> AdapterLinear:
         """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy. `options` are its own, `shared` has its
         shared tensors."""
         adapted = cls.__new__(cls)
@@ -253,7 +283,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         for name, linear in linears.items():
             try:
                 shared = {key: pool[of] for key, of in cls.shared_names(*shapes[name]).items()}
-                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared).train(linear.training)
+                adapted[name] = cls.wrap(linear.weight, linear.bias, options.at(name), shared).train(
+                    linear.training
+                )
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         put_linears(model, adapted)  # all of them or none
@@ -272,7 +304,11 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Everything of the method that a file keeps of this layer: its parameters and buffers without the base's weight and bias."""
-        buffers = {name: t for name, t in self.named_buffers(recurse=False) if name not in self._non_persistent_buffers_set}
+        buffers = {
+            name: t
+            for name, t in self.named_buffers(recurse=False)
+            if name not in self._non_persistent_buffers_set
+        }
         own = {**dict(self.named_parameters(recurse=False)), **buffers}
         return {name: tensor for name, tensor in own.items() if name not in ("weight", "bias")}
 
@@ -299,7 +335,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
             raise UserError(f"the adapter holds {sorted(tensors)}, method {self.method} needs {sorted(own)}")
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
-                raise UserError(f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the model")
+                raise UserError(
+                    f"{name} is {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the model"
+                )
             if own[name].is_floating_point() != tensor.is_floating_point():
                 raise UserError(f"{name} is {tensor.dtype} in the adapter, {own[name].dtype} in the model")
 
@@ -349,7 +387,11 @@ def penalty(model: nn.Module, gather: Gather = whole) -> Tensor | None:
 
 
 def before_step(
-    model: nn.Module, step: int, total: int, gradient_of: GradientOf = operator.attrgetter("grad"), gather: Gather = whole
+    model: nn.Module,
+    step: int,
+    total: int,
+    gradient_of: GradientOf = operator.attrgetter("grad"),
+    gather: Gather = whole,
 ) -> None:
     """Show the method the gradients of optimizer step `step` (1-based) of `total`, before the optimizer uses them."""
     layers = list(adapted_linears(model).values())
@@ -377,8 +419,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises UserError where tensors of the base itself are trained, or an initial state is: their first values are not in the model.
     """
     if not only_linears_change(model):
-        raise UserError("disabled() gives back the base of adapted linears only; this model "
-                        + ("trains other tensors, too" if adapted_linears(model) else "has none"))
+        raise UserError(
+            "disabled() gives back the base of adapted linears only; this model "
+            + ("trains other tensors, too" if adapted_linears(model) else "has none")
+        )
     layers = adapted_linears(model).values()
     shadowed = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:

@@ -61,28 +61,43 @@ class MergeCheck:
 
     def lines(self, rows: int | None = ROWS) -> list[str]:
         """What the user is told; `rows` tensors of a table (None: all)."""
-        lines = [f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit for bit, {len(self.changed)} are not"]
+        lines = [
+            f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit for bit, {len(self.changed)} are not"
+        ]
         if self.adapters:
             names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
             apart = sum(c.apart or 0 for c in self.changed)
-            exact = "bit for bit" if not apart else f"but for the order of sums, {apart:,} entries are rounded the other way"
+            exact = (
+                "bit for bit"
+                if not apart
+                else f"but for the order of sums, {apart:,} entries are rounded the other way"
+            )
             if self.ok:
                 lines.append(f"those are what the merge of {names} writes, {exact}")
                 total = self.rounding.total
-                lines.append(f"rounding lost {percent(total.lost)} of the update and left {percent(total.unchanged_share)} of its entries unchanged")
+                lines.append(
+                    f"rounding lost {percent(total.lost)} of the update and left {percent(total.unchanged_share)} of its entries unchanged"
+                )
                 lines += self.rounding.table(rows)
         elif self.changed:
             worst = sorted(self.changed, key=lambda c: -c.distance)[:rows]
             width = max(len(c.name) for c in worst)
-            lines.append(f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| / |base|")
-            lines += [f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}" for c in worst]
+            lines.append(
+                f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| / |base|"
+            )
+            lines += [
+                f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}"
+                for c in worst
+            ]
         lines += [f"wrong: {problem}" for problem in self.problems[:rows]]
         if rows and len(self.problems) > rows:
             lines.append(f"wrong: and {len(self.problems) - rows} more; --layers shows all")
         if self.ok and self.changed:
             lines.append(f"the merge is undone by taking {self.base} again")
             if self.adapters:
-                lines[-1] += f": to subtract the update would leave {percent(self.not_undone)} of these entries other than the base's"
+                lines[-1] += (
+                    f": to subtract the update would leave {percent(self.not_undone)} of these entries other than the base's"
+                )
         if self.ok and not self.changed:
             lines.append("no tensor differs: nothing is to be undone")
         return lines
@@ -91,14 +106,27 @@ class MergeCheck:
         """Plain values for JSON, with every changed tensor."""
         total = self.rounding.total
         return {
-            "ok": self.ok, "problems": self.problems, "base": self.base, "merged": self.merged, "tensors": self.tensors, "same": self.same,
-            "adapters": [{"adapter": m.path, "weight": m.weight, "adapter_fingerprint": m.fingerprint} for m in self.adapters],
-            "changed": [dataclasses.asdict(c) for c in self.changed], "lost": total.lost, "unchanged": total.unchanged_share,
-            "not_undone": self.not_undone if self.adapters else None, "layers": [layer.to_dict() for layer in self.rounding.worst()],
+            "ok": self.ok,
+            "problems": self.problems,
+            "base": self.base,
+            "merged": self.merged,
+            "tensors": self.tensors,
+            "same": self.same,
+            "adapters": [
+                {"adapter": m.path, "weight": m.weight, "adapter_fingerprint": m.fingerprint}
+                for m in self.adapters
+            ],
+            "changed": [dataclasses.asdict(c) for c in self.changed],
+            "lost": total.lost,
+            "unchanged": total.unchanged_share,
+            "not_undone": self.not_undone if self.adapters else None,
+            "layers": [layer.to_dict() for layer in self.rounding.worst()],
         }
 
 
-def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> MergeCheck:
+def check_merge(
+    base, merged, adapters=(), weights: Sequence[float] | None = None, hints: Hints = NO_HINTS
+) -> MergeCheck:
     """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's, bit for bit, up to the rounding to
     the merged file's dtype. With adapters, which `hints` are for as in merge_file(), that those which differ are what it writes.
 
@@ -112,16 +140,26 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
     members = read_members(adapters, weights, hints)
     if weights is None:
-        members = [dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members]
+        members = [
+            dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members
+        ]
     places = {name: place for place, name in enumerate(recorded)}
-    members.sort(key=lambda m: places.get(m.recorded_as(places), len(places)))  # a sum in another order is rounded otherwise
+    members.sort(
+        key=lambda m: places.get(m.recorded_as(places), len(places))
+    )  # a sum in another order is rounded otherwise
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
     combination = Combination(members)
     combination.check(tensors)
-    check.problems += _of_the_record(check, record, recorded, Identity(base, tensors)) + _of_the_names(tensors, found, combination)
+    check.problems += _of_the_record(check, record, recorded, Identity(base, tensors)) + _of_the_names(
+        tensors, found, combination
+    )
     scratch = Scratch()
     for key, tensor in tensors.items():
-        if key not in found or found[key].shape != tensor.shape or not _writable(tensor.dtype, found[key].dtype):
+        if (
+            key not in found
+            or found[key].shape != tensor.shape
+            or not _writable(tensor.dtype, found[key].dtype)
+        ):
             continue
         name = combination.name(key)
         if name != key or key in combination.whole:
@@ -130,7 +168,9 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
         else:
             changed, problem = _compare(key, tensor, found[key]), ""
             if members and changed.differing:
-                problem = f"{key} differs from the base in {changed.differing:,} entries, and no adapter changes it"
+                problem = (
+                    f"{key} differs from the base in {changed.differing:,} entries, and no adapter changes it"
+                )
         check.problems += [problem] if problem else []
         if changed.differing:
             check.changed.append(changed)
@@ -149,11 +189,15 @@ def check_merge(base, merged, adapters=(), weights: Sequence[float] | None = Non
 def _number(weight: Any) -> float:
     """A weight out of a file's metadata."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < LARGEST_WEIGHT:
-        raise UserError(f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with; give --weights")
+        raise UserError(
+            f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with; give --weights"
+        )
     return float(weight)
 
 
-def _of_the_record(check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Identity) -> list[str]:
+def _of_the_record(
+    check: MergeCheck, record: Mapping[str, Any], recorded: Mapping[str, Any], base: Identity
+) -> list[str]:
     """What the merged file says of itself that is not so."""
     problems = []
     wanted = record.get("base_fingerprint")
@@ -164,17 +208,27 @@ def _of_the_record(check: MergeCheck, record: Mapping[str, Any], recorded: Mappi
         if recorded and name is None:
             problems.append(f"by its own record it is no merge of {m.path}")
         elif recorded and recorded[name] != m.weight:
-            problems.append(f"by its own record the weight of {m.path} is {str(recorded[name])[:40]}, not {m.weight:g}")
+            problems.append(
+                f"by its own record the weight of {m.path} is {str(recorded[name])[:40]}, not {m.weight:g}"
+            )
     if check.adapters and len(recorded) > len(check.adapters):
-        problems.append(f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give all of them")
+        problems.append(
+            f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give all of them"
+        )
     return problems
 
 
-def _of_the_names(base: Mapping[str, Tensor], found: Mapping[str, Tensor], combination: Combination) -> list[str]:
+def _of_the_names(
+    base: Mapping[str, Tensor], found: Mapping[str, Tensor], combination: Combination
+) -> list[str]:
     """Keys, shapes and dtypes that a merge does not write."""
     added = set(combination.added(base)) if combination.members else {key for key in found if is_state(key)}
     problems = [f"{key} of the base is missing" for key in base if key not in found]
-    problems += [f"{key} is in neither the base nor an adapter" for key in found if key not in base and key not in added]
+    problems += [
+        f"{key} is in neither the base nor an adapter"
+        for key in found
+        if key not in base and key not in added
+    ]
     if combination.members:
         problems += [f"{key} of the adapter is missing" for key in added if key not in found]
     both = [key for key in base if key in found]
@@ -185,13 +239,17 @@ def _of_the_names(base: Mapping[str, Tensor], found: Mapping[str, Tensor], combi
             problems.append(f"{key} is {found[key].dtype}, {base[key].dtype} in the base")
     dtypes = {found[key].dtype for key in both if found[key].dtype != base[key].dtype}
     if dtypes and len({found[key].dtype for key in both if base[key].is_floating_point()}) > 1:
-        problems.append(f"some tensors are {' or '.join(map(str, dtypes))} and others keep the base's dtype; a merge converts all or none")
+        problems.append(
+            f"some tensors are {' or '.join(map(str, dtypes))} and others keep the base's dtype; a merge converts all or none"
+        )
     return problems
 
 
 def _writable(base: torch.dtype, merged: torch.dtype) -> bool:
     """Whether a merge turns the one dtype into the other."""
-    return base == merged or base.is_floating_point and merged in (torch.bfloat16, torch.float16, torch.float32)
+    return (
+        base == merged or base.is_floating_point and merged in (torch.bfloat16, torch.float16, torch.float32)
+    )
 
 
 def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
@@ -207,7 +265,9 @@ def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
 
 
 @torch.no_grad()
-def _expected(key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch) -> tuple[Layer, Changed, str]:
+def _expected(
+    key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
+) -> tuple[Layer, Changed, str]:
     """A tensor that adapters change against what the merge writes: its account, computed from delta() and the files, and what is wrong with it."""
     exact = combination.merged(key, base, scratch)
     change = _change(key, base, combination)
@@ -222,7 +282,10 @@ def _expected(key: str, base: Tensor, found: Tensor, combination: Combination, s
         stays = bits(same) == bits(kept)
         by_definition = before + delta
         same_way = same_way and torch.equal(by_definition, wanted)
-        gap, size = max(gap, float((by_definition - wanted).abs().max())), max(size, float(by_definition.abs().max()))
+        gap, size = (
+            max(gap, float((by_definition - wanted).abs().max())),
+            max(size, float(by_definition.abs().max())),
+        )
         missing = kept.double() - same.double() - delta
         update, error = update + float(delta.double().square().sum()), error + float(missing.square().sum())
         moves = delta != 0
@@ -233,11 +296,17 @@ def _expected(key: str, base: Tensor, found: Tensor, combination: Combination, s
             apart += int(others.sum())
             reference = before[others].double() + delta[others]
             allowed = _half_step(reference, kept.dtype) + SUMS * float(by_definition.abs().max())
-            excess = max(excess, float(((kept[others].double() - reference).abs() / allowed).nan_to_num(math.inf).max()))
+            excess = max(
+                excess,
+                float(((kept[others].double() - reference).abs() / allowed).nan_to_num(math.inf).max()),
+            )
     problem = ""
     if apart and (of_entries or same_way or excess > 1):
         problem = f"{key} is not what the merge writes in {apart:,} of {base.numel():,} entries" + (
-            f", by up to {excess:.3g} times the rounding of {str(found.dtype).removeprefix('torch.')}" if excess > 1 else "")
+            f", by up to {excess:.3g} times the rounding of {str(found.dtype).removeprefix('torch.')}"
+            if excess > 1
+            else ""
+        )
     elif gap > SUMS * size:
         problem = f"{key}: the merge's sum is not the base + delta(), they differ by {gap:.3g}; this is a mistake of the package"
     changed = dataclasses.replace(compared, apart=apart, not_undone=not_undone)

@@ -60,32 +60,49 @@ class Arch:
                 raise UserError(f"this looks like RWKV-{version}, but {name} is missing")
             size = tuple(tensors[name].shape)
             if len(size) != dims:
-                raise UserError(f"this looks like RWKV-{version}, but {name} has shape {size}, expected {dims} dimensions")
+                raise UserError(
+                    f"this looks like RWKV-{version}, but {name} has shape {size}, expected {dims} dimensions"
+                )
             return size
 
         att = "blocks.0.att."
         heads, head_size = shape(att + ("r_k" if version == 7 else "time_faaaa"))
         dim_att = shape(att + "receptance.weight")[0]
         if heads * head_size != dim_att:
-            raise UserError(f"{att}receptance.weight has {dim_att} rows, but there are {heads} heads of {head_size}")
+            raise UserError(
+                f"{att}receptance.weight has {dim_att} rows, but there are {heads} heads of {head_size}"
+            )
         blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
         if version == 7:
             ranks = {name: shape(f"{att}{name}1")[1] for name in "wag"}
             # block 0 never uses its value residual: some files lack it, and its rank may differ
-            residual = next((name for name in ("blocks.1.att.v1", "blocks.0.att.v1") if name in tensors), None)
+            residual = next(
+                (name for name in ("blocks.1.att.v1", "blocks.0.att.v1") if name in tensors), None
+            )
             ranks["v"] = shape(residual)[1] if residual else 0
         else:
             ranks = {"maa": shape(att + "time_maa_w2", 3)[1], "decay": shape(att + "time_decay_w1")[1]}
         vocab_size, n_embd = shape("emb.weight")
         return Arch(
-            version, vocab_size, n_embd, 1 + max(blocks), heads, head_size, dim_att, shape("blocks.0.ffn.key.weight")[0], ranks,
-            version == 7 and all(f"{att}v{i}" in tensors for i in range(3)), any(name.endswith(".att.time_state") for name in tensors),
+            version,
+            vocab_size,
+            n_embd,
+            1 + max(blocks),
+            heads,
+            head_size,
+            dim_att,
+            shape("blocks.0.ffn.key.weight")[0],
+            ranks,
+            version == 7 and all(f"{att}v{i}" in tensors for i in range(3)),
+            any(name.endswith(".att.time_state") for name in tensors),
         )
 
     def describe(self) -> str:
         """One line for people."""
-        return (f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of {self.head_size}, "
-                f"ffn {self.dim_ffn}, vocabulary {self.vocab_size}")
+        return (
+            f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of {self.head_size}, "
+            f"ffn {self.dim_ffn}, vocabulary {self.vocab_size}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; from_dict() is the inverse."""
@@ -95,9 +112,13 @@ class Arch:
     def from_dict(values: Mapping[str, Any]) -> Arch:
         kinds = {f.name: {"int": int, "bool": bool}.get(f.type, dict) for f in dataclasses.fields(Arch)}
         needed = {f.name for f in dataclasses.fields(Arch) if f.default is dataclasses.MISSING}
-        known = needed <= values.keys() <= kinds.keys() and all(type(value) is kinds[name] for name, value in values.items())
+        known = needed <= values.keys() <= kinds.keys() and all(
+            type(value) is kinds[name] for name, value in values.items()
+        )
         if not known or not all(type(rank) is int for rank in values["ranks"].values()):
-            raise UserError(f"a file describes its model as {str(dict(values))[:300]}; expected are the fields {', '.join(kinds)}")
+            raise UserError(
+                f"a file describes its model as {str(dict(values))[:300]}; expected are the fields {', '.join(kinds)}"
+            )
         return Arch(**values)
 
 
@@ -111,10 +132,14 @@ def _version(tensors: Mapping[str, Any]) -> int:
         if ".time_mix_" in name:
             raise UserError(f"{name} belongs to RWKV-4 or RWKV-5; RWKV-6 and RWKV-7 are supported")
     if "blocks.0.att.time_maa_x" not in tensors:
-        raise UserError("this is no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6) is there; "
-                        f"the first key is {next(iter(tensors), None)!r}")
+        raise UserError(
+            "this is no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6) is there; "
+            f"the first key is {next(iter(tensors), None)!r}"
+        )
     if "blocks.0.att.gate.weight" not in tensors:
-        raise UserError("blocks.0.att.time_maa_x is there as in RWKV-6, but blocks.0.att.gate.weight is missing")
+        raise UserError(
+            "blocks.0.att.time_maa_x is there as in RWKV-6, but blocks.0.att.gate.weight is missing"
+        )
     return 6
 
 
@@ -131,20 +156,26 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     zipped = head[:4] == b"PK\x03\x04"  # files of torch < 1.6 are no zip archives and can't be mapped
     for form, found in (("GGUF", head[:4] == b"GGUF"), ("safetensors", head[8:] == b"{" and not zipped)):
         if found:
-            raise UserError(f"{path} is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a model, python -m rwkv_miss "
-                            "convert of an adapter")
+            raise UserError(
+                f"{path} is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a model, python -m rwkv_miss "
+                "convert of an adapter"
+            )
     check_pickles(path, zipped)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the pickle protocol before it refuses the pickle
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load has no common exception for bad files: ten types were seen
-        raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
+        raise UserError(
+            f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again"
+        ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a flat dict of tensors")
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors")
+            raise UserError(
+                f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors"
+            )
     check_tensors(path, loaded)
     return {name: value.detach() for name, value in loaded.items()}
 
@@ -172,11 +203,15 @@ def run_output(path, metadata: Mapping[str, Any]) -> str:
 def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
     """UserError for the checkpoint of a run where a model or an adapter is needed."""
     if metadata.get("format") == RUN_FORMAT:
-        raise UserError(f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's state of step "
-                        f"{metadata.get('step')}; what was trained is in {run_output(path, metadata)}")
+        raise UserError(
+            f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's state of step "
+            f"{metadata.get('step')}; what was trained is in {run_output(path, metadata)}"
+        )
 
 
-def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None) -> None:
+def write_checkpoint(
+    path, items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None
+) -> None:
     """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a time.
 
     The file appears under its name only when it is complete and on the disk; until then, and after any failure, what was there
@@ -193,7 +228,12 @@ def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[s
                 raise ValueError(f"write_checkpoint: {name} comes twice")
             index[name] = _Entry(str(len(index)), tensor)
             _write_record(archive, f"data/{len(index) - 1}", memory(tensor))
-        records = {"data.pkl": _pickled(index), "byteorder": sys.byteorder.encode(), "version": b"3\n", **extra}
+        records = {
+            "data.pkl": _pickled(index),
+            "byteorder": sys.byteorder.encode(),
+            "version": b"3\n",
+            **extra,
+        }
         for name, content in records.items():
             _write_record(archive, name, memoryview(content))
 
@@ -201,7 +241,9 @@ def write_checkpoint(path, items: Iterable[tuple[str, Tensor]], metadata: dict[s
 def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
     info = zipfile.ZipInfo(f"{ARCHIVE}/{name}")
     info.file_size, info.CRC = len(data), 0
-    zip64 = info.file_size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule; the header's length depends on it
+    zip64 = (
+        info.file_size * 1.05 > zipfile.ZIP64_LIMIT
+    )  # zipfile's own rule; the header's length depends on it
     # an extra field of type "FB", which torch uses and readers skip, moves the data to the next multiple
     start = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
     padding = -start % ALIGNMENT
@@ -228,7 +270,10 @@ class _Entry:
         if typed is None:  # float8 and the other dtypes that came after typed storages
             storage = _Storage(("storage", torch.UntypedStorage, self.key, "cpu", self.nbytes))
             return torch._utils._rebuild_tensor_v3, (storage, *place, self.dtype)
-        return torch._utils._rebuild_tensor_v2, (_Storage(("storage", getattr(torch, typed), self.key, "cpu", self.numel)), *place)
+        return torch._utils._rebuild_tensor_v2, (
+            _Storage(("storage", getattr(torch, typed), self.key, "cpu", self.numel)),
+            *place,
+        )
 
 
 class _Pickler(pickle.Pickler):
@@ -267,4 +312,6 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """UserError that names the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise UserError(f"{name} holds NaN or infinite values; the file is damaged or its training diverged")
+            raise UserError(
+                f"{name} holds NaN or infinite values; the file is damaged or its training diverged"
+            )

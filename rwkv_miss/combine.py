@@ -85,41 +85,67 @@ class Member:
         """Every adapted linear and every whole tensor must fit the base, else a UserError."""
         for key, name in self.by_weight.items():
             if key not in base:
-                raise UserError(f"the adapter changes {name}, which the base does not have; merge into the base it was trained on")
+                raise UserError(
+                    f"the adapter changes {name}, which the base does not have; merge into the base it was trained on"
+                )
             if base[key].dim() != 2 or not base[key].is_floating_point():
-                raise UserError(f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point matrix is expected")
+                raise UserError(
+                    f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point matrix is expected"
+                )
         for key, name in self.by_weight.items():
             try:
                 # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
                 with torch.device("meta"):
-                    layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in self._layer_tensors(key, base[key].shape).items()}
+                    layer = {
+                        n: torch.empty(t.shape, dtype=t.dtype)
+                        for n, t in self._layer_tensors(key, base[key].shape).items()
+                    }
                     self.method.merged_weight(torch.empty(base[key].shape), layer, self.options.at(name))
             except UserError as error:
-                raise UserError(f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}") from None
+                raise UserError(
+                    f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}"
+                ) from None
         states = {name: tuple(tensor.shape) for name, tensor in self.whole.items() if is_state(name)}
         if states:
             arch = Arch.detect(base)
-            wanted = {f"blocks.{i}.att.time_state": (arch.n_head, arch.head_size, arch.head_size) for i in range(arch.n_layer)}
+            wanted = {
+                f"blocks.{i}.att.time_state": (arch.n_head, arch.head_size, arch.head_size)
+                for i in range(arch.n_layer)
+            }
             if states != wanted:
-                raise UserError(f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this base has {arch.describe()}")
+                raise UserError(
+                    f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this base has {arch.describe()}"
+                )
         for key, tensor in self.whole.items():
             if not tensor.is_floating_point():
-                raise UserError(f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected")
-            if key not in base and "origin" in self.metadata and not is_state(key):  # this package's files may bring new tensors, a classifier's
-                raise UserError(f"{self.path} replaces {key}, which the base does not have; merge into the base it was trained on")
+                raise UserError(
+                    f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected"
+                )
+            if (
+                key not in base and "origin" in self.metadata and not is_state(key)
+            ):  # this package's files may bring new tensors, a classifier's
+                raise UserError(
+                    f"{self.path} replaces {key}, which the base does not have; merge into the base it was trained on"
+                )
             if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
-                raise UserError(f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base")
+                raise UserError(
+                    f"{key} is {tuple(tensor.shape)} in the adapter, {tuple(base[key].shape)} in the base"
+                )
 
     def _layer_tensors(self, key: str, shape) -> dict[str, Tensor]:
         return layer_tensors(self.method, self.by_weight[key], shape, self.tensors)
 
     def merge_into(self, key: str, weight: Tensor) -> None:
         """Add the change of a linear's weight to it, (out, in) fp32."""
-        self.method.merged_weight(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
+        self.method.merged_weight(
+            weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key])
+        )
 
     def layer(self, key: str, weight: Tensor) -> AdapterLinear:
         """The adapted linear of a weight of the base, fp32."""
-        return self.method.of_file(weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key]))
+        return self.method.of_file(
+            weight, self._layer_tensors(key, weight.shape), self.options.at(self.by_weight[key])
+        )
 
     @torch.no_grad()
     def delta(self, key: str, weight: Tensor, out: Tensor) -> Tensor:
@@ -132,8 +158,13 @@ class Member:
 
     def record(self) -> dict[str, Any]:
         """What the merged file says of it."""
-        facts = {"adapter_fingerprint": self.fingerprint, "method": self.metadata["method"], "options": self.metadata["options"],
-                 "train_parts": self.metadata.get("train_parts", []), "step": self.metadata.get("step")}
+        facts = {
+            "adapter_fingerprint": self.fingerprint,
+            "method": self.metadata["method"],
+            "options": self.metadata["options"],
+            "train_parts": self.metadata.get("train_parts", []),
+            "step": self.metadata.get("step"),
+        }
         return facts if self.weight == 1 else {**facts, "weight": self.weight}
 
 
@@ -149,7 +180,9 @@ class Combination:
         self.members = list(members)
         self.linears = list(dict.fromkeys(name for m in self.members for name in m.metadata["linears"]))
         self.whole = dict.fromkeys(key for m in self.members for key in m.whole)
-        self.parts = [part for part in PARTS if any(part in m.metadata.get("train_parts", []) for m in self.members)]
+        self.parts = [
+            part for part in PARTS if any(part in m.metadata.get("train_parts", []) for m in self.members)
+        ]
 
     def changed(self, base: Iterable[str]) -> list[str]:
         """The keys of the base whose values are not what they were."""
@@ -181,7 +214,11 @@ class Combination:
             if not m.changes(key):
                 continue
             room = scratch.get("total" if total is None else "delta", weight.shape)
-            delta = torch.sub(m.whole[key].reshape(weight.shape), weight, out=room) if key in m.whole else m.delta(key, weight, room)
+            delta = (
+                torch.sub(m.whole[key].reshape(weight.shape), weight, out=room)
+                if key in m.whole
+                else m.delta(key, weight, room)
+            )
             total = delta.mul_(m.weight) if total is None else total.add_(delta, alpha=m.weight)
         return total
 
@@ -222,7 +259,9 @@ def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
     if name in (None, "native"):
         return Adapter(*read_adapter(source.path))  # which says what else it is
     adapter = FORMATS[name].read(source, hints.only(FORMATS[name].hints))
-    return dataclasses.replace(adapter, notes=[f"{source.path} is read as {name}: {adapter.metadata['method']}", *adapter.notes])
+    return dataclasses.replace(
+        adapter, notes=[f"{source.path} is read as {name}: {adapter.metadata['method']}", *adapter.notes]
+    )
 
 
 def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> list[Member]:
@@ -231,10 +270,14 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     weights = [1.0] * len(paths) if weights is None else list(weights)
     if len(weights) != len(paths):
-        raise UserError(f"{len(weights)} weights are given for {len(paths)} adapters; give one for each, in their order")
+        raise UserError(
+            f"{len(weights)} weights are given for {len(paths)} adapters; give one for each, in their order"
+        )
     for weight in weights:
         if not abs(weight) < LARGEST_WEIGHT:
-            raise UserError(f"weight {weight} is no number to multiply with; expected is one below {LARGEST_WEIGHT:g}, negative ones and 0 included")
+            raise UserError(
+                f"weight {weight} is no number to multiply with; expected is one below {LARGEST_WEIGHT:g}, negative ones and 0 included"
+            )
     sources = [open_source(path) for path in paths]
     forms = [format_of(source) for source in sources]
     useful = {hint for name in forms if name for hint in FORMATS[name].hints}  # to one of them at least
@@ -242,12 +285,17 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
         if name:
             check_hints(path, FORMATS[name], hints.without(useful))
     adapters = [read_foreign(source, name, hints) for source, name in zip(sources, forms)]
-    members = [Member(path, a.tensors, a.metadata, weight, a.notes) for path, a, weight in zip(paths, adapters, weights)]
+    members = [
+        Member(path, a.tensors, a.metadata, weight, a.notes)
+        for path, a, weight in zip(paths, adapters, weights)
+    ]
     seen: dict[str, str] = {}
     for m in members:
         check_finite(m.tensors)
         if m.fingerprint in seen:
-            raise UserError(f"{seen[m.fingerprint]} and {m.path} are the same adapter; give it once, with the sum of the weights")
+            raise UserError(
+                f"{seen[m.fingerprint]} and {m.path} are the same adapter; give it once, with the sum of the weights"
+            )
         seen[m.fingerprint] = m.path
     return members
 
@@ -255,7 +303,11 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
 def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a merged file's metadata say of its adapters, [] for any other file and for what makes no sense."""
     entries = metadata["adapters"] if isinstance(metadata.get("adapters"), list) else [metadata]
-    return [dict(entry) for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("adapter_fingerprint"), str)]
+    return [
+        dict(entry)
+        for entry in entries
+        if isinstance(entry, Mapping) and isinstance(entry.get("adapter_fingerprint"), str)
+    ]
 
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,8 +317,16 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
         said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
         for value, path in said[1:]:
             if value != said[0][0]:
-                raise UserError(f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r}, {path} with {value!r}; "
-                                "a merged model has one")
+                raise UserError(
+                    f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r}, {path} with {value!r}; "
+                    "a merged model has one"
+                )
         # an end of document belongs to its tokenizer
-        record[name] = said[0][0] if said else base.get(name) if name != "eod" or record["tokenizer"] == base.get("tokenizer") else None
+        record[name] = (
+            said[0][0]
+            if said
+            else base.get(name)
+            if name != "eod" or record["tokenizer"] == base.get("tokenizer")
+            else None
+        )
     return record

@@ -49,7 +49,9 @@ def one_line_errors():
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would complain when it flushes at the end
         sys.exit(141)
     except KeyboardInterrupt:
         say_interrupted()
@@ -60,18 +62,30 @@ def one_line_errors():
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        print("error:", f"{error.filename}: {error.strerror}" if error.filename else error.strerror, file=sys.stderr)
+        print(
+            "error:",
+            f"{error.filename}: {error.strerror}" if error.filename else error.strerror,
+            file=sys.stderr,
+        )
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not _ran_out(error):
             raise
-        print("error: memory ran out:", *str(error).rpartition("DefaultCPUAllocator: ")[2].splitlines()[:1], file=sys.stderr)
+        print(
+            "error: memory ran out:",
+            *str(error).rpartition("DefaultCPUAllocator: ")[2].splitlines()[:1],
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
 def _ran_out(error: Exception) -> bool:
     """Whether memory did: Python's and numpy's, a GPU's (torch.OutOfMemoryError), or a CPU's, for which torch has no class of its own."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,5 +106,8 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 begun = [flag for flag in self._option_string_actions if flag.startswith(name)]
                 near = begun or difflib.get_close_matches(name, self._option_string_actions, 1)
-                raise UserError(f"unknown flag {name}; " + (f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"))
+                raise UserError(
+                    f"unknown flag {name}; "
+                    + (f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags")
+                )
         return super().parse_known_args(args, namespace)

@@ -67,17 +67,30 @@ class DiffReport:
 
     def lines(self, rows: int | None = ROWS) -> list[str]:
         """What the user is told; `rows` tensors of a table (None: all)."""
-        lines = [f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what {len(self.linears)} linears of {self.b} "
-                 f"differ by from {self.a}; of a random difference it would have {percent(self.share('random'))}"]
+        lines = [
+            f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what {len(self.linears)} linears of {self.b} "
+            f"differ by from {self.a}; of a random difference it would have {percent(self.share('random'))}"
+        ]
         least = sorted(self.linears, key=lambda d: d.explained)[:rows]
         width = max(len(d.name) for d in least)
-        lines.append(f"  {'least of ' + str(len(self.linears)):<{width}}  explained  of a random one  |B - A| / |A|")
-        lines += [f"  {d.name:<{width}}  {percent(d.explained):>9}  {percent(d.random):>15}  {d.relative:>13.3g}" for d in least]
+        lines.append(
+            f"  {'least of ' + str(len(self.linears)):<{width}}  explained  of a random one  |B - A| / |A|"
+        )
+        lines += [
+            f"  {d.name:<{width}}  {percent(d.explained):>9}  {percent(d.random):>15}  {d.relative:>13.3g}"
+            for d in least
+        ]
         if self.others:
-            what = f"are in the file as a whole ({', '.join(self.parts) or 'no part'})" if self.whole else "ARE LEFT OUT; --whole takes them along"
+            what = (
+                f"are in the file as a whole ({', '.join(self.parts) or 'no part'})"
+                if self.whole
+                else "ARE LEFT OUT; --whole takes them along"
+            )
             largest = sorted(self.others, key=lambda d: -d.norm)[:rows]
             width = max(len(d.name) for d in largest)
-            lines.append(f"{'note' if self.whole else 'warning'}: {len(self.others)} other tensors differ and {what}")
+            lines.append(
+                f"{'note' if self.whole else 'warning'}: {len(self.others)} other tensors differ and {what}"
+            )
             lines.append(f"  {'largest of ' + str(len(self.others)):<{width}}  {'|B - A|':>9}  |B - A| / |A|")
             lines += [f"  {d.name:<{width}}  {d.norm:>9.3g}  {d.relative:>13.3g}" for d in largest]
         return lines
@@ -85,13 +98,22 @@ class DiffReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with every tensor that differs."""
         return {
-            "a": self.a, "b": self.b, "out": self.out, "rank": self.rank, "explained": self.share("explained"), "random": self.share("random"),
+            "a": self.a,
+            "b": self.b,
+            "out": self.out,
+            "rank": self.rank,
+            "explained": self.share("explained"),
+            "random": self.share("random"),
             "layers": [dataclasses.asdict(d) for d in sorted(self.linears, key=lambda d: d.explained)],
-            "others": [{"name": d.name, "norm": d.norm, "base_norm": d.base_norm} for d in self.others], "whole": self.whole, "parts": self.parts,
+            "others": [{"name": d.name, "norm": d.norm, "base_norm": d.base_norm} for d in self.others],
+            "whole": self.whole,
+            "parts": self.parts,
         }
 
 
-def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layout: str = "stride", whole: bool = False) -> DiffReport:
+def diff_files(
+    a, b, out, rank: int, targets: Sequence[str] | None = None, layout: str = "stride", whole: bool = False
+) -> DiffReport:
     """Write the MiSS adapter of checkpoint `a` that comes nearest to checkpoint `b`, as save_adapter() does.
 
     targets are names as in inject(); None: all linears of the paper. Only linears that differ are adapted. Other tensors that differ are left
@@ -111,8 +133,10 @@ def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layou
     different = [key for key in second if key not in first or not _same(first[key], second[key])]
     linears = [name for name in candidates if f"{name}.weight" in different]
     if not linears:
-        raise UserError(f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears; {len(different)} other tensors "
-                        "differ")
+        raise UserError(
+            f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears; {len(different)} other tensors "
+            "differ"
+        )
     for name in linears:
         if rank > (width := first[f"{name}.weight"].shape[1]):
             raise UserError(f"rank {rank} does not fit {name}: it must be from 1 to the input width, {width}")
@@ -120,7 +144,9 @@ def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layou
     others = [key for key in different if key not in adapted]
     for key in others:
         if whole and not second[key].is_floating_point():
-            raise UserError(f"{key} differs and is {second[key].dtype}, which no adapter holds; leave out --whole")
+            raise UserError(
+                f"{key} differs and is {second[key].dtype}, which no adapter holds; leave out --whole"
+            )
     parts = [part for part in PARTS if any(re.fullmatch(PARTS[part], key) for key in others)] if whole else []
     kept = list(dict.fromkeys(in_parts(second, parts) + others)) if whole else []
     norms = [_difference(key, first.get(key), second[key]) for key in others]
@@ -128,21 +154,45 @@ def diff_files(a, b, out, rank: int, targets: Sequence[str] | None = None, layou
 
     def items() -> Iterator[tuple[str, Tensor]]:
         for name in linears:
-            D, found = nearest(name, first[f"{name}.weight"], second[f"{name}.weight"], rank, options["layout"] == "contiguous")
+            D, found = nearest(
+                name,
+                first[f"{name}.weight"],
+                second[f"{name}.weight"],
+                rank,
+                options["layout"] == "contiguous",
+            )
             report.linears.append(found)
             yield f"{name}.miss", D
         for key in kept:
             yield key, second[key]
 
-    numbers = sum(rank * len(first[f"{name}.weight"]) for name in linears) + sum(second[key].numel() for key in kept)
+    numbers = sum(rank * len(first[f"{name}.weight"]) for name in linears) + sum(
+        second[key].numel() for key in kept
+    )
     require_writable(out, 4 * numbers)
     said = facts_b if facts_b.get("tokenizer") else facts_a  # an end of document belongs to its tokenizer
-    record = {"tokenizer": said.get("tokenizer"), "eod": said.get("eod"), "template": facts_b.get("template") or facts_a.get("template")}
-    write_checkpoint(out, items(), described(
-        "miss", options, linears, layout=options["layout"], train_parts=parts, trainable=numbers, arch=_arch(first), base=os.path.basename(a),
-        base_fingerprint=Identity(a, first).fingerprint,
-        difference_to={"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint}, **record,
-    ))
+    record = {
+        "tokenizer": said.get("tokenizer"),
+        "eod": said.get("eod"),
+        "template": facts_b.get("template") or facts_a.get("template"),
+    }
+    write_checkpoint(
+        out,
+        items(),
+        described(
+            "miss",
+            options,
+            linears,
+            layout=options["layout"],
+            train_parts=parts,
+            trainable=numbers,
+            arch=_arch(first),
+            base=os.path.basename(a),
+            base_fingerprint=Identity(a, first).fingerprint,
+            difference_to={"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint},
+            **record,
+        ),
+    )
     return report
 
 
@@ -156,25 +206,37 @@ def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
     """UserError that names the first keys, or the shape, that the two checkpoints do not have in common; the second may add initial states."""
-    for path, missing in ((b, [key for key in first if key not in second]),
-                          (a, [key for key in second if key not in first and not re.fullmatch(PARTS["state"], key)])):
+    for path, missing in (
+        (b, [key for key in first if key not in second]),
+        (a, [key for key in second if key not in first and not re.fullmatch(PARTS["state"], key)]),
+    ):
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise UserError(f"{path} has no {', '.join(missing[:3])}{more}; the two checkpoints must be of the same model")
+            raise UserError(
+                f"{path} has no {', '.join(missing[:3])}{more}; the two checkpoints must be of the same model"
+            )
     for key in first:
         if first[key].shape != second[key].shape:
-            raise UserError(f"{key} is {tuple(first[key].shape)} in {a} and {tuple(second[key].shape)} in {b}; the two must be of the same model")
+            raise UserError(
+                f"{key} is {tuple(first[key].shape)} in {a} and {tuple(second[key].shape)} in {b}; the two must be of the same model"
+            )
 
 
 def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> list[str]:
     """The names of linears that targets mean, as in inject(), by a checkpoint's matrices. UserError for one that matches nothing."""
-    names = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2 and t.is_floating_point()]
+    names = [
+        key.removesuffix(".weight")
+        for key, t in tensors.items()
+        if key.endswith(".weight") and t.dim() == 2 and t.is_floating_point()
+    ]
     names = [name for name in names if name != "emb"]
     chosen = []
     for target in targets or DEFAULT_TARGETS:
         found = [name for name in names if name == target or name.endswith(f".{target}")]
         if targets and not found:
-            raise UserError(f"target {target!r} matches no linear; there are: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+            raise UserError(
+                f"target {target!r} matches no linear; there are: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
+            )
         chosen += found
     return [name for name in names if name in set(chosen)]
 
@@ -195,11 +257,15 @@ def _difference(key: str, first: Tensor | None, second: Tensor) -> Difference:
 
 def _finite(found: Difference) -> Difference:
     if not math.isfinite(found.norm) or not math.isfinite(found.base_norm):
-        raise UserError(f"{found.name} holds NaN or infinite values in one of the checkpoints; it is damaged or its training diverged")
+        raise UserError(
+            f"{found.name} holds NaN or infinite values in one of the checkpoints; it is damaged or its training diverged"
+        )
     return found
 
 
-def nearest(name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool) -> tuple[Tensor, Difference]:
+def nearest(
+    name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool
+) -> tuple[Tensor, Difference]:
     """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near. Computed in float64, some rows at a time."""
     out, width = first.shape
     counts = torch.bincount(shard_index(width, rank, contiguous), minlength=rank).double()

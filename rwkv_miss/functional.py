@@ -60,7 +60,9 @@ def shard_signs(width: int, rank: int, contiguous: bool = False, device=None) ->
 
 def add_repeated_(x: Tensor, values: Tensor) -> None:
     """x[n, j, :] += values[n, j], in place. x (N, r, size), values (N, r)."""
-    x.add_(values.unsqueeze(2).expand_as(x).contiguous())  # in bf16 4 to 9 times as fast as repeating them in the addition
+    x.add_(
+        values.unsqueeze(2).expand_as(x).contiguous()
+    )  # in bf16 4 to 9 times as fast as repeating them in the addition
 
 
 def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
@@ -102,6 +104,7 @@ def autocast(x: Tensor) -> Tensor:
 
 def _in_own_dtypes(function):
     """Decorator for an operator's forward or backward: no autocast reaches its products, also where backward() is called inside of one."""
+
     @functools.wraps(function)
     def compute(*args):
         tensor = next((a for a in args if isinstance(a, Tensor)), None)
@@ -109,6 +112,7 @@ def _in_own_dtypes(function):
             return function(*args)
         with without_autocast(tensor.device):
             return function(*args)
+
     return compute
 
 
@@ -128,7 +132,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _weight_gradients(ctx, dy: Tensor, x: Tensor, transposed: bool = False) -> tuple[Tensor | None, Tensor | None]:
+def _weight_gradients(
+    ctx, dy: Tensor, x: Tensor, transposed: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
     dweight = None
     if ctx.needs_input_grad[1]:
@@ -152,9 +158,13 @@ def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
+def _linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor]:
     matrix = _matrix(weight, x.shape[-1], x.dtype, transposed)
-    return product(_rows(x), matrix, _bias(bias, x.dtype)).view(*x.shape[:-1], matrix.shape[0]), x.new_empty(0)
+    return product(_rows(x), matrix, _bias(bias, x.dtype)).view(*x.shape[:-1], matrix.shape[0]), x.new_empty(
+        0
+    )
 
 
 def _linear_shapes(x, weight, bias, transposed):
@@ -180,7 +190,12 @@ def _linear_backward(ctx, dy, _):
 
 
 _define(
-    "linear", "Tensor x, Tensor weight, Tensor? bias, bool transposed", _linear_forward, _linear_shapes, _linear_context, _linear_backward,
+    "linear",
+    "Tensor x, Tensor weight, Tensor? bias, bool transposed",
+    _linear_forward,
+    _linear_shapes,
+    _linear_context,
+    _linear_backward,
 )
 
 
@@ -237,18 +252,30 @@ def _miss_backward(ctx, dy, _ds):
         add_expanded_(dx, ds, contiguous, balanced)
         dx = dx.view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
-        dD = product(s.t().contiguous(), part.t()).to(D.dtype)  # the copy of S is small, and a GEMM without it 10 % slower
+        dD = product(s.t().contiguous(), part.t()).to(
+            D.dtype
+        )  # the copy of S is small, and a GEMM without it 10 % slower
     return dx, *_weight_gradients(ctx, dy, x), dD, None, None, None
 
 
 _define(
-    "miss_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced, float scale",
-    _miss_forward, _miss_shapes, _miss_context, _miss_backward,
+    "miss_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced, float scale",
+    _miss_forward,
+    _miss_shapes,
+    _miss_context,
+    _miss_backward,
 )
 
 
 def miss_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool = False, balanced: bool = False, scale: float = 1.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    D: Tensor,
+    contiguous: bool = False,
+    balanced: bool = False,
+    scale: float = 1.0,
 ) -> Tensor:
     """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves.
 
@@ -260,7 +287,9 @@ def miss_linear(
 
 def _drop(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     generator = torch.Generator(x.device).manual_seed(int(seed))
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout, generator=generator)
+    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - dropout, generator=generator
+    )
     return x.mul(kept).div_(1 - dropout)
 
 
@@ -279,11 +308,20 @@ def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
 
 
 def _lora_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
     h = product(dropped(rows, dropout, seed), A.to(x.dtype))
-    y = product_plus(rows, _matrix(weight, x.shape[-1], x.dtype), _bias(bias, x.dtype), h, (scale * B).to(x.dtype).t())
+    y = product_plus(
+        rows, _matrix(weight, x.shape[-1], x.dtype), _bias(bias, x.dtype), h, (scale * B).to(x.dtype).t()
+    )
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -296,7 +334,9 @@ def _lora_context(ctx, inputs, output):
     x, weight, bias, A, B, ctx.scale, ctx.dropout, seed = inputs
     ctx.x_shape = x.shape
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if A.requires_grad or weight.requires_grad else None, output[1], weight, A, B, seed)
+    ctx.save_for_backward(
+        x if A.requires_grad or weight.requires_grad else None, output[1], weight, A, B, seed
+    )
 
 
 def _lora_backward(ctx, dy, _dh):
@@ -312,7 +352,11 @@ def _lora_backward(ctx, dy, _dh):
         if seed is None:
             dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(ctx.x_shape)
         else:
-            dx = product(dy, matrix.t()).add_(dropped(product(dh, A.to(dy.dtype).t()), ctx.dropout, seed)).view(ctx.x_shape)
+            dx = (
+                product(dy, matrix.t())
+                .add_(dropped(product(dh, A.to(dy.dtype).t()), ctx.dropout, seed))
+                .view(ctx.x_shape)
+            )
     if ctx.needs_input_grad[3]:
         dA = product(dh.t().contiguous(), dropped(_rows(x), ctx.dropout, seed).t()).to(A.dtype)
     if ctx.needs_input_grad[4]:
@@ -321,13 +365,24 @@ def _lora_backward(ctx, dy, _dh):
 
 
 _define(
-    "lora_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, Tensor? seed",
-    _lora_forward, _lora_shapes, _lora_context, _lora_backward,
+    "lora_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, Tensor? seed",
+    _lora_forward,
+    _lora_shapes,
+    _lora_context,
+    _lora_backward,
 )
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed). Kept for the backward: x' A^T, and x unless A is frozen.
 
@@ -368,7 +423,14 @@ def _columns_backward(ctx, dy, _):
     return dx, dfactor, _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
 
 
-_define("times_columns", "Tensor x, Tensor factor, Tensor? bias", _columns_forward, _columns_shapes, _columns_context, _columns_backward)
+_define(
+    "times_columns",
+    "Tensor x, Tensor factor, Tensor? bias",
+    _columns_forward,
+    _columns_shapes,
+    _columns_context,
+    _columns_backward,
+)
 
 
 def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DEEP = 1024  # columns of a transposed weight at a time where it has three times as many: 1.1 to 1.25 times as fast
-SMALL = 1 << 23  # multiply-adds; oneDNN prepares every new shape for about 0.5 ms, which smaller products would not win back
+SMALL = (
+    1 << 23
+)  # multiply-adds; oneDNN prepares every new shape for about 0.5 ms, which smaller products would not win back
 WIDE = 4096  # numbers of a row that are made and then written to their place, while they are in the cache
 
 
@@ -27,7 +29,9 @@ def _has_onednn() -> bool:
         return False
     x, weight, other = torch.ones(2, 3), torch.ones(3, 5).t(), torch.ones(2, 5)
     try:
-        return torch.equal(_onednn(x, weight, None), other * 3) and torch.equal(_onednn_plus(x, weight, None, other), other * 4)
+        return torch.equal(_onednn(x, weight, None), other * 3) and torch.equal(
+            _onednn_plus(x, weight, None, other), other * 4
+        )
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -43,8 +47,13 @@ def _onednn_plus(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     # exactly a Tensor: tracing and the count of memory run the operators on subclasses that have no numbers
     return (
-        type(x) is Tensor and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled
-        and x.numel() * weight.shape[0] >= SMALL and (weight.is_contiguous() or weight.t().is_contiguous()) and _has_onednn()
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.enabled
+        and x.numel() * weight.shape[0] >= SMALL
+        and (weight.is_contiguous() or weight.t().is_contiguous())
+        and _has_onednn()
     )
 
 

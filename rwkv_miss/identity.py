@@ -37,7 +37,7 @@ SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes at a place, places 
 
 
 def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
-    """"blake2b:" and 64 hex digits over names, shapes, dtypes and all bytes, in no order of the names."""
+    """ "blake2b:" and 64 hex digits over names, shapes, dtypes and all bytes, in no order of the names."""
     names = sorted(tensors)
     digest = hashlib.blake2b(digest_size=32)
     digests = _in_threads(_digest_of, [tensors[name] for name in names])
@@ -131,8 +131,12 @@ class Identity:
 def _note_of_sample(where: str) -> None:
     """Say it once for a file."""
     clear()
-    print(f"note: {where} is of an earlier version, which recorded its base by a sample of the bytes; it is compared "
-          "by that", file=sys.stderr, flush=True)
+    print(
+        f"note: {where} is of an earlier version, which recorded its base by a sample of the bytes; it is compared "
+        "by that",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _state(path) -> list[int]:
@@ -159,8 +163,11 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
         begun = time.monotonic()
         value = compute()
         if time.monotonic() - begun > DELAY:
-            print(f"note: {entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it is used",
-                  file=sys.stderr, flush=True)
+            print(
+                f"note: {entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it is used",
+                file=sys.stderr,
+                flush=True,
+            )
         return value
     with file:
         if fcntl:

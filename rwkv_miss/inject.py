@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, adapted_linears, put_linears
-from .checkpoint import Arch, check_finite, read_checkpoint, read_metadata, refuse_run_checkpoint, write_checkpoint
+from .checkpoint import (
+    Arch,
+    check_finite,
+    read_checkpoint,
+    read_metadata,
+    refuse_run_checkpoint,
+    write_checkpoint,
+)
 from .errors import UserError
 from .kinds import may_replace
 from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
@@ -38,7 +45,9 @@ class Injection:
     train_parts: list[str] = dataclasses.field(default_factory=list)
     whole: int = 0
     merged_linears: list[str] = dataclasses.field(default_factory=list)  # in the file as whole tensors
-    statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)  # what they were before
+    statistics: dict[str, Tensor] = dataclasses.field(
+        default_factory=dict, repr=False
+    )  # what they were before
 
     def line(self) -> str:
         """One line for the user: linears, whole tensors, trainable parameters, and their share of the base."""
@@ -69,8 +78,10 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
     # key and value alone would match some linears of many a model, and leave out the others without a word
     if targets is None and not any(name.endswith("receptance") for name in linears):
-        raise UserError(f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV model; "
-                        f"name some of its linear layers: {leaves or 'it has none'}")
+        raise UserError(
+            f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV model; "
+            f"name some of its linear layers: {leaves or 'it has none'}"
+        )
     chosen: set[str] = set()
     for target in DEFAULT_TARGETS if targets is None else targets:
         found = {name for name in linears if name == target or name.endswith(f".{target}")}
@@ -96,31 +107,53 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
         linear, parent = modules[name], modules[name.rpartition(".")[0]]
         if len(places[id(linear)]) > 1:
             first, second = places[id(linear)][:2]
-            raise UserError(f"{first} and {second} are one layer under two names; give each a layer of its own "
-                            "(copy.deepcopy), or drop the target")
+            raise UserError(
+                f"{first} and {second} are one layer under two names; give each a layer of its own "
+                "(copy.deepcopy), or drop the target"
+            )
         what = _more_than_linear(linear)
         if what:
-            raise UserError(f"{name} is no plain nn.Linear: {what}, which an adapter in its place would drop; put a plain linear there, "
-                            "or drop the target")
+            raise UserError(
+                f"{name} is no plain nn.Linear: {what}, which an adapter in its place would drop; put a plain linear there, "
+                "or drop the target"
+            )
         others = memory.overlapping(f"{name}.weight", linear.weight)
         if others:
-            raise UserError(f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them or drop the target")
+            raise UserError(
+                f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them or drop the target"
+            )
         if isinstance(parent, nn.MultiheadAttention):
-            raise UserError(f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it; drop the target")
+            raise UserError(
+                f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it; drop the target"
+            )
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            raise UserError(f"{name} belongs to torch's TransformerEncoderLayer, which in eval reads its weight and does "
-                            "not call it: the adapter would do nothing there. Call torch.backends.mha.set_fastpath_enabled(False) "
-                            "first, here and wherever the adapter is used")
+            raise UserError(
+                f"{name} belongs to torch's TransformerEncoderLayer, which in eval reads its weight and does "
+                "not call it: the adapter would do nothing there. Call torch.backends.mha.set_fastpath_enabled(False) "
+                "first, here and wherever the adapter is used"
+            )
 
 
 def _more_than_linear(linear: nn.Linear) -> str:
     """What a linear does or has beyond y = x W^T + bias; "" where that is all."""
     children, own = [name for name, _ in linear.named_children()], {"weight", "bias"}
     tensors = [name for name in (*linear._parameters, *linear._buffers) if name not in own]
-    hooks = any(getattr(linear, kind, None) for kind in (
-        "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"))
-    own_forward = type(linear).forward is not nn.Linear.forward and not getattr(type(linear), "is_linear", False)
+    hooks = any(
+        getattr(linear, kind, None)
+        for kind in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+            "_state_dict_hooks",
+            "_state_dict_pre_hooks",
+            "_load_state_dict_pre_hooks",
+            "_load_state_dict_post_hooks",
+        )
+    )
+    own_forward = type(linear).forward is not nn.Linear.forward and not getattr(
+        type(linear), "is_linear", False
+    )
     found = {
         f"it has modules of its own ({', '.join(children)}), as a parametrization has": children,
         f"it has tensors of its own ({', '.join(tensors)}), as weight_norm has": tensors,
@@ -135,12 +168,17 @@ class _SharedMemory:
 
     def __init__(self, model: nn.Module):
         self.tensors: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ):
             self.tensors.setdefault(self._storage(tensor), []).append((name, tensor))
 
     @staticmethod
     def _storage(tensor: Tensor) -> int:
-        return tensor.untyped_storage()._cdata  # the same for all views; an address would be none on the meta device
+        return (
+            tensor.untyped_storage()._cdata
+        )  # the same for all views; an address would be none on the meta device
 
     @staticmethod
     def _range(tensor: Tensor) -> tuple[int, int]:
@@ -152,12 +190,18 @@ class _SharedMemory:
     def overlapping(self, name: str, tensor: Tensor) -> list[str]:
         """The other names of memory that a tensor of this name uses."""
         start, end = self._range(tensor)
-        beside = [(other, *self._range(t)) for other, t in self.tensors[self._storage(tensor)] if other != name]
+        beside = [
+            (other, *self._range(t)) for other, t in self.tensors[self._storage(tensor)] if other != name
+        ]
         return [other for other, first, last in beside if first < end and start < last]
 
 
 def inject(
-    model: nn.Module, method: str = "miss", targets: list[str] | None = None, train_parts: str = "", earlier: Mapping[str, Tensor] | None = None,
+    model: nn.Module,
+    method: str = "miss",
+    targets: list[str] | None = None,
+    train_parts: str = "",
+    earlier: Mapping[str, Tensor] | None = None,
     **options,
 ) -> Injection:
     """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss", rank=64)`.
@@ -173,12 +217,16 @@ def inject(
 @torch.no_grad()
 def _start(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
     """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
-    layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta}  # shapes alone have no values
+    layers = {
+        name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta
+    }  # shapes alone have no values
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
             constant, found = getattr(layer, key), earlier.get(f"{name}.{key}")
             if found is None or found.shape != constant.shape:
-                raise UserError(f"the training that goes on has no {name}.{key} of {tuple(constant.shape)}; it is one of another base or rank")
+                raise UserError(
+                    f"the training that goes on has no {name}.{key} of {tuple(constant.shape)}; it is one of another base or rank"
+                )
             constant.copy_(found)
         try:
             layer.start()
@@ -189,7 +237,11 @@ def _start(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
 
 
 def _attach(
-    model: nn.Module, method: str, targets: list[str] | None, train_parts: str, options: dict[str, Any],
+    model: nn.Module,
+    method: str,
+    targets: list[str] | None,
+    train_parts: str,
+    options: dict[str, Any],
     start: Callable[[nn.Module], None] | None = None,
 ) -> Injection:
     """Adapt the model, and start() it; after a UserError it is as before."""
@@ -205,10 +257,14 @@ def _attach(
     parts = split_parts(train_parts)
     if method in parts:
         raise UserError(f"method {method} trains part {method} already; drop it from the parts")
-    whole = in_parts(dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model)), parts)
+    whole = in_parts(
+        dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model)), parts
+    )
     for name in whole:
         if name.rpartition(".")[0] in linears:
-            raise UserError(f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from the parts")
+            raise UserError(
+                f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from the parts"
+            )
     total = sum(p.numel() for p in model.parameters())
     trained_before = {p: p.requires_grad for p in model.parameters()}
     statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
@@ -227,8 +283,14 @@ def _attach(
     for name in whole:
         train_whole(model, name)
     model.injection = Injection(
-        method, dataclasses.asdict(parsed), list(targets or DEFAULT_TARGETS) if linears else [], list(linears),
-        sum(p.numel() for p in model.parameters() if p.requires_grad), total, parts, len(whole),
+        method,
+        dataclasses.asdict(parsed),
+        list(targets or DEFAULT_TARGETS) if linears else [],
+        list(linears),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total,
+        parts,
+        len(whole),
         statistics=statistics,
     )
     return model.injection
@@ -251,14 +313,24 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 
     Not its count of batches, an integer: answers do not depend on it.
     """
-    adapters = {id(tensor) for layer in adapted_linears(model).values() for tensor in layer.buffers(recurse=False)}
+    adapters = {
+        id(tensor) for layer in adapted_linears(model).values() for tensor in layer.buffers(recurse=False)
+    }
     kept = model.state_dict().keys()
-    return {name: t.detach() for name, t in model.named_buffers() if name in kept and t.is_floating_point() and id(t) not in adapters}
+    return {
+        name: t.detach()
+        for name, t in model.named_buffers()
+        if name in kept and t.is_floating_point() and id(t) not in adapters
+    }
 
 
 def _moved_statistics(model: nn.Module) -> dict[str, Tensor]:
     before = model.injection.statistics
-    return {name: t for name, t in _statistics(model).items() if name in before and not torch.equal(t.to(before[name]), before[name])}
+    return {
+        name: t
+        for name, t in _statistics(model).items()
+        if name in before and not torch.equal(t.to(before[name]), before[name])
+    }
 
 
 @torch.no_grad()
@@ -271,7 +343,10 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
     tensors, linears = adapter_tensors(model), list(model.injection.linears)
     tied: dict[str, str] = {}
     memory = _SharedMemory(model)
-    everything = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    everything = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     for name in [name for name in tensors if name in everything]:
         for other in memory.overlapping(name, everything[name]):
             if _place(everything[other]) == _place(everything[name]):
@@ -280,7 +355,12 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
                 tensors[other] = everything[other]
     layers = adapted_linears(model)
     merged = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
-    needed = {_name_in_file(layer, name, key) for name, layer in layers.items() if name not in merged for key in layer.own_tensors()}
+    needed = {
+        _name_in_file(layer, name, key)
+        for name, layer in layers.items()
+        if name not in merged
+        for key in layer.own_tensors()
+    }
     for name, layer in merged.items():
         for key in {_name_in_file(layer, name, key) for key in layer.own_tensors()} - needed:
             tensors.pop(key, None)  # a shared one may be gone already
@@ -298,12 +378,20 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
     return f"shared.{shared[key]}" if key in shared else f"{name}.{key}"
 
 
-def layer_tensors(cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def layer_tensors(
+    cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors of one adapted linear (out, in) out of an adapter file, by their names inside the layer, the shared ones included."""
-    own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name and key != f"{name}.bias"}
+    own = {
+        key.removeprefix(f"{name}."): t
+        for key, t in tensors.items()
+        if key.rpartition(".")[0] == name and key != f"{name}.bias"
+    }
     for key, of in cls.shared_names(*shape).items():
         if f"shared.{of}" not in tensors:
-            raise UserError(f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs needs")
+            raise UserError(
+                f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs needs"
+            )
         tensor = tensors[f"shared.{of}"]
         if not tensor.is_floating_point():
             raise UserError(f"shared.{of} is {tensor.dtype}; expected are fp32, bf16 or fp16")
@@ -329,7 +417,8 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
         "options": injection.options,
         "layout": injection.options.get("layout"),
         "linears": linears,
-        "merged_linears": injection.merged_linears + [name for name in injection.linears if name not in linears],
+        "merged_linears": injection.merged_linears
+        + [name for name in injection.linears if name not in linears],
         "tied": tied,
         "targets": injection.targets,
         "train_parts": injection.train_parts,
@@ -350,19 +439,50 @@ def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, metadata = read_checkpoint(path), read_metadata(path)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
-        metadata = {"format": ADAPTER_FORMAT, "method": "state", "options": {}, "linears": [], "targets": [], "train_parts": [],
-                    "arch": None, "base": None, "base_fingerprint": None, "versions": {}}
+        metadata = {
+            "format": ADAPTER_FORMAT,
+            "method": "state",
+            "options": {},
+            "linears": [],
+            "targets": [],
+            "train_parts": [],
+            "arch": None,
+            "base": None,
+            "base_fingerprint": None,
+            "versions": {},
+        }
     return tensors, metadata or {}
 
 
 # what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it out
 # (`tied`: another name of a whole tensor -> the name under which the file has it)
-FIELDS = {"method": str, "options": dict, "linears": list, "targets": list, "train_parts": list, "merged_linears": list,
-          "tied": dict, "arch": dict, "base": str, "base_fingerprint": str, "versions": dict, "tokenizer": str, "eod": str,
-          "template": str}
+FIELDS = {
+    "method": str,
+    "options": dict,
+    "linears": list,
+    "targets": list,
+    "train_parts": list,
+    "merged_linears": list,
+    "tied": dict,
+    "arch": dict,
+    "base": str,
+    "base_fingerprint": str,
+    "versions": dict,
+    "tokenizer": str,
+    "eod": str,
+    "template": str,
+}
 REQUIRED = ("method", "options", "linears")
-DEFAULTS = {"targets": [], "train_parts": [], "merged_linears": [], "tied": {}, "arch": None, "base": None,
-            "base_fingerprint": None, "versions": {}}
+DEFAULTS = {
+    "targets": [],
+    "train_parts": [],
+    "merged_linears": [],
+    "tied": {},
+    "arch": None,
+    "base": None,
+    "base_fingerprint": None,
+    "versions": {},
+}
 
 
 def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -378,8 +498,13 @@ def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
     for other, name in (metadata.get("tied") or {}).items():
         if not isinstance(name, str):
-            raise UserError(f"{path} is damaged: {other} is tied to {str(name)[:60]!r}, expected the name of a tensor")
-    return {**DEFAULTS, **{name: value for name, value in metadata.items() if value is not None or name not in DEFAULTS}}
+            raise UserError(
+                f"{path} is damaged: {other} is tied to {str(name)[:60]!r}, expected the name of a tensor"
+            )
+    return {
+        **DEFAULTS,
+        **{name: value for name, value in metadata.items() if value is not None or name not in DEFAULTS},
+    }
 
 
 def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -387,11 +512,15 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") != ADAPTER_FORMAT:
-        raise UserError(f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model, or "
-                        "another project's adapter, of which python -m rwkv_miss convert makes one")
+        raise UserError(
+            f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model, or "
+            "another project's adapter, of which python -m rwkv_miss convert makes one"
+        )
     metadata = checked_metadata(path, metadata)
     if metadata["method"] not in METHODS:
-        raise UserError(f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
+        raise UserError(
+            f"{path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}"
+        )
     check_sums(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize == 1:
@@ -432,35 +561,63 @@ def _replaceable(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
 
 
-def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
+def fit_adapter(
+    model: nn.Module, path, force: bool = False
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
     """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a model, for which the model is
     injected where needed; it may be one of shapes alone, on the meta device. UserErrors as in load_adapter."""
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
     if not force and metadata["base_fingerprint"] and not _is_base(model, metadata["base_fingerprint"], path):
-        raise UserError(f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that one as the base")
+        raise UserError(
+            f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that one as the base"
+        )
     cls = METHODS[metadata["method"]]
     if not hasattr(model, "injection"):
         merged, modules = metadata["merged_linears"], dict(model.named_modules())
         missing = sorted({*metadata["linears"], *merged} - modules.keys())
         if missing:
-            raise UserError(f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have")
+            raise UserError(
+                f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have"
+            )
         parts = metadata.get("train_parts", [])  # none in files of the first version
         if "origin" in metadata:  # another project's file may have a part of some layers only
-            parts = [part for part in parts if tensors.keys() >= set(in_parts([*dict(model.named_parameters()), *state_names(model)], [part]))]
+            parts = [
+                part
+                for part in parts
+                if tensors.keys()
+                >= set(in_parts([*dict(model.named_parameters()), *state_names(model)], [part]))
+            ]
         # with the merged ones, whose number and names the options and the shared tensors depend on
-        _attach(model, metadata["method"], metadata["linears"] + merged or None, ",".join(parts), metadata["options"])
+        _attach(
+            model,
+            metadata["method"],
+            metadata["linears"] + merged or None,
+            ",".join(parts),
+            metadata["options"],
+        )
         put_linears(model, {name: modules[name] for name in merged})
         model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
         model.injection.linears = [name for name in model.injection.linears if name not in merged]
-    saved = {**metadata, "options": dataclasses.asdict(cls.Options.parse(metadata["options"]))}  # options may be newer than the file
+    saved = {
+        **metadata,
+        "options": dataclasses.asdict(cls.Options.parse(metadata["options"])),
+    }  # options may be newer than the file
     for name in ("method", "options", "linears"):
         here, there = getattr(model.injection, name), saved[name]
-        if sorted(here) != sorted(there) if name == "linears" else here != there:  # other projects' files have an order of their own
-            raise UserError(f"{path} has {name} {saved[name]}, the model carries an adapter with {getattr(model.injection, name)}")
+        if (
+            sorted(here) != sorted(there) if name == "linears" else here != there
+        ):  # other projects' files have an order of their own
+            raise UserError(
+                f"{path} has {name} {saved[name]}, the model carries an adapter with {getattr(model.injection, name)}"
+            )
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
-        raise UserError(f"{path} lacks {absent[0]}" + (f" and {len(absent) - 1} more tensors" if absent[1:] else "") + " of this model's adapter")
+        raise UserError(
+            f"{path} lacks {absent[0]}"
+            + (f" and {len(absent) - 1} more tensors" if absent[1:] else "")
+            + " of this model's adapter"
+        )
     full, given = dict(tensors), {}
     for name, layer in adapted_linears(model).items():
         try:
@@ -472,13 +629,19 @@ def fit_adapter(model: nn.Module, path, force: bool = False) -> tuple[dict[str, 
             full.pop(_name_in_file(layer, name, key), None)
     parameters = _replaceable(model)
     for other, name in metadata["tied"].items():
-        if name in full and parameters.get(other) is not parameters.get(name) and other in parameters:  # not tied in this model
+        if (
+            name in full and parameters.get(other) is not parameters.get(name) and other in parameters
+        ):  # not tied in this model
             full[other] = full[name]
     for name, tensor in full.items():
         if name not in parameters:
             raise UserError(f"{path} holds {name}, which this model does not have")
         if parameters[name].numel() != tensor.numel():
-            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model")
+            raise UserError(
+                f"{path}: {name} is {tuple(tensor.shape)}, {tuple(parameters[name].shape)} in this model"
+            )
         if not parameters[name].is_floating_point():
-            raise UserError(f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise after that")
+            raise UserError(
+                f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise after that"
+            )
     return given, full, metadata

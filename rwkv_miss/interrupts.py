@@ -67,6 +67,10 @@ def answered():
 def end_program_at_once() -> None:
     """Have Ctrl-C end the process at once where this package is the program: its imports precede its first line."""
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
-    as_module = started == "-m" and "rwkv_miss" in sys.orig_argv  # what runpy puts there while it looks for the module
-    if (as_module or started.startswith("rwkv-miss")) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    as_module = (
+        started == "-m" and "rwkv_miss" in sys.orig_argv
+    )  # what runpy puts there while it looks for the module
+    if (as_module or started.startswith("rwkv-miss")) and signal.getsignal(
+        signal.SIGINT
+    ) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)

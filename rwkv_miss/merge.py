@@ -51,40 +51,70 @@ class MergeReport:
         parts = f" ({', '.join(self.parts)})" if self.parts else ""
         replaced = f" and {self.replaced} whole tensors{parts}" if self.replaced else ""
         several = f" of {len(self.weights)} adapters" if len(self.weights) > 1 else ""
-        times = f", times {', '.join(f'{w:g}' for w in self.weights)}," if any(w != 1 for w in self.weights) else ""
-        lines = [f"merged {self.linears} linears{replaced}{several}{times} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
-                 f"rounding lost {percent(r.lost)} of the update and left {percent(r.total.unchanged_share)} of its entries unchanged"]
+        times = (
+            f", times {', '.join(f'{w:g}' for w in self.weights)},"
+            if any(w != 1 for w in self.weights)
+            else ""
+        )
+        lines = [
+            f"merged {self.linears} linears{replaced}{several}{times} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
+            f"rounding lost {percent(r.lost)} of the update and left {percent(r.total.unchanged_share)} of its entries unchanged"
+        ]
         return lines + r.table(rows) + self.notes() + [f"warning: {text}" for text in self.warnings()]
 
     def notes(self) -> list[str]:
         notes = [f"note: {note}" for note in self.read] + ([self.choice] if self.choice else [])
         if self.states:
-            notes.append("note: the file carries the initial state as blocks.i.att.time_state of every layer i, (heads, value, key). This project "
-                         "applies it, and so does the package rwkv for RWKV-6; for RWKV-7 put it into the state there: "
-                         "state[3 * i + 1] = time_state.float()")
+            notes.append(
+                "note: the file carries the initial state as blocks.i.att.time_state of every layer i, (heads, value, key). This project "
+                "applies it, and so does the package rwkv for RWKV-6; for RWKV-7 put it into the state there: "
+                "state[3 * i + 1] = time_state.float()"
+            )
         return notes
 
     def warnings(self) -> list[str]:
         warnings = []
         if self.linears and not self.rounding.total.update:
-            warnings.append("the update is zero: nothing was trained in the linears, or the weights make nothing of it")
+            warnings.append(
+                "the update is zero: nothing was trained in the linears, or the weights make nothing of it"
+            )
         if self.rounding.lost > LOSS_LIMIT:
-            finer = "" if "float16" in self.dtype.split(", ") else "--dtype fp16 (8 times finer than bf16) or "
-            warnings.append(f"more than {100 * LOSS_LIMIT:.0f} % of what was trained is lost in {self.dtype}; "
-                            f"merge with {finer}--dtype fp32")
+            finer = (
+                "" if "float16" in self.dtype.split(", ") else "--dtype fp16 (8 times finer than bf16) or "
+            )
+            warnings.append(
+                f"more than {100 * LOSS_LIMIT:.0f} % of what was trained is lost in {self.dtype}; "
+                f"merge with {finer}--dtype fp32"
+            )
         return warnings
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with every layer."""
         total = self.rounding.total.to_dict()
         return {
-            "out": self.out, "dtype": self.dtype, "choice": self.choice or None, "bytes": self.bytes, "seconds": round(self.seconds, 3),
-            "linears": self.linears, "replaced": self.replaced, "parts": self.parts, "states": self.states,
-            "lost": total["lost"], "unchanged": total["unchanged"], "warnings": self.warnings(),
-            "notes": self.read, "layers": [layer.to_dict() for layer in self.rounding.worst()],
-            "base": self.record["base"], "base_fingerprint": self.record["base_fingerprint"], "fingerprint": fingerprint_of_file(self.out),
+            "out": self.out,
+            "dtype": self.dtype,
+            "choice": self.choice or None,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "linears": self.linears,
+            "replaced": self.replaced,
+            "parts": self.parts,
+            "states": self.states,
+            "lost": total["lost"],
+            "unchanged": total["unchanged"],
+            "warnings": self.warnings(),
+            "notes": self.read,
+            "layers": [layer.to_dict() for layer in self.rounding.worst()],
+            "base": self.record["base"],
+            "base_fingerprint": self.record["base_fingerprint"],
+            "fingerprint": fingerprint_of_file(self.out),
             "adapters": [
-                {name: entry.get(name) for name in ("adapter_fingerprint", "method", "options", "train_parts", "step")} | {"weight": weight}
+                {
+                    name: entry.get(name)
+                    for name in ("adapter_fingerprint", "method", "options", "train_parts", "step")
+                }
+                | {"weight": weight}
                 for entry, weight in zip(merged_adapters(self.record), self.weights)
             ],
         }
@@ -127,7 +157,13 @@ def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 
 
 def merge_file(
-    base, adapter, out, dtype: str = "base", force: bool = False, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS,
+    base,
+    adapter,
+    out,
+    dtype: str = "base",
+    force: bool = False,
+    weights: Sequence[float] | None = None,
+    hints: Hints = NO_HINTS,
     shown: bool = False,
 ) -> MergeReport:
     """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's keys, shapes and order.
@@ -157,19 +193,34 @@ def merge_file(
     earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
     for m in members:
         if not force and m.recorded_as(earlier):
-            raise UserError(f"{base} is already a merge of {m.path} into {before.get('base')}; --force merges it a second time")
+            raise UserError(
+                f"{base} is already a merge of {m.path} into {before.get('base')}; --force merges it a second time"
+            )
         _check_base(base, m, identity, tensors, force)
     adapters = Combination(members)
     adapters.check(tensors)
     chosen, choice = _choose_dtype(tensors, adapters) if dtype == "auto" else (DTYPES.get(dtype), "")
-    size = sum(t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize for t in tensors.values())
+    size = sum(
+        t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize
+        for t in tensors.values()
+    )
     require_writable(out, size)
     merger = _Merger(adapters)
     items = _ahead(merger.items(tensors, chosen))
     write_checkpoint(out, tensors_with_progress(items, "merging", size, shown), record)
     return MergeReport(
-        os.fspath(out), len(adapters.linears), len(adapters.whole), sum(map(is_state, adapters.whole)), _dtypes(tensors, adapters, chosen),
-        merger.rounding, time.perf_counter() - started, os.path.getsize(out), record, adapters.parts, [m.weight for m in members], choice,
+        os.fspath(out),
+        len(adapters.linears),
+        len(adapters.whole),
+        sum(map(is_state, adapters.whole)),
+        _dtypes(tensors, adapters, chosen),
+        merger.rounding,
+        time.perf_counter() - started,
+        os.path.getsize(out),
+        record,
+        adapters.parts,
+        [m.weight for m in members],
+        choice,
         [note for m in members for note in m.notes],
     )
 
@@ -179,7 +230,9 @@ def read_base(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
-        raise UserError(f"{path} is an adapter file, expected a model, such as the one that it was trained on")
+        raise UserError(
+            f"{path} is an adapter file, expected a model, such as the one that it was trained on"
+        )
     return tensors, metadata
 
 
@@ -194,7 +247,10 @@ def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[M
     common = common_record(members, before)
     if len(members) == 1:
         return {**head, **members[0].record(), **common, "versions": members[0].metadata["versions"]}
-    entries = [{"adapter": os.path.basename(m.path), **m.record(), "versions": m.metadata["versions"]} for m in members]
+    entries = [
+        {"adapter": os.path.basename(m.path), **m.record(), "versions": m.metadata["versions"]}
+        for m in members
+    ]
     return {**head, "adapters": entries, **common}
 
 
@@ -226,7 +282,10 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
             before = f"{', '.join(tried)}; " if tried else ""
             return dtype, f"--dtype auto: {before}{loses}, at most {percent(LOSS_LIMIT)} is allowed"
         tried.append(loses)
-    return torch.float32, f"--dtype auto: {', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in float32"
+    return (
+        torch.float32,
+        f"--dtype auto: {', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in float32",
+    )
 
 
 def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
@@ -238,8 +297,12 @@ def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Te
         if trained.describe() != found.describe():
             differs = f"; that one is {trained.describe()}, this one {found.describe()}"
         # a MiSS adapter does not know the input width of its linears, so the shapes alone would let this pass
-        misfit = any(getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn"))
+        misfit = any(
+            getattr(trained, width) != getattr(found, width) for width in ("n_embd", "dim_att", "dim_ffn")
+        )
     wanted = metadata.get("base_fingerprint")
     if misfit or (not force and wanted and not identity.is_recorded(wanted, adapter.path)):
         advice = "merge into that one" + ("" if misfit else ", or --force")
-        raise UserError(f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs}; {advice}")
+        raise UserError(
+            f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs}; {advice}"
+        )

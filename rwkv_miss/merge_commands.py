@@ -26,12 +26,20 @@ def add_commands(commands) -> None:
     add_adapters(merge, required=True)
     add_hints(merge)
     merge.add_argument("--out", "--output", required=True)
-    merge.add_argument("--dtype", default="base", choices=("base", "auto", *DTYPES),
-                       help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update")
-    merge.add_argument("--force", action="store_true", help="merge into another base than the adapter's, or a second time")
+    merge.add_argument(
+        "--dtype",
+        default="base",
+        choices=("base", "auto", *DTYPES),
+        help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update",
+    )
+    merge.add_argument(
+        "--force", action="store_true", help="merge into another base than the adapter's, or a second time"
+    )
     add_output(merge)
     merge.set_defaults(run=run_merge)
-    unmerge = commands.add_parser("unmerge", help="whether a file is a merge into a base, bit for bit: the base is then what undoes it")
+    unmerge = commands.add_parser(
+        "unmerge", help="whether a file is a merge into a base, bit for bit: the base is then what undoes it"
+    )
     unmerge.add_argument("merged")
     unmerge.add_argument("--base", "--base_model", required=True)
     add_adapters(unmerge, default="what the merged file records, else 1 each")
@@ -43,40 +51,79 @@ def add_commands(commands) -> None:
     diff.add_argument("b", metavar="B", help="what became of it")
     diff.add_argument("--rank", type=int, required=True)
     diff.add_argument("--out", "--output", required=True)
-    diff.add_argument("--targets", help="names of linears with commas between them, such as key,att.value; default: all of the paper's")
-    diff.add_argument("--layout", default="stride", choices=CHOICES["layout"], help="of the shards, as in training")
-    diff.add_argument("--whole", action="store_true", help="take other tensors that differ along as they are in B")
+    diff.add_argument(
+        "--targets",
+        help="names of linears with commas between them, such as key,att.value; default: all of the paper's",
+    )
+    diff.add_argument(
+        "--layout", default="stride", choices=CHOICES["layout"], help="of the shards, as in training"
+    )
+    diff.add_argument(
+        "--whole", action="store_true", help="take other tensors that differ along as they are in B"
+    )
     add_output(diff)
     diff.set_defaults(run=run_diff)
 
 
 def add_adapters(parser: Parser, required: bool = False, default: str = "1 each") -> None:
     """--adapter, which may come again, and --weights."""
-    parser.add_argument("--adapter", "--lora_checkpoint", "--peft_checkpoint", required=required, action="append", default=None if required else [],
-                        help="an adapter of that base; again for another one that is merged with it")
-    parser.add_argument("--weights", type=weights, help=f"factors of the adapters' changes, in their order: 0.7,-0.3; default: {default}")
-    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")  # else -0.5,1 would be taken for a flag
+    parser.add_argument(
+        "--adapter",
+        "--lora_checkpoint",
+        "--peft_checkpoint",
+        required=required,
+        action="append",
+        default=None if required else [],
+        help="an adapter of that base; again for another one that is merged with it",
+    )
+    parser.add_argument(
+        "--weights",
+        type=weights,
+        help=f"factors of the adapters' changes, in their order: 0.7,-0.3; default: {default}",
+    )
+    parser._negative_number_matcher = re.compile(
+        r"-[\d.][\d.,eE+-]*$"
+    )  # else -0.5,1 would be taken for a flag
 
 
 def add_hints(parser: Parser) -> None:
     """What an adapter of another project may leave open."""
-    parser.add_argument("--origin", default="", help="the project that wrote the adapter, where its shapes alone could be of two")
-    parser.add_argument("--alpha", "--lora_alpha", type=float, help="LoRA's alpha, where the adapter's file does not hold it")
-    parser.add_argument("--profile", default="", help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer")
-    parser.add_argument("--init", "--lora_init", default="", help="PiSSA's factors at the start, where they are in a file of their own")
+    parser.add_argument(
+        "--origin",
+        default="",
+        help="the project that wrote the adapter, where its shapes alone could be of two",
+    )
+    parser.add_argument(
+        "--alpha", "--lora_alpha", type=float, help="LoRA's alpha, where the adapter's file does not hold it"
+    )
+    parser.add_argument(
+        "--profile",
+        default="",
+        help="RWKV-LM-RLHF's layer profile (.csv), where the alphas of LoRA differ by layer",
+    )
+    parser.add_argument(
+        "--init",
+        "--lora_init",
+        default="",
+        help="PiSSA's factors at the start, where they are in a file of their own",
+    )
 
 
 def add_output(parser: Parser) -> None:
-    parser.add_argument("--layers", action="store_true", help=f"all layers in the table, not the {ROWS} worst")
+    parser.add_argument(
+        "--layers", action="store_true", help=f"all layers in the table, not the {ROWS} worst"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
 
 
 def weights(text: str) -> list[float]:
-    """"0.7,-0.3" -> [0.7, -0.3]."""
+    """ "0.7,-0.3" -> [0.7, -0.3]."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers with commas between them, such as 0.7,-0.3") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected numbers with commas between them, such as 0.7,-0.3"
+        ) from None
 
 
 def hints(args: argparse.Namespace) -> Hints:
@@ -94,8 +141,15 @@ def show(report: Any, args: argparse.Namespace) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core writes while the others make the next tensor
-    show(merge_file(args.base, args.adapter, args.out, args.dtype, args.force, args.weights, hints(args), shown=True), args)
+    torch.set_num_threads(
+        max(1, torch.get_num_threads() - 1)
+    )  # one core writes while the others make the next tensor
+    show(
+        merge_file(
+            args.base, args.adapter, args.out, args.dtype, args.force, args.weights, hints(args), shown=True
+        ),
+        args,
+    )
 
 
 def run_unmerge(args: argparse.Namespace) -> None:

@@ -20,7 +20,9 @@ def require_writable(path, size: int = 0) -> None:
     """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be lost."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to write")
+        raise UserError(
+            f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to write"
+        )
     folder = Path(os.path.realpath(path)).parent
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -53,7 +55,9 @@ def whole_file(path, size: int = 0) -> Iterator[BinaryIO]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(os.path.dirname(place)).free
-        raise UserError(f"{path} was not written: {error.strerror}; {written:,} bytes were, {free:,} are free") from None
+        raise UserError(
+            f"{path} was not written: {error.strerror}; {written:,} bytes were, {free:,} are free"
+        ) from None
 
 
 def write_bytes(path, content: bytes) -> None:
@@ -79,8 +83,11 @@ def check_folder(out, names: list[str]) -> None:
     others = sorted(set(os.listdir(out)) - set(names)) if os.path.isdir(out) else []
     if others:
         beside = f" beside the files that would be written, {', '.join(names)}" if names else ""
-        raise UserError(f"{out} holds {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "")
-                        + f"{beside}; choose another name, or empty the folder")
+        raise UserError(
+            f"{out} holds {others[0]}"
+            + (f" and {len(others) - 1} more" if others[1:] else "")
+            + f"{beside}; choose another name, or empty the folder"
+        )
     require_writable(f"{os.path.realpath(out)}.tmp")
 
 

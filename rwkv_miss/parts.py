@@ -29,7 +29,7 @@ PARTS = {
 
 
 def split_parts(text: str) -> list[str]:
-    """"ln,time" or "ln time" -> ["ln", "time"], in the order of PARTS; a UserError names what is no part."""
+    """ "ln,time" or "ln time" -> ["ln", "time"], in the order of PARTS; a UserError names what is no part."""
     given = re.split(r"[,\s]+", text.strip()) if text.strip() else []
     for part in given:
         if part not in PARTS:
@@ -43,7 +43,9 @@ def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
     patterns = {part: re.compile(PARTS[part]) for part in parts}
     for part, pattern in patterns.items():
         if not any(map(pattern.fullmatch, names)):
-            raise UserError(f"part {part!r} matches no tensor of this model; parts belong to RWKV-6 and RWKV-7")
+            raise UserError(
+                f"part {part!r} matches no tensor of this model; parts belong to RWKV-6 and RWKV-7"
+            )
     return [name for name in names if any(pattern.fullmatch(name) for pattern in patterns.values())]
 
 
@@ -66,4 +68,6 @@ def add_states(model: nn.Module) -> None:
         layer = model.get_submodule(name.rpartition(".")[0])
         if layer.time_state is None:
             size = model.arch.n_head, model.arch.head_size, model.arch.head_size
-            layer.time_state = nn.Parameter(torch.zeros(size, device=next(layer.parameters()).device), requires_grad=False)
+            layer.time_state = nn.Parameter(
+                torch.zeros(size, device=next(layer.parameters()).device), requires_grad=False
+            )

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _bias, _define, _matrix, _once, _rows, _weight_gradients, add_expanded_, add_repeated_, autocast, shard_sum
+from .functional import (
+    _bias,
+    _define,
+    _matrix,
+    _once,
+    _rows,
+    _weight_gradients,
+    add_expanded_,
+    add_repeated_,
+    autocast,
+    shard_sum,
+)
 from .gemm import product, product_onto, product_plus
 
 
@@ -51,13 +62,22 @@ def _expand_backward(ctx, dy, _):
     dy, dx, dD = _rows(dy), None, None
     dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
     if ctx.needs_input_grad[0]:
-        dx = product_plus(dy, _matrix(weight, x.shape[-1], dy.dtype).t(), None, dh, D.to(dy.dtype)).view(x.shape)
+        dx = product_plus(dy, _matrix(weight, x.shape[-1], dy.dtype).t(), None, dh, D.to(dy.dtype)).view(
+            x.shape
+        )
     if ctx.needs_input_grad[3]:
         dD = product(dh.t().contiguous(), _rows(x).t()).to(D.dtype)
     return dx, *_weight_gradients(ctx, dy, x), dD
 
 
-_define("expand_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D", _expand_forward, _expand_shapes, _expand_context, _expand_backward)
+_define(
+    "expand_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor D",
+    _expand_forward,
+    _expand_shapes,
+    _expand_context,
+    _expand_backward,
+)
 
 
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
@@ -70,7 +90,13 @@ def _vera_forward(
 ) -> tuple[Tensor, Tensor]:
     rows = _rows(x)
     h = product(rows, A.to(x.dtype).contiguous())
-    y = product_plus(rows, _matrix(weight, x.shape[-1], x.dtype), _bias(bias, x.dtype), h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
+    y = product_plus(
+        rows,
+        _matrix(weight, x.shape[-1], x.dtype),
+        _bias(bias, x.dtype),
+        h,
+        (b.unsqueeze(1) * B * d).to(x.dtype).t(),
+    )
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -100,12 +126,18 @@ def _vera_backward(ctx, dy, _dh):
 
 
 _define(
-    "vera_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor d, Tensor b",
-    _vera_forward, _vera_shapes, _vera_context, _vera_backward,
+    "vera_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor d, Tensor b",
+    _vera_forward,
+    _vera_shapes,
+    _vera_context,
+    _vera_backward,
 )
 
 
-def vera_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+def vera_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
+) -> Tensor:
     """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out). Kept: x A^T."""
     return torch.ops.rwkv_miss.vera_linear(autocast(x), weight, bias, A, B, d, b)[0]
 
@@ -129,7 +161,9 @@ def _bat_change(weight: Tensor, D: Tensor, start: Tensor | None) -> Tensor:
     return changed.view(weight.shape)
 
 
-def _bat_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+def _bat_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool
+) -> tuple[Tensor, Tensor]:
     rows, matrix, D = _rows(x), _matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
     bias = _bias(bias, x.dtype)
     # in half precision what is small is kept apart: x and W are on the grid that their sums with it would be rounded to
@@ -176,14 +210,29 @@ def _bat_backward(ctx, dy, _):
         if ctx.needs_input_grad[0]:
             dx = product(dy, _bat_change(matrix, D, matrix).t())
         whole = product(dy.t(), rows.t())
-        dD = torch.bmm(matrix.contiguous().view(len(D), -1, rank).transpose(1, 2), whole.view(len(D), -1, rank))
+        dD = torch.bmm(
+            matrix.contiguous().view(len(D), -1, rank).transpose(1, 2), whole.view(len(D), -1, rank)
+        )
         dD += whole.view(len(D), rank, -1, rank).sum(2)
         if ctx.needs_input_grad[1]:
             dweight = whole + torch.bmm(whole.view(len(D), -1, rank), D.transpose(1, 2)).view(whole.shape)
-    return None if dx is None else dx.view(x.shape), dweight, dy.sum(0) if ctx.needs_input_grad[2] else None, dD.to(kept.dtype), None
+    return (
+        None if dx is None else dx.view(x.shape),
+        dweight,
+        dy.sum(0) if ctx.needs_input_grad[2] else None,
+        dD.to(kept.dtype),
+        None,
+    )
 
 
-_define("bat_linear", "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool by_row", _bat_forward, _bat_shapes, _bat_context, _bat_backward)
+_define(
+    "bat_linear",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool by_row",
+    _bat_forward,
+    _bat_shapes,
+    _bat_context,
+    _bat_backward,
+)
 
 
 def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> Tensor:

@@ -23,7 +23,11 @@ BAR = 20  # characters
 
 
 def progress(
-    items: Iterable[T], what: str, total: float | None = None, unit: str = "", shown: bool = True,
+    items: Iterable[T],
+    what: str,
+    total: float | None = None,
+    unit: str = "",
+    shown: bool = True,
 ) -> Iterator[T]:
     """The items one by one, with a Progress that counts them; `total` where len() does not tell."""
     if total is None and hasattr(items, "__len__"):
@@ -34,7 +38,9 @@ def progress(
             bar.update()
 
 
-def tensors_with_progress(items: Iterable[tuple[str, T]], what: str, size: int, shown: bool = True) -> Iterator[tuple[str, T]]:
+def tensors_with_progress(
+    items: Iterable[tuple[str, T]], what: str, size: int, shown: bool = True
+) -> Iterator[tuple[str, T]]:
     """(name, tensor) one by one, with a Progress that counts their bytes out of `size`."""
     with Progress(what, size / 1e6, "MB", shown) as bar:
         for name, tensor in items:
@@ -50,7 +56,12 @@ class Progress:
     """
 
     def __init__(
-        self, what: str, total: float | None = None, unit: str = "", shown: bool = True, done: float = 0,
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "",
+        shown: bool = True,
+        done: float = 0,
         delay: float | None = None,
     ):
         self.what, self.total, self.unit, self.shown = what, total, unit, shown

@@ -31,9 +31,24 @@ CODES = {"int8": BLOCK, "nf4": BLOCK // 2}
 DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 # quantiles of a normal distribution, scaled to -1 and 1, with an exact zero: 8 values below and with it, 8 above
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-       0.7229568362236023, 1.0)
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 AT_ONCE = 1 << 18  # weights that are worked on at one time: their fp32 copies take no memory to speak of
 
 
@@ -54,7 +69,9 @@ def quantise(weight: Tensor, kind: str) -> Tensor:
     for part, into in zip(weight.split(rows), quantised.split(rows), strict=True):
         codes, scales = _codes_and_scales(into)
         scales = scales.view(torch.bfloat16)
-        blocks = nn.functional.pad(part.float(), (0, scales.shape[1] * BLOCK - width)).unflatten(1, (-1, BLOCK))
+        blocks = nn.functional.pad(part.float(), (0, scales.shape[1] * BLOCK - width)).unflatten(
+            1, (-1, BLOCK)
+        )
         largest = blocks.abs().amax(2)
         scales.copy_(largest if kind == "nf4" else largest / 127)
         steps = scales.float().unsqueeze(2)
@@ -111,8 +128,10 @@ def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     kind = KINDS.get(quantised.dtype)
     if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
         expected = " or ".join(f"{DTYPES[name]} (out, {row_bytes(name, width)})" for name in CODES)
-        raise ValueError(f"dequantise: the quantised weight is {quantised.dtype} {tuple(quantised.shape)}; expected {expected} for rows of {width} "
-                         "weights, 1 or more")
+        raise ValueError(
+            f"dequantise: the quantised weight is {quantised.dtype} {tuple(quantised.shape)}; expected {expected} for rows of {width} "
+            "weights, 1 or more"
+        )
     return quantised.new_empty(quantised.shape[0], width, dtype=dtype)
 
 

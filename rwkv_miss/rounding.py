@@ -51,8 +51,14 @@ class Layer:
         return self.unchanged / self.changing if self.changing else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "lost": self.lost, "unchanged": self.unchanged_share, "update_norm": self.update**0.5,
-                "lost_norm": self.error**0.5, "entries": self.changing}
+        return {
+            "name": self.name,
+            "lost": self.lost,
+            "unchanged": self.unchanged_share,
+            "update_norm": self.update**0.5,
+            "lost_norm": self.error**0.5,
+            "entries": self.changing,
+        }
 
 
 @dataclasses.dataclass
@@ -64,7 +70,13 @@ class Rounding:
     @property
     def total(self) -> Layer:
         """All of them as one."""
-        return Layer("all", *(sum(getattr(layer, name) for layer in self.layers) for name in ("update", "error", "changing", "unchanged")))
+        return Layer(
+            "all",
+            *(
+                sum(getattr(layer, name) for layer in self.layers)
+                for name in ("update", "error", "changing", "unchanged")
+            ),
+        )
 
     @property
     def lost(self) -> float:
@@ -81,7 +93,10 @@ class Rounding:
             return []
         width = max(len(layer.name) for layer in worst)
         lines = [f"  {'worst of ' + str(len(self.layers)):<{width}}  lost of update  entries unchanged"]
-        lines += [f"  {layer.name:<{width}}  {percent(layer.lost):>14}  {percent(layer.unchanged_share):>17}" for layer in worst]
+        lines += [
+            f"  {layer.name:<{width}}  {percent(layer.lost):>14}  {percent(layer.unchanged_share):>17}"
+            for layer in worst
+        ]
         return lines
 
 
@@ -114,25 +129,39 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         change, missing = (scratch.get(part, before.shape) for part in ("change", "missing"))
         torch.sub(after, change.copy_(before), out=change)
         missing.copy_(kept).sub_(after)
-        if before.dtype != kept.dtype:  # the base is rounded, too, and what that alone changes is not the update's loss
+        if (
+            before.dtype != kept.dtype
+        ):  # the base is rounded, too, and what that alone changes is not the update's loss
             same = before.to(kept.dtype)
             missing += before - same
             before = same
         size = float(change.dot(change))
         if not math.isfinite(size) and bool(before.isfinite().all()):
-            raise UserError(f"{key} would change by values that are infinite, or beyond 1e19, in which nothing can be reckoned; look at the "
-                            "weights of the adapters, and whether their training diverged")
+            raise UserError(
+                f"{key} would change by values that are infinite, or beyond 1e19, in which nothing can be reckoned; look at the "
+                "weights of the adapters, and whether their training diverged"
+            )
         update += size
         error += float(missing.dot(missing))
-        moved += int(torch.sub(bits(kept), bits(before), out=bits(scratch.get("moved", kept.shape, kept.dtype))).count_nonzero())
+        moved += int(
+            torch.sub(
+                bits(kept), bits(before), out=bits(scratch.get("moved", kept.shape, kept.dtype))
+            ).count_nonzero()
+        )
         ones = change.sign_()  # whose sum of squares is exact, and takes less time than count_nonzero()
         changing += int(ones.dot(ones))
-    return Layer(name, update, error, changing, max(changing - moved, 0))  # where a -0 became 0, moved counts one too many
+    return Layer(
+        name, update, error, changing, max(changing - moved, 0)
+    )  # where a -0 became 0, moved counts one too many
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
     """UserError for a value that fp16 has no room for; one that was infinite or NaN before is the file's own affair."""
-    if rounded.dtype == torch.float16 and not is_finite(rounded) and bool((rounded.isinf() & exact.isfinite()).any()):
+    if (
+        rounded.dtype == torch.float16
+        and not is_finite(rounded)
+        and bool((rounded.isinf() & exact.isfinite()).any())
+    ):
         raise UserError(f"{key} has values beyond fp16's largest, 65504; merge with --dtype bf16 or fp32")
 
 

@@ -14,8 +14,18 @@ from .output import whole_file
 from .untrusted import LARGEST_JSON, first_bytes
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 ALIGNMENT = 8
 
@@ -34,10 +44,14 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         import safetensors
     except ImportError:
-        raise UserError(f"{path} is a safetensors file, and the package that reads those is absent: pip install safetensors") from None
+        raise UserError(
+            f"{path} is a safetensors file, and the package that reads those is absent: pip install safetensors"
+        ) from None
     header = int.from_bytes(first_bytes(path, 8), "little")
     if header > LARGEST_JSON:
-        raise UserError(f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused")
+        raise UserError(
+            f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused"
+        )
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
@@ -53,9 +67,15 @@ def write_safetensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise UserError(f"{path} can't be written: {name} is {tensor.dtype}; safetensors has {', '.join(DTYPES.values())}")
+            raise UserError(
+                f"{path} can't be written: {name} is {tensor.dtype}; safetensors has {', '.join(DTYPES.values())}"
+            )
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     with whole_file(path, 8 + len(text) + end) as file:

@@ -16,24 +16,33 @@ from torch import Tensor
 
 from .errors import UserError
 
-LARGEST_INDEX = 1 << 22  # bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a megabyte
+LARGEST_INDEX = (
+    1 << 22
+)  # bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a megabyte
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 BLOCK = 1 << 18
 # what a pickle of plain tensors names. torch knows more, some of which allocates whatever the file says, such as bytearray and FloatTensor
-PLAIN = re.compile(r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage UntypedStorage|"
-                   r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)")
+PLAIN = re.compile(
+    r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage UntypedStorage|"
+    r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
+)
 LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, protocol, the machine's types, the tensors, the keys of their storages
 
 
 def first_bytes(path, count: int) -> bytes:
     """The first bytes of a file; the door at which a path that can't be read is refused."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"{path} is no regular file")  # a pipe can be read once, and who waits for it waits for ever
+        raise UserError(
+            f"{path} is no regular file"
+        )  # a pipe can be read once, and who waits for it waits for ever
     try:
         with open(path, "rb") as file:
             head = file.read(count)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist" + ("; nothing is downloaded: fetch it first" if "://" in str(path) else "")) from None
+        raise UserError(
+            f"{path} does not exist"
+            + ("; nothing is downloaded: fetch it first" if "://" in str(path) else "")
+        ) from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
     if not head:
@@ -47,10 +56,14 @@ def open_archive(path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise UserError(f"{path} is truncated or not a torch checkpoint ({str(error)[:100]}); download or copy it again") from None
+        raise UserError(
+            f"{path} is truncated or not a torch checkpoint ({str(error)[:100]}); download or copy it again"
+        ) from None
     if sum(record.compress_size for record in archive.infolist()) > os.path.getsize(path):
         archive.close()
-        raise UserError(f"{path} is damaged: its records have more bytes together than the file; download or copy it again")
+        raise UserError(
+            f"{path} is damaged: its records have more bytes together than the file; download or copy it again"
+        )
     for record in archive.infolist():
         problem, kind = "", record.filename.lower()[-4:]  # torch finds names in capitals, too
         limit = LARGEST_INDEX if kind == ".pkl" else LARGEST_JSON if kind == "json" else None
@@ -83,20 +96,30 @@ def check_pickles(path, zipped: bool) -> None:
     except UserError:
         raise
     except Exception as error:  # pickletools and zipfile have no common exception for damage
-        raise UserError(f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again") from None
+        raise UserError(
+            f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again"
+        ) from None
 
 
 def _check_pickle(path, stream: io.BytesIO) -> None:
     tuples, tuple_is_last = set(), False  # places in the pickle's memo
     for code, argument, _ in pickletools.genops(stream):
-        if code.name in ("STACK_GLOBAL", "INST", "OBJ") or code.name == "GLOBAL" and not PLAIN.fullmatch(argument):
+        if (
+            code.name in ("STACK_GLOBAL", "INST", "OBJ")
+            or code.name == "GLOBAL"
+            and not PLAIN.fullmatch(argument)
+        ):
             wanted = argument.replace(" ", ".", 1)[:200] if code.name == "GLOBAL" else "more than tensors"
-            raise UserError(f"{path} is refused: its pickle asks for {wanted}, which could run code and which plain tensors do not need; "
-                            "save it as a flat dict of dense tensors")
+            raise UserError(
+                f"{path} is refused: its pickle asks for {wanted}, which could run code and which plain tensors do not need; "
+                "save it as a flat dict of dense tensors"
+            )
         if "PUT" in code.name and tuple_is_last:
             tuples.add(argument)
         elif "GET" in code.name and argument in tuples:
-            raise UserError(f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of dense tensors")
+            raise UserError(
+                f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of dense tensors"
+            )
         tuple_is_last = code.name.startswith("TUPLE") or "PUT" in code.name and tuple_is_last
 
 
@@ -106,7 +129,9 @@ def read_json(path) -> dict[str, Any]:
     with open(path, "rb") as file:
         content = file.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
-        raise UserError(f"{path} has {os.path.getsize(path):,} bytes, far beyond what a configuration needs ({LARGEST_JSON:,}); the file is refused")
+        raise UserError(
+            f"{path} has {os.path.getsize(path):,} bytes, far beyond what a configuration needs ({LARGEST_JSON:,}); the file is refused"
+        )
     return parse_json(path, content)
 
 
@@ -115,7 +140,9 @@ def parse_json(path, content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is truncated or damaged: its JSON can't be read ({str(error)[:100]})") from None
+        raise UserError(
+            f"{path} is truncated or damaged: its JSON can't be read ({str(error)[:100]})"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
@@ -131,7 +158,14 @@ def check_sums(path) -> None:
                 with archive.open(record) as file:
                     while file.read(BLOCK):
                         pass
-            except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError, RuntimeError) as error:
+            except (
+                zipfile.BadZipFile,
+                ValueError,
+                NotImplementedError,
+                EOFError,
+                OSError,
+                RuntimeError,
+            ) as error:
                 raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
 
 
@@ -139,13 +173,22 @@ def check_tensors(path, tensors: Mapping[str, Tensor]) -> None:
     """UserError for tensors that are not plain numbers in this file: sparse, quantised or complex ones, and shapes that claim more than is there."""
     together = 0
     for name, tensor in tensors.items():
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested
+        plain = (
+            tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+            and not tensor.is_quantized
+            and not tensor.is_nested
+        )
         if not plain or tensor.is_complex() or type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise UserError(f"{path}: {name} is no plain tensor ({tensor.dtype}, {tensor.layout}, {tensor.device}); "
-                            "save it as a dense one of real numbers")
+            raise UserError(
+                f"{path}: {name} is no plain tensor ({tensor.dtype}, {tensor.layout}, {tensor.device}); "
+                "save it as a dense one of real numbers"
+            )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError(f"{path}: {name} claims {tuple(tensor.shape)}, {tensor.nbytes:,} bytes, and has {tensor.untyped_storage().nbytes():,}; "
-                            "the file is damaged, or the tensor was expanded: save it with .contiguous()")
+            raise UserError(
+                f"{path}: {name} claims {tuple(tensor.shape)}, {tensor.nbytes:,} bytes, and has {tensor.untyped_storage().nbytes():,}; "
+                "the file is damaged, or the tensor was expanded: save it with .contiguous()"
+            )
         together += tensor.nbytes
     size = os.path.getsize(path)
     if together > 4 * size:  # a few names may share their numbers, as tied weights do

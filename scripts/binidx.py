@@ -27,19 +27,27 @@ with importing():
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m scripts.binidx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m scripts.binidx",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", help="prefix of the .bin and .idx to write, or with --to_jsonl the JSONL")
     parser.add_argument("data", nargs="+", help="what --data_file of train.py takes")
     parser.add_argument("--to_jsonl", action="store_true", help="write text instead of tokens")
     parser.add_argument("--tokenizer", default="world", help="world, bytes, utf16, or a file [world]")
-    parser.add_argument("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
+    parser.add_argument(
+        "--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell"
+    )
     parser.add_argument("--template", default="auto", help="how conversations are written [rwkv]")
     for name in ("sft_field", "sft_split"):
         parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
     with one_line_errors(), naming_missing_packages():
         args = parser.parse_args(argv)
         count, tokens = convert(args)
-        print(f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents, {tokens:,} tokens")
+        print(
+            f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents, {tokens:,} tokens"
+        )
 
 
 def convert(args: argparse.Namespace) -> tuple[int, int]:
@@ -71,7 +79,9 @@ def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tu
     for name in data:
         for source in sources(name, reading):
             if source.weight != 1:
-                raise UserError(f"{name}: a file has every row once; drop the weight here, and give it to --data_file of train.py")
+                raise UserError(
+                    f"{name}: a file has every row once; drop the weight here, and give it to --data_file of train.py"
+                )
             yield from read_source(source, Report(), reading, eod)
 
 

@@ -59,9 +59,15 @@ def main() -> None:
 
 def examine_and_tell() -> None:
     """All checks for people or, with --json, for machines."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.doctor", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.doctor", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--fat", action="store_true", help="first build the CUDA kernels for every architecture, for machines that share this cache")
+    parser.add_argument(
+        "--fat",
+        action="store_true",
+        help="first build the CUDA kernels for every architecture, for machines that share this cache",
+    )
     args = parser.parse_args()
     as_json, checks = args.json, []
     if args.fat:
@@ -74,9 +80,17 @@ def examine_and_tell() -> None:
                 print(f"{check.state:<8} {check.name:<18} {check.text}", flush=True)
     works = not any(check.fatal for check in checks)
     if as_json:
-        print(json.dumps({"works": works, "checks": [check._asdict() for check in checks], "gpu_records": records()}))
+        print(
+            json.dumps(
+                {"works": works, "checks": [check._asdict() for check in checks], "gpu_records": records()}
+            )
+        )
     else:
-        print("training works here" if works else "training does not work here: " + ", ".join(check.name for check in checks if check.fatal))
+        print(
+            "training works here"
+            if works
+            else "training does not work here: " + ", ".join(check.name for check in checks if check.fatal)
+        )
     sys.exit(not works)
 
 
@@ -87,15 +101,24 @@ def examine() -> Iterator[Check]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Check("missing", "import torch", f"{' '.join(str(error).split())}; pip install --force-reinstall torch", needed=True)
+        yield Check(
+            "missing",
+            "import torch",
+            f"{' '.join(str(error).split())}; pip install --force-reinstall torch",
+            needed=True,
+        )
         return
     has_gpu = torch.cuda.is_available() or driver_version() is not None
     if has_gpu:
         yield from gpus(torch)
         yield nvcc()
     else:
-        yield Check("ok", "GPU", "none, training runs on the CPU; where there is one: sudo ubuntu-drivers install (on Ubuntu), then "
-                    "pip install --force-reinstall torch")
+        yield Check(
+            "ok",
+            "GPU",
+            "none, training runs on the CPU; where there is one: sudo ubuntu-drivers install (on Ubuntu), then "
+            "pip install --force-reinstall torch",
+        )
     yield from tools()
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         yield from kernels(device)
@@ -104,11 +127,23 @@ def examine() -> Iterator[Check]:
 
 
 def python() -> Check:
-    version, text = sys.version_info[:2], f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    version, text = (
+        sys.version_info[:2],
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+    )
     if version < (3, 10):
-        return Check("missing", "Python", f"{text}; 3.10 or newer is needed, on Debian and Ubuntu: apt install python3 python3-venv", needed=True)
+        return Check(
+            "missing",
+            "Python",
+            f"{text}; 3.10 or newer is needed, on Debian and Ubuntu: apt install python3 python3-venv",
+            needed=True,
+        )
     if version > (3, 13):
-        return Check("warn", "Python", f"{text}; tried with 3.10 to 3.13: if a package fails, make .venv with one of those")
+        return Check(
+            "warn",
+            "Python",
+            f"{text}; tried with 3.10 to 3.13: if a package fails, make .venv with one of those",
+        )
     return Check("ok", "Python", text)
 
 
@@ -137,11 +172,19 @@ def numbers(version: str) -> list[int]:
 
 
 def machine() -> Iterator[Check]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB if hasattr(os, "sysconf") else None
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB if hasattr(os, "sysconf") else None
+    )
     if memory:
         small = memory < 4
-        yield Check("warn" if small else "ok", "RAM", f"{memory:.1f} GiB, {os.cpu_count()} cores" + "; use --grad_cp 1 and a small model" * small)
-    yield disk("working folder", pathlib.Path.cwd(), 2, "checkpoints go to --proj_dir, put that on another disk")
+        yield Check(
+            "warn" if small else "ok",
+            "RAM",
+            f"{memory:.1f} GiB, {os.cpu_count()} cores" + "; use --grad_cp 1 and a small model" * small,
+        )
+    yield disk(
+        "working folder", pathlib.Path.cwd(), 2, "checkpoints go to --proj_dir, put that on another disk"
+    )
 
 
 def disk(name: str, folder: pathlib.Path, enough: float, fix: str) -> Check:
@@ -160,17 +203,27 @@ def gpus(torch) -> Iterator[Check]:
     if driver:
         yield Check("ok", "driver", f"{driver}, for CUDA up to {dotted(newest)}")
     else:
-        yield Check("missing", "driver", "no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, on Ubuntu: sudo ubuntu-drivers install")
+        yield Check(
+            "missing",
+            "driver",
+            "no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, on Ubuntu: sudo ubuntu-drivers install",
+        )
     if built_for:
         yield Check("ok", "CUDA of torch", built_for)
     else:
         fix = "pip install --force-reinstall torch"
-        yield Check("missing", "CUDA of torch", f"torch {torch.__version__} is for CPUs; for a GPU, on Linux: {fix}")
+        yield Check(
+            "missing", "CUDA of torch", f"torch {torch.__version__} is for CPUs; for a GPU, on Linux: {fix}"
+        )
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
         text = f"{torch.cuda.get_device_name(i)}, architecture {major}{minor}, {torch.cuda.get_device_properties(i).total_memory / GIB:.0f} GiB"
         if (major, minor) < (7, 5):
-            yield Check("warn", f"GPU {i}", f"{text}; native kernels need 75 or newer, this one trains with --wkv torch")
+            yield Check(
+                "warn",
+                f"GPU {i}",
+                f"{text}; native kernels need 75 or newer, this one trains with --wkv torch",
+            )
         else:
             yield Check("ok", f"GPU {i}", text)
     if not torch.cuda.is_available():
@@ -224,7 +277,9 @@ def nvcc() -> Check:
     driver = cuda_of_driver()
     if release and driver and int(release[1]) > driver // 1000:
         fix = f"update the driver, or install a CUDA {driver // 1000} toolkit and set CUDA_HOME to its folder"
-        return Check("warn", "nvcc", f"{path}, {release[0]}, is too new for a driver for CUDA {dotted(driver)}; {fix}")
+        return Check(
+            "warn", "nvcc", f"{path}, {release[0]}, is too new for a driver for CUDA {dotted(driver)}; {fix}"
+        )
     return Check("ok", "nvcc", f"{path}, {release[0] if release else 'of unknown release'}")
 
 
@@ -233,7 +288,11 @@ def build_all() -> None:
     from src.ops import build
 
     try:
-        print("CUDA kernels for all architectures:", build.cuda_library([str(arch) for arch in build.ARCHITECTURES]), file=sys.stderr)
+        print(
+            "CUDA kernels for all architectures:",
+            build.cuda_library([str(arch) for arch in build.ARCHITECTURES]),
+            file=sys.stderr,
+        )
     except build.BuildError as error:
         sys.exit(f"error: {error}")
 
@@ -255,9 +314,17 @@ def kernels(device: str) -> Iterator[Check]:
 
     status = native.status(device)
     if status.passed:
-        yield Check("ok", f"kernels, {device}", f"{status.path}, ready in {status.seconds:.1f} s, self-test passed (error {status.error:.1e})")
+        yield Check(
+            "ok",
+            f"kernels, {device}",
+            f"{status.path}, ready in {status.seconds:.1f} s, self-test passed (error {status.error:.1e})",
+        )
     elif status.built:
-        yield Check("warn", f"kernels, {device}", f"{status.path} is not used: {status.reason}; --wkv torch works without it")
+        yield Check(
+            "warn",
+            f"kernels, {device}",
+            f"{status.path} is not used: {status.reason}; --wkv torch works without it",
+        )
     else:
         yield Check("missing", f"kernels, {device}", status.reason)
     kernel, reason = ops.choose("auto", device)
@@ -266,7 +333,11 @@ def kernels(device: str) -> Iterator[Check]:
 
 def records() -> list[dict]:
     """What scripts/gpu_check.sh has written, the newest first."""
-    return sorted((json.loads(path.read_text()) for path in RECORDS.glob("*.json")), key=lambda record: record["date"], reverse=True)
+    return sorted(
+        (json.loads(path.read_text()) for path in RECORDS.glob("*.json")),
+        key=lambda record: record["date"],
+        reverse=True,
+    )
 
 
 def evidence() -> Iterator[Check]:
@@ -277,12 +348,20 @@ def evidence() -> Iterator[Check]:
     for kernel in CUDA_KERNELS:
         runs = [record for record in records() if kernel in record["errors"]]
         if not runs:
-            yield Check("warn", kernel, f"{compiled}; not run on a GPU yet: bash scripts/gpu_check.sh on a machine with one")
+            yield Check(
+                "warn",
+                kernel,
+                f"{compiled}; not run on a GPU yet: bash scripts/gpu_check.sh on a machine with one",
+            )
         for record in runs:
             errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in record["errors"][kernel].items())
             text = f"{compiled}; run on {record['card']}, {record['date']}, commit {record['commit']}, worst errors {errors}"
             if record["sources"] != build.cuda_sources():
-                yield Check("warn", kernel, f"{text}; the sources have changed since: bash scripts/gpu_check.sh on a machine with a GPU")
+                yield Check(
+                    "warn",
+                    kernel,
+                    f"{text}; the sources have changed since: bash scripts/gpu_check.sh on a machine with a GPU",
+                )
             elif record["failures"]:
                 yield Check("warn", kernel, f"{text}; failed there: {', '.join(record['failures'])}")
             else:

@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
         if args.model:
-            model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
+            model, tokenizer = load(
+                args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision
+            )
             template = recorded_template(args.template, tokenizer, args.adapter, args.model)
             questions = read(args, template)
             pairs = [] if args.score == "code" else first_answers(tokenizer, questions)
@@ -43,15 +45,19 @@ def main(argv: list[str] | None = None) -> None:
             limit = None
             answers = saved(args.answers, len(questions))
         if args.save:
-            rows = ({"prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
-                    for question, answer in zip(questions, answers, strict=True))
+            rows = (
+                {"prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
+                for question, answer in zip(questions, answers, strict=True)
+            )
             write_text(args.save, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         cut = None
         if all(answer.cut is not None for answer in answers):
             cut = sum(answer.cut for answer in answers)
             tell_cut(cut, len(answers), limit)
         if args.score == "code" and not args.run_code:
-            print(f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code --run_code runs them")
+            print(
+                f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code --run_code runs them"
+            )
             return
         texts = [answer.text for answer in answers]
         right = judged(args.score, texts, questions)
@@ -60,8 +66,20 @@ def main(argv: list[str] | None = None) -> None:
             if not is_right:
                 expected = ", fails the tests" if args.score == "code" else f", right is {question.right!r}"
             print(f"{question.prompt!r} -> {answer!r}{expected}")
-        print(json.dumps({"accuracy": sum(right) / len(right), "score": args.score, "questions": len(questions), "model": args.model,
-                          "adapter": args.adapter, "answers": args.answers, "max_tokens": limit, "cut": cut}))
+        print(
+            json.dumps(
+                {
+                    "accuracy": sum(right) / len(right),
+                    "score": args.score,
+                    "questions": len(questions),
+                    "model": args.model,
+                    "adapter": args.adapter,
+                    "answers": args.answers,
+                    "max_tokens": limit,
+                    "cut": cut,
+                }
+            )
+        )
 
 
 def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
@@ -80,8 +98,11 @@ def tell_cut(cut: int, count: int, limit: int | None) -> None:
     tokens = f"{limit:,} tokens" if limit else "tokens"
     print(f"{cut:,} answers ({share:.1%}) reach the limit of {tokens}")
     if cut and share >= WARN_CUT:
-        print(f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; "
-              "--max_tokens N lets them go on", file=sys.stderr)
+        print(
+            f"warning: {share:.1%} of the answers were cut, and may be wrong for that alone; "
+            "--max_tokens N lets them go on",
+            file=sys.stderr,
+        )
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -90,38 +111,64 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="the model that answers: base or merged .pth")
     add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
-    add("--questions", required=True,
+    add(
+        "--questions",
+        required=True,
         help="questions and right answers, in any format of train.py's --data_file; "
-             "with --score code HumanEval or MBPP")
+        "with --score code HumanEval or MBPP",
+    )
     for name in ("sft_field", "sft_split"):
         default = FIELDS[name].default
         text = f"{FIELDS[name].metadata['help']}; default {default!r}"
         add(f"--{name}", default=default, help=text.replace("%", "%%"))
-    add("--score", default="exact", choices=(*SCORES, "code"),
+    add(
+        "--score",
+        default="exact",
+        choices=(*SCORES, "code"),
         help="an answer is right if it is, as a whole, the right one (exact), ends in the same number (number: GSM8K), "
-             "has an equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, "
-             "MBPP); default %(default)s")
-    add("--run_code", action="store_true",
+        "has an equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, "
+        "MBPP); default %(default)s",
+    )
+    add(
+        "--run_code",
+        action="store_true",
         help="with --score code: run the model's programs on this machine, with limits of time and memory but in no "
-             "sandbox; default: only keep the answers")
+        "sandbox; default: only keep the answers",
+    )
     add("--save", help="write prompts and answers to this JSONL file; default: they are not kept")
     add("--answers", help="score the answers of such a file, in the place of a --model")
-    add("--tokenizer", default="auto",
+    add(
+        "--tokenizer",
+        default="auto",
         help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
-             "default %(default)s")
-    add("--eod", default="",
+        "default %(default)s",
+    )
+    add(
+        "--eod",
+        default="",
         help="text of the end-of-document token, where a tokenizer file does not tell; "
-             "default: as the tokenizer says")
-    add("--template", default="auto",
+        "default: as the tokenizer says",
+    )
+    add(
+        "--template",
+        default="auto",
         help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; "
-             "default %(default)s")
+        "default %(default)s",
+    )
     add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the weights; default %(default)s")
     limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
-    add("--max_tokens", type=int,
+    add(
+        "--max_tokens",
+        type=int,
         help="the longest answer, in tokens. Default: for exact a quarter more than the longest right answer, and 16; "
-             f"{limits}; {THOUGHTS} where a template begins thoughts")
-    add("--batch", type=int, default=256,
-        help="answers made at once; fewer take less memory; default %(default)s")
+        f"{limits}; {THOUGHTS} where a template begins thoughts",
+    )
+    add(
+        "--batch",
+        type=int,
+        default=256,
+        help="answers made at once; fewer take less memory; default %(default)s",
+    )
     add("--show", type=int, default=5, help="answers to print; default %(default)s")
     args = parser.parse_args(argv)
     for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0)):
@@ -129,14 +176,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             expected = "must be at least 1" if least else "must not be negative"
             raise UserError(f"--{name} {given}: {expected}")
     if bool(args.model) == bool(args.answers):
-        raise UserError("give --model, which answers the questions, or --answers, a file of answers" + (", not both" if args.model else ""))
+        raise UserError(
+            "give --model, which answers the questions, or --answers, a file of answers"
+            + (", not both" if args.model else "")
+        )
     if args.adapter and not args.model:
         raise UserError("--adapter belongs to a --model; --answers has the answers already")
     if args.run_code and args.score != "code":
         raise UserError(f"--run_code is for --score code; --score {args.score} runs nothing")
     if args.score == "code" and not args.run_code and (args.answers or not args.save):
-        raise UserError("--score code runs what the model wrote, on this machine, with limits of time and memory but in no sandbox: add --run_code, "
-                        "best in a container. --save FILE without it keeps the answers, which --answers FILE then scores there")
+        raise UserError(
+            "--score code runs what the model wrote, on this machine, with limits of time and memory but in no sandbox: add --run_code, "
+            "best in a container. --save FILE without it keeps the answers, which --answers FILE then scores there"
+        )
     if args.save:
         require_writable(args.save)
     return args
@@ -150,8 +202,10 @@ def read(args, template) -> list[Question]:
     _, find, what = SCORES[args.score]
     for question in questions:
         if find(question.right) is None:
-            raise UserError(f"--score {args.score}: a right answer has no {what.removeprefix('a ')}: "
-                            f"{question.right[-200:]!r} (of {question.prompt[:80]!r})")
+            raise UserError(
+                f"--score {args.score}: a right answer has no {what.removeprefix('a ')}: "
+                f"{question.right[-200:]!r} (of {question.prompt[:80]!r})"
+            )
     return questions
 
 
@@ -162,9 +216,13 @@ def saved(path: str, count: int) -> list[Answer]:
             rows = [json.loads(line) for line in file]
         answers = [Answer(row["answer"], row.get("cut")) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save writes it') from None
+        raise UserError(
+            f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save writes it'
+        ) from None
     if len(answers) != count:
-        raise UserError(f"--answers {path} has {len(answers)} answers, --questions has {count} questions; both must be of the same file")
+        raise UserError(
+            f"--answers {path} has {len(answers)} answers, --questions has {count} questions; both must be of the same file"
+        )
     return answers
 
 

@@ -18,16 +18,31 @@ def main(argv: list[str] | None = None) -> None:
         parser = Parser(prog="python -m scripts.export", description=__doc__.partition("\n")[0])
         parser.add_argument("--model", required=True)
         parser.add_argument("--out", required=True)
-        parser.add_argument("--to", required=True, choices=TARGETS,
-                            help="gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to a checkpoint")
-        parser.add_argument("--type", default="", choices=FILE_TYPES, help=f"of the large matrices in GGUF [{DEFAULT_TYPE}]")
-        parser.add_argument("--tokenizer", default="auto", 
-                            help="to put into gguf and hf, as in train.py, or none; auto: what the model records, else World [%(default)s]")
+        parser.add_argument(
+            "--to",
+            required=True,
+            choices=TARGETS,
+            help="gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to a checkpoint",
+        )
+        parser.add_argument(
+            "--type", default="", choices=FILE_TYPES, help=f"of the large matrices in GGUF [{DEFAULT_TYPE}]"
+        )
+        parser.add_argument(
+            "--tokenizer",
+            default="auto",
+            help="to put into gguf and hf, as in train.py, or none; auto: what the model records, else World [%(default)s]",
+        )
         parser.add_argument("--eod", default="", help="as in train.py")
         parser.add_argument("--template", default="auto", help="chat template, as in train.py [%(default)s]")
-        parser.add_argument("--drop_state", action="store_true", help="leave out an initial state, for which no other program has a place")
+        parser.add_argument(
+            "--drop_state",
+            action="store_true",
+            help="leave out an initial state, for which no other program has a place",
+        )
         args = parser.parse_args(argv)
-        for line in export(args.model, args.out, args.to, args.type, args.tokenizer, args.eod, args.template, args.drop_state).lines():
+        for line in export(
+            args.model, args.out, args.to, args.type, args.tokenizer, args.eod, args.template, args.drop_state
+        ).lines():
             print(line)
 
 

@@ -21,7 +21,17 @@ OPS = {6: ops.wkv6, 7: ops.wkv7}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # (batch, tokens, heads, head size)
 SMALL = [(1, 1, 1, 64), (2, 17, 2, 64)]
-SHAPES = [*SMALL, (2, 16, 1, 64), (1, 33, 3, 64), (2, 129, 2, 64), (1, 700, 2, 64), (4, 48, 64, 64), (2, 40, 2, 32), (1, 40, 2, 128), (1, 24, 1, 256)]
+SHAPES = [
+    *SMALL,
+    (2, 16, 1, 64),
+    (1, 33, 3, 64),
+    (2, 129, 2, 64),
+    (1, 700, 2, 64),
+    (4, 48, 64, 64),
+    (2, 40, 2, 32),
+    (1, 40, 2, 128),
+    (1, 24, 1, 256),
+]
 # What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16 operands of the tensor cores
 EXACT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 TENSOR_CORES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
@@ -42,9 +52,13 @@ def make(version: int, shape: tuple[int, ...], dtype: torch.dtype, extreme: bool
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-def results(version: int, kernel: str, inputs: dict[str, torch.Tensor], state, reset, dy, dstate) -> dict[str, torch.Tensor]:
+def results(
+    version: int, kernel: str, inputs: dict[str, torch.Tensor], state, reset, dy, dstate
+) -> dict[str, torch.Tensor]:
     """y, the final state, and the gradients of every input and of the first state."""
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()} | {"s0": state.clone().requires_grad_()}
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()} | {
+        "s0": state.clone().requires_grad_()
+    }
     y, final = OPS[version](**leaves, reset=reset, kernel=kernel)
     gradients = torch.autograd.grad((y, final), list(leaves.values()), (dy, dstate))
     return {"y": y, "state": final} | {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
@@ -56,7 +70,9 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def worst_errors(version: int, dtype: str, kernels: list[str], shapes, device: str) -> dict[str, dict[str, float]]:
+def worst_errors(
+    version: int, dtype: str, kernels: list[str], shapes, device: str
+) -> dict[str, dict[str, float]]:
     """kernel -> name of a result -> its largest error."""
     worst: dict[str, dict[str, float]] = {kernel: {} for kernel in kernels}
     for shape in shapes:
@@ -89,10 +105,21 @@ def main() -> None:
         for dtype in DTYPES:
             found = worst_errors(version, dtype, args.kernels, SMALL if args.small else SHAPES, args.device)
             for kernel, errors in found.items():
-                title, allowed = f"wkv{version} {kernel}", (TENSOR_CORES if kernel == "cuda" else EXACT)[dtype]
-                print(f"{title:<15} {dtype:<8} " + "  ".join(f"{name} {value:.1e}" for name, value in errors.items()), flush=True)
+                title, allowed = (
+                    f"wkv{version} {kernel}",
+                    (TENSOR_CORES if kernel == "cuda" else EXACT)[dtype],
+                )
+                print(
+                    f"{title:<15} {dtype:<8} "
+                    + "  ".join(f"{name} {value:.1e}" for name, value in errors.items()),
+                    flush=True,
+                )
                 worst.setdefault(title, {})[dtype] = max(errors.values())
-                failures += [f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}" for name, value in errors.items() if value > allowed]
+                failures += [
+                    f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}"
+                    for name, value in errors.items()
+                    if value > allowed
+                ]
     for failure in failures:
         print("FAILED", failure)
     print(json.dumps({"errors": worst, "failures": failures}))

@@ -34,7 +34,8 @@ def main(folder: pathlib.Path) -> None:
         "tests": last_line(output["tests"]),
         "errors": numerics.get("errors", {}),
         "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in ("memcheck", "racecheck")},
-        "failures": [f"{name}: exit code {code}" for name, code in codes.items() if code] + numerics.get("failures", []),
+        "failures": [f"{name}: exit code {code}" for name, code in codes.items() if code]
+        + numerics.get("failures", []),
         "benchmark": last_json(output["benchmark"]),
         "training": last_json(output["training"]),
     }
@@ -48,7 +49,10 @@ def main(folder: pathlib.Path) -> None:
 
 def last_line(text: str, having: str = "") -> str:
     """The last line with some word in it, without the === that tools put around."""
-    return next((line.strip("= ") for line in reversed(text.splitlines()) if having in line and line.strip()), "no verdict")
+    return next(
+        (line.strip("= ") for line in reversed(text.splitlines()) if having in line and line.strip()),
+        "no verdict",
+    )
 
 
 def last_json(text: str) -> dict:

@@ -27,28 +27,52 @@ def main(argv: list[str]) -> None:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"lm-evaluation-harness can't be imported ({error}): pip install 'lm_eval>=0.4.12'") from None
+        raise UserError(
+            f"lm-evaluation-harness can't be imported ({error}): pip install 'lm_eval>=0.4.12'"
+        ) from None
     from src.harness import HarnessModel, Lambada
 
     names = args.tasks.split(",")
     local = {name: Lambada(needed(args.data_file)) for name in names if name == Lambada.NAME}
     manager = TaskManager(include_path=args.include_path, include_defaults=False)
-    if not {*names} <= {*local, *manager.all_tasks}:  # the harness's own tasks are looked through, which takes seconds
+    if not {*names} <= {
+        *local,
+        *manager.all_tasks,
+    }:  # the harness's own tasks are looked through, which takes seconds
         manager = TaskManager(include_path=args.include_path)
     tasks = [local.get(name) or known(name, manager) for name in names]
     load_tasks(manager, tasks)
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(args.template, tokenizer, args.adapter, args.model)
     results = lm_eval.simple_evaluate(
-        HarnessModel(model, tokenizer, template), tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
+        HarnessModel(model, tokenizer, template),
+        tasks=tasks,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        task_manager=manager,
         apply_chat_template=args.chat,
     )
     print(lm_eval.utils.make_table(results))
-    figures = {task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}
-               for task, scores in results["results"].items()}
+    figures = {
+        task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+        for task, scores in results["results"].items()
+    }
     if args.out:
-        write_text(args.out, json.dumps({"results": figures, "samples": results["samples"]}, default=str, indent=1) + "\n")
-    print(json.dumps({"model": args.model, "adapter": args.adapter, "precision": args.precision, "lm_eval": lm_eval.__version__, "results": figures}))
+        write_text(
+            args.out,
+            json.dumps({"results": figures, "samples": results["samples"]}, default=str, indent=1) + "\n",
+        )
+    print(
+        json.dumps(
+            {
+                "model": args.model,
+                "adapter": args.adapter,
+                "precision": args.precision,
+                "lm_eval": lm_eval.__version__,
+                "results": figures,
+            }
+        )
+    )
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -56,10 +80,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="base or merged .pth")
     parser.add_argument("--adapter", help="adapter of that base")
-    parser.add_argument("--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local")
+    parser.add_argument(
+        "--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local"
+    )
     parser.add_argument("--data_file", help='rows {"text"} of LAMBADA, for lambada_local')
     parser.add_argument("--include_path", help="folder with tasks of your own (YAML)")
-    parser.add_argument("--num_fewshot", type=int, help="solved examples before each question (default: the task's)")
+    parser.add_argument(
+        "--num_fewshot", type=int, help="solved examples before each question (default: the task's)"
+    )
     parser.add_argument("--limit", type=int, help="questions of each task, from the first on (default: all)")
     parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     parser.add_argument("--tokenizer", default="auto")
@@ -80,14 +108,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def needed(data_file: str | None) -> str:
     if data_file is None:
-        raise UserError("task lambada_local needs --data_file, LAMBADA's rows as {\"text\": ...}")
+        raise UserError('task lambada_local needs --data_file, LAMBADA\'s rows as {"text": ...}')
     return data_file
 
 
 def known(name: str, manager) -> str:
     if name not in manager.all_tasks:
         near = [task for task in manager.all_tasks if name.split("_")[0] in task][:10]
-        raise UserError(f"task {name!r} is unknown to the harness; {'near: ' + ', '.join(near) if near else 'python -m lm_eval ls tasks lists them'}")
+        raise UserError(
+            f"task {name!r} is unknown to the harness; {'near: ' + ', '.join(near) if near else 'python -m lm_eval ls tasks lists them'}"
+        )
     return name
 
 
@@ -96,7 +126,9 @@ def load_tasks(manager, tasks: list) -> None:
     try:
         manager.load(tasks)
     except Exception as error:  # no network, no such data set: datasets raises many kinds
-        raise UserError(f"the harness can't load the tasks: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}") from None
+        raise UserError(
+            f"the harness can't load the tasks: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        ) from None
 
 
 if __name__ == "__main__":

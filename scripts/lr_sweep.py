@@ -41,7 +41,15 @@ with importing():
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 100
-FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100)  # of the rate that would be taken: small models want far more than the large ones it is for
+FACTORS = (
+    0.1,
+    0.3,
+    1,
+    3,
+    10,
+    30,
+    100,
+)  # of the rate that would be taken: small models want far more than the large ones it is for
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
@@ -49,9 +57,21 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     """(this program's own flags, the run's settings, where they come from)"""
     parser = configuration.flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the sweep alone")
-    own.add_argument("--rates", default="", metavar="R,R,...", help="learning rates to try [0.1 to 100 times --lr_init, or the method's own rate]")
-    own.add_argument("--steps", type=int, default=0, help=f"optimizer steps of each training [those of the run, at most {STEPS}]")
-    own.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0], help="the setting whose values they are [lr_init]")
+    own.add_argument(
+        "--rates",
+        default="",
+        metavar="R,R,...",
+        help="learning rates to try [0.1 to 100 times --lr_init, or the method's own rate]",
+    )
+    own.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        help=f"optimizer steps of each training [those of the run, at most {STEPS}]",
+    )
+    own.add_argument(
+        "--setting", choices=SETTINGS, default=SETTINGS[0], help="the setting whose values they are [lr_init]"
+    )
     given = configuration.read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
     config, origins = configuration.settle(given)
@@ -66,10 +86,14 @@ def check(ours: argparse.Namespace, config: Config) -> None:
     if ours.steps < 0:
         raise UserError(f"--steps {ours.steps}: must not be negative")
     if ours.setting == "state_lr" and state_learning_rate(config) is None:
-        raise UserError("--setting state_lr is for --train_parts state, the initial state beside an adapter; all else learns at lr_init")
+        raise UserError(
+            "--setting state_lr is for --train_parts state, the initial state beside an adapter; all else learns at lr_init"
+        )
     if config.world > 1:
-        raise UserError(f"--devices {config.devices} and --num_nodes {config.num_nodes}: the sweep is one process on one device; leave them out, and "
-                        "give --global_bsz for the rows that a step of the run will have")
+        raise UserError(
+            f"--devices {config.devices} and --num_nodes {config.num_nodes}: the sweep is one process on one device; leave them out, and "
+            "give --global_bsz for the rows that a step of the run will have"
+        )
     if config.init_only:
         raise UserError("--init_only trains nothing; drop it")
 
@@ -81,7 +105,9 @@ def read_rates(text: str) -> list[float]:
     except ValueError:
         rates = [math.nan]
     if not all(0 < rate <= 1e30 for rate in rates):
-        raise UserError(f"--rates {text}: expected learning rates above 0 with commas between them, such as 1e-5,1e-4,1e-3")
+        raise UserError(
+            f"--rates {text}: expected learning rates above 0 with commas between them, such as 1e-5,1e-4,1e-3"
+        )
     return rates
 
 
@@ -97,39 +123,59 @@ def main() -> None:
 
 def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
-    given = dataclasses.replace(config)  # before anything is chosen: the command leaves the same to the program
+    given = dataclasses.replace(
+        config
+    )  # before anything is chosen: the command leaves the same to the program
     config.strategy = "auto"  # one process, whatever the run will have
     require_folder(config.proj_dir)
     arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
     if config.precision == "fp16":
-        raise UserError("the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device has it")
+        raise UserError(
+            "the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device has it"
+        )
     check_data_files(config)
-    data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))
+    data = read_data(
+        config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model)
+    )
     if not data.held_out.rows:
-        raise UserError(f"rates are compared by the loss on held-out documents, and there are none ({origins['eval_split']}); give --eval_file, "
-                        "or --eval_split 0.05")
+        raise UserError(
+            f"rates are compared by the loss on held-out documents, and there are none ({origins['eval_split']}); give --eval_file, "
+            "or --eval_split 0.05"
+        )
     schedule = plan_steps(config, origins, arch, device, data.documents)
     steps = ours.steps or min(steps_of(config, schedule), STEPS)
     if config.warmup_steps >= steps:
-        raise UserError(f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at its full rate; raise "
-                        "--steps, or drop the warm-up")
+        raise UserError(
+            f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at its full rate; raise "
+            "--steps, or drop the warm-up"
+        )
     rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
     torch.manual_seed(config.random_seed)
-    model = build_model(config, arch, device.kernel, DTYPES[config.precision]).to("cuda" if device.accelerator == "gpu" else "cpu")
+    model = build_model(config, arch, device.kernel, DTYPES[config.precision]).to(
+        "cuda" if device.accelerator == "gpu" else "cpu"
+    )
 
     print(describe.base(config, arch, describe.frozen_bytes(model)))
     print(f"trained    {describe.trained(config, model)}")
     print(*data.found.lines(), *describe.data(config, data.documents, schedule), sep="\n")
-    print(f"held out   {counted(len(data.held_out.rows), 'document')}, loss on {counted(data.held_out.targets, 'token')}")
+    print(
+        f"held out   {counted(len(data.held_out.rows), 'document')}, loss on {counted(data.held_out.targets, 'token')}"
+    )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
-    print(f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} each")
+    print(
+        f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} each"
+    )
     before = held_out_loss(model, config, data.held_out)
     if not math.isfinite(before):
-        raise UserError(f"the loss on the held-out documents is {before} before any training; the base, or --precision {config.precision}, gives "
-                        "numbers that are not finite")
-    print(f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last: mean of the last tenth of the steps")
+        raise UserError(
+            f"the loss on the held-out documents is {before} before any training; the base, or --precision {config.precision}, gives "
+            "numbers that are not finite"
+        )
+    print(
+        f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last: mean of the last tenth of the steps"
+    )
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
     done = []
     for trial in trials(model, config, data.documents, data.held_out, steps, ours.setting, rates):
@@ -161,12 +207,29 @@ def conclude(
 ) -> int:
     """Write the files, and print the best rate with the command of a run over the whole data. `shortened`:
     the --epoch_steps that made the sweep short, else 0."""
-    best = min((trial for trial in done if not verdict(trial, before)), key=lambda trial: trial.held_out, default=None)
+    best = min(
+        (trial for trial in done if not verdict(trial, before)),
+        key=lambda trial: trial.held_out,
+        default=None,
+    )
     command = configuration.command(dataclasses.replace(given, **{setting: best.rate})) if best else None
     results = {
-        "setting": setting, "steps": steps, "held_out_before": before, "best": best.rate if best else None, "command": command,
-        "trials": [{"rate": trial.rate, "first": trial.losses[0], "last": trial.last, "held_out": trial.held_out,
-                    "diverged": verdict(trial, before).startswith("diverged"), "losses": trial.losses} for trial in done],
+        "setting": setting,
+        "steps": steps,
+        "held_out_before": before,
+        "best": best.rate if best else None,
+        "command": command,
+        "trials": [
+            {
+                "rate": trial.rate,
+                "first": trial.losses[0],
+                "last": trial.last,
+                "held_out": trial.held_out,
+                "diverged": verdict(trial, before).startswith("diverged"),
+                "losses": trial.losses,
+            }
+            for trial in done
+        ],
     }
     os.makedirs(given.proj_dir, exist_ok=True)
     write_text(path := os.path.join(given.proj_dir, RESULTS), json.dumps(finite(results), indent=1))
@@ -178,10 +241,14 @@ def conclude(
     print(f"best       {setting} {best.rate:g}: held-out loss {before:.4f} to {best.held_out:.4f}")
     for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
         if best is end:
-            print(f"note       it is the {word} rate tried; one beyond may be better: --rates {further(best.rate, step)}")
+            print(
+                f"note       it is the {word} rate tried; one beyond may be better: --rates {further(best.rate, step)}"
+            )
     if shortened:
-        print(f"note       --epoch_steps {shortened} made the sweep short; "
-              "the command is that of a run over the whole data")
+        print(
+            f"note       --epoch_steps {shortened} made the sweep short; "
+            "the command is that of a run over the whole data"
+        )
     print(command)
     return 0
 
@@ -206,10 +273,22 @@ def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
     left, right = figure.subplots(1, 2)
     ended = [trial for trial in done if trial.held_out is not None]
     left.plot([trial.rate for trial in ended], [trial.held_out for trial in ended], "o-", label="held out")
-    left.plot([trial.rate for trial in ended], [trial.last for trial in ended], "s--", alpha=0.6, label="training, last tenth")
+    left.plot(
+        [trial.rate for trial in ended],
+        [trial.last for trial in ended],
+        "s--",
+        alpha=0.6,
+        label="training, last tenth",
+    )
     left.axhline(before, color="grey", linestyle=":", label="held out, before")
     top = max(before, *(trial.losses[0] for trial in done))
-    left.set(xscale="log", xlim=(done[0].rate / 2, done[-1].rate * 2), ylim=(None, 1.2 * top), xlabel=setting, ylabel="loss (nats per token)")
+    left.set(
+        xscale="log",
+        xlim=(done[0].rate / 2, done[-1].rate * 2),
+        ylim=(None, 1.2 * top),
+        xlabel=setting,
+        ylabel="loss (nats per token)",
+    )
     for trial in done:
         losses = [min(loss, 2 * top) for loss in trial.losses if math.isfinite(loss)]
         window = max(1, len(losses) // 20)

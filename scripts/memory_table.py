@@ -16,13 +16,26 @@ with importing():
     from src.memory import GIB, memory_parts
     from src.model import default_arch
 
-MODELS = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560), "7.2B": (32, 4096), "13.3B": (61, 4096)}
+MODELS = {
+    "0.1B": (12, 768),
+    "0.4B": (24, 1024),
+    "1.5B": (24, 2048),
+    "2.9B": (32, 2560),
+    "7.2B": (32, 4096),
+    "13.3B": (61, 4096),
+}
 ROW = 1024  # tokens, all of them trained
 
 
 # columns of the table for several GPUs: method, strategy, number of GPUs
-SCALING = [("miss", "auto", 1), *(("miss", "deepspeed_stage_3", n) for n in (2, 4, 8)), ("miss", "deepspeed_stage_3_offload", 1),
-           ("none", "deepspeed_stage_2", 8), *(("none", "deepspeed_stage_3", n) for n in (2, 4, 8)), ("none", "deepspeed_stage_3_offload", 1)]
+SCALING = [
+    ("miss", "auto", 1),
+    *(("miss", "deepspeed_stage_3", n) for n in (2, 4, 8)),
+    ("miss", "deepspeed_stage_3_offload", 1),
+    ("none", "deepspeed_stage_2", 8),
+    *(("none", "deepspeed_stage_3", n) for n in (2, 4, 8)),
+    ("none", "deepspeed_stage_3_offload", 1),
+]
 
 
 def main() -> None:
@@ -49,10 +62,16 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config()).injection.trainable
     runs = [{"grad_cp": 0}, {"grad_cp": 2}, {"grad_cp": 1}, {"grad_cp": 1, "quant": "nf4"}]
-    kept, *others = (memory_parts(arch, Config(micro_bsz=1, **run), "gpu", "cuda", "bf16", ROW, ROW) for run in runs)
+    kept, *others = (
+        memory_parts(arch, Config(micro_bsz=1, **run), "gpu", "cuda", "bf16", ROW, ROW) for run in runs
+    )
     adapter = sum(kept[part] for part in ("trained", "gradients", "Adam"))
     columns = [kept["base"], adapter, *(sum(parts.values()) for parts in (kept, *others))]
-    return f"| RWKV-7 {name} | {n_layer} x {n_embd} | {trainable:,} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
+    return (
+        f"| RWKV-7 {name} | {n_layer} x {n_embd} | {trainable:,} | "
+        + " | ".join(f"{size / GIB:.1f}" for size in columns)
+        + " |"
+    )
 
 
 if __name__ == "__main__":

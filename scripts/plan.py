@@ -55,10 +55,25 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     """(this program's own flags, the run's settings, where they come from)"""
     parser = configuration.flag_parser("python -m scripts.plan", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the plan alone")
-    own.add_argument("--memory", default="", metavar="SIZE", help="memory of one device, such as 24GB [what is free on the one at hand]; with it, "
-                     "--accelerator gpu describes a GPU that need not be here")
-    own.add_argument("--tokens_per_second", type=float, default=0.0, help="speed of the whole run, for the estimate of its time")
-    own.add_argument("--metrics", default="", metavar="FILE", help="metrics.jsonl of an earlier run like this one: its speed instead")
+    own.add_argument(
+        "--memory",
+        default="",
+        metavar="SIZE",
+        help="memory of one device, such as 24GB [what is free on the one at hand]; with it, "
+        "--accelerator gpu describes a GPU that need not be here",
+    )
+    own.add_argument(
+        "--tokens_per_second",
+        type=float,
+        default=0.0,
+        help="speed of the whole run, for the estimate of its time",
+    )
+    own.add_argument(
+        "--metrics",
+        default="",
+        metavar="FILE",
+        help="metrics.jsonl of an earlier run like this one: its speed instead",
+    )
     own.add_argument("--json", action="store_true", default=False, help="a last line for machines")
     given = configuration.read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
@@ -83,7 +98,9 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     arch, tokenizer = read_base(config, origins)
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)
-    data = read_data(config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model))
+    data = read_data(
+        config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model)
+    )
     documents = data.documents
     device = dataclasses.replace(device, memory=memory_of(device, config.world))  # once: what is free changes
     schedule = plan_steps(config, origins, arch, device, documents)
@@ -91,7 +108,9 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     steps = steps_of(config, schedule)
 
     def fits(changed: Config) -> bool:
-        return needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * device.memory
+        return (
+            needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * device.memory
+        )
 
     parts = estimate(config, arch, schedule)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
@@ -105,22 +124,45 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     print(*data.found.lines(), *describe.data(config, documents, schedule), sep="\n")
     print(describe.steps(config, schedule, steps))
     print(describe.evaluation(config, len(evaluated.rows), len(data.held_out.rows), steps, cost))
-    print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}")
+    print(
+        f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}"
+    )
     print(*describe.chosen(config, origins), sep="\n")
-    print("memory     of one process, estimated" if device.accelerator == "cpu" else "memory     of one GPU, estimated")
+    print(
+        "memory     of one process, estimated"
+        if device.accelerator == "cpu"
+        else "memory     of one GPU, estimated"
+    )
     for name, size in parts.items():
         print(f"           {name:<12} {size_text(size):>10}")
-    print(f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count")
+    print(
+        f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count"
+    )
     print(f"time       {describe_time(cost, speed)}")
     print(f"verdict    {describe_fix(fix, config)}")
     if ours.json:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(json.dumps({
-            "parameters": sum(p.numel() for p in model.parameters()), "trained_parameters": trained, "memory": {k: int(v) for k, v in parts.items()},
-            "memory_together": int(cost.memory), "memory_there": device.memory, "fits": fix == {}, "fix": fix, "documents": len(documents.rows),
-            "tokens": int(cost.tokens), "steps": steps, "tokens_per_second": speed.tokens, "seconds": cost.seconds or None,
-            "evaluation_seconds": cost.evaluation_seconds or None, "evaluated_documents": len(evaluated.rows), "speed_from": speed.source,
-        }))
+        print(
+            json.dumps(
+                {
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                    "trained_parameters": trained,
+                    "memory": {k: int(v) for k, v in parts.items()},
+                    "memory_together": int(cost.memory),
+                    "memory_there": device.memory,
+                    "fits": fix == {},
+                    "fix": fix,
+                    "documents": len(documents.rows),
+                    "tokens": int(cost.tokens),
+                    "steps": steps,
+                    "tokens_per_second": speed.tokens,
+                    "seconds": cost.seconds or None,
+                    "evaluation_seconds": cost.evaluation_seconds or None,
+                    "evaluated_documents": len(evaluated.rows),
+                    "speed_from": speed.source,
+                }
+            )
+        )
     return 0 if fix == {} else 1
 
 
@@ -134,7 +176,9 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
     return Device("gpu", precision, "a GPU of today", kernel, "the fastest kernel", size, here=False)
 
 
-def find_speed(ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule) -> Speed:
+def find_speed(
+    ours: argparse.Namespace, config: Config, arch: Arch, device: Device, schedule: Schedule
+) -> Speed:
     """The speed of the whole run: as given, as recorded, or measured."""
     if ours.tokens_per_second > 0:
         return Speed(ours.tokens_per_second, source="as given")
@@ -151,15 +195,21 @@ def recorded_speed(path: str) -> float:
         with open(path, encoding="utf-8") as file:
             return statistics.median([json.loads(line)["tokens_per_second"] for line in file][1:])
     except (OSError, ValueError, KeyError, TypeError):  # an empty list is a ValueError
-        raise UserError(f"--metrics {path}: expected the metrics.jsonl of a run of at least 2 steps") from None
+        raise UserError(
+            f"--metrics {path}: expected the metrics.jsonl of a run of at least 2 steps"
+        ) from None
 
 
 def describe_time(cost: Cost, speed: Speed) -> str:
     if not speed.tokens:
         return f"not known, {speed.source}; give --tokens_per_second, or the --metrics of an earlier run"
-    evaluation = f", {duration_text(cost.evaluation_seconds)} of evaluation" if cost.evaluation_seconds else ""
-    return (f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at {speed.tokens:,.0f} tokens/s{evaluation} "
-            f"({speed.source})")
+    evaluation = (
+        f", {duration_text(cost.evaluation_seconds)} of evaluation" if cost.evaluation_seconds else ""
+    )
+    return (
+        f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at {speed.tokens:,.0f} tokens/s{evaluation} "
+        f"({speed.source})"
+    )
 
 
 def describe_fix(fix: dict[str, object] | None, config: Config) -> str:
@@ -168,7 +218,9 @@ def describe_fix(fix: dict[str, object] | None, config: Config) -> str:
     if fix is None:
         more = "a lower rank" if config.peft != "none" else "--peft miss, which trains few parameters"
         return f"it does not fit, nor with fewer rows at once, recomputing, chunks, bf16, nf4 or stage 3: take {more}, another model or device"
-    flags = " ".join(f"--{name} {int(value) if isinstance(value, bool) else value}" for name, value in fix.items())
+    flags = " ".join(
+        f"--{name} {int(value) if isinstance(value, bool) else value}" for name, value in fix.items()
+    )
     return f"it does not fit; add {flags}"
 
 

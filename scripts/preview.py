@@ -48,10 +48,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     parser = configuration.flag_parser("python -m scripts.preview", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the preview alone")
     own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
-    own.add_argument("--plain", action="store_true", default=False, help="« » instead of colours; so it is too where the output is no terminal, "
-                     "or NO_COLOR is set")
+    own.add_argument(
+        "--plain",
+        action="store_true",
+        default=False,
+        help="« » instead of colours; so it is too where the output is no terminal, or NO_COLOR is set",
+    )
     own.add_argument("--json", action="store_true", default=False, help="JSON alone, for machines")
-    own.add_argument("--strict", action="store_true", default=False, help="exit code 1 where something was found")
+    own.add_argument(
+        "--strict", action="store_true", default=False, help="exit code 1 where something was found"
+    )
     given = configuration.read_flags(parser, sys.argv[1:] if argv is None else argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
     config, _ = configuration.settle(given)
@@ -64,8 +70,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 def tokenizer_of(config: Config) -> Tokenizer:
     """The run's tokenizer; World without a model to say otherwise."""
     if config.load_model:
-        return recorded_tokenizer(config.tokenizer, config.eod, Arch.detect(read_model_file(config.load_model)).vocab_size, config.load_model)
-    return load_tokenizer("world" if config.tokenizer == "auto" else config.tokenizer, config.vocab_size or sys.maxsize, config.eod)
+        return recorded_tokenizer(
+            config.tokenizer,
+            config.eod,
+            Arch.detect(read_model_file(config.load_model)).vocab_size,
+            config.load_model,
+        )
+    return load_tokenizer(
+        "world" if config.tokenizer == "auto" else config.tokenizer,
+        config.vocab_size or sys.maxsize,
+        config.eod,
+    )
 
 
 def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.ndarray]:
@@ -79,9 +94,13 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
                 lint.look(where, row)
             except UserError as error:
                 report.refuse(source.path, where, error)
-        chosen.append(before + sample(len(lint.documents) - before, source.weight, config.random_seed, number))
+        chosen.append(
+            before + sample(len(lint.documents) - before, source.weight, config.random_seed, number)
+        )
     if not lint.documents:
-        raise UserError(f"{config.data_file}: no row can be used, such as {next(found.reasons[0] for found in report.files.values())}")
+        raise UserError(
+            f"{config.data_file}: no row can be used, such as {next(found.reasons[0] for found in report.files.values())}"
+        )
     for found in report.files.values():
         if found.bad:
             lint.note("bad row", found.reasons[0], found.bad)
@@ -100,10 +119,17 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     inputs = (documents.lengths - 1).tolist()
     rows = len(pack(inputs, config.ctx_len, config.random_seed)) if config.packing else len(inputs)
     return {
-        "rows": len(lengths), "tokens": int(lengths.sum()), "trained": int(tokens.trained.sum()),
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
+        "trained": int(tokens.trained.sum()),
         "lengths": {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES},
-        "documents": len(inputs), "split": documents.split, "cut": documents.cut, "cut_tokens": documents.cut_tokens,
-        "packed_rows": rows, "fill": sum(inputs) / (rows * config.ctx_len), "fill_unpacked": sum(inputs) / (len(inputs) * config.ctx_len),
+        "documents": len(inputs),
+        "split": documents.split,
+        "cut": documents.cut,
+        "cut_tokens": documents.cut_tokens,
+        "packed_rows": rows,
+        "fill": sum(inputs) / (rows * config.ctx_len),
+        "fill_unpacked": sum(inputs) / (len(inputs) * config.ctx_len),
     }
 
 
@@ -118,9 +144,13 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
         + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
     if figures["split"]:
-        lines.append(f"           {counted(figures['split'], 'text')} of more tokens, cut into several documents")
+        lines.append(
+            f"           {counted(figures['split'], 'text')} of more tokens, cut into several documents"
+        )
     if figures["cut"]:
-        lines.append(f"           {counted(figures['cut'], 'conversation')} of more tokens, cut: {counted(figures['cut_tokens'], 'token')} lost")
+        lines.append(
+            f"           {counted(figures['cut'], 'conversation')} of more tokens, cut: {counted(figures['cut_tokens'], 'token')} lost"
+        )
     lines += [f"finding    {finding}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
 
@@ -128,17 +158,23 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
 def coloured(row: Document, tokenizer: Tokenizer) -> str:
     """A document with its tokens told apart: trained ones on green."""
     pieces, decoder, shade = [], tokenizer.decoder(), 0
-    ended = len(row.ids) - (len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0)
+    ended = len(row.ids) - (
+        len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
+    )
     for token, trained in zip(row.ids[: min(ended, SHOWN_TOKENS)].tolist(), row.trained.tolist()):
         # a token that is part of a character is shown with the one that completes it
         if text := decoder.push(token):
             colour, shade = (TRAINED if trained else NOT_TRAINED)[shade], 1 - shade
             # the terminal would fill the rest of a line with the background
-            pieces.append("\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n")))
+            pieces.append(
+                "\n".join(f"\x1b[{colour}m{part}\x1b[0m" for part in text.replace("\n", "⏎\n").split("\n"))
+            )
     if len(row.ids) > SHOWN_TOKENS:
         pieces.append(f"{decoder.flush()} ... ({len(row.ids)} tokens)")
     elif ended < len(row.ids):
-        pieces.append(f"{decoder.flush()}\x1b[{(TRAINED if row.trained[-1] else NOT_TRAINED)[shade]}m␃\x1b[0m")
+        pieces.append(
+            f"{decoder.flush()}\x1b[{(TRAINED if row.trained[-1] else NOT_TRAINED)[shade]}m␃\x1b[0m"
+        )
     return "\n".join(f"    | {line}" for line in "".join(pieces).split("\n"))
 
 
@@ -147,20 +183,30 @@ def main(argv: list[str] | None = None) -> int:
         args, config = parse(argv)
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)
-        encoder = Encoder(tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask)
+        encoder = Encoder(
+            tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask
+        )
         lint, report, tokens, chosen = inspect(config, encoder)
         loaded = Loaded(config.data_file, encoder, [tokens], [chosen])
         config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]
         documents = fit([tokens], [chosen], config.ctx_len)
         figures = statistics(config, tokens, documents)
         if args.json:
-            print(json.dumps({**figures, "findings": [dataclasses.asdict(finding) for finding in lint.findings]}))
+            print(
+                json.dumps(
+                    {**figures, "findings": [dataclasses.asdict(finding) for finding in lint.findings]}
+                )
+            )
         else:
             print("\n".join(overview(config, encoder, figures, lint, report)))
             plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
-            for i in np.unique(np.linspace(0, len(documents.rows) - 1, min(args.samples, len(documents.rows))).astype(int)):
+            for i in np.unique(
+                np.linspace(0, len(documents.rows) - 1, min(args.samples, len(documents.rows))).astype(int)
+            ):
                 row = documents.rows[int(i)]
-                print(f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets} trained:")
+                print(
+                    f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets} trained:"
+                )
                 print(describe.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))

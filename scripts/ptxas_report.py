@@ -28,8 +28,13 @@ def demangle(names: list[str]) -> list[str]:
     """C++ names without namespaces and parameters: backward_down<Layout<64, 1>>."""
     if not shutil.which("c++filt"):
         return names
-    lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
-    lines = [re.sub(r"^void |\(\(anonymous namespace\)::\w+\)|\(anonymous namespace\)::", "", line) for line in lines]
+    lines = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    lines = [
+        re.sub(r"^void |\(\(anonymous namespace\)::\w+\)|\(anonymous namespace\)::", "", line)
+        for line in lines
+    ]
     return [line.partition("(")[0].replace("> >", ">>") for line in lines]
 
 
@@ -53,10 +58,27 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
     nvcc = build.find_nvcc()
     groups = [[arch] for arch in architectures]
     if quick:
-        groups = [[arch for arch in architectures if low <= arch < high] for low, high in ((0, 80), (80, 100), (100, 1000))]
-    targets = [f"-gencode=arch=compute_{group[0]},code=[{','.join(f'sm_{arch}' for arch in group)}]" for group in groups if group]
+        groups = [
+            [arch for arch in architectures if low <= arch < high]
+            for low, high in ((0, 80), (80, 100), (100, 1000))
+        ]
+    targets = [
+        f"-gencode=arch=compute_{group[0]},code=[{','.join(f'sm_{arch}' for arch in group)}]"
+        for group in groups
+        if group
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc.path, *nvcc.compile_flags, "-O3", "-std=c++17", *targets, "-Xptxas", "-v", "-fatbin", str(source)]
+        command = [
+            nvcc.path,
+            *nvcc.compile_flags,
+            "-O3",
+            "-std=c++17",
+            *targets,
+            "-Xptxas",
+            "-v",
+            "-fatbin",
+            str(source),
+        ]
         done = subprocess.run([*command, "-o", f"{folder}/out.fatbin"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source} does not compile:\n{done.stdout}{done.stderr}")
@@ -66,12 +88,21 @@ def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bo
 def table(rows: list[dict]) -> str:
     """Registers (+ bytes spilled) of each kernel by architecture, and its static shared memory."""
     architectures = sorted({row["arch"] for row in rows})
-    lines = ["| registers (+ bytes spilled) | " + " | ".join(f"sm_{arch}" for arch in architectures) + " | shared |",
-             "|---" * (len(architectures) + 2) + "|"]
+    lines = [
+        "| registers (+ bytes spilled) | "
+        + " | ".join(f"sm_{arch}" for arch in architectures)
+        + " | shared |",
+        "|---" * (len(architectures) + 2) + "|",
+    ]
     for name in dict.fromkeys((row["file"], row["kernel"]) for row in rows):
         cells = {row["arch"]: row for row in rows if (row["file"], row["kernel"]) == name}
-        texts = [f"{row['registers']}" + (f" (+{row['spill_stores']})" if row["spill_stores"] else "") for row in map(cells.get, architectures)]
-        lines.append(f"| {': '.join(name)} | {' | '.join(texts)} | {max(row['shared'] for row in cells.values())} |")
+        texts = [
+            f"{row['registers']}" + (f" (+{row['spill_stores']})" if row["spill_stores"] else "")
+            for row in map(cells.get, architectures)
+        ]
+        lines.append(
+            f"| {': '.join(name)} | {' | '.join(texts)} | {max(row['shared'] for row in cells.values())} |"
+        )
     return "\n".join(lines)
 
 
@@ -86,7 +117,12 @@ def main() -> None:
         nvcc = build.find_nvcc()
     except build.BuildError as error:
         raise SystemExit(f"ptxas_report: {error}") from None
-    rows = [row for source in args.sources for row in compile_report(source, args.arch, args.quick) if args.kernels in row["kernel"]]
+    rows = [
+        row
+        for source in args.sources
+        for row in compile_report(source, args.arch, args.quick)
+        if args.kernels in row["kernel"]
+    ]
     print(table(rows))
     print(json.dumps({"report": "ptxas", "nvcc": version(nvcc.path), "kernels": rows}))
 

@@ -47,12 +47,26 @@ def main(argv: list[str] | None = None) -> None:
         rows = compare(args.base, args.merged, check.adapters, texts) if comparable(check) else []
         problems = check.problems + probe_problems(rows)
         if args.json:
-            print(json.dumps({
-                "ok": not problems, "problems": problems, "files": check.to_dict(), "tokens": sum(map(len, texts)), "tolerance": TOLERANCE,
-                "probe": [{"what": row.what, "precision": row.precision, **dataclasses.asdict(row.distance)} for row in rows],
-            }))
+            print(
+                json.dumps(
+                    {
+                        "ok": not problems,
+                        "problems": problems,
+                        "files": check.to_dict(),
+                        "tokens": sum(map(len, texts)),
+                        "tolerance": TOLERANCE,
+                        "probe": [
+                            {"what": row.what, "precision": row.precision, **dataclasses.asdict(row.distance)}
+                            for row in rows
+                        ],
+                    }
+                )
+            )
         else:
-            for line in [*check.lines(None if args.layers else ROWS), *table(rows, sum(map(len, texts)), problems)]:
+            for line in [
+                *check.lines(None if args.layers else ROWS),
+                *table(rows, sum(map(len, texts)), problems),
+            ]:
                 print(printable(line))
         if problems:
             raise SystemExit(1)
@@ -64,8 +78,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_adapters(parser, required=True, default="what the merged file records, else 1 each")
     add_hints(parser)
     parser.add_argument("--merged", required=True)
-    parser.add_argument("--text", help="a file with the probe's text; default: a short one of four kinds, src/forgetting.txt")
-    parser.add_argument("--tokens", type=int, default=256, help="how many of its tokens are read, the first of every kind; default %(default)s")
+    parser.add_argument(
+        "--text", help="a file with the probe's text; default: a short one of four kinds, src/forgetting.txt"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=256,
+        help="how many of its tokens are read, the first of every kind; default %(default)s",
+    )
     parser.add_argument("--tokenizer", default="auto", help="auto: as recorded in the files")
     parser.add_argument("--eod", default="")
     add_output(parser)
@@ -78,7 +99,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     """The tokens of each text of the probe."""
     arch = Arch.detect(read_checkpoint(args.base))
-    files = filter(os.path.isfile, [*args.adapter, args.merged, args.base])  # other projects' folders do not tell
+    files = filter(
+        os.path.isfile, [*args.adapter, args.merged, args.base]
+    )  # other projects' folders do not tell
     tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
         try:
@@ -90,7 +113,9 @@ def probe_texts(args: argparse.Namespace) -> list[list[int]]:
         texts = list(sections(tokenizer).values())
     texts = [ids[: max(1, args.tokens // len(texts))] for ids in texts if ids]
     if not texts:
-        raise UserError(f"tokenizer {tokenizer.name} has no tokens for the probe's text; give another with --text")
+        raise UserError(
+            f"tokenizer {tokenizer.name} has no tokens for the probe's text; give another with --text"
+        )
     return texts
 
 
@@ -132,8 +157,10 @@ def probe_problems(rows: list[Row]) -> list[str]:
     for row in rows[1:2]:
         found = row.distance
         if not found.max_logit_difference <= TOLERANCE * found.max_logit:
-            problems.append(f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g}, "
-                            f"{TOLERANCE * found.max_logit:.3g} is allowed")
+            problems.append(
+                f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g}, "
+                f"{TOLERANCE * found.max_logit:.3g} is allowed"
+            )
     return problems
 
 
@@ -141,19 +168,29 @@ def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
     """The comparisons for people, and what they mean."""
     if not rows:
         return ["the logits are not compared: the file is no model of the base's sizes"]
-    lines = [f"logits on {tokens} tokens; live is base + adapters, unmerged, as in training",
-             f"  {'':<36}  {'in':<5}  max |dlogit|   mean KL    max KL  same top-1"]
+    lines = [
+        f"logits on {tokens} tokens; live is base + adapters, unmerged, as in training",
+        f"  {'':<36}  {'in':<5}  max |dlogit|   mean KL    max KL  same top-1",
+    ]
     for row in rows:
         d = row.distance
-        lines.append(f"  {row.what:<36}  {row.precision:<5}  {d.max_logit_difference:>12.3g}  {d.mean_kl:>8.2g}  {d.max_kl:>8.2g}  "
-                     f"{100 * d.top1_agreement:>9.1f} %")
+        lines.append(
+            f"  {row.what:<36}  {row.precision:<5}  {d.max_logit_difference:>12.3g}  {d.mean_kl:>8.2g}  {d.max_kl:>8.2g}  "
+            f"{100 * d.top1_agreement:>9.1f} %"
+        )
     effect, exact, merged = (row.distance for row in rows[:3])
     lines += [f"wrong: {problem}" for problem in problems if problem in probe_problems(rows)]
     if not problems:
-        share = f", by mean KL {percent(merged.mean_kl / effect.mean_kl)} of what the adapters do" if effect.mean_kl else ""
+        share = (
+            f", by mean KL {percent(merged.mean_kl / effect.mean_kl)} of what the adapters do"
+            if effect.mean_kl
+            else ""
+        )
         within = exact.max_logit_difference / exact.max_logit
-        lines.append(f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the largest one, so that what "
-                     f"parts it from them is the rounding alone{share}")
+        lines.append(
+            f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the largest one, so that what "
+            f"parts it from them is the rounding alone{share}"
+        )
     return lines
 
 

@@ -29,7 +29,9 @@ from .shared import Linear
 class LowRank(NamedTuple):
     """What is added to a weight (out, in): scale B A."""
 
-    A: Tensor | None  # (r, in) fp32; None for MiSS, whose A x are the sums of strided shards, x[j] + x[j + r] + ...
+    A: (
+        Tensor | None
+    )  # (r, in) fp32; None for MiSS, whose A x are the sums of strided shards, x[j] + x[j + r] + ...
     B: Tensor  # (out, r) fp32
     scale: float
 
@@ -49,7 +51,11 @@ class UnmergedLinear(Linear):
             return super().forward(x)
         weight = self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight
         A, B, scale = self.low_rank
-        return miss_linear(x, weight, None, B.t(), scale=scale) if A is None else lora_linear(x, weight, None, A, B, scale)
+        return (
+            miss_linear(x, weight, None, B.t(), scale=scale)
+            if A is None
+            else lora_linear(x, weight, None, A, B, scale)
+        )
 
 
 @dataclasses.dataclass
@@ -70,7 +76,11 @@ class Adapter:
     def value(self, name: str, base: Tensor) -> Tensor:
         """That of one of replaced(), fp32, given the base's."""
         if name in self.whole:
-            return self.whole[name].to(base.device, torch.promote_types(base.dtype, torch.float32)).reshape(base.shape)
+            return (
+                self.whole[name]
+                .to(base.device, torch.promote_types(base.dtype, torch.float32))
+                .reshape(base.shape)
+            )
         linear = name.removesuffix(".weight")
         cls, options = method_of(self.metadata)
         weight = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
@@ -87,7 +97,9 @@ class Adapters:
         self.model, self.scale, self.used = model, 1.0, ()
         shared: dict[Any, Tensor] = {}
         self.by_name = {name: read(model, path, shared) for name, path in files.items()}
-        self.base = {name: find(model, name) for adapter in self.by_name.values() for name in adapter.replaced()}
+        self.base = {
+            name: find(model, name) for adapter in self.by_name.values() for name in adapter.replaced()
+        }
         names = {name for adapter in self.by_name.values() for name in adapter.factors}
         self.linears = {name: UnmergedLinear(model.get_submodule(name)) for name in names}
         put_linears(model, self.linears)
@@ -100,7 +112,9 @@ class Adapters:
         """
         for name in names:
             if name not in self.by_name:
-                raise UserError(f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}")
+                raise UserError(
+                    f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}"
+                )
         self._leave()  # at first, so that two merged weights never take memory at once
         try:
             self._enter([self.by_name[name] for name in names], float(scale))
@@ -127,11 +141,24 @@ class Adapters:
 
     def _enter(self, chosen: list[Adapter], scale: float) -> None:
         for name, linear in self.linears.items():
-            linear.low_rank = together([adapter.factors[name] for adapter in chosen if name in adapter.factors], linear.in_features, scale)
+            linear.low_rank = together(
+                [adapter.factors[name] for adapter in chosen if name in adapter.factors],
+                linear.in_features,
+                scale,
+            )
         for name, tensor in self.base.items():
             changing = [adapter for adapter in chosen if name in adapter.replaced()]
             if changing:
-                put(self.model, name, moved(zeros_of(self.model, name) if tensor is None else tensor.detach(), name, changing, scale))
+                put(
+                    self.model,
+                    name,
+                    moved(
+                        zeros_of(self.model, name) if tensor is None else tensor.detach(),
+                        name,
+                        changing,
+                        scale,
+                    ),
+                )
 
 
 def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -160,7 +187,9 @@ def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
             adapter.merging[name] = own
             continue
         A, B = (factor.detach().float().contiguous() for factor in factors)
-        adapter.factors[name] = LowRank(None if torch.equal(A, strided_shards(*A.shape, A.device)) else kept_once(A, shared), B, 1.0)
+        adapter.factors[name] = LowRank(
+            None if torch.equal(A, strided_shards(*A.shape, A.device)) else kept_once(A, shared), B, 1.0
+        )
     return adapter
 
 
@@ -179,7 +208,10 @@ def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None
     """What several adapters add to a weight (out, in = width), times `scale`."""
     if len(changes) < 2:
         return changes[0]._replace(scale=scale) if changes else None
-    A = [strided_shards(change.B.shape[1], width, change.B.device) if change.A is None else change.A for change in changes]
+    A = [
+        strided_shards(change.B.shape[1], width, change.B.device) if change.A is None else change.A
+        for change in changes
+    ]
     return LowRank(torch.cat(A), torch.cat([change.B for change in changes], 1), scale)
 
 
@@ -201,7 +233,11 @@ def find(model: RWKV, name: str) -> nn.Parameter | None:
 
 def put(model: RWKV, name: str, tensor: Tensor | None) -> None:
     owner, _, leaf = name.rpartition(".")
-    new = tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    new = (
+        tensor
+        if tensor is None or isinstance(tensor, nn.Parameter)
+        else nn.Parameter(tensor, requires_grad=False)
+    )
     setattr(model.get_submodule(owner), leaf, new)
 
 

@@ -14,7 +14,18 @@ from rwkv_miss.errors import UserError
 from .config import FIELDS, Config
 
 # paths, whose contents are compared, and what each machine may have in its own way
-OF_A_MACHINE = {"load_model", "data_file", "eval_file", "proj_dir", "tokenizer", "template", "data_cache", "resume", "wkv", "wandb"}
+OF_A_MACHINE = {
+    "load_model",
+    "data_file",
+    "eval_file",
+    "proj_dir",
+    "tokenizer",
+    "template",
+    "data_cache",
+    "resume",
+    "wkv",
+    "wandb",
+}
 
 
 def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> None:
@@ -33,9 +44,15 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
             ours, other = first.get(name), theirs.get(name)
             if ours != other:
                 # what was chosen for a machine, such as --micro_bsz for its memory, ends with a flag
-                advice = f"give {name} on every machine" if name.startswith("--") else "make them the same on every machine"
-                raise UserError(f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other}, on rank 0 it is {ours}; "
-                                f"{advice}")
+                advice = (
+                    f"give {name} on every machine"
+                    if name.startswith("--")
+                    else "make them the same on every machine"
+                )
+                raise UserError(
+                    f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other}, on rank 0 it is {ours}; "
+                    f"{advice}"
+                )
 
 
 def code_digest() -> str:

@@ -25,7 +25,9 @@ from .device import DTYPES
 from .infctx import chunks_of, rows_loss, state_bytes
 from .model import RWKV, replace_tensors
 
-HEAP_LIMIT = 1 << 25  # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back when it is freed
+HEAP_LIMIT = (
+    1 << 25
+)  # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back when it is freed
 BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # collate()
 CHUNKS = 4  # with --chunk_ctx, the longest row that is counted
 MASKED = (torch.ops.aten.index, torch.ops.aten.index_put)
@@ -59,13 +61,19 @@ def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int
     if chunks.count(row) > CHUNKS:  # each further chunk adds what infctx keeps of it
         row = CHUNKS * chunks.size
         targets = max(1, targets * row // whole)
-    count = functools.partial(_count, config=config, kernel=kernel, precision=precision, row=row, targets=targets)
+    count = functools.partial(
+        _count, config=config, kernel=kernel, precision=precision, row=row, targets=targets
+    )
     if arch.n_layer <= LAYERS:
         step = count(arch)
     else:
-        less, more = (dataclasses.astuple(count(dataclasses.replace(arch, n_layer=n))) for n in (LAYERS - 1, LAYERS))
+        less, more = (
+            dataclasses.astuple(count(dataclasses.replace(arch, n_layer=n))) for n in (LAYERS - 1, LAYERS)
+        )
         step = StepBytes(*(b + (b - a) * (arch.n_layer - LAYERS) for a, b in zip(less, more, strict=True)))
-    states = (chunks.states(whole) - chunks.states(row)) * state_bytes(arch, config.micro_bsz, DTYPES[precision].itemsize)
+    states = (chunks.states(whole) - chunks.states(row)) * state_bytes(
+        arch, config.micro_bsz, DTYPES[precision].itemsize
+    )
     return StepBytes(step.activations + states, step.peak + states, step.small + states, step.large)
 
 
@@ -73,13 +81,19 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     # fp16 has bf16's size, and a CPU kernel would turn it into fp32
     half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
     full = config.peft == "none"
-    tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16  # as native.has_tensor_core_form()
+    tensor_cores = (
+        kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
+    )  # as native.has_tensor_core_form()
     model = model_on_meta(arch, config)
     model.grad_cp = config.grad_cp
     quantised = set()
     if config.quant != "none":
-        quantised, model.expands_to = {f"{name}.weight" for name in model.layer_linears()}, half or torch.float32
+        quantised, model.expands_to = (
+            {f"{name}.weight" for name in model.layer_linears()},
+            half or torch.float32,
+        )
     with FakeTensorMode():  # imports torch._dynamo, a second
+
         def fake(name: str, tensor: Tensor) -> Tensor:
             if name in quantised:
                 return empty(config.quant, *tensor.shape)
@@ -90,7 +104,9 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None  # as from the micro-batch before
         model.set_kernel(kernel)
-        if kernel.startswith("cuda"):  # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
+        if kernel.startswith(
+            "cuda"
+        ):  # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
             for block in model.blocks:
                 block.att.kernel = "cpu"
         batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}
@@ -151,7 +167,9 @@ class Live(TorchDispatchMode):
         """One index for every dimension of a mask without values; any other index as it is."""
         if not isinstance(index, FakeTensor) or index.dtype != torch.bool:
             return [index]
-        return [index.new_empty(max(1, round(self.true * index.numel())), dtype=torch.int64) for _ in index.shape]
+        return [
+            index.new_empty(max(1, round(self.true * index.numel())), dtype=torch.int64) for _ in index.shape
+        ]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -170,4 +188,8 @@ class Live(TorchDispatchMode):
             self.now_large += sign * size
         else:
             self.now_small += sign * size
-        self.peak, self.small, self.large = max(self.peak, self.now), max(self.small, self.now_small), max(self.large, self.now_large)
+        self.peak, self.small, self.large = (
+            max(self.peak, self.now),
+            max(self.small, self.now_small),
+            max(self.large, self.now_large),
+        )

@@ -28,7 +28,11 @@ def numbers(text: str) -> list[Fraction]:
     r"""The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` -> [1.75]."""
     text = LATEX_FRACTION.sub(_plain_fraction, text.replace(MINUS, "-"))
     found = [match for match in NUMBER.finditer(text) if (match[2] or match[3]) and len(match[0]) < LONGEST]
-    return [Fraction(f"{match[1] or ''}{(match[2] or '0').replace(',', '')}{match[3] or ''}") / (int(match[4] or 1) or 1) for match in found]
+    return [
+        Fraction(f"{match[1] or ''}{(match[2] or '0').replace(',', '')}{match[3] or ''}")
+        / (int(match[4] or 1) or 1)
+        for match in found
+    ]
 
 
 def _plain_fraction(found: re.Match[str]) -> str:

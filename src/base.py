@@ -37,11 +37,17 @@ def read_base(config: Config, origins: dict[str, str]):
         rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
         choose(config, origins, "peft_config", rank, reason)
         aliases = METHODS[config.peft].Options.aliases
-        if not any(aliases.get(name, name) == "rank" for name in config.peft_config):  # other options were given
+        if not any(
+            aliases.get(name, name) == "rank" for name in config.peft_config
+        ):  # other options were given
             config.peft_config = {**rank, **config.peft_config}
         options, targets = configuration.adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
-    check_parts("--lr_map", config.lr_map, [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad])
+    check_parts(
+        "--lr_map",
+        config.lr_map,
+        [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad],
+    )
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 
@@ -57,18 +63,26 @@ def new_arch(config: Config):
         raise UserError(f"the width of the time mix, {inner}, is not a multiple of --head_size {head_size}")
     if config.version == "x070" and inner != config.n_embd:
         raise UserError(f"--dim_att {inner} differs from --n_embd {config.n_embd}; RWKV-7 has them equal")
-    arch = default_arch(int(config.version[2]), config.n_layer, config.n_embd, vocab or tokenizer.vocab_size, head_size)
-    return dataclasses.replace(arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn), tokenizer
+    arch = default_arch(
+        int(config.version[2]), config.n_layer, config.n_embd, vocab or tokenizer.vocab_size, head_size
+    )
+    return dataclasses.replace(
+        arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn
+    ), tokenizer
 
 
-def build_model(config: Config, arch: Arch, kernel: str, dtype: torch.dtype, resume_from: str | None = None) -> RWKV:
+def build_model(
+    config: Config, arch: Arch, kernel: str, dtype: torch.dtype, resume_from: str | None = None
+) -> RWKV:
     """The model with its adapter, as it was before the first step; `resume_from` is the checkpoint of a run that goes on."""
     full = config.peft == "none"
     if config.load_model:
         # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out, quantise() when
         # it has quantised
         mapped = config.strategy.startswith("deepspeed_stage_3") or config.quant != "none"
-        model = RWKV.load(config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel)
+        model = RWKV.load(
+            config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel
+        )
     else:
         model = RWKV(arch, kernel)
     model.grad_cp = config.grad_cp

@@ -39,7 +39,9 @@ class BlendedLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """V + sum of w_i delta_i, (out, in) fp32."""
-        weight = self.linear.weight.to(torch.promote_types(self.linear.weight.dtype, torch.float32), copy=True)
+        weight = self.linear.weight.to(
+            torch.promote_types(self.linear.weight.dtype, torch.float32), copy=True
+        )
         for layer, factor in zip(self.layers, self.weights):
             weight.add_(layer.delta(), alpha=factor)
         return weight
@@ -56,7 +58,9 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
         for key, name in m.by_weight.items():
             if not isinstance(modules.get(name), nn.Linear):
                 raise UserError(f"{m.path} adapts {name}, which is no linear of this model")
-            layer = m.layer(key, modules[name].weight.detach()).eval()  # with a parameter of its own, as PiSSA gives it another value
+            layer = m.layer(
+                key, modules[name].weight.detach()
+            ).eval()  # with a parameter of its own, as PiSSA gives it another value
             layer.prepare()
             linears.setdefault(name, []).append((layer, m.weight))
         for name, tensor in m.whole.items():
@@ -65,10 +69,17 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
             whole.setdefault(name, []).append((tensor, m.weight))
     for name, values in whole.items():
         base = find(model, name)
-        base = zeros_of(model, name) if base is None else base.detach().to(torch.promote_types(base.dtype, torch.float32))
+        base = (
+            zeros_of(model, name)
+            if base is None
+            else base.detach().to(torch.promote_types(base.dtype, torch.float32))
+        )
         change = sum(weight * (tensor.to(base.dtype).reshape(base.shape) - base) for tensor, weight in values)
         put(model, name, base + change)
-    blended = {name: BlendedLinear(modules[name], layers, f"{name}.weight" in whole) for name, layers in linears.items()}
+    blended = {
+        name: BlendedLinear(modules[name], layers, f"{name}.weight" in whole)
+        for name, layers in linears.items()
+    }
     put_linears(model, blended)
     return blended
 

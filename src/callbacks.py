@@ -37,10 +37,21 @@ class StepReport(Callback):
     """
 
     def __init__(
-        self, path: str, total: int, started: float, last_good: LastGood, writers: list[Writer],
+        self,
+        path: str,
+        total: int,
+        started: float,
+        last_good: LastGood,
+        writers: list[Writer],
         tokenizer: Tokenizer | None = None,
     ):
-        self.path, self.total, self.started, self.last_good, self.writers = path, total, started, last_good, writers
+        self.path, self.total, self.started, self.last_good, self.writers = (
+            path,
+            total,
+            started,
+            last_good,
+            writers,
+        )
         self.tokenizer = tokenizer
         self.training = self.stop = False
         self.first_step_seconds: float | None = None
@@ -104,7 +115,9 @@ class StepReport(Callback):
                 group["lr"] = 0.0
         elif self.at_boundary:
             gradient_of = functools.partial(whole_gradient, trainer)
-            rwkv_miss.before_step(module.model, trainer.global_step + 1, self.total, gradient_of, module.gather)
+            rwkv_miss.before_step(
+                module.model, trainer.global_step + 1, self.total, gradient_of, module.gather
+            )
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         if not self.at_boundary:
@@ -112,7 +125,9 @@ class StepReport(Callback):
         step = trainer.global_step
         # one reduction carries the loss, the wish of any rank to stop, and whether a gradient is not finite
         mine = [float(module.step_loss), float(self.stop), gradient_norm(trainer)]
-        loss, stop, norm = trainer.strategy.reduce(torch.tensor(mine, device=module.device), reduce_op="sum").tolist()
+        loss, stop, norm = trainer.strategy.reduce(
+            torch.tensor(mine, device=module.device), reduce_op="sum"
+        ).tolist()
         module.step_loss = 0.0
         targets = module.schedule.step_targets(step - 1)
         back = None
@@ -126,9 +141,13 @@ class StepReport(Callback):
         if self.rank_zero:
             tokens = module.schedule.step_tokens(step - 1)
             line = {
-                "step": step, "loss": loss if targets and math.isfinite(loss) else None,
-                "lr": module.lr * module.lr_factor(step - 1), "tokens": tokens,
-                "trained_tokens": targets, "seconds": seconds, "tokens_per_second": tokens / seconds,
+                "step": step,
+                "loss": loss if targets and math.isfinite(loss) else None,
+                "lr": module.lr * module.lr_factor(step - 1),
+                "tokens": tokens,
+                "trained_tokens": targets,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
             }
             if back is not None:
                 line["rolled_back_to"] = back
@@ -138,7 +157,14 @@ class StepReport(Callback):
             elif step == 1 and self.tokenizer and (doubt := worse_than_guessing(loss, self.tokenizer)):
                 say(doubt)
             for writer in self.writers:
-                writer.numbers(step, {f"train/{name}": line[name] for name in ("loss", "lr", "tokens_per_second") if line[name] is not None})
+                writer.numbers(
+                    step,
+                    {
+                        f"train/{name}": line[name]
+                        for name in ("loss", "lr", "tokens_per_second")
+                        if line[name] is not None
+                    },
+                )
             shown = f"loss {loss:.4f}" if targets else "no loss"
             said = f"{shown}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
             self.bar.update(1, said)
@@ -148,7 +174,9 @@ class StepReport(Callback):
                 self.last_line = now
                 left = (now - self.begun) / self.steps_here * (self.total - step)
                 print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
-        trainer.should_stop = trainer.should_stop or bool(stop)  # not self.stop, which a signal may just have set on this rank alone
+        trainer.should_stop = trainer.should_stop or bool(
+            stop
+        )  # not self.stop, which a signal may just have set on this rank alone
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()
@@ -173,7 +201,16 @@ class Saver(Callback):
     from `resume_from` gets its state back before its first step. The newest `keep` checkpoints stay.
     """
 
-    def __init__(self, folder: str, output: str, every: int, keep: int, write, last_good: LastGood, resume_from: str | None = None):
+    def __init__(
+        self,
+        folder: str,
+        output: str,
+        every: int,
+        keep: int,
+        write,
+        last_good: LastGood,
+        resume_from: str | None = None,
+    ):
         self.folder, self.output, self.every, self.keep, self.write = folder, output, every, keep, write
         self.last_good, self.resume_from = last_good, resume_from
         self.saved = -1
@@ -189,7 +226,9 @@ class Saver(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         step = trainer.global_step
         boundary = (index + 1) % module.accumulate == 0
-        if boundary and (trainer.should_stop or step == module.total_steps or (self.every and step % self.every == 0)):
+        if boundary and (
+            trainer.should_stop or step == module.total_steps or (self.every and step % self.every == 0)
+        ):
             self.save(trainer)
 
     def save(self, trainer) -> None:
@@ -203,10 +242,18 @@ class Saver(Callback):
             self.write(trainer, self.output)
             if trainer.is_global_zero:
                 os.makedirs(self.folder, exist_ok=True)
-                rwkv_miss.write_checkpoint(os.path.join(self.folder, checkpoint_name(step)), state, {
-                    "format": RUN_FORMAT, "step": step, "output": os.path.basename(self.output), "inputs": module.inputs(),
-                    "loss_scaling": trainer.precision_plugin.state_dict(), "recent_losses": list(self.last_good.losses),
-                })
+                rwkv_miss.write_checkpoint(
+                    os.path.join(self.folder, checkpoint_name(step)),
+                    state,
+                    {
+                        "format": RUN_FORMAT,
+                        "step": step,
+                        "output": os.path.basename(self.output),
+                        "inputs": module.inputs(),
+                        "loss_scaling": trainer.precision_plugin.state_dict(),
+                        "recent_losses": list(self.last_good.losses),
+                    },
+                )
                 remove_old(self.folder, self.keep)
                 keep_best(os.path.join(os.path.dirname(self.output), BEST), self.folder)
         except (UserError, OSError) as caught:

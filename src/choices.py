@@ -14,7 +14,10 @@ from .words import counted, size_text
 CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
-ROWS, STEPS = 8, 50  # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
+ROWS, STEPS = (
+    8,
+    50,
+)  # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
 HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
@@ -33,20 +36,28 @@ def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
     if not own:
         return {}, "there is nothing to choose"
     rank = max(min(own, width // RANK_SHARE), 1)
-    return {"rank": rank}, f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
+    return {
+        "rank": rank
+    }, f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
 
 
 def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
     """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded. `texts` are the inputs of all where
     they are running text, which loses nothing when it is cut."""
-    length, reason = max(SHORTEST, 1 << max(longest - 1, 0).bit_length()), f"the longest document has {counted(longest, 'token')}"
+    length, reason = (
+        max(SHORTEST, 1 << max(longest - 1, 0).bit_length()),
+        f"the longest document has {counted(longest, 'token')}",
+    )
     if length > LONGEST and not chunk_ctx:
         length, reason = LONGEST, f"{reason}, more than is chosen without --chunk_ctx"
     shorter = length
     while texts and not chunk_ctx and shorter > SHORTEST and texts < STEPS * shorter:
         shorter //= 2
     if shorter < length:
-        return shorter, f"longer rows of {counted(texts, 'token')} of running text would be fewer than {STEPS}"
+        return (
+            shorter,
+            f"longer rows of {counted(texts, 'token')} of running text would be fewer than {STEPS}",
+        )
     return length, reason
 
 
@@ -65,7 +76,9 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     return share, f"{counted(max(1, round(share * documents)), 'document')} of {documents:,}"
 
 
-def choose_batch(config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float) -> None:
+def choose_batch(
+    config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float
+) -> None:
     """Fill in micro_bsz, accumulate_grad_batches (unless --global_bsz tells) and grad_cp for data of `rows` rows.
 
     `needed` gives the bytes that a run of some settings needs, of which there are `room`. Where nothing fits, the smallest is taken, because
@@ -79,9 +92,14 @@ def choose_batch(config: Config, origins: dict[str, str], rows: int, needed: Cal
         if not (config.global_bsz or config.accumulate_grad_batches) and _rows_of_a_step(config, rows) < ROWS:
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
-        tried, reason = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0), "--micro_bsz is given"
+        tried, reason = (
+            dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0),
+            "--micro_bsz is given",
+        )
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
-        if not (name == "accumulate_grad_batches" and config.global_bsz):  # which makes their number, on however many devices
+        if not (
+            name == "accumulate_grad_batches" and config.global_bsz
+        ):  # which makes their number, on however many devices
             choose(config, origins, name, getattr(tried, name), reason)
 
 
@@ -94,7 +112,9 @@ def _batches(config: Config, rows: int) -> Iterator[Config]:
     for recompute in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
         for size in sizes:
             passes = config.accumulate_grad_batches or most // size
-            yield dataclasses.replace(config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=recompute)
+            yield dataclasses.replace(
+                config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=recompute
+            )
 
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
@@ -112,7 +132,9 @@ def _rows_of_a_step(config: Config, rows: int) -> int:
     return 1 << max(min(enough, ROWS), 1).bit_length() - 1
 
 
-def cheapest_fix(config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]) -> dict[str, object] | None:
+def cheapest_fix(
+    config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]
+) -> dict[str, object] | None:
     """The settings to change so that a run fits, the cheapest first; {} where it fits as it is, None where nothing helps.
 
     Fewer rows at once with more passes in a step cost nothing, so they are tried with every other remedy. `precision` is that of the base,
@@ -124,7 +146,11 @@ def cheapest_fix(config: Config, precision: str, tokens: int, fits: Callable[[Co
             if fits(dataclasses.replace(changed, micro_bsz=rows, accumulate_grad_batches=passes)):
                 fewer = {} if rows == config.micro_bsz else {"micro_bsz": rows}
                 # --global_bsz makes the number of passes by itself
-                return fewer | ({"accumulate_grad_batches": passes} if fewer and not config.global_bsz else {}) | changes
+                return (
+                    fewer
+                    | ({"accumulate_grad_batches": passes} if fewer and not config.global_bsz else {})
+                    | changes
+                )
     return None
 
 

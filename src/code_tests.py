@@ -69,7 +69,10 @@ def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
             if isinstance(record, UserError):
                 raise UserError(f"{where}: {record}")
             problem = _problem(where, record)
-            pieces = [piece for piece, _ in template.segments([{"role": "user", "content": problem.question}], ask=True)]
+            pieces = [
+                piece
+                for piece, _ in template.segments([{"role": "user", "content": problem.question}], ask=True)
+            ]
             problems.append(Question(pieces, problem, template.opening))
     return problems
 
@@ -78,31 +81,51 @@ def _problem(where: str, record: dict[str, Any]) -> Problem:
     if {"prompt", "test", "entry_point"} <= record.keys():
         start, name = record["prompt"], record["entry_point"]
         if f"def {name}" not in start:
-            raise UserError(f"{where}: the prompt does not begin the function {name!r}, which entry_point names")
-        return Problem(f"Complete this Python function.\n```python\n{start.strip()}\n```", f"{record['test']}\ncheck({name})", start, name)
+            raise UserError(
+                f"{where}: the prompt does not begin the function {name!r}, which entry_point names"
+            )
+        return Problem(
+            f"Complete this Python function.\n```python\n{start.strip()}\n```",
+            f"{record['test']}\ncheck({name})",
+            start,
+            name,
+        )
     text = record.get("text") or record.get("prompt")  # MBPP, and its sanitized version
     if text and record.get("test_list"):
         setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
         tests = "\n".join(record["test_list"])
-        return Problem(f"{text}\nThe function must pass these tests:\n```python\n{tests}\n```", f"{setup}\n{tests}")
-    raise UserError(f"{where}: expected HumanEval's prompt, test, entry_point, or MBPP's text, test_list; got {', '.join(record)}")
+        return Problem(
+            f"{text}\nThe function must pass these tests:\n```python\n{tests}\n```", f"{setup}\n{tests}"
+        )
+    raise UserError(
+        f"{where}: expected HumanEval's prompt, test, entry_point, or MBPP's text, test_list; got {', '.join(record)}"
+    )
 
 
 def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY) -> list[bool]:
     """Whether each program came to its end without an exception, within `seconds` and `memory` bytes; one process a core at a time."""
     if importlib.util.find_spec("resource") is None:
-        raise UserError("programs are run with a limit of memory, which this system can't set; use Linux or WSL")
+        raise UserError(
+            "programs are run with a limit of memory, which this system can't set; use Linux or WSL"
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda program: _passes(program, seconds, memory), programs))
 
 
 def _passes(program: str, seconds: int, memory: int) -> bool:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed child may still be writing
+    with tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as folder:  # a killed child may still be writing
         path = pathlib.Path(folder, "program.py")
         path.write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", RUNNER, str(path), str(memory), str(seconds + 1)], cwd=folder, env={"PATH": os.defpath},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            [sys.executable, "-I", "-c", RUNNER, str(path), str(memory), str(seconds + 1)],
+            cwd=folder,
+            env={"PATH": os.defpath},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         try:
             return process.wait(seconds) == PASSED

@@ -28,7 +28,13 @@ from .files import is_first_process, write_text
 from .processes import drop_local_rank, follow_launcher
 
 
-def opt(default: Any, help: str, alias: tuple[str, ...] = (), choices: tuple[str, ...] = (), automatic: bool = False) -> Any:
+def opt(
+    default: Any,
+    help: str,
+    alias: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    automatic: bool = False,
+) -> Any:
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
 
     `automatic`: the default is no value but leaves the choice to the program, which fills it in (src/choices.py).
@@ -44,7 +50,10 @@ FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
 
 
 def _own_rates() -> str:
-    rates = {name: METHODS[name].default_lr for name in sorted(METHODS)} | {"full": FULL_LR, "new model": NEW_MODEL_LR}
+    rates = {name: METHODS[name].default_lr for name in sorted(METHODS)} | {
+        "full": FULL_LR,
+        "new model": NEW_MODEL_LR,
+    }
     return ", ".join(f"{name} {rate:.0e}".replace("e-0", "e-") for name, rate in rates.items())
 
 
@@ -52,107 +61,246 @@ def _own_rates() -> str:
 class Config:
     """The settings of a training run."""
 
-    load_model: str = opt("", "base .pth; empty: a new model of the sizes given by --version, --n_layer, --n_embd")
-    data_file: str = opt("", "JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or OWNER/NAME of a Hugging Face data set; "
-                             "several, with how often a pass sees them: a.jsonl:2,b.csv:0.5")
-    sft_field: str = opt("", "columns to use where their names do not tell: text or messages; question,answer; instruction,input,output")
-    sft_split: str = opt("train", "split of a Hugging Face data set, or of a folder whose files are named for splits")
-    on_bad_row: str = opt("stop", "stop: a row that cannot be used is an error with its place; skip: it is left out and counted",
-                          choices=("stop", "skip"))
+    load_model: str = opt(
+        "", "base .pth; empty: a new model of the sizes given by --version, --n_layer, --n_embd"
+    )
+    data_file: str = opt(
+        "",
+        "JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or OWNER/NAME of a Hugging Face data set; "
+        "several, with how often a pass sees them: a.jsonl:2,b.csv:0.5",
+    )
+    sft_field: str = opt(
+        "",
+        "columns to use where their names do not tell: text or messages; question,answer; instruction,input,output",
+    )
+    sft_split: str = opt(
+        "train", "split of a Hugging Face data set, or of a folder whose files are named for splits"
+    )
+    on_bad_row: str = opt(
+        "stop",
+        "stop: a row that cannot be used is an error with its place; skip: it is left out and counted",
+        choices=("stop", "skip"),
+    )
     proj_dir: str = opt("out", "folder of the run: adapter.pth, metrics.jsonl, config.yaml, checkpoints/")
-    tokenizer: str = opt("auto", "auto, world, bytes, utf16, or a tokenizer.json or vocabulary file in World format")
+    tokenizer: str = opt(
+        "auto", "auto, world, bytes, utf16, or a tokenizer.json or vocabulary file in World format"
+    )
     eod: str = opt("", "text of the end-of-document token, where a tokenizer file does not tell")
 
-    template: str = opt("auto", "how conversations are written: auto (as load_model records, else rwkv), rwkv, think, think-normal, think-short, "
-                                "think-long, fake-think (the G1 models' modes), or a Jinja file with Hugging Face's conventions")
-    loss_mask: str = opt("assistant", "what is trained: assistant (its turns, completions, and plain text as a whole), all, or a marker such as "
-                                      "Assistant: (what follows it up to the next turn) or START...END; the end of a document always is")
-    data_cache: str = opt("auto", "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise every time")
+    template: str = opt(
+        "auto",
+        "how conversations are written: auto (as load_model records, else rwkv), rwkv, think, think-normal, think-short, "
+        "think-long, fake-think (the G1 models' modes), or a Jinja file with Hugging Face's conventions",
+    )
+    loss_mask: str = opt(
+        "assistant",
+        "what is trained: assistant (its turns, completions, and plain text as a whole), all, or a marker such as "
+        "Assistant: (what follows it up to the next turn) or START...END; the end of a document always is",
+    )
+    data_cache: str = opt(
+        "auto",
+        "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise every time",
+    )
 
     peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
-    peft_config: dict = opt({}, 'options of the method, JSON or key=value pairs: \'{"r": 64}\', r=64,targets=key+value (none: r 64, or an '
-                                "eighth of the width where that is less)", automatic=True)
-    train_parts: str = opt("", "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
-                               "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and state (the state that "
-                               "documents start from, as --peft state trains it alone), as in ln,time; empty: none")
-    preset: str = opt("", "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)",
-                      choices=("", "paper-table7", "paper-table8"))
+    peft_config: dict = opt(
+        {},
+        "options of the method, JSON or key=value pairs: '{\"r\": 64}', r=64,targets=key+value (none: r 64, or an "
+        "eighth of the width where that is less)",
+        automatic=True,
+    )
+    train_parts: str = opt(
+        "",
+        "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
+        "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and state (the state that "
+        "documents start from, as --peft state trains it alone), as in ln,time; empty: none",
+    )
+    preset: str = opt(
+        "",
+        "settings of a paper: paper-table7 (7B and smaller), paper-table8 (13B)",
+        choices=("", "paper-table7", "paper-table8"),
+    )
 
-    version: str = opt("", "x060 or x070; read from the checkpoint, needed for a new model only",
-                       alias=("my_testing",), choices=("", "x060", "x070"))
+    version: str = opt(
+        "",
+        "x060 or x070; read from the checkpoint, needed for a new model only",
+        alias=("my_testing",),
+        choices=("", "x060", "x070"),
+    )
     n_layer: int = opt(0, "layers; read from the checkpoint")
     n_embd: int = opt(0, "width; read from the checkpoint")
     vocab_size: int = opt(0, "vocabulary; read from the checkpoint, or that of the tokenizer")
     dim_att: int = opt(0, "width of the time mix; read from the checkpoint (new model: n_embd)")
-    dim_ffn: int = opt(0, "width of the channel mix; read from the checkpoint (new model: x060 3.5 n_embd, x070 4 n_embd)")
-    head_size: int = opt(0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",))
+    dim_ffn: int = opt(
+        0, "width of the channel mix; read from the checkpoint (new model: x060 3.5 n_embd, x070 4 n_embd)"
+    )
+    head_size: int = opt(
+        0, "size of a head; read from the checkpoint (new model: 64)", alias=("head_size_a",)
+    )
 
-    ctx_len: int = opt(0, "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many (0: the "
-                          "longest document's, as a power of two from 256 to 4096; with --chunk_ctx without that bound)", automatic=True)
-    chunk_ctx: int = opt(0, "run rows in chunks of so many tokens, with the gradient carried through the state: memory for one chunk and a state of "
-                            "each, for one more forward (0: rows are run whole)")
-    truncate_ctx: int = opt(0, "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on (0: it is exact)")
-    state_cp: bool = opt(False, "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more forward")
-    packing: bool = opt(True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document")
-    micro_bsz: int = opt(0, "rows in one forward pass of one device (0: as many as fit the free memory, up to 8)", alias=("batch_size",),
-                         automatic=True)
-    accumulate_grad_batches: int = opt(0, "forward passes in one optimizer step (0: 1, or with an automatic micro_bsz so many that a step has 8 rows "
-                                          "over all devices, fewer where little data would make less than 50 steps)", automatic=True)
-    global_bsz: int = opt(0, "rows in one optimizer step over all devices; sets accumulate_grad_batches (0: not used)")
+    ctx_len: int = opt(
+        0,
+        "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many (0: the "
+        "longest document's, as a power of two from 256 to 4096; with --chunk_ctx without that bound)",
+        automatic=True,
+    )
+    chunk_ctx: int = opt(
+        0,
+        "run rows in chunks of so many tokens, with the gradient carried through the state: memory for one chunk and a state of "
+        "each, for one more forward (0: rows are run whole)",
+    )
+    truncate_ctx: int = opt(
+        0,
+        "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on (0: it is exact)",
+    )
+    state_cp: bool = opt(
+        False,
+        "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more forward",
+    )
+    packing: bool = opt(
+        True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document"
+    )
+    micro_bsz: int = opt(
+        0,
+        "rows in one forward pass of one device (0: as many as fit the free memory, up to 8)",
+        alias=("batch_size",),
+        automatic=True,
+    )
+    accumulate_grad_batches: int = opt(
+        0,
+        "forward passes in one optimizer step (0: 1, or with an automatic micro_bsz so many that a step has 8 rows "
+        "over all devices, fewer where little data would make less than 50 steps)",
+        automatic=True,
+    )
+    global_bsz: int = opt(
+        0, "rows in one optimizer step over all devices; sets accumulate_grad_batches (0: not used)"
+    )
     epoch_count: int = opt(1, "epochs", alias=("epochs",))
     epoch_steps: int = opt(0, "optimizer steps in one epoch (0: the whole data once)")
 
-    lr_init: float = opt(0.0, f"learning rate after the warm-up (0: the method's own: {_own_rates()})",
-                         alias=("learning_rate",), automatic=True)
-    state_lr: float = opt(0.0, "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init")
-    lr_map: dict = opt({}, "factors of the learning rate by parts of the trained tensors' names, of which the longest counts (what layers "
-                           "share is shared.NAME): "
-                           '\'{"ffn": 0.5, "blocks.0": 2}\' or ffn=0.5,blocks.0=2')
+    lr_init: float = opt(
+        0.0,
+        f"learning rate after the warm-up (0: the method's own: {_own_rates()})",
+        alias=("learning_rate",),
+        automatic=True,
+    )
+    state_lr: float = opt(
+        0.0,
+        "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init",
+    )
+    lr_map: dict = opt(
+        {},
+        "factors of the learning rate by parts of the trained tensors' names, of which the longest counts (what layers "
+        "share is shared.NAME): "
+        '\'{"ffn": 0.5, "blocks.0": 2}\' or ffn=0.5,blocks.0=2',
+    )
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
-    lr_schedule: str = opt("cos", "cos, constant, or wsd (constant, then linear down over the last fifth)",
-                           choices=("cos", "constant", "wsd"))
+    lr_schedule: str = opt(
+        "cos",
+        "cos, constant, or wsd (constant, then linear down over the last fifth)",
+        choices=("cos", "constant", "wsd"),
+    )
     warmup_steps: int = opt(0, "optimizer steps of linear warm-up")
     beta1: float = opt(0.9, "AdamW beta1")
     beta2: float = opt(0.99, "AdamW beta2")
     adam_eps: float = opt(1e-8, "AdamW epsilon")
     weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
     grad_clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
-    grad_cp: int = opt(-1, "what is recomputed in the backward (activation checkpointing). 1: whole layers, the least memory; 2: their time "
-                           "mixes, most of that for a third of its time; 0: nothing (-1: 0, or 2 or 1 where one row does not fit otherwise)",
-                       automatic=True)
+    grad_cp: int = opt(
+        -1,
+        "what is recomputed in the backward (activation checkpointing). 1: whole layers, the least memory; 2: their time "
+        "mixes, most of that for a third of its time; 0: nothing (-1: 0, or 2 or 1 where one row does not fit otherwise)",
+        automatic=True,
+    )
     random_seed: int = opt(42, "seed of initialisation and data order")
 
-    precision: str = opt("auto", "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
-                         choices=("auto", "fp32", "bf16", "fp16"), automatic=True)
-    quant: str = opt("none", "none; int8 or nf4: the frozen matrices of the layers take 8.25 or 4.25 bits a weight, and are expanded to --precision "
-                             "where they multiply; the adapter learns beside them, and the merge takes the unquantised --load_model",
-                     choices=("none", *CODES))
-    strategy: str = opt("auto", "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3 the "
-                                "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
-                        choices=("auto", "ddp", *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload"))))
+    precision: str = opt(
+        "auto",
+        "auto, fp32, bf16 or fp16: dtype of the frozen base; whatever is trained stays fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        automatic=True,
+    )
+    quant: str = opt(
+        "none",
+        "none; int8 or nf4: the frozen matrices of the layers take 8.25 or 4.25 bits a weight, and are expanded to --precision "
+        "where they multiply; the adapter learns beside them, and the merge takes the unquantised --load_model",
+        choices=("none", *CODES),
+    )
+    strategy: str = opt(
+        "auto",
+        "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3 the "
+        "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
+        choices=(
+            "auto",
+            "ddp",
+            *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload")),
+        ),
+    )
     accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"), automatic=True)
-    devices: int = opt(1, "GPUs, or processes on a CPU, of each machine; torchrun, deepspeed and srun tell it")
+    devices: int = opt(
+        1, "GPUs, or processes on a CPU, of each machine; torchrun, deepspeed and srun tell it"
+    )
     num_nodes: int = opt(1, "machines; torchrun, deepspeed and srun tell it")
-    wkv: str = opt("auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",), automatic=True)
+    wkv: str = opt(
+        "auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",), automatic=True
+    )
 
-    eval_file: str = opt("", "held-out data in any format of --data_file: the loss on it is taken before, during and after the training")
-    eval_split: float = opt(-1.0, "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100 documents, "
-                                  "at most 5 %; none where there are fewer than 100 or --eval_file is given)", automatic=True)
-    eval_docs: int = opt(0, "held-out documents that are evaluated, chosen by a hash of their tokens (0: so many that "
-                            "all evaluations together take at most a tenth of the run, counted in tokens)", automatic=True)
-    eval_steps: int = opt(0, "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)")
+    eval_file: str = opt(
+        "",
+        "held-out data in any format of --data_file: the loss on it is taken before, during and after the training",
+    )
+    eval_split: float = opt(
+        -1.0,
+        "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100 documents, "
+        "at most 5 %; none where there are fewer than 100 or --eval_file is given)",
+        automatic=True,
+    )
+    eval_docs: int = opt(
+        0,
+        "held-out documents that are evaluated, chosen by a hash of their tokens (0: so many that "
+        "all evaluations together take at most a tenth of the run, counted in tokens)",
+        automatic=True,
+    )
+    eval_steps: int = opt(
+        0,
+        "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)",
+    )
     eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
-    early_stop: int = opt(0, "end the training after N evaluations in a row that are no better than the best one (0: never)")
-    wandb: str = opt("", "project of Weights & Biases that the run is sent to; TensorBoard needs no flag, it is used when it is installed")
+    early_stop: int = opt(
+        0, "end the training after N evaluations in a row that are no better than the best one (0: never)"
+    )
+    wandb: str = opt(
+        "",
+        "project of Weights & Biases that the run is sent to; TensorBoard needs no flag, it is used when it is installed",
+    )
 
-    init_only: bool = opt(False, "1: write a new model to rwkv-init.pth in proj_dir and end; a later run takes it as --load_model")
-    save_steps: int = opt(0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)")
-    save_total_limit: int = opt(1, "checkpoints to keep; an older one is removed when the new one is complete")
-    rollback_steps: int = opt(20, "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or gradient is not "
-                                  "finite (0: stop instead; --peft none goes back to its newest checkpoint)")
-    spike_sigmas: float = opt(0.0, "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)")
-    verbose: bool = opt(False, "1: print the plan with all the details that run_card.md has, not its 14 lines alone")
-    resume: str = opt("none", "none; auto: go on from the newest checkpoint in proj_dir, if there is one", choices=("none", "auto"))
+    init_only: bool = opt(
+        False,
+        "1: write a new model to rwkv-init.pth in proj_dir and end; a later run takes it as --load_model",
+    )
+    save_steps: int = opt(
+        0, "save the adapter and a checkpoint to resume from every N steps (0: at the end only)"
+    )
+    save_total_limit: int = opt(
+        1, "checkpoints to keep; an older one is removed when the new one is complete"
+    )
+    rollback_steps: int = opt(
+        20,
+        "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or gradient is not "
+        "finite (0: stop instead; --peft none goes back to its newest checkpoint)",
+    )
+    spike_sigmas: float = opt(
+        0.0,
+        "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)",
+    )
+    verbose: bool = opt(
+        False, "1: print the plan with all the details that run_card.md has, not its 14 lines alone"
+    )
+    resume: str = opt(
+        "none",
+        "none; auto: go on from the newest checkpoint in proj_dir, if there is one",
+        choices=("none", "auto"),
+    )
 
     @property
     def world(self) -> int:
@@ -163,17 +311,34 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
 # Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
-_COMMON = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0, "eval_split": 0.0}
+_COMMON = {
+    "lr_init": 2e-5,
+    "lr_schedule": "cos",
+    "warmup_steps": 0,
+    "epoch_count": 1,
+    "weight_decay": 0.0,
+    "eval_split": 0.0,
+}
 _LORA36, _LORA64 = {"rank": 36, "alpha": 72.0}, {"rank": 64, "alpha": 128.0}
 PRESETS = {
-    "paper-table7": ({**_COMMON, "global_bsz": 64}, {"miss": {"rank": 64}, "lora": _LORA36, "dora": _LORA36, "pissa": {"rank": 36, "alpha": 36.0}}),
-    "paper-table8": ({**_COMMON, "global_bsz": 128}, {"miss": {"rank": 128}, "lora": _LORA64, "dora": _LORA64, "pissa": {"rank": 64, "alpha": 64.0}}),
+    "paper-table7": (
+        {**_COMMON, "global_bsz": 64},
+        {"miss": {"rank": 64}, "lora": _LORA36, "dora": _LORA36, "pissa": {"rank": 36, "alpha": 36.0}},
+    ),
+    "paper-table8": (
+        {**_COMMON, "global_bsz": 128},
+        {"miss": {"rank": 128}, "lora": _LORA64, "dora": _LORA64, "pissa": {"rank": 64, "alpha": 64.0}},
+    ),
 }
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME", a launcher, or "default"."""
-    config, origins = settle(read_flags(flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)))
+    config, origins = settle(
+        read_flags(
+            flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)
+        )
+    )
     follow_launcher(config, origins)
     validate(config)
     return config, origins
@@ -182,7 +347,11 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
 def flag_parser(prog: str, description: str) -> Parser:
     """A parser with a flag for every setting, to which a program may add its own."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML with any of these settings; an earlier run's config.yaml is one")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with any of these settings; an earlier run's config.yaml is one",
+    )
     for field in FIELDS.values():
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
@@ -215,8 +384,14 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
 def read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         inside = os.path.join(path, "config.yaml")
-        raise UserError(f"config file {path} " + (f"is a folder; give {inside if os.path.isfile(inside) else 'a file'}" if os.path.isdir(path)
-                                                  else "does not exist"))
+        raise UserError(
+            f"config file {path} "
+            + (
+                f"is a folder; give {inside if os.path.isfile(inside) else 'a file'}"
+                if os.path.isdir(path)
+                else "does not exist"
+            )
+        )
     with open(path, "rb") as file:
         try:
             values = yaml.safe_load(file) or {}
@@ -227,7 +402,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     for name in values:
         if name not in NAMES:
             near = difflib.get_close_matches(str(name), NAMES, 1)
-            raise UserError(f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(
+                f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
     return values
 
 
@@ -250,7 +427,9 @@ def _preset_values(values: dict[str, Any]) -> dict[str, Any]:
     common, by_method = PRESETS[values["preset"]]
     method = values.get("peft", Config.peft)
     if method not in by_method:
-        raise UserError(f"preset {values['preset']} has settings for {', '.join(by_method)}, not for --peft {method}")
+        raise UserError(
+            f"preset {values['preset']} has settings for {', '.join(by_method)}, not for --peft {method}"
+        )
     return {**common, "peft_config": by_method[method]}
 
 
@@ -272,7 +451,9 @@ def _convert(name: str, value: Any) -> Any:
         elif kind is str:
             value = str(value)
         else:
-            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)  # two of --grad_cp's values are these
+            value = _number(
+                {"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind
+            )  # two of --grad_cp's values are these
     except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
@@ -303,7 +484,9 @@ def _parse_options(name: str, value: Any) -> dict[str, Any]:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(f"--{name} {text}: not valid JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(
+                f"--{name} {text}: not valid JSON ({error.msg} at column {error.colno})"
+            ) from None
     options: dict[str, Any] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         key, sign, raw = pair.partition("=")
@@ -332,7 +515,9 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
     for name in TARGET_NAMES:
         targets = options.pop(name, targets)
     if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        raise UserError(f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}')
+        raise UserError(
+            f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}'
+        )
     return options, targets
 
 
@@ -340,14 +525,41 @@ def validate(config: Config) -> None:
     """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
     for part, factor in config.lr_map.items():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise UserError(f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}")
+            raise UserError(
+                f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}"
+            )
     for name in ("epoch_count", "devices", "num_nodes", "save_total_limit"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in ("n_layer", "n_embd", "vocab_size", "dim_att", "dim_ffn", "head_size", "epoch_steps", "global_bsz", "warmup_steps",
-                 "save_steps", "rollback_steps", "ctx_len", "micro_bsz", "accumulate_grad_batches", "chunk_ctx", "truncate_ctx",
-                 "spike_sigmas", "lr_init", "state_lr", "weight_decay", "grad_clip",
-                 "random_seed", "adam_eps", "eval_docs", "eval_steps", "eval_samples", "early_stop"):
+    for name in (
+        "n_layer",
+        "n_embd",
+        "vocab_size",
+        "dim_att",
+        "dim_ffn",
+        "head_size",
+        "epoch_steps",
+        "global_bsz",
+        "warmup_steps",
+        "save_steps",
+        "rollback_steps",
+        "ctx_len",
+        "micro_bsz",
+        "accumulate_grad_batches",
+        "chunk_ctx",
+        "truncate_ctx",
+        "spike_sigmas",
+        "lr_init",
+        "state_lr",
+        "weight_decay",
+        "grad_clip",
+        "random_seed",
+        "adam_eps",
+        "eval_docs",
+        "eval_steps",
+        "eval_samples",
+        "early_stop",
+    ):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
     for name in FIELDS:
@@ -358,8 +570,10 @@ def validate(config: Config) -> None:
             raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e30")
     decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
     if config.weight_decay and not decays:
-        raise UserError(f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "
-                        "zero are not the base, so they do not decay; drop the flag")
+        raise UserError(
+            f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "
+            "zero are not the base, so they do not decay; drop the flag"
+        )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
@@ -367,11 +581,15 @@ def validate(config: Config) -> None:
     if not config.proj_dir:
         raise UserError("--proj_dir is empty: give the folder that the run writes into")
     if not config.load_model and config.peft != "none":
-        raise UserError(f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none")
+        raise UserError(
+            f"--peft {config.peft} needs a base: give --load_model, or train a new model with --peft none"
+        )
     if not config.load_model and not (config.n_layer and config.n_embd and config.version):
         raise UserError("a new model needs --version, --n_layer and --n_embd (or give --load_model)")
     if config.init_only and config.load_model:
-        raise UserError(f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them")
+        raise UserError(
+            f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them"
+        )
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
     if not (0 <= config.eval_split < 1 or is_automatic(config, "eval_split")):
@@ -379,11 +597,15 @@ def validate(config: Config) -> None:
     if config.grad_cp not in (-1, 0, 1, 2):
         raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.eval_file and config.eval_split > 0:
-        raise UserError(f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them")
+        raise UserError(
+            f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them"
+        )
     for name in ("eval_steps", "eval_docs"):
         if getattr(config, name) and not (config.eval_file or config.eval_split):
-            raise UserError(f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
-                            "or --eval_split 0.05")
+            raise UserError(
+                f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
+                "or --eval_split 0.05"
+            )
     if config.early_stop and not config.eval_steps:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
     if config.random_seed >= 2**63:
@@ -391,30 +613,50 @@ def validate(config: Config) -> None:
     if config.peft == "none" and config.peft_config:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if split_parts(config.train_parts) and config.peft == "none":
-        raise UserError(f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it")
+        raise UserError(
+            f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it"
+        )
     if config.state_lr and "state" not in split_parts(config.train_parts):
-        raise UserError(f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init")
+        raise UserError(
+            f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init"
+        )
     given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
     each = max(getattr(config, given), 1) * config.world
     if config.global_bsz % each:
-        raise UserError(f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}")
+        raise UserError(
+            f"--global_bsz {config.global_bsz} is not a multiple of {given} x devices x num_nodes = {each}"
+        )
     if config.micro_bsz and config.accumulate_grad_batches not in (0, accumulation(config)):
-        raise UserError(f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
-                        f"but {config.accumulate_grad_batches} was given; drop one of them")
+        raise UserError(
+            f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
+            f"but {config.accumulate_grad_batches} was given; drop one of them"
+        )
     if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):
-        raise UserError(f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that are run whole have no chunks")
+        raise UserError(
+            f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that are run whole have no chunks"
+        )
     if config.chunk_ctx and config.truncate_ctx % config.chunk_ctx:
-        raise UserError(f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of --chunk_ctx {config.chunk_ctx}")
+        raise UserError(
+            f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of --chunk_ctx {config.chunk_ctx}"
+        )
     if config.chunk_ctx >= config.ctx_len > 0:
-        raise UserError(f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there would be nothing to cut; "
-                        "raise --ctx_len to the length that your documents need, or drop --chunk_ctx")
+        raise UserError(
+            f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there would be nothing to cut; "
+            "raise --ctx_len to the length that your documents need, or drop --chunk_ctx"
+        )
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
-        raise UserError("--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too")
+        raise UserError(
+            "--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too"
+        )
     if config.quant != "none" and config.peft == "none":
-        raise UserError(f"--quant {config.quant} is for a frozen base; --peft none trains all of it: choose an adapter, or drop --quant")
+        raise UserError(
+            f"--quant {config.quant} is for a frozen base; --peft none trains all of it: choose an adapter, or drop --quant"
+        )
     if config.quant != "none" and config.strategy.startswith("deepspeed_stage_3"):
-        raise UserError(f"--quant {config.quant} works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3 shares out tensors of "
-                        "floating-point numbers, and a quantised base is whole in every process")
+        raise UserError(
+            f"--quant {config.quant} works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3 shares out tensors of "
+            "floating-point numbers, and a quantised base is whole in every process"
+        )
     if config.num_nodes > 1 and config.strategy == "auto":
         raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
 
@@ -426,7 +668,9 @@ def check_data(config: Config) -> None:
     if not config.data_file:
         raise UserError("--data_file is missing: the data to train on")
     if not config.loss_mask.partition("...")[0]:
-        raise UserError(f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END")
+        raise UserError(
+            f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END"
+        )
 
 
 def is_automatic(config: Config, name: str) -> bool:
@@ -444,13 +688,20 @@ def accumulation(config: Config) -> int:
 def check_sizes(config: Config, arch: Arch) -> None:
     """A size given by hand is an assertion about the checkpoint; a contradiction is a UserError that shows both."""
     in_file = {
-        "version": f"x0{arch.version}0", "n_layer": arch.n_layer, "n_embd": arch.n_embd, "vocab_size": arch.vocab_size,
-        "dim_att": arch.dim_att, "dim_ffn": arch.dim_ffn, "head_size": arch.head_size,
+        "version": f"x0{arch.version}0",
+        "n_layer": arch.n_layer,
+        "n_embd": arch.n_embd,
+        "vocab_size": arch.vocab_size,
+        "dim_att": arch.dim_att,
+        "dim_ffn": arch.dim_ffn,
+        "head_size": arch.head_size,
     }
     for name, value in in_file.items():
         given = getattr(config, name)
         if given and given != value:
-            raise UserError(f"{config.load_model} has {name} {value}, but --{name} {given} was given; drop the flag")
+            raise UserError(
+                f"{config.load_model} has {name} {value}, but --{name} {given} was given; drop the flag"
+            )
 
 
 def save(config: Config, origins: dict[str, str], path: str) -> None:
@@ -469,6 +720,14 @@ def command(config: Config) -> str:
     for name in FIELDS:
         value = getattr(config, name)
         if name != "resume" and value != getattr(default, name):
-            text = json.dumps(value) if isinstance(value, dict) else str(int(value)) if isinstance(value, bool) else str(value)
-            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]  # what begins like a flag is none
+            text = (
+                json.dumps(value)
+                if isinstance(value, dict)
+                else str(int(value))
+                if isinstance(value, bool)
+                else str(value)
+            )
+            words += (
+                [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+            )  # what begins like a flag is none
     return shlex.join(words)

@@ -89,7 +89,11 @@ class Documents:
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, (n,) int32."""
-        return self.rows.lengths if isinstance(self.rows, Rows) else np.array([len(row.ids) for row in self.rows], dtype=np.int32)
+        return (
+            self.rows.lengths
+            if isinstance(self.rows, Rows)
+            else np.array([len(row.ids) for row in self.rows], dtype=np.int32)
+        )
 
     @functools.cached_property
     def row_targets(self) -> np.ndarray:
@@ -100,13 +104,17 @@ class Documents:
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
         rows = self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen]
-        return Documents(rows, *(None if part is None else part[chosen] for part in (self.lost, self.text)), self.untrained)
+        return Documents(
+            rows, *(None if part is None else part[chosen] for part in (self.lost, self.text)), self.untrained
+        )
 
     def learnable(self) -> Documents:
         """Those with a trained token: a step of others alone would have no loss."""
         chosen = np.flatnonzero(self.row_targets)
         left_out = len(self.rows) - len(chosen)
-        return dataclasses.replace(self.take(chosen), untrained=self.untrained + left_out) if left_out else self
+        return (
+            dataclasses.replace(self.take(chosen), untrained=self.untrained + left_out) if left_out else self
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -138,7 +146,9 @@ class Loaded:
     @property
     def longest(self) -> int:
         """Inputs of the longest document."""
-        lengths = [np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in zip(self.files, self.chosen)]
+        lengths = [
+            np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in zip(self.files, self.chosen)
+        ]
         return int(max(length.max(initial=1) for length in lengths)) - 1
 
     @property
@@ -146,7 +156,10 @@ class Loaded:
         """Inputs of all documents where all are running text, else 0."""
         if not all(tokens.texts[documents].all() for tokens, documents in zip(self.files, self.chosen)):
             return 0
-        return sum(int(np.diff(tokens.ends, prepend=0)[documents].sum()) - len(documents) for tokens, documents in zip(self.files, self.chosen))
+        return sum(
+            int(np.diff(tokens.ends, prepend=0)[documents].sum()) - len(documents)
+            for tokens, documents in zip(self.files, self.chosen)
+        )
 
     def documents(self, ctx_len: int) -> Documents:
         """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
@@ -156,15 +169,28 @@ class Loaded:
         """
         documents = fit(self.files, self.chosen, ctx_len)
         if not documents.targets:
-            raise UserError(f"{self.data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it")
+            raise UserError(
+                f"{self.data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it"
+            )
         mask, end = self.encoder.loss_mask, len(self.encoder.tokenizer.eod)
-        if trains_by_marker(mask) and all(int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files):
-            raise UserError(f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes assistant, all, or a text in "
-                            "the rows")
+        if trains_by_marker(mask) and all(
+            int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files
+        ):
+            raise UserError(
+                f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes assistant, all, or a text in "
+                "the rows"
+            )
         return documents.learnable()
 
 
-def load(data_file: str, encoder: Encoder, cache: str = "none", reading: Reading = BY_NAME, report: Report | None = None, seed: int = 0) -> Loaded:
+def load(
+    data_file: str,
+    encoder: Encoder,
+    cache: str = "none",
+    reading: Reading = BY_NAME,
+    report: Report | None = None,
+    seed: int = 0,
+) -> Loaded:
     """Read and tokenise. `cache` is that of tokenise(); `seed` decides which rows of a source with a weight are seen.
 
     Raises UserError for what cannot be read, and for no rows at all.
@@ -172,31 +198,48 @@ def load(data_file: str, encoder: Encoder, cache: str = "none", reading: Reading
     report = report or Report()
     found = sources(str(data_file), reading, report.notes)
     files = [tokenise(source, encoder, report, reading, cache) for source in found]
-    chosen = [sample(len(tokens.ends), source.weight, seed, i) for i, (tokens, source) in enumerate(zip(files, found))]
+    chosen = [
+        sample(len(tokens.ends), source.weight, seed, i)
+        for i, (tokens, source) in enumerate(zip(files, found))
+    ]
     return Loaded(str(data_file), encoder, files, chosen)
 
 
-def load_documents(data_file, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", **how) -> Documents:
+def load_documents(
+    data_file, tokenizer, ctx_len: int, template: Template = DEFAULT, loss_mask: str = "assistant", **how
+) -> Documents:
     """load() and Loaded.documents() in one."""
     return load(data_file, Encoder(tokenizer, template, loss_mask), **how).documents(ctx_len)
 
 
 def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Documents:
     """Documents of at most ctx_len + 1 tokens, from the chosen documents of each file."""
-    file = np.repeat(np.arange(len(files), dtype=np.min_scalar_type(len(files))), [len(documents) for documents in chosen])
+    file = np.repeat(
+        np.arange(len(files), dtype=np.min_scalar_type(len(files))), [len(documents) for documents in chosen]
+    )
     ends = np.concatenate([tokens.ends[documents] for tokens, documents in zip(files, chosen)])
-    starts = np.concatenate([np.concatenate([[0], tokens.ends[:-1]])[documents] for tokens, documents in zip(files, chosen)])
+    starts = np.concatenate(
+        [np.concatenate([[0], tokens.ends[:-1]])[documents] for tokens, documents in zip(files, chosen)]
+    )
     texts = np.concatenate([tokens.texts[documents] for tokens, documents in zip(files, chosen)])
     lengths = ends - starts
     too_long = lengths > ctx_len + 1
-    lost = np.where(too_long & ~texts, lengths - (ctx_len + 1), 0).astype(np.int32) if (too_long & ~texts).any() else None
+    lost = (
+        np.where(too_long & ~texts, lengths - (ctx_len + 1), 0).astype(np.int32)
+        if (too_long & ~texts).any()
+        else None
+    )
     if not (too_long & texts).any():
         return Documents(Rows(files, file, starts, np.minimum(lengths, ctx_len + 1).astype(np.int32)), lost)
     windows = np.where(too_long & texts, -(-(lengths - 1) // ctx_len), 1)
     of = np.repeat(np.arange(len(lengths)), windows)
     begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
     rows = Rows(files, file[of], begins, np.minimum(ends[of] - begins, ctx_len + 1).astype(np.int32))
-    return Documents(rows, None if lost is None else lost[of], np.where(windows > 1, np.arange(len(windows)), -1).astype(np.int32)[of])
+    return Documents(
+        rows,
+        None if lost is None else lost[of],
+        np.where(windows > 1, np.arange(len(windows)), -1).astype(np.int32)[of],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +258,12 @@ class Groups(Sequence):
 
     def sums(self, values: np.ndarray) -> array.array:
         """The sum of the members' values of each list."""
-        return _integers(np.diff(np.cumsum(values[np.asarray(self.members)], dtype=np.int64)[np.asarray(self.ends) - 1], prepend=0))
+        return _integers(
+            np.diff(
+                np.cumsum(values[np.asarray(self.members)], dtype=np.int64)[np.asarray(self.ends) - 1],
+                prepend=0,
+            )
+        )
 
 
 def _integers(values: np.ndarray) -> array.array:
@@ -252,7 +300,10 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Group
             rows_with[left] = []
         rows_with[left].append(row)
     in_row = np.asarray(row_of)
-    return Groups(_integers(order[np.argsort(in_row, kind="stable")]), _integers(np.cumsum(np.bincount(in_row, minlength=rows))))
+    return Groups(
+        _integers(order[np.argsort(in_row, kind="stable")]),
+        _integers(np.cumsum(np.bincount(in_row, minlength=rows))),
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -288,7 +339,9 @@ class Schedule:
         Sorting inside a step saves padding and changes nothing else: the loss is one sum over the step.
         """
         turn, place = divmod(step, self.steps_per_pass)
-        rows = _permutation(self.seed, turn, len(self.lengths))[place * self.rows_per_step : (place + 1) * self.rows_per_step]
+        rows = _permutation(self.seed, turn, len(self.lengths))[
+            place * self.rows_per_step : (place + 1) * self.rows_per_step
+        ]
         return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
 
     def step_targets(self, step: int) -> int:
@@ -305,7 +358,10 @@ class Schedule:
 
     def micro_width(self, step: int, micro: int) -> int:
         """Inputs of the longest row of a micro-batch over all ranks, at least 1."""
-        return max([self.lengths[row] for rank in range(self.world) for row in self.micro_rows(step, micro, rank)] + [1])
+        return max(
+            [self.lengths[row] for rank in range(self.world) for row in self.micro_rows(step, micro, rank)]
+            + [1]
+        )
 
     def micro_rows(self, step: int, micro: int, rank: int) -> list[int]:
         """Rows of one micro-batch on one rank; fewer than micro_bsz only in a short step."""
@@ -319,8 +375,20 @@ class Schedule:
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents.rows)
-    rows = pack(lengths, config.ctx_len, config.random_seed) if config.packing else Groups(range(count), range(1, count + 1))
-    return Schedule(rows, rows.sums(lengths), rows.sums(documents.row_targets), config.micro_bsz, accumulation(config), world, config.random_seed)
+    rows = (
+        pack(lengths, config.ctx_len, config.random_seed)
+        if config.packing
+        else Groups(range(count), range(1, count + 1))
+    )
+    return Schedule(
+        rows,
+        rows.sums(lengths),
+        rows.sums(documents.row_targets),
+        config.micro_bsz,
+        accumulation(config),
+        world,
+        config.random_seed,
+    )
 
 
 def collate(rows: list[list[Document]], step_targets: int) -> dict:
@@ -331,7 +399,11 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
-    targets, mask, reset = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool), np.zeros(ids.shape, dtype=bool)
+    targets, mask, reset = (
+        np.zeros_like(ids),
+        np.zeros(ids.shape, dtype=bool),
+        np.zeros(ids.shape, dtype=bool),
+    )
     for i, row in enumerate(rows):
         start = 0
         for document in row:
@@ -341,7 +413,9 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
             mask[i, part] = document.trained[1:]
             reset[i, part][:1] = part.start > 0
     batch = {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None}
-    return {name: None if array is None else torch.from_numpy(array) for name, array in batch.items()} | {"step_targets": step_targets}
+    return {name: None if array is None else torch.from_numpy(array) for name, array in batch.items()} | {
+        "step_targets": step_targets
+    }
 
 
 class Batches:
@@ -351,7 +425,12 @@ class Batches:
     """
 
     def __init__(self, documents: Documents, schedule: Schedule, steps: int, rank: int, first_step: int = 0):
-        self.documents, self.schedule, self.steps, self.rank = documents, schedule, range(first_step, steps), rank
+        self.documents, self.schedule, self.steps, self.rank = (
+            documents,
+            schedule,
+            range(first_step, steps),
+            rank,
+        )
 
     def __len__(self) -> int:
         return len(self.steps) * self.schedule.accumulate
@@ -360,5 +439,8 @@ class Batches:
         for step in self.steps:
             for micro in range(self.schedule.accumulate):
                 rows = self.schedule.micro_rows(step, micro, self.rank)
-                batch = collate([[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows], self.schedule.step_targets(step))
+                batch = collate(
+                    [[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows],
+                    self.schedule.step_targets(step),
+                )
                 yield batch | {"width": self.schedule.micro_width(step, micro)}

@@ -26,17 +26,41 @@ from .model import RWKV, LayerState, State
 from .ops import native
 from .words import counted
 
-MODEL = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias", "head.weight")
+MODEL = (
+    "emb.weight",
+    "blocks.0.ln0.weight",
+    "blocks.0.ln0.bias",
+    "ln_out.weight",
+    "ln_out.bias",
+    "head.weight",
+)
 NORMS = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.ln_x.weight", "att.ln_x.bias")
 # the members of Layer6 and Layer7 of cuda/decode_cpu.cpp
 LAYER = {
-    6: (*NORMS, *(f"att.time_maa_{name}" for name in "xwkvrg"), "att.time_decay", "att.time_faaaa", "ffn.time_maa_k", "ffn.time_maa_r",
-        "att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2",
+    6: (
+        *NORMS,
+        *(f"att.time_maa_{name}" for name in "xwkvrg"),
+        "att.time_decay",
+        "att.time_faaaa",
+        "ffn.time_maa_k",
+        "ffn.time_maa_r",
+        "att.time_maa_w1",
+        "att.time_maa_w2",
+        "att.time_decay_w1",
+        "att.time_decay_w2",
         *(f"att.{name}.weight" for name in ("receptance", "key", "value", "gate", "output")),
-        *(f"ffn.{name}.weight" for name in ("key", "receptance", "value"))),
-    7: (*NORMS, *(f"att.x_{name}" for name in "rwkvag"), *(f"att.{name}" for name in ("k_k", "k_a", "r_k", "w0", "a0", "v0")), "ffn.x_k",
+        *(f"ffn.{name}.weight" for name in ("key", "receptance", "value")),
+    ),
+    7: (
+        *NORMS,
+        *(f"att.x_{name}" for name in "rwkvag"),
+        *(f"att.{name}" for name in ("k_k", "k_a", "r_k", "w0", "a0", "v0")),
+        "ffn.x_k",
         *(f"att.{name}{i}" for name in "wavg" for i in (1, 2)),
-        *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")), "ffn.key.weight", "ffn.value.weight"),
+        *(f"att.{name}.weight" for name in ("receptance", "key", "value", "output")),
+        "ffn.key.weight",
+        "ffn.value.weight",
+    ),
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ADVICE = "; the file may be damaged, or an adapter's scale too large"
@@ -47,8 +71,11 @@ class Matrix(ctypes.Structure):
     """Matrix of cuda/decode_cpu.h."""
 
     _fields_ = [
-        ("data", ctypes.c_void_p), ("scale", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("rows", "columns", "type", "rank")),
-        *((name, ctypes.c_void_p) for name in ("A", "B", "inner")), ("strength", ctypes.c_double),
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "type", "rank")),
+        *((name, ctypes.c_void_p) for name in ("A", "B", "inner")),
+        ("strength", ctypes.c_double),
     ]
 
 
@@ -79,25 +106,51 @@ class Decoder:
             raise ValueError(f"no decoder for this model: {found}")
         self.model, self.int8, self.threads = model, int8, torch.get_num_threads()
         arch = self.arch = model.arch
-        self.state_shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
-        self.names = [*MODEL, *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version])]
+        self.state_shapes = LayerState(
+            (1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd)
+        )
+        self.names = [
+            *MODEL,
+            *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]),
+        ]
         self.sources = [self._source(name) for name in self.names]
         self.kept: dict[str, list[Tensor]] = {}  # what the native code points to
         self.beside: dict[str, list[Tensor]] = {}  # and of adapters
-        self.matrices = [self._matrix(name, tensor) for name, (tensor, _) in zip(self.names, self.sources, strict=True)]
+        self.matrices = [
+            self._matrix(name, tensor) for name, (tensor, _) in zip(self.names, self.sources, strict=True)
+        ]
         for name, matrix, (_, low_rank) in zip(self.names, self.matrices, self.sources, strict=True):
             self._put_beside(name, matrix, low_rank)
-        sizes = (arch.n_layer, arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.dim_ffn, arch.vocab_size)
+        sizes = (
+            arch.n_layer,
+            arch.n_embd,
+            arch.dim_att,
+            arch.n_head,
+            arch.head_size,
+            arch.dim_ffn,
+            arch.vocab_size,
+        )
         library = native.library("cpu")
         library.decode_open.restype = ctypes.c_void_p
-        self.handle = ctypes.c_void_p(library.decode_open(
-            ctypes.c_int64(arch.version), (ctypes.c_int64 * len(sizes))(*sizes), (Matrix * len(self.names))(*self.matrices),
-            ctypes.c_int64(len(self.names)), ctypes.c_int64(self.threads),
-        ))
+        self.handle = ctypes.c_void_p(
+            library.decode_open(
+                ctypes.c_int64(arch.version),
+                (ctypes.c_int64 * len(sizes))(*sizes),
+                (Matrix * len(self.names))(*self.matrices),
+                ctypes.c_int64(len(self.names)),
+                ctypes.c_int64(self.threads),
+            )
+        )
         if not self.handle:
-            raise RuntimeError(f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp")
+            raise RuntimeError(
+                f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp"
+            )
         self.fresh = True
-        self.run, self.replace, self.close_native = library.decode_step, library.decode_replace, library.decode_close
+        self.run, self.replace, self.close_native = (
+            library.decode_step,
+            library.decode_replace,
+            library.decode_close,
+        )
 
     @property
     def reading(self) -> torch.dtype:
@@ -156,7 +209,9 @@ class Decoder:
                 tensor, scale = int8_rows(tensor)
             tensor = (tensor if tensor.dtype in TYPES else tensor.float()).contiguous()
         self.kept[name] = [tensor] if scale is None else [tensor, scale]
-        return Matrix(tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype])
+        return Matrix(
+            tensor.data_ptr(), None if scale is None else scale.data_ptr(), rows, columns, TYPES[tensor.dtype]
+        )
 
     def _put_beside(self, name: str, matrix: Matrix, low_rank: LowRank | None) -> None:
         """What an adapter adds to a matrix, or nothing."""
@@ -182,9 +237,14 @@ class Decoder:
         if not self.fresh:
             self.refresh()
         if ids.shape[1] > 1:
-            state = [LayerState(layer.att_x.to(self.reading), layer.wkv, layer.ffn_x.to(self.reading)) for layer in state]
+            state = [
+                LayerState(layer.att_x.to(self.reading), layer.wkv, layer.ffn_x.to(self.reading))
+                for layer in state
+            ]
             # the last token is the native code's, and of the others only the state is wanted
-            _, state = self.model.features(ids[:, :-1], state, wanted=torch.zeros_like(ids[:, :-1], dtype=torch.bool))
+            _, state = self.model.features(
+                ids[:, :-1], state, wanted=torch.zeros_like(ids[:, :-1], dtype=torch.bool)
+            )
         return self._step(int(ids[0, -1]), state)
 
     def _check_open(self) -> None:
@@ -194,16 +254,22 @@ class Decoder:
     def _check(self, ids: Tensor, state: State) -> None:
         self._check_open()
         if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
-            raise ValueError(f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at least one token")
+            raise ValueError(
+                f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at least one token"
+            )
         if len(state) != self.arch.n_layer:
-            raise ValueError(f"the state has {len(state)} layers, expected {self.arch.n_layer} for {self.arch.describe()}")
+            raise ValueError(
+                f"the state has {len(state)} layers, expected {self.arch.n_layer} for {self.arch.describe()}"
+            )
         for layer, parts in enumerate(state):
             for name, part, shape in zip(LayerState._fields, parts, self.state_shapes):
                 if part is None and name == "wkv":
                     continue
                 if part is None or part.shape != shape:
                     seen = None if part is None else tuple(part.shape)
-                    raise ValueError(f"{name} of layer {layer}'s state is {seen}, expected {shape} for {self.arch.describe()}")
+                    raise ValueError(
+                        f"{name} of layer {layer}'s state is {seen}, expected {shape} for {self.arch.describe()}"
+                    )
 
     def _step(self, token: int, state: State) -> tuple[Tensor, State]:
         arch = self.arch
@@ -216,8 +282,11 @@ class Decoder:
         logits = torch.empty(1, arch.vocab_size)
         pointers = ctypes.c_void_p * len(before)
         if self.run(
-            self.handle, ctypes.c_int64(token), pointers(*[part.data_ptr() for part in before]),
-            pointers(*[part.data_ptr() for layer in after for part in layer]), ctypes.c_void_p(logits.data_ptr()),
+            self.handle,
+            ctypes.c_int64(token),
+            pointers(*[part.data_ptr() for part in before]),
+            pointers(*[part.data_ptr() for layer in after for part in layer]),
+            ctypes.c_void_p(logits.data_ptr()),
         ):
             raise UserError(f"the logits after token {token} are not finite: the model overflows{ADVICE}")
         return logits, after
@@ -260,6 +329,13 @@ def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDe
                 found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return model, f"token by token in torch, as {found}"
     decoder = Decoder(model, int8)
-    dtypes = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2}
+    dtypes = {
+        str(p.dtype).removeprefix("torch.")
+        for name, p in model.named_parameters()
+        if name.endswith(".weight") and p.dim() == 2
+    }
     weights = "int8" if int8 else " and ".join(sorted(dtypes))
-    return decoder, f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {counted(decoder.threads, 'thread')}"
+    return (
+        decoder,
+        f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {counted(decoder.threads, 'thread')}",
+    )

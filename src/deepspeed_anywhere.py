@@ -75,15 +75,29 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype):
         self.stage, self.dtype = int(name.removesuffix("_offload")[-1]), dtype
         # small buckets: with the defaults, 5e8 elements, stage 3 gathers a whole frozen base at once
-        zero = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": False,
-                "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        zero = {
+            "stage": self.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        }
         if self.stage == 3:
-            zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET, "stage3_max_reuse_distance": BUCKET,
-                     "stage3_param_persistence_threshold": 10_000}
+            zero |= {
+                "stage3_prefetch_bucket_size": BUCKET,
+                "stage3_max_live_parameters": BUCKET,
+                "stage3_max_reuse_distance": BUCKET,
+                "stage3_param_persistence_threshold": 10_000,
+            }
             if "allgather_sequential" in DeepSpeedZeroConfig.model_fields:  # not in the oldest versions
-                zero["stage3_allgather_sequential"] = True  # a tensor comes into its place, not into a bucket and then into its place
+                zero["stage3_allgather_sequential"] = (
+                    True  # a tensor comes into its place, not into a bucket and then into its place
+                )
         if name.endswith("_offload"):
-            zero |= {part: {"device": "cpu"} for part in ("offload_optimizer", "offload_param")[: 2 if self.stage == 3 else 1]}
+            zero |= {
+                part: {"device": "cpu"}
+                for part in ("offload_optimizer", "offload_param")[: 2 if self.stage == 3 else 1]
+            }
         super().__init__(
             config={
                 "zero_optimization": zero,
@@ -117,7 +131,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return torch.device("cpu", 0) if self._on_cpu else super().root_device  # DeepSpeed wants a device *index*
+        return (
+            torch.device("cpu", 0) if self._on_cpu else super().root_device
+        )  # DeepSpeed wants a device *index*
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Stage 3: share out the model, tensor by tensor, before DeepSpeed would put all of it on every device."""
@@ -144,7 +160,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """This rank's share of the trained parameters as flat fp32 tensors, each with what the optimizer keeps for it."""
         zero = self.deepspeed_engine.optimizer
-        pieces = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        pieces = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        )
         return [(piece, zero.optimizer.state[piece]) for piece in pieces]
 
     def _link(self, p: nn.Parameter) -> None:
@@ -153,7 +171,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         DeepSpeed does that once, after the step of the first parameter group, when the optimizer has nothing for the others yet.
         """
         zero = self.deepspeed_engine.optimizer
-        if self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment:  # None: no part of it is on this rank
+        if (
+            self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment
+        ):  # None: no part of it is on this rank
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -165,7 +185,10 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         """(parameter, what the optimizer keeps for it), gathered on every rank."""
         _, state = self._pieces()[0]
         self._link(p)
-        kept = {key: safe_get_full_optimizer_state(p, key) if value.dim() else value for key, value in state.items()}
+        kept = {
+            key: safe_get_full_optimizer_state(p, key) if value.dim() else value
+            for key, value in state.items()
+        }
         return safe_get_full_fp32_param(p), kept
 
     def write_whole(self, p: nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:

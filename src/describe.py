@@ -71,7 +71,11 @@ def details(job: Job) -> list[str]:
         f"adapter    {training(config, model)}",
         *job.data.found.lines(),
         *data(config, documents, schedule),
-        *chunks(chunks_of(config), max(schedule.lengths), state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize)),
+        *chunks(
+            chunks_of(config),
+            max(schedule.lengths),
+            state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
+        ),
         *held_out(config, held, job.evaluated),
         f"optimizer  AdamW, {rates(config, job.steps)}, clip {config.grad_clip:g}",
         f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
@@ -94,9 +98,15 @@ def documents_line(config: Config, found: Data, template: str) -> str:
     documents = found.documents
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
-    return (f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
+    return (
+        (
+            f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
             f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
-            f"{mask(config.loss_mask)} (template {template})").encode("utf-8", "backslashreplace").decode()
+            f"{mask(config.loss_mask)} (template {template})"
+        )
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )
 
 
 def rows(config: Config, schedule: Schedule) -> str:
@@ -161,16 +171,20 @@ def needs(cost: Cost, where: str) -> str:
 def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost) -> str:
     """The line of the plan about the loss on `evaluated` of `held` documents, in a run of `total` steps."""
     if not held:
-        return ("evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what "
-                "the run is worth)")
+        return (
+            "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what "
+            "the run is worth)"
+        )
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
     stop = ""
     if config.early_stop:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
-    return (f"evaluation loss on {evaluated:,} of {counted(held, 'held-out document')}{asked}, "
-            f"{evaluations(config, total)} times: before the training{every} and at its end; "
-            f"{percent(cost.evaluation)} of the training's work{stop}")
+    return (
+        f"evaluation loss on {evaluated:,} of {counted(held, 'held-out document')}{asked}, "
+        f"{evaluations(config, total)} times: before the training{every} and at its end; "
+        f"{percent(cost.evaluation)} of the training's work{stop}"
+    )
 
 
 def warnings(job: Job, cost: Cost) -> list[str]:
@@ -181,8 +195,10 @@ def warnings(job: Job, cost: Cost) -> list[str]:
         are = "is" if bad == 1 else "are"
         texts.append(f"{counted(bad, 'row')} cannot be used and {are} left out; {CARD} has the first")
     if config.warmup_steps >= job.steps:
-        texts.append(f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: "
-                     "the full learning rate is never used")
+        texts.append(
+            f"the warm-up, {counted(config.warmup_steps, 'step')}, is as long as the run: "
+            "the full learning rate is never used"
+        )
     if cost.memory > cost.room:
         texts.append("memory may run out; python -m scripts.plan with the same flags says what to change")
     if device.kernel == "torch" and device.kernel_reason.startswith("auto: "):
@@ -200,20 +216,28 @@ def training(config: Config, model: RWKV) -> str:
     """trained() with every option of the adapter and what of the model it is in."""
     if config.peft == "none":
         return f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained"
-    chosen = ", ".join(f"{name} {value}" for name, value in model.injection.options.items() if value not in ({}, False, ""))
+    chosen = ", ".join(
+        f"{name} {value}" for name, value in model.injection.options.items() if value not in ({}, False, "")
+    )
     return f"{config.peft} {chosen}: {model.injection.line()}".replace(" :", ":")
 
 
 def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
     rows = documents.rows
-    lines = [f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"]
+    lines = [
+        f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"
+    ]
     if config.packing:
-        lines.append(f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
-                     f"{fullness(config, schedule):.1%} full; documents in a row do not see each other")
+        lines.append(
+            f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
+            f"{fullness(config, schedule):.1%} full; documents in a row do not see each other"
+        )
     if documents.split:
-        lines.append(f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut into several documents, "
-                     "each of which begins with the last token of the one before")
+        lines.append(
+            f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut into several documents, "
+            "each of which begins with the last token of the one before"
+        )
     return lines + [f"warning    {text}" for text in cut_warnings(config, documents)]
 
 
@@ -231,9 +255,11 @@ def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
 def steps(config: Config, schedule: Schedule, total: int) -> str:
     """The line of the plan about its optimizer steps."""
     passes = total / schedule.steps_per_pass
-    return (f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} "
-            f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
-            f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data")
+    return (
+        f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} "
+        f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
+        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data"
+    )
 
 
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
@@ -241,8 +267,10 @@ def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
     if not chunks.size:
         return []
     stops = f"stops at every {chunks.truncate} tokens" if chunks.truncate else "is exact"
-    return [f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
-            f"{counted(chunks.states(width), 'state')} of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"]
+    return [
+        f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
+        f"{counted(chunks.states(width), 'state')} of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"
+    ]
 
 
 def chosen(config: Config, origins: dict[str, str]) -> list[str]:
@@ -250,10 +278,16 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, origin in origins.items():
         kind, _, reason = origin.partition(": ")
-        if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):  # which have lines of their own
+        if kind == CHOSEN and name not in (
+            "accelerator",
+            "precision",
+            "wkv",
+        ):  # which have lines of their own
             by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}")
     lines = [f"{', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
-    return [f"{'chosen' if i == 0 else '':<10} {line}" for i, line in enumerate(lines)] + [f"in full    {command(config)}"]
+    return [f"{'chosen' if i == 0 else '':<10} {line}" for i, line in enumerate(lines)] + [
+        f"in full    {command(config)}"
+    ]
 
 
 def mask(loss_mask: str) -> str:
@@ -268,8 +302,10 @@ def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
     source, taken = config.eval_file or config.data_file, counted(len(evaluated.rows), "document")
-    return [f"held out   {counted(len(held_out.rows), 'document')} of {source}{cut}; "
-            f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"]
+    return [
+        f"held out   {counted(len(held_out.rows), 'document')} of {source}{cut}; "
+        f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"
+    ]
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
@@ -277,20 +313,37 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
     config = job.config
     if over:
         step = checkpoint_step(path)
-        what = f"has all {counted(job.steps, 'step')} already" if step >= job.steps else f"ended at step {step} by --early_stop"
+        what = (
+            f"has all {counted(job.steps, 'step')} already"
+            if step >= job.steps
+            else f"ended at step {step} by --early_stop"
+        )
         return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
     if before is None:
-        return [f"resume     no checkpoint in {config.proj_dir}: from the beginning"] if config.resume == "auto" else []
-    lines = [f"resume     from {path}; the weights, the optimizer and the order of the data go on where they were"]
-    changed = [f"{name} {getattr(before, name)} -> {getattr(config, name)}" for name in ("strategy", "devices", "num_nodes", "micro_bsz")
-               if getattr(before, name) != getattr(config, name)]
+        return (
+            [f"resume     no checkpoint in {config.proj_dir}: from the beginning"]
+            if config.resume == "auto"
+            else []
+        )
+    lines = [
+        f"resume     from {path}; the weights, the optimizer and the order of the data go on where they were"
+    ]
+    changed = [
+        f"{name} {getattr(before, name)} -> {getattr(config, name)}"
+        for name in ("strategy", "devices", "num_nodes", "micro_bsz")
+        if getattr(before, name) != getattr(config, name)
+    ]
     if changed:
-        lines.append(f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')}, accumulate is "
-                     f"{job.schedule.accumulate}")
+        lines.append(
+            f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')}, accumulate is "
+            f"{job.schedule.accumulate}"
+        )
     planned = steps_of(before, job.schedule)
     if planned != job.steps:
-        lines.append(f"           {counted(planned, 'step')} -> {job.steps:,}: from here on the learning rate follows the schedule of "
-                     f"{counted(job.steps, 'step')}")
+        lines.append(
+            f"           {counted(planned, 'step')} -> {job.steps:,}: from here on the learning rate follows the schedule of "
+            f"{counted(job.steps, 'step')}"
+        )
     return lines
 
 
@@ -326,7 +379,9 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
             text, inside = "", trained
         text += decoder.push(token)
     end = list(tokenizer.eod)
-    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)  # World's end of document has no text
+    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(
+        end
+    )  # World's end of document has no text
     parts.append((text + decoder.flush() + ("␃" if silent else ""), inside))
     # a NUL, the end of document of bytes and utf16, would make a log a binary file
     return [(part.replace("\0", "␀"), trained) for part, trained in parts]

@@ -19,10 +19,14 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or asked == "auto" and not gpus:
         if devices > MOST_PROCESSES * (cores := os.cpu_count() or 1):
-            raise UserError(f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process wants at least one")
+            raise UserError(
+                f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process wants at least one"
+            )
         return "cpu"
     if devices > gpus:
-        raise UserError(f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or --accelerator cpu")
+        raise UserError(
+            f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or --accelerator cpu"
+        )
     return "gpu"
 
 

@@ -8,12 +8,19 @@ import signal
 import sys
 import threading
 
-OLDEST = (3, 10)  # as in pyproject.toml; an older one must be able to read this file and the first lines of a program
+OLDEST = (
+    3,
+    10,
+)  # as in pyproject.toml; an older one must be able to read this file and the first lines of a program
 OURS = ("rwkv_miss", "src", "scripts", "demo")
 # read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting threads spin unless told not to: small
 # models are then up to thirty times slower as soon as anything else runs. What oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by
 # itself and by torch, and the number of trained tokens is another one in every step
-LIBRARY_SETTINGS = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+LIBRARY_SETTINGS = {
+    "OMP_WAIT_POLICY": "passive",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
 
 
 @contextlib.contextmanager
@@ -26,7 +33,10 @@ def importing():
     """
     if sys.version_info < OLDEST:
         major, minor = sys.version_info[:2]
-        print(f"error: Python {major}.{minor} is too old, 3.10 or newer is needed; here it is {sys.executable}", file=sys.stderr)
+        print(
+            f"error: Python {major}.{minor} is too old, 3.10 or newer is needed; here it is {sys.executable}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -59,6 +69,9 @@ def naming_missing_packages():
         package = (error.name or "").partition(".")[0]
         if package in OURS:
             raise
-        print(f"error: the package {package} is not installed for {sys.executable}; activate the environment that has it "
-              "(source .venv/bin/activate), or: pip install -r requirements.txt", file=sys.stderr)
+        print(
+            f"error: the package {package} is not installed for {sys.executable}; activate the environment that has it "
+            "(source .venv/bin/activate), or: pip install -r requirements.txt",
+            file=sys.stderr,
+        )
         sys.exit(2)

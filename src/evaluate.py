@@ -60,7 +60,9 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
             questions.append(Question([row["prompt"]], row["completion"].strip(), begun[0] if begun else ""))
             continue
         if "messages" not in row:
-            raise UserError(f"{where}: expected messages, a question and its answer, or a prompt and its completion; got {' and '.join(row)}")
+            raise UserError(
+                f"{where}: expected messages, a question and its answer, or a prompt and its completion; got {' and '.join(row)}"
+            )
         *before, answer = row["messages"]
         pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
         questions.append(Question(pieces, thoughts_of(answer)[1], template.opening))
@@ -69,8 +71,14 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
 
 @torch.no_grad()
 def greedy(
-    model: RWKV, tokenizer, prompts: list[list[int]], max_tokens: int, batch: int = 256,
-    stops: Sequence[str] = (), characters: float = math.inf, shown: bool = True,
+    model: RWKV,
+    tokenizer,
+    prompts: list[list[int]],
+    max_tokens: int,
+    batch: int = 256,
+    stops: Sequence[str] = (),
+    characters: float = math.inf,
+    shown: bool = True,
 ) -> list[Answer]:
     """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or
     max_tokens; or until it has said more than `characters`.
@@ -117,7 +125,11 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float)
     if characters < math.inf and len(tokenizer.decode(ids)) > characters:
         return True
     # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out a space that it begins with
-    tail = ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :] if stops else []
+    tail = (
+        ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :]
+        if stops
+        else []
+    )
     return bool(tail) and any(stop in tokenizer.decode(tail) for stop in stops)
 
 
@@ -136,7 +148,9 @@ def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.T
         read.append(model.next_logits(torch.tensor(list(same), device=device)))
         bar.update(0, "reading the prompts")
     logits, states = zip(*read, strict=True)
-    return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*states, strict=True)]
+    return torch.cat(logits), [
+        LayerState(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*states, strict=True)
+    ]
 
 
 def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
@@ -146,15 +160,21 @@ def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
 
 
 def answers_to(
-    model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT,
+    model: RWKV,
+    tokenizer,
+    questions: Sequence[Question],
+    max_tokens: int,
+    template: Template = DEFAULT,
     batch: int = 256,
 ) -> list[Answer]:
     """What the model answers to each question, without thoughts; the same template has made the questions."""
     prompts = [question.ids(tokenizer) for question in questions]
     stops = [template.stop] if template.stop else []
     answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
-    return [Answer(answer_text(answer.text, template, question.opening), answer.cut)
-            for answer, question in zip(answers, questions, strict=True)]
+    return [
+        Answer(answer_text(answer.text, template, question.opening), answer.cut)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
 
 
 def exact_accuracy(

@@ -51,13 +51,18 @@ def write_bytes(path: str, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is unchanged") from None
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
+        ) from None
 
 
 def read_lines(path: str, last_step: int) -> list[dict]:
     """The JSON lines of a run's record up to a step; what a crash cut off ends them, no file is no lines."""
     lines = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError), open(path, "rb") as file:
+    with (
+        contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError),
+        open(path, "rb") as file,
+    ):
         for line in map(json.loads, file):
             if line["step"] > last_step:
                 break

@@ -24,7 +24,9 @@ def require_folder(folder: str) -> None:
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise UserError(f"--proj_dir {folder}: no file can be made in {there} ({error.strerror}); choose another one") from None
+        raise UserError(
+            f"--proj_dir {folder}: no file can be made in {there} ({error.strerror}); choose another one"
+        ) from None
 
 
 def existing_part(folder: str) -> str:
@@ -81,8 +83,9 @@ def _hold(folder: str) -> int | None:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(place)
-            raise UserError(f"another run is writing into {folder} now; wait for its end, or choose another "
-                            "--proj_dir") from None
+            raise UserError(
+                f"another run is writing into {folder} now; wait for its end, or choose another --proj_dir"
+            ) from None
         except OSError:
             pass
         with contextlib.suppress(FileNotFoundError):

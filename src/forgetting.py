@@ -45,23 +45,36 @@ class Forgetting(Callback):
                     before = self._features(module)
             base_head, after = self._base_head(module), self._features(module)
             # a few tokens at a time: the logits of all of them would be the most memory that many a run needs
-            moved = [torch.cat([divergence(base_head(b), module.model.head(t)) for b, t in zip(base.split(BLOCK), tuned.split(BLOCK), strict=True)])
-                     for base, tuned in zip(before, after, strict=True)]
+            moved = [
+                torch.cat(
+                    [
+                        divergence(base_head(b), module.model.head(t))
+                        for b, t in zip(base.split(BLOCK), tuned.split(BLOCK), strict=True)
+                    ]
+                )
+                for base, tuned in zip(before, after, strict=True)
+            ]
         self.result = {name: float(part.mean()) for name, part in zip(self.sections, moved, strict=True)}
         if moved:
             self.result["all"] = float(torch.cat(moved).mean())
 
     def _features(self, module) -> list[Tensor]:
         """What the head gets of each section, (T, C); all ranks take part, because ZeRO-3 gathers the model on the way."""
-        return [module.model.features(torch.tensor([ids], device=module.device))[0][0] for ids in self.sections.values()]
+        return [
+            module.model.features(torch.tensor([ids], device=module.device))[0][0]
+            for ids in self.sections.values()
+        ]
 
     def _base_head(self, module) -> Callable[[Tensor], Tensor]:
         """(T, C) -> the base's logits (T, V)."""
         if self.before is None:
+
             def head(x: Tensor) -> Tensor:
                 with rwkv_miss.disabled(module.model):
                     return module.model.head(x)
 
             return head
-        weight = rwkv_miss.read_checkpoint(self.base_file)["head.weight"].to(module.device, module.model.dtype)
+        weight = rwkv_miss.read_checkpoint(self.base_file)["head.weight"].to(
+            module.device, module.model.dtype
+        )
         return lambda x: F.linear(x, weight)

@@ -48,7 +48,9 @@ class Sampling:
                 raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
 
 
-def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None) -> int:
+def sample(
+    logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None
+) -> int:
     """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer. UserError if a logit is
     NaN or infinite upwards.
 
@@ -58,14 +60,20 @@ def sample(logits: Tensor, sampling: Sampling, seen: dict[int, float], generator
     values = logits.detach().float().cpu().numpy()
     if seen and (sampling.presence_penalty or sampling.frequency_penalty):
         values = values.copy()
-        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * np.array(list(seen.values()), dtype=np.float32)
+        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * np.array(
+            list(seen.values()), dtype=np.float32
+        )
     if not np.isfinite(values.max()):
-        raise UserError(f"the largest logit is {values.max()}, expected a finite number: the model overflows{ADVICE}")
+        raise UserError(
+            f"the largest logit is {values.max()}, expected a finite number: the model overflows{ADVICE}"
+        )
     if sampling.temperature < 1e-5:
         return int(values.argmax())
     order, probabilities = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
-    kept = order[: max(1, int((probabilities.cumsum(dtype=np.float64) - probabilities < sampling.top_p).sum()))]
+    kept = order[
+        : max(1, int((probabilities.cumsum(dtype=np.float64) - probabilities < sampling.top_p).sum()))
+    ]
     shares = np.exp((values[kept] - values[kept[0]]).astype(np.float64) / sampling.temperature).cumsum()
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * shares[-1]
     return int(kept[np.searchsorted(shares, drawn, side="right")])
@@ -96,7 +104,13 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def stream(
-    model: RWKV | Decoder, tokenizer, ids: list[int], state: State | None, sampling: Sampling, max_tokens: int, stop: str = DEFAULT.stop,
+    model: RWKV | Decoder,
+    tokenizer,
+    ids: list[int],
+    state: State | None,
+    sampling: Sampling,
+    max_tokens: int,
+    stop: str = DEFAULT.stop,
     generator: torch.Generator | None = None,
 ) -> Generator[str, None, State]:
     """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the state after it.
@@ -166,7 +180,13 @@ class Conversation:
     """
 
     def __init__(
-        self, model: RWKV | Decoder, tokenizer, sampling: Sampling, seed: int = 0, system: str = "", template: Template = DEFAULT
+        self,
+        model: RWKV | Decoder,
+        tokenizer,
+        sampling: Sampling,
+        seed: int = 0,
+        system: str = "",
+        template: Template = DEFAULT,
     ):
         self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
         self.generator = torch.Generator().manual_seed(seed)
@@ -221,7 +241,16 @@ class Conversation:
             pieces = [piece for piece, _ in self.template.segments([*self.messages, *new], ask=True)]
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
         said: list[str] = []
-        answers = stream(self.model, self.tokenizer, ids, before, self.sampling, max_tokens, self.template.stop, self.generator)
+        answers = stream(
+            self.model,
+            self.tokenizer,
+            ids,
+            before,
+            self.sampling,
+            max_tokens,
+            self.template.stop,
+            self.generator,
+        )
         try:
             state = yield from _noted(answers, said)
         except (KeyboardInterrupt, GeneratorExit):

@@ -64,7 +64,9 @@ class GraphedDecoder:
     def _record(self) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what libraries allocate and choose on their first call must not be in the graph
+        with torch.cuda.stream(
+            stream
+        ):  # what libraries allocate and choose on their first call must not be in the graph
             self._token()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -73,5 +75,7 @@ class GraphedDecoder:
 
     def _token(self) -> list[Tensor]:
         """[logits (1, V), the parts of the state after self.ids, of all layers]."""
-        x, state = self.model.features(self.ids, [LayerState(*parts) for parts in zip(*self.before, strict=True)])
+        x, state = self.model.features(
+            self.ids, [LayerState(*parts) for parts in zip(*self.before, strict=True)]
+        )
         return [self.model.head(x[:, -1]), *(torch.stack(parts) for parts in zip(*state, strict=True))]

@@ -20,8 +20,10 @@ def worse_than_guessing(loss: float, tokenizer: Tokenizer) -> str | None:
     guess = math.log(tokenizer.vocab_size)
     if loss <= guess + MARGIN:
         return None
-    return (f"WARNING: the loss is {loss:.2f}, worse than guessing: any of the tokenizer's {tokenizer.vocab_size:,} ids alike gives {guess:.2f}.\n"
-            f"Was the model trained with another tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model?")
+    return (
+        f"WARNING: the loss is {loss:.2f}, worse than guessing: any of the tokenizer's {tokenizer.vocab_size:,} ids alike gives {guess:.2f}.\n"
+        f"Was the model trained with another tokenizer than {tokenizer.name} (--tokenizer)? Is it the right model?"
+    )
 
 
 @torch.no_grad()
@@ -34,7 +36,9 @@ def doubt_of_text(model: RWKV, tokenizer: Tokenizer, ids: list[int]) -> str | No
     return worse_than_guessing(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item(), tokenizer)
 
 
-def doubt_of_answers(model: RWKV, tokenizer: Tokenizer, pairs: list[tuple[list[int], list[int]]]) -> str | None:
+def doubt_of_answers(
+    model: RWKV, tokenizer: Tokenizer, pairs: list[tuple[list[int], list[int]]]
+) -> str | None:
     """The warning for right answers after their prompts, as ids; None for what is too short to tell."""
     tokens = sum(len(answer) for _, answer in pairs)
     if tokens < ENOUGH:

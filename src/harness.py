@@ -36,26 +36,37 @@ class HarnessModel(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """ln p of each whole text (text,)."""
-        return [total for total, _ in log_likelihoods(self.model, [self._tokens("", *request.args) for request in requests])]
+        return [
+            total
+            for total, _ in log_likelihoods(
+                self.model, [self._tokens("", *request.args) for request in requests]
+            )
+        ]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The greedy answer to each request (context, {"until": texts, "max_gen_toks": number}), without the text that ended it."""
         groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for i, (_, options) in enumerate(request.args for request in requests):
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-                raise UserError(f"the task samples its answers ({options}), they are greedy here; use a task with do_sample: false")
+                raise UserError(
+                    f"the task samples its answers ({options}), they are greedy here; use a task with do_sample: false"
+                )
             until = options.get("until") or []
             stops = (until,) if isinstance(until, str) else tuple(until)
             groups.setdefault((stops, options.get("max_gen_toks", MAX_TOKENS)), []).append(i)
         answers = [""] * len(requests)
         for (stops, limit), members in groups.items():
-            prompts = [self.tokenizer.encode(requests[i].args[0]) or list(self.tokenizer.eod) for i in members]
+            prompts = [
+                self.tokenizer.encode(requests[i].args[0]) or list(self.tokenizer.eod) for i in members
+            ]
             made = greedy(self.model, self.tokenizer, prompts, limit, stops=stops)
             for i, answer in zip(members, made, strict=True):
                 answers[i] = answer.text
         return answers
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as this project's template writes it, asking for an answer."""
         return "".join(piece for piece, _ in self.template.segments(chat_history, ask=add_generation_prompt))
 
@@ -84,12 +95,19 @@ class Lambada(ConfigurableTask):
         self.rows = [{"text": row["text"]} for _, row in read_rows(data_file) if "text" in row]
         if not self.rows:
             raise UserError(f'--data_file {data_file} has no row {{"text": ...}}, which LAMBADA consists of')
-        super().__init__(config={
-            "task": self.NAME, "test_split": "test", "output_type": "loglikelihood",
-            "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}", "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-            "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-                            {"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        })
+        super().__init__(
+            config={
+                "task": self.NAME,
+                "test_split": "test",
+                "output_type": "loglikelihood",
+                "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+                "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+                "metric_list": [
+                    {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+                    {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+                ],
+            }
+        )
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.dataset = {"test": Dataset.from_list(self.rows)}

@@ -27,7 +27,9 @@ SAMPLE_TOKENS = 300  # of one at most, where a character takes more than one
 USUAL_SAMPLE_TOKENS = 100
 
 
-def hold_out(config: Config, documents: Documents, load: Callable[[str], Documents]) -> tuple[Documents, Documents]:
+def hold_out(
+    config: Config, documents: Documents, load: Callable[[str], Documents]
+) -> tuple[Documents, Documents]:
     """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of `documents`; else none.
 
     A document that is in both, word for word, is held out. The choice depends on the documents' own content and the seed, so that
@@ -47,8 +49,10 @@ def hold_out(config: Config, documents: Documents, load: Callable[[str], Documen
     rest = documents.take(kept)
     if not rest.targets:
         others = ", and the others have no trained token" if len(kept) else ""
-        raise UserError(f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {counted(len(keys), 'document')} of {config.data_file} "
-                        f"would be held out{others}")
+        raise UserError(
+            f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {counted(len(keys), 'document')} of {config.data_file} "
+            f"would be held out{others}"
+        )
     if not held.targets:
         raise UserError(f"{source}: none of the {len(held.rows)} held-out documents has a trained token")
     return rest, held
@@ -84,7 +88,10 @@ def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
     lengths = (held_out.lengths - 1).tolist()
     packed = pack(lengths, config.ctx_len, config.random_seed)
     rows = sorted(packed, key=lambda row: -sum(lengths[i] for i in row))
-    return [[[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]] for at in range(0, len(rows), config.micro_bsz)]
+    return [
+        [[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]]
+        for at in range(0, len(rows), config.micro_bsz)
+    ]
 
 
 @contextlib.contextmanager
@@ -145,7 +152,7 @@ def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Que
         if len(found) == count:
             break
         ids = row.ids.tolist()
-        end = len(ids) - (len(eod) if tuple(ids[-len(eod):]) == eod else 0)
+        end = len(ids) - (len(eod) if tuple(ids[-len(eod) :]) == eod else 0)
         trained = np.flatnonzero(row.trained[:end])
         if not len(trained):
             continue

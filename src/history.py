@@ -7,7 +7,11 @@ VALIDATION, BEST = "validation.jsonl", "best.pth"
 
 def best(history: list[dict]) -> dict | None:
     """The evaluation of a trained state with the lowest loss, of equal ones the first; None before there is one."""
-    return min((line for line in history if line["step"] and line["loss"] is not None), key=lambda line: line["loss"], default=None)
+    return min(
+        (line for line in history if line["step"] and line["loss"] is not None),
+        key=lambda line: line["loss"],
+        default=None,
+    )
 
 
 def is_over(history: list[dict], early_stop: int) -> bool:
@@ -26,9 +30,17 @@ def answers_as_before(history: list[dict]) -> bool:
 def describe(history: list[dict], total: int) -> list[str]:
     """The newest evaluation for the user: the loss beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)
-    beside = "" if top is None else ", the best so far" if top is line else f", best {top['loss']:.4f} at step {top['step']}"
-    return [f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}",
-            *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"])]
+    beside = (
+        ""
+        if top is None
+        else ", the best so far"
+        if top is line
+        else f", best {top['loss']:.4f} at step {top['step']}"
+    )
+    return [
+        f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}",
+        *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"]),
+    ]
 
 
 def loss_text(line: dict) -> str:

@@ -59,7 +59,9 @@ def chunks_of(config: Config) -> Chunks:
 
 def half_of(config: Config) -> torch.dtype | None:
     """The dtype of autocast in full training; None: compute in the parameters' dtypes."""
-    return DTYPES[config.precision] if config.peft == "none" and config.precision in ("bf16", "fp16") else None
+    return (
+        DTYPES[config.precision] if config.peft == "none" and config.precision in ("bf16", "fp16") else None
+    )
 
 
 def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:
@@ -67,7 +69,9 @@ def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:
     return rows * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
 
-def rows_loss(model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0) -> Tensor:
+def rows_loss(
+    model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
+) -> Tensor:
     """The sum of the loss over the trained tokens of a batch (see src.data.collate), differentiable in the model's trained parameters.
 
     `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted, if it is not that of the batch: ZeRO-3 needs
@@ -92,7 +96,10 @@ def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | 
 
 def cut(batch: dict, start: int, stop: int) -> dict:
     """Tokens start to stop of every row. Behind the end of the rows, which are longer on another rank: one token without loss."""
-    part = {name: None if batch[name] is None else batch[name][:, start:stop] for name in ("ids", "targets", "mask", "reset")}
+    part = {
+        name: None if batch[name] is None else batch[name][:, start:stop]
+        for name in ("ids", "targets", "mask", "reset")
+    }
     if part["ids"].shape[1]:
         return part
     ids = batch["ids"][:, :1]
@@ -129,7 +136,9 @@ class _Walk:
             total = total + loss
         return total, kept
 
-    def backward(self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dloss: Tensor) -> list[Tensor | None]:
+    def backward(
+        self, kept: Sequence[Tensor], parameters: Sequence[Tensor], dloss: Tensor
+    ) -> list[Tensor | None]:
         """The gradients of the parameters; None for one that no chunk uses."""
         gradients: list[Tensor | None] = [None] * len(parameters)
         begins = [None, *_states(kept, self.model.arch.n_layer)]
@@ -142,16 +151,29 @@ class _Walk:
                 states.append(_own(self.run(i, states[-1])[1]))
             for i in reversed(range(first, first + len(states))):
                 new, dstate = self.chunk_backward(i, states.pop(), parameters, dloss, dstate)
-                gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, new, strict=True)]
+                gradients = [
+                    a if b is None else b if a is None else a + b for a, b in zip(gradients, new, strict=True)
+                ]
         return gradients
 
-    def chunk_backward(self, i: int, state: State | None, parameters: Sequence[Tensor], dloss: Tensor, dafter: list[Tensor | None]):
+    def chunk_backward(
+        self,
+        i: int,
+        state: State | None,
+        parameters: Sequence[Tensor],
+        dloss: Tensor,
+        dafter: list[Tensor | None],
+    ):
         """(gradients of the parameters by chunk i, gradient of the state before it: empty where nothing crosses)."""
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
         before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
         with torch.enable_grad():
             loss, after = self.run(i, next(_states(before, self.model.arch.n_layer), None))
-        ends = [(x, dx) for x, dx in ((loss, dloss), *zip(_flat(after), dafter)) if dx is not None and x.requires_grad]
+        ends = [
+            (x, dx)
+            for x, dx in ((loss, dloss), *zip(_flat(after), dafter))
+            if dx is not None and x.requires_grad
+        ]
         if not ends:  # a tuned initial state is all that is trained, and nothing of it gets here
             return [None] * len(parameters), []
         outputs, given = zip(*ends, strict=True)

@@ -46,7 +46,9 @@ class JinjaTemplate:
     def __init__(self, name: str, source: str, eos: str):
         self.name, self.record, self.eos = name, source, eos
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols],
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[Generation, jinja2.ext.loopcontrols],
         )
         environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = _to_json
@@ -63,27 +65,48 @@ class JinjaTemplate:
 
     def _try_out(self) -> None:
         """Find the end of a turn, and what ends an answer in a chat: that end, where it can be seen, else how the next turn begins."""
-        question, answer = {"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}
-        asked, whole, again = self._render([question], True), self._render([question, answer]), self._render([question, answer, question])
+        question, answer = (
+            {"role": "user", "content": "A question?"},
+            {"role": "assistant", "content": "An answer."},
+        )
+        asked, whole, again = (
+            self._render([question], True),
+            self._render([question, answer]),
+            self._render([question, answer, question]),
+        )
         for text, message in ((asked, question), (whole, answer)):
             if message["content"] not in text:
-                raise UserError(f"{self.name}: the template writes a conversation without the {message['role']}'s words; got {text!r}")
+                raise UserError(
+                    f"{self.name}: the template writes a conversation without the {message['role']}'s words; got {text!r}"
+                )
         self.turn_end = whole.rpartition(answer["content"])[2]
         between = again.rpartition(answer["content"])[2].partition(question["content"])[0]
         self.stop = self.turn_end.strip() or between.rstrip()
         if self.marks and not any(segment.trained for segment in self.segments([question, answer])):
-            raise UserError(f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}")
+            raise UserError(
+                f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}"
+            )
         self.segments([question, answer])
 
-    def segments(self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False) -> list[Segment]:
+    def segments(
+        self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
+    ) -> list[Segment]:
         """See template.Template."""
-        pieces = self._marked(messages, tools, ask) if self.marks else self._by_beginnings(messages, tools, ask)
+        pieces = (
+            self._marked(messages, tools, ask) if self.marks else self._by_beginnings(messages, tools, ask)
+        )
         segments: list[Segment] = []
         for text, trained in pieces:
             # the end of a turn is a piece by itself, as in a chat
             if trained and self.turn_end and text.endswith(self.turn_end):
                 segments += [Segment(text.removesuffix(self.turn_end), True), Segment(self.turn_end, True)]
-            elif segments and segments[-1].trained and segments[-1].text != self.turn_end and self.turn_end and text.startswith(self.turn_end):
+            elif (
+                segments
+                and segments[-1].trained
+                and segments[-1].text != self.turn_end
+                and self.turn_end
+                and text.startswith(self.turn_end)
+            ):
                 segments += [Segment(self.turn_end, False), Segment(text.removeprefix(self.turn_end), False)]
             else:
                 segments.append(Segment(text, trained))
@@ -101,7 +124,9 @@ class JinjaTemplate:
         wanted = [is_trained(message) for message in messages if message["role"] == "assistant"]
         if len(wanted) != len(rest):
             if not all(wanted):
-                raise UserError(f'{self.name} has {len(rest)} {{% generation %}} blocks for {len(wanted)} answers; which of them has "weight": 0?')
+                raise UserError(
+                    f'{self.name} has {len(rest)} {{% generation %}} blocks for {len(wanted)} answers; which of them has "weight": 0?'
+                )
             wanted = [True] * len(rest)
         pieces = [(text, False)]
         for part, trained in zip(rest, wanted):
@@ -117,12 +142,18 @@ class JinjaTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, after = self._render(messages[:i], True, tools), self._render(messages[: i + 1], False, tools)
+            before, after = (
+                self._render(messages[:i], True, tools),
+                self._render(messages[: i + 1], False, tools),
+            )
             if ask and not (whole.startswith(before) and whole.startswith(after)):
                 return [(whole, False)]  # a question for the model needs no mask
             self._check_beginning(whole, before, i)
             self._check_beginning(whole, after, i + 1)
-            pieces += [(whole[place : len(before)], False), (whole[len(before) : len(after)], is_trained(message))]
+            pieces += [
+                (whole[place : len(before)], False),
+                (whole[len(before) : len(after)], is_trained(message)),
+            ]
             place = len(after)
         return [*pieces, (whole[place:], False)]
 
@@ -137,7 +168,9 @@ class JinjaTemplate:
 
     def _render(self, messages: list[dict], ask: bool = False, tools=None, marks: bool = False) -> str:
         try:
-            text = self.template.render(messages=messages, tools=tools, add_generation_prompt=ask, bos_token="", eos_token=self.eos)
+            text = self.template.render(
+                messages=messages, tools=tools, add_generation_prompt=ask, bos_token="", eos_token=self.eos
+            )
         except Exception as error:  # a template may raise anything that Python does
             raise UserError(f"{self.name}{_line(error)}: {error}") from None
         return text if marks else text.replace(BEGIN, "").replace(END, "")
@@ -147,13 +180,17 @@ def _raise(message: str):
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
+def _to_json(
+    value, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False
+) -> str:
     """Jinja's own filter is for HTML and would escape < and >."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _line(error: Exception) -> str:
-    """", line N" of the template, from the frames that Jinja makes up for it."""
+    """ ", line N" of the template, from the frames that Jinja makes up for it."""
     line, trace = "", error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == "<template>":

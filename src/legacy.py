@@ -59,7 +59,13 @@ LOSS_MASKS = {
 QUANTS = {"": "none", "0": "none", "4bit": "nf4", "fp4": "nf4"}
 
 # RWKV-PEFT's options of a method, one flag for each method, as JSON
-METHOD_CONFIGS = {"miss_config": "miss", "disha_config": "miss", "bone_config": "miss", "lora_config": "lora", "pissa_config": "pissa"}
+METHOD_CONFIGS = {
+    "miss_config": "miss",
+    "disha_config": "miss",
+    "bone_config": "miss",
+    "lora_config": "lora",
+    "pissa_config": "pissa",
+}
 METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
 
 # before that, one flag for each option of LoRA; the first two stand alone
@@ -71,7 +77,17 @@ RANK_FLAGS = ("rank", "r")
 # and what RWKV-LM and RWKV-PEFT have about stages and epochs
 STAGE_FLAGS = ("train_stage", "my_exit_tokens", "epoch_save")
 
-NAMES = {"train_type", *DROPPED, *REFUSED, *METHOD_CONFIGS, *LORA_FLAGS, *STAGE_FLAGS, *RANK_FLAGS, "emb", "state_tune"}
+NAMES = {
+    "train_type",
+    *DROPPED,
+    *REFUSED,
+    *METHOD_CONFIGS,
+    *LORA_FLAGS,
+    *STAGE_FLAGS,
+    *RANK_FLAGS,
+    "emb",
+    "state_tune",
+}
 CHUNK = 512  # RWKV-PEFT's chunk_ctx
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
@@ -82,10 +98,16 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     for name, (harmless, reason) in REFUSED.items():
         if name in old and old[name] not in harmless:
             raise UserError(f"--{name} {old[name]}: {reason}")
-    notes = [f"--{name} is ignored: {DROPPED.get(name, 'it is off')}" for name in old if name in DROPPED or name in REFUSED]
+    notes = [
+        f"--{name} is ignored: {DROPPED.get(name, 'it is off')}"
+        for name in old
+        if name in DROPPED or name in REFUSED
+    ]
     if old and _value(kept, "epoch_steps"):
-        notes.append("--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026 trains on so many documents "
-                     "and drops the rest. Without it all data is used")
+        notes.append(
+            "--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026 trains on so many documents "
+            "and drops the rest. Without it all data is used"
+        )
     new = [*_method(old, kept, notes), *_train_type(old, kept, notes), *_stage(old, kept, notes)]
     if _value(kept, "warmup_steps") == "-1":
         new += ["--warmup_steps", "0"]
@@ -93,17 +115,23 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     mask = _value(kept, "loss_mask")
     if mask in LOSS_MASKS and old.get("data_type") == "sft":
         new += ["--loss_mask", "assistant"]
-        notes.append(f"--loss_mask {mask or repr('')} is ignored with --data_type sft, there as well: the answers are trained")
+        notes.append(
+            f"--loss_mask {mask or repr('')} is ignored with --data_type sft, there as well: the answers are trained"
+        )
     elif mask in LOSS_MASKS:
         today, meaning = LOSS_MASKS[mask]
         new += ["--loss_mask", today]
         other = "; assistant trains the answers alone" if today == "all" else ""
         notes.append(f"--loss_mask {mask or repr('')} {meaning}: --loss_mask {today}{other}")
     elif mask == "se":
-        raise UserError("--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END")
+        raise UserError(
+            "--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END"
+        )
     if (quant := _value(kept, "quant")) in QUANTS:
         if QUANTS[quant] != "none":
-            notes.append(f"--quant {quant}: nf4 is taken instead of fp4, with as many bits and smaller errors")
+            notes.append(
+                f"--quant {quant}: nf4 is taken instead of fp4, with as many bits and smaller errors"
+            )
         new += ["--quant", QUANTS[quant]]
     if _value(kept, "op") in ("fla", "triton"):
         notes.append(f"--op {_value(kept, 'op')}: there are own kernels instead; auto chooses")
@@ -173,30 +201,56 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
     if "lora" in old or "PISSA" in old:
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
-        notes.append(f"--{'PISSA' if method == 'pissa' else 'lora'} and its flags are --peft {method} with --peft_config")
-        options = {"r": _integer(old, "lora_r", 8), "load": old.get("lora_load"), "dropout": _number(old, "lora_dropout"),
-                   **({"niter": _integer(old, "svd_niter", 4)} if method == "pissa" else {"alpha": _integer(old, "lora_alpha", 32)})}
+        notes.append(
+            f"--{'PISSA' if method == 'pissa' else 'lora'} and its flags are --peft {method} with --peft_config"
+        )
+        options = {
+            "r": _integer(old, "lora_r", 8),
+            "load": old.get("lora_load"),
+            "dropout": _number(old, "lora_dropout"),
+            **(
+                {"niter": _integer(old, "svd_niter", 4)}
+                if method == "pissa"
+                else {"alpha": _integer(old, "lora_alpha", 32)}
+            ),
+        }
         if method == "pissa" and "lora_alpha" in old:
             notes.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
         parts = old.get("lora_parts", "att,ln,time").split(",")
-        linears = {"att": ["att.receptance", "att.key", "att.value", "att.output"], "ffn": ["ffn.key", "ffn.value"]}
+        linears = {
+            "att": ["att.receptance", "att.key", "att.value", "att.output"],
+            "ffn": ["ffn.key", "ffn.value"],
+        }
         if not {"att", "ffn"} <= set(parts):
-            options["targets"] = [target for part, targets in linears.items() if part in parts for target in targets]
+            options["targets"] = [
+                target for part, targets in linears.items() if part in parts for target in targets
+            ]
         beside = [part for part in parts if part not in linears]
     else:
-        notes += [f"--{name} is ignored: it belongs to another method than the run's" for name in LORA_FLAGS if name in old]
+        notes += [
+            f"--{name} is ignored: it belongs to another method than the run's"
+            for name in LORA_FLAGS
+            if name in old
+        ]
     for name, of in METHOD_CONFIGS.items():
         if name in old and of != method:
-            notes.append(f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}")
+            notes.append(
+                f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}"
+            )
         elif name in old:
             try:
-                options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in json.loads(old[name]).items()}
+                options |= {
+                    re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value
+                    for key, value in json.loads(old[name]).items()
+                }
             except (json.JSONDecodeError, AttributeError):
                 raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
             notes.append(f"--{name} is --peft_config")
             if _value(kept, "train_parts") is None:
-                notes.append("the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; "
-                             "--train_parts time,ln does")
+                notes.append(
+                    "the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; "
+                    "--train_parts time,ln does"
+                )
     for name in RANK_FLAGS:
         if name in old:
             options["r"] = _integer(old, name, 0)
@@ -226,11 +280,15 @@ def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
     if kind not in ("none", "infctx", "state", ""):
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
-        notes.append(f"--train_type infctx is --chunk_ctx {chunk or CHUNK}: rows run in chunks of so many tokens")
+        notes.append(
+            f"--train_type infctx is --chunk_ctx {chunk or CHUNK}: rows run in chunks of so many tokens"
+        )
         return ["--chunk_ctx", str(CHUNK)] if chunk is None else []
     if chunk is None:
         return []
-    notes.append(f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in chunks")
+    notes.append(
+        f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in chunks"
+    )
     return ["--chunk_ctx", "0"]
 
 
@@ -249,8 +307,10 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
     if "load" in options:
         path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):
-            raise UserError(f"{path} is an adapter of another project, which training cannot go on with. python -m rwkv_miss merge takes it, and "
-                            f"python -m rwkv_miss convert {path} OUT.pth --to native makes one for the chat; move it away to train a new one")
+            raise UserError(
+                f"{path} is an adapter of another project, which training cannot go on with. python -m rwkv_miss merge takes it, and "
+                f"python -m rwkv_miss convert {path} OUT.pth --to native makes one for the chat; move it away to train a new one"
+            )
         notes.append(f"{path} is not there: a new adapter is trained")
     return [*(["--peft", "bat"] if mode == "bat" else []), "--peft_config", json.dumps(options)]
 
@@ -271,13 +331,20 @@ def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
         new += ["--epoch_count", "1"]
     epochs = _integer(old, "epoch_save", 0)
     if epochs and not _value(kept, "save_steps"):
-        now = {name: _value(kept, name) for name in ("micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps")}
+        now = {
+            name: _value(kept, name)
+            for name in ("micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps")
+        }
         steps = _integer(now, "epoch_steps", 0)
         if stage != "0":
-            steps = MINI_EPOCH // math.prod(max(1, _integer(now, name, 1)) for name in now if name != "epoch_steps")
+            steps = MINI_EPOCH // math.prod(
+                max(1, _integer(now, name, 1)) for name in now if name != "epoch_steps"
+            )
         if steps:
             new += ["--save_steps", str(epochs * steps)]
-            notes.append(f"--epoch_save {epochs} is --save_steps {epochs * steps}: {epochs} x {steps} steps of an epoch")
+            notes.append(
+                f"--epoch_save {epochs} is --save_steps {epochs * steps}: {epochs} x {steps} steps of an epoch"
+            )
         else:
             notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
     return new
@@ -287,7 +354,11 @@ def newest_model(folder: str) -> str:
     """RWKV-LM's `--load_model 0`: of rwkv-init.pth and rwkv-N.pth in the folder the one with the highest N."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [match for name in names if (match := re.fullmatch(r"rwkv-(init|\d+)\.pth", name))]
-    numbered = {-1 if match[1] == "init" else int(match[1]): os.path.join(folder, match[0]) for match in found}
+    numbered = {
+        -1 if match[1] == "init" else int(match[1]): os.path.join(folder, match[0]) for match in found
+    }
     if not numbered:
-        raise UserError(f"--load_model 0: {folder} has no rwkv-init.pth and no rwkv-N.pth; make one with --train_stage 1, or name the model")
+        raise UserError(
+            f"--load_model 0: {folder} has no rwkv-init.pth and no rwkv-N.pth; make one with --train_stage 1, or name the model"
+        )
     return numbered[max(numbered)]

@@ -27,7 +27,9 @@ from .processes import check_world, launched
 BYE = "bye"
 MEET_MINUTES = 30  # for which a machine waits for the first one, as torch does for a process group
 BRIEFLY = 0.5  # seconds in which two ends of a connection hear of each other
-GRACE = 5.0  # seconds in which a process may end by itself, with its own traceback, once another one has ended
+GRACE = (
+    5.0  # seconds in which a process may end by itself, with its own traceback, once another one has ended
+)
 PATIENCE = 30.0  # seconds before it is said for whom a process waits
 LATECOMERS = 10.0  # seconds for which a failing rank 0 waits for those that are still starting
 
@@ -44,7 +46,9 @@ def lifeline(config: Config) -> contextlib.AbstractContextManager:
             return Lifeline(slurm.global_rank(), world, slurm.main_address, slurm.main_port)
         return Lifeline(int(env["RANK"]), world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
     if config.num_nodes > 1 and "LOCAL_RANK" not in env:
-        return Lifeline(int(env["NODE_RANK"]), config.num_nodes, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "machine")
+        return Lifeline(
+            int(env["NODE_RANK"]), config.num_nodes, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "machine"
+        )
     return contextlib.nullcontext()
 
 
@@ -66,11 +70,19 @@ class Lifeline:
         # torchrun has the store already; else it is the one that the process group will use later: the server is shared
         host = self.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            self.store = TCPStore(self.address, self.port, is_master=host, wait_for_workers=False, multi_tenant=True,
-                                  timeout=datetime.timedelta(minutes=MEET_MINUTES))
+            self.store = TCPStore(
+                self.address,
+                self.port,
+                is_master=host,
+                wait_for_workers=False,
+                multi_tenant=True,
+                timeout=datetime.timedelta(minutes=MEET_MINUTES),
+            )
             if self.number == 0:
                 dual = socket.has_dualstack_ipv6()
-                server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+                server = socket.create_server(
+                    ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+                )
                 key = secrets.token_hex(16)  # whoever else calls at the port is no member
                 self.store.set("lifeline", f"{server.getsockname()[1]} {key}")
                 self._start(self._accept, server, key)
@@ -80,11 +92,21 @@ class Lifeline:
                 line.settimeout(None)
                 line.sendall(f"{key} {self.name}\n".encode())
                 self._hold(line)
-                self._start(self._listen, line.makefile(encoding="utf-8", errors="replace"), self.name.partition(" ")[0] + " 0")
+                self._start(
+                    self._listen,
+                    line.makefile(encoding="utf-8", errors="replace"),
+                    self.name.partition(" ")[0] + " 0",
+                )
         except (DistError, OSError) as error:
-            what = f"{self.name} can't open port {self.port}" if host else f"{self.name} does not reach the first one at {self.address}:{self.port}"
-            raise UserError(f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first machine's address in a network "
-                            "of all machines and a free port there, and no firewall may be between them") from None
+            what = (
+                f"{self.name} can't open port {self.port}"
+                if host
+                else f"{self.name} does not reach the first one at {self.address}:{self.port}"
+            )
+            raise UserError(
+                f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first machine's address in a network "
+                "of all machines and a free port there, and no firewall may be between them"
+            ) from None
         self.folder_key = f"folder {key}"
         return self
 
@@ -104,7 +126,9 @@ class Lifeline:
             self._part(BYE)
             return
         self.own = _one_line(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
-        time.sleep(BRIEFLY)  # a lost connection to another rank is a consequence, whose cause is about to come
+        time.sleep(
+            BRIEFLY
+        )  # a lost connection to another rank is a consequence, whose cause is about to come
         patience = time.monotonic() + LATECOMERS
         while self.number == 0 and len(self.lines) < self.members - 1 and time.monotonic() < patience:
             time.sleep(0.1)
@@ -115,7 +139,11 @@ class Lifeline:
         missing = self.members - 1 - len(self.lines) if self.number == 0 else not self.lines
         if missing and not self.over:
             whom = f"{missing} of {self.members - 1} others" if self.number == 0 else "the first one"
-            print(f"note: {self.name} waits for {whom}, to meet at {self.address}:{self.port}", file=sys.stderr, flush=True)
+            print(
+                f"note: {self.name} waits for {whom}, to meet at {self.address}:{self.port}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _start(self, work, *args) -> None:
         threading.Thread(target=work, args=args, daemon=True, name="lifeline").start()
@@ -148,7 +176,10 @@ class Lifeline:
             said = ""
         if said == BYE:
             return
-        reason = said or f"{name} ended without a word: it was killed, perhaps for memory, or its machine can't be reached any more"
+        reason = (
+            said
+            or f"{name} ended without a word: it was killed, perhaps for memory, or its machine can't be reached any more"
+        )
         if self._part(reason):
             self.reason = reason
             if said:

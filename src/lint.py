@@ -113,7 +113,9 @@ def _of_row(row: dict, encoder: Encoder) -> Iterator[str]:
     for message in row.get("messages", ()):
         content = message.get("content") or ""
         if message["role"] != "assistant":
-            if isinstance(encoder.template, RwkvTemplate) and re.search(r"\n{2,}", content.replace("\r\n", "\n").strip()):
+            if isinstance(encoder.template, RwkvTemplate) and re.search(
+                r"\n{2,}", content.replace("\r\n", "\n").strip()
+            ):
                 yield "blank line"
             continue
         if not content.strip() and not message.get("tool_calls"):

@@ -19,16 +19,30 @@ from .tokenizer import Tokenizer, recorded_tokenizer
 
 
 def load(
-    path, adapter=None, tokenizer: str = "auto", eod: str = "", accelerator: str = "auto", precision: str = "auto", wkv: str = "auto"
+    path,
+    adapter=None,
+    tokenizer: str = "auto",
+    eod: str = "",
+    accelerator: str = "auto",
+    precision: str = "auto",
+    wkv: str = "auto",
 ) -> tuple[RWKV, Tokenizer]:
     """(model, tokenizer): those of load_with(), with the adapter in use if there is one."""
-    adapters, tokenizer = load_with(path, {"adapter": adapter} if adapter else {}, tokenizer, eod, accelerator, precision, wkv)
+    adapters, tokenizer = load_with(
+        path, {"adapter": adapter} if adapter else {}, tokenizer, eod, accelerator, precision, wkv
+    )
     adapters.use(list(adapters.by_name))
     return adapters.model, tokenizer
 
 
 def load_with(
-    path, files: Mapping[str, Any], tokenizer: str = "auto", eod: str = "", accelerator: str = "auto", precision: str = "auto", wkv: str = "auto"
+    path,
+    files: Mapping[str, Any],
+    tokenizer: str = "auto",
+    eod: str = "",
+    accelerator: str = "auto",
+    precision: str = "auto",
+    wkv: str = "auto",
 ) -> tuple[Adapters, Tokenizer]:
     """(model with the adapter files, none of them in use yet; tokenizer). "auto" is the GPU where there is one, bf16 on it, and the tokenizer
     that the files record.
@@ -39,8 +53,10 @@ def load_with(
     "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5. An adapter never changes the weights, whatever their precision (adapters.py).
     """
     for folder in filter(os.path.isdir, files.values()):
-        raise UserError(f"{folder} is a folder, and an adapter here is one .pth; "
-                        f"python -m rwkv_miss convert {folder} adapter.pth --to native makes it")
+        raise UserError(
+            f"{folder} is a folder, and an adapter here is one .pth; "
+            f"python -m rwkv_miss convert {folder} adapter.pth --to native makes it"
+        )
     accelerator = choose_accelerator(accelerator)
     device = "cuda" if accelerator == "gpu" else "cpu"
     tensors = read_model_file(path)
@@ -51,7 +67,9 @@ def load_with(
         dtype = DTYPES[choose_precision(precision, accelerator)[0]]
     _check_tokenizers(tokenizer, files)
     model = RWKV.load(path, dtype, device, kernel).eval()
-    return Adapters(model, files), recorded_tokenizer(tokenizer, eod, model.arch.vocab_size, *files.values(), path)
+    return Adapters(model, files), recorded_tokenizer(
+        tokenizer, eod, model.arch.vocab_size, *files.values(), path
+    )
 
 
 def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
@@ -59,10 +77,16 @@ def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
     records = {name: (read_metadata(path) or {}).get("tokenizer") for name, path in files.items()}
     different = {record for record in records.values() if record}
     if asked == "auto" and len(different) > 1:
-        raise UserError(f"the adapters were trained with different tokenizers ({', '.join(f'{n}: {r}' for n, r in records.items())}); "
-                        "give --tokenizer, or chat with them one by one")
+        raise UserError(
+            f"the adapters were trained with different tokenizers ({', '.join(f'{n}: {r}' for n, r in records.items())}); "
+            "give --tokenizer, or chat with them one by one"
+        )
 
 
 def in_bf16(tensors: dict[str, Tensor]) -> bool:
     """Whether all large matrices of a model are bf16."""
-    return all(tensor.dtype == torch.bfloat16 for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2)
+    return all(
+        tensor.dtype == torch.bfloat16
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.dim() == 2
+    )

@@ -57,7 +57,9 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, native: bool = False) 
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
-    return _HeadLoss.apply(x, weight, targets, native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16))
+    return _HeadLoss.apply(
+        x, weight, targets, native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    )
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -87,7 +89,11 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor):
         # in the loss's own dtype: 1 / tokens in bf16 would be off by up to 0.2 %
-        return *(None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors), None, None
+        return (
+            *(None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors),
+            None,
+            None,
+        )
 
 
 def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
@@ -106,10 +112,16 @@ def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
 def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
     rows, vocab = logits.shape
     loss = logits.new_empty(rows, dtype=torch.float32)
-    in_range = targets.dtype == torch.int64 and targets.shape == (rows,) and (not rows or 0 <= targets.min() <= targets.max() < vocab)
+    in_range = (
+        targets.dtype == torch.int64
+        and targets.shape == (rows,)
+        and (not rows or 0 <= targets.min() <= targets.max() < vocab)
+    )
     if not in_range or not logits.is_contiguous():
-        raise ValueError(f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)} with strides "
-                         f"{logits.stride()}; expected contiguous logits, and for each row an int64 target from 0 to {vocab - 1}")
+        raise ValueError(
+            f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)} with strides "
+            f"{logits.stride()}; expected contiguous logits, and for each row an int64 target from 0 to {vocab - 1}"
+        )
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (logits, targets.contiguous(), loss)]
     sizes = [ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]
     library("cpu").softmax_loss(*pointers, *sizes, DTYPES[logits.dtype], torch.get_num_threads())
@@ -118,4 +130,6 @@ def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
 
 torch.library.define("rwkv::softmax_loss_", "(Tensor(a!) logits, Tensor targets) -> Tensor")
 torch.library.impl("rwkv::softmax_loss_", "cpu", _native_softmax_loss_)
-torch.library.register_fake("rwkv::softmax_loss_", lambda logits, targets: logits.new_empty(len(logits), dtype=torch.float32))
+torch.library.register_fake(
+    "rwkv::softmax_loss_", lambda logits, targets: logits.new_empty(len(logits), dtype=torch.float32)
+)

@@ -53,7 +53,9 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
     return row, max(1, min(sum(most), row * config.micro_bsz))
 
 
-def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, precision: str, row: int, targets: int) -> dict[str, float]:
+def memory_parts(
+    arch: Arch, config: Config, accelerator: str, kernel: str, precision: str, row: int, targets: int
+) -> dict[str, float]:
     """Bytes by part on one device: rows of `row` tokens, `targets` of them trained in a micro-batch. `precision` is not auto."""
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -69,7 +71,9 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
         return 0 if away else size / world if from_stage <= stage else size
 
     parts = {
-        "base": shared(base_size * frozen - saved_by_quant(model, config.quant, base_size), 3, offload and stage == 3),
+        "base": shared(
+            base_size * frozen - saved_by_quant(model, config.quant, base_size), 3, offload and stage == 3
+        ),
         "trained": shared(4 * trained, 3, offload and stage == 3) + buffers,
         "gradients": shared(4 * trained, 2, offload),
         "Adam": shared(8 * trained, 1, offload),
@@ -85,7 +89,11 @@ def memory_parts(arch: Arch, config: Config, accelerator: str, kernel: str, prec
     step = step_bytes(arch, config, kernel, precision, row, targets)
     # under stage 3 AnywhereDeepSpeed has glibc give back what is freed
     waste = 0 if stage == 3 and accelerator == "cpu" else allocator_waste(step, accelerator)
-    parts |= {"activations": step.activations, "working": max(step.peak - step.activations, 0), "allocator": waste}
+    parts |= {
+        "activations": step.activations,
+        "working": max(step.peak - step.activations, 0),
+        "allocator": waste,
+    }
     parts["libraries"] = LIBRARIES[accelerator] + (DEEPSPEED_LIBRARY if stage and accelerator == "cpu" else 0)
     return parts
 
@@ -156,7 +164,12 @@ def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
     """A container's limit, version 2 or 1, or what of it is left; files that the kernel would drop from its cache count as free."""
     for limit, usage, stat, key in (
         (f"{root}/memory.max", f"{root}/memory.current", f"{root}/memory.stat", "inactive_file"),
-        (f"{root}/memory/memory.limit_in_bytes", f"{root}/memory/memory.usage_in_bytes", f"{root}/memory/memory.stat", "total_inactive_file"),
+        (
+            f"{root}/memory/memory.limit_in_bytes",
+            f"{root}/memory/memory.usage_in_bytes",
+            f"{root}/memory/memory.stat",
+            "total_inactive_file",
+        ),
     ):
         try:
             with open(limit) as file:

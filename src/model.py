@@ -35,17 +35,32 @@ class LayerState(NamedTuple):
     """What a layer carries from one token to the next."""
 
     att_x: Tensor  # (B, C), the last input of the time mix, after ln1
-    wkv: Tensor | None  # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]; None before the first token: what documents start from
+    wkv: (
+        Tensor | None
+    )  # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]; None before the first token: what documents start from
     ffn_x: Tensor  # (B, C), the last input of the channel mix, after ln2
 
 
 State = list[LayerState]
 
 
-def default_arch(version: int, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64) -> Arch:
+def default_arch(
+    version: int, n_layer: int, n_embd: int, vocab_size: int = 65536, head_size: int = 64
+) -> Arch:
     """RWKV-LM's sizes for a model of so many layers and channels."""
     dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
-    return Arch(version, vocab_size, n_embd, n_layer, n_embd // head_size, head_size, n_embd, dim_ffn, ranks, layer0_value_residual=version == 7)
+    return Arch(
+        version,
+        vocab_size,
+        n_embd,
+        n_layer,
+        n_embd // head_size,
+        head_size,
+        n_embd,
+        dim_ffn,
+        ranks,
+        layer0_value_residual=version == 7,
+    )
 
 
 class Block(nn.Module):
@@ -62,14 +77,22 @@ class Block(nn.Module):
         self.ffn = version.ChannelMix(arch, layer, kernel)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, state: LayerState, reset: Tensor | None, wanted: Tensor | None = None, recompute: bool = False
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        state: LayerState,
+        reset: Tensor | None,
+        wanted: Tensor | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (B, T) bool the channel mix
         is computed for these tokens only, and the new x is theirs, (their number, C); the state is whole. With `recompute` nothing of the
         time mix is kept for the backward but its input."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        run = functools.partial(checkpoint, self.time_mix, use_reentrant=False) if recompute else self.time_mix
+        run = (
+            functools.partial(checkpoint, self.time_mix, use_reentrant=False) if recompute else self.time_mix
+        )
         mixed, v_first, att_x, wkv = run(x, v_first, state.att_x, state.wkv, reset)
         x = x + mixed
         mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset, wanted)
@@ -89,7 +112,9 @@ class RWKV(nn.Module):
         super().__init__()
         self.arch = arch
         self.grad_cp = 0  # what is recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
-        self.expands_to: torch.dtype | None = None  # that of the products, where the linears are quantised and do not tell
+        self.expands_to: torch.dtype | None = (
+            None  # that of the products, where the linears are quantised and do not tell
+        )
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
@@ -141,12 +166,18 @@ class RWKV(nn.Module):
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         for kind, names in (("lacks", missing), ("has the unknown", extra)):
             if names:
-                shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise UserError(f"{path} {kind} {shown}; expected exactly the tensors of {self.arch.describe()}")
+                shown = ", ".join(sorted(names)[:5]) + (
+                    f" and {len(names) - 5} more" if len(names) > 5 else ""
+                )
+                raise UserError(
+                    f"{path} {kind} {shown}; expected exactly the tensors of {self.arch.describe()}"
+                )
         for name, shape in expected.items():
             got = tensors[name].shape
             if [n for n in got if n != 1] != [n for n in shape if n != 1]:
-                raise UserError(f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}")
+                raise UserError(
+                    f"{path}: {name} is {tuple(got)}, expected {tuple(shape)} in {self.arch.describe()}"
+                )
 
     def set_kernel(self, kernel: str) -> None:
         """Name another WKV implementation; "cpu" also means the native elementwise functions of src.ops.fused."""
@@ -165,7 +196,11 @@ class RWKV(nn.Module):
 
     def layer_linears(self) -> dict[str, nn.Linear]:
         """Name -> linear, adapted or not, of the matrices of all layers: most of the model, without emb, head and low-rank maps."""
-        return {f"blocks.{name}": module for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)}
+        return {
+            f"blocks.{name}": module
+            for name, module in self.blocks.named_modules()
+            if isinstance(module, nn.Linear)
+        }
 
     def quantise(self, kind: str, dtype: torch.dtype) -> None:
         """Hold the frozen layer_linears() in 8 or 4 bits (rwkv_miss/quantised.py) and what else is frozen in `dtype`, which is that of the products.
@@ -175,7 +210,9 @@ class RWKV(nn.Module):
         linears = list(self.layer_linears().values())
         quantise_(progress(linears, f"quantising to {kind}", unit="matrices", shown=is_first_process()), kind)
         for name, p in self.named_parameters():
-            if p.is_floating_point() and not p.requires_grad and not name.endswith("time_state"):  # states are fp32 everywhere
+            if (
+                p.is_floating_point() and not p.requires_grad and not name.endswith("time_state")
+            ):  # states are fp32 everywhere
                 p.data = p.data.to(dtype)
         self.expands_to = dtype
 
@@ -185,7 +222,11 @@ class RWKV(nn.Module):
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
 
     def features(
-        self, ids: Tensor, state: State | None = None, reset: Tensor | None = None, wanted: Tensor | None = None
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
 
@@ -206,7 +247,9 @@ class RWKV(nn.Module):
             after.append(new)
         return self.ln_out(x), after
 
-    def forward(self, ids: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token; `reset` as in features."""
         x, state = self.features(ids, state, reset)
         return self.head(x), state
@@ -217,7 +260,10 @@ class RWKV(nn.Module):
             return self.head(x, targets)
         # an adapted head gives logits only: they are made for some rows at a time, and in the backward again
         rows = max(1, BLOCK // self.arch.vocab_size)
-        parts = [checkpoint(self._loss_of, *part, use_reentrant=False) for part in zip(x.split(rows), targets.split(rows), strict=True)]
+        parts = [
+            checkpoint(self._loss_of, *part, use_reentrant=False)
+            for part in zip(x.split(rows), targets.split(rows), strict=True)
+        ]
         return torch.stack(parts).sum()
 
     def _loss_of(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -237,7 +283,9 @@ def read_model_file(path) -> dict[str, Tensor]:
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
         base = metadata.get("base") or "which it does not name"
-        raise UserError(f"{path} is an adapter; give its base ({base}) as the model, and this file as --adapter in chat and merge")
+        raise UserError(
+            f"{path} is an adapter; give its base ({base}) as the model, and this file as --adapter in chat and merge"
+        )
     return tensors
 
 
@@ -246,14 +294,23 @@ def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) 
     new: dict[int, Tensor] = {}
     for name, old in [*module.named_parameters(), *module.named_buffers()]:
         tensor = values(name, old)
-        new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        new[id(old)] = (
+            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        )
     for owner in module.modules():
-        for slots in (owner._parameters, owner._buffers):  # which keep their order and what else is registered of them
+        for slots in (
+            owner._parameters,
+            owner._buffers,
+        ):  # which keep their order and what else is registered of them
             slots.update({leaf: new[id(old)] for leaf, old in slots.items() if old is not None})
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, state_lr: float | None = None, lr_map: dict[str, float] | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    state_lr: float | None = None,
+    lr_map: dict[str, float] | None = None,
 ) -> list[dict]:
     """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 

@@ -23,7 +23,13 @@ from .model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses
 from .template import Template
 
-ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = "adapter.pth", "model.pth", "metrics.jsonl", "config.yaml", "run.json"
+ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = (
+    "adapter.pth",
+    "model.pth",
+    "metrics.jsonl",
+    "config.yaml",
+    "run.json",
+)
 MERGED = "merged.pth"  # what the merge that is suggested writes
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
 CHECKPOINTS = "checkpoints"
@@ -48,9 +54,16 @@ def writer(config: Config, model: RWKV, tokenizer, template: Template):
     """The function that is called on every rank to write the trained tensors or, in full training, the whole model; keywords become metadata."""
     from .trainer import whole_parameters  # lightning, which merge and chat need not pay
 
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {"python": platform.python_version()}
-    made_with = {"tokenizer": tokenizer.name, "eod": config.eod, "template": template.record, "versions": versions,
-                 "quant": None if config.quant == "none" else config.quant}  # of the base beside which it was trained; the merge needs none
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {
+        "python": platform.python_version()
+    }
+    made_with = {
+        "tokenizer": tokenizer.name,
+        "eod": config.eod,
+        "template": template.record,
+        "versions": versions,
+        "quant": None if config.quant == "none" else config.quant,
+    }  # of the base beside which it was trained; the merge needs none
 
     def write(trainer, path: str, **described) -> None:
         described |= {"step": trainer.global_step, **made_with}
@@ -93,7 +106,9 @@ def is_summed_up(config: Config, step: int) -> bool:
         return json.load(file)["steps"] == step
 
 
-def finish(config: Config, plan: list[str], step: int, total_steps: int, measured: dict | None = None) -> None:
+def finish(
+    config: Config, plan: list[str], step: int, total_steps: int, measured: dict | None = None
+) -> None:
     """The loss curve, run.json, at the end of the training run_card.md, and the next command.
 
     `measured` is what only the process knows that trained: it is absent for a run that was killed after its last step. Where the process was
@@ -102,13 +117,21 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
     with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
         metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
     if not metrics:
-        raise UserError("no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is odd in the data or the base")
+        raise UserError(
+            "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is odd in the data or the base"
+        )
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
     summary = {
-        "version": VERSION, "commit": commit() or None,
-        "steps": step, "planned_steps": total_steps, "loss_first": metrics[0]["loss"], "loss_last": metrics[-1]["loss"],
-        "train_seconds": sum(line["seconds"] for line in metrics), **(measured or {}), "output": output_path(config),
+        "version": VERSION,
+        "commit": commit() or None,
+        "steps": step,
+        "planned_steps": total_steps,
+        "loss_first": metrics[0]["loss"],
+        "loss_last": metrics[-1]["loss"],
+        "train_seconds": sum(line["seconds"] for line in metrics),
+        **(measured or {}),
+        "output": output_path(config),
     }
     if history:
         summary |= {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
@@ -119,26 +142,45 @@ def finish(config: Config, plan: list[str], step: int, total_steps: int, measure
     over = is_over(history, config.early_stop)
     if step >= total_steps or over:
         write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
-    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))  # the last file: what is_summed_up() looks at
+    write_text(
+        os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1)
+    )  # the last file: what is_summed_up() looks at
     early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
     state = "done" if step >= total_steps else early if over else "stopped, go on with --resume auto"
     first = (measured or {}).get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
-    print(f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
-          f"{start}wrote {summary['output']}")
+    print(
+        f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
+        f"{start}wrote {summary['output']}"
+    )
     if step >= total_steps or over:
         print(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     if history and answers_as_before(history):
-        print(f"note:      the sample answers are those of before the training; --lr_init above {config.lr_init:g} or more than --epoch_count "
-              f"{config.epoch_count} moves the model further")
+        print(
+            f"note:      the sample answers are those of before the training; --lr_init above {config.lr_init:g} or more than --epoch_count "
+            f"{config.epoch_count} moves the model further"
+        )
     chosen = summary["output"]
     if "best" in summary:
-        print(f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
-              f"before training {loss_text(history[0])}, at the end {loss_text(history[-1])}")
+        print(
+            f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
+            f"before training {loss_text(history[0])}, at the end {loss_text(history[-1])}"
+        )
         chosen = top if summary["best_step"] < step else chosen
     if config.peft == "none":
         print(f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', chosen])}")
     else:
         out = os.path.join(config.proj_dir, MERGED)
-        words = ["python", "-m", "rwkv_miss", "merge", "--base", config.load_model, "--adapter", chosen, "--out", out]
+        words = [
+            "python",
+            "-m",
+            "rwkv_miss",
+            "merge",
+            "--base",
+            config.load_model,
+            "--adapter",
+            chosen,
+            "--out",
+            out,
+        ]
         print(f"merge it:  {shlex.join(words)}")

@@ -18,7 +18,15 @@ from .config import Config, accumulation, is_automatic
 from .data import Documents, Schedule, load, make_schedule
 from .device import choose_accelerator, choose_precision
 from .formats import Reading, Report, sources
-from .held_out import FORWARD, USUAL_SAMPLE_TOKENS, affordable, evaluations, hold_out, in_hash_order, questions
+from .held_out import (
+    FORWARD,
+    USUAL_SAMPLE_TOKENS,
+    affordable,
+    evaluations,
+    hold_out,
+    in_hash_order,
+    questions,
+)
 from .learning_rate import method_rate
 from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
 from .model import RWKV
@@ -27,7 +35,10 @@ from .tokenise import Encoder
 from .tokenizer import Tokenizer
 from .words import counted
 
-STAGE_3_CHUNKS = (2, 8)  # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
+STAGE_3_CHUNKS = (
+    2,
+    8,
+)  # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +106,14 @@ class Cost:
 
 
 def run_cost(
-    config: Config, arch: Arch, device: Device, schedule: Schedule, data: Data, evaluated: Documents,
-    eod: tuple[int, ...], speed: Speed,
+    config: Config,
+    arch: Arch,
+    device: Device,
+    schedule: Schedule,
+    data: Data,
+    evaluated: Documents,
+    eod: tuple[int, ...],
+    speed: Speed,
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
     memory = needed(estimate(config, arch, schedule), config, device.accelerator)
@@ -126,11 +143,19 @@ def check_packages(config: Config) -> None:
     """A UserError where DeepSpeed is asked for and absent, and for chunks under stage 3 with a torch that lacks what their one backward needs of
     its gradient accumulators."""
     if config.strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp")
-    if config.chunk_ctx and config.strategy.startswith("deepspeed_stage_3") and torch.__version__ < STAGE_3_CHUNKS:
+        raise UserError(
+            f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp"
+        )
+    if (
+        config.chunk_ctx
+        and config.strategy.startswith("deepspeed_stage_3")
+        and torch.__version__ < STAGE_3_CHUNKS
+    ):
         needed = ".".join(map(str, STAGE_3_CHUNKS))
-        raise UserError(f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is {torch.__version__}; "
-                        f'pip install "torch>={needed}", or use --strategy deepspeed_stage_2 or ddp')
+        raise UserError(
+            f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is {torch.__version__}; "
+            f'pip install "torch>={needed}", or use --strategy deepspeed_stage_2 or ddp'
+        )
 
 
 def choose_device(config: Config, origins: dict[str, str], device: Device) -> None:
@@ -162,7 +187,9 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     choose(config, origins, "eval_split", *held_out_share(config, len(documents.rows)))
     train, held_out = hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len))
     if config.eval_file and (both := len(documents.rows) - len(train.rows)):
-        found.notes.append(f"left out   {counted(both, 'document')} of {config.data_file}, word for word in {config.eval_file} too")
+        found.notes.append(
+            f"left out   {counted(both, 'document')} of {config.data_file}, word for word in {config.eval_file} too"
+        )
     return Data(train, held_out, found)
 
 
@@ -172,7 +199,10 @@ def trained_tokens(config: Config, schedule: Schedule) -> float:
 
 
 def choose_evaluation(
-    config: Config, origins: dict[str, str], schedule: Schedule, held_out: Documents,
+    config: Config,
+    origins: dict[str, str],
+    schedule: Schedule,
+    held_out: Documents,
     before: Config | None = None,
 ) -> Documents:
     """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the
@@ -195,7 +225,9 @@ def choose_evaluation(
 
 def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:
     """Bytes by part on one device, with settings that may differ from those of the schedule in the size of a batch."""
-    return memory_parts(arch, config, config.accelerator, config.wkv, config.precision, *largest_batch(schedule, config))
+    return memory_parts(
+        arch, config, config.accelerator, config.wkv, config.precision, *largest_batch(schedule, config)
+    )
 
 
 def memory_of(device: Device, world: int) -> int:
@@ -204,9 +236,15 @@ def memory_of(device: Device, world: int) -> int:
     return device.memory or (free_memory if world == 1 else all_memory)(device.accelerator)
 
 
-def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents) -> Schedule:
+def plan_steps(
+    config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents
+) -> Schedule:
     """The steps of the run, with the batch filled in."""
-    rows = make_schedule(documents, dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0), config.world)
+    rows = make_schedule(
+        documents,
+        dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0),
+        config.world,
+    )
 
     def bytes_needed(tried: Config) -> float:
         return needed(estimate(tried, arch, rows), tried, device.accelerator)

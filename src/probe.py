@@ -31,7 +31,10 @@ def sections(tokenizer) -> dict[str, list[int]]:
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
     """Kullback-Leibler divergence KL(base || tuned) at each token, nats: logits (T, V) -> (T,) fp32, or fp64 for such logits."""
-    base, tuned = (torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1) for logits in (base, tuned))
+    base, tuned = (
+        torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+        for logits in (base, tuned)
+    )
     return (base.exp() * (base - tuned)).sum(-1)
 
 
@@ -65,4 +68,10 @@ def distance(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Distance:
             kl.append(divergence(a, b))
             same.append(a.argmax(-1) == b.argmax(-1))
     kls = torch.cat(kl)
-    return Distance(largest, size, float(kls.mean().clamp(min=0)), float(kls.max().clamp(min=0)), float(torch.cat(same).double().mean()))
+    return Distance(
+        largest,
+        size,
+        float(kls.mean().clamp(min=0)),
+        float(kls.max().clamp(min=0)),
+        float(torch.cat(same).double().mean()),
+    )

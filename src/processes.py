@@ -49,18 +49,30 @@ def launched() -> Launch | None:
     if "RANK" in env:
         missing = [name for name in PER_PROCESS if name not in env]
         if missing:
-            raise UserError(f"RANK is set in the environment, but not {' and '.join(missing)}: a launcher sets {', '.join(PER_PROCESS)}, MASTER_ADDR "
-                            "and MASTER_PORT for every process; set them all, or unset RANK")
-        by = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_SIZE" in env else "the launcher"
+            raise UserError(
+                f"RANK is set in the environment, but not {' and '.join(missing)}: a launcher sets {', '.join(PER_PROCESS)}, MASTER_ADDR "
+                "and MASTER_PORT for every process; set them all, or unset RANK"
+            )
+        by = (
+            "torchrun"
+            if "TORCHELASTIC_RUN_ID" in env
+            else "deepspeed"
+            if "CROSS_SIZE" in env
+            else "the launcher"
+        )
         return Launch(by, _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE"))
     # within `sbatch` and `salloc` SLURM_NTASKS is set without srun, too, and a step of one task may be a shell
     if (tasks := _number("SLURM_STEP_NUM_TASKS")) > 1:
         if "SLURM_NTASKS_PER_NODE" not in env:
-            raise UserError(f"srun started {tasks} tasks; say how many on each machine: srun --ntasks-per-node N")
+            raise UserError(
+                f"srun started {tasks} tasks; say how many on each machine: srun --ntasks-per-node N"
+            )
         return Launch("srun", tasks, tasks // (_number("SLURM_STEP_NUM_NODES") or 1))
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if _number(name) > 1:
-            raise UserError(f"mpirun started {env[name]} processes, but it does not tell them where to meet; use torchrun, deepspeed or srun")
+            raise UserError(
+                f"mpirun started {env[name]} processes, but it does not tell them where to meet; use torchrun, deepspeed or srun"
+            )
     return None
 
 
@@ -77,7 +89,11 @@ def drop_local_rank(argv: list[str]) -> list[str]:
 
     Without LOCAL_RANK it stays, and is refused like any flag that does not exist.
     """
-    return [word for word in argv if "LOCAL_RANK" not in os.environ or not re.fullmatch(r"--local[_-]rank=\d+", word)]
+    return [
+        word
+        for word in argv
+        if "LOCAL_RANK" not in os.environ or not re.fullmatch(r"--local[_-]rank=\d+", word)
+    ]
 
 
 def follow_launcher(config: Config, origins: dict[str, str]) -> None:
@@ -87,16 +103,22 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> None:
         return
     given = config.devices if origins["devices"] != "default" else max(launch.world // config.num_nodes, 1)
     devices = launch.on_machine or given
-    told = f"{launch.by} started {launch.world} processes" + (f", {launch.on_machine} of them on this machine" if launch.on_machine else "")
+    told = f"{launch.by} started {launch.world} processes" + (
+        f", {launch.on_machine} of them on this machine" if launch.on_machine else ""
+    )
     if launch.world % devices:
-        raise UserError(f"{told}, but every machine must have {devices}: {launch.world} is not a multiple of it")
+        raise UserError(
+            f"{told}, but every machine must have {devices}: {launch.world} is not a multiple of it"
+        )
     for name, number in (("devices", devices), ("num_nodes", launch.world // devices)):
         if origins[name] == "default":
             setattr(config, name, number)
             origins[name] = launch.by
         elif getattr(config, name) != number:
-            raise UserError(f"{told}, so that --{name} is {number}, but it is {getattr(config, name)} ({origins[name]}); "
-                            f"drop --{name}, or have {launch.by} start as many as it says")
+            raise UserError(
+                f"{told}, so that --{name} is {number}, but it is {getattr(config, name)} ({origins[name]}); "
+                f"drop --{name}, or have {launch.by} start as many as it says"
+            )
 
 
 def check_world(config: Config) -> int:
@@ -104,15 +126,29 @@ def check_world(config: Config) -> int:
     world = config.world
     launch, env = launched(), os.environ
     if launch is None and "WORLD_SIZE" in env and _number("WORLD_SIZE") != world:
-        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment, but --devices x --num_nodes is {world}; make them equal, or unset it")
+        raise UserError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment, but --devices x --num_nodes is {world}; make them equal, or unset it"
+        )
     if launch is None and _number("NODE_RANK") >= config.num_nodes:
-        raise UserError(f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {config.num_nodes}; the machines count from 0")
-    needed = () if world == 1 or launch and launch.by == "srun" else PER_MACHINE[:2] if launch else PER_MACHINE if config.num_nodes > 1 else ()
+        raise UserError(
+            f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {config.num_nodes}; the machines count from 0"
+        )
+    needed = (
+        ()
+        if world == 1 or launch and launch.by == "srun"
+        else PER_MACHINE[:2]
+        if launch
+        else PER_MACHINE
+        if config.num_nodes > 1
+        else ()
+    )
     missing = [name for name in needed if name not in env]
     if missing:
-        raise UserError(f"{world} processes on {config.num_nodes} machines need {', '.join(needed)} in the environment of each; {', '.join(missing)} "
-                        "not set. MASTER_ADDR and MASTER_PORT are the first machine's address and a free port of it, the same everywhere; NODE_RANK "
-                        "counts the machines from 0. Or use torchrun, deepspeed or srun, which set them")
+        raise UserError(
+            f"{world} processes on {config.num_nodes} machines need {', '.join(needed)} in the environment of each; {', '.join(missing)} "
+            "not set. MASTER_ADDR and MASTER_PORT are the first machine's address and a free port of it, the same everywhere; NODE_RANK "
+            "counts the machines from 0. Or use torchrun, deepspeed or srun, which set them"
+        )
     return world
 
 
@@ -129,11 +165,15 @@ def choose_interface(master: str) -> None:
             mine = probe.getsockname()[0]
             names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == mine]
     except OSError as error:
-        raise UserError(f"MASTER_ADDR {master} can't be reached from this machine ({error}); give the first machine's address in a network "
-                        "that all of them share") from None
+        raise UserError(
+            f"MASTER_ADDR {master} can't be reached from this machine ({error}); give the first machine's address in a network "
+            "that all of them share"
+        ) from None
     if mine.startswith("127."):
-        raise UserError(f"MASTER_ADDR {master} is {mine} on this machine, where no other one reaches it; give its address in the network, or name "
-                        "the network's interface in GLOO_SOCKET_IFNAME")
+        raise UserError(
+            f"MASTER_ADDR {master} is {mine} on this machine, where no other one reaches it; give its address in the network, or name "
+            "the network's interface in GLOO_SOCKET_IFNAME"
+        )
     os.environ["GLOO_SOCKET_IFNAME"] = names[0]
 
 
@@ -141,7 +181,9 @@ def _address_of(interface: str, probe: socket.socket) -> str:
     """IPv4 address of a network interface; empty where it has none."""
     get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h: struct ifreq, the address at byte 20
     try:
-        return socket.inet_ntoa(fcntl.ioctl(probe, get_address, struct.pack("256s", interface.encode()))[20:24])
+        return socket.inet_ntoa(
+            fcntl.ioctl(probe, get_address, struct.pack("256s", interface.encode()))[20:24]
+        )
     except OSError:
         return ""
 
@@ -153,7 +195,11 @@ def watch_launcher() -> None:
     """
     launch = launched()
     by_lightning = launch is None and _number("LOCAL_RANK") > 0
-    if sys.platform == "win32" or not by_lightning and (launch is None or launch.by not in ("torchrun", "deepspeed")):
+    if (
+        sys.platform == "win32"
+        or not by_lightning
+        and (launch is None or launch.by not in ("torchrun", "deepspeed"))
+    ):
         return
     parent = os.getppid()
     # Lightning starts its children in its own process group; another one's parent has taken over an orphan already
@@ -170,5 +216,9 @@ def watch_launcher() -> None:
 
 def _end_as_orphan() -> None:
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
-    print(f"error: rank {rank} ends, because the process that started it is gone: it was killed, perhaps for memory", file=sys.stderr, flush=True)
+    print(
+        f"error: rank {rank} ends, because the process that started it is gone: it was killed, perhaps for memory",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)

@@ -21,9 +21,31 @@ from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
 MAY_CHANGE = {
-    "proj_dir", "resume", "data_cache", "eval_steps", "eval_samples", "early_stop", "wandb", "save_steps", "save_total_limit", "rollback_steps",
-    "spike_sigmas", "grad_cp", "chunk_ctx", "state_cp", "wkv", "accelerator", "verbose",
-    "strategy", "devices", "num_nodes", "micro_bsz", "accumulate_grad_batches", "global_bsz", "epoch_count", "epoch_steps",
+    "proj_dir",
+    "resume",
+    "data_cache",
+    "eval_steps",
+    "eval_samples",
+    "early_stop",
+    "wandb",
+    "save_steps",
+    "save_total_limit",
+    "rollback_steps",
+    "spike_sigmas",
+    "grad_cp",
+    "chunk_ctx",
+    "state_cp",
+    "wkv",
+    "accelerator",
+    "verbose",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "micro_bsz",
+    "accumulate_grad_batches",
+    "global_bsz",
+    "epoch_count",
+    "epoch_steps",
 }
 
 
@@ -37,7 +59,9 @@ def earlier_settings(config: Config) -> Config | None:
         return None
     file = os.path.join(config.proj_dir, CONFIG)
     if not os.path.exists(file):
-        raise UserError(f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose another --proj_dir")
+        raise UserError(
+            f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose another --proj_dir"
+        )
     return configuration.settle({"config": file})[0]
 
 
@@ -46,7 +70,9 @@ def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in configuration.FIELDS:
-        foreign = name == "peft_config" and config.peft != before.peft  # options of another method; find_checkpoint() says that it is another
+        foreign = (
+            name == "peft_config" and config.peft != before.peft
+        )  # options of another method; find_checkpoint() says that it is another
         if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name) and not foreign:
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
 
@@ -60,19 +86,37 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
     if not before:
         # without its summary the output comes from a run that was killed before its first checkpoint was complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
-        outputs = [path for path in (os.path.join(config.proj_dir, BEST), output_path(config)) if os.path.exists(path)]
+        outputs = [
+            path
+            for path in (os.path.join(config.proj_dir, BEST), output_path(config))
+            if os.path.exists(path)
+        ]
         if is_first_process() and not cut_off and (paths or outputs):
-            raise UserError(f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
-                            + ("go on with --resume auto, or " if paths else "it has no checkpoint to resume from; ") + "choose another --proj_dir")
+            raise UserError(
+                f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "
+                + ("go on with --resume auto, or " if paths else "it has no checkpoint to resume from; ")
+                + "choose another --proj_dir"
+            )
         return None
-    changed = [f"{name} {getattr(before, name)}, now it is {getattr(config, name)}" for name in configuration.FIELDS
-               if name not in MAY_CHANGE and not is_automatic(before, name) and getattr(before, name) != getattr(config, name)]
+    changed = [
+        f"{name} {getattr(before, name)}, now it is {getattr(config, name)}"
+        for name in configuration.FIELDS
+        if name not in MAY_CHANGE
+        and not is_automatic(before, name)
+        and getattr(before, name) != getattr(config, name)
+    ]
     if changed:
-        raise UserError(f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. "
-                        f"Resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir")
-    if config.eval_steps and not (config.eval_file or config.eval_split):  # when the command was checked, a share might have been chosen yet
-        raise UserError(f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps {config.eval_steps} has none to "
-                        "evaluate; drop it, or choose another --proj_dir")
+        raise UserError(
+            f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. "
+            f"Resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
+        )
+    if config.eval_steps and not (
+        config.eval_file or config.eval_split
+    ):  # when the command was checked, a share might have been chosen yet
+        raise UserError(
+            f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps {config.eval_steps} has none to "
+            "evaluate; drop it, or choose another --proj_dir"
+        )
     return paths[-1]
 
 
@@ -90,8 +134,10 @@ def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None
         if name == "base file" and base and isinstance(recorded[name], str):
             same = base.is_recorded(recorded[name], path)
         if not same:
-            raise UserError(f"--resume auto: the {name} is not the one that the run began with; put it back, or choose "
-                            "another --proj_dir")
+            raise UserError(
+                f"--resume auto: the {name} is not the one that the run began with; put it back, or choose "
+                "another --proj_dir"
+            )
 
 
 def keep_rows_per_step(config: Config, before: Config) -> None:
@@ -106,13 +152,17 @@ def keep_rows_per_step(config: Config, before: Config) -> None:
         config.accumulate_grad_batches = 0
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
     if config.global_bsz not in (0, rows) or config.micro_bsz and config.accumulate_grad_batches:
-        raise UserError(f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and --accumulate_grad_batches, which "
-                        "are then chosen to fit, or choose another --proj_dir")
+        raise UserError(
+            f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and --accumulate_grad_batches, which "
+            "are then chosen to fit, or choose another --proj_dir"
+        )
     given = [name for name in ("micro_bsz", "accumulate_grad_batches") if getattr(config, name)]
     each = math.prod(getattr(config, name) for name in given) * config.world
     if rows % each:
-        raise UserError(f"{what}, which is not a multiple of {' x '.join([*given, 'devices', 'num_nodes'])} = {each}; "
-                        f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits")
+        raise UserError(
+            f"{what}, which is not a multiple of {' x '.join([*given, 'devices', 'num_nodes'])} = {each}; "
+            f"choose {' and '.join(f'a --{name}' for name in given) or '--devices'} that fits"
+        )
     config.global_bsz = rows
 
 

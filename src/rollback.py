@@ -43,7 +43,9 @@ class LastGood:
     def _copy(self, trainer: pl.Trainer) -> tuple[int, Mapping[str, Tensor]] | None:
         if not self.every or self.folder:
             return None
-        return trainer.global_step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in read_state(trainer)}
+        return trainer.global_step, {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in read_state(trainer)
+        }
 
     def fault(self, loss: float) -> str | None:
         """What is wrong with a step's loss, or None."""
@@ -78,12 +80,17 @@ class LastGood:
             self.target, self.tries = good[0], 0
         if not good or self.tries == TRIES:
             tried = f", also from the state of step {self.target} again" if self.tries else ""
-            raise UserError(f"{fault} at step {step}{tried}: the run diverged; lower --lr_init. What was saved before is unchanged")
+            raise UserError(
+                f"{fault} at step {step}{tried}: the run diverged; lower --lr_init. What was saved before is unchanged"
+            )
         self.tries += 1
         write_state(trainer, good[1])
         if trainer.is_global_zero:
-            print(f"note: {fault} at step {step}; back to the state of step {good[0]}, and on with step {step + 1} "
-                  f"(try {self.tries} of {TRIES})", flush=True)
+            print(
+                f"note: {fault} at step {step}; back to the state of step {good[0]}, and on with step {step + 1} "
+                f"(try {self.tries} of {TRIES})",
+                flush=True,
+            )
         return good[0]
 
     def _newest_checkpoint(self) -> tuple[int, Mapping[str, Tensor]] | None:

@@ -116,7 +116,9 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     folder, checkpoints = config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS)
     if is_first_process():
         remove_leftovers(output_path(config), os.path.join(folder, BEST), checkpoints)
-        for name in () if resume_from else (BEST, VALIDATION):  # of a run that was killed before its first checkpoint
+        for name in (
+            () if resume_from else (BEST, VALIDATION)
+        ):  # of a run that was killed before its first checkpoint
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
         configuration.save(config, job.origins, os.path.join(folder, CONFIG))
@@ -126,12 +128,22 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
 
     first_step = checkpoint_step(resume_from) if resume_from else 0
     module = FineTuning(model, config, job.data.documents, held_out, job.steps, first_step)
-    last_good = LastGood(config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None)
+    last_good = LastGood(
+        config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None
+    )
     writers = open_writers(config, first_step) if is_first_process() else []
     trained_with = job.tokenizer if config.load_model else None
     report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
     save = writer(config, model, job.tokenizer, job.template)
-    saver = Saver(checkpoints, output_path(config), config.save_steps, config.save_total_limit, save, last_good, resume_from)
+    saver = Saver(
+        checkpoints,
+        output_path(config),
+        config.save_steps,
+        config.save_total_limit,
+        save,
+        last_good,
+        resume_from,
+    )
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
     watch = [Watch(folder, history, job.evaluated, job.tokenizer, save, report)] if held_out.rows else []
@@ -145,12 +157,23 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     except SystemExit:  # Lightning's answer to the second Ctrl-C, with another code
         sys.exit(EXIT_CODE)
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "
-                        "then lower --ctx_len") from None
+        raise UserError(
+            "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "
+            "then lower --ctx_len"
+        ) from None
     if trainer.is_global_zero:
-        measured = {"fit_seconds": time.perf_counter() - begun, "command_to_first_step_seconds": report.first_step_seconds,
-                    "peak_memory_bytes": report.peak_memory}
-        finish(config, plan, trainer.global_step, job.steps, measured | ({} if forgetting.result is None else {"forgetting": forgetting.result}))
+        measured = {
+            "fit_seconds": time.perf_counter() - begun,
+            "command_to_first_step_seconds": report.first_step_seconds,
+            "peak_memory_bytes": report.peak_memory,
+        }
+        finish(
+            config,
+            plan,
+            trainer.global_step,
+            job.steps,
+            measured | ({} if forgetting.result is None else {"forgetting": forgetting.result}),
+        )
     if not complete(trainer.global_step):
         sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 

@@ -29,25 +29,34 @@ def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], hi
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
         _table(["", ""], [[name, value] for name, value in figures.items()]),
-        "## Command", _as_it_is(command(config)),
-        "## Plan", _as_it_is("\n".join(plan)),
-        "## Curves", f"![training and validation loss over the steps]({CURVE})",
-        "## Held-out documents", *_validation(summary, history),
-        "## Forgetting", *_forgetting(config, summary),
+        "## Command",
+        _as_it_is(command(config)),
+        "## Plan",
+        _as_it_is("\n".join(plan)),
+        "## Curves",
+        f"![training and validation loss over the steps]({CURVE})",
+        "## Held-out documents",
+        *_validation(summary, history),
+        "## Forgetting",
+        *_forgetting(config, summary),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _validation(summary: dict, history: list[dict]) -> list[str]:
     if not history:
-        return ["None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that it was not trained on."]
+        return [
+            "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that it was not trained on."
+        ]
     first, last, top = history[0], history[-1], best(history)
     losses = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
     if top:
         losses[f"best, step {top['step']}"] = top
     parts = [_table(["", *losses], [["loss per token, nats", *map(loss_text, losses.values())]])]
     if "best" in summary:
-        parts.append(f"`{summary['best']}` is the state of step {summary['best_step']}, loss {summary['validation_best']:.4f}.")
+        parts.append(
+            f"`{summary['best']}` is the state of step {summary['best_step']}, loss {summary['validation_best']:.4f}."
+        )
     before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}
     for number, sample in enumerate(last["samples"], 1):
         parts.append(f"### Sample {number}")
@@ -76,7 +85,9 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     first, last = summary.get("validation_first"), summary.get("validation_last")
     if first is not None and last is not None:
         moved = f"fell by {first - last:.4f}" if last <= first else f"rose by {last - first:.4f}"
-        parts.append(f"Beside it stands what was learned: on held-out documents the loss {moved} nats per token.")
+        parts.append(
+            f"Beside it stands what was learned: on held-out documents the loss {moved} nats per token."
+        )
     return parts
 
 
@@ -112,7 +123,10 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
 
     losses = [line["loss"] for line in metrics]
     window = max(1, len(losses) // 20)
-    mean = [sum(losses[max(0, i + 1 - window) : i + 1]) / len(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
+    mean = [
+        sum(losses[max(0, i + 1 - window) : i + 1]) / len(losses[max(0, i + 1 - window) : i + 1])
+        for i in range(len(losses))
+    ]
     figure, axes = plt.subplots(figsize=(7, 4))
     steps = [line["step"] for line in metrics]
     axes.plot(steps, losses, alpha=0.35, label="loss")

@@ -10,7 +10,17 @@ from rwkv_miss.functional import linear
 
 from .ops import wkv6
 from .ops.fused import readout6, relu_squared, shift_mix, shift_mix_low_rank
-from .shared import GROUP_NORM_EPS, Cast, Linear, chosen, depth_ratios, initial_state, last_token, low_rank, vector
+from .shared import (
+    GROUP_NORM_EPS,
+    Cast,
+    Linear,
+    chosen,
+    depth_ratios,
+    initial_state,
+    last_token,
+    low_rank,
+    vector,
+)
 
 MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
@@ -56,7 +66,12 @@ class TimeMix(nn.Module):
         for name in ("time_maa", "time_decay"):
             getattr(self, f"{name}_w1").zero_()
             getattr(self, f"{name}_w2").uniform_(-0.01, 0.01)
-        for linear_map, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0), (self.gate, 0.1)):
+        for linear_map, gain in (
+            (self.receptance, 1.0),
+            (self.key, 0.1),
+            (self.value, 1.0),
+            (self.gate, 0.1),
+        ):
             nn.init.orthogonal_(linear_map.weight, gain)
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
@@ -65,7 +80,9 @@ class TimeMix(nn.Module):
         """The state [key, value] that documents start from; files have it as [value, key]. None is zero."""
         return None if self.time_state is None else self.time_state.mT
 
-    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None):
+    def forward(
+        self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None
+    ):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
         r, k, v, w, g = self.project(z, last, reset)
         heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, k, v, w))
@@ -76,7 +93,11 @@ class TimeMix(nn.Module):
         """r, k, v, raw decay w and gate g before silu, all (B, T, A): linear maps of z mixed with its predecessor, in shares that depend on both."""
         p = Cast(self, z.dtype)
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
-        q = torch.tanh(linear(x, p.time_maa_w1, transposed=True)).view(z.shape[0] * z.shape[1], len(MIXES), -1).transpose(0, 1)
+        q = (
+            torch.tanh(linear(x, p.time_maa_w1, transposed=True))
+            .view(z.shape[0] * z.shape[1], len(MIXES), -1)
+            .transpose(0, 1)
+        )
         mixes = [getattr(self, f"time_maa_{name}") for name in MIXES]
         x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
         w = low_rank(x_w, p.time_decay_w1, p.time_decay_w2, p.time_decay, torch.tanh)
@@ -113,7 +134,9 @@ class ChannelMix(nn.Module):
         self.receptance.weight.zero_()
         self.value.weight.zero_()
 
-    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)

@@ -11,7 +11,17 @@ from rwkv_miss.checkpoint import Arch
 
 from .ops.fused import relu_squared, shift_mix, value_residual
 from .ops.mix7 import mix7
-from .shared import GROUP_NORM_EPS, Cast, Linear, chosen, depth_ratios, initial_state, last_token, low_rank, vector
+from .shared import (
+    GROUP_NORM_EPS,
+    Cast,
+    Linear,
+    chosen,
+    depth_ratios,
+    initial_state,
+    last_token,
+    low_rank,
+    vector,
+)
 
 
 class TimeMix(nn.Module):
@@ -75,18 +85,26 @@ class TimeMix(nn.Module):
         """The state [value, key] that documents start from, as files have it; None is zero."""
         return self.time_state
 
-    def forward(self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None):
+    def forward(
+        self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None
+    ):
         """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
         r, w, k, v, a, g = self.project(z, v_first, last, reset)
         if self.layer == 0:
             v_first = v
-        y, wkv = self.ln_x(r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, wkv, reset, self.start(), self.kernel, self.native)
+        y, wkv = self.ln_x(
+            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, wkv, reset, self.start(), self.kernel, self.native
+        )
         return self.output(y), v_first, last_token(z), wkv
 
-    def project(self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
+    def project(
+        self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """r, raw decay w, k, v, raw learning rate a and gate g, all (B, T, C): linear maps of z mixed with its predecessor."""
         p = Cast(self, z.dtype)
-        x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(z, last, reset, [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], self.native)
+        x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(
+            z, last, reset, [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], self.native
+        )
         v = self.value(x_v)
         if self.layer > 0:
             v = value_residual(v, v_first, low_rank(x_v, p.v1, p.v2, p.v0), self.native)
@@ -121,7 +139,9 @@ class ChannelMix(nn.Module):
         nn.init.orthogonal_(self.key.weight)
         self.value.weight.zero_()
 
-    def forward(self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
         (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
         return self.value(relu_squared(self.key(chosen(x_k, wanted)), self.native)), last_token(z)
@@ -134,4 +154,9 @@ def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:
         return max(32, 32 * round(x / 32))
 
     root = math.sqrt(n_embd)
-    return 4 * n_embd, {"w": rank(2.5 * root), "a": rank(2.5 * root), "v": rank(1.7 * root), "g": rank(5 * root)}
+    return 4 * n_embd, {
+        "w": rank(2.5 * root),
+        "a": rank(2.5 * root),
+        "v": rank(1.7 * root),
+        "g": rank(5 * root),
+    }

@@ -34,7 +34,9 @@ def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
 
 def initial_state(arch: Arch) -> nn.Parameter | None:
     """The slot of the state (H, N, N) that a layer's documents start from: zeros where the file has one, None where it has not."""
-    return nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size)) if arch.initial_state else None
+    return (
+        nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size)) if arch.initial_state else None
+    )
 
 
 def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
@@ -42,7 +44,13 @@ def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:
     return layer / max(n_layer - 1, 1), 1 - layer / n_layer
 
 
-def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def low_rank(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    act: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """act(x down) up + bias, for x (..., in), down (in, D), up (D, out)."""
     h = linear(x, down, transposed=True)
     return linear(h if act is None else act(h), up, None if bias is None else bias.view(-1), transposed=True)
@@ -62,7 +70,9 @@ class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm in the dtype of its input, whatever that of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 class Linear(nn.Linear):

@@ -62,7 +62,9 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
         return
     p.copy_(whole)
     # the counter of updates stays on the CPU, where AdamW makes it
-    trainer.optimizers[0].state[p] = {key: value.to(p.device if value.dim() else "cpu", copy=True) for key, value in kept.items()}
+    trainer.optimizers[0].state[p] = {
+        key: value.to(p.device if value.dim() else "cpu", copy=True) for key, value in kept.items()
+    }
 
 
 def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:

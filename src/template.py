@@ -55,7 +55,9 @@ class Template(Protocol):
     stop: str
     opening: str
 
-    def segments(self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False) -> list[Segment]:
+    def segments(
+        self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
+    ) -> list[Segment]:
         """The conversation, the assistant's turns trained; `ask`: with the words at its end after which an answer follows.
 
         Raises UserError for a conversation that the template has no form for.
@@ -79,7 +81,9 @@ class RwkvTemplate:
         self.name = self.record = name
         self.after_user, self.opening = MODES[name]
 
-    def segments(self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False) -> list[Segment]:
+    def segments(
+        self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
+    ) -> list[Segment]:
         segments: list[Segment] = []
         waiting = [{"role": "system", "content": _describe(tools)}] if tools else []
 
@@ -103,7 +107,10 @@ class RwkvTemplate:
         return [TURN_END, self._turns(new, ask=True)]
 
     def _turns(self, messages: list[dict], ask: bool) -> str:
-        turns = [f"{ROLES[m['role']]}: {clean(m['content'])}{self.after_user if m['role'] == 'user' else ''}" for m in messages]
+        turns = [
+            f"{ROLES[m['role']]}: {clean(m['content'])}{self.after_user if m['role'] == 'user' else ''}"
+            for m in messages
+        ]
         return TURN_END.join([*turns, f"{ROLES['assistant']}:{self.opening}"] if ask else turns)
 
     def _answer(self, message: dict) -> str:
@@ -116,7 +123,9 @@ class RwkvTemplate:
         if "</think" not in self.opening:
             return f">\n{thoughts}\n</think>\n{content}" if thoughts else f">\n</think>\n{content}"
         if thoughts:
-            raise UserError(f"an answer has thoughts, for which --template {self.name} has no place; use think, or take them out of the data")
+            raise UserError(
+                f"an answer has thoughts, for which --template {self.name} has no place; use think, or take them out of the data"
+            )
         return f">\n{content}"
 
 
@@ -135,7 +144,9 @@ def thoughts_of(message: dict) -> tuple[str, str]:
     content = (message.get("content") or "").strip()
     thoughts = (message.get("reasoning_content") or message.get("reasoning") or "").strip()
     if not thoughts and content.startswith("<think>") and "</think>" in content:
-        thoughts, _, content = (part.strip() for part in content.removeprefix("<think>").partition("</think>"))
+        thoughts, _, content = (
+            part.strip() for part in content.removeprefix("<think>").partition("</think>")
+        )
     return thoughts, content
 
 
@@ -144,9 +155,14 @@ def _call(call: dict) -> str:
     try:
         function = call.get("function", call)
         arguments = function["arguments"]
-        words = {"name": function["name"], "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments}
+        words = {
+            "name": function["name"],
+            "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
+        }
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise UserError(f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {short(call)}') from None
+        raise UserError(
+            f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {short(call)}'
+        ) from None
     return f"<tool_call>\n{json.dumps(words, ensure_ascii=False)}\n</tool_call>"
 
 

@@ -75,9 +75,11 @@ class Encoder:
         if "ids" in row:
             ids = np.asarray(row["ids"], dtype=np.int32)
             if ids.max(initial=0) >= self.tokenizer.vocab_size:
-                raise WrongSetting(f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size is "
-                                   f"{self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if the model was trained with "
-                                   "it (world has ids up to 65529), else make the data again, from text")
+                raise WrongSetting(
+                    f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size is "
+                    f"{self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if the model was trained with "
+                    "it (world has ids up to 65529), else make the data again, from text"
+                )
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
             return self._ended(ids, trained)
         return self.encode_segments(row_segments(row, self.template, self.loss_mask))
@@ -90,26 +92,37 @@ class Encoder:
         """encode() of pieces that are tokenised one by one."""
         pieces = [self.tokenizer.encode(text) for text, _ in segments]
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
-        trained = np.repeat(np.array([trained for _, trained in segments], dtype=bool), [len(piece) for piece in pieces])
+        trained = np.repeat(
+            np.array([trained for _, trained in segments], dtype=bool), [len(piece) for piece in pieces]
+        )
         return self._ended(ids, trained)
 
     def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = np.array(self.tokenizer.eod, dtype=np.int32)
-        if not np.array_equal(ids[-len(end) :], end):  # files of tokens, and templates that write it, have it already
-            ids, trained = np.concatenate([ids, end]), np.concatenate([trained, np.zeros(len(end), dtype=bool)])
+        if not np.array_equal(
+            ids[-len(end) :], end
+        ):  # files of tokens, and templates that write it, have it already
+            ids, trained = (
+                np.concatenate([ids, end]),
+                np.concatenate([trained, np.zeros(len(end), dtype=bool)]),
+            )
         trained[-len(end) :] = True
         return ids, trained
 
     def _marked(self, ids: np.ndarray) -> np.ndarray:
         """The mask of a marker on tokens as they are: those that begin in what it trains."""
         if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
-            raise UserError(f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name} does not tell which text "
-                            "a token stands for; give the data as text, or --loss_mask all")
+            raise UserError(
+                f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name} does not tell which text "
+                "a token stands for; give the data as text, or --loss_mask all"
+            )
         pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
         begins = np.cumsum([0, *map(len, pieces)])[:-1]
         trained = np.zeros(len(ids), dtype=bool)
         # in latin-1 a character is a byte
-        for begin, end in marked_spans(b"".join(pieces).decode("latin-1"), self.loss_mask.encode().decode("latin-1")):
+        for begin, end in marked_spans(
+            b"".join(pieces).decode("latin-1"), self.loss_mask.encode().decode("latin-1")
+        ):
             trained |= (begins >= begin) & (begins < end)
         return trained
 
@@ -153,7 +166,9 @@ class Converter:
         return Part(Tokens(ids, trained, ends, np.array(texts, dtype=bool)), kinds, bad)
 
 
-def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none") -> Tokens:
+def tokenise(
+    source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none"
+) -> Tokens:
     """The documents of a source, from the cache folder where they are in it ("none": never; "auto": in the user's own cache folder).
     Where the folder cannot be used, a note says so, and there is no cache.
 
@@ -183,13 +198,17 @@ def tokenise(source: Source, encoder: Encoder, report: Report, reading: Reading 
             found = _open(entry, source, report)
     except OSError as error:
         if is_first_process():
-            announce(f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself "
-                     "alone. --data_cache takes another folder")
+            announce(
+                f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself "
+                "alone. --data_cache takes another folder"
+            )
         return _joined(list(chunks()))
     size = sum(file.stat().st_size for file in entry.iterdir())
     seconds = time.perf_counter() - begun
-    announce(f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; "
-             f"kept in {entry} ({size / 1e6:.1f} MB) for later runs")
+    announce(
+        f"tokenised {source.path} in {seconds:.1f} s: {len(found.ids):,} tokens; "
+        f"kept in {entry} ({size / 1e6:.1f} MB) for later runs"
+    )
     return found
 
 
@@ -202,11 +221,22 @@ def cache_folder(cache: str) -> pathlib.Path:
 def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
     """A hash of everything that decides the tokens."""
     here = pathlib.Path(__file__).parent
-    code = [*(here / f"{name}.py" for name in ("tokenise", "template", "jinja_template", "tokenizer")), *sorted((here / "formats").glob("*.py"))]
+    code = [
+        *(here / f"{name}.py" for name in ("tokenise", "template", "jinja_template", "tokenizer")),
+        *sorted((here / "formats").glob("*.py")),
+    ]
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
     versions = [(name, _version(name)) for name in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2")]
-    described = (source.format, reading, on_bad_row, versions, encoder.tokenizer.name, encoder.tokenizer.eod, encoder.template.record,
-                 encoder.loss_mask)
+    described = (
+        source.format,
+        reading,
+        on_bad_row,
+        versions,
+        encoder.tokenizer.name,
+        encoder.tokenizer.eod,
+        encoder.template.record,
+        encoder.loss_mask,
+    )
     digest = hashlib.sha256(repr(described).encode())
     with Progress(f"hashing {source.path}", source.size / 1e6, "MB", is_first_process()) as bar:
         for file in (*code, *tokenizer, *source.files):
@@ -282,7 +312,9 @@ def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes:
             while waiting:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("a process that tokenises was killed, perhaps because memory ran out; free some and start again") from None
+            raise UserError(
+                "a process that tokenises was killed, perhaps because memory ran out; free some and start again"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -321,7 +353,12 @@ def _work(chunk: list) -> Part:
 def _joined(parts: list[Tokens]) -> Tokens:
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])
     parts = [dataclasses.replace(part, ends=part.ends + start) for part, start in zip(parts, starts)]
-    return Tokens(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Tokens)))
+    return Tokens(
+        *(
+            np.concatenate([getattr(part, field.name) for part in parts])
+            for field in dataclasses.fields(Tokens)
+        )
+    )
 
 
 def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:

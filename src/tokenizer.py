@@ -43,7 +43,9 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
     """
     if spec == "auto":
         if vocab_size != WORLD_MODEL:
-            raise UserError(f"the model's vocabulary of {vocab_size} is not the World one ({WORLD_MODEL}); give --tokenizer {CHOICES}")
+            raise UserError(
+                f"the model's vocabulary of {vocab_size} is not the World one ({WORLD_MODEL}); give --tokenizer {CHOICES}"
+            )
         spec = "world"
     if eod and spec in BUILT_IN:
         raise UserError(f"--eod {eod!r} is for a tokenizer file; {spec} has its own end of document")
@@ -67,14 +69,19 @@ class Tokenizer:
         self.vocab_size = max(self.ids) + 1
 
     def __reduce__(self):
-        return load_tokenizer, self.origin  # another process reads it again: what is made of it here can't be sent
+        return (
+            load_tokenizer,
+            self.origin,
+        )  # another process reads it again: what is made of it here can't be sent
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot express."""
         try:
             data = text.encode(self.encoding)
         except UnicodeEncodeError as error:
-            raise UserError(f"half a surrogate pair, {text[error.start]!r}, is no text (character {error.start + 1})") from None
+            raise UserError(
+                f"half a surrogate pair, {text[error.start]!r}, is no text (character {error.start + 1})"
+            ) from None
         return self._encode(text, data)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -87,7 +94,9 @@ class Tokenizer:
         ids = list(ids)
         if not self.ids.issuperset(ids):
             token = next(token for token in ids if token not in self.ids)
-            raise UserError(f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is {self.vocab_size}")
+            raise UserError(
+                f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is {self.vocab_size}"
+            )
 
     def cannot_encode(self, text: str, place: int) -> UserError:
         return UserError(f"tokenizer {self.name} has no token for {text[place]!r} (character {place + 1})")
@@ -96,7 +105,14 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """A table id -> bytes. `find(text, bytes of the text)` gives the ids, and ends early where no id fits."""
 
-    def __init__(self, name: str, eod: tuple[int, ...], table: dict[int, bytes], find: Callable[[str, bytes], list[int]], encoding: str):
+    def __init__(
+        self,
+        name: str,
+        eod: tuple[int, ...],
+        table: dict[int, bytes],
+        find: Callable[[str, bytes], list[int]],
+        encoding: str,
+    ):
         super().__init__(name, eod, table)
         self.table, self.find, self.encoding = table, find, encoding
         self.sizes = {token: len(piece) for token, piece in table.items()}
@@ -108,7 +124,9 @@ class ByteTokenizer(Tokenizer):
         """The same ids part by part: which token comes next depends on no more text than the longest token has."""
         ids: list[int] = []
         done, size, beyond = 0, LONG, max(self.sizes.values())  # characters
-        with Progress("tokenising a long text", len(text) / 1e6, "million characters", is_first_process()) as bar:
+        with Progress(
+            "tokenising a long text", len(text) / 1e6, "million characters", is_first_process()
+        ) as bar:
             while done + size < len(text):
                 part = text[done : done + size + beyond]
                 data, wanted = part.encode(self.encoding), len(part[:size].encode(self.encoding))
@@ -173,7 +191,9 @@ class ByteDecoder:
 
 def _raw(name: str) -> ByteTokenizer:
     eod, encoding = RAW[name]
-    return ByteTokenizer(name, eod, {i: bytes([i]) for i in range(256)}, lambda text, data: list(data), encoding)
+    return ByteTokenizer(
+        name, eod, {i: bytes([i]) for i in range(256)}, lambda text, data: list(data), encoding
+    )
 
 
 def _world() -> ByteTokenizer:
@@ -206,7 +226,9 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
         if not good:
             raise UserError(f"{name}, line {number}: expected `id 'text' length in bytes`, got {line[:80]!r}")
         if token in table or piece in owners:
-            raise UserError(f"{name}, line {number}: id {token} or its text {piece!r} stands in an earlier line too")
+            raise UserError(
+                f"{name}, line {number}: id {token} or its text {piece!r} stands in an earlier line too"
+            )
         table[token], owners[piece] = piece, token
     find = _longest_match(name, table)
     if eod:
@@ -214,7 +236,9 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
         if end is None:
             raise UserError(f"{name} has no token {eod!r}; --eod takes the text of one of its tokens")
     elif 0 in table:
-        raise UserError(f"{name} uses id 0 for {table[0]!r} and does not tell its end of document; give the token's text with --eod")
+        raise UserError(
+            f"{name} uses id 0 for {table[0]!r} and does not tell its end of document; give the token's text with --eod"
+        )
     else:
         end, table[0] = 0, b""
     return ByteTokenizer(name, (end,), table, find, "utf-8")
@@ -229,10 +253,14 @@ def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes],
     import pyrwkv_tokenizer
 
     if len(table) >= 1 << 16:
-        raise UserError(f"{name} has {len(table)} tokens; a vocabulary in World format may have {(1 << 16) - 1}")
+        raise UserError(
+            f"{name} has {len(table)} tokens; a vocabulary in World format may have {(1 << 16) - 1}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "vocabulary.txt")
-        copy.write_text("".join(f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1)))
+        copy.write_text(
+            "".join(f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1))
+        )
         trie = pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(copy))
     ids = [-1, *table]
     return lambda text, data: list(map(ids.__getitem__, trie.encode(text)))
@@ -249,7 +277,9 @@ class JsonTokenizer(Tokenizer):
             described = json.loads(content) | {"post_processor": None, "truncation": None, "padding": None}
             self.inner = tokenizers.Tokenizer.from_str(json.dumps(described))
         except Exception as error:  # `tokenizers` raises nothing narrower
-            raise UserError(f"{path} is no tokenizer.json that the tokenizers package can read: {error}") from None
+            raise UserError(
+                f"{path} is no tokenizer.json that the tokenizers package can read: {error}"
+            ) from None
         unknown = described["model"].get("unk_token")
         self.unknown = self.inner.token_to_id(unknown) if unknown else described["model"].get("unk_id")
         special = [token["content"] for token in described.get("added_tokens") or () if token["special"]]
@@ -258,7 +288,9 @@ class JsonTokenizer(Tokenizer):
         end = next(map(self.inner.token_to_id, [eod] if eod else only or named), None)
         if end is None:
             seen = f"has no token {eod!r}" if eod else "does not tell which token ends a document"
-            raise UserError(f"{path} {seen}; its special tokens: {', '.join(special) or 'none'}. Give the text of the token with --eod")
+            raise UserError(
+                f"{path} {seen}; its special tokens: {', '.join(special) or 'none'}. Give the text of the token with --eod"
+            )
         super().__init__(path, (end,), self.inner.get_vocab(with_added_tokens=True).values())
 
     def _encode(self, text: str, data: bytes) -> list[int]:
@@ -329,7 +361,15 @@ def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenize
         return load_tokenizer(recorded, vocab_size, eod or record.get("eod") or "")
     tokenizer = load_tokenizer(spec, vocab_size, eod)
     # two files of other names may hold the same tokenizer
-    if recorded and recorded != tokenizer.name and {recorded, tokenizer.name} & set(BUILT_IN) and is_first_process():
-        print(f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
-              "leave --tokenizer out to use the recorded one", file=sys.stderr)
+    if (
+        recorded
+        and recorded != tokenizer.name
+        and {recorded, tokenizer.name} & set(BUILT_IN)
+        and is_first_process()
+    ):
+        print(
+            f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
+            "leave --tokenizer out to use the recorded one",
+            file=sys.stderr,
+        )
     return tokenizer

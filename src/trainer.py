@@ -12,7 +12,12 @@ import warnings
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -44,13 +49,23 @@ class ScaledFp16(MixedPrecision):
 class FineTuning(pl.LightningModule):
     """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
 
-    def __init__(self, model: RWKV, config: Config, documents: Documents, held_out: Documents, total_steps: int, first_step: int = 0):
+    def __init__(
+        self,
+        model: RWKV,
+        config: Config,
+        documents: Documents,
+        held_out: Documents,
+        total_steps: int,
+        first_step: int = 0,
+    ):
         super().__init__()
         self.model, self.config, self.lr = model, config, config.lr_init
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
         # now, while every parameter has its shape: ZeRO-3 takes it away
-        self.groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map)
+        self.groups = parameter_groups(
+            model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
+        )
         self.lr_factor = learning_rate_factor(config, total_steps)
         self.chunks = chunks_of(config)
         self.half = half_of(config)
@@ -63,16 +78,22 @@ class FineTuning(pl.LightningModule):
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
 
     def train_dataloader(self) -> Batches:
-        return Batches(self.documents, self.schedule, self.total_steps, self.trainer.global_rank, self.first_step)
+        return Batches(
+            self.documents, self.schedule, self.total_steps, self.trainer.global_rank, self.first_step
+        )
 
     def configure_optimizers(self):
         c = self.config
         optimizer = torch.optim.AdamW(self.groups, lr=self.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(self.first_step + step))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.lr_factor(self.first_step + step)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_start(self, batch: dict, index: int) -> None:
-        torch.manual_seed(self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank))
+        torch.manual_seed(
+            self.schedule.seed_of(self.trainer.global_step, index % self.accumulate, self.trainer.global_rank)
+        )
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""
@@ -103,7 +124,9 @@ class FineTuning(pl.LightningModule):
         return inputs(self.model, self.documents, self.held_out)
 
 
-def make_trainer(config: Config, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0) -> pl.Trainer:
+def make_trainer(
+    config: Config, total_steps: int, callbacks: list[pl.Callback], first_step: int = 0
+) -> pl.Trainer:
     """Lightning's Trainer for settings that are filled in; `first_step` steps are done already."""
     _quiet()
     environment = cluster_environment(config.num_nodes)
@@ -113,21 +136,42 @@ def make_trainer(config: Config, total_steps: int, callbacks: list[pl.Callback],
     strategy = config.strategy
     if strategy.startswith("deepspeed"):
         if config.accelerator == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
+            os.environ["DS_ACCELERATOR"] = (
+                "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
+            )
         from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
 
-        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision])
+        strategy = AnywhereDeepSpeed(
+            strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision]
+        )
     elif strategy == "ddp":
-        strategy = DDPStrategy(broadcast_buffers=False)  # every rank derives the same, and a method's may be larger than what it trains
+        strategy = DDPStrategy(
+            broadcast_buffers=False
+        )  # every rank derives the same, and a method's may be larger than what it trains
     if config.precision == "fp16" and not config.strategy.startswith("deepspeed"):
         plugins.append(ScaledFp16("cuda" if config.accelerator == "gpu" else "cpu"))
     trainer = pl.Trainer(
-        accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=strategy, plugins=plugins,
-        max_steps=total_steps, max_epochs=-1, accumulate_grad_batches=accumulation(config),
-        gradient_clip_val=config.grad_clip or None, callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False, num_sanity_val_steps=0, benchmark=False,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        plugins=plugins,
+        max_steps=total_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulation(config),
+        gradient_clip_val=config.grad_clip or None,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        benchmark=False,
     )
-    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = first_step  # trainer.global_step
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
+        first_step  # trainer.global_step
+    )
     return trainer
 
 
@@ -147,11 +191,17 @@ def naming_the_killed(trainer: pl.Trainer):
     try:
         yield
     except Exception:
-        time.sleep(0.5)  # until the system has the exit code of a process whose connections it has just closed
+        time.sleep(
+            0.5
+        )  # until the system has the exit code of a process whose connections it has just closed
         for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
             if (process.poll() or 0) < 0:
-                print(f"error: process {process.pid}, rank {rank} of this machine, was killed by {signal.Signals(-process.returncode).name}; "
-                      "where nobody did, the kernel does when memory runs out", file=sys.stderr, flush=True)
+                print(
+                    f"error: process {process.pid}, rank {rank} of this machine, was killed by {signal.Signals(-process.returncode).name}; "
+                    "where nobody did, the kernel does when memory runs out",
+                    file=sys.stderr,
+                    flush=True,
+                )
         raise
 
 
@@ -177,4 +227,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
-    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")  # held-out data are evaluated by src/watch.py, at steps of its own
+    warnings.filterwarnings(
+        "ignore", ".*have no `val_dataloader`.*"
+    )  # held-out data are evaluated by src/watch.py, at steps of its own

@@ -36,7 +36,15 @@ class Trial:
         return sum(tail) / len(tail)
 
 
-def trials(model: RWKV, config: Config, documents: Documents, held_out: Documents, steps: int, setting: str, rates: list[float]) -> Iterator[Trial]:
+def trials(
+    model: RWKV,
+    config: Config,
+    documents: Documents,
+    held_out: Documents,
+    steps: int,
+    setting: str,
+    rates: list[float],
+) -> Iterator[Trial]:
     """A training of so many steps for each rate, which is the value of `setting`, "lr_init" or "state_lr". The model ends as it began."""
     start = {name: tensor.clone() for name, tensor in _changing(model).items()}
     for rate in rates:
@@ -59,8 +67,12 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
     """The losses of train.py's optimizer steps with these settings, in this process; they end with one that is not finite."""
     schedule = make_schedule(documents, config, 1)
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = parameter_groups(model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps)
+    groups = parameter_groups(
+        model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
+    )
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps
+    )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps))
     batches = iter(Batches(documents, schedule, steps, 0))
     losses: list[float] = []
@@ -68,8 +80,14 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
     with ops.nan_passes():
         for step in progress(range(steps), f"training at {config.lr_init:g}", unit="steps"):
             optimizer.zero_grad()
-            losses.append(sum(_backward(model, config, next(batches), schedule.seed_of(step, micro, 0), schedule.accumulate)
-                              for micro in range(schedule.accumulate)))
+            losses.append(
+                sum(
+                    _backward(
+                        model, config, next(batches), schedule.seed_of(step, micro, 0), schedule.accumulate
+                    )
+                    for micro in range(schedule.accumulate)
+                )
+            )
             if not math.isfinite(losses[-1]):
                 break
             rwkv_miss.before_step(model, step + 1, steps)
@@ -85,7 +103,9 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
 def _backward(model: RWKV, config: Config, batch: dict, seed: int, accumulate: int) -> float:
     """Add a micro-batch's gradients; its share of the step's loss."""
     torch.manual_seed(seed)
-    loss = rows_loss(model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"]) / max(batch["step_targets"], 1)
+    loss = rows_loss(
+        model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"]
+    ) / max(batch["step_targets"], 1)
     penalty = rwkv_miss.penalty(model)
     (loss if penalty is None else loss + penalty / accumulate).backward()
     return float(loss.detach())
@@ -96,8 +116,10 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents) -> float:
     """The loss over the trained tokens of the documents, nats per token."""
     model.eval()
     with ops.nan_passes():
-        total = sum(float(rows_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
-                    for batch in progress(evaluation_batches(held_out, config), "validation", unit="batches"))
+        total = sum(
+            float(rows_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
+            for batch in progress(evaluation_batches(held_out, config), "validation", unit="batches")
+        )
     return total / held_out.targets
 
 

@@ -49,7 +49,9 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         # who asks for a stop does not want to wait: the evaluation is made when the run goes on
-        if (index + 1) % module.accumulate == 0 and (trainer.global_step == module.total_steps or not trainer.should_stop):
+        if (index + 1) % module.accumulate == 0 and (
+            trainer.global_step == module.total_steps or not trainer.should_stop
+        ):
             self._if_due(trainer, module)
 
     def _if_due(self, trainer, module) -> None:
@@ -74,7 +76,11 @@ class Watch(Callback):
             prompts = [question.prompt for question in self.questions]
             with module.autocast():
                 answers = greedy(
-                    module.model, self.tokenizer, prompts, SAMPLE_TOKENS, characters=SAMPLE_CHARACTERS,
+                    module.model,
+                    self.tokenizer,
+                    prompts,
+                    SAMPLE_TOKENS,
+                    characters=SAMPLE_CHARACTERS,
                     shown=is_first_process(),
                 )
         decode = self.tokenizer.decode
@@ -87,7 +93,9 @@ class Watch(Callback):
             for question, answer in zip(self.questions, answers, strict=True)
         ]
         line = {
-            "step": step, "loss": loss if math.isfinite(loss) else None, "tokens": self.documents.targets,
+            "step": step,
+            "loss": loss if math.isfinite(loss) else None,
+            "tokens": self.documents.targets,
             "samples": samples,
         }
         self.history.append(line)

@@ -18,7 +18,13 @@ def size_text(size: float) -> str:
         units.pop(0)
     if units[0] == "bytes":
         return counted(round(size), "byte")
-    return f"{size:.2f} {units[0]}" if size < 9.995 else f"{size:.1f} {units[0]}" if size < 99.95 else f"{size:,.0f} {units[0]}"
+    return (
+        f"{size:.2f} {units[0]}"
+        if size < 9.995
+        else f"{size:.1f} {units[0]}"
+        if size < 99.95
+        else f"{size:,.0f} {units[0]}"
+    )
 
 
 def short(value: Any) -> str:

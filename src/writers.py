@@ -47,7 +47,11 @@ class TensorBoard:
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
         # four spaces are Markdown for text as it is
-        text = "\n\n".join(f"{name}\n\n" + "\n".join(f"    {line}" for line in value.splitlines()) for s in samples for name, value in s.items())
+        text = "\n\n".join(
+            f"{name}\n\n" + "\n".join(f"    {line}" for line in value.splitlines())
+            for s in samples
+            for name, value in s.items()
+        )
         self.writer.add_text("validation/samples", text, step)
 
     def close(self, failed: bool) -> None:
@@ -65,7 +69,13 @@ class WeightsAndBiases:
             with open(path, encoding="utf-8") as file:
                 known = file.read().strip()
         try:
-            self.run = wandb.init(project=config.wandb, dir=config.proj_dir, id=known, resume="allow", config=dataclasses.asdict(config))
+            self.run = wandb.init(
+                project=config.wandb,
+                dir=config.proj_dir,
+                id=known,
+                resume="allow",
+                config=dataclasses.asdict(config),
+            )
         except wandb.errors.Error as error:
             raise UserError(f"--wandb {config.wandb}: {error}") from None
         self.table = wandb.Table
@@ -75,7 +85,14 @@ class WeightsAndBiases:
         self.run.log(values, step=step)
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        self.run.log({"validation/samples": self.table(columns=list(samples[0]), data=[list(s.values()) for s in samples])}, step=step)
+        self.run.log(
+            {
+                "validation/samples": self.table(
+                    columns=list(samples[0]), data=[list(s.values()) for s in samples]
+                )
+            },
+            step=step,
+        )
 
     def close(self, failed: bool) -> None:
         self.run.finish(int(failed))
@@ -90,7 +107,9 @@ def check_wandb(project: str) -> None:
     try:
         wandb.login()
     except wandb.errors.Error as error:
-        raise UserError(f"--wandb {project}: {error} With WANDB_MODE=offline the run stays on this machine") from None
+        raise UserError(
+            f"--wandb {project}: {error} With WANDB_MODE=offline the run stays on this machine"
+        ) from None
 
 
 def tensorboard_problem() -> str | None:
@@ -112,7 +131,11 @@ def open_writers(config: Config, first_step: int) -> list[Writer]:
 
 def places_to_watch(config: Config) -> list[str]:
     """Where the numbers can be seen while they come."""
-    board = [] if tensorboard_problem() else [f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}"]
+    board = (
+        []
+        if tensorboard_problem()
+        else [f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}"]
+    )
     return board + ([f"Weights & Biases, project {config.wandb}"] if config.wandb else [])
 
 

@@ -29,7 +29,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_report_header(config):
-    files = f"golden files: {DATA}" if DATA.is_dir() else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
+    files = (
+        f"golden files: {DATA}"
+        if DATA.is_dir()
+        else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
+    )
     return [files, "all tests take about 10 minutes on two idle cores"]
 
 
@@ -62,7 +66,16 @@ def libraries():
         pytest.skip("NO g++ ON PATH: the CUDA kernels are not tested")
     command = [shutil.which("g++"), "-x", "c++", "-std=c++17", "-O2", "-march=native", "-fopenmp", "-fPIC"]
     sources = sorted(build.CUDA.glob("*.cu"))
-    path = build.build("wkv_emulated", "the CUDA kernels for the CPU", 20, sources, build.headers(), command, ["-fopenmp"], build.cpu_features())
+    path = build.build(
+        "wkv_emulated",
+        "the CUDA kernels for the CPU",
+        20,
+        sources,
+        build.headers(),
+        command,
+        ["-fopenmp"],
+        build.cpu_features(),
+    )
     library = ctypes.CDLL(str(path))
     for op in ("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"):
         for size in ("saved", "scratch"):
@@ -73,7 +86,18 @@ def libraries():
 
 def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):
     dim_ffn, ranks = VERSIONS[version].default_sizes(n_embd)
-    return Arch(version, vocab_size, n_embd, n_layer, n_embd // head_size, head_size, n_embd, dim_ffn, ranks, version == 7)
+    return Arch(
+        version,
+        vocab_size,
+        n_embd,
+        n_layer,
+        n_embd // head_size,
+        head_size,
+        n_embd,
+        dim_ffn,
+        ranks,
+        version == 7,
+    )
 
 
 def random_tensors(arch, dtype=torch.float32, seed=0):
@@ -107,7 +131,13 @@ def checkpoint(tmp_path):
 
 
 # for widths of 40, which ranks 7 and 3 do not divide
-ADAPTER_OPTIONS = {"miss": {"rank": 7}, "lora": {"rank": 3, "alpha": 5.0}, "dora": {"rank": 3}, "bat": {"rank": 8}, "pissa": {"rank": 3}}
+ADAPTER_OPTIONS = {
+    "miss": {"rank": 7},
+    "lora": {"rank": 3, "alpha": 5.0},
+    "dora": {"rank": 3},
+    "bat": {"rank": 8},
+    "pissa": {"rank": 3},
+}
 
 
 @pytest.fixture
@@ -134,7 +164,10 @@ def merging(tmp_path):
 
         def delta(self, name, linear):
             """The papers' formulas in float64, (out, in)."""
-            t = {key.removeprefix(f"{linear}."): value.double() for key, value in read_checkpoint(tmp_path / name).items()}
+            t = {
+                key.removeprefix(f"{linear}."): value.double()
+                for key, value in read_checkpoint(tmp_path / name).items()
+            }
             options, method = (read_metadata(tmp_path / name)[key] for key in ("options", "method"))
             weight = self.tensors[f"{linear}.weight"].double()
             if method == "miss":
@@ -155,7 +188,14 @@ def merging(tmp_path):
             return t["magnitude"].unsqueeze(1) * V / V.norm(dim=1, keepdim=True) - weight
 
         def merge(self, adapters, weights=None, dtype="base", out="merged.pth", **options):
-            return merge_file(tmp_path / "base.pth", [tmp_path / name for name in adapters], tmp_path / out, dtype, weights=weights, **options)
+            return merge_file(
+                tmp_path / "base.pth",
+                [tmp_path / name for name in adapters],
+                tmp_path / out,
+                dtype,
+                weights=weights,
+                **options,
+            )
 
         def refused(self, words, *args, **options):
             before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -182,7 +222,9 @@ def rwkv_package(version):
     if found is None:
         pytest.skip("the test extra is absent: pip install rwkv")
     os.environ |= {"RWKV_V7_ON": str(int(version == 7)), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
-    spec = importlib.util.spec_from_file_location(f"rwkv_model_v{version}", pathlib.Path(found.origin).parent / "model.py")
+    spec = importlib.util.spec_from_file_location(
+        f"rwkv_model_v{version}", pathlib.Path(found.origin).parent / "model.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -192,14 +234,18 @@ def rwkv_package(version):
 def pypi_rwkv(path):
     """The file under the PyPI package `rwkv`, fp32 on the CPU: run(ids, state=None) -> (logits (T, V), state list)."""
     version = Arch.detect(torch.load(path, weights_only=True)).version
-    model = rwkv_package(version)(str(path).removesuffix(".pth"), "cpu fp32", **({} if version == 7 else {"verbose": False}))
+    model = rwkv_package(version)(
+        str(path).removesuffix(".pth"), "cpu fp32", **({} if version == 7 else {"verbose": False})
+    )
 
     @torch.no_grad()
     def run(ids, state=None):
         if state is None and version == 7:
             state = model.generate_zero_state()
         ids = list(ids)
-        logits, state = model.forward(ids if len(ids) > 1 else ids[0] if version == 7 else ids, state, full_output=True)
+        logits, state = model.forward(
+            ids if len(ids) > 1 else ids[0] if version == 7 else ids, state, full_output=True
+        )
         return logits.reshape(len(ids), -1), state
 
     return run

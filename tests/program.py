@@ -53,7 +53,13 @@ def _child(flags, rank, world, port, sabotage):
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+        }
     if sabotage:
         sabotage(rank)
     sys.argv = ["train.py", *flags]
@@ -66,7 +72,10 @@ def run(flags, sabotage=None):
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, f"log-{rank}") for rank in range(world)]
-        ranks = [CONTEXT.Process(target=logged, args=(logs[rank], _child, flags, rank, world, port, sabotage)) for rank in range(world)]
+        ranks = [
+            CONTEXT.Process(target=logged, args=(logs[rank], _child, flags, rank, world, port, sabotage))
+            for rank in range(world)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -97,7 +106,12 @@ def at_file(change, number, proj_dir, what, rank):
 
     def hook(event, args):
         nonlocal seen
-        writes = event in ("os.rename", "os.remove") or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        writes = (
+            event in ("os.rename", "os.remove")
+            or event == "open"
+            and isinstance(args[2], int)
+            and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if rank == 0 and writes and str(args[0]).startswith(str(proj_dir)) and change in str(args[0]):
             seen += 1
             if seen == number:

@@ -23,7 +23,9 @@ def files(tmp_path_factory):
     """A random base over bytes, whose wide factors ZeRO-3 shares out, and 24 rows of very unequal lengths: 12 steps of 8 in four passes."""
     folder = tmp_path_factory.mktemp("methods")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=64)), folder / "base.pth")
-    torch.save(random_tensors(make_arch(7, n_layer=1, vocab_size=256, n_embd=320, head_size=32)), folder / "wide.pth")
+    torch.save(
+        random_tensors(make_arch(7, n_layer=1, vocab_size=256, n_embd=320, head_size=32)), folder / "wide.pth"
+    )
     rng = random.Random(0)
     rows = [{"text": "".join(rng.choices("abcd ", k=rng.choice([3, 9, 60])))} for _ in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,10 +38,36 @@ def run(files):
 
     def start(proj_dir, *flags, base="base", sabotage=None, **options):
         return program.run(
-            ["--load_model", str(files / f"{base}.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(proj_dir),
-             "--tokenizer", "bytes", "--packing", "0", "--accelerator", "cpu", "--lr_init", "1e-2", "--micro_bsz", "8", "--epoch_count", "4",
-             # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
-             "--adam_eps", "1e-4", "--peft", "adalora", "--peft_config", json.dumps(OPTIONS | options), *flags], sabotage)
+            [
+                "--load_model",
+                str(files / f"{base}.pth"),
+                "--data_file",
+                str(files / "rows.jsonl"),
+                "--proj_dir",
+                str(proj_dir),
+                "--tokenizer",
+                "bytes",
+                "--packing",
+                "0",
+                "--accelerator",
+                "cpu",
+                "--lr_init",
+                "1e-2",
+                "--micro_bsz",
+                "8",
+                "--epoch_count",
+                "4",
+                # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
+                "--adam_eps",
+                "1e-4",
+                "--peft",
+                "adalora",
+                "--peft_config",
+                json.dumps(OPTIONS | options),
+                *flags,
+            ],
+            sabotage,
+        )
 
     return start
 
@@ -54,7 +82,11 @@ def plain(run, tmp_path_factory):
 def left(proj_dir):
     """The singular values, in which 0 is a pruned one."""
     tensors = rwkv_miss.read_checkpoint(proj_dir / "adapter.pth")
-    return {name: tensors[name] - tensors[name.replace("lora_E", "offset")] for name in tensors if name.endswith("lora_E")}
+    return {
+        name: tensors[name] - tensors[name.replace("lora_E", "offset")]
+        for name in tensors
+        if name.endswith("lora_E")
+    }
 
 
 def same_run(one, other):
@@ -75,7 +107,11 @@ def test_two_processes_prune_what_one_does(run, plain, tmp_path, strategy):
 
 
 def test_zero_3_shares_out_factors_and_prunes_the_same(run, tmp_path):
-    options = {"rank": 30, "init_rank": 40, "base": "wide"}  # 40 x 320 numbers: above what stage 3 leaves whole
+    options = {
+        "rank": 30,
+        "init_rank": 40,
+        "base": "wide",
+    }  # 40 x 320 numbers: above what stage 3 leaves whole
     flags = ["--epoch_count", "2", "--ctx_len", "32"]
     program.succeed(run(tmp_path / "one", *flags, **options))
     program.succeed(run(tmp_path / "two", *flags, *TWO, "deepspeed_stage_3", **options))
@@ -91,7 +127,9 @@ def test_an_interrupted_run_prunes_as_if_it_had_not_been(files, run, plain, tmp_
     assert code == 130 and 2 < stopped < 9, output
     program.succeed(run(tmp_path / "parts", "--resume", "auto"))
     assert losses(tmp_path / "parts") == losses(plain)
-    ours, theirs = (rwkv_miss.read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (plain, tmp_path / "parts"))
+    ours, theirs = (
+        rwkv_miss.read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (plain, tmp_path / "parts")
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     live = RWKV.load(files / "base.pth")
     rwkv_miss.load_adapter(live, plain / "adapter.pth")

@@ -21,44 +21,84 @@ from .conftest import ROOT, close, make_arch, random_tensors
 
 # every method that adapts linears, also with those options that make another layer of it; the method state has tests of its own
 CASES = [
-    ("miss", {}), ("miss", {"layout": "contiguous"}), ("miss", {"shards": "balanced"}), ("miss", {"layout": "contiguous", "shards": "balanced"}),
-    ("miss", {"scale": "sqrt"}), ("miss", {"mini_r": 2, "shards": "balanced", "scale": "sqrt"}), ("miss", {"magnitude": True}),
+    ("miss", {}),
+    ("miss", {"layout": "contiguous"}),
+    ("miss", {"shards": "balanced"}),
+    ("miss", {"layout": "contiguous", "shards": "balanced"}),
+    ("miss", {"scale": "sqrt"}),
+    ("miss", {"mini_r": 2, "shards": "balanced", "scale": "sqrt"}),
+    ("miss", {"magnitude": True}),
     ("miss", {"magnitude": True, "shards": "balanced", "scale": "sqrt", "layout": "contiguous"}),
-    ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}), ("miss", {"expand": True}),
-    ("lora", {}), ("lora", {"alpha": 5.0}), ("lora", {"rslora": True}), ("lora_fa", {}),
-    ("dora", {}), ("adalora", {}), ("adalora", {"rslora": True}), ("pissa", {}), ("pissa", {"niter": 0, "alpha": 5.0}),
-    ("mora", {}), ("vera", {}), ("vera", {"d_initial": 0.5}), ("bat", {}), ("bat", {"order": "row"}),
-    ("prolora", {"unshared": 0}), ("prolora", {"alpha": 3.0, "shares": 3}), ("mos", {}), ("mos", {"shards": 3, "budget": 1}),
+    ("miss", {"magnitude": True, "shards": "balanced", "mini_r": 2}),
+    ("miss", {"expand": True}),
+    ("lora", {}),
+    ("lora", {"alpha": 5.0}),
+    ("lora", {"rslora": True}),
+    ("lora_fa", {}),
+    ("dora", {}),
+    ("adalora", {}),
+    ("adalora", {"rslora": True}),
+    ("pissa", {}),
+    ("pissa", {"niter": 0, "alpha": 5.0}),
+    ("mora", {}),
+    ("vera", {}),
+    ("vera", {"d_initial": 0.5}),
+    ("bat", {}),
+    ("bat", {"order": "row"}),
+    ("prolora", {"unshared": 0}),
+    ("prolora", {"alpha": 3.0, "shares": 3}),
+    ("mos", {}),
+    ("mos", {"shards": 3, "budget": 1}),
 ]
 # a fresh adapter changes no bit of the output; the others round on the way
 EXACT = {
-    "miss", "lora", "lora_fa", "dora", "adalora",
-    "mora", "vera", "bat", "prolora", "mos",
+    "miss",
+    "lora",
+    "lora_fa",
+    "dora",
+    "adalora",
+    "mora",
+    "vera",
+    "bat",
+    "prolora",
+    "mos",
 }
 # numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
 COUNTS = {
-    "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options:
-        (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d,
+    "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options: (
+        (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d
+    ),
     "lora": lambda d, k, r, **options: r * (d + k),
     "adalora": lambda d, k, r, init_rank=12, **options: init_rank * (d + k + 1),
     "dora": lambda d, k, r, **options: r * (d + k) + d,
     "pissa": lambda d, k, r, **options: r * (d + k),
     "lora_fa": lambda d, k, r, **options: r * d,
     "vera": lambda d, k, r, **options: d + r,
-    "prolora": lambda d, k, r, unshared=1, shares=4, **options: unshared * (d + k) + (r - unshared) * (-(-d // shares) - (-k // shares)),
+    "prolora": lambda d, k, r, unshared=1, shares=4, **options: (
+        unshared * (d + k) + (r - unshared) * (-(-d // shares) - (-k // shares))
+    ),
     "mos": lambda d, k, r, **options: 0,
     "bat": lambda d, k, r, order="col": r * (d if order == "col" else k),
     "mora": lambda d, k, r: math.isqrt(r * (d + k)) ** 2,
 }
 WIDTHS = [(48, 40, 8), (48, 40, 7), (40, 48, 40), (50, 30, 16), (64, 64, 1), (10, 12, 9)]  # in, out, rank
 
-each_case = pytest.mark.parametrize("method,options", CASES, ids=[
-    f"{m}-{'-'.join(str(v) if isinstance(v, str) else k for k, v in o.items())}".strip("-") for m, o in CASES
-])
+each_case = pytest.mark.parametrize(
+    "method,options",
+    CASES,
+    ids=[
+        f"{m}-{'-'.join(str(v) if isinstance(v, str) else k for k, v in o.items())}".strip("-")
+        for m, o in CASES
+    ],
+)
 
 
 def test_every_method_is_among_the_cases():
-    assert {method for method, _ in CASES} == {name for name, method in METHODS.items() if method.adapts_linears} == COUNTS.keys()
+    assert (
+        {method for method, _ in CASES}
+        == {name for name, method in METHODS.items() if method.adapts_linears}
+        == COUNTS.keys()
+    )
 
 
 def fitting(method, options, rank, width=16, out=16):
@@ -77,14 +117,19 @@ def test_the_page_of_methods_has_every_method_with_its_rate_and_every_option():
     for name, method in METHODS.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         assert float(row.split(" | ")[-2]) == method.default_lr, row
-        missing = [field.name for field in dataclasses.fields(method.Options) if f"`{field.name}`" not in page]
+        missing = [
+            field.name for field in dataclasses.fields(method.Options) if f"`{field.name}`" not in page
+        ]
         assert not missing, (name, missing)
 
 
 def filled(model, seed=1):
     """Give every adapter tensor a non-trivial value."""
     generator = torch.Generator().manual_seed(seed)
-    new = {name: 0.1 * torch.randn(t.shape, generator=generator) if t.is_floating_point() else t for name, t in adapter_tensors(model).items()}
+    new = {
+        name: 0.1 * torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+        for name, t in adapter_tensors(model).items()
+    }
     for name, layer in adapted_linears(model).items():
         layer.load(layer_tensors(type(layer), name, (layer.out_features, layer.in_features), new))
     return model
@@ -114,10 +159,16 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(method, options,
     unchanged(method, options, model(ids)[0], before)
     assert keys < set(model.state_dict()), "an adapter adds keys and moves none"
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert {id(p) for p in trained.values()} == {id(t) for t in adapter_tensors(model).values() if t.requires_grad} and not trained.keys() & keys
+    assert {id(p) for p in trained.values()} == {
+        id(t) for t in adapter_tensors(model).values() if t.requires_grad
+    } and not trained.keys() & keys
     assert all(p.dtype == torch.float32 for p in trained.values())
     assert list(shapes) == report.linears and len(shapes) == {6: 16, 7: 12}[version]
-    shared = sum(t.numel() for name, t in adapter_tensors(model).items() if name.startswith("shared.") and t.requires_grad)
+    shared = sum(
+        t.numel()
+        for name, t in adapter_tensors(model).items()
+        if name.startswith("shared.") and t.requires_grad
+    )
     assert report.trainable - shared == sum(COUNTS[method](*shape, 8, **options) for shape in shapes.values())
 
 
@@ -169,7 +220,9 @@ def test_what_cannot_be_disabled_is_said():
 @each_case
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width,out,rank", WIDTHS)
-def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(method, options, bias, width, out, rank):
+def test_forward_and_gradients_are_those_of_the_merged_weight_in_float64(
+    method, options, bias, width, out, rank
+):
     rank = fitting(method, options, rank, width, out)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, out, bias=bias)).double()
@@ -215,7 +268,12 @@ def test_a_quantised_base_is_that_of_its_codes(method, options, kind):
     trained = {name: t for name, t in model[0].own_tensors().items() if t.requires_grad}
     y, want = model(x), AdapterLinear.forward(model[0], x)
     got = torch.autograd.grad(y, [x, *trained.values()], dy)
-    for name, mine, theirs in zip(["y", "dx", *trained], (y, *got), (want, *torch.autograd.grad(want, [x, *trained.values()], dy)), strict=True):
+    for name, mine, theirs in zip(
+        ["y", "dx", *trained],
+        (y, *got),
+        (want, *torch.autograd.grad(want, [x, *trained.values()], dy)),
+        strict=True,
+    ):
         close(name, mine, theirs, 5e-2 if options.get("magnitude") or method == "dora" else 2e-6)
 
 
@@ -261,15 +319,21 @@ def test_what_the_methods_keep_for_the_backward(dtype):
     """MiSS the shard sums, LoRA its input and the products with A, LoRA-FA these alone; dropout adds one number, its seed."""
     torch.manual_seed(0)
     for method, options, expected in (
-        ("miss", {}, 15 * 8), ("miss", {"shards": "balanced"}, 15 * 9), ("lora", {}, 15 * 48 + 15 * 8),
-        ("lora", {"dropout": 0.1}, 15 * 48 + 15 * 8 + 1), ("lora_fa", {}, 15 * 8), ("lora_fa", {"dropout": 0.1}, 15 * 8 + 1),
+        ("miss", {}, 15 * 8),
+        ("miss", {"shards": "balanced"}, 15 * 9),
+        ("lora", {}, 15 * 48 + 15 * 8),
+        ("lora", {"dropout": 0.1}, 15 * 48 + 15 * 8 + 1),
+        ("lora_fa", {}, 15 * 8),
+        ("lora_fa", {"dropout": 0.1}, 15 * 8 + 1),
     ):
         model = nn.Sequential(nn.Linear(48, 40, bias=False)).to(dtype)
         rwkv_miss.inject(model, method, targets=["0"], rank=8, **options)
         parameters = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
         saved = []
         x = torch.randn(3, 5, 48, dtype=dtype, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             y = model(x)
         kept = [t for t in saved if t.data_ptr() not in parameters]
         assert sum(t.numel() for t in kept) == expected, [tuple(t.shape) for t in kept]
@@ -281,18 +345,35 @@ def test_what_the_methods_keep_for_the_backward(dtype):
 def test_operators_pass_opcheck():
     x, w, b = torch.randn(3, 10, requires_grad=True), torch.randn(6, 10), torch.randn(6)
     D, A, B = (torch.randn(*s, requires_grad=True) for s in ((4, 6), (4, 10), (6, 4)))
-    for args in ((x, w, b, D, False, False, 1.0), (x, w, None, D[:, :4], True, False, 0.5), (x, w, b, D, True, True, 1.0)):
+    for args in (
+        (x, w, b, D, False, False, 1.0),
+        (x, w, None, D[:, :4], True, False, 0.5),
+        (x, w, b, D, True, True, 1.0),
+    ):
         torch.library.opcheck(torch.ops.rwkv_miss.miss_linear.default, args)
-    torch.library.opcheck(torch.ops.rwkv_miss.times_columns.default, (x, torch.randn(10, requires_grad=True), torch.randn(10)))
+    torch.library.opcheck(
+        torch.ops.rwkv_miss.times_columns.default, (x, torch.randn(10, requires_grad=True), torch.randn(10))
+    )
     for args in ((x, w, b, A, B, 2.0, 0.0, None), (x, w, None, A.detach(), B, 2.0, 0.3, torch.tensor(5))):
         torch.library.opcheck(torch.ops.rwkv_miss.lora_linear.default, args)
-    d, e, D_row, D_col = (torch.randn(shape, requires_grad=True) for shape in ((4,), (6,), (5, 2, 2), (3, 2, 2)))
-    peers = [("expand_linear", (A,)), ("vera_linear", (A.detach(), B.detach(), d, e)), ("bat_linear", (D_row, True)), ("bat_linear", (D_col, False))]
+    d, e, D_row, D_col = (
+        torch.randn(shape, requires_grad=True) for shape in ((4,), (6,), (5, 2, 2), (3, 2, 2))
+    )
+    peers = [
+        ("expand_linear", (A,)),
+        ("vera_linear", (A.detach(), B.detach(), d, e)),
+        ("bat_linear", (D_row, True)),
+        ("bat_linear", (D_col, False)),
+    ]
     for op, args in peers:
         # what is left out, tracing with symbolic sizes, takes as long as all others
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(getattr(torch.ops.rwkv_miss, op).default, (x, w, b, *args), test_utils=utils)
-    compiled = torch.compile(lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     close("compiled", compiled(x), miss_linear(x, w, b, D) + lora_linear(x, w, b, A, B, 2.0), 1e-6)
 
 
@@ -312,7 +393,11 @@ def test_miss_equals_hf_peft_in_fp32(width, out, rank):
     ours.square().sum().backward()
     other.square().sum().backward()
     # the same products in fp32; only the order of the sums may differ
-    for name, mine, want in (("y", ours, other), ("dD", base[0].miss.grad, block.grad), ("dx", x.grad, y.grad)):
+    for name, mine, want in (
+        ("y", ours, other),
+        ("dD", base[0].miss.grad, block.grad),
+        ("dx", x.grad, y.grad),
+    ):
         close(name, mine, want, 2e-6)
     merged = theirs.merge_and_unload()[0].weight
     close("merged", base[0].weight + base[0].delta(), merged, 1e-6)
@@ -323,7 +408,9 @@ def test_lora_equals_hf_peft_in_fp32(width, out, rank):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(width, out))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["0"]))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=["0"])
+    )
     rwkv_miss.inject(base, "lora", targets=["0"], rank=rank, alpha=3.0 * rank)
     filled(base)
     lora = theirs.base_model.model[0]
@@ -345,12 +432,23 @@ GOLDENS = {
     "miss": ("miss", lambda g, rank: {}, {"miss": "miss_block"}),
     "mini": ("miss", lambda g, rank: {"mini_r": g["params"]["miss_block"].shape[1]}, {"miss": "miss_block"}),
     "bat": ("bat", lambda g, rank: {}, {"bat": "miss_block"}),
-    "vera": ("vera", lambda g, rank: {}, {name: name for name in ("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")}),
+    "vera": (
+        "vera",
+        lambda g, rank: {},
+        {name: name for name in ("vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B")},
+    ),
     "lora": ("lora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS),
     # peft's factor is alpha / (init_rank + 1e-5)
-    "adalora": ("adalora", lambda g, rank: {"init_rank": rank, "alpha": rank * g["scaling"] / (rank + 1e-5)},
-                {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}),
-    "dora": ("dora", lambda g, rank: {"alpha": rank * g["scaling"]}, FACTORS | {"magnitude": "lora_magnitude_vector.weight"}),
+    "adalora": (
+        "adalora",
+        lambda g, rank: {"init_rank": rank, "alpha": rank * g["scaling"] / (rank + 1e-5)},
+        {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"},
+    ),
+    "dora": (
+        "dora",
+        lambda g, rank: {"alpha": rank * g["scaling"]},
+        FACTORS | {"magnitude": "lora_magnitude_vector.weight"},
+    ),
     "pissa": ("pissa", lambda g, rank: {"niter": 0}, FACTORS),
     "rslora": ("lora", lambda g, rank: {"alpha": rank**0.5 * g["scaling"], "rslora": True}, FACTORS),
 }
@@ -378,7 +476,13 @@ def test_golden_layers_of_hf_peft(data_dir, dtype, ratio):
         rwkv_miss.inject(model, method, targets=["0"], rank=rank, **options(g, rank))
         layer = model.to(dtype)[0]
         given = g["params"] | g["frozen"]
-        layer.load({**layer.own_tensors(), **initial, **{ours: given[theirs].squeeze(-1) for ours, theirs in names.items()}})
+        layer.load(
+            {
+                **layer.own_tensors(),
+                **initial,
+                **{ours: given[theirs].squeeze(-1) for ours, theirs in names.items()},
+            }
+        )
         close(f"{name} frozen weight", layer.weight, g["base_weight"], ratio)
         x = g["x"].to(dtype).requires_grad_()
         y = model(x)
@@ -401,7 +505,9 @@ def test_golden_adapters_on_the_whole_model(data_dir, version, method):
     golden, ids = adapters[method], adapters["tokens"].long()
     model = RWKV.load(data_dir / f"{name}.pth", torch.float32)
     rank = golden["r"]
-    rwkv_miss.inject(model, method, rank=rank, **({"alpha": golden["scaling"] * rank} if method == "lora" else {}))
+    rwkv_miss.inject(
+        model, method, rank=rank, **({"alpha": golden["scaling"] * rank} if method == "lora" else {})
+    )
     pairs = {"miss": {"miss": "D"}, "lora": {"lora_A": "A", "lora_B": "B"}}[method]
     for linear, layer in adapted_linears(model).items():
         layer.assign({ours: golden[theirs][f"{linear}.weight"] for ours, theirs in pairs.items()})
@@ -420,11 +526,14 @@ def test_golden_adapters_on_the_whole_model(data_dir, version, method):
             assert error < 4e-4, f"{linear}.{ours}: {error:.1e}"
 
 
-@pytest.mark.parametrize("name,version,layers,width,ffn,expected", [
-    ("RWKV6-7B", 6, 32, 4096, 14336, 88_080_384),
-    ("RWKV6-3B", 6, 32, 2560, 8960, 55_050_240),
-    ("RWKV7-2.9B", 7, 32, 2560, 10240, 47_185_920),
-])
+@pytest.mark.parametrize(
+    "name,version,layers,width,ffn,expected",
+    [
+        ("RWKV6-7B", 6, 32, 4096, 14336, 88_080_384),
+        ("RWKV6-3B", 6, 32, 2560, 8960, 55_050_240),
+        ("RWKV7-2.9B", 7, 32, 2560, 10240, 47_185_920),
+    ],
+)
 def test_the_papers_parameter_counts(name, version, layers, width, ffn, expected):
     for method, rank in (("miss", 64), ("lora", 32)):
         with torch.device("meta"):
@@ -459,7 +568,9 @@ def test_the_merged_file_is_the_live_adapter(method, options, tmp_path):
     fit = functools.partial(fitting, method, options)
     model = rwkv(6)
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", model.state_dict().items())
-    rwkv_miss.inject(model, method, rank=fit(7), rank_map={"ffn": fit(3), "blocks.1.ffn.value": fit(5)}, **options)
+    rwkv_miss.inject(
+        model, method, rank=fit(7), rank_map={"ffn": fit(3), "blocks.1.ffn.value": fit(5)}, **options
+    )
     rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "merged.pth")
     ids = torch.arange(13)[None]
@@ -486,7 +597,9 @@ def test_a_file_that_does_not_fit_changes_nothing(method, tmp_path):
     key = next(name for name in reversed(tensors) if not name.startswith("shared."))
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
     metadata = rwkv_miss.read_metadata(tmp_path / "a.pth")
-    other = {name: t.detach() + t.is_floating_point() for name, t in tensors.items()} | {key: tensors[key].detach()[:-1]}
+    other = {name: t.detach() + t.is_floating_point() for name, t in tensors.items()} | {
+        key: tensors[key].detach()[:-1]
+    }
     rwkv_miss.write_checkpoint(tmp_path / "bad.pth", other.items(), metadata)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(rwkv_miss.UserError, match="in the adapter, .* in the model"):
@@ -524,16 +637,27 @@ def test_a_whole_tensor_may_be_called_shared(tmp_path):
 
 def test_a_rank_map_gives_linears_their_own_ranks():
     model = rwkv(7)
-    rwkv_miss.inject(model, "lora", rank=6, alpha=12.0, rank_map={"ffn": 3, "blocks.1.ffn.value": 5, "blocks.0": 2})
+    rwkv_miss.inject(
+        model, "lora", rank=6, alpha=12.0, rank_map={"ffn": 3, "blocks.1.ffn.value": 5, "blocks.0": 2}
+    )
     ranks = {name: len(layer.lora_A) for name, layer in adapted_linears(model).items()}
-    assert ranks["blocks.0.att.key"] == 2 and ranks["blocks.0.ffn.key"] == 2, "the longer part, blocks.0, counts"
-    assert ranks["blocks.1.att.key"] == 6 and ranks["blocks.1.ffn.key"] == 3 and ranks["blocks.1.ffn.value"] == 5
+    assert ranks["blocks.0.att.key"] == 2 and ranks["blocks.0.ffn.key"] == 2, (
+        "the longer part, blocks.0, counts"
+    )
+    assert (
+        ranks["blocks.1.att.key"] == 6 and ranks["blocks.1.ffn.key"] == 3 and ranks["blocks.1.ffn.value"] == 5
+    )
     assert {layer.scale for layer in adapted_linears(model).values()} == {2.0}, "another rank keeps alpha / r"
     for method in ("mos", "prolora"):  # what goes with the rank becomes smaller with it
         model = rwkv(7)
         rwkv_miss.inject(model, method, rank=16, rank_map={"ffn": 2})
         assert len(adapted_linears(model)["blocks.0.ffn.key"].factors()[0]) == 2
-    for wrong, said in (({"fnn": 3}, "rank_map 'fnn'.*blocks.0.att"), ({"ffn": 0}, "ranks"), (5, "ranks"), ({"ffn": 2.5}, "ranks")):
+    for wrong, said in (
+        ({"fnn": 3}, "rank_map 'fnn'.*blocks.0.att"),
+        ({"ffn": 0}, "ranks"),
+        (5, "ranks"),
+        ({"ffn": 2.5}, "ranks"),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=said):
             rwkv_miss.inject(rwkv(7), "lora", rank=6, rank_map=wrong)
 
@@ -555,11 +679,15 @@ def test_mistakes_are_explained():
             rwkv_miss.inject(rwkv(7), *args, **options)
         return str(error.value)
 
-    assert "recptance" in message(targets=["recptance"]) and "head, key, output, receptance, value" in message(targets=["recptance"])
+    assert "recptance" in message(
+        targets=["recptance"]
+    ) and "head, key, output, receptance, value" in message(targets=["recptance"])
     assert "blocks.0.att.receptance" in message(rank=49) and "48" in message(rank=49)
     assert "rank" in message(rnak=3)
     assert ", ".join(sorted(METHODS)) in message("misss")
-    assert "choose one of: stride, contiguous" in message(layout="diagonal") and "plain, balanced" in message(shards="even")
+    assert "choose one of: stride, contiguous" in message(layout="diagonal") and "plain, balanced" in message(
+        shards="even"
+    )
     model = rwkv(7)
     rwkv_miss.inject(model, rank=8)
     with pytest.raises(rwkv_miss.UserError, match="already"):
@@ -586,7 +714,9 @@ def test_targets_match_leaves_suffixes_and_whole_names():
     assert len(find_linears(model, ["key"])) == 4
     assert len(find_linears(model, ["att.key"])) == 2
     assert list(find_linears(model, ["blocks.1.ffn.value", "head"])) == ["blocks.1.ffn.value", "head"]
-    with pytest.raises(rwkv_miss.UserError, match=r"targets 'key' is a text, expected a list of names: targets=\['key'\]"):
+    with pytest.raises(
+        rwkv_miss.UserError, match=r"targets 'key' is a text, expected a list of names: targets=\['key'\]"
+    ):
         rwkv_miss.inject(model, "miss", targets="key", rank=4)
 
 
@@ -600,7 +730,9 @@ def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, mon
 
         @classmethod
         def make_shared(cls, shapes, options, device):
-            return {"common": torch.randn(options.rank, max(width for _, width in shapes.values()), device=device)}
+            return {
+                "common": torch.randn(options.rank, max(width for _, width in shapes.values()), device=device)
+            }
 
         def setup(self, options):
             self.rows = nn.Parameter(torch.zeros(self.out_features, options.rank))

@@ -15,10 +15,16 @@ from .conftest import close
 from .test_adapters import each_case, filled, fitting
 from .test_transformers import batch, make, needs_transformers
 
-HALVES = pytest.mark.parametrize("dtype,tolerance", [
-    (torch.bfloat16, 6e-2),  # steps of 2^-8; the gradient of VeRA's d, where most cancels, was off by 3.7e-2
-    (torch.float16, 8e-3),  # steps of 2^-11
-])
+HALVES = pytest.mark.parametrize(
+    "dtype,tolerance",
+    [
+        (
+            torch.bfloat16,
+            6e-2,
+        ),  # steps of 2^-8; the gradient of VeRA's d, where most cancels, was off by 3.7e-2
+        (torch.float16, 8e-3),  # steps of 2^-11
+    ],
+)
 
 
 def adapted(method, options, bias=True):
@@ -77,7 +83,9 @@ def test_it_is_what_the_layer_computes_by_itself_in_that_dtype(method, options, 
 def test_fp64_stays(method, options):
     model = adapted(method, options).double()
     x, dy = torch.randn(7, 24).double(), torch.randn(7, 16).double()
-    for mine, other in zip(results(model[0], x, dy, torch.bfloat16, True), results(model[0], x, dy), strict=True):
+    for mine, other in zip(
+        results(model[0], x, dy, torch.bfloat16, True), results(model[0], x, dy), strict=True
+    ):
         assert torch.equal(mine, other)
 
 
@@ -101,7 +109,10 @@ def test_the_penalty_of_adalora_is_not_rounded():
 
 def test_the_parameter_is_kept_for_the_backward_and_no_cast_copy():
     model, saved = adapted("miss", {}), []
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
         model(torch.randn(5, 24, requires_grad=True))
     assert {t.data_ptr() for t in saved if t.shape == model[0].weight.shape} == {model[0].weight.data_ptr()}
 
@@ -128,5 +139,7 @@ def test_a_model_of_transformers_trains_in_it(name, dtype, tolerance):
         with torch.no_grad():
             with torch.autocast("cpu", dtype):
                 half = model(**batch(name)).logits
-            close(method, half.float(), model(**batch(name)).logits, 10 * tolerance)  # of two layers, with their attention
+            close(
+                method, half.float(), model(**batch(name)).logits, 10 * tolerance
+            )  # of two layers, with their attention
         assert len(adapted_linears(model)) == 6

@@ -38,21 +38,38 @@ def ids(rows):
     return [row["ids"].tolist() for row in rows]
 
 
-@pytest.mark.parametrize("pieces, boundaries, eod, documents", [
-    ([[5, 6, 0], [7, 0], [65535, 8, 0]], [0, 1, 2, 3], (0,), [[5, 6], [7], [65535, 8]]),  # as json2binidx --append-eod writes it
-    ([[5, 6], [7], [8]], [0, 1, 2, 3], (0,), [[5, 6], [7], [8]]), ([[5, 6], [7], [8]], [0], (0,), [[5, 6], [7], [8]]),
-    ([[5, 6], [7], [8]], [0, 2, 3], (0,), [[5, 6, 7], [8]]), ([[5, 6], [7], [8]], [1, 2], (0,), [[5, 6], [7], [8]]),
-    ([[5, 6], [7], [8]], [1, 3], (0,), [[5, 6], [7, 8]]), ([[5, 6], [7], [8]], [0, 2], (0,), [[5, 6, 7], [8]]),
-    ([[5, 0, 6, 0, 0, 7]], [0, 1], (0,), [[5], [6], [7]]), ([[0, 5, 0]], [0, 1], (0,), [[5]]), ([[0], [], [5]], [0, 1, 2, 3], (0,), [[5]]),
-    ([[5, 0, 6]], [0, 1], (9,), [[5, 0, 6]]), ([[1, 0, 0, 2, 0, 0, 3, 4, 0, 0]], [0, 1], (0, 0), [[1, 0, 0, 2], [3, 4]]),
-], ids=str)
+@pytest.mark.parametrize(
+    "pieces, boundaries, eod, documents",
+    [
+        (
+            [[5, 6, 0], [7, 0], [65535, 8, 0]],
+            [0, 1, 2, 3],
+            (0,),
+            [[5, 6], [7], [65535, 8]],
+        ),  # as json2binidx --append-eod writes it
+        ([[5, 6], [7], [8]], [0, 1, 2, 3], (0,), [[5, 6], [7], [8]]),
+        ([[5, 6], [7], [8]], [0], (0,), [[5, 6], [7], [8]]),
+        ([[5, 6], [7], [8]], [0, 2, 3], (0,), [[5, 6, 7], [8]]),
+        ([[5, 6], [7], [8]], [1, 2], (0,), [[5, 6], [7], [8]]),
+        ([[5, 6], [7], [8]], [1, 3], (0,), [[5, 6], [7, 8]]),
+        ([[5, 6], [7], [8]], [0, 2], (0,), [[5, 6, 7], [8]]),
+        ([[5, 0, 6, 0, 0, 7]], [0, 1], (0,), [[5], [6], [7]]),
+        ([[0, 5, 0]], [0, 1], (0,), [[5]]),
+        ([[0], [], [5]], [0, 1, 2, 3], (0,), [[5]]),
+        ([[5, 0, 6]], [0, 1], (9,), [[5, 0, 6]]),
+        ([[1, 0, 0, 2, 0, 0, 3, 4, 0, 0]], [0, 1], (0, 0), [[1, 0, 0, 2], [3, 4]]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("code", [8, 4])
 def test_binidx(monkeypatch, code, pieces, boundaries, eod, documents):
     write_binidx("data", pieces, boundaries, code)
     for name in ("data", "data.bin", "data.idx"):
         report = Report()
         assert ids([row for _, row in read_rows(name, report, eod=eod)]) == documents
-        assert report.lines() == [f"format     {name}: binidx, {len(documents)} row{'s' * (len(documents) > 1)}"]
+        assert report.lines() == [
+            f"format     {name}: binidx, {len(documents)} row{'s' * (len(documents) > 1)}"
+        ]
     monkeypatch.setattr(binidx, "CHUNK", 2)
     assert ids([row for _, row in read_rows("data", eod=eod)]) == documents
 
@@ -75,18 +92,34 @@ def test_binidx_is_written_as_the_specification_has_it(vocab_size, code):
     assert ids([row for _, row in read_rows("ours")]) == [[5, 6], [vocab_size - 1], [7] * 1000]
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda b, i: (b, i[:-1]), "data.idx has 81 bytes, expected 82 for 2 pieces and 3 boundaries; is it truncated?"),
-    (lambda b, i: (b, i[:20]), "data.idx is no index of RWKV-LM's binidx data"), (lambda b, i: (b, b""), "data.idx is no index"),
-    (lambda b, i: (b, b"PK" + i[2:]), "it begins with b'PKIDIDX"), (lambda b, i: (b[:-1], i), "points outside of data.bin, which has 7 bytes"),
-    (lambda b, i: (b"", i), "which has 0 bytes"), (lambda b, i: (b, i[:9] + b"\x02" + i[10:]), "has version 2 and type code 8"),
-    (lambda b, i: (b, i[:17] + b"\x07" + i[18:]), "type code 7; expected version 1 and code 8 (uint16) or 4 (int32)"),
-    (lambda b, i: (b, i[:18] + b"\xff" * 8 + i[26:]), "for 18446744073709551615 pieces"),
-    (lambda b, i: (b, i[:34] + b"\xff" * 4 + i[38:]), "points outside of"), (lambda b, i: (b, i[:42] + b"\x01" + i[43:]), "points outside of"),
-    (lambda b, i: (b, i[:49] + b"\x7f" + i[50:]), "points outside of"),
-    (lambda b, i: (b, i[:-8] + b"\x09" + i[-7:]), "document boundaries are not ascending numbers of pieces, up to 2"),
-    (lambda b, i: (b, i[:-1] + b"\xff"), "document boundaries are not ascending"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda b, i: (b, i[:-1]),
+            "data.idx has 81 bytes, expected 82 for 2 pieces and 3 boundaries; is it truncated?",
+        ),
+        (lambda b, i: (b, i[:20]), "data.idx is no index of RWKV-LM's binidx data"),
+        (lambda b, i: (b, b""), "data.idx is no index"),
+        (lambda b, i: (b, b"PK" + i[2:]), "it begins with b'PKIDIDX"),
+        (lambda b, i: (b[:-1], i), "points outside of data.bin, which has 7 bytes"),
+        (lambda b, i: (b"", i), "which has 0 bytes"),
+        (lambda b, i: (b, i[:9] + b"\x02" + i[10:]), "has version 2 and type code 8"),
+        (
+            lambda b, i: (b, i[:17] + b"\x07" + i[18:]),
+            "type code 7; expected version 1 and code 8 (uint16) or 4 (int32)",
+        ),
+        (lambda b, i: (b, i[:18] + b"\xff" * 8 + i[26:]), "for 18446744073709551615 pieces"),
+        (lambda b, i: (b, i[:34] + b"\xff" * 4 + i[38:]), "points outside of"),
+        (lambda b, i: (b, i[:42] + b"\x01" + i[43:]), "points outside of"),
+        (lambda b, i: (b, i[:49] + b"\x7f" + i[50:]), "points outside of"),
+        (
+            lambda b, i: (b, i[:-8] + b"\x09" + i[-7:]),
+            "document boundaries are not ascending numbers of pieces, up to 2",
+        ),
+        (lambda b, i: (b, i[:-1] + b"\xff"), "document boundaries are not ascending"),
+    ],
+)
 def test_damaged_binidx(tmp_path, damage, words):
     write_binidx("data", [[5, 6], [7, 8]], [0, 1, 2])
     files = [tmp_path / "data.bin", tmp_path / "data.idx"]
@@ -112,7 +145,9 @@ def test_there_and_back(tmp_path, capsys, tokenizer):
     texts = ["Hello, world.", "Zwei Zeilen,\n\nund eine Lücke", "三 个 字 🙂", "x"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:3]))
     (tmp_path / "b.csv").write_text("question,answer\nwhat?,this\n")
-    main([str(tmp_path / "out"), str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"), "--tokenizer", tokenizer])
+    main(
+        [str(tmp_path / "out"), str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv"), "--tokenizer", tokenizer]
+    )
     assert "4 documents" in capsys.readouterr().out
     main([str(tmp_path / "back.jsonl"), str(tmp_path / "out.bin"), "--to_jsonl", "--tokenizer", tokenizer])
     back = [json.loads(line)["text"] for line in (tmp_path / "back.jsonl").read_text().splitlines()]
@@ -122,7 +157,10 @@ def test_there_and_back(tmp_path, capsys, tokenizer):
 
 def test_a_bad_row_leaves_nothing_behind(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    for out, data, words in (("out", "a.jsonl:2", "drop the weight here"), ("none/out", "a.jsonl", "none/out could not be written (No such file or")):
+    for out, data, words in (
+        ("out", "a.jsonl:2", "drop the weight here"),
+        ("none/out", "a.jsonl", "none/out could not be written (No such file or"),
+    ):
         for flags in (["--to_jsonl"], []):
             with pytest.raises(SystemExit):
                 main([str(tmp_path / out), str(tmp_path / data), *flags])
@@ -136,11 +174,22 @@ def test_a_bad_row_leaves_nothing_behind(tmp_path, capsys):
 
 def test_tokens_beyond_uint16_and_columns_by_name(tmp_path):
     """A tokenizer.json of 70,000 words, of which the last is in the data."""
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(70_000)} | {"<end>": 70_000}, "w0"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(70_000)} | {"<end>": 70_000}, "w0")
+    )
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.add_special_tokens(["<end>"])
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a,b.csv").write_text("this,that\nw3 w69999,w5\n")
-    main([str(tmp_path / "out"), str(tmp_path / "a,b.csv"), "--tokenizer", str(tmp_path / "tokenizer.json"), "--sft_field", "this"])
+    main(
+        [
+            str(tmp_path / "out"),
+            str(tmp_path / "a,b.csv"),
+            "--tokenizer",
+            str(tmp_path / "tokenizer.json"),
+            "--sft_field",
+            "this",
+        ]
+    )
     [(_, row)] = read_rows(tmp_path / "out.bin", eod=(70_000,))
     assert row["ids"].tolist() == [3, 69_999]

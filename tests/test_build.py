@@ -45,15 +45,28 @@ class Project:
         self.command = [str(self.compiler), "-fPIC"]
 
     def build(self, **changes):
-        arguments = {"name": "test", "title": TITLE, "seconds": 1, "sources": [self.source], "headers": [self.header], "command": self.command}
+        arguments = {
+            "name": "test",
+            "title": TITLE,
+            "seconds": 1,
+            "sources": [self.source],
+            "headers": [self.header],
+            "command": self.command,
+        }
         return build.build(**arguments | changes)
 
     def start(self):
         """The same call in another process."""
         code = CALL.format(
-            module=os.path.dirname(build.__file__), title=TITLE, source=str(self.source), header=str(self.header), command=self.command
+            module=os.path.dirname(build.__file__),
+            title=TITLE,
+            source=str(self.source),
+            header=str(self.header),
+            command=self.command,
         )
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def runs(self):
         return len(self.record.read_text().splitlines()) if self.record.exists() else 0
@@ -95,7 +108,11 @@ def test_a_library_is_built_once_and_found_again(project, capfd):
     library = project.build()
     assert ctypes.CDLL(str(library)).answer() == 42
     said = capfd.readouterr()
-    assert said.out == "" and said.err.startswith(f"building {TITLE} with ninja (once, about 1 s)\nbuilt in ") and said.err.count("\n") == 2
+    assert (
+        said.out == ""
+        and said.err.startswith(f"building {TITLE} with ninja (once, about 1 s)\nbuilt in ")
+        and said.err.count("\n") == 2
+    )
     assert project.runs() == 2 and project.temporary() == []
     assert project.build() == library and project.runs() == 2
     assert capfd.readouterr() == ("", "")
@@ -119,7 +136,9 @@ def test_four_processes_make_one_build(project):
     project.hold.touch()
     processes = [project.start() for _ in range(4)]
     said = [first_line(process.stderr) for process in processes]
-    assert sorted(said) == [f"building {TITLE} with ninja (once, about 1 s)"] + 3 * [f"waiting for another process that builds {TITLE}"]
+    assert sorted(said) == [f"building {TITLE} with ninja (once, about 1 s)"] + 3 * [
+        f"waiting for another process that builds {TITLE}"
+    ]
     project.hold.unlink()
     results = [process.communicate(timeout=20) for process in processes]
     assert len({out for out, _ in results}) == 1 and results[0][0].strip().endswith(".so")
@@ -155,11 +174,15 @@ def test_a_killed_builder_hands_over_to_the_one_that_waits(project):
 
 
 def test_a_compile_error_is_one_line_and_a_log(project):
-    project.source.write_text('extern "C" int answer() { return nothing; }\nint other() { return nothing_either; }\n')
+    project.source.write_text(
+        'extern "C" int answer() { return nothing; }\nint other() { return nothing_either; }\n'
+    )
     message = failure(project.build)
     log = pathlib.Path(message.rpartition(" ")[2])
     assert log.parent == project.cache and "nothing_either" in log.read_text()
-    assert message.startswith(f"{TITLE} did not compile: {project.source}:1:") and "error: 'nothing'" in message.replace("‘", "'").replace("’", "'")
+    assert message.startswith(
+        f"{TITLE} did not compile: {project.source}:1:"
+    ) and "error: 'nothing'" in message.replace("‘", "'").replace("’", "'")
     assert "--wkv torch" in message and project.temporary() == []
     runs = project.runs()
     failure(project.build)
@@ -167,7 +190,9 @@ def test_a_compile_error_is_one_line_and_a_log(project):
 
 
 def test_an_error_of_the_linker_names_what_is_missing(project):
-    assert re.search(r"did not compile: .*nothing_of_that_name", failure(project.build, link=["-lnothing_of_that_name"]))
+    assert re.search(
+        r"did not compile: .*nothing_of_that_name", failure(project.build, link=["-lnothing_of_that_name"])
+    )
 
 
 def test_processes_that_waited_for_a_failure_do_not_repeat_it(project):
@@ -220,14 +245,21 @@ def test_temporary_files_of_the_compiler_are_swept_with_the_rest(project):
     project.compiler.write_text(f'#!/bin/sh\necho "$TMPDIR" >> "{project.record}"\nexec c++ "$@"\n')
     project.build()
     places = {pathlib.Path(line) for line in project.record.read_text().splitlines()}
-    assert {place.parent for place in places} == {project.cache} and not any(place.exists() for place in places)
+    assert {place.parent for place in places} == {project.cache} and not any(
+        place.exists() for place in places
+    )
 
 
 def test_strange_names_of_folders(tmp_path, monkeypatch):
     folder = tmp_path / "a b $HOME 'c' : é"
     folder.mkdir()
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(folder / "cache"))
-    assert ctypes.CDLL(str(Project(folder, folder / "cache").build(command=[build.find_cxx(), "-fPIC", f"-I{folder}"]))).answer() == 42
+    assert (
+        ctypes.CDLL(
+            str(Project(folder, folder / "cache").build(command=[build.find_cxx(), "-fPIC", f"-I{folder}"]))
+        ).answer()
+        == 42
+    )
 
 
 def test_a_relative_cache(project, monkeypatch, tmp_path):
@@ -240,7 +272,11 @@ def test_a_cache_that_cannot_be_written(project, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path / "file" / "cache"))
     message = failure(project.build)
-    assert str(tmp_path / "file" / "cache") in message and "Not a directory" in message and "set RWKV_KERNEL_CACHE" in message
+    assert (
+        str(tmp_path / "file" / "cache") in message
+        and "Not a directory" in message
+        and "set RWKV_KERNEL_CACHE" in message
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -251,7 +287,9 @@ def test_a_cache_without_permission(project):
 
 
 def test_a_full_cache(project):
-    project.compiler.write_text("#!/bin/sh\necho 'fatal error: error writing to out.o: No space left on device'\nexit 1\n")
+    project.compiler.write_text(
+        "#!/bin/sh\necho 'fatal error: error writing to out.o: No space left on device'\nexit 1\n"
+    )
     message = failure(project.build)
     assert f"the kernel cache {project.cache} cannot be used" in message and "No space left" in message
     assert project.temporary() == []
@@ -295,8 +333,12 @@ def test_where_the_cache_is(monkeypatch):
 
 def test_the_cpu_library_respects_nan_and_is_for_this_cpu(project, monkeypatch):
     folder = project.source.parent
-    (folder / "one_cpu.cpp").write_text('#include "answer.h"\nextern "C" int is_nan(float x) { return x != x; }\n')
-    (folder / "two_cpu.cpp").write_text('#include <thread>\nextern "C" void run() { std::thread([] {}).join(); }\n')
+    (folder / "one_cpu.cpp").write_text(
+        '#include "answer.h"\nextern "C" int is_nan(float x) { return x != x; }\n'
+    )
+    (folder / "two_cpu.cpp").write_text(
+        '#include <thread>\nextern "C" void run() { std::thread([] {}).join(); }\n'
+    )
     monkeypatch.setattr(build, "CUDA", folder)
     monkeypatch.setattr(build, "find_cxx", lambda: str(project.compiler))
     path = build.cpu_library()
@@ -343,7 +385,11 @@ def test_the_cuda_library_is_for_the_architectures_at_hand(cuda):
     runs = cuda.record.read_text().splitlines()
     assert len(runs) == 3, "one object a source, and the link"
     for line in runs[:2]:
-        assert line.count("-gencode") == 2 and "arch=compute_80,code=sm_80" in line and "arch=compute_90,code=sm_90" in line
+        assert (
+            line.count("-gencode") == 2
+            and "arch=compute_80,code=sm_80" in line
+            and "arch=compute_90,code=sm_90" in line
+        )
         assert "fast" not in line and "-O3" in line and "-Xcompiler -fPIC" in line
     assert "-cudart static" in runs[2]
     assert build.cuda_library(["80", "90"]) == library
@@ -373,14 +419,21 @@ def test_the_compiler_of_the_host_s_part_can_be_chosen(cuda, monkeypatch):
 @pytest.mark.parametrize("architecture", ["70", "61", "gfx90a", "7.5"])
 def test_architectures_that_are_not_supported(cuda, architecture):
     message = failure(build.cuda_library, ["90", architecture])
-    assert f"architecture {architecture}" in message and "75 (Turing) or newer" in message and cuda.runs() == 0
+    assert (
+        f"architecture {architecture}" in message and "75 (Turing) or newer" in message and cuda.runs() == 0
+    )
 
 
 def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
     """CUDA_HOME, PATH, the toolkits of the system, the packages of the environment; each is used when those before it have none."""
     record = tmp_path / "record"
     wheels = tmp_path / "site" / "nvidia" / "cu13"
-    places = [tmp_path / "home" / "bin", tmp_path / "path", tmp_path / "local" / "cuda-13.0" / "bin", wheels / "bin"]
+    places = [
+        tmp_path / "home" / "bin",
+        tmp_path / "path",
+        tmp_path / "local" / "cuda-13.0" / "bin",
+        wheels / "bin",
+    ]
     found = [str(fake_nvcc(folder, record)) for folder in places]
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))

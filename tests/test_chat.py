@@ -33,7 +33,10 @@ def files(tmp_path_factory):
     native.status("cpu")  # built here, if it has to be, and not with words in the middle of a chat
     folder = tmp_path_factory.mktemp("chat")
     rwkv_miss.write_checkpoint(folder / "base.pth", mixing_tensors(7).items())
-    a, b = (train(folder / "base.pth", folder / f"{name}.pth", method, seed) for name, method, seed in (("a", "miss", 1), ("b", "dora", 2)))
+    a, b = (
+        train(folder / "base.pth", folder / f"{name}.pth", method, seed)
+        for name, method, seed in (("a", "miss", 1), ("b", "dora", 2))
+    )
     return types.SimpleNamespace(base=folder / "base.pth", a=a, b=b)
 
 
@@ -44,7 +47,25 @@ def typed(files, letters, capsys, monkeypatch):  # noqa: F811
     def run(lines, *flags, adapters=True):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         given = ["--adapter", f"a={files.a}", "--adapter", files.b] if adapters else []
-        chat.main([*map(str, ["--model", files.base, "--tokenizer", letters, "--max_tokens", TOKENS, "--temperature", 0, *given, *flags])])
+        chat.main(
+            [
+                *map(
+                    str,
+                    [
+                        "--model",
+                        files.base,
+                        "--tokenizer",
+                        letters,
+                        "--max_tokens",
+                        TOKENS,
+                        "--temperature",
+                        0,
+                        *given,
+                        *flags,
+                    ],
+                )
+            ]
+        )
         out, err = capsys.readouterr()
         return out.removesuffix("\n").split("\n"), err.splitlines()[1:]
 
@@ -58,7 +79,9 @@ def answers(lines):
 
 def said(files, letters, questions, names=(), scale=1.0, sampling=GREEDY):  # noqa: F811
     """The answers of a fresh chat with one adapter from the beginning."""
-    adapters, tokenizer = load_with(files.base, {name: getattr(files, name) for name in names}, letters, accelerator="cpu")
+    adapters, tokenizer = load_with(
+        files.base, {name: getattr(files, name) for name in names}, letters, accelerator="cpu"
+    )
     adapters.use(names, scale)
     conversation = Conversation(adapters.model, tokenizer, sampling)
     return ["".join(conversation.answer(question, TOKENS)) + "\n" for question in questions]
@@ -67,26 +90,49 @@ def said(files, letters, questions, names=(), scale=1.0, sampling=GREEDY):  # no
 def test_adapters_are_chosen_in_the_chat(typed, files, letters):  # noqa: F811
     """Each answer is that of a chat with these weights from the beginning; the conversation that they have in common is empty."""
     script, expected = [], []
-    for line, names, scale in (("", ["a"], 1), ("/adapter b", ["b"], 1), ("/scale 0.5", ["b"], 0.5), ("/adapter a", ["a"], 0.5),
-                               ("/adapter none", [], 1), ("/adapter a+b", ["a", "b"], 0.5)):
+    for line, names, scale in (
+        ("", ["a"], 1),
+        ("/adapter b", ["b"], 1),
+        ("/scale 0.5", ["b"], 0.5),
+        ("/adapter a", ["a"], 0.5),
+        ("/adapter none", [], 1),
+        ("/adapter a+b", ["a", "b"], 0.5),
+    ):
         script += [line, "hello?", "/reset"]
         expected += said(files, letters, ["hello?"], names, scale)
     out, err = typed(script)
     got = answers(out)
-    assert [text.rstrip("\n") for text in got] == [text.rstrip("\n") for text in expected] and len(set(expected)) == 6
+    assert [text.rstrip("\n") for text in got] == [text.rstrip("\n") for text in expected] and len(
+        set(expected)
+    ) == 6
     assert [line for line in err if line != "a new conversation"] == [
-        "adapter b, scale 1", "adapter b, scale 0.5", "adapter a, scale 0.5", "no adapter: the base answers", "adapter a+b, scale 0.5"]
+        "adapter b, scale 1",
+        "adapter b, scale 0.5",
+        "adapter a, scale 0.5",
+        "no adapter: the base answers",
+        "adapter a+b, scale 0.5",
+    ]
 
 
 def test_the_first_adapter_answers_at_the_scale_that_is_given(typed, files, letters):  # noqa: F811
     out, err = typed(["hello?", "/adapter", "/scale"], "--scale", 0.3)
     assert answers(out)[0].rstrip("\n") == said(files, letters, ["hello?"], ["a"], 0.3)[0].rstrip("\n")
-    assert err == [f"* a: {files.a}, miss r=4", f"  b: {files.b}, dora r=4", "adapter a, scale 0.3", "scale 0.3"]
+    assert err == [
+        f"* a: {files.a}, miss r=4",
+        f"  b: {files.b}, dora r=4",
+        "adapter a, scale 0.3",
+        "scale 0.3",
+    ]
 
 
-@pytest.mark.parametrize("line, names, scale, note", [
-    ("/adapter b", ["b"], 1, "adapter b, scale 1"), ("/scale 0.5", ["a"], 0.5, "adapter a, scale 0.5"), ("/adapter none", [], 1, "no adapter"),
-])
+@pytest.mark.parametrize(
+    "line, names, scale, note",
+    [
+        ("/adapter b", ["b"], 1, "adapter b, scale 1"),
+        ("/scale 0.5", ["a"], 0.5, "adapter a, scale 0.5"),
+        ("/adapter none", [], 1, "no adapter"),
+    ],
+)
 def test_after_a_switch_the_turns_are_read_again(line, names, scale, note, files, letters, typed):  # noqa: F811
     """The answer is that of the new weights to the whole conversation so far, as at once; a switch to the same weights reads nothing."""
     out, err = typed(["hello?", "why", "/adapter a", line, "and now?"])
@@ -102,11 +148,36 @@ def test_after_a_switch_the_turns_are_read_again(line, names, scale, note, files
 
 def test_undo_and_reset(typed):
     """After an undo the chat goes on as if the turn had not been, also after two, of which only one state is kept."""
-    out, err = typed(["hello?", "why", "/undo", "what", "/undo", "/undo", "hello?", "why", "/reset", "hello?", "/undo", "/undo"])
+    out, err = typed(
+        [
+            "hello?",
+            "why",
+            "/undo",
+            "what",
+            "/undo",
+            "/undo",
+            "hello?",
+            "why",
+            "/reset",
+            "hello?",
+            "/undo",
+            "/undo",
+        ]
+    )
     first, second, third, again, second_again, fresh = answers(out)
-    assert (again, second_again, fresh.rstrip("\n")) == (first, second, first.rstrip("\n")) and third != second
-    assert err == ["taken back; 1 turn left", "taken back; 1 turn left", "taken back; 0 turns left", "a new conversation", "taken back; 0 turns left",
-                   "error: there is no turn to take back"]
+    assert (again, second_again, fresh.rstrip("\n")) == (
+        first,
+        second,
+        first.rstrip("\n"),
+    ) and third != second
+    assert err == [
+        "taken back; 1 turn left",
+        "taken back; 1 turn left",
+        "taken back; 0 turns left",
+        "a new conversation",
+        "taken back; 0 turns left",
+        "error: there is no turn to take back",
+    ]
 
 
 @pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", "exit  "])
@@ -121,7 +192,11 @@ def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # 
     out, err = typed(["hello?", "why", "/retry", "/temperature 2", "/retry", "/temperature 0", "what"])
     first, second, same, other, last = answers(out)
     assert same == second and other != second
-    assert err == ["temperature 0 draws the same answer again; /temperature 1 draws others", "temperature 2", "temperature 0"]
+    assert err == [
+        "temperature 0 draws the same answer again; /temperature 1 draws others",
+        "temperature 2",
+        "temperature 0",
+    ]
     adapters, tokenizer = load_with(files.base, {"a": files.a}, letters, accelerator="cpu")
     adapters.use(["a"])
     asked = f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{other[:-1]}\n\nUser: what\n\nAssistant:"
@@ -146,45 +221,104 @@ def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, 
 
 
 def test_how_answers_are_drawn_is_changed_in_the_chat(typed):
-    _, err = typed(["/temperature", "/temperature 0.5", "/top_p 0.9", "/top_p 2", "/temperature -1", "/top_p x", "/retry"])
+    _, err = typed(
+        [
+            "/temperature",
+            "/temperature 0.5",
+            "/top_p 0.9",
+            "/top_p 2",
+            "/temperature -1",
+            "/top_p x",
+            "/retry",
+        ]
+    )
     assert err[:3] == ["temperature 0", "temperature 0.5", "top_p 0.9"]
     assert err[3] == "error: top_p 2.0: expected more than 0 and at most 1"
-    assert err[4] == "error: temperature -1.0: expected 0 or more" and err[5] == "error: top_p 'x': expected a number such as 0.7"
+    assert (
+        err[4] == "error: temperature -1.0: expected 0 or more"
+        and err[5] == "error: top_p 'x': expected a number such as 0.7"
+    )
     assert err[6] == "error: there is no turn to take back"
 
 
 def test_a_tokenizer_that_is_not_the_models_is_told_once(typed, monkeypatch):
     monkeypatch.setattr(guessing, "MARGIN", -99)
-    _, err = typed(["short", "a question of more than so many tokens as can tell", "a question of more than so many tokens again"])
-    assert len(err) == 2 and err[0].startswith("WARNING: the loss is ") and err[1].endswith("Is it the right model?")
+    _, err = typed(
+        [
+            "short",
+            "a question of more than so many tokens as can tell",
+            "a question of more than so many tokens again",
+        ]
+    )
+    assert (
+        len(err) == 2
+        and err[0].startswith("WARNING: the loss is ")
+        and err[1].endswith("Is it the right model?")
+    )
 
 
 def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     asked = []
-    monkeypatch.setattr(Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"]))
+    monkeypatch.setattr(
+        Conversation, "answer", lambda self, text, most: (said for said in [asked.append(text) or " ok"])
+    )
     monkeypatch.setattr(commands.Chat, "judge_tokenizer", lambda self, text: None)
-    wrong = ["/adapt b", "/hepl", "/x", "/adapter c", "/adapter a+a", "/scale much", "/scale nan", "/save", "/think deep"]
+    wrong = [
+        "/adapt b",
+        "/hepl",
+        "/x",
+        "/adapter c",
+        "/adapter a+a",
+        "/scale much",
+        "/scale nan",
+        "/save",
+        "/think deep",
+    ]
     _, err = typed(["//x", *wrong, " /x", "//", "/help"])
-    assert "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry, /temperature, /top_p, /save, " in err[0]
-    assert "no command /x. There are" in err[2] and all(line.endswith("or another slash before it.") for line in err[:3])
-    assert "did you mean /help?" in err[1] and "did you mean" not in err[2] and all("type a space or another slash" in line for line in err[:3])
-    assert err[3] == "error: there is no adapter 'c'; there are: a, b" and "twice" in err[4] and "'much'" in err[5] and "'nan'" in err[6]
+    assert (
+        "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry, /temperature, /top_p, /save, "
+        in err[0]
+    )
+    assert "no command /x. There are" in err[2] and all(
+        line.endswith("or another slash before it.") for line in err[:3]
+    )
+    assert (
+        "did you mean /help?" in err[1]
+        and "did you mean" not in err[2]
+        and all("type a space or another slash" in line for line in err[:3])
+    )
+    assert (
+        err[3] == "error: there is no adapter 'c'; there are: a, b"
+        and "twice" in err[4]
+        and "'much'" in err[5]
+        and "'nan'" in err[6]
+    )
     assert "/save needs FILE" in err[7] and "off, think, normal, short, long, fake" in err[8]
-    assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS] and len(err) == 9 + 14 + 1
+    assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS] and len(
+        err
+    ) == 9 + 14 + 1
     assert asked == ["/x", "/x", "/"]
 
 
 def test_what_overflows_is_an_error_and_the_chat_goes_on(typed, asked):
     """And neither it nor a name that does not exist costs the state."""
     out, err = typed(["hello?", "/scale 1e38", "why", "/scale 1", "/adapter c", "why", "/adapter c", "so"])
-    assert "error: the logits after token" in err[1] and "an adapter's scale too large" in err[1] and len(answers(out)) == 4
+    assert (
+        "error: the logits after token" in err[1]
+        and "an adapter's scale too large" in err[1]
+        and len(answers(out)) == 4
+    )
     assert [text.count("User: ") for text in asked] == [1, 2, 2, 1]
 
 
 def test_without_adapters_there_is_the_base(typed, files, letters):  # noqa: F811
     out, err = typed(["hello?", "/adapter", "/adapter a", "/scale 2", "/compare x"], adapters=False)
     assert answers(out)[0].rstrip("\n") == said(files, letters, ["hello?"])[0].rstrip("\n")
-    assert err[0] == "no --adapter was given" and "there are: none" in err[1] and err[2] == "scale 2, once an adapter is in use"
+    assert (
+        err[0] == "no --adapter was given"
+        and "there are: none" in err[1]
+        and err[2] == "scale 2, once an adapter is in use"
+    )
     assert "start with --adapter" in err[3]
 
 
@@ -204,9 +338,17 @@ def asked(monkeypatch):
 
 
 def test_think_changes_how_the_next_turn_is_asked(typed, asked):
-    assert (named_mode("short"), named_mode("think-long"), named_mode("off")) == ("think-short", "think-long", "rwkv")
+    assert (named_mode("short"), named_mode("think-long"), named_mode("off")) == (
+        "think-short",
+        "think-long",
+        "rwkv",
+    )
     out, err = typed(["hello", "/think long", "why", "/think", "/think off", "so"])
-    assert [text.rpartition("User: ")[2] for text in asked] == ["hello\n\nAssistant:", "why think a lot\n\nAssistant: ", "so\n\nAssistant:"]
+    assert [text.rpartition("User: ")[2] for text in asked] == [
+        "hello\n\nAssistant:",
+        "why think a lot\n\nAssistant: ",
+        "so\n\nAssistant:",
+    ]
     assert err == ["template think-long", "template think-long", "template rwkv"]
 
 
@@ -214,10 +356,17 @@ def test_each_adapter_is_asked_in_its_own_template(typed, asked, files, tmp_path
     """Unless the user chose one, by the flag or in the chat."""
     tensors, metadata = rwkv_miss.read_checkpoint(files.a), rwkv_miss.read_metadata(files.a)
     rwkv_miss.write_checkpoint(tmp_path / "long.pth", tensors.items(), {**metadata, "template": "think-long"})
-    typed(["a", "/adapter long", "b", "/adapter none", "c", "/think long", "/adapter a", "d"], "--adapter", tmp_path / "long.pth")
+    typed(
+        ["a", "/adapter long", "b", "/adapter none", "c", "/think long", "/adapter a", "d"],
+        "--adapter",
+        tmp_path / "long.pth",
+    )
     typed(["e", "/adapter long", "f"], "--adapter", tmp_path / "long.pth", "--template", "rwkv")
     plain, long = "{}\n\nAssistant:", "{} think a lot\n\nAssistant: "
-    expected = [form.format(word) for word, form in zip("abcdef", (plain, long, plain, long, plain, plain), strict=True)]
+    expected = [
+        form.format(word)
+        for word, form in zip("abcdef", (plain, long, plain, long, plain, plain), strict=True)
+    ]
     assert [text.rpartition("User: ")[2] for text in asked] == expected
 
 
@@ -236,7 +385,9 @@ def test_compare_shows_both_answers_and_changes_nothing(typed, asked, monkeypatc
     assert rest == plain and err == [] and "no adapter" not in table[0]
     titles = [part.strip() for part in table[0].split("|")]
     assert titles == ["base", "a, scale 1"]
-    left, right = ("".join(line.split(" |", 1)[i].strip() for line in table[2:]).replace(" ", "") for i in (0, 1))
+    left, right = (
+        "".join(line.split(" |", 1)[i].strip() for line in table[2:]).replace(" ", "") for i in (0, 1)
+    )
     assert right == answers(plain)[1].replace("\n", "").replace(" ", "") != left
     assert asked[-2] == "\n\nUser: why\n\nAssistant:", "the state is that of before the comparison"
     shown, _ = typed([], "--compare", "--prompt", "hello?")
@@ -244,10 +395,22 @@ def test_compare_shows_both_answers_and_changes_nothing(typed, asked, monkeypatc
 
 
 def test_columns_hold_wide_characters_and_long_words():
-    shown = side_by_side(("base", "你好，世界！你好，世界！ ok"), ("a", "one two three four five\n\nsixsevenexightnineteneleven"), 43)
+    shown = side_by_side(
+        ("base", "你好，世界！你好，世界！ ok"),
+        ("a", "one two three four five\n\nsixsevenexightnineteneleven"),
+        43,
+    )
     lines = shown.splitlines()
     assert {cells(line.partition(" | ")[0]) for line in lines if " | " in line} == {20}
-    assert [line.partition(" | ")[2] for line in lines] == ["a", "-" * 20, "one two three four", "five", "", "sixsevenexightninete", "neleven"]
+    assert [line.partition(" | ")[2] for line in lines] == [
+        "a",
+        "-" * 20,
+        "one two three four",
+        "five",
+        "",
+        "sixsevenexightninete",
+        "neleven",
+    ]
     assert max(map(cells, lines)) <= 43
 
 
@@ -265,10 +428,19 @@ def test_a_saved_chat_goes_on_as_if_it_had_not_stopped(sampling, files, letters,
     want = ["".join(conversation.answer(text, TOKENS)) for text in ("so?", "then")]
     other = Conversation(adapters.model, tokenizer, sampling, seed=9)
     assert load_chat(other, adapters, tmp_path / "chat.pth")
-    assert all(torch.equal(a, b) for old, new in zip(state, other.state) for a, b in zip(old, new)) and other.messages == messages
-    assert ["".join(other.answer(text, TOKENS)) for text in ("so?", "then")] == want and len(set(want + said)) > 2
+    assert (
+        all(torch.equal(a, b) for old, new in zip(state, other.state) for a, b in zip(old, new))
+        and other.messages == messages
+    )
+    assert ["".join(other.answer(text, TOKENS)) for text in ("so?", "then")] == want and len(
+        set(want + said)
+    ) > 2
     save_chat(other, adapters, tmp_path / "chat.pth")  # a saved chat may be replaced
-    assert not load_chat(other, with_scale(adapters, 0.6), tmp_path / "chat.pth") and other.state is None and len(other.turns) == 4
+    assert (
+        not load_chat(other, with_scale(adapters, 0.6), tmp_path / "chat.pth")
+        and other.state is None
+        and len(other.turns) == 4
+    )
 
 
 def with_scale(adapters, scale):
@@ -280,15 +452,27 @@ def test_save_and_load_in_the_chat(typed, tmp_path):
     """With the weights of the save the state is used, with others the turns are read again, and what is said is the same as without a break."""
     out, _ = typed(["hello?", "why", "/adapter b", "so"])
     other = answers(out)[2]
-    out, err = typed(["hello?", "why", f"/save {tmp_path}/chat.pth", "so", "/reset", f"/load {tmp_path}/chat.pth", "so"])
+    out, err = typed(
+        ["hello?", "why", f"/save {tmp_path}/chat.pth", "so", "/reset", f"/load {tmp_path}/chat.pth", "so"]
+    )
     assert answers(out)[2].rstrip() == answers(out)[3].rstrip() != other.rstrip()
-    assert err == [f"2 turns saved in {tmp_path}/chat.pth", "a new conversation", f"2 turns of {tmp_path}/chat.pth"]
+    assert err == [
+        f"2 turns saved in {tmp_path}/chat.pth",
+        "a new conversation",
+        f"2 turns of {tmp_path}/chat.pth",
+    ]
     again, err = typed(["so"], "--load_state", tmp_path / "chat.pth")
     assert answers(again)[0].rstrip() == answers(out)[2].rstrip()
     shown, err = typed(["/adapter b", f"/load {tmp_path}/chat.pth", "so"])
     assert answers(shown)[0].rstrip() == other.rstrip()
-    assert err[1].endswith("2 turns of " + f"{tmp_path}/chat.pth, saved with other adapters or another scale: read again before the next answer")
-    tensors, metadata = rwkv_miss.read_checkpoint(tmp_path / "chat.pth"), rwkv_miss.read_metadata(tmp_path / "chat.pth")
+    assert err[1].endswith(
+        "2 turns of "
+        + f"{tmp_path}/chat.pth, saved with other adapters or another scale: read again before the next answer"
+    )
+    tensors, metadata = (
+        rwkv_miss.read_checkpoint(tmp_path / "chat.pth"),
+        rwkv_miss.read_metadata(tmp_path / "chat.pth"),
+    )
     assert metadata["turns"][0]["messages"][0] == {"role": "user", "content": "hello?"} and len(tensors) == 7
 
 
@@ -303,10 +487,20 @@ def test_the_template_is_saved(typed, files, letters, tmp_path):  # noqa: F811
 
 def test_a_file_that_is_no_saved_chat_is_not_replaced(typed, files, tmp_path):
     before = files.base.read_bytes()
-    wrong = [f"save {files.base}", f"save {tmp_path}", f"save {tmp_path}/no/chat.pth", f"load {files.base}", f"load {tmp_path}/absent.pth"]
+    wrong = [
+        f"save {files.base}",
+        f"save {tmp_path}",
+        f"save {tmp_path}/no/chat.pth",
+        f"load {files.base}",
+        f"load {tmp_path}/absent.pth",
+    ]
     _, err = typed([f"/{line}" for line in wrong])
     assert files.base.read_bytes() == before
-    for line, why in zip(err, ("is no saved chat", "is no saved chat", "can't be written", "is no saved chat", "does not exist"), strict=True):
+    for line, why in zip(
+        err,
+        ("is no saved chat", "is no saved chat", "can't be written", "is no saved chat", "does not exist"),
+        strict=True,
+    ):
         assert line.startswith("error: ") and why in line
 
 
@@ -324,22 +518,42 @@ def saved(files, letters, tmp_path_factory):  # noqa: F811
 def changed(path, out, tensors=None, **metadata):
     """A saved chat with other tensors (None: none of that name) and metadata."""
     new = {**rwkv_miss.read_checkpoint(path), **(tensors or {})}
-    rwkv_miss.write_checkpoint(out, ((k, t) for k, t in new.items() if t is not None), {**rwkv_miss.read_metadata(path), **metadata})
+    rwkv_miss.write_checkpoint(
+        out, ((k, t) for k, t in new.items() if t is not None), {**rwkv_miss.read_metadata(path), **metadata}
+    )
 
 
 TURN = {"messages": [{"role": "user", "content": "x"}], "pieces": ["x"], "whole": True}
 WRONG = [
-    (dict(base_fingerprint="0"), "another base"), (dict(tokenizer="world"), "--tokenizer world"), (dict(format_version=2), "version 2"),
-    (dict(format="rwkv-miss adapter"), "no saved chat"), (dict(read=2), "damaged"), (dict(read=-1), "damaged"), (dict(read=0), "damaged"),
-    (dict(read=True), "read is .True"), (dict(template="/etc/hostname"), "its template is"), (dict(system=None), "system is"),
-    (dict(turns=[]), "damaged"), (dict(turns=[{**TURN, "whole": False}]), "damaged"),
-    *((dict(turns=[{**TURN, **wrong}]), "a turn is") for wrong in ({"pieces": [1]}, {"whole": 1}, {"messages": ["x"]}, {"x": 1})),
-    *((dict(tensors=tensors), why) for tensors, why in (
-        ({"blocks.0.wkv": None}, "blocks.0.wkv is None"), ({"blocks.0.att_x": torch.zeros(1, 47)}, "att_x is .1, 47., expected .1, 48."),
-        ({"blocks.1.ffn_x": torch.zeros(1, 48, dtype=torch.int64)}, "damaged"), ({"blocks.9.ffn_x": torch.zeros(1)}, "blocks.9.ffn_x"),
-        ({"blocks.1.ffn_x": torch.full((1, 48), torch.nan)}, "NaN"), ({"generator": torch.zeros(3)}, "random numbers"),
-        ({"generator": None}, "random numbers"), ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "random numbers"),
-    )),
+    (dict(base_fingerprint="0"), "another base"),
+    (dict(tokenizer="world"), "--tokenizer world"),
+    (dict(format_version=2), "version 2"),
+    (dict(format="rwkv-miss adapter"), "no saved chat"),
+    (dict(read=2), "damaged"),
+    (dict(read=-1), "damaged"),
+    (dict(read=0), "damaged"),
+    (dict(read=True), "read is .True"),
+    (dict(template="/etc/hostname"), "its template is"),
+    (dict(system=None), "system is"),
+    (dict(turns=[]), "damaged"),
+    (dict(turns=[{**TURN, "whole": False}]), "damaged"),
+    *(
+        (dict(turns=[{**TURN, **wrong}]), "a turn is")
+        for wrong in ({"pieces": [1]}, {"whole": 1}, {"messages": ["x"]}, {"x": 1})
+    ),
+    *(
+        (dict(tensors=tensors), why)
+        for tensors, why in (
+            ({"blocks.0.wkv": None}, "blocks.0.wkv is None"),
+            ({"blocks.0.att_x": torch.zeros(1, 47)}, "att_x is .1, 47., expected .1, 48."),
+            ({"blocks.1.ffn_x": torch.zeros(1, 48, dtype=torch.int64)}, "damaged"),
+            ({"blocks.9.ffn_x": torch.zeros(1)}, "blocks.9.ffn_x"),
+            ({"blocks.1.ffn_x": torch.full((1, 48), torch.nan)}, "NaN"),
+            ({"generator": torch.zeros(3)}, "random numbers"),
+            ({"generator": None}, "random numbers"),
+            ({"generator": torch.zeros(5056, dtype=torch.uint8)}, "random numbers"),
+        )
+    ),
 ]
 
 
@@ -359,8 +573,9 @@ def test_damaged_files_are_refused(saved, tmp_path):
     content, before, bad = path.read_bytes(), vars(conversation).copy(), tmp_path / "chat.pth"
     with zipfile.ZipFile(path) as archive:
         places = [info.header_offset + 200 for info in archive.infolist() if info.file_size > 200]
-    for damaged in ([content[:length] for length in range(0, len(content), len(content) // 40)]
-                    + [content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :] for place in places]):
+    for damaged in [content[:length] for length in range(0, len(content), len(content) // 40)] + [
+        content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :] for place in places
+    ]:
         bad.write_bytes(damaged)
         with pytest.raises(UserError):
             load_chat(conversation, adapters, bad)
@@ -398,7 +613,10 @@ def test_a_stopped_answer_is_what_was_said_of_it(at, kept):
     conversation.model = Scripted(tokenizer, b" third\0")
     "".join(conversation.answer("3"))
     stopped = f"\n\nUser: 2\n\nAssistant:{kept}" if kept else ""
-    assert tokenizer.decode(conversation.state) == f"User: 1\n\nAssistant: first{stopped}\n\nUser: 3\n\nAssistant: third"
+    assert (
+        tokenizer.decode(conversation.state)
+        == f"User: 1\n\nAssistant: first{stopped}\n\nUser: 3\n\nAssistant: third"
+    )
     conversation.undo()
     assert tokenizer.decode(conversation.unread()[0]) == "User: 1\n\nAssistant: first"
     conversation.undo()
@@ -424,7 +642,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(typed, monkeypatch, capsys):
     first, second, third = answers(out)
     assert answers(plain)[0].startswith(first[:-1]) and 0 < len(first) < len(answers(plain)[0])
     assert (second, third.rstrip("\n")) == (answers(plain)[0], answers(plain)[1].rstrip("\n"))
-    assert err == ["stopped; what was said stays in the conversation, until /undo", "taken back; 0 turns left"]
+    assert err == [
+        "stopped; what was said stays in the conversation, until /undo",
+        "taken back; 0 turns left",
+    ]
 
 
 # the last question is in brackets, and no longer once another one follows
@@ -459,13 +680,22 @@ def test_a_template_that_writes_the_conversation_anew_is_read_whole():
 # flags
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--scale", "0.5"], "--scale is about an --adapter"), (["--compare", "--prompt", "x"], "--compare is about an --adapter"),
-    (["--adapter", "A", "--compare"], "--compare needs --prompt"), (["--adapter", "A", "--compare", "--prompt", "x", "--raw"], "without --raw"),
-    (["--load_state", "S", "--raw", "--prompt", "x"], "drop one of the two"), (["--adapter", "A", "--scale", "inf"], "finite"),
-    (["--adapter", "none=A"], "can't be called 'none'"), (["--adapter", "a+b=A"], "can't be called"), (["--adapter", "=A"], "can't be called ''"),
-    (["--adapter", "x/A.pth", "--adapter", "y/A.pth"], "x/A.pth is called A, too"), (["--adapter", "a b=A"], "can't be called"),
-])
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--scale", "0.5"], "--scale is about an --adapter"),
+        (["--compare", "--prompt", "x"], "--compare is about an --adapter"),
+        (["--adapter", "A", "--compare"], "--compare needs --prompt"),
+        (["--adapter", "A", "--compare", "--prompt", "x", "--raw"], "without --raw"),
+        (["--load_state", "S", "--raw", "--prompt", "x"], "drop one of the two"),
+        (["--adapter", "A", "--scale", "inf"], "finite"),
+        (["--adapter", "none=A"], "can't be called 'none'"),
+        (["--adapter", "a+b=A"], "can't be called"),
+        (["--adapter", "=A"], "can't be called ''"),
+        (["--adapter", "x/A.pth", "--adapter", "y/A.pth"], "x/A.pth is called A, too"),
+        (["--adapter", "a b=A"], "can't be called"),
+    ],
+)
 def test_flags_that_do_not_go_together(flags, why):
     with pytest.raises(UserError, match=why.replace("+", r"\+")):
         chat.parse(["--model", "m.pth", *flags])
@@ -475,7 +705,12 @@ def test_adapters_are_named_by_their_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.pth").touch()
     given = ["x=run/adapter.pth", "run/other.pth", "a=b.pth", "runs/lr=1/third.pth"]
-    assert chat.named(given) == {"x": "run/adapter.pth", "other": "run/other.pth", "a=b": "a=b.pth", "third": "runs/lr=1/third.pth"}
+    assert chat.named(given) == {
+        "x": "run/adapter.pth",
+        "other": "run/other.pth",
+        "a=b": "a=b.pth",
+        "third": "runs/lr=1/third.pth",
+    }
 
 
 def test_adapters_of_different_tokenizers_are_not_switched(files, tmp_path):
@@ -484,18 +719,33 @@ def test_adapters_of_different_tokenizers_are_not_switched(files, tmp_path):
         tensors, metadata = rwkv_miss.read_checkpoint(files.a), rwkv_miss.read_metadata(files.a)
         rwkv_miss.write_checkpoint(tmp_path / name, tensors.items(), {**metadata, "tokenizer": tokenizer})
         paths[name] = tmp_path / name
-    with pytest.raises(UserError, match="different tokenizers .a: bytes, b: utf16, c: None.; give --tokenizer"):
+    with pytest.raises(
+        UserError, match="different tokenizers .a: bytes, b: utf16, c: None.; give --tokenizer"
+    ):
         load_with(files.base, paths)
 
 
 def test_every_adapter_is_checked_before_the_chat_begins(files, tmp_path, capsys):
     (tmp_path / "bad.pth").write_bytes(b"x")
     with pytest.raises(SystemExit):
-        chat.main(["--model", str(files.base), "--adapter", str(files.a), "--adapter", str(tmp_path / "bad.pth"), "--tokenizer", "bytes"])
+        chat.main(
+            [
+                "--model",
+                str(files.base),
+                "--adapter",
+                str(files.a),
+                "--adapter",
+                str(tmp_path / "bad.pth"),
+                "--tokenizer",
+                "bytes",
+            ]
+        )
     out, err = capsys.readouterr()
     assert out == "" and "bad.pth is truncated" in err
 
 
 def test_an_adapter_that_is_a_folder_is_converted_first(files, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} is a folder, .* rwkv_miss convert {tmp_path} adapter.pth --to native"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path} is a folder, .* rwkv_miss convert {tmp_path} adapter.pth --to native"
+    ):
         load_with(files.base, {"a": files.a, "b": tmp_path})

@@ -16,7 +16,9 @@ from .conftest import make_arch, random_tensors
 
 
 def check(merging, adapters=(), weights=None, merged="merged.pth", base="base.pth"):
-    return check_merge(merging.folder / base, merging.folder / merged, [merging.folder / name for name in adapters], weights)
+    return check_merge(
+        merging.folder / base, merging.folder / merged, [merging.folder / name for name in adapters], weights
+    )
 
 
 def rewrite(merging, change, name="merged.pth", record=True):
@@ -33,14 +35,42 @@ def flip(tensors, key, bit=0, at=5):
     whole[at] ^= 1 << bit
 
 
-@pytest.mark.parametrize("source, dtype, methods, weights", [
-    *((source, dtype, ("miss",), None) for source, dtype in [
-        (torch.bfloat16, "base"), (torch.float16, "base"), (torch.float32, "base"), (torch.float32, "bf16"), (torch.bfloat16, "fp32")]),
-    *((torch.bfloat16, "base", methods, weights) for methods, weights in [
-        (("lora",), None), (("dora",), None), (("miss", "miss"), [0.5, -2]), (("dora", "miss"), [0.5, 0.5])]),
-    *((torch.float32, "base", methods, weights) for methods, weights in [
-        (("miss",), [0.7]), (("lora",), None), (("bat",), None), (("pissa",), None), (("vera",), None), (("miss", "lora"), None), (("dora",), [-1])]),
-])
+@pytest.mark.parametrize(
+    "source, dtype, methods, weights",
+    [
+        *(
+            (source, dtype, ("miss",), None)
+            for source, dtype in [
+                (torch.bfloat16, "base"),
+                (torch.float16, "base"),
+                (torch.float32, "base"),
+                (torch.float32, "bf16"),
+                (torch.bfloat16, "fp32"),
+            ]
+        ),
+        *(
+            (torch.bfloat16, "base", methods, weights)
+            for methods, weights in [
+                (("lora",), None),
+                (("dora",), None),
+                (("miss", "miss"), [0.5, -2]),
+                (("dora", "miss"), [0.5, 0.5]),
+            ]
+        ),
+        *(
+            (torch.float32, "base", methods, weights)
+            for methods, weights in [
+                (("miss",), [0.7]),
+                (("lora",), None),
+                (("bat",), None),
+                (("pissa",), None),
+                (("vera",), None),
+                (("miss", "lora"), None),
+                (("dora",), [-1]),
+            ]
+        ),
+    ],
+)
 def test_a_merge_is_one(merging, source, dtype, methods, weights):
     version = 6 if source == torch.float16 else 7
     merging(version, source)
@@ -56,15 +86,21 @@ def test_a_merge_is_one(merging, source, dtype, methods, weights):
     # the account from the merging is that of the merge, where fp32, in which the merge counts, holds the update
     assert [layer.name for layer in found.rounding.layers] == linears
     for layer, other in zip(found.rounding.layers, report.rounding.layers, strict=True):
-        assert layer.update == pytest.approx(other.update, rel=1e-4) and layer.lost == pytest.approx(other.lost, rel=1e-3, abs=1e-4)
+        assert layer.update == pytest.approx(other.update, rel=1e-4) and layer.lost == pytest.approx(
+            other.lost, rel=1e-3, abs=1e-4
+        )
         assert abs(layer.unchanged_share - other.unchanged_share) < 0.01
     found = check(merging)
     assert found.ok and [changed.name for changed in found.changed] == [f"{name}.weight" for name in linears]
     for changed in found.changed:
-        kept, base = (read_checkpoint(merging.folder / f"{name}.pth")[changed.name] for name in ("merged", "base"))
+        kept, base = (
+            read_checkpoint(merging.folder / f"{name}.pth")[changed.name] for name in ("merged", "base")
+        )
         base = base.to(kept.dtype)
         assert changed.differing == int((kept != base).sum()) > 0
-        assert changed.distance == pytest.approx(float((kept.double() - base.double()).norm() / base.double().norm()), rel=1e-3)
+        assert changed.distance == pytest.approx(
+            float((kept.double() - base.double()).norm() / base.double().norm()), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -86,7 +122,10 @@ def test_one_bit_is_seen_beside_matrix_products(merging):
     for bit in (0, 9):
         merging.merge(["a.pth"])
         rewrite(merging, functools.partial(flip, key="blocks.0.ffn.key.weight", bit=bit))
-        assert "blocks.0.ffn.key.weight is not what the merge writes in 1 of 6,400 entries, by up to" in check(merging, ["a.pth"]).problems[0]
+        assert (
+            "blocks.0.ffn.key.weight is not what the merge writes in 1 of 6,400 entries, by up to"
+            in check(merging, ["a.pth"]).problems[0]
+        )
 
 
 def test_sums_in_another_order_are_no_mistake(merging):
@@ -99,7 +138,9 @@ def test_sums_in_another_order_are_no_mistake(merging):
         def in_float64(tensors):
             for key in tensors:
                 if key.removesuffix(".weight") in read_metadata(merging.folder / "a.pth")["linears"]:
-                    tensors[key] = (merging.tensors[key].double() + merging.delta("a.pth", key.removesuffix(".weight"))).float()
+                    tensors[key] = (
+                        merging.tensors[key].double() + merging.delta("a.pth", key.removesuffix(".weight"))
+                    ).float()
 
         rewrite(merging, in_float64)
         if method == "miss":
@@ -115,10 +156,16 @@ def test_a_merge_with_wrong_arithmetic_is_seen(merging, monkeypatch):
     merging()
     merging.adapter("a.pth")
     right = METHODS["miss"].add_delta_to
-    monkeypatch.setattr(METHODS["miss"], "add_delta_to", lambda layer, weight: [right(layer, weight), weight[:, 0].mul_(1.001)])
+    monkeypatch.setattr(
+        METHODS["miss"],
+        "add_delta_to",
+        lambda layer, weight: [right(layer, weight), weight[:, 0].mul_(1.001)],
+    )
     merging.merge(["a.pth"])
     found = check(merging, ["a.pth"])
-    assert len(found.problems) == 12 and all("the merge's sum is not the base + delta()" in problem for problem in found.problems)
+    assert len(found.problems) == 12 and all(
+        "the merge's sum is not the base + delta()" in problem for problem in found.problems
+    )
     assert sum(changed.apart for changed in found.changed) == 0
 
 
@@ -143,10 +190,17 @@ def test_subtraction_does_not_undo(merging):
     merged, wrong, entries = read_checkpoint(merging.folder / "merged.pth"), 0, 0
     for name in read_metadata(merging.folder / "a.pth")["linears"]:
         base = merging.tensors[f"{name}.weight"]
-        wrong += int(((merged[f"{name}.weight"].float() - merging.delta("a.pth", name).float()).bfloat16() != base).sum())
+        wrong += int(
+            (
+                (merged[f"{name}.weight"].float() - merging.delta("a.pth", name).float()).bfloat16() != base
+            ).sum()
+        )
         entries += base.numel()
     assert found.not_undone == pytest.approx(wrong / entries) and found.not_undone > 0.01
-    assert found.lines()[-1].startswith("the merge is undone by taking ") and "other than the base's" in found.lines()[-1]
+    assert (
+        found.lines()[-1].startswith("the merge is undone by taking ")
+        and "other than the base's" in found.lines()[-1]
+    )
 
 
 def test_whole_tensors_and_states(merging):
@@ -156,13 +210,18 @@ def test_whole_tensors_and_states(merging):
     merging.merge(["a.pth", "b.pth"], [1, 0.5])
     found = check(merging, ["a.pth", "b.pth"])
     assert found.ok and "head.weight" in {changed.name for changed in found.changed} and check(merging).ok
-    for key, words in (("head.weight", "head.weight is not what the merge writes in 1 of"), ("blocks.0.att.time_state", "is not the adapters'")):
+    for key, words in (
+        ("head.weight", "head.weight is not what the merge writes in 1 of"),
+        ("blocks.0.att.time_state", "is not the adapters'"),
+    ):
         merging.merge(["a.pth", "b.pth"], [1, 0.5])
         rewrite(merging, functools.partial(flip, key=key))
         assert [words in problem for problem in check(merging, ["a.pth", "b.pth"]).problems] == [True]
     merging.merge(["a.pth", "b.pth"], [1, 0.5])
     rewrite(merging, lambda tensors: tensors.pop("blocks.1.att.time_state"))
-    assert check(merging, ["a.pth", "b.pth"]).problems == ["blocks.1.att.time_state of the adapter is missing"]
+    assert check(merging, ["a.pth", "b.pth"]).problems == [
+        "blocks.1.att.time_state of the adapter is missing"
+    ]
 
 
 def test_weights_and_adapters_must_be_the_merges(merging):
@@ -172,8 +231,15 @@ def test_weights_and_adapters_must_be_the_merges(merging):
     merging.merge(["a.pth", "b.pth"], [0.7, -0.3])
     assert check(merging, ["b.pth", "a.pth"]).ok, "in any order, each with its own weight"
     problems = check(merging, ["a.pth", "b.pth"], [-0.3, 0.7]).problems
-    assert "the weight of" in problems[0] and "is 0.7, not -0.3" in problems[0] and "not what the merge writes" in problems[2]
-    assert any("no merge of" in problem and "c.pth" in problem for problem in check(merging, ["a.pth", "c.pth"]).problems)
+    assert (
+        "the weight of" in problems[0]
+        and "is 0.7, not -0.3" in problems[0]
+        and "not what the merge writes" in problems[2]
+    )
+    assert any(
+        "no merge of" in problem and "c.pth" in problem
+        for problem in check(merging, ["a.pth", "c.pth"]).problems
+    )
     assert any("a merge of 2 adapters, not of 1" in problem for problem in check(merging, ["a.pth"]).problems)
     rewrite(merging, lambda tensors: None, record=False)  # as another project's tools write it
     assert check(merging, ["a.pth", "b.pth"], [0.7, -0.3]).ok and not check(merging, ["a.pth", "b.pth"]).ok
@@ -199,20 +265,33 @@ def test_what_is_no_merge(merging):
     merging()
     merging.adapter("a.pth", targets=["key"])
     merging.merge(["a.pth"])
-    write_checkpoint(merging.folder / "other.pth", random_tensors(make_arch(7, n_embd=40, head_size=8), seed=9).items())
-    assert check(merging, merged="other.pth").problems == ["no tensor is the base's; a merge changes some and leaves the others"]
+    write_checkpoint(
+        merging.folder / "other.pth", random_tensors(make_arch(7, n_embd=40, head_size=8), seed=9).items()
+    )
+    assert check(merging, merged="other.pth").problems == [
+        "no tensor is the base's; a merge changes some and leaves the others"
+    ]
     assert "a merge into another base, base.pth" in check(merging, base="other.pth").problems[0]
     for change, problem in [
         (lambda t: t.pop("ln_out.weight"), "ln_out.weight of the base is missing"),
         (lambda t: t.update(extra=torch.zeros(2)), "extra is in neither the base nor an adapter"),
         (lambda t: t.update({"ln_out.bias": torch.zeros(3)}), "ln_out.bias is (3,), (40,) in the base"),
-        (lambda t: t.update({"ln_out.bias": torch.zeros(40, dtype=torch.int32)}), "ln_out.bias is torch.int32, torch.float32 in the base"),
-        (lambda t: t.update({"head.weight": t["head.weight"].bfloat16()}), "some tensors are torch.bfloat16 and others keep the base's dtype"),
+        (
+            lambda t: t.update({"ln_out.bias": torch.zeros(40, dtype=torch.int32)}),
+            "ln_out.bias is torch.int32, torch.float32 in the base",
+        ),
+        (
+            lambda t: t.update({"head.weight": t["head.weight"].bfloat16()}),
+            "some tensors are torch.bfloat16 and others keep the base's dtype",
+        ),
     ]:
         merging.merge(["a.pth"])
         rewrite(merging, change)
         for adapters in ([], ["a.pth"]):
-            assert any(problem in found for found in check(merging, adapters).problems), (problem, check(merging, adapters).problems)
+            assert any(problem in found for found in check(merging, adapters).problems), (
+                problem,
+                check(merging, adapters).problems,
+            )
     with pytest.raises(UserError, match="is an adapter file"):
         check(merging, merged="a.pth")
 
@@ -223,7 +302,11 @@ def test_the_base_itself(merging):
     merging.merge(["a.pth"])
     for adapters in ([], ["a.pth"]):
         found = check(merging, adapters)
-        assert found.ok and not found.changed and found.lines()[-1] == "no tensor differs: nothing is to be undone"
+        assert (
+            found.ok
+            and not found.changed
+            and found.lines()[-1] == "no tensor differs: nothing is to be undone"
+        )
 
 
 def test_the_command(merging, capsys):
@@ -249,7 +332,12 @@ def test_the_command(merging, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*flags, "--adapter", str(a), "--weights", "-2"])
     text = capsys.readouterr().out
-    assert stop.value.code == 1 and text.count("wrong: ") == 6 and "and 8 more" in text and "is undone" not in text
+    assert (
+        stop.value.code == 1
+        and text.count("wrong: ") == 6
+        and "and 8 more" in text
+        and "is undone" not in text
+    )
     with pytest.raises(SystemExit) as stop:
         main(["unmerge", str(merged), "--base", str(merging.folder / "absent.pth")])
     assert stop.value.code == 2

@@ -34,9 +34,17 @@ def assorted():
     """Every dtype a checkpoint may have, and the shapes that are easy to get wrong; names out of order on purpose."""
     x = torch.randn(5, 7)
     return {
-        "z.last": x, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 5), "transposed": x.t(), "strided": x[1:4, ::2],
-        "vector": torch.randn(1, 1, 48), "int64": torch.arange(9), "bool": x > 0, "odd": torch.arange(3, dtype=torch.uint8),
-        **{str(dtype): x.to(dtype) for dtype in FLOATS}, "a.first": torch.randn(300, 301),
+        "z.last": x,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 5),
+        "transposed": x.t(),
+        "strided": x[1:4, ::2],
+        "vector": torch.randn(1, 1, 48),
+        "int64": torch.arange(9),
+        "bool": x > 0,
+        "odd": torch.arange(3, dtype=torch.uint8),
+        **{str(dtype): x.to(dtype) for dtype in FLOATS},
+        "a.first": torch.randn(300, 301),
     }
 
 
@@ -65,19 +73,26 @@ def shapes(arch):
         return dict(RWKV(arch).state_dict())
 
 
-@pytest.mark.parametrize("sizes", [{}, {"n_layer": 1}, {"n_layer": 11, "head_size": 8}, {"n_embd": 64, "vocab_size": 5}])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"n_layer": 1}, {"n_layer": 11, "head_size": 8}, {"n_embd": 64, "vocab_size": 5}]
+)
 @pytest.mark.parametrize("version", [6, 7])
 def test_detect_reads_every_size_from_the_tensors(version, sizes):
     arch = make_arch(version, **sizes)
     tensors = shapes(arch)
     assert Arch.detect(tensors) == arch
     assert Arch.from_dict(arch.to_dict()) == arch
-    assert Arch.detect({name: t.squeeze() if t.shape[:2] == (1, 1) else t for name, t in tensors.items()}) == arch  # as converters do
+    assert (
+        Arch.detect({name: t.squeeze() if t.shape[:2] == (1, 1) else t for name, t in tensors.items()})
+        == arch
+    )  # as converters do
 
 
 def test_detect_knows_files_without_the_value_residual_of_block_0():
     def detect(n_layer, *prefixes):
-        return Arch.detect({n: t for n, t in shapes(make_arch(7, n_layer=n_layer)).items() if not n.startswith(prefixes)})
+        return Arch.detect(
+            {n: t for n, t in shapes(make_arch(7, n_layer=n_layer)).items() if not n.startswith(prefixes)}
+        )
 
     first = tuple(f"blocks.0.att.v{i}" for i in range(3))
     rank = detect(2).ranks["v"]
@@ -97,17 +112,20 @@ def test_describe():
     assert arch.describe() == "RWKV-7, 24 layers, width 2048, 32 heads of 64, ffn 8192, vocabulary 65536"
 
 
-@pytest.mark.parametrize("version, change, key", [
-    (6, {"blocks.0.att.time_mix_k": (1, 1, 48)}, "time_mix_k belongs to RWKV-4 or RWKV-5"),
-    (6, {"blocks.0.att.gate.weight": None}, "att.gate.weight"),
-    (6, {"blocks.0.att.time_faaaa": None}, "time_faaaa"),
-    (6, {"blocks.0.att.time_decay_w1": (48,)}, "time_decay_w1"),
-    (7, {"blocks.1.ffn.s_emb.weight": (67, 32)}, "blocks.1.ffn.s_emb.weight"),
-    (7, {"emb.weight": None}, "emb.weight"),
-    (7, {"blocks.0.ffn.key.weight": None}, "blocks.0.ffn.key.weight"),
-    (7, {"blocks.0.att.r_k": (48,)}, "blocks.0.att.r_k"),
-    (7, {"blocks.0.att.r_k": (2, 16)}, "2 heads of 16"),
-])
+@pytest.mark.parametrize(
+    "version, change, key",
+    [
+        (6, {"blocks.0.att.time_mix_k": (1, 1, 48)}, "time_mix_k belongs to RWKV-4 or RWKV-5"),
+        (6, {"blocks.0.att.gate.weight": None}, "att.gate.weight"),
+        (6, {"blocks.0.att.time_faaaa": None}, "time_faaaa"),
+        (6, {"blocks.0.att.time_decay_w1": (48,)}, "time_decay_w1"),
+        (7, {"blocks.1.ffn.s_emb.weight": (67, 32)}, "blocks.1.ffn.s_emb.weight"),
+        (7, {"emb.weight": None}, "emb.weight"),
+        (7, {"blocks.0.ffn.key.weight": None}, "blocks.0.ffn.key.weight"),
+        (7, {"blocks.0.att.r_k": (48,)}, "blocks.0.att.r_k"),
+        (7, {"blocks.0.att.r_k": (2, 16)}, "2 heads of 16"),
+    ],
+)
 def test_detect_names_the_key_that_decides(version, change, key):
     tensors = shapes(make_arch(version))
     for name, shape in change.items():
@@ -119,12 +137,18 @@ def test_detect_names_the_key_that_decides(version, change, key):
         Arch.detect(tensors)
 
 
-@pytest.mark.parametrize("names, words", [
-    (["emb.weight", "blocks.0.att.time_mix_k", "blocks.0.att.time_decay"], "blocks.0.att.time_mix_k belongs to RWKV-4 or RWKV-5"),
-    (["blocks.0.att.time_mix_g", "blocks.0.att.gate.weight"], "time_mix_g"),
-    (["model.layers.0.self_attn.q_proj.weight"], "model.layers.0.self_attn.q_proj.weight"),
-    ([], "None"),
-])
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (
+            ["emb.weight", "blocks.0.att.time_mix_k", "blocks.0.att.time_decay"],
+            "blocks.0.att.time_mix_k belongs to RWKV-4 or RWKV-5",
+        ),
+        (["blocks.0.att.time_mix_g", "blocks.0.att.gate.weight"], "time_mix_g"),
+        (["model.layers.0.self_attn.q_proj.weight"], "model.layers.0.self_attn.q_proj.weight"),
+        ([], "None"),
+    ],
+)
 def test_detect_refuses_other_models(names, words):
     with pytest.raises(UserError, match=words):
         Arch.detect({name: torch.zeros(4, 4) for name in names})
@@ -133,9 +157,11 @@ def test_detect_refuses_other_models(names, words):
 def test_real_files(data_dir, tmp_path):
     found = {path.stem: path for folder in ("real", "golden") for path in (data_dir / folder).glob("*.pth")}
     assert Arch.detect(read_checkpoint(found["rwkv6-3m-utf16"])).describe() == (
-        "RWKV-6, 12 layers, width 128, 16 heads of 8, ffn 448, vocabulary 256")
+        "RWKV-6, 12 layers, width 128, 16 heads of 8, ffn 448, vocabulary 256"
+    )
     assert Arch.detect(read_checkpoint(found["rwkv7-reverse"])).describe() == (
-        "RWKV-7, 4 layers, width 32, 2 heads of 16, ffn 128, vocabulary 12")
+        "RWKV-7, 4 layers, width 32, 2 heads of 16, ffn 128, vocabulary 12"
+    )
     for path in found.values():
         tensors = read_checkpoint(path)
         assert read_metadata(path) is None
@@ -151,13 +177,19 @@ def test_real_files(data_dir, tmp_path):
 def test_a_written_file_is_what_torch_would_have_written(tmp_path, monkeypatch, limit):
     if limit:  # records, offsets and the archive itself take their zip64 forms, as they do from 2 GB on
         monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
-    path, tensors, facts = tmp_path / "x.pth", assorted(), {"format": "test", "text": "Ünïcode", "list": [1, None, 2.5]}
+    path, tensors, facts = (
+        tmp_path / "x.pth",
+        assorted(),
+        {"format": "test", "text": "Ünïcode", "list": [1, None, 2.5]},
+    )
     write_checkpoint(path, iter(tensors.items()), facts)
     for options in ({"mmap": True}, {}, {"mmap": True, "map_location": "cpu"}):
         loaded = torch.load(path, weights_only=True, **options)
         assert type(loaded) is dict
         same(loaded, tensors)
-    assert {name: t.shape for name, t in torch.load(path, map_location="meta").items()} == {name: t.shape for name, t in tensors.items()}
+    assert {name: t.shape for name, t in torch.load(path, map_location="meta").items()} == {
+        name: t.shape for name, t in tensors.items()
+    }
     same(read_checkpoint(path), tensors)
     assert read_metadata(path) == facts
     assert alone(path)
@@ -235,17 +267,25 @@ def test_tensors_mapped_from_the_previous_file_stay_what_they_are(tmp_path):
     assert (old == 0).all() and (read_checkpoint(tmp_path / "x.pth")["a"] == 1).all()
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_checkpoint(path, [("a", torch.ones(1))]), lambda path: write_safetensors(path, {"a": torch.ones(1)}, {}),
-    lambda path: write_text(path, "a"), lambda path: write_folder(path, {"a": lambda path: write_json(path, {})}),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_checkpoint(path, [("a", torch.ones(1))]),
+        lambda path: write_safetensors(path, {"a": torch.ones(1)}, {}),
+        lambda path: write_text(path, "a"),
+        lambda path: write_folder(path, {"a": lambda path: write_json(path, {})}),
+    ],
+)
 def test_permissions_are_those_of_any_new_file(tmp_path, write):
     before = os.umask(0o027)
     try:
         write(tmp_path / "x")
     finally:
         os.umask(before)
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in ((tmp_path / "x").iterdir() if (tmp_path / "x").is_dir() else [tmp_path / "x"])}
+    modes = {
+        stat.S_IMODE(path.stat().st_mode)
+        for path in ((tmp_path / "x").iterdir() if (tmp_path / "x").is_dir() else [tmp_path / "x"])
+    }
     assert modes == {0o640}
 
 
@@ -307,18 +347,24 @@ for limit in (100, 8000, 50_000, 80_500, 81_000):
         print(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 """
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0 and not run.stderr, run.stderr
     assert len(run.stdout.splitlines()) == 5 and run.stdout.count("File too large") == 5, run.stdout
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(f"{n}.pth" for n in (100, 8000, 50_000, 80_500, 81_000))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+        f"{n}.pth" for n in (100, 8000, 50_000, 80_500, 81_000)
+    )
     assert all(entry.read_bytes() == b"old" for entry in tmp_path.iterdir())
 
 
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     for path, words in [
-        (tmp_path, "a folder"), ("/dev/null", "no regular file"),
-        (tmp_path / "absent" / "x.pth", "absent: No such file"), (tmp_path / "file" / "x.pth", "Not a directory"),
+        (tmp_path, "a folder"),
+        ("/dev/null", "no regular file"),
+        (tmp_path / "absent" / "x.pth", "absent: No such file"),
+        (tmp_path / "file" / "x.pth", "Not a directory"),
     ]:
         with pytest.raises(UserError, match=words):
             require_writable(path)
@@ -344,7 +390,9 @@ def test_a_folder_without_permission(tmp_path):
 def test_paths_that_are_no_files(tmp_path):
     (tmp_path / "empty.pth").touch()
     for path, words in [
-        (tmp_path / "absent.pth", "absent.pth does not exist"), (tmp_path, "Is a directory"), (tmp_path / "empty.pth", "is empty"),
+        (tmp_path / "absent.pth", "absent.pth does not exist"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "empty.pth", "is empty"),
     ]:
         for read in (read_checkpoint, read_metadata):
             with pytest.raises(UserError, match=words):
@@ -371,7 +419,13 @@ def test_files_that_are_something_else(tmp_path):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("folder/notes.txt", "hello")
-    for content in (b"hello world, this is text", b"\0" * 500, bytes(range(256)) * 4, b"PK\3\4" + bytes(500), archive.getvalue()):
+    for content in (
+        b"hello world, this is text",
+        b"\0" * 500,
+        bytes(range(256)) * 4,
+        b"PK\3\4" + bytes(500),
+        archive.getvalue(),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match="truncated or not a torch checkpoint"):
             read_checkpoint(path)
@@ -387,13 +441,17 @@ class Runs:
         return self.call
 
 
-@pytest.mark.parametrize("save", [
-    torch.save,
-    lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
-    lambda value, path: torch.save(value, path, pickle_protocol=4),
-    lambda value, path: path.write_bytes(pickle.dumps(value)),
-    lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
-], ids=["zip", "legacy", "protocol 4", "bare pickle", "bare pickle 2"])
+@pytest.mark.parametrize(
+    "save",
+    [
+        torch.save,
+        lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
+        lambda value, path: torch.save(value, path, pickle_protocol=4),
+        lambda value, path: path.write_bytes(pickle.dumps(value)),
+        lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
+    ],
+    ids=["zip", "legacy", "protocol 4", "bare pickle", "bare pickle 2"],
+)
 @pytest.mark.parametrize("function", [os.mkdir, builtins.exec, builtins.eval])
 def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, recwarn, save, function):
     target = str(tmp_path / "ran")
@@ -414,13 +472,16 @@ def test_what_was_asked_for_is_named(tmp_path):
         read_checkpoint(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("value, words", [
-    ([torch.ones(1)], "holds a list, expected a flat dict"),
-    (torch.ones(1), "holds a Tensor"),
-    ({"state_dict": {"a": torch.ones(1)}}, "holds a dict under 'state_dict'"),
-    ({"a": torch.ones(1), "epoch": 3}, "holds a int under 'epoch'"),
-    ({1: torch.ones(1)}, "holds a Tensor under 1"),
-])
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ([torch.ones(1)], "holds a list, expected a flat dict"),
+        (torch.ones(1), "holds a Tensor"),
+        ({"state_dict": {"a": torch.ones(1)}}, "holds a dict under 'state_dict'"),
+        ({"a": torch.ones(1), "epoch": 3}, "holds a int under 'epoch'"),
+        ({1: torch.ones(1)}, "holds a Tensor under 1"),
+    ],
+)
 def test_content_that_is_no_flat_dict_of_tensors(tmp_path, value, words):
     torch.save(value, tmp_path / "x.pth")
     with pytest.raises(UserError, match=words):
@@ -440,10 +501,15 @@ def test_other_peoples_files(tmp_path, zipped):
 # check_finite
 
 
-@pytest.mark.parametrize("dtype, value", [
-    (dtype, float(value)) for dtype in FLOATS for value in ("nan", "inf", "-inf")
-    if dtype is not torch.float8_e4m3fn or value == "nan"  # it has no infinity
-])
+@pytest.mark.parametrize(
+    "dtype, value",
+    [
+        (dtype, float(value))
+        for dtype in FLOATS
+        for value in ("nan", "inf", "-inf")
+        if dtype is not torch.float8_e4m3fn or value == "nan"  # it has no infinity
+    ],
+)
 def test_check_finite_names_the_tensor(dtype, value):
     bad = torch.zeros(files.BLOCK + 5)  # in the last element of the second block
     bad[-1] = value

@@ -23,28 +23,55 @@ from .program import succeed
 AUTOMATIC = {name for name, field in FIELDS.items() if field.metadata["automatic"]}
 
 
-@pytest.mark.parametrize("longest, length", [(1, 256), (256, 256), (257, 512), (1637, 2048), (4096, 4096), (4097, 4096), (10**6, 4096)])
+@pytest.mark.parametrize(
+    "longest, length",
+    [(1, 256), (256, 256), (257, 512), (1637, 2048), (4096, 4096), (4097, 4096), (10**6, 4096)],
+)
 def test_rows_are_as_long_as_the_longest_document(longest, length):
     found, reason = row_length(longest, 0)
-    assert found == length and reason.startswith("the longest document has ") and ("more than is chosen" in reason) == (longest > 4096)
-    assert row_length(longest, 128)[0] == (1 << 20 if longest == 10**6 else 8192 if longest == 4097 else length), "chunks have no bound"
+    assert (
+        found == length
+        and reason.startswith("the longest document has ")
+        and ("more than is chosen" in reason) == (longest > 4096)
+    )
+    assert row_length(longest, 128)[0] == (
+        1 << 20 if longest == 10**6 else 8192 if longest == 4097 else length
+    ), "chunks have no bound"
 
 
 def test_a_text_makes_rows_enough_for_the_steps_of_a_run():
-    assert row_length(15_000, 0, 15_000) == (256, "longer rows of 15,000 tokens of running text would be fewer than 50")
+    assert row_length(15_000, 0, 15_000) == (
+        256,
+        "longer rows of 15,000 tokens of running text would be fewer than 50",
+    )
     assert row_length(10**6, 0, 10**6)[0] == 4096 and row_length(10**6, 0, 4096 * 50 - 1)[0] == 2048
     assert row_length(15_000, 64, 15_000)[0] == 16384
 
 
-@pytest.mark.parametrize("method, width, rank", [("miss", 4096, 64), ("miss", 512, 64), ("miss", 96, 12), ("lora", 32, 4), ("miss", 7, 1)])
+@pytest.mark.parametrize(
+    "method, width, rank",
+    [("miss", 4096, 64), ("miss", 512, 64), ("miss", 96, 12), ("lora", 32, 4), ("miss", 7, 1)],
+)
 def test_a_narrow_model_gets_a_small_rank(method, width, rank):
-    assert own_rank(method, width) == ({"rank": rank}, f"1/8 of the width, {width}" if width < 512 else f"the rank of --peft {method}")
+    assert own_rank(method, width) == (
+        {"rank": rank},
+        f"1/8 of the width, {width}" if width < 512 else f"the rank of --peft {method}",
+    )
     assert own_rank("state", width)[0] == {}
 
 
-@pytest.mark.parametrize("documents, settings, held", [
-    (99, {}, 0), (100, {}, 5), (1319, {}, 66), (7473, {}, 97), (10**6, {}, 100), (40, {"eval_steps": 5}, 2), (7473, {"eval_file": "a"}, 0),
-])
+@pytest.mark.parametrize(
+    "documents, settings, held",
+    [
+        (99, {}, 0),
+        (100, {}, 5),
+        (1319, {}, 66),
+        (7473, {}, 97),
+        (10**6, {}, 100),
+        (40, {"eval_steps": 5}, 2),
+        (7473, {"eval_file": "a"}, 0),
+    ],
+)
 def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents, settings, held):
     share, reason = held_out_share(Config(**settings), documents)
     assert round(share * documents) == held and f"{share:.2g}" == f"{share:g}"
@@ -52,35 +79,66 @@ def test_about_a_hundred_documents_are_held_out_where_there_are_enough(documents
     assert reason == (f"{held} documents of {documents:,}" if held else none)
 
 
-@pytest.mark.parametrize("rows, settings, room, batch", [
-    # (micro_bsz, accumulate_grad_batches, grad_cp)
-    (400, {}, 800, (8, 1, 0)), (400, {}, 799, (4, 2, 0)), (400, {}, 100, (1, 8, 0)),
-    (400, {}, 99, (1, 8, 2)), (400, {}, 59, (1, 8, 1)), (400, {}, 40, (1, 8, 1)),
-    (400, {}, 1, (1, 8, 1)), (400, {"grad_cp": 0}, 99, (1, 8, 0)), (400, {"grad_cp": 1}, 800, (8, 1, 1)),
-    (399, {}, 800, (4, 1, 0)), (399, {"epoch_count": 2}, 800, (8, 1, 0)), (3, {}, 800, (1, 1, 0)), (3, {"epoch_steps": 9}, 800, (8, 1, 0)),
-    (400, {"devices": 2}, 800, (4, 1, 0)), (400, {"devices": 3, "num_nodes": 4}, 800, (1, 1, 0)), (399, {"devices": 2}, 200, (2, 1, 0)),
-    (3, {"global_bsz": 12}, 800, (6, 2, 0)), (3, {"global_bsz": 12, "devices": 2}, 300, (3, 2, 0)), (3, {"global_bsz": 7}, 699, (1, 7, 0)),
-    (3, {"accumulate_grad_batches": 3}, 800, (8, 3, 0)), (3, {"accumulate_grad_batches": 3, "global_bsz": 60}, 800, (20, 3, 1)),
-])
+@pytest.mark.parametrize(
+    "rows, settings, room, batch",
+    [
+        # (micro_bsz, accumulate_grad_batches, grad_cp)
+        (400, {}, 800, (8, 1, 0)),
+        (400, {}, 799, (4, 2, 0)),
+        (400, {}, 100, (1, 8, 0)),
+        (400, {}, 99, (1, 8, 2)),
+        (400, {}, 59, (1, 8, 1)),
+        (400, {}, 40, (1, 8, 1)),
+        (400, {}, 1, (1, 8, 1)),
+        (400, {"grad_cp": 0}, 99, (1, 8, 0)),
+        (400, {"grad_cp": 1}, 800, (8, 1, 1)),
+        (399, {}, 800, (4, 1, 0)),
+        (399, {"epoch_count": 2}, 800, (8, 1, 0)),
+        (3, {}, 800, (1, 1, 0)),
+        (3, {"epoch_steps": 9}, 800, (8, 1, 0)),
+        (400, {"devices": 2}, 800, (4, 1, 0)),
+        (400, {"devices": 3, "num_nodes": 4}, 800, (1, 1, 0)),
+        (399, {"devices": 2}, 200, (2, 1, 0)),
+        (3, {"global_bsz": 12}, 800, (6, 2, 0)),
+        (3, {"global_bsz": 12, "devices": 2}, 300, (3, 2, 0)),
+        (3, {"global_bsz": 7}, 699, (1, 7, 0)),
+        (3, {"accumulate_grad_batches": 3}, 800, (8, 3, 0)),
+        (3, {"accumulate_grad_batches": 3, "global_bsz": 60}, 800, (20, 3, 1)),
+    ],
+)
 def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
     """A row needs 100, 60 when the time mixes are recomputed, 40 when all is."""
     config, origins = Config(**settings), {}
 
     def needed(tried):
         assert not is_automatic(tried, "micro_bsz") and not is_automatic(tried, "grad_cp")
-        assert tried.accumulate_grad_batches == settings.get("accumulate_grad_batches", tried.accumulate_grad_batches)
+        assert tried.accumulate_grad_batches == settings.get(
+            "accumulate_grad_batches", tried.accumulate_grad_batches
+        )
         return tried.micro_bsz * {0: 100, 2: 60, 1: 40}[tried.grad_cp]
 
     choose_batch(config, origins, rows, needed, room)
     assert (config.micro_bsz, accumulation(config), config.grad_cp) == batch
-    assert bool(config.accumulate_grad_batches) == ("accumulate_grad_batches" in settings or "global_bsz" not in settings)
-    assert origins["micro_bsz"].startswith(f"{choices.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used")
+    assert bool(config.accumulate_grad_batches) == (
+        "accumulate_grad_batches" in settings or "global_bsz" not in settings
+    )
+    assert origins["micro_bsz"].startswith(
+        f"{choices.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used"
+    )
 
 
-@pytest.mark.parametrize("rows, settings, few", [
-    (399, {}, True), (400, {}, False), (400, {"devices": 3}, False), (399, {"devices": 16}, True), (3, {"epoch_steps": 9}, False),
-    (3, {"global_bsz": 4}, False), (3, {"accumulate_grad_batches": 2}, False),
-])
+@pytest.mark.parametrize(
+    "rows, settings, few",
+    [
+        (399, {}, True),
+        (400, {}, False),
+        (400, {"devices": 3}, False),
+        (399, {"devices": 16}, True),
+        (3, {"epoch_steps": 9}, False),
+        (3, {"global_bsz": 4}, False),
+        (3, {"accumulate_grad_batches": 2}, False),
+    ],
+)
 def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_from_it(rows, settings, few):
     config, origins = Config(**settings), {}
     choose_batch(config, origins, rows, lambda tried: 0, 1)
@@ -90,14 +148,28 @@ def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_fro
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     config, origins = Config(micro_bsz=3), {}
     choose_batch(config, origins, 999, None, 0)
-    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (3, 1, 0) and "micro_bsz" not in origins
+    assert (config.micro_bsz, config.accumulate_grad_batches, config.grad_cp) == (
+        3,
+        1,
+        0,
+    ) and "micro_bsz" not in origins
 
 
 # a run that goes on
 
 FILES = {"load_model": "base.pth", "data_file": "rows.jsonl"}
-BEFORE = Config(**FILES, micro_bsz=4, accumulate_grad_batches=2, grad_cp=1, ctx_len=512, eval_split=0.05, lr_init=1e-4, precision="fp32", wkv="cpu",
-                accelerator="cpu")
+BEFORE = Config(
+    **FILES,
+    micro_bsz=4,
+    accumulate_grad_batches=2,
+    grad_cp=1,
+    ctx_len=512,
+    eval_split=0.05,
+    lr_init=1e-4,
+    precision="fp32",
+    wkv="cpu",
+    accelerator="cpu",
+)
 
 
 def going_on(**settings):
@@ -114,14 +186,24 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
     assert set(resume.BATCH) <= resume.MAY_CHANGE
 
 
-@pytest.mark.parametrize("settings, batch", [
-    ({"devices": 2}, (4, 1)), ({"devices": 4}, (2, 1)), ({"micro_bsz": 2}, (2, 4)), ({"micro_bsz": 2, "devices": 2}, (2, 2)),
-    ({"grad_cp": 0}, (4, 2)), ({"accumulate_grad_batches": 4}, (2, 4)), ({"accumulate_grad_batches": 1}, (8, 1)),
-    ({"devices": 2, "accumulate_grad_batches": 4}, (1, 4)), ({"accumulate_grad_batches": 4, "global_bsz": 8}, (2, 4)),
-    # as many passes as before, in the same command or the run's own file, on other devices
-    ({"accumulate_grad_batches": 2}, (4, 2)), ({"devices": 2, "micro_bsz": 4, "accumulate_grad_batches": 2}, (4, 1)),
-    ({"devices": 2, "accumulate_grad_batches": 2}, (4, 1)),
-])
+@pytest.mark.parametrize(
+    "settings, batch",
+    [
+        ({"devices": 2}, (4, 1)),
+        ({"devices": 4}, (2, 1)),
+        ({"micro_bsz": 2}, (2, 4)),
+        ({"micro_bsz": 2, "devices": 2}, (2, 2)),
+        ({"grad_cp": 0}, (4, 2)),
+        ({"accumulate_grad_batches": 4}, (2, 4)),
+        ({"accumulate_grad_batches": 1}, (8, 1)),
+        ({"devices": 2, "accumulate_grad_batches": 4}, (1, 4)),
+        ({"accumulate_grad_batches": 4, "global_bsz": 8}, (2, 4)),
+        # as many passes as before, in the same command or the run's own file, on other devices
+        ({"accumulate_grad_batches": 2}, (4, 2)),
+        ({"devices": 2, "micro_bsz": 4, "accumulate_grad_batches": 2}, (4, 1)),
+        ({"devices": 2, "accumulate_grad_batches": 2}, (4, 1)),
+    ],
+)
 def test_a_step_keeps_its_rows(settings, batch):
     config = going_on(**settings)
     choose_batch(config, {}, 10, lambda tried: 0, 1)
@@ -130,13 +212,28 @@ def test_a_step_keeps_its_rows(settings, batch):
     validate(config)
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"devices": 3}, "has 8 rows, which is not a multiple of devices x num_nodes = 3; choose --devices that fits"),
-    ({"micro_bsz": 3}, "not a multiple of micro_bsz x devices x num_nodes = 3; choose a --micro_bsz that fits"),
-    ({"accumulate_grad_batches": 3}, "accumulate_grad_batches x devices x num_nodes = 3; choose a --accumulate_grad_batches that fits"),
-    ({"micro_bsz": 2, "accumulate_grad_batches": 1}, "has 8 rows, now it has 2; drop --global_bsz and --accumulate_grad_batches"),
-    ({"global_bsz": 16}, "has 8 rows, now it has 16; drop --global_bsz"),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"devices": 3},
+            "has 8 rows, which is not a multiple of devices x num_nodes = 3; choose --devices that fits",
+        ),
+        (
+            {"micro_bsz": 3},
+            "not a multiple of micro_bsz x devices x num_nodes = 3; choose a --micro_bsz that fits",
+        ),
+        (
+            {"accumulate_grad_batches": 3},
+            "accumulate_grad_batches x devices x num_nodes = 3; choose a --accumulate_grad_batches that fits",
+        ),
+        (
+            {"micro_bsz": 2, "accumulate_grad_batches": 1},
+            "has 8 rows, now it has 2; drop --global_bsz and --accumulate_grad_batches",
+        ),
+        ({"global_bsz": 16}, "has 8 rows, now it has 16; drop --global_bsz"),
+    ],
+)
 def test_a_step_that_can_not_keep_its_rows_is_an_error_with_both_numbers(settings, words):
     with pytest.raises(UserError, match=words):
         going_on(**settings)
@@ -161,23 +258,42 @@ def losses(proj_dir):
 
 
 def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again(files, tmp_path):
-    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--tokenizer", "bytes", "--peft_config", "r=5"]
+    flags = [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "rows.jsonl"),
+        "--tokenizer",
+        "bytes",
+        "--peft_config",
+        "r=5",
+    ]
     output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"]))
     assert "chosen     ctx_len 256: the longest document has 60 tokens" in output
-    assert "eval_split 0.05: 6 documents of 120" in output and "lr_init 2e-05: the rate of --peft miss" in output
+    assert (
+        "eval_split 0.05: 6 documents of 120" in output and "lr_init 2e-05: the rate of --peft miss" in output
+    )
     # 24 rows of 256 tokens make less than 50 steps, with one row each
     assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = Config(**read_yaml(str(tmp_path / "first/config.yaml")))
     assert not [name for name in AUTOMATIC if is_automatic(saved, name)], "the saved settings are filled in"
 
     merge = next(line for line in output.splitlines() if line.startswith("merge it:"))
-    assert merge.endswith(f"--out {tmp_path / 'first/merged.pth'}"), "a second run's file would replace it elsewhere"
-    line = next(line for line in output.splitlines() if line.startswith("in full")).removeprefix("in full").strip()
+    assert merge.endswith(f"--out {tmp_path / 'first/merged.pth'}"), (
+        "a second run's file would replace it elsewhere"
+    )
+    line = (
+        next(line for line in output.splitlines() if line.startswith("in full"))
+        .removeprefix("in full")
+        .strip()
+    )
     words = shlex.split(line)
     assert words[:2] == ["python", "train.py"]
     assert parse(words[2:])[0] == saved
     succeed(program.run([*words[2:], "--proj_dir", str(tmp_path / "second")]))
-    succeed(program.run(["--config", str(tmp_path / "first/config.yaml"), "--proj_dir", str(tmp_path / "third")]))
+    succeed(
+        program.run(["--config", str(tmp_path / "first/config.yaml"), "--proj_dir", str(tmp_path / "third")])
+    )
     curve = losses(tmp_path / "first")
     assert len(curve) >= 20 and curve == losses(tmp_path / "second") == losses(tmp_path / "third")
     origin = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
@@ -186,7 +302,26 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
 
 def test_several_processes_choose_alike(files, tmp_path):
     """Each by itself, before they can talk."""
-    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--tokenizer", "bytes", "--peft_config", "r=5",
-             "--epoch_steps", "2", "--devices", "2", "--strategy", "ddp", "--proj_dir", str(tmp_path / "run")]
+    flags = [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "rows.jsonl"),
+        "--tokenizer",
+        "bytes",
+        "--peft_config",
+        "r=5",
+        "--epoch_steps",
+        "2",
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+        "--proj_dir",
+        str(tmp_path / "run"),
+    ]
     output = succeed(program.run(flags))
-    assert "2 steps of 8 rows (micro_bsz 4 x accumulate 1 x devices 2)" in output and len(losses(tmp_path / "run")) == 2
+    assert (
+        "2 steps of 8 rows (micro_bsz 4 x accumulate 1 x devices 2)" in output
+        and len(losses(tmp_path / "run")) == 2
+    )

@@ -11,7 +11,17 @@ import yaml
 
 from rwkv_miss import METHODS, UserError
 from src import config, legacy
-from src.config import FIELDS, NAMES, PRESETS, Config, accumulation, adapter_options, check_sizes, command, parse
+from src.config import (
+    FIELDS,
+    NAMES,
+    PRESETS,
+    Config,
+    accumulation,
+    adapter_options,
+    check_sizes,
+    command,
+    parse,
+)
 
 from .conftest import ROOT, make_arch
 
@@ -36,8 +46,12 @@ def test_the_command_line_wins_over_yaml_over_the_preset_over_the_default(tmp_pa
     path.write_text("lr_init: 3e-4\nwarmup_steps: 7\npreset: paper-table7\n")
     values, origins = parse([*REQUIRED, "--config", str(path), "--lr_init", "1e-3"])
     expected = {
-        "lr_init": (1e-3, "command line"), "warmup_steps": (7, str(path)), "preset": ("paper-table7", str(path)),
-        "global_bsz": (64, "preset paper-table7"), "peft_config": ({"rank": 64}, "preset paper-table7"), "grad_clip": (1.0, "default"),
+        "lr_init": (1e-3, "command line"),
+        "warmup_steps": (7, str(path)),
+        "preset": ("paper-table7", str(path)),
+        "global_bsz": (64, "preset paper-table7"),
+        "peft_config": ({"rank": 64}, "preset paper-table7"),
+        "grad_clip": (1.0, "default"),
     }
     assert {name: (getattr(values, name), origins[name]) for name in expected} == expected
     assert list(origins) == list(FIELDS)
@@ -47,19 +61,36 @@ def test_the_command_line_wins_over_yaml_over_the_preset_over_the_default(tmp_pa
 def test_the_preset_may_come_from_either_place_and_gives_way_to_both(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("peft: lora\nweight_decay: 0.125\n")
-    values, origins = parse([*REQUIRED, "--config", str(path), "--preset", "paper-table8", "--global_bsz", "24"])
-    assert (values.weight_decay, values.global_bsz, values.peft_config) == (0.125, 24, {"rank": 64, "alpha": 128.0})
+    values, origins = parse(
+        [*REQUIRED, "--config", str(path), "--preset", "paper-table8", "--global_bsz", "24"]
+    )
+    assert (values.weight_decay, values.global_bsz, values.peft_config) == (
+        0.125,
+        24,
+        {"rank": 64, "alpha": 128.0},
+    )
     assert origins["peft_config"] == "preset paper-table8" and origins["global_bsz"] == "command line"
 
 
 def test_the_presets_are_the_papers_tables_7_and_8():
-    common = {"lr_init": 2e-5, "lr_schedule": "cos", "warmup_steps": 0, "epoch_count": 1, "weight_decay": 0.0, "eval_split": 0.0}
+    common = {
+        "lr_init": 2e-5,
+        "lr_schedule": "cos",
+        "warmup_steps": 0,
+        "epoch_count": 1,
+        "weight_decay": 0.0,
+        "eval_split": 0.0,
+    }
     small, large = {"rank": 36, "alpha": 72.0}, {"rank": 64, "alpha": 128.0}
     assert PRESETS == {
-        "paper-table7": (common | {"global_bsz": 64},
-                         {"miss": {"rank": 64}, "lora": small, "dora": small, "pissa": {"rank": 36, "alpha": 36.0}}),
-        "paper-table8": (common | {"global_bsz": 128},
-                         {"miss": {"rank": 128}, "lora": large, "dora": large, "pissa": {"rank": 64, "alpha": 64.0}}),
+        "paper-table7": (
+            common | {"global_bsz": 64},
+            {"miss": {"rank": 64}, "lora": small, "dora": small, "pissa": {"rank": 36, "alpha": 36.0}},
+        ),
+        "paper-table8": (
+            common | {"global_bsz": 128},
+            {"miss": {"rank": 128}, "lora": large, "dora": large, "pissa": {"rank": 64, "alpha": 64.0}},
+        ),
     }
     assert set(PRESETS) == set(FIELDS["preset"].metadata["choices"]) - {""}
     for name, (_, methods) in PRESETS.items():
@@ -67,12 +98,28 @@ def test_the_presets_are_the_papers_tables_7_and_8():
             values = settings("--preset", name, "--peft", method, "--micro_bsz", "8")
             assert METHODS[method].Options.parse(values.peft_config).rank == options["rank"]
             assert values.micro_bsz * accumulation(values) == PRESETS[name][0]["global_bsz"]
-    assert "paper-table7 has settings for miss, lora, dora, pissa, not for --peft none" in mistake("--preset", "paper-table7", "--peft", "none")
+    assert "paper-table7 has settings for miss, lora, dora, pissa, not for --peft none" in mistake(
+        "--preset", "paper-table7", "--peft", "none"
+    )
 
 
 def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tmp_path):
-    flags = ["--preset", "paper-table7", "--peft_config", '{"r": 5, "targets": ["att.key", "value"]}',
-             "--proj_dir", "out: a #b, {c} 'd' 日本", "--eod", "1", "--grad_cp", "1", "--adam_eps", "1e-12", "--tokenizer", "[yes]"]
+    flags = [
+        "--preset",
+        "paper-table7",
+        "--peft_config",
+        '{"r": 5, "targets": ["att.key", "value"]}',
+        "--proj_dir",
+        "out: a #b, {c} 'd' 日本",
+        "--eod",
+        "1",
+        "--grad_cp",
+        "1",
+        "--adam_eps",
+        "1e-12",
+        "--tokenizer",
+        "[yes]",
+    ]
     values, origins = parse([*REQUIRED, *flags])
     path = tmp_path / "config.yaml"
     config.save(values, origins, path)
@@ -80,7 +127,11 @@ def test_the_saved_file_is_the_same_configuration_and_says_where_it_came_from(tm
     assert again == values and set(sources.values()) == {str(path)}
     lines = path.read_text().splitlines()
     assert len(lines) == len(FIELDS)
-    for line in ("lr_schedule: cos  # preset paper-table7", "grad_cp: 1  # command line", "beta1: 0.9  # default"):
+    for line in (
+        "lr_schedule: cos  # preset paper-table7",
+        "grad_cp: 1  # command line",
+        "beta1: 0.9  # default",
+    ):
         assert line in lines
 
 
@@ -106,26 +157,42 @@ def test_every_name_has_one_meaning():
     assert all(0 < method.default_lr < 1e-1 for method in METHODS.values() if method.adapts_linears)
 
 
-@pytest.mark.parametrize("flag, meant", [
-    ("--mico_bsz", "--micro_bsz"), ("--lr-init=1", "--lr_init"), ("--peft_confg", "--peft_config"), ("--loadmodel", "--load_model"),
-])
+@pytest.mark.parametrize(
+    "flag, meant",
+    [
+        ("--mico_bsz", "--micro_bsz"),
+        ("--lr-init=1", "--lr_init"),
+        ("--peft_confg", "--peft_config"),
+        ("--loadmodel", "--load_model"),
+    ],
+)
 def test_a_typo_is_answered_with_the_nearest_flag(flag, meant):
     assert mistake(flag, "4") == f"unknown flag {flag.partition('=')[0]}; did you mean {meant}?"
 
 
 def test_flags_without_a_neighbour_and_stray_words():
     assert mistake("--zzz") == "unknown flag --zzz; python train.py --help lists the flags"
-    assert "unrecognized arguments: 16; a flag takes one value, between quotes where it has spaces; " in mistake("--micro_bsz", "8", "16")
+    assert (
+        "unrecognized arguments: 16; a flag takes one value, between quotes where it has spaces; "
+        in mistake("--micro_bsz", "8", "16")
+    )
     assert "--beta1: expected one argument" in mistake("--beta1")
-    assert "--micro" in mistake("--micro", "8"), "no abbreviations: a flag added later would change what they mean"
+    assert "--micro" in mistake("--micro", "8"), (
+        "no abbreviations: a flag added later would change what they mean"
+    )
 
 
 def test_yaml_mistakes(tmp_path):
     path = tmp_path / "run.yaml"
     for text, words in [
-        ("mico_bsz: 4\n", "unknown setting 'mico_bsz'; did you mean micro_bsz?"), ("a: [\n", "not valid YAML"), ("- 4\n", "got list"),
-        ("micro_bsz:\n", "--micro_bsz None: expected int"), ("tokenizer:\n", "--tokenizer None: expected str"),
-        ("proj_dir: [a, b]\n", "expected str"), ("ctx_len: 1.5\n", "--ctx_len 1.5: expected int"), ("grad_cp: 3\n", "expected 0, 1 or 2"),
+        ("mico_bsz: 4\n", "unknown setting 'mico_bsz'; did you mean micro_bsz?"),
+        ("a: [\n", "not valid YAML"),
+        ("- 4\n", "got list"),
+        ("micro_bsz:\n", "--micro_bsz None: expected int"),
+        ("tokenizer:\n", "--tokenizer None: expected str"),
+        ("proj_dir: [a, b]\n", "expected str"),
+        ("ctx_len: 1.5\n", "--ctx_len 1.5: expected int"),
+        ("grad_cp: 3\n", "expected 0, 1 or 2"),
     ]:
         path.write_text(text)
         assert words in mistake("--config", str(path)), text
@@ -136,67 +203,111 @@ def test_yaml_mistakes(tmp_path):
     assert mistake("--config", str(path)) == f"{path}: --micro_bsz many: expected int"
     assert mistake("--config", str(tmp_path)).endswith("is a folder; give a file")
     (tmp_path / "config.yaml").touch()
-    assert mistake("--config", str(tmp_path)) == f"config file {tmp_path} is a folder; give {tmp_path}/config.yaml"
+    assert (
+        mistake("--config", str(tmp_path))
+        == f"config file {tmp_path} is a folder; give {tmp_path}/config.yaml"
+    )
 
 
 # values
 
 
-@pytest.mark.parametrize("text", [
-    '{"r": 8, "targets": ["key", "att.value"]}', ' { "r" : 8 , "targets" : [ "key" , "att.value" ] } ', "r=8,targets=key+att.value",
-    " r=8, target_modules=key+att.value ,",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"r": 8, "targets": ["key", "att.value"]}',
+        ' { "r" : 8 , "targets" : [ "key" , "att.value" ] } ',
+        "r=8,targets=key+att.value",
+        " r=8, target_modules=key+att.value ,",
+    ],
+)
 def test_adapter_options_as_json_or_pairs(text):
     assert adapter_options(settings("--peft_config", text)) == ({"r": 8}, ["key", "att.value"])
 
 
 def test_adapter_options_in_yaml_and_of_every_kind(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**dict(zip(["load_model", "data_file"], "ab")), "peft_config": {"r": 8, "targets": ["key"]}}))
+    path.write_text(
+        yaml.safe_dump(
+            {**dict(zip(["load_model", "data_file"], "ab")), "peft_config": {"r": 8, "targets": ["key"]}}
+        )
+    )
     assert adapter_options(parse(["--config", str(path)])[0]) == ({"r": 8}, ["key"])
     path.write_text("load_model: a\ndata_file: b\npeft_config: {1: 2}\n")
-    assert adapter_options(parse(["--config", str(path)])[0]) == ({"1": 2}, None)  # whose name is then refused
+    assert adapter_options(parse(["--config", str(path)])[0]) == (
+        {"1": 2},
+        None,
+    )  # whose name is then refused
     given = settings("--peft_config", "alpha=1e2,layout=contiguous,magnitude=True,expand=false").peft_config
     assert given == {"alpha": 100.0, "layout": "contiguous", "magnitude": True, "expand": False}
     assert adapter_options(settings()) == ({}, None)
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"r": 8', "not valid JSON (Expecting ',' delimiter at column 8)"), ("r", "expected JSON or key=value pairs, got 'r'"),
-    ("r=8,[", "got '['"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"r": 8', "not valid JSON (Expecting ',' delimiter at column 8)"),
+        ("r", "expected JSON or key=value pairs, got 'r'"),
+        ("r=8,[", "got '['"),
+    ],
+)
 def test_broken_adapter_options(text, words):
     assert words in mistake("--peft_config", text)
 
 
 def test_targets_are_a_list():
     for value in ('{"targets": "key"}', '{"targets": [1]}'):
-        with pytest.raises(UserError, match='targets must be a list of names, such as .* got'):
+        with pytest.raises(UserError, match="targets must be a list of names, such as .* got"):
             adapter_options(settings("--peft_config", value))
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--chunk_ctx -1", "--chunk_ctx -1: must not be negative"), ("--chunk_ctx 1024 --ctx_len 1024", "1024 is not below --ctx_len 1024"),
-    ("--truncate_ctx 8", "--truncate_ctx works with --chunk_ctx N"), ("--state_cp 1", "--state_cp works with --chunk_ctx N"),
-    ("--chunk_ctx 8 --truncate_ctx 12", "at multiples of --chunk_ctx 8"),
-    ("--micro_bsz -1", "--micro_bsz -1: must not be negative"),
-    ("--ctx_len x", "--ctx_len x: expected int"), ("--ctx_len inf", "expected int"),
-    ("--n_layer -1", "--n_layer -1: must not be negative"), ("--lr_init nan", "--lr_init nan: expected float"),
-    ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"), ("--grad_cp yes", "--grad_cp yes: expected int"),
-    ("--grad_cp 3", "--grad_cp 3: expected 0, 1 or 2"),
-    ("--peft vora", f"--peft vora: expected one of {', '.join(sorted(METHODS))}, none"), ("--lr_map ffn=-1", "--lr_map ffn: must be a factor"),
-    ("--lr_map ffn", "--lr_map ffn: expected JSON or key=value pairs"), ("--lr_map ffn=x", "--lr_map ffn: must be a factor"),
-    ("--lr_map {", "--lr_map {: not valid JSON"), ("--lr_schedule linear", "expected one of cos, constant, wsd"),
-    ("--strategy deepspeed", "deepspeed_stage_1"), ("--global_bsz 12 --micro_bsz 8", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),
-    ("--global_bsz 12 --accumulate_grad_batches 8", "12 is not a multiple of accumulate_grad_batches x devices x num_nodes = 8"),
-    ("--global_bsz 64 --micro_bsz 8 --accumulate_grad_batches 4", "makes accumulate_grad_batches 8, but 4 was given"),
-    ("--global_bsz 64 --micro_bsz 8 --accumulate_grad_batches 1", "makes accumulate_grad_batches 8, but 1 was given"),
-    ("--load_model=", "needs a base"),
-    ("--load_model= --peft none", "a new model needs --version, --n_layer and --n_embd"), ("--data_file=", "--data_file is missing"),
-    ("--peft none --peft_config r=8", "no meaning with --peft none"), ("--precision fp16 --strategy deepspeed_stage_2", "fp16 works with"),
-    ("--num_nodes 2", "--num_nodes needs --strategy"), ("--ctx_len 1e20", "--ctx_len 100000000000000000000: must be below 2^31"),
-    ("--epoch_count 2147483648", "must be below 2^31"), ("--lr_init 1e300", "--lr_init 1e+300: must not be above 1e30"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--chunk_ctx -1", "--chunk_ctx -1: must not be negative"),
+        ("--chunk_ctx 1024 --ctx_len 1024", "1024 is not below --ctx_len 1024"),
+        ("--truncate_ctx 8", "--truncate_ctx works with --chunk_ctx N"),
+        ("--state_cp 1", "--state_cp works with --chunk_ctx N"),
+        ("--chunk_ctx 8 --truncate_ctx 12", "at multiples of --chunk_ctx 8"),
+        ("--micro_bsz -1", "--micro_bsz -1: must not be negative"),
+        ("--ctx_len x", "--ctx_len x: expected int"),
+        ("--ctx_len inf", "expected int"),
+        ("--n_layer -1", "--n_layer -1: must not be negative"),
+        ("--lr_init nan", "--lr_init nan: expected float"),
+        ("--beta2 1", "--beta2 1.0: must be at least 0 and below 1"),
+        ("--grad_cp yes", "--grad_cp yes: expected int"),
+        ("--grad_cp 3", "--grad_cp 3: expected 0, 1 or 2"),
+        ("--peft vora", f"--peft vora: expected one of {', '.join(sorted(METHODS))}, none"),
+        ("--lr_map ffn=-1", "--lr_map ffn: must be a factor"),
+        ("--lr_map ffn", "--lr_map ffn: expected JSON or key=value pairs"),
+        ("--lr_map ffn=x", "--lr_map ffn: must be a factor"),
+        ("--lr_map {", "--lr_map {: not valid JSON"),
+        ("--lr_schedule linear", "expected one of cos, constant, wsd"),
+        ("--strategy deepspeed", "deepspeed_stage_1"),
+        ("--global_bsz 12 --micro_bsz 8", "12 is not a multiple of micro_bsz x devices x num_nodes = 8"),
+        (
+            "--global_bsz 12 --accumulate_grad_batches 8",
+            "12 is not a multiple of accumulate_grad_batches x devices x num_nodes = 8",
+        ),
+        (
+            "--global_bsz 64 --micro_bsz 8 --accumulate_grad_batches 4",
+            "makes accumulate_grad_batches 8, but 4 was given",
+        ),
+        (
+            "--global_bsz 64 --micro_bsz 8 --accumulate_grad_batches 1",
+            "makes accumulate_grad_batches 8, but 1 was given",
+        ),
+        ("--load_model=", "needs a base"),
+        ("--load_model= --peft none", "a new model needs --version, --n_layer and --n_embd"),
+        ("--data_file=", "--data_file is missing"),
+        ("--peft none --peft_config r=8", "no meaning with --peft none"),
+        ("--precision fp16 --strategy deepspeed_stage_2", "fp16 works with"),
+        ("--num_nodes 2", "--num_nodes needs --strategy"),
+        ("--ctx_len 1e20", "--ctx_len 100000000000000000000: must be below 2^31"),
+        ("--epoch_count 2147483648", "must be below 2^31"),
+        ("--lr_init 1e300", "--lr_init 1e+300: must not be above 1e30"),
+    ],
+)
 def test_values_that_make_no_sense(flags, words):
     assert words in mistake(*flags.split())
 
@@ -208,16 +319,27 @@ def test_numbers_as_people_write_them():
     assert accumulation(settings("--global_bsz", "48", "--devices", "2", "--micro_bsz", "3")) == 8
 
 
-@pytest.mark.parametrize("name, wrong", [
-    ("version", "x060"), ("n_layer", 3), ("n_embd", 64), ("vocab_size", 65536), ("dim_att", 47), ("dim_ffn", 1), ("head_size", 64),
-])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("version", "x060"),
+        ("n_layer", 3),
+        ("n_embd", 64),
+        ("vocab_size", 65536),
+        ("dim_att", 47),
+        ("dim_ffn", 1),
+        ("head_size", 64),
+    ],
+)
 def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
     arch = make_arch(7)
     in_file = {"version": "x070", "head_size": arch.head_size}.get(name) or getattr(arch, name)
     check_sizes(Config(load_model="base.pth", **{name: in_file}), arch)
     with pytest.raises(UserError) as caught:
         check_sizes(Config(load_model="base.pth", **{name: wrong}), arch)
-    assert str(caught.value) == f"base.pth has {name} {in_file}, but --{name} {wrong} was given; drop the flag"
+    assert (
+        str(caught.value) == f"base.pth has {name} {in_file}, but --{name} {wrong} was given; drop the flag"
+    )
 
 
 # what the flags do
@@ -230,7 +352,11 @@ def test_every_setting_is_read_somewhere():
         tree = ast.parse(path.read_text())
         tree.body = [node for node in tree.body if getattr(node, "name", "") != "validate"]
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("config", "c"):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in ("config", "c")
+            ):
                 read.add(node.attr)
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
                 read.add(node.slice.value)
@@ -245,9 +371,19 @@ def test_every_setting_explains_itself():
     for field in dataclasses.fields(Config):
         assert f"--{field.name} " in words and len(field.metadata["help"]) > 3
         for choice in field.metadata["choices"]:
-            assert choice.removeprefix("deepspeed_stage") in field.metadata["help"], f"--{field.name} does not say that it takes {choice}"
+            assert choice.removeprefix("deepspeed_stage") in field.metadata["help"], (
+                f"--{field.name} does not say that it takes {choice}"
+            )
 
 
 def test_the_command_of_a_run_is_read_back_as_its_settings():
-    settings = Config(load_model="a b.pth", data_file="it's.jsonl", loss_mask="- q:", eod="-x", lr_final=0.0, packing=False, peft_config={"r": 5})
+    settings = Config(
+        load_model="a b.pth",
+        data_file="it's.jsonl",
+        loss_mask="- q:",
+        eod="-x",
+        lr_final=0.0,
+        packing=False,
+        peft_config={"r": 5},
+    )
     assert parse(shlex.split(command(settings))[2:])[0] == settings

@@ -36,9 +36,12 @@ def test_native_to_native_is_a_copy(tmp_path, capsys):
     assert read_metadata(path) == read_metadata(tmp_path / "b.pth")
 
 
-@pytest.mark.parametrize("content,message", [
-    ({"x": torch.zeros(2)}, "no adapter of a known layout; its first tensors are x"),
-])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ({"x": torch.zeros(2)}, "no adapter of a known layout; its first tensors are x"),
+    ],
+)
 def test_what_no_format_knows_is_refused(tmp_path, content, message):
     write_checkpoint(tmp_path / "a.pth", content.items())
     with pytest.raises(rwkv_miss.UserError, match=message):
@@ -56,7 +59,10 @@ def test_the_input_is_never_written_over(tmp_path):
 
 def test_an_unknown_origin_is_an_error_that_lists_them(tmp_path):
     path = saved(tmp_path / "a.pth", rank=8)
-    with pytest.raises(rwkv_miss.UserError, match="--origin 'bone' is unknown; choose one of: rwkv-peft, bone-v0, openmose, peft"):
+    with pytest.raises(
+        rwkv_miss.UserError,
+        match="--origin 'bone' is unknown; choose one of: rwkv-peft, bone-v0, openmose, peft",
+    ):
         main_convert = ["convert", str(path), str(tmp_path / "b.pth"), "--to", "native", "--origin", "bone"]
         convert(path, tmp_path / "b.pth", "native", Hints(origin=parse(main_convert).origin))
     assert not (tmp_path / "b.pth").exists()

@@ -22,7 +22,11 @@ RANK, BASE = 5, "ab" * 32
 def package(folder, alpha=5.0, dtype=torch.float16, seed=0, manifest=(), tensors=()):
     """A folder as its trainer's save_package() writes it, for the RWKV-7 of the tests: every linear of two blocks."""
     arch = make_arch(7)
-    widths = {"att": (arch.n_embd, arch.n_embd), "ffn.key": (arch.dim_ffn, arch.n_embd), "ffn.value": (arch.n_embd, arch.dim_ffn)}
+    widths = {
+        "att": (arch.n_embd, arch.n_embd),
+        "ffn.key": (arch.dim_ffn, arch.n_embd),
+        "ffn.value": (arch.n_embd, arch.dim_ffn),
+    }
     torch.manual_seed(seed)
     D, targets = {}, []
     for layer in range(arch.n_layer):
@@ -30,13 +34,32 @@ def package(folder, alpha=5.0, dtype=torch.float16, seed=0, manifest=(), tensors
             out, width = widths[target if target in widths else "att"]
             name = f"blocks.{layer}.{target}.weight.D"
             D[name] = (0.1 * torch.randn(out, RANK)).to(dtype)
-            targets.append({"name": name, "layer": layer, "target": f"{target}.weight", "in_features": width, "shape": [out, RANK]})
+            targets.append(
+                {
+                    "name": name,
+                    "layer": layer,
+                    "target": f"{target}.weight",
+                    "in_features": width,
+                    "shape": [out, RANK],
+                }
+            )
     facts = {
-        "format_version": 1, "kind": "inference_adapter", "method": "miss", "dtype": str(dtype).removeprefix("torch."),
-        "layout": "modulo_rank_zero_pad", "rank": RANK, "alpha": alpha, "scale": float(torch.tensor(alpha) / RANK), "base_fingerprint": BASE,
-        "targets": targets, **dict(manifest),
+        "format_version": 1,
+        "kind": "inference_adapter",
+        "method": "miss",
+        "dtype": str(dtype).removeprefix("torch."),
+        "layout": "modulo_rank_zero_pad",
+        "rank": RANK,
+        "alpha": alpha,
+        "scale": float(torch.tensor(alpha) / RANK),
+        "base_fingerprint": BASE,
+        "targets": targets,
+        **dict(manifest),
     }
-    content = hashlib.sha256(canonical(facts).encode() + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in D.values()))
+    content = hashlib.sha256(
+        canonical(facts).encode()
+        + b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in D.values())
+    )
     folder.mkdir()
     (folder / "adapter.json").write_text(canonical({**facts, "content_version": content.hexdigest()}) + "\n")
     write_checkpoint(folder / "adapter.pth", {**D, **dict(tensors)}.items())
@@ -57,16 +80,22 @@ def test_a_package_is_read_merged_and_written_again(alpha, dtype, tmp_path):
     close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(want), 2e-6)
     done = convert(tmp_path / "a.pth", tmp_path / "back", "rwkv-lightning")
     assert done.notes == []
-    assert (tmp_path / "back" / "adapter.json").read_bytes() == (tmp_path / "theirs" / "adapter.json").read_bytes()
+    assert (tmp_path / "back" / "adapter.json").read_bytes() == (
+        tmp_path / "theirs" / "adapter.json"
+    ).read_bytes()
     again = read_checkpoint(tmp_path / "back" / "adapter.pth")
-    assert list(again) == list(D) and all(torch.equal(again[name], D[name]) and again[name].dtype == dtype for name in D)
+    assert list(again) == list(D) and all(
+        torch.equal(again[name], D[name]) and again[name].dtype == dtype for name in D
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_value_in_half_precision_comes_back(dtype):
     """Folded into fp32 and taken out, the sum of two roundings of 2^-24 is far below half a step of fp16 or bf16."""
-    every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    every = every[(every == 0) | ((every.float().abs() > 1e-30) & (every.float().abs() <= 65504))]  # what its loader takes, and fp32 has room for
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[
+        (every == 0) | ((every.float().abs() > 1e-30) & (every.float().abs() <= 65504))
+    ]  # what its loader takes, and fp32 has room for
     assert len(every) > 29000
     for scale in [1 / 3, 0.1, 7 / 16, 1.0, 3.7, 128.0, 1e-4, -0.3]:
         scale = float(torch.tensor(scale))
@@ -78,23 +107,39 @@ def test_a_native_adapter_becomes_a_package_for_its_base(tmp_path):
     with pytest.raises(rwkv_miss.UserError, match="SHA-256 the package names; give that file: --base"):
         convert(tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning")
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
-    done = convert(tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth")))
+    done = convert(
+        tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth"))
+    )
     lost = float(re.match(r"rounding D to float16 lost (\S+) of it", done.notes[0])[1])
-    assert 2**-11 / 12**0.5 < lost < 2**-10 / 12**0.5, "steps of fp16 are 2^-11 to 2^-10 of a number, and errors uniform"
+    assert 2**-11 / 12**0.5 < lost < 2**-10 / 12**0.5, (
+        "steps of fp16 are 2^-11 to 2^-10 of a number, and errors uniform"
+    )
     manifest = json.loads((tmp_path / "out" / "adapter.json").read_text())
     assert manifest["base_fingerprint"] == hashlib.sha256((tmp_path / "base.pth").read_bytes()).hexdigest()
     assert manifest["scale"] == 1.0 and manifest["alpha"] == manifest["rank"] == 7
     first = manifest["targets"][0]
-    assert first == {"name": "blocks.0.att.receptance.weight.D", "layer": 0, "target": "att.receptance.weight", "in_features": 48, "shape": [48, 7]}
+    assert first == {
+        "name": "blocks.0.att.receptance.weight.D",
+        "layer": 0,
+        "target": "att.receptance.weight",
+        "in_features": 48,
+        "shape": [48, 7],
+    }
     D = read_checkpoint(tmp_path / "out" / "adapter.pth")
     miss = read_checkpoint(tmp_path / "a.pth")
-    assert len(D) == 12 and all(torch.equal(d, miss[name.replace(".weight.D", ".miss")].t().half()) for name, d in D.items())
+    assert len(D) == 12 and all(
+        torch.equal(d, miss[name.replace(".weight.D", ".miss")].t().half()) for name, d in D.items()
+    )
     convert(tmp_path / "out", tmp_path / "b.pth", "native")
     close("rounded to fp16", merged(tmp_path, 7, tmp_path / "b.pth"), logits(model), 3e-3)
 
     write_checkpoint(tmp_path / "other.pth", random_tensors(make_arch(7), seed=9).items())
-    with pytest.raises(rwkv_miss.UserError, match="other.pth is another model than the package's: its SHA-256"):
-        convert(tmp_path / "out", tmp_path / "again", "rwkv-lightning", Hints(base=str(tmp_path / "other.pth")))
+    with pytest.raises(
+        rwkv_miss.UserError, match="other.pth is another model than the package's: its SHA-256"
+    ):
+        convert(
+            tmp_path / "out", tmp_path / "again", "rwkv-lightning", Hints(base=str(tmp_path / "other.pth"))
+        )
 
 
 @pytest.mark.parametrize("options", [{"scale": "sqrt"}, {"mini_r": 4}])
@@ -106,19 +151,27 @@ def test_what_folds_into_d_is_folded(options, tmp_path):
     close("rounded to fp16", merged(tmp_path, 7, tmp_path / "b.pth"), logits(model), 3e-3)
 
 
-@pytest.mark.parametrize("version,method,options,message", [
-    (7, "lora", {}, "MiSS only, this adapter is lora"), (6, "miss", {}, "belongs to RWKV-6"),
-    (7, "miss", {"layout": "contiguous"}, "no layout=contiguous"), (7, "miss", {"shards": "balanced"}, "no shards=balanced"),
-    (7, "miss", {"magnitude": True}, "no magnitude=True"), (7, "miss", {"expand": True}, "no expand=True"),
-    (7, "miss", {"rank_map": {"ffn": 3}}, "one rank for all linears, up to 1024; this adapter has 3, 7"),
-    (7, "miss", {"targets": ["head"]}, "this adapter changes head"),
-    (7, "miss", {"train_parts": "ln"}, r"blocks\.0\.ln0\.weight is trained as a whole"),
-])
+@pytest.mark.parametrize(
+    "version,method,options,message",
+    [
+        (7, "lora", {}, "MiSS only, this adapter is lora"),
+        (6, "miss", {}, "belongs to RWKV-6"),
+        (7, "miss", {"layout": "contiguous"}, "no layout=contiguous"),
+        (7, "miss", {"shards": "balanced"}, "no shards=balanced"),
+        (7, "miss", {"magnitude": True}, "no magnitude=True"),
+        (7, "miss", {"expand": True}, "no expand=True"),
+        (7, "miss", {"rank_map": {"ffn": 3}}, "one rank for all linears, up to 1024; this adapter has 3, 7"),
+        (7, "miss", {"targets": ["head"]}, "this adapter changes head"),
+        (7, "miss", {"train_parts": "ln"}, r"blocks\.0\.ln0\.weight is trained as a whole"),
+    ],
+)
 def test_what_a_package_has_no_place_for(version, method, options, message, tmp_path):
     saved(tmp_path, version, method, options)
     write_checkpoint(tmp_path / "base.pth", rwkv(version).state_dict().items())
     with pytest.raises(rwkv_miss.UserError, match=f"{message}.*(merge|--to)"):
-        convert(tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth")))
+        convert(
+            tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth"))
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -128,7 +181,9 @@ def test_values_beyond_fp16_are_refused(tmp_path):
     write_checkpoint(tmp_path / "a.pth", {name: t * 1e7 for name, t in tensors.items()}.items(), metadata)
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
     with pytest.raises(rwkv_miss.UserError, match="blocks.0.att.receptance has values beyond fp16's largest"):
-        convert(tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth")))
+        convert(
+            tmp_path / "a.pth", tmp_path / "out", "rwkv-lightning", Hints(base=str(tmp_path / "base.pth"))
+        )
 
 
 def embed(path, manifest):
@@ -154,26 +209,55 @@ def test_one_file_with_its_manifest_inside(tmp_path):
 def test_the_checkpoint_of_a_training_has_d_in_fp32(embedded, tmp_path):
     D, facts = package(tmp_path / "theirs", 16.0)
     master = {f"{name}.master": torch.randn(t.shape) for name, t in D.items()}
-    more = {f"{name}.{kind}": torch.zeros(t.shape) for name, t in D.items() for kind in ("gradient", "adam_m", "adam_v")}
+    more = {
+        f"{name}.{kind}": torch.zeros(t.shape)
+        for name, t in D.items()
+        for kind in ("gradient", "adam_m", "adam_v")
+    }
     (tmp_path / "checkpoint-3").mkdir()
-    write_checkpoint(tmp_path / "checkpoint-3" / "training.pth", {**master, **more, "initial_state": torch.zeros(3)}.items())
-    (tmp_path / "checkpoint-3" / "checkpoint.json").write_text(json.dumps(
-        {"kind": "miss_training_checkpoint", "config": {"rank": RANK, "alpha": 16.0, "base_fingerprint": BASE}}))
+    write_checkpoint(
+        tmp_path / "checkpoint-3" / "training.pth",
+        {**master, **more, "initial_state": torch.zeros(3)}.items(),
+    )
+    (tmp_path / "checkpoint-3" / "checkpoint.json").write_text(
+        json.dumps(
+            {
+                "kind": "miss_training_checkpoint",
+                "config": {"rank": RANK, "alpha": 16.0, "base_fingerprint": BASE},
+            }
+        )
+    )
     if embedded:
         embed(tmp_path / "checkpoint-3" / "training.pth", {**facts, "tensor_source": "master"})
     convert(tmp_path / "checkpoint-3", tmp_path / "a.pth", "native")
     found = read_checkpoint(tmp_path / "a.pth")
-    assert all(torch.equal(found[name.replace(".weight.D.master", ".miss")], (t * torch.tensor(16 / RANK)).t()) for name, t in master.items())
+    assert all(
+        torch.equal(found[name.replace(".weight.D.master", ".miss")], (t * torch.tensor(16 / RANK)).t())
+        for name, t in master.items()
+    )
 
 
-@pytest.mark.parametrize("changes,message", [
-    ({"layout": "contiguous"}, "layout is 'contiguous', expected 'modulo_rank_zero_pad'"), ({"kind": "x"}, "kind"), ({"method": "lora"}, "method"),
-    ({"format_version": 2}, "format_version is 2, expected 1"), ({"dtype": "float32"}, "dtype is 'float32'"), ({"rank": "5"}, "rank is '5'"),
-    ({"rank": 2000}, "from 1 to 1024"), ({"scale": 0.0}, "a scale that is not zero"), ({"scale": float("nan")}, "scale is nan"),
-    ({"alpha": None}, "alpha None"), ({"base_fingerprint": "x"}, "expected a SHA-256"), ({"targets": []}, "target None is none of"),
-    ({"targets": [{"name": "blocks.0.att.gate.weight.D"}]}, "'blocks.0.att.gate.weight.D' is none of"), ({"targets": 3}, "none of"),
-    ({"rank": 4}, r"shape \[48, 5\] in the manifest"), ({"content_version": "0" * 64}, "content_version is not the digest"),
-])
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"layout": "contiguous"}, "layout is 'contiguous', expected 'modulo_rank_zero_pad'"),
+        ({"kind": "x"}, "kind"),
+        ({"method": "lora"}, "method"),
+        ({"format_version": 2}, "format_version is 2, expected 1"),
+        ({"dtype": "float32"}, "dtype is 'float32'"),
+        ({"rank": "5"}, "rank is '5'"),
+        ({"rank": 2000}, "from 1 to 1024"),
+        ({"scale": 0.0}, "a scale that is not zero"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"alpha": None}, "alpha None"),
+        ({"base_fingerprint": "x"}, "expected a SHA-256"),
+        ({"targets": []}, "target None is none of"),
+        ({"targets": [{"name": "blocks.0.att.gate.weight.D"}]}, "'blocks.0.att.gate.weight.D' is none of"),
+        ({"targets": 3}, "none of"),
+        ({"rank": 4}, r"shape \[48, 5\] in the manifest"),
+        ({"content_version": "0" * 64}, "content_version is not the digest"),
+    ],
+)
 def test_manifests_that_the_loader_refuses(changes, message, tmp_path):
     package(tmp_path / "theirs")
     path = tmp_path / "theirs" / "adapter.json"
@@ -187,7 +271,9 @@ def test_tensors_that_are_not_the_manifests(tmp_path):
     with pytest.raises(rwkv_miss.UserError, match=r"holds blocks\.0\.x, of which its manifest says nothing"):
         convert(tmp_path / "more", tmp_path / "a.pth", "native")
     name = next(iter(D))
-    for number, (tensor, message) in enumerate([(D[name].float(), "float32"), (D[name].t().contiguous(), r"\(5, 48\)"), (D[name] + 1, "digest")]):
+    for number, (tensor, message) in enumerate(
+        [(D[name].float(), "float32"), (D[name].t().contiguous(), r"\(5, 48\)"), (D[name] + 1, "digest")]
+    ):
         package(tmp_path / f"t{number}", tensors={name: tensor})
         with pytest.raises(rwkv_miss.UserError, match=message):
             convert(tmp_path / f"t{number}", tmp_path / "a.pth", "native")
@@ -202,12 +288,15 @@ def test_to_lora_and_to_peft_know_the_widths_of_a_package(tmp_path):
     for name in ("lora", "miss"):
         convert(tmp_path / name, tmp_path / f"{name}.pth", "native")
         close(name, merged(tmp_path, 7, tmp_path / f"{name}.pth"), want, 1e-6)
-    with pytest.raises(rwkv_miss.UserError, match="the widths of blocks.0.att.key are in no file.*--base MODEL.pth"):
+    with pytest.raises(
+        rwkv_miss.UserError, match="the widths of blocks.0.att.key are in no file.*--base MODEL.pth"
+    ):
         convert(tmp_path / "miss", tmp_path / "c", "lora")
     convert(tmp_path / "miss", tmp_path / "c", "lora", Hints(base=str(tmp_path / "base.pth")))
 
 
 def test_json_as_jsoncpp_writes_it():
     """Its strings and numbers were compared with jsoncpp 1.9.6's; here is what differs from Python's."""
-    assert canonical({"b": [1, 2.0, 0.1, 1e-7, 1e22, -0.3], "a": {"é\n\"": None, "Z": True}}) == (
-        '{"a":{"Z":true,"\\u00e9\\n\\"":null},"b":[1,2.0,0.10000000000000001,9.9999999999999995e-08,1e+22,-0.29999999999999999]}')
+    assert canonical({"b": [1, 2.0, 0.1, 1e-7, 1e22, -0.3], "a": {'é\n"': None, "Z": True}}) == (
+        '{"a":{"Z":true,"\\u00e9\\n\\"":null},"b":[1,2.0,0.10000000000000001,9.9999999999999995e-08,1e+22,-0.29999999999999999]}'
+    )

@@ -27,16 +27,40 @@ KEYS = ["key", "value"]
 # what peft is configured with -> the method that it is here
 READ = {
     "miss": (lambda: peft.MissConfig(r=7, target_modules=KEYS, miss_dropout=0.1), "miss"),
-    "miss-random": (lambda: peft.MissConfig(r=5, target_modules=r".*\.(key|output)", init_weights=False), "miss"),
+    "miss-random": (
+        lambda: peft.MissConfig(r=5, target_modules=r".*\.(key|output)", init_weights=False),
+        "miss",
+    ),
     "bat": (lambda: peft.MissConfig(r=8, target_modules=KEYS, init_weights="bat"), "bat"),
     "mini": (lambda: peft.MissConfig(r=7, target_modules=KEYS, init_weights="mini", mini_r=4), "miss"),
     "lora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, lora_dropout=0.1), "lora"),
     "rslora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, use_rslora=True), "lora"),
-    "patterns": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, rank_pattern={"ffn.key": 3, r"^blocks\.0\.att\.key": 2},
-                                         alpha_pattern={"ffn.value": 7, "1.ffn.key": 11.5}), "lora"),
-    "dora": (lambda: peft.LoraConfig(r=5, lora_alpha=9, target_modules=KEYS, use_dora=True, rank_pattern={"att.key": 3}), "dora"),
-    "modules": (lambda: peft.LoraConfig(r=5, target_modules=KEYS, modules_to_save=["emb", "head", "ln1"], task_type=None), "lora"),
-    "adalora": (lambda: peft.AdaLoraConfig(init_r=5, target_r=2, total_step=10, lora_alpha=9, target_modules=KEYS), "lora"),
+    "patterns": (
+        lambda: peft.LoraConfig(
+            r=5,
+            lora_alpha=9,
+            target_modules=KEYS,
+            rank_pattern={"ffn.key": 3, r"^blocks\.0\.att\.key": 2},
+            alpha_pattern={"ffn.value": 7, "1.ffn.key": 11.5},
+        ),
+        "lora",
+    ),
+    "dora": (
+        lambda: peft.LoraConfig(
+            r=5, lora_alpha=9, target_modules=KEYS, use_dora=True, rank_pattern={"att.key": 3}
+        ),
+        "dora",
+    ),
+    "modules": (
+        lambda: peft.LoraConfig(
+            r=5, target_modules=KEYS, modules_to_save=["emb", "head", "ln1"], task_type=None
+        ),
+        "lora",
+    ),
+    "adalora": (
+        lambda: peft.AdaLoraConfig(init_r=5, target_r=2, total_step=10, lora_alpha=9, target_modules=KEYS),
+        "lora",
+    ),
     "vera": (lambda: peft.VeraConfig(r=9, target_modules=KEYS), "vera"),
 }
 
@@ -135,10 +159,23 @@ class Net(nn.Module):
 
 
 NET = [
-    (lambda: peft.MissConfig(r=4, target_modules=["key"])), (lambda: peft.MissConfig(r=5, target_modules=["inner.key"], init_weights="bat")),
+    (lambda: peft.MissConfig(r=4, target_modules=["key"])),
+    (lambda: peft.MissConfig(r=5, target_modules=["inner.key"], init_weights="bat")),
     (lambda: peft.MissConfig(r=4, target_modules=["key"], init_weights="mini", mini_r=5)),
-    (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key"], rank_pattern={"inner.key": 3}, alpha_pattern={"key": 5.5})),
-    (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key"], rank_pattern={"key": 3}, use_rslora=True)),
+    (
+        lambda: peft.LoraConfig(
+            r=4,
+            lora_alpha=7,
+            target_modules=["key"],
+            rank_pattern={"inner.key": 3},
+            alpha_pattern={"key": 5.5},
+        )
+    ),
+    (
+        lambda: peft.LoraConfig(
+            r=4, lora_alpha=7, target_modules=["key"], rank_pattern={"key": 3}, use_rslora=True
+        )
+    ),
     (lambda: peft.LoraConfig(r=4, lora_alpha=7, target_modules=["key", "out"], use_dora=True)),
     (lambda: peft.VeraConfig(r=4, target_modules=["key", "out"])),
 ]
@@ -179,7 +216,9 @@ def test_after_training_in_peft_the_merged_file_has_its_logits(tmp_path):
 
 def test_pissa_is_read_with_its_start_or_refused(tmp_path):
     """By peft's own account: what it makes of the pair (path_initial_model_for_weight_conversion), and what its live model computes."""
-    live = peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, lora_alpha=8, target_modules=KEYS, init_lora_weights="pissa"))
+    live = peft.get_peft_model(
+        rwkv(7), peft.LoraConfig(r=5, lora_alpha=8, target_modules=KEYS, init_lora_weights="pissa")
+    )
     live.peft_config["default"].init_lora_weights = True
     live.save_pretrained(str(tmp_path / "start"))
     live.peft_config["default"].init_lora_weights = "pissa"
@@ -188,7 +227,9 @@ def test_pissa_is_read_with_its_start_or_refused(tmp_path):
             if p.requires_grad:
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     live.eval().save_pretrained(str(tmp_path / "trained"))
-    live.save_pretrained(str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    live.save_pretrained(
+        str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     with pytest.raises(rwkv_miss.UserError, match="init_lora_weights = 'pissa' took .* --init FOLDER"):
         convert(tmp_path / "trained", tmp_path / "a.pth", "native")
     assert not (tmp_path / "a.pth").exists()
@@ -204,8 +245,13 @@ def test_pissa_is_read_with_its_start_or_refused(tmp_path):
     assert config_of(tmp_path / "ours")["r"] == 10
 
     convert(tmp_path / "b.pth", tmp_path / "other", "peft")  # of another rank
-    peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, target_modules=[*KEYS, "output"])).save_pretrained(str(tmp_path / "more"))
-    for path, message in (("other", r"blocks\.0\.att\.key has .* there"), ("more", r"blocks\.0\.att\.output is not adapted")):
+    peft.get_peft_model(rwkv(7), peft.LoraConfig(r=5, target_modules=[*KEYS, "output"])).save_pretrained(
+        str(tmp_path / "more")
+    )
+    for path, message in (
+        ("other", r"blocks\.0\.att\.key has .* there"),
+        ("more", r"blocks\.0\.att\.output is not adapted"),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=f"is of another training: {message}"):
             convert(tmp_path / "trained", tmp_path / "c.pth", "native", Hints(init=str(tmp_path / path)))
 
@@ -225,8 +271,15 @@ HAS = {"miss", "bat", "lora", "lora_fa", "dora", "pissa", "vera"}
 @pytest.mark.parametrize("to", ["peft", "lora"])
 def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options, to, tmp_path):
     magnitude = options.get("magnitude") or method == "dora"
-    refused = (method == "bat" or magnitude) if to == "lora" else (
-        method not in HAS or bool(options.keys() & {"layout", "shards", "scale", "magnitude", "expand"}) or options.get("order") == "row")
+    refused = (
+        (method == "bat" or magnitude)
+        if to == "lora"
+        else (
+            method not in HAS
+            or bool(options.keys() & {"layout", "shards", "scale", "magnitude", "expand"})
+            or options.get("order") == "row"
+        )
+    )
     model = saved(tmp_path, 7, method, options)
     if refused:
         way = "--to lora" if to == "peft" and not magnitude and method != "bat" else "merge"
@@ -238,21 +291,32 @@ def test_what_is_written_computes_the_same_in_peft_or_is_refused(method, options
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [CONFIG, TENSORS]
     # the same sums in two orders, and PiSSA's residual: 3e-6 seen
     close(to, logits(load(tmp_path / "out", rwkv(7))), logits(model), 1e-5)
-    assert (config_of(tmp_path / "out")["peft_type"] == "LORA") == (to == "lora" or "lora" in method or method in ("pissa", "dora"))
+    assert (config_of(tmp_path / "out")["peft_type"] == "LORA") == (
+        to == "lora" or "lora" in method or method in ("pissa", "dora")
+    )
 
 
-@pytest.mark.parametrize("method,options", [
-    ("miss", {}), ("miss", {"mini_r": 4}), ("bat", {}),
-    ("lora", {"alpha": 5.5, "rank_map": {"ffn": 3, "blocks.0": 5}, "alpha_map": {"att.key": 7.0}}),
-    ("lora", {"rslora": True, "rank_map": {"ffn": 3}}), ("dora", {"dropout": 0.25}), ("vera", {}),
-])
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("miss", {}),
+        ("miss", {"mini_r": 4}),
+        ("bat", {}),
+        ("lora", {"alpha": 5.5, "rank_map": {"ffn": 3, "blocks.0": 5}, "alpha_map": {"att.key": 7.0}}),
+        ("lora", {"rslora": True, "rank_map": {"ffn": 3}}),
+        ("dora", {"dropout": 0.25}),
+        ("vera", {}),
+    ],
+)
 def test_native_to_peft_and_back_keeps_every_bit(method, options, tmp_path):
     saved(tmp_path, 6, method, options)
     convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
     convert(tmp_path / "folder", tmp_path / "b.pth", "native")
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
     said, says = read_metadata(tmp_path / "a.pth"), read_metadata(tmp_path / "b.pth")
     for name in ("method", "arch", "base", "base_fingerprint", "step", "versions"):
         assert said[name] == says[name], name
@@ -288,14 +352,19 @@ def test_whole_tensors_are_modules_or_refused(tmp_path):
     assert read_checkpoint(tmp_path / "a.pth").keys() == read_checkpoint(tmp_path / "b.pth").keys()
     assert read_metadata(tmp_path / "b.pth")["train_parts"] == ["emb", "head"]
     saved(tmp_path, 7, "miss", {}, train_parts="time")
-    with pytest.raises(rwkv_miss.UserError, match=r"blocks\.\d\.\w+\.\w+ is trained as a whole, and peft keeps whole modules only.*merge"):
+    with pytest.raises(
+        rwkv_miss.UserError,
+        match=r"blocks\.\d\.\w+\.\w+ is trained as a whole, and peft keeps whole modules only.*merge",
+    ):
         convert(tmp_path / "a.pth", tmp_path / "time", "peft")
     assert not (tmp_path / "time").exists()
 
 
 def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora(tmp_path):
     model = saved(tmp_path, 7, "miss", {"rank_map": {"ffn": 3}})
-    with pytest.raises(rwkv_miss.UserError, match="one rank for all linears, and this adapter has 3, 7; --to lora"):
+    with pytest.raises(
+        rwkv_miss.UserError, match="one rank for all linears, and this adapter has 3, 7; --to lora"
+    ):
         convert(tmp_path / "a.pth", tmp_path / "out", "peft")
     convert(tmp_path / "a.pth", tmp_path / "out", "lora")
     close("lora", logits(load(tmp_path / "out", rwkv(7))), logits(model), 1e-5)
@@ -305,13 +374,27 @@ def test_ranks_that_differ_are_no_miss_of_peft_but_a_lora(tmp_path):
 @pytest.mark.parametrize("ranks", [(4, 3), (3, 4)])
 def test_a_name_that_is_the_end_of_another(names, ranks, tmp_path):
     """peft compares the ends of names; ranks and factors are right for both all the same."""
+
     def fresh():
         torch.manual_seed(0)
-        return Net() if "key" in names else nn.Sequential(nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)), nn.ReLU(), nn.Linear(15, 6))
+        return (
+            Net()
+            if "key" in names
+            else nn.Sequential(
+                nn.Linear(13, 10), nn.Sequential(nn.Linear(10, 15)), nn.ReLU(), nn.Linear(15, 6)
+            )
+        )
 
     model = fresh()
-    rwkv_miss.inject(model, "lora", targets=[*names, "3" if "0" in names else "out"], rank=4, alpha=6.0, rank_map=dict(zip(names, ranks)),
-                     alpha_map={names[0]: 6.0, names[1]: 5.0})
+    rwkv_miss.inject(
+        model,
+        "lora",
+        targets=[*names, "3" if "0" in names else "out"],
+        rank=4,
+        alpha=6.0,
+        rank_map=dict(zip(names, ranks)),
+        alpha_map={names[0]: 6.0, names[1]: 5.0},
+    )
     rwkv_miss.save_adapter(filled(model), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "folder", "peft")
     x = torch.randn(3, 13)
@@ -330,7 +413,9 @@ def test_linears_with_the_most_frequent_rank_and_factor_are_not_named(tmp_path):
     assert config["alpha_pattern"].keys() == {"blocks.0.att.key", "blocks.1.ffn.key"}
     convert(tmp_path / "folder", tmp_path / "b.pth", "native")
     options = read_metadata(tmp_path / "b.pth")["options"]
-    assert options["rank_map"].keys() == {"blocks.1.ffn.key"} and options["alpha_map"] == {"blocks.0.att.key": 7}
+    assert options["rank_map"].keys() == {"blocks.1.ffn.key"} and options["alpha_map"] == {
+        "blocks.0.att.key": 7
+    }
 
 
 def test_a_lora_keeps_its_own_factors_as_a_lora(tmp_path):
@@ -347,38 +432,54 @@ def test_the_older_names_of_bone_are_read(tmp_path):
     live.save_pretrained(str(tmp_path / "theirs"))
     tensors = load_file(tmp_path / "theirs" / TENSORS)
     (tmp_path / "theirs" / TENSORS).unlink()
-    torch.save({name.replace("miss_block", "bone_block"): t for name, t in tensors.items()}, tmp_path / "theirs" / "adapter_model.bin")
+    torch.save(
+        {name.replace("miss_block", "bone_block"): t for name, t in tensors.items()},
+        tmp_path / "theirs" / "adapter_model.bin",
+    )
     config = config_of(tmp_path / "theirs")
-    (tmp_path / "theirs" / CONFIG).write_text(json.dumps(
-        {name: value for name, value in config.items() if name not in ("miss_dropout", "mini_r")} | {"peft_type": "BONE"}))
+    (tmp_path / "theirs" / CONFIG).write_text(
+        json.dumps(
+            {name: value for name, value in config.items() if name not in ("miss_dropout", "mini_r")}
+            | {"peft_type": "BONE"}
+        )
+    )
     convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
     close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
     convert(tmp_path / "a.pth", tmp_path / "back", "peft")
     assert torch.equal(logits(load(tmp_path / "back", rwkv(7))), logits(live))
 
 
-@pytest.mark.parametrize("case,changes,message", [
-    ("lora", {"peft_type": "IA3"}, "peft_type 'IA3'; read are: MISS, BONE, LORA"),
-    ("lora", {"use_qalora": True}, "use_qalora = True changes what the adapter does.*merge_and_unload"),
-    ("lora", {"layer_replication": [[0, 1]]}, "layer_replication"),
-    ("lora", {"fan_in_fan_out": True}, "fan_in_fan_out"),
-    ("lora", {"init_lora_weights": "loftq"}, "'loftq' did to the base is not known here"),
-    ("lora", {"init_lora_weights": "mica"}, "'mica' did to the base"),
-    ("lora", {"init_lora_weights": "olora"}, "'olora' took the adapter's first product"),
-    ("lora", {"r": 4}, r"the configuration says rank 4"),
-    ("lora", {"r": "5"}, "r is '5', expected a number"),
-    ("lora", {"lora_alpha": 0}, "lora_alpha of blocks.0.att.key is 0"),
-    ("lora", {"alpha_pattern": {"(a+)+": 3}}, "more than a name with a wildcard"),
-    ("lora", {"alpha_pattern": {"*": 3}}, "an expression in alpha_pattern is none"), ("lora", {"alpha_pattern": {".*.*.*x": 3}}, "a wildcard"),
-    ("lora", {"alpha_pattern": {"key": "x"}}, "lora_alpha of blocks.0.att.key is 'x'"), ("adalora", {"init_r": -9}, "init_r is -9"),
-    ("lora", {"alpha_pattern": [3]}, "alpha_pattern is .3., expected names with numbers"),
-    ("lora", {"use_dora": True}, "has lora_A, lora_B; LORA as it is configured needs lora_A, lora_B, magnitude"),
-    ("miss", {"init_weights": "bat"}, r"r = 7 and init_weights = 'bat' need \(out / 7, 7, 7\)"),
-    ("miss", {"init_weights": "mini"}, r"need \(7, 1\)"),
-    ("miss", {"init_weights": "spiral"}, "'spiral' is unknown"),
-    ("bat", {"init_weights": True}, r"need \(8, out\)"),
-    ("vera", {"r": 8}, r"r = 8 needs \(8,\)"),
-])
+@pytest.mark.parametrize(
+    "case,changes,message",
+    [
+        ("lora", {"peft_type": "IA3"}, "peft_type 'IA3'; read are: MISS, BONE, LORA"),
+        ("lora", {"use_qalora": True}, "use_qalora = True changes what the adapter does.*merge_and_unload"),
+        ("lora", {"layer_replication": [[0, 1]]}, "layer_replication"),
+        ("lora", {"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ("lora", {"init_lora_weights": "loftq"}, "'loftq' did to the base is not known here"),
+        ("lora", {"init_lora_weights": "mica"}, "'mica' did to the base"),
+        ("lora", {"init_lora_weights": "olora"}, "'olora' took the adapter's first product"),
+        ("lora", {"r": 4}, r"the configuration says rank 4"),
+        ("lora", {"r": "5"}, "r is '5', expected a number"),
+        ("lora", {"lora_alpha": 0}, "lora_alpha of blocks.0.att.key is 0"),
+        ("lora", {"alpha_pattern": {"(a+)+": 3}}, "more than a name with a wildcard"),
+        ("lora", {"alpha_pattern": {"*": 3}}, "an expression in alpha_pattern is none"),
+        ("lora", {"alpha_pattern": {".*.*.*x": 3}}, "a wildcard"),
+        ("lora", {"alpha_pattern": {"key": "x"}}, "lora_alpha of blocks.0.att.key is 'x'"),
+        ("adalora", {"init_r": -9}, "init_r is -9"),
+        ("lora", {"alpha_pattern": [3]}, "alpha_pattern is .3., expected names with numbers"),
+        (
+            "lora",
+            {"use_dora": True},
+            "has lora_A, lora_B; LORA as it is configured needs lora_A, lora_B, magnitude",
+        ),
+        ("miss", {"init_weights": "bat"}, r"r = 7 and init_weights = 'bat' need \(out / 7, 7, 7\)"),
+        ("miss", {"init_weights": "mini"}, r"need \(7, 1\)"),
+        ("miss", {"init_weights": "spiral"}, "'spiral' is unknown"),
+        ("bat", {"init_weights": True}, r"need \(8, out\)"),
+        ("vera", {"r": 8}, r"r = 8 needs \(8,\)"),
+    ],
+)
 def test_what_a_configuration_says_is_done_or_refused(case, changes, message, tmp_path):
     trained(rwkv(7), READ[case][0]()).save_pretrained(str(tmp_path / "theirs"))
     config_of(tmp_path / "theirs", **changes)
@@ -387,13 +488,18 @@ def test_what_a_configuration_says_is_done_or_refused(case, changes, message, tm
     assert not (tmp_path / "a.pth").exists()
 
 
-@pytest.mark.parametrize("config,message", [
-    (lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="lora_only"),
-     r"trains (inner\.)?key\.bias, of an adapted linear, as well \(bias: 'lora_only'\)"),
-    (lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="all"), "of an adapted linear"),
-    (lambda: peft.LoraConfig(r=4, target_modules=["key"], lora_bias=True), "lora_bias = True"),
-    (lambda: peft.VeraConfig(r=4, target_modules=["key"], save_projection=False), "no vera_A and vera_B"),
-])
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (
+            lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="lora_only"),
+            r"trains (inner\.)?key\.bias, of an adapted linear, as well \(bias: 'lora_only'\)",
+        ),
+        (lambda: peft.LoraConfig(r=4, target_modules=["key"], bias="all"), "of an adapted linear"),
+        (lambda: peft.LoraConfig(r=4, target_modules=["key"], lora_bias=True), "lora_bias = True"),
+        (lambda: peft.VeraConfig(r=4, target_modules=["key"], save_projection=False), "no vera_A and vera_B"),
+    ],
+)
 def test_tensors_without_a_form_here_are_refused_by_name(config, message, tmp_path):
     trained(Net(), config()).save_pretrained(str(tmp_path / "theirs"))
     with pytest.raises(rwkv_miss.UserError, match=message):
@@ -413,20 +519,33 @@ def test_trained_biases_of_other_layers_are_whole_tensors(tmp_path):
 def test_adalora_that_has_pruned_some_of_its_singular_values(tmp_path):
     """peft saves what is left, with the factor of the rank at the start; a linear may have lost all."""
     live = trained(rwkv(7), READ["adalora"][0]())
-    left = {name: layer.lora_E["default"] for name, layer in live.get_base_model().named_modules() if hasattr(layer, "lora_E")}
-    kept = {name: [(row + number) % 3 == 0 and number != 1 for row in range(5)] for number, name in enumerate(left)}
+    left = {
+        name: layer.lora_E["default"]
+        for name, layer in live.get_base_model().named_modules()
+        if hasattr(layer, "lora_E")
+    }
+    kept = {
+        name: [(row + number) % 3 == 0 and number != 1 for row in range(5)]
+        for number, name in enumerate(left)
+    }
     with torch.no_grad():
         for name, E in left.items():
             E[~torch.tensor(kept[name])] = 0
     live.peft_config["default"].rank_pattern = {f"{name}.lora_E.default": rows for name, rows in kept.items()}
     live.save_pretrained(str(tmp_path / "theirs"))
-    assert {len(t) for name, t in load_file(tmp_path / "theirs" / TENSORS).items() if "lora_A" in name} == {0, 1, 2}
+    assert {len(t) for name, t in load_file(tmp_path / "theirs" / TENSORS).items() if "lora_A" in name} == {
+        0,
+        1,
+        2,
+    }
     assert convert(tmp_path / "theirs", tmp_path / "a.pth", "native").linears == 7
     close("merged", merged(tmp_path, 7, tmp_path / "a.pth"), logits(live), 3e-6)
     facts = read_metadata(tmp_path / "a.pth")
     options = rwkv_miss.METHODS["lora"].Options.parse(facts["options"])
     # peft divides by the rank + 1e-5, which logits in fp32 hardly show
-    assert [options.at(name).scale for name in facts["linears"]] == [pytest.approx(9 / (5 + 1e-5), rel=1e-9)] * 7
+    assert [options.at(name).scale for name in facts["linears"]] == [
+        pytest.approx(9 / (5 + 1e-5), rel=1e-9)
+    ] * 7
 
 
 def test_ranks_beyond_a_width_are_refused_before_a_merge(tmp_path):
@@ -439,9 +558,12 @@ def test_ranks_beyond_a_width_are_refused_before_a_merge(tmp_path):
 def test_hints_that_say_nothing_are_refused(tmp_path):
     trained(rwkv(7), READ["bat"][0]()).save_pretrained(str(tmp_path / "theirs"))
     convert(tmp_path / "theirs", tmp_path / "a.pth", "native", Hints(origin="peft"))
-    for path, hints, message in (("theirs", Hints(alpha=8.0), "leaves nothing open that --alpha"),
-                                 ("theirs", Hints(origin="rwkv-peft"), "a folder of peft"),
-                                 ("a.pth", Hints(origin="peft"), "a.pth is native.*--origin"), ("a.pth", Hints(init="x"), "--init")):
+    for path, hints, message in (
+        ("theirs", Hints(alpha=8.0), "leaves nothing open that --alpha"),
+        ("theirs", Hints(origin="rwkv-peft"), "a folder of peft"),
+        ("a.pth", Hints(origin="peft"), "a.pth is native.*--origin"),
+        ("a.pth", Hints(init="x"), "--init"),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=message):
             convert(tmp_path / path, tmp_path / "b.pth", "native", hints)
 
@@ -452,10 +574,20 @@ def test_a_transformers_model_is_none_of_rwkv_and_converts_all_the_same(tmp_path
 
     def llama():
         torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=67, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3)).eval()
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=67,
+                hidden_size=48,
+                intermediate_size=80,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                num_key_value_heads=3,
+            )
+        ).eval()
 
-    live = trained(llama(), peft.MissConfig(r=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    live = trained(
+        llama(), peft.MissConfig(r=7, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     live.save_pretrained(str(tmp_path / "theirs"))
     convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
     ours = llama()
@@ -475,13 +607,32 @@ def test_the_command_line_knows_the_base(tmp_path, capsys):
     saved(tmp_path, 7, "miss", {})
     write_checkpoint(tmp_path / "base.pth", rwkv(7).state_dict().items())
     write_checkpoint(tmp_path / "other.pth", random_tensors(make_arch(7, n_embd=64)).items())
-    main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "native", "--base", str(tmp_path / "base.pth")])
+    main(
+        [
+            "convert",
+            str(tmp_path / "a.pth"),
+            str(tmp_path / "b.pth"),
+            "--to",
+            "native",
+            "--base",
+            str(tmp_path / "base.pth"),
+        ]
+    )
     assert "miss of 12 linears" in capsys.readouterr().out
     facts = read_metadata(tmp_path / "b.pth")
     assert facts["base"] == "base.pth" and facts["arch"]["n_embd"] == 48
     for command in (["--to", "native"], ["--to", "lora"]):
         with pytest.raises(SystemExit):
-            main(["convert", str(tmp_path / "b.pth"), str(tmp_path / "c"), *command, "--base", str(tmp_path / "other.pth")])
+            main(
+                [
+                    "convert",
+                    str(tmp_path / "b.pth"),
+                    str(tmp_path / "c"),
+                    *command,
+                    "--base",
+                    str(tmp_path / "other.pth"),
+                ]
+            )
         assert "the adapter was trained on another base (base.pth) than" in capsys.readouterr().err
         assert not (tmp_path / "c").exists()
 
@@ -489,8 +640,12 @@ def test_the_command_line_knows_the_base(tmp_path, capsys):
 def test_an_unknown_tensor_is_never_dropped(tmp_path):
     trained(rwkv(7), READ["lora"][0]()).save_pretrained(str(tmp_path / "theirs"))
     tensors = load_file(tmp_path / "theirs" / TENSORS)
-    save_file({**tensors, "base_model.model.emb.lora_embedding_A": torch.zeros(2, 3)}, tmp_path / "theirs" / TENSORS)
-    with pytest.raises(rwkv_miss.UserError, match="emb.lora_embedding_A, neither a tensor of an adapted linear"):
+    save_file(
+        {**tensors, "base_model.model.emb.lora_embedding_A": torch.zeros(2, 3)}, tmp_path / "theirs" / TENSORS
+    )
+    with pytest.raises(
+        rwkv_miss.UserError, match="emb.lora_embedding_A, neither a tensor of an adapted linear"
+    ):
         convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
 
 
@@ -506,8 +661,13 @@ def test_two_names_of_one_tensor(tmp_path):
 def test_options_of_training_are_no_part_of_a_folder_and_said_so(tmp_path):
     for method, options in (("lora", {"lora_plus": 4.0}), ("pissa", {"lora_plus": 4.0})):
         saved(tmp_path, 7, method, options)
-        assert convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[-1] == "lora_plus 4, a ratio of learning rates, is no part of the folder"
-    assert "PiSSA is a LoRA of twice the rank" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
+        assert (
+            convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[-1]
+            == "lora_plus 4, a ratio of learning rates, is no part of the folder"
+        )
+    assert (
+        "PiSSA is a LoRA of twice the rank" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
+    )
     saved(tmp_path, 7, "lora_fa", {})
     assert "LoRA-FA is a LoRA" in convert(tmp_path / "a.pth", tmp_path / "out", "peft").notes[0]
 
@@ -515,7 +675,10 @@ def test_options_of_training_are_no_part_of_a_folder_and_said_so(tmp_path):
 def test_dtypes_and_other_prefixes_stay(tmp_path):
     trained(rwkv(7), READ["lora"][0]()).save_pretrained(str(tmp_path / "theirs"))
     tensors = load_file(tmp_path / "theirs" / TENSORS)
-    save_file({name.removeprefix("base_model.model."): t.bfloat16() for name, t in tensors.items()}, tmp_path / "theirs" / TENSORS)
+    save_file(
+        {name.removeprefix("base_model.model."): t.bfloat16() for name, t in tensors.items()},
+        tmp_path / "theirs" / TENSORS,
+    )
     convert(tmp_path / "theirs", tmp_path / "a.pth", "native")
     assert "blocks.0.att.key.lora_A" in read_checkpoint(tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "back", "peft")
@@ -587,6 +750,8 @@ def test_without_safetensors_the_way_to_it_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, module, None)
     convert(tmp_path / "a.pth", tmp_path / "new", "peft")  # only to read it takes the package
     assert (tmp_path / "new" / TENSORS).read_bytes() == (tmp_path / "out" / TENSORS).read_bytes()
-    with pytest.raises(rwkv_miss.UserError, match=rf"{tmp_path}/out/{TENSORS} .*absent: pip install safetensors"):
+    with pytest.raises(
+        rwkv_miss.UserError, match=rf"{tmp_path}/out/{TENSORS} .*absent: pip install safetensors"
+    ):
         convert(tmp_path / "out", tmp_path / "new.pth", "native")
     assert not (tmp_path / "new.pth").exists()

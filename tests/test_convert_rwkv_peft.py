@@ -18,7 +18,16 @@ from .test_adapters import filled
 from .test_convert import same_tensors
 
 LINEARS = {
-    6: ("att.receptance", "att.key", "att.value", "att.output", "att.gate", "ffn.key", "ffn.receptance", "ffn.value"),
+    6: (
+        "att.receptance",
+        "att.key",
+        "att.value",
+        "att.output",
+        "att.gate",
+        "ffn.key",
+        "ffn.receptance",
+        "ffn.value",
+    ),
     7: ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"),
 }
 SQUARE = tuple(name for name in LINEARS[7] if name.startswith("att"))
@@ -89,19 +98,37 @@ def base_file(folder, version, dtype=torch.float32, **sizes):
 
 def whole_tensors(base, dtype, wanted=r".*(time|ln).*"):
     """What their --train_parts "time ln" saves beside the adapter: every tensor with such a name, at other values."""
-    return {name: (1.1 * t.float() + 0.01).to(dtype) for name, t in base.items() if re.fullmatch(wanted, name) and "ffn.value" not in name}
+    return {
+        name: (1.1 * t.float() + 0.01).to(dtype)
+        for name, t in base.items()
+        if re.fullmatch(wanted, name) and "ffn.value" not in name
+    }
 
 
 def linears_of(version, names=None, layers=2):
     return [f"blocks.{layer}.{name}" for layer in range(layers) for name in names or LINEARS[version]]
 
 
-def theirs(folder, base, generation, version, rank, dtype=torch.float32, names=None, parts=True, prefix="", file="theirs.pth"):
+def theirs(
+    folder,
+    base,
+    generation,
+    version,
+    rank,
+    dtype=torch.float32,
+    names=None,
+    parts=True,
+    prefix="",
+    file="theirs.pth",
+):
     """A file as their trainer saves it; returns its tensors under the names of the base."""
     torch.manual_seed(3)
     leaf, _, shape, _ = GENERATIONS[generation]
     tensors = whole_tensors(base, dtype) if parts else {}
-    tensors |= {f"{name}.{leaf}": draw(*shape(*base[f"{name}.weight"].shape, rank), dtype=dtype) for name in linears_of(version, names)}
+    tensors |= {
+        f"{name}.{leaf}": draw(*shape(*base[f"{name}.weight"].shape, rank), dtype=dtype)
+        for name in linears_of(version, names)
+    }
     torch.save({prefix + name: tensor for name, tensor in tensors.items()}, folder / file)
     return tensors
 
@@ -133,7 +160,9 @@ def merged_logits(folder):
 
 
 @pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("generation, rank", [(name, 8 if form[0] == "bat" else 13) for name, (*_, form) in GENERATIONS.items()])
+@pytest.mark.parametrize(
+    "generation, rank", [(name, 8 if form[0] == "bat" else 13) for name, (*_, form) in GENERATIONS.items()]
+)
 def test_every_generation_is_what_their_forward_computes(tmp_path, version, generation, rank):
     base = base_file(tmp_path, version)
     tensors = theirs(tmp_path, base, generation, version, rank, torch.bfloat16)
@@ -141,7 +170,11 @@ def test_every_generation_is_what_their_forward_computes(tmp_path, version, gene
     report = ours(tmp_path)
     assert (report.method, report.linears) == (method, len(linears_of(version)))
     facts = describe(tmp_path / "ours.pth")
-    assert facts["kind"] == "adapter" and facts["metadata"]["options"]["rank"] == rank and facts["metadata"]["options"].get("order") == order
+    assert (
+        facts["kind"] == "adapter"
+        and facts["metadata"]["options"]["rank"] == rank
+        and facts["metadata"]["options"].get("order") == order
+    )
     assert facts["metadata"]["origin"] == {"format": "rwkv-peft", "tensor": leaf}
     assert facts["metadata"]["train_parts"] == (["ln", "time"] if version == 6 else ["ln"])
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
@@ -151,7 +184,9 @@ def test_every_generation_is_what_their_forward_computes(tmp_path, version, gene
         linear = name.removesuffix(".weight")
         if f"{linear}.{leaf}" in tensors:
             x = draw(5, tensor.shape[1], dtype=torch.float64)
-            same_layer(linear, merged[name], x, forward(x, tensor.double(), tensors[f"{linear}.{leaf}"].double()))
+            same_layer(
+                linear, merged[name], x, forward(x, tensor.double(), tensors[f"{linear}.{leaf}"].double())
+            )
             assert not torch.equal(merged[name], tensor)
         else:
             assert torch.equal(merged[name], tensors.get(name, tensor).float()), name
@@ -169,13 +204,18 @@ def test_lora_and_pissa_are_what_their_forwards_compute(tmp_path, version, kind)
         factors |= {f"{name}.lora_A": draw(r, inputs), f"{name}.lora_B": draw(out, r)}
         initial |= {f"{name}.init_lora_A": draw(r, inputs), f"{name}.init_lora_B": draw(out, r)}
     torch.save(factors, tmp_path / "theirs.pth")
-    torch.save({f"{kind.partition(' ')[2]}{name}": t for name, t in initial.items()}, tmp_path / "init_pissa.pth")
+    torch.save(
+        {f"{kind.partition(' ')[2]}{name}": t for name, t in initial.items()}, tmp_path / "init_pissa.pth"
+    )
     hints = Hints(alpha=alpha) if kind == "lora" else Hints(init=str(tmp_path / "init_pissa.pth"))
     assert ours(tmp_path, hints).method == kind.partition(" ")[0]
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
     merged = read_checkpoint(tmp_path / "merged.pth")
     for name in linears_of(version):
-        W, (A, B) = base[f"{name}.weight"].double(), (factors[f"{name}.lora_{side}"].double() for side in "AB")
+        W, (A, B) = (
+            base[f"{name}.weight"].double(),
+            (factors[f"{name}.lora_{side}"].double() for side in "AB"),
+        )
         x = draw(5, W.shape[1], dtype=torch.float64)
         if kind == "lora":
             want = lora_forward(x, W, A, B, alpha)
@@ -199,8 +239,14 @@ def test_their_file_comes_back_bit_for_bit(tmp_path, generation, rank, dtype):
     assert read_metadata(tmp_path / "again.pth") is None
 
 
-NATIVE = [("miss", {"rank": 13, "rank_map": {"ffn": 5}}, ""), ("miss", {"rank": 8}, "ln,time,state"), ("bat", {"rank": 8, "order": "row"}, "head"),
-          ("lora", {"rank": 3, "alpha": 7.25}, "emb"), ("pissa", {"rank": 3, "niter": 0}, "ln"), ("state", {}, "")]
+NATIVE = [
+    ("miss", {"rank": 13, "rank_map": {"ffn": 5}}, ""),
+    ("miss", {"rank": 8}, "ln,time,state"),
+    ("bat", {"rank": 8, "order": "row"}, "head"),
+    ("lora", {"rank": 3, "alpha": 7.25}, "emb"),
+    ("pissa", {"rank": 3, "niter": 0}, "ln"),
+    ("state", {}, ""),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -211,7 +257,11 @@ def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype
     rwkv_miss.inject(model, method, train_parts=parts, **options)
     rwkv_miss.save_adapter(filled(model), tmp_path / "full.pth")
     facts = read_metadata(tmp_path / "full.pth")
-    write_checkpoint(tmp_path / "a.pth", ((name, t.to(dtype)) for name, t in read_checkpoint(tmp_path / "full.pth").items()), facts)
+    write_checkpoint(
+        tmp_path / "a.pth",
+        ((name, t.to(dtype)) for name, t in read_checkpoint(tmp_path / "full.pth").items()),
+        facts,
+    )
     notes = convert(tmp_path / "a.pth", tmp_path / "theirs.pth", "rwkv-peft").notes
     init = tmp_path / "theirs.init_pissa.pth"
     assert init.exists() == (method == "pissa")
@@ -219,25 +269,50 @@ def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype
         "lora": ["the file does not hold alpha: merge/merge_lora.py 7.25 there, --alpha 7.25 here"],
         "pissa": [f"the factors that the training began with are in {init}: --lora_init there, --init here"],
     }.get(method, [])
-    hints = Hints(alpha=7.25) if method == "lora" else Hints(init=str(init)) if method == "pissa" else Hints(origin="rwkv-peft")
+    hints = (
+        Hints(alpha=7.25)
+        if method == "lora"
+        else Hints(init=str(init))
+        if method == "pissa"
+        else Hints(origin="rwkv-peft")
+    )
     ours(tmp_path, hints)
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "ours.pth")
-    assert before.keys() == after.keys() and all(t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items())
+    assert before.keys() == after.keys() and all(
+        t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items()
+    )
     again = read_metadata(tmp_path / "ours.pth")
     parsed = [rwkv_miss.METHODS[method].Options.parse(found["options"]) for found in (facts, again)]
     linears = facts["linears"]
-    assert method == again["method"] and sorted(linears) == sorted(again["linears"]) and again["train_parts"] == facts["train_parts"]
-    assert [[(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears] for o in parsed[:1]] == [
-        [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears] for o in parsed[1:]]
+    assert (
+        method == again["method"]
+        and sorted(linears) == sorted(again["linears"])
+        and again["train_parts"] == facts["train_parts"]
+    )
+    assert [
+        [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears]
+        for o in parsed[:1]
+    ] == [
+        [(o.at(name).rank, getattr(o.at(name), "scale", None), getattr(o, "order", None)) for name in linears]
+        for o in parsed[1:]
+    ]
 
 
-@pytest.mark.parametrize("method, options, words", [
-    ("miss", {"layout": "contiguous"}, "no form for MiSS with layout=contiguous"), ("miss", {"shards": "balanced"}, "shards=balanced"),
-    ("miss", {"scale": "sqrt"}, "scale=sqrt"), ("miss", {"mini_r": 16}, "mini_r=16"), ("miss", {"magnitude": True}, "magnitude=True"),
-    ("miss", {"expand": True}, "expand=True"), ("bat", {"order": "col"}, "Bat with order row alone"), ("dora", {}, "no form for dora"),
-    ("lora", {"rank_map": {"ffn": 4}}, "one alpha for all linears, and this LoRA has 8, 16"),
-    ("pissa", {"alpha": 16.0}, "PiSSA with the factor 1 alone, this one has 2"),
-])
+@pytest.mark.parametrize(
+    "method, options, words",
+    [
+        ("miss", {"layout": "contiguous"}, "no form for MiSS with layout=contiguous"),
+        ("miss", {"shards": "balanced"}, "shards=balanced"),
+        ("miss", {"scale": "sqrt"}, "scale=sqrt"),
+        ("miss", {"mini_r": 16}, "mini_r=16"),
+        ("miss", {"magnitude": True}, "magnitude=True"),
+        ("miss", {"expand": True}, "expand=True"),
+        ("bat", {"order": "col"}, "Bat with order row alone"),
+        ("dora", {}, "no form for dora"),
+        ("lora", {"rank_map": {"ffn": 4}}, "one alpha for all linears, and this LoRA has 8, 16"),
+        ("pissa", {"alpha": 16.0}, "PiSSA with the factor 1 alone, this one has 2"),
+    ],
+)
 def test_what_their_files_have_no_form_for_is_refused_and_nothing_written(tmp_path, method, options, words):
     model = RWKV(make_arch(7))
     model.load_state_dict(random_tensors(model.arch))
@@ -264,8 +339,15 @@ def test_an_initial_file_is_never_written_over(tmp_path):
 def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(tmp_path, generation):
     base = base_file(tmp_path, 7)
     tensors = theirs(tmp_path, base, generation, 7, 8, names=SQUARE)
-    refused(tmp_path, r"could be of two origins.*say which: --origin rwkv-peft \(.*\(heads, value, key\)\); --origin openmose .*--origin bone-v0 ")
-    for origin, order, forward in (("rwkv-peft", "row", row_forward), ("openmose", "row", row_forward), ("bone-v0", "col", col_forward)):
+    refused(
+        tmp_path,
+        r"could be of two origins.*say which: --origin rwkv-peft \(.*\(heads, value, key\)\); --origin openmose .*--origin bone-v0 ",
+    )
+    for origin, order, forward in (
+        ("rwkv-peft", "row", row_forward),
+        ("openmose", "row", row_forward),
+        ("bone-v0", "col", col_forward),
+    ):
         ours(tmp_path, Hints(origin=origin))
         assert read_metadata(tmp_path / "ours.pth")["options"]["order"] == order
         rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
@@ -278,14 +360,24 @@ def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(tmp
 def test_a_rank_as_large_as_the_width_can_be_of_two_origins(tmp_path):
     torch.save({f"{name}.bone": draw(48, 48) for name in linears_of(7, SQUARE)}, tmp_path / "theirs.pth")
     refused(tmp_path, "could be of two origins")
-    assert ours(tmp_path, Hints(origin="rwkv-peft")).method == "miss" and ours(tmp_path, Hints(origin="bone-v0")).method == "bat"
+    assert (
+        ours(tmp_path, Hints(origin="rwkv-peft")).method == "miss"
+        and ours(tmp_path, Hints(origin="bone-v0")).method == "bat"
+    )
 
 
-@pytest.mark.parametrize("generation, rank, right, wrong", [
-    ("v1", 8, "rwkv-peft", "bone-v0"), ("v0 col", 16, "bone-v0", "openmose"), ("v0 flat", 8, "bone-v0", "rwkv-peft"),
-    ("disha", 13, "openmose", "bone-v0"),
-])
-def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(tmp_path, generation, rank, right, wrong):
+@pytest.mark.parametrize(
+    "generation, rank, right, wrong",
+    [
+        ("v1", 8, "rwkv-peft", "bone-v0"),
+        ("v0 col", 16, "bone-v0", "openmose"),
+        ("v0 flat", 8, "bone-v0", "rwkv-peft"),
+        ("disha", 13, "openmose", "bone-v0"),
+    ],
+)
+def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(
+    tmp_path, generation, rank, right, wrong
+):
     theirs(tmp_path, base_file(tmp_path, 6), generation, 6, rank)
     refused(tmp_path, f"--origin {wrong}, but the tensors are no blocks", Hints(origin=wrong))
     refused(tmp_path, "--origin peft: HF peft has no tensor of such a name", Hints(origin="peft"))
@@ -295,57 +387,129 @@ def test_an_origin_that_the_rectangular_linears_contradict_is_an_error(tmp_path,
     assert all(torch.equal(t, same[name]) for name, t in read_checkpoint(tmp_path / "ours.pth").items())
 
 
-@pytest.mark.parametrize("shapes", [
-    {"blocks.0.att.key": (6, 8, 8), "blocks.0.att.value": (5, 8, 8)}, {"blocks.0.ffn.key": (8, 192), "blocks.1.ffn.key": (8, 191)},
-    {"blocks.0.att.key": (6, 8, 8), "blocks.0.ffn.key": (23, 8, 8), "blocks.0.ffn.value": (5, 8, 8), "blocks.0.att.output": (6, 8, 8)},
-])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"blocks.0.att.key": (6, 8, 8), "blocks.0.att.value": (5, 8, 8)},
+        {"blocks.0.ffn.key": (8, 192), "blocks.1.ffn.key": (8, 191)},
+        {
+            "blocks.0.att.key": (6, 8, 8),
+            "blocks.0.ffn.key": (23, 8, 8),
+            "blocks.0.ffn.value": (5, 8, 8),
+            "blocks.0.att.output": (6, 8, 8),
+        },
+    ],
+)
 def test_widths_of_no_model_are_a_contradiction(tmp_path, shapes):
     torch.save({f"{name}.bone": draw(*shape) for name, shape in shapes.items()}, tmp_path / "theirs.pth")
     refused(tmp_path, "contradiction: the tensors are no blocks of one model's linears")
 
 
-A, B, BONE = {"blocks.0.att.key.lora_A": draw(3, 48)}, {"blocks.0.att.key.lora_B": draw(48, 3)}, {"blocks.0.ffn.key.bone": draw(3, 192)}
+A, B, BONE = (
+    {"blocks.0.att.key.lora_A": draw(3, 48)},
+    {"blocks.0.att.key.lora_B": draw(48, 3)},
+    {"blocks.0.ffn.key.bone": draw(3, 192)},
+)
 
 
-@pytest.mark.parametrize("content, hints, words", [
-    (A | B, Hints(), "does not hold LoRA's alpha: give the one of the training with --alpha"),
-    (A | B, Hints(alpha=0), "--alpha 0 is no factor"), (A | B, Hints(alpha=float("inf")), "--alpha inf is no factor"),
-    (A | B, Hints(alpha=float("nan")), "--alpha nan is no factor"),
-    (A | B, Hints(alpha=4, init="x.pth"), "--alpha and --init contradict each other"),
-    (A | B, Hints(alpha=4, profile="x.csv"), "--alpha and --profile contradict"), (BONE, Hints(profile="x.csv"), "--profile is for LoRA"),
-    (A | B, Hints(profile="nowhere.csv"), "nowhere.csv can't be read: No such file"),
-    (A | B, Hints(profile="/dev/zero"), "/dev/zero is no regular file"),
-    (A | B, Hints(init="nowhere.pth"), "nowhere.pth does not exist"), (A, Hints(alpha=4), "has lora_A without lora_B"),
-    (B, Hints(alpha=4), "has lora_B without lora_A"), (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
-    (A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)}, Hints(alpha=4), r"the ranks differ \(3, 4\)"),
-    (A | B | BONE, Hints(alpha=4), "tensors of bone and lora; one method"),
-    (BONE, Hints(alpha=4), "--alpha is for LoRA and PiSSA, and the file has .bone tensors"), (BONE, Hints(init="x.pth"), "--init is for LoRA"),
-    (A | B, Hints(alpha=4, origin="rwkv-peft"), "--origin rwkv-peft decides nothing in a file of LoRA; drop the flag"),
-    ({"blocks.0.att.time_state": draw(3, 16, 16)}, Hints(origin="bone-v0"), "decides nothing in a file of initial states; drop the flag, or choose"),
-    (BONE | {"blocks.0.att.key.disha": draw(3, 48)}, Hints(), "of bone and disha"),
-    (BONE | {"blocks.0.att.key.bone": draw(16, 3, 3)}, Hints(), "two dimensions for some linears and three"),
-    ({"blocks.0.att.key.bone": draw(16, 3, 4)}, Hints(), "blocks.0.att.key.bone is .16, 3, 4., expected"),
-    ({"blocks.0.att.key.bone": draw(16)}, Hints(), "is .16., expected"), ({"blocks.0.att.key.bone": draw(0, 3)}, Hints(), "expected numbers in fp32"),
-    ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.int8)}, Hints(), "is torch.int8"),
-    ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.float8_e4m3fn)}, Hints(), "is torch.float8_e4m3fn"),
-    (BONE | {"blocks.0.ffn.key.weight": draw(192, 48)}, Hints(), "blocks.0.ffn.key has a weight of its own"),
-    (BONE | {"blocks.0.att.time_offset": draw(48)}, Hints(), "time_offset is no adapter's tensor and none of RWKV-6 or RWKV-7"),
-    (BONE | {"blocks.0.ffn.expert_0.key.bone_expert_0": draw(3, 48)}, Hints(), "bone_expert_0 is of a mixture of experts"),
-    (BONE | {"blocks.0.ffn.router.linear.weight": draw(3, 48)}, Hints(), "router.linear.weight is of a mixture of experts"),
-    (A | B | {"blocks.0.att.key.lora_M": draw(1, 48)}, Hints(alpha=4), "lora_M is of DoRA with a norm for every input"),
-    ({"emb.bone": draw(3, 48)}, Hints(), "emb.bone adapts the embedding"),
-    (BONE | {"model.blocks.0.ffn.key.bone": draw(3, 192)}, Hints(), "2 tensors have only 1 names without _forward_module. and model."),
-    ({"blocks.0.att.time_state": draw(3, 16)}, Hints(), "time_state is .3, 16., expected .heads, N, N."),
-])
+@pytest.mark.parametrize(
+    "content, hints, words",
+    [
+        (A | B, Hints(), "does not hold LoRA's alpha: give the one of the training with --alpha"),
+        (A | B, Hints(alpha=0), "--alpha 0 is no factor"),
+        (A | B, Hints(alpha=float("inf")), "--alpha inf is no factor"),
+        (A | B, Hints(alpha=float("nan")), "--alpha nan is no factor"),
+        (A | B, Hints(alpha=4, init="x.pth"), "--alpha and --init contradict each other"),
+        (A | B, Hints(alpha=4, profile="x.csv"), "--alpha and --profile contradict"),
+        (BONE, Hints(profile="x.csv"), "--profile is for LoRA"),
+        (A | B, Hints(profile="nowhere.csv"), "nowhere.csv can't be read: No such file"),
+        (A | B, Hints(profile="/dev/zero"), "/dev/zero is no regular file"),
+        (A | B, Hints(init="nowhere.pth"), "nowhere.pth does not exist"),
+        (A, Hints(alpha=4), "has lora_A without lora_B"),
+        (B, Hints(alpha=4), "has lora_B without lora_A"),
+        (A | {"blocks.0.att.key.lora_B": draw(48, 4)}, Hints(alpha=4), "expected .r, inputs. and"),
+        (
+            A | B | {"head.lora_A": draw(4, 48), "head.lora_B": draw(67, 4)},
+            Hints(alpha=4),
+            r"the ranks differ \(3, 4\)",
+        ),
+        (A | B | BONE, Hints(alpha=4), "tensors of bone and lora; one method"),
+        (BONE, Hints(alpha=4), "--alpha is for LoRA and PiSSA, and the file has .bone tensors"),
+        (BONE, Hints(init="x.pth"), "--init is for LoRA"),
+        (
+            A | B,
+            Hints(alpha=4, origin="rwkv-peft"),
+            "--origin rwkv-peft decides nothing in a file of LoRA; drop the flag",
+        ),
+        (
+            {"blocks.0.att.time_state": draw(3, 16, 16)},
+            Hints(origin="bone-v0"),
+            "decides nothing in a file of initial states; drop the flag, or choose",
+        ),
+        (BONE | {"blocks.0.att.key.disha": draw(3, 48)}, Hints(), "of bone and disha"),
+        (
+            BONE | {"blocks.0.att.key.bone": draw(16, 3, 3)},
+            Hints(),
+            "two dimensions for some linears and three",
+        ),
+        ({"blocks.0.att.key.bone": draw(16, 3, 4)}, Hints(), "blocks.0.att.key.bone is .16, 3, 4., expected"),
+        ({"blocks.0.att.key.bone": draw(16)}, Hints(), "is .16., expected"),
+        ({"blocks.0.att.key.bone": draw(0, 3)}, Hints(), "expected numbers in fp32"),
+        ({"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.int8)}, Hints(), "is torch.int8"),
+        (
+            {"blocks.0.att.key.bone": torch.ones(3, 48, dtype=torch.float8_e4m3fn)},
+            Hints(),
+            "is torch.float8_e4m3fn",
+        ),
+        (
+            BONE | {"blocks.0.ffn.key.weight": draw(192, 48)},
+            Hints(),
+            "blocks.0.ffn.key has a weight of its own",
+        ),
+        (
+            BONE | {"blocks.0.att.time_offset": draw(48)},
+            Hints(),
+            "time_offset is no adapter's tensor and none of RWKV-6 or RWKV-7",
+        ),
+        (
+            BONE | {"blocks.0.ffn.expert_0.key.bone_expert_0": draw(3, 48)},
+            Hints(),
+            "bone_expert_0 is of a mixture of experts",
+        ),
+        (
+            BONE | {"blocks.0.ffn.router.linear.weight": draw(3, 48)},
+            Hints(),
+            "router.linear.weight is of a mixture of experts",
+        ),
+        (
+            A | B | {"blocks.0.att.key.lora_M": draw(1, 48)},
+            Hints(alpha=4),
+            "lora_M is of DoRA with a norm for every input",
+        ),
+        ({"emb.bone": draw(3, 48)}, Hints(), "emb.bone adapts the embedding"),
+        (
+            BONE | {"model.blocks.0.ffn.key.bone": draw(3, 192)},
+            Hints(),
+            "2 tensors have only 1 names without _forward_module. and model.",
+        ),
+        ({"blocks.0.att.time_state": draw(3, 16)}, Hints(), "time_state is .3, 16., expected .heads, N, N."),
+    ],
+)
 def test_what_has_no_form_or_no_meaning_here_is_refused_by_name(tmp_path, content, hints, words):
     torch.save(content, tmp_path / "theirs.pth")
     refused(tmp_path, words, hints)
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"blocks.0.att.key.init_lora_A": draw(4, 48)}, r"init_lora_A should be \[3, 48\], found torch.float32 \[4, 48\]; it is of another training"),
-    ({"blocks.0.att.value.init_lora_A": draw(3, 48)}, "holds blocks.0.att.value.init_lora_A too"),
-])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (
+            {"blocks.0.att.key.init_lora_A": draw(4, 48)},
+            r"init_lora_A should be \[3, 48\], found torch.float32 \[4, 48\]; it is of another training",
+        ),
+        ({"blocks.0.att.value.init_lora_A": draw(3, 48)}, "holds blocks.0.att.value.init_lora_A too"),
+    ],
+)
 def test_initial_factors_of_another_training_are_refused(tmp_path, changed, words):
     torch.save(A | B, tmp_path / "theirs.pth")
     initial = {name.replace("lora_", "init_lora_"): tensor for name, tensor in (A | B).items()}
@@ -375,7 +539,9 @@ def test_states_are_value_by_key_and_those_of_fla_are_transposed(tmp_path, versi
     torch.manual_seed(5)
     states = {f"blocks.{layer}.att.time_state": draw(3, 16, 16, std=1.0) for layer in range(2)}
     torch.save({f"model.{name}": tensor for name, tensor in states.items()}, tmp_path / "theirs.pth")
-    assert ours(tmp_path, Hints(origin="rwkv-peft")).notes == ["model. was taken off the names of the tensors"]
+    assert ours(tmp_path, Hints(origin="rwkv-peft")).notes == [
+        "model. was taken off the names of the tensors"
+    ]
     assert "taken as (heads, value, key)" in ours(tmp_path).notes[1]
     same = read_checkpoint(tmp_path / "ours.pth")
     assert all(torch.equal(same[name], tensor) for name, tensor in states.items())
@@ -405,7 +571,12 @@ def test_an_adapted_head_and_other_ranks_by_layer(tmp_path):
     merged = read_checkpoint(tmp_path / "merged.pth")
     for name in ("blocks.0.ffn.value", "blocks.1.ffn.key", "head"):
         x = draw(5, base[f"{name}.weight"].shape[1], dtype=torch.float64)
-        same_layer(name, merged[f"{name}.weight"], x, row_forward(x, base[f"{name}.weight"].double(), tensors[f"{name}.bone"].double()))
+        same_layer(
+            name,
+            merged[f"{name}.weight"],
+            x,
+            row_forward(x, base[f"{name}.weight"].double(), tensors[f"{name}.bone"].double()),
+        )
     close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
     convert(tmp_path / "ours.pth", tmp_path / "again.pth", "rwkv-peft")
     same_tensors(tmp_path / "theirs.pth", tmp_path / "again.pth")
@@ -429,16 +600,23 @@ def test_whole_tensors_of_some_layers_and_of_no_part_are_honoured(tmp_path, dtyp
     model = RWKV.load(tmp_path / "base.pth")
     rwkv_miss.load_adapter(model, tmp_path / "ours.pth")
     parameters = dict(model.named_parameters())
-    assert all(torch.equal(parameters[name].to(dtype).view_as(tensor), tensor) for name, tensor in whole.items())
+    assert all(
+        torch.equal(parameters[name].to(dtype).view_as(tensor), tensor) for name, tensor in whole.items()
+    )
     trained = {name for name, p in parameters.items() if p.requires_grad and not name.endswith(".bat")}
     assert trained == whole.keys(), "what the file holds is trained on, and of a part in some layers no more"
     close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5 if dtype == torch.float32 else 3e-2)
-    assert torch.equal(RWKV.load(tmp_path / "base.pth").emb.weight.to(dtype), base["emb.weight"]), "the base's file is as it was"
+    assert torch.equal(RWKV.load(tmp_path / "base.pth").emb.weight.to(dtype), base["emb.weight"]), (
+        "the base's file is as it was"
+    )
 
 
 def test_whole_tensors_do_not_write_into_what_two_models_share(tmp_path):
     base = base_file(tmp_path, 7)
-    torch.save({"blocks.0.att.key.bone": draw(3, 48), "blocks.1.att.g1": 2 * base["blocks.1.att.g1"]}, tmp_path / "theirs.pth")
+    torch.save(
+        {"blocks.0.att.key.bone": draw(3, 48), "blocks.1.att.g1": 2 * base["blocks.1.att.g1"]},
+        tmp_path / "theirs.pth",
+    )
     ours(tmp_path)
     with torch.device("meta"):
         models = [RWKV(make_arch(7)) for _ in range(2)]
@@ -446,14 +624,19 @@ def test_whole_tensors_do_not_write_into_what_two_models_share(tmp_path):
         model.load_state_dict(base, assign=True)
     before = base["blocks.1.att.g1"].clone()
     rwkv_miss.load_adapter(models[0], tmp_path / "ours.pth")
-    assert torch.equal(models[1].blocks[1].att.g1, before) and torch.equal(models[0].blocks[1].att.g1, 2 * before)
+    assert torch.equal(models[1].blocks[1].att.g1, before) and torch.equal(
+        models[0].blocks[1].att.g1, 2 * before
+    )
 
 
 def test_every_name_of_both_versions_is_one_that_may_be_whole(tmp_path):
     for version in (6, 7):
         base = random_tensors(make_arch(version))
-        torch.save({"blocks.0.att.key.bone": draw(3, 48)} | {name: t for name, t in base.items() if name != "blocks.0.att.key.weight"},
-                   tmp_path / "theirs.pth")
+        torch.save(
+            {"blocks.0.att.key.bone": draw(3, 48)}
+            | {name: t for name, t in base.items() if name != "blocks.0.att.key.weight"},
+            tmp_path / "theirs.pth",
+        )
         ours(tmp_path)
         parts = read_metadata(tmp_path / "ours.pth")["train_parts"]
         assert parts == [part for part in PARTS if part != "state"] and in_parts(base, parts)
@@ -478,9 +661,21 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         factors |= {f"{name}.lora_A": draw(r, inputs), f"{name}.lora_B": draw(out, r)}
     torch.save(factors, tmp_path / "theirs.pth")
     (tmp_path / "profile.csv").write_text(PROFILE)
-    refused(tmp_path, r"the ranks differ \(3, 4, 8\), and with them the factors alpha / r; one --alpha", Hints(alpha=6))
+    refused(
+        tmp_path,
+        r"the ranks differ \(3, 4, 8\), and with them the factors alpha / r; one --alpha",
+        Hints(alpha=6),
+    )
     ours(tmp_path, Hints(profile=str(tmp_path / "profile.csv")))
-    line = ["merge", "--base", str(tmp_path / "base.pth"), "--adapter", str(tmp_path / "theirs.pth"), "--out", str(tmp_path / "merged.pth")]
+    line = [
+        "merge",
+        "--base",
+        str(tmp_path / "base.pth"),
+        "--adapter",
+        str(tmp_path / "theirs.pth"),
+        "--out",
+        str(tmp_path / "merged.pth"),
+    ]
     main([*line, "--profile", str(tmp_path / "profile.csv")])
     options = read_metadata(tmp_path / "ours.pth")["options"]
     assert set(options["rank_map"]) == set(options["alpha_map"]) and len(options["rank_map"]) == 7
@@ -489,18 +684,36 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         alpha = next(alpha for start, (_, alpha) in wanted.items() if name.startswith(start))
         x = draw(5, base[f"{name}.weight"].shape[1], dtype=torch.float64)
         A, B = (factors[f"{name}.lora_{side}"].double() for side in "AB")
-        same_layer(name, merged[f"{name}.weight"], x, lora_forward(x, base[f"{name}.weight"].double(), A, B, alpha))
+        same_layer(
+            name, merged[f"{name}.weight"], x, lora_forward(x, base[f"{name}.weight"].double(), A, B, alpha)
+        )
     close("logits", live(tmp_path), merged_logits(tmp_path), 1e-5)
 
 
-@pytest.mark.parametrize("old, new, words", [
-    ("0,lora,4", "0,lora,5", "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the profile is of another"),
-    ("0,lora", "0,bone", "has Mode bone"), ("4,6", "4,x", "has Rank '4' and Alpha 'x', expected numbers"), ("4,6", "4,0", "Alpha 0"),
-    ("4,6", "4,inf", "Alpha inf"), ("0,lora,4,6,0.01,1e-4", "0,lora", "has Rank None"), ("0,lora", "7,lora", "has no row of layer 0"),
-    ("Alpha", "alpha", "is no layer profile: it has no column Alpha"), (PROFILE, "", "has no column Layer"), ("emb", "\x00" * (1 << 20), "too many"),
-])
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        (
+            "0,lora,4",
+            "0,lora,5",
+            "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the profile is of another",
+        ),
+        ("0,lora", "0,bone", "has Mode bone"),
+        ("4,6", "4,x", "has Rank '4' and Alpha 'x', expected numbers"),
+        ("4,6", "4,0", "Alpha 0"),
+        ("4,6", "4,inf", "Alpha inf"),
+        ("0,lora,4,6,0.01,1e-4", "0,lora", "has Rank None"),
+        ("0,lora", "7,lora", "has no row of layer 0"),
+        ("Alpha", "alpha", "is no layer profile: it has no column Alpha"),
+        (PROFILE, "", "has no column Layer"),
+        ("emb", "\x00" * (1 << 20), "too many"),
+    ],
+)
 def test_a_profile_of_another_training_is_refused(tmp_path, old, new, words):
-    torch.save({"blocks.0.att.key.lora_A": draw(4, 48), "blocks.0.att.key.lora_B": draw(48, 4)}, tmp_path / "theirs.pth")
+    torch.save(
+        {"blocks.0.att.key.lora_A": draw(4, 48), "blocks.0.att.key.lora_B": draw(48, 4)},
+        tmp_path / "theirs.pth",
+    )
     (tmp_path / "profile.csv").write_text(PROFILE.replace(old, new))
     refused(tmp_path, words, Hints(profile=str(tmp_path / "profile.csv")))
 
@@ -508,23 +721,41 @@ def test_a_profile_of_another_training_is_refused(tmp_path, old, new, words):
 # without a conversion: the command lines of their merge scripts
 
 
-@pytest.mark.parametrize("flag, generation", [("--lora_checkpoint", "v2"), ("--lora_checkpoint", "v1"), ("--peft_checkpoint", "disha")])
+@pytest.mark.parametrize(
+    "flag, generation",
+    [("--lora_checkpoint", "v2"), ("--lora_checkpoint", "v1"), ("--peft_checkpoint", "disha")],
+)
 def test_the_merge_scripts_command_lines_take_their_own_files(tmp_path, capsys, flag, generation):
     theirs(tmp_path, base_file(tmp_path, 6), generation, 6, 8)
     ours(tmp_path)
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
-    main(["merge", "--base_model", str(tmp_path / "base.pth"), flag, str(tmp_path / "theirs.pth"), "--output", str(tmp_path / "direct.pth")])
+    main(
+        [
+            "merge",
+            "--base_model",
+            str(tmp_path / "base.pth"),
+            flag,
+            str(tmp_path / "theirs.pth"),
+            "--output",
+            str(tmp_path / "direct.pth"),
+        ]
+    )
     same_tensors(tmp_path / "direct.pth", tmp_path / "merged.pth")
     method = GENERATIONS[generation][3][0]
     assert f"note: {tmp_path / 'theirs.pth'} is read as rwkv-peft: {method}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, hints", [(["--lora_alpha", "12"], {"alpha": 12}), (["--lora_init", "init.pth"], {"init": "init.pth"})])
+@pytest.mark.parametrize(
+    "flags, hints",
+    [(["--lora_alpha", "12"], {"alpha": 12}), (["--lora_init", "init.pth"], {"init": "init.pth"})],
+)
 def test_what_their_merge_of_lora_and_pissa_is_told_ours_is_told(tmp_path, flags, hints, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base_file(tmp_path, 7)
     torch.save(A | B, "theirs.pth")
-    torch.save({name.replace("lora_", "init_lora_"): 2 * tensor for name, tensor in (A | B).items()}, "init.pth")
+    torch.save(
+        {name.replace("lora_", "init_lora_"): 2 * tensor for name, tensor in (A | B).items()}, "init.pth"
+    )
     ours(tmp_path, Hints(**hints))
     rwkv_miss.merge_file("base.pth", "ours.pth", "merged.pth")
     line = ["merge", "--base_model", "base.pth", "--lora_checkpoint", "theirs.pth", "--output", "direct.pth"]
@@ -536,7 +767,15 @@ def test_what_their_merge_of_lora_and_pissa_is_told_ours_is_told(tmp_path, flags
 
 def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
     theirs(tmp_path, base_file(tmp_path, 7), "v1", 7, 8, names=SQUARE)
-    line = ["merge", "--base", str(tmp_path / "base.pth"), "--adapter", str(tmp_path / "theirs.pth"), "--out", str(tmp_path / "out.pth")]
+    line = [
+        "merge",
+        "--base",
+        str(tmp_path / "base.pth"),
+        "--adapter",
+        str(tmp_path / "theirs.pth"),
+        "--out",
+        str(tmp_path / "out.pth"),
+    ]
     with pytest.raises(SystemExit):
         main(line)
     assert "could be of two origins" in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
@@ -544,7 +783,14 @@ def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
     ours(tmp_path, Hints(origin="bone-v0"))
     rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "ours.pth", tmp_path / "merged.pth")
     same_tensors(tmp_path / "out.pth", tmp_path / "merged.pth")
-    undo = ["unmerge", str(tmp_path / "out.pth"), "--base", str(tmp_path / "base.pth"), "--adapter", str(tmp_path / "theirs.pth")]
+    undo = [
+        "unmerge",
+        str(tmp_path / "out.pth"),
+        "--base",
+        str(tmp_path / "base.pth"),
+        "--adapter",
+        str(tmp_path / "theirs.pth"),
+    ]
     main([*undo, "--origin", "bone-v0"])
     with pytest.raises(SystemExit):
         main([*undo, "--origin", "rwkv-peft"])
@@ -552,12 +798,19 @@ def test_a_merge_asks_where_a_file_is_of_two_origins(tmp_path, capsys):
 
 def test_a_whole_tensor_that_the_base_lacks_is_of_another_base(tmp_path):
     base_file(tmp_path, 7)
-    torch.save({"blocks.0.att.key.bone": draw(3, 48), "blocks.0.att.time_maa_x": draw(1, 1, 48)}, tmp_path / "theirs.pth")
+    torch.save(
+        {"blocks.0.att.key.bone": draw(3, 48), "blocks.0.att.time_maa_x": draw(1, 1, 48)},
+        tmp_path / "theirs.pth",
+    )
     ours(tmp_path)
     for file in ("theirs.pth", "ours.pth"):
-        with pytest.raises(rwkv_miss.UserError, match="replaces blocks.0.att.time_maa_x, which the base does not have"):
+        with pytest.raises(
+            rwkv_miss.UserError, match="replaces blocks.0.att.time_maa_x, which the base does not have"
+        ):
             rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / file, tmp_path / "merged.pth")
-    with pytest.raises(rwkv_miss.UserError, match="holds blocks.0.att.time_maa_x, which this model does not have"):
+    with pytest.raises(
+        rwkv_miss.UserError, match="holds blocks.0.att.time_maa_x, which this model does not have"
+    ):
         live(tmp_path)
     assert not (tmp_path / "merged.pth").exists()
 
@@ -578,11 +831,25 @@ def test_inspect_says_what_a_file_of_theirs_is_and_what_it_leaves_open(tmp_path,
         assert facts["kind"] == "adapter" and facts["metadata"]["method"] == "miss" and facts["bytes"] > 1000
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["convert", "OUT", "--to", "native"], ["merge", "--base", "base.pth", "--out", "OUT", "--adapter"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect"],
+        ["convert", "OUT", "--to", "native"],
+        ["merge", "--base", "base.pth", "--out", "OUT", "--adapter"],
+    ],
+)
 def test_a_pipe_is_not_waited_for(tmp_path, command, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base_file(tmp_path, 7)
     os.mkfifo("pipe")
     with pytest.raises(SystemExit):
-        main([*command[:1], *(["pipe"] if command[0] != "merge" else []), *command[1:], *(["pipe"] if command[0] == "merge" else [])])
+        main(
+            [
+                *command[:1],
+                *(["pipe"] if command[0] != "merge" else []),
+                *command[1:],
+                *(["pipe"] if command[0] == "merge" else []),
+            ]
+        )
     assert "pipe is no regular file" in capsys.readouterr().err

@@ -15,14 +15,19 @@ from .test_adapters import CASES
 from .test_convert_peft import saved
 
 
-@pytest.mark.parametrize("method,options", [case for case in CASES if case[0] in ("miss", "bat", "mos", "vera", "pissa", "adalora")])
+@pytest.mark.parametrize(
+    "method,options",
+    [case for case in CASES if case[0] in ("miss", "bat", "mos", "vera", "pissa", "adalora")],
+)
 def test_there_and_back_is_a_copy(method, options, tmp_path):
     saved(tmp_path, 7, method, options, train_parts="time,ln")
     convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "b.pth", "native")
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "b.pth")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before
+    )
     assert read_metadata(tmp_path / "a.pth") == read_metadata(tmp_path / "b.pth")
     convert(tmp_path / "b.pth", tmp_path / "b.safetensors", "safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -31,8 +36,15 @@ def test_there_and_back_is_a_copy(method, options, tmp_path):
 def test_dtypes_and_shared_memory(tmp_path):
     """Views of one storage, as a checkpoint may hold them, are tensors of their own; half precision stays what it is."""
     storage = torch.arange(64.0).view(8, 8)
-    tensors = {"blocks.0.att.key.miss": storage[:3].bfloat16(), "a": storage[:2], "b": storage[1:3], "c": storage.t(), "d": torch.zeros(0),
-               "e": torch.tensor(3), "f": storage.half()}
+    tensors = {
+        "blocks.0.att.key.miss": storage[:3].bfloat16(),
+        "a": storage[:2],
+        "b": storage[1:3],
+        "c": storage.t(),
+        "d": torch.zeros(0),
+        "e": torch.tensor(3),
+        "f": storage.half(),
+    }
     saved(tmp_path, 7, "miss", {})
     metadata = read_metadata(tmp_path / "a.pth")
     write_checkpoint(tmp_path / "b.pth", tensors.items(), metadata)
@@ -43,11 +55,16 @@ def test_dtypes_and_shared_memory(tmp_path):
         assert json.loads(file.metadata()["rwkv_miss"]) == metadata
 
 
-@pytest.mark.parametrize("header,message", [
-    ({"rwkv_miss": "{"}, "JSON can't be read"), ({"rwkv_miss": "[]"}, "holds a list"), ({"rwkv_miss": '{"method": 3}'}, "method is '3'"),
-    ({"rwkv_miss": '{"method": "spiral", "options": {}, "linears": []}'}, "made with method 'spiral'"),
-    ({}, "no adapter of a known layout; its first tensors are x"),
-])
+@pytest.mark.parametrize(
+    "header,message",
+    [
+        ({"rwkv_miss": "{"}, "JSON can't be read"),
+        ({"rwkv_miss": "[]"}, "holds a list"),
+        ({"rwkv_miss": '{"method": 3}'}, "method is '3'"),
+        ({"rwkv_miss": '{"method": "spiral", "options": {}, "linears": []}'}, "made with method 'spiral'"),
+        ({}, "no adapter of a known layout; its first tensors are x"),
+    ],
+)
 def test_foreign_headers(header, message, tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors", header or None)
     with pytest.raises(rwkv_miss.UserError, match=message):

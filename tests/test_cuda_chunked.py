@@ -38,7 +38,10 @@ def launch(library, version, x, dy, dsT=None, reset=None):
 
     y, sT, ds0 = empty(*r.shape, dtype=r.dtype), empty(B, H, N, N), empty(B, H, N, N)
     gradients = [empty(B, H, N) if name == "u" else empty(*r.shape, dtype=r.dtype) for name in NAMES[version]]
-    saved, scratch = empty(function("saved")(*sizes) + GUARD), empty(function("scratch")(*sizes, None) + GUARD)
+    saved, scratch = (
+        empty(function("saved")(*sizes) + GUARD),
+        empty(function("scratch")(*sizes, None) + GUARD),
+    )
     saved[-GUARD:] = scratch[-GUARD:] = 7
     assert call("forward", *inputs, s0, reset, y, sT, saved) == 0
     assert call("backward", *inputs, s0, reset, saved, dy, dsT, *gradients, ds0, scratch) == 0
@@ -64,7 +67,9 @@ def check(libraries, version, state=True, packed=False, dtype=torch.bfloat16, or
     for name, exact in want.items():
         exact = exact.detach()
         error = (got[name] - exact).norm() / exact.norm().clamp(min=1e-30)
-        assert error <= TOLERANCE, f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {TOLERANCE:.0e}"
+        assert error <= TOLERANCE, (
+            f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {TOLERANCE:.0e}"
+        )
     if packed and state:
         assert not got["ds0"][reset[:, 0]].any()
     library.emulate_order(1)
@@ -118,7 +123,9 @@ def test_nvcc_spills_no_register(version, record_property):
     except BuildError:
         pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
     rows = compile_report(ROOT / f"cuda/wkv{version}_chunked.cu", ARCHITECTURES, quick=True)
-    assert {row["arch"] for row in rows} == set(ARCHITECTURES), "Turing compiles them too, though it never runs them"
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES), (
+        "Turing compiles them too, though it never runs them"
+    )
     assert {"prepare", "scan", "gradients"} <= {row["kernel"].partition("<")[0] for row in rows}
     record_property("table", table(rows))
     for row in rows:

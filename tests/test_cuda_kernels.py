@@ -63,7 +63,9 @@ def check(libraries, version, state=True, packed=False, **shape):
         exact = exact.detach()
         error = (got[name] - exact).norm() / exact.norm().clamp(min=1e-30)
         allowed = TOLERANCE_DW if name == "dw" else TOLERANCE[version]
-        assert error <= allowed, f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {allowed:.0e}"
+        assert error <= allowed, (
+            f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {allowed:.0e}"
+        )
     if packed and state:
         assert not got["ds0"][reset[:, 0]].any()
     return x, got
@@ -128,13 +130,17 @@ def test_half_precision_rounds_inputs_and_outputs_only(libraries, version, dtype
     half = {name: t if name in ("u", "s0") else t.to(dtype) for name, t in x.items()}
     dy, reset = dy.to(dtype), documents(*dy.shape[:2])
     got = launch(libraries[version], version, half, dy, dsT, reset)
-    want = launch(libraries[version], version, {name: t.float() for name, t in half.items()}, dy.float(), dsT, reset)
+    want = launch(
+        libraries[version], version, {name: t.float() for name, t in half.items()}, dy.float(), dsT, reset
+    )
     for name, t in want.items():
         assert got[name].dtype == (torch.float32 if name in ("sT", "ds0", "du") else dtype)
         assert torch.equal(got[name], t.to(got[name].dtype)), name
 
 
-@pytest.mark.parametrize("N, B, H", [(8, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (256, 1, 1), (64, 1, 97)])
+@pytest.mark.parametrize(
+    "N, B, H", [(8, 1, 1), (32, 1, 1), (64, 1, 1), (128, 1, 1), (256, 1, 1), (64, 1, 97)]
+)
 @both
 def test_the_order_of_threads_does_not_matter(libraries, version, N, B, H):
     x, dy, dsT = make(version, 512 // max(N, 32) + 1, N=N, B=B, H=H)
@@ -155,11 +161,16 @@ def test_golden(libraries, data_dir, version):
     cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
     assert len(cases) == 3
     for title, golden in cases.items():
-        golden = {{"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t.contiguous() for name, t in golden.items()}
+        golden = {
+            {"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t.contiguous()
+            for name, t in golden.items()
+        }
         x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
         for name, got in launch(libraries[version], version, x, golden["dy"], golden.get("dsT")).items():
             error = (got - golden[name]).norm() / golden[name].norm()
-            assert error <= (TOLERANCE_DW if name == "dw" else TOLERANCE[version]), f"{title}: relative error of {name} {error:.1e}"
+            assert error <= (TOLERANCE_DW if name == "dw" else TOLERANCE[version]), (
+                f"{title}: relative error of {name} {error:.1e}"
+            )
 
 
 @both
@@ -185,7 +196,9 @@ def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunke
         assert torch.equal(got, want)
     if version == 7 or chunked:
         for sizes in ((1, 1, 1, 64), (2, 17, 3, 64), (1, 5000, 2, 64), (8, 4096, 32, 64)):
-            count = getattr(libraries[version], f"wkv{version}{'_chunked' * chunked}_saved")(*map(ctypes.c_int64, sizes))
+            count = getattr(libraries[version], f"wkv{version}{'_chunked' * chunked}_saved")(
+                *map(ctypes.c_int64, sizes)
+            )
             assert native.saved_floats(version, chunked, *sizes) == count
 
 
@@ -197,7 +210,9 @@ def test_nvcc_spills_no_register(version, record_property):
         pytest.skip("NO nvcc: that the CUDA kernels compile for a GPU is not tested")
     rows = compile_report(ROOT / f"cuda/wkv{version}.cu", ARCHITECTURES, quick=True)
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
-    assert {"forward", "backward_down", "backward_up", "scan_decay"} <= {row["kernel"].partition("<")[0] for row in rows}
+    assert {"forward", "backward_down", "backward_up", "scan_decay"} <= {
+        row["kernel"].partition("<")[0] for row in rows
+    }
     record_property("table", table(rows))
     for row in rows:
         assert row["spill_stores"] == 0 and row["shared"] <= 48 << 10, row

@@ -43,7 +43,9 @@ def load(tmp_path, raw):
     def make(rows, tokenizer=raw, ctx_len=1000):
         path = tmp_path / "rows.jsonl"
         lines = [row if isinstance(row, (str, bytes)) else json.dumps(row) for row in rows]
-        path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+        path.write_bytes(
+            b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+        )
         return load_documents(path, tokenizer, ctx_len)
 
     return make
@@ -77,21 +79,41 @@ def marked(row):
 
 def test_world_ids_and_mask(load, world):
     text, chat = load([{"text": "hello"}, {"messages": [user("hi"), assistant("hello")]}], world).rows
-    assert text.ids.tolist() == [*world.encode("hello"), 0] and text.trained.all() and text.targets == len(text.ids) - 1
+    assert (
+        text.ids.tolist() == [*world.encode("hello"), 0]
+        and text.trained.all()
+        and text.targets == len(text.ids) - 1
+    )
     # User : hi \n\n Ass istant : | hello, end
     assert chat.ids.tolist() == [24281, 59, 4571, 261, 5585, 41693, 59, 38685, 0]
     assert chat.trained.tolist() == [False] * 7 + [True] * 2 and chat.targets == 2
 
 
-@pytest.mark.parametrize("messages, expected", [
-    ([user("hi"), assistant("yo")], "User: hi\n\nAssistant:< yo$>"),
-    ([user("a"), assistant("b"), user("c"), assistant("d")], "User: a\n\nAssistant:< b\n\n>User: c\n\nAssistant:< d$>"),
-    ([{"role": "system", "content": " s\n"}, user("a"), assistant("b")], "System: s\n\nUser: a\n\nAssistant:< b$>"),
-    ([user("a"), {"role": "system", "content": "s"}, user("c"), assistant("d")], "User: a\n\nSystem: s\n\nUser: c\n\nAssistant:< d$>"),
-    ([user(" 1\n\n\n2\r\n\r\n3\n4 "), assistant("\n5\n\n6 ")], "User: 1\n2\n3\n4\n\nAssistant:< 5\n\n6$>"),
-    ([user("a"), assistant("b"), assistant("c")], "User: a\n\nAssistant:< b\n\n>Assistant:< c$>"),
-    ([assistant("b")], "Assistant:< b$>"), ([user(""), assistant("")], "User: \n\nAssistant:< $>"),
-])
+@pytest.mark.parametrize(
+    "messages, expected",
+    [
+        ([user("hi"), assistant("yo")], "User: hi\n\nAssistant:< yo$>"),
+        (
+            [user("a"), assistant("b"), user("c"), assistant("d")],
+            "User: a\n\nAssistant:< b\n\n>User: c\n\nAssistant:< d$>",
+        ),
+        (
+            [{"role": "system", "content": " s\n"}, user("a"), assistant("b")],
+            "System: s\n\nUser: a\n\nAssistant:< b$>",
+        ),
+        (
+            [user("a"), {"role": "system", "content": "s"}, user("c"), assistant("d")],
+            "User: a\n\nSystem: s\n\nUser: c\n\nAssistant:< d$>",
+        ),
+        (
+            [user(" 1\n\n\n2\r\n\r\n3\n4 "), assistant("\n5\n\n6 ")],
+            "User: 1\n2\n3\n4\n\nAssistant:< 5\n\n6$>",
+        ),
+        ([user("a"), assistant("b"), assistant("c")], "User: a\n\nAssistant:< b\n\n>Assistant:< c$>"),
+        ([assistant("b")], "Assistant:< b$>"),
+        ([user(""), assistant("")], "User: \n\nAssistant:< $>"),
+    ],
+)
 def test_conversations_train_the_assistants_turns_and_their_ends(load, messages, expected):
     assert marked(load([{"messages": messages}]).rows[0]) == expected
 
@@ -122,7 +144,9 @@ def test_pieces_are_tokenised_as_chat_does(tmp_path, world, raw):
     """The prompt before the answer exists, the answer on its own, the blank line between turns on its own."""
     first, second = [user("1\n\n\n2 "), assistant(" x y")], [user("é🙂"), assistant("z")]
     strict = whole_blank_line_tokenizer(tmp_path)
-    assert strict.encode("\n\nUser") != strict.encode("\n\n") + strict.encode("User"), "or this tokenizer tests nothing"
+    assert strict.encode("\n\nUser") != strict.encode("\n\n") + strict.encode("User"), (
+        "or this tokenizer tests nothing"
+    )
     for tokenizer in (world, raw, load_tokenizer("utf16", 256), strict):
         enc = tokenizer.encode
         asked = ["User: 1\n2\n\nAssistant:", "User: é🙂\n\nAssistant:"]
@@ -133,10 +157,17 @@ def test_pieces_are_tokenised_as_chat_does(tmp_path, world, raw):
 
 
 def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_documents(load):
-    rows = [{"text": "12345678"}, {"text": "123456789"}, {"messages": [user("ab"), assistant("c")]}, {"text": "1"}]
+    rows = [
+        {"text": "12345678"},
+        {"text": "123456789"},
+        {"messages": [user("ab"), assistant("c")]},
+        {"text": "1"},
+    ]
     documents = load(rows, ctx_len=8)
     # 8 inputs with their targets are 9 tokens, the end of document among them
-    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "<9$>", "<1$>"], "the fourth is left out"
+    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "<9$>", "<1$>"], (
+        "the fourth is left out"
+    )
     assert (documents.split, documents.cut, documents.cut_tokens, documents.untrained) == (1, 0, 0, 1)
     assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 1]
     assert documents.targets == 18 and documents.tokens == 22
@@ -145,11 +176,15 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     lines = describe.data(config, documents, data.make_schedule(documents, config, 1))
     assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
     assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
-    assert lines[2] == ("long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins with the last token "
-                        "of the one before")
+    assert lines[2] == (
+        "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins with the last token "
+        "of the one before"
+    )
     assert lines[3:] == ["warning    1 document left out: nothing in the first 8 tokens is trained"]
     cut = load(rows[2:], ctx_len=26)
-    assert (cut.cut, cut.cut_tokens) == (0, 0) and load([{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26).cut == 1
+    assert (cut.cut, cut.cut_tokens) == (0, 0) and load(
+        [{"messages": [user("ab"), assistant("c" * 9)]}, rows[3]], ctx_len=26
+    ).cut == 1
     config = Config(packing=False)
     documents = load(rows)
     assert len(describe.data(config, documents, data.make_schedule(documents, config, 1))) == 1
@@ -158,17 +193,30 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
 # broken rows
 
 
-@pytest.mark.parametrize("line, words", [
-    ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"), ("[1]", "got list"), ("17", "got int"),
-    ('{"txt": "a"}', "got keys ['txt']"), ('{"text": "a", "messages": []}', "got keys ['messages', 'text']"),
-    ('{"text": ""}', "text must be a non-empty string, got ''"), ('{"text": null}', "got None"), ('{"text": ["a"]}', "got ['a']"),
-    ('{"messages": []}', "messages must be a non-empty list"), ('{"messages": "a"}', "non-empty list"), ('{"messages": ["a"]}', "got 'a'"),
-    ('{"messages": [{"role": "narrator", "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"role": "user"}]}', "content"),
-    ('{"messages": [{"role": ["user"], "content": "a"}]}', "system | user | assistant"), ('{"messages": [{"content": "a"}]}', "role"),
-    ('{"messages": [{"role": "assistant", "content": 5}]}', "'content': 5"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "the last message is from user"),
-    (r'{"text": "\ud800"}', "half a surrogate pair"), (b'{"text": "\xff"}', "not UTF-8 text (invalid start byte at byte 11)"),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("[1]", "got list"),
+        ("17", "got int"),
+        ('{"txt": "a"}', "got keys ['txt']"),
+        ('{"text": "a", "messages": []}', "got keys ['messages', 'text']"),
+        ('{"text": ""}', "text must be a non-empty string, got ''"),
+        ('{"text": null}', "got None"),
+        ('{"text": ["a"]}', "got ['a']"),
+        ('{"messages": []}', "messages must be a non-empty list"),
+        ('{"messages": "a"}', "non-empty list"),
+        ('{"messages": ["a"]}', "got 'a'"),
+        ('{"messages": [{"role": "narrator", "content": "a"}]}', "system | user | assistant"),
+        ('{"messages": [{"role": "user"}]}', "content"),
+        ('{"messages": [{"role": ["user"], "content": "a"}]}', "system | user | assistant"),
+        ('{"messages": [{"content": "a"}]}', "role"),
+        ('{"messages": [{"role": "assistant", "content": 5}]}', "'content': 5"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "the last message is from user"),
+        (r'{"text": "\ud800"}', "half a surrogate pair"),
+        (b'{"text": "\xff"}', "not UTF-8 text (invalid start byte at byte 11)"),
+    ],
+)
 def test_a_broken_row_is_named_with_file_and_line(load, line, words):
     with pytest.raises(UserError) as caught:
         load(["", '{"text": "fine"}', line])
@@ -179,7 +227,9 @@ def test_files_without_rows_and_rows_without_targets(load, tmp_path):
     for rows in ([], ["", "  "]):
         with pytest.raises(UserError, match="rows.jsonl .JSONL. holds no rows"):
             load(rows)
-    with pytest.raises(UserError, match="no token is trained; every answer is cut off at --ctx_len 5, raise it"):
+    with pytest.raises(
+        UserError, match="no token is trained; every answer is cut off at --ctx_len 5, raise it"
+    ):
         load([{"messages": [user("long"), assistant("b")]}], ctx_len=5)
     with pytest.raises(UserError, match="can't be read: No such file"):
         load_documents(tmp_path / "absent", None, 1)
@@ -198,11 +248,21 @@ SIZES = [*itertools.product([1, 2, 7, 24, 25], [1, 3, 8], [1, 2, 5], [1, 2, 3])]
 def make_schedule(rows, micro_bsz, accumulate, world, seed=1):
     rng = random.Random(rows)
     lengths = tuple(rng.randint(1, 9) for _ in range(rows))
-    return Schedule([[i] for i in range(len(lengths))], lengths, tuple(rng.randint(0, n) for n in lengths), micro_bsz, accumulate, world, seed)
+    return Schedule(
+        [[i] for i in range(len(lengths))],
+        lengths,
+        tuple(rng.randint(0, n) for n in lengths),
+        micro_bsz,
+        accumulate,
+        world,
+        seed,
+    )
 
 
 def micro_batches(schedule, step):
-    return [[schedule.micro_rows(step, m, r) for m in range(schedule.accumulate)] for r in range(schedule.world)]
+    return [
+        [schedule.micro_rows(step, m, r) for m in range(schedule.accumulate)] for r in range(schedule.world)
+    ]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes)))
@@ -226,10 +286,16 @@ def test_a_pass_has_every_row_once(sizes):
 
 
 def test_passes_differ_seeds_differ_and_nothing_else_does():
-    one, same, other = make_schedule(24, 2, 2, 2), make_schedule(24, 2, 2, 2), make_schedule(24, 2, 2, 2, seed=2)
+    one, same, other = (
+        make_schedule(24, 2, 2, 2),
+        make_schedule(24, 2, 2, 2),
+        make_schedule(24, 2, 2, 2, seed=2),
+    )
     passes = [[one.step_rows(step) for step in range(turn * 3, turn * 3 + 3)] for turn in range(4)]
     assert len({str(steps) for steps in passes}) == 4
-    assert passes[2] == [same.step_rows(step) for step in (6, 7, 8)], "asked of another object, in another order"
+    assert passes[2] == [same.step_rows(step) for step in (6, 7, 8)], (
+        "asked of another object, in another order"
+    )
     assert passes[0] != [other.step_rows(step) for step in range(3)]
     # how the step is cut up does not change what is in it
     assert passes[0] == [make_schedule(24, 8, 1, 1).step_rows(step) for step in range(3)]
@@ -241,14 +307,20 @@ def test_passes_differ_seeds_differ_and_nothing_else_does():
 
 
 def make_document(rng, length, trained):
-    return Document(np.array([rng.randrange(1, 67) for _ in range(length)], dtype=np.int32), np.array(trained(length), dtype=bool))
+    return Document(
+        np.array([rng.randrange(1, 67) for _ in range(length)], dtype=np.int32),
+        np.array(trained(length), dtype=bool),
+    )
 
 
 def test_collate_pads_on_the_right_and_never_trains_the_padding():
     long = Document(np.array([5, 6, 7, 8], np.int32), np.array([1, 0, 1, 1], bool))
     short = Document(np.array([3, 4], np.int32), np.array([1, 1], bool))
     batch = collate([[long], [short]], 9)
-    assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [[6, 7, 8], [4, 0, 0]]
+    assert batch["ids"].tolist() == [[5, 6, 7], [3, 0, 0]] and batch["targets"].tolist() == [
+        [6, 7, 8],
+        [4, 0, 0],
+    ]
     assert batch["mask"].tolist() == [[False, True, True], [True, False, False]]
     assert batch["step_targets"] == 9 and batch["ids"].dtype == batch["targets"].dtype == torch.int64
 
@@ -263,7 +335,15 @@ def test_no_rows_are_one_masked_row():
 def test_batches_begin_at_any_step():
     rng = random.Random(0)
     documents = Documents([make_document(rng, n, lambda n: [True] * n) for n in (2, 3, 4, 5, 6, 7, 8)])
-    schedule = Schedule([[i] for i in range(7)], [len(row.ids) - 1 for row in documents.rows], [row.targets for row in documents.rows], 1, 2, 2, 3)
+    schedule = Schedule(
+        [[i] for i in range(7)],
+        [len(row.ids) - 1 for row in documents.rows],
+        [row.targets for row in documents.rows],
+        1,
+        2,
+        2,
+        3,
+    )
 
     def ids(rank, first_step=0):
         batches = Batches(documents, schedule, 5, rank, first_step)
@@ -278,12 +358,20 @@ def test_batches_begin_at_any_step():
 
 def test_the_sample_shows_what_is_trained(world, raw):
     row = encode(render([user("你好"), assistant("好🙂")]), world)
-    assert describe.sample(row, world).splitlines() == ["    | User: 你好", "    | ", "    | Assistant:« 好🙂␃»"]
+    assert describe.sample(row, world).splitlines() == [
+        "    | User: 你好",
+        "    | ",
+        "    | Assistant:« 好🙂␃»",
+    ]
     assert describe.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.trained[1] = False  # the mask may part a character; both halves are then shown as such
     shown = describe.sample(cut, raw)
-    assert shown.startswith("    | «\ufffd»\ufffdx") and shown.endswith("x ... (703 tokens)") and len(shown) < 640
+    assert (
+        shown.startswith("    | «\ufffd»\ufffdx")
+        and shown.endswith("x ... (703 tokens)")
+        and len(shown) < 640
+    )
 
 
 # the loss
@@ -301,8 +389,15 @@ def model(request):
 def documents():
     """13 rows with very unequal masks: all trained, one token trained, nothing trained, a single token."""
     rng = random.Random(1)
-    kinds = [lambda n: [True] * n, lambda n: [False] * (n - 1) + [True], lambda n: [False] * n, lambda n: [i % 3 == 1 for i in range(n)]]
-    return Documents([make_document(rng, n, kinds[n % 4]) for n in (1, 2, 3, 5, 8, 9, 12, 13, 16, 17, 20, 30, 32)])
+    kinds = [
+        lambda n: [True] * n,
+        lambda n: [False] * (n - 1) + [True],
+        lambda n: [False] * n,
+        lambda n: [i % 3 == 1 for i in range(n)],
+    ]
+    return Documents(
+        [make_document(rng, n, kinds[n % 4]) for n in (1, 2, 3, 5, 8, 9, 12, 13, 16, 17, 20, 30, 32)]
+    )
 
 
 def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, step=0, packed=0):
@@ -311,7 +406,13 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
     packed: the length of rows that documents share; 0: a row for each."""
     from src.trainer import FineTuning
 
-    config = Config(micro_bsz=micro_bsz, accumulate_grad_batches=accumulate, random_seed=0, packing=packed > 0, ctx_len=packed or 1024)
+    config = Config(
+        micro_bsz=micro_bsz,
+        accumulate_grad_batches=accumulate,
+        random_seed=0,
+        packing=packed > 0,
+        ctx_len=packed or 1024,
+    )
     module = FineTuning(model, config, documents, Documents([]), 4)
     module._trainer = types.SimpleNamespace(world_size=world)
     module.setup("fit")
@@ -334,7 +435,11 @@ def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
     losses = []
     for row in documents.rows[1:]:  # each row alone, without padding; the first has no target
         logits = model(torch.from_numpy(row.ids[None, :-1]).long())[0][0]
-        losses.append(F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none")[torch.from_numpy(row.trained[1:])])
+        losses.append(
+            F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none")[
+                torch.from_numpy(row.trained[1:])
+            ]
+        )
     close("mean over trained tokens", whole, torch.cat(losses).mean(), 1e-12)
     assert len(gradients) > 40
     # 16 places for 13 rows: the last step is short, and with (2, 4, 2) some micro-batches are empty
@@ -361,7 +466,10 @@ def test_documents_that_share_rows_make_the_same_step(model, documents, ctx_len)
 def test_pack():
     rng = random.Random(4)
     for count, capacity in ((1, 5), (40, 16), (300, 100), (2000, 512)):
-        lengths = [rng.randint(0, capacity) if rng.random() < 0.3 else rng.randint(1, max(capacity // 8, 1)) for _ in range(count)]
+        lengths = [
+            rng.randint(0, capacity) if rng.random() < 0.3 else rng.randint(1, max(capacity // 8, 1))
+            for _ in range(count)
+        ]
         rows = pack(lengths, capacity, 1)
         assert sorted(i for row in rows for i in row) == list(range(count)), "every document once"
         assert max(sum(lengths[i] for i in row) for row in rows) <= capacity
@@ -378,7 +486,10 @@ def test_a_row_of_several_documents():
     b = Document(np.array([8, 9], np.int32), np.array([1, 1], bool))
     end_only = Document(np.array([0], np.int32), np.array([True]))
     batch = collate([[a, end_only, b, end_only], [b]], 3)
-    assert batch["ids"].tolist() == [[5, 6, 8], [8, 0, 0]] and batch["targets"].tolist() == [[6, 7, 9], [9, 0, 0]]
+    assert batch["ids"].tolist() == [[5, 6, 8], [8, 0, 0]] and batch["targets"].tolist() == [
+        [6, 7, 9],
+        [9, 0, 0],
+    ]
     assert batch["mask"].tolist() == [[True, False, True], [True, False, False]]
     assert batch["reset"].tolist() == [[False, False, True], [False, False, False]]
     assert collate([[a], [b]], 3)["reset"] is None and collate([[end_only, a]], 3)["reset"] is None
@@ -402,29 +513,79 @@ def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, 
     tensors = random_tensors(arch, torch.float32)
     tensors["head.weight"] *= 9  # a model that knows less than nothing
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", tensors.items())
-    rows = [{"text": f"text {i}"} for i in range(5)] + [{"prompt": "a question of many words", "completion": "cut"}]
+    rows = [{"text": f"text {i}"} for i in range(5)] + [
+        {"prompt": "a question of many words", "completion": "cut"}
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--load_model", str(tmp_path / "base.pth"), "--data_file", str(tmp_path / "data.jsonl"), "--proj_dir", str(tmp_path / "run"),
-             "--tokenizer", "bytes", "--peft", peft, "--ctx_len", "9", "--micro_bsz", "1", "--packing", "0", "--epoch_count", "2", "--save_steps",
-             "1", "--save_total_limit", "99", "--eval_split", "0", "--weight_decay", "0.1", "--lr_init", "1e-2", "--accelerator", "cpu",
-             "--wkv", "torch"]
+    flags = [
+        "--load_model",
+        str(tmp_path / "base.pth"),
+        "--data_file",
+        str(tmp_path / "data.jsonl"),
+        "--proj_dir",
+        str(tmp_path / "run"),
+        "--tokenizer",
+        "bytes",
+        "--peft",
+        peft,
+        "--ctx_len",
+        "9",
+        "--micro_bsz",
+        "1",
+        "--packing",
+        "0",
+        "--epoch_count",
+        "2",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "99",
+        "--eval_split",
+        "0",
+        "--weight_decay",
+        "0.1",
+        "--lr_init",
+        "1e-2",
+        "--accelerator",
+        "cpu",
+        "--wkv",
+        "torch",
+    ]
     run.main(*configuration.parse(flags))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     empty = [line["step"] for line in lines if not line["trained_tokens"]]
     assert [line["step"] for line in lines if line["loss"] is None] == empty and len(empty) == 2
-    states = {checkpoint_step(path): read_checkpoint(path) for path in list_checkpoints(str(tmp_path / "run/checkpoints"))}
+    states = {
+        checkpoint_step(path): read_checkpoint(path)
+        for path in list_checkpoints(str(tmp_path / "run/checkpoints"))
+    }
     weights = [name for name in states[12] if ":" not in name]
-    moved = [step for step in range(2, 13) if any(not torch.equal(states[step][name], states[step - 1][name]) for name in weights)]
+    moved = [
+        step
+        for step in range(2, 13)
+        if any(not torch.equal(states[step][name], states[step - 1][name]) for name in weights)
+    ]
     assert moved == [step for step in range(2, 13) if step not in empty]
     said = capfd.readouterr().out
-    assert all(f"note: step {step} has no trained token; it has no loss, and no weight moved" in said for step in empty)
-    assert said.count("WARNING: the loss is ") == 1 and f"WARNING: the loss is {lines[0]['loss']:.2f}, worse than guessing" in said
+    assert all(
+        f"note: step {step} has no trained token; it has no loss, and no weight moved" in said
+        for step in empty
+    )
+    assert (
+        said.count("WARNING: the loss is ") == 1
+        and f"WARNING: the loss is {lines[0]['loss']:.2f}, worse than guessing" in said
+    )
 
 
 def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):
     """Inputs of all documents, of those that are chosen; 0 with a conversation among them."""
-    for name, rows in (("texts", [{"text": "abc"}, {"text": "de"}]), ("mixed", [{"text": "abc"}, {"prompt": "p", "completion": "c"}])):
+    for name, rows in (
+        ("texts", [{"text": "abc"}, {"text": "de"}]),
+        ("mixed", [{"text": "abc"}, {"prompt": "p", "completion": "c"}]),
+    ):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts, twice, mixed = (data.load(str(tmp_path / name), Encoder(raw)) for name in ("texts", "texts:2", "mixed"))
+    texts, twice, mixed = (
+        data.load(str(tmp_path / name), Encoder(raw)) for name in ("texts", "texts:2", "mixed")
+    )
     assert (texts.texts, twice.texts, mixed.texts) == (5, 10, 0)  # the bytes, and the end as a target
     assert (texts.longest, twice.longest, mixed.longest) == (3, 3, 3)

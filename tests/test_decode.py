@@ -27,11 +27,18 @@ from .conftest import close, make_arch, random_tensors
 TOLERANCE = 2e-5
 
 SIZES = [
-    dict(version=7), dict(version=6),
-    dict(version=7, n_layer=3, n_embd=72, head_size=8, vocab_size=101), dict(version=6, n_layer=3, n_embd=40, head_size=8, vocab_size=33),
-    dict(version=7, n_layer=1, n_embd=528, head_size=24), dict(version=6, n_layer=1, n_embd=320, head_size=64),
-    dict(version=6, n_embd=50, dim_att=48, dim_ffn=70), dict(version=6, n_embd=24, dim_att=64, dim_ffn=7), dict(version=7, dim_ffn=8237),
-    dict(version=7, layer0_value_residual=False), dict(version=7, initial_state=True), dict(version=6, initial_state=True),
+    dict(version=7),
+    dict(version=6),
+    dict(version=7, n_layer=3, n_embd=72, head_size=8, vocab_size=101),
+    dict(version=6, n_layer=3, n_embd=40, head_size=8, vocab_size=33),
+    dict(version=7, n_layer=1, n_embd=528, head_size=24),
+    dict(version=6, n_layer=1, n_embd=320, head_size=64),
+    dict(version=6, n_embd=50, dim_att=48, dim_ffn=70),
+    dict(version=6, n_embd=24, dim_att=64, dim_ffn=7),
+    dict(version=7, dim_ffn=8237),
+    dict(version=7, layer0_value_residual=False),
+    dict(version=7, initial_state=True),
+    dict(version=6, initial_state=True),
 ]
 
 
@@ -40,7 +47,11 @@ def make(version, dim_att=None, dim_ffn=None, layer0_value_residual=None, initia
     changes = {"dim_att": dim_att, "dim_ffn": dim_ffn, "layer0_value_residual": layer0_value_residual}
     if dim_att:
         changes["n_head"] = dim_att // arch.head_size
-    return dataclasses.replace(arch, initial_state=initial_state, **{name: value for name, value in changes.items() if value is not None})
+    return dataclasses.replace(
+        arch,
+        initial_state=initial_state,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
 
 
 def model_of(arch, tensors, dtype):
@@ -94,20 +105,29 @@ def test_the_benchmarks_divergence_of_a_prompt_is_that_of_one_that_is_read_at_on
     logits = benchmark.one_by_one(exact, ids)
     found = benchmark.divergences(half, logits, ids)
     read = {length: half.decoder.next_logits(torch.tensor([ids[:length]]))[0] for length in (40, 24, 8)}
-    each = [kl_div(got.log_softmax(-1), logits[length - 1].log_softmax(-1), reduction="sum", log_target=True)
-            for length, got in read.items()]
+    each = [
+        kl_div(got.log_softmax(-1), logits[length - 1].log_softmax(-1), reduction="sum", log_target=True)
+        for length, got in read.items()
+    ]
     assert found["kl_prompt"] == pytest.approx(float(sum(each) / 3), rel=0.05, abs=1e-7)
     assert abs(found["kl"]) < 1e-6, "weights in bf16 cost nothing where the state is fp32"
 
 
-@pytest.mark.parametrize("name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"])
+@pytest.mark.parametrize(
+    "name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"]
+)
 def test_golden_logits_and_states(data_dir, name):
     golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
-    decoder = Decoder(RWKV.load(data_dir / f"{name}.pth", kernel="cpu"))  # the real v6 file is bf16 and stays so
+    decoder = Decoder(
+        RWKV.load(data_dir / f"{name}.pth", kernel="cpu")
+    )  # the real v6 file is bf16 and stays so
     for row, ids in enumerate(golden["tokens"].long()):
         logits, state = one_by_one(decoder, ids[None])
         close("logits", logits, golden["logits64"][row], TOLERANCE)
-        wanted = [LayerState(*(want[part][row : row + 1] for part in LayerState._fields)) for want in golden["final_state"]]
+        wanted = [
+            LayerState(*(want[part][row : row + 1] for part in LayerState._fields))
+            for want in golden["final_state"]
+        ]
         close_states(state, wanted, TOLERANCE)
 
 
@@ -121,14 +141,18 @@ def test_int8_weights_are_a_byte_each_and_no_further_off(version):
         if name.endswith(".weight") and weight.dim() == 2 and name != "emb.weight":
             values, scale = int8_rows(weight)
             rounded[name] = values.double() * scale.double().unsqueeze(1)
-            assert ((rounded[name] - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-5)).all()
+            assert (
+                (rounded[name] - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * (1 + 1e-5)
+            ).all()
     ids = some_ids(arch, 19)
     want, want_state = one_by_one(model_of(arch, rounded, torch.float64), ids)
     decoder = Decoder(model_of(arch, tensors, torch.float32), int8=True)
     got, state = one_by_one(decoder, ids)
     close("logits", got, want, TOLERANCE)
     close_states(state, want_state, TOLERANCE)
-    assert (got - one_by_one(Decoder(decoder.model), ids)[0]).abs().max() > 1e-3 * want.abs().max(), "nothing was quantised"
+    assert (got - one_by_one(Decoder(decoder.model), ids)[0]).abs().max() > 1e-3 * want.abs().max(), (
+        "nothing was quantised"
+    )
 
 
 def test_a_row_of_zeros_is_zeros_in_int8():
@@ -137,7 +161,11 @@ def test_a_row_of_zeros_is_zeros_in_int8():
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24), dict(version=7, dim_ffn=8237)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [SIZES[2], SIZES[3], SIZES[6], dict(version=7, n_embd=528, head_size=24), dict(version=7, dim_ffn=8237)],
+    ids=str,
+)
 def test_any_number_of_threads_gives_the_same_bits(sizes, int8, monkeypatch):
     arch = make(**sizes)
     model = model_of(arch, random_tensors(arch), torch.float32)
@@ -225,14 +253,25 @@ def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_pa
     ids = some_ids(model.arch, 19)
     with torch.no_grad():
         close("logits", one_by_one(decoder, ids)[0], exact(ids)[0][0], TOLERANCE)
-    assert model.emb.weight.dtype == torch.bfloat16 and not adapted_linears(model) and isinstance(decoder, Decoder)
-    assert load(base, None, str(vocabulary), accelerator="cpu", precision="fp32")[0].emb.weight.dtype == torch.float32
+    assert (
+        model.emb.weight.dtype == torch.bfloat16
+        and not adapted_linears(model)
+        and isinstance(decoder, Decoder)
+    )
+    assert (
+        load(base, None, str(vocabulary), accelerator="cpu", precision="fp32")[0].emb.weight.dtype
+        == torch.float32
+    )
 
 
 def test_a_bf16_file_is_used_where_it_is_mapped(checkpoint):
     model = RWKV.load(checkpoint(7, torch.bfloat16), kernel="cpu")
     kept = {tensor.data_ptr() for tensors in Decoder(model).kept.values() for tensor in tensors}
-    assert kept > {p.data_ptr() for name, p in model.named_parameters() if p.squeeze().dim() > 1 and "r_k" not in name and "0.att.v" not in name}
+    assert kept > {
+        p.data_ptr()
+        for name, p in model.named_parameters()
+        if p.squeeze().dim() > 1 and "r_k" not in name and "0.att.v" not in name
+    }
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -243,7 +282,18 @@ def test_a_stream_says_the_same_with_and_without_it(version):
     model, tokenizer = model_of(arch, tensors, torch.float32), load_tokenizer("bytes", 257)
     for sampling in (Sampling(temperature=0), Sampling(1, 0.9, frequency_penalty=0.3)):
         said = [
-            list(stream(asked, tokenizer, tokenizer.encode("hello"), None, sampling, 60, "", torch.Generator().manual_seed(1)))
+            list(
+                stream(
+                    asked,
+                    tokenizer,
+                    tokenizer.encode("hello"),
+                    None,
+                    sampling,
+                    60,
+                    "",
+                    torch.Generator().manual_seed(1),
+                )
+            )
             for asked in (model, Decoder(model))
         ]
         assert said[0] == said[1] and len("".join(said[0])) > 10
@@ -255,8 +305,13 @@ def test_what_has_no_decoder_answers_in_torch():
     rwkv_miss.inject(adapted, rank=4)
     quantised = RWKV(arch, "cpu")
     quantised.quantise("int8", torch.float32)
-    for model, why in ((plain, "kernel is torch"), (adapted, "adapter"), (quantised, "base is quantised"),
-                       (odd, "multiples of 8"), (RWKV(arch, "cpu").half(), "float16")):
+    for model, why in (
+        (plain, "kernel is torch"),
+        (adapted, "adapter"),
+        (quantised, "base is quantised"),
+        (odd, "multiples of 8"),
+        (RWKV(arch, "cpu").half(), "float16"),
+    ):
         asked, how = fastest(model)
         assert asked is model and why in how
         with pytest.raises(UserError, match=f"--quant int8.*{why}"):
@@ -285,12 +340,20 @@ def test_states_of_other_models_and_other_shapes_are_errors():
     for shape in ((2, 1), (0, 1), (1, 0), (1,), (1, 1, 1)):
         with pytest.raises(ValueError, match=rf"ids are {re.escape(str(shape))}, expected \(1, T\)"):
             decoder.next_logits(torch.ones(shape, dtype=torch.int64), state)
-    wrong = [(state[:-1], "has 1 layers, expected 2"), ([state[0], state[1]._replace(ffn_x=None)], "ffn_x of layer 1's state is None")]
+    wrong = [
+        (state[:-1], "has 1 layers, expected 2"),
+        ([state[0], state[1]._replace(ffn_x=None)], "ffn_x of layer 1's state is None"),
+    ]
     for name in LayerState._fields:
         part = getattr(state[1], name)
         for other in (part[..., :-1], torch.cat([part, part]), part[0]):
             seen, expected = (re.escape(str(tuple(t.shape))) for t in (other, part))
-            wrong.append(([state[0], state[1]._replace(**{name: other})], f"{name} of layer 1's state is {seen}, expected {expected}"))
+            wrong.append(
+                (
+                    [state[0], state[1]._replace(**{name: other})],
+                    f"{name} of layer 1's state is {seen}, expected {expected}",
+                )
+            )
     for ids in (one, torch.tensor([[1, 2, 3]])):
         for given, why in wrong:
             with pytest.raises(ValueError, match=why):
@@ -332,12 +395,30 @@ def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
 
     path = checkpoint(7, torch.bfloat16, vocab_size=257)
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    for flags, line in (([], "bfloat16 weights"), (["--quant", "int8"], "int8 weights"), (["--precision", "fp32"], "float32 weights"),
-                        (["--wkv", "torch"], "in torch")):
+    for flags, line in (
+        ([], "bfloat16 weights"),
+        (["--quant", "int8"], "int8 weights"),
+        (["--precision", "fp32"], "float32 weights"),
+        (["--wkv", "torch"], "in torch"),
+    ):
         chat.main(["--model", str(path), "--tokenizer", "bytes", "--accelerator", "cpu", *flags])
         assert line in capsys.readouterr().err
     answers = []
     for flags in (["--wkv", "torch"], []):
-        chat.main(["--model", str(path), "--tokenizer", "bytes", "--prompt", "hello", "--temperature", "0", "--max_tokens", "40", *flags])
+        chat.main(
+            [
+                "--model",
+                str(path),
+                "--tokenizer",
+                "bytes",
+                "--prompt",
+                "hello",
+                "--temperature",
+                "0",
+                "--max_tokens",
+                "40",
+                *flags,
+            ]
+        )
         answers.append(capsys.readouterr().out)
     assert answers[0][:20] == answers[1][:20] != ""

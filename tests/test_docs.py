@@ -28,12 +28,21 @@ def history():
 
 
 def test_every_commit_that_is_cited_is_in_the_history(history):
-    pages = {path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))}
-    cited = [(path, number, found) for path, text in pages.items()
-             for number, line in enumerate(text.splitlines(), 1) for found in HASH.findall(line)]
+    pages = {
+        path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+    }
+    cited = [
+        (path, number, found)
+        for path, text in pages.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        for found in HASH.findall(line)
+    ]
     results = [*ROOT.glob("docs/results/*.json")]
     cited += [(path, "commit", json.loads(path.read_text(encoding="utf-8"))["commit"]) for path in results]
     assert results and len(cited) > len(results)
-    unknown = [f"{path.relative_to(ROOT)}:{place}: {found}" for path, place, found in cited
-               if not any(commit.startswith(found) for commit in history)]
+    unknown = [
+        f"{path.relative_to(ROOT)}:{place}: {found}"
+        for path, place, found in cited
+        if not any(commit.startswith(found) for commit in history)
+    ]
     assert not unknown, "\n".join(unknown)

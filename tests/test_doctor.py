@@ -17,7 +17,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def run(*arguments, python=(sys.executable,), **environment):
     return subprocess.run(
-        [*python, "-m", "scripts.doctor", *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=120
+        [*python, "-m", "scripts.doctor", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=120,
     )
 
 
@@ -26,7 +31,9 @@ def lines(done):
     *checks, verdict = done.stdout.splitlines()
     assert verdict.startswith("training "), done.stdout + done.stderr
     split = [(line[:8].strip(), line[9:27].strip(), line[28:]) for line in checks]
-    assert all(state in ("ok", "warn", "missing") and name and text for state, name, text in split), done.stdout
+    assert all(state in ("ok", "warn", "missing") and name and text for state, name, text in split), (
+        done.stdout
+    )
     return {name: (state, text) for state, name, text in split}
 
 
@@ -36,11 +43,24 @@ def test_json_is_one_object_and_says_the_same_as_the_lines():
     assert as_json.stdout.count("\n") == 1
     told = json.loads(as_json.stdout)
     assert told["works"] is True and plain.stdout.splitlines()[-1] == "training works here"
-    assert {check["name"]: check["state"] for check in told["checks"]} == {name: state for name, (state, _) in lines(plain).items()}
+    assert {check["name"]: check["state"] for check in told["checks"]} == {
+        name: state for name, (state, _) in lines(plain).items()
+    }
     names = [check["name"] for check in told["checks"]]
     assert len(set(names)) == len(names)
-    wanted = {"Python", "torch", "lightning", "deepspeed", "ninja", "C++ compiler", "RAM", "working folder", "kernel cache", "kernels, cpu",
-              "--wkv auto, cpu"}
+    wanted = {
+        "Python",
+        "torch",
+        "lightning",
+        "deepspeed",
+        "ninja",
+        "C++ compiler",
+        "RAM",
+        "working folder",
+        "kernel cache",
+        "kernels, cpu",
+        "--wkv auto, cpu",
+    }
     of_gpus = {"nvcc", "driver", "CUDA of torch", *doctor.CUDA_KERNELS}
     if doctor.driver_version() is None:  # one line is enough where there is none
         assert not of_gpus & set(names) and names.count("GPU") == 1 and " GPU  " in plain.stdout
@@ -59,7 +79,11 @@ def test_json_is_alone_on_stdout_whatever_is_printed_meanwhile(monkeypatch, caps
     with pytest.raises(SystemExit) as stopped:
         doctor.main()
     printed = capsys.readouterr()
-    assert stopped.value.code == 1 and json.loads(printed.out)["works"] is False and printed.err == "a library that says hello\n"
+    assert (
+        stopped.value.code == 1
+        and json.loads(printed.out)["works"] is False
+        and printed.err == "a library that says hello\n"
+    )
 
 
 def test_without_tools_training_works_and_each_line_has_the_fix(tmp_path):
@@ -77,7 +101,10 @@ def test_without_packages_training_does_not_work():
     done = run(python=(sys.executable, "-S"))  # without site-packages
     checks = lines(done)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    for name, fix in {"torch": 'pip install "torch>=2.5"', "lightning": 'pip install "lightning>=2.4"'}.items():
+    for name, fix in {
+        "torch": 'pip install "torch>=2.5"',
+        "lightning": 'pip install "lightning>=2.4"',
+    }.items():
         assert checks[name][0] == "missing" and fix in checks[name][1]
     assert "does not work here: torch, lightning" in done.stdout
     assert json.loads(run("--json", python=(sys.executable, "-S")).stdout)["works"] is False
@@ -94,24 +121,46 @@ def test_packages_that_are_optional_or_too_old(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     checks = {check.name: check for check in doctor.packages()}
-    assert checks["torch"].fatal and "2.4.1+cu121 is too old" in checks["torch"].text and 'pip install "torch>=2.5"' in checks["torch"].text
+    assert (
+        checks["torch"].fatal
+        and "2.4.1+cu121 is too old" in checks["torch"].text
+        and 'pip install "torch>=2.5"' in checks["torch"].text
+    )
     assert checks["lightning"].state == checks["numpy"].state == "ok"
-    assert checks["deepspeed"].state == "missing" and not checks["deepspeed"].fatal and "--strategy" in checks["deepspeed"].text
+    assert (
+        checks["deepspeed"].state == "missing"
+        and not checks["deepspeed"].fatal
+        and "--strategy" in checks["deepspeed"].text
+    )
     assert checks["pyyaml"].fatal
     monkeypatch.setattr(doctor.sys, "platform", "win32")
     assert "deepspeed" not in {check.name for check in doctor.packages()}
 
 
-@pytest.mark.parametrize("version, state", [((3, 9, 1), "missing"), ((3, 10, 0), "ok"), ((3, 13, 2), "ok"), ((3, 14, 0), "warn")])
+@pytest.mark.parametrize(
+    "version, state", [((3, 9, 1), "missing"), ((3, 10, 0), "ok"), ((3, 13, 2), "ok"), ((3, 14, 0), "warn")]
+)
 def test_versions_of_python(monkeypatch, version, state):
     monkeypatch.setattr(doctor.sys, "version_info", version)
     assert doctor.python().state == state and doctor.python().fatal == (state == "missing")
 
 
 def test_disks(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1.5 * doctor.GIB))
-    assert doctor.disk("cache", tmp_path / "not" / "made", 1, "fix it") == ("ok", "cache", f"1.5 GiB free in {tmp_path}/not/made", False)
-    assert doctor.disk("cache", tmp_path, 2, "fix it") == ("warn", "cache", f"1.5 GiB free in {tmp_path}; fix it", False)
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1.5 * doctor.GIB)
+    )
+    assert doctor.disk("cache", tmp_path / "not" / "made", 1, "fix it") == (
+        "ok",
+        "cache",
+        f"1.5 GiB free in {tmp_path}/not/made",
+        False,
+    )
+    assert doctor.disk("cache", tmp_path, 2, "fix it") == (
+        "warn",
+        "cache",
+        f"1.5 GiB free in {tmp_path}; fix it",
+        False,
+    )
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
     assert doctor.disk("cache", tmp_path, 1, "fix it").text.endswith("which may not be written; fix it")
 
@@ -120,11 +169,15 @@ def fake_torch(capabilities=(), cuda="13.0"):
     """As much of torch as the GPU lines read."""
     names = {(9, 0): "NVIDIA H100", (7, 0): "Tesla V100"}
     functions = types.SimpleNamespace(
-        is_available=lambda: bool(capabilities), device_count=lambda: len(capabilities),
-        get_device_capability=lambda i: capabilities[i], get_device_name=lambda i: names[capabilities[i]],
+        is_available=lambda: bool(capabilities),
+        device_count=lambda: len(capabilities),
+        get_device_capability=lambda i: capabilities[i],
+        get_device_name=lambda i: names[capabilities[i]],
         get_device_properties=lambda i: types.SimpleNamespace(total_memory=80 * doctor.GIB),
     )
-    return types.SimpleNamespace(cuda=functions, version=types.SimpleNamespace(cuda=cuda), __version__="2.13.0")
+    return types.SimpleNamespace(
+        cuda=functions, version=types.SimpleNamespace(cuda=cuda), __version__="2.13.0"
+    )
 
 
 def test_gpus(monkeypatch):
@@ -138,7 +191,10 @@ def test_gpus(monkeypatch):
     checks = {check.name: check for check in doctor.gpus(fake_torch())}
     assert checks["GPU"].state == "missing" and "driver may be too old for CUDA 13.0" in checks["GPU"].text
     checks = {check.name: check for check in doctor.gpus(fake_torch(cuda=None))}
-    assert checks["CUDA of torch"].state == "missing" and "pip install --force-reinstall torch" in checks["CUDA of torch"].text
+    assert (
+        checks["CUDA of torch"].state == "missing"
+        and "pip install --force-reinstall torch" in checks["CUDA of torch"].text
+    )
     assert not any(check.fatal for check in checks.values())
 
 
@@ -148,11 +204,20 @@ def test_nvcc_that_the_driver_is_too_old_for(monkeypatch, driver, state):
     monkeypatch.setattr(doctor, "run", lambda *command: "Cuda compilation tools, release 13.0, V13.0.88")
     monkeypatch.setattr(doctor, "cuda_of_driver", lambda: driver)
     nvcc = doctor.nvcc()
-    assert nvcc.state == state and ("driver for CUDA 12.8; update the driver" in nvcc.text) == (state == "warn")
+    assert nvcc.state == state and ("driver for CUDA 12.8; update the driver" in nvcc.text) == (
+        state == "warn"
+    )
 
 
 def test_kernels_that_fail_their_self_test(monkeypatch):
-    status = native.Status(built=True, passed=False, path="/cache/wkv_cpu.so", seconds=1.0, error=0.5, reason="the self-test fails")
+    status = native.Status(
+        built=True,
+        passed=False,
+        path="/cache/wkv_cpu.so",
+        seconds=1.0,
+        error=0.5,
+        reason="the self-test fails",
+    )
     monkeypatch.setattr(native, "status", lambda device: status)
     kernel, auto = doctor.kernels("cpu")
     assert kernel.state == "warn" and "not used: the self-test fails; --wkv torch works" in kernel.text
@@ -169,7 +234,9 @@ def records(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_record, "RECORDS", tmp_path)
 
     def write(name="a", **changes):
-        (tmp_path / f"{name}.json").write_text(json.dumps(RECORD | {"sources": build.cuda_sources()} | changes))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(RECORD | {"sources": build.cuda_sources()} | changes)
+        )
         return {check.name: check for check in doctor.evidence()}
 
     return write
@@ -178,11 +245,20 @@ def records(tmp_path, monkeypatch):
 def test_kernels_and_the_cards_they_ran_on(records):
     checks = records()
     assert checks["wkv7 cuda"].state == "ok"
-    assert "run on NVIDIA H100, 2025-11-02, commit abc1234, worst errors float32 1.0e-06, bfloat16 3.0e-03" in checks["wkv7 cuda"].text
-    assert checks["wkv6 cuda"].state == "warn" and "not run on a GPU yet: bash scripts/gpu_check.sh" in checks["wkv6 cuda"].text
+    assert (
+        "run on NVIDIA H100, 2025-11-02, commit abc1234, worst errors float32 1.0e-06, bfloat16 3.0e-03"
+        in checks["wkv7 cuda"].text
+    )
+    assert (
+        checks["wkv6 cuda"].state == "warn"
+        and "not run on a GPU yet: bash scripts/gpu_check.sh" in checks["wkv6 cuda"].text
+    )
     assert "compiled for sm_75" in checks["wkv6 cuda"].text
     checks = records(failures=["racecheck: exit code 1"])
-    assert checks["wkv7 cuda"].state == "warn" and "failed there: racecheck: exit code 1" in checks["wkv7 cuda"].text
+    assert (
+        checks["wkv7 cuda"].state == "warn"
+        and "failed there: racecheck: exit code 1" in checks["wkv7 cuda"].text
+    )
     checks = records(sources="of another day")
     assert checks["wkv7 cuda"].state == "warn" and "have changed since" in checks["wkv7 cuda"].text
 
@@ -190,7 +266,11 @@ def test_kernels_and_the_cards_they_ran_on(records):
 def test_two_cards_are_two_lines_the_newest_first(records):
     records("a")
     records("b", card="NVIDIA L4", date="2025-11-03")
-    cards = [check.text.partition("run on ")[2].partition(",")[0] for check in doctor.evidence() if check.name == "wkv7 cuda"]
+    cards = [
+        check.text.partition("run on ")[2].partition(",")[0]
+        for check in doctor.evidence()
+        if check.name == "wkv7 cuda"
+    ]
     assert cards == ["NVIDIA L4", "NVIDIA H100"]
 
 
@@ -202,10 +282,15 @@ def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_record, "driver_version", lambda: "580.65")
     monkeypatch.setattr(build, "find_nvcc", lambda: build.Nvcc("nvcc"))
     steps = {
-        "build": ("Status(built=True)\n", 0), "tests": ("..\n=== 9 passed in 3.1s ===\n", 0),
-        "numerics": ('wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y: 1e+00"]}\n', 0),
+        "build": ("Status(built=True)\n", 0),
+        "tests": ("..\n=== 9 passed in 3.1s ===\n", 0),
+        "numerics": (
+            'wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y: 1e+00"]}\n',
+            0,
+        ),
         "memcheck": ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
-        "racecheck": ("========= COMPUTE-SANITIZER\n", 124), "benchmark": ('table\n{"benchmark": "wkv", "rows": []}\n', 0),
+        "racecheck": ("========= COMPUTE-SANITIZER\n", 124),
+        "benchmark": ('table\n{"benchmark": "wkv", "rows": []}\n', 0),
         "training": ('{"benchmark": "sizes", "rows": []}\n', 0),
     }
     logs = tmp_path / "logs"
@@ -219,11 +304,19 @@ def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert path.name == f"nvidia-h100-80gb-hbm3-{record['date']}.json"
-    assert record["failures"] == ["racecheck: exit code 124", "wkv7 y: 1e+00"] and record["tests"] == "9 passed in 3.1s"
+    assert (
+        record["failures"] == ["racecheck: exit code 124", "wkv7 y: 1e+00"]
+        and record["tests"] == "9 passed in 3.1s"
+    )
     assert record["sanitizer"] == {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "no verdict"}
-    assert record["benchmark"] == {"benchmark": "wkv", "rows": []} and record["training"] == {"benchmark": "sizes", "rows": []}
+    assert record["benchmark"] == {"benchmark": "wkv", "rows": []} and record["training"] == {
+        "benchmark": "sizes",
+        "rows": [],
+    }
     assert record["architecture"] == "90"
-    assert "failed there: racecheck" in next(check.text for check in doctor.evidence() if check.name == "wkv7 cuda")
+    assert "failed there: racecheck" in next(
+        check.text for check in doctor.evidence() if check.name == "wkv7 cuda"
+    )
 
 
 def numerics(monkeypatch, capsys):
@@ -238,10 +331,15 @@ def test_numerics_of_a_right_kernel(monkeypatch, capsys):
     code, found = numerics(monkeypatch, capsys)
     assert code == 0 and found["failures"] == []
     assert set(found["errors"]) == {"wkv6 torch", "wkv7 torch"}
-    assert all(errors["float32"] < 1e-6 and 1e-4 < errors["float16"] < errors["bfloat16"] < 4e-3 for errors in found["errors"].values())
+    assert all(
+        errors["float32"] < 1e-6 and 1e-4 < errors["float16"] < errors["bfloat16"] < 4e-3
+        for errors in found["errors"].values()
+    )
 
 
-@pytest.mark.parametrize("name, wrong", [("y", lambda x: x * 1.02), ("dw", lambda x: x * float("nan")), ("state", lambda x: x.mT)])
+@pytest.mark.parametrize(
+    "name, wrong", [("y", lambda x: x * 1.02), ("dw", lambda x: x * float("nan")), ("state", lambda x: x.mT)]
+)
 def test_numerics_of_a_wrong_kernel(monkeypatch, capsys, name, wrong):
     right, shapes = gpu_numerics.results, gpu_numerics.SMALL
 
@@ -252,7 +350,9 @@ def test_numerics_of_a_wrong_kernel(monkeypatch, capsys, name, wrong):
 
     monkeypatch.setattr(gpu_numerics, "results", results)
     code, found = numerics(monkeypatch, capsys)
-    assert code == 1 and {failure.split(":")[0] for failure in found["failures"]} == {f"wkv7 torch {dtype} {name}" for dtype in gpu_numerics.DTYPES}
+    assert code == 1 and {failure.split(":")[0] for failure in found["failures"]} == {
+        f"wkv7 torch {dtype} {name}" for dtype in gpu_numerics.DTYPES
+    }
 
 
 def stub(folder, name, script):
@@ -266,16 +366,26 @@ def checkout(tmp_path):
     for folder in ("scripts", "bin"):
         (tmp_path / folder).mkdir()
     (tmp_path / "scripts" / "gpu_check.sh").write_text((ROOT / "scripts" / "gpu_check.sh").read_text())
-    (tmp_path / "scripts" / "setup.sh").write_text('cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls\n')
+    (tmp_path / "scripts" / "setup.sh").write_text(
+        'cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls\n'
+    )
     calls = tmp_path / "calls"
     python = f'echo "python $@" >> {calls}\ncase "$@" in *pytest*) exit 1 ;; *gpu_record*) ls $3 > {tmp_path}/logs; cat $3/tests.code ;; esac'
     stub(tmp_path / "bin", "python", python)
-    stub(tmp_path / "bin", "compute-sanitizer", f'echo "sanitizer $@ cache=$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}')
+    stub(
+        tmp_path / "bin",
+        "compute-sanitizer",
+        f'echo "sanitizer $@ cache=$PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}',
+    )
 
     def check(nvidia_smi):
         stub(tmp_path / "bin", "nvidia-smi", nvidia_smi)
         done = subprocess.run(
-            ["bash", "scripts/gpu_check.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            ["bash", "scripts/gpu_check.sh"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
             env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
         )
         return done, calls.read_text().splitlines() if calls.exists() else []
@@ -283,10 +393,17 @@ def checkout(tmp_path):
     return check
 
 
-@pytest.mark.parametrize("nvidia_smi", ["exit 9", "echo 'No devices found'", "echo Failed to initialize; exit 255"])
+@pytest.mark.parametrize(
+    "nvidia_smi", ["exit 9", "echo 'No devices found'", "echo Failed to initialize; exit 255"]
+)
 def test_gpu_check_without_a_gpu_installs_nothing(checkout, nvidia_smi):
     done, calls = checkout(nvidia_smi)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("no GPU:") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("no GPU:")
+        and done.stderr.count("\n") == 1
+    )
     assert calls == []
 
 
@@ -296,7 +413,14 @@ def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
     asked = "\n".join(calls)
     assert calls[0] == "setup test"
     benchmark = "-m benchmarks.wkv --device cuda --dtype bfloat16"
-    for call in ("-m pytest -m gpu", "-m scripts.gpu_numerics\n", "--tool memcheck", "--tool racecheck", benchmark, "-m benchmarks.sizes"):
+    for call in (
+        "-m pytest -m gpu",
+        "-m scripts.gpu_numerics\n",
+        "--tool memcheck",
+        "--tool racecheck",
+        benchmark,
+        "-m benchmarks.sizes",
+    ):
         assert call in asked
     assert asked.count("--small cache=1") == 2 and calls[-1].startswith("python -m scripts.gpu_record ")
     steps = ["benchmark", "build", "memcheck", "numerics", "racecheck", "tests", "training"]
@@ -306,5 +430,11 @@ def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
 
 def limits(folder):
     """The seconds that each step may take, the two sanitizer tools in one line; the build is not counted."""
-    found = [line.split() for line in (folder / "scripts" / "gpu_check.sh").read_text().splitlines() if line.lstrip().startswith("step ")]
-    return [words[2] for words in found if words[1] != "build"] + [words[2] for words in found if words[1] == '"$tool"']
+    found = [
+        line.split()
+        for line in (folder / "scripts" / "gpu_check.sh").read_text().splitlines()
+        if line.lstrip().startswith("step ")
+    ]
+    return [words[2] for words in found if words[1] != "build"] + [
+        words[2] for words in found if words[1] == '"$tool"'
+    ]

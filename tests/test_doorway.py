@@ -19,13 +19,33 @@ from src import doorway
 from . import program
 from .conftest import ROOT
 
-PROGRAMS = [["train.py"], *(["-m", name] for name in (
-    "demo.chat", "demo.verify", "rwkv_miss", "scripts.binidx", "scripts.doctor", "scripts.evaluate", "scripts.export", "scripts.lm_eval",
-    "scripts.lr_sweep", "scripts.memory_table", "scripts.plan", "scripts.preview", "scripts.verify_merge"))]
+PROGRAMS = [
+    ["train.py"],
+    *(
+        ["-m", name]
+        for name in (
+            "demo.chat",
+            "demo.verify",
+            "rwkv_miss",
+            "scripts.binidx",
+            "scripts.doctor",
+            "scripts.evaluate",
+            "scripts.export",
+            "scripts.lm_eval",
+            "scripts.lr_sweep",
+            "scripts.memory_table",
+            "scripts.plan",
+            "scripts.preview",
+            "scripts.verify_merge",
+        )
+    ),
+]
 
 
 def run(program, **options):
-    return subprocess.run([sys.executable, *program], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=100, **options)
+    return subprocess.run(
+        [sys.executable, *program], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=100, **options
+    )
 
 
 def with_torch(folder, code):
@@ -36,7 +56,9 @@ def with_torch(folder, code):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
 def test_ctrl_c_while_torch_is_imported(program, tmp_path):
-    environment = with_torch(tmp_path, "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    environment = with_torch(
+        tmp_path, "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
     done = run(program, env=environment, stdout=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
@@ -52,7 +74,9 @@ INTERRUPTED = {
 @pytest.mark.parametrize("where", INTERRUPTED)
 def test_ctrl_c_is_not_lost(where, tmp_path):
     """An interrupt that an import catches, or one in a destructor, which Python only prints, went unnoticed. Otherwise work may tidy up."""
-    (tmp_path / "lazy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.01)\n")
+    (tmp_path / "lazy.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.01)\n"
+    )
     code = f"""
 import os, signal, sys, time
 from rwkv_miss.errors import one_line_errors
@@ -73,7 +97,9 @@ with one_line_errors():
     process.start()
     process.join(60)
     assert process.exitcode == 130
-    assert (tmp_path / "log").read_text() == ("tidied up\ninterrupted\n" if where == "work" else "interrupted\n")
+    assert (tmp_path / "log").read_text() == (
+        "tidied up\ninterrupted\n" if where == "work" else "interrupted\n"
+    )
 
 
 def test_ctrl_c_at_any_moment_of_a_start(tmp_path):
@@ -86,21 +112,40 @@ def test_ctrl_c_at_any_moment_of_a_start(tmp_path):
     assert interrupt.interrupt_all(arguments, [ready * 0.3, ready * 0.6]) == []
 
 
-@pytest.mark.parametrize("program", [program for program in PROGRAMS if not {"scripts.doctor", "rwkv_miss"} & {*program}], ids=" ".join)
+@pytest.mark.parametrize(
+    "program",
+    [program for program in PROGRAMS if not {"scripts.doctor", "rwkv_miss"} & {*program}],
+    ids=" ".join,
+)
 def test_without_torch(program, tmp_path):
-    done = run(program, env=with_torch(tmp_path, "raise ModuleNotFoundError(name='torch')"), stdout=subprocess.DEVNULL)
-    assert done.returncode == 2 and done.stderr.startswith("error: the package torch is not installed for ") and done.stderr.count("\n") == 1
+    done = run(
+        program,
+        env=with_torch(tmp_path, "raise ModuleNotFoundError(name='torch')"),
+        stdout=subprocess.DEVNULL,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: the package torch is not installed for ")
+        and done.stderr.count("\n") == 1
+    )
     done = run(program, env=with_torch(tmp_path, "import src.absent"), stdout=subprocess.DEVNULL)
     assert "Traceback" in done.stderr  # that would be a mistake of this project
 
 
 def test_ctrl_c_is_ignored_where_it_was(tmp_path):
-    environment = with_torch(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ModuleNotFoundError(name='torch')")
+    environment = with_torch(
+        tmp_path,
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ModuleNotFoundError(name='torch')",
+    )
     done = run(["train.py"], env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert done.returncode == 2 and "not installed" in done.stderr
 
 
-@pytest.mark.parametrize("program", [["rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"], ["scripts.doctor"], ["scripts.memory_table"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "program",
+    [["rwkv_miss", "inspect", "demo/rwkv7-reverse.pth"], ["scripts.doctor"], ["scripts.memory_table"]],
+    ids=" ".join,
+)
 def test_a_reader_that_has_gone_ends_the_program_without_a_word(program):
     reader, writer = os.pipe()
     os.close(reader)
@@ -111,7 +156,11 @@ def test_a_reader_that_has_gone_ends_the_program_without_a_word(program):
 
 def test_a_terminal_without_the_characters_shows_escapes(tmp_path):
     shutil.copy(ROOT / "demo/rwkv7-reverse.pth", tmp_path / "模型 a.pth")
-    done = run(["-m", "rwkv_miss", "inspect", str(tmp_path / "模型 a.pth")], env=os.environ | {"PYTHONIOENCODING": "latin-1"}, stdout=subprocess.PIPE)
+    done = run(
+        ["-m", "rwkv_miss", "inspect", str(tmp_path / "模型 a.pth")],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        stdout=subprocess.PIPE,
+    )
     assert done.returncode == 0 and "\\u6a21\\u578b a.pth: " in done.stdout and done.stderr == ""
 
 
@@ -162,13 +211,17 @@ def test_an_old_python_is_named_before_a_package(monkeypatch, capsys):
     monkeypatch.setattr(doorway.sys, "version_info", (3, 8, 10))
     with pytest.raises(SystemExit, match="2"), doorway.importing():
         raise AssertionError("imports are not tried")
-    assert capsys.readouterr().err.startswith("error: Python 3.8 is too old, 3.10 or newer is needed; here it is ")
+    assert capsys.readouterr().err.startswith(
+        "error: Python 3.8 is too old, 3.10 or newer is needed; here it is "
+    )
 
 
 MODULES = [words[-1] for words in PROGRAMS[1:] if words[-1] != "rwkv_miss"]
 
 
-@pytest.mark.parametrize("path", ["train.py", "src/doorway.py", *(name.replace(".", "/") + ".py" for name in MODULES)])
+@pytest.mark.parametrize(
+    "path", ["train.py", "src/doorway.py", *(name.replace(".", "/") + ".py" for name in MODULES)]
+)
 def test_an_old_python_can_read_a_program_as_far_as_that(path):
     ast.parse((ROOT / path).read_text(), feature_version=(3, 8))
 
@@ -176,5 +229,7 @@ def test_an_old_python_can_read_a_program_as_far_as_that(path):
 @pytest.mark.parametrize("content", ['{"text": "a"}\n', '{"a": 1}\n', '{\n  "a": 1\n}\n', "[]\n"])
 def test_json_in_the_place_of_a_model(content, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
-    with pytest.raises(UserError, match="rows.jsonl is text, JSON as it seems, expected a .pth; data go to --data_file"):
+    with pytest.raises(
+        UserError, match="rows.jsonl is text, JSON as it seems, expected a .pth; data go to --data_file"
+    ):
         read_checkpoint(tmp_path / "rows.jsonl")

@@ -49,9 +49,25 @@ def run(files, tmp_path):
 
     def start(name, *flags, sabotage=None):
         base = [] if "none" in flags else ["--peft_config", "r=5"]
-        flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(tmp_path / name),
-                 "--tokenizer", "bytes", "--packing", "0", "--accelerator", "cpu", "--lr_init", "1e-2",
-                 *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]), *base, *flags]
+        flags = [
+            "--load_model",
+            str(files / "base.pth"),
+            "--data_file",
+            str(files / "rows.jsonl"),
+            "--proj_dir",
+            str(tmp_path / name),
+            "--tokenizer",
+            "bytes",
+            "--packing",
+            "0",
+            "--accelerator",
+            "cpu",
+            "--lr_init",
+            "1e-2",
+            *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
+            *base,
+            *flags,
+        ]
         return program.run(flags, sabotage)
 
     return start
@@ -111,7 +127,9 @@ def spoil(kind, steps, rank):
 
     if kind == "update":
         counter = iter(range(10**9))
-        torch.optim.AdamW.step = lambda self, closure=None: (closure(), None)[1] if next(counter) in steps else update(self, closure)
+        torch.optim.AdamW.step = lambda self, closure=None: (
+            (closure(), None)[1] if next(counter) in steps else update(self, closure)
+        )
     else:
         trainer.FineTuning.training_step = training_step
 
@@ -134,12 +152,21 @@ def terminate_last_rank(step, rank):
 @pytest.mark.parametrize("kind", ["dropout", "fp16"])
 def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     """2 steps, Ctrl-C or a closed terminal while the metrics are written, and the other 4: bit for bit the uninterrupted run."""
-    flags = ["--precision", "fp16"] if kind == "fp16" else ["--peft", "lora", "--peft_config", "r=5,dropout=0.3"]
+    flags = (
+        ["--precision", "fp16"] if kind == "fp16" else ["--peft", "lora", "--peft_config", "r=5,dropout=0.3"]
+    )
     sabotage = large_scale if kind == "fp16" else None
     succeed(run("whole", *flags, sabotage=sabotage))
-    stop = functools.partial(at_file, "metrics.jsonl", 3, tmp_path / "parts",  # its first operation is its creation
-                             interrupt if kind == "dropout" else hang_up)
-    code, output = run("parts", *flags, sabotage=functools.partial(in_turn, sabotage, stop) if sabotage else stop)
+    stop = functools.partial(
+        at_file,
+        "metrics.jsonl",
+        3,
+        tmp_path / "parts",  # its first operation is its creation
+        interrupt if kind == "dropout" else hang_up,
+    )
+    code, output = run(
+        "parts", *flags, sabotage=functools.partial(in_turn, sabotage, stop) if sabotage else stop
+    )
     stopped = len(losses(tmp_path / "parts"))
     assert code == 130 and stopped < STEPS and "stopped, go on with --resume auto" in output, output
     output = succeed(run("parts", *flags, "--resume", "auto", sabotage=sabotage))
@@ -151,9 +178,12 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
     else:
         succeed(run("without", "--peft", "lora"))
         one, other = losses(tmp_path / "whole"), losses(tmp_path / "without")
-        assert all(abs(a - b) > 1e-6 for a, b in zip(one[1:], other[1:], strict=True)), "there are random numbers to go on with"
-    assert read_metadata(path)["recent_losses"] == losses(tmp_path / "whole"), "what spikes are judged by, of both sittings"
-
+        assert all(abs(a - b) > 1e-6 for a, b in zip(one[1:], other[1:], strict=True)), (
+            "there are random numbers to go on with"
+        )
+    assert read_metadata(path)["recent_losses"] == losses(tmp_path / "whole"), (
+        "what spikes are judged by, of both sittings"
+    )
 
 
 def test_other_processes_and_strategies_go_on(run, tmp_path):
@@ -165,11 +195,20 @@ def test_other_processes_and_strategies_go_on(run, tmp_path):
     code, output = run("parts", *two, "--strategy", "deepspeed_stage_2_offload", sabotage=stop)
     assert code == 130 and "no checkpoint in" in output, output
     code, output = run("parts", *flags, "--micro_bsz", "2", "--resume", "auto", sabotage=stop)
-    assert code == 130 and "strategy deepspeed_stage_2_offload -> auto, devices 2 -> 1: a step keeps its 4 rows, accumulate is 2" in output, output
+    assert (
+        code == 130
+        and "strategy deepspeed_stage_2_offload -> auto, devices 2 -> 1: a step keeps its 4 rows, accumulate is 2"
+        in output
+    ), output
     code, output = run("parts", *two, "--strategy", "ddp", sabotage=functools.partial(terminate_last_rank, 6))
     assert code == 130 and "stopped, go on with --resume auto: step 7 of 12" in output, output
-    for wrong, words in ((["--micro_bsz", "3"], "has 4 rows, which is not a multiple of micro_bsz x devices x num_nodes = 3"),
-                         (["--micro_bsz", "2", "--accumulate_grad_batches", "4"], "has 4 rows, now it has 8; drop --global_bsz")):
+    for wrong, words in (
+        (["--micro_bsz", "3"], "has 4 rows, which is not a multiple of micro_bsz x devices x num_nodes = 3"),
+        (
+            ["--micro_bsz", "2", "--accumulate_grad_batches", "4"],
+            "has 4 rows, now it has 8; drop --global_bsz",
+        ),
+    ):
         code, output = run("parts", *flags, *wrong, "--resume", "auto")
         assert code == 2 and words in output, output
     succeed(run("parts", *two, "--strategy", "deepspeed_stage_3_offload"))
@@ -181,19 +220,31 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(run, tmp_path):
     succeed(run("whole", *constant, "--epoch_count", "2"))
     succeed(run("parts", *constant))
     assert "6 steps -> 12: from here on the learning rate follows the schedule of 12 steps" in succeed(
-        run("parts", *constant, "--epoch_count", "2", "--resume", "auto"))
+        run("parts", *constant, "--epoch_count", "2", "--resume", "auto")
+    )
     same_run(tmp_path / "whole", tmp_path / "parts")
     assert "step-00000012.pth has all 6 steps already" in succeed(run("parts", *constant, "--resume", "auto"))
 
 
-@pytest.mark.parametrize("change, words", [("rows", "data file"), ("held", "held-out data"), ("base", "base file")])
+@pytest.mark.parametrize(
+    "change, words", [("rows", "data file"), ("held", "held-out data"), ("base", "base file")]
+)
 def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, words):
     """Files of the same names whose contents are others."""
     paths = {name: tmp_path / name for name in ("rows", "held", "base")}
     for name, source in (("rows", "rows.jsonl"), ("held", "rows.jsonl"), ("base", "base.pth")):
         shutil.copy(files / source, paths[name])
     paths["held"].write_text('{"text": "held out"}\n')
-    flags = ["--data_file", str(paths["rows"]), "--eval_file", str(paths["held"]), "--load_model", str(paths["base"]), "--eval_samples", "0"]
+    flags = [
+        "--data_file",
+        str(paths["rows"]),
+        "--eval_file",
+        str(paths["held"]),
+        "--load_model",
+        str(paths["base"]),
+        "--eval_samples",
+        "0",
+    ]
     succeed(run("run", *flags, "--epoch_steps", "1"))
     if change == "base":
         tensors = read_checkpoint(files / "base.pth")
@@ -202,7 +253,10 @@ def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, wor
     else:
         paths[change].write_text(paths[change].read_text() + '{"text": "one more"}\n')
     code, output = run("run", *flags, "--epoch_steps", "2", "--resume", "auto")
-    assert code == 2 and f"error: --resume auto: the {words} is not the one that the run began with; put it back" in output, output
+    assert (
+        code == 2
+        and f"error: --resume auto: the {words} is not the one that the run began with; put it back" in output
+    ), output
     assert len(losses(tmp_path / "run")) == 1
 
 
@@ -212,16 +266,32 @@ def test_a_run_does_not_go_on_with_other_files(run, files, tmp_path, change, wor
 def check_files(proj_dir):
     """What carries its final name is whole."""
     for path in list_checkpoints(str(proj_dir / "checkpoints")):
-        assert read_metadata(path)["step"] and all(tensor.isfinite().all() for tensor in read_checkpoint(path).values())
+        assert read_metadata(path)["step"] and all(
+            tensor.isfinite().all() for tensor in read_checkpoint(path).values()
+        )
     if (proj_dir / "adapter.pth").exists():
-        assert read_metadata(proj_dir / "adapter.pth")["step"] >= 1 and read_checkpoint(proj_dir / "adapter.pth")
+        assert read_metadata(proj_dir / "adapter.pth")["step"] >= 1 and read_checkpoint(
+            proj_dir / "adapter.pth"
+        )
     return list_checkpoints(str(proj_dir / "checkpoints"))
 
 
 # (file, the how-manieth of its operations in a process that goes on): write, rename, clean up
 MOMENTS = [
-    ("config.yaml", 1), ("config.yaml", 2), ("metrics.jsonl", 2), ("metrics.jsonl", 3), ("adapter.pth", 1), ("adapter.pth", 2),
-    ("adapter.pth", 3), ("step-", 1), ("step-", 2), ("step-", 3), ("step-00000001.pth", 1), ("loss.png", 2), ("run_card.md", 2), ("run.json", 2),
+    ("config.yaml", 1),
+    ("config.yaml", 2),
+    ("metrics.jsonl", 2),
+    ("metrics.jsonl", 3),
+    ("adapter.pth", 1),
+    ("adapter.pth", 2),
+    ("adapter.pth", 3),
+    ("step-", 1),
+    ("step-", 2),
+    ("step-", 3),
+    ("step-00000001.pth", 1),
+    ("loss.png", 2),
+    ("run_card.md", 2),
+    ("run.json", 2),
 ]
 
 
@@ -239,7 +309,9 @@ def test_killed_at_every_kind_of_moment(run, tmp_path):
         check_files(proj_dir)
     assert "nothing to train" in succeed(run("parts", *flags))
     same_run(tmp_path / "whole", proj_dir)
-    assert {path.name for path in proj_dir.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in proj_dir.iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
     assert os.listdir(proj_dir / "checkpoints") == ["step-00000006.pth"]
     assert json.loads((proj_dir / "run.json").read_text())["steps"] == STEPS
 
@@ -249,10 +321,26 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
     flags = ["--save_steps", "1", "--resume", "auto"]
     proj_dir = tmp_path / "parts"
     before = []
-    for file, number in (("config.yaml", 1), ("metrics.jsonl", 2), ("metrics.jsonl", 3), ("adapter.pth", 1), ("step-", 1), ("step-", 2),
-                         ("step-00000001.pth", 1), ("loss.png", 1), ("run.json", 2)):
-        code, output = run("parts", *flags, sabotage=functools.partial(at_file, file, number, proj_dir, disk_full))
-        assert code == 2 and output.count("error: ") == 1 and "Traceback" not in output and "No space left" in output, f"{file}: {output}"
+    for file, number in (
+        ("config.yaml", 1),
+        ("metrics.jsonl", 2),
+        ("metrics.jsonl", 3),
+        ("adapter.pth", 1),
+        ("step-", 1),
+        ("step-", 2),
+        ("step-00000001.pth", 1),
+        ("loss.png", 1),
+        ("run.json", 2),
+    ):
+        code, output = run(
+            "parts", *flags, sabotage=functools.partial(at_file, file, number, proj_dir, disk_full)
+        )
+        assert (
+            code == 2
+            and output.count("error: ") == 1
+            and "Traceback" not in output
+            and "No space left" in output
+        ), f"{file}: {output}"
         assert not list(proj_dir.rglob("*.tmp"))
         after = check_files(proj_dir)
         assert after[-1:] >= before[-1:]
@@ -267,9 +355,20 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):
 def test_signals_while_a_checkpoint_is_written(run, tmp_path):
     """One: the next step is the last. Two: the program ends at once; the checkpoint before stays."""
     proj_dir = tmp_path / "run"
-    code, output = run("run", "--save_steps", "2", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt))
-    assert code == 130 and [os.path.basename(path) for path in check_files(proj_dir)] == ["step-00000003.pth"], output
-    code, output = run("run", "--save_steps", "2", "--resume", "auto", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt_twice))
+    code, output = run(
+        "run", "--save_steps", "2", sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt)
+    )
+    assert code == 130 and [os.path.basename(path) for path in check_files(proj_dir)] == [
+        "step-00000003.pth"
+    ], output
+    code, output = run(
+        "run",
+        "--save_steps",
+        "2",
+        "--resume",
+        "auto",
+        sabotage=functools.partial(at_file, "step-", 2, proj_dir, interrupt_twice),
+    )
     assert code and "Traceback" not in output, output
     assert os.listdir(proj_dir / "checkpoints") == ["step-00000003.pth"]
     succeed(run("whole"))
@@ -303,8 +402,10 @@ def pause(change, tell, go, rank):
 
 def contents(folder):
     """Relative path -> (bytes, time of the last change) of all files, and of the folders the times."""
-    return {str(path.relative_to(folder)): (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns)
-            for path in [folder, *folder.rglob("*")]}
+    return {
+        str(path.relative_to(folder)): (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns)
+        for path in [folder, *folder.rglob("*")]
+    }
 
 
 @pytest.mark.parametrize("moment", ["rows.jsonl", "run.json"])
@@ -345,7 +446,12 @@ def test_only_leftovers_of_the_run_itself_are_removed(run, tmp_path):
     proj_dir = tmp_path / "run"
     (proj_dir / "checkpoints").mkdir(parents=True)
     own = ["adapter.pth.0123abcd.tmp", "best.pth.0123abcd.tmp", "checkpoints/step-00000001.pth.0123abcd.tmp"]
-    others = ["merged.pth.0123abcd.tmp", "adapter.pth.mine.tmp", "step-00000001.pth.0123abcd.tmp", "checkpoints/mine.pth.0123abcd.tmp"]
+    others = [
+        "merged.pth.0123abcd.tmp",
+        "adapter.pth.mine.tmp",
+        "step-00000001.pth.0123abcd.tmp",
+        "checkpoints/mine.pth.0123abcd.tmp",
+    ]
     for name in own + others:
         (proj_dir / name).touch()
     succeed(run("run", "--epoch_steps", "1"))
@@ -368,7 +474,9 @@ def test_what_is_put_back_is_not_worn_by_the_steps_that_follow():
     """A run may go back to a state several times: parameters, moments, counter of updates and buffers."""
     model = torch.nn.BatchNorm1d(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    run = types.SimpleNamespace(lightning_module=types.SimpleNamespace(model=model), optimizers=[optimizer], strategy=None)
+    run = types.SimpleNamespace(
+        lightning_module=types.SimpleNamespace(model=model), optimizers=[optimizer], strategy=None
+    )
 
     def step():
         optimizer.zero_grad()
@@ -402,15 +510,19 @@ TWO = ["--devices", "2", "--micro_bsz", "2", "--strategy"]
 FULL = ["--peft", "none", "--lr_init", "1e-3"]
 
 
-@pytest.mark.parametrize("kind, flags, undone", [
-    # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves step 3's, too
-    ("loss", ["--rollback_steps", "1"], [2, 3]),
-    ("gradient", ["--rollback_steps", "1"], [3]),
-    ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3]),
-    ("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3]),
-    ("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3]),
-    ("loss", [*FULL, "--save_steps", "1"], [3]),
-], ids=["loss", "gradient", "loss, ZeRO-2", "gradient, ZeRO-3", "gradient, DDP", "full training"])
+@pytest.mark.parametrize(
+    "kind, flags, undone",
+    [
+        # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves step 3's, too
+        ("loss", ["--rollback_steps", "1"], [2, 3]),
+        ("gradient", ["--rollback_steps", "1"], [3]),
+        ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3]),
+        ("gradient", ["--rollback_steps", "1", *TWO, "deepspeed_stage_3"], [3]),
+        ("gradient", ["--rollback_steps", "1", *TWO, "ddp"], [3]),
+        ("loss", [*FULL, "--save_steps", "1"], [3]),
+    ],
+    ids=["loss", "gradient", "loss, ZeRO-2", "gradient, ZeRO-3", "gradient, DDP", "full training"],
+)
 def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undone):
     """A NaN in step 4: the run equals one in which these updates (0-based) were not made, and the later steps are in their places."""
     full = FULL if "none" in flags else []
@@ -427,7 +539,9 @@ def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undon
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags, notes", [(["--rollback_steps", "1"], 3), (["--rollback_steps", "0"], 0), (FULL, 0)])
+@pytest.mark.parametrize(
+    "flags, notes", [(["--rollback_steps", "1"], 3), (["--rollback_steps", "0"], 0), (FULL, 0)]
+)
 def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
     code, output = run("run", *flags, sabotage=functools.partial(spoil, "loss", range(2, 99)))
     assert code == 2 and output.count("note: the loss is nan") == notes and "Traceback" not in output, output
@@ -438,7 +552,9 @@ def test_a_run_that_stays_broken_stops(run, tmp_path, flags, notes):
 def test_a_short_run_without_any_finite_loss_is_an_error(run, tmp_path):
     """It is over before it has gone back too often."""
     code, output = run("run", "--epoch_steps", "2", sabotage=functools.partial(spoil, "loss", range(2)))
-    assert code == 2 and "error: no step of the run had a finite loss" in output and "Traceback" not in output, output
+    assert (
+        code == 2 and "error: no step of the run had a finite loss" in output and "Traceback" not in output
+    ), output
 
 
 def test_noise_is_no_spike():
@@ -454,6 +570,8 @@ def test_a_bound_is_made_of_the_median_and_the_deviation_from_it():
     keeper.losses.extend([1.0, 1.2] * 9 + [1.0])
     assert keeper.fault(99.0) is None and keeper.fault(math.inf) == "the loss is inf"
     keeper.losses.append(1.2)
-    assert keeper.fault(1.5447) is None and "above 1.5448, the bound by --spike_sigmas" in keeper.fault(1.5449)
+    assert keeper.fault(1.5447) is None and "above 1.5448, the bound by --spike_sigmas" in keeper.fault(
+        1.5449
+    )
     keeper.sigmas = 0.0
     assert keeper.fault(99.0) is None

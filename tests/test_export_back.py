@@ -21,7 +21,9 @@ from .conftest import close, make_arch, random_tensors
 from .test_export_gguf import CONVERSATIONS, arch_of, saved
 
 pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
-safetensors = pytest.importorskip("safetensors", reason="the extra convert is absent: pip install safetensors")
+safetensors = pytest.importorskip(
+    "safetensors", reason="the extra convert is absent: pip install safetensors"
+)
 METADATA = {"tokenizer": "bytes", "eod": "", "template": "think", "note": "kept ☃"}
 
 
@@ -49,7 +51,9 @@ def there_and_back(path, to, kind=""):
 def test_there_and_back_is_the_same_file(tmp_path, version, dtype):
     saved(tmp_path / "m.pth", released(version), dtype, METADATA)
     kinds = ["F32", "BF16"] if dtype == torch.bfloat16 else ["F32"]
-    for to, kind in [("gguf", kind) for kind in kinds] + [("safetensors", "")] + [("hf", "")] * (version == 7):
+    for to, kind in (
+        [("gguf", kind) for kind in kinds] + [("safetensors", "")] + [("hf", "")] * (version == 7)
+    ):
         _, back, told = there_and_back(tmp_path / "m.pth", to, kind)
         assert back.read_bytes() == (tmp_path / "m.pth").read_bytes() and told.notes == [], (to, kind)
 
@@ -57,18 +61,36 @@ def test_there_and_back_is_the_same_file(tmp_path, version, dtype):
 @pytest.mark.parametrize("to", ["gguf", "hf", "safetensors"])
 def test_odd_files_come_back_as_they_were(tmp_path, to):
     """Mixed dtypes, squeezed vectors, another order, no value residual in block 0, and no metadata."""
-    tensors = {name: t for name, t in random_tensors(released(7)).items() if not name.startswith("blocks.0.att.v") or "value" in name}
-    tensors["emb.weight"], tensors["head.weight"] = tensors["emb.weight"].half(), tensors["head.weight"].double()
-    tensors["blocks.1.att.x_r"], tensors["blocks.1.att.w0"] = tensors["blocks.1.att.x_r"].flatten(), tensors["blocks.1.att.w0"].flatten()
+    tensors = {
+        name: t
+        for name, t in random_tensors(released(7)).items()
+        if not name.startswith("blocks.0.att.v") or "value" in name
+    }
+    tensors["emb.weight"], tensors["head.weight"] = (
+        tensors["emb.weight"].half(),
+        tensors["head.weight"].double(),
+    )
+    tensors["blocks.1.att.x_r"], tensors["blocks.1.att.w0"] = (
+        tensors["blocks.1.att.x_r"].flatten(),
+        tensors["blocks.1.att.w0"].flatten(),
+    )
     tensors = dict(sorted(tensors.items(), reverse=True))
     write_checkpoint(tmp_path / "m.pth", tensors.items())
-    export(tmp_path / "m.pth", tmp_path / "there", to, "F32" if to == "gguf" else "", "auto" if to == "safetensors" else "none")
+    export(
+        tmp_path / "m.pth",
+        tmp_path / "there",
+        to,
+        "F32" if to == "gguf" else "",
+        "auto" if to == "safetensors" else "none",
+    )
     told = export(tmp_path / "there", tmp_path / "back.pth", "pth")
     back = read_checkpoint(tmp_path / "back.pth")
     assert list(back) == list(tensors) and read_metadata(tmp_path / "back.pth") is None
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape, name
-        assert torch.equal(back[name], tensor if to != "gguf" or name != "head.weight" else tensor.float().double()), name
+        assert torch.equal(
+            back[name], tensor if to != "gguf" or name != "head.weight" else tensor.float().double()
+        ), name
     assert len(told.notes) == (to == "gguf")  # no fp64 there
 
 
@@ -78,15 +100,24 @@ def test_what_gguf_does_not_keep_is_said(tmp_path):
     told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
     assert "tensors, emb.weight first, were rounded in the export" in told.notes[0]
     back = read_checkpoint(tmp_path / "back.pth")
-    assert all(torch.equal(back[name], t if t.squeeze().dim() < 2 or name.endswith("r_k") else t.bfloat16().float()) for name, t in tensors.items())
+    assert all(
+        torch.equal(back[name], t if t.squeeze().dim() < 2 or name.endswith("r_k") else t.bfloat16().float())
+        for name, t in tensors.items()
+    )
     saved(tmp_path / "m.pth", arch_of(7), torch.bfloat16)  # the value residual's rank, 24, is above a's, 12
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "BF16", "none")
     assert "which no runtime reads, is cut to a's rank" in told.notes[-1]
     told = export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
     assert "its last columns are zeros" in told.notes[0]
     before, back = read_checkpoint(tmp_path / "m.pth"), read_checkpoint(tmp_path / "back.pth")
-    assert [name for name in before if not torch.equal(before[name], back[name])] == ["blocks.0.att.v1", "blocks.0.att.v2"]
-    assert torch.equal(back["blocks.0.att.v1"][:, :12], before["blocks.0.att.v1"][:, :12]) and not back["blocks.0.att.v1"][:, 12:].any()
+    assert [name for name in before if not torch.equal(before[name], back[name])] == [
+        "blocks.0.att.v1",
+        "blocks.0.att.v2",
+    ]
+    assert (
+        torch.equal(back["blocks.0.att.v1"][:, :12], before["blocks.0.att.v1"][:, :12])
+        and not back["blocks.0.att.v1"][:, 12:].any()
+    )
 
 
 def test_quantised_files_are_no_way_back(tmp_path):
@@ -107,8 +138,14 @@ def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, v
         told = export(tmp_path / to, tmp_path / "back.pth", "pth")
         back = read_checkpoint(tmp_path / "back.pth")
         assert "another program wrote this" in told.notes[-1]
-        wanted = {name: t for name, t in tensors.items() if to == "safetensors" or name not in [f"blocks.0.att.v{i}" for i in range(3)]}
-        assert list(back) == list(wanted) and all(torch.equal(back[name].to(t.dtype), t) for name, t in wanted.items())
+        wanted = {
+            name: t
+            for name, t in tensors.items()
+            if to == "safetensors" or name not in [f"blocks.0.att.v{i}" for i in range(3)]
+        }
+        assert list(back) == list(wanted) and all(
+            torch.equal(back[name].to(t.dtype), t) for name, t in wanted.items()
+        )
         assert back["ln_out.bias"].dtype == (torch.float32 if to == "gguf" else torch.bfloat16)
 
 
@@ -119,7 +156,10 @@ def test_safetensors_are_read_by_the_package(tmp_path):
     export(tmp_path / "m.pth", tmp_path / "m.safetensors", "safetensors")
     with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert set(file.keys()) == tensors.keys() and file.metadata()["format"] == "pt"
-        assert all(torch.equal(file.get_tensor(name), t) and file.get_tensor(name).dtype == t.dtype for name, t in tensors.items())
+        assert all(
+            torch.equal(file.get_tensor(name), t) and file.get_tensor(name).dtype == t.dtype
+            for name, t in tensors.items()
+        )
     export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
     assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
 
@@ -160,18 +200,26 @@ def test_the_folders_tokenizer_and_template(tmp_path, rwkv7_hf):
     export(tmp_path / "m.pth", tmp_path / "hf", "hf")
     theirs, ours = rwkv7_hf.RWKV7Tokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer("world", 65536)
     draw = random.Random(0)
-    texts = ["<|endoftext|> x <|padding|>", "Grüße\n\n世界 🌍\r\n\t ", "'\"\\"] + [bytes(draw.choices(range(128), k=40)).decode() for _ in range(50)]
+    texts = ["<|endoftext|> x <|padding|>", "Grüße\n\n世界 🌍\r\n\t ", "'\"\\"] + [
+        bytes(draw.choices(range(128), k=40)).decode() for _ in range(50)
+    ]
     for text in texts:
-        assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text, text
+        assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text, (
+            text
+        )
     assert theirs.eos_token_id == theirs.pad_token_id == 0
     assert theirs.chat_template == rwkv_jinja("think-short")
     messages = CONVERSATIONS[3][0]
-    assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).endswith("User: d think a bit\n\nAssistant: <think")
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).endswith(
+        "User: d think a bit\n\nAssistant: <think"
+    )
 
 
 def test_a_tokenizer_json_is_in_the_folder(tmp_path):
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "?": 3}, unk_token="?"))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2, "?": 3}, unk_token="?")
+    )
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.add_special_tokens(["</s>"])
     inner.save(str(tmp_path / "t.json"))
@@ -183,8 +231,15 @@ def test_a_tokenizer_json_is_in_the_folder(tmp_path):
 
 def test_the_folder_says_what_it_lacks(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7))
-    assert "rwkv7-hf has none like utf16" in export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="utf16").notes[0]
-    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["block_0_value_residual.safetensors", "config.json", "model.safetensors"]
+    assert (
+        "rwkv7-hf has none like utf16"
+        in export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="utf16").notes[0]
+    )
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == [
+        "block_0_value_residual.safetensors",
+        "config.json",
+        "model.safetensors",
+    ]
     (tmp_path / "hf" / "block_0_value_residual.safetensors").unlink()
     assert "which nothing reads, is zero" in export(tmp_path / "hf", tmp_path / "back.pth", "pth").notes[0]
 
@@ -214,12 +269,16 @@ def test_a_folder_of_several_files(tmp_path):
 # refusals
 
 
-@pytest.mark.parametrize("to,version,sizes,message", [
-    ("hf", 6, {}, "with the eps of the layers, 1e-5; RWKV-6 has 64e-5"),
-    ("hf", 7, {"head_size": 32, "n_head": 4}, "scale ln_x's eps with the head size, here to 32e-5"),
-    ("hf", 7, {"head_size": 128, "n_head": 1}, "here to 128e-5"),
-    ("pth", 7, {}, "is a checkpoint already"), ("ggml", 7, {}, "--to 'ggml' is unknown; choose one of: gguf, hf, safetensors, pth"),
-])
+@pytest.mark.parametrize(
+    "to,version,sizes,message",
+    [
+        ("hf", 6, {}, "with the eps of the layers, 1e-5; RWKV-6 has 64e-5"),
+        ("hf", 7, {"head_size": 32, "n_head": 4}, "scale ln_x's eps with the head size, here to 32e-5"),
+        ("hf", 7, {"head_size": 128, "n_head": 1}, "here to 128e-5"),
+        ("pth", 7, {}, "is a checkpoint already"),
+        ("ggml", 7, {}, "--to 'ggml' is unknown; choose one of: gguf, hf, safetensors, pth"),
+    ],
+)
 def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, message):
     saved(tmp_path / "m.pth", arch_of(version, **sizes))
     with pytest.raises(UserError, match=message):
@@ -227,11 +286,20 @@ def test_forms_that_would_be_wrong_are_refused(tmp_path, to, version, sizes, mes
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
 
 
-@pytest.mark.parametrize("to,flags,message", [
-    ("hf", {"kind": "F32"}, "--type F32 is for gguf; hf has the checkpoint's own dtypes"), ("safetensors", {"kind": "BF16"}, "--type BF16"),
-    ("safetensors", {"tokenizer": "bytes"}, "are for gguf and hf; safetensors holds all tensors and no tokenizer"),
-    ("pth", {"drop_state": True}, "are for gguf and hf; pth"), ("pth", {"template": "think"}, "are for gguf and hf"),
-])
+@pytest.mark.parametrize(
+    "to,flags,message",
+    [
+        ("hf", {"kind": "F32"}, "--type F32 is for gguf; hf has the checkpoint's own dtypes"),
+        ("safetensors", {"kind": "BF16"}, "--type BF16"),
+        (
+            "safetensors",
+            {"tokenizer": "bytes"},
+            "are for gguf and hf; safetensors holds all tensors and no tokenizer",
+        ),
+        ("pth", {"drop_state": True}, "are for gguf and hf; pth"),
+        ("pth", {"template": "think"}, "are for gguf and hf"),
+    ],
+)
 def test_flags_that_would_do_nothing_are_refused(tmp_path, to, flags, message):
     with pytest.raises(UserError, match=message):
         export(tmp_path / "m.pth", tmp_path / "out", to, **flags)
@@ -270,19 +338,33 @@ def changed(key, value):
     return read
 
 
-@pytest.mark.parametrize("key,value,message", [
-    ("general.architecture", "llama", "a GGUF file of 'llama', expected rwkv6 or rwkv7"),
-    ("rwkv7.block_count", 10**9, "block_count is 1000000000, expected a number from 1 to 4096"),
-    ("rwkv7.block_count", 3, "lacks blk.2."), ("rwkv7.block_count", 1, "has the unknown blk.1."),
-    ("rwkv7.wkv.head_size", 0, "wkv.head_size is 0"), ("rwkv7.wkv.head_size", 60, "its shapes do not fit"),
-    ("rwkv7.attention.layer_norm_epsilon", float("nan"), "has layers with an eps of nan"),
-    ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1099511627776]}, "metadata": null}', "a size that no tensor has"),
-    ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1, 1, 1, 1, 1]}, "metadata": null}', "a size that no tensor has"),
-    ("rwkv7.attention.layer_norm_epsilon", 1e-6, "has layers with an eps of 1e-06; RWKV's is 1e-05"),
-    ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1e999]}, "metadata": null}', "can't be read"),
-    ("rwkv7.rescale_every_n_layers", 6, "halved every 6 layers"),
-    ("rwkv_miss.checkpoint", "{", "can't be read"), ("rwkv_miss.checkpoint", '{"tensors": {}, "metadata": null}', "not in both"),
-])
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("general.architecture", "llama", "a GGUF file of 'llama', expected rwkv6 or rwkv7"),
+        ("rwkv7.block_count", 10**9, "block_count is 1000000000, expected a number from 1 to 4096"),
+        ("rwkv7.block_count", 3, "lacks blk.2."),
+        ("rwkv7.block_count", 1, "has the unknown blk.1."),
+        ("rwkv7.wkv.head_size", 0, "wkv.head_size is 0"),
+        ("rwkv7.wkv.head_size", 60, "its shapes do not fit"),
+        ("rwkv7.attention.layer_norm_epsilon", float("nan"), "has layers with an eps of nan"),
+        (
+            "rwkv_miss.checkpoint",
+            '{"tensors": {"x": ["float32", 1099511627776]}, "metadata": null}',
+            "a size that no tensor has",
+        ),
+        (
+            "rwkv_miss.checkpoint",
+            '{"tensors": {"x": ["float32", 1, 1, 1, 1, 1]}, "metadata": null}',
+            "a size that no tensor has",
+        ),
+        ("rwkv7.attention.layer_norm_epsilon", 1e-6, "has layers with an eps of 1e-06; RWKV's is 1e-05"),
+        ("rwkv_miss.checkpoint", '{"tensors": {"x": ["float32", 1e999]}, "metadata": null}', "can't be read"),
+        ("rwkv7.rescale_every_n_layers", 6, "halved every 6 layers"),
+        ("rwkv_miss.checkpoint", "{", "can't be read"),
+        ("rwkv_miss.checkpoint", '{"tensors": {}, "metadata": null}', "not in both"),
+    ],
+)
 def test_keys_that_cannot_be(tmp_path, monkeypatch, key, value, message):
     saved(tmp_path / "m.pth", released(7))
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
@@ -296,12 +378,16 @@ def test_a_gguf_file_that_claims_more_than_it_holds(tmp_path):
     saved(tmp_path / "m.pth", released(7))
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
     content = (tmp_path / "m.gguf").read_bytes()
-    tensor = content.index(b"token_embd.weight") + len("token_embd.weight")  # then 4 bytes, how many dimensions; 8 each; 4, the type; 8
+    tensor = content.index(b"token_embd.weight") + len(
+        "token_embd.weight"
+    )  # then 4 bytes, how many dimensions; 8 each; 4, the type; 8
     for place, value, message in (
         (8, 2**40, "a count of 1,099,511,627,776"),
-        (24, 2**40, "a text of 1,099,511,627,776 bytes"), (24, 2**22, "4,194,304 bytes are announced where"),
+        (24, 2**40, "a text of 1,099,511,627,776 bytes"),
+        (24, 2**22, "4,194,304 bytes are announced where"),
         (tensor + 4, 2**63, "'token_embd.weight' of .* lies outside of the file"),
-        (tensor + 12, 0, "lies outside"), (tensor + 24, 2**62, "lies outside"),
+        (tensor + 12, 0, "lies outside"),
+        (tensor + 24, 2**62, "lies outside"),
         (tensor + 12, len(content) // 300, "or lie over each other"),
     ):
         data = bytearray(content)
@@ -316,8 +402,12 @@ def test_a_folder_that_would_compute_something_else_or_claims_too_much(tmp_path)
     export(tmp_path / "m.pth", tmp_path / "hf", "hf", tokenizer="none")
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
-    for change, message in (({"head_dim": 32}, "heads of 32 and an eps of 1e-05"), ({"norm_eps": 1e-6}, "heads of 64 and an eps of 1e-06"),
-                            ({"model_type": "llama"}, "a folder of 'llama'"), ({"num_hidden_layers": 3}, "lacks model.layers.2.")):
+    for change, message in (
+        ({"head_dim": 32}, "heads of 32 and an eps of 1e-05"),
+        ({"norm_eps": 1e-6}, "heads of 64 and an eps of 1e-06"),
+        ({"model_type": "llama"}, "a folder of 'llama'"),
+        ({"num_hidden_layers": 3}, "lacks model.layers.2."),
+    ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             export(tmp_path / "hf", tmp_path / "back.pth", "pth")
@@ -334,9 +424,15 @@ def test_a_folder_that_would_compute_something_else_or_claims_too_much(tmp_path)
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("pipe", "is no regular file"), ("none", "does not exist"), (".", "is a folder without config.json")):
+    for name, message in (
+        ("pipe", "is no regular file"),
+        ("none", "does not exist"),
+        (".", "is a folder without config.json"),
+    ):
         with pytest.raises(UserError, match=message):
-            export(tmp_path / name, tmp_path / "m.gguf", "gguf") if name != "." else export(tmp_path, tmp_path / "b.pth", "pth")
+            export(tmp_path / name, tmp_path / "m.gguf", "gguf") if name != "." else export(
+                tmp_path, tmp_path / "b.pth", "pth"
+            )
     with pytest.raises(UserError, match="none.gguf does not exist"):
         export(tmp_path / "none.gguf", tmp_path / "b.pth", "pth")
 
@@ -345,7 +441,9 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_what_is_no_float_does_not_come_back(tmp_path, dtype):
     from safetensors.torch import save_file
 
-    save_file({name: t.to(dtype) for name, t in random_tensors(arch_of(7)).items()}, tmp_path / "m.safetensors")
+    save_file(
+        {name: t.to(dtype) for name, t in random_tensors(arch_of(7)).items()}, tmp_path / "m.safetensors"
+    )
     with pytest.raises(UserError, match="expected one of float64, float32, bfloat16, float16"):
         export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
 
@@ -371,7 +469,9 @@ def test_a_gguf_tensor_that_comes_twice(tmp_path):
     saved(tmp_path / "m.pth", released(7))
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
     content = (tmp_path / "m.gguf").read_bytes()
-    (tmp_path / "m.gguf").write_bytes(content.replace(b"blk.1.attn_norm_2.bias", b"blk.0.attn_norm_2.bias", 1))
+    (tmp_path / "m.gguf").write_bytes(
+        content.replace(b"blk.1.attn_norm_2.bias", b"blk.0.attn_norm_2.bias", 1)
+    )
     with pytest.raises(UserError, match="tensors come twice"):
         export(tmp_path / "m.gguf", tmp_path / "back.pth", "pth")
 
@@ -400,19 +500,26 @@ def test_mutated_files_are_refused_or_read(tmp_path):
     saved(tmp_path / "m.pth", make_arch(7, 1, 64, 64, 16), metadata=METADATA)
     draw, refused, files = random.Random(0), 0, {}
     for to in ("gguf", "safetensors", "hf"):
-        export(tmp_path / "m.pth", tmp_path / f"m.{to}", to, tokenizer="auto" if to == "safetensors" else "none")
+        export(
+            tmp_path / "m.pth", tmp_path / f"m.{to}", to, tokenizer="auto" if to == "safetensors" else "none"
+        )
         path = tmp_path / "m.hf" / "config.json" if to == "hf" else tmp_path / f"m.{to}"
         files[tmp_path / f"m.{to}"] = path, path.read_bytes()
     for _ in range(120):
         for model, (path, content) in files.items():
-            data, place = bytearray(content), draw.randrange(min(len(content), draw.choice([100, 6000, len(content)])))
+            data, place = (
+                bytearray(content),
+                draw.randrange(min(len(content), draw.choice([100, 6000, len(content)]))),
+            )
             change = draw.randrange(3)
             if change == 0:
                 data = data[:place]
             elif change == 1:
                 data[place] ^= 1 << draw.randrange(8)
             else:
-                data[place : place + 8] = struct.pack("<Q", draw.choice([0, 1, 2**31, 2**40, 2**63, 2**64 - 1]))
+                data[place : place + 8] = struct.pack(
+                    "<Q", draw.choice([0, 1, 2**31, 2**40, 2**63, 2**64 - 1])
+                )
             path.write_bytes(data)
             try:
                 export(model, tmp_path / "back.pth", "pth")
@@ -428,7 +535,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     saved(tmp_path / "m.pth", arch, torch.bfloat16)
     largest = 65536 * 384 * 2
     for to in ("hf", "safetensors", "gguf"):
-        work = lambda: export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")  # noqa: B023, E731
+        work = lambda: export(
+            tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none"
+        )  # noqa: B023, E731
         assert peak_above_start(work) < 0.3 * largest, to
         peak = peak_above_start(lambda: export(tmp_path / to, tmp_path / "back.pth", "pth"))  # noqa: B023
         assert peak < 1.3 * largest, f"{to}: {peak:,} bytes"

@@ -54,13 +54,20 @@ def expected(t, version):
     norms = {"token_embd_norm": "blocks.0.ln0", "output_norm": "ln_out"}
     for i in range(2):
         b, a, f = f"blk.{i}.", f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        norms |= {b + "attn_norm": f"blocks.{i}.ln1", b + "attn_norm_2": f"blocks.{i}.ln2", b + "time_mix_ln": a + "ln_x"}
+        norms |= {
+            b + "attn_norm": f"blocks.{i}.ln1",
+            b + "attn_norm_2": f"blocks.{i}.ln2",
+            b + "time_mix_ln": a + "ln_x",
+        }
         for name in ("receptance", "key", "value", "output"):
             p[f"{b}time_mix_{name}.weight"] = "L", t[f"{a}{name}.weight"]
         p[b + "channel_mix_key.weight"] = "L", t[f + "key.weight"]
         p[b + "channel_mix_value.weight"] = "L", t[f + "value.weight"]
         if version == 7:
-            p[b + "time_mix_lerp_fused.weight"] = "V", torch.stack([t[a + name] for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")])
+            p[b + "time_mix_lerp_fused.weight"] = (
+                "V",
+                torch.stack([t[a + name] for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")]),
+            )
             p[b + "channel_mix_lerp_k.weight"] = "V", t[f + "x_k"].flatten()
             for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k"):
                 p[f"{b}time_mix_{name}.weight"] = "V", t[a + name].flatten()
@@ -80,7 +87,11 @@ def expected(t, version):
             p[b + "time_mix_first.weight"] = "V", t[a + "time_faaaa"]
             p[b + "channel_mix_lerp_k.weight"] = "V", t[f + "time_maa_k"].flatten()
             p[b + "channel_mix_lerp_r.weight"] = "V", t[f + "time_maa_r"].flatten()
-    p |= {f"{key}.{part}": ("V", t[f"{norm}.{part}"]) for key, norm in norms.items() for part in ("weight", "bias")}
+    p |= {
+        f"{key}.{part}": ("V", t[f"{norm}.{part}"])
+        for key, norm in norms.items()
+        for part in ("weight", "bias")
+    }
     return p
 
 
@@ -91,7 +102,10 @@ def test_every_tensor_is_there_and_no_other(tmp_path, version, kind):
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", kind, "bytes")
     _, got = read(tmp_path / "m.gguf")
     if version == 7:  # block 0 needs a value residual of a's rank; nothing reads it
-        tensors |= {"blocks.0.att.v1": tensors["blocks.0.att.v1"][:, :12], "blocks.0.att.v2": tensors["blocks.0.att.v2"][:12]}
+        tensors |= {
+            "blocks.0.att.v1": tensors["blocks.0.att.v1"][:, :12],
+            "blocks.0.att.v2": tensors["blocks.0.att.v2"][:12],
+        }
     want = expected(tensors, version)
     assert got.keys() == want.keys()
     for name, (role, values) in want.items():
@@ -116,23 +130,44 @@ def test_keys(tmp_path, version):
     keys, _ = read(tmp_path / "my model.gguf")
     of_version = {
         6: {"time_mix_extra_dim": 20, "time_decay_extra_dim": 24, "rescale_every_n_layers": 0},
-        7: {"attention.decay_lora_rank": 8, "attention.iclr_lora_rank": 12, "attention.value_residual_mix_lora_rank": 24,
-            "attention.gate_lora_rank": 16},
+        7: {
+            "attention.decay_lora_rank": 8,
+            "attention.iclr_lora_rank": 12,
+            "attention.value_residual_mix_lora_rank": 24,
+            "attention.gate_lora_rank": 16,
+        },
     }[version]
-    sizes = {"context_length": 1048576, "embedding_length": 128, "block_count": 2, "feed_forward_length": 160, "attention.head_count": 0,
-             "wkv.head_size": 64, "vocab_size": 256, **of_version}
+    sizes = {
+        "context_length": 1048576,
+        "embedding_length": 128,
+        "block_count": 2,
+        "feed_forward_length": 160,
+        "attention.head_count": 0,
+        "wkv.head_size": 64,
+        "vocab_size": 256,
+        **of_version,
+    }
     got = {name: value for name, value in keys.items() if not name.startswith(("GGUF.", "rwkv_miss."))}
     eps = got.pop(f"rwkv{version}.attention.layer_norm_epsilon")
     assert eps == np.float32(1e-5)
-    assert got == {"general.architecture": f"rwkv{version}", "general.name": "m", "general.file_type": 7, "tokenizer.ggml.model": "none",
-                   **{f"rwkv{version}.{name}": value for name, value in sizes.items()}}
+    assert got == {
+        "general.architecture": f"rwkv{version}",
+        "general.name": "m",
+        "general.file_type": 7,
+        "tokenizer.ggml.model": "none",
+        **{f"rwkv{version}.{name}": value for name, value in sizes.items()},
+    }
 
 
 def test_the_rank_of_a_single_layers_value_residual(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7, n_layer=1))
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
     keys, tensors = read(tmp_path / "m.gguf")
-    assert keys["rwkv7.attention.value_residual_mix_lora_rank"] == 12 == len(tensors["blk.0.time_mix_v1.weight"][1])
+    assert (
+        keys["rwkv7.attention.value_residual_mix_lora_rank"]
+        == 12
+        == len(tensors["blk.0.time_mix_v1.weight"][1])
+    )
 
 
 def test_block_0_without_a_value_residual_gets_one(tmp_path):
@@ -144,16 +179,28 @@ def test_block_0_without_a_value_residual_gets_one(tmp_path):
 
 
 def test_the_world_vocabulary(tmp_path):
-    saved(tmp_path / "m.pth", dataclasses.replace(arch_of(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536), torch.bfloat16)
+    saved(
+        tmp_path / "m.pth",
+        dataclasses.replace(arch_of(7), n_embd=64, n_head=1, dim_att=64, vocab_size=65536),
+        torch.bfloat16,
+    )
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     keys, _ = gguf_reader.read(tmp_path / "m.gguf")  # the package takes seconds for as many
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     table = load_tokenizer("world", 65536).table
     assert len(tokens) == len(types) == 65536 and len(table) == 65530
-    assert all(ast.literal_eval(f'b"""{text}"""' if text[-1:] != '"' else f"b'{text}'") == table[i] for i, text in enumerate(tokens) if 0 < i < 65530)
+    assert all(
+        ast.literal_eval(f'b"""{text}"""' if text[-1:] != '"' else f"b'{text}'") == table[i]
+        for i, text in enumerate(tokens)
+        if 0 < i < 65530
+    )
     assert (tokens[0], types[0]) == (r"\xff<s>", 3) and set(types[1:65530]) == {1}
     assert tokens[65530:] == [rf"\xff[PAD{i}]" for i in range(65530, 65536)] and types[65530:] == [5] * 6
-    assert {name: keys[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot")} == {"bos": 0, "eos": 0, "eot": 261}
+    assert {name: keys[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot")} == {
+        "bos": 0,
+        "eos": 0,
+        "eot": 261,
+    }
     assert table[261] == b"\n\n" and keys["tokenizer.ggml.model"] == "rwkv" and "rwkv7.vocab_size" not in keys
     assert keys["tokenizer.chat_template"] == rwkv_jinja("rwkv")
 
@@ -162,19 +209,34 @@ def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
     saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "eod": "", "template": "think"})
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     keys, _ = read(tmp_path / "m.gguf")
-    assert len(keys["tokenizer.ggml.tokens"]) == 256 and keys["tokenizer.ggml.tokens"][0] == r"\x00" and set(keys["tokenizer.ggml.token_type"]) == {1}
-    assert keys["tokenizer.chat_template"] == rwkv_jinja("think") and "tokenizer.ggml.eot_token_id" not in keys
+    assert (
+        len(keys["tokenizer.ggml.tokens"]) == 256
+        and keys["tokenizer.ggml.tokens"][0] == r"\x00"
+        and set(keys["tokenizer.ggml.token_type"]) == {1}
+    )
+    assert (
+        keys["tokenizer.chat_template"] == rwkv_jinja("think") and "tokenizer.ggml.eot_token_id" not in keys
+    )
     assert not any("newline" in note for note in told.notes)
 
 
 def test_a_thinking_model_does_not_end_at_the_blank_lines_of_its_thoughts(tmp_path):
     (tmp_path / "v.txt").write_text("1 'a' 1\n2 '\\n' 1\n3 '\\n\\n' 2\n")
     for template, eot in (("rwkv", 3), ("fake-think", 3), ("think-short", None)):
-        saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": str(tmp_path / "v.txt"), "template": template})
+        saved(
+            tmp_path / "m.pth",
+            arch_of(7),
+            metadata={"tokenizer": str(tmp_path / "v.txt"), "template": template},
+        )
         told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
         keys, _ = read(tmp_path / "m.gguf")
-        assert keys.get("tokenizer.ggml.eot_token_id") == eot and any("thoughts hold blank lines" in note for note in told.notes) == (eot is None)
-        assert keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"] and keys["tokenizer.ggml.token_type"][4] == 5
+        assert keys.get("tokenizer.ggml.eot_token_id") == eot and any(
+            "thoughts hold blank lines" in note for note in told.notes
+        ) == (eot is None)
+        assert (
+            keys["tokenizer.ggml.tokens"][:4] == [r"\xff<s>", "a", r"\n", r"\n\n"]
+            and keys["tokenizer.ggml.token_type"][4] == 5
+        )
 
 
 def test_a_tokenizer_without_a_form_is_left_out_loudly(tmp_path):
@@ -194,7 +256,11 @@ def test_the_users_own_template_is_in_the_file_without_its_marks_of_training(tmp
     kept = read(tmp_path / "m.gguf")[0]["tokenizer.chat_template"]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     assert "generation" not in kept
-    assert JinjaTemplate("kept", kept, "E")._render(messages) == JinjaTemplate("own", template, "E")._render(messages) == "<user>hi.E<assistant>ho.E"
+    assert (
+        JinjaTemplate("kept", kept, "E")._render(messages)
+        == JinjaTemplate("own", template, "E")._render(messages)
+        == "<user>hi.E<assistant>ho.E"
+    )
 
 
 def user(text):
@@ -206,14 +272,44 @@ def assistant(text, **more):
 
 
 CONVERSATIONS = [
-    ([], None), ([user("Hi")], None), ([user("<think>?"), assistant(" yes\n")], None),
-    ([{"role": "system", "content": " Be\r\n\r\nbrief. \n"}, user("a\n\n\nb\n \n\nc"), assistant("x\n\ny "), user("d")], None),
+    ([], None),
+    ([user("Hi")], None),
+    ([user("<think>?"), assistant(" yes\n")], None),
+    (
+        [
+            {"role": "system", "content": " Be\r\n\r\nbrief. \n"},
+            user("a\n\n\nb\n \n\nc"),
+            assistant("x\n\ny "),
+            user("d"),
+        ],
+        None,
+    ),
     ([user("q"), assistant("<think>\nhmm\n\nhm</think>\n\nfour")], None),
-    ([user("q"), assistant("four", reasoning_content=" 2+2 \n"), user("and?"), assistant("five", reasoning="1+4")], None),
-    ([user("q"), assistant("<think> a </think> b </think> c")], None), ([user("q"), assistant("<think> never")], None),
-    ([user("q"), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": {"x": "<é>", "y": [1, 2.5, None, True]}}}]),
-      {"role": "tool", "content": "3"}, assistant("ok", tool_calls=[{"name": "g", "arguments": '{"a": 1}'}])],
-     [{"type": "function", "function": {"name": "f", "description": "it's"}}]),
+    (
+        [
+            user("q"),
+            assistant("four", reasoning_content=" 2+2 \n"),
+            user("and?"),
+            assistant("five", reasoning="1+4"),
+        ],
+        None,
+    ),
+    ([user("q"), assistant("<think> a </think> b </think> c")], None),
+    ([user("q"), assistant("<think> never")], None),
+    (
+        [
+            user("q"),
+            assistant(
+                None,
+                tool_calls=[
+                    {"function": {"name": "f", "arguments": {"x": "<é>", "y": [1, 2.5, None, True]}}}
+                ],
+            ),
+            {"role": "tool", "content": "3"},
+            assistant("ok", tool_calls=[{"name": "g", "arguments": '{"a": 1}'}]),
+        ],
+        [{"type": "function", "function": {"name": "f", "description": "it's"}}],
+    ),
 ]
 
 
@@ -236,13 +332,26 @@ def test_the_jinja_template_is_rwkvs(name):
     assert refused == {"rwkv": 0, "fake-think": 8}.get(name, 2)
 
 
-@pytest.mark.parametrize("version,sizes,kind,message", [
-    (7, {"n_embd": 64, "head_size": 32, "n_head": 2}, "F32", "heads of 32 would load in llama.cpp and compute something else"),
-    (7, {"n_embd": 96, "head_size": 96, "n_head": 1}, "F32", "heads of 96 would load"),
-    (6, {"dim_att": 64, "n_head": 1}, "F32", "64 wide in all and the model 128"),
-    (6, {"dim_ffn": 168}, "Q8_0", "Q8_0 needs rows of a multiple of 32, the ffn is 168"),
-    (6, {"n_embd": 72, "head_size": 72, "n_head": 1}, "Q4_0", "Q4_0 needs rows of a multiple of 32, the width is 72"),
-])
+@pytest.mark.parametrize(
+    "version,sizes,kind,message",
+    [
+        (
+            7,
+            {"n_embd": 64, "head_size": 32, "n_head": 2},
+            "F32",
+            "heads of 32 would load in llama.cpp and compute something else",
+        ),
+        (7, {"n_embd": 96, "head_size": 96, "n_head": 1}, "F32", "heads of 96 would load"),
+        (6, {"dim_att": 64, "n_head": 1}, "F32", "64 wide in all and the model 128"),
+        (6, {"dim_ffn": 168}, "Q8_0", "Q8_0 needs rows of a multiple of 32, the ffn is 168"),
+        (
+            6,
+            {"n_embd": 72, "head_size": 72, "n_head": 1},
+            "Q4_0",
+            "Q4_0 needs rows of a multiple of 32, the width is 72",
+        ),
+    ],
+)
 def test_what_llama_cpp_would_compute_wrongly_is_refused(tmp_path, version, sizes, kind, message):
     arch = dataclasses.replace(arch_of(version), **sizes)
     arch = dataclasses.replace(arch, dim_att=arch.n_head * arch.head_size)
@@ -257,16 +366,28 @@ def test_heads_that_only_cpus_run_are_told_of(tmp_path):
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", "none")
     assert "heads of 32: llama.cpp runs them on a CPU; its CUDA kernels" in told.notes[0]
     saved(tmp_path / "m.pth", arch_of(6))
-    assert not any("CUDA" in note for note in export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", "none").notes)
+    assert not any(
+        "CUDA" in note
+        for note in export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", "F32", "none").notes
+    )
 
 
-@pytest.mark.parametrize("change,message", [
-    (lambda t: t.update({"blocks.0.att.key.miss": torch.ones(4, 128)}), "has the unknown blocks.0.att.key.miss"),
-    (lambda t: t.pop("blocks.1.att.v1"), "lacks blocks.1.att.v1"),
-    (lambda t: t.update({"head.weight": t["head.weight"] * torch.nan}), "head.weight holds NaN"),
-    (lambda t: t.update({"ln_out.bias": torch.ones(128, dtype=torch.int8)}), "ln_out.bias is int8"),
-    (lambda t: t.update({f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)}), "has an initial state"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            lambda t: t.update({"blocks.0.att.key.miss": torch.ones(4, 128)}),
+            "has the unknown blocks.0.att.key.miss",
+        ),
+        (lambda t: t.pop("blocks.1.att.v1"), "lacks blocks.1.att.v1"),
+        (lambda t: t.update({"head.weight": t["head.weight"] * torch.nan}), "head.weight holds NaN"),
+        (lambda t: t.update({"ln_out.bias": torch.ones(128, dtype=torch.int8)}), "ln_out.bias is int8"),
+        (
+            lambda t: t.update({f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)}),
+            "has an initial state",
+        ),
+    ],
+)
 def test_what_is_no_merged_model_is_refused(tmp_path, change, message):
     tensors = random_tensors(arch_of(7))
     change(tensors)
@@ -277,7 +398,10 @@ def test_what_is_no_merged_model_is_refused(tmp_path, change, message):
 
 
 def test_an_adapter_and_the_checkpoint_of_a_run_are_refused(tmp_path):
-    told = {"--resume auto": {"format": RUN_FORMAT, "step": 3}, "is an adapter": {"format": ADAPTER_FORMAT, "base": "b.pth"}}
+    told = {
+        "--resume auto": {"format": RUN_FORMAT, "step": 3},
+        "is an adapter": {"format": ADAPTER_FORMAT, "base": "b.pth"},
+    }
     for message, metadata in told.items():
         write_checkpoint(tmp_path / "m.pth", {"x": torch.ones(2)}.items(), metadata)
         with pytest.raises(UserError, match=message):
@@ -285,10 +409,14 @@ def test_an_adapter_and_the_checkpoint_of_a_run_are_refused(tmp_path):
 
 
 def test_an_initial_state_is_left_out_when_told_to(tmp_path):
-    tensors = random_tensors(arch_of(7)) | {f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)}
+    tensors = random_tensors(arch_of(7)) | {
+        f"blocks.{i}.att.time_state": torch.ones(2, 64, 64) for i in range(2)
+    }
     write_checkpoint(tmp_path / "m.pth", tensors.items())
     told = export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none", drop_state=True)
-    assert told.notes[0].startswith("2 initial states left out") and not any("state" in name for name in read(tmp_path / "m.gguf")[1])
+    assert told.notes[0].startswith("2 initial states left out") and not any(
+        "state" in name for name in read(tmp_path / "m.gguf")[1]
+    )
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
@@ -316,7 +444,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 def test_the_program(tmp_path, capsys, monkeypatch):
     saved(tmp_path / "m.pth", arch_of(7))
-    argv = ["--model", str(tmp_path / "m.pth"), "--out", str(tmp_path / "m.gguf"), "--to", "gguf", "--tokenizer", "bytes"]
+    argv = [
+        "--model",
+        str(tmp_path / "m.pth"),
+        "--out",
+        str(tmp_path / "m.gguf"),
+        "--to",
+        "gguf",
+        "--tokenizer",
+        "bytes",
+    ]
     program.main([*argv, "--type", "Q8_0"])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/m.gguf: GGUF Q8_0, RWKV-7, 2 layers, width 128")
     program.main(argv)

@@ -25,7 +25,9 @@ LOST = {"BF16": (7e-5, 0.9), "Q8_0": (1e-3, 0.85), "Q4_0": (0.1, 0.4)}
 @pytest.fixture(scope="session")
 def library():
     if not llama.FOLDER.exists():
-        pytest.skip(f"LLAMA.CPP ABSENT ({llama.FOLDER}): python -m benchmarks.llama fetches it; GGUF is not checked against it")
+        pytest.skip(
+            f"LLAMA.CPP ABSENT ({llama.FOLDER}): python -m benchmarks.llama fetches it; GGUF is not checked against it"
+        )
     return llama.load_library()
 
 
@@ -64,8 +66,17 @@ def odd(version, **sizes):
     return dataclasses.replace(arch, dim_ffn=160, ranks=ranks, **sizes)
 
 
-@pytest.mark.parametrize("version,sizes", [(6, {}), (7, {}), (7, {"head_size": 128, "n_head": 1}), (6, {"head_size": 16, "n_head": 8}),
-                                           (7, {"n_layer": 1}), (7, {"layer0_value_residual": False})])
+@pytest.mark.parametrize(
+    "version,sizes",
+    [
+        (6, {}),
+        (7, {}),
+        (7, {"head_size": 128, "n_head": 1}),
+        (6, {"head_size": 16, "n_head": 8}),
+        (7, {"n_layer": 1}),
+        (7, {"layer0_value_residual": False}),
+    ],
+)
 def test_random_models(tmp_path, library, version, sizes):
     path = tmp_path / "m.pth"
     write_checkpoint(path, random_tensors(odd(version, **sizes)).items())
@@ -80,7 +91,11 @@ def test_random_models(tmp_path, library, version, sizes):
 
 def test_a_model_of_bytes_end_to_end(tmp_path, library):
     path = tmp_path / "m.pth"
-    write_checkpoint(path, random_tensors(dataclasses.replace(odd(7), vocab_size=256)).items(), {"tokenizer": "bytes", "template": "rwkv"})
+    write_checkpoint(
+        path,
+        random_tensors(dataclasses.replace(odd(7), vocab_size=256)).items(),
+        {"tokenizer": "bytes", "template": "rwkv"},
+    )
     export(path, tmp_path / "m.gguf", "gguf", "F32")
     model, ours = llama.Llama(library, tmp_path / "m.gguf"), RWKV.load(path, torch.float64)
     text = "Grüße,\n\n<s> 世界 \x00\x7f!"
@@ -106,25 +121,57 @@ def world(tmp_path_factory, library):
 def test_tokens_are_worlds(world):
     ours, draw = load_tokenizer("world", 65536), random.Random(0)
     vocabulary = [text for piece in ours.table.values() if (text := piece.decode(errors="ignore"))]
-    texts = ["<s>", "[PAD65530]", "a <s> b\n\nc", "<|endoftext|>", "it's \"q\" \\n \\x41 \\", "你好，世界 🌍", "\x00\x01\x7f", "\u00ff\ufffd",
-             "\r\n\t  x", "User: hi\n\nAssistant:", "\\xff[PAD65530]"]
+    texts = [
+        "<s>",
+        "[PAD65530]",
+        "a <s> b\n\nc",
+        "<|endoftext|>",
+        'it\'s "q" \\n \\x41 \\',
+        "你好，世界 🌍",
+        "\x00\x01\x7f",
+        "\u00ff\ufffd",
+        "\r\n\t  x",
+        "User: hi\n\nAssistant:",
+        "\\xff[PAD65530]",
+    ]
     texts += ["".join(draw.choices(vocabulary, k=draw.randint(1, 30))) for _ in range(300)]
-    texts += ["".join(chr(draw.choice([draw.randrange(32, 127), draw.randrange(0xA0, 0xD800), draw.randrange(0x10000, 0x20000)]))
-                      for _ in range(draw.randint(1, 40))) for _ in range(100)]
+    texts += [
+        "".join(
+            chr(
+                draw.choice(
+                    [draw.randrange(32, 127), draw.randrange(0xA0, 0xD800), draw.randrange(0x10000, 0x20000)]
+                )
+            )
+            for _ in range(draw.randint(1, 40))
+        )
+        for _ in range(100)
+    ]
     for text in texts:
         ids = ours.encode(text)
-        assert world.encode(text) == ids and world.encode(text, special=True) == ids and world.decode(ids) == text.encode(), text
+        assert (
+            world.encode(text) == ids
+            and world.encode(text, special=True) == ids
+            and world.decode(ids) == text.encode()
+        ), text
     assert [token for token in range(65536) if world.ends(token)] == [0, 261]
-    assert world.encode("\\xff<s>") == ours.encode("\\xff<s>")  # only a program that looks for control tokens in it finds token 0 here
+    assert world.encode("\\xff<s>") == ours.encode(
+        "\\xff<s>"
+    )  # only a program that looks for control tokens in it finds token 0 here
 
 
 def test_llama_cpps_own_function_knows_the_chat_template(world):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hello  there\n"}, {"role": "assistant", "content": "Hi. "},
-                {"role": "user", "content": "A\nB"}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Hello  there\n"},
+        {"role": "assistant", "content": "Hi. "},
+        {"role": "user", "content": "A\nB"},
+    ]
     for count in (1, 2, 4):
         ask = messages[count - 1]["role"] == "user"
         want = "".join(text for text, _ in RwkvTemplate("rwkv").segments(messages[:count], ask=ask))
-        assert world.chat(messages[:count], ask) == want + ("" if ask else "\n\n")  # the function ends every turn
+        assert world.chat(messages[:count], ask) == want + (
+            "" if ask else "\n\n"
+        )  # the function ends every turn
 
 
 def test_another_file_is_not_loaded(tmp_path, library):

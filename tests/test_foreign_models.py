@@ -80,7 +80,10 @@ def test_a_tied_head_that_is_trained_has_both_names_in_the_merged_file(by_parame
     model.head.requires_grad_(True)
     train(model, ids)
     same_everywhere(model, base, ids, tmp_path)
-    content, metadata = torch.load(tmp_path / "adapter.pth", weights_only=True), rwkv_miss.read_metadata(tmp_path / "adapter.pth")
+    content, metadata = (
+        torch.load(tmp_path / "adapter.pth", weights_only=True),
+        rwkv_miss.read_metadata(tmp_path / "adapter.pth"),
+    )
     assert len(content) == 2 and len(metadata["tied"]) == 1, "it is there once"
     # a base that has one of the names keeps its keys
     tensors = {name: t for name, t in base.state_dict().items() if name != next(iter(metadata["tied"]))}
@@ -90,14 +93,20 @@ def test_a_tied_head_that_is_trained_has_both_names_in_the_merged_file(by_parame
 
 
 @pytest.mark.parametrize("to", ["peft", "lora", "rwkv-peft", "rwkv-lightning"])
-def test_other_projects_files_have_no_form_for_a_tensor_of_two_names_or_a_bias_beside_an_adapter(to, tmp_path):
-    for name, words in (("emb.weight", "emb.weight is trained as a whole, and head.weight is the same tensor"),
-                        ("key.bias", "key.bias is trained as a whole beside the linear's adapter")):
+def test_other_projects_files_have_no_form_for_a_tensor_of_two_names_or_a_bias_beside_an_adapter(
+    to, tmp_path
+):
+    for name, words in (
+        ("emb.weight", "emb.weight is trained as a whole, and head.weight is the same tensor"),
+        ("key.bias", "key.bias is trained as a whole beside the linear's adapter"),
+    ):
         model = Tied()
         rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
         model.get_parameter(name).requires_grad_(True)
         rwkv_miss.save_adapter(model, tmp_path / "a.pth")
-        with pytest.raises(rwkv_miss.UserError, match=f"{words}, which --to {to} has no form for; merge the adapter"):
+        with pytest.raises(
+            rwkv_miss.UserError, match=f"{words}, which --to {to} has no form for; merge the adapter"
+        ):
             convert(tmp_path / "a.pth", tmp_path / "out", to)
         assert not (tmp_path / "out").exists()
 
@@ -121,7 +130,10 @@ def test_a_name_of_a_tied_tensor_that_is_none_is_refused(tmp_path):
     model = Tied()
     rwkv_miss.inject(model, "miss", targets=["key"], rank=3)
     rwkv_miss.save_adapter(model, tmp_path / "a.pth", tied={"head.weight": ["emb.weight"]})
-    with pytest.raises(rwkv_miss.UserError, match="head.weight is tied to \"\\['emb.weight'\\]\", expected the name of a tensor"):
+    with pytest.raises(
+        rwkv_miss.UserError,
+        match="head.weight is tied to \"\\['emb.weight'\\]\", expected the name of a tensor",
+    ):
         rwkv_miss.load_adapter(Tied(), tmp_path / "a.pth")
 
 
@@ -136,7 +148,9 @@ def test_a_trained_view_of_another_parameter_takes_that_along(tmp_path):
     model[2].weight.requires_grad_(True)
     train(model, torch.randn(5, 6))
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
-    assert torch.equal(torch.load(tmp_path / "a.pth", weights_only=True)["1.weight"], model[1].weight) and not base[1].weight.equal(model[1].weight)
+    assert torch.equal(
+        torch.load(tmp_path / "a.pth", weights_only=True)["1.weight"], model[1].weight
+    ) and not base[1].weight.equal(model[1].weight)
 
 
 @pytest.mark.parametrize("whole", ["bias", "weight and bias"])
@@ -172,7 +186,9 @@ def test_statistics_of_batchnorm_are_saved_loaded_and_merged(tmp_path):
     base = copy.deepcopy(model)
     rwkv_miss.inject(model, "miss", targets=["0"], rank=2)
     rwkv_miss.save_adapter(model, tmp_path / "fresh.pth")
-    assert list(torch.load(tmp_path / "fresh.pth", weights_only=True)) == ["0.miss"], "they have not moved yet"
+    assert list(torch.load(tmp_path / "fresh.pth", weights_only=True)) == ["0.miss"], (
+        "they have not moved yet"
+    )
     same_everywhere(train(model, x), base, x, tmp_path)
 
 
@@ -196,14 +212,17 @@ def with_tensor(linear):
     return linear
 
 
-@pytest.mark.parametrize("make,words", [
-    (lambda: Doubled(4, 4), "Doubled has a forward of its own"),
-    (lambda: with_forward(nn.Linear(4, 4)), "Linear has a forward of its own"),
-    (lambda: with_hook(nn.Linear(4, 4)), "hooks are registered on it"),
-    (lambda: with_tensor(nn.Linear(4, 4)), r"tensors of its own \(scale\)"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "a parametrization"),
-    (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "weight_norm"),
-])
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda: Doubled(4, 4), "Doubled has a forward of its own"),
+        (lambda: with_forward(nn.Linear(4, 4)), "Linear has a forward of its own"),
+        (lambda: with_hook(nn.Linear(4, 4)), "hooks are registered on it"),
+        (lambda: with_tensor(nn.Linear(4, 4)), r"tensors of its own \(scale\)"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "a parametrization"),
+        (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "weight_norm"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_what_is_more_than_a_linear_is_refused_and_left_as_it_was(make, words):
     model = nn.Sequential(make(), nn.Linear(4, 4))
@@ -239,7 +258,11 @@ def plain_path():
 
 def test_linears_that_torch_reads_and_does_not_call_are_refused():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), 2)
-    for target, words in (("out_proj", "self_attn.out_proj belongs"), ("linear1", "set_fastpath_enabled"), ("linear2", "set_fastpath_enabled")):
+    for target, words in (
+        ("out_proj", "self_attn.out_proj belongs"),
+        ("linear1", "set_fastpath_enabled"),
+        ("linear2", "set_fastpath_enabled"),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=words):
             rwkv_miss.inject(model, targets=[target], rank=3)
     assert not adapted_linears(model)
@@ -262,7 +285,9 @@ def test_an_adapter_never_takes_the_place_of_a_model(tmp_path):
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", model.state_dict().items())
     before = (tmp_path / "base.pth").read_bytes()
     rwkv_miss.inject(model, targets=["0"], rank=2)
-    with pytest.raises(rwkv_miss.UserError, match="base.pth is there already, a checkpoint, and would be lost"):
+    with pytest.raises(
+        rwkv_miss.UserError, match="base.pth is there already, a checkpoint, and would be lost"
+    ):
         rwkv_miss.save_adapter(model, tmp_path / "base.pth")
     assert (tmp_path / "base.pth").read_bytes() == before
     for _ in range(2):
@@ -285,5 +310,6 @@ def test_parts_of_rwkv_are_trained_on(tmp_path):
     rwkv_miss.inject(model, "miss", rank=4, train_parts="head,ln")
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
     rwkv_miss.load_adapter(base, tmp_path / "a.pth")
-    assert ([name for name, p in base.named_parameters() if p.requires_grad]
-            == [name for name, p in model.named_parameters() if p.requires_grad])
+    assert [name for name, p in base.named_parameters() if p.requires_grad] == [
+        name for name, p in model.named_parameters() if p.requires_grad
+    ]

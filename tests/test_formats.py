@@ -20,7 +20,10 @@ from src.tokenizer import load_tokenizer
 from .test_binidx import write_binidx
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-CHATS = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "二🙂"}]}]
+CHATS = [
+    {"messages": CHAT},
+    {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "二🙂"}]},
+]
 ABSENT = "THE EXTRA data IS ABSENT: pip install pyarrow datasets"
 PAIRS = [{"question": "q", "answer": "a"}, {"question": "2", "answer": "二🙂"}]
 
@@ -32,7 +35,9 @@ def read(tmp_path, monkeypatch):
 
     def make(content, name="rows.jsonl", report=None, **reading):
         if not isinstance(content, bytes):
-            content = (content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)).encode()
+            content = (
+                content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+            ).encode()
         (tmp_path / name).write_bytes(content)
         return [row for _, row in read_rows(name, report, Reading(**reading))]
 
@@ -52,44 +57,135 @@ def turn(role, content, **more):
 # layouts
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"text": "t", "meta": {"a": [1]}}, {"text": "t"}),
-    ({"Text": "t", "messages": None}, {"text": "t"}),
-    ({"messages": CHAT}, CHAT),
-    ({"messages": [turn("developer", "s"), *CHAT]}, [turn("system", "s"), *CHAT]),
-    ({"messages": [turn("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]), CHAT[1]]}, [turn("user", "q!"), CHAT[1]]),
-    ({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, turn("tool", "5", tool_call_id=1), CHAT[1]]},
-     [CHAT[0], turn("assistant", "", tool_calls=[{"id": 1}]), turn("tool", "5", tool_call_id=1), CHAT[1]]),
-    ({"messages": [CHAT[0], {"role": "assistant", "content": None, "function_call": {"name": "f"}}, {"role": "function", "content": "5"}, CHAT[1]]},
-     [CHAT[0], turn("assistant", "", tool_calls=[{"function": {"name": "f"}}]), turn("tool", "5"), CHAT[1]]),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [turn("system", "s"), *CHAT]),
-    ({"conversations": [{"from": "system", "value": "own"}, {"from": "Human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
-     [turn("system", "own"), *CHAT]),
-    ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f"}, {"from": "observation", "value": "o"},
-                        {"from": "gpt", "value": "a"}]}, [CHAT[0], turn("assistant", "f"), turn("tool", "o"), CHAT[1]]),
-    ({"conversation": [{"human": "q", "assistant": "a"}, {"human": "q", "assistant": "a"}], "category": "x"}, [*CHAT, *CHAT]),
-    ({"instruction": "q", "input": "", "output": "a"}, CHAT), ({"instruction": "q", "input": None, "output": "a"}, CHAT),
-    ({"instruction": "q", "output": "a"}, CHAT), ({"instruction": "q", "input": "x", "output": "a"}, [turn("user", "q\nx"), CHAT[1]]),
-    ({"instruction": "q", "context": "x", "response": "a", "category": "c"}, [turn("user", "q\nx"), CHAT[1]]),
-    ({"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["1", "2"]]},
-     [turn("system", "s"), turn("user", "1"), turn("assistant", "2"), *CHAT]),
-    ({"question": "q", "answer": "a"}, CHAT), ({"Question": "q", "Response": "a"}, CHAT), ({"query": "q", "response": "a"}, CHAT),
-    ({"input": "q", "output": "a"}, CHAT), ({"prompt": "q", "response": "a"}, CHAT), ({"question": "q", "completion": "a"}, CHAT),
-    ({"system_prompt": "s", "question": "q", "response": "a", "id": 1}, [turn("system", "s"), *CHAT]),
-    ({"system": "", "user": "q", "assistant": "a"}, CHAT),
-    ({"prompt": "q", "completion": "a", "id": 7}, {"prompt": "q", "completion": "a"}),
-    ({"prompt": [CHAT[0]], "completion": [CHAT[1]]}, CHAT),
-    ({"messages": CHAT, "prompt": "q", "tools": [{"name": "f"}]}, {"messages": CHAT, "tools": [{"name": "f"}]}),
-    ({"conversations": CHAT, "tools": '[{"name": "f"}]'}, {"messages": CHAT, "tools": [{"name": "f"}]}),
-], ids=str)
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"text": "t", "meta": {"a": [1]}}, {"text": "t"}),
+        ({"Text": "t", "messages": None}, {"text": "t"}),
+        ({"messages": CHAT}, CHAT),
+        ({"messages": [turn("developer", "s"), *CHAT]}, [turn("system", "s"), *CHAT]),
+        (
+            {
+                "messages": [
+                    turn("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]),
+                    CHAT[1],
+                ]
+            },
+            [turn("user", "q!"), CHAT[1]],
+        ),
+        (
+            {
+                "messages": [
+                    CHAT[0],
+                    {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+                    turn("tool", "5", tool_call_id=1),
+                    CHAT[1],
+                ]
+            },
+            [
+                CHAT[0],
+                turn("assistant", "", tool_calls=[{"id": 1}]),
+                turn("tool", "5", tool_call_id=1),
+                CHAT[1],
+            ],
+        ),
+        (
+            {
+                "messages": [
+                    CHAT[0],
+                    {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+                    {"role": "function", "content": "5"},
+                    CHAT[1],
+                ]
+            },
+            [
+                CHAT[0],
+                turn("assistant", "", tool_calls=[{"function": {"name": "f"}}]),
+                turn("tool", "5"),
+                CHAT[1],
+            ],
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                "system": "s",
+            },
+            [turn("system", "s"), *CHAT],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "own"},
+                    {"from": "Human", "value": "q"},
+                    {"from": "gpt", "value": "a"},
+                ],
+                "system": "s",
+            },
+            [turn("system", "own"), *CHAT],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": "f"},
+                    {"from": "observation", "value": "o"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            [CHAT[0], turn("assistant", "f"), turn("tool", "o"), CHAT[1]],
+        ),
+        (
+            {
+                "conversation": [{"human": "q", "assistant": "a"}, {"human": "q", "assistant": "a"}],
+                "category": "x",
+            },
+            [*CHAT, *CHAT],
+        ),
+        ({"instruction": "q", "input": "", "output": "a"}, CHAT),
+        ({"instruction": "q", "input": None, "output": "a"}, CHAT),
+        ({"instruction": "q", "output": "a"}, CHAT),
+        ({"instruction": "q", "input": "x", "output": "a"}, [turn("user", "q\nx"), CHAT[1]]),
+        (
+            {"instruction": "q", "context": "x", "response": "a", "category": "c"},
+            [turn("user", "q\nx"), CHAT[1]],
+        ),
+        (
+            {"instruction": "q", "input": "", "output": "a", "system": "s", "history": [["1", "2"]]},
+            [turn("system", "s"), turn("user", "1"), turn("assistant", "2"), *CHAT],
+        ),
+        ({"question": "q", "answer": "a"}, CHAT),
+        ({"Question": "q", "Response": "a"}, CHAT),
+        ({"query": "q", "response": "a"}, CHAT),
+        ({"input": "q", "output": "a"}, CHAT),
+        ({"prompt": "q", "response": "a"}, CHAT),
+        ({"question": "q", "completion": "a"}, CHAT),
+        ({"system_prompt": "s", "question": "q", "response": "a", "id": 1}, [turn("system", "s"), *CHAT]),
+        ({"system": "", "user": "q", "assistant": "a"}, CHAT),
+        ({"prompt": "q", "completion": "a", "id": 7}, {"prompt": "q", "completion": "a"}),
+        ({"prompt": [CHAT[0]], "completion": [CHAT[1]]}, CHAT),
+        (
+            {"messages": CHAT, "prompt": "q", "tools": [{"name": "f"}]},
+            {"messages": CHAT, "tools": [{"name": "f"}]},
+        ),
+        ({"conversations": CHAT, "tools": '[{"name": "f"}]'}, {"messages": CHAT, "tools": [{"name": "f"}]}),
+    ],
+    ids=str,
+)
 def test_layouts(read, row, expected):
     assert read([row]) == [{"messages": expected} if isinstance(expected, list) else expected]
 
 
-@pytest.mark.parametrize("fields, expected", [
-    ("text", {"text": "t"}), ("notes", {"text": "n"}), ("dialogue", {"messages": CHAT}), ("q,r", {"messages": CHAT}),
-    ("r,q", {"messages": [turn("user", "a"), turn("assistant", "q")]}), ("q, notes, r", {"messages": [turn("user", "q\nn"), CHAT[1]]}),
-])
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ("text", {"text": "t"}),
+        ("notes", {"text": "n"}),
+        ("dialogue", {"messages": CHAT}),
+        ("q,r", {"messages": CHAT}),
+        ("r,q", {"messages": [turn("user", "a"), turn("assistant", "q")]}),
+        ("q, notes, r", {"messages": [turn("user", "q\nn"), CHAT[1]]}),
+    ],
+)
 def test_columns_by_name(read, fields, expected):
     row = {"text": "t", "notes": "n", "dialogue": CHAT, "q": "q", "r": "a", "question": "x", "answer": "y"}
     assert read([row], fields=Reading.of(Config(sft_field=fields)).fields) == [expected]
@@ -98,9 +194,16 @@ def test_columns_by_name(read, fields, expected):
 def test_columns_that_do_not_tell(read):
     row = {"text": "t", "question": "x", "answer": "y"}
     message = mistake(read, [row])
-    assert "line 1: the row has several layouts, choose one with --sft_field text or --sft_field question,answer; got keys" in message
-    assert "--sft_field txt: no column 'txt'; got keys ['answer', 'question', 'text']" in mistake(read, [row], fields=("txt",))
-    assert "expected 1 column (text or messages), 2 (question, answer) or 3" in mistake(read, [{c: c for c in "abcd"}], fields=tuple("abcd"))
+    assert (
+        "line 1: the row has several layouts, choose one with --sft_field text or --sft_field question,answer; got keys"
+        in message
+    )
+    assert "--sft_field txt: no column 'txt'; got keys ['answer', 'question', 'text']" in mistake(
+        read, [row], fields=("txt",)
+    )
+    assert "expected 1 column (text or messages), 2 (question, answer) or 3" in mistake(
+        read, [{c: c for c in "abcd"}], fields=tuple("abcd")
+    )
 
 
 # formats
@@ -116,25 +219,42 @@ def write_parquet(rows, name):
     parquet.write_table(pyarrow.Table.from_pylist(rows), name, row_group_size=1)
 
 
-@pytest.mark.parametrize("name, content, format", [
-    ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in PAIRS), "JSONL"),
-    ("rows.json", "".join(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in PAIRS), "JSONL"),
-    ("rows.txt", "".join(json.dumps(row) + "\n" for row in PAIRS), "JSONL"),
-    ("rows.json", json.dumps(PAIRS), "JSON"), ("rows.jsonl", json.dumps(PAIRS, indent=1), "JSON"),
-    ("rows", json.dumps({"version": "1", "tags": ["x"], "data": PAIRS, "n": {"m": []}}, indent=2), "JSON"),
-    ("rows.json", json.dumps({"data": PAIRS}), "JSON"),
-    ("rows.csv", csv_of(PAIRS, ","), "CSV"), ("rows.csv", csv_of(PAIRS, ";"), "CSV with ;"), ("rows.csv", csv_of(PAIRS, "\t"), "TSV"),
-    ("rows.tsv", csv_of(PAIRS, "\t"), "TSV"), ("rows", csv_of(PAIRS, ",").replace("\n", "\r\n"), "CSV"), ("rows.txt", csv_of(PAIRS, "\t"), "TSV"),
-    ("rows.parquet", None, "parquet"), ("rows", None, "parquet"),
-])
+@pytest.mark.parametrize(
+    "name, content, format",
+    [
+        ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in PAIRS), "JSONL"),
+        ("rows.json", "".join(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in PAIRS), "JSONL"),
+        ("rows.txt", "".join(json.dumps(row) + "\n" for row in PAIRS), "JSONL"),
+        ("rows.json", json.dumps(PAIRS), "JSON"),
+        ("rows.jsonl", json.dumps(PAIRS, indent=1), "JSON"),
+        (
+            "rows",
+            json.dumps({"version": "1", "tags": ["x"], "data": PAIRS, "n": {"m": []}}, indent=2),
+            "JSON",
+        ),
+        ("rows.json", json.dumps({"data": PAIRS}), "JSON"),
+        ("rows.csv", csv_of(PAIRS, ","), "CSV"),
+        ("rows.csv", csv_of(PAIRS, ";"), "CSV with ;"),
+        ("rows.csv", csv_of(PAIRS, "\t"), "TSV"),
+        ("rows.tsv", csv_of(PAIRS, "\t"), "TSV"),
+        ("rows", csv_of(PAIRS, ",").replace("\n", "\r\n"), "CSV"),
+        ("rows.txt", csv_of(PAIRS, "\t"), "TSV"),
+        ("rows.parquet", None, "parquet"),
+        ("rows", None, "parquet"),
+    ],
+)
 def test_the_same_rows_from_every_format(read, tmp_path, name, content, format):
     if content is None:
         write_parquet(PAIRS, name)
         files = {name: (tmp_path / name).read_bytes()}
     else:
-        files = {name: content.encode(), f"{name}.gz": gzip.compress(content.encode()),
-                 f"windows-{name}": content.encode("utf-8-sig"), f"old-windows-{name}": content.encode("utf-16"),
-                 f"wide-{name}": content.encode("utf-32")}
+        files = {
+            name: content.encode(),
+            f"{name}.gz": gzip.compress(content.encode()),
+            f"windows-{name}": content.encode("utf-8-sig"),
+            f"old-windows-{name}": content.encode("utf-16"),
+            f"wide-{name}": content.encode("utf-32"),
+        }
     for name, data in files.items():
         report = Report()
         assert read(data, name, report) == CHATS
@@ -142,9 +262,15 @@ def test_the_same_rows_from_every_format(read, tmp_path, name, content, format):
 
 
 def test_a_cell_may_hold_anything(read):
-    rows = read('id,question,answer\n1,"a ""b"", c\n\nd"," e "\n\n2,é,\n', report=(report := Report("skip")), name="rows.csv")
+    rows = read(
+        'id,question,answer\n1,"a ""b"", c\n\nd"," e "\n\n2,é,\n',
+        report=(report := Report("skip")),
+        name="rows.csv",
+    )
     assert rows == [{"messages": [turn("user", 'a "b", c\n\nd'), turn("assistant", " e ")]}]
-    assert report.files["rows.csv"].reasons == ["rows.csv, line 6: answer must be a non-empty string, got None"]
+    assert report.files["rows.csv"].reasons == [
+        "rows.csv, line 6: answer must be a non-empty string, got None"
+    ]
     assert report.lines()[0] == "format     rows.csv: CSV, 1 row, question -> answer; not used: id"
     long = "x" * 10_000_000
     assert read(f"text\n{long}\n", "rows.csv") == read([{"text": long}]) == [{"text": long}]
@@ -180,7 +306,9 @@ def test_rows_of_several_layouts(read):
     report = Report()
     rows = read([{"text": "t", "id": 1}, *PAIRS, {"messages": CHAT, "note": "x"}], report=report)
     assert rows == [{"text": "t"}, *CHATS, {"messages": CHAT}]
-    assert report.lines() == ["format     rows.jsonl: JSONL, 4 rows, question -> answer (2), text (1), messages (1); not used: id, note"]
+    assert report.lines() == [
+        "format     rows.jsonl: JSONL, 4 rows, question -> answer (2), text (1), messages (1); not used: id, note"
+    ]
     again = Found.from_json(json.loads(json.dumps(report.files["rows.jsonl"].to_json())))
     assert again == report.files["rows.jsonl"]
 
@@ -188,35 +316,79 @@ def test_rows_of_several_layouts(read):
 # mistakes
 
 
-@pytest.mark.parametrize("line, words", [
-    ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"), ("{'text': 'a'}", "not valid JSON"),
-    ('{"text": "a"} x', "not valid JSON (Extra data at column 15)"), ('{"text": "a', "not valid JSON (Unterminated string"),
-    ('{"text": "a\tb"}', "Invalid control character at column 12"), ('{"text": "a\0b"}', "Invalid control character"),
-    ('{"text": "a", "n": NaN}', "not valid JSON (NaN; write null)"), ('{"text": -Infinity}', "-Infinity; write null"),
-    ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"), ('{"m": {"a": 1, "a": 1}, "text": "a"}', "'a' stands twice"),
-    ("[" * 100_000, "nested too deeply"), ('{"text":' * 100_000, "nested too deeply"), ('{"text": ' + "1" * 5000 + "}", "not usable JSON"),
-    ('{"text": 5}', "text must be a non-empty string, got 5"), (r'{"text": "a\u0000b"}', "text: NUL is no text (character 2)"),
-    ('{"text": true}', "got True"), ('{"text": {"a": 1}}', "got {'a': 1}"), (r'{"text": "ab\udc00"}', "half a surrogate pair, '\\udc00', is no text"),
-    (b'{"text": "\xc3("}', "not UTF-8 text (invalid continuation byte at byte 11)"),
-    ("{\"text\": \"中文\"}".encode("gbk"), "if it is GBK: iconv -f GB18030 -t UTF-8"),
-    ("{\"text\": \"caf\u00e9\"}".encode("latin-1"), "; if it is Latin-1 or Windows-1252: iconv -f WINDOWS-1252 -t UTF-8"),
-    ("7", "got int"), ("null", "got NoneType"), ('"text"', "got str"), ("[]", "got list"), ("{}", "got keys []"),
-    ('{"question": "a"}', "expected one of"), ('{"question": "a", "answer": null}', "answer must be a non-empty string, got None"),
-    ('{"question": "a", "answer": 42}', "got 42"), ('{"question": "", "answer": "a"}', "question must be a non-empty string"),
-    ('{"question": "a", "answer": "b", "response": "c"}', "several layouts"), ('{"prompt": "a", "completion": [1]}', "completion must be"),
-    ('{"instruction": "a", "input": 0, "output": "b"}', "input must be a non-empty string, got 0"),
-    ('{"question": "a", "answer": "b", "history": [["a"]]}', "history must be a list of [question, answer] pairs"),
-    ('{"question": "a", "answer": "b", "system": 1}', "system must be"), ('{"messages": {"role": "user"}}', "non-empty list"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "got one of type 'image_url'"),
-    ('{"messages": [{"role": "user", "content": [{"type": "' + "x" * 5000 + '"}]}]}', "got one of type 'xxx"),
-    ('{"' + "k" * 5000 + '": 1, "' + "k" * 5000 + '": 2, "text": "a"}', "kk... stands twice in one object"),
-    ('{"messages": [{"role": "user", "content": ["a"]}]}', "got one of type 'str'"), ('{"messages": [null]}', "a message must be"),
-    (r'{"messages": [{"role": "assistant", "content": "\ud800"}]}', "content: half a surrogate pair"),
-    ('{"messages": [{"role": "assistant", "content": "a", "reasoning": 5}]}', "reasoning must be"),
-    ('{"messages": [{"role": "assistant", "content": "a", "tool_calls": {}}]}', "tool_calls must be a list, got {}"),
-    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}', "tools must be a list of objects"),
-    ('{"text": "' + "a" * 10_000_000, "not valid JSON (Unterminated"),
-], ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("{'text': 'a'}", "not valid JSON"),
+        ('{"text": "a"} x', "not valid JSON (Extra data at column 15)"),
+        ('{"text": "a', "not valid JSON (Unterminated string"),
+        ('{"text": "a\tb"}', "Invalid control character at column 12"),
+        ('{"text": "a\0b"}', "Invalid control character"),
+        ('{"text": "a", "n": NaN}', "not valid JSON (NaN; write null)"),
+        ('{"text": -Infinity}', "-Infinity; write null"),
+        ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
+        ('{"m": {"a": 1, "a": 1}, "text": "a"}', "'a' stands twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text":' * 100_000, "nested too deeply"),
+        ('{"text": ' + "1" * 5000 + "}", "not usable JSON"),
+        ('{"text": 5}', "text must be a non-empty string, got 5"),
+        (r'{"text": "a\u0000b"}', "text: NUL is no text (character 2)"),
+        ('{"text": true}', "got True"),
+        ('{"text": {"a": 1}}', "got {'a': 1}"),
+        (r'{"text": "ab\udc00"}', "half a surrogate pair, '\\udc00', is no text"),
+        (b'{"text": "\xc3("}', "not UTF-8 text (invalid continuation byte at byte 11)"),
+        ('{"text": "中文"}'.encode("gbk"), "if it is GBK: iconv -f GB18030 -t UTF-8"),
+        (
+            '{"text": "caf\u00e9"}'.encode("latin-1"),
+            "; if it is Latin-1 or Windows-1252: iconv -f WINDOWS-1252 -t UTF-8",
+        ),
+        ("7", "got int"),
+        ("null", "got NoneType"),
+        ('"text"', "got str"),
+        ("[]", "got list"),
+        ("{}", "got keys []"),
+        ('{"question": "a"}', "expected one of"),
+        ('{"question": "a", "answer": null}', "answer must be a non-empty string, got None"),
+        ('{"question": "a", "answer": 42}', "got 42"),
+        ('{"question": "", "answer": "a"}', "question must be a non-empty string"),
+        ('{"question": "a", "answer": "b", "response": "c"}', "several layouts"),
+        ('{"prompt": "a", "completion": [1]}', "completion must be"),
+        ('{"instruction": "a", "input": 0, "output": "b"}', "input must be a non-empty string, got 0"),
+        (
+            '{"question": "a", "answer": "b", "history": [["a"]]}',
+            "history must be a list of [question, answer] pairs",
+        ),
+        ('{"question": "a", "answer": "b", "system": 1}', "system must be"),
+        ('{"messages": {"role": "user"}}', "non-empty list"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "got one of type 'image_url'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "' + "x" * 5000 + '"}]}]}',
+            "got one of type 'xxx",
+        ),
+        (
+            '{"' + "k" * 5000 + '": 1, "' + "k" * 5000 + '": 2, "text": "a"}',
+            "kk... stands twice in one object",
+        ),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "got one of type 'str'"),
+        ('{"messages": [null]}', "a message must be"),
+        (r'{"messages": [{"role": "assistant", "content": "\ud800"}]}', "content: half a surrogate pair"),
+        ('{"messages": [{"role": "assistant", "content": "a", "reasoning": 5}]}', "reasoning must be"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "tool_calls": {}}]}',
+            "tool_calls must be a list, got {}",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}',
+            "tools must be a list of objects",
+        ),
+        ('{"text": "' + "a" * 10_000_000, "not valid JSON (Unterminated"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
 def test_a_bad_row_is_named_or_skipped_and_counted(read, line, words):
     line = line if isinstance(line, bytes) else line.encode()
     content = b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n'
@@ -224,8 +396,11 @@ def test_a_bad_row_is_named_or_skipped_and_counted(read, line, words):
     assert message.startswith("rows.jsonl, line 3: ") and words in message and len(message) < 700
     report = Report("skip")
     assert read(content, report=report) == [{"text": "a"}, {"text": "b"}]
-    assert report.lines() == ["format     rows.jsonl: JSONL, 2 rows, text",
-                              "warning    1 row cannot be used and is left out (--on_bad_row skip), such as:", f"    {message}"]
+    assert report.lines() == [
+        "format     rows.jsonl: JSONL, 2 rows, text",
+        "warning    1 row cannot be used and is left out (--on_bad_row skip), such as:",
+        f"    {message}",
+    ]
 
 
 def test_skipping_counts_and_shows_the_first_three(read):
@@ -233,56 +408,147 @@ def test_skipping_counts_and_shows_the_first_three(read):
     read("".join(f'{{"text": {n}}}\n' for n in range(5)) + '{"text": "a"}', report=report)
     first = [f"rows.jsonl, line {n + 1}: text must be a non-empty string, got {n}" for n in range(3)]
     assert report.bad == 5 and report.files["rows.jsonl"].reasons == first
-    assert report.lines()[1] == "warning    5 rows cannot be used and are left out (--on_bad_row skip), such as:"
-    assert "rows.jsonl (JSONL) holds no rows that can be used: all 2 are bad, such as rows.jsonl, line 1: " in mistake(
-        read, "{\n[\n", report=Report("skip"))
+    assert (
+        report.lines()[1] == "warning    5 rows cannot be used and are left out (--on_bad_row skip), such as:"
+    )
+    assert (
+        "rows.jsonl (JSONL) holds no rows that can be used: all 2 are bad, such as rows.jsonl, line 1: "
+        in mistake(read, "{\n[\n", report=Report("skip"))
+    )
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("rows.json", '[{"text": "a"},\n {"text": "b"', "rows.json, line 2: not valid JSON (Expecting ',' delimiter at column 14)"),
-    ("rows.json", '[{"text": "a"}\n {"text": "b"}]', "rows.json, line 2: not valid JSON (Expecting ',' at column 2)"),
-    ("rows.json", '[{"text": "a"},\n]', "rows.json, line 2: not valid JSON (Expecting value at column 1)"),
-    ("rows.json", '[{"text": "a"}]\n]', "rows.json, line 2: not valid JSON (Extra data at column 1)"),
-    ("rows.json", '{"data": [{"text": "a"}],\n "x": }', "rows.json, line 2: not valid JSON (Expecting value at column 7)"),
-    ("rows.json", '[{"text": "a"},\n{"text": "b", "text": "c"}]', "rows.json, line 2: the key 'text' stands twice in one object"),
-    ("rows.json", "[" * 100_000, "rows.json, line 1: not usable JSON: nested too deeply"),
-    ("rows.json", '{"a": [{"b": 1}],\n"c": [{"d": 1}]}', "rows.json, line 1: expected one of"),
-    ("rows.json", '[{"text": "a"},\n 5]', "rows.json, line 2: expected one of"),
-    ("rows.json", b'[{"text": "a"},\n{"text": "\xff"}]', "rows.json, line 2: not UTF-8 text (invalid start byte at byte 11)"),
-    ("rows.json", "text", "rows.json, line 1: not valid JSON (Expecting '[' at column 1)"),
-    ("rows.csv", "question,answer\na,b\nc\n", "rows.csv, line 3: the row has 1 cells, the header 2"),
-    ("rows.csv", 'question,answer\na,"b\nc\n', "rows.csv, line 2: not valid CSV (unexpected end of data)"),
-    ("rows.csv", 'question,answer\na,"b"c\n', "rows.csv, line 2: not valid CSV (',' expected after '\"')"),
-    ("rows.csv", "question,question\na,b\n", "rows.csv, line 1: the header has the column 'question' twice"),
-    ("rows.csv", ",".join(["k" * 5000] * 2) + ",text\na,b,c\n", "kk... twice"),
-    ("rows.csv", "a,b\nc,d\n", "rows.csv, line 2: expected one of"),
-    ("rows.csv", b"question,answer\na,b\xff\n", "rows.csv, line 2: not UTF-8 text (invalid start byte at byte 4)"),
-    ("rows.csv", "question,answer\n", "rows.csv (CSV) holds no rows"), ("rows.csv", "", "rows.csv (CSV) holds no rows"),
-    ("book.txt", b"a\nb \xe9\n", "book.txt, line 2: not UTF-8 text (unexpected end of data at byte 3)"),
-    ("book.txt", " \n", "book.txt (plain text, one document) holds no rows"),
-    ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), "rows.jsonl looks like UTF-16 without a byte order mark; save it as UTF-8"),
-    ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16-be"), "rows.jsonl looks like UTF-16 without a byte order mark; save it as UTF-8"),
-    ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16")[:-1], "data file rows.jsonl can't be read: not UTF-16 text ("),
-    ("rows.jsonl", b"\x28\xb5\x2f\xfd....", "rows.jsonl is packed (zstd); unpack it, or pack it with gzip"),
-    ("rows.jsonl", b"PK\x03\x04....", "rows.jsonl is packed (zip); unpack it, or pack it with gzip"),
-    ("base.pth", b"PK\x03\x04....", "base.pth is a model or an adapter, no data; a model goes to --load_model, --data_file takes text"),
-    ("base.gguf", b"GGUF....", "base.gguf is a model or an adapter, no data"),
-    ("rows.jsonl", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "data file rows.jsonl can't be read: the gzip file is truncated"),
-    ("rows.jsonl", gzip.compress(b'{"text": "a"}\n', mtime=0).replace(b"\x08\0", b"\x09\0", 1), "data file rows.jsonl can't be read: Unknown"),
-    ("rows.foo", "what is this", "rows.foo is of no known format; it begins with 'what is this'. Expected JSONL, JSON, CSV or TSV with"),
-    ("rows.bin", b"123", "data file rows.bin can't be read: binidx data are two files, and .idx or both are absent"),
-    ("rows.parquet", b"PAR1", "data file rows.parquet can't be read as parquet: "), ("rows.parquet", b"", "can't be read as parquet: "),
-], ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "rows.json",
+            '[{"text": "a"},\n {"text": "b"',
+            "rows.json, line 2: not valid JSON (Expecting ',' delimiter at column 14)",
+        ),
+        (
+            "rows.json",
+            '[{"text": "a"}\n {"text": "b"}]',
+            "rows.json, line 2: not valid JSON (Expecting ',' at column 2)",
+        ),
+        (
+            "rows.json",
+            '[{"text": "a"},\n]',
+            "rows.json, line 2: not valid JSON (Expecting value at column 1)",
+        ),
+        ("rows.json", '[{"text": "a"}]\n]', "rows.json, line 2: not valid JSON (Extra data at column 1)"),
+        (
+            "rows.json",
+            '{"data": [{"text": "a"}],\n "x": }',
+            "rows.json, line 2: not valid JSON (Expecting value at column 7)",
+        ),
+        (
+            "rows.json",
+            '[{"text": "a"},\n{"text": "b", "text": "c"}]',
+            "rows.json, line 2: the key 'text' stands twice in one object",
+        ),
+        ("rows.json", "[" * 100_000, "rows.json, line 1: not usable JSON: nested too deeply"),
+        ("rows.json", '{"a": [{"b": 1}],\n"c": [{"d": 1}]}', "rows.json, line 1: expected one of"),
+        ("rows.json", '[{"text": "a"},\n 5]', "rows.json, line 2: expected one of"),
+        (
+            "rows.json",
+            b'[{"text": "a"},\n{"text": "\xff"}]',
+            "rows.json, line 2: not UTF-8 text (invalid start byte at byte 11)",
+        ),
+        ("rows.json", "text", "rows.json, line 1: not valid JSON (Expecting '[' at column 1)"),
+        ("rows.csv", "question,answer\na,b\nc\n", "rows.csv, line 3: the row has 1 cells, the header 2"),
+        (
+            "rows.csv",
+            'question,answer\na,"b\nc\n',
+            "rows.csv, line 2: not valid CSV (unexpected end of data)",
+        ),
+        (
+            "rows.csv",
+            'question,answer\na,"b"c\n',
+            "rows.csv, line 2: not valid CSV (',' expected after '\"')",
+        ),
+        (
+            "rows.csv",
+            "question,question\na,b\n",
+            "rows.csv, line 1: the header has the column 'question' twice",
+        ),
+        ("rows.csv", ",".join(["k" * 5000] * 2) + ",text\na,b,c\n", "kk... twice"),
+        ("rows.csv", "a,b\nc,d\n", "rows.csv, line 2: expected one of"),
+        (
+            "rows.csv",
+            b"question,answer\na,b\xff\n",
+            "rows.csv, line 2: not UTF-8 text (invalid start byte at byte 4)",
+        ),
+        ("rows.csv", "question,answer\n", "rows.csv (CSV) holds no rows"),
+        ("rows.csv", "", "rows.csv (CSV) holds no rows"),
+        ("book.txt", b"a\nb \xe9\n", "book.txt, line 2: not UTF-8 text (unexpected end of data at byte 3)"),
+        ("book.txt", " \n", "book.txt (plain text, one document) holds no rows"),
+        (
+            "rows.jsonl",
+            '{"text": "a"}\n'.encode("utf-16-le"),
+            "rows.jsonl looks like UTF-16 without a byte order mark; save it as UTF-8",
+        ),
+        (
+            "rows.jsonl",
+            '{"text": "a"}\n'.encode("utf-16-be"),
+            "rows.jsonl looks like UTF-16 without a byte order mark; save it as UTF-8",
+        ),
+        (
+            "rows.jsonl",
+            '{"text": "a"}\n'.encode("utf-16")[:-1],
+            "data file rows.jsonl can't be read: not UTF-16 text (",
+        ),
+        (
+            "rows.jsonl",
+            b"\x28\xb5\x2f\xfd....",
+            "rows.jsonl is packed (zstd); unpack it, or pack it with gzip",
+        ),
+        ("rows.jsonl", b"PK\x03\x04....", "rows.jsonl is packed (zip); unpack it, or pack it with gzip"),
+        (
+            "base.pth",
+            b"PK\x03\x04....",
+            "base.pth is a model or an adapter, no data; a model goes to --load_model, --data_file takes text",
+        ),
+        ("base.gguf", b"GGUF....", "base.gguf is a model or an adapter, no data"),
+        (
+            "rows.jsonl",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
+            "data file rows.jsonl can't be read: the gzip file is truncated",
+        ),
+        (
+            "rows.jsonl",
+            gzip.compress(b'{"text": "a"}\n', mtime=0).replace(b"\x08\0", b"\x09\0", 1),
+            "data file rows.jsonl can't be read: Unknown",
+        ),
+        (
+            "rows.foo",
+            "what is this",
+            "rows.foo is of no known format; it begins with 'what is this'. Expected JSONL, JSON, CSV or TSV with",
+        ),
+        (
+            "rows.bin",
+            b"123",
+            "data file rows.bin can't be read: binidx data are two files, and .idx or both are absent",
+        ),
+        ("rows.parquet", b"PAR1", "data file rows.parquet can't be read as parquet: "),
+        ("rows.parquet", b"", "can't be read as parquet: "),
+    ],
+    ids=lambda value: str(value)[:40],
+)
 def test_a_file_that_cannot_be_read_on_is_an_error(read, name, content, message):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow", reason=ABSENT)
     assert message in mistake(read, content, name)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("rows.json", '[{"text": "a"}, {"text": "b"'), ("rows.csv", 'text\na\n"b\nc\n'), ("book.txt", b"a\nb \xe9\n"),
-    ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9]),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("rows.json", '[{"text": "a"}, {"text": "b"'),
+        ("rows.csv", 'text\na\n"b\nc\n'),
+        ("book.txt", b"a\nb \xe9\n"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9]),
+    ],
+)
 def test_what_follows_a_break_is_not_skipped(read, name, content):
     """It cannot be told which rows are lost."""
     assert mistake(read, content, name, Report("skip")) == mistake(read, content, name)
@@ -292,18 +558,32 @@ def test_what_follows_a_break_is_not_skipped(read, name, content):
 
 
 def test_parquet_of_pyarrow(read):
-    rows = [{"messages": CHAT, "n": n, "text": None} for n in range(600)] + [{"messages": None, "n": 1, "text": "t"}]
+    rows = [{"messages": CHAT, "n": n, "text": None} for n in range(600)] + [
+        {"messages": None, "n": 1, "text": "t"}
+    ]
     write_parquet(rows, "rows.parquet")
     report = Report()
     got = list(read_rows("rows.parquet", report))
-    assert [row for _, row in got] == [{"messages": CHAT}] * 600 + [{"text": "t"}] and got[599][0] == "rows.parquet, row 600"
-    assert report.lines() == ["format     rows.parquet: parquet, 601 rows, messages (600), text (1); not used: n"]
+    assert [row for _, row in got] == [{"messages": CHAT}] * 600 + [{"text": "t"}] and got[599][
+        0
+    ] == "rows.parquet, row 600"
+    assert report.lines() == [
+        "format     rows.parquet: parquet, 601 rows, messages (600), text (1); not used: n"
+    ]
 
 
 def test_tables_of_pandas(read, tmp_path):
     pandas = pytest.importorskip("pandas", reason=ABSENT)
-    frame = pandas.DataFrame([{"question": 'a "b",\n\nc', "answer": " é🙂\r\n", "n": 1.5}, {"question": "q", "answer": "a", "n": None}])
-    expected = [{"messages": [turn("user", row["question"]), turn("assistant", row["answer"])]} for row in frame.to_dict("records")]
+    frame = pandas.DataFrame(
+        [
+            {"question": 'a "b",\n\nc', "answer": " é🙂\r\n", "n": 1.5},
+            {"question": "q", "answer": "a", "n": None},
+        ]
+    )
+    expected = [
+        {"messages": [turn("user", row["question"]), turn("assistant", row["answer"])]}
+        for row in frame.to_dict("records")
+    ]
     frame.to_parquet("a.parquet")
     frame.to_csv("b.csv", index=False)
     frame.to_csv("c.tsv", sep="\t")
@@ -323,10 +603,16 @@ def test_data_sets_of_hugging_face(read, monkeypatch):
     report = Report()
     rows = list(read_rows("one:2,two", report))
     assert [row for _, row in rows] == [{"messages": CHAT}] * 600 and rows[299][0] == "one, row 300"
-    assert report.lines() == [f"format     {name}: Hugging Face data set, split train, 300 rows, messages; not used: id" for name in ("one", "two")]
+    assert report.lines() == [
+        f"format     {name}: Hugging Face data set, split train, 300 rows, messages; not used: id"
+        for name in ("one", "two")
+    ]
     assert [row for _, row in read_rows("two", reading=Reading(split="test"))] == CHATS
     assert all(os.path.isfile(file) for file in sources("two")[0].files) and len(sources("two")[0].files) > 4
-    for spec, words in (("two", "two has no split 'dev'; choose one of train, test with --sft_split"), ("cut", "cut can't be read by datasets")):
+    for spec, words in (
+        ("two", "two has no split 'dev'; choose one of train, test with --sft_split"),
+        ("cut", "cut can't be read by datasets"),
+    ):
         os.makedirs("cut", exist_ok=True)
         open("cut/state.json", "w").close()
         with pytest.raises(UserError, match=words):
@@ -351,14 +637,24 @@ def test_names_of_data_sets(read, monkeypatch):
     assert [row for _, row in read_rows("org/some.data", reading=Reading(split="2"))] == CHATS
     assert [row for _, row in read_rows("org/data/main:2", reading=Reading(split="2"))] == CHATS
     assert asked == [(("org/some.data",), "2"), (("org/data", "main"), "2")]
-    with pytest.raises(UserError, match="no/such is no file or folder here, and datasets can't load .* split '2' .*ConnectionError: offline"):
+    with pytest.raises(
+        UserError,
+        match="no/such is no file or folder here, and datasets can't load .* split '2' .*ConnectionError: offline",
+    ):
         list(read_rows("no/such", reading=Reading(split="2")))
     os.mkdir("org")
-    for path in ("org/some.data", "name", "org/data.jsonl", "other/data.jsonl"):  # mistyped paths, for which nothing is downloaded
+    for path in (
+        "org/some.data",
+        "name",
+        "org/data.jsonl",
+        "other/data.jsonl",
+    ):  # mistyped paths, for which nothing is downloaded
         with pytest.raises(UserError, match=f"data file {path} can't be read: No such file"):
             list(read_rows(path))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="the data set no/such needs the package datasets: pip install pyarrow datasets"):
+    with pytest.raises(
+        UserError, match="the data set no/such needs the package datasets: pip install pyarrow datasets"
+    ):
         list(read_rows("no/such"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="x.parquet needs the package pyarrow: pip install pyarrow datasets"):
@@ -373,29 +669,61 @@ def test_several_files_with_weights(read, tmp_path):
         (tmp_path / name).write_text(json.dumps({"text": name}))
     assert [(s.path, s.weight) for s in sources("a.jsonl")] == [("a.jsonl", 1)]
     assert [(s.path, s.weight) for s in sources("b,c.jsonl")] == [("b,c.jsonl", 1)]
-    assert [(s.path, s.weight) for s in sources("a.jsonl:2, d:2:0.5,d:2")] == [("a.jsonl", 2), ("d:2", 0.5), ("d:2", 1)]
+    assert [(s.path, s.weight) for s in sources("a.jsonl:2, d:2:0.5,d:2")] == [
+        ("a.jsonl", 2),
+        ("d:2", 0.5),
+        ("d:2", 1),
+    ]
     assert [row for _, row in read_rows("a.jsonl:3,d:2")] == [{"text": "a.jsonl"}, {"text": "d:2"}]
-    assert len(list(read_rows("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == ["format     a.jsonl: JSONL, 1 row, text"]
+    assert len(list(read_rows("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == [
+        "format     a.jsonl: JSONL, 1 row, text"
+    ]
     os.mkfifo("pipe")
-    for spec, words in (("a.jsonl:0", "a weight is a number above 0, such as 2"), ("a.jsonl:-1", "got -1"), ("a.jsonl:nan", "got nan"),
-                        ("a.jsonl:inf", "got inf"), ("a.jsonl:1.2.3", "got 1.2.3"), ("a.jsonl,,d:2", "a name is missing"),
-                        ("absent.jsonl:2", "data file absent.jsonl can't be read: No such file"), ("a.jsonl:two", "a.jsonl:two can't be read"),
-                        ("*.jsonl", "*.jsonl can't be read: no pattern is expanded; give the folder"), ("pipe", "it is no regular file"),
-                        ("https://h/a.jsonl", "https://h/a.jsonl can't be read: no address is downloaded from")):
+    for spec, words in (
+        ("a.jsonl:0", "a weight is a number above 0, such as 2"),
+        ("a.jsonl:-1", "got -1"),
+        ("a.jsonl:nan", "got nan"),
+        ("a.jsonl:inf", "got inf"),
+        ("a.jsonl:1.2.3", "got 1.2.3"),
+        ("a.jsonl,,d:2", "a name is missing"),
+        ("absent.jsonl:2", "data file absent.jsonl can't be read: No such file"),
+        ("a.jsonl:two", "a.jsonl:two can't be read"),
+        ("*.jsonl", "*.jsonl can't be read: no pattern is expanded; give the folder"),
+        ("pipe", "it is no regular file"),
+        ("https://h/a.jsonl", "https://h/a.jsonl can't be read: no address is downloaded from"),
+    ):
         with pytest.raises(UserError) as caught:
             sources(spec)
         assert words in str(caught.value)
 
 
 def test_a_folder_is_its_files(read, tmp_path):
-    for name in ("b.jsonl", "a.csv", "sub/c.txt.gz", ".hidden.jsonl", ".git/x.jsonl", "README.md", "dataset_info.json", "config.json",
-                 "lonely.bin"):
+    for name in (
+        "b.jsonl",
+        "a.csv",
+        "sub/c.txt.gz",
+        ".hidden.jsonl",
+        ".git/x.jsonl",
+        "README.md",
+        "dataset_info.json",
+        "config.json",
+        "lonely.bin",
+    ):
         path = tmp_path / "all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(b"in c") if name.endswith("gz") else b"text\nin a" if name.endswith("csv") else b'{"text": "in b"}')
+        path.write_bytes(
+            gzip.compress(b"in c")
+            if name.endswith("gz")
+            else b"text\nin a"
+            if name.endswith("csv")
+            else b'{"text": "in b"}'
+        )
     report = Report()
     assert [row["text"] for _, row in read_rows("all", report)] == ["in a", "in b", "in c"]
-    assert report.lines()[3] == "folder     all: 3 data files; left out: README.md, config.json, dataset_info.json, lonely.bin"
+    assert (
+        report.lines()[3]
+        == "folder     all: 3 data files; left out: README.md, config.json, dataset_info.json, lonely.bin"
+    )
     assert [s.weight for s in sources("all:0.5")] == [0.5] * 3
     with pytest.raises(UserError, match="folder empty has no data file; expected .jsonl"):
         os.mkdir("empty")
@@ -403,17 +731,28 @@ def test_a_folder_is_its_files(read, tmp_path):
 
 
 def test_a_folder_with_splits(read, tmp_path):
-    for name in ("data/train-00001-of-00002.jsonl", "data/train-00000-of-00002.jsonl", "data/test-00000-of-00001.jsonl", "trainer.jsonl",
-                 "validation/x.jsonl"):
+    for name in (
+        "data/train-00001-of-00002.jsonl",
+        "data/train-00000-of-00002.jsonl",
+        "data/test-00000-of-00001.jsonl",
+        "trainer.jsonl",
+        "validation/x.jsonl",
+    ):
         path = tmp_path / "hub" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": name}))
     notes = []
     names = [os.path.relpath(s.path, "hub") for s in sources("hub", notes=notes)]
     assert names == ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "trainer.jsonl"]
-    assert notes == ["folder     hub: 3 data files; left out: data/test-00000-of-00001.jsonl, validation/x.jsonl"]
-    assert [s.path for s in sources("hub/data", Reading(split="test"))] == ["hub/data/test-00000-of-00001.jsonl"]
-    with pytest.raises(UserError, match="has none for the split dev, but for test, train: choose with --sft_split"):
+    assert notes == [
+        "folder     hub: 3 data files; left out: data/test-00000-of-00001.jsonl, validation/x.jsonl"
+    ]
+    assert [s.path for s in sources("hub/data", Reading(split="test"))] == [
+        "hub/data/test-00000-of-00001.jsonl"
+    ]
+    with pytest.raises(
+        UserError, match="has none for the split dev, but for test, train: choose with --sft_split"
+    ):
         sources("hub/data", Reading(split="dev"))
 
 
@@ -421,12 +760,21 @@ def test_weights_are_kept_exactly_and_drawn_by_the_seed():
     for count, weight in ((7, 1), (7, 2), (100, 0.25), (100, 2.5), (5, 0.3), (0, 2)):
         drawn = sample(count, weight, 1, 0)
         times = np.bincount(drawn, minlength=count)
-        assert len(drawn) == math.floor(weight) * count + round(weight % 1 * count) and (np.diff(drawn) >= 0).all()
+        assert (
+            len(drawn) == math.floor(weight) * count + round(weight % 1 * count)
+            and (np.diff(drawn) >= 0).all()
+        )
         assert not count or times.min() >= math.floor(weight) and times.max() <= math.ceil(weight)
         assert sample(count, weight, 1, 0).tolist() == drawn.tolist()
-    assert len(sample(3, 0.1, 1, 0)) == len(sample(1, 0.5, 1, 0)) == 1 and len(sample(0, 0.5, 1, 0)) == 0, "no source vanishes"
+    assert len(sample(3, 0.1, 1, 0)) == len(sample(1, 0.5, 1, 0)) == 1 and len(sample(0, 0.5, 1, 0)) == 0, (
+        "no source vanishes"
+    )
     one = sample(100, 0.5, 1, 0).tolist()
-    assert one != sample(100, 0.5, 2, 0).tolist() and one != sample(100, 0.5, 1, 1).tolist() and one != list(range(0, 100, 2))
+    assert (
+        one != sample(100, 0.5, 2, 0).tolist()
+        and one != sample(100, 0.5, 1, 1).tolist()
+        and one != list(range(0, 100, 2))
+    )
 
 
 # documents
@@ -439,7 +787,9 @@ def raw():
 
 def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
     """Weights, skipped rows and the report are the same from the cache and without it."""
-    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "a{i:03}"}}\n' for i in range(100)) + '{"text": 1}\n')
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "a{i:03}"}}\n' for i in range(100)) + '{"text": 1}\n'
+    )
     write_binidx("b", [[ord("b"), 48 + i, 0] for i in range(10)] + [[256, 0]], range(12), code=4)
     (tmp_path / "c.csv").write_text("prompt,completion\nc,d\n")
     monkeypatch.setattr(tokenise, "SMALL", 0)
@@ -449,23 +799,34 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
         documents = load_documents("a.jsonl:0.5,b:2,c.csv:3", raw, 8, cache=cache, report=report, seed=5)
         results.append(([(row.ids.tolist(), row.trained.tolist()) for row in documents.rows], report))
     rows = [bytes(ids).decode() for ids, _ in results[0][0]]
-    assert rows[50:] == [f"b{i}\0" for i in range(10) for _ in range(2)] + ["cd\0"] * 3 and results[0][0][-1][1] == [False, True, True]
+    assert rows[50:] == [f"b{i}\0" for i in range(10) for _ in range(2)] + ["cd\0"] * 3 and results[0][0][-1][
+        1
+    ] == [False, True, True]
     assert rows[:50] == [f"a{i:03}\0" for i in sample(100, 0.5, 5, 0)]
     assert results[0] == results[1] == results[2]
     assert results[0][1].lines() == [
-        "format     a.jsonl: JSONL, 100 rows, text", "format     b: binidx, 11 rows", "format     c.csv: CSV, 1 row, prompt + completion",
+        "format     a.jsonl: JSONL, 100 rows, text",
+        "format     b: binidx, 11 rows",
+        "format     c.csv: CSV, 1 row, prompt + completion",
         "warning    2 rows cannot be used and are left out (--on_bad_row skip), such as:",
         "    a.jsonl, line 101: text must be a non-empty string, got 1",
         "    b.bin, document 11: id 256 is not in the vocabulary of tokenizer bytes, whose size is 256: another one made these data; give it as "
         "--tokenizer if the model was trained with it (world has ids up to 65529), else make the data again, from text",
     ]
-    assert rows[:50] != [bytes(row.ids).decode() for row in load_documents("a.jsonl:0.5", raw, 8, report=Report("skip"), seed=6).rows]
+    assert rows[:50] != [
+        bytes(row.ids).decode()
+        for row in load_documents("a.jsonl:0.5", raw, 8, report=Report("skip"), seed=6).rows
+    ]
     for cache in ("none", str(tmp_path / "cache")):
         with pytest.raises(UserError, match="^a.jsonl, line 101: text must be .*; see the flag$"):
             load_documents("a.jsonl", raw, 8, cache=cache, report=Report("stop", "; see the flag"))
         # no flag that leaves rows out mends a wrong tokenizer
-        with pytest.raises(UserError, match="^b.bin, document 11: id 256 is not .* make the data again, from text$"):
+        with pytest.raises(
+            UserError, match="^b.bin, document 11: id 256 is not .* make the data again, from text$"
+        ):
             load_documents("b", raw, 8, cache=cache, report=Report("stop", "; see the flag"))
         write_binidx("d", [[300, 0], [301, 0]], range(3), code=4)
-        with pytest.raises(UserError, match="d: no row can be used, such as d.bin, document 1: id 300 is not"):
+        with pytest.raises(
+            UserError, match="d: no row can be used, such as d.bin, document 1: id 300 is not"
+        ):
             load_documents("d", raw, 8, cache=cache, report=Report("skip"))

@@ -18,7 +18,13 @@ from src.ops.mix7 import mix7
 
 from .conftest import close, make_arch, random_tensors
 
-SIZES = [(2, 1, 24, 3), (1, 2, 48, 3), (2, 15, 128, 2), (1, 17, 160, 2), (2, 16, 512, 2)]  # B, T, C, heads: head sizes 8, 16, 64, 80, 256
+SIZES = [
+    (2, 1, 24, 3),
+    (1, 2, 48, 3),
+    (2, 15, 128, 2),
+    (1, 17, 160, 2),
+    (2, 16, 512, 2),
+]  # B, T, C, heads: head sizes 8, 16, 64, 80, 256
 # Largest errors seen below, against the largest value (torch 2.13 CPU, AVX-512, AVX2, SSE2): fp32 6e-7, in dq of the low-rank mixes, a sum
 # over the channels; bf16 8e-3 with outputs rounded once, 2^-8 = 4e-3 of a value each, and the low-rank mixes rounded before their use
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
@@ -37,13 +43,24 @@ def cases(B, T, C, heads):
     k_k, k_a, weight, bias, r_k = x(1, 1, C), x(1, 1, C), x(C), x(C), x(heads, C // heads)
     return {
         "shift_mix": (lambda z, last, on: fused.shift_mix(z, last, reset, mixes, on), [x(), x(B, C)], []),
-        "shift_mix of one": (lambda z, last, on: fused.shift_mix(z, last, None, mixes[:1], on), [x(), x(B, C)], []),
-        "shift_mix_low_rank": (lambda z, last, q, on: fused.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
-                               [x(), x(B, C), x(5, B * T, 7)], [0, 1, 2]),
+        "shift_mix of one": (
+            lambda z, last, on: fused.shift_mix(z, last, None, mixes[:1], on),
+            [x(), x(B, C)],
+            [],
+        ),
+        "shift_mix_low_rank": (
+            lambda z, last, q, on: fused.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
+            [x(), x(B, C), x(5, B * T, 7)],
+            [0, 1, 2],
+        ),
         "value_residual": (fused.value_residual, [x(), x(), x()], [0, 1, 2]),
         "delta_inputs": (lambda k, a, on: fused.delta_inputs(k, a, k_k, k_a, heads, on), [x(), x()], [0, 1]),
         "readout6": (lambda y, g, on: fused.readout6(y, g, weight, bias, heads, EPS, on), [x(), x()], [0, 1]),
-        "readout7": (lambda y, r, k, v, g, on: fused.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on), [x() for _ in range(5)], range(5)),
+        "readout7": (
+            lambda y, r, k, v, g, on: fused.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on),
+            [x() for _ in range(5)],
+            range(5),
+        ),
         "relu_squared": (fused.relu_squared, [x()], ["output"]),
     }
 
@@ -64,12 +81,17 @@ def results(function, activations, dtype, on):
 
 def compare(what, mine, exact, tolerance):
     """The gradient of `last` is exactly 0 where a document starts in every row."""
-    close(what, mine, exact, tolerance) if exact.any() else torch.testing.assert_close(mine.double(), exact, atol=0, rtol=0)
+    close(what, mine, exact, tolerance) if exact.any() else torch.testing.assert_close(
+        mine.double(), exact, atol=0, rtol=0
+    )
 
 
 def check(name, sizes, dtype):
     function, activations, _ = cases(*sizes)[name]
-    want, got = results(function, activations, torch.float64, False), results(function, activations, dtype, True)
+    want, got = (
+        results(function, activations, torch.float64, False),
+        results(function, activations, dtype, True),
+    )
     for i, (mine, exact) in enumerate(zip(got, want, strict=True)):
         assert mine.dtype == dtype
         compare(f"{name} {sizes} {dtype}: tensor {i}", mine, exact, TOLERANCE[dtype])
@@ -79,7 +101,9 @@ def check(name, sizes, dtype):
 def calls(monkeypatch):
     """The names of the native functions, as they are called."""
     seen, call = [], fused.call
-    monkeypatch.setattr(fused, "call", lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        fused, "call", lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1]
+    )
     return seen
 
 
@@ -105,12 +129,22 @@ def test_any_number_of_threads_gives_the_same(name):
         assert all(map(torch.equal, one, three))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64"
+)
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get, as in test_wkv.py."""
     command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
-    path = build.build("wkv_cpu_narrow", "the CPU kernels", 10, sorted(build.CUDA.glob("*_cpu.cpp")), build.headers(), command, ["-pthread"])
+    path = build.build(
+        "wkv_cpu_narrow",
+        "the CPU kernels",
+        10,
+        sorted(build.CUDA.glob("*_cpu.cpp")),
+        build.headers(),
+        command,
+        ["-pthread"],
+    )
     monkeypatch.setattr(fused, "library", lambda device: CDLL(str(path)))
     for name in NAMES:
         for sizes in SIZES[:4]:
@@ -122,7 +156,10 @@ def test_strides_do_not_matter(name):
     """Activations and gradients that are parts of something else."""
     function, activations, _ = cases(2, 15, 48, 3)[name]
     want = results(function, activations, torch.float32, True)
-    apart = [torch.stack([t.float(), torch.full_like(t, torch.nan).float()], -1)[..., 0].requires_grad_() for t in activations]
+    apart = [
+        torch.stack([t.float(), torch.full_like(t, torch.nan).float()], -1)[..., 0].requires_grad_()
+        for t in activations
+    ]
     out = function(*apart, True)
     out = list(out) if isinstance(out, (list, tuple)) else [out]
     generator = torch.Generator().manual_seed(3)
@@ -184,14 +221,20 @@ class Recorder(TorchDispatchMode):
 
 def test_the_op_follows_no_pointer_into_another_layout():
     x = torch.randn(1, 4, 16)[..., ::2]
-    with pytest.raises(ValueError, match="relu_squared_forward: an argument is on cpu with strides .* expected a contiguous one on cpu"):
+    with pytest.raises(
+        ValueError,
+        match="relu_squared_forward: an argument is on cpu with strides .* expected a contiguous one on cpu",
+    ):
         torch.ops.rwkv.relu_squared([x], 1, 0.0)
 
 
 def test_the_op_takes_no_other_sizes():
     """A parameter that ZeRO-3 has let go is empty."""
     x, none = torch.randn(1, 4, 16), torch.empty(0)
-    with pytest.raises(ValueError, match="delta_inputs_forward: arguments are .*0.* expected one shape, and vectors of its last axis"):
+    with pytest.raises(
+        ValueError,
+        match="delta_inputs_forward: arguments are .*0.* expected one shape, and vectors of its last axis",
+    ):
         fused.delta_inputs(x, x, none, torch.ones(16), 2, True)
     with pytest.raises(ValueError, match="shift_mix: last, reset and mixes are .* because z is"):
         fused.shift_mix(x, torch.randn(1, 16), None, [none], True)
@@ -200,7 +243,10 @@ def test_the_op_takes_no_other_sizes():
 def test_tokens_without_a_batch():
     """As the last layer's channel mix has them."""
     x = torch.randn(7, 24)
-    got, want = results(fused.relu_squared, [x], torch.float32, True), results(fused.relu_squared, [x], torch.float64, False)
+    got, want = (
+        results(fused.relu_squared, [x], torch.float32, True),
+        results(fused.relu_squared, [x], torch.float64, False),
+    )
     for mine, exact in zip(got, want, strict=True):
         close("tokens", mine, exact, TOLERANCE[torch.float32])
 
@@ -210,12 +256,17 @@ def test_what_is_not_finite_goes_on():
     assert torch.equal(fused.relu_squared(x, True).isnan(), x.isnan())
     assert fused.relu_squared(x, True)[0, 0, 1:].tolist() == plain.relu_squared(x)[0, 0, 1:].tolist()
     gated = fused.value_residual(torch.zeros_like(x), torch.ones_like(x), x, True)[0, 0]  # sigmoid(x)
-    assert gated[0].isnan() and gated[1:].tolist() == pytest.approx(torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37)
+    assert gated[0].isnan() and gated[1:].tolist() == pytest.approx(
+        torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37
+    )
 
 
 def test_a_variance_that_overflows_is_nan():
     y, ones = torch.tensor([[[1e30, -1e30, 3e30, 0, 0, 0, 0, 0]]]), torch.ones(8)
-    for function, others in ((fused.readout6, (ones, ones, 1)), (fused.readout7, (ones.view(1, 8), ones, ones))):
+    for function, others in (
+        (fused.readout6, (ones, ones, 1)),
+        (fused.readout7, (ones.view(1, 8), ones, ones)),
+    ):
         activations = [y] * (2 if function is fused.readout6 else 5)
         for on in (True, False):
             assert function(*activations, *others, EPS, on).isnan().all()
@@ -230,7 +281,11 @@ def test_a_key_of_zero_has_no_direction():
     def function(k, a, on):
         return fused.delta_inputs(k, a, ones, ones, 2, on)
 
-    for mine, exact in zip(results(function, [k, a], torch.float32, True), results(function, [k, a], torch.float64, False), strict=True):
+    for mine, exact in zip(
+        results(function, [k, a], torch.float32, True),
+        results(function, [k, a], torch.float64, False),
+        strict=True,
+    ):
         close("key of zero", mine, exact, 2e-6)
 
 
@@ -281,7 +336,12 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
         k, remove, replace = fused.delta_inputs(k, a, *vectors[:2], heads, True)
-        y, last = wkv7(*(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, remove, replace)), *beginning(leaves)[:2], "cpu", beginning(leaves)[2])
+        y, last = wkv7(
+            *(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, remove, replace)),
+            *beginning(leaves)[:2],
+            "cpu",
+            beginning(leaves)[2],
+        )
         return fused.readout7(y.flatten(-2), r, k, v, g, *vectors[2:], EPS, True), last
 
     found = {}
@@ -292,28 +352,53 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
             kept = {}
             with torch.autograd.graph.saved_tensors_hooks(functools.partial(note, kept), lambda t: t):
                 out = function(*leaves)
-            gradients = torch.autograd.grad([out[i] for i in used], leaves, [(dy, dstate)[i] for i in used], materialize_grads=True)
+            gradients = torch.autograd.grad(
+                [out[i] for i in used], leaves, [(dy, dstate)[i] for i in used], materialize_grads=True
+            )
             found[(function, *used)] = [*(t.detach() for t in out), *gradients]
             found[function] = sum(kept.values()), calls.count("delta_inputs_forward")
     for used in ([0], [1], [0, 1]):
         assert all(map(torch.equal, found[(whole, *used)], found[(parts, *used)]))
     # documents that start from a state are cut out of their rows, for which the three functions run
     made_again = begin != "documents and start"
-    assert found[parts][0] - found[whole][0] == made_again * 3 * dy.nbytes and (found[parts][1], found[whole][1]) == (1, 1 + made_again)
+    assert found[parts][0] - found[whole][0] == made_again * 3 * dy.nbytes and (
+        found[parts][1],
+        found[whole][1],
+    ) == (1, 1 + made_again)
 
 
-@pytest.mark.parametrize("argument, wrong, found", [
-    ("s0", torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16), "s0 is torch.bfloat16"), ("s0", torch.zeros(2, 3, 8, 8, dtype=torch.float64), "float64"),
-    ("s0", torch.zeros(1, 3, 8, 8), r"\(1, 3, 8, 8\)"), ("s0", torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"), ("s0", torch.zeros(2, 3, 8), "s0 is"),
-    ("reset", torch.zeros(2, 5, dtype=torch.int64), "reset is torch.int64"), ("reset", torch.zeros(2, 4, dtype=torch.bool), r"\(2, 4\)"),
-    ("start", torch.zeros(3, 8, 8, dtype=torch.bfloat16), "start is torch.bfloat16"), ("start", torch.zeros(2, 8, 8), r"\(2, 8, 8\)"),
-    ("w", torch.zeros(2, 4, 24), r"w is torch.float32 \(2, 4, 3, 8\)"), ("g", torch.zeros(2, 5, 48), "g is torch.float32"),
-])
+@pytest.mark.parametrize(
+    "argument, wrong, found",
+    [
+        ("s0", torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16), "s0 is torch.bfloat16"),
+        ("s0", torch.zeros(2, 3, 8, 8, dtype=torch.float64), "float64"),
+        ("s0", torch.zeros(1, 3, 8, 8), r"\(1, 3, 8, 8\)"),
+        ("s0", torch.zeros(2, 2, 8, 8), r"\(2, 2, 8, 8\)"),
+        ("s0", torch.zeros(2, 3, 8), "s0 is"),
+        ("reset", torch.zeros(2, 5, dtype=torch.int64), "reset is torch.int64"),
+        ("reset", torch.zeros(2, 4, dtype=torch.bool), r"\(2, 4\)"),
+        ("start", torch.zeros(3, 8, 8, dtype=torch.bfloat16), "start is torch.bfloat16"),
+        ("start", torch.zeros(2, 8, 8), r"\(2, 8, 8\)"),
+        ("w", torch.zeros(2, 4, 24), r"w is torch.float32 \(2, 4, 3, 8\)"),
+        ("g", torch.zeros(2, 5, 48), "g is torch.float32"),
+    ],
+)
 def test_mix7_refuses_by_name_what_wkv7_refuses(argument, wrong, found, calls):
-    arguments = {name: torch.zeros(2, 5, 24) for name in "rwkvag"} | dict.fromkeys(["s0", "reset", "start"]) | {argument: wrong}
+    arguments = (
+        {name: torch.zeros(2, 5, 24) for name in "rwkvag"}
+        | dict.fromkeys(["s0", "reset", "start"])
+        | {argument: wrong}
+    )
     vectors = [torch.ones(24), torch.ones(24), torch.ones(3, 8), torch.ones(24), torch.ones(24)]
     with pytest.raises(ValueError, match=f"wkv7: {argument} is .*expected .* because r is") as error:
-        mix7(*(arguments[name] for name in "rwkvag"), *vectors, EPS, *(arguments[name] for name in ("s0", "reset", "start")), "cpu", True)
+        mix7(
+            *(arguments[name] for name in "rwkvag"),
+            *vectors,
+            EPS,
+            *(arguments[name] for name in ("s0", "reset", "start")),
+            "cpu",
+            True,
+        )
     assert re.search(found, str(error.value)) and not calls
 
 
@@ -328,7 +413,11 @@ def frozen_with_adapter(version, kernel, dtype):
     tensors = random_tensors(arch)
     for name, p in model.named_parameters():
         with torch.no_grad():
-            p.copy_(tensors[name] if name in tensors else torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 9)
+            p.copy_(
+                tensors[name]
+                if name in tensors
+                else torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 9
+            )
     return model.to(dtype)
 
 
@@ -343,7 +432,9 @@ def trained(version, kernel, dtype):
     logits, after = model(ids, state, reset)
     logits.logsumexp(-1).sum().backward()
     found = {"logits": logits} | {f"state {i}": t for i, t in enumerate(t for layer in after for t in layer)}
-    return {name: t.detach() for name, t in found.items()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: t.detach() for name, t in found.items()} | {
+        name: p.grad for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("version", [6, 7])
@@ -354,12 +445,18 @@ def test_a_model_with_a_frozen_base_trains_the_same_through_either_form(version,
     # so many functions in each of three layers, two runs; the first layer of v7 has no value residual
     calls = [name for name in calls if name.endswith("_forward")]
     again = calls.count("delta_inputs_forward") // 2  # in the backward
-    assert len(calls) - again == {6: 2 * 3 * 5, 7: 2 * (3 * 6 - 1)}[version] and again == {6: 0, 7: 6}[version]
+    assert (
+        len(calls) - again == {6: 2 * 3 * 5, 7: 2 * (3 * 6 - 1)}[version] and again == {6: 0, 7: 6}[version]
+    )
     for name, want in exact.items():
-        close(f"v{version} {name}", got[name], want, 2e-5)  # as between independent fp32 runtimes, and gradients of the same depth
+        close(
+            f"v{version} {name}", got[name], want, 2e-5
+        )  # as between independent fp32 runtimes, and gradients of the same depth
 
 
-@pytest.mark.parametrize("name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"])
+@pytest.mark.parametrize(
+    "name", ["golden/rwkv6-tiny", "golden/rwkv7-tiny", "real/rwkv7-reverse", "real/rwkv6-3m-utf16"]
+)
 def test_golden_logits(data_dir, name, calls):
     golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
     model = RWKV.load(data_dir / f"{name}.pth", torch.float32, kernel="cpu").requires_grad_(False)

@@ -11,7 +11,9 @@ from src.formats import read_rows
 def test_damaged_files_end_in_rows_or_a_message(tmp_path):
     ends = fuzz.fuzz(str(tmp_path), 1, range(10_000))
     assert ends.total() == 10_000 and {end for _, end in ends} == {"rows", "some rows", "message"}
-    assert all(ends[kind, "rows"] and ends[kind, "message"] > 100 for kind, _ in ends), "some damage is harmless, most is not"
+    assert all(ends[kind, "rows"] and ends[kind, "message"] > 100 for kind, _ in ends), (
+        "some damage is harmless, most is not"
+    )
 
 
 def test_the_files_are_sound_before(tmp_path):
@@ -25,7 +27,10 @@ def test_the_files_are_sound_before(tmp_path):
 
 
 def test_the_fuzzer_sees_a_crash_and_a_hang(tmp_path, monkeypatch):
-    for bug, words in ((lambda *_: 1 // 0, "ZeroDivisionError"), (lambda *_: all(n == 0 for n in iter(int, 1)), "TooSlow")):
+    for bug, words in (
+        (lambda *_: 1 // 0, "ZeroDivisionError"),
+        (lambda *_: all(n == 0 for n in iter(int, 1)), "TooSlow"),
+    ):
         monkeypatch.setattr(fuzz, "read_rows", bug)
         monkeypatch.setattr(fuzz, "SECONDS", 0.1)
         with pytest.raises(AssertionError, match=f"input 0 of seed 0, JSONL, .*{words}.*kept: "):

@@ -25,10 +25,14 @@ def refuse_and_leave(folder):
     raise UserError("a message that is long enough")
 
 
-@pytest.mark.parametrize("use,words", [
-    (lambda folder: 1 // 0, "ZeroDivisionError"), (lambda folder: all(n == 0 for n in iter(int, 1)), "TooSlow"),
-    (refuse_and_leave, "was left by a refused input"),
-])
+@pytest.mark.parametrize(
+    "use,words",
+    [
+        (lambda folder: 1 // 0, "ZeroDivisionError"),
+        (lambda folder: all(n == 0 for n in iter(int, 1)), "TooSlow"),
+        (refuse_and_leave, "was left by a refused input"),
+    ],
+)
 def test_the_fuzzer_sees_a_crash_a_hang_and_what_is_left(tmp_path, monkeypatch, use, words):
     calls = iter(range(100))
     monkeypatch.setattr(fuzz_files, "SECONDS", 0.2)

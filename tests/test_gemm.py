@@ -8,7 +8,10 @@ from rwkv_miss import functional, gemm, peers
 from rwkv_miss.functional import linear
 
 SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4), (3, 0, 4)]
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
+ROUNDING = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 8e-3,
+}  # of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
 
 
 def close(got, want, dtype, size=None):
@@ -36,7 +39,11 @@ def test_products(engine, rows, width, out, dtype, transposed):
     x, bias, s, D = (torch.randn(shape).to(dtype) for shape in ((rows, width), (out,), (rows, 4), (4, out)))
     weight = torch.randn(width, out).to(dtype).t() if transposed else torch.randn(out, width).to(dtype)
     exact = [x.double() @ weight.double().t(), bias.double(), s.double() @ D.double()]
-    size = [x.double().abs() @ weight.double().abs().t(), bias.double().abs(), s.double().abs() @ D.double().abs()]
+    size = [
+        x.double().abs() @ weight.double().abs().t(),
+        bias.double().abs(),
+        s.double().abs() @ D.double().abs(),
+    ]
     close(gemm.product(x, weight), exact[0], dtype, size[0])
     close(gemm.product(x, weight, bias), sum(exact[:2]), dtype, sum(size[:2]))
     close(gemm.product_plus(x, weight, bias, s, D), sum(exact), dtype, sum(size))
@@ -66,9 +73,17 @@ def test_a_weight_that_is_a_slice_is_left_to_torch(monkeypatch):
 def test_onednn_is_taken_for_large_products_in_fp32_and_not_where_there_are_no_numbers(monkeypatch):
     taken = []
     monkeypatch.setattr(gemm, "_has_onednn", lambda: True)
-    monkeypatch.setattr(gemm, "_onednn", lambda x, weight, bias: taken.append((x.dtype, len(x))) or F.linear(x, weight, bias))
+    monkeypatch.setattr(
+        gemm, "_onednn", lambda x, weight, bias: taken.append((x.dtype, len(x))) or F.linear(x, weight, bias)
+    )
     monkeypatch.setattr(gemm, "SMALL", 2 * 3 * 4)
-    for x in (torch.ones(2, 3), torch.ones(2, 3).double(), torch.ones(2, 3).bfloat16(), torch.ones(2, 3, device="meta"), torch.ones(1, 3)):
+    for x in (
+        torch.ones(2, 3),
+        torch.ones(2, 3).double(),
+        torch.ones(2, 3).bfloat16(),
+        torch.ones(2, 3, device="meta"),
+        torch.ones(1, 3),
+    ):
         gemm.product(x, torch.ones(4, 3, dtype=x.dtype, device=x.device))
     assert taken == [(torch.float32, 2)]
 
@@ -78,17 +93,24 @@ def test_onednn_is_taken_for_large_products_in_fp32_and_not_where_there_are_no_n
 def test_the_frozen_linear_keeps_nothing_and_a_trained_one_its_input(engine, dtype, transposed):
     """Of the weight itself, not of a view of it, whose memory ZeRO-3 could not take away."""
     torch.manual_seed(0)
-    x, weight, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 5, 12), (12, 7) if transposed else (7, 12), (7,)))
+    x, weight, bias = (
+        torch.randn(shape).to(dtype).requires_grad_()
+        for shape in ((2, 5, 12), (12, 7) if transposed else (7, 12), (7,))
+    )
     dy = torch.randn(2, 5, 7).to(dtype)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    want = torch.autograd.grad(F.linear(exact[0], exact[1].t() if transposed else exact[1], exact[2]), exact, dy.double())
+    want = torch.autograd.grad(
+        F.linear(exact[0], exact[1].t() if transposed else exact[1], exact[2]), exact, dy.double()
+    )
     for trained in (False, True):
         weight.requires_grad_(trained)
         bias.requires_grad_(trained)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             y = linear(x, weight, bias, transposed)
-        assert {t.data_ptr() for t in kept} == ({weight.data_ptr(), x.data_ptr()} if trained else {weight.data_ptr()})
+        assert {t.data_ptr() for t in kept} == (
+            {weight.data_ptr(), x.data_ptr()} if trained else {weight.data_ptr()}
+        )
         assert all(t.shape == weight.shape for t in kept if t.data_ptr() == weight.data_ptr())
         leaves = [t for t in (x, weight, bias) if t.requires_grad]
         for mine, theirs in zip(torch.autograd.grad(y, leaves, dy), want):
@@ -116,8 +138,11 @@ NO_PRODUCTS = {"drop", "dequantise"}
 
 
 def test_every_operator_is_among_those_that_autocast_is_tried_with():
-    defined = {name.removeprefix("rwkv_miss::") for name in torch._C._dispatch_get_all_op_names()
-               if name.startswith("rwkv_miss::")}
+    defined = {
+        name.removeprefix("rwkv_miss::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("rwkv_miss::")
+    }
     assert defined == {*OPERATORS, *NO_PRODUCTS}
 
 

@@ -47,7 +47,16 @@ def letters(tmp_path_factory):
 def crossing(tmp_path_factory):
     """Tokens that run across characters and across the beginning of the stop text, beside all single bytes."""
     you, smile = "你".encode(), "🙂".encode()
-    pieces = [b"\n\n", b".\n\n", b"\n\nUs", b"er:", "，\n".encode(), you[:2], you[2:] + b".\n", smile[1:] + you[:1]]
+    pieces = [
+        b"\n\n",
+        b".\n\n",
+        b"\n\nUs",
+        b"er:",
+        "，\n".encode(),
+        you[:2],
+        you[2:] + b".\n",
+        smile[1:] + you[:1],
+    ]
     path = tmp_path_factory.mktemp("crossing") / "vocabulary.txt"
     return load_tokenizer(write_vocabulary(path, [bytes([i]) for i in range(256)] + pieces), 300)
 
@@ -60,7 +69,9 @@ def named(kind):
 def mixing_tensors(version):
     """random_tensors with louder layers, so that the next token depends on more than the last one."""
     loud = ("att.output.weight", "ffn.value.weight")
-    return {name: t * (6 if name.endswith(loud) else 1) for name, t in random_tensors(make_arch(version)).items()}
+    return {
+        name: t * (6 if name.endswith(loud) else 1) for name, t in random_tensors(make_arch(version)).items()
+    }
 
 
 class Scripted:
@@ -113,16 +124,26 @@ def frequencies(sampling, count=3000):
     return torch.tensor([tokens.count(i) / count for i in range(4)])
 
 
-@pytest.mark.parametrize("sampling, expected", [
-    (GREEDY, [0, 1, 0, 0]), (Sampling(temperature=0, top_p=0.9, top_k=3), [0, 1, 0, 0]), (Sampling(1, 1, top_k=1), [0, 1, 0, 0]),
-    (Sampling(1, 1), [0.05, 0.5, 0.15, 0.3]), (Sampling(1, 1, top_k=9), [0.05, 0.5, 0.15, 0.3]),
-    (Sampling(1, 1, top_k=2), [0, 0.625, 0, 0.375]),
-    # the smallest set that reaches top_p: never less than it, and at least one token
-    (Sampling(1, 0.49), [0, 1, 0, 0]), (Sampling(1, 0.51), [0, 0.625, 0, 0.375]), (Sampling(1, 0.79), [0, 0.625, 0, 0.375]),
-    (Sampling(1, 0.81), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]), (Sampling(1, 1e-9), [0, 1, 0, 0]),
-    # the temperature acts on what top_p left
-    (Sampling(0.5, 0.81), [0, 0.25 / 0.3625, 0.0225 / 0.3625, 0.09 / 0.3625]), (Sampling(2, 0.51), [0, 0.5635, 0, 0.4365]),
-])
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        (GREEDY, [0, 1, 0, 0]),
+        (Sampling(temperature=0, top_p=0.9, top_k=3), [0, 1, 0, 0]),
+        (Sampling(1, 1, top_k=1), [0, 1, 0, 0]),
+        (Sampling(1, 1), [0.05, 0.5, 0.15, 0.3]),
+        (Sampling(1, 1, top_k=9), [0.05, 0.5, 0.15, 0.3]),
+        (Sampling(1, 1, top_k=2), [0, 0.625, 0, 0.375]),
+        # the smallest set that reaches top_p: never less than it, and at least one token
+        (Sampling(1, 0.49), [0, 1, 0, 0]),
+        (Sampling(1, 0.51), [0, 0.625, 0, 0.375]),
+        (Sampling(1, 0.79), [0, 0.625, 0, 0.375]),
+        (Sampling(1, 0.81), [0, 0.5 / 0.95, 0.15 / 0.95, 0.3 / 0.95]),
+        (Sampling(1, 1e-9), [0, 1, 0, 0]),
+        # the temperature acts on what top_p left
+        (Sampling(0.5, 0.81), [0, 0.25 / 0.3625, 0.0225 / 0.3625, 0.09 / 0.3625]),
+        (Sampling(2, 0.51), [0, 0.5635, 0, 0.4365]),
+    ],
+)
 def test_tokens_come_with_the_promised_frequencies(sampling, expected):
     got, expected = frequencies(sampling), torch.tensor(expected)
     # 4 standard deviations; what has no probability never comes
@@ -138,18 +159,26 @@ def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
     for top_p in (0.02, 0.3, 0.9, 0.9999):
         least, most = (set(order[before < top_p + rounding].tolist()) for rounding in (-1e-6, 1e-6))
         generator = torch.Generator().manual_seed(1)
-        drawn = {sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(250)}  # so hot that the kept ones are alike
+        drawn = {
+            sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(250)
+        }  # so hot that the kept ones are alike
         # of 20 or fewer one is missed with a probability below 20 * 0.95^250 = 5e-5; of 100 91 are expected, of more more
-        assert drawn <= most and (drawn >= least if len(least) <= 20 else len(drawn) > 0.75 * min(len(least), 100)), (len(drawn), len(least))
+        assert drawn <= most and (
+            drawn >= least if len(least) <= 20 else len(drawn) > 0.75 * min(len(least), 100)
+        ), (len(drawn), len(least))
 
 
 def test_choosing_a_token_leaves_the_number_of_threads_alone(monkeypatch):
     """It belongs to the whole process: two samplers at once would put back each other's."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail(f"the process was given {count} threads"))
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda count: pytest.fail(f"the process was given {count} threads")
+    )
     assert sample(LOGITS, Sampling(0.5, 0.8), {1: 1.0}, torch.Generator().manual_seed(0)) in (1, 3)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=2)], ids=["greedy", "top_p", "top_k"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(), Sampling(top_k=2)], ids=["greedy", "top_p", "top_k"]
+)
 def test_logits_of_a_model_that_overflows_are_an_error(sampling):
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match=f"{bad}.*overflows"):
@@ -175,7 +204,9 @@ class Constant(Scripted):
         return self.logits[None], [*(state or []), *ids[0].tolist()]
 
 
-@pytest.mark.parametrize("presence, frequency, decay", [(0.4, 0, 0.5), (0, 0.3, 1), (0.2, 0.3, 0.9), (0.25, 1.1, 0.5)])
+@pytest.mark.parametrize(
+    "presence, frequency, decay", [(0.4, 0, 0.5), (0, 0.3, 1), (0.2, 0.3, 0.9), (0.25, 1.1, 0.5)]
+)
 def test_penalties_are_the_plain_formula(letters, presence, frequency, decay):
     """logit - presence [i occurs] - frequency * sum over its occurrences of decay^(tokens since)."""
     tokenizer = load_tokenizer(letters, 67)
@@ -198,15 +229,34 @@ def test_penalties_are_the_plain_formula(letters, presence, frequency, decay):
 # where an answer ends
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("yes\n\nUser: no", "yes"), ("\n\nUser:", ""), ("yes\n\nUse", "yes\n\nUse"), ("a\n\n\nUser:b", "a\n"), ("a\n\nUs\n\nUser:", "a\n\nUs"),
-    ("a\n\nuser:", "a\n\nuser:"), ("你好，\n\nUser:", "你好，"), ("🙂\n\n🙂", "🙂\n\n🙂"), ("", ""), ("User:", "User:"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("yes\n\nUser: no", "yes"),
+        ("\n\nUser:", ""),
+        ("yes\n\nUse", "yes\n\nUse"),
+        ("a\n\n\nUser:b", "a\n"),
+        ("a\n\nUs\n\nUser:", "a\n\nUs"),
+        ("a\n\nuser:", "a\n\nuser:"),
+        ("你好，\n\nUser:", "你好，"),
+        ("🙂\n\n🙂", "🙂\n\n🙂"),
+        ("", ""),
+        ("User:", "User:"),
+    ],
+)
 def test_the_answer_ends_before_the_next_turn_and_loses_nothing_else(text, expected, crossing, tmp_path):
-    for tokenizer in (named("bytes"), named("utf16"), named("world"), crossing, whole_blank_line_tokenizer(tmp_path)):
+    for tokenizer in (
+        named("bytes"),
+        named("utf16"),
+        named("world"),
+        crossing,
+        whole_blank_line_tokenizer(tmp_path),
+    ):
         pieces, state = say(tokenizer, [*tokenizer.encode(text), *tokenizer.eod, *tokenizer.encode("more")])
         assert "".join(pieces) == state == expected, tokenizer.name
-    assert say(crossing, crossing.encode(text + "x"), stop="")[1].startswith(text + "x"), "without a stop text nothing ends it"
+    assert say(crossing, crossing.encode(text + "x"), stop="")[1].startswith(text + "x"), (
+        "without a stop text nothing ends it"
+    )
 
 
 def test_text_is_shown_as_soon_as_it_cannot_be_the_next_turn():
@@ -246,7 +296,9 @@ def test_any_tokens_of_any_text_end_as_they_should(kind, crossing):
         text = "".join(rng.choices(PARTS, k=rng.randrange(9)))
         tokens = any_tokens(tokenizer, text.encode(tokenizer.encoding), rng)
         limit = rng.randrange(1, len(tokens) + 3)
-        said = b"".join(tokenizer.table[token] for token in tokens[:limit]).decode(tokenizer.encoding, "ignore")
+        said = b"".join(tokenizer.table[token] for token in tokens[:limit]).decode(
+            tokenizer.encoding, "ignore"
+        )
         expected = said.partition(STOP)[0]
         pieces, state = say(tokenizer, [*tokens, *tokenizer.eod], limit)
         assert "".join(pieces) == expected, (seed, text, limit)
@@ -307,7 +359,9 @@ def test_turns_on_a_kept_state_are_the_whole_dialogue_at_once(model, letters):
     for i, question in enumerate(["hello", "why? 12", "a\n\n\nb"]):
         answer = "".join(conversation.answer(question, max_tokens=17 + i))
         assert len(answer) > 3
-        dialogue += ("\n\n" if i else "") + f"User: {question.replace(chr(10) * 3, chr(10))}\n\nAssistant:{answer}"
+        dialogue += (
+            "\n\n" if i else ""
+        ) + f"User: {question.replace(chr(10) * 3, chr(10))}\n\nAssistant:{answer}"
     ids = torch.tensor([tokenizer.encode(dialogue)])
     with torch.no_grad():
         _, whole = model(ids)
@@ -351,9 +405,15 @@ def test_an_answer_in_utf16_ends_at_a_whole_unit():
 
 def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n 4 "}]
+    turns = [
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n 4 "},
+    ]
     rows.write_text(json.dumps({"messages": turns}) + '\n{"question": "q", "answer": "a"}\n')
-    assert read_questions(rows) == [(["User: 2+2\n\nAssistant:"], "4", ""), (["User: q\n\nAssistant:"], "a", "")]
+    assert read_questions(rows) == [
+        (["User: 2+2\n\nAssistant:"], "4", ""),
+        (["User: q\n\nAssistant:"], "a", ""),
+    ]
     rows.write_text('{"this": "q", "that": "a"}\n')
     with pytest.raises(UserError, match="--sft_field"):
         read_questions(rows)
@@ -361,9 +421,15 @@ def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tm
     assert read_questions(rows, load_template("think"), Reading(("this", "that")))[0].opening == " <think"
     rows.write_text('{"prompt": "q,", "completion": " a"}\n{"prompt": "q: <think>", "completion": "a"}\n')
     # which stand as they are, whatever the template
-    assert read_questions(rows, load_template("think")) == [(["q,"], "a", ""), (["q: <think>"], "a", "<think>")]
+    assert read_questions(rows, load_template("think")) == [
+        (["q,"], "a", ""),
+        (["q: <think>"], "a", "<think>"),
+    ]
     rows.write_text('{"text": "q"}\n')
-    with pytest.raises(UserError, match="rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its completion; got text"):
+    with pytest.raises(
+        UserError,
+        match="rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its completion; got text",
+    ):
         read_questions(rows)
 
 
@@ -374,7 +440,10 @@ def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
     single = ["".join(run(stream(model, tokenizer, ids, None, GREEDY, 15, ""))[0]).strip() for ids in encoded]
     made = greedy(model, tokenizer, encoded, 15, batch=2)
     assert [answer.text.strip() for answer in made] == single and len(set(single)) > 3
-    questions = [Question([text], answer if i % 3 else "another") for i, (text, answer) in enumerate(zip(prompts, single))]
+    questions = [
+        Question([text], answer if i % 3 else "another")
+        for i, (text, answer) in enumerate(zip(prompts, single))
+    ]
     assert exact_accuracy(model, tokenizer, questions, 15) == (4 / 6, single)
 
 
@@ -392,7 +461,7 @@ def test_a_sample_answer_is_cut_between_characters():
 
     def sample(tokens, characters):
         model = ScriptedBatch(tokenizer, said)
-        (text, _), = greedy(model, tokenizer, [[65]], tokens, characters=characters)
+        ((text, _),) = greedy(model, tokenizer, [[65]], tokens, characters=characters)
         return shortened(text, characters), sum(1 for _ in model.tokens)
 
     assert sample(99, 300) == ("ab🎉🎉🎉", 0)
@@ -414,18 +483,26 @@ def test_the_limit_follows_the_task():
     tokenizer = load_tokenizer("utf16", 256)
     questions = [Question(["q"], "four"), Question(["q"], "x" * 40)]
     assert answer_limit("exact", tokenizer, questions) == 80 + 20 + 16
-    assert [answer_limit(score, tokenizer, questions) for score in ("number", "boxed", "code")] == [512, 512, 1024]
+    assert [answer_limit(score, tokenizer, questions) for score in ("number", "boxed", "code")] == [
+        512,
+        512,
+        1024,
+    ]
     thinking = [question._replace(opening=load_template("think").opening) for question in questions]
     assert {answer_limit(score, tokenizer, thinking) for score in ("exact", "number", "code")} == {2048}
     closed = [question._replace(opening=load_template("fake-think").opening) for question in questions]
     assert answer_limit("number", tokenizer, closed) == 512
 
 
-@pytest.mark.parametrize("question,said", [
-    (Question(["q"], "4", " <think"), ">\nhm\n</think>\n4"),
-    (Question(["q <think"], "4", "<think"), ">\nhm\n</think>\n4"),
-    (Question(["q"], "4"), "4"),
-], ids=["by the template", "a prompt that begins thoughts", "a prompt as it stands"])
+@pytest.mark.parametrize(
+    "question,said",
+    [
+        (Question(["q"], "4", " <think"), ">\nhm\n</think>\n4"),
+        (Question(["q <think"], "4", "<think"), ">\nhm\n</think>\n4"),
+        (Question(["q"], "4"), "4"),
+    ],
+    ids=["by the template", "a prompt that begins thoughts", "a prompt as it stands"],
+)
 def test_an_answer_begins_with_what_its_prompt_opened(question, said):
     tokenizer = load_tokenizer("utf16", 256)
     scripted = ScriptedBatch(tokenizer, [*tokenizer.encode(said), *tokenizer.eod])
@@ -460,19 +537,39 @@ def answer(capsys, *flags):
 def test_merged_and_unmerged_give_the_same_greedy_answer(files, letters, capsys):
     base, adapter, merged = files
     flags = ["--tokenizer", letters, "--prompt", "hello?", "--temperature", 0, "--max_tokens", 40]
-    whole, live, before = (answer(capsys, "--model", *which, *flags) for which in ([merged], [base, "--adapter", adapter], [base]))
+    whole, live, before = (
+        answer(capsys, "--model", *which, *flags)
+        for which in ([merged], [base, "--adapter", adapter], [base])
+    )
     assert whole == live != before and len(whole) > 10 and whole.count("\n") <= 41
 
 
 def test_flags_reach_the_sampling(files, letters, capsys):
     def say(*more):
-        return answer(capsys, "--model", files[0], "--tokenizer", letters, "--prompt", "hello?", "--max_tokens", 30, *more)
+        return answer(
+            capsys,
+            "--model",
+            files[0],
+            "--tokenizer",
+            letters,
+            "--prompt",
+            "hello?",
+            "--max_tokens",
+            30,
+            *more,
+        )
 
     greedy = say("--temperature", 0)
     assert greedy == say("--top_k", 1) == say("--top_p", 1e-6) == say("--temperature", 1e-6)
     assert say("--seed", 1) == say("--seed", 1) != say("--seed", 2)
     # a negative penalty asks for the same token again
-    for more in (["--presence_penalty", -9], ["--frequency_penalty", -9], ["--system", "no"], ["--raw"], ["--max_tokens", 3]):
+    for more in (
+        ["--presence_penalty", -9],
+        ["--frequency_penalty", -9],
+        ["--system", "no"],
+        ["--raw"],
+        ["--max_tokens", 3],
+    ):
         assert say("--temperature", 0, *more) != greedy, more
 
 
@@ -481,13 +578,30 @@ def test_the_chat_keeps_its_turns_and_ends_with_its_input(files, letters, capsys
     chat.main(["--model", str(files[0]), "--tokenizer", letters, "--max_tokens", "12", "--temperature", "0"])
     out, err = capsys.readouterr()
     conversation = Conversation(RWKV.load(files[0]), load_tokenizer(letters, 67), GREEDY)
-    assert out == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again")) + "\n"
+    assert (
+        out
+        == "".join(f"Assistant:{''.join(conversation.answer(text, 12))}\n" for text in ("hello", "again"))
+        + "\n"
+    )
     assert "base.pth: RWKV-" in err and "/exit ends the chat" in err
 
 
 def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
-    flags = ["--model", str(files[2]), "--tokenizer", letters, "--prompt", "hello?", "--temperature", "0", "--max_tokens", "20"]
-    done = subprocess.run([sys.executable, "-m", "demo.chat", *flags], cwd=ROOT, capture_output=True, encoding="utf-8")
+    flags = [
+        "--model",
+        str(files[2]),
+        "--tokenizer",
+        letters,
+        "--prompt",
+        "hello?",
+        "--temperature",
+        "0",
+        "--max_tokens",
+        "20",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "demo.chat", *flags], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == answer(capsys, *flags)
     text = done.stdout.removesuffix("\n")
     conversation = Conversation(RWKV.load(files[2]), load_tokenizer(letters, 67), GREEDY)
@@ -497,14 +611,21 @@ def test_one_answer_on_stdout_and_nothing_else(files, letters, capsys):
 def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monkeypatch):
     tokenizer = named("bytes")
     for said, shown in ((b" a  b", "a  b\n"), (b"a", "a\n"), (b" ", "\n")):
-        monkeypatch.setattr(chat, "load_with", lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer))
+        monkeypatch.setattr(
+            chat, "load_with", lambda *_, said=said: (without_adapters(Scripted(tokenizer, said)), tokenizer)
+        )
         monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, ""))
-        assert answer(capsys, "--model", "any", "--template", "rwkv", "--prompt", "q", "--temperature", 0) == shown
+        assert (
+            answer(capsys, "--model", "any", "--template", "rwkv", "--prompt", "q", "--temperature", 0)
+            == shown
+        )
 
 
 def test_chat_merge_and_evaluation_import_no_trainer():
-    code = "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; " \
-           "print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
+    code = (
+        "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; "
+        "print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
@@ -525,5 +646,7 @@ rwkv_miss.save_adapter(model, "adapter.pth")
 print(rwkv_miss.merge_file("base.pth", "adapter.pth", "merged.pth").linears)
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
     assert done.stdout == "2\n", done.stdout + done.stderr

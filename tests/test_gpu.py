@@ -17,7 +17,10 @@ from src.ops import native
 from .conftest import ROOT, close
 from .test_wkv import DW_TOLERANCE, TOLERANCE, both, documents, make, results
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: nothing here was run")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: nothing here was run"),
+]
 
 
 def on_gpu(x):
@@ -45,7 +48,14 @@ def test_half_precision(version, kernel, dtype):
     x, dy, dsT = make(version, 100, N=64)
     x = {name: t if name == "s0" else t.to(dtype) for name, t in x.items()}
     reset = documents(2, 100)
-    want = results(version, {name: t.double() for name, t in x.items()}, dy.to(dtype).double(), dsT.double(), "reference", reset)
+    want = results(
+        version,
+        {name: t.double() for name, t in x.items()},
+        dy.to(dtype).double(),
+        dsT.double(),
+        "reference",
+        reset,
+    )
     got = results(version, on_gpu(x), dy.to(dtype).cuda(), dsT.cuda(), kernel, reset.cuda())
     for name, t in want.items():
         error = ((got[name].cpu().double() - t).norm() / t.norm()).item()
@@ -66,7 +76,9 @@ def test_the_model_is_the_same_on_both_devices(version, checkpoint):
 
 @both
 def test_tokens_of_a_cuda_graph_are_the_models(version, checkpoint):
-    model = RWKV.load(checkpoint(version, n_layer=3, n_embd=64, head_size=64), device="cuda", kernel="cuda").eval()
+    model = RWKV.load(
+        checkpoint(version, n_layer=3, n_embd=64, head_size=64), device="cuda", kernel="cuda"
+    ).eval()
     decoder, how = fastest(model)
     assert how == "one CUDA graph a token"
     ids = torch.arange(9, device="cuda")[None] % 60
@@ -88,14 +100,43 @@ def test_quantised_weights_are_expanded_to_the_same_numbers(kind, dtype):
         assert torch.equal(dense(quantised.cuda(), shape[1], dtype).cpu(), expand(quantised, shape[1], dtype))
 
 
-@pytest.mark.parametrize("strategy, quant", [("auto", "none"), ("deepspeed_stage_2", "none"), ("auto", "nf4"), ("deepspeed_stage_2", "int8")])
+@pytest.mark.parametrize(
+    "strategy, quant",
+    [("auto", "none"), ("deepspeed_stage_2", "none"), ("auto", "nf4"), ("deepspeed_stage_2", "int8")],
+)
 def test_a_run_on_the_gpu(strategy, quant, tmp_path):
     """Training with the defaults of a GPU, then the adapter on the CPU: the loss falls, and the file does not know where it was made."""
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"text": f"sort {word}: {''.join(sorted(word))}"}) for word in ("kitchen", "house", "garden")))
+    data.write_text(
+        "\n".join(
+            json.dumps({"text": f"sort {word}: {''.join(sorted(word))}"})
+            for word in ("kitchen", "house", "garden")
+        )
+    )
     base = ROOT / "demo/rwkv7-reverse.pth"
-    command = [sys.executable, "train.py", "--load_model", base, "--data_file", data, "--proj_dir", tmp_path / "run", "--accelerator", "gpu",
-               "--peft_config", "r=8", "--lr_init", "5e-3", "--epoch_steps", "20", "--strategy", strategy, "--quant", quant, "--verbose"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--load_model",
+        base,
+        "--data_file",
+        data,
+        "--proj_dir",
+        tmp_path / "run",
+        "--accelerator",
+        "gpu",
+        "--peft_config",
+        "r=8",
+        "--lr_init",
+        "5e-3",
+        "--epoch_steps",
+        "20",
+        "--strategy",
+        strategy,
+        "--quant",
+        quant,
+        "--verbose",
+    ]
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "device     gpu" in done.stdout and "kernel     wkv cuda" in done.stdout, done.stdout

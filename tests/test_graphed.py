@@ -61,7 +61,10 @@ def new_tensors(results, inputs):
 def stand_ins(monkeypatch):
     """What GraphedDecoder takes of torch.cuda, and the kernel of a GPU's models, on the CPU."""
     for name, stand_in in {
-        "Stream": Stream, "current_stream": Stream, "stream": contextlib.nullcontext, "CUDAGraph": Graph,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": contextlib.nullcontext,
+        "CUDAGraph": Graph,
         "graph": lambda graph: graph,
     }.items():
         monkeypatch.setattr(graphed.torch.cuda, name, stand_in)
@@ -91,7 +94,9 @@ def test_tokens_and_states_are_the_models_and_stay_what_they_were(version):
         got, other = decoder.next_logits(torch.tensor([[token]]), other)
         torch.testing.assert_close(got, want)
         results += [(t, t.clone()) for t in (got, *(part for layer in other for part in layer))]
-        for mine, theirs in zip((t for layer in other for t in layer), (t for layer in state for t in layer), strict=True):
+        for mine, theirs in zip(
+            (t for layer in other for t in layer), (t for layer in state for t in layer), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)
         graphs.add(decoder.graph)
     assert len(graphs) == 1, "recorded once"

@@ -20,7 +20,10 @@ from src.tokenizer import load_tokenizer
 from .conftest import make_arch, pypi_rwkv, random_tensors
 
 # the harness is imported by the tests that need it: it takes three seconds, also where these tests are only collected
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-evaluation-harness IS ABSENT: pip install 'lm_eval>=0.4.12'")
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("lm_eval"),
+    reason="lm-evaluation-harness IS ABSENT: pip install 'lm_eval>=0.4.12'",
+)
 
 HITS = (854, 1428)  # the two of LAMBADA's 5153 texts whose last word the 3M model finds
 
@@ -39,7 +42,9 @@ def package_model(path, encode):
             before, after = encode(context), encode(continuation)
             logits, _ = run([*before, *after[:-1]])
             logs = logits[len(before) - 1 :].double().log_softmax(-1)
-            return sum(float(row[token]) for row, token in zip(logs, after, strict=True)), logs.argmax(-1).tolist() == after
+            return sum(float(row[token]) for row, token in zip(logs, after, strict=True)), logs.argmax(
+                -1
+            ).tolist() == after
 
         loglikelihood_rolling = generate_until = None
 
@@ -59,19 +64,42 @@ def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
     texts = (data_dir / "lambada_test.jsonl").read_text().splitlines()
     chosen = [texts[i] for i in HITS] + sorted(texts, key=len)[:5]
     data.write_text("\n".join(chosen) + "\n")
-    program.main(["--model", str(model), "--tokenizer", "utf16", "--tasks", "lambada_local", "--data_file", str(data), "--out", str(out)])
+    program.main(
+        [
+            "--model",
+            str(model),
+            "--tokenizer",
+            "utf16",
+            "--tasks",
+            "lambada_local",
+            "--data_file",
+            str(data),
+            "--out",
+            str(out),
+        ]
+    )
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     ours = json.loads(out.read_text())
     package = package_model(model, lambda text: list(text.encode("utf-16-le")))
-    theirs = lm_eval.evaluator.simple_evaluate(package, tasks=[Lambada(str(data))], task_manager=TaskManager(include_defaults=False))
+    theirs = lm_eval.evaluator.simple_evaluate(
+        package, tasks=[Lambada(str(data))], task_manager=TaskManager(include_defaults=False)
+    )
     scores, other = ours["results"]["lambada_local"], theirs["results"]["lambada_local"]
     assert scores["acc,none"] == other["acc,none"] == len(HITS) / len(chosen)
     assert scores["perplexity,none"] == pytest.approx(other["perplexity,none"], rel=1e-4)
-    pairs = [[run["samples"]["lambada_local"][i]["filtered_resps"][0] for run in (ours, theirs)] for i in range(len(chosen))]
+    pairs = [
+        [run["samples"]["lambada_local"][i]["filtered_resps"][0] for run in (ours, theirs)]
+        for i in range(len(chosen))
+    ]
     for (mine, mine_greedy), (wanted, wanted_greedy) in pairs:
         assert mine_greedy == wanted_greedy
-        assert mine == pytest.approx(wanted, abs=1e-5)  # fp32 against fp32: 2e-6 was the largest difference seen
-    assert last["results"]["lambada_local"]["acc,none"] == scores["acc,none"] and last["lm_eval"] == lm_eval.__version__
+        assert mine == pytest.approx(
+            wanted, abs=1e-5
+        )  # fp32 against fp32: 2e-6 was the largest difference seen
+    assert (
+        last["results"]["lambada_local"]["acc,none"] == scores["acc,none"]
+        and last["lm_eval"] == lm_eval.__version__
+    )
 
 
 @pytest.fixture(params=[6, 7])
@@ -86,9 +114,16 @@ def test_likelihoods_are_those_of_one_text_at_a_time(model, at_once, monkeypatch
     monkeypatch.setattr(likelihood, "TOKENS", at_once)
     monkeypatch.setattr(likelihood, "LOGITS", 3 * 257)
     draw = torch.Generator().manual_seed(0)
-    pairs = [(torch.randint(257, (n,), generator=draw).tolist(), torch.randint(257, (m,), generator=draw).tolist())
-             for n, m in ((17, 3), (1, 1), (30, 8), (2, 16), (5, 1))]
-    pairs += [(pairs[4][0], [7]), (pairs[4][0], [7, 9]), (pairs[3][0] + pairs[3][1][:3], pairs[3][1][3:]), (pairs[0][0], [])]
+    pairs = [
+        (torch.randint(257, (n,), generator=draw).tolist(), torch.randint(257, (m,), generator=draw).tolist())
+        for n, m in ((17, 3), (1, 1), (30, 8), (2, 16), (5, 1))
+    ]
+    pairs += [
+        (pairs[4][0], [7]),
+        (pairs[4][0], [7, 9]),
+        (pairs[3][0] + pairs[3][1][:3], pairs[3][1][3:]),
+        (pairs[0][0], []),
+    ]
     context = pairs[1][0]
     for _ in range(3):  # what the model says itself
         context = context + [int(model(torch.tensor([context]))[0][0, -1].argmax())]
@@ -106,7 +141,13 @@ def test_likelihoods_are_those_of_one_text_at_a_time(model, at_once, monkeypatch
 def test_what_reads_the_same_tokens_is_computed_once(model, monkeypatch):
     sizes = []
     features = RWKV.features
-    monkeypatch.setattr(RWKV, "features", lambda self, ids, *args, **kwargs: sizes.append(tuple(ids.shape)) or features(self, ids, *args, **kwargs))
+    monkeypatch.setattr(
+        RWKV,
+        "features",
+        lambda self, ids, *args, **kwargs: (
+            sizes.append(tuple(ids.shape)) or features(self, ids, *args, **kwargs)
+        ),
+    )
     log_likelihoods(model, [([1, 2, 3], [choice]) for choice in (4, 5, 6, 7)])
     assert sizes == [(1, 3)]
 
@@ -136,10 +177,15 @@ def letters(tmp_path):
 
 def test_a_text_is_as_likely_as_its_parts(harness):
     pairs = ("A", " cat"), ("A cat", " sat."), ("A", " cat sat."), ("\0", "A cat sat.")
-    first, second, both, text = (total for total, _ in harness.loglikelihood([request(*pair) for pair in pairs]))
+    first, second, both, text = (
+        total for total, _ in harness.loglikelihood([request(*pair) for pair in pairs])
+    )
     assert first + second == pytest.approx(both, abs=1e-4)
     # a text with nothing before it comes after the end of a document, which is NUL
-    assert harness.loglikelihood_rolling([request("A cat sat."), request("")]) == [pytest.approx(text, abs=1e-4), 0.0]
+    assert harness.loglikelihood_rolling([request("A cat sat."), request("")]) == [
+        pytest.approx(text, abs=1e-4),
+        0.0,
+    ]
     assert harness.loglikelihood([request("", "A cat sat.")])[0][0] == pytest.approx(text, abs=1e-4)
 
 
@@ -156,15 +202,31 @@ def test_answers_end_where_they_should(model, letters):
     harness = harness_model(model, letters)
     prompts = ["a", "What is it?", "bc", "", "What else? "]
     plain = harness.generate_until([request(text, {"max_gen_toks": 30}) for text in prompts])
-    alone = ["".join(stream(harness.model, harness.tokenizer, harness.tokenizer.encode(text) or [0], None, Sampling(temperature=0), 30, ""))
-             for text in prompts]
+    alone = [
+        "".join(
+            stream(
+                harness.model,
+                harness.tokenizer,
+                harness.tokenizer.encode(text) or [0],
+                None,
+                Sampling(temperature=0),
+                30,
+                "",
+            )
+        )
+        for text in prompts
+    ]
     assert plain == alone and len(set(plain)) > 2
     stops = [plain[0][4:7], plain[1][9:11], "never said"]
-    stopped = harness.generate_until([request(text, {"until": stops, "max_gen_toks": 30}) for text in prompts])
+    stopped = harness.generate_until(
+        [request(text, {"until": stops, "max_gen_toks": 30}) for text in prompts]
+    )
     for text, whole in zip(stopped, plain, strict=True):
         assert text == whole[: min([whole.find(stop) for stop in stops if stop in whole], default=30)]
     assert stopped[0] != plain[0] and stopped[1] != plain[1]
-    mixed = harness.generate_until([request("a", {"until": stops[0], "max_gen_toks": 30}), request("a", {"max_gen_toks": 3})])
+    mixed = harness.generate_until(
+        [request("a", {"until": stops[0], "max_gen_toks": 30}), request("a", {"max_gen_toks": 3})]
+    )
     assert mixed == [stopped[0], plain[0][:3]]
     with pytest.raises(rwkv_miss.UserError, match="samples its answers"):
         harness.generate_until([request("a", {"do_sample": True, "temperature": 0.7})])
@@ -173,7 +235,11 @@ def test_answers_end_where_they_should(model, letters):
 def test_complete_answers_are_not_computed_on(model, letters, monkeypatch):
     tokenizer, rows = load_tokenizer(letters, 257), []
     next_logits = RWKV.next_logits
-    monkeypatch.setattr(RWKV, "next_logits", lambda self, ids, state=None: rows.append(len(ids)) or next_logits(self, ids, state))
+    monkeypatch.setattr(
+        RWKV,
+        "next_logits",
+        lambda self, ids, state=None: rows.append(len(ids)) or next_logits(self, ids, state),
+    )
     prompts = [tokenizer.encode(text) for text in ("one", "two", "six")]
     texts = [answer.text for answer in greedy(model, tokenizer, prompts, 12)]
     rows.clear()
@@ -184,22 +250,39 @@ def test_complete_answers_are_not_computed_on(model, letters, monkeypatch):
 def test_a_conversation_is_asked_in_the_models_template(model):
     harness = harness_model(model, "bytes", load_template("fake-think"))
     asked = harness.apply_chat_template([{"role": "user", "content": "Hi"}])
-    assert asked == "User: Hi\n\nAssistant: <think>\n</think" and harness.chat_template(True) == "fake-think" and harness.tokenizer_name == "bytes"
+    assert (
+        asked == "User: Hi\n\nAssistant: <think>\n</think"
+        and harness.chat_template(True) == "fake-think"
+        and harness.tokenizer_name == "bytes"
+    )
 
 
 def test_mistakes_are_explained_before_the_model_is_loaded(tmp_path):
-    (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: nowhere.jsonl\ntest_split: test\n"
-                                          "output_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n")
+    (tmp_path / "broken.yaml").write_text(
+        "task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: nowhere.jsonl\ntest_split: test\n"
+        "output_type: loglikelihood\ndoc_to_text: a\ndoc_to_target: b\n"
+    )
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     for flags, message in (
         (["--tasks", "lambada_local"], "task lambada_local needs --data_file"),
-        (["--tasks", "lambada_local", "--data_file", str(tmp_path / "rows.jsonl")], 'has no row {"text": ...}'),
-        (["--tasks", "broken", "--include_path", str(tmp_path)], "the harness can't load the tasks: FileNotFoundError"),
+        (
+            ["--tasks", "lambada_local", "--data_file", str(tmp_path / "rows.jsonl")],
+            'has no row {"text": ...}',
+        ),
+        (
+            ["--tasks", "broken", "--include_path", str(tmp_path)],
+            "the harness can't load the tasks: FileNotFoundError",
+        ),
         (["--tasks", "lambada_openai", "--out", str(tmp_path)], "is a folder"),
-        (["--tasks", "lambada_openai", "--data_file", "rows.jsonl"], "--data_file is for the task lambada_local"),
+        (
+            ["--tasks", "lambada_openai", "--data_file", "rows.jsonl"],
+            "--data_file is for the task lambada_local",
+        ),
         (["--tasks", "lambada_openai", "--limit", "0"], "--limit 0: must be at least 1"),
     ):
         with pytest.raises(rwkv_miss.UserError, match=message):
             program.main(["--model", "nowhere.pth", *flags])
-    with pytest.raises(rwkv_miss.UserError, match="task 'lambada_lokal' is unknown to the harness; near: lambada_openai$"):
+    with pytest.raises(
+        rwkv_miss.UserError, match="task 'lambada_lokal' is unknown to the harness; near: lambada_openai$"
+    ):
         program.known("lambada_lokal", types.SimpleNamespace(all_tasks=["lambada_openai", "piqa"]))

@@ -61,7 +61,11 @@ def rows_changed(tensor):
     """Another tensor with the same sampled bytes: every row is changed that the earlier rule does not read."""
     data, step = tensor.clone(), tensor.nbytes // 13
     width = tensor.shape[1] * tensor.element_size()
-    read = {row for start in range(0, tensor.nbytes, step) for row in range(start // width, (start + 255) // width + 1)}
+    read = {
+        row
+        for start in range(0, tensor.nbytes, step)
+        for row in range(start // width, (start + 255) // width + 1)
+    }
     rows = [row for row in range(len(tensor)) if row not in read]
     data[rows] = data[rows] * 1.5 + 1
     assert len(rows) > 0.7 * len(tensor)
@@ -74,7 +78,9 @@ def two_bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     tensors = random_tensors(make_arch(7, vocab_size=256, n_embd=48, head_size=16))
     other = {**tensors, "emb.weight": rows_changed(tensors["emb.weight"])}
-    assert sampled_fingerprint(tensors) == sampled_fingerprint(other) and fingerprint(tensors) != fingerprint(other)
+    assert sampled_fingerprint(tensors) == sampled_fingerprint(other) and fingerprint(tensors) != fingerprint(
+        other
+    )
     write_checkpoint(folder / "base.pth", tensors.items())
     write_checkpoint(folder / "other.pth", other.items())
     (folder / "rows.jsonl").write_text('{"text": "abc"}\n' * 8)
@@ -85,8 +91,22 @@ def test_a_base_with_other_rows_is_refused(two_bases, tmp_path):
     """By merge, chat, unmerge and --resume auto."""
     base, other = two_bases / "base.pth", two_bases / "other.pth"
     shutil.copy(base, tmp_path / "model.pth")
-    flags = ["--load_model", str(tmp_path / "model.pth"), "--data_file", str(two_bases / "rows.jsonl"), "--tokenizer", "bytes",
-             "--proj_dir", str(tmp_path / "run"), "--accelerator", "cpu", "--peft_config", "r=4", "--micro_bsz", "2"]
+    flags = [
+        "--load_model",
+        str(tmp_path / "model.pth"),
+        "--data_file",
+        str(two_bases / "rows.jsonl"),
+        "--tokenizer",
+        "bytes",
+        "--proj_dir",
+        str(tmp_path / "run"),
+        "--accelerator",
+        "cpu",
+        "--peft_config",
+        "r=4",
+        "--micro_bsz",
+        "2",
+    ]
     succeed(program.run([*flags, "--epoch_steps", "1"]))
     adapter = tmp_path / "run/adapter.pth"
     assert read_metadata(adapter)["base_fingerprint"] == fingerprint(read_checkpoint(base))
@@ -95,11 +115,16 @@ def test_a_base_with_other_rows_is_refused(two_bases, tmp_path):
     with pytest.raises(UserError, match="was trained on another base"):
         load_with(other, {"a": adapter}, tokenizer="bytes", accelerator="cpu")
     merge_file(base, adapter, tmp_path / "merged.pth")
-    assert "by its own record it is a merge into another base, base.pth" in check_merge(other, tmp_path / "merged.pth", [adapter]).problems
+    assert (
+        "by its own record it is a merge into another base, base.pth"
+        in check_merge(other, tmp_path / "merged.pth", [adapter]).problems
+    )
     shutil.copy(other, tmp_path / "model.pth")
     settings = (tmp_path / "run/config.yaml").read_text()
     code, output = program.run([*flags, "--epoch_steps", "2", "--resume", "auto"])
-    assert code == 2 and "error: --resume auto: the base file is not the one that the run began with" in output, output
+    assert (
+        code == 2 and "error: --resume auto: the base file is not the one that the run began with" in output
+    ), output
     assert (tmp_path / "run/config.yaml").read_text() == settings and len(losses(tmp_path / "run")) == 1
 
 
@@ -126,11 +151,21 @@ def test_a_file_is_hashed_once_until_it_changes(two_bases, tmp_path, count):
     path = tmp_path / "base.pth"
     shutil.copy(two_bases / "base.pth", path)
     first = Identity(path).fingerprint
-    assert Identity(str(path)).fingerprint == first and Identity(path, read_checkpoint(path)).fingerprint == first and count() == 1
+    assert (
+        Identity(str(path)).fingerprint == first
+        and Identity(path, read_checkpoint(path)).fingerprint == first
+        and count() == 1
+    )
     held = path.stat()
-    shutil.copyfile(two_bases / "other.pth", path)  # into the same inode, of the same size, with the time put back
+    shutil.copyfile(
+        two_bases / "other.pth", path
+    )  # into the same inode, of the same size, with the time put back
     os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))
-    assert (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) == (held.st_ino, held.st_size, held.st_mtime_ns)
+    assert (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) == (
+        held.st_ino,
+        held.st_size,
+        held.st_mtime_ns,
+    )
     assert Identity(path).fingerprint != first and count() == 2
     [entry] = identity.cache_folder().iterdir()
     for damaged in ("", "[1]", '{"state": 3}', entry.read_text()[:50]):
@@ -150,7 +185,9 @@ def test_a_file_that_has_just_changed_is_not_remembered(two_bases, tmp_path, cou
 def test_without_a_cache_folder_it_goes_on(two_bases, tmp_path, count, monkeypatch, capsys):
     (tmp_path / "cache").write_text("a file, where no folder can be made, not even by root")
     monkeypatch.setattr(identity, "DELAY", -1)
-    assert Identity(two_bases / "base.pth").fingerprint == fingerprint(read_checkpoint(two_bases / "base.pth"))
+    assert Identity(two_bases / "base.pth").fingerprint == fingerprint(
+        read_checkpoint(two_bases / "base.pth")
+    )
     assert "can't be written (Not a directory), so " in capsys.readouterr().err
 
 
@@ -158,7 +195,10 @@ def test_a_chat_without_an_adapter_hashes_nothing(two_bases, count):
     adapters, _ = load_with(two_bases / "base.pth", {}, tokenizer="bytes", accelerator="cpu")
     adapters.use()
     assert count() == 0
-    assert adapters.model.base_fingerprint == fingerprint(read_checkpoint(two_bases / "base.pth")) and count() == 1
+    assert (
+        adapters.model.base_fingerprint == fingerprint(read_checkpoint(two_bases / "base.pth"))
+        and count() == 1
+    )
 
 
 def test_a_file_that_was_replaced_since_is_not_taken_for_the_model(two_bases, tmp_path):
@@ -209,8 +249,26 @@ def in_folder(folder, rank):
 
 def test_its_run_goes_on(earlier):
     """The second step is that of a run of today."""
-    flags = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--tokenizer", "bytes", "--peft_config", "r=2",
-             "--micro_bsz", "2", "--ctx_len", "32", "--accelerator", "cpu", "--eval_split", "0", "--epoch_steps", "2"]
+    flags = [
+        "--load_model",
+        "base.pth",
+        "--data_file",
+        "rows.jsonl",
+        "--tokenizer",
+        "bytes",
+        "--peft_config",
+        "r=2",
+        "--micro_bsz",
+        "2",
+        "--ctx_len",
+        "32",
+        "--accelerator",
+        "cpu",
+        "--eval_split",
+        "0",
+        "--epoch_steps",
+        "2",
+    ]
 
     here = functools.partial(in_folder, earlier)
     output = succeed(program.run([*flags, "--proj_dir", "run", "--resume", "auto"], here))

@@ -41,7 +41,7 @@ def make_batch(lengths, vocab=67, seed=0):
     ids, targets = (torch.randint(vocab, shape, generator=generator) for _ in range(2))
     mask, reset = torch.rand(shape, generator=generator) < 0.5, torch.zeros(shape, dtype=torch.bool)
     for i, row in enumerate(lengths):
-        mask[i, sum(row):] = False
+        mask[i, sum(row) :] = False
         reset[i, list(itertools.accumulate(row))[:-1]] = True
     return {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None}
 
@@ -97,14 +97,18 @@ def test_a_truncated_gradient_stops_at_every_so_many_tokens():
     state, loss = None, 0
     for part in (slice(0, 16), slice(16, 32), slice(32, 35)):
         x, state = model.features(batch["ids"][:, part], state, batch["reset"][:, part])
-        loss = loss + loss_sum(model.head(x[batch["mask"][:, part]]), batch["targets"][:, part][batch["mask"][:, part]])
+        loss = loss + loss_sum(
+            model.head(x[batch["mask"][:, part]]), batch["targets"][:, part][batch["mask"][:, part]]
+        )
         state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     want = loss, dict(zip(names, torch.autograd.grad(loss * 0.37, parameters), strict=True))
     for size, sparse in ((16, False), (8, True), (4, False)):
         same(results(model, batch, Chunks(size, 16, sparse)), want, 1e-12)
     exact = results(model, batch, Chunks())
-    assert any((exact[1][name] - gradient).norm() > 1e-3 * gradient.norm() for name, gradient in want[1].items()), "nothing was cut off"
+    assert any(
+        (exact[1][name] - gradient).norm() > 1e-3 * gradient.norm() for name, gradient in want[1].items()
+    ), "nothing was cut off"
 
 
 @pytest.mark.parametrize("sparse, states", [(False, 11), (True, 2)])
@@ -113,10 +117,14 @@ def test_a_chunk_keeps_one_state_and_nothing_else(sparse, states):
     model, batch = make_model(7, torch.float32), make_batch([[35], [20, 14]])
     one = sum(t.nbytes for layer in model(batch["ids"][:, :1])[1] for t in layer)
     held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: held.append(t.untyped_storage().nbytes()) or t, lambda t: t
+    ):
         loss = rows_loss(model, batch, Chunks(3, sparse=sparse))
     assert sum(held) == states * one
-    assert Chunks(3, sparse=sparse).states(35) == {False: 11, True: 2 + 3}[sparse], "in the backward a segment has those between too"
+    assert Chunks(3, sparse=sparse).states(35) == {False: 11, True: 2 + 3}[sparse], (
+        "in the backward a segment has those between too"
+    )
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
         assert torch.equal(rows_loss(model, batch, Chunks(3)), loss)
 
@@ -126,7 +134,9 @@ def test_every_parameter_gets_its_gradient_once():
     model.spare = torch.nn.Parameter(torch.ones(3))
     times = {name: 0 for name, p in model.named_parameters() if p.requires_grad}
     for name in times:
-        model.get_parameter(name).register_post_accumulate_grad_hook(lambda _, name=name: times.__setitem__(name, times[name] + 1))
+        model.get_parameter(name).register_post_accumulate_grad_hook(
+            lambda _, name=name: times.__setitem__(name, times[name] + 1)
+        )
     rows_loss(model, batch, Chunks(3)).backward()
     assert set(times.values()) == {1} and model.spare.grad is None
 
@@ -160,7 +170,9 @@ def test_random_numbers_are_drawn_again_as_they_were():
             for p, d in zip(parameters, step, strict=True):
                 p.sub_(d, alpha=factor)
         torch.manual_seed(seed)
-        assert torch.equal(place, torch.get_rng_state()), "what is drawn after the rows does not depend on them"
+        assert torch.equal(place, torch.get_rng_state()), (
+            "what is drawn after the rows does not depend on them"
+        )
         return loss
 
     loss = loss_at(0)
@@ -184,11 +196,16 @@ class Tuned(RWKV):
 
     def __init__(self, arch):
         super().__init__(arch)
-        self.start = torch.nn.Parameter(torch.randn(arch.n_layer, arch.n_head, arch.head_size, arch.head_size))
+        self.start = torch.nn.Parameter(
+            torch.randn(arch.n_layer, arch.n_head, arch.head_size, arch.head_size)
+        )
 
     def initial_state(self, batch):
         zeros = super().initial_state(batch)
-        return [layer._replace(wkv=start.expand(batch, -1, -1, -1)) for layer, start in zip(zeros, self.start, strict=True)]
+        return [
+            layer._replace(wkv=start.expand(batch, -1, -1, -1))
+            for layer, start in zip(zeros, self.start, strict=True)
+        ]
 
 
 def test_a_trained_initial_state_gets_its_gradient_through_all_chunks():
@@ -219,16 +236,37 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("infctx")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=128, head_size=32)), folder / "base.pth")
     rng = random.Random(0)
-    rows = [{"messages": [{"role": "user", "content": "q" * rng.randint(1, 30)}, {"role": "assistant", "content": "ab c" * rng.choice([1, 20, 70])}]}
-            for _ in range(21)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q" * rng.randint(1, 30)},
+                {"role": "assistant", "content": "ab c" * rng.choice([1, 20, 70])},
+            ]
+        }
+        for _ in range(21)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(name, *flags):
-        settings = {"load_model": folder / "base.pth", "data_file": folder / "data.jsonl", "proj_dir": folder / name, "tokenizer": "bytes",
-                    "peft_config": "r=100", "lr_init": "1e-2", "lr_schedule": "constant", "micro_bsz": 8, "packing": 0, "accelerator": "cpu"}
-        program.succeed(program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags]))
+        settings = {
+            "load_model": folder / "base.pth",
+            "data_file": folder / "data.jsonl",
+            "proj_dir": folder / name,
+            "tokenizer": "bytes",
+            "peft_config": "r=100",
+            "lr_init": "1e-2",
+            "lr_schedule": "constant",
+            "micro_bsz": 8,
+            "packing": 0,
+            "accelerator": "cpu",
+        }
+        program.succeed(
+            program.run([*(f"--{key}={value}" for key, value in settings.items()), "--epoch_count=1", *flags])
+        )
         card = (folder / name / "run_card.md").read_text()
-        return card, [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        return card, [
+            json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
 
     return run
 
@@ -243,12 +281,16 @@ def whole(train):
     return losses
 
 
-@pytest.mark.parametrize("flags", [
-    ["--chunk_ctx", "50"],
-    ["--chunk_ctx", "75", "--state_cp", "1", "--grad_cp", "1", "--strategy", "deepspeed_stage_3", *TWO],
-    ["--chunk_ctx", "37", "--strategy", "deepspeed_stage_2", *TWO],
-    ["--chunk_ctx", "37", "--strategy", "ddp", *TWO],
-], ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--chunk_ctx", "50"],
+        ["--chunk_ctx", "75", "--state_cp", "1", "--grad_cp", "1", "--strategy", "deepspeed_stage_3", *TWO],
+        ["--chunk_ctx", "37", "--strategy", "deepspeed_stage_2", *TWO],
+        ["--chunk_ctx", "37", "--strategy", "ddp", *TWO],
+    ],
+    ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"],
+)
 def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, request):
     """The ranks have rows of different lengths, and the micro-batches of a step different numbers of chunks, some of them one."""
     card, losses = train(request.node.callspec.id, *flags)
@@ -257,8 +299,12 @@ def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, reque
 
 
 def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
-    for version, strategy, chunk_ctx in [("2.7.1", "deepspeed_stage_2", 64), ("2.7.1", "deepspeed_stage_3", 0), ("2.8.0", "deepspeed_stage_3", 64),
-                                         ("2.10.0+cpu", "deepspeed_stage_3_offload", 64)]:
+    for version, strategy, chunk_ctx in [
+        ("2.7.1", "deepspeed_stage_2", 64),
+        ("2.7.1", "deepspeed_stage_3", 0),
+        ("2.8.0", "deepspeed_stage_3", 64),
+        ("2.10.0+cpu", "deepspeed_stage_3_offload", 64),
+    ]:
         monkeypatch.setattr(torch, "__version__", TorchVersion(version))
         device_here(Config(strategy=strategy, chunk_ctx=chunk_ctx, accelerator="cpu"), 64)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
@@ -269,7 +315,9 @@ def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
 
 def test_a_run_resumes_with_other_chunks(train, whole):
     train("resumed", "--chunk_ctx", "40")
-    _, losses = train("resumed", "--chunk_ctx", "64", "--state_cp", "1", "--epoch_count", "2", "--resume", "auto")
+    _, losses = train(
+        "resumed", "--chunk_ctx", "64", "--state_cp", "1", "--epoch_count", "2", "--resume", "auto"
+    )
     assert losses == pytest.approx(whole, rel=1e-5)
     card, losses = train("cut", "--chunk_ctx", "40", "--truncate_ctx", "80")
     assert "the gradient stops at every 80 tokens" in card

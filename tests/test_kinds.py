@@ -32,8 +32,15 @@ def files(tmp_path):
 
 
 def test_every_kind_is_known(files):
-    want = {"base.pth": CHECKPOINT, "legacy.pth": CHECKPOINT, "adapter.pth": "rwkv-miss adapter", "merged.pth": "rwkv-miss merged",
-            "a.safetensors": SAFETENSORS, "a.gguf": GGUF, "notes.txt": OTHER}
+    want = {
+        "base.pth": CHECKPOINT,
+        "legacy.pth": CHECKPOINT,
+        "adapter.pth": "rwkv-miss adapter",
+        "merged.pth": "rwkv-miss merged",
+        "a.safetensors": SAFETENSORS,
+        "a.gguf": GGUF,
+        "notes.txt": OTHER,
+    }
     assert {name: kind_of(files / name) for name in want} == want
     for name in ("notes.txt", "empty", "absent"):
         may_replace(files / name)
@@ -48,9 +55,12 @@ def test_a_model_is_not_lost_under_the_name_of_an_output(files):
     for name in ("other.pth", "adapter.pth", "merged.pth"):
         kept[name] = (files / name).read_bytes()
     works = {
-        "merge": lambda out: merge_file(base, adapter, out), "native": lambda out: convert(adapter, out, "native"),
-        "rwkv-peft": lambda out: convert(adapter, out, "rwkv-peft"), "safetensors": lambda out: convert(adapter, out, "safetensors"),
-        "diff": lambda out: diff_files(base, files / "merged.pth", out, 8), "model": lambda out: export(base, out, "safetensors"),
+        "merge": lambda out: merge_file(base, adapter, out),
+        "native": lambda out: convert(adapter, out, "native"),
+        "rwkv-peft": lambda out: convert(adapter, out, "rwkv-peft"),
+        "safetensors": lambda out: convert(adapter, out, "safetensors"),
+        "diff": lambda out: diff_files(base, files / "merged.pth", out, 8),
+        "model": lambda out: export(base, out, "safetensors"),
         "pth": lambda out: export(files / "m.safetensors", out, "pth"),
     }
     export(base, files / "m.safetensors", "safetensors")
@@ -69,7 +79,10 @@ def test_a_model_is_not_lost_under_the_name_of_an_output(files):
 
 @pytest.mark.parametrize("name,form", [("a.gguf", "GGUF"), ("a.safetensors", "safetensors")])
 def test_another_form_in_the_place_of_a_checkpoint_is_named(files, name, form):
-    with pytest.raises(UserError, match=f"is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a model"):
+    with pytest.raises(
+        UserError,
+        match=f"is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a model",
+    ):
         read_checkpoint(files / name)
 
 

@@ -41,52 +41,102 @@ def test_flags_without_a_meaning_here_get_one_note_each(capsys):
     assert "unrecognized arguments: stray" in mistake("--kernel=0", "stray")
 
 
-@pytest.mark.parametrize("flags, rank", [
-    (["--peft", "bone", "--bone_config", '{"bone_load":"","bone_r":48}'], 48),
-    (["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_load":"","bone_r":48}'], 48),
-    (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":48}'], 48),
-    (["--peft", "disha", "--disha_config", '{"mode":"bone",', '"load":"",', '"r":48}'], 48),  # cut up by the shell
-    (["--peft", "miss", "--peft_config", '{"r":', "48}"], 48),
-    (["--peft", "miss", "--miss_config={'r':48}".replace("'", '"')], 48), (["--rank", "48"], 48), (["--peft", "miss", "--r=48"], 48),
-])
+@pytest.mark.parametrize(
+    "flags, rank",
+    [
+        (["--peft", "bone", "--bone_config", '{"bone_load":"","bone_r":48}'], 48),
+        (["--peft", "bone", "--bone_config", '{"bone_mode":"bone","bone_load":"","bone_r":48}'], 48),
+        (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":48}'], 48),
+        (
+            ["--peft", "disha", "--disha_config", '{"mode":"bone",', '"load":"",', '"r":48}'],
+            48,
+        ),  # cut up by the shell
+        (["--peft", "miss", "--peft_config", '{"r":', "48}"], 48),
+        (["--peft", "miss", "--miss_config={'r':48}".replace("'", '"')], 48),
+        (["--rank", "48"], 48),
+        (["--peft", "miss", "--r=48"], 48),
+    ],
+)
 def test_the_ranks_of_three_generations(flags, rank):
     values = read(*flags, "--micro_bsz", "3")
     assert (values.peft, adapter_options(values), values.micro_bsz) == ("miss", ({"r": rank}, None), 3)
 
 
 def test_options_of_another_method_are_named(capsys):
-    values = read("--peft", "bone", "--bone_config", '{"bone_r":8}', "--lora_config", '{"lora_r":4}', "--lora_r", "2")
+    values = read(
+        "--peft", "bone", "--bone_config", '{"bone_r":8}', "--lora_config", '{"lora_r":4}', "--lora_r", "2"
+    )
     assert adapter_options(values) == ({"r": 8}, None)
     notes = capsys.readouterr().out
-    assert "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes and "--lora_r is ignored" in notes
+    assert (
+        "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes
+        and "--lora_r is ignored" in notes
+    )
     assert "whose names contain time or ln stay frozen" in notes
 
 
 def test_the_mode_bat_has_blocks_of_inputs():
-    for flags in (["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":8}'],
-                  ["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":8}']):
+    for flags in (
+        ["--peft", "bone", "--bone_config", '{"bone_mode":"bat","bone_load":"","bone_r":8}'],
+        ["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":8}'],
+    ):
         values = read(*flags)
         assert (values.peft, adapter_options(values)) == ("bat", ({"r": 8, "order": "row"}, None))
 
 
 def test_lora_in_json_and_in_the_oldest_spelling(capsys):
     wanted = {"r": 64, "alpha": 128, "dropout": 0.01}
-    values = read("--peft", "lora", "--lora_config", '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}')
+    values = read(
+        "--peft",
+        "lora",
+        "--lora_config",
+        '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}',
+    )
     assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
     assert "rwkv-0.pth is not there" in capsys.readouterr().out
-    values = read("--lora_load", "rwkv-0", "--lora", "--lora_r", "64", "--lora_alpha", "128", "--lora_dropout", "0.01", "--lora_parts=att,ffn")
+    values = read(
+        "--lora_load",
+        "rwkv-0",
+        "--lora",
+        "--lora_r",
+        "64",
+        "--lora_alpha",
+        "128",
+        "--lora_dropout",
+        "0.01",
+        "--lora_parts=att,ffn",
+    )
     assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
     values = read("--lora", "--lora_parts=att")
-    assert adapter_options(values) == ({"r": 8, "alpha": 32}, ["att.receptance", "att.key", "att.value", "att.output"])
+    assert adapter_options(values) == (
+        {"r": 8, "alpha": 32},
+        ["att.receptance", "att.key", "att.value", "att.output"],
+    )
 
 
 def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
-    for flags in (["--peft", "pissa", "--pissa_config", '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":7}'],
-                  ["--lora", "--PISSA", "--svd_niter", "7", "--lora_r", "32", "--lora_alpha", "64", "--lora_parts=att,ffn"]):
+    for flags in (
+        ["--peft", "pissa", "--pissa_config", '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":7}'],
+        [
+            "--lora",
+            "--PISSA",
+            "--svd_niter",
+            "7",
+            "--lora_r",
+            "32",
+            "--lora_alpha",
+            "64",
+            "--lora_parts=att,ffn",
+        ],
+    ):
         values = read(*flags)
         options, targets = adapter_options(values)
         parsed = METHODS["pissa"].Options.parse(options)
-        assert (values.peft, targets) == ("pissa", None) and (parsed.rank, parsed.niter, parsed.scale) == (32, 7, 1.0)
+        assert (values.peft, targets) == ("pissa", None) and (parsed.rank, parsed.niter, parsed.scale) == (
+            32,
+            7,
+            1.0,
+        )
     assert "--lora_alpha is ignored: PiSSA has the factor 1" in capsys.readouterr().out
     assert adapter_options(read("--PISSA", "--lora_parts=att,ffn"))[0] == {"r": 8, "niter": 4}
 
@@ -98,22 +148,44 @@ def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):
     assert f"python -m rwkv_miss convert {tmp_path / 'rwkv-0.pth'} OUT.pth --to native" in error
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--peft", "bone", "--bone_config", "{r}"], "--bone_config {r}: expected JSON"),
-    (["--peft", "bone", "--bone_config", "8"], "--bone_config 8: expected JSON"),
-    (["--peft", "bone", "--bone_config", '{"bone_mode":"bot","bone_r":8}'], "mode bot: expected bone, which is --peft miss, or bat"),
-    (["--peft", "bone", "--bone_config", '{"bone_r":8}', "--peft_config", "r=8"], "keep the former"),
-    (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected int"),
-    (["--lora", "--lora_dropout", "x", "--lora_parts", "att,ffn"], "--lora_dropout x: expected a number"),
-    (["--epoch_save", "often"], "--epoch_save often: expected int"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--peft", "bone", "--bone_config", "{r}"], "--bone_config {r}: expected JSON"),
+        (["--peft", "bone", "--bone_config", "8"], "--bone_config 8: expected JSON"),
+        (
+            ["--peft", "bone", "--bone_config", '{"bone_mode":"bot","bone_r":8}'],
+            "mode bot: expected bone, which is --peft miss, or bat",
+        ),
+        (["--peft", "bone", "--bone_config", '{"bone_r":8}', "--peft_config", "r=8"], "keep the former"),
+        (["--lora", "--lora_r", "x", "--lora_parts", "att,ffn"], "--lora_r x: expected int"),
+        (["--lora", "--lora_dropout", "x", "--lora_parts", "att,ffn"], "--lora_dropout x: expected a number"),
+        (["--epoch_save", "often"], "--epoch_save often: expected int"),
+    ],
+)
 def test_old_flags_with_values_that_make_no_sense(flags, words):
     assert words in mistake(*flags)
 
 
 def test_epochs_and_saving(capsys):
-    values = read("--epoch_steps", "200", "--epoch_count", "3", "--epoch_begin", "0", "--epoch_save", "2", "--warmup_steps", "-1")
-    assert (values.epoch_steps, values.epoch_count, values.save_steps, values.warmup_steps) == (200, 3, 400, 0)
+    values = read(
+        "--epoch_steps",
+        "200",
+        "--epoch_count",
+        "3",
+        "--epoch_begin",
+        "0",
+        "--epoch_save",
+        "2",
+        "--warmup_steps",
+        "-1",
+    )
+    assert (values.epoch_steps, values.epoch_count, values.save_steps, values.warmup_steps) == (
+        200,
+        3,
+        400,
+        0,
+    )
     assert "--epoch_steps counts optimizer steps" in capsys.readouterr().out
     assert read("--epoch_save", "1").save_steps == 0 and "saved at its end" in capsys.readouterr().out
     assert read("--epoch_steps", "5", "--epoch_save", "2", "--save_steps", "3").save_steps == 3
@@ -121,63 +193,133 @@ def test_epochs_and_saving(capsys):
 
 
 def test_quantised_bases(capsys):
-    assert [read("--quant", kind).quant for kind in ("none", "0", "int8", "nf4")] == ["none", "none", "int8", "nf4"]
+    assert [read("--quant", kind).quant for kind in ("none", "0", "int8", "nf4")] == [
+        "none",
+        "none",
+        "int8",
+        "nf4",
+    ]
     assert read("--quant=") == read() and "note" not in capsys.readouterr().out
     for kind in ("4bit", "fp4"):
         assert read("--quant", kind).quant == read(f"--quant={kind}").quant == "nf4"
         assert f"note: --quant {kind}: nf4 is taken instead of fp4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mask, today, words", [
-    ("none", "all", "trains every token; padding, which is trained there, is not"), ("", "all", "trains every token; padding, which"),
-    ("pad", "all", "trains every token but the padding: --loss_mask all; assistant trains the answers alone"),
-    ("qa", "Assistant:", "trains what follows Assistant: until the next turn: --loss_mask Assistant:"),
-])
+@pytest.mark.parametrize(
+    "mask, today, words",
+    [
+        ("none", "all", "trains every token; padding, which is trained there, is not"),
+        ("", "all", "trains every token; padding, which"),
+        (
+            "pad",
+            "all",
+            "trains every token but the padding: --loss_mask all; assistant trains the answers alone",
+        ),
+        ("qa", "Assistant:", "trains what follows Assistant: until the next turn: --loss_mask Assistant:"),
+    ],
+)
 def test_masks_train_what_they_train_there(mask, today, words, capsys):
     assert read(f"--loss_mask={mask}").loss_mask == today
     assert f"note: --loss_mask {mask or repr('')} {words}" in capsys.readouterr().out
     assert read("--loss_mask", mask, "--data_type", "sft").loss_mask == "assistant"
-    assert f"note: --loss_mask {mask or repr('')} is ignored with --data_type sft, there as well" in capsys.readouterr().out
+    assert (
+        f"note: --loss_mask {mask or repr('')} is ignored with --data_type sft, there as well"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("flags, note", [
-    (["--peft", "bone"], "--peft bone is --peft miss, its name today"), (["--peft=disha"], "--peft disha is --peft miss"),
-    (["--epoch_steps", "10", "--epoch_save", "1"], "--epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch"),
-    (["--warmup_steps", "-1"], "--warmup_steps -1 is --warmup_steps 0"), (["--rank", "8"], "--rank 8 is --peft_config r=8"),
-    (["--peft", "bone", "--bone_config", '{"bone_r":8}'], "--bone_config is --peft_config"),
-    (["--lora", "--lora_parts", "att,ffn"], "--lora and its flags are --peft lora with --peft_config"),
-    (["--PISSA", "--lora_parts", "att,ffn"], "--PISSA and its flags are --peft pissa with --peft_config"),
-    (["--emb"], "--emb is --train_parts emb"), (["--train_type", "state"], "the state alone is trained: --peft state"),
-    (["--peft", "lora", "--state_tune"], "the state is trained beside the adapter: --train_parts state"),
-    (["--train_type", "infctx"], "--train_type infctx is --chunk_ctx 512: rows run in chunks"),
-    (["--train_stage", "1"], "--train_stage 1 is --peft none --init_only 1"),
-])
+@pytest.mark.parametrize(
+    "flags, note",
+    [
+        (["--peft", "bone"], "--peft bone is --peft miss, its name today"),
+        (["--peft=disha"], "--peft disha is --peft miss"),
+        (
+            ["--epoch_steps", "10", "--epoch_save", "1"],
+            "--epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch",
+        ),
+        (["--warmup_steps", "-1"], "--warmup_steps -1 is --warmup_steps 0"),
+        (["--rank", "8"], "--rank 8 is --peft_config r=8"),
+        (["--peft", "bone", "--bone_config", '{"bone_r":8}'], "--bone_config is --peft_config"),
+        (["--lora", "--lora_parts", "att,ffn"], "--lora and its flags are --peft lora with --peft_config"),
+        (["--PISSA", "--lora_parts", "att,ffn"], "--PISSA and its flags are --peft pissa with --peft_config"),
+        (["--emb"], "--emb is --train_parts emb"),
+        (["--train_type", "state"], "the state alone is trained: --peft state"),
+        (["--peft", "lora", "--state_tune"], "the state is trained beside the adapter: --train_parts state"),
+        (["--train_type", "infctx"], "--train_type infctx is --chunk_ctx 512: rows run in chunks"),
+        (["--train_stage", "1"], "--train_stage 1 is --peft none --init_only 1"),
+    ],
+)
 def test_a_translated_flag_leaves_a_note(flags, note, capsys):
     _, notes = translate(flags)
     assert any(said.startswith(note) for said in notes)
 
 
 def test_masks():
-    assert read("--loss_mask", "all").loss_mask == "all" and read("--loss_mask", "assistant").loss_mask == "assistant"
+    assert (
+        read("--loss_mask", "all").loss_mask == "all"
+        and read("--loss_mask", "assistant").loss_mask == "assistant"
+    )
     assert "--loss_mask START...END" in mistake("--loss_mask", "se", "--mask_id", '{"mask0":"0","mask1":"1"}')
     assert "expected assistant, all, or a marker" in mistake("--loss_mask=...User:")
 
 
 def test_infctx(capsys):
     assert read("--train_type", "infctx").chunk_ctx == 512
-    assert read("--train_type=infctx", "--chunk_ctx", "64").chunk_ctx == read("--chunk_ctx", "64").chunk_ctx == 64
+    assert (
+        read("--train_type=infctx", "--chunk_ctx", "64").chunk_ctx
+        == read("--chunk_ctx", "64").chunk_ctx
+        == 64
+    )
     assert "ignored" not in capsys.readouterr().out
     assert read("--train_type", "none", "--chunk_ctx", "64") == read("--train_type=") == read()
     assert "--chunk_ctx 64 is ignored: --train_type none" in capsys.readouterr().out
     assert "--train_type prefix: expected none, infctx or state" in mistake("--train_type", "prefix")
-    assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake("--train_type", "infctx", "--ctx_len", "512")
+    assert "--chunk_ctx 512 is not below --ctx_len 512" in mistake(
+        "--train_type", "infctx", "--ctx_len", "512"
+    )
 
 
 def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     folder = str(tmp_path)
-    common = ["--proj_dir", folder, "--data_file", "data", "--data_type", "binidx", "--vocab_size", "65536", "--my_testing", "x070", "--n_layer", "2",
-              "--n_embd", "64", "--head_size", "64", "--my_exit_tokens", "1498226207", "--magic_prime", "2926181", "--strategy", "deepspeed_stage_2"]
-    first, _ = parse([*common, "--wandb", "", "--train_stage", "1", "--epoch_count", "1", "--epoch_save", "1", "--micro_bsz", "1"])
+    common = [
+        "--proj_dir",
+        folder,
+        "--data_file",
+        "data",
+        "--data_type",
+        "binidx",
+        "--vocab_size",
+        "65536",
+        "--my_testing",
+        "x070",
+        "--n_layer",
+        "2",
+        "--n_embd",
+        "64",
+        "--head_size",
+        "64",
+        "--my_exit_tokens",
+        "1498226207",
+        "--magic_prime",
+        "2926181",
+        "--strategy",
+        "deepspeed_stage_2",
+    ]
+    first, _ = parse(
+        [
+            *common,
+            "--wandb",
+            "",
+            "--train_stage",
+            "1",
+            "--epoch_count",
+            "1",
+            "--epoch_save",
+            "1",
+            "--micro_bsz",
+            "1",
+        ]
+    )
     assert (first.peft, first.init_only, first.load_model, first.version) == ("none", True, "", "x070")
     with pytest.raises(UserError, match="make one with --train_stage 1"):
         parse([*common, "--load_model", "0", "--train_stage", "3"])
@@ -187,13 +329,35 @@ def test_the_stages_of_rwkv_lm(tmp_path, capsys):
     for name in ("rwkv-final.pth", "rwkv-x.pth"):
         (tmp_path / name).touch()
         assert newest_model(folder) == str(tmp_path / "rwkv-10.pth")
-    run, _ = parse([*common, "--load_model", "0", "--train_stage", "3", "--epoch_count", "999999", "--epoch_save", "10", "--micro_bsz", "16"])
+    run, _ = parse(
+        [
+            *common,
+            "--load_model",
+            "0",
+            "--train_stage",
+            "3",
+            "--epoch_count",
+            "999999",
+            "--epoch_save",
+            "10",
+            "--micro_bsz",
+            "16",
+        ]
+    )
     assert (run.peft, run.init_only, run.resume, run.epoch_count) == ("none", False, "auto", 1)
     assert run.load_model.endswith("rwkv-10.pth") and run.save_steps == 10 * 40320 // 16
 
 
 def test_todays_command_line_passes_unchanged():
-    words = ["--load_model", "a", "--data_file=b", "--peft_config=r=8,targets=key+value", "--grad_cp", "1", "stray"]
+    words = [
+        "--load_model",
+        "a",
+        "--data_file=b",
+        "--peft_config=r=8,targets=key+value",
+        "--grad_cp",
+        "1",
+        "stray",
+    ]
     assert translate(words) == (words, [])
     assert not NAMES & {word.removeprefix("--").partition("=")[0] for word in words}
     assert set(legacy.METHOD_ALIASES.values()) == {"miss"}
@@ -201,10 +365,15 @@ def test_todays_command_line_passes_unchanged():
 
 def test_parts_beside_the_adapter_in_three_spellings(capsys):
     for words in (["--train_parts", "time ln"], ["--train_parts", "time", "ln"], ["--train_parts=ln,time"]):
-        assert split_parts(read("--peft", "bone", "--bone_config", '{"bone_r":8}', *words).train_parts) == ["ln", "time"]
+        assert split_parts(read("--peft", "bone", "--bone_config", '{"bone_r":8}', *words).train_parts) == [
+            "ln",
+            "time",
+        ]
     assert "stay frozen" not in capsys.readouterr().out
     assert read("--train_parts", "none").train_parts == ""
-    assert read("--lora", "--lora_r", "8").train_parts == "ln,time", "the default of --lora_parts was att,ln,time"
+    assert read("--lora", "--lora_r", "8").train_parts == "ln,time", (
+        "the default of --lora_parts was att,ln,time"
+    )
     assert read("--lora", "--lora_parts", "att,ffn", "--emb").train_parts == "emb"
     assert split_parts(read("--emb", "--train_parts", "ln time").train_parts) == ["emb", "ln", "time"]
 

@@ -36,7 +36,9 @@ def test_dropout_leaves_out_inputs_of_the_adapter_alone_and_in_training_only(met
     adapter = (layer(x) - base)[:, :5] / layer.scale
     gone = adapter.abs() < 1e-9
     close("what stays", adapter, (x[:, :5] / 0.75).masked_fill(gone, 0), 1e-9)
-    assert abs(float(gone.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / gone.numel()) ** 0.5  # five standard deviations
+    assert (
+        abs(float(gone.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / gone.numel()) ** 0.5
+    )  # five standard deviations
     assert float((layer(x) - base)[:, 5:].detach().abs().max()) < 1e-12, "the base sees all of its input"
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -59,7 +61,10 @@ def test_an_adapter_that_is_loaded_to_be_used_drops_nothing(tmp_path):
 def test_the_gradient_with_dropout_is_that_of_what_was_drawn(method):
     """Central differences along a random direction, in float64, with the same seed: they know nothing of how the gradient is made."""
     layer = linear(method, rank=5, dropout=0.4)
-    tensors = [torch.randn(3, 4, 48, dtype=torch.float64, requires_grad=True), *(p for p in layer.parameters() if p.requires_grad)]
+    tensors = [
+        torch.randn(3, 4, 48, dtype=torch.float64, requires_grad=True),
+        *(p for p in layer.parameters() if p.requires_grad),
+    ]
 
     def loss():
         torch.manual_seed(7)
@@ -113,15 +118,25 @@ def test_lora_plus_multiplies_the_rate_of_b():
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(rates) == 24  # A and B of the 12 linears
     for name, rate in rates.items():
-        assert rate == pytest.approx(1e-3 * (16 if name.endswith("lora_B") else 1) * (0.5 if ".ffn." in name else 1)), name
+        assert rate == pytest.approx(
+            1e-3 * (16 if name.endswith("lora_B") else 1) * (0.5 if ".ffn." in name else 1)
+        ), name
 
 
 def test_a_rate_of_one_layer_is_none_of_what_all_share():
     model = rwkv()
     rwkv_miss.inject(model, "mos", rank=8, budget=4, private=1)
     for lr_map, mine in (({"blocks.0": 0.0}, 1.0), ({"shared": 0.5}, 0.5), ({"mos_B": 2.0}, 2.0)):
-        rates = {id(p): group["lr"] for group in parameter_groups(model, 1.0, 0.0, lr_map=lr_map) for p in group["params"]}
-        assert rates[id(model.blocks[0].att.receptance.mos_B)] == rates[id(model.blocks[1].ffn.key.mos_B)] == mine
+        rates = {
+            id(p): group["lr"]
+            for group in parameter_groups(model, 1.0, 0.0, lr_map=lr_map)
+            for p in group["params"]
+        }
+        assert (
+            rates[id(model.blocks[0].att.receptance.mos_B)]
+            == rates[id(model.blocks[1].ffn.key.mos_B)]
+            == mine
+        )
         assert rates[id(model.blocks[0].att.key.mos_B_private)] == (0 if "blocks.0" in lr_map else 1)
     assert len(rates) == sum(p.requires_grad for p in model.parameters())
 
@@ -142,10 +157,16 @@ def test_rslora_scales_by_the_root_of_each_linears_own_rank():
     assert factors == [2, 2, 5 / 64, 5 / 8], "the factor is 2 at rank 64 in both, unless alpha is given"
 
 
-@pytest.mark.parametrize("options,words", [
-    ({"dropout": 1.0}, "dropout 1.0 is no probability"), ({"dropout": -0.1}, "dropout"), ({"lora_plus": 0}, "lora_plus 0.0 is no ratio"),
-    ({"rslora": 2}, "rslora must be bool"), ({"rank": 49}, "rank 49 does not fit lora: .* 48"),
-])
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"dropout": 1.0}, "dropout 1.0 is no probability"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"lora_plus": 0}, "lora_plus 0.0 is no ratio"),
+        ({"rslora": 2}, "rslora must be bool"),
+        ({"rank": 49}, "rank 49 does not fit lora: .* 48"),
+    ],
+)
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(rwkv_miss.UserError, match=words):
         rwkv_miss.inject(rwkv(), "lora", **options)
@@ -158,7 +179,11 @@ def test_the_frozen_a_is_in_the_file_and_not_trained(tmp_path):
     tensors = rwkv_miss.read_checkpoint(tmp_path / "a.pth")
     assert sum(t.numel() for name, t in tensors.items() if name.endswith("lora_B")) == report.trainable
     a = tensors["blocks.0.att.key.lora_A"]
-    assert a.dtype == torch.float32 and torch.equal(a, model.blocks[0].att.key.lora_A) and float(a.abs().max()) > 0
+    assert (
+        a.dtype == torch.float32
+        and torch.equal(a, model.blocks[0].att.key.lora_A)
+        and float(a.abs().max()) > 0
+    )
     with pytest.raises(rwkv_miss.UserError, match="lora_plus"):
         rwkv_miss.inject(rwkv(), "lora_fa", rank=5, lora_plus=2.0)
 
@@ -176,9 +201,16 @@ def test_pissa_takes_the_principal_part_out_of_the_weight(niter):
     layer = model[0]
     kept = torch.linalg.matrix_norm(layer.weight.double())
     best = values[6:].norm()
-    assert best * (1 - 1e-6) < kept < best * {0: 1 + 1e-6, 2: 1.01, 9: 1 + 1e-5}[niter], "what is left has the other singular values"
+    assert best * (1 - 1e-6) < kept < best * {0: 1 + 1e-6, 2: 1.01, 9: 1 + 1e-5}[niter], (
+        "what is left has the other singular values"
+    )
     close("W", layer.weight + 0.5 * layer.lora_B @ layer.lora_A, before, 1e-6)
-    close("A and B share the roots of the singular values", layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B, 1e-2 if niter else 1e-5)
+    close(
+        "A and B share the roots of the singular values",
+        layer.lora_A @ layer.lora_A.t(),
+        layer.lora_B.t() @ layer.lora_B,
+        1e-2 if niter else 1e-5,
+    )
     assert not layer.delta().any(), "exactly nothing has changed yet"
 
 
@@ -188,7 +220,9 @@ def test_pissa_leaves_the_memory_of_a_mapped_base_alone(tmp_path):
     base, model = RWKV.load(tmp_path / "base.pth"), RWKV.load(tmp_path / "base.pth")
     weight = model.blocks[0].att.key.weight.detach()
     rwkv_miss.inject(model, "pissa", rank=5)
-    assert torch.equal(weight, base.blocks[0].att.key.weight) and not torch.equal(weight, model.blocks[0].att.key.weight)
+    assert torch.equal(weight, base.blocks[0].att.key.weight) and not torch.equal(
+        weight, model.blocks[0].att.key.weight
+    )
     assert (tmp_path / "base.pth").read_bytes() == content
 
 
@@ -200,10 +234,15 @@ def test_pissa_goes_on_with_the_principal_part_that_it_had(tmp_path):
     first = build_model(config, make_arch(7), "torch", torch.float32)
     rwkv_miss.write_checkpoint(tmp_path / "step.pth", first.state_dict().items())
     torch.manual_seed(2)
-    other, second = (build_model(config, make_arch(7), "torch", torch.float32, path) for path in (None, tmp_path / "step.pth"))
+    other, second = (
+        build_model(config, make_arch(7), "torch", torch.float32, path)
+        for path in (None, tmp_path / "step.pth")
+    )
     tensors, again = first.state_dict(), second.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
-    assert not torch.equal(other.blocks[0].att.key.weight, first.blocks[0].att.key.weight), "such a test can fail"
+    assert not torch.equal(other.blocks[0].att.key.weight, first.blocks[0].att.key.weight), (
+        "such a test can fail"
+    )
     config.peft_config = {"rank": 6}
     with pytest.raises(rwkv_miss.UserError, match=r"no blocks.0.att.receptance.initial_A of \(6, 48\)"):
         build_model(config, make_arch(7), "torch", torch.float32, tmp_path / "step.pth")
@@ -247,7 +286,10 @@ def test_pissa_equals_hf_peft_in_fp32():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(50, 30))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=7, lora_alpha=14, init_lora_weights="pissa", target_modules=["0"]))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base),
+        peft.LoraConfig(r=7, lora_alpha=14, init_lora_weights="pissa", target_modules=["0"]),
+    )
     rwkv_miss.inject(base, "pissa", targets=["0"], rank=7, alpha=14.0, niter=0)
     other = theirs.base_model.model[0]
     a, b = other.lora_A["default"].weight, other.lora_B["default"].weight
@@ -309,12 +351,17 @@ def test_dora_equals_hf_peft_in_fp32():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(50, 30))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=7, lora_alpha=21, use_dora=True, target_modules=["0"]))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=7, lora_alpha=21, use_dora=True, target_modules=["0"])
+    )
     rwkv_miss.inject(base, "dora", targets=["0"], rank=7, alpha=21.0)
     filled(base)
     other = theirs.base_model.model[0]
-    pairs = {"lora_A": other.lora_A["default"].weight, "lora_B": other.lora_B["default"].weight,
-             "magnitude": other.lora_magnitude_vector["default"].weight}
+    pairs = {
+        "lora_A": other.lora_A["default"].weight,
+        "lora_B": other.lora_B["default"].weight,
+        "magnitude": other.lora_magnitude_vector["default"].weight,
+    }
     for name, tensor in pairs.items():
         tensor.data.copy_(getattr(base[0], name))
     x = torch.randn(9, 50, requires_grad=True)
@@ -336,16 +383,29 @@ def test_a_weight_with_a_zero_row_has_no_direction_and_the_model_stays_as_it_was
         with pytest.raises(rwkv_miss.UserError, match="blocks.1.att.key: 1 rows of the weight are zero"):
             rwkv_miss.inject(model, method, rank=5, **options)
         after = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
-        assert after.keys() == before.keys() and all(after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items())
+        assert after.keys() == before.keys() and all(
+            after[name][0] is p and after[name][1] == flag for name, (p, flag) in before.items()
+        )
     rwkv_miss.inject(model, "lora", rank=5)
 
 
 def test_an_alpha_map_gives_linears_their_own_factors():
     model = rwkv(7)
-    rwkv_miss.inject(model, "lora", rank=6, alpha=12.0, rank_map={"ffn": 3}, alpha_map={"ffn.key": 4.5, "blocks.1.ffn": 6})
+    rwkv_miss.inject(
+        model, "lora", rank=6, alpha=12.0, rank_map={"ffn": 3}, alpha_map={"ffn.key": 4.5, "blocks.1.ffn": 6}
+    )
     scales = {name: layer.scale for name, layer in adapted_linears(model).items()}
     assert scales["blocks.0.att.key"] == scales["blocks.0.ffn.value"] == 2.0
-    assert scales["blocks.0.ffn.key"] == 1.5 and scales["blocks.1.ffn.value"] == 2.0 and scales["blocks.1.ffn.key"] == 2.0, "the longer part counts"
-    for wrong, said in (({"fnn": 3}, "alpha_map 'fnn'.*blocks.0.att"), ({"ffn": 0}, "factors"), ({"ffn": "3"}, "factors"), (5.0, "factors")):
+    assert (
+        scales["blocks.0.ffn.key"] == 1.5
+        and scales["blocks.1.ffn.value"] == 2.0
+        and scales["blocks.1.ffn.key"] == 2.0
+    ), "the longer part counts"
+    for wrong, said in (
+        ({"fnn": 3}, "alpha_map 'fnn'.*blocks.0.att"),
+        ({"ffn": 0}, "factors"),
+        ({"ffn": "3"}, "factors"),
+        (5.0, "factors"),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=said):
             rwkv_miss.inject(rwkv(7), "lora", rank=6, alpha_map=wrong)

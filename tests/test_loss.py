@@ -12,7 +12,11 @@ from src.shared import Head
 
 from .conftest import make_arch, random_tensors
 
-ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}  # bf16 rounds logits, their gradient and the products
+ROUNDING = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.bfloat16: 1.5e-2,
+}  # bf16 rounds logits, their gradient and the products
 
 
 def gradients(loss, leaves):
@@ -31,7 +35,9 @@ def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, t
     exact = [t.detach().double().requires_grad_() for t in leaves]
     want = gradients(loss_sum(exact[0] @ (exact[1] if trained else weight.double()).t(), targets), exact)
     got = gradients(head_loss(x, weight, targets, native), leaves)
-    assert got[0].dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in got[1:]] == [dtype] * len(leaves)
+    assert got[0].dtype == torch.promote_types(dtype, torch.float32) and [g.dtype for g in got[1:]] == [
+        dtype
+    ] * len(leaves)
     for name, mine, theirs in zip(("loss", "dx", "dweight")[: len(want)], got, want, strict=True):
         assert mine.shape == theirs.shape
         assert (mine.double() - theirs).norm() <= ROUNDING[dtype] * theirs.norm(), name
@@ -45,7 +51,10 @@ def test_large_and_equal_logits(native):
     for x in (torch.ones(2, 3), -torch.ones(2, 3)):
         x.requires_grad_()
         targets = torch.tensor([2, 7])
-        mine, want = (gradients(loss, [x]) for loss in (head_loss(x, weight, targets, native), loss_sum(x @ weight.t(), targets)))
+        mine, want = (
+            gradients(loss, [x])
+            for loss in (head_loss(x, weight, targets, native), loss_sum(x @ weight.t(), targets))
+        )
         for a, b in zip(mine, want, strict=True):
             torch.testing.assert_close(a, b)
             assert a.isfinite().all()
@@ -77,7 +86,9 @@ def test_autocast_computes_in_its_dtype():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, vocab, threads", [(1, 1, 1), (2, 15, 1), (3, 16, 3), (5, 17, 2), (4, 2063, 1)])
+@pytest.mark.parametrize(
+    "rows, vocab, threads", [(1, 1, 1), (2, 15, 1), (3, 16, 3), (5, 17, 2), (4, 2063, 1)]
+)
 def test_the_native_softmax_is_the_plain_one(dtype, rows, vocab, threads):
     torch.manual_seed(0)
     logits, targets = (5 * torch.randn(rows, vocab)).to(dtype), torch.randint(vocab, (rows,))
@@ -92,7 +103,9 @@ def test_the_native_softmax_is_the_plain_one(dtype, rows, vocab, threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got.double(), want, rtol=3e-7, atol=3e-6)
-    torch.testing.assert_close(logits.double(), exact, rtol=4e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        logits.double(), exact, rtol=4e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-7
+    )
 
 
 def test_a_target_outside_of_the_vocabulary_is_an_error():
@@ -114,7 +127,10 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch, method, rows):
         for p in trained:
             p.normal_(std=0.1)
     x, targets = torch.randn(rows, adapted.arch.n_embd, requires_grad=True), torch.randint(67, (rows,))
-    got, want = (gradients(loss, [x, *trained]) for loss in (adapted.loss(x, targets), loss_sum(adapted.head(x), targets)))
+    got, want = (
+        gradients(loss, [x, *trained])
+        for loss in (adapted.loss(x, targets), loss_sum(adapted.head(x), targets))
+    )
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
 
@@ -122,13 +138,18 @@ def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch, method, rows):
 def test_in_bf16_the_gradients_do_not_depend_on_the_blocks(monkeypatch):
     """1 / tokens is not a bf16 number, and sums over many blocks would lose digits in bf16."""
     torch.manual_seed(0)
-    x, weight = torch.randn(3001, 16).bfloat16().requires_grad_(), torch.randn(31, 16).bfloat16().requires_grad_()
+    x, weight = (
+        torch.randn(3001, 16).bfloat16().requires_grad_(),
+        torch.randn(31, 16).bfloat16().requires_grad_(),
+    )
     targets = torch.randint(31, (3001,))
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     want = torch.autograd.grad(loss_sum(exact[0] @ exact[1].t(), targets) / 3001, exact)
     for rows in (8, 3001):
         monkeypatch.setattr(losses, "BLOCK", rows * 31)
         dx, dw = torch.autograd.grad(head_loss(x, weight, targets) / 3001, [x, weight])
-        size = (dx.double() * want[0]).sum() / want[0].square().sum()  # the share of the gradient that is there
+        size = (dx.double() * want[0]).sum() / want[
+            0
+        ].square().sum()  # the share of the gradient that is there
         assert abs(size - 1) < 5e-4
         assert (dw.double() - want[1]).norm() < 3e-3 * want[1].norm()

@@ -27,14 +27,39 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
     for name, numbers in (("data", range(20)), ("other", range(30, 36))):
-        rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "ab c" * (1 + n % 3)}]} for n in numbers]
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"q{n}"},
+                    {"role": "assistant", "content": "ab c" * (1 + n % 3)},
+                ]
+            }
+            for n in numbers
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def flags(files, proj_dir, *more):
-    return ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl"), "--eval_file", str(files / "other.jsonl"),
-            "--proj_dir", str(proj_dir), "--tokenizer", "bytes", "--accelerator", "cpu", "--micro_bsz", "2", "--data_cache", "none", *more]
+    return [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "data.jsonl"),
+        "--eval_file",
+        str(files / "other.jsonl"),
+        "--proj_dir",
+        str(proj_dir),
+        "--tokenizer",
+        "bytes",
+        "--accelerator",
+        "cpu",
+        "--micro_bsz",
+        "2",
+        "--data_cache",
+        "none",
+        *more,
+    ]
 
 
 def sweep(*arguments):
@@ -42,16 +67,35 @@ def sweep(*arguments):
 
 
 def results(proj_dir):
-    assert {path.name for path in proj_dir.iterdir()} >= {"lr_sweep.json", "lr_sweep.png"} and not list(proj_dir.glob("*.tmp"))
+    assert {path.name for path in proj_dir.iterdir()} >= {"lr_sweep.json", "lr_sweep.png"} and not list(
+        proj_dir.glob("*.tmp")
+    )
     assert (proj_dir / "lr_sweep.png").read_bytes()[:4] == b"\x89PNG"
     return json.loads((proj_dir / "lr_sweep.json").read_text())
 
 
-@pytest.mark.parametrize("more", [
-    ["--peft", "lora", "--peft_config", "r=7,dropout=0.2", "--accumulate_grad_batches", "2", "--weight_decay", "0.1", "--warmup_steps", "2",
-     "--train_parts", "ln,state", "--lr_map", "ffn=3"],
-    ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
-])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [
+            "--peft",
+            "lora",
+            "--peft_config",
+            "r=7,dropout=0.2",
+            "--accumulate_grad_batches",
+            "2",
+            "--weight_decay",
+            "0.1",
+            "--warmup_steps",
+            "2",
+            "--train_parts",
+            "ln,state",
+            "--lr_map",
+            "ffn=3",
+        ],
+        ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
+    ],
+)
 def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, capsys, more):
     run = tmp_path / "run"
     assert sweep(*flags(files, run, *more, "--epoch_steps", "5", "--rates", "1e-3,1e-5")) == 0
@@ -76,46 +120,91 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
     torch.manual_seed(0)
     model = RWKV(make_arch(7, vocab_size=256))
     model.load_state_dict(random_tensors(model.arch))
-    rwkv_miss.inject(model, method, **({"rank": 6} if hasattr(rwkv_miss.METHODS[method].Options(), "rank") else {}))
+    rwkv_miss.inject(
+        model, method, **({"rank": 6} if hasattr(rwkv_miss.METHODS[method].Options(), "rank") else {})
+    )
     config = Config(peft=method, micro_bsz=4, ctx_len=64)
-    documents, other = (load_documents(files / f"{name}.jsonl", load_tokenizer("bytes", 256), 64) for name in ("data", "other"))
+    documents, other = (
+        load_documents(files / f"{name}.jsonl", load_tokenizer("bytes", 256), 64)
+        for name in ("data", "other")
+    )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     start = {name: tensor.clone() for name, tensor in tensors.items()}
     rates = [1e-2, 1e-3]
     together = list(trials(model, config, documents, other, 4, "lr_init", rates))
     assert all(torch.equal(start[name], tensor) for name, tensor in tensors.items())
     alone = next(trials(model, config, documents, other, 4, "lr_init", rates[1:]))
-    assert together[1] == alone and together[0].losses[0] == alone.losses[0] and together[0].losses[1:] != alone.losses[1:]
+    assert (
+        together[1] == alone
+        and together[0].losses[0] == alone.losses[0]
+        and together[0].losses[1:] != alone.losses[1:]
+    )
 
 
 def test_a_rate_that_diverges_is_said_and_not_chosen(files, tmp_path, capsys):
-    assert sweep(*flags(files, tmp_path / "run", "--peft_config", "r=7", "--steps", "6", "--rates", "1e-2,1e30,3e-3")) == 0
+    assert (
+        sweep(
+            *flags(
+                files, tmp_path / "run", "--peft_config", "r=7", "--steps", "6", "--rates", "1e-2,1e30,3e-3"
+            )
+        )
+        == 0
+    )
     found = results(tmp_path / "run")
     slow, best, diverged = found["trials"]
     assert best["held_out"] < slow["held_out"] < found["held_out_before"] and found["best"] == 1e-2
     assert [trial["diverged"] for trial in found["trials"]] == [False, False, True]
     assert diverged["losses"] == [slow["losses"][0], None] and diverged["held_out"] is None
     assert "diverged: not finite after 2 steps" in capsys.readouterr().out
-    assert sweep(*flags(files, tmp_path / "bad", "--peft_config", "r=7", "--steps", "6", "--rates", "1e30")) == 1
+    assert (
+        sweep(*flags(files, tmp_path / "bad", "--peft_config", "r=7", "--steps", "6", "--rates", "1e30")) == 1
+    )
     assert results(tmp_path / "bad")["command"] is None
-    assert "no rate is better than not training; try lower ones: --rates 1e+30,3.2e+29," in capsys.readouterr().out
+    assert (
+        "no rate is better than not training; try lower ones: --rates 1e+30,3.2e+29,"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("losses, held_out, words", [
-    ([3.0, 2.0], 2.5, ""),
-    ([3.0, 2.0], 3.5, "worse than before"),
-    ([3.0, 4.0], 3.5, "diverged: both losses rose"),
-    ([3.0, math.nan], None, "diverged: not finite after 2 steps"),
-])
+@pytest.mark.parametrize(
+    "losses, held_out, words",
+    [
+        ([3.0, 2.0], 2.5, ""),
+        ([3.0, 2.0], 3.5, "worse than before"),
+        ([3.0, 4.0], 3.5, "diverged: both losses rose"),
+        ([3.0, math.nan], None, "diverged: not finite after 2 steps"),
+    ],
+)
 def test_what_is_wrong_with_a_training_is_said(losses, held_out, words):
     assert lr_sweep.verdict(Trial(1e-3, losses, held_out), before=3.0) == words
 
 
 def test_the_rate_of_the_initial_state_alone(files, tmp_path):
-    assert sweep(*flags(files, tmp_path, "--peft_config", "r=7", "--train_parts", "state", "--setting", "state_lr", "--steps", "2",
-                        "--rates", "1e-2,1e-1")) == 0
+    assert (
+        sweep(
+            *flags(
+                files,
+                tmp_path,
+                "--peft_config",
+                "r=7",
+                "--train_parts",
+                "state",
+                "--setting",
+                "state_lr",
+                "--steps",
+                "2",
+                "--rates",
+                "1e-2,1e-1",
+            )
+        )
+        == 0
+    )
     found = results(tmp_path)
-    assert found["setting"] == "state_lr" and f"--state_lr {found['best']:g}" in found["command"] and "lr_init" not in found["command"]
+    assert (
+        found["setting"] == "state_lr"
+        and f"--state_lr {found['best']:g}" in found["command"]
+        and "lr_init" not in found["command"]
+    )
     first, second = found["trials"]
     assert first["losses"][0] == second["losses"][0] and first["losses"][1] != second["losses"][1]
 
@@ -127,12 +216,22 @@ def test_the_grid_is_around_the_rate_that_a_run_would_take(files, tmp_path):
         assert [trial["rate"] for trial in results(tmp_path)["trials"]] == lr_sweep.grid(centre)
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--rates", "1e-3,much"], "--rates 1e-3,much: expected learning rates above 0"), (["--rates", "0"], "above 0"), (["--rates", "nan"], "above 0"),
-    (["--steps", "-1"], "must not be negative"), (["--setting", "state_lr"], "is for --train_parts state"), (["--devices", "2"], "one process"),
-    (["--eval_split", "0", "--eval_file", ""], "there are none"), (["--warmup_steps", "5", "--steps", "5"], "no step at its full rate"),
-    (["--precision", "fp16"], "no loss scaling"), (["--load_model", "absent.pth"], "absent.pth"), (["--rate", "1"], "unknown flag --rate"),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--rates", "1e-3,much"], "--rates 1e-3,much: expected learning rates above 0"),
+        (["--rates", "0"], "above 0"),
+        (["--rates", "nan"], "above 0"),
+        (["--steps", "-1"], "must not be negative"),
+        (["--setting", "state_lr"], "is for --train_parts state"),
+        (["--devices", "2"], "one process"),
+        (["--eval_split", "0", "--eval_file", ""], "there are none"),
+        (["--warmup_steps", "5", "--steps", "5"], "no step at its full rate"),
+        (["--precision", "fp16"], "no loss scaling"),
+        (["--load_model", "absent.pth"], "absent.pth"),
+        (["--rate", "1"], "unknown flag --rate"),
+    ],
+)
 def test_mistakes_are_said_before_anything_is_written(files, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         sweep(*flags(files, tmp_path / "run", *more))
@@ -153,6 +252,8 @@ def test_a_base_that_gives_no_finite_loss_is_refused(files, tmp_path):
     tensors = random_tensors(make_arch(7, vocab_size=256))
     tensors["head.weight"].fill_(1e38)  # finite itself
     torch.save(tensors, tmp_path / "broken.pth")
-    with pytest.raises(UserError, match="the loss on the held-out documents is (nan|inf) before any training"):
+    with pytest.raises(
+        UserError, match="the loss on the held-out documents is (nan|inf) before any training"
+    ):
         sweep(*flags(files, tmp_path / "run", "--load_model", str(tmp_path / "broken.pth"), "--steps", "1"))
     assert not (tmp_path / "run").exists()

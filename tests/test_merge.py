@@ -21,7 +21,9 @@ from src.model import RWKV
 
 from .conftest import ROOT, make_arch, random_tensors
 
-LINEARS = [f"blocks.{layer}.{name}" for layer in (0, 1) for name in ("att.key", "att.output", "ffn.key", "ffn.value")]
+LINEARS = [
+    f"blocks.{layer}.{name}" for layer in (0, 1) for name in ("att.key", "att.output", "ffn.key", "ffn.value")
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +41,51 @@ def bits(tensor):
 def case(tmp_path, bases):
     """case(...) -> the folder with base.pth and adapter.pth, whose adapter is the one described."""
 
-    def make(version=7, dtype=torch.bfloat16, method="miss", std=1e-2, rank=16, layout="stride-r", base=None, whole=(), **metadata):
+    def make(
+        version=7,
+        dtype=torch.bfloat16,
+        method="miss",
+        std=1e-2,
+        rank=16,
+        layout="stride-r",
+        base=None,
+        whole=(),
+        **metadata,
+    ):
         tensors = base or bases(version, dtype)
         torch.manual_seed(1)
-        changes, options = {}, {"rank": rank} | ({"layout": layout} if method == "miss" else {"alpha": 3.0 * rank})
+        changes, options = (
+            {},
+            {"rank": rank} | ({"layout": layout} if method == "miss" else {"alpha": 3.0 * rank}),
+        )
         for name in LINEARS:
             out, into = tensors[f"{name}.weight"].shape
             if method == "miss":
                 changes[f"{name}.miss"] = std * torch.randn(rank, out)
             else:
-                changes |= {f"{name}.lora_A": torch.randn(rank, into), f"{name}.lora_B": std * torch.randn(out, rank)}
+                changes |= {
+                    f"{name}.lora_A": torch.randn(rank, into),
+                    f"{name}.lora_B": std * torch.randn(out, rank),
+                }
         write_checkpoint(tmp_path / "base.pth", tensors.items())
-        write_checkpoint(tmp_path / "adapter.pth", {**changes, **dict(whole)}.items(), {
-            "format": ADAPTER_FORMAT, "format_version": 1, "method": method, "options": options, "layout": layout, "linears": LINEARS,
-            "targets": ["key"], "arch": make_arch(version).to_dict(), "base": "base.pth", "base_fingerprint": fingerprint(tensors),
-            "versions": {"torch": torch.__version__}, **metadata,
-        })
+        write_checkpoint(
+            tmp_path / "adapter.pth",
+            {**changes, **dict(whole)}.items(),
+            {
+                "format": ADAPTER_FORMAT,
+                "format_version": 1,
+                "method": method,
+                "options": options,
+                "layout": layout,
+                "linears": LINEARS,
+                "targets": ["key"],
+                "arch": make_arch(version).to_dict(),
+                "base": "base.pth",
+                "base_fingerprint": fingerprint(tensors),
+                "versions": {"torch": torch.__version__},
+                **metadata,
+            },
+        )
         return tmp_path
 
     return make
@@ -64,7 +95,9 @@ def other_base(path, **sizes):
     """A checkpoint of other sizes, all zeros."""
     with torch.device("meta"):
         model = RWKV(make_arch(7, **sizes))
-    write_checkpoint(path, ((name, torch.zeros(t.shape, dtype=torch.bfloat16)) for name, t in model.state_dict().items()))
+    write_checkpoint(
+        path, ((name, torch.zeros(t.shape, dtype=torch.bfloat16)) for name, t in model.state_dict().items())
+    )
 
 
 def merge(folder, dtype="base", base="base.pth", adapter="adapter.pth", out="merged.pth", **options):
@@ -77,7 +110,11 @@ def delta(folder, name):
     width = read_checkpoint(folder / "base.pth")[f"{name}.weight"].shape[1]
     rank = facts["options"]["rank"]
     if facts["method"] == "lora":
-        return facts["options"]["alpha"] / rank * (changes[f"{name}.lora_B"].double() @ changes[f"{name}.lora_A"].double())
+        return (
+            facts["options"]["alpha"]
+            / rank
+            * (changes[f"{name}.lora_B"].double() @ changes[f"{name}.lora_A"].double())
+        )
     shard = [i // -(-width // rank) if facts["layout"] == "contiguous" else i % rank for i in range(width)]
     return changes[f"{name}.miss"].double().t()[:, shard]
 
@@ -103,14 +140,25 @@ def late(items):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("version, method, rank, layout", [
-    (6, "miss", 16, "stride-r"), (7, "miss", 16, "stride-r"), (7, "miss", 13, "stride-r"), (7, "miss", 13, "contiguous"),
-    (6, "lora", 4, None), (7, "lora", 4, None),
-])
-def test_merged_linears_are_base_plus_delta_and_the_rest_is_the_base(case, version, method, rank, layout, dtype):
+@pytest.mark.parametrize(
+    "version, method, rank, layout",
+    [
+        (6, "miss", 16, "stride-r"),
+        (7, "miss", 16, "stride-r"),
+        (7, "miss", 13, "stride-r"),
+        (7, "miss", 13, "contiguous"),
+        (6, "lora", 4, None),
+        (7, "lora", 4, None),
+    ],
+)
+def test_merged_linears_are_base_plus_delta_and_the_rest_is_the_base(
+    case, version, method, rank, layout, dtype
+):
     folder = case(version, dtype, method, rank=rank, layout=layout)
     report = merge(folder)
-    base, merged = (torch.load(folder / name, weights_only=True, mmap=True) for name in ("base.pth", "merged.pth"))
+    base, merged = (
+        torch.load(folder / name, weights_only=True, mmap=True) for name in ("base.pth", "merged.pth")
+    )
     assert type(merged) is dict and list(merged) == list(base)
     touched = {f"{name}.weight": name for name in LINEARS}
     for key, tensor in merged.items():
@@ -122,7 +170,11 @@ def test_merged_linears_are_base_plus_delta_and_the_rest_is_the_base(case, versi
             half_a_step = torch.finfo(dtype).eps / 2 * exact.abs().clamp(min=1e-4)
             assert ((tensor.double() - exact).abs() <= half_a_step + 1e-7).all(), key
             assert not torch.equal(tensor, base[key])
-    assert report.linears == len(LINEARS) and report.replaced == 0 and report.bytes == (folder / "merged.pth").stat().st_size
+    assert (
+        report.linears == len(LINEARS)
+        and report.replaced == 0
+        and report.bytes == (folder / "merged.pth").stat().st_size
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["adapter.pth", "base.pth", "merged.pth"]
 
 
@@ -132,7 +184,10 @@ def test_a_bf16_merge_is_rounded_once(case):
     merge(folder)
     base, merged = read_checkpoint(folder / "base.pth"), read_checkpoint(folder / "merged.pth")
     for name in LINEARS:
-        assert torch.equal(merged[f"{name}.weight"], (base[f"{name}.weight"].float() + delta(folder, name).float()).bfloat16())
+        assert torch.equal(
+            merged[f"{name}.weight"],
+            (base[f"{name}.weight"].float() + delta(folder, name).float()).bfloat16(),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["base", "bf16", "fp32"])
@@ -143,7 +198,9 @@ def test_a_method_may_add_into_the_weight_it_is_given(case, monkeypatch, source,
     before = (folder / "base.pth").read_bytes()
     merge(folder, dtype)
     plain = METHODS["miss"].merged_weight
-    monkeypatch.setattr(METHODS["miss"], "merged_weight", lambda weight, *rest: weight.copy_(plain(weight, *rest)))
+    monkeypatch.setattr(
+        METHODS["miss"], "merged_weight", lambda weight, *rest: weight.copy_(plain(weight, *rest))
+    )
     # each written when the second thread has made the next, which is the worst it may do
     monkeypatch.setattr("rwkv_miss.merge._ahead", late)
     merge(folder, dtype, out="inplace.pth")
@@ -151,7 +208,9 @@ def test_a_method_may_add_into_the_weight_it_is_given(case, monkeypatch, source,
     assert (folder / "base.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("dtype, wanted", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    "dtype, wanted", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
 def test_a_dtype_converts_the_whole_file(case, bases, dtype, wanted, source):
     base = {**bases(7, source), "steps": torch.arange(3)}
@@ -160,7 +219,9 @@ def test_a_dtype_converts_the_whole_file(case, bases, dtype, wanted, source):
     merged = read_checkpoint(folder / "merged.pth")
     assert {merged.pop(f"blocks.{i}.att.time_state").dtype for i in range(2)} == {wanted}
     assert torch.equal(merged.pop("steps"), base.pop("steps"))
-    assert {t.dtype for t in merged.values()} == {wanted} and report.dtype == str(wanted).removeprefix("torch.")
+    assert {t.dtype for t in merged.values()} == {wanted} and report.dtype == str(wanted).removeprefix(
+        "torch."
+    )
     assert torch.equal(merged["emb.weight"], base["emb.weight"].to(wanted))
     exact = base["blocks.1.att.key.weight"].float() + delta(folder, "blocks.1.att.key").float()
     assert torch.equal(merged["blocks.1.att.key.weight"], exact.to(wanted))
@@ -176,7 +237,11 @@ def test_whole_tensors_replace_or_are_appended(case, bases):
     assert list(merged) == [*base, *states]
     assert torch.equal(merged["blocks.1.att.w0"], vector.bfloat16().view(1, 1, 48))
     assert all(torch.equal(merged[name], state) for name, state in states.items())
-    assert report.replaced == 3 and "8 linears and 3 whole tensors" in report.lines()[0] and "initial state" in report.lines()[-1]
+    assert (
+        report.replaced == 3
+        and "8 linears and 3 whole tensors" in report.lines()[0]
+        and "initial state" in report.lines()[-1]
+    )
 
 
 def test_a_merge_of_other_adapters_is_a_base_like_any_other(case, tmp_path):
@@ -191,9 +256,16 @@ def test_a_merge_of_other_adapters_is_a_base_like_any_other(case, tmp_path):
 # the report
 
 
-@pytest.mark.parametrize("source, dtype", [
-    (torch.bfloat16, "base"), (torch.bfloat16, "fp16"), (torch.bfloat16, "fp32"), (torch.float32, "bf16"), (torch.float32, "fp16"),
-])
+@pytest.mark.parametrize(
+    "source, dtype",
+    [
+        (torch.bfloat16, "base"),
+        (torch.bfloat16, "fp16"),
+        (torch.bfloat16, "fp32"),
+        (torch.float32, "bf16"),
+        (torch.float32, "fp16"),
+    ],
+)
 def test_the_loss_is_the_error_of_the_update(case, source, dtype):
     folder = case(dtype=source, std=3e-4)
     report = merge(folder, dtype)
@@ -220,8 +292,11 @@ def test_the_loss_is_the_error_of_the_update(case, source, dtype):
 
 def test_the_report_is_one_line_and_a_warning_above_5_percent(case):
     line, *table = merge(case(std=1e-2)).lines(3)
-    assert re.search(r"merged 8 linears into .*merged.pth \(bfloat16\) in [\d.]+ s; rounding lost [\d.]+ % of the update and left [\d.]+ % "
-                     r"of its entries unchanged$", line)
+    assert re.search(
+        r"merged 8 linears into .*merged.pth \(bfloat16\) in [\d.]+ s; rounding lost [\d.]+ % of the update and left [\d.]+ % "
+        r"of its entries unchanged$",
+        line,
+    )
     assert len(table) == 4 and re.search("worst of 8 .*lost of update  entries unchanged", table[0])
     assert all(re.search(r"^  blocks\.\d\.\w+\.\w+ +[\d.]+ % +[\d.]+ %$", row) for row in table[1:])
     report = merge(case(std=1e-4))
@@ -241,13 +316,16 @@ def test_an_untrained_adapter_loses_nothing_and_says_so(case):
     assert all(torch.equal(bits(base[name]), bits(merged[name])) for name in base)
 
 
-@pytest.mark.parametrize("std, change, wanted", [
-    (1e-2, {}, "bfloat16"),  # the base's own
-    (1e-3, {}, "float16"),  # bf16 would lose a fifth of the update
-    (1e-5, {}, "float32"),  # and so would fp16
-    (1e-3, {"head.weight": 1e5}, "float32"),  # fp16 can't hold the rest of the file
-    (1e-3, {"blocks.1.ffn.key.weight": 1e5}, "float32"),  # nor this linear
-])
+@pytest.mark.parametrize(
+    "std, change, wanted",
+    [
+        (1e-2, {}, "bfloat16"),  # the base's own
+        (1e-3, {}, "float16"),  # bf16 would lose a fifth of the update
+        (1e-5, {}, "float32"),  # and so would fp16
+        (1e-3, {"head.weight": 1e5}, "float32"),  # fp16 can't hold the rest of the file
+        (1e-3, {"blocks.1.ffn.key.weight": 1e5}, "float32"),  # nor this linear
+    ],
+)
 def test_auto(case, bases, std, change, wanted):
     base = bases(7, torch.bfloat16)
     for name, value in change.items():
@@ -285,7 +363,11 @@ def test_another_base(case):
     changed = tensors["head.weight"].clone()
     changed[0, 0] += 1
     write_checkpoint(folder / "other.pth", {**tensors, "head.weight": changed}.items())
-    refused(folder, r"trained on another base \(base.pth\), not on .*other.pth; merge into that one, or --force", base="other.pth")
+    refused(
+        folder,
+        r"trained on another base \(base.pth\), not on .*other.pth; merge into that one, or --force",
+        base="other.pth",
+    )
     merge(folder, base="other.pth", force=True)
     assert torch.equal(read_checkpoint(folder / "merged.pth")["head.weight"], changed)
 
@@ -293,14 +375,19 @@ def test_another_base(case):
 def test_another_size_of_base_is_described(case):
     folder = case()
     other_base(folder / "deep.pth", n_layer=3)
-    refused(folder, "that one is RWKV-7, 2 layers, width 48, .* this one RWKV-7, 3 layers, width 48", base="deep.pth")
+    refused(
+        folder,
+        "that one is RWKV-7, 2 layers, width 48, .* this one RWKV-7, 3 layers, width 48",
+        base="deep.pth",
+    )
     merge(folder, base="deep.pth", force=True)
 
 
 def test_shapes_are_never_forced(case):
     folder = case()
     for sizes, words in [
-        ({"n_embd": 64}, "another base.*width 64.*merge into that one$"), ({"n_layer": 1}, "blocks.1.att.key, which the base"),
+        ({"n_embd": 64}, "another base.*width 64.*merge into that one$"),
+        ({"n_layer": 1}, "blocks.1.att.key, which the base"),
     ]:
         other_base(folder / "other.pth", **sizes)
         refused(folder, words, base="other.pth", force=True)
@@ -308,16 +395,29 @@ def test_shapes_are_never_forced(case):
 
 def test_tensors_that_do_not_fit(case):
     broken = {"blocks.0.att.key.miss": torch.zeros(16, 47)}
-    refused(case(whole=broken), r"does not fit blocks.0.att.key of the base, \(48, 48\): miss is \(16, 47\)", force=True)
-    refused(case(whole={"ln_out.weight": torch.zeros(47)}), r"ln_out.weight is \(47,\) in the adapter, \(48,\) in the base")
-    refused(case(whole={"emb.weight": torch.zeros(48, 67)}), r"emb.weight is \(48, 67\) in the adapter, \(67, 48\)")
+    refused(
+        case(whole=broken),
+        r"does not fit blocks.0.att.key of the base, \(48, 48\): miss is \(16, 47\)",
+        force=True,
+    )
+    refused(
+        case(whole={"ln_out.weight": torch.zeros(47)}),
+        r"ln_out.weight is \(47,\) in the adapter, \(48,\) in the base",
+    )
+    refused(
+        case(whole={"emb.weight": torch.zeros(48, 67)}),
+        r"emb.weight is \(48, 67\) in the adapter, \(67, 48\)",
+    )
     refused(case(whole={"blocks.0.att.key.more": torch.zeros(3)}), "method miss needs")
     refused(case(linears=[*LINEARS, "blocks.0.att.w1"]), "blocks.0.att.w1, which the base does not have")
     refused(case(linears=[*LINEARS, "ln_out"]), r"ln_out.weight of the base is \(48,\)")
 
 
 def test_an_adapter_that_diverged(case):
-    refused(case(whole={"blocks.1.att.key.miss": torch.full((16, 48), float("nan"))}), "blocks.1.att.key.miss holds NaN")
+    refused(
+        case(whole={"blocks.1.att.key.miss": torch.full((16, 48), float("nan"))}),
+        "blocks.1.att.key.miss holds NaN",
+    )
 
 
 def test_the_inputs_are_never_overwritten(case):
@@ -331,10 +431,17 @@ def test_the_inputs_are_never_overwritten(case):
 def test_a_second_merge_of_the_same_adapter(case):
     folder = case()
     merge(folder)
-    refused(folder, "merged.pth is already a merge of .*/adapter.pth into base.pth", base="merged.pth", out="again.pth")
+    refused(
+        folder,
+        "merged.pth is already a merge of .*/adapter.pth into base.pth",
+        base="merged.pth",
+        out="again.pth",
+    )
     merge(folder, base="merged.pth", out="again.pth", force=True)
     twice = read_checkpoint(folder / "again.pth")["blocks.0.att.key.weight"].double()
-    exact = read_checkpoint(folder / "base.pth")["blocks.0.att.key.weight"].double() + 2 * delta(folder, "blocks.0.att.key")
+    exact = read_checkpoint(folder / "base.pth")["blocks.0.att.key.weight"].double() + 2 * delta(
+        folder, "blocks.0.att.key"
+    )
     assert (twice - exact).norm() < 0.01 * exact.norm()
 
 
@@ -352,7 +459,11 @@ def test_values_beyond_fp16_are_named_and_the_previous_file_stays(case, bases, k
     base[key][1, 2] = 7e4
     folder = case(base=base)
     (folder / "merged.pth").write_bytes(b"previous")
-    refused(folder, f"{key} has values beyond fp16's largest, 65504; merge with --dtype bf16 or fp32".replace(".", r"\."), dtype="fp16")
+    refused(
+        folder,
+        f"{key} has values beyond fp16's largest, 65504; merge with --dtype bf16 or fp32".replace(".", r"\."),
+        dtype="fp16",
+    )
     base[key][1, 2] = float("inf")  # the file's own infinity is no overflow
     merge(case(base=base), "fp16")
 
@@ -374,17 +485,42 @@ def test_merge_command(case, capsys):
     folder = case()
     inputs = "merge", "--base", folder / "base.pth", "--adapter", folder / "adapter.pth"
     code, out, err = command(capsys, *inputs, "--out", folder / "merged.pth", "--dtype", "fp32")
-    assert code == 0 and err == "" and out.startswith("merged 8 linears into ") and "(float32)" in out and out.count("\n") == 1
+    assert (
+        code == 0
+        and err == ""
+        and out.startswith("merged 8 linears into ")
+        and "(float32)" in out
+        and out.count("\n") == 1
+    )
     code, out, err = command(capsys, *inputs, "--out", folder / "base.pth")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
-    code, out, err = command(capsys, "merge", "--base", folder / "merged.pth", *inputs[3:], "--out", folder / "again.pth", "--force")
+    code, out, err = command(
+        capsys,
+        "merge",
+        "--base",
+        folder / "merged.pth",
+        *inputs[3:],
+        "--out",
+        folder / "again.pth",
+        "--force",
+    )
     assert code == 0 and (folder / "again.pth").exists()
 
 
-@pytest.mark.parametrize("args", [
-    [], ["--hel"], ["murge"], ["merge"], ["merge", "--bas", "x", "--adapter", "y", "--out", "z"], ["inspect"], ["inspect", "--js", "x"],
-    ["merge", "--base", "x", "--adapter", "y", "--out", "z", "--dtype", "int4"], ["inspect", "x", "--what"],
-])
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--hel"],
+        ["murge"],
+        ["merge"],
+        ["merge", "--bas", "x", "--adapter", "y", "--out", "z"],
+        ["inspect"],
+        ["inspect", "--js", "x"],
+        ["merge", "--base", "x", "--adapter", "y", "--out", "z", "--dtype", "int4"],
+        ["inspect", "x", "--what"],
+    ],
+)
 def test_mistyped_commands(args, capsys):
     code, out, err = command(capsys, *args)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
@@ -403,10 +539,17 @@ def test_inspect(case, capsys):
     base, adapter, merged = facts.values()
     tensors = read_checkpoint(folder / "base.pth")
     assert base["arch"] == make_arch(7).to_dict() and base["dtypes"] == {"bfloat16": len(tensors)}
-    assert base["parameters"] == sum(t.numel() for t in tensors.values()) and base["bytes"] == (folder / "base.pth").stat().st_size
+    assert (
+        base["parameters"] == sum(t.numel() for t in tensors.values())
+        and base["bytes"] == (folder / "base.pth").stat().st_size
+    )
     assert adapter["kind"] == "adapter" and adapter["metadata"]["method"] == "miss"
     assert adapter["parameters"] == sum(t.numel() for t in read_checkpoint(folder / "adapter.pth").values())
-    assert adapter["metadata"]["base_fingerprint"] == base["fingerprint"] == merged["metadata"]["base_fingerprint"]
+    assert (
+        adapter["metadata"]["base_fingerprint"]
+        == base["fingerprint"]
+        == merged["metadata"]["base_fingerprint"]
+    )
     assert merged["metadata"]["adapter_fingerprint"] == adapter["fingerprint"]
 
 
@@ -414,23 +557,59 @@ def test_as_a_program(case):
     """No traceback, exit code 2, and none of the trainer's imports."""
     folder = case()
     script = "import sys; from rwkv_miss.__main__ import main; main(); print({'src', 'lightning', 'deepspeed'} & sys.modules.keys())"
-    run = subprocess.run([sys.executable, "-c", script, "merge", "--base", folder / "base.pth", "--adapter", folder / "adapter.pth",
-                          "--out", folder / "merged.pth"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            script,
+            "merge",
+            "--base",
+            folder / "base.pth",
+            "--adapter",
+            folder / "adapter.pth",
+            "--out",
+            folder / "merged.pth",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0 and run.stderr == "" and run.stdout.endswith("\nset()\n"), run.stderr
-    run = subprocess.run([sys.executable, "-m", "rwkv_miss", "inspect", folder / "absent.pth"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout == "" and run.stderr == f"error: {folder / 'absent.pth'} does not exist\n"
+    run = subprocess.run(
+        [sys.executable, "-m", "rwkv_miss", "inspect", folder / "absent.pth"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        run.returncode == 2
+        and run.stdout == ""
+        and run.stderr == f"error: {folder / 'absent.pth'} does not exist\n"
+    )
 
 
 def test_a_real_checkpoint(data_dir, tmp_path):
     """A trained bf16 file: every untouched tensor keeps its bytes."""
     path = data_dir / "real" / "rwkv6-3m-utf16.pth"
     base = read_checkpoint(path)
-    linears = [name.removesuffix(".weight") for name in base if re.search(r"att\.(receptance|gate)\.weight|ffn\.value\.weight", name)]
+    linears = [
+        name.removesuffix(".weight")
+        for name in base
+        if re.search(r"att\.(receptance|gate)\.weight|ffn\.value\.weight", name)
+    ]
     changes = {f"{name}.miss": 1e-3 * torch.randn(8, base[f"{name}.weight"].shape[0]) for name in linears}
-    write_checkpoint(tmp_path / "adapter.pth", changes.items(), {
-        "format": ADAPTER_FORMAT, "method": "miss", "options": {"rank": 8}, "linears": linears, "base_fingerprint": fingerprint(base),
-        "versions": {},
-    })
+    write_checkpoint(
+        tmp_path / "adapter.pth",
+        changes.items(),
+        {
+            "format": ADAPTER_FORMAT,
+            "method": "miss",
+            "options": {"rank": 8},
+            "linears": linears,
+            "base_fingerprint": fingerprint(base),
+            "versions": {},
+        },
+    )
     report = merge_file(path, tmp_path / "adapter.pth", tmp_path / "merged.pth")
     merged = torch.load(tmp_path / "merged.pth", weights_only=True)
     assert list(merged) == list(base) and report.linears == len(linears) == 36
@@ -439,8 +618,13 @@ def test_a_real_checkpoint(data_dir, tmp_path):
         assert torch.equal(bits(merged[name]), bits(base[name])) != changed, name
 
 
-@pytest.mark.parametrize("update, error, text", [(1.0, 0.9801, "99 %"), (1.0, 1.0, "100 %"), (1.0, 0.0144, "12 %"), (1.0, 0.000016, "0.4 %")])
+@pytest.mark.parametrize(
+    "update, error, text",
+    [(1.0, 0.9801, "99 %"), (1.0, 1.0, "100 %"), (1.0, 0.0144, "12 %"), (1.0, 0.000016, "0.4 %")],
+)
 def test_what_rounding_took_is_said_without_exponents(update, error, text):
     rounding = Rounding([Layer("head", update, error, 9, 0)])
     line, _, row = MergeReport("merged.pth", 1, 0, 0, "bf16", rounding, 0.1, 9).lines()[:3]
-    assert line.endswith(f"rounding lost {text} of the update and left 0 % of its entries unchanged") and row.split()[:3] == ["head", *text.split()]
+    assert line.endswith(
+        f"rounding lost {text} of the update and left 0 % of its entries unchanged"
+    ) and row.split()[:3] == ["head", *text.split()]

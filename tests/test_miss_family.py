@@ -29,7 +29,10 @@ def test_what_layers_share_is_one_tensor_after_a_move_and_a_copy():
     model = two_linears("vera", 3)
     for moved in (model.double(), copy.deepcopy(model), model.to("meta"), model.float()):
         assert moved[0].vera_A is moved[1].vera_A and moved[0].vera_B is moved[1].vera_B
-        assert moved[0].vera_A.dtype == moved[0].vera_lambda_b.dtype and moved[0].vera_A.device == moved[0].vera_lambda_b.device
+        assert (
+            moved[0].vera_A.dtype == moved[0].vera_lambda_b.dtype
+            and moved[0].vera_A.device == moved[0].vera_lambda_b.device
+        )
 
 
 def test_a_method_with_frozen_random_matrices_does_not_keep_its_input():
@@ -41,15 +44,21 @@ def test_a_method_with_frozen_random_matrices_does_not_keep_its_input():
     assert [tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in own] == [(7, 3)]
 
 
-@pytest.mark.parametrize("options,settings", [
-    ({"mini_r": 10}, {"init_weights": "mini", "mini_r": 10}), ({"mini_r": 4}, {"init_weights": "mini", "mini_r": 4}),
-])
+@pytest.mark.parametrize(
+    "options,settings",
+    [
+        ({"mini_r": 10}, {"init_weights": "mini", "mini_r": 10}),
+        ({"mini_r": 4}, {"init_weights": "mini", "mini_r": 4}),
+    ],
+)
 @pytest.mark.parametrize("width,out,rank", [(48, 40, 8), (50, 20, 7)])
 def test_mini_equals_hf_peft_in_fp32(options, settings, width, out, rank):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(width, out))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"], **settings))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"], **settings)
+    )
     rwkv_miss.inject(base, "miss", targets=["0"], rank=rank, **options)
     filled(base)
     block = theirs.base_model.model[0].miss_block["default"]
@@ -76,7 +85,9 @@ def test_bat_equals_hf_peft_in_fp32(width, out, rank):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(width, out))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"], init_weights="bat"))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.MissConfig(r=rank, target_modules=["0"], init_weights="bat")
+    )
     rwkv_miss.inject(base, "bat", targets=["0"], rank=rank)
     filled(base)
     block = theirs.base_model.model[0].miss_block["default"]
@@ -94,10 +105,20 @@ def test_bat_by_row_is_the_formula_of_rwkv_peft():
             close("block", delta[rows, columns], weight[rows, columns] @ D[b] + D[b], 1e-6)
 
 
-@pytest.mark.parametrize("method,options", [
-    ("miss", {}), ("miss", {"mini_r": 16}), ("miss", {"expand": True}), ("miss", {"magnitude": True}), ("mora", {}), ("lora", {}), ("vera", {}),
-    ("bat", {"order": "col"}), ("bat", {"order": "row"}),
-])
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("miss", {}),
+        ("miss", {"mini_r": 16}),
+        ("miss", {"expand": True}),
+        ("miss", {"magnitude": True}),
+        ("mora", {}),
+        ("lora", {}),
+        ("vera", {}),
+        ("bat", {"order": "col"}),
+        ("bat", {"order": "row"}),
+    ],
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_small_change_is_not_lost_in_bf16(method, options, bias):
     """The first steps of a training change y by less than half a step of its grid; added to a y that is rounded they would change nothing."""
@@ -111,7 +132,9 @@ def test_a_small_change_is_not_lost_in_bf16(method, options, bias):
     x = torch.randn(2048, 128).bfloat16()
     with torch.no_grad():
         change = x.double() @ model[0].delta().double().t()
-        base = nn.functional.linear(x.double(), model[0].base_weight().double(), model[0].bias.double() if bias else None)
+        base = nn.functional.linear(
+            x.double(), model[0].base_weight().double(), model[0].bias.double() if bias else None
+        )
         error = model(x).double() - base - change
     assert change.norm() < 2e-3 * base.norm(), "below half a step"
     # what is left is the rounding of y, which has no direction: along the change it is 1 / 362 of its size
@@ -127,7 +150,11 @@ def test_vera_equals_hf_peft_in_fp32():
     filled(base)
     layer = theirs.base_model.model[0]
     pairs = {"vera_lambda_d": layer.vera_lambda_d["default"], "vera_lambda_b": layer.vera_lambda_b["default"]}
-    for name, tensor in {**pairs, "vera_A": layer.vera_A["default"], "vera_B": layer.vera_B["default"]}.items():
+    for name, tensor in {
+        **pairs,
+        "vera_A": layer.vera_A["default"],
+        "vera_B": layer.vera_B["default"],
+    }.items():
         tensor.data.copy_(getattr(base[0], name))
     same_in_peft(base, theirs, pairs)
 
@@ -150,12 +177,23 @@ def test_prolora_rotates_the_shared_ranks_from_copy_to_copy():
 
 def test_mos_draws_its_rows_from_the_pools_of_its_widths():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False), nn.Linear(10, 6, bias=False))
+    model = nn.Sequential(
+        nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False), nn.Linear(10, 6, bias=False)
+    )
     report = rwkv_miss.inject(model, "mos", targets=["0", "1", "2"], rank=6, budget=3, private=1, shards=2)
-    assert model[0].mos_A is model[2].mos_A and model[0].mos_A is not model[1].mos_A and model[0].mos_B is model[2].mos_B
+    assert (
+        model[0].mos_A is model[2].mos_A
+        and model[0].mos_A is not model[1].mos_A
+        and model[0].mos_B is model[2].mos_B
+    )
     # two of three ranks of every linear are in the pools, in two shards each
     kept = {name: tuple(t.shape) for name, t in adapter_tensors(model).items() if name.startswith("shared.")}
-    assert kept == {"shared.mos_A.10": (8, 5), "shared.mos_A.6": (4, 3), "shared.mos_B.6": (8, 3), "shared.mos_B.10": (4, 5)}
+    assert kept == {
+        "shared.mos_A.10": (8, 5),
+        "shared.mos_A.6": (4, 3),
+        "shared.mos_B.6": (8, 3),
+        "shared.mos_B.10": (4, 5),
+    }
     assert report.trainable == 3 * 3 * (10 + 6), "as LoRA of rank 3"
     for layer in filled(model):
         A = torch.stack([torch.cat([layer.mos_A[place] for place in row]) for row in layer.mos_A_index])
@@ -179,7 +217,11 @@ def test_a_shared_tensor_gets_the_sum_of_its_layers_gradients(checkpointed):
     rwkv_miss.inject(model, "mos", targets=["0", "1", "2"], rank=4, budget=2, private=1, shards=2)
     filled(model.double())
     x = torch.randn(5, 6, dtype=torch.float64)
-    run = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False) if checkpointed else model
+    run = (
+        functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False)
+        if checkpointed
+        else model
+    )
     run(x).square().sum().backward()
     got = model[0].mos_A.grad.clone()
     separate = [layer.mos_A.detach().clone().requires_grad_() for layer in model]
@@ -212,15 +254,26 @@ def test_expand_repeats_its_rows_over_shards_of_neighbouring_outputs():
     assert torch.equal(delta, model[0].miss[[0, 0, 1, 1, 2, 3]])
 
 
-@pytest.mark.parametrize("method,options,words", [
-    ("miss", {"mini_r": 4}, "mini_r 4 does not divide the output width, 6"), ("miss", {"expand": True, "layout": "contiguous"}, "layout=contiguous"),
-    ("miss", {"expand": True, "magnitude": True}, "drop one of the two"), ("miss", {"rank": 7, "expand": True}, "1 to the output width, 6"),
-    ("miss", {"scale": "cube"}, "choose one of: sum, sqrt"), ("mora", {"rank": 9}, "the largest rank is 2"), ("vera", {"rank": 0}, "at least 1"),
-    ("bat", {"rank": 4}, "blocks of 4 x 4 must divide the weight, 6 outputs and 10 inputs"), ("bat", {"order": "up"}, "choose one of: col, row"),
-    ("prolora", {"unshared": 2}, "from 0 to below the rank, 2"), ("prolora", {"shares": 0}, "at least 1"), ("mos", {"rank": 7}, "smaller width, 6"),
-    ("mos", {"budget": 3}, "private 0, budget 3, rank 2: expected"), ("mos", {"private": 1}, "private 1, budget 1"),
-    ("mos", {"shards": 0}, "at least 1"),
-])
+@pytest.mark.parametrize(
+    "method,options,words",
+    [
+        ("miss", {"mini_r": 4}, "mini_r 4 does not divide the output width, 6"),
+        ("miss", {"expand": True, "layout": "contiguous"}, "layout=contiguous"),
+        ("miss", {"expand": True, "magnitude": True}, "drop one of the two"),
+        ("miss", {"rank": 7, "expand": True}, "1 to the output width, 6"),
+        ("miss", {"scale": "cube"}, "choose one of: sum, sqrt"),
+        ("mora", {"rank": 9}, "the largest rank is 2"),
+        ("vera", {"rank": 0}, "at least 1"),
+        ("bat", {"rank": 4}, "blocks of 4 x 4 must divide the weight, 6 outputs and 10 inputs"),
+        ("bat", {"order": "up"}, "choose one of: col, row"),
+        ("prolora", {"unshared": 2}, "from 0 to below the rank, 2"),
+        ("prolora", {"shares": 0}, "at least 1"),
+        ("mos", {"rank": 7}, "smaller width, 6"),
+        ("mos", {"budget": 3}, "private 0, budget 3, rank 2: expected"),
+        ("mos", {"private": 1}, "private 1, budget 1"),
+        ("mos", {"shards": 0}, "at least 1"),
+    ],
+)
 def test_options_that_do_not_fit(method, options, words):
     model = nn.Sequential(nn.Linear(10, 6))
     before = dict(model.named_parameters())
@@ -234,4 +287,6 @@ def test_vera_has_one_pair_of_matrices_of_the_largest_widths():
     report = rwkv_miss.inject(model, "vera", rank=8, rank_map={"ffn": 5})
     kept = adapter_tensors(model)
     assert tuple(kept["shared.vera_A"].shape) == (8, 160) and tuple(kept["shared.vera_B"].shape) == (160, 8)
-    assert report.trainable == sum(layer.out_features + (5 if "ffn" in name else 8) for name, layer in adapted_linears(model).items())
+    assert report.trainable == sum(
+        layer.out_features + (5 if "ffn" in name else 8) for name, layer in adapted_linears(model).items()
+    )

@@ -32,7 +32,9 @@ def test_logits_and_states_equal_the_rwkv_package(checkpoint, sizes, tokens):
     ids = torch.randint(sizes.get("vocab_size", 67), (tokens,), generator=torch.Generator().manual_seed(1))
     want, want_state = pypi_rwkv(path)(ids.tolist())
     got, state = RWKV.load(path)(ids[None])
-    close("logits", got[0], want[-tokens:], 2e-5)  # fp32 against fp32, as seen between independent runtimes (goldens' README)
+    close(
+        "logits", got[0], want[-tokens:], 2e-5
+    )  # fp32 against fp32, as seen between independent runtimes (goldens' README)
     for i, (mine, theirs) in enumerate(zip(states(state), want_state, strict=True)):
         close(f"state {i}", mine, theirs.view_as(mine), 2e-5)
 
@@ -54,13 +56,17 @@ def test_golden_logits_states_loss_and_gradients(data_dir, name, kernel):
     count = ids[:, 1:].numel()
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert abs(float(loss) - float(golden["loss"])) < 1e-5 * float(golden["loss"])
-    assert abs(float(loss_sum(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())) / count - float(golden["loss"])) < 1e-5 * float(golden["loss"])
+    assert abs(
+        float(loss_sum(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())) / count - float(golden["loss"])
+    ) < 1e-5 * float(golden["loss"])
     loss.backward()
     largest = max(g.abs().max() for g in golden["grads"].values())
     parameters = dict(model.named_parameters())
     for key, want in golden["grads"].items():
         got = parameters[key].grad if parameters[key].grad is not None else torch.zeros_like(parameters[key])
-        error = (got.double() - want.double().view_as(got)).abs().max() / max(want.abs().max(), 1e-3 * largest)
+        error = (got.double() - want.double().view_as(got)).abs().max() / max(
+            want.abs().max(), 1e-3 * largest
+        )
         assert error < 4e-4, f"{key}: gradient error {error:.1e}"
 
 
@@ -97,7 +103,9 @@ def test_float64_kernels_agree_and_checkpointing_changes_nothing(version):
         model.grad_cp = grad_cp
         loss = loss_sum(model(ids)[0].flatten(0, 1), ids.flatten())
         loss.backward()
-        results.append({"loss": loss, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+        results.append(
+            {"loss": loss, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+        )
     for other in results[1:]:
         assert other.keys() == results[0].keys()
         for key, want in results[0].items():
@@ -105,7 +113,9 @@ def test_float64_kernels_agree_and_checkpointing_changes_nothing(version):
 
 
 # in fp32 the largest error seen is 1.2e-5, in the gradient of a0
-@pytest.mark.parametrize("kernel, dtype, allowed", [("torch", torch.float64, 1e-12), ("cpu", torch.float32, 5e-5)])
+@pytest.mark.parametrize(
+    "kernel, dtype, allowed", [("torch", torch.float64, 1e-12), ("cpu", torch.float32, 5e-5)]
+)
 @pytest.mark.parametrize("version", [6, 7])
 def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel, dtype, allowed):
     """Logits, gradients and the final state; the first document goes on from a state, the others start from nothing."""
@@ -129,7 +139,11 @@ def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel
             logits.append(out)
         logits = torch.cat(logits, 1)
         (logits * weights).sum().backward()
-        return {"logits": logits, "wkv": final[-1].wkv, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+        return {
+            "logits": logits,
+            "wkv": final[-1].wkv,
+            **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        }
 
     want = run([(part, torch.zeros(part.shape, dtype=torch.bool)) for part in ids.split(lengths, 1)])
     got = run([(ids, reset)])
@@ -146,11 +160,15 @@ def test_what_is_recomputed(version):
     rwkv_miss.inject(model, "miss", rank=4)
     calls, runs, kept = [], {}, {}
     for name in ("att.key", "ffn.key"):
-        model.blocks[1].get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+        model.blocks[1].get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: calls.append(name)
+        )
     for model.grad_cp in (0, 1, 2):
         calls.clear()
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
             x, _ = model.features(torch.arange(24)[None])
         kept[model.grad_cp] = sum(sizes)
         x.square().sum().backward()
@@ -169,7 +187,9 @@ def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
     ids, wanted, reset = torch.randint(20, (2, 13)), torch.rand(2, 13) < 0.4, torch.rand(2, 13) < 0.2
     seen = {}
     for layer in (0, -1):
-        model.blocks[layer].ffn.value.register_forward_hook(lambda module, x, y, layer=layer: seen.__setitem__(layer, x[0].shape[:-1]))
+        model.blocks[layer].ffn.value.register_forward_hook(
+            lambda module, x, y, layer=layer: seen.__setitem__(layer, x[0].shape[:-1])
+        )
     results = []
     for these in (None, wanted):
         x, state = model.features(ids, reset=reset, wanted=these)
@@ -177,7 +197,9 @@ def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
         after = [t for layer in state for t in layer]
         end = sum(t.sin().sum() for t in (x, *after))
         trained = [p for p in model.parameters() if p.requires_grad]
-        results.append([t.detach() for t in (x, *after)] + list(torch.autograd.grad(end, trained, allow_unused=True)))
+        results.append(
+            [t.detach() for t in (x, *after)] + list(torch.autograd.grad(end, trained, allow_unused=True))
+        )
     assert seen == {0: ids.shape, -1: (int(wanted.sum()),)}
     for all_tokens, these in zip(*results, strict=True):
         assert (all_tokens is None) == (these is None)
@@ -192,20 +214,38 @@ def test_nothing_is_kept_or_computed_below_the_lowest_adapted_layer(version, ker
     linears get a gradient."""
     model = RWKV(make_arch(version, n_layer=3), kernel)
     model.load_state_dict(random_tensors(model.arch))
-    names = [f"blocks.{layer}.{name}" for layer in (1, 2) for name in ("att.receptance", "att.key", "att.output", "ffn.key", "ffn.value")]
+    names = [
+        f"blocks.{layer}.{name}"
+        for layer in (1, 2)
+        for name in ("att.receptance", "att.key", "att.output", "ffn.key", "ffn.value")
+    ]
     rwkv_miss.inject(model, "miss", names, rank=4)
     kept, below = [], []
-    model.blocks[1].register_forward_pre_hook(lambda module, args: below.extend([*kept, *(x for x in args[:2] if getattr(x, "requires_grad", 0))]))
+    model.blocks[1].register_forward_pre_hook(
+        lambda module, args: below.extend([*kept, *(x for x in args[:2] if getattr(x, "requires_grad", 0))])
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         x, _ = model.features(torch.arange(12)[None])
     assert not below and kept
     multiplied = []
     product = functional.product
-    monkeypatch.setattr(functional, "product", lambda x, weight, *bias: multiplied.append(weight.data_ptr()) or product(x, weight, *bias))
+    monkeypatch.setattr(
+        functional,
+        "product",
+        lambda x, weight, *bias: multiplied.append(weight.data_ptr()) or product(x, weight, *bias),
+    )
     x.square().sum().backward()
-    linears = {name: layer.weight.data_ptr() for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    behind_the_first = {"att.output", "ffn.key", "ffn.value"} | ({"ffn.receptance"} if version == 6 else set())
-    expected = {name for name in linears if name.startswith("blocks.2.")} | {f"blocks.1.{name}" for name in behind_the_first}
+    linears = {
+        name: layer.weight.data_ptr()
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    behind_the_first = {"att.output", "ffn.key", "ffn.value"} | (
+        {"ffn.receptance"} if version == 6 else set()
+    )
+    expected = {name for name in linears if name.startswith("blocks.2.")} | {
+        f"blocks.1.{name}" for name in behind_the_first
+    }
     assert {name for name, place in linears.items() if place in multiplied} == expected
 
 
@@ -232,7 +272,7 @@ def test_golden_l2wrap(data_dir):
         rows = B * T
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, V), ids[:, 1:].flatten())
         want = golden["dlogits_l2wrap"].double()
-        plain, = torch.autograd.grad(loss, logits)
+        (plain,) = torch.autograd.grad(loss, logits)
         ours = logits.detach().reshape(-1, V).requires_grad_()
         total = loss_sum(ours, torch.zeros(rows, dtype=torch.long)) / rows
         without = torch.nn.functional.cross_entropy(ours, torch.zeros(rows, dtype=torch.long))
@@ -243,8 +283,8 @@ def test_golden_l2wrap(data_dir):
 def test_l2wrap_follows_the_gradient_scale_and_no_rows_give_zero():
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.arange(5)
-    once, = torch.autograd.grad(loss_sum(logits, targets), logits)
-    thrice, = torch.autograd.grad(3 * loss_sum(logits, targets), logits)
+    (once,) = torch.autograd.grad(loss_sum(logits, targets), logits)
+    (thrice,) = torch.autograd.grad(3 * loss_sum(logits, targets), logits)
     torch.testing.assert_close(thrice, 3 * once)
     empty = torch.zeros(0, 7, requires_grad=True)
     loss = loss_sum(empty, targets[:0])
@@ -256,7 +296,11 @@ def test_layer_0_value_residual_may_be_absent_and_squeezed_vectors_load(tmp_path
     arch = make_arch(7)
     tensors = random_tensors(arch)
     torch.save(tensors, tmp_path / "full.pth")
-    bare = {k: v.squeeze() for k, v in tensors.items() if k not in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")}
+    bare = {
+        k: v.squeeze()
+        for k, v in tensors.items()
+        if k not in ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
+    }
     torch.save(bare, tmp_path / "bare.pth")
     full, short = RWKV.load(tmp_path / "full.pth"), RWKV.load(tmp_path / "bare.pth")
     ids = torch.arange(9)[None]
@@ -275,11 +319,15 @@ def test_wrong_tensors_are_named(tmp_path):
             RWKV.load(tmp_path / "bad.pth")
         return str(error.value)
 
-    assert "blocks.1.ffn.key.weight" in message({k: v for k, v in tensors.items() if k != "blocks.1.ffn.key.weight"})
+    assert "blocks.1.ffn.key.weight" in message(
+        {k: v for k, v in tensors.items() if k != "blocks.1.ffn.key.weight"}
+    )
     assert "extra.weight" in message({**tensors, "extra.weight": torch.zeros(2)})
     text = message({**tensors, "blocks.1.att.w1": torch.zeros(48, 31)})
     assert "blocks.1.att.w1" in text and "(48, 31)" in text and "(48, 32)" in text
-    assert "blocks.1.ln1.weight" in message({**tensors, "blocks.1.ln1.weight": torch.full((48,), float("nan"))})
+    assert "blocks.1.ln1.weight" in message(
+        {**tensors, "blocks.1.ln1.weight": torch.full((48,), float("nan"))}
+    )
 
 
 def test_parameter_groups_double_the_decay_rate_and_decay_matrices_only():
@@ -292,14 +340,24 @@ def test_parameter_groups_double_the_decay_rate_and_decay_matrices_only():
             for p in group["params"]:
                 name = names[id(p)]
                 assert group["lr"] == (2e-3 if name.endswith(double) else 1e-3), name
-                assert group["weight_decay"] == (0.1 if p.squeeze().dim() > 1 and name.endswith(".weight") else 0.0), name
+                assert group["weight_decay"] == (
+                    0.1 if p.squeeze().dim() > 1 and name.endswith(".weight") else 0.0
+                ), name
 
 
 def test_a_rate_map_multiplies_the_rates_by_the_longest_part_of_a_name():
     model = RWKV(make_arch(7))
     names = {id(p): n for n, p in model.named_parameters()}
-    rates = {names[id(p)]: g["lr"] for g in parameter_groups(model, 1e-3, 0.0, None, {"ffn": 0.5, "blocks.1": 3, "att.w0": 0.0}) for p in g["params"]}
-    assert rates["blocks.0.ffn.key.weight"] == 5e-4 and rates["blocks.0.att.key.weight"] == 1e-3 and rates["emb.weight"] == 1e-3
+    rates = {
+        names[id(p)]: g["lr"]
+        for g in parameter_groups(model, 1e-3, 0.0, None, {"ffn": 0.5, "blocks.1": 3, "att.w0": 0.0})
+        for p in g["params"]
+    }
+    assert (
+        rates["blocks.0.ffn.key.weight"] == 5e-4
+        and rates["blocks.0.att.key.weight"] == 1e-3
+        and rates["emb.weight"] == 1e-3
+    )
     assert rates["blocks.1.ffn.key.weight"] == 3e-3, "blocks.1 is longer than ffn"
     assert rates["blocks.1.att.w0"] == 6e-3 and rates["blocks.0.att.w0"] == 0.0
 

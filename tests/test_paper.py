@@ -42,10 +42,17 @@ def test_an_experiment_writes_its_table_plot_and_figures(name, outcome):
     found, folder = outcome(name)
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.md", f"{name}.png"]
     assert (folder / f"{name}.png").read_bytes().startswith(PNG)
-    assert found["experiment"] == name and found["commit"] and found["command"] == f"python -m benchmarks.paper {name} --tiny"
+    assert (
+        found["experiment"] == name
+        and found["commit"]
+        and found["command"] == f"python -m benchmarks.paper {name} --tiny"
+    )
     text = (folder / f"{name}.md").read_text()
     assert found["command"] in text and found["claims"]
-    shown = [[line.strip("| ").split(" | ") for line in block.splitlines()] for block in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    shown = [
+        [line.strip("| ").split(" | ") for line in block.splitlines()]
+        for block in re.findall(r"(?:^\|.*\n)+", text, re.M)
+    ]
     assert len(shown) == 1 + len(found["tables"])
     for lines, records in zip(shown, [found["claims"], *found["tables"].values()]):
         assert len(lines) == 2 + len(records) and len(records) > 0
@@ -57,8 +64,11 @@ def test_the_list_and_the_mistakes(tmp_path, capsys):
     main([])
     listed = capsys.readouterr().out
     assert all(re.search(rf"^{name} +\S", listed, re.M) for name in EXPERIMENTS)
-    for argv, message in (([EXPERIMENTS[0], "--tinny"], "did you mean --tiny"), (["complexty"], "invalid choice"),
-                          ([EXPERIMENTS[0], "--out", str(tmp_path / "file" / "x")], "can't be a folder")):
+    for argv, message in (
+        ([EXPERIMENTS[0], "--tinny"], "did you mean --tiny"),
+        (["complexty"], "invalid choice"),
+        ([EXPERIMENTS[0], "--out", str(tmp_path / "file" / "x")], "can't be a folder"),
+    ):
         (tmp_path / "file").touch()
         with pytest.raises(rwkv_miss.UserError, match=message):
             main(argv)
@@ -66,13 +76,20 @@ def test_the_list_and_the_mistakes(tmp_path, capsys):
 
 def test_the_page_of_results_says_what_the_results_say():
     results = ROOT / "docs/results"
-    assert renewed(results) == (results / "README.md").read_text(encoding="utf-8"), "run python -m benchmarks.paper.page"
+    assert renewed(results) == (results / "README.md").read_text(encoding="utf-8"), (
+        "run python -m benchmarks.paper.page"
+    )
 
 
 def test_the_recorded_command_gives_the_same_settings():
     module = experiment("complexity")
-    assert command("complexity", module.FULL, module.FULL, module.TINY) == "python -m benchmarks.paper complexity"
-    assert command("complexity", module.Settings(("1,2,3,1", "5,6,7,1")), module.FULL, module.TINY).endswith("complexity --shapes 1,2,3,1 5,6,7,1")
+    assert (
+        command("complexity", module.FULL, module.FULL, module.TINY)
+        == "python -m benchmarks.paper complexity"
+    )
+    assert command("complexity", module.Settings(("1,2,3,1", "5,6,7,1")), module.FULL, module.TINY).endswith(
+        "complexity --shapes 1,2,3,1 5,6,7,1"
+    )
 
 
 def test_complexity_counts_what_the_formulas_say(outcome):
@@ -80,9 +97,15 @@ def test_complexity_counts_what_the_formulas_say(outcome):
     (rows,) = found["tables"].values()
     assert set(LINEAR) <= {row["system"] for row in rows}
     for row in rows:
-        counted = [row[name] for name in ("parameters", "MFLOP", "saved KiB")]  # a new method has its line in complexity.FORMULAS
-        assert counted == [row[name] for name in ("by formula", "MFLOP by formula", "KiB by formula")], row["system"]
-    assert [(row["rank"], row["parameters"]) for row in rows if row["system"] == "miss"] == [(9, 9 * 40)]  # LoRA's 4 (48 + 40), to the nearest
+        counted = [
+            row[name] for name in ("parameters", "MFLOP", "saved KiB")
+        ]  # a new method has its line in complexity.FORMULAS
+        assert counted == [row[name] for name in ("by formula", "MFLOP by formula", "KiB by formula")], row[
+            "system"
+        ]
+    assert [(row["rank"], row["parameters"]) for row in rows if row["system"] == "miss"] == [
+        (9, 9 * 40)
+    ]  # LoRA's 4 (48 + 40), to the nearest
 
 
 def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
@@ -91,27 +114,39 @@ def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
     assert [row["data"] for row in readings] == ["rep", "elem"]
     assert set(LINEAR) <= {row["system"] for row in losses}
     fixed = {row["system"]: row["lr 0.001 (paper)"] for row in losses}
-    (unadapted,) = (float(claim["ours"].split()[-1]) for claim in found["claims"] if claim["paper"] == "full fine-tuning is best")
+    (unadapted,) = (
+        float(claim["ours"].split()[-1])
+        for claim in found["claims"]
+        if claim["paper"] == "full fine-tuning is best"
+    )
     verdicts = {claim["paper"]: claim["agrees"] for claim in found["claims"]}
     own = {row["system"]: row["best lr"] for row in losses}
     assert verdicts["full fine-tuning is best"] == (min(fixed, key=fixed.get) == "full")
     at_own = next(agrees for paper, agrees in verdicts.items() if "each at its own best rate" in paper)
     assert at_own == (min(own, key=own.get) == "full")
-    assert min(fixed, key=fixed.get) == "full" and max(fixed.values()) < 1.01 * unadapted  # AdaLoRA has hardly begun at this rate
+    assert (
+        min(fixed, key=fixed.get) == "full" and max(fixed.values()) < 1.01 * unadapted
+    )  # AdaLoRA has hardly begun at this rate
     assert max(row["best lr"] for row in losses) < 0.9 * unadapted
     assert 0.5 < fixed["miss"] / fixed["lora, alpha = r"] < 2
     assert fixed["lora_fa"] > 2 * fixed["miss"]  # MiSS with a frozen random matrix for its shards
-    assert {(row["method"], row["parameters"]) for row in timing if row["method"] in ("full", "miss", "lora")} == {
-        ("full", 64 * 64), ("miss", 2 * 64), ("lora", 2 * 64)}
+    assert {
+        (row["method"], row["parameters"]) for row in timing if row["method"] in ("full", "miss", "lora")
+    } == {("full", 64 * 64), ("miss", 2 * 64), ("lora", 2 * 64)}
     curves = found["curves"]["miss"]
-    assert len(curves["training"]) == len(curves["validation"]) == 100 and curves["training"][-1] < 0.5 * curves["training"][0]
+    assert (
+        len(curves["training"]) == len(curves["validation"]) == 100
+        and curves["training"][-1] < 0.5 * curves["training"][0]
+    )
 
 
 @pytest.mark.parametrize("reading, distinct", [("lift", 1), ("rep", 1), ("elem", 64)])
 def test_the_readings_of_the_papers_data(reading, distinct):
     problem = experiment("no-free-lunch").Problem.make(reading, 50, 43)
     assert problem.x.shape == problem.t.shape == (50, 64) and problem.x_validation.shape == (200, 64)
-    assert len(problem.t[0].unique()) == distinct and len(problem.x[0].unique()) == (1 if reading == "rep" else 64)
+    assert len(problem.t[0].unique()) == distinct and len(problem.x[0].unique()) == (
+        1 if reading == "rep" else 64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +166,16 @@ def test_one_backward_gives_the_first_gradient_of_every_method(label, demo_gradi
     model = copy.deepcopy(task.model)
     rwkv_miss.inject(model, method, **options)
     task.loss(model).backward()
-    norms = {name: sum(float(p.grad.square().sum()) for p in layer.parameters(recurse=False) if p.grad is not None) ** 0.5
-             for name, layer in adapted_linears(model).items()}
+    norms = {
+        name: sum(float(p.grad.square().sum()) for p in layer.parameters(recurse=False) if p.grad is not None)
+        ** 0.5
+        for name, layer in adapted_linears(model).items()
+    }
     # fp32 on both sides, by different products: 1e-6 to 1e-5 was seen
     assert first.by_linear == pytest.approx(norms, rel=1e-4)
-    assert first.norm == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5, rel=1e-4)
+    assert first.norm == pytest.approx(
+        sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5, rel=1e-4
+    )
 
 
 def test_the_first_gradient_by_the_papers_formulas(demo_gradients):
@@ -153,8 +193,12 @@ def test_the_first_gradient_by_the_papers_formulas(demo_gradients):
     model = copy.deepcopy(task.model)
     rwkv_miss.inject(model, "lora", rank=3)
     A = {name: layer.lora_A.detach() for name, layer in adapted_linears(model).items()}
-    assert first.by_linear == pytest.approx({name: float(2 * (g @ A[name].t()).norm()) for name, g in gradients.items()}, rel=1e-5)
-    assert first.cosine == pytest.approx(_cosine({name: g @ A[name].t() @ A[name] for name, g in gradients.items()}, gradients), rel=1e-4)
+    assert first.by_linear == pytest.approx(
+        {name: float(2 * (g @ A[name].t()).norm()) for name, g in gradients.items()}, rel=1e-5
+    )
+    assert first.cosine == pytest.approx(
+        _cosine({name: g @ A[name].t() @ A[name] for name, g in gradients.items()}, gradients), rel=1e-4
+    )
 
 
 def _cosine(a, b):
@@ -166,8 +210,12 @@ def test_miss_has_full_fine_tunings_norm_whatever_the_gradient(outcome):
     found, _ = outcome("grad-norm")
     norms, cosines, _ = found["tables"].values()
     ratios = {row["gradients"]: row["miss"] for row in norms}
-    assert set(LINEAR) <= set(norms[0]) and set(ratios) == {f"{name}, r = {r}" for name in ("demo", "random", "random, relu^2") for r in (3, 16)}
-    assert ratios["random, r = 3"] == pytest.approx(1, abs=0.02) and ratios["random, r = 16"] == pytest.approx(1, abs=0.02)
+    assert set(LINEAR) <= set(norms[0]) and set(ratios) == {
+        f"{name}, r = {r}" for name in ("demo", "random", "random, relu^2") for r in (3, 16)
+    }
+    assert ratios["random, r = 3"] == pytest.approx(1, abs=0.02) and ratios[
+        "random, r = 16"
+    ] == pytest.approx(1, abs=0.02)
     assert ratios["random, relu^2, r = 3"] > 2, "the mean of the inputs adds up in the shards"
 
 
@@ -185,8 +233,14 @@ def test_resources_compares_equal_parameters(outcome):
     found, _ = outcome("resources")
     (rows,) = found["tables"].values()
     assert [row["method"] for row in rows] == list(experiment("resources").TINY.methods)
-    assert len({row["parameters"] for row in rows}) == 1 and all(row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows)
-    assert [(round(row["the paper's"], 2), round(row["the paper's peak / lora"], 3)) for row in rows if row["method"] == "miss"] == [(1.10, 0.915)]
+    assert len({row["parameters"] for row in rows}) == 1 and all(
+        row["tokens/s"] > 0 and row["above weights MB"] > 0 for row in rows
+    )
+    assert [
+        (round(row["the paper's"], 2), round(row["the paper's peak / lora"], 3))
+        for row in rows
+        if row["method"] == "miss"
+    ] == [(1.10, 0.915)]
 
 
 def test_a_stopped_experiment_goes_on_and_never_takes_what_was_measured_otherwise(tmp_path, monkeypatch):
@@ -197,13 +251,23 @@ def test_a_stopped_experiment_goes_on_and_never_takes_what_was_measured_otherwis
         return training.Outcome(1, [2.0], float(run.seed), None, None, None, 0.0)
 
     monkeypatch.setattr(training, "_train", fake)
-    settings = experiment("loss-curves").Settings(tasks=("letters",), seeds=(0, 1), steps=(2,), rows=(4,), train=(12,), held_out=(5,), rank=(4,),
-                                                  runs=str(tmp_path / "a" / "runs.jsonl"))
+    settings = experiment("loss-curves").Settings(
+        tasks=("letters",),
+        seeds=(0, 1),
+        steps=(2,),
+        rows=(4,),
+        train=(12,),
+        held_out=(5,),
+        rank=(4,),
+        runs=str(tmp_path / "a" / "runs.jsonl"),
+    )
 
     def losses(**changed):
         trained.clear()
         runs = training.Runs(dataclasses.replace(settings, **changed))
-        return [outcome.held_out for outcome in runs.at_rate("letters", "miss", {"rank": 8}, 1e-3)], len(trained)
+        return [outcome.held_out for outcome in runs.at_rate("letters", "miss", {"rank": 8}, 1e-3)], len(
+            trained
+        )
 
     assert losses() == ([0.0, 1.0], 2)
     assert losses() == ([0.0, 1.0], 0)
@@ -213,7 +277,11 @@ def test_a_stopped_experiment_goes_on_and_never_takes_what_was_measured_otherwis
     assert losses(seeds=(1, 2)) == ([1.0, 2.0], 1)
     assert losses(steps=(3,)) == ([0.0, 1.0], 2) and losses(held_out=(6,)) == ([0.0, 1.0], 2)
     sort = training_tasks.sorting
-    monkeypatch.setitem(training_tasks.ANSWERS, "letters", (training_tasks.ANSWERS["letters"][0], lambda count, seed: sort(count, seed + 7)))
+    monkeypatch.setitem(
+        training_tasks.ANSWERS,
+        "letters",
+        (training_tasks.ANSWERS["letters"][0], lambda count, seed: sort(count, seed + 7)),
+    )
     assert losses() == ([0.0, 1.0], 2), "other rows"
 
 
@@ -225,10 +293,15 @@ def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below()
 
     assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(2.0, 2.1, 1.9)) is True
     assert module.below(outcomes(2.0, 2.1, 1.9), outcomes(1.0, 1.1, 0.9)) is False
-    assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(1.1, 1.2, 1.0)) is None  # 0.1 apart, two standard errors are 0.163
+    assert (
+        module.below(outcomes(1.0, 1.1, 0.9), outcomes(1.1, 1.2, 1.0)) is None
+    )  # 0.1 apart, two standard errors are 0.163
     assert module.below(outcomes(1.0), outcomes(1.1)) is True
     diverged = outcomes(1.0, None)
-    assert module.below(outcomes(9.0, 9.0), diverged) is True and module.below(diverged, outcomes(9.0, 9.0)) is False
+    assert (
+        module.below(outcomes(9.0, 9.0), diverged) is True
+        and module.below(diverged, outcomes(9.0, 9.0)) is False
+    )
     assert module.below(diverged, diverged) is None
 
 
@@ -236,8 +309,10 @@ def test_verdicts_of_resources_ask_for_half_of_the_papers_gain():
     """By the whole interval: 1.051 is asked for."""
     lora = resources.Row(1, 1.0, 400, 600)
     for speed, above, agrees in (
-        ((1.06, 1.055, 1.07), 550, [True, True]), ((1.054, 1.045, 1.06), 550, [None, True]),
-        ((1.054, 1.052, 1.06), 570, [True, False]), ((1.04, 1.03, 1.05), 570, [False, False]),
+        ((1.06, 1.055, 1.07), 550, [True, True]),
+        ((1.054, 1.045, 1.06), 550, [None, True]),
+        ((1.054, 1.052, 1.06), 570, [True, False]),
+        ((1.04, 1.03, 1.05), 570, [False, False]),
     ):
         rows = {"miss": resources.Row(1, 1.0, 400, above), "lora": lora}
         found = resources.claims(rows, {"lora": speed}, resources.TINY)
@@ -254,22 +329,34 @@ def test_the_interval_of_a_median_holds_it_19_times_of_20():
     assert 0.955 < held / len(samples) < 0.975  # 0.965 by the binomial distribution
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["loss-curves", "--systems", "full", "mis"], "--systems takes any of: full; .*got full; mis"),
-    (["loss-curves", "--steps", "0"], "--steps 0: must be at least 1"), (["loss-curves", "--tasks", "letter"], "task 'letter' is unknown"),
-    (["loss-curves", "--tasks", "gsm8k", "--data", "nowhere"], "task gsm8k needs real/rwkv6-3m-utf16.pth in --data nowhere"),
-    (["rank", "--ranks", "4", "7"], "--ranks 4 7: must be even"), (["rank", "--ranks", "128"], "one at least 96 or less"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["loss-curves", "--systems", "full", "mis"], "--systems takes any of: full; .*got full; mis"),
+        (["loss-curves", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["loss-curves", "--tasks", "letter"], "task 'letter' is unknown"),
+        (
+            ["loss-curves", "--tasks", "gsm8k", "--data", "nowhere"],
+            "task gsm8k needs real/rwkv6-3m-utf16.pth in --data nowhere",
+        ),
+        (["rank", "--ranks", "4", "7"], "--ranks 4 7: must be even"),
+        (["rank", "--ranks", "128"], "one at least 96 or less"),
+    ],
+)
 def test_trainings_are_refused_before_the_first(argv, message, tmp_path):
     with pytest.raises(rwkv_miss.UserError, match=message):
         main([argv[0], "--tiny", *argv[1:], "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--methods", "miss", "lroa"], "takes miss, lora and any of: .*; got miss lroa"), (["--model", "gpt"], "rwkv6-3b"),
-    (["--device", "tpu"], "can't be used here; cpu can"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--methods", "miss", "lroa"], "takes miss, lora and any of: .*; got miss lroa"),
+        (["--model", "gpt"], "rwkv6-3b"),
+        (["--device", "tpu"], "can't be used here; cpu can"),
+    ],
+)
 def test_resources_refuses_before_it_builds(argv, message, tmp_path):
     with pytest.raises(rwkv_miss.UserError, match=message):
         main(["resources", *argv, "--out", str(tmp_path)])

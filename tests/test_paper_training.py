@@ -36,7 +36,21 @@ def test_the_climb_ends_between_two_worse_rates(start, best):
 
 
 def test_rates_are_half_decades():
-    assert [rate(k) for k in range(-12, 1)] == [1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+    assert [rate(k) for k in range(-12, 1)] == [
+        1e-6,
+        3e-6,
+        1e-5,
+        3e-5,
+        1e-4,
+        3e-4,
+        1e-3,
+        3e-3,
+        1e-2,
+        3e-2,
+        1e-1,
+        3e-1,
+        1.0,
+    ]
 
 
 def outcome(held_out):
@@ -46,9 +60,17 @@ def outcome(held_out):
 def test_what_is_within_two_standard_errors_is_level():
     low, high = [outcome(x) for x in (1.0, 1.02, 0.98)], [outcome(x) for x in (1.1, 1.12, 1.08)]
     wide = [outcome(x) for x in (1.0, 1.3, 1.0)]
-    assert str(Spread.of(low, "held_out")) == "1.0000 ± 0.0200" and str(Spread.of(low[:1], "held_out")) == "1.0000"
+    assert (
+        str(Spread.of(low, "held_out")) == "1.0000 ± 0.0200"
+        and str(Spread.of(low[:1], "held_out")) == "1.0000"
+    )
     assert str(Spread.of(low, "tokens_right")) == str(Spread.of([outcome(None), *low], "held_out")) == "-"
-    assert below(low, high) is True and below(high, low) is False and below(low, wide) is None and below(wide, low) is None
+    assert (
+        below(low, high) is True
+        and below(high, low) is False
+        and below(low, wide) is None
+        and below(wide, low) is None
+    )
 
 
 def three(mean):
@@ -57,27 +79,52 @@ def three(mean):
 
 def test_verdicts_of_the_loss_curves():
     def found(**best):
-        return {"gsm8k": {name: loss_curves.Measured(three(paper), 1e-3, three(own)) for name, (paper, own) in best.items()}}
+        return {
+            "gsm8k": {
+                name: loss_curves.Measured(three(paper), 1e-3, three(own))
+                for name, (paper, own) in best.items()
+            }
+        }
 
     ahead = loss_curves.claims(found(miss=(1.0, 0.5), lora=(2.0, 0.9), **{"miss, balanced": (1.5, 0.3)}))
     assert [claim.agrees for claim in ahead] == [True, True, True]
-    assert ahead[0].ours == "MiSS's held-out loss against lora: below it on gsm8k" and "below it on gsm8k" in ahead[2].ours
-    behind = loss_curves.claims(found(miss=(1.0, 0.9), lora=(2.0, 0.5), pissa=(2.0, 0.9), **{"miss, balanced": (1.0, 0.9)}))
+    assert (
+        ahead[0].ours == "MiSS's held-out loss against lora: below it on gsm8k"
+        and "below it on gsm8k" in ahead[2].ours
+    )
+    behind = loss_curves.claims(
+        found(miss=(1.0, 0.9), lora=(2.0, 0.5), pissa=(2.0, 0.9), **{"miss, balanced": (1.0, 0.9)})
+    )
     assert [claim.agrees for claim in behind] == [True, False, False]
-    assert behind[1].ours.endswith("lora: above it on gsm8k; pissa: level with it on gsm8k") and "level with it" in behind[2].ours
+    assert (
+        behind[1].ours.endswith("lora: above it on gsm8k; pissa: level with it on gsm8k")
+        and "level with it" in behind[2].ours
+    )
 
 
 def test_verdicts_of_the_ranks():
     def found(miss, lora):
-        ranks = [[rank.Measured(r, 1e-3, three(own), outcome(paper)) for r, (own, paper) in zip((4, 8, 16), losses)] for losses in (miss, lora)]
+        ranks = [
+            [
+                rank.Measured(r, 1e-3, three(own), outcome(paper))
+                for r, (own, paper) in zip((4, 8, 16), losses)
+            ]
+            for losses in (miss, lora)
+        ]
         return {"gsm8k": dict(zip(("miss", "lora"), ranks))}
 
     falls = rank.claims(found([(0.9, 3.0), (0.7, 2.0), (0.5, 1.0)], [(1.0, 0.0), (0.9, 0.0), (0.8, 0.0)]))
     assert [claim.agrees for claim in falls] == [True, True, True]
-    assert "falls 2, is level 0 and rises 0 times" in falls[0].ours and "lower at 3, level at 0, higher at 0 of 3" in falls[2].ours
+    assert (
+        "falls 2, is level 0 and rises 0 times" in falls[0].ours
+        and "lower at 3, level at 0, higher at 0 of 3" in falls[2].ours
+    )
     rises = rank.claims(found([(0.5, 1.0), (0.7, 2.0), (0.7, 1.0)], [(0.4, 0.0), (0.7, 0.0), (0.6, 0.0)]))
     assert [claim.agrees for claim in rises] == [False, False, False]
-    assert "falls 0, is level 1 and rises 1 times" in rises[0].ours and "lower at 0, level at 1, higher at 2 of 3" in rises[2].ours
+    assert (
+        "falls 0, is level 1 and rises 1 times" in rises[0].ours
+        and "lower at 0, level at 1, higher at 2 of 3" in rises[2].ours
+    )
 
 
 def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch):
@@ -109,19 +156,30 @@ def test_a_training_depends_on_its_seed_and_each_loss_is_that_of_its_rows(monkey
         return held_out_loss(model, config, rows)
 
     monkeypatch.setattr(training, "held_out_loss", look)
-    runs = Runs(dataclasses.replace(TINY, seeds=(0, 1), train=(12,), held_out=(7,), steps=(2,), rows=(4,), runs=""))
+    runs = Runs(
+        dataclasses.replace(TINY, seeds=(0, 1), train=(12,), held_out=(7,), steps=(2,), rows=(4,), runs="")
+    )
     first, second = runs.at_rate("letters", "lora", {"rank": 2}, 1e-2)
-    assert first.losses[0] != second.losses[0] and first.held_out != second.held_out, "another seed has other rows and another A"
+    assert first.losses[0] != second.losses[0] and first.held_out != second.held_out, (
+        "another seed has other rows and another A"
+    )
     assert runs.at_rate("letters", "lora", {"rank": 2}, 1e-2) == [first, second]
     rows = runs.tasks["letters"]
     assert [len(documents.rows) for documents in looked_at] == [7, 7] * 2
     assert looked_at[0].rows is rows.held_out.rows, "the first look is at what was not trained on"
-    assert [row.ids.tolist() for row in looked_at[1].rows] == [row.ids.tolist() for row in rows.train.rows[:7]]
+    assert [row.ids.tolist() for row in looked_at[1].rows] == [
+        row.ids.tolist() for row in rows.train.rows[:7]
+    ]
     assert first.held_out != first.seen
 
 
 def test_the_first_of_two_numbers_is_for_text_and_the_last_for_answers():
-    assert [Runs.own((100, 600), name) for name in ("shakespeare", "gsm8k", "digits", "letters")] == [100, 100, 600, 600]
+    assert [Runs.own((100, 600), name) for name in ("shakespeare", "gsm8k", "digits", "letters")] == [
+        100,
+        100,
+        600,
+        600,
+    ]
     assert Runs.own((5,), "gsm8k") == Runs.own((5,), "digits") == 5
 
 
@@ -139,9 +197,14 @@ def test_right_answers_are_those_of_greedy_generation():
             for _ in range(len(ids) - given):
                 made = [*made, int(model(torch.tensor([made]))[0][0, -1].argmax())]
             answers += made == ids
-            tokens += (model(torch.tensor([ids[:-1]]))[0][0, given - 1 :].argmax(-1) == torch.tensor(ids[given:])).tolist()
+            tokens += (
+                model(torch.tensor([ids[:-1]]))[0][0, given - 1 :].argmax(-1) == torch.tensor(ids[given:])
+            ).tolist()
     shares = right(model, from_pairs(pairs))
-    assert shares == (pytest.approx(sum(tokens) / len(tokens)), pytest.approx(answers / len(pairs))) and 0.3 < shares[1] < 0.8
+    assert (
+        shares == (pytest.approx(sum(tokens) / len(tokens)), pytest.approx(answers / len(pairs)))
+        and 0.3 < shares[1] < 0.8
+    )
 
 
 @pytest.mark.parametrize("names", [("lora", "miss", "miss, balanced", "pissa")])
@@ -151,7 +214,9 @@ def test_what_is_compared_has_equal_parameters(names):
     counts = set()
     for name in names:
         method, options = loss_curves.system(name, 4)
-        model = build_model(Config(load_model=str(base), peft=method, peft_config=options), arch, "torch", torch.float32)
+        model = build_model(
+            Config(load_model=str(base), peft=method, peft_config=options), arch, "torch", torch.float32
+        )
         counts.add(sum(p.numel() for p in model.parameters() if p.requires_grad))
     assert len(counts) == 1
 
@@ -160,10 +225,14 @@ def test_the_real_tasks(data_dir):
     for name, width in (("shakespeare", 128), ("gsm8k", 128), ("digits", 31)):
         found = load_task(name, str(data_dir), 300, 50, 64)
         assert found.width <= width and found.answers == (name == "digits")
-        train, held_out = ({tuple(row.ids.tolist()) for row in rows.rows} for rows in (found.train, found.held_out))
+        train, held_out = (
+            {tuple(row.ids.tolist()) for row in rows.rows} for rows in (found.train, found.held_out)
+        )
         assert len(held_out) == 50 and not train & held_out
         if name != "digits":
-            assert all(not row.ids[0] and row.trained[1:].all() for row in found.held_out.rows), "rows begin with the second byte of a character"
+            assert all(not row.ids[0] and row.trained[1:].all() for row in found.held_out.rows), (
+                "rows begin with the second byte of a character"
+            )
     loss, tokens, answers = untouched(found)
     assert loss > 5 and answers == 0 and 0.02 < tokens < 0.15, "the base reverses, and does not add 1"
 

@@ -29,20 +29,33 @@ def names(version):
 
 def test_time_of_rwkv_6_is_what_is_called_time_and_that_of_rwkv_7_all_but_linears_norms_and_gate():
     assert in_parts(names(6), ["time"]) == [name for name in names(6) if "time_" in name]
-    no_part = {name for name in names(7) if not any(re.fullmatch(pattern, name) for pattern in PARTS.values())}
-    linears = {f"blocks.{i}.{linear}.weight" for i in range(2) for linear in
-               ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")}
-    assert no_part == linears | {f"blocks.{i}.att.g{n}" for i in range(2) for n in (1, 2)} | {f"blocks.0.att.v{n}" for n in range(3)}
+    no_part = {
+        name for name in names(7) if not any(re.fullmatch(pattern, name) for pattern in PARTS.values())
+    }
+    linears = {
+        f"blocks.{i}.{linear}.weight"
+        for i in range(2)
+        for linear in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+    }
+    assert no_part == linears | {f"blocks.{i}.att.g{n}" for i in range(2) for n in (1, 2)} | {
+        f"blocks.0.att.v{n}" for n in range(3)
+    }
 
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_ln_is_every_norm_and_the_parts_do_not_overlap(version):
     chosen = [set(in_parts(names(version), [part])) for part in WHOLE]
     assert chosen[0] == {"emb.weight"} and chosen[1] == {"head.weight"}
-    norms = {f"{name}.{leaf}" for name, module in RWKV(make_arch(version)).named_modules()
-             if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm)) for leaf in ("weight", "bias")}
+    norms = {
+        f"{name}.{leaf}"
+        for name, module in RWKV(make_arch(version)).named_modules()
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))
+        for leaf in ("weight", "bias")
+    }
     assert chosen[2] == norms and sum(map(len, chosen)) == len(set().union(*chosen))
-    assert in_parts(names(version), ["ln", "time"]) == [name for name in names(version) if name in chosen[2] | chosen[3]]
+    assert in_parts(names(version), ["ln", "time"]) == [
+        name for name in names(version) if name in chosen[2] | chosen[3]
+    ]
 
 
 def test_the_spellings_of_a_list_of_parts():
@@ -53,13 +66,20 @@ def test_the_spellings_of_a_list_of_parts():
 
 def test_mistakes_are_explained_before_the_model_is_touched():
     model = RWKV(make_arch(7))
-    for flags, words in (({"train_parts": "ln,tim"}, "part 'tim' is unknown; choose from: emb, head, ln, time, state"),
-                         ({"train_parts": "head", "targets": ["head", "key"]}, "head.weight can't be trained as a whole and be adapted as well")):
+    for flags, words in (
+        ({"train_parts": "ln,tim"}, "part 'tim' is unknown; choose from: emb, head, ln, time, state"),
+        (
+            {"train_parts": "head", "targets": ["head", "key"]},
+            "head.weight can't be trained as a whole and be adapted as well",
+        ),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=re.escape(words)):
             rwkv_miss.inject(model, rank=4, **flags)
     assert not adapted_linears(model) and model.head.weight.requires_grad
     with pytest.raises(rwkv_miss.UserError, match="parts belong to RWKV"):
-        rwkv_miss.inject(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2, targets=["0"], train_parts="time")
+        rwkv_miss.inject(
+            torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2, targets=["0"], train_parts="time"
+        )
     with pytest.raises(rwkv_miss.UserError, match="--train_parts ln has no meaning with --peft none"):
         parse(["--load_model", "a", "--data_file", "b", "--peft", "none", "--train_parts", "ln"])
 
@@ -72,8 +92,14 @@ def trained(path, method="miss", parts="emb,head,ln,time", dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(parameter_groups(model, 3e-2, 0.0))
     for _ in range(3):
         logits, _ = model(torch.randint(67, (2, 11)))
-        torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), torch.randint(67, (20,))).backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), torch.randint(67, (20,))
+        ).backward()
+        assert all(
+            p.grad is not None and p.grad.dtype == torch.float32
+            for p in model.parameters()
+            if p.requires_grad
+        )
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -90,7 +116,11 @@ def test_a_fresh_model_with_parts_computes_what_it_did_and_they_are_fp32(version
     dtypes = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
     assert all(dtypes[name] == (torch.float32, True) for name in wanted)
     assert {dtypes[f"{name}.weight"] for name in report.linears} == {(dtype, False)}
-    assert report.whole == len(wanted) and f"and {len(wanted)} whole tensors (emb, head, ln, time), {report.trainable:,} trainable" in report.line()
+    assert (
+        report.whole == len(wanted)
+        and f"and {len(wanted)} whole tensors (emb, head, ln, time), {report.trainable:,} trainable"
+        in report.line()
+    )
     assert model.initial_state(1)[0].att_x.dtype == dtype
 
 
@@ -100,8 +130,11 @@ def test_saved_loaded_and_merged_are_the_live_model(version, dtype, checkpoint, 
     base = checkpoint(version, dtype, vocab_size=256)
     model = trained(base, dtype=dtype)
     before = RWKV.load(base, dtype)
-    changed = [name for name in in_parts(names(version), WHOLE)
-               if not torch.equal(model.get_parameter(name), before.get_parameter(name).float())]
+    changed = [
+        name
+        for name in in_parts(names(version), WHOLE)
+        if not torch.equal(model.get_parameter(name), before.get_parameter(name).float())
+    ]
     assert changed == in_parts(names(version), WHOLE), "every tensor of every part is trained"
     rwkv_miss.save_adapter(model, tmp_path / "a.pth", tokenizer="bytes")
     facts = describe(tmp_path / "a.pth")
@@ -115,18 +148,34 @@ def test_saved_loaded_and_merged_are_the_live_model(version, dtype, checkpoint, 
     assert (report.replaced, report.parts) == (len(changed), ["emb", "head", "ln", "time"])
     assert f"{len(changed)} whole tensors (emb, head, ln, time) into" in report.lines()[0]
     merged, kept = (torch.load(path, weights_only=True) for path in (tmp_path / "m.pth", base))
-    assert [(n, t.shape, t.dtype) for n, t in merged.items()] == [(n, t.shape, t.dtype) for n, t in kept.items()]
+    assert [(n, t.shape, t.dtype) for n, t in merged.items()] == [
+        (n, t.shape, t.dtype) for n, t in kept.items()
+    ]
     for name in changed:
-        assert torch.equal(merged[name], model.get_parameter(name).to(dtype).view_as(merged[name])), f"{name}: overwritten with one rounding"
+        assert torch.equal(merged[name], model.get_parameter(name).to(dtype).view_as(merged[name])), (
+            f"{name}: overwritten with one rounding"
+        )
     # the linears round their sum to bf16; all that is whole is the same number on both sides
-    close("logits", RWKV.load(tmp_path / "m.pth")(ids)[0], model(ids)[0], 1e-5 if dtype == torch.float32 else 3e-2)
+    close(
+        "logits",
+        RWKV.load(tmp_path / "m.pth")(ids)[0],
+        model(ids)[0],
+        1e-5 if dtype == torch.float32 else 3e-2,
+    )
     if dtype == torch.float32:
         close("logits of rwkv", pypi_rwkv(tmp_path / "m.pth")(range(17))[0], model(ids)[0][0], 2e-5)
-        close("unmerged", load(base, tmp_path / "a.pth", precision="fp32", wkv="torch")[0](ids)[0], model(ids)[0], 1e-5)
+        close(
+            "unmerged",
+            load(base, tmp_path / "a.pth", precision="fp32", wkv="torch")[0](ids)[0],
+            model(ids)[0],
+            1e-5,
+        )
 
 
 @pytest.mark.parametrize("version", [6, 7])
-def test_without_a_change_of_the_linears_a_bf16_merge_is_the_live_model_to_the_bit(version, checkpoint, tmp_path):
+def test_without_a_change_of_the_linears_a_bf16_merge_is_the_live_model_to_the_bit(
+    version, checkpoint, tmp_path
+):
     base = checkpoint(version, torch.bfloat16)
     model = trained(base)
     with torch.no_grad():
@@ -138,7 +187,9 @@ def test_without_a_change_of_the_linears_a_bf16_merge_is_the_live_model_to_the_b
     assert torch.equal(RWKV.load(tmp_path / "m.pth")(ids)[0], model(ids)[0])
 
 
-def test_each_tensor_of_a_base_of_two_dtypes_keeps_its_own_and_the_loss_of_rounding_is_told(checkpoint, tmp_path):
+def test_each_tensor_of_a_base_of_two_dtypes_keeps_its_own_and_the_loss_of_rounding_is_told(
+    checkpoint, tmp_path
+):
     tensors = {n: t.bfloat16() for n, t in random_tensors(make_arch(7)).items()}
     tensors |= {n: t.float() for n, t in tensors.items() if ".ln" in n or "w0" in n}
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", tensors.items())
@@ -152,10 +203,17 @@ def test_each_tensor_of_a_base_of_two_dtypes_keeps_its_own_and_the_loss_of_round
     report = rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "m.pth")
     merged = torch.load(tmp_path / "m.pth", weights_only=True)
     assert {n: t.dtype for n, t in merged.items()} == {n: t.dtype for n, t in tensors.items()}
-    assert torch.equal(merged["blocks.0.ln1.weight"], model.blocks[0].ln1.weight), "fp32 in the base, so nothing is rounded"
+    assert torch.equal(merged["blocks.0.ln1.weight"], model.blocks[0].ln1.weight), (
+        "fp32 in the base, so nothing is rounded"
+    )
     # 1e-5 is far below bf16's step: most of it is gone in the bf16 vectors
     assert report.rounding.lost > 0.05 and "warning: more than 5 %" in report.lines()[-1]
-    assert rwkv_miss.merge_file(tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "m.pth", "auto", force=True).rounding.lost < 0.05
+    assert (
+        rwkv_miss.merge_file(
+            tmp_path / "base.pth", tmp_path / "a.pth", tmp_path / "m.pth", "auto", force=True
+        ).rounding.lost
+        < 0.05
+    )
 
 
 def test_parts_learn_with_the_methods_rate_and_decays_with_twice_that():
@@ -163,7 +221,10 @@ def test_parts_learn_with_the_methods_rate_and_decays_with_twice_that():
     rwkv_miss.inject(model, train_parts="time,emb", rank=5)
     groups = parameter_groups(model, 1e-3, 0.1)
     places = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert places[id(model.blocks[1].att.w0)] == (2e-3, 0.0) and places[id(model.blocks[1].att.x_r)] == (1e-3, 0.0)
+    assert places[id(model.blocks[1].att.w0)] == (2e-3, 0.0) and places[id(model.blocks[1].att.x_r)] == (
+        1e-3,
+        0.0,
+    )
     assert places[id(model.emb.weight)] == (1e-3, 0.1)
 
 
@@ -171,7 +232,9 @@ def test_parts_learn_with_the_methods_rate_and_decays_with_twice_that():
 def test_weight_decay_pulls_the_adapters_matrices_towards_the_base_at_rank_1_as_well(method):
     model = RWKV(make_arch(7))
     rwkv_miss.inject(model, method, rank=1)
-    decay = {id(p): group["weight_decay"] for group in parameter_groups(model, 1e-3, 0.1) for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"] for group in parameter_groups(model, 1e-3, 0.1) for p in group["params"]
+    }
     own = {0.1 * METHODS[method].decays}  # PiSSA's matrices are not the base at zero
     assert {decay[id(p)] for p in model.parameters() if p.requires_grad} == own
 
@@ -199,23 +262,63 @@ def test_a_fully_trained_model_is_gathered_one_tensor_at_a_time(checkpoint):
         gathered.remove(p)
 
     written = dict(whole_model(Config(load_model=str(base)), model, gather))
-    assert most == 1 and list(written) == list(rwkv_miss.read_checkpoint(base)) and {t.dtype for t in written.values()} == {torch.bfloat16}
+    assert (
+        most == 1
+        and list(written) == list(rwkv_miss.read_checkpoint(base))
+        and {t.dtype for t in written.values()} == {torch.bfloat16}
+    )
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    torch.save({n: t.bfloat16() for n, t in random_tensors(make_arch(7, vocab_size=256)).items()}, folder / "base.pth")
-    rows = [{"messages": [{"role": "user", "content": "q" * i}, {"role": "assistant", "content": "ab c" * (1 + i % 3)}]} for i in range(1, 22)]
+    torch.save(
+        {n: t.bfloat16() for n, t in random_tensors(make_arch(7, vocab_size=256)).items()},
+        folder / "base.pth",
+    )
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q" * i},
+                {"role": "assistant", "content": "ab c" * (1 + i % 3)},
+            ]
+        }
+        for i in range(1, 22)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def train(files, proj_dir, *flags):
-    return program.succeed(program.run([
-        "--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-        "--peft_config", "r=7", "--train_parts", "time", "ln,emb", "head", "--precision", "bf16", "--lr_init", "1e-2", "--packing", "0",
-        "--accelerator", "cpu", *flags]))
+    return program.succeed(
+        program.run(
+            [
+                "--load_model",
+                str(files / "base.pth"),
+                "--data_file",
+                str(files / "data.jsonl"),
+                "--proj_dir",
+                str(proj_dir),
+                "--tokenizer",
+                "bytes",
+                "--peft_config",
+                "r=7",
+                "--train_parts",
+                "time",
+                "ln,emb",
+                "head",
+                "--precision",
+                "bf16",
+                "--lr_init",
+                "1e-2",
+                "--packing",
+                "0",
+                "--accelerator",
+                "cpu",
+                *flags,
+            ]
+        )
+    )
 
 
 def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files, tmp_path):
@@ -225,7 +328,10 @@ def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files,
     base = rwkv_miss.read_checkpoint(files / "base.pth")
     wanted = in_parts(base, WHOLE)
     assert "in 12 matrices, and emb, head, ln, time of the base" in output
-    assert f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)" in (tmp_path / "one/run_card.md").read_text()
+    assert (
+        f"12 linears and {len(wanted)} whole tensors (emb, head, ln, time)"
+        in (tmp_path / "one/run_card.md").read_text()
+    )
     many = [*schedule, "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
     train(files, tmp_path / "many", "--epoch_steps", "2", *many)
     train(files, tmp_path / "many", "--epoch_steps", "4", *many, "--resume", "auto")
@@ -233,6 +339,8 @@ def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files,
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "many"), rel=2e-3)
     ours, theirs = (rwkv_miss.read_checkpoint(tmp_path / run / "adapter.pth") for run in ("one", "many"))
     assert ours.keys() == theirs.keys() and all(t.dtype == torch.float32 for t in (ours | theirs).values())
-    assert not any(torch.equal(ours[name], base[name].float()) for name in wanted), "every one of them is trained"
+    assert not any(torch.equal(ours[name], base[name].float()) for name in wanted), (
+        "every one of them is trained"
+    )
     for name in ours:
         close(name, theirs[name] - base.get(name, 0), ours[name] - base.get(name, 0), 0.1)

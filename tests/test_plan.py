@@ -33,7 +33,13 @@ def counted_in_training(config, rows, kernel):
     model.grad_cp = config.grad_cp
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    documents = Documents([Document(torch.arange(n + 1).numpy() % 67, torch.ones(n + 1).bool().numpy()) for row in rows for n in row])
+    documents = Documents(
+        [
+            Document(torch.arange(n + 1).numpy() % 67, torch.ones(n + 1).bool().numpy())
+            for row in rows
+            for n in row
+        ]
+    )
     module = FineTuning(model, config, documents, Documents([]), 1, None)
     module.accumulate = 1
     module._trainer = type("Trainer", (), {"world_size": 1})()
@@ -42,7 +48,11 @@ def counted_in_training(config, rows, kernel):
         grouped.append(documents.rows[place : place + len(row)])
         place += len(row)
     batch = collate(grouped, 1) | {"width": 37}
-    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    known = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+    ]
     known += [t for t in batch.values() if torch.is_tensor(t)]
     with Live(known) as live:
         kept = live.after(model, "features")
@@ -54,26 +64,55 @@ def config_version(config):
     return int(config.load_model[-5])
 
 
-@pytest.mark.parametrize("version, peft, grad_cp, packed, chunk, kernel, quant", [
-    (6, "miss", 0, True, 0, "torch", "none"), (7, "lora", 0, False, 0, "torch", "nf4"), (7, "miss", 1, True, 0, "torch", "none"),
-    (6, "none", 0, False, 0, "torch", "none"), (7, "miss", 0, True, 16, "torch", "none"), (6, "miss", 0, True, 0, "cpu", "int8"),
-    (7, "miss", 0, True, 0, "cpu", "none"), (7, "miss", 1, True, 16, "cpu", "none"), (7, "none", 0, True, 0, "cpu", "none"),
-    (6, "miss", 2, True, 0, "cpu", "none"), (7, "lora", 2, True, 0, "cpu", "none"),
-    (7, "mos", 0, True, 0, "torch", "none"), (6, "vera", 1, True, 0, "torch", "int8"), (7, "bat", 0, False, 0, "cpu", "none"),
-    (6, "bat, row", 0, True, 0, "cpu", "none"), (7, "prolora", 1, True, 0, "torch", "none"), (7, "mora", 0, True, 0, "cpu", "nf4"),
-    (7, "miss, magnitude", 0, True, 0, "cpu", "none"),
-])
-def test_the_count_is_that_of_the_trainers_step(checkpoint, version, peft, grad_cp, packed, chunk, kernel, quant):
+@pytest.mark.parametrize(
+    "version, peft, grad_cp, packed, chunk, kernel, quant",
+    [
+        (6, "miss", 0, True, 0, "torch", "none"),
+        (7, "lora", 0, False, 0, "torch", "nf4"),
+        (7, "miss", 1, True, 0, "torch", "none"),
+        (6, "none", 0, False, 0, "torch", "none"),
+        (7, "miss", 0, True, 16, "torch", "none"),
+        (6, "miss", 0, True, 0, "cpu", "int8"),
+        (7, "miss", 0, True, 0, "cpu", "none"),
+        (7, "miss", 1, True, 16, "cpu", "none"),
+        (7, "none", 0, True, 0, "cpu", "none"),
+        (6, "miss", 2, True, 0, "cpu", "none"),
+        (7, "lora", 2, True, 0, "cpu", "none"),
+        (7, "mos", 0, True, 0, "torch", "none"),
+        (6, "vera", 1, True, 0, "torch", "int8"),
+        (7, "bat", 0, False, 0, "cpu", "none"),
+        (6, "bat, row", 0, True, 0, "cpu", "none"),
+        (7, "prolora", 1, True, 0, "torch", "none"),
+        (7, "mora", 0, True, 0, "cpu", "nf4"),
+        (7, "miss, magnitude", 0, True, 0, "cpu", "none"),
+    ],
+)
+def test_the_count_is_that_of_the_trainers_step(
+    checkpoint, version, peft, grad_cp, packed, chunk, kernel, quant
+):
     """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from the mask."""
     peft, _, option = peft.partition(", ")
-    options = {"none": {}, "bat": {"r": 4}}.get(peft, {"r": 5}) | {"row": {"order": "row"}, "magnitude": {"magnitude": True}}.get(option, {})
-    config = Config(load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)), peft=peft, grad_cp=grad_cp, packing=packed,
-                    micro_bsz=2, chunk_ctx=chunk, quant=quant, peft_config=options)
+    options = {"none": {}, "bat": {"r": 4}}.get(peft, {"r": 5}) | {
+        "row": {"order": "row"},
+        "magnitude": {"magnitude": True},
+    }.get(option, {})
+    config = Config(
+        load_model=str(checkpoint(version, name=f"v{version}.pth", **SIZES)),
+        peft=peft,
+        grad_cp=grad_cp,
+        packing=packed,
+        micro_bsz=2,
+        chunk_ctx=chunk,
+        quant=quant,
+        peft_config=options,
+    )
     rows = [[20, 17], [37]] if packed else [[37], [37]]
     activations, peak = counted_in_training(config, rows, kernel)
     step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74)
     assert step.activations == pytest.approx(activations, abs=8)  # two losses, of one chunk and of all
-    assert peak == pytest.approx(step.peak, rel=0.02)  # 74 tokens x 2 indices x 8 bytes, and what reset makes of a mask
+    assert peak == pytest.approx(
+        step.peak, rel=0.02
+    )  # 74 tokens x 2 indices x 8 bytes, and what reset makes of a mask
     assert step.large == 0 and step.small == step.peak
 
 
@@ -82,14 +121,19 @@ def test_a_deep_model_is_the_sum_of_its_layers():
     from src import allocation
 
     at_once = allocation._count(deep, config, "torch", "fp32", 37, 74)
-    assert dataclasses.astuple(step_bytes(deep, config, "torch", "fp32", 37, 74)) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
+    assert dataclasses.astuple(step_bytes(deep, config, "torch", "fp32", 37, 74)) == pytest.approx(
+        dataclasses.astuple(at_once), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_long_row_is_counted_by_its_first_chunks_and_the_states_of_the_others(monkeypatch, sparse):
     from src import allocation
 
-    arch, config = make_arch(7, **SIZES), Config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse)
+    arch, config = (
+        make_arch(7, **SIZES),
+        Config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse),
+    )
     extrapolated = step_bytes(arch, config, "torch", "fp32", 73, 146)  # 15 chunks
     monkeypatch.setattr(allocation, "CHUNKS", 99)
     at_once = step_bytes(arch, config, "torch", "fp32", 73, 146)
@@ -106,22 +150,40 @@ def test_large_blocks_are_counted_apart():
         assert live.now == HEAP_LIMIT + 1
         del view
         kept.append(torch.empty(7, dtype=torch.uint8))
-    assert (live.now, live.small, live.large, live.peak) == (7, HEAP_LIMIT, HEAP_LIMIT + 1, 2 * HEAP_LIMIT + 1)
+    assert (live.now, live.small, live.large, live.peak) == (
+        7,
+        HEAP_LIMIT,
+        HEAP_LIMIT + 1,
+        2 * HEAP_LIMIT + 1,
+    )
 
 
 def test_initial_states_are_planned_for_also_in_packed_rows():
     arch, config = make_arch(6, **SIZES), Config(micro_bsz=2)
-    tuned, base = (step_bytes(arch, dataclasses.replace(config, peft="state", packing=packing), "cpu", "fp32", 37, 74) for packing in (True, False))
+    tuned, base = (
+        step_bytes(arch, dataclasses.replace(config, peft="state", packing=packing), "cpu", "fp32", 37, 74)
+        for packing in (True, False)
+    )
     assert tuned == base
-    assert memory_parts(arch, dataclasses.replace(config, peft="state"), "cpu", "cpu", "fp32", 37, 74)["Adam"] == 8 * 3 * 48 * 16
+    assert (
+        memory_parts(arch, dataclasses.replace(config, peft="state"), "cpu", "cpu", "fp32", 37, 74)["Adam"]
+        == 8 * 3 * 48 * 16
+    )
 
 
 def test_tensor_cores_save_what_the_kernel_asks_for():
-    arch, config = make_arch(7, n_layer=2, n_embd=128, head_size=64, vocab_size=67), Config(peft_config={"r": 5}, packing=False, micro_bsz=2)
-    exact, chunked = (step_bytes(arch, config, kernel, "bf16", 64, 64).activations for kernel in ("cuda-exact", "cuda"))
+    arch, config = (
+        make_arch(7, n_layer=2, n_embd=128, head_size=64, vocab_size=67),
+        Config(peft_config={"r": 5}, packing=False, micro_bsz=2),
+    )
+    exact, chunked = (
+        step_bytes(arch, config, kernel, "bf16", 64, 64).activations for kernel in ("cuda-exact", "cuda")
+    )
     from src.ops.native import saved_floats
 
-    assert chunked - exact == 2 * 4 * (saved_floats(7, True, 2, 64, 2, 64) - saved_floats(7, False, 2, 64, 2, 64))
+    assert chunked - exact == 2 * 4 * (
+        saved_floats(7, True, 2, 64, 2, 64) - saved_floats(7, False, 2, 64, 2, 64)
+    )
 
 
 def test_the_parts_of_the_7b_model_are_the_papers_sizes():
@@ -130,14 +192,19 @@ def test_the_parts_of_the_7b_model_are_the_papers_sizes():
     parts = memory_parts(arch, config, "gpu", "cuda", "bf16", 64, 64)
     assert parts["trained"] == parts["gradients"] == parts["Adam"] / 2 == 4 * 88_080_384
     assert 14 < parts["base"] / GIB < 14.5  # 7.6 B parameters of 2 bytes
-    assert "rollback" not in parts and memory_parts(arch, config, "cpu", "cpu", "bf16", 64, 64)["rollback"] == 24 * 88_080_384
+    assert (
+        "rollback" not in parts
+        and memory_parts(arch, config, "cpu", "cpu", "bf16", 64, 64)["rollback"] == 24 * 88_080_384
+    )
 
 
 def test_zero_divides_the_parts_of_its_stage():
     arch = make_arch(7, **SIZES)
 
     def parts(**settings):
-        return memory_parts(arch, Config(peft_config={"r": 5}, micro_bsz=8, **settings), "gpu", "torch", "bf16", 16, 16)
+        return memory_parts(
+            arch, Config(peft_config={"r": 5}, micro_bsz=8, **settings), "gpu", "torch", "bf16", 16, 16
+        )
 
     one, divided = parts(), {}
     for stage in (1, 2, 3):
@@ -162,28 +229,59 @@ def test_what_deepspeed_holds_beside_its_shares():
         return memory_parts(arch, config, "gpu", "torch", "bf16", 16, 16)
 
     one, two, three = parts("2"), parts("2", devices=4), parts("3", devices=4)
-    assert one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"] and two["DeepSpeed"] == one["trained"] * 1.25
-    assert three["DeepSpeed"] - two["DeepSpeed"] == pytest.approx(one["base"] + one["trained"] / 2)  # all of so small a model, in bf16
-    away = [{name for name, size in parts(f"{stage}_offload").items() if not size and one[name]} for stage in (1, 2, 3)]
+    assert (
+        one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"]
+        and two["DeepSpeed"] == one["trained"] * 1.25
+    )
+    assert three["DeepSpeed"] - two["DeepSpeed"] == pytest.approx(
+        one["base"] + one["trained"] / 2
+    )  # all of so small a model, in bf16
+    away = [
+        {name for name, size in parts(f"{stage}_offload").items() if not size and one[name]}
+        for stage in (1, 2, 3)
+    ]
     assert away == [{"Adam", "gradients"}, {"Adam", "gradients"}, {"Adam", "gradients", "trained", "base"}]
 
 
 def test_stage_3_holds_its_largest_parameter_whole():
     arch = make_arch(7, **SIZES | {"vocab_size": 65536, "n_embd": 768, "head_size": 64})
-    two, three = (memory_parts(arch, Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=4),
-                               "gpu", "torch", "bf16", 16, 16)["DeepSpeed"] for n in "23")
+    two, three = (
+        memory_parts(
+            arch,
+            Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=4),
+            "gpu",
+            "torch",
+            "bf16",
+            16,
+            16,
+        )["DeepSpeed"]
+        for n in "23"
+    )
     assert three - two == 2 * (65536 * 768 + 10_000_000)
 
 
 def test_stage_3_leaves_no_holes_in_the_heap_of_a_cpu():
-    two, three = (memory_parts(make_arch(7, **SIZES), Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=2),
-                               "cpu", "torch", "fp32", 16, 16)["allocator"] for n in "23")
+    two, three = (
+        memory_parts(
+            make_arch(7, **SIZES),
+            Config(peft_config={"r": 5}, micro_bsz=1, strategy=f"deepspeed_stage_{n}", devices=2),
+            "cpu",
+            "torch",
+            "fp32",
+            16,
+            16,
+        )["allocator"]
+        for n in "23"
+    )
     assert two > 0 and three == 0
 
 
 def test_the_processes_of_a_cpu_share_its_memory():
     parts = {"base": 100.0, "working": 20.0}
-    assert memory.needed(parts, Config(devices=3), "cpu") == 360 and memory.needed(parts, Config(devices=3), "gpu") == 120
+    assert (
+        memory.needed(parts, Config(devices=3), "cpu") == 360
+        and memory.needed(parts, Config(devices=3), "gpu") == 120
+    )
 
 
 def test_free_is_what_machine_and_container_have_with_what_is_held_already(monkeypatch):
@@ -198,15 +296,34 @@ def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monk
     seconds = {"layers": 4.0, "logits": 3.0, "next_token": 0.5, "next_logits": 0.25}
     monkeypatch.setattr(calibrate, "_fastest", lambda work, device: [work(), seconds[work.__name__]][1])
     for row, tokens in ((37, 37), (9999, 256)):
-        speed = calibrate.measured_speed(make_arch(7, **SIZES | {"n_layer": 6}), Config(peft_config={"r": 5}), "torch", "fp32", "cpu", row, 0.5)
-        assert speed.tokens == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0)) and speed.answer == 0.5 * 6 / 2 + 0.25
+        speed = calibrate.measured_speed(
+            make_arch(7, **SIZES | {"n_layer": 6}),
+            Config(peft_config={"r": 5}),
+            "torch",
+            "fp32",
+            "cpu",
+            row,
+            0.5,
+        )
+        assert (
+            speed.tokens == pytest.approx(tokens / (4.0 * 6 / 2 + 0.5 * 3.0))
+            and speed.answer == 0.5 * 6 / 2 + 0.25
+        )
 
 
-@pytest.mark.parametrize("method,options", [("dora", {}), ("miss", {"magnitude": True}), ("pissa", {}), ("adalora", {}), ("vera", {}), ("mos", {})])
+@pytest.mark.parametrize(
+    "method,options",
+    [("dora", {}), ("miss", {"magnitude": True}), ("pissa", {}), ("adalora", {}), ("vera", {}), ("mos", {})],
+)
 def test_the_speed_of_methods_that_derive_something_from_the_weight(method, options):
     """The operators refuse NaN, which norms that are none would make."""
     config = Config(peft=method, peft_config={"r": 5, **options})
-    assert calibrate.measured_speed(make_arch(7, **SIZES), config, ops.choose("auto", "cpu", 16)[0], "fp32", "cpu", 20, 0.5).tokens > 0
+    assert (
+        calibrate.measured_speed(
+            make_arch(7, **SIZES), config, ops.choose("auto", "cpu", 16)[0], "fp32", "cpu", 20, 0.5
+        ).tokens
+        > 0
+    )
 
 
 def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):
@@ -217,14 +334,18 @@ def test_a_narrow_model_gets_its_rank_also_beside_other_options(checkpoint):
 
 
 def test_full_training_has_no_frozen_base():
-    parts = memory_parts(make_arch(7, **SIZES), Config(peft="none", micro_bsz=8), "cpu", "torch", "bf16", 16, 16)
+    parts = memory_parts(
+        make_arch(7, **SIZES), Config(peft="none", micro_bsz=8), "cpu", "torch", "bf16", 16, 16
+    )
     # layer 0's v0, v1, v2 are never trained
     assert 0 < parts["base"] < parts["trained"] / 20 and "rollback" not in parts
 
 
 def test_the_largest_batch_bounds_every_micro_batch():
     lengths = [5, 40, 17, 23, 9, 31, 12]
-    documents = Documents([Document(torch.zeros(n + 1).int().numpy(), torch.tensor([True] * (n + 1)).numpy()) for n in lengths])
+    documents = Documents(
+        [Document(torch.zeros(n + 1).int().numpy(), torch.tensor([True] * (n + 1)).numpy()) for n in lengths]
+    )
     config = Config(micro_bsz=2, packing=False, ctx_len=1024)
     schedule = make_schedule(documents, config, 1)
     assert largest_batch(schedule, config) == (40, 71)
@@ -242,30 +363,54 @@ def needs(config):
     return rows + (32 if config.precision == "bf16" else 64)
 
 
-@pytest.mark.parametrize("room, fix", [
-    (64 + 8192, {}), (64 + 4096, {"micro_bsz": 4, "accumulate_grad_batches": 4}), (64 + 1024, {"micro_bsz": 1, "accumulate_grad_batches": 16}),
-    (64 + 768, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 2}),
-    (64 + 512, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1}),
-    (64 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1, "chunk_ctx": 512}),
-    (32 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1, "chunk_ctx": 512, "precision": "bf16"}),
-    (20, None),
-])
+@pytest.mark.parametrize(
+    "room, fix",
+    [
+        (64 + 8192, {}),
+        (64 + 4096, {"micro_bsz": 4, "accumulate_grad_batches": 4}),
+        (64 + 1024, {"micro_bsz": 1, "accumulate_grad_batches": 16}),
+        (64 + 768, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 2}),
+        (64 + 512, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1}),
+        (64 + 256, {"micro_bsz": 1, "accumulate_grad_batches": 16, "grad_cp": 1, "chunk_ctx": 512}),
+        (
+            32 + 256,
+            {
+                "micro_bsz": 1,
+                "accumulate_grad_batches": 16,
+                "grad_cp": 1,
+                "chunk_ctx": 512,
+                "precision": "bf16",
+            },
+        ),
+        (20, None),
+    ],
+)
 def test_the_cheapest_fix_comes_first(room, fix):
     config = Config(micro_bsz=8, accumulate_grad_batches=2, ctx_len=1024)
     assert cheapest_fix(config, "fp32", 1000, lambda changed: needs(changed) <= room) == fix
 
 
 def test_a_fix_keeps_the_rows_of_a_step():
-    fix = cheapest_fix(Config(micro_bsz=6, global_bsz=12, ctx_len=1024), "bf16", 1000, lambda changed: changed.micro_bsz == 3)
+    fix = cheapest_fix(
+        Config(micro_bsz=6, global_bsz=12, ctx_len=1024), "bf16", 1000, lambda changed: changed.micro_bsz == 3
+    )
     assert fix == {"micro_bsz": 3}
 
 
-@pytest.mark.parametrize("settings, found", [
-    ({}, False), ({"devices": 2}, True), ({"num_nodes": 2}, True), ({"devices": 2, "strategy": "deepspeed_stage_3"}, False),
-])
+@pytest.mark.parametrize(
+    "settings, found",
+    [
+        ({}, False),
+        ({"devices": 2}, True),
+        ({"num_nodes": 2}, True),
+        ({"devices": 2, "strategy": "deepspeed_stage_3"}, False),
+    ],
+)
 def test_a_base_is_shared_out_where_there_are_processes_to_share_it(settings, found):
     config = Config(micro_bsz=1, ctx_len=256, **settings)
-    fix = cheapest_fix(config, "bf16", 256, lambda changed: changed.strategy == "deepspeed_stage_3" != config.strategy)
+    fix = cheapest_fix(
+        config, "bf16", 256, lambda changed: changed.strategy == "deepspeed_stage_3" != config.strategy
+    )
     assert (fix == {"grad_cp": 1, "strategy": "deepspeed_stage_3"}) if found else fix is None
 
 
@@ -273,7 +418,14 @@ def test_a_base_is_shared_out_where_there_are_processes_to_share_it(settings, fo
 
 
 def test_sizes_as_people_write_them():
-    sizes = {"24GB": 24 * GIB, "24 GiB": 24 * GIB, "24g": 24 * GIB, "0.5G": GIB // 2, "800MB": 800 << 20, "2097152": 2 << 20}
+    sizes = {
+        "24GB": 24 * GIB,
+        "24 GiB": 24 * GIB,
+        "24g": 24 * GIB,
+        "0.5G": GIB // 2,
+        "800MB": 800 << 20,
+        "2097152": 2 << 20,
+    }
     assert {text: parse_size(text) for text in sizes} == sizes
     for text in ("", "GB", "24", "-1GB", "24XB", "nan", "inf"):
         with pytest.raises(UserError, match="expected a size such as 24GB"):
@@ -295,8 +447,18 @@ def test_a_container_has_what_its_limit_leaves(tmp_path):
 @pytest.fixture
 def files(checkpoint, tmp_path):
     benchmark.write_rows(tmp_path / "rows.jsonl", 9, 40)
-    return ["--load_model", str(checkpoint(7, vocab_size=256)), "--data_file", str(tmp_path / "rows.jsonl"), "--tokenizer", "bytes",
-            "--peft_config", "r=5", "--proj_dir", str(tmp_path / "run")]
+    return [
+        "--load_model",
+        str(checkpoint(7, vocab_size=256)),
+        "--data_file",
+        str(tmp_path / "rows.jsonl"),
+        "--tokenizer",
+        "bytes",
+        "--peft_config",
+        "r=5",
+        "--proj_dir",
+        str(tmp_path / "run"),
+    ]
 
 
 def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
@@ -304,8 +466,16 @@ def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
     assert plan.plan(*plan.parse([*flags, "--tokens_per_second", "10"])) == 0
     *shown, last = capsys.readouterr().out.splitlines()
     line = json.loads(last)
-    assert (line["fits"], line["fix"], line["steps"], line["tokens"], line["documents"]) == (True, {}, 6, 720, 9)
-    assert line["seconds"] == 72 and any("about 72 s for 720 tokens" in text and "as given" in text for text in shown)
+    assert (line["fits"], line["fix"], line["steps"], line["tokens"], line["documents"]) == (
+        True,
+        {},
+        6,
+        720,
+        9,
+    )
+    assert line["seconds"] == 72 and any(
+        "about 72 s for 720 tokens" in text and "as given" in text for text in shown
+    )
     assert line["memory_together"] == pytest.approx(sum(line["memory"].values()), abs=20)
     assert any("it fits" in text for text in shown) and not (tmp_path / "run").exists()
     step = line["memory"]["activations"] + line["memory"]["working"]
@@ -316,7 +486,9 @@ def test_the_plan_fits_or_names_what_to_change(files, tmp_path, capsys):
     assert "it does not fit; add --micro_bsz 2 --accumulate_grad_batches 2" in output
     assert "tokens/s (two layers and the head were timed here just now" in output
     again = [*flags, "--memory", str(room), "--micro_bsz", "2", "--accumulate_grad_batches", "2"]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"tokens_per_second": n}) + "\n" for n in (1, 100, 300, 200)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"tokens_per_second": n}) + "\n" for n in (1, 100, 300, 200))
+    )
     assert plan.plan(*plan.parse([*again, "--metrics", str(tmp_path / "metrics.jsonl")])) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_per_second"] == 200
     assert plan.plan(*plan.parse([*flags, "--memory", "1MB"])) == 1
@@ -339,7 +511,10 @@ def test_chunks_are_advised_with_the_length_of_rows_that_was_planned(files, tmp_
     """By themselves they would have longer rows chosen."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "long " * 1000}) + "\n")
     monkeypatch.setattr(plan, "cheapest_fix", lambda *_: {"chunk_ctx": 512})
-    for flags, advice in (([], "add --chunk_ctx 512 --ctx_len 4096\n"), (["--ctx_len", "700"], "add --chunk_ctx 512\n")):
+    for flags, advice in (
+        ([], "add --chunk_ctx 512 --ctx_len 4096\n"),
+        (["--ctx_len", "700"], "add --chunk_ctx 512\n"),
+    ):
         assert plan.plan(*plan.parse([*files, "--tokens_per_second", "10", *flags])) == 1
         assert advice in capsys.readouterr().out
 
@@ -351,7 +526,11 @@ def test_a_run_that_goes_on_is_planned_as_it_is(files, tmp_path, capsys):
     (run / "config.yaml").write_text("ctx_len: 33\nmicro_bsz: 3\naccumulate_grad_batches: 2\n")
     assert plan.plan(*plan.parse([*files, "--resume", "auto", "--tokens_per_second", "9"])) == 0
     output = capsys.readouterr().out
-    assert "ctx_len 33" in output and "micro_bsz 3, accumulate_grad_batches 2" in output and "as the run has it so far" in output
+    assert (
+        "ctx_len 33" in output
+        and "micro_bsz 3, accumulate_grad_batches 2" in output
+        and "as the run has it so far" in output
+    )
 
 
 def test_planning_imports_no_trainer():
@@ -364,5 +543,7 @@ def test_a_run_takes_what_the_plan_says(tmp_path):
     base, data = tmp_path / "base.pth", tmp_path / "rows.jsonl"
     write_random_base(base, 7, 4, 256)
     benchmark.write_rows(data, 16, 256)
-    result = benchmark.compare(base, data, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "256"], tmp_path)
+    result = benchmark.compare(
+        base, data, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "256"], tmp_path
+    )
     assert result["predicted"] == pytest.approx(result["measured"], rel=0.15), result

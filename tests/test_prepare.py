@@ -29,12 +29,19 @@ def test_several_processes_do_not_ask_what_is_free(monkeypatch):
     assert memory_of(described, 1) == memory_of(described, 2) == 5
 
 
-@pytest.mark.parametrize("settings, memory, batch", [
-    # (micro_bsz, accumulate, world, steps of a pass over 401 rows)
-    ({}, 890, (8, 1, 1, 51)), ({}, 880, (4, 2, 1, 51)), ({"devices": 2}, 880, (4, 1, 2, 51)), ({"micro_bsz": 3}, 1, (3, 1, 1, 134)),
-    ({"micro_bsz": 3, "accumulate_grad_batches": 2, "num_nodes": 2}, 1, (3, 2, 2, 34)), ({"global_bsz": 24, "devices": 2}, 700, (6, 2, 2, 17)),
-    ({"global_bsz": 24, "micro_bsz": 4}, 1, (4, 6, 1, 17)),
-])
+@pytest.mark.parametrize(
+    "settings, memory, batch",
+    [
+        # (micro_bsz, accumulate, world, steps of a pass over 401 rows)
+        ({}, 890, (8, 1, 1, 51)),
+        ({}, 880, (4, 2, 1, 51)),
+        ({"devices": 2}, 880, (4, 1, 2, 51)),
+        ({"micro_bsz": 3}, 1, (3, 1, 1, 134)),
+        ({"micro_bsz": 3, "accumulate_grad_batches": 2, "num_nodes": 2}, 1, (3, 2, 2, 34)),
+        ({"global_bsz": 24, "devices": 2}, 700, (6, 2, 2, 17)),
+        ({"global_bsz": 24, "micro_bsz": 4}, 1, (4, 6, 1, 17)),
+    ],
+)
 def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settings, memory, batch):
     """A row needs 100."""
     monkeypatch.setattr(prepare, "estimate", lambda tried, *_: tried.micro_bsz * 100)
@@ -43,7 +50,9 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     config = Config(**settings, packing=False, ctx_len=256, grad_cp=0)
     schedule = plan_steps(config, {}, None, DEVICE, documents(401))
     assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
-    assert schedule == make_schedule(documents(401), config, batch[2]), "what the trainer makes of the settings"
+    assert schedule == make_schedule(documents(401), config, batch[2]), (
+        "what the trainer makes of the settings"
+    )
 
 
 def test_an_epoch_is_the_data_once_or_so_many_steps():
@@ -63,7 +72,10 @@ def test_data_that_are_not_there_are_named_before_anything_is_read(tmp_path, mis
 
 def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
-    config, tokenizer = Config(data_file=str(tmp_path / "rows.jsonl"), data_cache="none"), load_tokenizer("bytes", 256, "")
+    config, tokenizer = (
+        Config(data_file=str(tmp_path / "rows.jsonl"), data_cache="none"),
+        load_tokenizer("bytes", 256, ""),
+    )
     with pytest.raises(UserError, match="rows.jsonl, line 2: .*; --on_bad_row skip leaves such rows out"):
         read_data(config, {}, tokenizer, DEFAULT)
     config.on_bad_row = "skip"
@@ -78,11 +90,20 @@ def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):
         device_here(Config(accelerator="cpu", wkv="torch", strategy="deepspeed_stage_2"), 64)
 
 
-@pytest.mark.parametrize("features, multiplies", [("flags : avx512f avx512_bf16", True), ("Features : asimd bf16", True), ("flags : avx2", False)])
+@pytest.mark.parametrize(
+    "features, multiplies",
+    [("flags : avx512f avx512_bf16", True), ("Features : asimd bf16", True), ("flags : avx2", False)],
+)
 def test_a_cpu_is_told_whether_bf16_is_fast_on_it(monkeypatch, features, multiplies):
     monkeypatch.setattr(device, "cpu_features", lambda: features)
     assert device.multiplies_bf16() == multiplies
-    assert device.choose_precision("auto", "cpu") == ("fp32", "auto: a CPU" + "; --precision bf16 is faster on this one" * multiplies)
+    assert device.choose_precision("auto", "cpu") == (
+        "fp32",
+        "auto: a CPU" + "; --precision bf16 is faster on this one" * multiplies,
+    )
     asked = device.choose_precision("bf16", "cpu")
-    assert asked == ("bf16", "as asked" + "; this CPU has no products in it, and is slower than in fp32" * (not multiplies))
+    assert asked == (
+        "bf16",
+        "as asked" + "; this CPU has no products in it, and is slower than in fp32" * (not multiplies),
+    )
     assert device.choose_precision("bf16", "gpu") == ("bf16", "as asked")

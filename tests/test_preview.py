@@ -19,7 +19,8 @@ from .conftest import ROOT
 from .test_data import assistant, user
 
 GOOD = [
-    {"text": "A text\n\nof two paragraphs. User: not a turn"}, {"text": "x"},
+    {"text": "A text\n\nof two paragraphs. User: not a turn"},
+    {"text": "x"},
     {"messages": [user("line\nline"), assistant("a\n\nb"), user("c"), assistant("<think>\nhm\n</think>\nd")]},
     {"messages": [user("2+2?"), assistant("4")]},
 ]
@@ -32,8 +33,16 @@ def show(tmp_path, capsys):
     def run(rows, *flags, held=()):
         for name, content in (("data", rows), ("held", held)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-        code = preview.main(["--data_file", str(tmp_path / "data.jsonl"), "--tokenizer", "bytes", *flags,
-                             *(["--eval_file", str(tmp_path / "held.jsonl")] if held else [])])
+        code = preview.main(
+            [
+                "--data_file",
+                str(tmp_path / "data.jsonl"),
+                "--tokenizer",
+                "bytes",
+                *flags,
+                *(["--eval_file", str(tmp_path / "held.jsonl")] if held else []),
+            ]
+        )
         return code, capsys.readouterr().out
 
     return run
@@ -43,7 +52,10 @@ def findings(show, rows, *flags, held=()):
     code, output = show([*GOOD, *rows], "--json", "--strict", *flags, held=held)
     found = json.loads(output)["findings"]
     assert code == bool(found)
-    return {finding["name"]: (finding["count"], re.search(r"\w+\.jsonl, line \d+", finding["first"])[0]) for finding in found}
+    return {
+        finding["name"]: (finding["count"], re.search(r"\w+\.jsonl, line \d+", finding["first"])[0])
+        for finding in found
+    }
 
 
 def test_good_data(show):
@@ -52,23 +64,41 @@ def test_good_data(show):
     assert code == 0 and "finding    none" in output
 
 
-@pytest.mark.parametrize("name, rows, flags", [
-    ("empty answer", [{"messages": [user("a"), assistant(" \n")]}], []),
-    ("empty answer", [{"prompt": "a", "completion": " "}], []),
-    ("bad row", [{"prompt": "a", "completion": ""}], []), ("bad row", [{"words": "a"}], []),
-    ("bad row", [{"text": "\ud800"}], []), ("bad row", [{"messages": [user("a"), assistant("<think>b")]}], ["--template", "think"]),
-    ("blank line", [{"messages": [user("a\n\nb"), assistant("c")]}], []),
-    ("blank line", [{"messages": [{"role": "system", "content": "a\r\n\r\nb"}, user("a"), assistant("c")]}], ["--template", "think"]),
-    ("blank line in text", [{"text": "User: a\n\nmore\n\nAssistant: b\n\nmore"}], ["--loss_mask", "Assistant:"]),
-    ("trained question", [{"text": "User: a\n\nAssistant: b\n\nmore"}], []),
-    ("open thoughts", [{"messages": [user("a"), assistant("so <think> it")]}], []),
-    ("broken text", [{"text": "caf\ufffd"}], []),
-    ("cut", [{"messages": [user("a"), assistant("b" * 190)]}], ["--ctx_len", "100"]),
-    ("duplicate", [{"text": "once"}, {"text": "once"}, GOOD[3]], []),
-])
+@pytest.mark.parametrize(
+    "name, rows, flags",
+    [
+        ("empty answer", [{"messages": [user("a"), assistant(" \n")]}], []),
+        ("empty answer", [{"prompt": "a", "completion": " "}], []),
+        ("bad row", [{"prompt": "a", "completion": ""}], []),
+        ("bad row", [{"words": "a"}], []),
+        ("bad row", [{"text": "\ud800"}], []),
+        ("bad row", [{"messages": [user("a"), assistant("<think>b")]}], ["--template", "think"]),
+        ("blank line", [{"messages": [user("a\n\nb"), assistant("c")]}], []),
+        (
+            "blank line",
+            [{"messages": [{"role": "system", "content": "a\r\n\r\nb"}, user("a"), assistant("c")]}],
+            ["--template", "think"],
+        ),
+        (
+            "blank line in text",
+            [{"text": "User: a\n\nmore\n\nAssistant: b\n\nmore"}],
+            ["--loss_mask", "Assistant:"],
+        ),
+        ("trained question", [{"text": "User: a\n\nAssistant: b\n\nmore"}], []),
+        ("open thoughts", [{"messages": [user("a"), assistant("so <think> it")]}], []),
+        ("broken text", [{"text": "caf\ufffd"}], []),
+        ("cut", [{"messages": [user("a"), assistant("b" * 190)]}], ["--ctx_len", "100"]),
+        ("duplicate", [{"text": "once"}, {"text": "once"}, GOOD[3]], []),
+    ],
+)
 def test_one_kind_of_trouble(show, name, rows, flags):
     found = findings(show, rows, *flags)
-    expected = {name: (len(rows) if name != "duplicate" else 2, f"data.jsonl, line {len(GOOD) + (1 if name != 'duplicate' else 2)}")}
+    expected = {
+        name: (
+            len(rows) if name != "duplicate" else 2,
+            f"data.jsonl, line {len(GOOD) + (1 if name != 'duplicate' else 2)}",
+        )
+    }
     if flags[:1] == ["--loss_mask"]:
         assert found.pop("only the end") == (2, "data.jsonl, line 1")  # the texts without an Assistant:
     if flags == ["--template", "think"]:
@@ -79,19 +109,36 @@ def test_one_kind_of_trouble(show, name, rows, flags):
 def test_troubles_that_come_together(show):
     question = "q" * 200
     found = findings(show, [{"messages": [user(question), assistant("a")]}] * 2, "--ctx_len", "100")
-    assert found == {"cut": (2, "data.jsonl, line 5"), "no target": (2, "data.jsonl, line 5"), "duplicate": (1, "data.jsonl, line 6")}
+    assert found == {
+        "cut": (2, "data.jsonl, line 5"),
+        "no target": (2, "data.jsonl, line 5"),
+        "duplicate": (1, "data.jsonl, line 6"),
+    }
     code, output = show([{"messages": [user(question), assistant("a")]}], "--ctx_len", "100")
     assert "1 conversation of more tokens, cut: 120 tokens lost" in output
-    assert "\nfinding    no target, 1 row: no token within --ctx_len is trained, so it teaches nothing; first: " in output
+    assert (
+        "\nfinding    no target, 1 row: no token within --ctx_len is trained, so it teaches nothing; first: "
+        in output
+    )
 
 
 def test_held_out_data(show):
-    held = [GOOD[3], {"messages": [user("2+2?"), assistant("5")]}, {"messages": [user("3+3?"), assistant("6")]}, {"text": "another"}]
-    assert findings(show, [], held=held) == {"held out": (1, "held.jsonl, line 1"), "known prompt": (1, "held.jsonl, line 2")}
+    held = [
+        GOOD[3],
+        {"messages": [user("2+2?"), assistant("5")]},
+        {"messages": [user("3+3?"), assistant("6")]},
+        {"text": "another"},
+    ]
+    assert findings(show, [], held=held) == {
+        "held out": (1, "held.jsonl, line 1"),
+        "known prompt": (1, "held.jsonl, line 2"),
+    }
 
 
 def test_every_kind_has_a_test():
-    tested = {mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))}
+    tested = {
+        mark.args[1][i][0] for mark in test_one_kind_of_trouble.pytestmark for i in range(len(mark.args[1]))
+    }
     assert set(MEANINGS) - tested == {"no thoughts", "only the end", "no target", "held out", "known prompt"}
 
 
@@ -99,16 +146,33 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
     rows = [*GOOD, {"text": "y" * 77}, {"messages": [user("a"), assistant("b" * 50)]}]
     _, output = show(rows, "--json", "--ctx_len", "30", "--template", "rwkv", "--loss_mask", "all")
     figures = json.loads(output)
-    documents = load_documents(str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), 30, loss_mask="all")
+    documents = load_documents(
+        str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), 30, loss_mask="all"
+    )
     assert (figures["rows"], figures["documents"]) == (6, len(documents.rows))
-    assert (figures["split"], figures["cut"], figures["cut_tokens"]) == (documents.split, documents.cut, documents.cut_tokens) == (2, 2, 85)
-    assert figures["fill"] == pytest.approx((documents.tokens - len(documents.rows)) / (figures["packed_rows"] * 30))
-    assert figures["trained"] == figures["tokens"] and figures["lengths"]["100%"] == 78 and figures["lengths"]["0%"] == 2
+    assert (
+        (figures["split"], figures["cut"], figures["cut_tokens"])
+        == (documents.split, documents.cut, documents.cut_tokens)
+        == (2, 2, 85)
+    )
+    assert figures["fill"] == pytest.approx(
+        (documents.tokens - len(documents.rows)) / (figures["packed_rows"] * 30)
+    )
+    assert (
+        figures["trained"] == figures["tokens"]
+        and figures["lengths"]["100%"] == 78
+        and figures["lengths"]["0%"] == 2
+    )
     path = tmp_path / "data.jsonl"
     _, output = show(rows, "--json", "--ctx_len", "30", "--data_file", f"{path}:2,{path}:0.5")
-    figures, documents = json.loads(output), load_documents(f"{path}:2,{path}:0.5", load_tokenizer("bytes", 256), 30, seed=Config.random_seed)
+    figures, documents = (
+        json.loads(output),
+        load_documents(f"{path}:2,{path}:0.5", load_tokenizer("bytes", 256), 30, seed=Config.random_seed),
+    )
     assert figures["rows"] == 12 and figures["documents"] == len(documents.rows) > 18
-    assert figures["cut_tokens"] == documents.cut_tokens and figures["fill"] * figures["packed_rows"] * 30 == documents.tokens - len(documents.rows)
+    assert figures["cut_tokens"] == documents.cut_tokens and figures["fill"] * figures[
+        "packed_rows"
+    ] * 30 == documents.tokens - len(documents.rows)
 
 
 def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
@@ -160,10 +224,24 @@ def test_without_colours(show, monkeypatch):
 
 def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("ctx_len: 7\nloss_mask: all\nload_model: ''\npeft: miss\n")
-    _, output = show(GOOD, "--config", str(tmp_path / "config.yaml"), "--micro_bsz", "3", "--epoch_save", "1", "--samples", "1")
+    _, output = show(
+        GOOD,
+        "--config",
+        str(tmp_path / "config.yaml"),
+        "--micro_bsz",
+        "3",
+        "--epoch_save",
+        "1",
+        "--samples",
+        "1",
+    )
     assert "ctx_len    7:" in output and "loss on everything" in output
-    for flags, words in ((["--ctx_len", "-1"], "must not be negative"), (["--loss_mask", "se"], "START...END"), (["--samples", "-1"], "negative"),
-                         (["--template", "absent"], "cannot read")):
+    for flags, words in (
+        (["--ctx_len", "-1"], "must not be negative"),
+        (["--loss_mask", "se"], "START...END"),
+        (["--samples", "-1"], "negative"),
+        (["--template", "absent"], "cannot read"),
+    ):
         with pytest.raises(SystemExit) as caught:
             show(GOOD, *flags)
         assert caught.value.code == 2 and words in capsys.readouterr().err

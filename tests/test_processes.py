@@ -16,7 +16,11 @@ import threading
 import time
 
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 import src.agreement
 import src.folder
@@ -35,11 +39,37 @@ from .conftest import ROOT, make_arch, random_tensors
 
 FLAGS = ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--strategy", "ddp"]
 MEET = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "x", **MEET}
-DEEPSPEED = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2", **MEET}
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "TORCHELASTIC_RUN_ID": "x",
+    **MEET,
+}
+DEEPSPEED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    **MEET,
+}
 BY_HAND = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", **MEET}
-SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2",
-        "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_ID": "123456", "SLURM_NODELIST": "gpu[07-08]"}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NNODES": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_NODELIST": "gpu[07-08]",
+}
 
 
 @pytest.fixture
@@ -56,10 +86,16 @@ def under(monkeypatch):
     return change
 
 
-@pytest.mark.parametrize(("variables", "sizes", "by"), [
-    (TORCHRUN, (2, 2), "torchrun"), (DEEPSPEED, (2, 2), "deepspeed"), (SRUN, (2, 2), "srun"), (BY_HAND, (4, 1), "the launcher"),
-    ({}, (1, 1), "default"),
-])
+@pytest.mark.parametrize(
+    ("variables", "sizes", "by"),
+    [
+        (TORCHRUN, (2, 2), "torchrun"),
+        (DEEPSPEED, (2, 2), "deepspeed"),
+        (SRUN, (2, 2), "srun"),
+        (BY_HAND, (4, 1), "the launcher"),
+        ({}, (1, 1), "default"),
+    ],
+)
 def test_the_numbers_of_a_launcher_need_no_flags(under, variables, sizes, by):
     under(variables)
     argv = ["--local_rank=1", *FLAGS] if variables is DEEPSPEED else FLAGS
@@ -76,16 +112,26 @@ def test_lightning_reads_the_ranks_that_the_launcher_set(under, variables):
     environment = cluster_environment(2)
     assert type(environment) is (SLURMEnvironment if variables is SRUN else TorchElasticEnvironment)
     assert environment.creates_processes_externally
-    assert (environment.global_rank(), environment.local_rank(), environment.world_size()) == (3, int(variables.get("LOCAL_RANK", 1)), 4)
-    assert (environment.main_address, environment.main_port) == (("gpu07", 18456) if variables is SRUN else ("10.0.0.1", 29500))
+    assert (environment.global_rank(), environment.local_rank(), environment.world_size()) == (
+        3,
+        int(variables.get("LOCAL_RANK", 1)),
+        4,
+    )
+    assert (environment.main_address, environment.main_port) == (
+        ("gpu07", 18456) if variables is SRUN else ("10.0.0.1", 29500)
+    )
 
 
-@pytest.mark.parametrize("variables", [
-    {},
-    {"MASTER_ADDR": "left.by.another.job"},
-    {name: SRUN[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")} | {"SLURM_PROCID": "0"},  # sbatch without srun
-    SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
-])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"MASTER_ADDR": "left.by.another.job"},
+        {name: SRUN[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES")}
+        | {"SLURM_PROCID": "0"},  # sbatch without srun
+        SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
+    ],
+)
 def test_where_no_launcher_starts_them_lightning_does(under, variables):
     under(variables)
     config, _ = configuration.parse([*FLAGS, "--devices", "4"])
@@ -96,23 +142,41 @@ def test_where_no_launcher_starts_them_lightning_does(under, variables):
     assert is_first_process()
 
 
-@pytest.mark.parametrize(("variables", "flags", "words"), [
-    (TORCHRUN, ["--devices", "4"], ["torchrun started 4 processes, 2 of them on this machine", "--devices is 2, but it is 4 (command line)"]),
-    (DEEPSPEED, ["--num_nodes", "3"], ["deepspeed started 4 processes", "--num_nodes is 2, but it is 3"]),
-    (SRUN, ["--devices", "4", "--num_nodes", "2"], ["srun started 4 processes", "drop --devices"]),
-    (BY_HAND, ["--devices", "3"], ["4 is not a multiple"]),
-    (TORCHRUN | {"WORLD_SIZE": "5"}, [], ["5 is not a multiple"]),
-    (TORCHRUN | {"WORLD_SIZE": "many"}, [], ["WORLD_SIZE is 'many'"]),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, [], ["not LOCAL_RANK"]),
-    ({name: BY_HAND[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}, [], ["MASTER_ADDR, MASTER_PORT not set"]),
-    ({name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"}, [], ["--ntasks-per-node"]),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, [], ["mpirun started 2 processes", "torchrun"]),
-    ({"WORLD_SIZE": "2"}, [], ["WORLD_SIZE is 2", "is 1"]),
-    ({"NODE_RANK": "1"}, [], ["NODE_RANK is 1", "--num_nodes is 1"]),
-    ({}, ["--num_nodes", "2"], ["MASTER_ADDR, MASTER_PORT, NODE_RANK not set"]),
-    (MEET, ["--num_nodes", "2"], ["NODE_RANK not set"]),
-    ({}, ["--local_rank=0"], ["unknown flag --local_rank"]),
-])
+@pytest.mark.parametrize(
+    ("variables", "flags", "words"),
+    [
+        (
+            TORCHRUN,
+            ["--devices", "4"],
+            [
+                "torchrun started 4 processes, 2 of them on this machine",
+                "--devices is 2, but it is 4 (command line)",
+            ],
+        ),
+        (DEEPSPEED, ["--num_nodes", "3"], ["deepspeed started 4 processes", "--num_nodes is 2, but it is 3"]),
+        (SRUN, ["--devices", "4", "--num_nodes", "2"], ["srun started 4 processes", "drop --devices"]),
+        (BY_HAND, ["--devices", "3"], ["4 is not a multiple"]),
+        (TORCHRUN | {"WORLD_SIZE": "5"}, [], ["5 is not a multiple"]),
+        (TORCHRUN | {"WORLD_SIZE": "many"}, [], ["WORLD_SIZE is 'many'"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, [], ["not LOCAL_RANK"]),
+        (
+            {name: BY_HAND[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")},
+            [],
+            ["MASTER_ADDR, MASTER_PORT not set"],
+        ),
+        (
+            {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"},
+            [],
+            ["--ntasks-per-node"],
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [], ["mpirun started 2 processes", "torchrun"]),
+        ({"WORLD_SIZE": "2"}, [], ["WORLD_SIZE is 2", "is 1"]),
+        ({"NODE_RANK": "1"}, [], ["NODE_RANK is 1", "--num_nodes is 1"]),
+        ({}, ["--num_nodes", "2"], ["MASTER_ADDR, MASTER_PORT, NODE_RANK not set"]),
+        (MEET, ["--num_nodes", "2"], ["NODE_RANK not set"]),
+        ({}, ["--local_rank=0"], ["unknown flag --local_rank"]),
+    ],
+)
 def test_numbers_that_do_not_fit_together_are_errors_that_name_both(under, variables, flags, words):
     under(variables)
     with pytest.raises(UserError) as error:
@@ -129,22 +193,36 @@ def test_of_several_machines_only_the_first_prints(under):
     assert "LOCAL_RANK" not in os.environ
 
 
-@pytest.mark.parametrize(("variables", "flags", "place"), [
-    (TORCHRUN, [], ("rank", 3, 4, "10.0.0.1", 29500)),
-    (SRUN, [], ("rank", 3, 4, "gpu07", 18456)),
-    (MEET | {"NODE_RANK": "1"}, ["--num_nodes", "2", "--devices", "2"], ("machine", 1, 2, "10.0.0.1", 29500)),
-    # the second process of that machine, which Lightning has started, and of a run on one machine
-    (MEET | {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, ["--num_nodes", "2", "--devices", "2"], None),
-    (MEET | {"NODE_RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["--devices", "2"], None),
-    (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, [], None),
-])
+@pytest.mark.parametrize(
+    ("variables", "flags", "place"),
+    [
+        (TORCHRUN, [], ("rank", 3, 4, "10.0.0.1", 29500)),
+        (SRUN, [], ("rank", 3, 4, "gpu07", 18456)),
+        (
+            MEET | {"NODE_RANK": "1"},
+            ["--num_nodes", "2", "--devices", "2"],
+            ("machine", 1, 2, "10.0.0.1", 29500),
+        ),
+        # the second process of that machine, which Lightning has started, and of a run on one machine
+        (
+            MEET | {"NODE_RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+            ["--num_nodes", "2", "--devices", "2"],
+            None,
+        ),
+        (MEET | {"NODE_RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ["--devices", "2"], None),
+        (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, [], None),
+    ],
+)
 def test_each_process_that_no_other_one_looks_after_holds_a_lifeline(under, variables, flags, place):
     under(variables)
     held = lifeline(configuration.parse([*FLAGS, *flags])[0])
     if place is None:
         assert isinstance(held, contextlib.nullcontext)
     else:
-        assert (held.name, held.number, held.members, held.address, held.port) == (f"{place[0]} {place[1]} ({socket.gethostname()})", *place[1:])
+        assert (held.name, held.number, held.members, held.address, held.port) == (
+            f"{place[0]} {place[1]} ({socket.gethostname()})",
+            *place[1:],
+        )
 
 
 def hold_on(number, members, port, end):
@@ -166,8 +244,10 @@ def members_of(end, members=3):
     port = program.free_port()
     with tempfile.TemporaryDirectory() as folder:
         logs = [pathlib.Path(folder, str(number)) for number in range(members)]
-        processes = [program.CONTEXT.Process(target=program.logged, args=(log, hold_on, number, members, port, end))
-                     for number, log in enumerate(logs)]
+        processes = [
+            program.CONTEXT.Process(target=program.logged, args=(log, hold_on, number, members, port, end))
+            for number, log in enumerate(logs)
+        ]
         for process in reversed(processes):  # the one that all others wait for comes last
             process.start()
         for process in processes:
@@ -175,13 +255,16 @@ def members_of(end, members=3):
         return [process.exitcode for process in processes], [log.read_text() for log in logs]
 
 
-@pytest.mark.parametrize(("end", "words"), [
-    ({1: "killed"}, "rank 1 ({host}) ended without a word"),
-    ({0: "killed"}, "rank 0 ended without a word"),
-    ({2: "fails"}, "rank 2 ({host}) failed: the data are gone"),
-    ({0: "fails", 1: "fails", 2: "fails"}, "failed: the data are gone"),
-    ({0: "fails"}, "rank 0 ({host}) failed: the data are gone"),
-])
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ({1: "killed"}, "rank 1 ({host}) ended without a word"),
+        ({0: "killed"}, "rank 0 ended without a word"),
+        ({2: "fails"}, "rank 2 ({host}) failed: the data are gone"),
+        ({0: "fails", 1: "fails", 2: "fails"}, "failed: the data are gone"),
+        ({0: "fails"}, "rank 0 ({host}) failed: the data are gone"),
+    ],
+)
 def test_who_dies_ends_the_others_on_any_machine(end, words):
     codes, logs = members_of(end)
     expected = {"killed": -signal.SIGKILL, "fails": 1, "leaves": 0, "stay": 1}
@@ -226,7 +309,10 @@ def test_a_stranger_at_the_port_is_no_member(monkeypatch, capsys):
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         time.sleep(0.2)
         assert not line.lines and not line.over
-    assert f"rank 0 ({socket.gethostname()}) waits for 1 of 1 others, to meet at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert (
+        f"rank 0 ({socket.gethostname()}) waits for 1 of 1 others, to meet at 127.0.0.1:{port}"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +322,13 @@ def machines(tmp_path_factory):
     for number in (0, 1):
         (folder / str(number)).mkdir()
         for name, seed in (("same", 0), ("other", number)):
-            write_checkpoint(folder / f"{number}/{name}.pth", random_tensors(make_arch(7, vocab_size=256), seed=seed).items())
-            (folder / f"{number}/{name}.jsonl").write_text("".join(json.dumps({"text": f"{seed} and {row}"}) + "\n" for row in range(8)))
+            write_checkpoint(
+                folder / f"{number}/{name}.pth",
+                random_tensors(make_arch(7, vocab_size=256), seed=seed).items(),
+            )
+            (folder / f"{number}/{name}.jsonl").write_text(
+                "".join(json.dumps({"text": f"{seed} and {row}"}) + "\n" for row in range(8))
+            )
     return folder
 
 
@@ -247,12 +338,37 @@ def on_machine(folder, code, rank):
         src.agreement.code_digest = lambda: f"version {rank}"
 
 
-@pytest.mark.parametrize(("base", "data", "code", "field"), [
-    ("same", "other", False, "the data file is"), ("other", "same", False, "the base file is"), ("same", "same", True, "the code of this project is"),
-])
-def test_ranks_that_run_something_else_say_so_before_the_first_step(machines, tmp_path, base, data, code, field):
-    flags = ["--load_model", f"{base}.pth", "--data_file", f"{data}.jsonl", "--proj_dir", str(tmp_path), "--tokenizer", "bytes",
-             "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--micro_bsz", "1", "--peft_config", "r=4"]
+@pytest.mark.parametrize(
+    ("base", "data", "code", "field"),
+    [
+        ("same", "other", False, "the data file is"),
+        ("other", "same", False, "the base file is"),
+        ("same", "same", True, "the code of this project is"),
+    ],
+)
+def test_ranks_that_run_something_else_say_so_before_the_first_step(
+    machines, tmp_path, base, data, code, field
+):
+    flags = [
+        "--load_model",
+        f"{base}.pth",
+        "--data_file",
+        f"{data}.jsonl",
+        "--proj_dir",
+        str(tmp_path),
+        "--tokenizer",
+        "bytes",
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+        "--micro_bsz",
+        "1",
+        "--peft_config",
+        "r=4",
+    ]
     code, output = program.run(flags, functools.partial(on_machine, machines, code))
     assert code == 2
     errors = [line for line in output.splitlines() if line.startswith("error:")]
@@ -262,8 +378,30 @@ def test_ranks_that_run_something_else_say_so_before_the_first_step(machines, tm
 
 
 def test_the_first_process_alone_writes_a_new_model(tmp_path):
-    code, output = program.run(["--init_only", "1", "--peft", "none", "--version", "x070", "--n_layer", "1", "--n_embd", "64", "--tokenizer", "bytes",
-                                "--data_file", "rows.jsonl", "--devices", "2", "--accelerator", "cpu", "--proj_dir", str(tmp_path)])
+    code, output = program.run(
+        [
+            "--init_only",
+            "1",
+            "--peft",
+            "none",
+            "--version",
+            "x070",
+            "--n_layer",
+            "1",
+            "--n_embd",
+            "64",
+            "--tokenizer",
+            "bytes",
+            "--data_file",
+            "rows.jsonl",
+            "--devices",
+            "2",
+            "--accelerator",
+            "cpu",
+            "--proj_dir",
+            str(tmp_path),
+        ]
+    )
     assert code == 0 and "error" not in output and output.count("wrote ") == 1, output
     assert read_checkpoint(tmp_path / "rwkv-init.pth")
 
@@ -277,7 +415,9 @@ def processes_of(proj_dir):
         except OSError:
             continue
         if str(proj_dir).encode() in words and any(word.endswith(b"train.py") for word in words[1:3]):
-            found[int(folder.name)] = int(dict(word.split(b"=", 1) for word in env if b"=" in word).get(b"LOCAL_RANK", 0))
+            found[int(folder.name)] = int(
+                dict(word.split(b"=", 1) for word in env if b"=" in word).get(b"LOCAL_RANK", 0)
+            )
     return found
 
 
@@ -289,24 +429,65 @@ def run_folder(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("launcher", "victim", "words"), [
-    ("", 1, "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated with code -9"),
-    ("", 0, "rank 1 ends, because the process that started it is gone"),
-    ("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
-])
-def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(machines, tmp_path, run_folder, launcher, victim, words):
-    flags = ["--load_model", str(machines / "0/same.pth"), "--data_file", str(machines / "0/same.jsonl"), "--proj_dir", str(run_folder),
-             "--tokenizer", "bytes", "--accelerator", "cpu", "--strategy", "deepspeed_stage_2", "--micro_bsz", "1", "--epoch_count", "100000",
-             "--peft_config", "r=4", "--save_steps", "5", *([] if launcher else ["--devices", "2"])]
-    command = [sys.executable, *(["-m", *launcher.split()] if launcher else []), str(ROOT / "train.py"), *flags]
+@pytest.mark.parametrize(
+    ("launcher", "victim", "words"),
+    [
+        (
+            "",
+            1,
+            "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated with code -9",
+        ),
+        ("", 0, "rank 1 ends, because the process that started it is gone"),
+        ("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),
+    ],
+)
+def test_a_killed_rank_leaves_no_process_and_a_whole_checkpoint(
+    machines, tmp_path, run_folder, launcher, victim, words
+):
+    flags = [
+        "--load_model",
+        str(machines / "0/same.pth"),
+        "--data_file",
+        str(machines / "0/same.jsonl"),
+        "--proj_dir",
+        str(run_folder),
+        "--tokenizer",
+        "bytes",
+        "--accelerator",
+        "cpu",
+        "--strategy",
+        "deepspeed_stage_2",
+        "--micro_bsz",
+        "1",
+        "--epoch_count",
+        "100000",
+        "--peft_config",
+        "r=4",
+        "--save_steps",
+        "5",
+        *([] if launcher else ["--devices", "2"]),
+    ]
+    command = [
+        sys.executable,
+        *(["-m", *launcher.split()] if launcher else []),
+        str(ROOT / "train.py"),
+        *flags,
+    ]
     with open(tmp_path / "log", "wb") as log:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+        run = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "DS_ACCELERATOR": "cpu"}
+        )
     until = time.monotonic() + 120
-    while not list_checkpoints(run_folder / "checkpoints") and time.monotonic() < until and run.poll() is None:
+    while (
+        not list_checkpoints(run_folder / "checkpoints") and time.monotonic() < until and run.poll() is None
+    ):
         time.sleep(0.2)
     ranks = processes_of(run_folder)
     assert sorted(ranks.values())[-2:] == [0, 1], (tmp_path / "log").read_text()
-    os.kill(next(pid for pid, rank in ranks.items() if rank == victim and pid != (run.pid if launcher else None)), signal.SIGKILL)
+    os.kill(
+        next(pid for pid, rank in ranks.items() if rank == victim and pid != (run.pid if launcher else None)),
+        signal.SIGKILL,
+    )
     killed = time.monotonic()
     assert run.wait(60) != 0
     while processes_of(run_folder) and time.monotonic() < killed + 60:

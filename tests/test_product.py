@@ -20,11 +20,20 @@ from .conftest import ROOT, close, make_arch, pypi_rwkv
 QUESTION = "2 + 3 是多少？🙂"
 PROMPT = f"User: {QUESTION}\n\nAssistant:"
 TOKENS = 24
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as fast here as two, and not 8 times slower when something else runs on the machine
+ONE_THREAD = os.environ | {
+    "OMP_NUM_THREADS": "1"
+}  # as fast here as two, and not 8 times slower when something else runs on the machine
 
 
 def command(*args):
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=ONE_THREAD, capture_output=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -39,9 +48,13 @@ def product_tensors(arch):
         if name == "emb.weight":
             yield name, noise
         elif noise.squeeze().dim() > 1:
-            width = shape[-1] if name.endswith(".weight") else shape[-2]  # the low-rank maps are multiplied from the right
+            width = (
+                shape[-1] if name.endswith(".weight") else shape[-2]
+            )  # the low-rank maps are multiplied from the right
             if name == "head.weight":
-                noise[0] = 0  # the end of a document never has the largest logit: answers go on to their limit
+                noise[0] = (
+                    0  # the end of a document never has the largest logit: answers go on to their limit
+                )
             yield name, noise / width**0.5
         else:
             yield name, noise * 0.1 + 1 if name.endswith(".weight") else noise * 0.5
@@ -50,25 +63,66 @@ def product_tensors(arch):
 def questions():
     """Six conversations of 50 to 64 World tokens: each fills a row of 64, so that two rows a step make 3 steps."""
     for n in range(6):
-        question = f"A box holds {n + 2} red and {n + 3} blue marbles 🙂. 请问 {n + 4} 个盒子里一共有多少颗弹珠？"
+        question = (
+            f"A box holds {n + 2} red and {n + 3} blue marbles 🙂. 请问 {n + 4} 个盒子里一共有多少颗弹珠？"
+        )
         answer = f"{n + 2} + {n + 3} = {2 * n + 5}, {2 * n + 5} × {n + 4} = {(2 * n + 5) * (n + 4)} 颗。🎉"
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-@pytest.fixture(scope="module", params=[(6, "fp32"), (7, "bf16")], ids=["v6, trained in fp32", "v7, trained in bf16"])
+@pytest.fixture(
+    scope="module", params=[(6, "fp32"), (7, "bf16")], ids=["v6, trained in fp32", "v7, trained in bf16"]
+)
 def product(request):
     """base, adapter and merged file of a run of 3 steps; 1.2 GB that must not pile up among pytest's folders."""
     version, precision = request.param
     arch = make_arch(version, n_layer=12, n_embd=768, head_size=64, vocab_size=65536)
     with tempfile.TemporaryDirectory() as folder:
-        base, data, run, merged = (Path(folder, name) for name in ("base.pth", "data.jsonl", "run", "merged.pth"))
+        base, data, run, merged = (
+            Path(folder, name) for name in ("base.pth", "data.jsonl", "run", "merged.pth")
+        )
         write_checkpoint(base, product_tensors(arch))
         data.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
-        log = command("train.py", "--load_model", base, "--data_file", data, "--proj_dir", run, "--precision", precision,
-                      "--micro_bsz", 2, "--ctx_len", 64, "--lr_init", 3e-4)
-        report = command("-m", "rwkv_miss", "merge", "--base", base, "--adapter", run / "adapter.pth", "--out", merged, "--dtype", "fp32")
-        yield types.SimpleNamespace(version=version, precision=precision, base=base, run=run, adapter=run / "adapter.pth",
-                                    merged=merged, log=log, report=report)
+        log = command(
+            "train.py",
+            "--load_model",
+            base,
+            "--data_file",
+            data,
+            "--proj_dir",
+            run,
+            "--precision",
+            precision,
+            "--micro_bsz",
+            2,
+            "--ctx_len",
+            64,
+            "--lr_init",
+            3e-4,
+        )
+        report = command(
+            "-m",
+            "rwkv_miss",
+            "merge",
+            "--base",
+            base,
+            "--adapter",
+            run / "adapter.pth",
+            "--out",
+            merged,
+            "--dtype",
+            "fp32",
+        )
+        yield types.SimpleNamespace(
+            version=version,
+            precision=precision,
+            base=base,
+            run=run,
+            adapter=run / "adapter.pth",
+            merged=merged,
+            log=log,
+            report=report,
+        )
 
 
 def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
@@ -111,7 +165,18 @@ def test_chat_streams_the_tokens_that_the_rwkv_package_chooses(product):
         answer.append(token)
         logits, state = run([token], state)
     assert len(answer) > 2
-    shown = command("-m", "demo.chat", "--model", product.merged, "--prompt", QUESTION, "--max_tokens", TOKENS, "--temperature", 0)
+    shown = command(
+        "-m",
+        "demo.chat",
+        "--model",
+        product.merged,
+        "--prompt",
+        QUESTION,
+        "--max_tokens",
+        TOKENS,
+        "--temperature",
+        0,
+    )
     assert shown == tokenizer.decode(answer).lstrip(" ") + "\n"
 
 
@@ -120,7 +185,10 @@ TEXT = "你好，世界！🎉人工智能会改变❤️"
 
 def reciter(path):
     """A checkpoint that answers anything with TEXT and its end: the layers add nothing, the head knows what follows each token."""
-    tokenizer, arch = load_tokenizer("auto", 65536), make_arch(7, n_layer=1, n_embd=64, head_size=64, vocab_size=65536)
+    tokenizer, arch = (
+        load_tokenizer("auto", 65536),
+        make_arch(7, n_layer=1, n_embd=64, head_size=64, vocab_size=65536),
+    )
     chain = [*tokenizer.encode("Assistant:")[-1:], *tokenizer.encode(" " + TEXT), *tokenizer.eod]
     assert len(set(chain)) == len(chain), "a token that comes twice has two successors"
     model = RWKV(arch)
@@ -136,8 +204,12 @@ def reciter(path):
 def test_chat_streams_chinese_and_emoji_in_whole_characters(tmp_path):
     tokenizer = reciter(tmp_path / "reciter.pth")
     assert len(tokenizer.encode("🎉")) == 3, "this test needs a character of several tokens"
-    chat = subprocess.Popen([sys.executable, "-m", "demo.chat", "--model", tmp_path / "reciter.pth", "--prompt", "你好"], cwd=ROOT,
-                            env=ONE_THREAD, stdout=subprocess.PIPE)
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "demo.chat", "--model", tmp_path / "reciter.pth", "--prompt", "你好"],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        stdout=subprocess.PIPE,
+    )
     # as the terminal gets them: every piece must be text by itself
     pieces = [piece.decode() for piece in iter(lambda: os.read(chat.stdout.fileno(), 1 << 16), b"")]
     assert chat.wait(timeout=60) == 0

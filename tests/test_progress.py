@@ -52,7 +52,7 @@ def last_lines(seen):
     for line in seen.replace("\r\n", "\n").split("\n"):
         screen = ""
         for text in line.split("\r"):
-            screen = text + screen[len(text):]
+            screen = text + screen[len(text) :]
         lines.append(screen.rstrip())
     return [line for line in lines if line]
 
@@ -118,7 +118,17 @@ def test_a_merge_and_a_build_are_counted(merging, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(module, "LINE_SHARE", 0.0)
     folder = merging()
     merging.adapter("a.pth")
-    main(["merge", "--base", str(folder / "base.pth"), "--adapter", str(folder / "a.pth"), "--out", str(folder / "m.pth")])
+    main(
+        [
+            "merge",
+            "--base",
+            str(folder / "base.pth"),
+            "--adapter",
+            str(folder / "a.pth"),
+            "--out",
+            str(folder / "m.pth"),
+        ]
+    )
     assert "merging: 100%, 0 of 0 MB" in capsys.readouterr().err
     if not shutil.which("c++"):
         pytest.skip("NO C++ COMPILER ON PATH")

@@ -60,7 +60,9 @@ def values_of_nf4():
 
 
 def test_the_codes_of_nf4_are_the_papers():
-    assert np.allclose(NF4, values_of_nf4(), rtol=0, atol=5e-7)  # bitsandbytes', which took 0.9677083 for the outermost quantile
+    assert np.allclose(
+        NF4, values_of_nf4(), rtol=0, atol=5e-7
+    )  # bitsandbytes', which took 0.9677083 for the outermost quantile
 
 
 def decoded(quantised, width):
@@ -88,7 +90,9 @@ def test_every_weight_has_its_nearest_code(kind, shape):
     assert np.isfinite(scales).all()
     largest = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(2)
     largest = largest.repeat_interleave(BLOCK, 1)[:, : shape[1]].double().numpy()
-    assert (abs(scales * (127 if kind == "int8" else 1) - largest) <= 2.0**-8 * largest + 127 * 2.0**-134).all()  # of the block, and in bf16
+    assert (
+        abs(scales * (127 if kind == "int8" else 1) - largest) <= 2.0**-8 * largest + 127 * 2.0**-134
+    ).all()  # of the block, and in bf16
     possible = np.arange(-127, 128) if kind == "int8" else np.array(NF4)
     exact = weight.double().numpy()
     errors = abs(possible[:, None, None] * scales - exact)
@@ -129,8 +133,12 @@ def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
 def parts_of_others(quantised):
     """The same numbers in other layouts: rows apart, bytes apart, columns before rows, and at an odd address."""
     out, row_bytes = quantised.shape
-    parts = [quantised.new_zeros(2 * out, row_bytes)[::2], quantised.new_zeros(out, 3 * row_bytes)[:, ::3],
-             quantised.new_zeros(row_bytes, out).t(), quantised.new_zeros(quantised.numel() + 1)[1:].view(quantised.shape)]
+    parts = [
+        quantised.new_zeros(2 * out, row_bytes)[::2],
+        quantised.new_zeros(out, 3 * row_bytes)[:, ::3],
+        quantised.new_zeros(row_bytes, out).t(),
+        quantised.new_zeros(quantised.numel() + 1)[1:].view(quantised.shape),
+    ]
     return [part.copy_(quantised) for part in parts]
 
 
@@ -148,7 +156,13 @@ def test_a_part_of_another_tensor_is_expanded(kind, out):
 def test_a_width_that_the_bytes_are_not_of_is_refused(kind):
     quantised = quantise(torch.randn(5, 70), kind)  # two blocks: 65 to 128 weights
     one_block = {"int8": 66, "nf4": 34}[kind]
-    for width, expected in ((64, one_block), (129, 3 * one_block), (100000, 1563 * one_block), (0, 0), (-60, 0)):
+    for width, expected in (
+        (64, one_block),
+        (129, 3 * one_block),
+        (100000, 1563 * one_block),
+        (0, 0),
+        (-60, 0),
+    ):
         message = rf"the quantised weight is torch.u?int8 \(5, {2 * one_block}\); expected .*\(out, {expected}\).* for rows of {width} weights"
         for call in (dense, expand):
             for weight in (quantised, quantised.to("meta")):
@@ -163,14 +177,25 @@ def test_a_width_that_the_bytes_are_not_of_is_refused(kind):
 
 def test_a_weight_is_expanded_natively_where_the_kernels_are(monkeypatch):
     quantised, called = quantise(torch.randn(5, 70), "nf4"), []
-    monkeypatch.setattr(kernels, "launch", lambda library, quantised, weight, context: called.append(weight.dtype) or weight.zero_() is None)
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda library, quantised, weight, context: called.append(weight.dtype) or weight.zero_() is None,
+    )
     for dtype in (torch.float32, torch.bfloat16):
         assert not dense(quantised, 70, dtype).any()
     assert called == [torch.float32, torch.bfloat16]
-    for weight, dtype in [(quantised, torch.float64), (quantised, torch.float16), *((part, torch.float32) for part in parts_of_others(quantised))]:
+    for weight, dtype in [
+        (quantised, torch.float64),
+        (quantised, torch.float16),
+        *((part, torch.float32) for part in parts_of_others(quantised)),
+    ]:
         assert torch.equal(dense(weight, 70, dtype), expand(quantised, 70, dtype))
     monkeypatch.setattr(native, "status", lambda device: native.Status(False, False, reason="no compiler"))
-    assert torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32)) and len(called) == 2
+    assert (
+        torch.equal(dense(quantised, 70, torch.float32), expand(quantised, 70, torch.float32))
+        and len(called) == 2
+    )
 
 
 def test_nvcc_compiles_the_gpus_kernel():
@@ -185,12 +210,16 @@ def test_nvcc_compiles_the_gpus_kernel():
 def test_a_file_in_bf16_keeps_its_largest_weights_in_nf4():
     weight = torch.randn(5, 192).bfloat16()
     largest = weight.unflatten(1, (3, 64)).abs().amax(2)
-    assert torch.equal(dense(quantise(weight, "nf4"), 192, torch.bfloat16).unflatten(1, (3, 64)).abs().amax(2), largest)
+    assert torch.equal(
+        dense(quantise(weight, "nf4"), 192, torch.bfloat16).unflatten(1, (3, 64)).abs().amax(2), largest
+    )
 
 
 def test_nf4_is_that_of_bitsandbytes():
     """Codes and scales of a file in bf16, bit for bit."""
-    theirs = pytest.importorskip("bitsandbytes.functional", reason="the test extra is absent: pip install bitsandbytes")
+    theirs = pytest.importorskip(
+        "bitsandbytes.functional", reason="the test extra is absent: pip install bitsandbytes"
+    )
     for weight in (torch.randn(6, 192).bfloat16(), weights((6, 192)).bfloat16()):
         packed, state = theirs.quantize_4bit(weight.float(), quant_type="nf4", blocksize=64)
         ours = quantise(weight, "nf4")
@@ -208,8 +237,14 @@ def operators(width, out):
     P = (torch.arange(width) % 6 == torch.arange(6).unsqueeze(1)).double()
     return {
         "linear": (lambda x, w: linear(x, w), lambda x, w: x @ w.t()),
-        "miss": (lambda x, w: miss_linear(x, w, bias.to(x.dtype), D), lambda x, w: x @ w.t() + bias + x @ P.t() @ D.double()),
-        "lora": (lambda x, w: lora_linear(x, w, None, A, B, 0.5), lambda x, w: x @ w.t() + 0.5 * x @ A.double().t() @ B.double().t()),
+        "miss": (
+            lambda x, w: miss_linear(x, w, bias.to(x.dtype), D),
+            lambda x, w: x @ w.t() + bias + x @ P.t() @ D.double(),
+        ),
+        "lora": (
+            lambda x, w: lora_linear(x, w, None, A, B, 0.5),
+            lambda x, w: x @ w.t() + 0.5 * x @ A.double().t() @ B.double().t(),
+        ),
     }
 
 
@@ -222,7 +257,9 @@ def test_products_are_those_of_the_dense_weight_and_keep_the_quantised_one(kind,
         weight = nn.Parameter(quantise(torch.randn(out, width), kind), requires_grad=False)
         x = torch.randn(2, 5, width).to(dtype).requires_grad_()
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             y = call(x, weight)
         kept = [t for t in saved if t.shape[-1:] == weight.shape[-1:] and t.dtype == weight.dtype]
         assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
@@ -246,7 +283,10 @@ def base_file(tmp_path, version=7, state=False, **sizes):
     arch = make_arch(version, **sizes)
     tensors = random_tensors(arch)
     if state:
-        tensors |= {f"blocks.{i}.att.time_state": torch.randn(arch.n_head, arch.head_size, arch.head_size) for i in range(arch.n_layer)}
+        tensors |= {
+            f"blocks.{i}.att.time_state": torch.randn(arch.n_head, arch.head_size, arch.head_size)
+            for i in range(arch.n_layer)
+        }
     torch.save(tensors, tmp_path / f"v{version}.pth")
     return tmp_path / f"v{version}.pth"
 
@@ -254,7 +294,12 @@ def base_file(tmp_path, version=7, state=False, **sizes):
 def model_of(path, precision="fp32", **settings):
     torch.manual_seed(0)
     config = Config(load_model=str(path), precision=precision, **{"peft_config": {"r": 5}, **settings})
-    return build_model(config, Arch.detect(read_model_file(path)), "torch", {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    return build_model(
+        config,
+        Arch.detect(read_model_file(path)),
+        "torch",
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+    )
 
 
 def expanded_file(path, kind, dtype, folder):
@@ -275,13 +320,22 @@ def gradients(model):
     return {"logits": logits} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("version, kind, precision, settings", [
-    (7, "nf4", "fp32", {}), (6, "int8", "fp32", {}), (7, "int8", "bf16", {}), (6, "nf4", "bf16", {"peft": "lora"}),
-    (7, "nf4", "fp32", {"grad_cp": 1}), (7, "nf4", "fp32", {"peft": "state", "peft_config": {}}),
-    (7, "int8", "fp32", {"peft_config": {"r": 5, "targets": ["key"]}}),
-    (6, "nf4", "bf16", {"train_parts": "ln,time,emb,head,state"}),
-])
-def test_a_step_is_that_of_a_plain_base_with_the_quantised_values(tmp_path, version, kind, precision, settings):
+@pytest.mark.parametrize(
+    "version, kind, precision, settings",
+    [
+        (7, "nf4", "fp32", {}),
+        (6, "int8", "fp32", {}),
+        (7, "int8", "bf16", {}),
+        (6, "nf4", "bf16", {"peft": "lora"}),
+        (7, "nf4", "fp32", {"grad_cp": 1}),
+        (7, "nf4", "fp32", {"peft": "state", "peft_config": {}}),
+        (7, "int8", "fp32", {"peft_config": {"r": 5, "targets": ["key"]}}),
+        (6, "nf4", "bf16", {"train_parts": "ln,time,emb,head,state"}),
+    ],
+)
+def test_a_step_is_that_of_a_plain_base_with_the_quantised_values(
+    tmp_path, version, kind, precision, settings
+):
     path = base_file(tmp_path, version, state=precision == "bf16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = model_of(path, precision, quant=kind, **settings)
@@ -289,11 +343,18 @@ def test_a_step_is_that_of_a_plain_base_with_the_quantised_values(tmp_path, vers
     for tensor, other in zip(adapter_tensors(model).values(), adapter_tensors(plain).values(), strict=True):
         with torch.no_grad():
             other.copy_(tensor.add_(0.05 * torch.randn(tensor.shape)))
-    assert model.dtype == plain.dtype == dtype and {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.dtype == plain.dtype == dtype and {
+        p.dtype for p in model.parameters() if p.requires_grad
+    } == {torch.float32}
     linears = model.layer_linears()
     assert len(linears) == {6: 16, 7: 12}[version]
-    assert all(not linear.weight.is_floating_point() and not linear.weight.requires_grad for linear in linears.values())
-    assert [name for name, p in model.named_parameters() if not p.is_floating_point()] == [f"{name}.weight" for name in linears]
+    assert all(
+        not linear.weight.is_floating_point() and not linear.weight.requires_grad
+        for linear in linears.values()
+    )
+    assert [name for name, p in model.named_parameters() if not p.is_floating_point()] == [
+        f"{name}.weight" for name in linears
+    ]
     got, want = gradients(model), gradients(plain)
     assert got.keys() == want.keys()
     for name in want:
@@ -313,7 +374,12 @@ def test_a_disabled_adapter_leaves_the_quantised_base(tmp_path):
         with rwkv_miss.disabled(model):
             assert torch.equal(model(ids)[0], plain)
         layer, x = model.blocks[0].ffn.key, torch.randn(3, 48)
-        close("a method's own forward, and the one of every method", layer(x), AdapterLinear.forward(layer, x), 1e-5)
+        close(
+            "a method's own forward, and the one of every method",
+            layer(x),
+            AdapterLinear.forward(layer, x),
+            1e-5,
+        )
 
 
 @pytest.mark.parametrize("kind", CODES)
@@ -331,10 +397,17 @@ def test_the_plan_counts_what_is_held(tmp_path, kind):
 def test_the_plan_counts_an_expanded_matrix_at_a_time(tmp_path):
     model = model_of(base_file(tmp_path, n_embd=80), "bf16", quant="nf4")
     config = Config(peft_config={"r": 5}, quant="nf4", micro_bsz=1)
-    dense_weight = max(linear.in_features * linear.out_features for linear in model.layer_linears().values()) * 2
-    plain = allocation.step_bytes(model.arch, Config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3)
+    dense_weight = (
+        max(linear.in_features * linear.out_features for linear in model.layer_linears().values()) * 2
+    )
+    plain = allocation.step_bytes(
+        model.arch, Config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3
+    )
     quantised = allocation.step_bytes(model.arch, config, "torch", "bf16", 3, 3)
-    assert quantised.activations == plain.activations and plain.peak + dense_weight / 4 < quantised.peak <= plain.peak + dense_weight
+    assert (
+        quantised.activations == plain.activations
+        and plain.peak + dense_weight / 4 < quantised.peak <= plain.peak + dense_weight
+    )
 
 
 def test_quantising_takes_one_matrix_at_a_time(tmp_path):
@@ -349,24 +422,35 @@ def test_quantising_takes_one_matrix_at_a_time(tmp_path):
         assert live.peak < held + 20 * largest  # fp32 copies of one matrix, not of twelve
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--quant int8 --peft none", "--quant int8 is for a frozen base; --peft none trains all of it"),
-    ("--quant nf4 --strategy deepspeed_stage_3", "--quant nf4 works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3"),
-    ("--quant nf4 --strategy deepspeed_stage_3_offload", "--quant nf4 works with"), ("--quant int4", "--quant int4: expected one of none, int8, nf4"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--quant int8 --peft none", "--quant int8 is for a frozen base; --peft none trains all of it"),
+        (
+            "--quant nf4 --strategy deepspeed_stage_3",
+            "--quant nf4 works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3",
+        ),
+        ("--quant nf4 --strategy deepspeed_stage_3_offload", "--quant nf4 works with"),
+        ("--quant int4", "--quant int4: expected one of none, int8, nf4"),
+    ],
+)
 def test_where_a_quantised_base_makes_no_sense(flags, words):
     with pytest.raises(UserError, match=words):
         parse(["--load_model", "base.pth", "--data_file", "rows.jsonl", *flags.split()])
 
 
 def test_the_plan_advises_nf4_before_sharing():
-    config = Config(load_model="base.pth", micro_bsz=1, grad_cp=1, ctx_len=512, devices=2, strategy="deepspeed_stage_2")
+    config = Config(
+        load_model="base.pth", micro_bsz=1, grad_cp=1, ctx_len=512, devices=2, strategy="deepspeed_stage_2"
+    )
 
     def fix(works, **settings):
         return cheapest_fix(Config(**{**vars(config), **settings}), "bf16", 512, works)
 
     assert fix(lambda tried: tried.quant == "nf4") == {"quant": "nf4"}
-    assert fix(lambda tried: tried.strategy == "deepspeed_stage_3" and tried.quant == "none") == {"strategy": "deepspeed_stage_3"}
+    assert fix(lambda tried: tried.strategy == "deepspeed_stage_3" and tried.quant == "none") == {
+        "strategy": "deepspeed_stage_3"
+    }
     for settings in ({"peft": "none"}, {"strategy": "deepspeed_stage_3"}, {"quant": "int8"}):
         seen = []
         fix(lambda tried, seen=seen: seen.append((tried.quant, tried.strategy)), **settings)
@@ -394,13 +478,47 @@ def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_f
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def flags(folder, *more):
-        return ["--load_model", str(base), "--data_file", str(tmp_path / "rows.jsonl"), "--proj_dir", str(tmp_path / folder), "--tokenizer", "bytes",
-                "--peft_config", "r=5", "--lr_init", "1e-2", "--global_bsz", "8", "--packing", "0", "--eval_split", "0.1", "--accelerator", "cpu",
-                *more]
+        return [
+            "--load_model",
+            str(base),
+            "--data_file",
+            str(tmp_path / "rows.jsonl"),
+            "--proj_dir",
+            str(tmp_path / folder),
+            "--tokenizer",
+            "bytes",
+            "--peft_config",
+            "r=5",
+            "--lr_init",
+            "1e-2",
+            "--global_bsz",
+            "8",
+            "--packing",
+            "0",
+            "--eval_split",
+            "0.1",
+            "--accelerator",
+            "cpu",
+            *more,
+        ]
 
     output = program.succeed(program.run(flags("one", "--quant", "nf4", "--micro_bsz", "8")))
     assert "its layers in nf4, " in output and "--quant nf4" in (tmp_path / "one/run_card.md").read_text()
-    program.succeed(program.run(flags("two", "--quant", "nf4", "--micro_bsz", "4", "--strategy", "deepspeed_stage_2", "--devices", "2")))
+    program.succeed(
+        program.run(
+            flags(
+                "two",
+                "--quant",
+                "nf4",
+                "--micro_bsz",
+                "4",
+                "--strategy",
+                "deepspeed_stage_2",
+                "--devices",
+                "2",
+            )
+        )
+    )
     curve = program.losses(tmp_path / "one")
     assert program.losses(tmp_path / "two") == pytest.approx(curve, rel=1e-5) and len(curve) == 3
     code, output = program.run(flags("one", "--micro_bsz", "8", "--resume", "auto"))

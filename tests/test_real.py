@@ -24,10 +24,22 @@ def train(base, folder, texts, tokenizer, **settings):
     """The adapter that `train.py` makes in `folder` from rows {"text": ...}; models this small run fastest on one thread."""
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings |= {"packing": 0, "eval_split": 0, "load_model": base, "data_file": folder / "data.jsonl", "proj_dir": folder / "run",
-                 "tokenizer": tokenizer}
-    done = subprocess.run([sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())], cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    settings |= {
+        "packing": 0,
+        "eval_split": 0,
+        "load_model": base,
+        "data_file": folder / "data.jsonl",
+        "proj_dir": folder / "run",
+        "tokenizer": tokenizer,
+    }
+    done = subprocess.run(
+        [sys.executable, "train.py", *(f"--{name}={value}" for name, value in settings.items())],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run" / "adapter.pth"
 
@@ -43,7 +55,12 @@ def same_logits(merged, live, ids):
     """The file under the rwkv package, which has given the logits of our model with its adapter unmerged."""
     run = pypi_rwkv(merged)
     # of the largest logit, which is 30 in rwkv7-reverse: there both sides are as far from float64 as from each other
-    close("merged file in the rwkv package, and unmerged adapter", run(ids)[0], live(torch.tensor([ids]))[0][0], 1e-4)
+    close(
+        "merged file in the rwkv package, and unmerged adapter",
+        run(ids)[0],
+        live(torch.tensor([ids]))[0][0],
+        1e-4,
+    )
     return run
 
 
@@ -65,7 +82,11 @@ QUESTIONS = [question for length in (3, 8, 13) for question in strings([length],
 
 def digit_accuracy(answers):
     """The share of digits that stand where they should, over answers that the model made by itself; a missing digit is a wrong one."""
-    right = sum(a == b for answer, question in zip(answers, QUESTIONS, strict=True) for a, b in zip(answer, changed(question)))
+    right = sum(
+        a == b
+        for answer, question in zip(answers, QUESTIONS, strict=True)
+        for a, b in zip(answer, changed(question))
+    )
     return right / sum(map(len, QUESTIONS))
 
 
@@ -79,8 +100,19 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
 
     def run(seed):
         texts = [f"{digits},{changed(digits)}" for digits in strings(range(3, 16), STEPS * 16, 100 + seed)]
-        return train(base, tmp_path / f"seed{seed}", texts, tokenizer_file, peft_config="r=8", micro_bsz=16, ctx_len=32, lr_init=1e-2,
-                     warmup_steps=100, beta2=0.95, random_seed=seed)
+        return train(
+            base,
+            tmp_path / f"seed{seed}",
+            texts,
+            tokenizer_file,
+            peft_config="r=8",
+            micro_bsz=16,
+            ctx_len=32,
+            lr_init=1e-2,
+            warmup_steps=100,
+            beta2=0.95,
+            random_seed=seed,
+        )
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         adapters = list(pool.map(run, range(3)))
@@ -94,7 +126,11 @@ def test_miss_teaches_the_reverse_model_another_task(data_dir, tmp_path):
 
     merge_file(base, adapters[0], tmp_path / "merged.pth", "fp32")
     live = adapted(base, adapters[0])
-    package = same_logits(tmp_path / "merged.pth", live, tokenizer.encode("".join(f"{q},{changed(q)}#" for q in QUESTIONS[::30])))
+    package = same_logits(
+        tmp_path / "merged.pth",
+        live,
+        tokenizer.encode("".join(f"{q},{changed(q)}#" for q in QUESTIONS[::30])),
+    )
     for question, answer in list(zip(QUESTIONS, answers(live), strict=True))[::10]:
         logits, state = package(tokenizer.encode(f"{question},"))
         said = ""
@@ -118,13 +154,24 @@ def test_miss_teaches_an_english_rwkv6_shakespeare(data_dir, tmp_path):
     text = (data_dir / "tinyshakespeare.txt").read_text()
     pieces = [text[i : i + 200] for i in range(0, len(text) - 200, 200)]
     seen, heldout = pieces[:4800:30], pieces[-20:]
-    adapter = train(base, tmp_path / "shakespeare", seen, "utf16", peft_config="r=16", micro_bsz=4, ctx_len=512, lr_init=3e-3,
-                    warmup_steps=5)
+    adapter = train(
+        base,
+        tmp_path / "shakespeare",
+        seen,
+        "utf16",
+        peft_config="r=16",
+        micro_bsz=4,
+        ctx_len=512,
+        lr_init=3e-3,
+        warmup_steps=5,
+    )
     merge_file(base, adapter, tmp_path / "merged.pth", "fp32")
 
     live = adapted(base, adapter)
     before, after = (nats_per_character(model, heldout) for model in (RWKV.load(base, torch.float32), live))
-    print(f"nats per character of held-out Shakespeare: {before:.3f} before, {after:.3f} after {read_metadata(adapter)['step']} steps")
+    print(
+        f"nats per character of held-out Shakespeare: {before:.3f} before, {after:.3f} after {read_metadata(adapter)['step']} steps"
+    )
     assert after < before - 0.5
 
     old, new = read_checkpoint(base), read_checkpoint(tmp_path / "merged.pth")

@@ -11,7 +11,15 @@ from src.config import Config
 from src.files import RANK_VARIABLES
 from src.resume import earlier_settings, find_checkpoint, inherit
 
-SETTINGS = {"load_model": "base.pth", "data_file": "rows.jsonl", "micro_bsz": 2, "ctx_len": 256, "eval_split": 0.0, "lr_init": 1e-4, "grad_cp": 0}
+SETTINGS = {
+    "load_model": "base.pth",
+    "data_file": "rows.jsonl",
+    "micro_bsz": 2,
+    "ctx_len": 256,
+    "eval_split": 0.0,
+    "lr_init": 1e-4,
+    "grad_cp": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +38,11 @@ def folder(tmp_path):
             path.parent.mkdir(exist_ok=True)
             path.touch()
         if "config.yaml" in names:
-            configuration.save(Config(**SETTINGS), dict.fromkeys(configuration.FIELDS, "default"), str(tmp_path / "config.yaml"))
+            configuration.save(
+                Config(**SETTINGS),
+                dict.fromkeys(configuration.FIELDS, "default"),
+                str(tmp_path / "config.yaml"),
+            )
         return str(tmp_path)
 
     return make
@@ -48,39 +60,73 @@ def go_on(proj_dir, **settings):
     return find_checkpoint(config, before)
 
 
-@pytest.mark.parametrize("files", [
-    [], ["config.yaml"], ["config.yaml", "adapter.pth"], ["config.yaml", "best.pth", "validation.jsonl"],
-])
+@pytest.mark.parametrize(
+    "files",
+    [
+        [],
+        ["config.yaml"],
+        ["config.yaml", "adapter.pth"],
+        ["config.yaml", "best.pth", "validation.jsonl"],
+    ],
+)
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, files):
     assert go_on(folder(*files)) is None
 
 
-@pytest.mark.parametrize("files, resume, words", [
-    (["adapter.pth"], "none", r"holds a run already \(adapter.pth\); it has no checkpoint to resume from; choose another --proj_dir"),
-    (["best.pth"], "none", r"holds a run already \(best.pth\); it has no checkpoint"),
-    (["adapter.pth", "run.json"], "auto", r"holds a run already \(adapter.pth\); it has no checkpoint"),
-    (["adapter.pth", "config.yaml", STEP_2, STEP_10], "none", r"\(step-00000010.pth\); go on with --resume auto, or choose another"),
-])
+@pytest.mark.parametrize(
+    "files, resume, words",
+    [
+        (
+            ["adapter.pth"],
+            "none",
+            r"holds a run already \(adapter.pth\); it has no checkpoint to resume from; choose another --proj_dir",
+        ),
+        (["best.pth"], "none", r"holds a run already \(best.pth\); it has no checkpoint"),
+        (["adapter.pth", "run.json"], "auto", r"holds a run already \(adapter.pth\); it has no checkpoint"),
+        (
+            ["adapter.pth", "config.yaml", STEP_2, STEP_10],
+            "none",
+            r"\(step-00000010.pth\); go on with --resume auto, or choose another",
+        ),
+    ],
+)
 def test_a_run_is_not_overwritten(folder, monkeypatch, files, resume, words):
     proj_dir = folder(*files)
     with pytest.raises(UserError, match=words):
         go_on(proj_dir, resume=resume)
     monkeypatch.setenv("RANK", "1")
-    assert go_on(proj_dir, resume=resume) is None, "only the first process writes, and sees what is there before"
+    assert go_on(proj_dir, resume=resume) is None, (
+        "only the first process writes, and sees what is there before"
+    )
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(folder):
     proj_dir = folder("config.yaml", STEP_10, STEP_2)
     assert go_on(proj_dir).endswith(STEP_10)
-    assert go_on(proj_dir, strategy="ddp", devices=2, chunk_ctx=64, wkv="torch", epoch_count=3, save_steps=7).endswith(STEP_10)
+    assert go_on(
+        proj_dir, strategy="ddp", devices=2, chunk_ctx=64, wkv="torch", epoch_count=3, save_steps=7
+    ).endswith(STEP_10)
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"random_seed": 7}, "has random_seed 42, now it is 7. Resume with --config .*config.yaml --resume auto, or choose"),
-    ({"lr_init": 1e-3, "data_file": "others.jsonl"}, "data_file rows.jsonl, now it is others.jsonl; lr_init 0.0001, now it is 0.001"),
-    ({"eval_split": 0.1}, "eval_split 0.0, now it is 0.1"), ({"ctx_len": 512}, "ctx_len 256, now it is 512"),
-    ({"eval_split": -1.0, "eval_steps": 5}, "holds no documents out, so that --eval_steps 5 has none to evaluate; drop it"),
-])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (
+            {"random_seed": 7},
+            "has random_seed 42, now it is 7. Resume with --config .*config.yaml --resume auto, or choose",
+        ),
+        (
+            {"lr_init": 1e-3, "data_file": "others.jsonl"},
+            "data_file rows.jsonl, now it is others.jsonl; lr_init 0.0001, now it is 0.001",
+        ),
+        ({"eval_split": 0.1}, "eval_split 0.0, now it is 0.1"),
+        ({"ctx_len": 512}, "ctx_len 256, now it is 512"),
+        (
+            {"eval_split": -1.0, "eval_steps": 5},
+            "holds no documents out, so that --eval_steps 5 has none to evaluate; drop it",
+        ),
+    ],
+)
 def test_another_run_is_not_gone_on_with(folder, changed, words):
     with pytest.raises(UserError, match=words):
         go_on(folder("config.yaml", STEP_2), **changed)
@@ -91,11 +137,16 @@ def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
     proj_dir = folder("config.yaml", STEP_2)
     before = earlier_settings(Config(proj_dir=proj_dir, resume="auto"))
     assert before == Config(**SETTINGS) and before.precision == "auto"
-    assert find_checkpoint(dataclasses.replace(before, precision="fp32", proj_dir=proj_dir), before).endswith(STEP_2)
+    assert find_checkpoint(dataclasses.replace(before, precision="fp32", proj_dir=proj_dir), before).endswith(
+        STEP_2
+    )
 
 
 def test_checkpoints_without_the_settings_of_their_run(folder):
-    with pytest.raises(UserError, match="config.yaml, with the settings of the run, is not there; put it back, or choose another --proj_dir"):
+    with pytest.raises(
+        UserError,
+        match="config.yaml, with the settings of the run, is not there; put it back, or choose another --proj_dir",
+    ):
         go_on(folder(STEP_2))
 
 
@@ -105,6 +156,8 @@ def test_another_method_is_told_apart_without_the_options_of_the_first(folder):
     configuration.save(before, dict.fromkeys(configuration.FIELDS, "default"), f"{proj_dir}/config.yaml")
     now = Config(**SETTINGS, peft="dora", proj_dir=proj_dir, resume="auto")
     inherit(now, {}, earlier_settings(now))
-    assert now.peft_config == {}, "which dora would refuse, before the user is told that the method is another"
+    assert now.peft_config == {}, (
+        "which dora would refuse, before the user is told that the method is another"
+    )
     with pytest.raises(UserError, match="has peft adalora, now it is dora"):
         find_checkpoint(now, earlier_settings(now))

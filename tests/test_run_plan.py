@@ -22,7 +22,19 @@ from . import program
 from .conftest import make_arch, random_tensors
 from .program import at_file, in_turn, interrupt, losses, succeed
 
-LABELS = ["rwkv-miss", "model", "data", "steps", "trained", "rates", "device", "needs", "evaluation", "files", "sample"]
+LABELS = [
+    "rwkv-miss",
+    "model",
+    "data",
+    "steps",
+    "trained",
+    "rates",
+    "device",
+    "needs",
+    "evaluation",
+    "files",
+    "sample",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +44,36 @@ def files(tmp_path_factory):
     torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
     rng = random.Random(0)
     for name, count in (("rows", 48), ("held", 40)):
-        rows = [{"prompt": f"{name} {i}" + "?" * rng.randint(1, 9), "completion": " ab c" * rng.choice([1, 3])} for i in range(count)]
+        rows = [
+            {"prompt": f"{name} {i}" + "?" * rng.randint(1, 9), "completion": " ab c" * rng.choice([1, 3])}
+            for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def flags_of(files, proj_dir, *more):
-    return ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(proj_dir),
-            "--tokenizer", "bytes", "--accelerator", "cpu", "--peft_config", "r=5", "--packing", "0", "--micro_bsz", "4",
-            "--accumulate_grad_batches", "2", *more]
+    return [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "rows.jsonl"),
+        "--proj_dir",
+        str(proj_dir),
+        "--tokenizer",
+        "bytes",
+        "--accelerator",
+        "cpu",
+        "--peft_config",
+        "r=5",
+        "--packing",
+        "0",
+        "--micro_bsz",
+        "4",
+        "--accumulate_grad_batches",
+        "2",
+        *more,
+    ]
 
 
 def start(files, proj_dir, *more, sabotage=None):
@@ -72,37 +105,80 @@ def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, caps
     assert [line.split()[0] for line in lines] == LABELS and len(lines) <= describe.LINES == 14
     said = dict(zip(LABELS, lines, strict=True))
     assert "6 steps of 8 rows" in said["steps"]
-    assert re.search(r"trained    [\d,]+ of [\d,]+ parameters \([\d.]+ %\): miss, rank 5 in 12 matrices$", said["trained"])
-    assert "loss on" not in said["data"] and re.search("48 documents, [0-9,]+ tokens, [0-9,]+ of them trained", said["data"])
+    assert re.search(
+        r"trained    [\d,]+ of [\d,]+ parameters \([\d.]+ %\): miss, rank 5 in 12 matrices$", said["trained"]
+    )
+    assert "loss on" not in said["data"] and re.search(
+        "48 documents, [0-9,]+ tokens, [0-9,]+ of them trained", said["data"]
+    )
     assert said["sample"].startswith("sample     rows 0") and "?« ab c" in said["sample"]
     inside = ("layout", "linears", "auto: ", "self-test", ".so", "kernel", "chosen", "in full", "hashes")
     assert not [word for word in inside if word in "\n".join(lines)]
     summary = json.loads((tmp_path / "run/run.json").read_text())
-    assert said["rwkv-miss"] == f"rwkv-miss  {summary['version']}" + (f", commit {summary['commit']}" if summary["commit"] else "")
+    assert said["rwkv-miss"] == f"rwkv-miss  {summary['version']}" + (
+        f", commit {summary['commit']}" if summary["commit"] else ""
+    )
     card = (tmp_path / "run/run_card.md").read_text()
     assert all(f"    {line}\n" in card for line in lines)
-    details = ("adapter    miss rank 5", "kernel     wkv cpu: auto", "self-test error", "hashes     base ", "in full    python train.py")
+    details = (
+        "adapter    miss rank 5",
+        "kernel     wkv cpu: auto",
+        "self-test error",
+        "hashes     base ",
+        "in full    python train.py",
+    )
     assert all(f"    {detail}" in card or detail in card for detail in details)
 
-    verbose = succeed(evaluated(files, tmp_path / "verbose", "--epoch_steps", "1", "--verbose", sabotage=short_answers))
+    verbose = succeed(
+        evaluated(files, tmp_path / "verbose", "--epoch_steps", "1", "--verbose", sabotage=short_answers)
+    )
     assert all(detail in verbose and detail not in output for detail in details)
 
     # memory and time are those of scripts.plan
-    assert plan_program.plan(*plan_program.parse([*flags_of(files, tmp_path / "other", "--ctx_len", "45"), "--json"])) == 0
+    assert (
+        plan_program.plan(
+            *plan_program.parse([*flags_of(files, tmp_path / "other", "--ctx_len", "45"), "--json"])
+        )
+        == 0
+    )
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])
     memory = size_text(planned["memory_together"])
-    assert re.fullmatch(f"needs      about {re.escape(memory)} of memory, of [0-9.]+ GiB that may be used; about [0-9.]+ s, "
-                        "of which [0-9.]+ s are evaluation", said["needs"])
+    assert re.fullmatch(
+        f"needs      about {re.escape(memory)} of memory, of [0-9.]+ GiB that may be used; about [0-9.]+ s, "
+        "of which [0-9.]+ s are evaluation",
+        said["needs"],
+    )
 
 
 def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
     with open(files / "bad.jsonl", "w") as bad:
-        bad.write((files / "rows.jsonl").read_text() + '{"prompt": 1}\n{"prompt": "q", "completion": "' + "long " * 20 + '"}\n')
-    more = ["--data_file", str(files / "bad.jsonl"), "--on_bad_row", "skip", "--ctx_len", "40", "--warmup_steps", "99", "--resume", "auto"]
+        bad.write(
+            (files / "rows.jsonl").read_text()
+            + '{"prompt": 1}\n{"prompt": "q", "completion": "'
+            + "long " * 20
+            + '"}\n'
+        )
+    more = [
+        "--data_file",
+        str(files / "bad.jsonl"),
+        "--on_bad_row",
+        "skip",
+        "--ctx_len",
+        "40",
+        "--warmup_steps",
+        "99",
+        "--resume",
+        "auto",
+    ]
     output = succeed(start(files, tmp_path / "run", *more))
     lines = output.partition("WARNING: the loss")[0].splitlines()  # a random model's, at its first step
     assert len(lines) == describe.LINES and lines[-1].startswith("sample ")
-    for text in ("no checkpoint in", "cut at --ctx_len 40", "1 row cannot be used and is left out", "the warm-up, 99 steps"):
+    for text in (
+        "no checkpoint in",
+        "cut at --ctx_len 40",
+        "1 row cannot be used and is left out",
+        "the warm-up, 99 steps",
+    ):
         assert sum(text in line for line in lines) == 1, text
     assert "bad.jsonl, line 49" in (tmp_path / "run/run_card.md").read_text()
 
@@ -122,23 +198,35 @@ def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():
 
 def documents(count, seed, trained=True):
     rng = np.random.default_rng(seed)
-    return [Document(rng.integers(1, 256, rng.integers(5, 60)).astype(np.int32), np.ones(60, bool) if trained else np.zeros(60, bool))
-            for _ in range(count)]
+    return [
+        Document(
+            rng.integers(1, 256, rng.integers(5, 60)).astype(np.int32),
+            np.ones(60, bool) if trained else np.zeros(60, bool),
+        )
+        for _ in range(count)
+    ]
 
 
 def cut_to_length(rows):
     return Documents([Document(row.ids, row.trained[: len(row.ids)]) for row in rows])
 
 
-@pytest.mark.parametrize("settings", [{}, {"eval_steps": 7}, {"epoch_count": 3, "eval_steps": 50}, {"epoch_steps": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"eval_steps": 7}, {"epoch_count": 3, "eval_steps": 50}, {"epoch_steps": 2}]
+)
 def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(settings):
     train, held = cut_to_length(documents(400, 0)), documents(300, 1) + documents(20, 2, trained=False)
     config, origins = Config(micro_bsz=4, ctx_len=64, **settings), {}
     schedule = make_schedule(train, config, 1)
     chosen = choose_evaluation(config, origins, schedule, cut_to_length(held), None)
-    assert config.eval_docs == len(chosen.rows) and origins["eval_docs"].startswith("chosen: of 300 held-out documents")
+    assert config.eval_docs == len(chosen.rows) and origins["eval_docs"].startswith(
+        "chosen: of 300 held-out documents"
+    )
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
-    evaluations = sum(step in (0, steps) or bool(config.eval_steps) and step % config.eval_steps == 0 for step in range(steps + 1))
+    evaluations = sum(
+        step in (0, steps) or bool(config.eval_steps) and step % config.eval_steps == 0
+        for step in range(steps + 1)
+    )
     assert evaluations == held_out.evaluations(config, steps)
 
     def share(tokens):
@@ -146,7 +234,9 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
 
     assert share(sum(chosen.lengths - 1)) <= 0.1 < share(sum(chosen.lengths - 1) + 60)
     # in any order of the file the same documents
-    again = choose_evaluation(Config(micro_bsz=4, ctx_len=64, **settings), {}, schedule, cut_to_length(held[::-1]), None)
+    again = choose_evaluation(
+        Config(micro_bsz=4, ctx_len=64, **settings), {}, schedule, cut_to_length(held[::-1]), None
+    )
     assert sorted(row.ids.tobytes() for row in chosen.rows) == sorted(row.ids.tobytes() for row in again.rows)
 
 
@@ -156,14 +246,19 @@ def test_few_held_out_documents_are_all_taken_and_one_always_is():
         schedule = make_schedule(cut_to_length(documents(400, 0)), config, 1)
         chosen = choose_evaluation(config, origins, schedule, cut_to_length(documents(count, 1)), None)
         assert len(chosen.rows) == config.eval_docs == taken
-    assert choose_evaluation(config := Config(), {}, None, Documents([]), None).rows == [] and not config.eval_docs
+    assert (
+        choose_evaluation(config := Config(), {}, None, Documents([]), None).rows == []
+        and not config.eval_docs
+    )
 
 
 def test_the_share_is_kept_and_a_run_from_before_it_evaluates_everything(files, tmp_path):
     run, old = tmp_path / "run", tmp_path / "old"
     succeed(evaluated(files, run, sabotage=short_answers))
     config = read_yaml(str(run / "config.yaml"))
-    [line] = [line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("eval_docs: ")]
+    [line] = [
+        line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("eval_docs: ")
+    ]
     assert 0 < config["eval_docs"] < 40 and "# chosen: of 40 held-out documents" in line
     tokens = validation(run)[0]["tokens"]
     # twice as long, more would be affordable
@@ -174,7 +269,9 @@ def test_the_share_is_kept_and_a_run_from_before_it_evaluates_everything(files, 
     succeed(evaluated(files, old, "--eval_docs", "99", sabotage=short_answers))
     everything = validation(old)[0]["tokens"]
     text = (old / "config.yaml").read_text()
-    (old / "config.yaml").write_text("".join(line for line in text.splitlines(True) if not line.startswith(("eval_docs", "verbose"))))
+    (old / "config.yaml").write_text(
+        "".join(line for line in text.splitlines(True) if not line.startswith(("eval_docs", "verbose")))
+    )
     output = succeed(evaluated(files, old, "--epoch_count", "2", "--resume", "auto", sabotage=short_answers))
     assert [line["tokens"] for line in validation(old)] == 3 * [everything] > 3 * [tokens]
     assert "loss on 40 of 40 held-out documents" in output
@@ -185,9 +282,24 @@ def chatty(rank):
 
 
 def test_a_pipe_hears_of_the_validation(files, tmp_path):
-    output = succeed(evaluated(files, tmp_path / "run", "--eval_docs", "40", sabotage=functools.partial(in_turn, short_answers, chatty)))
-    assert re.search(r"^validation:  [ \d]\d%, \d+ of 40 documents, [\d.e+]+ documents/s, [\d.]+ s left$", output, re.MULTILINE)
-    assert len(re.findall("^validation: 100%, 40 of 40 documents", output, re.MULTILINE)) == 2 and "\r" not in output
+    output = succeed(
+        evaluated(
+            files,
+            tmp_path / "run",
+            "--eval_docs",
+            "40",
+            sabotage=functools.partial(in_turn, short_answers, chatty),
+        )
+    )
+    assert re.search(
+        r"^validation:  [ \d]\d%, \d+ of 40 documents, [\d.e+]+ documents/s, [\d.]+ s left$",
+        output,
+        re.MULTILINE,
+    )
+    assert (
+        len(re.findall("^validation: 100%, 40 of 40 documents", output, re.MULTILINE)) == 2
+        and "\r" not in output
+    )
 
 
 # Ctrl-C
@@ -196,7 +308,11 @@ def test_a_pipe_hears_of_the_validation(files, tmp_path):
 def test_before_the_first_step_the_run_ends_at_once(files, tmp_path):
     stop = functools.partial(at_file, "validation.jsonl", 2, tmp_path / "run", interrupt)
     code, output = evaluated(files, tmp_path / "run", sabotage=stop)
-    assert code == 130 and output.splitlines()[-1] == "interrupted before the first step" and "step 0/6" not in output
+    assert (
+        code == 130
+        and output.splitlines()[-1] == "interrupted before the first step"
+        and "step 0/6" not in output
+    )
     assert not (tmp_path / "run/adapter.pth").exists()
     succeed(evaluated(files, tmp_path / "run", "--epoch_steps", "1", sabotage=short_answers))
 
@@ -220,8 +336,14 @@ def test_an_evaluation_is_left_for_later_by_who_wants_to_stop(files, tmp_path):
     stop = functools.partial(in_turn, short_answers, functools.partial(interrupt_in_validation, 2, 1))
     code, output = evaluated(files, tmp_path / "run", *more, sabotage=stop)
     words = "stopping after this step and saving; press Ctrl-C again to quit now without saving"
-    assert code == 130 and output.count(words) == 1 and "stopped, go on with --resume auto: step 2 of 6" in output
-    assert [line["step"] for line in validation(tmp_path / "run")] == [0] and len(losses(tmp_path / "run")) == 2
+    assert (
+        code == 130
+        and output.count(words) == 1
+        and "stopped, go on with --resume auto: step 2 of 6" in output
+    )
+    assert [line["step"] for line in validation(tmp_path / "run")] == [0] and len(
+        losses(tmp_path / "run")
+    ) == 2
     succeed(evaluated(files, tmp_path / "run", *more, "--resume", "auto", sabotage=short_answers))
     succeed(evaluated(files, tmp_path / "whole", *more, sabotage=short_answers))
     assert validation(tmp_path / "run") == validation(tmp_path / "whole")
@@ -230,5 +352,7 @@ def test_an_evaluation_is_left_for_later_by_who_wants_to_stop(files, tmp_path):
 def test_the_second_ctrl_c_ends_it_without_saving(files, tmp_path):
     stop = functools.partial(in_turn, short_answers, functools.partial(interrupt_in_validation, 6, 2))
     code, output = evaluated(files, tmp_path / "run", "--eval_docs", "40", sabotage=stop)
-    assert code == 130 and output.splitlines()[-1] == "ended within a step; what was saved before is unchanged"
+    assert (
+        code == 130 and output.splitlines()[-1] == "ended within a step; what was saved before is unchanged"
+    )
     assert not (tmp_path / "run/adapter.pth").exists() and not os.path.exists(tmp_path / "run/run.json")

@@ -24,7 +24,10 @@ STAGES = [f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in 
 def files(tmp_path_factory):
     """A random bf16 base of odd width, which two processes do not share evenly, and 8 rows: 2 steps of 4."""
     folder = tmp_path_factory.mktemp("scale")
-    torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=135, head_size=15), torch.bfloat16), folder / "base.pth")
+    torch.save(
+        random_tensors(make_arch(7, vocab_size=256, n_embd=135, head_size=15), torch.bfloat16),
+        folder / "base.pth",
+    )
     rng = random.Random(0)
     rows = [{"text": "".join(rng.choices("abcd ", k=rng.randint(3, 20)))} for _ in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -33,9 +36,30 @@ def files(tmp_path_factory):
 
 def flags_of(files, proj_dir, *flags):
     own = [] if "--micro_bsz" in flags else ["--micro_bsz", "4"]
-    return ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-            "--packing", "0", "--accelerator", "cpu", "--lr_init", "1e-2", "--weight_decay", "20", "--adam_eps", "1e-3", "--peft_config", "r=5",
-            *own, *flags]
+    return [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "rows.jsonl"),
+        "--proj_dir",
+        str(proj_dir),
+        "--tokenizer",
+        "bytes",
+        "--packing",
+        "0",
+        "--accelerator",
+        "cpu",
+        "--lr_init",
+        "1e-2",
+        "--weight_decay",
+        "20",
+        "--adam_eps",
+        "1e-3",
+        "--peft_config",
+        "r=5",
+        *own,
+        *flags,
+    ]
 
 
 def losses(proj_dir):
@@ -59,7 +83,9 @@ def look_inside(rank):
 
     def checked_setup(self, model):
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-        assert "base.pth" in open("/proc/self/maps").read(), "the base is read when it is shared out, and not before"
+        assert "base.pth" in open("/proc/self/maps").read(), (
+            "the base is read when it is shared out, and not before"
+        )
         setup(self, model)
         for name, p in model.named_parameters():
             assert p.numel() == 0 and p.ds_tensor.numel() == -(-sizes[name] // 2), f"{name} is held whole"
@@ -70,12 +96,16 @@ def look_inside(rank):
     def checked_features(self, *args, **kwargs):
         out = head_of(self, *args, **kwargs)
         # DeepSpeed leaves smaller ones whole; the model that a run measures its speed with is not DeepSpeed's
-        whole = [name for name, p in self.named_parameters() if p.numel() > 10_000 and hasattr(p, "ds_tensor")]
+        whole = [
+            name for name, p in self.named_parameters() if p.numel() > 10_000 and hasattr(p, "ds_tensor")
+        ]
         # the head may have been fetched ahead, nothing that was used before may still be there
         assert set(whole) <= {"head.weight"}, f"{whole} are whole after the last layer"
         return out
 
-    src.deepspeed_anywhere.BUCKET = 1000  # as small against this model as the real one is against a real model
+    src.deepspeed_anywhere.BUCKET = (
+        1000  # as small against this model as the real one is against a real model
+    )
     src.deepspeed_anywhere.AnywhereDeepSpeed._setup_model = checked_setup
     RWKV.features = checked_features
 
@@ -111,10 +141,14 @@ def two_machines():
     script = ["bash", "scripts/two_machines.sh"]
     tried = subprocess.run([*script, "true"], cwd=ROOT, capture_output=True, text=True)
     if tried.returncode:
-        pytest.skip(f"NO RIGHT TO MAKE NETWORK NAMESPACES, so that nothing is tested on two machines: {tried.stderr}")
+        pytest.skip(
+            f"NO RIGHT TO MAKE NETWORK NAMESPACES, so that nothing is tested on two machines: {tried.stderr}"
+        )
 
     def run(command):
-        return subprocess.run([*script, "bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [*script, "bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
@@ -125,16 +159,32 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(("launcher", "strategy"), [("torchrun", "deepspeed_stage_3"), ("deepspeed", "deepspeed_stage_2")])
-def test_two_machines_train_what_one_process_does_and_the_first_one_writes_it(files, tmp_path, plain, two_machines, launcher, strategy):
+@pytest.mark.parametrize(
+    ("launcher", "strategy"), [("torchrun", "deepspeed_stage_3"), ("deepspeed", "deepspeed_stage_2")]
+)
+def test_two_machines_train_what_one_process_does_and_the_first_one_writes_it(
+    files, tmp_path, plain, two_machines, launcher, strategy
+):
     """Neither is told how many there are, and neither which network to use."""
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
     command = LAUNCHERS[launcher].format(hosts=tmp_path / "hosts")
     flags = shlex.join(flags_of(files, tmp_path / "run", "--micro_bsz", "2", "--strategy", strategy))
-    done = two_machines(f"DS_ACCELERATOR=cpu {sys.executable} {command} train.py {flags} --proj_dir {tmp_path}/run-$NODE_RANK")
+    done = two_machines(
+        f"DS_ACCELERATOR=cpu {sys.executable} {command} train.py {flags} --proj_dir {tmp_path}/run-$NODE_RANK"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run-0") == pytest.approx(losses(plain), rel=1e-5)
-    close("the adapter", *(torch.cat([t.flatten() for t in read_checkpoint(path / "adapter.pth").values()])
-                                   for path in (tmp_path / "run-0", plain)), 1e-5)
+    close(
+        "the adapter",
+        *(
+            torch.cat([t.flatten() for t in read_checkpoint(path / "adapter.pth").values()])
+            for path in (tmp_path / "run-0", plain)
+        ),
+        1e-5,
+    )
     assert not (tmp_path / "run-1").exists(), "the second machine wrote, too"
-    assert not [line for line in subprocess.check_output(["ip", "netns"], text=True).splitlines() if line.startswith("rwkv-")]
+    assert not [
+        line
+        for line in subprocess.check_output(["ip", "netns"], text=True).splitlines()
+        if line.startswith("rwkv-")
+    ]

@@ -22,7 +22,9 @@ from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
 from .program import losses
 
-RESETS = torch.zeros(3, 41, dtype=torch.bool)  # documents of 1 to 41 tokens; the second row goes on from before and is one document
+RESETS = torch.zeros(
+    3, 41, dtype=torch.bool
+)  # documents of 1 to 41 tokens; the second row goes on from before and is one document
 RESETS[0, [0, 1, 2, 19, 38]] = True
 RESETS[2, [17, 40]] = True
 
@@ -34,12 +36,18 @@ def tuned(version, train_parts=None, path=None, **sizes):
         model.load_state_dict(random_tensors(model.arch))
     else:
         model = RWKV.load(path)
-    rwkv_miss.inject(model, *(["state"] if train_parts is None else ["miss", None, train_parts]), **({} if train_parts is None else {"rank": 5}))
+    rwkv_miss.inject(
+        model,
+        *(["state"] if train_parts is None else ["miss", None, train_parts]),
+        **({} if train_parts is None else {"rank": 5}),
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p += torch.randn(p.shape, generator=generator) * (1.0 if name.endswith("time_state") else 0.05)
+                p += torch.randn(p.shape, generator=generator) * (
+                    1.0 if name.endswith("time_state") else 0.05
+                )
     return model if path else model.double()
 
 
@@ -52,7 +60,10 @@ def inputs(version, B, T, H=2, N=8, dtype=torch.float64):
     if version == 6:
         return {**x, "u": torch.randn(H, N, dtype=dtype)}
     kappa = torch.nn.functional.normalize(torch.randn(B, T, H, N, dtype=dtype), dim=-1)
-    return {name: x[name] for name in "rwkv"} | {"a": -kappa, "b": kappa * torch.rand(B, T, H, N, dtype=dtype)}
+    return {name: x[name] for name in "rwkv"} | {
+        "a": -kappa,
+        "b": kappa * torch.rand(B, T, H, N, dtype=dtype),
+    }
 
 
 def one_by_one(op, x, s0, reset, start):
@@ -72,8 +83,15 @@ def one_by_one(op, x, s0, reset, start):
 
 
 @pytest.mark.parametrize("version", [6, 7])
-@pytest.mark.parametrize("kernel, dtype, ratio", [("torch", torch.float64, 1e-12), ("reference", torch.float64, 1e-12), ("cpu", torch.float32, 2e-5),
-                                                  ("cpu", torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "kernel, dtype, ratio",
+    [
+        ("torch", torch.float64, 1e-12),
+        ("reference", torch.float64, 1e-12),
+        ("cpu", torch.float32, 2e-5),
+        ("cpu", torch.bfloat16, 2e-2),
+    ],
+)
 @pytest.mark.parametrize("carried", [False, True])
 def test_every_document_starts_from_the_state_and_gives_it_a_gradient(version, kernel, dtype, ratio, carried):
     op = {6: wkv6, 7: wkv7}[version]
@@ -85,12 +103,20 @@ def test_every_document_starts_from_the_state_and_gives_it_a_gradient(version, k
 
     def results(function, to, **kernel):
         leaves = {name: to(t).requires_grad_() for name, t in x.items()}
-        states = [t.to(exact if kernel else torch.float64).requires_grad_() for t in (start, *([s0] if carried else []))]
-        y, state = function(*leaves.values(), states[1] if carried else None, RESETS, start=states[0], **kernel)
+        states = [
+            t.to(exact if kernel else torch.float64).requires_grad_()
+            for t in (start, *([s0] if carried else []))
+        ]
+        y, state = function(
+            *leaves.values(), states[1] if carried else None, RESETS, start=states[0], **kernel
+        )
         grads = torch.autograd.grad([y, state], [*leaves.values(), *states], [to(dy), dstate.to(state.dtype)])
         return dict(zip(("y", "state", *leaves, "start", "s0"), (y, state, *grads)))
 
-    want = results(lambda *args, start: one_by_one(op, dict(zip(x, args)), *args[len(x):], start), lambda t: t.detach().double())
+    want = results(
+        lambda *args, start: one_by_one(op, dict(zip(x, args)), *args[len(x) :], start),
+        lambda t: t.detach().double(),
+    )
     got = results(op, lambda t: t.detach().clone(), kernel=kernel)
     assert got.keys() == want.keys()
     for name in want:
@@ -103,11 +129,15 @@ def test_documents_are_padded_to_less_than_twice_their_tokens_and_none_is_lost()
     reset[3, 1:] = False
     plan = layout(reset)
     used = torch.cat([group.tokens.flatten() for group in plan.groups])
-    assert torch.equal(used[plan.places], torch.arange(reset.numel())), "a token's output is where places says"
+    assert torch.equal(used[plan.places], torch.arange(reset.numel())), (
+        "a token's output is where places says"
+    )
     lengths = torch.cat([(group.tokens < reset.numel()).sum(1) for group in plan.groups])
     assert lengths.sum() == reset.numel() and len(lengths) == (reset | (torch.arange(700) == 0)).sum()
     long = [group for group in plan.groups if group.tokens.shape[1] > 16]
-    assert len(long) > 3 and sum(g.tokens.numel() for g in long) < 2 * sum((g.tokens < reset.numel()).sum() for g in long)
+    assert len(long) > 3 and sum(g.tokens.numel() for g in long) < 2 * sum(
+        (g.tokens < reset.numel()).sum() for g in long
+    )
     assert layout(reset) is plan, "the layers of a model share one"
 
 
@@ -127,9 +157,16 @@ def test_a_fresh_state_changes_nothing_and_only_it_is_trained(version, dtype, ch
     report = rwkv_miss.inject(model, "state")
     ids, reset = torch.arange(2 * 19).view(2, 19), torch.arange(19).expand(2, 19) % 7 == 0
     assert torch.equal(model(ids)[0], plain(ids)[0])
-    close("logits of packed rows", model(ids, reset=reset)[0], plain(ids, reset=reset)[0], 1e-5 if dtype == torch.float32 else 2e-2)
+    close(
+        "logits of packed rows",
+        model(ids, reset=reset)[0],
+        plain(ids, reset=reset)[0],
+        1e-5 if dtype == torch.float32 else 2e-2,
+    )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert list(trained) == [f"blocks.{i}.att.time_state" for i in range(2)] and set(trained) == set(model.state_dict()) - set(plain.state_dict())
+    assert list(trained) == [f"blocks.{i}.att.time_state" for i in range(2)] and set(trained) == set(
+        model.state_dict()
+    ) - set(plain.state_dict())
     assert {(p.dtype, tuple(p.shape)) for p in trained.values()} == {(torch.float32, (3, 16, 16))}
     assert report.line().startswith("1,536 trainable") and report.trainable == 2 * 3 * 16 * 16
 
@@ -156,7 +193,9 @@ def test_packed_rows_equal_rows_of_their_own(version, train_parts, grad_cp):
         for begin, end in zip(places, places[1:]):
             alone = alone + loss(model(ids[row : row + 1, begin:end])[0], targets[row : row + 1, begin:end])
     close("loss", packed, alone, 1e-10)
-    for name, mine, theirs in zip(trained, got, torch.autograd.grad(alone, list(trained.values())), strict=True):
+    for name, mine, theirs in zip(
+        trained, got, torch.autograd.grad(alone, list(trained.values())), strict=True
+    ):
         assert theirs.abs().max() > 0, name
         close(name, mine, theirs, 1e-9)
 
@@ -205,7 +244,12 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
     ids, targets = torch.randint(67, (2, 1, 41), generator=torch.Generator().manual_seed(4))
     reset = torch.zeros(1, 41, dtype=torch.bool)
     reset[0, resets] = True
-    batch = {"ids": ids, "targets": targets, "mask": torch.ones_like(reset), "reset": reset if resets else None}
+    batch = {
+        "ids": ids,
+        "targets": targets,
+        "mask": torch.ones_like(reset),
+        "reset": reset if resets else None,
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
     state, want = None, 0.0
     for start in range(0, 41, 12):
@@ -215,7 +259,10 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
         state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
     for sparse in (False, True):
         loss = rows_loss(model, batch, Chunks(6, 12, sparse))
-        for got, expected in zip([loss, *torch.autograd.grad(loss, trained)], [want, *torch.autograd.grad(want, trained, retain_graph=True)]):
+        for got, expected in zip(
+            [loss, *torch.autograd.grad(loss, trained)],
+            [want, *torch.autograd.grad(want, trained, retain_graph=True)],
+        ):
             close("loss and gradients", got, expected, 1e-9)
 
 
@@ -227,7 +274,9 @@ def test_the_gradient_is_that_of_finite_differences(version):
     state = model.blocks[0].att.time_state.detach().requires_grad_()
 
     def logits(state):
-        return torch.func.functional_call(model, {"blocks.0.att.time_state": state}, (ids,), {"reset": reset})[0]
+        return torch.func.functional_call(
+            model, {"blocks.0.att.time_state": state}, (ids,), {"reset": reset}
+        )[0]
 
     assert torch.autograd.gradcheck(logits, state)
 
@@ -238,13 +287,18 @@ def test_the_gradient_is_that_of_finite_differences(version):
 def runtime_state(path):
     """The state list of the package rwkv for RWKV-7 with a file's initial states in it, as the merge's note tells the user."""
     tensors = torch.load(path, weights_only=True)
-    width, states = tensors["emb.weight"].shape[1], [t for name, t in tensors.items() if name.endswith("time_state")]
+    width, states = (
+        tensors["emb.weight"].shape[1],
+        [t for name, t in tensors.items() if name.endswith("time_state")],
+    )
     return [t for state in states for t in (torch.zeros(width), state.float(), torch.zeros(width))]
 
 
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("train_parts", [None, "state"])
-def test_saved_loaded_and_merged_are_the_live_model_here_and_in_rwkv(version, train_parts, checkpoint, tmp_path):
+def test_saved_loaded_and_merged_are_the_live_model_here_and_in_rwkv(
+    version, train_parts, checkpoint, tmp_path
+):
     base = checkpoint(version)
     model = tuned(version, train_parts, base)
     rwkv_miss.save_adapter(model, tmp_path / "a.pth")
@@ -264,7 +318,12 @@ def test_saved_loaded_and_merged_are_the_live_model_here_and_in_rwkv(version, tr
     close("merged", again(ids[None])[0], live, 1e-5)
     assert RWKV.load(tmp_path / "m.pth", torch.bfloat16).blocks[1].att.time_state.dtype == torch.float32
     run = pypi_rwkv(tmp_path / "m.pth")
-    close("rwkv", run(ids.tolist(), runtime_state(tmp_path / "m.pth") if version == 7 else None)[0], live[0], 2e-5)
+    close(
+        "rwkv",
+        run(ids.tolist(), runtime_state(tmp_path / "m.pth") if version == 7 else None)[0],
+        live[0],
+        2e-5,
+    )
     # and one token at a time
     state, rows = runtime_state(tmp_path / "m.pth") if version == 7 else None, []
     for token in ids.tolist():
@@ -285,7 +344,9 @@ def test_a_state_file_of_another_project_is_an_adapter(version, checkpoint, tmp_
     assert all(torch.equal(p, states[name].bfloat16().float()) for name, p in found.items())
     assert describe(tmp_path / "state.pth")["kind"] == "adapter"
     rwkv_miss.merge_file(base, tmp_path / "state.pth", tmp_path / "m.pth")
-    assert torch.equal(RWKV.load(tmp_path / "m.pth")(torch.arange(9)[None])[0], loaded(torch.arange(9)[None])[0])
+    assert torch.equal(
+        RWKV.load(tmp_path / "m.pth")(torch.arange(9)[None])[0], loaded(torch.arange(9)[None])[0]
+    )
     torch.save(dict(list(states.items())[:1]), tmp_path / "part.pth")
     with pytest.raises(rwkv_miss.UserError, match="part.pth lacks blocks.1.att.time_state"):
         rwkv_miss.load_adapter(RWKV.load(base), tmp_path / "part.pth")
@@ -311,8 +372,13 @@ def test_a_base_with_a_state_is_tuned_on_from_there(checkpoint, tmp_path):
 
 
 def test_mistakes_are_explained(checkpoint):
-    for arguments, words in ((("state", None, "state"), "method state trains part state already"),
-                             (("state", ["key", "value"]), "method state adapts no linear layers; drop the targets \\(key, value\\)")):
+    for arguments, words in (
+        (("state", None, "state"), "method state trains part state already"),
+        (
+            ("state", ["key", "value"]),
+            "method state adapts no linear layers; drop the targets \\(key, value\\)",
+        ),
+    ):
         with pytest.raises(rwkv_miss.UserError, match=words):
             rwkv_miss.inject(RWKV.load(checkpoint(7)), *arguments)
     with pytest.raises(rwkv_miss.UserError, match="state tuning is for RWKV-6 and RWKV-7"):
@@ -325,7 +391,9 @@ def test_the_state_learns_at_its_own_rate_without_decay():
     model = tuned(7, "state,time")
     groups = parameter_groups(model, 1e-5, 0.1, 1e-2)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert rates[id(model.blocks[0].att.time_state)] == (1e-2, 0.0) and rates[id(model.blocks[0].att.key.miss)] == (1e-5, 0.1)
+    assert rates[id(model.blocks[0].att.time_state)] == (1e-2, 0.0) and rates[
+        id(model.blocks[0].att.key.miss)
+    ] == (1e-5, 0.1)
 
 
 # chat and runs
@@ -341,19 +409,40 @@ def letters(tmp_path):
 @pytest.mark.parametrize("version", [6, 7])
 def test_a_new_conversation_starts_from_the_state(version, tmp_path, capsys):
     # louder layers, so that the next token depends on more than the last one
-    loud = {n: 6 * t if n.endswith(("att.output.weight", "ffn.value.weight")) else t for n, t in random_tensors(make_arch(version)).items()}
+    loud = {
+        n: 6 * t if n.endswith(("att.output.weight", "ffn.value.weight")) else t
+        for n, t in random_tensors(make_arch(version)).items()
+    }
     base = tmp_path / "loud.pth"
     rwkv_miss.write_checkpoint(base, loud.items())
     rwkv_miss.save_adapter(tuned(version, path=base), tmp_path / "a.pth")
     rwkv_miss.merge_file(base, tmp_path / "a.pth", tmp_path / "m.pth")
-    flags = ["--tokenizer", letters(tmp_path), "--prompt", "hello?", "--temperature", "0", "--max_tokens", "30", "--wkv", "torch"]
+    flags = [
+        "--tokenizer",
+        letters(tmp_path),
+        "--prompt",
+        "hello?",
+        "--temperature",
+        "0",
+        "--max_tokens",
+        "30",
+        "--wkv",
+        "torch",
+    ]
     said = []
-    for model in (["--model", base, "--adapter", tmp_path / "a.pth"], ["--model", tmp_path / "m.pth"], ["--model", base]):
+    for model in (
+        ["--model", base, "--adapter", tmp_path / "a.pth"],
+        ["--model", tmp_path / "m.pth"],
+        ["--model", base],
+    ):
         chat.main([*map(str, model), *flags])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
     model, tokenizer = load(base, tmp_path / "a.pth", letters(tmp_path), wkv="torch")
-    answers = ["".join(Conversation(model, tokenizer, Sampling(temperature=0)).answer("hello?", 30)) for _ in range(2)]
+    answers = [
+        "".join(Conversation(model, tokenizer, Sampling(temperature=0)).answer("hello?", 30))
+        for _ in range(2)
+    ]
     assert answers[0] == answers[1] and answers[0].lstrip(" ") == said[0].removesuffix("\n")
 
 
@@ -362,24 +451,65 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("state")
     for version in (6, 7):
         torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
-    rows = [{"messages": [{"role": "user", "content": "q" * i}, {"role": "assistant", "content": "ab c" * (1 + i % 3)}]} for i in range(1, 22)]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q" * i},
+                {"role": "assistant", "content": "ab c" * (1 + i % 3)},
+            ]
+        }
+        for i in range(1, 22)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def train(files, proj_dir, *flags, version=7):
-    return program.succeed(program.run([
-        "--load_model", str(files / f"v{version}.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-        "--accelerator", "cpu", "--lr_schedule", "constant", "--micro_bsz", "21", *flags]))
+    return program.succeed(
+        program.run(
+            [
+                "--load_model",
+                str(files / f"v{version}.pth"),
+                "--data_file",
+                str(files / "data.jsonl"),
+                "--proj_dir",
+                str(proj_dir),
+                "--tokenizer",
+                "bytes",
+                "--accelerator",
+                "cpu",
+                "--lr_schedule",
+                "constant",
+                "--micro_bsz",
+                "21",
+                *flags,
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sittings(files, tmp_path, version):
-    output = train(files, tmp_path / "own", "--peft", "state", "--packing", "0", "--epoch_steps", "6", version=version)
+    output = train(
+        files, tmp_path / "own", "--peft", "state", "--packing", "0", "--epoch_steps", "6", version=version
+    )
     assert "trained    1,536 of " in output and "%): state\n" in output and "lr 0.01" in output
     curve = losses(tmp_path / "own")
     assert curve[-1] < curve[0] - 0.01
-    shared = ["--peft", "state", "--ctx_len", "150", "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "4", "--grad_cp", "1"]
+    shared = [
+        "--peft",
+        "state",
+        "--ctx_len",
+        "150",
+        "--strategy",
+        "deepspeed_stage_3",
+        "--devices",
+        "2",
+        "--micro_bsz",
+        "4",
+        "--grad_cp",
+        "1",
+    ]
     train(files, tmp_path / "shared", *shared, "--epoch_steps", "2", version=version)
     train(files, tmp_path / "shared", *shared, "--epoch_steps", "6", "--resume", "auto", version=version)
     assert losses(tmp_path / "shared") == pytest.approx(curve, rel=1e-5)
@@ -390,17 +520,49 @@ def test_a_run_learns_and_shared_rows_under_zero_3_train_the_same_in_two_sitting
 
 
 def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
-    output = train(files, tmp_path / "run", "--peft_config", "r=7", "--train_parts", "state", "--epoch_steps", "3")
+    output = train(
+        files, tmp_path / "run", "--peft_config", "r=7", "--train_parts", "state", "--epoch_steps", "3"
+    )
     assert "in 12 matrices, and state of the base" in output and "initial state 0.01" in output
     tensors = rwkv_miss.read_checkpoint(tmp_path / "run/adapter.pth")
-    assert len(tensors) == 14 and 5e-3 < tensors["blocks.1.att.time_state"].abs().max() < 0.1 and tensors["blocks.1.att.key.miss"].abs().max() < 1e-3
+    assert (
+        len(tensors) == 14
+        and 5e-3 < tensors["blocks.1.att.time_state"].abs().max() < 0.1
+        and tensors["blocks.1.att.key.miss"].abs().max() < 1e-3
+    )
 
 
-@pytest.mark.parametrize("flags", [[], ["--grad_cp", "1"], ["--chunk_ctx", "7"]], ids=["plain", "grad_cp", "chunks"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--grad_cp", "1"], ["--chunk_ctx", "7"]], ids=["plain", "grad_cp", "chunks"]
+)
 def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_path, flags):
     """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of a training."""
-    code, output = program.run([
-        "--load_model", str(files / "v7.pth"), "--data_file", str(files / "data.jsonl"), "--proj_dir", str(tmp_path / "run"), "--tokenizer", "bytes",
-        "--accelerator", "cpu", "--micro_bsz", "2", "--packing", "0", "--epoch_steps", "9", "--peft", "state", "--lr_init", "1e30", *flags])
-    assert code == 2 and output.count("back to the state of step 0") == 3 and "Traceback" not in output, output
+    code, output = program.run(
+        [
+            "--load_model",
+            str(files / "v7.pth"),
+            "--data_file",
+            str(files / "data.jsonl"),
+            "--proj_dir",
+            str(tmp_path / "run"),
+            "--tokenizer",
+            "bytes",
+            "--accelerator",
+            "cpu",
+            "--micro_bsz",
+            "2",
+            "--packing",
+            "0",
+            "--epoch_steps",
+            "9",
+            "--peft",
+            "state",
+            "--lr_init",
+            "1e30",
+            *flags,
+        ]
+    )
+    assert code == 2 and output.count("back to the state of step 0") == 3 and "Traceback" not in output, (
+        output
+    )
     assert "the run diverged; lower --lr_init" in output

@@ -30,20 +30,45 @@ def gsm8k(data_dir, name="gsm8k_test.jsonl"):
 def metamath(row):
     """A row of GSM8K as MetaMathQA has it."""
     solution, number = re.sub(r"<<.*?>>", "", row["answer"]).split("\n#### ")
-    return {"type": "GSM_AnsAug", "query": row["question"], "original_question": row["question"],
-            "response": f"{solution}\n#### {number}\nThe answer is: {number}"}
+    return {
+        "type": "GSM_AnsAug",
+        "query": row["question"],
+        "original_question": row["question"],
+        "response": f"{solution}\n#### {number}\nThe answer is: {number}",
+    }
 
 
-@pytest.mark.parametrize("text,expected", [
-    ("so 3 + 4 = 7.\n#### 7", 7), ("#### 1,080", 1080), ("#### -12", -12), ("#### 18 eggs of 20", 18),
-    ("The answer is: $1,234.50.", Fraction("1234.5")), ("The answer is: 3/4", Fraction(3, 4)), ("The answer is 18 and not 20.", 18),
-    ("first 3, then 10-12", 12), ("it costs -$5", -5), ("about .5", Fraction(1, 2)),
-    ("The answer is 3. The answer is 4.", 4), ("the answer is: none of 3", 3), ("The answer is: unknown", None), ("no number", None), ("", None),
-    ("#### \u22123", -3), (r"The answer is: $\frac{3}{4}$", Fraction(3, 4)), (r"so \dfrac34", Fraction(3, 4)),
-    (r"#### -\frac{3}{4}", Fraction(-3, 4)), (r"it is 1\frac{3}{4}", Fraction(7, 4)), (r"about \frac{-1}{2}", Fraction(-1, 2)),
-    (r"from 1,080 to \frac{1}{2}", Fraction(1, 2)), (r"\frac{%s}{4} of 9" % ("7" * 5000), 9),
-    ("The answer is: " + "3" * 5000, None), ("4 and then 0." + "0" * 5000, 4), ("5 or 1/" + "7" * 5000, 5),
-])
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("so 3 + 4 = 7.\n#### 7", 7),
+        ("#### 1,080", 1080),
+        ("#### -12", -12),
+        ("#### 18 eggs of 20", 18),
+        ("The answer is: $1,234.50.", Fraction("1234.5")),
+        ("The answer is: 3/4", Fraction(3, 4)),
+        ("The answer is 18 and not 20.", 18),
+        ("first 3, then 10-12", 12),
+        ("it costs -$5", -5),
+        ("about .5", Fraction(1, 2)),
+        ("The answer is 3. The answer is 4.", 4),
+        ("the answer is: none of 3", 3),
+        ("The answer is: unknown", None),
+        ("no number", None),
+        ("", None),
+        ("#### \u22123", -3),
+        (r"The answer is: $\frac{3}{4}$", Fraction(3, 4)),
+        (r"so \dfrac34", Fraction(3, 4)),
+        (r"#### -\frac{3}{4}", Fraction(-3, 4)),
+        (r"it is 1\frac{3}{4}", Fraction(7, 4)),
+        (r"about \frac{-1}{2}", Fraction(-1, 2)),
+        (r"from 1,080 to \frac{1}{2}", Fraction(1, 2)),
+        (r"\frac{%s}{4} of 9" % ("7" * 5000), 9),
+        ("The answer is: " + "3" * 5000, None),
+        ("4 and then 0." + "0" * 5000, 4),
+        ("5 or 1/" + "7" * 5000, 5),
+    ],
+)
 def test_the_number_that_an_answer_ends_in(text, expected):
     assert final_number(text) == expected
 
@@ -64,32 +89,68 @@ def test_every_right_answer_of_gsm8k_is_right_and_every_shifted_one_wrong(data_d
         assert not same_number("", gold)
 
 
-@pytest.mark.parametrize("text,expected", [
-    (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{a_{b}^{2}}", "a_{b}^{2}"), (r"is $\boxed 5$", "5"),
-    (r"\fbox{7}", "7"), (r"The answer is: \frac{3}{4}", r"\frac{3}{4}"), ("#### 12\nThe answer is: 12", "12"),
-    (r"\boxed{open", None), ("7", None), ("The answer is:", ""),
-])
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{a_{b}^{2}}", "a_{b}^{2}"),
+        (r"is $\boxed 5$", "5"),
+        (r"\fbox{7}", "7"),
+        (r"The answer is: \frac{3}{4}", r"\frac{3}{4}"),
+        ("#### 12\nThe answer is: 12", "12"),
+        (r"\boxed{open", None),
+        ("7", None),
+        ("The answer is:", ""),
+    ],
+)
 def test_the_result_of_a_solution(text, expected):
     assert result(text) == expected
 
 
-@pytest.mark.parametrize("one,other", [
-    (r"\dfrac12", r"\frac{1}{2}"), ("1/2", r"\tfrac{1}{2}"), (r"\frac3{45}", r"\frac{3}{45}"), (r"\frac{3}5", r"\frac{3}{5}"),
-    (r"2\sqrt3", r"2\sqrt{3}"), (r"x = 5\text{ cm}", "5"), (r"12\text{ m}^2", "12"), (r"90^\circ", r"90^{\circ}"),
-    (r"\left( 1,\, 2 \right)", "(1,2)"), (r"\$5", "5"), (r"50\%", "50"), (r"\text{Monday}", "Monday"),
-    (r"\mathrm{(B)}", r"\text{(B)}"), (r"5\,\text{degrees}", "5."),
-])
+@pytest.mark.parametrize(
+    "one,other",
+    [
+        (r"\dfrac12", r"\frac{1}{2}"),
+        ("1/2", r"\tfrac{1}{2}"),
+        (r"\frac3{45}", r"\frac{3}{45}"),
+        (r"\frac{3}5", r"\frac{3}{5}"),
+        (r"2\sqrt3", r"2\sqrt{3}"),
+        (r"x = 5\text{ cm}", "5"),
+        (r"12\text{ m}^2", "12"),
+        (r"90^\circ", r"90^{\circ}"),
+        (r"\left( 1,\, 2 \right)", "(1,2)"),
+        (r"\$5", "5"),
+        (r"50\%", "50"),
+        (r"\text{Monday}", "Monday"),
+        (r"\mathrm{(B)}", r"\text{(B)}"),
+        (r"5\,\text{degrees}", "5."),
+    ],
+)
 def test_results_that_are_written_differently(one, other):
     assert normalised(one) == normalised(other)
     assert same_result(f"The answer is: {one}", rf"\boxed{{{other}}}")
 
 
-@pytest.mark.parametrize("one,other,equal", [
-    ("0.5", r"\frac{1}{2}", True), ("1,000", "1000", True), (".25", r"\frac14", True), (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
-    ("2.0", "2", True), ("\u22123", "-3", True), ("\u2212\\frac{1}{2}", "-0.5", True),
-    ("0.33", r"\frac13", False), ("-2", "2", False), ("(1,2)", "(2,1)", False), ("1,2", "12", False),
-    (r"\frac{1}{0}", "1", False), ("x^2", "x^3", False), ("1" * 5000, "1", False), (r"\frac{1}{%s}" % ("7" * 5000), "1", False),
-])
+@pytest.mark.parametrize(
+    "one,other,equal",
+    [
+        ("0.5", r"\frac{1}{2}", True),
+        ("1,000", "1000", True),
+        (".25", r"\frac14", True),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}", True),
+        ("2.0", "2", True),
+        ("\u22123", "-3", True),
+        ("\u2212\\frac{1}{2}", "-0.5", True),
+        ("0.33", r"\frac13", False),
+        ("-2", "2", False),
+        ("(1,2)", "(2,1)", False),
+        ("1,2", "12", False),
+        (r"\frac{1}{0}", "1", False),
+        ("x^2", "x^3", False),
+        ("1" * 5000, "1", False),
+        (r"\frac{1}{%s}" % ("7" * 5000), "1", False),
+    ],
+)
 def test_results_that_are_equal_numbers(one, other, equal):
     assert same_result(rf"\boxed{{{one}}}", rf"\boxed{{{other}}}") == equal
 
@@ -102,8 +163,11 @@ HUMANEVAL = {
     "test": "def check(candidate):\n    assert candidate([1, 3]) == 3\n    assert candidate([]) == -float('inf')\n",
 }
 MBPP = {
-    "task_id": 2, "text": "Write a function to add two numbers.", "code": "def add(a, b):\n    return a + b",
-    "test_list": ["assert add(1, 2) == 3", "assert add(zero, 0) == 0"], "test_setup_code": "zero = 0",
+    "task_id": 2,
+    "text": "Write a function to add two numbers.",
+    "code": "def add(a, b):\n    return a + b",
+    "test_list": ["assert add(1, 2) == 3", "assert add(zero, 0) == 0"],
+    "test_setup_code": "zero = 0",
 }
 
 
@@ -117,17 +181,28 @@ def problems(tmp_path):
 
 def test_programs_are_right_if_they_pass_and_only_then(problems):
     (pieces, largest, _), (_, add, _) = read_problems(str(problems))
-    assert "".join(pieces) == ('User: Complete this Python function.\n```python\nimport math\ndef largest(values):\n    """The largest, or -inf.\n'
-                               '    >>> largest([1, 3])\n    3\n    """\n```\n\nAssistant:')
+    assert "".join(pieces) == (
+        'User: Complete this Python function.\n```python\nimport math\ndef largest(values):\n    """The largest, or -inf.\n'
+        '    >>> largest([1, 3])\n    3\n    """\n```\n\nAssistant:'
+    )
     whole = "```python\ndef largest(values):\n    return max(values, default=-math.inf)\n```"
     answers = [
-        (largest, HUMANEVAL["canonical_solution"], True), (largest, HUMANEVAL["canonical_solution"].strip(), True),
-        (largest, whole, True), (largest, f"Here it is:\n{whole}\nIt uses max.", True),
-        (largest, "    return max(values)", False), (largest, "", False), (largest, "no code", False),
-        (add, f"```\n{MBPP['code']}\n```", True), (add, MBPP["code"], True), (add, "def add(a, b):\n    return a - b", False),
-        (add, f"{MBPP['code']}\nimport sys\nsys.exit(0)", False), (add, "def add(a, b):\n    import os\n    os._exit(0)", False),
+        (largest, HUMANEVAL["canonical_solution"], True),
+        (largest, HUMANEVAL["canonical_solution"].strip(), True),
+        (largest, whole, True),
+        (largest, f"Here it is:\n{whole}\nIt uses max.", True),
+        (largest, "    return max(values)", False),
+        (largest, "", False),
+        (largest, "no code", False),
+        (add, f"```\n{MBPP['code']}\n```", True),
+        (add, MBPP["code"], True),
+        (add, "def add(a, b):\n    return a - b", False),
+        (add, f"{MBPP['code']}\nimport sys\nsys.exit(0)", False),
+        (add, "def add(a, b):\n    import os\n    os._exit(0)", False),
     ]
-    assert passed([problem.program(answer) for problem, answer, _ in answers]) == [expected for *_, expected in answers]
+    assert passed([problem.program(answer) for problem, answer, _ in answers]) == [
+        expected for *_, expected in answers
+    ]
     assert written("```py\na\n") == "a\n" and written("```\na\n``` and ```\nb\n```") == "a\n"
 
 
@@ -153,12 +228,16 @@ time.sleep(600)
 
 def test_rows_that_are_no_problems(tmp_path):
     problems = tmp_path / "problems.jsonl"
-    for row, message in (({"prompt": "x", "test": "", "entry_point": "f"}, "does not begin the function 'f'"),
-                         ({"question": "q"}, "expected HumanEval's")):
+    for row, message in (
+        ({"prompt": "x", "test": "", "entry_point": "f"}, "does not begin the function 'f'"),
+        ({"question": "q"}, "expected HumanEval's"),
+    ):
         problems.write_text(json.dumps(row))
         with pytest.raises(ValueError, match=f"problems.jsonl, line 1: .*{message}"):
             read_problems(str(problems))
-    assert Problem("q", "assert f() == 1").program("def f(): return 1") == "def f(): return 1\nassert f() == 1\n"
+    assert (
+        Problem("q", "assert f() == 1").program("def f(): return 1") == "def f(): return 1\nassert f() == 1\n"
+    )
 
 
 # the programs
@@ -202,33 +281,59 @@ def test_answers_of_a_file_are_scored_without_a_model(tmp_path, data_dir, proble
 
     def score(texts, name="number", file=questions, *flags):
         answers.write_text("".join(json.dumps({"answer": text}) + "\n" for text in texts))
-        return evaluated(capsys, "--answers", answers, "--questions", file, "--score", name, *flags)[0]["accuracy"]
+        return evaluated(capsys, "--answers", answers, "--questions", file, "--score", name, *flags)[0][
+            "accuracy"
+        ]
 
     assert score([row["answer"] for row in rows]) == 1.0
     assert score([metamath(row)["response"] for row in rows]) == 1.0
     assert score([f"#### {final_number(row['answer']) + 1}" for row in rows]) == 0.0
     assert score([row["answer"] if i % 4 else "" for i, row in enumerate(rows)]) == 0.75
-    assert score([row["answer"] for row in rows], "exact") == 1.0 and score([metamath(row)["response"] for row in rows], "exact") == 0.0
+    assert (
+        score([row["answer"] for row in rows], "exact") == 1.0
+        and score([metamath(row)["response"] for row in rows], "exact") == 0.0
+    )
     maths = tmp_path / "math.jsonl"
-    maths.write_text(json.dumps({"problem": "1/2 + 1/4?", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{\frac{3}{4}}$."}))
+    maths.write_text(
+        json.dumps(
+            {
+                "problem": "1/2 + 1/4?",
+                "level": "Level 1",
+                "type": "Algebra",
+                "solution": r"It is $\boxed{\frac{3}{4}}$.",
+            }
+        )
+    )
     assert score(["The answer is: 0.75"], "boxed", maths, "--sft_field", "problem,solution") == 1.0
     assert score([r"\boxed{\frac34}"], "boxed", maths, "--sft_field", "problem,solution") == 1.0
     assert score(["3/5"], "boxed", maths, "--sft_field", "problem,solution") == 0.0
-    assert score([HUMANEVAL["canonical_solution"], "def add(a, b): return 3"], "code", problems, "--run_code") == 0.5
+    assert (
+        score([HUMANEVAL["canonical_solution"], "def add(a, b): return 3"], "code", problems, "--run_code")
+        == 0.5
+    )
 
 
-@pytest.mark.parametrize("flags,message", [
-    ([], "give --model, which answers the questions, or --answers"),
-    (["--model", "m", "--answers", "a"], "not both"),
-    (["--answers", "a", "--run_code"], "--run_code is for --score code"),
-    (["--answers", "a", "--score", "code"], "in no sandbox: add --run_code"),
-    (["--model", "m", "--score", "code"], "--save FILE without it keeps the answers"),
-    (["--answers", "a", "--adapter", "b"], "--adapter belongs to a --model"),
-    (["--answers", "a", "--batch", "0"], "--batch 0: must be at least 1"),
-    (["--answers", "nowhere.jsonl", "--score", "number"], "nowhere.jsonl can't be read"),
-    (["--answers", "{folder}/one.jsonl", "--score", "number"], "has 1 answers, --questions has 2 questions"),
-    (["--answers", "{folder}/one.jsonl", "--score", "boxed"], r"--score boxed: a right answer has no \\boxed"),
-])
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ([], "give --model, which answers the questions, or --answers"),
+        (["--model", "m", "--answers", "a"], "not both"),
+        (["--answers", "a", "--run_code"], "--run_code is for --score code"),
+        (["--answers", "a", "--score", "code"], "in no sandbox: add --run_code"),
+        (["--model", "m", "--score", "code"], "--save FILE without it keeps the answers"),
+        (["--answers", "a", "--adapter", "b"], "--adapter belongs to a --model"),
+        (["--answers", "a", "--batch", "0"], "--batch 0: must be at least 1"),
+        (["--answers", "nowhere.jsonl", "--score", "number"], "nowhere.jsonl can't be read"),
+        (
+            ["--answers", "{folder}/one.jsonl", "--score", "number"],
+            "has 1 answers, --questions has 2 questions",
+        ),
+        (
+            ["--answers", "{folder}/one.jsonl", "--score", "boxed"],
+            r"--score boxed: a right answer has no \\boxed",
+        ),
+    ],
+)
 def test_mistakes_are_explained(tmp_path, flags, message, capsys):
     (tmp_path / "one.jsonl").write_text('{"answer": "7"}\n')
     questions = tmp_path / "questions.jsonl"
@@ -250,10 +355,34 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     pieces = row_segments(next(read_rows(data))[1], DEFAULT, "assistant")
     prompt = "User: Ann has 3 pens.\nShe buys 4. How many?\n\nAssistant:"
     assert pieces == [(prompt, False), (" 3 + 4 = 7\n#### 7\nThe answer is: 7", True)]
-    program.succeed(program.run([
-        "--load_model", str(base), "--tokenizer", "bytes", "--data_file", str(data), "--eval_split", "0",
-        "--proj_dir", str(tmp_path / "run"), "--peft_config", "r=16", "--train_parts", "ln,time,emb,head",
-        "--micro_bsz", "4", "--epoch_steps", "60", "--lr_init", "1e-2", "--lr_final", "1e-3"]))
+    program.succeed(
+        program.run(
+            [
+                "--load_model",
+                str(base),
+                "--tokenizer",
+                "bytes",
+                "--data_file",
+                str(data),
+                "--eval_split",
+                "0",
+                "--proj_dir",
+                str(tmp_path / "run"),
+                "--peft_config",
+                "r=16",
+                "--train_parts",
+                "ln,time,emb,head",
+                "--micro_bsz",
+                "4",
+                "--epoch_steps",
+                "60",
+                "--lr_init",
+                "1e-2",
+                "--lr_final",
+                "1e-3",
+            ]
+        )
+    )
     adapter, merged, kept = tmp_path / "run/adapter.pth", tmp_path / "merged.pth", tmp_path / "answers.jsonl"
     assert read_metadata(adapter)["template"] == "rwkv"
     merge_file(base, adapter, merged)
@@ -280,4 +409,6 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     kept.write_text("".join(json.dumps({"answer": row["answer"]}) + "\n" for row in saved))
     evaluate.main(["--answers", str(kept), "--show", "0", *map(str, flags[:4])])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and json.loads(lines[0])["cut"] is None, "of answers made elsewhere it is not known"
+    assert len(lines) == 1 and json.loads(lines[0])["cut"] is None, (
+        "of answers made elsewhere it is not known"
+    )

@@ -13,7 +13,16 @@ from rwkv_miss import UserError
 from src.data import load_documents
 from src.generate import Conversation
 from src.model import RWKV
-from src.template import DEFAULT, MODES, RwkvTemplate, answer_text, load_template, marked, recorded_template, row_segments
+from src.template import (
+    DEFAULT,
+    MODES,
+    RwkvTemplate,
+    answer_text,
+    load_template,
+    marked,
+    recorded_template,
+    row_segments,
+)
 from src.tokenise import Encoder
 from src.tokenizer import load_tokenizer
 
@@ -38,26 +47,71 @@ def shown(segments):
 # RWKV's own
 
 
-@pytest.mark.parametrize("name, messages, expected", [
-    ("rwkv", [user("hi"), thinking(" hm\n", "yo")], "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>"),
-    ("rwkv", [user("hi"), assistant("<think>hm</think>\n\nyo")], "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>"),
-    ("rwkv", [user("hi"), assistant("<think> is a tag")], "User: hi\n\nAssistant:|< <think> is a tag>"),
-    ("think", [user("hi"), thinking("hm", "yo")], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
-    ("think", [user("hi"), assistant("<think>\nhm\n</think>\nyo")], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
-    ("think", [user("hi"), {"role": "assistant", "content": "yo", "reasoning": "hm"}], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
-    ("think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think|<>\n</think>\nyo>"),
-    ("think-normal", [user("hi "), thinking("hm", "yo")], "User: hi think\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
-    ("think-short", [system("s"), user("hi"), thinking("hm", "yo")], "System: s\n\nUser: hi think a bit\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
-    ("think-long", [user("a"), thinking("b", "c"), user("d"), thinking("e", "f")],
-     "User: a think a lot\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d think a lot\n\nAssistant: <think|<>\ne\n</think>\nf>"),
-    ("fake-think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
-    ("rwkv", [user("2+2"), {"role": "assistant", "content": None, "tool_calls": [
-        {"type": "function", "function": {"name": "add", "arguments": '{"a": [2, "é"]}'}}]}, {"role": "tool", "content": "4\n\n\nok"},
-        assistant("4")],
-     'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2, "é"]}}\n</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>'),
-    ("rwkv", [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}],
-     "User: a\n\nAssistant:| b|\n\n|User: c\n\nAssistant:|< d>"),
-])
+@pytest.mark.parametrize(
+    "name, messages, expected",
+    [
+        (
+            "rwkv",
+            [user("hi"), thinking(" hm\n", "yo")],
+            "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>",
+        ),
+        (
+            "rwkv",
+            [user("hi"), assistant("<think>hm</think>\n\nyo")],
+            "User: hi\n\nAssistant:|< <think>\nhm\n</think>\nyo>",
+        ),
+        ("rwkv", [user("hi"), assistant("<think> is a tag")], "User: hi\n\nAssistant:|< <think> is a tag>"),
+        ("think", [user("hi"), thinking("hm", "yo")], "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>"),
+        (
+            "think",
+            [user("hi"), assistant("<think>\nhm\n</think>\nyo")],
+            "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+        ),
+        (
+            "think",
+            [user("hi"), {"role": "assistant", "content": "yo", "reasoning": "hm"}],
+            "User: hi\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+        ),
+        ("think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think|<>\n</think>\nyo>"),
+        (
+            "think-normal",
+            [user("hi "), thinking("hm", "yo")],
+            "User: hi think\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+        ),
+        (
+            "think-short",
+            [system("s"), user("hi"), thinking("hm", "yo")],
+            "System: s\n\nUser: hi think a bit\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+        ),
+        (
+            "think-long",
+            [user("a"), thinking("b", "c"), user("d"), thinking("e", "f")],
+            "User: a think a lot\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d think a lot\n\nAssistant: <think|<>\ne\n</think>\nf>",
+        ),
+        ("fake-think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
+        (
+            "rwkv",
+            [
+                user("2+2"),
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": "add", "arguments": '{"a": [2, "é"]}'}}
+                    ],
+                },
+                {"role": "tool", "content": "4\n\n\nok"},
+                assistant("4"),
+            ],
+            'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2, "é"]}}\n</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>',
+        ),
+        (
+            "rwkv",
+            [user("a"), {**assistant("b"), "weight": 0}, user("c"), {**assistant("d"), "weight": 1}],
+            "User: a\n\nAssistant:| b|\n\n|User: c\n\nAssistant:|< d>",
+        ),
+    ],
+)
 def test_modes_of_the_g1_models(name, messages, expected):
     assert shown(load_template(name).segments(messages)) == expected
 
@@ -70,15 +124,33 @@ def test_a_prompt_ends_where_the_answer_begins():
         assert segments == load_template(name).segments([*turns, assistant("d")])[:-1]
     assert DEFAULT.segments([], ask=True) == [("Assistant:", False)]
     assert shown(DEFAULT.segments(turns[:2], ask=True)) == "User: a\n\nAssistant:|< b>|<\n\n>|Assistant:"
-    assert shown(DEFAULT.segments([user("a")], [{"name": "é"}], ask=True)) == 'System: <tools>\n{"name": "é"}\n</tools>\n\nUser: a\n\nAssistant:'
+    assert (
+        shown(DEFAULT.segments([user("a")], [{"name": "é"}], ask=True))
+        == 'System: <tools>\n{"name": "é"}\n</tools>\n\nUser: a\n\nAssistant:'
+    )
 
 
-@pytest.mark.parametrize("name, message, words", [
-    ("think", assistant("<think>hm"), "an answer opens <think> and never closes it: '<think>hm'"),
-    ("fake-think", thinking("hm", "yo"), "thoughts, for which --template fake-think has no place; use think"),
-    ("rwkv", {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "a tool call must be"),
-    ("rwkv", {"role": "assistant", "content": "", "tool_calls": ["f"]}, "a tool call must be"),
-])
+@pytest.mark.parametrize(
+    "name, message, words",
+    [
+        ("think", assistant("<think>hm"), "an answer opens <think> and never closes it: '<think>hm'"),
+        (
+            "fake-think",
+            thinking("hm", "yo"),
+            "thoughts, for which --template fake-think has no place; use think",
+        ),
+        (
+            "rwkv",
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
+            },
+            "a tool call must be",
+        ),
+        ("rwkv", {"role": "assistant", "content": "", "tool_calls": ["f"]}, "a tool call must be"),
+    ],
+)
 def test_answers_that_a_mode_has_no_form_for(name, message, words):
     with pytest.raises(UserError) as caught:
         load_template(name).segments([user("hi"), message])
@@ -86,8 +158,12 @@ def test_answers_that_a_mode_has_no_form_for(name, message, words):
 
 
 def test_what_an_answer_says():
-    for name, said in (("rwkv", " yo"), ("rwkv", " <think>\nhm\n</think>\nyo\n\nUser: more"), ("think", ">\nhm\n</think>\nyo"),
-                       ("fake-think", ">\nyo ")):
+    for name, said in (
+        ("rwkv", " yo"),
+        ("rwkv", " <think>\nhm\n</think>\nyo\n\nUser: more"),
+        ("think", ">\nhm\n</think>\nyo"),
+        ("fake-think", ">\nyo "),
+    ):
         template = load_template(name)
         assert answer_text(said, template, template.opening) == "yo"
 
@@ -103,19 +179,32 @@ tools={{ tools | tojson }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif -%}
 """
-MARKED = CHATML.replace("+ message.content + '<|im_end|>\\n' }}", """}}
+MARKED = CHATML.replace(
+    "+ message.content + '<|im_end|>\\n' }}",
+    """}}
 {%- if message.role == 'assistant' -%}
 {% generation %}{{ message.content }}<|im_end|>
 {% endgeneration %}
 {%- else -%}
 {{ message.content + '<|im_end|>\\n' }}
 {%- endif -%}
-""")
+""",
+)
 SHORT = "{% for m in messages %}{{ m.role[0] }}: {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-WITH_EOS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}" \
-           "{% if add_generation_prompt %}[assistant]{% endif %}"
+WITH_EOS = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 TEMPLATES = {"chatml": CHATML, "generation": MARKED, "short": SHORT, "eos": WITH_EOS}
-TURNS = [system("s é"), user(" 1\n\n2"), assistant("x\n\ny"), user("🙂"), assistant("."), user("3"), assistant("z")]
+TURNS = [
+    system("s é"),
+    user(" 1\n\n2"),
+    assistant("x\n\ny"),
+    user("🙂"),
+    assistant("."),
+    user("3"),
+    assistant("z"),
+]
 
 
 @pytest.fixture
@@ -129,7 +218,9 @@ def jinja(tmp_path):
 
 def reference(source, **values):
     """What jinja2 alone makes of it, with the settings that Hugging Face has."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     return environment.from_string(source).render(bos_token="", **values)
 
 
@@ -140,13 +231,19 @@ def test_the_pieces_are_the_text_that_jinja_makes(jinja, name, count):
     for ask in (False, True):
         segments = template.segments(TURNS[:count], ask=ask)
         assert "".join(text for text, _ in segments) == reference(
-            TEMPLATES[name.replace("generation", "chatml")], messages=TURNS[:count], add_generation_prompt=ask, eos_token="</s>")
+            TEMPLATES[name.replace("generation", "chatml")],
+            messages=TURNS[:count],
+            add_generation_prompt=ask,
+            eos_token="</s>",
+        )
         assert all(text for text, _ in segments)
 
 
 def test_hugging_face_marks_the_same_tokens(jinja):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    (whole,), (spans,) = utils.render_jinja_template([TURNS], chat_template=MARKED, return_assistant_tokens_mask=True, bos_token="", eos_token="")
+    (whole,), (spans,) = utils.render_jinja_template(
+        [TURNS], chat_template=MARKED, return_assistant_tokens_mask=True, bos_token="", eos_token=""
+    )
     segments = jinja(MARKED).segments(TURNS)
     assert "".join(text for text, _ in segments) == whole
     ours = [flag for text, flag in segments for _ in text]
@@ -155,11 +252,19 @@ def test_hugging_face_marks_the_same_tokens(jinja):
     assert jinja(CHATML).segments(TURNS) == segments
 
 
-@pytest.mark.parametrize("name, stop, expected", [
-    ("chatml", "<|im_end|>", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"),
-    ("generation", "<|im_end|>", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"),
-    ("short", "\nu:", "u: a\na:|< b>|<\n>"), ("eos", "</s>", "[user]a[assistant]|<b>|<</s>>"),
-])
+@pytest.mark.parametrize(
+    "name, stop, expected",
+    [
+        ("chatml", "<|im_end|>", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>"),
+        (
+            "generation",
+            "<|im_end|>",
+            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n|<b>|<<|im_end|>\n>",
+        ),
+        ("short", "\nu:", "u: a\na:|< b>|<\n>"),
+        ("eos", "</s>", "[user]a[assistant]|<b>|<</s>>"),
+    ],
+)
 def test_the_answer_and_the_end_of_its_turn_are_trained(jinja, name, stop, expected):
     template = jinja(TEMPLATES[name], "</s>")
     assert shown(template.segments([user("a"), assistant("b")])) == expected and template.stop == stop
@@ -174,34 +279,61 @@ def test_a_block_without_the_end_of_the_turn_trains_just_that(jinja):
 
 
 def test_an_answer_in_several_blocks_is_trained_whole_unless_one_of_the_answers_is_context(jinja):
-    template = jinja("{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}({% endgeneration %}"
-                     "-{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}")
+    template = jinja(
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}({% endgeneration %}"
+        "-{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
     assert shown(template.segments(turns)) == "[user]a[assistant]|<(>|-|<b>|[user]c[assistant]|<(>|-|<d>"
-    with pytest.raises(UserError, match='has 4 {% generation %} blocks for 2 answers; which of them has "weight": 0'):
+    with pytest.raises(
+        UserError, match='has 4 {% generation %} blocks for 2 answers; which of them has "weight": 0'
+    ):
         template.segments([*turns[:3], {**turns[3], "weight": 0}])
 
 
 def test_tools_and_a_document_end(jinja, tmp_path):
     template = jinja(CHATML)
-    assert template.segments([user("a")], [{"n": "<é>"}], ask=True)[0].text.startswith('tools=[{"n": "<é>"}]\n<|im_start|>user')
+    assert template.segments([user("a")], [{"n": "<é>"}], ask=True)[0].text.startswith(
+        'tools=[{"n": "<é>"}]\n<|im_start|>user'
+    )
     # the template ends the last answer with the token that ends a document: there is one, not two
     tokenizer = whole_blank_line_tokenizer(tmp_path)
     template = load_template(WITH_EOS, tokenizer.decode(tokenizer.eod))
     ids, trained = Encoder(tokenizer, template).encode({"messages": [user("a"), assistant("b")]})
-    assert ids.tolist() == tokenizer.encode("[user]a[assistant]b<end>") and trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
+    assert (
+        ids.tolist() == tokenizer.encode("[user]a[assistant]b<end>")
+        and trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
+    )
 
 
-@pytest.mark.parametrize("source, words", [
-    ("a\n{% for m in messages %}", "line 2: "), ("\n\n{{ messages[0] x }}", "line 3: "), ("{{ messages[0].content.nope() }}", "line 1: "),
-    ("\n{{ raise_exception('needs a system turn') }}", "line 2: needs a system turn"), ("{{ ''.__class__.__mro__ }}", "line 1: access to attribute"),
-    ("{{ 1 / 0 }}", "line 1: division by zero"), ("hello {{ mesages }}", "without the user's words; got 'hello '"),
-    ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "without the assistant's words"),
-    ("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
-     "changes when more follow ('1A question?' becomes '2A question?2An answer.'"),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}", "{% generation %} does not enclose"),
-    ("{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}", "inside another"),
-])
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("a\n{% for m in messages %}", "line 2: "),
+        ("\n\n{{ messages[0] x }}", "line 3: "),
+        ("{{ messages[0].content.nope() }}", "line 1: "),
+        ("\n{{ raise_exception('needs a system turn') }}", "line 2: needs a system turn"),
+        ("{{ ''.__class__.__mro__ }}", "line 1: access to attribute"),
+        ("{{ 1 / 0 }}", "line 1: division by zero"),
+        ("hello {{ mesages }}", "without the user's words; got 'hello '"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "without the assistant's words",
+        ),
+        (
+            "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
+            "changes when more follow ('1A question?' becomes '2A question?2An answer.'",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}",
+            "{% generation %} does not enclose",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}",
+            "inside another",
+        ),
+    ],
+)
 def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, source, words):
     with pytest.raises(UserError) as caught:
         jinja(source)
@@ -210,12 +342,16 @@ def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, s
 
 def test_a_template_that_rewrites_earlier_turns(jinja):
     """As those do that take the thoughts out of all answers but the last: the mask needs marks, and a chat reads the whole text again."""
-    forgetful = "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}" \
-                "{% if add_generation_prompt %}[assistant]{% endif %}"
+    forgetful = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     template = jinja(forgetful)
     one = template.segments([user("a"), assistant("b")])
     assert shown(one) == "[user]a;[assistant]|<b>|<;>"
-    with pytest.raises(UserError, match=r"first 2 messages changes when more follow \('b;' becomes '-;\[user\]c;"):
+    with pytest.raises(
+        UserError, match=r"first 2 messages changes when more follow \('b;' becomes '-;\[user\]c;"
+    ):
         template.segments([user("a"), assistant("b"), user("c"), assistant("d")])
     assert template.next_turn([user("a"), assistant("b")], [user("c")]) is None
 
@@ -237,25 +373,35 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
     tokenizer = whole_blank_line_tokenizer(tmp_path) if kind.startswith("whole") else named(kind)
     template = load_template(TEMPLATES.get(name, name), tokenizer.decode(tokenizer.eod))
     conversation = Conversation(None, tokenizer, GREEDY, system="s é", template=template)
-    for question, answer in itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2]):
+    for question, answer in (
+        itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2])
+    ):
         said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
         ending = template.stop if name in TEMPLATES else ""
         conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
     ids, _ = Encoder(tokenizer, template).encode({"messages": TURNS})
     rest = tokenizer.encode(getattr(template, "turn_end", ""))
-    assert [*conversation.state, *rest, *([] if tuple(rest) == tuple(tokenizer.eod) else tokenizer.eod)] == ids.tolist()
+    assert [
+        *conversation.state,
+        *rest,
+        *([] if tuple(rest) == tuple(tokenizer.eod) else tokenizer.eod),
+    ] == ids.tolist()
 
 
 def test_a_chat_reads_all_again_where_earlier_turns_change():
     tokenizer = named("bytes")
-    template = load_template("{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}"
-                             "{% if add_generation_prompt %}[assistant]{% endif %}")
+    template = load_template(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     conversation = Conversation(None, tokenizer, GREEDY, template=template)
     for question, said in (("a", "b"), ("c", "d"), ("e", "f")):
         conversation.model = Scripted(tokenizer, [*tokenizer.encode(f"{said};[user]more"), *tokenizer.eod])
         assert "".join(conversation.answer(question)) == said
-    assert bytes(conversation.state).decode() == "[user]a;[assistant]-;[user]c;[assistant]-;[user]e;[assistant]f"
+    assert (
+        bytes(conversation.state).decode() == "[user]a;[assistant]-;[user]c;[assistant]-;[user]e;[assistant]f"
+    )
 
 
 def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinja, monkeypatch, capsys):
@@ -273,14 +419,33 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
             found = recorded_template("auto", tokenizer, *paths)
             assert found.segments(TURNS) == template.segments(TURNS) and found.record == template.record
         assert recorded_template("rwkv", tokenizer, adapter).name == "rwkv"
-        flags = ["--model", str(merged), "--tokenizer", "bytes", "--prompt", "q", "--max_tokens", "3", "--temperature", "0"]
-        monkeypatch.setattr(chat, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer))
+        flags = [
+            "--model",
+            str(merged),
+            "--tokenizer",
+            "bytes",
+            "--prompt",
+            "q",
+            "--max_tokens",
+            "3",
+            "--temperature",
+            "0",
+        ]
+        monkeypatch.setattr(
+            chat, "load_with", lambda path, *_: (without_adapters(Scripted(tokenizer, b"yes")), tokenizer)
+        )
         monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
         chat.main(flags)
         assert capsys.readouterr().out == template.opening.lstrip() + "yes\n"
-    assert recorded_template("auto", tokenizer, base).name == "rwkv" == recorded_template("auto", tokenizer, None).name
+    assert (
+        recorded_template("auto", tokenizer, base).name
+        == "rwkv"
+        == recorded_template("auto", tokenizer, None).name
+    )
     rwkv_miss.save_adapter(model, adapter, template="think-long")
-    assert recorded_template("auto", tokenizer, adapter, merged).name == "think-long", "an adapter's word comes before its base's"
+    assert recorded_template("auto", tokenizer, adapter, merged).name == "think-long", (
+        "an adapter's word comes before its base's"
+    )
 
 
 def test_templates_reach_other_processes(jinja):
@@ -292,23 +457,55 @@ def test_templates_reach_other_processes(jinja):
 
 
 def test_loss_masks_of_every_kind_of_row():
-    rows = {"text": {"text": "User: a\n\nAssistant: b"}, "chat": {"messages": [user("a"), assistant("b")]},
-            "pair": {"prompt": "a ", "completion": "b"}}
-    masks = {name: {kind: shown(row_segments(row, DEFAULT, name)) for kind, row in rows.items()} for name in ("assistant", "all", "Assistant:", "a")}
-    assert masks["assistant"] == {"text": "<User: a\n\nAssistant: b>", "chat": "User: a\n\nAssistant:|< b>", "pair": "a |<b>"}
-    assert masks["all"] == {"text": "<User: a\n\nAssistant: b>", "chat": "<User: a\n\nAssistant:>|< b>", "pair": "<a >|<b>"}
-    assert masks["Assistant:"] == {"text": "User: a\n\nAssistant:|< b>", "chat": "User: a\n\nAssistant:|< b>", "pair": "a b"}
+    rows = {
+        "text": {"text": "User: a\n\nAssistant: b"},
+        "chat": {"messages": [user("a"), assistant("b")]},
+        "pair": {"prompt": "a ", "completion": "b"},
+    }
+    masks = {
+        name: {kind: shown(row_segments(row, DEFAULT, name)) for kind, row in rows.items()}
+        for name in ("assistant", "all", "Assistant:", "a")
+    }
+    assert masks["assistant"] == {
+        "text": "<User: a\n\nAssistant: b>",
+        "chat": "User: a\n\nAssistant:|< b>",
+        "pair": "a |<b>",
+    }
+    assert masks["all"] == {
+        "text": "<User: a\n\nAssistant: b>",
+        "chat": "<User: a\n\nAssistant:>|< b>",
+        "pair": "<a >|<b>",
+    }
+    assert masks["Assistant:"] == {
+        "text": "User: a\n\nAssistant:|< b>",
+        "chat": "User: a\n\nAssistant:|< b>",
+        "pair": "a b",
+    }
     assert masks["a"]["pair"] == "a|< b>"
 
 
-@pytest.mark.parametrize("marker, text, expected", [
-    ("Assistant:", "no such word", "no such word"), ("Assistant:", "Assistant:", "Assistant:"), ("Assistant:", "", ""),
-    ("Assistant:", "User: a\n\nAssistant: b\n\nc\n\nUser: d\n\nAssistant: e", "User: a\n\nAssistant:|< b\n\nc>|<\n\n>|User: d\n\nAssistant:|< e>"),
-    ("Assistant:", "Assistant: b\nUser: c", "Assistant:|< b\nUser: c>"), ("Assistant:", "Assistant: b\n\nTool: c", "Assistant:|< b>|<\n\n>|Tool: c"),
-    ("Response:...\\n\\nInstruction:", "Response: a\n\nUser: b\n\nInstruction: c\n\nResponse: d",
-     "Response:|< a\n\nUser: b>|\n\nInstruction: c\n\nResponse:|< d>"),
-    ("[...]", "a[b]c[d]e[f", "a[|<b>|]c[|<d>|]e[|<f>"), ("[...]", "[a[b]", "[|<a>|[|<b>|]"),
-])
+@pytest.mark.parametrize(
+    "marker, text, expected",
+    [
+        ("Assistant:", "no such word", "no such word"),
+        ("Assistant:", "Assistant:", "Assistant:"),
+        ("Assistant:", "", ""),
+        (
+            "Assistant:",
+            "User: a\n\nAssistant: b\n\nc\n\nUser: d\n\nAssistant: e",
+            "User: a\n\nAssistant:|< b\n\nc>|<\n\n>|User: d\n\nAssistant:|< e>",
+        ),
+        ("Assistant:", "Assistant: b\nUser: c", "Assistant:|< b\nUser: c>"),
+        ("Assistant:", "Assistant: b\n\nTool: c", "Assistant:|< b>|<\n\n>|Tool: c"),
+        (
+            "Response:...\\n\\nInstruction:",
+            "Response: a\n\nUser: b\n\nInstruction: c\n\nResponse: d",
+            "Response:|< a\n\nUser: b>|\n\nInstruction: c\n\nResponse:|< d>",
+        ),
+        ("[...]", "a[b]c[d]e[f", "a[|<b>|]c[|<d>|]e[|<f>"),
+        ("[...]", "[a[b]", "[|<a>|[|<b>|]"),
+    ],
+)
 def test_a_marker(marker, text, expected):
     assert shown(marked(text, marker)) == expected
     assert "".join(piece for piece, _ in marked(text, marker)) == text

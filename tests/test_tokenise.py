@@ -55,7 +55,10 @@ def make_rows(count, seed=0):
     rng = random.Random(seed)
     words = ["a", "é", "你", "🙂\n\n", " b "]
     text = lambda: "".join(rng.choices(words, k=rng.randint(1, 40)))  # noqa: E731
-    kinds = [lambda: {"text": text()}, lambda: {"messages": [user(text()), assistant(text()), user(text()), assistant(text())]}]
+    kinds = [
+        lambda: {"text": text()},
+        lambda: {"messages": [user(text()), assistant(text()), user(text()), assistant(text())]},
+    ]
     return [rng.choice(kinds)() for _ in range(count)]
 
 
@@ -78,7 +81,11 @@ def entries(folder):
 
 
 def equal(a, b):
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype for name in NAMES)
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        and getattr(a, name).dtype == getattr(b, name).dtype
+        for name in NAMES
+    )
 
 
 def test_the_arrays_are_the_documents_one_after_another(path, encoder):
@@ -87,21 +94,33 @@ def test_the_arrays_are_the_documents_one_after_another(path, encoder):
     assert len(tokens.ends) == 700 and tokens.texts.tolist() == ["text" in row for row in rows]
     for row, start, end in zip(rows, [0, *tokens.ends], tokens.ends):
         ids, trained = encoder.encode(row)
-        assert tokens.ids[start:end].tolist() == ids.tolist() and tokens.trained[start:end].tolist() == trained.tolist()
+        assert (
+            tokens.ids[start:end].tolist() == ids.tolist()
+            and tokens.trained[start:end].tolist() == trained.tolist()
+        )
         assert trained[-1] and ids[-1] == 0
 
 
 def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cached, monkeypatch, capfd):
     whole, first = tokenise(path, encoder), tokenise(path, encoder, str(cached))
-    assert f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
+    assert (
+        f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
+    )
     monkeypatch.setattr(module, "read_record", None)
     second = tokenise(path, encoder, str(cached))
-    assert equal(whole, first) and equal(whole, second) and isinstance(second.ids.base, np.memmap) and not second.ids.flags.writeable
+    assert (
+        equal(whole, first)
+        and equal(whole, second)
+        and isinstance(second.ids.base, np.memmap)
+        and not second.ids.flags.writeable
+    )
     assert capfd.readouterr().err == "" and len(entries(cached)) == 1
     documents = load_documents(path, encoder.tokenizer, 50, cache=str(cached))
     monkeypatch.undo()
     plain = load_documents(path, encoder.tokenizer, 50)
-    assert [row.ids.tolist() for row in documents.rows] == [row.ids.tolist() for row in plain.rows] and len(plain.rows) > 700
+    assert [row.ids.tolist() for row in documents.rows] == [row.ids.tolist() for row in plain.rows] and len(
+        plain.rows
+    ) > 700
     assert [row.trained.tolist() for row in documents.rows] == [row.trained.tolist() for row in plain.rows]
 
 
@@ -132,10 +151,16 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
     vocabulary.write_text("1 'a' 1\n2 'b' 1\n")
     names = [fingerprint(path, encoder)]
     assert fingerprint(path, Encoder(load_tokenizer("bytes", 256))) == names[0]
-    for other in (Encoder(load_tokenizer("utf16", 256)), Encoder(encoder.tokenizer, load_template("think")),
-                  Encoder(load_tokenizer(str(vocabulary), 9)), Encoder(load_tokenizer(str(vocabulary), 9, "b")),
-                  Encoder(encoder.tokenizer, load_template(CHATML)), Encoder(encoder.tokenizer, load_template(CHATML + " ")),
-                  Encoder(encoder.tokenizer, loss_mask="all"), Encoder(encoder.tokenizer, loss_mask="Assistant:")):
+    for other in (
+        Encoder(load_tokenizer("utf16", 256)),
+        Encoder(encoder.tokenizer, load_template("think")),
+        Encoder(load_tokenizer(str(vocabulary), 9)),
+        Encoder(load_tokenizer(str(vocabulary), 9, "b")),
+        Encoder(encoder.tokenizer, load_template(CHATML)),
+        Encoder(encoder.tokenizer, load_template(CHATML + " ")),
+        Encoder(encoder.tokenizer, loss_mask="all"),
+        Encoder(encoder.tokenizer, loss_mask="Assistant:"),
+    ):
         names.append(fingerprint(path, other))
     names += [fingerprint(path, encoder, reading) for reading in (Reading(("text",)), Reading(split="test"))]
     names.append(fingerprint(path, encoder, on_bad_row="skip"))
@@ -146,7 +171,9 @@ def test_everything_that_decides_the_tokens_is_in_the_name(path, encoder, tmp_pa
         file.write("\n")
     names.append(fingerprint(path, encoder))
     for package in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2"):
-        monkeypatch.setattr(module.importlib.metadata, "version", lambda name, package=package: str(name == package))
+        monkeypatch.setattr(
+            module.importlib.metadata, "version", lambda name, package=package: str(name == package)
+        )
         names.append(fingerprint(path, encoder))
     assert len(set(names)) == len(names)
     same = tmp_path / "renamed.jsonl"
@@ -182,12 +209,27 @@ def test_a_broken_row_leaves_nothing(path, encoder, cached):
 
 def test_old_entries_and_what_a_killed_process_left_are_removed(path, encoder, cached):
     old, recent = "0" * 24, "1" * 24
-    for name, days in ((old, 31), (recent, 29), (".making-a", 2), (".making-b", 0.5), ("photos", 99), (".git", 99), ("2" * 23, 99)):
+    for name, days in (
+        (old, 31),
+        (recent, 29),
+        (".making-a", 2),
+        (".making-b", 0.5),
+        ("photos", 99),
+        (".git", 99),
+        ("2" * 23, 99),
+    ):
         (cached / name).mkdir(parents=True)
         os.utime(cached / name, (time.time() - days * 86400,) * 2)
     tokenise(path, encoder, str(cached))
     first = fingerprint(path, encoder)
-    assert {entry.name for entry in entries(cached)} == {recent, ".making-b", first, "photos", ".git", "2" * 23}, "the user's own folders stay"
+    assert {entry.name for entry in entries(cached)} == {
+        recent,
+        ".making-b",
+        first,
+        "photos",
+        ".git",
+        "2" * 23,
+    }, "the user's own folders stay"
     os.utime(cached / first, (time.time() - 31 * 86400,) * 2)
     tokenise(path, encoder, str(cached))  # what is used again is young again
     tokenise(path, Encoder(encoder.tokenizer, loss_mask="all"), str(cached))
@@ -205,7 +247,9 @@ def test_processes_that_start_together_do_the_work_once(path, encoder, cached, m
         return encode(*args)
 
     monkeypatch.setattr(module, "_encoded", slow)
-    threads = [threading.Thread(target=lambda: found.append(tokenise(path, encoder, str(cached)))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(tokenise(path, encoder, str(cached)))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -218,7 +262,10 @@ def test_a_folder_that_cannot_be_used(path, encoder, cached, capfd):
     tokens = module.tokenise(sources(path)[0], encoder, report := Report(), cache=str(cached))
     assert equal(tokens, tokenise(path, encoder)) and report.files[path].kinds.total() == 700
     note = capfd.readouterr().err
-    assert f"note: the cache for tokens, {cached}, cannot be used (" in note and "--data_cache takes another folder" in note
+    assert (
+        f"note: the cache for tokens, {cached}, cannot be used (" in note
+        and "--data_cache takes another folder" in note
+    )
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -226,7 +273,10 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert module.cache_folder("auto") == tmp_path / "rwkv-miss" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert module.cache_folder("auto") == tmp_path / ".cache" / "rwkv-miss" / "data" and module.cache_folder("~/x") == tmp_path / "x"
+    assert (
+        module.cache_folder("auto") == tmp_path / ".cache" / "rwkv-miss" / "data"
+        and module.cache_folder("~/x") == tmp_path / "x"
+    )
 
 
 def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
@@ -239,7 +289,9 @@ def test_other_processes_make_the_same_tokens_and_say_where_a_row_is_broken():
         part = next(parts)
         assert equal(part.tokens, expected.tokens) and part.kinds == expected.kinds and part.bad == []
     [(where, reason)], tokens = (part := next(parts)).bad, part.tokens
-    assert (where, str(reason)[:28]) == ("row 90", "text: half a surrogate pair,") and not isinstance(reason, WrongSetting)
+    assert (where, str(reason)[:28]) == ("row 90", "text: half a surrogate pair,") and not isinstance(
+        reason, WrongSetting
+    )
     assert len(tokens.ids) == len(tokens.ends) == 0
     ids = dataclasses.replace(convert, source=Source("ids", BINIDX, 1.0, None, ()))
     [part] = in_parallel(ids, [[("row 91", {"ids": [256]})]], 2)
@@ -258,7 +310,9 @@ def test_a_worker_that_is_killed_is_named():
     def work(chunk):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(UserError, match="a process that tokenises was killed, perhaps because memory ran out"):
+    with pytest.raises(
+        UserError, match="a process that tokenises was killed, perhaps because memory ran out"
+    ):
         list(in_parallel(work, [[1]], 2))
 
 
@@ -283,8 +337,13 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
             module.tokenise(sources(sys.argv[1])[0], module.Encoder(load_tokenizer("bytes", 256)), Report(), cache=sys.argv[2])
     """
     cache = tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, "-c", script, path, str(cache)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, path, str(cache)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     process.stdout.readline()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
@@ -292,7 +351,11 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
         process.kill()
     _, said = process.communicate(timeout=60)  # until no process holds the pipe any more
     if number == signal.SIGINT:
-        assert process.returncode == 130 and said.strip() == "interrupted" and sorted(os.listdir(cache)) == ["lock"]
+        assert (
+            process.returncode == 130
+            and said.strip() == "interrupted"
+            and sorted(os.listdir(cache)) == ["lock"]
+        )
 
 
 def test_what_is_kept_of_a_document_is_little(encoder):
@@ -304,7 +367,10 @@ def test_what_is_kept_of_a_document_is_little(encoder):
     tracemalloc.start()
     try:
         documents = fit(tokens, 64)
-        schedules = [data.make_schedule(documents, Config(ctx_len=64, packing=packing, micro_bsz=1), 1) for packing in (False, True)]
+        schedules = [
+            data.make_schedule(documents, Config(ctx_len=64, packing=packing, micro_bsz=1), 1)
+            for packing in (False, True)
+        ]
         steps = [schedule.step_rows(0) for schedule in schedules]
         kept, _ = tracemalloc.get_traced_memory()
     finally:
@@ -331,13 +397,21 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
         wanted += range(start + 1, start + kept)
     assert seen == wanted and (documents.cut, documents.cut_tokens) == (cut, lost)
     assert documents.split == sum(n > ctx_len + 1 for n, text in zip(lengths, texts) if text)
-    assert documents.lengths.tolist() == [len(row.ids) for row in documents.rows] and documents.lengths.max() <= ctx_len + 1
+    assert (
+        documents.lengths.tolist() == [len(row.ids) for row in documents.rows]
+        and documents.lengths.max() <= ctx_len + 1
+    )
     assert documents.row_targets.tolist() == [row.targets for row in documents.rows]
     assert documents.targets == sum(1 for token in seen if token % 3 > 0)
 
 
 def test_rows_of_several_files_in_any_order():
-    files = [Tokens(np.arange(9, dtype=np.int32) + 10 * i, np.arange(9) % 2 == i, np.array([9]), np.array([True])) for i in range(2)]
+    files = [
+        Tokens(np.arange(9, dtype=np.int32) + 10 * i, np.arange(9) % 2 == i, np.array([9]), np.array([True]))
+        for i in range(2)
+    ]
     rows = Rows(files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 1, 2, 1, 1]))
     assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
-    assert data.Documents(rows).row_targets.tolist() == [row.targets for row in rows] and rows[-1].ids.tolist() == [2]
+    assert data.Documents(rows).row_targets.tolist() == [row.targets for row in rows] and rows[
+        -1
+    ].ids.tolist() == [2]

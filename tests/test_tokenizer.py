@@ -39,7 +39,13 @@ def write(path, content):
 
 
 def vocabulary(path, table):
-    return write(path, "".join(f"{i} {token!r} {len(token.encode() if isinstance(token, str) else token)}\n" for i, token in table.items()))
+    return write(
+        path,
+        "".join(
+            f"{i} {token!r} {len(token.encode() if isinstance(token, str) else token)}\n"
+            for i, token in table.items()
+        ),
+    )
 
 
 def bpe(path, special=("<|endoftext|>", "<|padding|>"), **options):
@@ -51,7 +57,10 @@ def bpe(path, special=("<|endoftext|>", "<|padding|>"), **options):
     inner.decoder = decoders.ByteLevel()
     # Chinese in the training text gives merges of parts of two characters, the hard case of streaming
     trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(special), show_progress=False
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special),
+        show_progress=False,
     )
     inner.train_from_iterator(TEXTS + ["世界人工智能会改变世界人工" * 5, "Hello world hello"], trainer)
     inner.save(str(path))
@@ -71,17 +80,42 @@ def characters(path, alphabet="0123456789,#", special="#", unknown=None):
 
 def byte_fallback(path):
     """As in Llama: a space is `▁`, one space is stripped at the start, and unknown characters are tokens like <0xE4>."""
-    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", *"abcdefgh", *(f"<0x{b:02X}>" for b in range(256))])}
-    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    prepared = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    vocab = {
+        token: i
+        for i, token in enumerate(["<unk>", "</s>", "▁", *"abcdefgh", *(f"<0x{b:02X}>" for b in range(256))])
+    }
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    prepared = [
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    return write(path, {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": text, "special": True, **flags} for i, text in enumerate(["<unk>", "</s>"])],
-        "normalizer": {"type": "Sequence", "normalizers": prepared},
-        "decoder": {"type": "Sequence", "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": True},
-    })
+    return write(
+        path,
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": i, "content": text, "special": True, **flags}
+                for i, text in enumerate(["<unk>", "</s>"])
+            ],
+            "normalizer": {"type": "Sequence", "normalizers": prepared},
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+            },
+            "model": {
+                "type": "BPE",
+                "vocab": vocab,
+                "merges": [],
+                "unk_token": "<unk>",
+                "byte_fallback": True,
+            },
+        },
+    )
 
 
 @pytest.fixture(params=["world", "bytes", "utf16", "vocabulary", "bpe", "byte_fallback"])
@@ -90,10 +124,17 @@ def tokenizer(request, tmp_path, world):
     if request.param == "world":
         return world
     if request.param == "vocabulary":
-        table = {i + 1: bytes([i]) for i in range(256)} | {300: "人工", 70000: "中", 301: "    ", 302: "人工".encode()[1:4]}
+        table = {i + 1: bytes([i]) for i in range(256)} | {
+            300: "人工",
+            70000: "中",
+            301: "    ",
+            302: "人工".encode()[1:4],
+        }
         return load_tokenizer(vocabulary(tmp_path / "vocabulary.txt", table), 70001)
     if request.param in ("bpe", "byte_fallback"):
-        return load_tokenizer({"bpe": bpe, "byte_fallback": byte_fallback}[request.param](tmp_path / "tokenizer.json"), 1000)
+        return load_tokenizer(
+            {"bpe": bpe, "byte_fallback": byte_fallback}[request.param](tmp_path / "tokenizer.json"), 1000
+        )
     return load_tokenizer(request.param, 256)
 
 
@@ -131,7 +172,11 @@ def test_no_character_waits_longer_than_its_own_ids(tokenizer, text):
 @pytest.mark.parametrize("seed", range(5))
 def test_any_ids_stream_to_what_they_decode_to(world, seed):
     rng = random.Random(seed)
-    for tokenizer, size in ((world, 300), (load_tokenizer("bytes", 256), 256), (load_tokenizer("utf16", 256), 256)):
+    for tokenizer, size in (
+        (world, 300),
+        (load_tokenizer("bytes", 256), 256),
+        (load_tokenizer("utf16", 256), 256),
+    ):
         ids = [rng.randrange(size) for _ in range(200)]
         decoder = tokenizer.decoder()
         assert "".join(map(decoder.push, ids)) + decoder.flush() == tokenizer.decode(ids)
@@ -151,7 +196,9 @@ def naive_greedy(table, data):
     ids, place, longest = {token: i for i, token in table.items()}, 0, max(map(len, table.values()))
     found = []
     while place < len(data):
-        size = next(n for n in range(longest, 0, -1) if data[place : place + n] in ids and place + n <= len(data))
+        size = next(
+            n for n in range(longest, 0, -1) if data[place : place + n] in ids and place + n <= len(data)
+        )
         found.append(ids[data[place : place + size]])
         place += size
     return found
@@ -165,7 +212,11 @@ def test_world_is_the_longest_match_over_its_file(world):
         table[int(line[: line.index(" ")])] = token.encode() if isinstance(token, str) else token
     for text in [*TEXTS, *map(random_text, range(100))]:
         assert world.encode(text) == naive_greedy(table, text.encode())
-    assert all(world.encode(token.decode()) == [i] for i, token in table.items() if token.decode(errors="ignore").encode() == token)
+    assert all(
+        world.encode(token.decode()) == [i]
+        for i, token in table.items()
+        if token.decode(errors="ignore").encode() == token
+    )
     # what RWKV people know by heart
     assert world.encode("\n\n") == [261] and world.encode("User:") == [24281, 59]
 
@@ -174,9 +225,17 @@ def test_world_is_the_longest_match_over_its_file(world):
 def test_a_vocabulary_file_is_the_longest_match_whatever_its_ids(tmp_path, seed):
     rng = random.Random(seed)
     alphabet = "ab中\n'\\"
-    words = {"".join(rng.choices(alphabet, k=rng.randrange(1, 5))).encode() for _ in range(12)} | {bytes([b]) for b in alphabet.encode()}
+    words = {"".join(rng.choices(alphabet, k=rng.randrange(1, 5))).encode() for _ in range(12)} | {
+        bytes([b]) for b in alphabet.encode()
+    }
     # ids from 0, with gaps, and beyond 16 bits
-    table = dict(zip(sorted(rng.sample(range(100_000), len(words) - 1)) + [0], sorted(words, key=lambda word: rng.random()), strict=True))
+    table = dict(
+        zip(
+            sorted(rng.sample(range(100_000), len(words) - 1)) + [0],
+            sorted(words, key=lambda word: rng.random()),
+            strict=True,
+        )
+    )
     tokenizer = load_tokenizer(vocabulary(tmp_path / "v.txt", table), 100_000, eod="a")
     for _ in range(20):
         text = "".join(rng.choices(alphabet, k=rng.randrange(20)))
@@ -187,13 +246,34 @@ def test_a_vocabulary_file_says_what_it_cannot_express(tmp_path):
     table = {1: "a", 2: "abcd", 3: "b", 4: "中", 5: "人".encode()[:2]}
     tokenizer = load_tokenizer(vocabulary(tmp_path / "v.txt", table), 6)
     assert tokenizer.encode("abab中abcd") == [1, 3, 1, 3, 4, 2]
-    for text, character, place in (("abc", "c", 3), ("x", "x", 1), ("中人a", "人", 2), ("中丁", "丁", 2), ("\0", "\0", 1)):
-        with pytest.raises(UserError, match=rf"no token for {re.escape(repr(character))} \(character {place}\)"):
+    for text, character, place in (
+        ("abc", "c", 3),
+        ("x", "x", 1),
+        ("中人a", "人", 2),
+        ("中丁", "丁", 2),
+        ("\0", "\0", 1),
+    ):
+        with pytest.raises(
+            UserError, match=rf"no token for {re.escape(repr(character))} \(character {place}\)"
+        ):
             tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(
-    "line", ["hello", "1 'a' 2", "1 'a'", "-1 'a' 1", "1 '' 0", "1 5 5", "x 'a' 1", "1 __import__('os') 1", "", "7 'c' 1", "8 'b' 1"]
+    "line",
+    [
+        "hello",
+        "1 'a' 2",
+        "1 'a'",
+        "-1 'a' 1",
+        "1 '' 0",
+        "1 5 5",
+        "x 'a' 1",
+        "1 __import__('os') 1",
+        "",
+        "7 'c' 1",
+        "8 'b' 1",
+    ],
 )
 def test_a_damaged_vocabulary_file_names_its_line(tmp_path, line):
     path = write(tmp_path / "v.txt", f"7 'b' 1\n{line}\n9 'd' 1\n")
@@ -217,7 +297,11 @@ def test_end_of_document_of_each_kind(tmp_path, world):
     assert load_tokenizer("utf16", 256).encode("a中") == [0x61, 0, 0x2D, 0x4E]
 
     free = vocabulary(tmp_path / "free.txt", {1: "a", 2: "b"})
-    assert (load_tokenizer(free, 3).name, load_tokenizer(free, 3).eod, load_tokenizer(free, 3, "b").eod) == (free, (0,), (2,))
+    assert (load_tokenizer(free, 3).name, load_tokenizer(free, 3).eod, load_tokenizer(free, 3, "b").eod) == (
+        free,
+        (0,),
+        (2,),
+    )
     assert load_tokenizer(free, 3).decode([1, 0, 2]) == "ab"
     used = vocabulary(tmp_path / "used.txt", {0: "a", 1: "b"})
     assert load_tokenizer(used, 2, "b").eod == (1,)
@@ -246,9 +330,13 @@ def test_end_of_document_of_a_tokenizer_json(tmp_path, special, eod, end):
     assert tokenizer.encode(f"b{end}b") == [*tokenizer.encode("b"), *tokenizer.eod, *tokenizer.encode("b")]
 
 
-@pytest.mark.parametrize("special, eod", [([], ""), (["<a>", "<b>"], ""), (["<a>", "</s>"], "<c>"), (["<unk>"], "")])
+@pytest.mark.parametrize(
+    "special, eod", [([], ""), (["<a>", "<b>"], ""), (["<a>", "</s>"], "<c>"), (["<unk>"], "")]
+)
 def test_a_tokenizer_json_without_end_lists_what_it_has(tmp_path, special, eod):
-    path = bpe(tmp_path / "tokenizer.json", special, **({"unk_token": "<unk>"} if special == ["<unk>"] else {}))
+    path = bpe(
+        tmp_path / "tokenizer.json", special, **({"unk_token": "<unk>"} if special == ["<unk>"] else {})
+    )
     with pytest.raises(UserError, match=f"special tokens: {', '.join(special) or 'none'}. .*--eod"):
         load_tokenizer(path, 1000, eod)
 
@@ -261,12 +349,19 @@ def test_the_digits_of_the_reverse_model(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["WordLevel", "WordLevel with unknown", "BPE"])
-@pytest.mark.parametrize("text, missing", [("x", "x"), ("1x2", "x"), ("12 3", " "), ("1中", "中"), ("12\n", "\n")])
+@pytest.mark.parametrize(
+    "text, missing", [("x", "x"), ("1x2", "x"), ("12 3", " "), ("1中", "中"), ("12\n", "\n")]
+)
 def test_a_character_without_token_is_an_error(tmp_path, kind, text, missing):
-    path = characters(tmp_path / "tokenizer.json", "0123456789,#?", unknown="?" if "unknown" in kind else None)
+    path = characters(
+        tmp_path / "tokenizer.json", "0123456789,#?", unknown="?" if "unknown" in kind else None
+    )
     if kind == "BPE":  # drops what it does not know
         content = json.loads(pathlib.Path(path).read_text())
-        write(pathlib.Path(path), content | {"model": {"type": "BPE", "vocab": content["model"]["vocab"], "merges": []}})
+        write(
+            pathlib.Path(path),
+            content | {"model": {"type": "BPE", "vocab": content["model"]["vocab"], "merges": []}},
+        )
     tokenizer = load_tokenizer(path, 13)
     assert tokenizer.encode("1,2#") == [1, 10, 2, 11]
     with pytest.raises(UserError, match=re.escape(f"no token for {missing!r}")):
@@ -293,7 +388,9 @@ def test_tokenizers_that_change_the_text_still_encode_all_of_it(tmp_path):
 def test_what_a_file_adds_and_cuts_is_off(tmp_path):
     path = bpe(tmp_path / "tokenizer.json")
     inner = Tokenizer.from_file(path)
-    inner.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     inner.enable_truncation(4)
     inner.enable_padding(length=64)
     inner.save(path)
@@ -301,9 +398,14 @@ def test_what_a_file_adds_and_cuts_is_off(tmp_path):
     assert tokenizer.decode(tokenizer.encode("a long text that is longer")) == "a long text that is longer"
 
 
-@pytest.mark.parametrize("kind, ids", [("world", (65530, 65535, 65536, -1)), ("bytes", (256, -1)), ("utf16", (256,)), ("json", (12, -1))])
+@pytest.mark.parametrize(
+    "kind, ids",
+    [("world", (65530, 65535, 65536, -1)), ("bytes", (256, -1)), ("utf16", (256,)), ("json", (12, -1))],
+)
 def test_an_id_outside_the_vocabulary_is_named(tmp_path, world, kind, ids):
-    tokenizer = {"world": world}.get(kind) or load_tokenizer(characters(tmp_path / "t.json") if kind == "json" else kind, 256)
+    tokenizer = {"world": world}.get(kind) or load_tokenizer(
+        characters(tmp_path / "t.json") if kind == "json" else kind, 256
+    )
     for token in ids:
         message = rf"id {token} .*size is {tokenizer.vocab_size}"
         with pytest.raises(UserError, match=message):
@@ -352,9 +454,13 @@ def test_a_long_text_is_encoded_part_by_part_to_the_same_ids(tmp_path, monkeypat
     """Also where tokens begin and end inside characters, and a text that cannot be expressed is refused in the same place."""
     pieces = ["a", "ab", "abab", "b", "é", b"\xe4", b"\xbd\xa0", b"\xa0a", b"\xbd", b"\xbd\xa0\xe4", "你b"]
     size = lambda piece: len(piece.encode() if isinstance(piece, str) else piece)  # noqa: E731
-    (tmp_path / "vocabulary.txt").write_text("".join(f"{i} {piece!r} {size(piece)}\n" for i, piece in enumerate(pieces, 1)))
+    (tmp_path / "vocabulary.txt").write_text(
+        "".join(f"{i} {piece!r} {size(piece)}\n" for i, piece in enumerate(pieces, 1))
+    )
     rng, parts = random.Random(0), []
-    for tokenizer in [load_tokenizer(name, 65536) for name in ("world", "utf16", str(tmp_path / "vocabulary.txt"))]:
+    for tokenizer in [
+        load_tokenizer(name, 65536) for name in ("world", "utf16", str(tmp_path / "vocabulary.txt"))
+    ]:
         for _ in range(40):
             words = rng.choice([["a", "b", "é", "你", "ab"], ["a", "🙂", "\n\n", " hello", "你", "x"]])
             text = "".join(rng.choices(words, k=rng.randint(20, 60)))
@@ -370,13 +476,22 @@ def test_a_long_text_is_encoded_part_by_part_to_the_same_ids(tmp_path, monkeypat
     assert all(parts)
 
 
-@pytest.mark.parametrize("recorded,given,warned", [
-    ("bytes", "utf16", True), ("bytes", "bytes", False), ("bytes", "auto", False), ("mine.json", "bytes", True), (None, "utf16", False),
-])
+@pytest.mark.parametrize(
+    "recorded,given,warned",
+    [
+        ("bytes", "utf16", True),
+        ("bytes", "bytes", False),
+        ("bytes", "auto", False),
+        ("mine.json", "bytes", True),
+        (None, "utf16", False),
+    ],
+)
 def test_another_tokenizer_than_the_recorded_one_is_warned_of(checkpoint, recorded, given, warned, capsys):
     base = checkpoint(7, vocab_size=256)
     path = base.with_name("recorded.pth")
     write_checkpoint(path, read_checkpoint(base).items(), {"tokenizer": recorded} if recorded else None)
-    assert recorded_tokenizer(given, "", 256, None, base, path).name == ("bytes" if given == "auto" else given)
+    assert recorded_tokenizer(given, "", 256, None, base, path).name == (
+        "bytes" if given == "auto" else given
+    )
     words = f"WARNING: {path} was trained with the tokenizer {recorded}, {given} is another one; leave --tokenizer out"
     assert (words in capsys.readouterr().err) == warned

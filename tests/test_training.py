@@ -35,7 +35,12 @@ def files(tmp_path_factory):
         torch.save(random_tensors(make_arch(version, vocab_size=256)), folder / f"v{version}.pth")
     rng = random.Random(0)
     rows = [
-        {"messages": [{"role": "user", "content": "q" * rng.randint(1, 30)}, {"role": "assistant", "content": "ab c" * rng.choice([1, 1, 15])}]}
+        {
+            "messages": [
+                {"role": "user", "content": "q" * rng.randint(1, 30)},
+                {"role": "assistant", "content": "ab c" * rng.choice([1, 1, 15])},
+            ]
+        }
         for _ in range(21)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,9 +48,31 @@ def files(tmp_path_factory):
 
 
 def command(files, proj_dir, *flags, version=7):
-    base = ["--load_model", str(files / f"v{version}.pth"), "--peft_config", "r=7"] if "none" not in flags else []
-    return [sys.executable, "train.py", *base, "--data_file", str(files / "data.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-            "--lr_init", "1e-2", "--micro_bsz", "8", "--packing", "0", "--accelerator", "cpu", *flags]
+    base = (
+        ["--load_model", str(files / f"v{version}.pth"), "--peft_config", "r=7"]
+        if "none" not in flags
+        else []
+    )
+    return [
+        sys.executable,
+        "train.py",
+        *base,
+        "--data_file",
+        str(files / "data.jsonl"),
+        "--proj_dir",
+        str(proj_dir),
+        "--tokenizer",
+        "bytes",
+        "--lr_init",
+        "1e-2",
+        "--micro_bsz",
+        "8",
+        "--packing",
+        "0",
+        "--accelerator",
+        "cpu",
+        *flags,
+    ]
 
 
 def train(*args, **kwargs):
@@ -66,10 +93,23 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
     assert "6 steps of 8 rows" in output and "«" in output
     assert "wkv cpu" in (proj_dir / "run_card.md").read_text()
     left = {p.name for p in proj_dir.iterdir()} - {"tensorboard"}
-    assert left == {"adapter.pth", "config.yaml", "metrics.jsonl", "run.json", "loss.png", "run_card.md", "checkpoints"}
+    assert left == {
+        "adapter.pth",
+        "config.yaml",
+        "metrics.jsonl",
+        "run.json",
+        "loss.png",
+        "run_card.md",
+        "checkpoints",
+    }
     assert (proj_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
     metadata = read_metadata(proj_dir / "adapter.pth")
-    assert (metadata["method"], metadata["step"], metadata["tokenizer"], metadata["template"]) == ("miss", 6, "bytes", "rwkv")
+    assert (metadata["method"], metadata["step"], metadata["tokenizer"], metadata["template"]) == (
+        "miss",
+        6,
+        "bytes",
+        "rwkv",
+    )
     assert metadata["base_fingerprint"] == RWKV.load(files / "v7.pth").base_fingerprint
     curve = losses(proj_dir)
     assert len(curve) == 6 and curve[-1] < 0.9 * curve[0]
@@ -79,7 +119,20 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
 def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strategy):
     proj_dir = tmp_path / "run"
-    train(files, proj_dir, "--epoch_count", "2", "--strategy", strategy, "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2")
+    train(
+        files,
+        proj_dir,
+        "--epoch_count",
+        "2",
+        "--strategy",
+        strategy,
+        "--devices",
+        "2",
+        "--micro_bsz",
+        "2",
+        "--accumulate_grad_batches",
+        "2",
+    )
     # fp32: the same sums in another order; 1e-5 is the promise
     for step, (one, many) in enumerate(zip(losses(plain[0]), losses(proj_dir), strict=True)):
         assert abs(one - many) < 1e-5 * one, f"step {step + 1}: {one} in one process, {many} in two"
@@ -93,7 +146,16 @@ def test_documents_in_shared_rows_train_the_same(files, tmp_path):
     train(files, tmp_path / "own", "--epoch_count", "4", "--micro_bsz", "21")
     packed = ["--epoch_count", "4", "--packing", "1", "--ctx_len", "150"]
     output = train(files, tmp_path / "shared", *packed)
-    two = ["--strategy", "deepspeed_stage_2", "--devices", "2", "--micro_bsz", "1", "--accumulate_grad_batches", "4"]
+    two = [
+        "--strategy",
+        "deepspeed_stage_2",
+        "--devices",
+        "2",
+        "--micro_bsz",
+        "1",
+        "--accumulate_grad_batches",
+        "4",
+    ]
     train(files, tmp_path / "both", *packed, *two)
     assert "rows of 150 tokens" in output
     assert "documents in a row do not see each other" in (tmp_path / "shared/run_card.md").read_text()
@@ -106,21 +168,50 @@ def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
     """Adam forgets the size of a gradient, and with it a factor too many; an epsilon far above the gradients makes the size count."""
     flags = ["--adam_eps", "100", "--lr_init", "30", "--lr_schedule", "constant", "--grad_clip", "0"]
     train(files, tmp_path / "whole", *flags)
-    train(files, tmp_path / "parts", *flags, "--strategy", "deepspeed_stage_1", "--micro_bsz", "2", "--accumulate_grad_batches", "4")
+    train(
+        files,
+        tmp_path / "parts",
+        *flags,
+        "--strategy",
+        "deepspeed_stage_1",
+        "--micro_bsz",
+        "2",
+        "--accumulate_grad_batches",
+        "4",
+    )
     curve = losses(tmp_path / "whole")
     assert abs(curve[-1] - curve[0]) > 1e-2 * curve[0], "the steps must be large enough to show their size"
     assert losses(tmp_path / "parts") == pytest.approx(curve, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--strategy", "deepspeed_stage_2", "--devices", "2", "--micro_bsz", "2", "--accumulate_grad_batches", "2"]],
-                         ids=["plain", "deepspeed_stage_2 x 2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        [
+            "--strategy",
+            "deepspeed_stage_2",
+            "--devices",
+            "2",
+            "--micro_bsz",
+            "2",
+            "--accumulate_grad_batches",
+            "2",
+        ],
+    ],
+    ids=["plain", "deepspeed_stage_2 x 2"],
+)
 def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
     proj_dir, again = tmp_path / "whole", tmp_path / "stopped"
     flags = ["--epoch_count", "8", *flags]
     train(files, proj_dir, *flags)
-    process = subprocess.Popen(command(files, again, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(files, again, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.time() + 120
-    while time.time() < deadline and not ((again / "metrics.jsonl").exists() and (again / "metrics.jsonl").read_text().count("\n") >= 4):
+    while time.time() < deadline and not (
+        (again / "metrics.jsonl").exists() and (again / "metrics.jsonl").read_text().count("\n") >= 4
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)  # Ctrl-C
     output, _ = process.communicate(timeout=120)
@@ -139,9 +230,14 @@ def test_an_interrupted_run_resumes_to_the_same_losses(files, tmp_path, flags):
 
 
 def test_a_run_is_not_overwritten_or_resumed_with_other_settings(files, plain):
-    for flags, word in ((["--epoch_count", "2"], "--resume auto"), (["--data_file", "absent.jsonl"], "absent.jsonl can't be read"),
-                        (["--epoch_count", "2", "--lr_init", "1", "--beta1", "0.8", "--resume", "auto"],
-                         "has lr_init 0.01, now it is 1.0; beta1 0.9, now it is 0.8. Resume with --config")):
+    for flags, word in (
+        (["--epoch_count", "2"], "--resume auto"),
+        (["--data_file", "absent.jsonl"], "absent.jsonl can't be read"),
+        (
+            ["--epoch_count", "2", "--lr_init", "1", "--beta1", "0.8", "--resume", "auto"],
+            "has lr_init 0.01, now it is 1.0; beta1 0.9, now it is 0.8. Resume with --config",
+        ),
+    ):
         code, output = program.run(command(files, plain[0], *flags)[2:])
         assert code == 2 and word in output and "Traceback" not in output, output
 
@@ -151,7 +247,9 @@ def test_a_run_whose_settings_are_gone_or_spoilt_is_not_gone_on_with(tmp_path):
     assert earlier_settings(config) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.pth").touch()
-    with pytest.raises(rwkv_miss.UserError, match="config.yaml, with the settings of the run, is not there; put it back"):
+    with pytest.raises(
+        rwkv_miss.UserError, match="config.yaml, with the settings of the run, is not there; put it back"
+    ):
         earlier_settings(config)
     (tmp_path / "config.yaml").write_text("devices: two\n")
     with pytest.raises(rwkv_miss.UserError, match="config.yaml: --devices two: expected int"):
@@ -163,13 +261,24 @@ def test_a_checkpoint_says_what_it_is_and_is_no_model(files, plain, tmp_path, ca
     count = sum(t.numel() for t in rwkv_miss.read_checkpoint(plain[0] / "adapter.pth").values())
     rwkv_miss_main(["inspect", str(path)])
     shown = capsys.readouterr().out
-    assert "checkpoint of a run" in shown and f"trained      12, {count:,} parameters" in shown and "step         6" in shown
+    assert (
+        "checkpoint of a run" in shown
+        and f"trained      12, {count:,} parameters" in shown
+        and "step         6" in shown
+    )
     assert f"for merge and chat there is {plain[0]}/adapter.pth" in shown
     alone = shutil.copy(path, tmp_path)
     for file, output in ((path, f"{plain[0]}/adapter.pth"), (alone, "the adapter.pth of its run")):
-        for use in (read_model_file, lambda file: rwkv_miss.load_adapter(RWKV.load(base), file), lambda file: rwkv_miss.merge_file(base, file, "out"),
-                    lambda file: rwkv_miss.merge_file(file, plain[0] / "adapter.pth", "out")):
-            with pytest.raises(rwkv_miss.UserError, match=f"--resume auto goes on, .* of step 6; what was trained is in {output}$"):
+        for use in (
+            read_model_file,
+            lambda file: rwkv_miss.load_adapter(RWKV.load(base), file),
+            lambda file: rwkv_miss.merge_file(base, file, "out"),
+            lambda file: rwkv_miss.merge_file(file, plain[0] / "adapter.pth", "out"),
+        ):
+            with pytest.raises(
+                rwkv_miss.UserError,
+                match=f"--resume auto goes on, .* of step 6; what was trained is in {output}$",
+            ):
                 use(file)
 
 
@@ -189,7 +298,9 @@ def report_dtypes(rank):
 def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(files, tmp_path, strategy):
     flags = command(files, tmp_path / "run", "--precision", "bf16", "--strategy", strategy)[2:]
     output = program.succeed(program.run(flags, report_dtypes))
-    assert output.count("dtypes torch.bfloat16 torch.float32 torch.bfloat16") == output.count("dtypes") == 3, output
+    assert (
+        output.count("dtypes torch.bfloat16 torch.float32 torch.bfloat16") == output.count("dtypes") == 3
+    ), output
     adapter = torch.load(tmp_path / "run/adapter.pth", weights_only=True)
     assert len(adapter) == 12 and all(t.dtype == torch.float32 for t in adapter.values())
 
@@ -204,8 +315,24 @@ def test_fp16_with_loss_scaling_follows_fp32(files, tmp_path, plain):
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_3"])
 def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, version, strategy):
-    flags = ["--peft", "none", "--version", f"x0{version}0", "--n_layer", "2", "--n_embd", "32", "--head_size", "16", "--epoch_count", "4",
-             "--strategy", strategy, "--grad_cp", "1"]
+    flags = [
+        "--peft",
+        "none",
+        "--version",
+        f"x0{version}0",
+        "--n_layer",
+        "2",
+        "--n_embd",
+        "32",
+        "--head_size",
+        "16",
+        "--epoch_count",
+        "4",
+        "--strategy",
+        strategy,
+        "--grad_cp",
+        "1",
+    ]
     train(files, tmp_path / "run", *flags)
     curve = losses(tmp_path / "run")
     assert curve[0] > 5 and curve[-1] < 0.7 * curve[0]
@@ -222,8 +349,24 @@ def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, 
 
 def test_full_training_gathers_every_tensor_that_zero_3_shares_out(files, tmp_path):
     """Layer 0's v1 has 10,240 elements here, above the size that stage 3 leaves whole, and is not trained: it must be gathered all the same."""
-    train(files, tmp_path / "run", "--peft", "none", "--version", "x070", "--n_layer", "2", "--n_embd", "320",
-          "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "4")
+    train(
+        files,
+        tmp_path / "run",
+        "--peft",
+        "none",
+        "--version",
+        "x070",
+        "--n_layer",
+        "2",
+        "--n_embd",
+        "320",
+        "--strategy",
+        "deepspeed_stage_3",
+        "--devices",
+        "2",
+        "--micro_bsz",
+        "4",
+    )
     model = RWKV.load(tmp_path / "run/model.pth")
     assert model.blocks[0].att.v1.shape == (320, 32)
 
@@ -234,7 +377,9 @@ def test_full_training_of_a_base_keeps_its_keys_shapes_order_and_dtypes(files, t
     torch.save(odd, tmp_path / "odd.pth")
     train(files, tmp_path / "run", "--peft", "none", "--load_model", str(tmp_path / "odd.pth"))
     trained = torch.load(tmp_path / "run/model.pth", weights_only=True)
-    assert [(n, t.shape, t.dtype) for n, t in trained.items()] == [(n, t.shape, t.dtype) for n, t in odd.items()]
+    assert [(n, t.shape, t.dtype) for n, t in trained.items()] == [
+        (n, t.shape, t.dtype) for n, t in odd.items()
+    ]
     assert not torch.equal(trained["head.weight"], odd["head.weight"])
 
 
@@ -249,7 +394,18 @@ def test_activation_checkpointing_changes_no_loss(files, tmp_path, version):
 
 def test_torchrun_launches_the_same_command(files, tmp_path, plain):
     proj_dir = tmp_path / "run"
-    flags = command(files, proj_dir, "--epoch_count", "2", "--strategy", "deepspeed_stage_1", "--devices", "2", "--micro_bsz", "4")[1:]
+    flags = command(
+        files,
+        proj_dir,
+        "--epoch_count",
+        "2",
+        "--strategy",
+        "deepspeed_stage_1",
+        "--devices",
+        "2",
+        "--micro_bsz",
+        "4",
+    )[1:]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -258,6 +414,7 @@ def test_torchrun_launches_the_same_command(files, tmp_path, plain):
 
 def test_both_signals_are_answered_at_once(capfd, monkeypatch):
     """The first asks the run to stop, the second one ends it; so does one before the first step."""
+
     class Ended(Exception):
         pass
 

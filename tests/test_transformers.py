@@ -27,20 +27,45 @@ def new(kind, task, **sizes):
     return getattr(transformers, f"{kind}For{task}")(getattr(transformers, f"{kind}Config")(**sizes))
 
 
-SIZES = {"vocab_size": 61, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
-         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 36,
+    "intermediate_size": 50,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 10}  # heads that together are wider than the model
 # name -> (model, targets). Leaf names, suffixes and whole names
 MODELS = {
-    "llama": (lambda: new("Llama", "CausalLM", **GROUPED, attention_bias=True),
-              ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-    "mistral": (lambda: new("Mistral", "CausalLM", **GROUPED, sliding_window=5),
-                ["self_attn.q_proj", "self_attn.v_proj", "model.layers.1.mlp.down_proj"]),
+    "llama": (
+        lambda: new("Llama", "CausalLM", **GROUPED, attention_bias=True),
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+    "mistral": (
+        lambda: new("Mistral", "CausalLM", **GROUPED, sliding_window=5),
+        ["self_attn.q_proj", "self_attn.v_proj", "model.layers.1.mlp.down_proj"],
+    ),
     "qwen3": (lambda: new("Qwen3", "CausalLM", **GROUPED), ["q_proj", "o_proj", "down_proj", "lm_head"]),
-    "roberta": (lambda: new("Roberta", "SequenceClassification", **SIZES, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-                ["query", "key", "value", "dense"]),
+    "roberta": (
+        lambda: new(
+            "Roberta",
+            "SequenceClassification",
+            **SIZES,
+            num_labels=3,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        ["query", "key", "value", "dense"],
+    ),
 }
-METHODS = {"miss": {"miss": "miss_block"}, "lora": {"lora_A": "lora_A", "lora_B": "lora_B"}}  # our tensors -> peft's
+METHODS = {
+    "miss": {"miss": "miss_block"},
+    "lora": {"lora_A": "lora_A", "lora_B": "lora_B"},
+}  # our tensors -> peft's
 RANK = 7  # divides none of the widths
 LINEAR = [name for name, method in REGISTERED.items() if method.adapts_linears]
 
@@ -72,10 +97,13 @@ def fill(model):
             p.normal_(std=0.1)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [
-    (torch.float64, 1e-12),
-    (torch.float32, 1e-5),  # the order of the sums differs; 2e-6 was the largest difference seen
-])
+@pytest.mark.parametrize(
+    "dtype,tolerance",
+    [
+        (torch.float64, 1e-12),
+        (torch.float32, 1e-5),  # the order of the sums differs; 2e-6 was the largest difference seen
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_those_of_hf_peft(name, method, dtype, tolerance):
@@ -85,14 +113,24 @@ def test_outputs_and_gradients_are_those_of_hf_peft(name, method, dtype, toleran
     inject(name, ours, method, **({"alpha": 3.0 * RANK} if method == "lora" else {}))
     fill(ours)
     ours.to(dtype)
-    kinds = {"miss": lambda **o: peft.MissConfig(**o), "lora": lambda **o: peft.LoraConfig(lora_alpha=3 * RANK, **o)}
-    theirs = peft.get_peft_model(base, kinds[method](r=RANK, target_modules=list(adapted_linears(ours)))).to(dtype).train()
+    kinds = {
+        "miss": lambda **o: peft.MissConfig(**o),
+        "lora": lambda **o: peft.LoraConfig(lora_alpha=3 * RANK, **o),
+    }
+    theirs = (
+        peft.get_peft_model(base, kinds[method](r=RANK, target_modules=list(adapted_linears(ours))))
+        .to(dtype)
+        .train()
+    )
 
     pairs = {}
     for linear, layer in adapted_linears(ours).items():
         for mine, other in METHODS[method].items():
             tensor = getattr(theirs.base_model.model.get_submodule(linear), other)["default"]
-            pairs[f"{linear}.{mine}"] = getattr(layer, mine), tensor.weight if isinstance(tensor, nn.Module) else tensor
+            pairs[f"{linear}.{mine}"] = (
+                getattr(layer, mine),
+                tensor.weight if isinstance(tensor, nn.Module) else tensor,
+            )
     assert len(pairs) == len(METHODS[method]) * len(adapted_linears(ours)) == len(adapter_tensors(ours))
     with torch.no_grad():
         for mine, other in pairs.values():
@@ -118,7 +156,9 @@ def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
     base = copy.deepcopy(model)
     report = inject(name, model, method)
     with torch.no_grad():
-        assert torch.equal(model(**batch(name)).logits, base(**batch(name)).logits), "a fresh adapter changes nothing"
+        assert torch.equal(model(**batch(name)).logits, base(**batch(name)).logits), (
+            "a fresh adapter changes nothing"
+        )
     assert report.trainable == sum(t.numel() for t in adapter_tensors(model).values())
     losses = train(model, batch(name), steps=12)
     assert losses[-1] < 0.8 * losses[0], losses
@@ -130,18 +170,29 @@ def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
     with torch.no_grad():
         trained = model(**batch(name)).logits
         assert torch.equal(loaded(**batch(name)).logits, trained)
-        close("merged logits", plain(**batch(name)).logits, trained, 1e-5)  # W + dW is rounded once, to 24 bits
+        close(
+            "merged logits", plain(**batch(name)).logits, trained, 1e-5
+        )  # W + dW is rounded once, to 24 bits
     for linear, layer in adapted_linears(model).items():
-        close(linear, plain.get_submodule(linear).weight.detach(), (layer.weight + layer.delta()).detach(), 1e-6)
+        close(
+            linear, plain.get_submodule(linear).weight.detach(), (layer.weight + layer.delta()).detach(), 1e-6
+        )
 
 
 @pytest.mark.parametrize("method", LINEAR)
 def test_every_method_trains_loads_and_merges_on_linears_of_many_shapes(method, tmp_path):
     model = make("llama")
     base = copy.deepcopy(model)
-    rwkv_miss.inject(model, method, targets=MODELS["llama"][1], rank=2)  # which divides the widths, as Bat needs it
+    rwkv_miss.inject(
+        model, method, targets=MODELS["llama"][1], rank=2
+    )  # which divides the widths, as Bat needs it
     with torch.no_grad():
-        close("a fresh adapter changes nothing", model(**batch("llama")).logits, base(**batch("llama")).logits, 1e-5)
+        close(
+            "a fresh adapter changes nothing",
+            model(**batch("llama")).logits,
+            base(**batch("llama")).logits,
+            1e-5,
+        )
     train(model, batch("llama"), steps=3)
     loaded, plain = loaded_and_merged(model, base, tmp_path)
     with torch.no_grad():
@@ -198,10 +249,16 @@ def message(model, **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("name,leaves", [
-    ("llama", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
-    ("roberta", "dense, key, out_proj, query, value"),  # which has a key and a value, half of its attention
-])
+@pytest.mark.parametrize(
+    "name,leaves",
+    [
+        ("llama", "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"),
+        (
+            "roberta",
+            "dense, key, out_proj, query, value",
+        ),  # which has a key and a value, half of its attention
+    ],
+)
 def test_a_model_that_is_no_rwkv_needs_targets_and_the_error_lists_them(name, leaves):
     assert leaves in message(make(name)) and "no RWKV model" in message(make(name))
     assert leaves in message(make(name), targets=["att.key"])

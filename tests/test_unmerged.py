@@ -17,8 +17,14 @@ from .test_decode import TOLERANCE, one_by_one, some_ids
 
 # of the methods' own options those that lead to another form of the change
 VARIANTS = [
-    *((method, {}) for method in sorted(METHODS)), ("miss", {"layout": "contiguous"}), ("miss", {"shards": "balanced", "scale": "sqrt"}),
-    ("miss", {"mini_r": 4}), ("miss", {"expand": True}), ("miss", {"magnitude": True}), ("bat", {"order": "row"}), ("pissa", {"niter": 0}),
+    *((method, {}) for method in sorted(METHODS)),
+    ("miss", {"layout": "contiguous"}),
+    ("miss", {"shards": "balanced", "scale": "sqrt"}),
+    ("miss", {"mini_r": 4}),
+    ("miss", {"expand": True}),
+    ("miss", {"magnitude": True}),
+    ("bat", {"order": "row"}),
+    ("pissa", {"niter": 0}),
 ]
 SIZES = {"n_embd": 40, "head_size": 8, "vocab_size": 257}  # no multiple of 16, the lanes of the native code
 
@@ -47,7 +53,9 @@ def merged_by_hand(base, adapters, folder, scale):
             start = before.get(name, torch.zeros_like(tensor)).double()
             result[name] = result.get(name, start) + scale * (tensor.double() - start)
     model = RWKV(rwkv_miss.Arch.detect(result)).double().eval()
-    model.load_state_dict({name: tensor.reshape(dict(model.named_parameters())[name].shape) for name, tensor in result.items()})
+    model.load_state_dict(
+        {name: tensor.reshape(dict(model.named_parameters())[name].shape) for name, tensor in result.items()}
+    )
     return model
 
 
@@ -79,15 +87,45 @@ def test_the_same_text_as_the_merged_file(version, checkpoint, tmp_path):
     base, tokenizer = checkpoint(version, vocab_size=257), load_tokenizer("bytes", 257)
     rwkv_miss.merge_file(base, train(base, tmp_path / "a.pth", "miss"), tmp_path / "merged.pth", "fp32")
     said = []
-    for model in (load(base, tmp_path / "a.pth", "bytes")[0], load(tmp_path / "merged.pth", None, "bytes")[0], load(base, None, "bytes")[0]):
-        said.append("".join(stream(Decoder(model), tokenizer, tokenizer.encode("hello?"), None, Sampling(temperature=0), 40, "")))
+    for model in (
+        load(base, tmp_path / "a.pth", "bytes")[0],
+        load(tmp_path / "merged.pth", None, "bytes")[0],
+        load(base, None, "bytes")[0],
+    ):
+        said.append(
+            "".join(
+                stream(
+                    Decoder(model),
+                    tokenizer,
+                    tokenizer.encode("hello?"),
+                    None,
+                    Sampling(temperature=0),
+                    40,
+                    "",
+                )
+            )
+        )
     assert said[0] == said[1] != said[2] and len(said[0]) > 10
 
 
 KINDS = {
-    "miss": dict(method="miss", train_parts="ln,time,head"), "dora": dict(method="dora"), "state": dict(method="state"), "vera": dict(method="vera"),
+    "miss": dict(method="miss", train_parts="ln,time,head"),
+    "dora": dict(method="dora"),
+    "state": dict(method="state"),
+    "vera": dict(method="vera"),
 }
-WALK = [("miss", 1), ("dora", 1), (None, 1), ("state", 0.5), ("miss", 0.5), ("vera", 1), (None, 0.5), ("dora", 0.5), ("miss", 1), (None, 1)]
+WALK = [
+    ("miss", 1),
+    ("dora", 1),
+    (None, 1),
+    ("state", 0.5),
+    ("miss", 0.5),
+    ("vera", 1),
+    (None, 0.5),
+    ("dora", 0.5),
+    ("miss", 1),
+    (None, 1),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -95,10 +133,17 @@ WALK = [("miss", 1), ("dora", 1), (None, 1), ("state", 0.5), ("miss", 0.5), ("ve
 def test_switching_leaves_nothing_behind(version, dtype, checkpoint, tmp_path):
     """a -> b -> none -> a and so on: the bits of a fresh load each time, also in the decoder; without adapter those of the base, in its memory."""
     base = checkpoint(version, dtype, **SIZES)
-    files = {name: train(base, tmp_path / f"{name}.pth", seed=i, **kind) for i, (name, kind) in enumerate(KINDS.items())}
+    files = {
+        name: train(base, tmp_path / f"{name}.pth", seed=i, **kind)
+        for i, (name, kind) in enumerate(KINDS.items())
+    }
     ids = some_ids(make_arch(version, **SIZES), 9)
     plain = Decoder(load(base, None, "bytes", accelerator="cpu")[0])
-    fresh = {(name, scale): logits_with(base, {name: files[name]}, [name], scale, ids) for name in files for scale in (1, 0.5)}
+    fresh = {
+        (name, scale): logits_with(base, {name: files[name]}, [name], scale, ids)
+        for name in files
+        for scale in (1, 0.5)
+    }
     adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
     decoder, before = Decoder(adapters.model), dict(adapters.model.named_parameters())
     places = {name: p.data_ptr() for name, p in before.items()}
@@ -109,7 +154,9 @@ def test_switching_leaves_nothing_behind(version, dtype, checkpoint, tmp_path):
         assert torch.equal(one_by_one(decoder, ids)[0], want), (name, scale)
         if name is None:
             now = dict(adapters.model.named_parameters())
-            assert now.keys() == before.keys() and all(p is before[key] and p.data_ptr() == places[key] for key, p in now.items())
+            assert now.keys() == before.keys() and all(
+                p is before[key] and p.data_ptr() == places[key] for key, p in now.items()
+            )
     assert len({tuple(logits[-1].tolist()) for logits in fresh.values()}) == len(fresh)
 
 
@@ -121,8 +168,13 @@ def logits_with(base, files, names, scale, ids):
 
 def test_several_adapters_add_up(checkpoint, tmp_path):
     base = checkpoint(7, **SIZES)
-    files = {name: train(base, tmp_path / f"{name}.pth", seed=i, **kind) for i, (name, kind) in enumerate(KINDS.items())}
-    files["other"] = train(base, tmp_path / "other.pth", "miss", seed=9, rank=5, targets=["receptance", "head"])
+    files = {
+        name: train(base, tmp_path / f"{name}.pth", seed=i, **kind)
+        for i, (name, kind) in enumerate(KINDS.items())
+    }
+    files["other"] = train(
+        base, tmp_path / "other.pth", "miss", seed=9, rank=5, targets=["receptance", "head"]
+    )
     files["third"] = train(base, tmp_path / "third.pth", "bat", seed=8)
     ids = some_ids(make_arch(7, **SIZES), 9)
     adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
@@ -139,10 +191,14 @@ def test_several_adapters_add_up(checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("method, rank", [("miss", 1), ("miss", 7), ("lora", 3), ("lora", 17)])
-def test_the_decoder_loses_nothing_of_an_adapter(method, rank, version, dtype, int8, checkpoint, tmp_path, monkeypatch):
+def test_the_decoder_loses_nothing_of_an_adapter(
+    method, rank, version, dtype, int8, checkpoint, tmp_path, monkeypatch
+):
     """Against float64 with the same rounded base: A, B and their sums are fp32, whatever the base is. Any number of threads gives the same bits."""
     base = checkpoint(version, dtype, n_layer=3, **SIZES)
-    adapter = train(base, tmp_path / "a.pth", method, rank=rank, targets=["receptance", "key", "value", "output", "head"])
+    adapter = train(
+        base, tmp_path / "a.pth", method, rank=rank, targets=["receptance", "key", "value", "output", "head"]
+    )
     ids, results = some_ids(make_arch(version, **SIZES), 9), []
     adapters, _ = load_with(base, {"a": adapter}, "bytes", accelerator="cpu")
     exact = RWKV.load(base, torch.float64)
@@ -180,7 +236,9 @@ def test_a_switch_makes_no_copy_of_what_stays(checkpoint, tmp_path):
         adapters.use([name])
         decoder.refresh()
         assert weights == {name: p.data_ptr() for name, p in adapters.model.named_parameters()}
-        assert kept == {name: [tensor.data_ptr() for tensor in tensors] for name, tensors in decoder.kept.items()}
+        assert kept == {
+            name: [tensor.data_ptr() for tensor in tensors] for name, tensors in decoder.kept.items()
+        }
     changes = [[adapter.factors[name] for name in adapter.factors] for adapter in adapters.by_name.values()]
     assert [len(of_one) for of_one in changes] == [12, 12] and all(change.A is None for change in changes[0])
     assert len({change.A.data_ptr() for change in changes[1]}) == 2  # widths: 40 and ffn's
@@ -215,18 +273,27 @@ def test_files_that_do_not_fit_change_nothing(checkpoint, tmp_path):
     cut = rwkv_miss.read_checkpoint(good)
     cut.pop("blocks.1.att.key.miss")
     rwkv_miss.write_checkpoint(tmp_path / "cut.pth", cut.items(), rwkv_miss.read_metadata(good))
-    rwkv_miss.write_checkpoint(tmp_path / "run.pth", cut.items(), {"format": "rwkv-miss checkpoint", "step": 3})
+    rwkv_miss.write_checkpoint(
+        tmp_path / "run.pth", cut.items(), {"format": "rwkv-miss checkpoint", "step": 3}
+    )
     bad = [
-        (train(other, tmp_path / "other.pth", "miss"), "another base"), (train(wider, tmp_path / "wider.pth", "lora"), "another base"),
-        (tmp_path / "cut.pth", "lacks blocks.1.att.key.miss"), (tmp_path / "run.pth", "checkpoint from which"), (base, "not an adapter"),
+        (train(other, tmp_path / "other.pth", "miss"), "another base"),
+        (train(wider, tmp_path / "wider.pth", "lora"), "another base"),
+        (tmp_path / "cut.pth", "lacks blocks.1.att.key.miss"),
+        (tmp_path / "run.pth", "checkpoint from which"),
+        (base, "not an adapter"),
         (tmp_path / "nothing.pth", "does not exist"),
     ]
     for path, why in bad:
         model = RWKV.load(base)
-        before = {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
+        before = {
+            name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()
+        }
         with pytest.raises(UserError, match=why):
             Adapters(model, {"good": good, "bad": path})
-        assert before == {name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()}
+        assert before == {
+            name: (id(module), id(getattr(module, "weight", None))) for name, module in model.named_modules()
+        }
     adapters = Adapters(RWKV.load(base), {"good": good})
     with pytest.raises(UserError, match="no adapter 'god'; there are: good"):
         adapters.use(["god"])

@@ -68,7 +68,9 @@ def test_an_index_beyond_all_reason(tmp_path):
 def test_an_index_in_capitals_is_an_index(tmp_path):
     path = saved(tmp_path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("x/DATA.PKL", b"N" * (LARGEST_INDEX + 1))  # torch would find it, were the other one not there
+        archive.writestr(
+            "x/DATA.PKL", b"N" * (LARGEST_INDEX + 1)
+        )  # torch would find it, were the other one not there
     with pytest.raises(UserError, match=r"DATA\.PKL has"):
         read_checkpoint(path)
 
@@ -81,8 +83,14 @@ def test_records_that_lie_over_each_other(tmp_path):
     index, more = content[start : start + size], 2
     again = b"PK\1\2" + next(entry for entry in index.split(b"PK\1\2") if b"data/0" in entry)
     again *= more
-    path.write_bytes(content[:start] + index + again + struct.pack("<4s4HLLH", b"PK\5\6", 0, 0, records + more, records + more,
-                                                                   size + len(again), start, 0))
+    path.write_bytes(
+        content[:start]
+        + index
+        + again
+        + struct.pack(
+            "<4s4HLLH", b"PK\5\6", 0, 0, records + more, records + more, size + len(again), start, 0
+        )
+    )
     for read in (read_checkpoint, read_metadata, check_sums):
         with pytest.raises(UserError, match="records have more bytes together than the file"):
             read(path)
@@ -109,14 +117,21 @@ def with_pickle(tmp_path, content, zipped):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("content,words", [
-    (calling("builtins", "bytearray", 10**11), r"asks for builtins\.bytearray"),
-    (calling("torch", "FloatTensor", 10**11), r"asks for torch\.FloatTensor"),
-    (calling("_codecs", "encode", "x", "utf-32"), r"asks for _codecs\.encode"),
-    (calling("collections", "Counter", "x"), r"asks for collections\.Counter"),
-    (twice(60), "holds a tuple in several places"),
-    (b"\x80\2}X\1\0\0\0x\x85q\0q\1h\1\x86Ns.", "holds a tuple in several places"),  # put into two places, and taken from the second
-], ids=["bytearray", "FloatTensor", "encode", "Counter", "tuples", "tuples, put twice"])
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (calling("builtins", "bytearray", 10**11), r"asks for builtins\.bytearray"),
+        (calling("torch", "FloatTensor", 10**11), r"asks for torch\.FloatTensor"),
+        (calling("_codecs", "encode", "x", "utf-32"), r"asks for _codecs\.encode"),
+        (calling("collections", "Counter", "x"), r"asks for collections\.Counter"),
+        (twice(60), "holds a tuple in several places"),
+        (
+            b"\x80\2}X\1\0\0\0x\x85q\0q\1h\1\x86Ns.",
+            "holds a tuple in several places",
+        ),  # put into two places, and taken from the second
+    ],
+    ids=["bytearray", "FloatTensor", "encode", "Counter", "tuples", "tuples, put twice"],
+)
 def test_what_torch_would_make_of_a_pickle_without_end(tmp_path, zipped, content, words):
     with pytest.raises(UserError, match=f"x.pth is refused: its pickle {words}"):
         read_checkpoint(with_pickle(tmp_path, content, zipped))
@@ -127,21 +142,39 @@ def test_what_torch_would_make_of_a_pickle_without_end(tmp_path, zipped, content
 def test_everything_plain_is_read(tmp_path, zipped, protocol):
     module = torch.nn.BatchNorm1d(3)
     tensors = module.state_dict()  # an OrderedDict with versions beside its items
-    dtypes = [torch.float64, torch.bfloat16, torch.int16, torch.bool, *[torch.float8_e5m2] * zipped]  # torch reads no legacy file of fp8
+    dtypes = [
+        torch.float64,
+        torch.bfloat16,
+        torch.int16,
+        torch.bool,
+        *[torch.float8_e5m2] * zipped,
+    ]  # torch reads no legacy file of fp8
     tensors |= {str(dtype): torch.ones(2, 2, dtype=dtype) for dtype in dtypes}
     tensors |= {"p": torch.nn.Parameter(torch.ones(4)), "none": torch.ones(0, 3), "number": torch.tensor(2.0)}
     tensors["p"].note = "attributes come by another function"
-    got = read_checkpoint(saved(tmp_path, tensors, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol))
-    assert all(torch.equal(got[name].double(), t.double()) and got[name].dtype == t.dtype for name, t in tensors.items()) and len(got) == len(tensors)
+    got = read_checkpoint(
+        saved(tmp_path, tensors, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    )
+    assert all(
+        torch.equal(got[name].double(), t.double()) and got[name].dtype == t.dtype
+        for name, t in tensors.items()
+    ) and len(got) == len(tensors)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("tensor,words", [
-    (torch.zeros(1).expand(10**6, 10**6), r": t claims \(1000000, 1000000\)"),
-    (torch.eye(3).to_sparse(), r" is refused: its pickle asks for torch\._utils\._rebuild_sparse_tensor"),
-    (torch.zeros(3, device="meta"), r" is refused: its pickle asks for torch\._utils\._rebuild_meta_tensor_no_storage"),
-    (torch.zeros(3, dtype=torch.complex64), ": t is no plain tensor"),
-], ids=["expanded", "sparse", "meta", "complex"])
+@pytest.mark.parametrize(
+    "tensor,words",
+    [
+        (torch.zeros(1).expand(10**6, 10**6), r": t claims \(1000000, 1000000\)"),
+        (torch.eye(3).to_sparse(), r" is refused: its pickle asks for torch\._utils\._rebuild_sparse_tensor"),
+        (
+            torch.zeros(3, device="meta"),
+            r" is refused: its pickle asks for torch\._utils\._rebuild_meta_tensor_no_storage",
+        ),
+        (torch.zeros(3, dtype=torch.complex64), ": t is no plain tensor"),
+    ],
+    ids=["expanded", "sparse", "meta", "complex"],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_no_plain_numbers(tmp_path, zipped, tensor, words):
     with pytest.raises(UserError, match=f"x.pth{words}"):
@@ -189,7 +222,13 @@ def test_json_that_is_none(tmp_path, content):
         read_metadata(rezipped(path, lambda name, old: content if name.endswith(".json") else old))
 
 
-METADATA = {"format": ADAPTER_FORMAT, "format_version": 1, "method": "miss", "options": {"rank": 3}, "linears": ["blocks.0.att.key"]}
+METADATA = {
+    "format": ADAPTER_FORMAT,
+    "format_version": 1,
+    "method": "miss",
+    "options": {"rank": 3},
+    "linears": ["blocks.0.att.key"],
+}
 
 
 def test_an_adapter_of_the_fewest_words_is_read(tmp_path):
@@ -197,33 +236,64 @@ def test_an_adapter_of_the_fewest_words_is_read(tmp_path):
     assert read_adapter(tmp_path / "a.pth")[1]["train_parts"] == []
 
 
-@pytest.mark.parametrize("name,wanted", [("targets", []), ("train_parts", []), ("versions", {}), ("base", None), ("arch", None)])
+@pytest.mark.parametrize(
+    "name,wanted", [("targets", []), ("train_parts", []), ("versions", {}), ("base", None), ("arch", None)]
+)
 def test_nothing_in_a_field_is_as_if_it_were_absent(tmp_path, name, wanted):
     write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, name: None})
     assert read_adapter(tmp_path / "a.pth")[1][name] == wanted
 
 
-@pytest.mark.parametrize("name,value", [
-    ("method", 5), ("method", None), ("method", "no such"), ("options", []), ("options", None), ("linears", "att"), ("linears", [1]), ("targets", 3),
-    ("train_parts", {"a": 1}), ("arch", [1]), ("base", 4), ("base_fingerprint", 4), ("versions", "x"), ("tokenizer", ["/dev/zero"]), ("template", 7),
-    ("format_version", 2), ("format_version", "x"),
-])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("method", 5),
+        ("method", None),
+        ("method", "no such"),
+        ("options", []),
+        ("options", None),
+        ("linears", "att"),
+        ("linears", [1]),
+        ("targets", 3),
+        ("train_parts", {"a": 1}),
+        ("arch", [1]),
+        ("base", 4),
+        ("base_fingerprint", 4),
+        ("versions", "x"),
+        ("tokenizer", ["/dev/zero"]),
+        ("template", 7),
+        ("format_version", 2),
+        ("format_version", "x"),
+    ],
+)
 def test_metadata_of_another_kind(tmp_path, name, value):
     write_checkpoint(tmp_path / "a.pth", SOUND.items(), {**METADATA, name: value})
     with pytest.raises(UserError, match=f"a.pth (is damaged: its {name}|has {name}|was made with {name})"):
         read_adapter(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("change", [
-    {"n_layer": "3"}, {"n_layer": True}, {"more": 1}, {"ranks": {"w": "x"}}, {"ranks": None}, {"initial_state": 1}, {"n_embd": None},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layer": "3"},
+        {"n_layer": True},
+        {"more": 1},
+        {"ranks": {"w": "x"}},
+        {"ranks": None},
+        {"initial_state": 1},
+        {"n_embd": None},
+    ],
+)
 def test_sizes_of_another_kind(change):
     sound = make_arch(7).to_dict()
     assert Arch.from_dict(sound) == make_arch(7)
     with pytest.raises(UserError, match="expected are the fields version"):
         Arch.from_dict({**sound, **change})
     with pytest.raises(UserError, match="expected are the fields version"):
-        Arch.from_dict({name: value for name, value in sound.items() if name not in change or name == "more"} | {"more": 1})
+        Arch.from_dict(
+            {name: value for name, value in sound.items() if name not in change or name == "more"}
+            | {"more": 1}
+        )
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", ""])
@@ -282,7 +352,9 @@ class Code:
         return os.system, ("echo executed > executed",)
 
 
-@pytest.mark.parametrize("nested", [lambda code: {"a": code}, lambda code: {"a": torch.zeros(2), "b": [code]}, lambda code: code])
+@pytest.mark.parametrize(
+    "nested", [lambda code: {"a": code}, lambda code: {"a": torch.zeros(2), "b": [code]}, lambda code: code]
+)
 def test_code_beside_tensors(tmp_path, monkeypatch, nested):
     monkeypatch.chdir(tmp_path)
     torch.save(nested(Code()), "x.pth")

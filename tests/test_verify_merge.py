@@ -26,7 +26,19 @@ def verify(merging, capsys):
         named = [flag for name in adapters for flag in ("--adapter", str(merging.folder / name))]
         code = 0
         try:
-            main(["--base", str(merging.folder / "base.pth"), *named, "--merged", str(merging.folder / merged), "--json", "--tokens", "40", *flags])
+            main(
+                [
+                    "--base",
+                    str(merging.folder / "base.pth"),
+                    *named,
+                    "--merged",
+                    str(merging.folder / merged),
+                    "--json",
+                    "--tokens",
+                    "40",
+                    *flags,
+                ]
+            )
         except SystemExit as stop:
             code = stop.code
         out = capsys.readouterr().out
@@ -38,14 +50,23 @@ def verify(merging, capsys):
 def make(merging, version=7, dtype=torch.float32):
     """A base with a vocabulary of bytes."""
     merging.tensors = random_tensors(make_arch(version, n_embd=40, head_size=8, vocab_size=256), dtype)
-    write_checkpoint(merging.folder / "base.pth", merging.tensors.items(), {"format": "rwkv-miss trained", "tokenizer": "bytes"})
+    write_checkpoint(
+        merging.folder / "base.pth",
+        merging.tensors.items(),
+        {"format": "rwkv-miss trained", "tokenizer": "bytes"},
+    )
 
 
-@pytest.mark.parametrize("version, dtype, methods, weights, parts", [
-    (7, torch.bfloat16, ["miss"], None, ""), (6, torch.float16, ["dora"], None, "ln,time"),
-    (7, torch.float32, ["pissa", "miss"], [0.5, -0.5], "state"),
-    (6, torch.float32, ["lora", "bat", "state"], [1, 0.5, 2], "head"), (7, torch.float32, ["miss"], [0.7], "emb"),
-])
+@pytest.mark.parametrize(
+    "version, dtype, methods, weights, parts",
+    [
+        (7, torch.bfloat16, ["miss"], None, ""),
+        (6, torch.float16, ["dora"], None, "ln,time"),
+        (7, torch.float32, ["pissa", "miss"], [0.5, -0.5], "state"),
+        (6, torch.float32, ["lora", "bat", "state"], [1, 0.5, 2], "head"),
+        (7, torch.float32, ["miss"], [0.7], "emb"),
+    ],
+)
 def test_a_merge_is_what_was_trained(merging, verify, version, dtype, methods, weights, parts):
     make(merging, version, dtype)
     names = [f"{method}.pth" for method in methods]
@@ -53,23 +74,38 @@ def test_a_merge_is_what_was_trained(merging, verify, version, dtype, methods, w
         merging.adapter(f"{method}.pth", method, seed=i, parts="" if i else parts)
     merging.merge(names, weights)
     code, facts = verify(names)
-    assert code == 0 and facts["ok"] and facts["problems"] == [] and facts["tokens"] == 40 and facts["files"]["ok"]
+    assert (
+        code == 0
+        and facts["ok"]
+        and facts["problems"] == []
+        and facts["tokens"] == 40
+        and facts["files"]["ok"]
+    )
     effect, exact, merged, *short = facts["probe"]
     assert effect["max_logit_difference"] > 1e-2 and effect["mean_kl"] > 1e-5
     assert exact["max_logit_difference"] < 1e-5 * exact["max_logit"] and exact["top1_agreement"] == 1
     # fp32's rounding is nothing, that of 16 bits is far below what the adapters do, and not nothing
     assert merged["max_logit_difference"] < (1e-5 if dtype == torch.float32 else 0.1) * merged["max_logit"]
-    assert [row["precision"] for row in short] == ([] if dtype == torch.float32 else [{torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], "both"])
+    assert [row["precision"] for row in short] == (
+        [] if dtype == torch.float32 else [{torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype], "both"]
+    )
     if short:
-        assert merged["max_logit_difference"] > 10 * exact["max_logit_difference"] and 0 < short[0]["mean_kl"] < effect["mean_kl"]
+        assert (
+            merged["max_logit_difference"] > 10 * exact["max_logit_difference"]
+            and 0 < short[0]["mean_kl"] < effect["mean_kl"]
+        )
 
 
 def test_a_distance_of_logits():
     torch.manual_seed(0)
     a, b = torch.randn(37, 5), torch.randn(37, 5)
     found = distance([a[:20], a[20:]], [b[:20], b[20:]])
-    kl = F.kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    assert found.max_logit_difference == float((a - b).double().abs().max()) and found.max_logit == float(a.abs().max())
+    kl = F.kl_div(
+        b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert found.max_logit_difference == float((a - b).double().abs().max()) and found.max_logit == float(
+        a.abs().max()
+    )
     assert found.mean_kl == pytest.approx(float(kl.mean())) and found.max_kl == pytest.approx(float(kl.max()))
     assert found.top1_agreement == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).double().mean()))
 
@@ -78,8 +114,16 @@ def test_a_distance_of_logits():
 def test_a_blended_model_is_the_merged_one(merging, weights):
     make(merging)
     methods = ["dora", "miss"][: len(weights)]
-    files = [(str(merging.adapter(f"{method}.pth", method, seed=i, parts="ln,head,state")), weights[i]) for i, method in enumerate(methods)]
-    merge_file(merging.folder / "base.pth", [path for path, _ in files], merging.folder / "merged.pth", weights=weights)
+    files = [
+        (str(merging.adapter(f"{method}.pth", method, seed=i, parts="ln,head,state")), weights[i])
+        for i, method in enumerate(methods)
+    ]
+    merge_file(
+        merging.folder / "base.pth",
+        [path for path, _ in files],
+        merging.folder / "merged.pth",
+        weights=weights,
+    )
     model = RWKV.load(merging.folder / "base.pth")
     before = {name: tensor.clone() for name, tensor in read_checkpoint(merging.folder / "base.pth").items()}
     blended = blend(model, read_members([path for path, _ in files], [weight for _, weight in files]))
@@ -87,9 +131,15 @@ def test_a_blended_model_is_the_merged_one(merging, weights):
     assert len(blended) == 12 and all(isinstance(layer, BlendedLinear) for layer in blended.values())
     live, merged = logits_of(model, texts), logits_of(RWKV.load(merging.folder / "merged.pth"), texts)
     base = logits_of(RWKV.load(merging.folder / "base.pth"), texts)
-    assert distance(merged, live).max_logit_difference < 1e-5 * distance(merged, live).max_logit < distance(merged, base).max_logit_difference
+    assert (
+        distance(merged, live).max_logit_difference
+        < 1e-5 * distance(merged, live).max_logit
+        < distance(merged, base).max_logit_difference
+    )
     after = read_checkpoint(merging.folder / "base.pth")
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "it is mapped, never written"
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), (
+        "it is mapped, never written"
+    )
 
 
 @pytest.mark.parametrize("weight", [2, 1])
@@ -98,10 +148,17 @@ def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging, weight):
     merging.adapter("a.pth", targets=["head"])
     merging.adapter("b.pth", seed=2, targets=["key"], parts="head", std=0.1)
     files = [(str(merging.folder / "a.pth"), weight), (str(merging.folder / "b.pth"), 0.5)]
-    merge_file(merging.folder / "base.pth", [path for path, _ in files], merging.folder / "merged.pth", weights=[weight for _, weight in files])
+    merge_file(
+        merging.folder / "base.pth",
+        [path for path, _ in files],
+        merging.folder / "merged.pth",
+        weights=[weight for _, weight in files],
+    )
     model = RWKV.load(merging.folder / "base.pth")
     blend(model, read_members([path for path, _ in files], [weight for _, weight in files]))
-    found = distance(*(logits_of(one, [list(range(20))]) for one in (RWKV.load(merging.folder / "merged.pth"), model)))
+    found = distance(
+        *(logits_of(one, [list(range(20))]) for one in (RWKV.load(merging.folder / "merged.pth"), model))
+    )
     assert found.max_logit_difference < 1e-5 * found.max_logit
 
 
@@ -121,18 +178,35 @@ def test_a_wrong_file_ends_with_1(merging, verify):
     merging.adapter("b.pth", seed=2)
     merging.merge(["a.pth"])
     code, facts = verify(["a.pth"], "--weights", "0.9")
-    assert code == 1 and not facts["ok"] and len(facts["probe"]) == 5 and any("not what the merge writes" in text for text in facts["problems"])
+    assert (
+        code == 1
+        and not facts["ok"]
+        and len(facts["probe"]) == 5
+        and any("not what the merge writes" in text for text in facts["problems"])
+    )
     code, facts = verify(["b.pth"])
-    assert code == 1 and facts["probe"][2]["mean_kl"] > 0.1 * facts["probe"][0]["mean_kl"], "another adapter is as far away as the base"
+    assert code == 1 and facts["probe"][2]["mean_kl"] > 0.1 * facts["probe"][0]["mean_kl"], (
+        "another adapter is as far away as the base"
+    )
     tensors = read_checkpoint(merging.folder / "merged.pth")
     wrong = tensors["head.weight"].clone()
     wrong[3, 7] *= 1.01
-    write_checkpoint(merging.folder / "merged.pth", {**tensors, "head.weight": wrong}.items(), read_metadata(merging.folder / "merged.pth"))
+    write_checkpoint(
+        merging.folder / "merged.pth",
+        {**tensors, "head.weight": wrong}.items(),
+        read_metadata(merging.folder / "merged.pth"),
+    )
     code, facts = verify(["a.pth"])
-    assert code == 1 and facts["problems"] == ["head.weight differs from the base in 1 entries, and no adapter changes it"]
+    assert code == 1 and facts["problems"] == [
+        "head.weight differs from the base in 1 entries, and no adapter changes it"
+    ]
     write_checkpoint(merging.folder / "merged.pth", {**tensors, "head.weight": wrong[:, :20]}.items())
     code, facts = verify(["a.pth"])
-    assert code == 1 and facts["probe"] == [] and "head.weight is (256, 20), (256, 40) in the base" in facts["problems"][0]
+    assert (
+        code == 1
+        and facts["probe"] == []
+        and "head.weight is (256, 20), (256, 40) in the base" in facts["problems"][0]
+    )
 
 
 def test_a_sum_that_is_not_the_live_model_ends_with_1(merging, verify, monkeypatch):
@@ -141,9 +215,16 @@ def test_a_sum_that_is_not_the_live_model_ends_with_1(merging, verify, monkeypat
     merging.adapter("a.pth")
     merging.merge(["a.pth"])
     right = BlendedLinear.merged
-    monkeypatch.setattr(BlendedLinear, "merged", lambda layer: right(layer) + 1e-3 * (right(layer) - layer.linear.weight))
+    monkeypatch.setattr(
+        BlendedLinear, "merged", lambda layer: right(layer) + 1e-3 * (right(layer) - layer.linear.weight)
+    )
     code, facts = verify(["a.pth"])
-    assert code == 1 and facts["files"]["ok"] and len(facts["problems"]) == 1 and "the adapters' sum is not the live model" in facts["problems"][0]
+    assert (
+        code == 1
+        and facts["files"]["ok"]
+        and len(facts["problems"]) == 1
+        and "the adapters' sum is not the live model" in facts["problems"][0]
+    )
 
 
 def test_the_probes_text(merging, verify, tmp_path, capsys):
@@ -153,9 +234,16 @@ def test_the_probes_text(merging, verify, tmp_path, capsys):
     (tmp_path / "text").write_text("abc" * 9)
     assert verify(["adapter.pth"], "--text", str(tmp_path / "text"))[1]["tokens"] == 27
     assert verify(["adapter.pth"], "--tokens", "9")[1]["tokens"] == 8, "two of each of four kinds"
-    for flags, words in ((["--tokens", "0"], "must be at least 1"), (["--text", "absent"], "--text absent cannot be read"),
-                         (["--tokenizer", "absent"], "absent")):
-        named = [text for flag in ("base", "adapter", "merged") for text in (f"--{flag}", str(merging.folder / f"{flag}.pth"))]
+    for flags, words in (
+        (["--tokens", "0"], "must be at least 1"),
+        (["--text", "absent"], "--text absent cannot be read"),
+        (["--tokenizer", "absent"], "absent"),
+    ):
+        named = [
+            text
+            for flag in ("base", "adapter", "merged")
+            for text in (f"--{flag}", str(merging.folder / f"{flag}.pth"))
+        ]
         with pytest.raises(SystemExit) as stop:
             main([*named, *flags])
         assert stop.value.code == 2 and words in capsys.readouterr().err
@@ -167,22 +255,48 @@ def test_for_people(merging, capsys):
     make(merging, dtype=torch.bfloat16)
     a = merging.adapter("a.pth")
     merging.merge(["a.pth"])
-    main(["--base", str(merging.folder / "base.pth"), "--adapter", str(a), "--merged", str(merging.folder / "merged.pth"), "--tokens", "40"])
+    main(
+        [
+            "--base",
+            str(merging.folder / "base.pth"),
+            "--adapter",
+            str(a),
+            "--merged",
+            str(merging.folder / "merged.pth"),
+            "--tokens",
+            "40",
+        ]
+    )
     text = capsys.readouterr().out
-    assert f"those are what the merge of {a} writes, bit for bit" in text and "worst of 12" in text and "max |dlogit|   mean KL" in text
-    assert text.count("live -> merged file") == 2 and "the file holds what was trained" in text and "of what the adapters do" in text
+    assert (
+        f"those are what the merge of {a} writes, bit for bit" in text
+        and "worst of 12" in text
+        and "max |dlogit|   mean KL" in text
+    )
+    assert (
+        text.count("live -> merged file") == 2
+        and "the file holds what was trained" in text
+        and "of what the adapters do" in text
+    )
 
 
 def test_files_that_do_not_fit(merging):
     make(merging)
     merging.adapter("a.pth", targets=["key"], parts="head")
-    member, = read_members(merging.folder / "a.pth")
+    (member,) = read_members(merging.folder / "a.pth")
     model = RWKV.load(merging.folder / "base.pth")
     for name in ("emb", "blocks.7.att.key"):
         with pytest.raises(UserError, match=f"adapts {name}, which is no linear of this model"):
             blend(model, [dataclasses.replace(member, metadata={**member.metadata, "linears": [name]})])
     with pytest.raises(UserError, match="holds classifier.weight, which this model does not have"):
-        blend(model, [dataclasses.replace(member, tensors={**member.tensors, "classifier.weight": torch.zeros(2, 40)})])
+        blend(
+            model,
+            [
+                dataclasses.replace(
+                    member, tensors={**member.tensors, "classifier.weight": torch.zeros(2, 40)}
+                )
+            ],
+        )
     assert not any(isinstance(module, BlendedLinear) for module in model.modules())
 
 
@@ -192,4 +306,8 @@ def test_adapters_of_other_projects(merging, verify, capsys):
     convert(merging.folder / "a.pth", merging.folder / "peft", "peft")
     merge_file(merging.folder / "base.pth", merging.folder / "peft", merging.folder / "merged.pth")
     code, facts = verify(["peft"])
-    assert code == 0 and facts["files"]["adapters"][0]["adapter"].endswith("peft") and facts["probe"][0]["mean_kl"] > 0
+    assert (
+        code == 0
+        and facts["files"]["adapters"][0]["adapter"].endswith("peft")
+        and facts["probe"][0]["mean_kl"] > 0
+    )

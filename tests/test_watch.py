@@ -45,15 +45,35 @@ def files(tmp_path_factory):
     rng = random.Random(0)
     for name, count in (("rows", 24), ("held", 11)):
         pairs = [(name + "?" * rng.randint(1, 9), "ab c" * rng.choice([1, 1, 9])) for _ in range(count)]
-        rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]} for asked, said in pairs]
+        rows = [
+            {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+            for asked, said in pairs
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def start(files, proj_dir, *flags, sabotage=None):
-    flags = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "rows.jsonl"), "--proj_dir", str(proj_dir), "--tokenizer", "bytes",
-             "--accelerator", "cpu", "--lr_init", "1e-2", "--packing", "0", "--peft_config", "r=5",
-             *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]), *flags]
+    flags = [
+        "--load_model",
+        str(files / "base.pth"),
+        "--data_file",
+        str(files / "rows.jsonl"),
+        "--proj_dir",
+        str(proj_dir),
+        "--tokenizer",
+        "bytes",
+        "--accelerator",
+        "cpu",
+        "--lr_init",
+        "1e-2",
+        "--packing",
+        "0",
+        "--peft_config",
+        "r=5",
+        *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
+        *flags,
+    ]
     return program.run(flags, sabotage)
 
 
@@ -67,7 +87,11 @@ def exact_loss(path, documents):
     model, total = RWKV.load(path, torch.float64), 0.0
     for row in documents.rows:
         ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.trained)[1:]
-        total += float(torch.nn.functional.cross_entropy(model(ids[None, :-1])[0][0][trained], ids[1:][trained], reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(
+                model(ids[None, :-1])[0][0][trained], ids[1:][trained], reduction="sum"
+            )
+        )
     return total / documents.targets
 
 
@@ -105,13 +129,30 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
     rows = [json.loads(line)["messages"] for line in (files / "held.jsonl").read_text().splitlines()][:2]
     model = RWKV.load(files / "base.pth")
     for sample, (question, answer) in zip(lines[0]["samples"], rows, strict=True):
-        assert sample["prompt"] == f"User: {question['content']}\n\nAssistant:" and sample["right"] == answer["content"].strip()
-        pieces = stream(model, BYTES, list(sample["prompt"].encode()), None, Sampling(temperature=0), watch.SAMPLE_TOKENS, stop="")
+        assert (
+            sample["prompt"] == f"User: {question['content']}\n\nAssistant:"
+            and sample["right"] == answer["content"].strip()
+        )
+        pieces = stream(
+            model,
+            BYTES,
+            list(sample["prompt"].encode()),
+            None,
+            Sampling(temperature=0),
+            watch.SAMPLE_TOKENS,
+            stop="",
+        )
         assert shortened("".join(pieces).strip() + "\ufffd", 300) == sample["answer"]
     said = "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training, every 4 steps and at its end; "
     assert said in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
-    assert f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}" in output
-    assert same_tensors(proj_dir / "best.pth", proj_dir / "adapter.pth") and read_metadata(proj_dir / "best.pth")["step"] == 6
+    assert (
+        f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}"
+        in output
+    )
+    assert (
+        same_tensors(proj_dir / "best.pth", proj_dir / "adapter.pth")
+        and read_metadata(proj_dir / "best.pth")["step"] == 6
+    )
 
 
 def short_samples(rank):
@@ -126,20 +167,45 @@ def memory_by_rank(rank):
 def one_process(files, tmp_path_factory):
     """The evaluations, and what is forgotten, of one process whose steps are those of two."""
     proj_dir = tmp_path_factory.mktemp("one") / "run"
-    succeed(start(files, proj_dir, "--micro_bsz", "2", "--accumulate_grad_batches", "2", *THREE, str(files / "held.jsonl"), sabotage=short_samples))
+    succeed(
+        start(
+            files,
+            proj_dir,
+            "--micro_bsz",
+            "2",
+            "--accumulate_grad_batches",
+            "2",
+            *THREE,
+            str(files / "held.jsonl"),
+            sabotage=short_samples,
+        )
+    )
     return validation(proj_dir), summary(proj_dir)["forgetting"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, one_process, strategy):
     """11 rows in batches of 2 are nothing that two processes share evenly."""
-    (evaluations, forgotten), two = one_process, ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
+    (evaluations, forgotten), two = (
+        one_process,
+        ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy],
+    )
     succeed(start(files, tmp_path / "alone", *two))
-    succeed(start(files, tmp_path / "watched", *two, *THREE, str(files / "held.jsonl"),
-                  sabotage=functools.partial(in_turn, short_samples, memory_by_rank)))
+    succeed(
+        start(
+            files,
+            tmp_path / "watched",
+            *two,
+            *THREE,
+            str(files / "held.jsonl"),
+            sabotage=functools.partial(in_turn, short_samples, memory_by_rank),
+        )
+    )
     assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
     many = validation(tmp_path / "watched")
-    assert many[0] == evaluations[0], "the state before training is the same to the last bit, and so must be all about it"
+    assert many[0] == evaluations[0], (
+        "the state before training is the same to the last bit, and so must be all about it"
+    )
     assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in evaluations], rel=1e-5)
     assert [line["samples"] for line in many] == [line["samples"] for line in evaluations]
     assert same_tensors(tmp_path / "watched/best.pth", tmp_path / "watched/adapter.pth")
@@ -169,24 +235,63 @@ LOSSES = [9.0, 5.0, 4.0, 4.5, float("nan"), 4.0, 3.0]
 def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_path):
     """Step 2 is the best; ended after 2 worse ones, gone on with patience for 4, killed on the way: the same files as in one go."""
     proj_dir, whole = tmp_path / "run", tmp_path / "whole"
-    flags = ["--eval_split", "0.2", "--eval_samples", "0", "--eval_steps", "1", "--save_steps", "1", "--save_total_limit", "9", "--packing", "1",
-             "--micro_bsz", "1", "--ctx_len", "200", "--epoch_steps", "6", "--peft_config", "r=5"]
+    flags = [
+        "--eval_split",
+        "0.2",
+        "--eval_samples",
+        "0",
+        "--eval_steps",
+        "1",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "9",
+        "--packing",
+        "1",
+        "--micro_bsz",
+        "1",
+        "--ctx_len",
+        "200",
+        "--epoch_steps",
+        "6",
+        "--peft_config",
+        "r=5",
+    ]
     script = functools.partial(scripted, LOSSES)
 
     output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", sabotage=script))
     assert "ended early, after 2 evaluations that were no better than the best one: step 4 of 6" in output
-    assert f"{proj_dir}/best.pth, step 2, validation loss 4.0000; before training 9.0000, at the end not finite" in output
+    assert (
+        f"{proj_dir}/best.pth, step 2, validation loss 4.0000; before training 9.0000, at the end not finite"
+        in output
+    )
     assert f"--adapter {proj_dir}/best.pth" in output
-    assert [(line["step"], line["loss"]) for line in validation(proj_dir)] == [(0, 9.0), (1, 5.0), (2, 4.0), (3, 4.5), (4, None)]
+    assert [(line["step"], line["loss"]) for line in validation(proj_dir)] == [
+        (0, 9.0),
+        (1, 5.0),
+        (2, 4.0),
+        (3, 4.5),
+        (4, None),
+    ]
     assert same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000002.pth")
     assert not same_tensors(proj_dir / "best.pth", proj_dir / "checkpoints/step-00000001.pth")
-    assert read_metadata(proj_dir / "best.pth")["validation_loss"] == 4.0 and read_metadata(proj_dir / "adapter.pth")["step"] == 4
+    assert (
+        read_metadata(proj_dir / "best.pth")["validation_loss"] == 4.0
+        and read_metadata(proj_dir / "adapter.pth")["step"] == 4
+    )
     output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", "--resume", "auto", sabotage=script))
     assert "ended at step 4 by --early_stop; nothing to train" in output
 
     more = [*flags, "--early_stop", "4", "--resume", "auto"]
-    code, output = start(files, proj_dir, *more, sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)))
-    assert code and [line["step"] for line in validation(proj_dir)] == [0, 1, 2, 3, 4, 5], output  # step 5 has no checkpoint and is done again
+    code, output = start(
+        files,
+        proj_dir,
+        *more,
+        sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)),
+    )
+    assert code and [line["step"] for line in validation(proj_dir)] == [0, 1, 2, 3, 4, 5], (
+        output
+    )  # step 5 has no checkpoint and is done again
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
@@ -201,11 +306,27 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
 def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, tmp_path):
     """Step 2 is the best one up to the checkpoint of step 3; step 4 was better, and the run does not come to it again."""
     whole, proj_dir, lost = (tmp_path / name for name in ("whole", "run", "lost"))
-    flags = ["--eval_split", "0.2", "--eval_samples", "0", "--eval_steps", "1", "--save_steps", "3", "--micro_bsz", "1",
-             "--lr_schedule", "constant", "--peft_config", "r=5"]
+    flags = [
+        "--eval_split",
+        "0.2",
+        "--eval_samples",
+        "0",
+        "--eval_steps",
+        "1",
+        "--save_steps",
+        "3",
+        "--micro_bsz",
+        "1",
+        "--lr_schedule",
+        "constant",
+        "--peft_config",
+        "r=5",
+    ]
     script = functools.partial(scripted, [9.0, 5.0, 4.0, 4.5, 3.0, 3.5])
     stop = functools.partial(at_file, "validation.jsonl", 8, proj_dir, kill)  # before the line of step 5
-    code, output = start(files, proj_dir, *flags, "--epoch_steps", "6", sabotage=functools.partial(in_turn, script, stop))
+    code, output = start(
+        files, proj_dir, *flags, "--epoch_steps", "6", sabotage=functools.partial(in_turn, script, stop)
+    )
     assert code and read_metadata(proj_dir / "best.pth")["step"] == 4, output
     shutil.copytree(proj_dir, lost)
     (lost / "checkpoints/best.pth").unlink(missing_ok=True)  # as earlier versions leave a folder
@@ -214,17 +335,25 @@ def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, 
     output = succeed(start(files, proj_dir, *flags, "--epoch_steps", "3", "--resume", "auto"))
     assert f"{proj_dir}/best.pth, of step 4, is that of step 2 again: step 4 is not reached yet" in output
     assert same_tensors(proj_dir / "best.pth", whole / "best.pth")
-    assert {name: summary(proj_dir)[name] for name in ("best_step", "validation_best")} == {"best_step": 2, "validation_best": 4.0}
+    assert {name: summary(proj_dir)[name] for name in ("best_step", "validation_best")} == {
+        "best_step": 2,
+        "validation_best": 4.0,
+    }
 
     worse = functools.partial(scripted, [9.0, 5.0, 4.0, 4.5, 6.0])
     output = succeed(start(files, lost, *flags, "--epoch_steps", "4", "--resume", "auto", sabotage=worse))
-    assert "best.pth, of step 4, is removed: step 4 is not reached yet; the best one so far, of step 2, is lost" in output
+    assert (
+        "best.pth, of step 4, is removed: step 4 is not reached yet; the best one so far, of step 2, is lost"
+        in output
+    )
     assert not (lost / "best.pth").exists() and "best" not in summary(lost)
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
     flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "1", "--micro_bsz", "3"]
-    stop = functools.partial(at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt)  # in step 2, so that step 3 is the last
+    stop = functools.partial(
+        at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt
+    )  # in step 2, so that step 3 is the last
     code, output = start(files, tmp_path / "run", *flags, sabotage=stop)
     assert code == 130 and [line["step"] for line in validation(tmp_path / "run")] == [0], output
     assert "holds a run already" in start(files, tmp_path / "run", *flags)[1]
@@ -236,22 +365,51 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, 
 def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     """Stopped before the evaluation of step 6, which is no better than that of step 3; or gone on with when 6 steps are all that is asked for."""
     proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
-    flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "0", "--micro_bsz", "3", "--early_stop", "1"]
+    flags = [
+        "--eval_split",
+        "0.2",
+        "--eval_steps",
+        "3",
+        "--eval_samples",
+        "0",
+        "--micro_bsz",
+        "3",
+        "--early_stop",
+        "1",
+    ]
     script = functools.partial(scripted, [9.0, 9.0, 9.0, 5.0, 9.0, 9.0, 6.0])
     stop = functools.partial(at_file, "metrics.jsonl", 7, proj_dir, interrupt)  # in step 5
-    code, output = start(files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(in_turn, script, stop))
+    code, output = start(
+        files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(in_turn, script, stop)
+    )
     assert code == 130 and [line["step"] for line in validation(proj_dir)] == [0, 3], output
     shutil.copytree(proj_dir, shorter)
-    output = succeed(start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script))
+    output = succeed(
+        start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script)
+    )
     assert "ended early, after 1 evaluations that were no better than the best one: step 6 of 12" in output
     assert summary(proj_dir)["best_step"] == 3 and (proj_dir / "run_card.md").exists()
-    assert "has all 6 steps already" in succeed(start(files, shorter, *flags, "--resume", "auto", sabotage=script))
+    assert "has all 6 steps already" in succeed(
+        start(files, shorter, *flags, "--resume", "auto", sabotage=script)
+    )
     assert (shorter / "run_card.md").exists()
 
 
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):
     """Its loss is the one that it is named with; bf16 has 8 bits."""
-    flags = [*ALL, "--peft", "none", "--peft_config", "", "--lr_init", "1e-3", "--precision", "bf16", "--eval_samples", "1"]
+    flags = [
+        *ALL,
+        "--peft",
+        "none",
+        "--peft_config",
+        "",
+        "--lr_init",
+        "1e-3",
+        "--precision",
+        "bf16",
+        "--eval_samples",
+        "1",
+    ]
     succeed(start(files, tmp_path / "run", *flags, "--eval_file", str(files / "held.jsonl")))
     assert same_tensors(tmp_path / "run/best.pth", tmp_path / "run/model.pth")
     named = read_metadata(tmp_path / "run/best.pth")["validation_loss"]
@@ -268,9 +426,14 @@ def moved(base, tuned):
     found = {}
     with torch.no_grad():
         for name, ids in sections(BYTES).items():
-            p, q = (torch.log_softmax(model.double()(torch.tensor([ids]))[0][0], -1) for model in (base, tuned))
+            p, q = (
+                torch.log_softmax(model.double()(torch.tensor([ids]))[0][0], -1) for model in (base, tuned)
+            )
             found[name] = (p.exp() * (p - q)).sum(-1)
-    return {**{name: float(part.mean()) for name, part in found.items()}, "all": float(torch.cat(list(found.values())).mean())}
+    return {
+        **{name: float(part.mean()) for name, part in found.items()},
+        "all": float(torch.cat(list(found.values())).mean()),
+    }
 
 
 def tuned(files, path):
@@ -290,43 +453,94 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     assert parse(shlex.split(line)[2:])[0] == Config(**read_yaml(proj_dir / "config.yaml"))
     lines, end = validation(proj_dir), summary(proj_dir)
     base = RWKV.load(files / "base.pth")
-    assert f"hashes     base {base.base_fingerprint}, tokens and mask {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}" in text
-    assert f"| loss per token, nats | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |" in text
+    assert (
+        f"hashes     base {base.base_fingerprint}, tokens and mask {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}"
+        in text
+    )
+    assert (
+        f"| loss per token, nats | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
+        in text
+    )
     assert all(f"    {part}" in text for part in output.splitlines()[:9]), "the plan"
-    assert "](loss.png)" in text and text.count("### Sample") == 2 and f"after:\n\n    {lines[2]['samples'][1]['answer']}\n" in text
-    assert 50 << 20 < end["peak_memory_bytes"] < 8 << 30 and f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB" in text
+    assert (
+        "](loss.png)" in text
+        and text.count("### Sample") == 2
+        and f"after:\n\n    {lines[2]['samples'][1]['answer']}\n" in text
+    )
+    assert (
+        50 << 20 < end["peak_memory_bytes"] < 8 << 30
+        and f"{end['peak_memory_bytes'] / 2**20:,.0f} MiB" in text
+    )
     expected = moved(RWKV.load(files / "base.pth"), tuned(files, proj_dir / "adapter.pth"))
-    assert end["forgetting"] == pytest.approx(expected, rel=1e-4) and list(expected) == ["English", "Chinese", "Code", "Arithmetic", "all"]
+    assert end["forgetting"] == pytest.approx(expected, rel=1e-4) and list(expected) == [
+        "English",
+        "Chinese",
+        "Code",
+        "Arithmetic",
+        "all",
+    ]
     assert expected["all"] > 0.01 and f"| all | {end['forgetting']['all']:.4f} |" in text
 
 
 def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_terminal_or_the_layout():
-    metrics = [{"seconds": 2.0, "tokens": 100, "trained_tokens": 30}, {"seconds": 3.0, "tokens": 150, "trained_tokens": 40}]
-    samples = [[{"prompt": "q\x1b[1m\n\n# q", "answer": f"{step}\0|`", "right": "```"}, {"prompt": "p", "answer": "", "right": "r"}]
-               for step in (0, 9)]
-    history = [{"step": step, "loss": loss, "samples": s} for step, loss, s in zip((0, 9), (2.0, None), samples)]
-    summary = {"steps": 9, "planned_steps": 12, "loss_first": 2.0, "loss_last": 1.5, "output": "out/adapter.pth", "forgetting": {}}
+    metrics = [
+        {"seconds": 2.0, "tokens": 100, "trained_tokens": 30},
+        {"seconds": 3.0, "tokens": 150, "trained_tokens": 40},
+    ]
+    samples = [
+        [
+            {"prompt": "q\x1b[1m\n\n# q", "answer": f"{step}\0|`", "right": "```"},
+            {"prompt": "p", "answer": "", "right": "r"},
+        ]
+        for step in (0, 9)
+    ]
+    history = [
+        {"step": step, "loss": loss, "samples": s} for step, loss, s in zip((0, 9), (2.0, None), samples)
+    ]
+    summary = {
+        "steps": 9,
+        "planned_steps": 12,
+        "loss_first": 2.0,
+        "loss_last": 1.5,
+        "output": "out/adapter.pth",
+        "forgetting": {},
+    }
     text = card(Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, metrics, history)
-    for words in ("### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\nafter:\n\n    9␀|`\n",
-                  "after:\n\n    (nothing)\n", "| steps | 9 of 12 |", "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
-                  "| loss per token, nats | 2.0000 | not finite |", "| peak memory | not measured", "The tokenizer has no tokens for the fixed text"):
+    for words in (
+        "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\nafter:\n\n    9␀|`\n",
+        "after:\n\n    (nothing)\n",
+        "| steps | 9 of 12 |",
+        "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",
+        "| loss per token, nats | 2.0000 | not finite |",
+        "| peak memory | not measured",
+        "The tokenizer has no tokens for the fixed text",
+    ):
         assert words in text
     assert not any(ord(letter) < 32 and letter != "\n" for letter in text)
 
 
 def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run_was_resumed(files, tmp_path):
     run, again = tmp_path / "run", ["--train_parts", "ln,state", "--state_lr", "0.1", "--resume", "auto"]
-    code, output = start(files, run, *again, sabotage=functools.partial(at_file, "metrics.jsonl", 4, run, interrupt))
+    code, output = start(
+        files, run, *again, sabotage=functools.partial(at_file, "metrics.jsonl", 4, run, interrupt)
+    )
     assert code == 130 and not (run / "run_card.md").exists() and "forgetting" not in summary(run), output
     shutil.copytree(run, tmp_path / "killed")
     succeed(start(files, run, *again))
-    assert summary(run)["forgetting"] == pytest.approx(moved(RWKV.load(files / "base.pth"), tuned(files, run / "adapter.pth")), rel=1e-4)
+    assert summary(run)["forgetting"] == pytest.approx(
+        moved(RWKV.load(files / "base.pth"), tuned(files, run / "adapter.pth")), rel=1e-4
+    )
 
-    run = tmp_path / "killed"  # after its last step: what only that process knew is missing, and said to be so
+    run = (
+        tmp_path / "killed"
+    )  # after its last step: what only that process knew is missing, and said to be so
     assert start(files, run, *again, sabotage=functools.partial(at_file, "loss.png", 1, run, kill))[0]
     assert "nothing to train" in succeed(start(files, run, *again))
     text = (run / "run_card.md").read_text()
-    assert text.count("not measured: the run was killed after its last step") == 2 and "| steps | 6 of 6 |" in text
+    assert (
+        text.count("not measured: the run was killed after its last step") == 2
+        and "| steps | 6 of 6 |" in text
+    )
 
 
 def test_text_that_the_tokenizer_cannot_write_is_left_out():
@@ -352,15 +566,27 @@ def scalars(folder, tag):
 def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_path):
     proj_dir = tmp_path / "run"
     flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
-    for checkpoint in ("step-00000002", "step-00000004"):  # the first run leaves none, the second goes on from step 2, the last as well
-        code, output = start(files, proj_dir, *flags, "--resume", "auto", sabotage=functools.partial(at_file, checkpoint, 1, proj_dir, kill))
+    for checkpoint in (
+        "step-00000002",
+        "step-00000004",
+    ):  # the first run leaves none, the second goes on from step 2, the last as well
+        code, output = start(
+            files,
+            proj_dir,
+            *flags,
+            "--resume",
+            "auto",
+            sabotage=functools.partial(at_file, checkpoint, 1, proj_dir, kill),
+        )
         assert code and f"; watch: tensorboard --logdir {proj_dir}/tensorboard" in output
     succeed(start(files, proj_dir, *flags, "--resume", "auto"))
     shown, events = scalars(proj_dir / "tensorboard", "train/loss")
     assert shown == pytest.approx(dict(enumerate(losses(proj_dir), 1)))
     assert len(events.Scalars("train/loss")) == 6 == len(scalars(proj_dir / "tensorboard", "train/lr")[0])
     lines = validation(proj_dir)
-    assert scalars(proj_dir / "tensorboard", "validation/loss")[0] == pytest.approx({line["step"]: line["loss"] for line in lines})
+    assert scalars(proj_dir / "tensorboard", "validation/loss")[0] == pytest.approx(
+        {line["step"]: line["loss"] for line in lines}
+    )
     [text] = events.Tensors("validation/samples/text_summary")[-1].tensor_proto.string_val
     assert f"    {lines[-1]['samples'][0]['prompt'].splitlines()[0]}" in text.decode()
 
@@ -375,15 +601,23 @@ def broken_tensorboard(rank):
 
 
 def test_without_tensorboard_a_run_says_so_and_goes_on(files, tmp_path):
-    for sabotage, words in ((functools.partial(without, "tensorboard"), "watch it   TensorBoard not installed (pip install tensorboard)"),
-                            (broken_tensorboard, "watch it   TensorBoard broken here: ")):
+    for sabotage, words in (
+        (
+            functools.partial(without, "tensorboard"),
+            "watch it   TensorBoard not installed (pip install tensorboard)",
+        ),
+        (broken_tensorboard, "watch it   TensorBoard broken here: "),
+    ):
         pytest.importorskip("tensorboard")
-        assert words in succeed(start(files, tmp_path / words[-9:-1], "--epoch_steps", "1", "--verbose", sabotage=sabotage))
+        assert words in succeed(
+            start(files, tmp_path / words[-9:-1], "--epoch_steps", "1", "--verbose", sabotage=sabotage)
+        )
         assert not (tmp_path / words[-9:-1] / "tensorboard").exists()
 
 
 def fake_wandb(log, key, rank):
     """The package's surface that is used here; every call becomes a JSON line."""
+
     def note(name, *args):
         with open(log, "a") as file:
             file.write(json.dumps([name, *args]) + "\n")
@@ -394,11 +628,20 @@ def fake_wandb(log, key, rank):
 
     def init(project, dir, id, resume, config):
         note("init", project, id, resume, config["lr_init"])
-        return types.SimpleNamespace(id=id or "new-id", log=lambda values, step: note("log", step, values), finish=functools.partial(note, "finish"))
+        return types.SimpleNamespace(
+            id=id or "new-id",
+            log=lambda values, step: note("log", step, values),
+            finish=functools.partial(note, "finish"),
+        )
 
     errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
     module = types.ModuleType("wandb")
-    module.login, module.init, module.errors, module.Table = login, init, errors, lambda columns, data: [columns, *data]
+    module.login, module.init, module.errors, module.Table = (
+        login,
+        init,
+        errors,
+        lambda columns, data: [columns, *data],
+    )
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     sys.modules["wandb"] = module
 
@@ -413,18 +656,42 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
     succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=fake))
     calls = [json.loads(line) for line in log.read_text().splitlines()]
     assert [call for call in calls if call[0] != "log"] == [
-        ["init", "project", None, "allow", 0.01], ["finish", 0], ["init", "project", "new-id", "allow", 0.01], ["finish", 0]]
-    logged = [(step, name, value) for _, step, values in (call for call in calls if call[0] == "log") for name, value in values.items()]
-    assert [step for step, _, _ in logged] == sorted(step for step, _, _ in logged), "wandb drops what is logged for a step before the last one"
+        ["init", "project", None, "allow", 0.01],
+        ["finish", 0],
+        ["init", "project", "new-id", "allow", 0.01],
+        ["finish", 0],
+    ]
+    logged = [
+        (step, name, value)
+        for _, step, values in (call for call in calls if call[0] == "log")
+        for name, value in values.items()
+    ]
+    assert [step for step, _, _ in logged] == sorted(step for step, _, _ in logged), (
+        "wandb drops what is logged for a step before the last one"
+    )
     assert [value for _, name, value in logged if name == "train/loss"] == losses(proj_dir)
-    assert [value for _, name, value in logged if name == "validation/loss"] == [line["loss"] for line in validation(proj_dir)]
-    assert [value[0] for _, name, value in logged if name == "validation/samples"] == 3 * [["prompt", "answer", "right"]]
+    assert [value for _, name, value in logged if name == "validation/loss"] == [
+        line["loss"] for line in validation(proj_dir)
+    ]
+    assert [value[0] for _, name, value in logged if name == "validation/samples"] == 3 * [
+        ["prompt", "answer", "right"]
+    ]
 
 
-@pytest.mark.parametrize("sabotage, words", [
-    (functools.partial(without, "wandb"), "--wandb p needs the package wandb: pip install wandb, or drop the flag"),
-    (functools.partial(fake_wandb, os.devnull, False), "--wandb p: No API key configured. With WANDB_MODE=offline the run stays on this machine"),
-], ids=["absent", "no key"])
+@pytest.mark.parametrize(
+    "sabotage, words",
+    [
+        (
+            functools.partial(without, "wandb"),
+            "--wandb p needs the package wandb: pip install wandb, or drop the flag",
+        ),
+        (
+            functools.partial(fake_wandb, os.devnull, False),
+            "--wandb p: No API key configured. With WANDB_MODE=offline the run stays on this machine",
+        ),
+    ],
+    ids=["absent", "no key"],
+)
 def test_wandb_that_cannot_work_is_said_before_anything_else(files, tmp_path, sabotage, words):
     code, output = start(files, tmp_path / "run", "--wandb", "p", sabotage=sabotage)
     assert code == 2 and output.strip() == f"error: {words}" and not (tmp_path / "run").exists()
@@ -443,12 +710,24 @@ def test_the_real_wandb_takes_it_offline(files, tmp_path):
     assert "train/loss" in output and "validation/loss" in output  # wandb's own summary
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--eval_steps", "5", "--eval_split", "0"], "--eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05"),
-    (["--eval_split", "0.1", "--early_stop", "2"], "--early_stop 2 counts evaluations; give --eval_steps, too"),
-    (["--eval_split", "1"], "--eval_split 1.0: must be a share below 1"),
-    (["--eval_split", "0.1", "--eval_file", "x"], "--eval_file x and --eval_split 0.1 were given; drop one of them"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--eval_steps", "5", "--eval_split", "0"],
+            "--eval_steps 5 needs held-out data; give --eval_file, or --eval_split 0.05",
+        ),
+        (
+            ["--eval_split", "0.1", "--early_stop", "2"],
+            "--early_stop 2 counts evaluations; give --eval_steps, too",
+        ),
+        (["--eval_split", "1"], "--eval_split 1.0: must be a share below 1"),
+        (
+            ["--eval_split", "0.1", "--eval_file", "x"],
+            "--eval_file x and --eval_split 0.1 were given; drop one of them",
+        ),
+    ],
+)
 def test_settings_that_make_no_sense(flags, words):
     with pytest.raises(UserError, match=words):
         parse(["--load_model", "m.pth", "--data_file", "d.jsonl", *flags])
@@ -469,7 +748,11 @@ def test_two_evaluations_are_two_marks_in_the_picture(tmp_path, monkeypatch, cou
     metrics = [{"step": step, "loss": 3.0} for step in range(1, 9)]
     draw_losses(metrics, [{"step": 4 * i, "loss": 2.0} for i in range(count)], str(tmp_path / "loss.png"))
     validation = drawn["validation loss"]
-    assert validation.get_linestyle() == line and validation.get_marker() == "o" and len(validation.get_xdata()) == count
+    assert (
+        validation.get_linestyle() == line
+        and validation.get_marker() == "o"
+        and len(validation.get_xdata()) == count
+    )
     assert drawn["loss"].get_linestyle() == "-" and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -477,6 +760,11 @@ def test_a_kl_has_words_beside_it():
     rows = {"English": 0.004, "Code": 0.05, "Arithmetic": 0.5, "all": 1.5}
     summary = {"forgetting": rows, "validation_first": 2.0, "validation_last": 1.25}
     text = "\n".join(run_card._forgetting(Config(load_model="base.pth"), summary))
-    for line in ("| English | 0.0040 | +0.4 % | small |", "| Code | 0.0500 | +5.1 % | moderate |", "| Arithmetic | 0.5000 | 1.65 times | large |",
-                 "| all | 1.5000 | 4.48 times | very large", "the loss fell by 0.7500 nats per token"):
+    for line in (
+        "| English | 0.0040 | +0.4 % | small |",
+        "| Code | 0.0500 | +5.1 % | moderate |",
+        "| Arithmetic | 0.5000 | 1.65 times | large |",
+        "| all | 1.5000 | 4.48 times | very large",
+        "the loss fell by 0.7500 nats per token",
+    ):
         assert line in text

@@ -28,14 +28,18 @@ DECAYS = {
         "real": lambda z: 1.5 * z - 2,
         "to zero": lambda z: 1.5 * z + 1.5,
         # delta is an exact 0 in a quarter of the places, exp(w) or w itself is inf in some of them
-        "underflow": lambda z: torch.where(z > 0.7, torch.where(z > 1.5, torch.where(z > 2, torch.inf, 100.0), 10.0), z),
+        "underflow": lambda z: torch.where(
+            z > 0.7, torch.where(z > 1.5, torch.where(z > 2, torch.inf, 100.0), 10.0), z
+        ),
         "all underflow": lambda z: torch.full_like(z, 89.0),
         "to one": lambda z: z - 14,
         "exactly one": lambda z: torch.full_like(z, -torch.inf),
     },
     7: {
         "real": lambda z: 2 * z - 2,
-        "minimum": lambda z: torch.full_like(z, 4.0),  # delta = 0.551; from 17 on, fp32 gives 0 for dw where float64 gives 1e-8
+        "minimum": lambda z: torch.full_like(
+            z, 4.0
+        ),  # delta = 0.551; from 17 on, fp32 gives 0 for dw where float64 gives 1e-8
         "to one": lambda z: z - 14,
         "exactly one": lambda z: torch.full_like(z, -torch.inf),
     },
@@ -63,7 +67,9 @@ def results(version, x, dy, dsT=None, kernel="torch", reset=None):
     x = {name: t.detach().requires_grad_() for name, t in x.items()}
     y, sT = OPS[version](**x, reset=reset, kernel=kernel)
     outputs = [(y, dy)] if dsT is None else [(y, dy), (sT, dsT)]
-    gradients = torch.autograd.grad([out for out, _ in outputs], list(x.values()), [grad for _, grad in outputs], materialize_grads=True)
+    gradients = torch.autograd.grad(
+        [out for out, _ in outputs], list(x.values()), [grad for _, grad in outputs], materialize_grads=True
+    )
     return {"y": y, "sT": sT} | {f"d{name}": gradient for name, gradient in zip(x, gradients, strict=True)}
 
 
@@ -89,7 +95,11 @@ def documents(B, T):
 def exact(version, state, **shape):
     """`results` of the reference in float64, with an initial state and a gradient of the final one, or with neither."""
     x, dy, dsT = make(version, dtype=torch.float64, **shape)
-    return results(version, x, dy, dsT, "reference") if state else results(version, drop(x, "s0"), dy, None, "reference")
+    return (
+        results(version, x, dy, dsT, "reference")
+        if state
+        else results(version, drop(x, "s0"), dy, None, "reference")
+    )
 
 
 def test_documents_do_not_meet():
@@ -104,8 +114,16 @@ def test_documents_do_not_meet():
         for start, end in zip(cuts, cuts[1:]):
             piece = {name: t if name in ("u", "s0") else t[:, start:end] for name, t in x.items()}
             piece["s0"] = x["s0"] if start == 0 else torch.zeros_like(x["s0"])
-            parts.append(results(version, piece, dy[:, start:end], dsT if end == 41 else torch.zeros_like(dsT), "reference"))
-        want = {name: torch.cat([part[name] for part in parts], 1) for name in got if name not in ("sT", "ds0", "du")}
+            parts.append(
+                results(
+                    version, piece, dy[:, start:end], dsT if end == 41 else torch.zeros_like(dsT), "reference"
+                )
+            )
+        want = {
+            name: torch.cat([part[name] for part in parts], 1)
+            for name in got
+            if name not in ("sT", "ds0", "du")
+        }
         want |= {"sT": parts[-1]["sT"], "ds0": parts[0]["ds0"]}
         if version == 6:
             want["du"] = sum(part["du"] for part in parts)
@@ -121,7 +139,9 @@ def test_resets(version, kernel, T):
         x, dy, dsT = make(version, T, N=N, B=B, dtype=torch.float64)
         reset = documents(B, T)
         want = results(version, x, dy, dsT, "reference", reset)
-        got = results(version, {name: t.float() for name, t in x.items()}, dy.float(), dsT.float(), kernel, reset)
+        got = results(
+            version, {name: t.float() for name, t in x.items()}, dy.float(), dsT.float(), kernel, reset
+        )
         for name, t in want.items():
             close(name, got[name], t, DW_TOLERANCE if (name, kernel) == ("dw", "cpu") else TOLERANCE)
         assert not got["ds0"][reset[:, 0]].any()
@@ -134,7 +154,11 @@ def drop(x, name):
 def check(version, kernel, **shape):
     x, dy, dsT = make(version, **shape)
     for state in (True, False):
-        got = results(version, x, dy, dsT, kernel) if state else results(version, drop(x, "s0"), dy, None, kernel)
+        got = (
+            results(version, x, dy, dsT, kernel)
+            if state
+            else results(version, drop(x, "s0"), dy, None, kernel)
+        )
         for name, want in exact(version, state, **shape).items():
             tolerance = DW_TOLERANCE if (name, kernel) == ("dw", "cpu") else TOLERANCE
             close(f"{name} ({'with' if state else 'without'} state)", got[name], want, tolerance)
@@ -147,14 +171,20 @@ def test_golden(data_dir, version, kernel):
     cases = {name: case for name, case in cases.items() if name.startswith(f"v{version}")}
     assert len(cases) == 3
     for title, golden in cases.items():
-        golden = {{"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t for name, t in golden.items()}
+        golden = {
+            {"x": "w", "dx": "dw"}.get(name, name) if version == 7 else name: t for name, t in golden.items()
+        }
         x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
         for name, got in results(version, x, golden["dy"], golden.get("dsT"), kernel).items():
-            close(f"{title}: {name}", got, golden[name], 2e-5 if name in ("y", "sT") else 4e-4)  # the goldens' README
+            close(
+                f"{title}: {name}", got, golden[name], 2e-5 if name in ("y", "sT") else 4e-4
+            )  # the goldens' README
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33, 129])
-@pytest.mark.parametrize("sizes", [dict(B=2, H=3, N=5), dict(B=3, H=2, N=8), dict(B=2, H=3, N=16), dict(B=1, H=2, N=64)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(B=2, H=3, N=5), dict(B=3, H=2, N=8), dict(B=2, H=3, N=16), dict(B=1, H=2, N=64)], ids=str
+)
 @every_kernel
 @both
 def test_odd_sizes(version, kernel, T, sizes):
@@ -189,7 +219,9 @@ def test_parts_equal_the_whole(version, kernel):
         parts.append(y)
         start += T
     gradients = torch.autograd.grad([torch.cat(parts, 1), s], list(x.values()), [dy, dsT])
-    got = {"y": torch.cat(parts, 1), "sT": s} | {f"d{name}": gradient for name, gradient in zip(x, gradients, strict=True)}
+    got = {"y": torch.cat(parts, 1), "sT": s} | {
+        f"d{name}": gradient for name, gradient in zip(x, gradients, strict=True)
+    }
     for name, want in whole.items():
         close(name, got[name], want, 1e-13)
 
@@ -232,7 +264,9 @@ def test_strided_inputs(version, kernel, T):
     strided["s0"] = x["s0"].mT.contiguous().mT
     assert not any(t.is_contiguous() for name, t in strided.items() if (name, T) != ("r", 1))
     for name, got in results(version, strided, dy, dsT, kernel).items():
-        close(name, got, want[name], 1e-6)  # not bit for bit: the strides choose the order of sums inside matmul
+        close(
+            name, got, want[name], 1e-6
+        )  # not bit for bit: the strides choose the order of sums inside matmul
 
 
 @both
@@ -243,23 +277,34 @@ def test_inputs_are_left_alone(version):
     assert all(torch.equal(t, before[name]) for name, t in x.items())
 
 
-@pytest.mark.parametrize("name, change, seen", [
-    ("r", lambda t: t[0], r"r is torch.float32 \(17, 3, 8\)"),
-    ("r", lambda t: t[:, :0], r"r is torch.float32 \(2, 0, 3, 8\)"),
-    ("r", lambda t: t.long(), r"r is torch.int64"),
-    ("r", lambda t: t.to(torch.float8_e4m3fn), r"r is torch.float8_e4m3fn .*; expected float32, bfloat16, float16 or float64"),
-    ("k", lambda t: t[:, 1:], r"k is torch.float32 \(2, 16, 3, 8\) .* expected torch.float32 \(2, 17, 3, 8\)"),
-    ("v", lambda t: t[..., :1], r"v is torch.float32 \(2, 17, 3, 1\)"),
-    ("w", lambda t: t.bfloat16(), r"w is torch.bfloat16 .* expected torch.float32"),
-    ("k", lambda t: t.double(), r"k is torch.float64"),
-    ("k", lambda t: t.to("meta"), r"k is torch.float32 .* on meta; .* on cpu"),
-    ("s0", lambda t: t[:1], r"s0 is torch.float32 \(1, 3, 8, 8\)"),
-    ("s0", lambda t: t.bfloat16(), r"s0 is torch.bfloat16"),
-    ("reset", lambda t: t[:, 1:], r"reset is torch.bool \(2, 16\) .* expected torch.bool \(2, 17\)"),
-    ("reset", lambda t: t.int(), r"reset is torch.int32 .* expected torch.bool"),
-    ("u", lambda t: t[:1], r"u is torch.float32 \(1, 8\) .* expected torch.float32 \(3, 8\)"),
-    ("b", lambda t: t.half(), r"b is torch.float16"),
-])
+@pytest.mark.parametrize(
+    "name, change, seen",
+    [
+        ("r", lambda t: t[0], r"r is torch.float32 \(17, 3, 8\)"),
+        ("r", lambda t: t[:, :0], r"r is torch.float32 \(2, 0, 3, 8\)"),
+        ("r", lambda t: t.long(), r"r is torch.int64"),
+        (
+            "r",
+            lambda t: t.to(torch.float8_e4m3fn),
+            r"r is torch.float8_e4m3fn .*; expected float32, bfloat16, float16 or float64",
+        ),
+        (
+            "k",
+            lambda t: t[:, 1:],
+            r"k is torch.float32 \(2, 16, 3, 8\) .* expected torch.float32 \(2, 17, 3, 8\)",
+        ),
+        ("v", lambda t: t[..., :1], r"v is torch.float32 \(2, 17, 3, 1\)"),
+        ("w", lambda t: t.bfloat16(), r"w is torch.bfloat16 .* expected torch.float32"),
+        ("k", lambda t: t.double(), r"k is torch.float64"),
+        ("k", lambda t: t.to("meta"), r"k is torch.float32 .* on meta; .* on cpu"),
+        ("s0", lambda t: t[:1], r"s0 is torch.float32 \(1, 3, 8, 8\)"),
+        ("s0", lambda t: t.bfloat16(), r"s0 is torch.bfloat16"),
+        ("reset", lambda t: t[:, 1:], r"reset is torch.bool \(2, 16\) .* expected torch.bool \(2, 17\)"),
+        ("reset", lambda t: t.int(), r"reset is torch.int32 .* expected torch.bool"),
+        ("u", lambda t: t[:1], r"u is torch.float32 \(1, 8\) .* expected torch.float32 \(3, 8\)"),
+        ("b", lambda t: t.half(), r"b is torch.float16"),
+    ],
+)
 @both
 def test_errors_at_the_door(version, name, change, seen):
     x, _, _ = make(version, 17)
@@ -272,9 +317,14 @@ def test_errors_at_the_door(version, name, change, seen):
 @both
 def test_kernel_names(version):
     x, _, _ = make(version, 2)
-    with pytest.raises(ValueError, match=f"wkv{version}: no kernel 'warp'; expected one of cuda, cuda-exact, cpu, torch, reference"):
+    with pytest.raises(
+        ValueError,
+        match=f"wkv{version}: no kernel 'warp'; expected one of cuda, cuda-exact, cpu, torch, reference",
+    ):
         OPS[version](**x, kernel="warp")
-    with pytest.raises(UserError, match="--wkv warp: expected one of auto, cuda, cuda-exact, cpu, torch, reference"):
+    with pytest.raises(
+        UserError, match="--wkv warp: expected one of auto, cuda, cuda-exact, cpu, torch, reference"
+    ):
         ops.choose("warp", "cpu")
     for name in ["auto", *KERNELS]:
         kernel, reason = ops.choose(name, "cpu")
@@ -289,7 +339,9 @@ def test_choice_when_a_native_kernel_does_not_fit():
         ops.choose("cpu", "cuda")
     kernel, reason = ops.choose("auto", "cpu", head_size=20)
     assert kernel == "torch" and "multiples of 8 up to 256, not 20" in reason
-    with pytest.raises(UserError, match="--wkv cpu: the native kernels take head sizes that are multiples of 8"):
+    with pytest.raises(
+        UserError, match="--wkv cpu: the native kernels take head sizes that are multiples of 8"
+    ):
         ops.choose("cpu", "cpu", head_size=264)
 
 
@@ -310,7 +362,11 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("RWKV_KERNEL_CACHE", str(tmp_path))
     native.library.cache_clear(), native.status.cache_clear()
     true_call = native.call
-    monkeypatch.setattr(native, "call", lambda function, like, *tensors: true_call(function, like, *tensors) or tensors[-1].zero_() is None)
+    monkeypatch.setattr(
+        native,
+        "call",
+        lambda function, like, *tensors: true_call(function, like, *tensors) or tensors[-1].zero_() is None,
+    )
     status = native.status("cpu")
     assert status.built and not status.passed and "are wrong on this machine" in status.reason
     assert ops.choose("auto", "cpu")[0] == "torch"
@@ -338,16 +394,29 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, tmp_path):
 def test_head_sizes_of_the_native_kernels(version, N):
     check(version, "cpu", T=19, N=N, B=1, H=2)
     x, _, _ = make(version, 3, N=12)
-    with pytest.raises(ValueError, match=f"wkv{version}: the native kernels take head sizes that are multiples of 8 up to 256, not 12"):
+    with pytest.raises(
+        ValueError,
+        match=f"wkv{version}: the native kernels take head sizes that are multiples of 8 up to 256, not 12",
+    ):
         OPS[version](**x, kernel="cpu")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the other vector widths of this source need an x86-64"
+)
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
     """The builds that other CPUs get. 4 lanes also stand for NEON, with the code paths of 16 registers instead of 32."""
     command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
-    path = build.build("wkv_cpu_narrow", "the CPU kernels", 10, sorted(build.CUDA.glob("*_cpu.cpp")), build.headers(), command, ["-pthread"])
+    path = build.build(
+        "wkv_cpu_narrow",
+        "the CPU kernels",
+        10,
+        sorted(build.CUDA.glob("*_cpu.cpp")),
+        build.headers(),
+        command,
+        ["-pthread"],
+    )
     library = ctypes.CDLL(str(path))
     monkeypatch.setattr(native, "library", lambda device: library)
     for version in OPS:
@@ -358,7 +427,10 @@ def test_narrower_vectors(flags, monkeypatch):
 @both
 def test_float64_is_not_for_the_native_kernels(version):
     x, _, _ = make(version, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=f"wkv{version}: r is torch.float64; kernel 'cpu' takes float32, bfloat16 and float16"):
+    with pytest.raises(
+        ValueError,
+        match=f"wkv{version}: r is torch.float64; kernel 'cpu' takes float32, bfloat16 and float16",
+    ):
         OPS[version](**x, kernel="cpu")
     with pytest.raises(ValueError, match=f"wkv{version}: kernel 'cuda' runs on cuda, r is on cpu"):
         OPS[version](**make(version, 3)[0], kernel="cuda")
@@ -407,7 +479,10 @@ def test_the_op_keeps_the_rules_of_torch_library(version, optional):
 def test_the_op_follows_no_pointer_into_another_layout(version):
     x, _, _ = make(version, 5)
     x["v"] = x["v"].transpose(1, 2).contiguous().transpose(1, 2)
-    with pytest.raises(ValueError, match=f"wkv{version}_forward: an argument is on cpu with strides .* expected a contiguous one on cpu"):
+    with pytest.raises(
+        ValueError,
+        match=f"wkv{version}_forward: an argument is on cpu with strides .* expected a contiguous one on cpu",
+    ):
         getattr(torch.ops.rwkv, f"wkv{version}")(*(x[name] for name in NAMES[version]), None, None, False)
 
 
@@ -440,7 +515,10 @@ def test_nan_is_named(version, kernel):
     for name in (*NAMES[version], "s0"):
         x, _, _ = make(version, 5)
         x[name][(0,) * (x[name].dim() - 1)][3] = torch.nan
-        with pytest.raises(ValueError, match=rf"wkv{version}: {name} holds 1 NaN of \d+ numbers, the first at \(0, .*3\); expected none"):
+        with pytest.raises(
+            ValueError,
+            match=rf"wkv{version}: {name} holds 1 NaN of \d+ numbers, the first at \(0, .*3\); expected none",
+        ):
             OPS[version](**x, kernel=kernel)
         with ops.nan_passes():
             assert OPS[version](**x, kernel=kernel)[0].isnan().any()

@@ -35,7 +35,11 @@ def main(argv: list[str]) -> None:
     for name, summary in summaries.items():
         module = experiment(name)
         own = names.add_parser(name, help=summary, description=summary)
-        own.add_argument("--out", default="docs/results", help="folder for NAME.md, NAME.png and NAME.json (default %(default)s)")
+        own.add_argument(
+            "--out",
+            default="docs/results",
+            help="folder for NAME.md, NAME.png and NAME.json (default %(default)s)",
+        )
         add_options(own, module.FULL, module.TINY)
     args = parser.parse_args(argv)
     if args.name is None:

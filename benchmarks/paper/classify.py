@@ -52,8 +52,10 @@ def _load(cls: Any, source: str, **options: Any) -> Any:
             return cls.from_pretrained(source, local_files_only=True, **options)
     except (OSError, ValueError) as error:  # no such folder, or one without a model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model {source} can't be loaded: {reason} Give a folder with config.json, model.safetensors and the tokenizer's files; "
-                        "nothing is downloaded") from None
+        raise UserError(
+            f"--model {source} can't be loaded: {reason} Give a folder with config.json, model.safetensors and the tokenizer's files; "
+            "nothing is downloaded"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -75,10 +77,15 @@ def tokenised(examples: Sequence[Example], tokenizer: Any, length: int) -> list[
     """Each example in the tokenizer's own form for one text or a pair, cut at `length` tokens."""
     columns = [list(texts) for texts in zip(*(example.texts for example in examples))]
     encoded = tokenizer(*columns, truncation=True, max_length=length)
-    return [({name: values[i] for name, values in encoded.items()}, example.label) for i, example in enumerate(examples)]
+    return [
+        ({name: values[i] for name, values in encoded.items()}, example.label)
+        for i, example in enumerate(examples)
+    ]
 
 
-def adapt(model: nn.Module, method: str, targets: Sequence[str], options: dict[str, Any]) -> rwkv_miss.inject.Injection:
+def adapt(
+    model: nn.Module, method: str, targets: Sequence[str], options: dict[str, Any]
+) -> rwkv_miss.inject.Injection:
     """Inject an adapter, and train what the model has beside its base: the classifier."""
     injection = rwkv_miss.inject(model, method, targets=list(targets), **options)
     for name, p in model.named_parameters():
@@ -92,12 +99,18 @@ def train(model: nn.Module, tokenizer: Any, rows: Sequence[Row], training: Train
     order = random.Random(training.seed)
     steps = training.epochs * -(-len(rows) // training.batch)
     warmup = max(round(WARMUP * steps), 1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=training.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(steps - warmup, 1)))
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=training.lr, weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(steps - warmup, 1))
+    )
     losses: list[float] = []
     model.train()
     for _ in range(training.epochs):
-        for inputs, labels in _batches(order.sample(rows, len(rows)), tokenizer, training.batch, model.device):
+        for inputs, labels in _batches(
+            order.sample(rows, len(rows)), tokenizer, training.batch, model.device
+        ):
             loss = model(**inputs, labels=labels).loss
             penalty = rwkv_miss.penalty(model)
             optimizer.zero_grad(set_to_none=True)
@@ -114,12 +127,21 @@ def train(model: nn.Module, tokenizer: Any, rows: Sequence[Row], training: Train
 def predict(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int) -> list[int]:
     """The likeliest class of each row."""
     model.eval()
-    return [c for inputs, _ in _batches(rows, tokenizer, batch, model.device) for c in model(**inputs).logits.argmax(-1).tolist()]
+    return [
+        c
+        for inputs, _ in _batches(rows, tokenizer, batch, model.device)
+        for c in model(**inputs).logits.argmax(-1).tolist()
+    ]
 
 
-def _batches(rows: Sequence[Row], tokenizer: Any, size: int, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def _batches(
+    rows: Sequence[Row], tokenizer: Any, size: int, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Inputs (rows, longest) padded at the end with their mask, and classes (rows,)."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         inputs = tokenizer.pad([encoded for encoded, _ in part], return_tensors="pt")
-        yield {name: tensor.to(device) for name, tensor in inputs.items()}, torch.tensor([label for _, label in part], device=device)
+        yield (
+            {name: tensor.to(device) for name, tensor in inputs.items()},
+            torch.tensor([label for _, label in part], device=device),
+        )

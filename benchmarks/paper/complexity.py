@@ -23,8 +23,10 @@ from .settings import option
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    shapes: tuple[str, ...] = option(("512,768,768,32", "512,768,3072,32", "2048,2048,2048,32", "512,2560,8960,32"),
-                                     "tokens, inputs, outputs, rank of LoRA; the others get the rank of as many parameters")
+    shapes: tuple[str, ...] = option(
+        ("512,768,768,32", "512,768,3072,32", "2048,2048,2048,32", "512,2560,8960,32"),
+        "tokens, inputs, outputs, rank of LoRA; the others get the rank of as many parameters",
+    )
 
 
 FULL = Settings()
@@ -40,7 +42,9 @@ class Cost:
     parameters: int
 
 
-def _miss(N: int, k: int, d: int, rank: int, shards="plain", mini_r=0, magnitude=False, expand=False, **_) -> Cost:
+def _miss(
+    N: int, k: int, d: int, rank: int, shards="plain", mini_r=0, magnitude=False, expand=False, **_
+) -> Cost:
     if expand:  # equation 1: x D^T, and the outputs' shards in the backward
         return Cost(6 * N * rank * k, N * k, rank * k)
     rows, columns = rank + (shards == "balanced"), mini_r or d
@@ -55,7 +59,9 @@ def _mora(N: int, k: int, d: int, rank: int) -> Cost:
 def _bat(N: int, k: int, d: int, rank: int, order="col") -> Cost:
     if order == "row":  # x D for the blocks of x, and two such products in the backward
         return Cost(6 * N * k * rank, N * k, k * rank)
-    return Cost(2 * N * k * d + 6 * k * d * rank, N * k, d * rank)  # the gradient of the whole weight, and W + dW twice
+    return Cost(
+        2 * N * k * d + 6 * k * d * rank, N * k, d * rank
+    )  # the gradient of the whole weight, and W + dW twice
 
 
 def _lora(N: int, k: int, d: int, rank: int) -> Cost:
@@ -63,7 +69,10 @@ def _lora(N: int, k: int, d: int, rank: int) -> Cost:
 
 
 def _dora(N: int, k: int, d: int, rank: int) -> Cost:
-    lora, norms = _lora(N, k, d, rank), 2 * rank * (k * d + rank * (k + d))  # W A^T, A A^T and B (A A^T), whatever N is
+    lora, norms = (
+        _lora(N, k, d, rank),
+        2 * rank * (k * d + rank * (k + d)),
+    )  # W A^T, A A^T and B (A A^T), whatever N is
     return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
 
 
@@ -74,7 +83,10 @@ def _adalora(N: int, k: int, d: int, rank: int, init_rank: int) -> Cost:
 
 def _prolora(N: int, k: int, d: int, rank: int, unshared: int, shares: int) -> Cost:
     shared = rank - unshared
-    return dataclasses.replace(_put_together(N, k, d, rank), parameters=shared * (-(-k // shares) - (-d // shares)) + unshared * (k + d))
+    return dataclasses.replace(
+        _put_together(N, k, d, rank),
+        parameters=shared * (-(-k // shares) - (-d // shares)) + unshared * (k + d),
+    )
 
 
 def _mos(N: int, k: int, d: int, rank: int, budget: int, shards=4) -> Cost:
@@ -143,7 +155,9 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """What layer(x) keeps for its backward, in bytes: each memory once, parameters and buffers not."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     kept: dict[int, Tensor] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
         y = layer(x)
     assert y.requires_grad
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
@@ -156,7 +170,11 @@ def measure(layer: nn.Module, tokens: int) -> Cost:
     with Flops() as flops:
         layer(x).sum().backward()
     frozen = 4 * tokens * layer.in_features * layer.out_features
-    return Cost(flops.total - frozen, saved_bytes(layer, x) // x.element_size(), sum(p.numel() for p in layer.parameters() if p.requires_grad))
+    return Cost(
+        flops.total - frozen,
+        saved_bytes(layer, x) // x.element_size(),
+        sum(p.numel() for p in layer.parameters() if p.requires_grad),
+    )
 
 
 def rows(shape: str) -> Iterator[dict[str, Any]]:
@@ -165,22 +183,51 @@ def rows(shape: str) -> Iterator[dict[str, Any]]:
     for label, (method, options) in systems(rank, k, d).items():
         cost = measure(adapted_linear(k, d, method, options), N)
         formula = FORMULAS[method](N, k, d, **options) if method in FORMULAS else None
-        yield {"system": label, "rank": options["rank"], "cost": cost, "formula": formula, "frozen": 4 * N * k * d}
+        yield {
+            "system": label,
+            "rank": options["rank"],
+            "cost": cost,
+            "formula": formula,
+            "frozen": 4 * N * k * d,
+        }
 
 
-COLUMNS = ("system", "rank", "parameters", "by formula", "MFLOP", "MFLOP by formula", "x frozen", "saved KiB", "KiB by formula")
+COLUMNS = (
+    "system",
+    "rank",
+    "parameters",
+    "by formula",
+    "MFLOP",
+    "MFLOP by formula",
+    "x frozen",
+    "saved KiB",
+    "KiB by formula",
+)
 
 
 def table(shape: str, measured: list[dict[str, Any]]) -> Table:
     cells = []
     for row in measured:
         cost, formula = row["cost"], row["formula"]
-        cells.append((
-            row["system"], row["rank"], cost.parameters, formula and formula.parameters, cost.flops / 1e6, formula and formula.flops / 1e6,
-            1 + cost.flops / row["frozen"], cost.saved / 256, formula and formula.saved / 256,
-        ))
+        cells.append(
+            (
+                row["system"],
+                row["rank"],
+                cost.parameters,
+                formula and formula.parameters,
+                cost.flops / 1e6,
+                formula and formula.flops / 1e6,
+                1 + cost.flops / row["frozen"],
+                cost.saved / 256,
+                formula and formula.saved / 256,
+            )
+        )
     N, k, d, _ = shape.split(",")
-    return Table(f"{N} tokens, {k} inputs, {d} outputs (fp32; x frozen: FLOPs against the frozen linear's alone)", COLUMNS, cells)
+    return Table(
+        f"{N} tokens, {k} inputs, {d} outputs (fp32; x frozen: FLOPs against the frozen linear's alone)",
+        COLUMNS,
+        cells,
+    )
 
 
 def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
@@ -191,18 +238,43 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         found = [getattr(cost[label], count) / getattr(cost[to], count) for cost in costs]
         return min(found), max(found)
 
-    wrong = sorted({row["system"] for rows in measured.values() for row in rows if row["cost"] != row["formula"]})
+    wrong = sorted(
+        {row["system"] for rows in measured.values() for row in rows if row["cost"] != row["formula"]}
+    )
     flops, saved = ratios("flops", "miss", "lora"), ratios("saved", "lora", "miss")
-    by_output, kept_by_output = ratios("flops", "miss, expand", "miss"), ratios("saved", "miss, expand", "miss")
+    by_output, kept_by_output = (
+        ratios("flops", "miss, expand", "miss"),
+        ratios("saved", "miss, expand", "miss"),
+    )
     return [
-        Claim("rank r costs r d parameters, where LoRA's costs r (d + k)", "counted exactly, as are the FLOPs and what is kept for the backward"
-              if not wrong else f"the counts of {', '.join(wrong)} are others than the formulas'", not wrong),
-        Claim("MiSS computes less than LoRA", "at equal rank, not at equal parameters: {:.3f} to {:.3f} of LoRA's FLOPs (agrees: at most 0.95)"
-              .format(*flops), flops[1] <= 0.95),
-        Claim("MiSS needs less memory than LoRA", "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the shard "
-              "sums. LoRA-FA keeps {:.2f} to {:.2f} times MiSS's".format(*saved, *ratios("saved", "lora_fa", "miss")), saved[0] > 1),
-        Claim("shards of inputs (equations 2-3) are cheaper than shards of outputs (equation 1)", "in memory: equation 1 keeps {2:.0f} to {3:.0f} "
-              "times as much, with {0:.2f} to {1:.2f} of the FLOPs".format(*by_output, *kept_by_output), kept_by_output[0] > 1),
+        Claim(
+            "rank r costs r d parameters, where LoRA's costs r (d + k)",
+            "counted exactly, as are the FLOPs and what is kept for the backward"
+            if not wrong
+            else f"the counts of {', '.join(wrong)} are others than the formulas'",
+            not wrong,
+        ),
+        Claim(
+            "MiSS computes less than LoRA",
+            "at equal rank, not at equal parameters: {:.3f} to {:.3f} of LoRA's FLOPs (agrees: at most 0.95)".format(
+                *flops
+            ),
+            flops[1] <= 0.95,
+        ),
+        Claim(
+            "MiSS needs less memory than LoRA",
+            "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the shard "
+            "sums. LoRA-FA keeps {:.2f} to {:.2f} times MiSS's".format(
+                *saved, *ratios("saved", "lora_fa", "miss")
+            ),
+            saved[0] > 1,
+        ),
+        Claim(
+            "shards of inputs (equations 2-3) are cheaper than shards of outputs (equation 1)",
+            "in memory: equation 1 keeps {2:.0f} to {3:.0f} "
+            "times as much, with {0:.2f} to {1:.2f} of the FLOPs".format(*by_output, *kept_by_output),
+            kept_by_output[0] > 1,
+        ),
     ]
 
 
@@ -210,11 +282,24 @@ def draw(shape: str, measured: list[dict[str, Any]], figure) -> None:
     """Three bars a system: FLOPs, saved and parameters, formulas as marks."""
     names = [row["system"] for row in measured]
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, (title, read) in zip(axes, (("FLOPs (forward + backward)", lambda c: c.flops), ("numbers kept for the backward", lambda c: c.saved),
-                                          ("parameters", lambda c: c.parameters)), strict=True):
+    for axis, (title, read) in zip(
+        axes,
+        (
+            ("FLOPs (forward + backward)", lambda c: c.flops),
+            ("numbers kept for the backward", lambda c: c.saved),
+            ("parameters", lambda c: c.parameters),
+        ),
+        strict=True,
+    ):
         axis.barh(names, [read(row["cost"]) for row in measured], color="#4c78a8")
         known = [row for row in measured if row["formula"]]
-        axis.plot([read(row["formula"]) for row in known], [row["system"] for row in known], "k|", markersize=14, label="formula")
+        axis.plot(
+            [read(row["formula"]) for row in known],
+            [row["system"] for row in known],
+            "k|",
+            markersize=14,
+            label="formula",
+        )
         axis.set_title(title)
         axis.invert_yaxis()
     axes[0].legend()
@@ -229,5 +314,7 @@ def run(settings: Settings) -> Result:
         "Complexity: FLOPs, memory and parameters of one adapted linear (Fig. 5)",
         "Every method at LoRA's parameter count. FLOPs are counted in the matrix products as they run, forward and backward, less the frozen "
         "linear's 4 N k d; adds, such as MiSS's shard sums, are none of them. Saved is what the forward keeps for the backward.",
-        claims(measured), [table(shape, rows) for shape, rows in measured.items()], lambda figure: draw(shape, measured[shape], figure),
+        claims(measured),
+        [table(shape, rows) for shape, rows in measured.items()],
+        lambda figure: draw(shape, measured[shape], figure),
     )

@@ -39,17 +39,53 @@ class Task:
     headless: tuple[str, ...] = ()
 
 
-TASKS = {task.name.lower(): task for task in (
-    Task("MNLI", (("premise", "sentence1"), ("hypothesis", "sentence2")), ("label", "gold_label"), ("entailment", "neutral", "contradiction"),
-         {"accuracy": accuracy}, {"lora": 85.63, "pissa": 85.72, "miss": 85.71}, ("dev_matched", "validation_matched")),
-    Task("SST-2", (("sentence",),), ("label",), ("negative", "positive"), {"accuracy": accuracy}, {"lora": 94.03, "pissa": 93.64, "miss": 93.60}),
-    Task("CoLA", (("sentence",),), ("label",), ("unacceptable", "acceptable"), {"matthews": matthews, "accuracy": accuracy},
-         {"lora": 62.40, "pissa": 67.28, "miss": 72.86}, headless=("source", "label", "mark", "sentence")),
-    Task("QNLI", (("question",), ("sentence",)), ("label",), ("entailment", "not_entailment"), {"accuracy": accuracy},
-         {"lora": 91.37, "pissa": 91.40, "miss": 91.43}),
-    Task("MRPC", (("sentence1", "#1 String"), ("sentence2", "#2 String")), ("label", "Quality"), ("not_equivalent", "equivalent"),
-         {"accuracy": accuracy, "f1": f1}, {"lora": 87.98, "pissa": 88.11, "miss": 88.14}),
-)}
+TASKS = {
+    task.name.lower(): task
+    for task in (
+        Task(
+            "MNLI",
+            (("premise", "sentence1"), ("hypothesis", "sentence2")),
+            ("label", "gold_label"),
+            ("entailment", "neutral", "contradiction"),
+            {"accuracy": accuracy},
+            {"lora": 85.63, "pissa": 85.72, "miss": 85.71},
+            ("dev_matched", "validation_matched"),
+        ),
+        Task(
+            "SST-2",
+            (("sentence",),),
+            ("label",),
+            ("negative", "positive"),
+            {"accuracy": accuracy},
+            {"lora": 94.03, "pissa": 93.64, "miss": 93.60},
+        ),
+        Task(
+            "CoLA",
+            (("sentence",),),
+            ("label",),
+            ("unacceptable", "acceptable"),
+            {"matthews": matthews, "accuracy": accuracy},
+            {"lora": 62.40, "pissa": 67.28, "miss": 72.86},
+            headless=("source", "label", "mark", "sentence"),
+        ),
+        Task(
+            "QNLI",
+            (("question",), ("sentence",)),
+            ("label",),
+            ("entailment", "not_entailment"),
+            {"accuracy": accuracy},
+            {"lora": 91.37, "pissa": 91.40, "miss": 91.43},
+        ),
+        Task(
+            "MRPC",
+            (("sentence1", "#1 String"), ("sentence2", "#2 String")),
+            ("label", "Quality"),
+            ("not_equivalent", "equivalent"),
+            {"accuracy": accuracy, "f1": f1},
+            {"lora": 87.98, "pissa": 88.11, "miss": 88.14},
+        ),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +100,10 @@ def read_task(folder: str, task: Task) -> tuple[list[Example], list[Example]]:
     """(training, development) examples. UserError for a file that is absent, and with its place for a row that is no example."""
     where = _folder(folder, task)
     files = _files(where, ("train",)), _files(where, task.dev)
-    train, dev = ([_example(place, record, task) for path in paths for place, record in _records(path, task)] for paths in files)
+    train, dev = (
+        [_example(place, record, task) for path in paths for place, record in _records(path, task)]
+        for paths in files
+    )
     return train, dev
 
 
@@ -75,18 +114,26 @@ def _folder(folder: str, task: Task) -> pathlib.Path:
     for name in names:
         if name.lower().replace("-", "") == task.name.lower().replace("-", ""):
             return root / name
-    raise UserError(f"{folder} has no folder {task.name} with GLUE's files, only: {', '.join(sorted(names)) or 'nothing'}; nothing is downloaded: "
-                    "unpack GLUE there, or copy the parquet files of nyu-mll/glue")
+    raise UserError(
+        f"{folder} has no folder {task.name} with GLUE's files, only: {', '.join(sorted(names)) or 'nothing'}; nothing is downloaded: "
+        "unpack GLUE there, or copy the parquet files of nyu-mll/glue"
+    )
 
 
 def _files(folder: pathlib.Path, splits: tuple[str, ...]) -> list[pathlib.Path]:
     """The files of a split: train.tsv, train-00000-of-00001.parquet; several are its parts."""
-    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.partition("-")[0] in splits)
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.partition("-")[0] in splits
+    )
     if not found:
-        raise UserError(f"{folder} has no file {' or '.join(f'{split}{suffix}' for split in splits for suffix in SUFFIXES)}; "
-                        f"it has: {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}")
+        raise UserError(
+            f"{folder} has no file {' or '.join(f'{split}{suffix}' for split in splits for suffix in SUFFIXES)}; "
+            f"it has: {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+        )
     if len({path.suffix for path in found}) > 1:
-        raise UserError(f"{folder} has one split in several formats ({', '.join(path.name for path in found)}); leave one of them there")
+        raise UserError(
+            f"{folder} has one split in several formats ({', '.join(path.name for path in found)}); leave one of them there"
+        )
     return found
 
 
@@ -97,7 +144,11 @@ def _records(path: pathlib.Path, task: Task) -> Iterator[tuple[str, Any]]:
 def _tsv(path: str, task: Task) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of one of GLUE's own files, in which a double quote is a character like any other."""
     with open_text(path) as file:
-        rows = ((f"{path}, line {number}", line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1) if line.strip())
+        rows = (
+            (f"{path}, line {number}", line.rstrip("\r\n").split("\t"))
+            for number, line in enumerate(file, 1)
+            if line.strip()
+        )
         header: Sequence[str] | None = None
         for place, cells in rows:
             if header is None:
@@ -105,7 +156,9 @@ def _tsv(path: str, task: Task) -> Iterator[tuple[str, dict[str, str]]]:
                 if header is cells:
                     continue
             if len(cells) < len(header):
-                raise UserError(f"{place}: the row has {len(cells)} cells, expected {len(header)} ({', '.join(header)})")
+                raise UserError(
+                    f"{place}: the row has {len(cells)} cells, expected {len(header)} ({', '.join(header)})"
+                )
             yield place, dict(zip(header, cells))
 
 
@@ -114,9 +167,14 @@ def _example(place: str, record: Any, task: Task) -> Example:
         raise UserError(f"{place}: {record}")
     texts = tuple(_column(place, record, names) for names in task.texts)
     label = str(_column(place, record, task.label))
-    known = {**{str(i): i for i in range(len(task.labels))}, **{name: i for i, name in enumerate(task.labels)}}
+    known = {
+        **{str(i): i for i in range(len(task.labels))},
+        **{name: i for i, name in enumerate(task.labels)},
+    }
     if label not in known or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{place}: expected text and a label {', '.join(task.labels)} or 0 to {len(task.labels) - 1}, got {texts!r}, {label!r}")
+        raise UserError(
+            f"{place}: expected text and a label {', '.join(task.labels)} or 0 to {len(task.labels) - 1}, got {texts!r}, {label!r}"
+        )
     return Example(texts, known[label])
 
 

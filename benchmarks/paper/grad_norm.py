@@ -36,7 +36,9 @@ ALIKE = 2  # norms that differ by less than this factor are about as large
 @dataclasses.dataclass(frozen=True)
 class Settings:
     models: tuple[str, ...] = option(tuple(tasks.MAKE), f"of {', '.join(tasks.MAKE)}")
-    ranks: tuple[int, ...] = option((2, 4, 8, 16, 32), "rank of every method; not its parameters, as in the paper's figure")
+    ranks: tuple[int, ...] = option(
+        (2, 4, 8, 16, 32), "rank of every method; not its parameters, as in the paper's figure"
+    )
     data: str = option("../shared/data", "folder with the models and texts of others")
 
 
@@ -93,7 +95,10 @@ def first_gradient(model: nn.Module, gradients: dict[str, Tensor], method: str, 
             p -= (length / total) * p.grad
         moved = {name: layer.delta() - start[name] for name, layer in layers.items()}
     along = -sum(float((moved[name] * g).sum()) for name, g in gradients.items())
-    by_linear = {name: norm(p.grad for p in layer.parameters(recurse=False) if p.grad is not None) for name, layer in layers.items()}
+    by_linear = {
+        name: norm(p.grad for p in layer.parameters(recurse=False) if p.grad is not None)
+        for name, layer in layers.items()
+    }
     return First(total, by_linear, along / (norm(moved.values()) * norm(gradients.values())))
 
 
@@ -117,8 +122,11 @@ class Case:
         for name in self.gradients:
             kinds.setdefault(".".join(name.split(".")[-2:]), []).append(name)
         first = self.found[label, rank]
-        return {kind: math.hypot(*(first.by_linear[name] for name in names)) / norm(self.gradients[name] for name in names)
-                for kind, names in kinds.items()}
+        return {
+            kind: math.hypot(*(first.by_linear[name] for name in names))
+            / norm(self.gradients[name] for name in names)
+            for kind, names in kinds.items()
+        }
 
 
 def measure(model: nn.Module, gradients: dict[str, Tensor], ranks: tuple[int, ...]) -> Case:
@@ -139,44 +147,79 @@ def cases(settings: Settings) -> dict[str, Case]:
     model = made[settings.models[0]].model
     for name, draw in RANDOM.items():
         torch.manual_seed(1)
-        found[name] = measure(model, {linear: draw(m.weight.shape) for linear, m in find_linears(model, None).items()}, settings.ranks)
+        found[name] = measure(
+            model,
+            {linear: draw(m.weight.shape) for linear, m in find_linears(model, None).items()},
+            settings.ranks,
+        )
     return found
 
 
 def table(caption: str, found: dict[str, Case], read: Callable[[Case, str, int], float]) -> Table:
     labels = list(dict.fromkeys(label for case in found.values() for label, _ in case.found))
-    rows = [(f"{name}, r = {rank}", *(read(case, label, rank) if (label, rank) in case.found else None for label in labels))
-            for name, case in found.items() for rank in dict.fromkeys(rank for _, rank in case.found)]
+    rows = [
+        (
+            f"{name}, r = {rank}",
+            *(read(case, label, rank) if (label, rank) in case.found else None for label in labels),
+        )
+        for name, case in found.items()
+        for rank in dict.fromkeys(rank for _, rank in case.found)
+    ]
     return Table(caption, ("gradients", *labels), rows)
 
 
 def claims(found: dict[str, Case]) -> list[Claim]:
     def both(case: Case, read: Callable[[First], float]) -> list[tuple[float, float]]:
         """(MiSS's, LoRA's) at every rank."""
-        return [(read(case.found["miss", rank]), read(case.found["lora", rank])) for label, rank in case.found if label == "miss"]
+        return [
+            (read(case.found["miss", rank]), read(case.found["lora", rank]))
+            for label, rank in case.found
+            if label == "miss"
+        ]
 
     real = [case for name, case in found.items() if name not in RANDOM]
     miss, lora = zip(*(pair for case in real for pair in both(case, lambda first: first.norm / case.full)))  # noqa: B023
-    balanced = [first.norm / case.full for case in real for (label, _), first in case.found.items() if label == "miss, balanced"]
+    balanced = [
+        first.norm / case.full
+        for case in real
+        for (label, _), first in case.found.items()
+        if label == "miss, balanced"
+    ]
     random = [ratio for ratio, _ in both(found["random"], lambda first: first.norm / found["random"].full)]
     cosines = [pair for case in real for pair in both(case, lambda first: first.cosine)]
     # of neighbouring ranks, on every model
-    steps = [b[1] > a[1] for case in real for a, b in itertools.pairwise(both(case, lambda first: first.norm))]
-    by_kind = [case.by_leaf("miss", max(rank for label, rank in case.found if label == "miss")) for case in real]
+    steps = [
+        b[1] > a[1] for case in real for a, b in itertools.pairwise(both(case, lambda first: first.norm))
+    ]
+    by_kind = [
+        case.by_leaf("miss", max(rank for label, rank in case.found if label == "miss")) for case in real
+    ]
     loudest = {max(ratios, key=ratios.get) for ratios in by_kind}
     ahead = sum(of_miss > of_lora for of_miss, of_lora in cosines)
     return [
-        Claim("MiSS's first gradient is about as large as full fine-tuning's, at every rank",
-              f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at {' and '.join(sorted(loudest))}",
-              1 / ALIKE < min(miss) and max(miss) < ALIKE),
-        Claim("LoRA's is smaller, and grows with the rank", f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at "
-              f"{sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models, larger with the next rank at {sum(steps)} of {len(steps)}; "
-              "2 sqrt(r / 3 k) for independent columns", all(a > b for a, b in zip(miss, lora)) and all(steps)),
-        Claim("so MiSS is closer to full fine-tuning", f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. "
-              f"In its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at {ahead} of {len(cosines)}",
-              ahead == len(cosines)),
-        Claim("(balanced shards are not the paper's)", f"every other block of columns subtracted: {min(balanced):.2f} to {max(balanced):.2f} of full "
-              "fine-tuning's norm"),
+        Claim(
+            "MiSS's first gradient is about as large as full fine-tuning's, at every rank",
+            f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at {' and '.join(sorted(loudest))}",
+            1 / ALIKE < min(miss) and max(miss) < ALIKE,
+        ),
+        Claim(
+            "LoRA's is smaller, and grows with the rank",
+            f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at "
+            f"{sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models, larger with the next rank at {sum(steps)} of {len(steps)}; "
+            "2 sqrt(r / 3 k) for independent columns",
+            all(a > b for a, b in zip(miss, lora)) and all(steps),
+        ),
+        Claim(
+            "so MiSS is closer to full fine-tuning",
+            f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. "
+            f"In its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at {ahead} of {len(cosines)}",
+            ahead == len(cosines),
+        ),
+        Claim(
+            "(balanced shards are not the paper's)",
+            f"every other block of columns subtracted: {min(balanced):.2f} to {max(balanced):.2f} of full "
+            "fine-tuning's norm",
+        ),
     ]
 
 
@@ -186,10 +229,18 @@ def draw(found: dict[str, Case], figure) -> None:
     figure.set_size_inches(15, 4.5 * rows)
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axis, (name, case) in zip(axes, found.items()):
-        for number, label in enumerate(dict.fromkeys(label for each in found.values() for label, _ in each.found)):
+        for number, label in enumerate(
+            dict.fromkeys(label for each in found.values() for label, _ in each.found)
+        ):
             ranks = [rank for other, rank in case.found if other == label]
-            axis.plot(ranks, [case.ratio(label, rank) for rank in ranks], "o-" if number < 10 else "o--", markersize=3, label=label,
-                      color="k" if label == "miss" else f"C{number}")
+            axis.plot(
+                ranks,
+                [case.ratio(label, rank) for rank in ranks],
+                "o-" if number < 10 else "o--",
+                markersize=3,
+                label=label,
+                color="k" if label == "miss" else f"C{number}",
+            )
         axis.axhline(1, color="k", linestyle=":", label="full")
         axis.set(yscale="log", xlabel="rank", ylabel="norm / full fine-tuning's", title=name)
         axis.set_xscale("log", base=2)
@@ -205,7 +256,12 @@ def run(settings: Settings) -> Result:
     kinds = Table(
         f"The same by kind of linear, MiSS, r = {rank}: more where inputs have a mean (behind relu^2, ffn.value), since columns of G are then alike",
         ("gradients", "linears", "norm / full"),
-        [(name, kind, ratio) for name, case in found.items() if ("miss", rank) in case.found for kind, ratio in case.by_leaf("miss", rank).items()],
+        [
+            (name, kind, ratio)
+            for name, case in found.items()
+            if ("miss", rank) in case.found
+            for kind, ratio in case.by_leaf("miss", rank).items()
+        ],
     )
     return Result(
         "The first gradient: its norm against full fine-tuning's (Section 5.4, Fig. 4 right)",
@@ -215,8 +271,18 @@ def run(settings: Settings) -> Result:
         "the model, or a method (DoRA and magnitudes: rwkv7-reverse has rows of zeros). Agrees: at every rank on every model; about as large is "
         f"{1 / ALIKE:g} to {ALIKE:g} times.",
         claims(found),
-        [table("Norm of the first gradient / full fine-tuning's", found, lambda case, label, rank: case.ratio(label, rank)),
-         table("Cosine of the change of the weights by the first SGD step with full fine-tuning's (sqrt(r / k) where columns are independent)", found,
-               lambda case, label, rank: case.found[label, rank].cosine), kinds],
+        [
+            table(
+                "Norm of the first gradient / full fine-tuning's",
+                found,
+                lambda case, label, rank: case.ratio(label, rank),
+            ),
+            table(
+                "Cosine of the change of the weights by the first SGD step with full fine-tuning's (sqrt(r / k) where columns are independent)",
+                found,
+                lambda case, label, rank: case.found[label, rank].cosine,
+            ),
+            kinds,
+        ],
         lambda figure: draw(found, figure),
     )

@@ -38,7 +38,10 @@ def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int)
         return {**options, "rank": min(width, out)}
     if method == "bat":
         wanted, common = numbers / (width if options.get("order") == "row" else out), math.gcd(width, out)
-        return {**options, "rank": min((r for r in range(1, common + 1) if common % r == 0), key=lambda r: abs(r - wanted))}
+        return {
+            **options,
+            "rank": min((r for r in range(1, common + 1) if common % r == 0), key=lambda r: abs(r - wanted)),
+        }
     if method in ("miss", "lora_fa"):
         columns = width if options.get("expand") else options.get("mini_r") or out
         return {**options, "rank": max(1, round(numbers / columns) - (options.get("shards") == "balanced"))}
@@ -62,7 +65,10 @@ def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str,
 
     Without widths: for models whose linears are square on average, as RWKV's are.
     """
-    return {label: (method, equal(method, options, rank, width, out)) for label, (method, options) in named(out).items()}
+    return {
+        label: (method, equal(method, options, rank, width, out))
+        for label, (method, options) in named(out).items()
+    }
 
 
 def adapted_linear(width: int, out: int, method: str, options: dict[str, Any]) -> AdapterLinear:

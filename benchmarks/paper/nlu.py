@@ -28,30 +28,58 @@ from .settings import option
 SENTENCES = dataclasses.replace(TASKS["sst-2"], name="sentences", labels=("kitchen", "journey"), paper={})
 ADJECTIVES = ("old", "small", "warm", "heavy", "plain", "quiet", "second", "good")
 WORDS = (  # of each class, what stands at each place of a sentence
-    (("stir", "boil", "bake", "cool", "slice", "taste", "pour", "fry"), ("the",), ADJECTIVES,
-     ("soup", "bread", "cabbage", "sauce", "rice", "pear", "dough", "fish")),
-    (("cross", "leave", "reach", "follow", "see", "pass", "climb", "draw"), ("the",), ADJECTIVES,
-     ("river", "road", "hill", "harbour", "forest", "border", "bridge", "town")),
+    (
+        ("stir", "boil", "bake", "cool", "slice", "taste", "pour", "fry"),
+        ("the",),
+        ADJECTIVES,
+        ("soup", "bread", "cabbage", "sauce", "rice", "pear", "dough", "fish"),
+    ),
+    (
+        ("cross", "leave", "reach", "follow", "see", "pass", "climb", "draw"),
+        ("the",),
+        ADJECTIVES,
+        ("river", "road", "hill", "harbour", "forest", "border", "bridge", "town"),
+    ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    model: str = option("roberta-base", "folder of the model and its tokenizer, or a name that is in Hugging Face's cache; empty: a small random one")
-    data: str = option("glue", "folder with GLUE's folders CoLA, MRPC, ... of TSV, JSONL or parquet files; empty: made-up sentences")
+    model: str = option(
+        "roberta-base",
+        "folder of the model and its tokenizer, or a name that is in Hugging Face's cache; empty: a small random one",
+    )
+    data: str = option(
+        "glue",
+        "folder with GLUE's folders CoLA, MRPC, ... of TSV, JSONL or parquet files; empty: made-up sentences",
+    )
     tasks: tuple[str, ...] = option(tuple(TASKS), "tasks; sentences, if --data is empty")
     methods: tuple[str, ...] = option(("lora", "pissa", "miss"), "adapter methods")
     lr: tuple[float, ...] = option((1e-4, 5e-4), "learning rates, each tried with each method")
     rank: int = option(8, "rank of LoRA; the other methods get the rank of as many parameters")
     targets: tuple[str, ...] = option(("query", "value"), "linears that are adapted")
-    seeds: int = option(3, "runs of each, which differ in the first values of classifier and adapter and in the order of the rows")
+    seeds: int = option(
+        3,
+        "runs of each, which differ in the first values of classifier and adapter and in the order of the rows",
+    )
     epochs: int = option(10, "passes over the training rows")
     batch: int = option(32, "rows in a step")
     length: int = option(128, "longest row in tokens; longer ones are cut")
 
 
 FULL = Settings()
-TINY = Settings(model="", data="", tasks=("sentences",), methods=("lora", "miss"), lr=(5e-3,), rank=2, seeds=2, epochs=10, batch=16, length=24)
+TINY = Settings(
+    model="",
+    data="",
+    tasks=("sentences",),
+    methods=("lora", "miss"),
+    lr=(5e-3,),
+    rank=2,
+    seeds=2,
+    epochs=10,
+    batch=16,
+    length=24,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +105,18 @@ def run(settings: Settings) -> Result:
             rows = [tokenised(examples, tokenizer, settings.length) for examples in read[task.name]]
             for label, (method, options) in methods.items():
                 for lr in settings.lr:
-                    outcomes.append(measure(task, label, lr, source, tokenizer, rows, (method, options), settings))
+                    outcomes.append(
+                        measure(task, label, lr, source, tokenizer, rows, (method, options), settings)
+                    )
                     print(describe(outcomes[-1], task), flush=True)
     return Result(
-        f"GLUE with {settings.model} (Table 2)" if settings.model else "Classification by a small random model: the path of Table 2, not its figures",
-        (__doc__ or "").partition("\n\n")[2].strip(), [claim(task, outcomes) for task in tasks],
-        [table(task, outcomes, read[task.name]) for task in tasks], lambda figure: draw(outcomes, tasks, figure),
+        f"GLUE with {settings.model} (Table 2)"
+        if settings.model
+        else "Classification by a small random model: the path of Table 2, not its figures",
+        (__doc__ or "").partition("\n\n")[2].strip(),
+        [claim(task, outcomes) for task in tasks],
+        [table(task, outcomes, read[task.name]) for task in tasks],
+        lambda figure: draw(outcomes, tasks, figure),
         {"outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]},
     )
 
@@ -103,7 +137,16 @@ def check(settings: Settings) -> tuple[dict[str, tuple[str, dict[str, Any]]], li
     return {name: methods[name] for name in settings.methods}, [tasks[name] for name in settings.tasks]
 
 
-def measure(task: Task, label: str, lr: float, source: str, tokenizer: Any, rows: list, adapter: tuple[str, dict], settings: Settings) -> Outcome:
+def measure(
+    task: Task,
+    label: str,
+    lr: float,
+    source: str,
+    tokenizer: Any,
+    rows: list,
+    adapter: tuple[str, dict],
+    settings: Settings,
+) -> Outcome:
     """Train and score one method at one rate, with each seed."""
     scores: dict[str, list[float]] = collections.defaultdict(list)
     training, development = rows
@@ -119,7 +162,9 @@ def measure(task: Task, label: str, lr: float, source: str, tokenizer: Any, rows
 
 
 def describe(outcome: Outcome, task: Task) -> str:
-    return f"{outcome.task} {outcome.method} lr {outcome.lr:g}: " + ", ".join(f"{name} {percent(values)}" for name, values in outcome.scores.items())
+    return f"{outcome.task} {outcome.method} lr {outcome.lr:g}: " + ", ".join(
+        f"{name} {percent(values)}" for name, values in outcome.scores.items()
+    )
 
 
 def percent(scores: list[float]) -> str:
@@ -137,12 +182,20 @@ def best(task: Task, method: str, outcomes: list[Outcome]) -> Outcome | None:
 def claim(task: Task, outcomes: list[Outcome]) -> Claim:
     """The paper's figures beside ours at each method's best rate. They agree if MiSS and LoRA differ the same way by two standard errors."""
     score = next(iter(task.scores))
-    found = {method: outcome for method in dict.fromkeys(o.method for o in outcomes) if (outcome := best(task, method, outcomes))}
-    ours = ", ".join(f"{method} {percent(outcome.scores[score])} (lr {outcome.lr:g})" for method, outcome in found.items())
+    found = {
+        method: outcome
+        for method in dict.fromkeys(o.method for o in outcomes)
+        if (outcome := best(task, method, outcomes))
+    }
+    ours = ", ".join(
+        f"{method} {percent(outcome.scores[score])} (lr {outcome.lr:g})" for method, outcome in found.items()
+    )
     paper = ", ".join(f"{method} {value:.2f}" for method, value in task.paper.items()) or "-"
     agrees = None
     if task.paper and {"miss", "lora"} <= found.keys() and len(found["miss"].scores[score]) > 1:
-        (miss, miss_sd), (lora, lora_sd) = (mean_and_deviation(found[method].scores[score]) for method in ("miss", "lora"))
+        (miss, miss_sd), (lora, lora_sd) = (
+            mean_and_deviation(found[method].scores[score]) for method in ("miss", "lora")
+        )
         certain = abs(miss - lora) > 2 * ((miss_sd**2 + lora_sd**2) / len(found["miss"].scores[score])) ** 0.5
         agrees = (miss > lora) == (task.paper["miss"] > task.paper["lora"]) if certain else None
     return Claim(f"{task.name}, {score}: {paper}", ours, agrees)
@@ -151,10 +204,21 @@ def claim(task: Task, outcomes: list[Outcome]) -> Claim:
 def table(task: Task, outcomes: list[Outcome], read: list[list[Example]]) -> Table:
     """A row for each method and rate."""
     train_rows, dev_rows = map(len, read)
-    rows = [(o.method, f"{o.lr:g}", o.trainable, *(percent(values) for values in o.scores.values()), task.paper.get(o.method))
-            for o in outcomes if o.task == task.name]
+    rows = [
+        (
+            o.method,
+            f"{o.lr:g}",
+            o.trainable,
+            *(percent(values) for values in o.scores.values()),
+            task.paper.get(o.method),
+        )
+        for o in outcomes
+        if o.task == task.name
+    ]
     caption = f"{task.name}: {train_rows:,} training rows, {dev_rows:,} development rows; 100 x mean ± sd over the seeds"
-    return Table(caption, ("method", "lr", "parameters", *task.scores, f"{next(iter(task.scores))} in the paper"), rows)
+    return Table(
+        caption, ("method", "lr", "parameters", *task.scores, f"{next(iter(task.scores))} in the paper"), rows
+    )
 
 
 def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
@@ -162,9 +226,18 @@ def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         score = next(iter(task.scores))
         for i, method in enumerate(dict.fromkeys(o.method for o in outcomes)):
-            own = sorted((o for o in outcomes if (o.task, o.method) == (task.name, method)), key=lambda o: o.lr)
+            own = sorted(
+                (o for o in outcomes if (o.task, o.method) == (task.name, method)), key=lambda o: o.lr
+            )
             means = [mean_and_deviation(o.scores[score]) for o in own]
-            axis.errorbar([o.lr for o in own], [100 * m for m, _ in means], [100 * sd for _, sd in means], marker="o", color=f"C{i}", label=method)
+            axis.errorbar(
+                [o.lr for o in own],
+                [100 * m for m, _ in means],
+                [100 * sd for _, sd in means],
+                marker="o",
+                color=f"C{i}",
+                label=method,
+            )
             if method in task.paper:
                 axis.axhline(task.paper[method], color=f"C{i}", linestyle=":", label=f"{method}, paper")
         axis.set(title=f"{task.name}, {score}", xscale="log", xlabel="learning rate")
@@ -177,7 +250,11 @@ def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
 def write_sentences(folder: str) -> str:
     """300 sentences to train on and 100 others, no two alike, as FOLDER/sentences/train.tsv and dev.tsv; returns the folder."""
     draw = random.Random(0)
-    rows = [f"{' '.join(words)}\t{label}\n" for label, grammar in enumerate(WORDS) for words in draw.sample([*itertools.product(*grammar)], 200)]
+    rows = [
+        f"{' '.join(words)}\t{label}\n"
+        for label, grammar in enumerate(WORDS)
+        for words in draw.sample([*itertools.product(*grammar)], 200)
+    ]
     draw.shuffle(rows)
     task = pathlib.Path(folder, SENTENCES.name)
     task.mkdir()
@@ -195,13 +272,25 @@ def write_random_model(folder: str, examples: list[Example]) -> str:
     special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    words.train_from_iterator((text for example in examples for text in example.texts),
-                              tokenizers.trainers.WordLevelTrainer(vocab_size=2000, special_tokens=list(special.values()), show_progress=False))
+    words.train_from_iterator(
+        (text for example in examples for text in example.texts),
+        tokenizers.trainers.WordLevelTrainer(
+            vocab_size=2000, special_tokens=list(special.values()), show_progress=False
+        ),
+    )
     words.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     # matrices of 0.1 rather than 0.02: what is not trained passes on what it reads
     config = RobertaConfig(
-        vocab_size=words.get_vocab_size(), hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-        max_position_embeddings=130, bos_token_id=0, pad_token_id=1, eos_token_id=2, initializer_range=0.1,
+        vocab_size=words.get_vocab_size(),
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=130,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.1,
     )
     torch.manual_seed(0)
     with quiet():

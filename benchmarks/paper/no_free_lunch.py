@@ -36,13 +36,19 @@ FREQUENCIES = 2 * math.pi  # standard deviation of the sine features' angular fr
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    seeds: tuple[int, ...] = option((43, 0, 1, 2, 3, 4, 5, 6), "of data, network and adapter; the paper's is 43")
-    lrs: tuple[float, ...] = option((1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "learning rates; the first is the paper's")
+    seeds: tuple[int, ...] = option(
+        (43, 0, 1, 2, 3, 4, 5, 6), "of data, network and adapter; the paper's is 43"
+    )
+    lrs: tuple[float, ...] = option(
+        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "learning rates; the first is the paper's"
+    )
     data: str = option("lift", "reading of the paper's data: lift, rep or elem")
     points: int = option(50, "training points; 200 more are for the validation loss")
     pretrain: int = option(250, "epochs on f1")
     epochs: int = option(100, "epochs on f2")
-    widths: tuple[int, ...] = option((256, 512, 1024, 2048), "n of the n x n linears whose start and step are timed")
+    widths: tuple[int, ...] = option(
+        (256, 512, 1024, 2048), "n of the n x n linears whose start and step are timed"
+    )
     rounds: int = option(5, "of the timings, the fastest counts")
 
 
@@ -111,8 +117,10 @@ def train(model: nn.Module, problem: Problem, f, epochs: int, lr: float) -> tupl
 
 def paper_systems() -> dict[str, tuple[str | None, dict[str, Any]]]:
     """Label -> (method, options) at the paper's ranks; method None trains everything."""
-    adapted = {label: (method, {**options, "rank": PAPER_RANKS.get(method, options["rank"])})
-               for label, (method, options) in systems(RANK, WIDTH, WIDTH).items()}
+    adapted = {
+        label: (method, {**options, "rank": PAPER_RANKS.get(method, options["rank"])})
+        for label, (method, options) in systems(RANK, WIDTH, WIDTH).items()
+    }
     return {"full": (None, {}), **adapted, "lora, alpha = r": ("lora", {"rank": RANK, "alpha": float(RANK)})}
 
 
@@ -132,7 +140,10 @@ class Outcome:
 
     def best(self, lr: float) -> list[float]:
         """Minimum validation loss of every seed."""
-        return [min((v for v in validated if math.isfinite(v)), default=math.inf) for _, validated in self.runs[lr]]
+        return [
+            min((v for v in validated if math.isfinite(v)), default=math.inf)
+            for _, validated in self.runs[lr]
+        ]
 
     def mean(self, lr: float) -> float:
         return statistics.fmean(self.best(lr))
@@ -180,10 +191,34 @@ def learn(settings: Settings, reading: str, chosen: dict[str, tuple[str | None, 
 
 def table(outcomes: dict[str, Outcome], lrs: tuple[float, ...]) -> Table:
     ordered = sorted(outcomes.items(), key=lambda item: item[1].mean(lrs[0]))
-    rows = [(label, o.parameters, o.mean(lrs[0]), o.sd(lrs[0]), o.mean(o.best_lr), o.sd(o.best_lr), f"{o.best_lr:g}", *map(o.mean, lrs[1:]))
-            for label, o in ordered]
-    columns = ("system", "parameters", f"lr {lrs[0]:g} (paper)", "sd", "best lr", "sd at best", "which is", *(f"lr {lr:g}" for lr in lrs[1:]))
-    return Table("Minimum validation loss, mean and standard deviation over the seeds. The best lr is chosen by the same seeds.", columns, rows)
+    rows = [
+        (
+            label,
+            o.parameters,
+            o.mean(lrs[0]),
+            o.sd(lrs[0]),
+            o.mean(o.best_lr),
+            o.sd(o.best_lr),
+            f"{o.best_lr:g}",
+            *map(o.mean, lrs[1:]),
+        )
+        for label, o in ordered
+    ]
+    columns = (
+        "system",
+        "parameters",
+        f"lr {lrs[0]:g} (paper)",
+        "sd",
+        "best lr",
+        "sd at best",
+        "which is",
+        *(f"lr {lr:g}" for lr in lrs[1:]),
+    )
+    return Table(
+        "Minimum validation loss, mean and standard deviation over the seeds. The best lr is chosen by the same seeds.",
+        columns,
+        rows,
+    )
 
 
 def other_readings(settings: Settings) -> Table:
@@ -193,9 +228,20 @@ def other_readings(settings: Settings) -> Table:
     for reading in (reading for reading in READINGS if reading != settings.data):
         learnt = learn(dataclasses.replace(settings, lrs=settings.lrs[:1]), reading, few)
         losses = [learnt.outcomes[label].mean(settings.lrs[0]) for label in few]
-        rows.append((reading, learnt.before, learnt.unadapted, *losses, max(o.sd(settings.lrs[0]) for o in learnt.outcomes.values())))
-    return Table(f"The other readings of the data at lr {settings.lrs[0]:g}: minimum validation loss, mean over the seeds, and the largest sd",
-                 ("data", "network on f1", "unadapted on f2", *few, "sd"), rows)
+        rows.append(
+            (
+                reading,
+                learnt.before,
+                learnt.unadapted,
+                *losses,
+                max(o.sd(settings.lrs[0]) for o in learnt.outcomes.values()),
+            )
+        )
+    return Table(
+        f"The other readings of the data at lr {settings.lrs[0]:g}: minimum validation loss, mean over the seeds, and the largest sd",
+        ("data", "network on f1", "unadapted on f2", *few, "sd"),
+        rows,
+    )
 
 
 def claims(learnt: Learnt, paper_lr: float) -> list[Claim]:
@@ -206,7 +252,9 @@ def claims(learnt: Learnt, paper_lr: float) -> list[Claim]:
         """MiSS's, among the methods, its variants left out."""
         methods = sorted((label for label in losses if label != "full" and "," not in label), key=losses.get)
         ahead = methods[: methods.index("miss")]
-        return f"MiSS is number {len(ahead) + 1} of {len(methods)} methods" + (f", after {', '.join(ahead)}" if ahead else "")
+        return f"MiSS is number {len(ahead) + 1} of {len(methods)} methods" + (
+            f", after {', '.join(ahead)}" if ahead else ""
+        )
 
     def beside(losses: dict[str, float]) -> str:
         """Full fine-tuning's, and the lowest of the others."""
@@ -214,27 +262,51 @@ def claims(learnt: Learnt, paper_lr: float) -> list[Claim]:
         return f"{losses['full']:.4f}, where {best} has {losses[best]:.4f}"
 
     return [
-        Claim("full fine-tuning is best",
-              f"at lr {paper_lr:g} it has {beside(fixed)}; unadapted {learnt.unadapted:.4f}",
-              min(fixed, key=fixed.get) == "full"),
-        Claim("the same, each at its own best rate, which the paper does not look at",
-              f"full has {beside(own)}", min(own, key=own.get) == "full"),
-        Claim("MiSS is the closest to full fine-tuning of the methods", f"at lr {paper_lr:g} it has {fixed['miss'] / fixed['full']:.1f} times the "
-              f"loss of full; {place(fixed)}", place(fixed).startswith("MiSS is number 1 ")),
-        Claim("MiSS converges better than LoRA", f"LoRA has {fixed['lora'] / fixed['miss']:.2f} of MiSS's loss at lr {paper_lr:g} with alpha = 2 r, "
-              f"{fixed['lora, alpha = r'] / fixed['miss']:.2f} with alpha = r; {own['lora'] / own['miss']:.2f} with each at its best lr",
-              fixed["miss"] < fixed["lora"]),
+        Claim(
+            "full fine-tuning is best",
+            f"at lr {paper_lr:g} it has {beside(fixed)}; unadapted {learnt.unadapted:.4f}",
+            min(fixed, key=fixed.get) == "full",
+        ),
+        Claim(
+            "the same, each at its own best rate, which the paper does not look at",
+            f"full has {beside(own)}",
+            min(own, key=own.get) == "full",
+        ),
+        Claim(
+            "MiSS is the closest to full fine-tuning of the methods",
+            f"at lr {paper_lr:g} it has {fixed['miss'] / fixed['full']:.1f} times the "
+            f"loss of full; {place(fixed)}",
+            place(fixed).startswith("MiSS is number 1 "),
+        ),
+        Claim(
+            "MiSS converges better than LoRA",
+            f"LoRA has {fixed['lora'] / fixed['miss']:.2f} of MiSS's loss at lr {paper_lr:g} with alpha = 2 r, "
+            f"{fixed['lora, alpha = r'] / fixed['miss']:.2f} with alpha = r; {own['lora'] / own['miss']:.2f} with each at its best lr",
+            fixed["miss"] < fixed["lora"],
+        ),
         Claim("(it has one learning rate for all)", f"with each at its best lr {place(own)}"),
     ]
 
 
-def draw(outcomes: dict[str, Outcome], unadapted: float, paper_lr: float, timing: start_and_step.Timing, figure) -> None:
+def draw(
+    outcomes: dict[str, Outcome], unadapted: float, paper_lr: float, timing: start_and_step.Timing, figure
+) -> None:
     """Loss curves at the paper's lr, both columns of the table with every seed, initialisation and step time against parameters."""
     figure.set_size_inches(15, 11)
     (curves, losses), (start, step) = figure.subplots(2, 2)
     for number, (label, outcome) in enumerate(outcomes.items()):
-        curves.plot(outcome.curve(paper_lr, 0), "-" if number <= 10 else "--", label=label, color=f"C{number - 1}" if number else "k")
-    curves.set(yscale="log", xlabel="epoch", ylabel="training loss, mean of the seeds", title=f"Fine-tuning at lr {paper_lr:g} (Fig. 2)")
+        curves.plot(
+            outcome.curve(paper_lr, 0),
+            "-" if number <= 10 else "--",
+            label=label,
+            color=f"C{number - 1}" if number else "k",
+        )
+    curves.set(
+        yscale="log",
+        xlabel="epoch",
+        ylabel="training loss, mean of the seeds",
+        title=f"Fine-tuning at lr {paper_lr:g} (Fig. 2)",
+    )
     curves.legend(fontsize=8)
     ordered = sorted(outcomes, key=lambda label: outcomes[label].mean(paper_lr))
     for shift, colour, name in ((-0.15, "C0", f"lr {paper_lr:g}"), (0.15, "C1", "best lr")):
@@ -244,7 +316,12 @@ def draw(outcomes: dict[str, Outcome], unadapted: float, paper_lr: float, timing
             losses.plot(outcome.best(lr), [row + shift] * len(outcome.best(lr)), ".", color=colour, alpha=0.4)
             losses.plot(outcome.mean(lr), row + shift, "D", color=colour, label=None if row else name)
     losses.axvline(unadapted, color="k", linestyle=":", label="unadapted")
-    losses.set(xscale="log", yticks=range(len(ordered)), yticklabels=ordered, title="Minimum validation loss: seeds and their mean")
+    losses.set(
+        xscale="log",
+        yticks=range(len(ordered)),
+        yticklabels=ordered,
+        title="Minimum validation loss: seeds and their mean",
+    )
     losses.invert_yaxis()
     losses.legend(fontsize=8)
     timing.draw(start, step)
@@ -268,6 +345,13 @@ def run(settings: Settings) -> Result:
         [*claims(learnt, paper_lr), *timing.claims()],
         [table(outcomes, settings.lrs), other_readings(settings), *timing.tables()],
         lambda figure: draw(outcomes, learnt.unadapted, paper_lr, timing, figure),
-        {"curves": {label: {name: [float(f"{v:.4g}") for v in o.curve(paper_lr, which)] for which, name in enumerate(("training", "validation"))}
-                    for label, o in outcomes.items()}},
+        {
+            "curves": {
+                label: {
+                    name: [float(f"{v:.4g}") for v in o.curve(paper_lr, which)]
+                    for which, name in enumerate(("training", "validation"))
+                }
+                for label, o in outcomes.items()
+            }
+        },
     )

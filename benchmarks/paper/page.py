@@ -29,7 +29,9 @@ def sections(folder: pathlib.Path) -> str:
             claims = [Claim(**claim) for claim in result["claims"]]
             rows = [(claim.paper, claim.ours, VERDICTS[claim.agrees]) for claim in claims]
             table = Table(f"## [{name}]({name}.md)", ("the paper", "here", "agrees"), rows)
-            parts.append(f"{table.markdown()}\n\nAgain: `{result['command']}` (measured at commit {result['commit']})")
+            parts.append(
+                f"{table.markdown()}\n\nAgain: `{result['command']}` (measured at commit {result['commit']})"
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -37,7 +39,9 @@ def renewed(folder: pathlib.Path) -> str:
     """The page as it should be. UserError for a folder without one."""
     page = folder / "README.md"
     if not page.exists() or MARK not in page.read_text(encoding="utf-8"):
-        raise UserError(f"{page} must be there, with the line {MARK}: what is above it is kept, and what is below it written")
+        raise UserError(
+            f"{page} must be there, with the line {MARK}: what is above it is kept, and what is below it written"
+        )
     return f"{page.read_text(encoding='utf-8').partition(MARK)[0]}{MARK}\n\n{sections(folder)}"
 
 

@@ -34,7 +34,12 @@ from .metrics import median_and_interval
 from .results import Claim, Result, Table, require_package
 from .settings import option
 
-MODELS = {"rwkv6-tiny": (6, 2, 64, 97), "rwkv6-12x768": (6, 12, 768, 65536), "rwkv7-12x768": (7, 12, 768, 65536), "rwkv6-3b": (6, 32, 2560, 65536)}
+MODELS = {
+    "rwkv6-tiny": (6, 2, 64, 97),
+    "rwkv6-12x768": (6, 12, 768, 65536),
+    "rwkv7-12x768": (7, 12, 768, 65536),
+    "rwkv6-3b": (6, 32, 2560, 65536),
+}
 PAPER = {"lora": (3.62e3, 12074), "miss": (3.99e3, 11052)}  # Table 5: tokens/s and MB
 PEFT = "peft lora"
 AGREES = 0.5  # the share of the paper's gain that must be found here
@@ -44,7 +49,10 @@ AGREES = 0.5  # the share of the paper's gain that must be found here
 class Settings:
     model: str = option("rwkv6-12x768", f"of {', '.join(MODELS)}")
     methods: tuple[str, ...] = option(("miss", "lora", "pissa", "dora", PEFT), "what is compared")
-    rank: int = option(32, "LoRA's rank; the others have as many parameters, MiSS twice the rank (the paper: 55.1 M on RWKV6-3B)")
+    rank: int = option(
+        32,
+        "LoRA's rank; the others have as many parameters, MiSS twice the rank (the paper: 55.1 M on RWKV6-3B)",
+    )
     ctx_len: int = option(512, "tokens of a step")
     device: str = option("cpu", "cpu, one thread in fp32, or cuda, in bf16")
     rounds: int = option(15, "steps that are timed")
@@ -115,7 +123,10 @@ def seconds(settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]
     parameters = {}
     for group in [settings.methods] if together else [[label] for label in settings.methods]:
         models = {label: adapt(copy_of(base), label, settings.rank) for label in group}
-        parameters |= {label: sum(p.numel() for p in model.parameters() if p.requires_grad) for label, model in models.items()}
+        parameters |= {
+            label: sum(p.numel() for p in model.parameters() if p.requires_grad)
+            for label, model in models.items()
+        }
         steps = {label: make_step(model, settings) for label, model in models.items()}
         for turn in range(settings.rounds + 2):  # the first two warm up
             for label, step in steps.items():
@@ -151,15 +162,44 @@ Interval = tuple[float, float, float]  # a median, and the ends of its 95 % inte
 def table(rows: dict[str, Row], speeds: dict[str, Interval], ctx_len: int) -> Table:
     """`speeds`: of each method over LoRA's."""
     lora = rows["lora"]
-    columns = ("method", "parameters", "step s", "tokens/s", "speed / lora", "95 % interval", "the paper's",
-               "peak MB", "above weights MB", "peak / lora", "the paper's peak / lora", "above / lora")
+    columns = (
+        "method",
+        "parameters",
+        "step s",
+        "tokens/s",
+        "speed / lora",
+        "95 % interval",
+        "the paper's",
+        "peak MB",
+        "above weights MB",
+        "peak / lora",
+        "the paper's peak / lora",
+        "above / lora",
+    )
     cells = []
     for label, row in rows.items():
-        speed, memory = (ours / theirs for ours, theirs in zip(PAPER[label], PAPER["lora"])) if label in PAPER else (None, None)
+        speed, memory = (
+            (ours / theirs for ours, theirs in zip(PAPER[label], PAPER["lora"]))
+            if label in PAPER
+            else (None, None)
+        )
         ratio, low, high = speeds[label]
-        cells.append((label, row.parameters, row.seconds, ctx_len / row.seconds, ratio,
-                      f"{low:.3f} to {high:.3f}", speed, row.total / 1e6, row.above / 1e6,
-                      row.total / lora.total, memory, row.above / lora.above))
+        cells.append(
+            (
+                label,
+                row.parameters,
+                row.seconds,
+                ctx_len / row.seconds,
+                ratio,
+                f"{low:.3f} to {high:.3f}",
+                speed,
+                row.total / 1e6,
+                row.above / 1e6,
+                row.total / lora.total,
+                memory,
+                row.above / lora.above,
+            )
+        )
     return Table("Training steps on one row", columns, cells)
 
 
@@ -184,16 +224,26 @@ def claims(rows: dict[str, Row], speeds: dict[str, Interval], settings: Settings
     asked = 1 + AGREES * (paper_speed - 1)
     agrees = above(speeds["lora"], asked)
     found = [
-        Claim("MiSS trains 1.10 times as many tokens a second as LoRA (Table 5)",
-              f"{described(speeds['lora'])}, {settings.model} on {settings.device}; "
-              f"half of the gain is {asked:.3f}{', inside the interval: open' if agrees is None else ''}", agrees),
-        Claim("MiSS takes 0.915 of LoRA's memory (Table 5)", f"{memory:.3f}, and {miss.above / lora.above:.3f} of what is above the weights",
-              1 - memory >= AGREES * (1 - paper_memory)),
+        Claim(
+            "MiSS trains 1.10 times as many tokens a second as LoRA (Table 5)",
+            f"{described(speeds['lora'])}, {settings.model} on {settings.device}; "
+            f"half of the gain is {asked:.3f}{', inside the interval: open' if agrees is None else ''}",
+            agrees,
+        ),
+        Claim(
+            "MiSS takes 0.915 of LoRA's memory (Table 5)",
+            f"{memory:.3f}, and {miss.above / lora.above:.3f} of what is above the weights",
+            1 - memory >= AGREES * (1 - paper_memory),
+        ),
     ]
     if PEFT in rows:
-        found.append(Claim("(its LoRA may be another)",
-                           f"against HF peft's LoRA: {described(speeds[PEFT])} the tokens a second, "
-                           f"{miss.total / rows[PEFT].total:.3f} of the memory"))
+        found.append(
+            Claim(
+                "(its LoRA may be another)",
+                f"against HF peft's LoRA: {described(speeds[PEFT])} the tokens a second, "
+                f"{miss.total / rows[PEFT].total:.3f} of the memory",
+            )
+        )
     return found
 
 
@@ -203,8 +253,13 @@ def draw(rows: dict[str, Row], ctx_len: int, figure) -> None:
     speed.barh(names, [ctx_len / row.seconds for row in rows.values()], color="#4c78a8")
     speed.set_title("tokens a second")
     memory.barh(names, [row.held / 1e6 for row in rows.values()], color="#bab0ac", label="weights")
-    memory.barh(names, [row.above / 1e6 for row in rows.values()], left=[row.held / 1e6 for row in rows.values()], color="#f58518",
-                label="above them")
+    memory.barh(
+        names,
+        [row.above / 1e6 for row in rows.values()],
+        left=[row.held / 1e6 for row in rows.values()],
+        color="#f58518",
+        label="above them",
+    )
     memory.set_title("peak memory, MB")
     memory.legend()
     speed.invert_yaxis()
@@ -215,20 +270,28 @@ def check(settings: Settings) -> None:
     labels = [*systems(1), PEFT]
     unknown = [label for label in settings.methods if label not in labels]
     if unknown or not {"miss", "lora"} <= set(settings.methods):
-        raise rwkv_miss.UserError(f"--methods takes miss, lora and any of: {'; '.join(labels)}; got {' '.join(settings.methods)}")
+        raise rwkv_miss.UserError(
+            f"--methods takes miss, lora and any of: {'; '.join(labels)}; got {' '.join(settings.methods)}"
+        )
     if PEFT in settings.methods:
         require_package("peft", PEFT)
     if settings.model not in MODELS:
         raise rwkv_miss.UserError(f"--model {settings.model} is unknown; choose one of: {', '.join(MODELS)}")
     if settings.device not in ("cpu", "cuda") or settings.device == "cuda" and not torch.cuda.is_available():
-        raise rwkv_miss.UserError(f"--device {settings.device} can't be used here; cpu can" + (", cuda, too" if torch.cuda.is_available() else ""))
+        raise rwkv_miss.UserError(
+            f"--device {settings.device} can't be used here; cpu can"
+            + (", cuda, too" if torch.cuda.is_available() else "")
+        )
 
 
 def run(settings: Settings) -> Result:
     check(settings)
     torch.set_num_threads(1)
     # what is sampled can miss a short peak on a busy machine, and never see more than there is
-    peaks = {label: max(in_fresh_process(peak, settings, label) for _ in range(min(settings.rounds, 3))) for label in settings.methods}
+    peaks = {
+        label: max(in_fresh_process(peak, settings, label) for _ in range(min(settings.rounds, 3)))
+        for label in settings.methods
+    }
     taken, parameters = seconds(settings)
     of_one = min if settings.device == "cpu" else statistics.median
     rows = {label: Row(parameters[label], of_one(taken[label]), *peaks[label]) for label in settings.methods}
@@ -238,7 +301,11 @@ def run(settings: Settings) -> Result:
 
     of_lora = {label: speed(label, "lora") for label in rows}
     of_miss = {label: speed("miss", label) for label in rows}
-    clock = "CPU time of one thread, fp32, the fastest step" if settings.device == "cpu" else "wall time, bf16, the median step"
+    clock = (
+        "CPU time of one thread, fp32, the fastest step"
+        if settings.device == "cpu"
+        else "wall time, bf16, the median step"
+    )
     return Result(
         "Resources: tokens a second and peak memory (Table 5, Fig. 3 left)",
         f"{settings.model} with random weights on {settings.device}, one row of {settings.ctx_len} tokens, {clock} of {settings.rounds}. Memory "
@@ -246,6 +313,8 @@ def run(settings: Settings) -> Result:
         "measured whole programs, RWKV6-3B in bf16 on one RTX 4090. `peft lora` is HF peft's LoRA in the "
         "same step. Speeds are medians of the ratios of steps that ran one after the other, with 95 % intervals. "
         "Agrees: at least half of the paper's gain was found, by the whole interval.",
-        claims(rows, of_miss, settings), [table(rows, of_lora, settings.ctx_len)],
-        lambda figure: draw(rows, settings.ctx_len, figure), {"seconds": taken},
+        claims(rows, of_miss, settings),
+        [table(rows, of_lora, settings.ctx_len)],
+        lambda figure: draw(rows, settings.ctx_len, figure),
+        {"seconds": taken},
     )

@@ -40,7 +40,11 @@ class Table:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
     def markdown(self) -> str:
-        lines = [self.columns, ["---"] * len(self.columns), *([_cell(value) for value in row] for row in self.rows)]
+        lines = [
+            self.columns,
+            ["---"] * len(self.columns),
+            *([_cell(value) for value in row] for row in self.rows),
+        ]
         return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -73,25 +77,48 @@ def check_folder(folder: str) -> pathlib.Path:
     return path
 
 
-def write(result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str) -> dict[str, Any]:
+def write(
+    result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str
+) -> dict[str, Any]:
     """Write NAME.md, NAME.png and NAME.json; returns the short form of the last, without tables and curves."""
-    short = {"experiment": name, "command": command, "settings": settings,
-             "claims": [dataclasses.asdict(claim) for claim in result.claims], **environment(), "commit": commit}
+    short = {
+        "experiment": name,
+        "command": command,
+        "settings": settings,
+        "claims": [dataclasses.asdict(claim) for claim in result.claims],
+        **environment(),
+        "commit": commit,
+    }
     tables = {table.caption: table.records() for table in result.tables}
     write_bytes(str(folder / f"{name}.png"), plot(result.draw))
     write_text(str(folder / f"{name}.md"), markdown(result, name, command, short))
-    write_text(str(folder / f"{name}.json"), json.dumps(_finite({**short, "tables": tables, **result.figures}), indent=1, allow_nan=False) + "\n")
+    write_text(
+        str(folder / f"{name}.json"),
+        json.dumps(_finite({**short, "tables": tables, **result.figures}), indent=1, allow_nan=False) + "\n",
+    )
     return _finite(short)
 
 
 def markdown(result: Result, name: str, command: str, machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    claims = Table("The paper's statements beside what was measured:", ("paper", "here", "agrees"),
-                   [(claim.paper, claim.ours, VERDICTS[claim.agrees]) for claim in result.claims])
-    return "\n\n".join([
-        f"# {result.title}", result.notes, claims.markdown(), f"![{result.title}]({name}.png)", *(table.markdown() for table in result.tables),
-        f"Again: `{command}`\n\n{machine['machine']}, {machine['threads']} thread(s), {versions}, commit {machine['commit']}.",
-    ]) + "\n"
+    claims = Table(
+        "The paper's statements beside what was measured:",
+        ("paper", "here", "agrees"),
+        [(claim.paper, claim.ours, VERDICTS[claim.agrees]) for claim in result.claims],
+    )
+    return (
+        "\n\n".join(
+            [
+                f"# {result.title}",
+                result.notes,
+                claims.markdown(),
+                f"![{result.title}]({name}.png)",
+                *(table.markdown() for table in result.tables),
+                f"Again: `{command}`\n\n{machine['machine']}, {machine['threads']} thread(s), {versions}, commit {machine['commit']}.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def plot(draw: Callable[[Any], None]) -> bytes:
@@ -112,7 +139,9 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return (
+        f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -17,18 +17,30 @@ def add_options(parser: argparse.ArgumentParser, full: Any, tiny: Any) -> None:
     """--tiny, and a flag for every field of two settings of one dataclass: the full run's and CI's."""
     parser.add_argument("--tiny", action="store_true", help="the few seconds that CI runs")
     for field in dataclasses.fields(full):
-        default, small = (" ".join(map(str, v)) if isinstance(v, tuple) else v for v in (getattr(full, field.name), getattr(tiny, field.name)))
+        default, small = (
+            " ".join(map(str, v)) if isinstance(v, tuple) else v
+            for v in (getattr(full, field.name), getattr(tiny, field.name))
+        )
         several = isinstance(field.default, tuple)
         parser.add_argument(
-            f"--{field.name}", type=type(field.default[0] if several else field.default), nargs="+" if several else None,
-            default=argparse.SUPPRESS, help=f"{field.metadata['help']} (default {default}; tiny {small})",
+            f"--{field.name}",
+            type=type(field.default[0] if several else field.default),
+            nargs="+" if several else None,
+            default=argparse.SUPPRESS,
+            help=f"{field.metadata['help']} (default {default}; tiny {small})",
         )
 
 
 def chosen(args: argparse.Namespace, full: Any, tiny: Any) -> Any:
     """The settings that the flags ask for."""
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(full) if hasattr(args, field.name)}
-    return dataclasses.replace(tiny if args.tiny else full, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(full)
+        if hasattr(args, field.name)
+    }
+    return dataclasses.replace(
+        tiny if args.tiny else full, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    )
 
 
 def command(name: str, settings: Any, full: Any, tiny: Any) -> str:

@@ -71,28 +71,64 @@ class Timing:
 
     def tables(self) -> list[Table]:
         full = {row.width: row.step for row in self.of("full")}
-        return [Table(f"n x n linears, {TOKENS} tokens, one thread, CPU time; a step is forward, backward and AdamW",
-                      ("method", "n", "parameters", "initialisation ms", "step ms", "step / full"),
-                      [(row.system, row.width, row.parameters, row.start and 1e3 * row.start, 1e3 * row.step, row.step / full[row.width])
-                       for row in self.rows])]
+        return [
+            Table(
+                f"n x n linears, {TOKENS} tokens, one thread, CPU time; a step is forward, backward and AdamW",
+                ("method", "n", "parameters", "initialisation ms", "step ms", "step / full"),
+                [
+                    (
+                        row.system,
+                        row.width,
+                        row.parameters,
+                        row.start and 1e3 * row.start,
+                        1e3 * row.step,
+                        row.step / full[row.width],
+                    )
+                    for row in self.rows
+                ],
+            )
+        ]
 
     def claims(self) -> list[Claim]:
         last = {row.system: row for row in self.rows if row.width == max(row.width for row in self.rows)}
         miss = last["miss"]
         slow = {name: row.start for name, row in last.items() if name.startswith("pissa")}
-        says = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in sorted({**slow, "lora": last["lora"].start}.items()))
-        return [Claim("MiSS starts at once, PiSSA slowly", f"on {miss.width} x {miss.width}: miss {1e3 * miss.start:.2g} ms, {says}",
-                      miss.start < min(slow.values()) if slow else None)]
+        says = ", ".join(
+            f"{name} {1e3 * seconds:.3g} ms"
+            for name, seconds in sorted({**slow, "lora": last["lora"].start}.items())
+        )
+        return [
+            Claim(
+                "MiSS starts at once, PiSSA slowly",
+                f"on {miss.width} x {miss.width}: miss {1e3 * miss.start:.2g} ms, {says}",
+                miss.start < min(slow.values()) if slow else None,
+            )
+        ]
 
     def draw(self, start, step) -> None:
         for number, name in enumerate(dict.fromkeys(row.system for row in self.rows)):
-            rows, style = self.of(name), {"color": f"C{number - 1}" if number else "k", "markersize": 3, "label": name}
+            rows, style = (
+                self.of(name),
+                {"color": f"C{number - 1}" if number else "k", "markersize": 3, "label": name},
+            )
             line = "o-" if number <= 10 else "o--"
             step.plot([row.parameters for row in rows], [row.step for row in rows], line, **style)
             if rows[0].start is not None:
                 start.plot([row.parameters for row in rows], [row.start for row in rows], line, **style)
-        start.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="CPU s", title="Initialisation of one n x n linear")
-        step.set(xscale="log", yscale="log", xlabel="trained parameters", ylabel="CPU s", title=f"A training step of it on {TOKENS} tokens")
+        start.set(
+            xscale="log",
+            yscale="log",
+            xlabel="trained parameters",
+            ylabel="CPU s",
+            title="Initialisation of one n x n linear",
+        )
+        step.set(
+            xscale="log",
+            yscale="log",
+            xlabel="trained parameters",
+            ylabel="CPU s",
+            title=f"A training step of it on {TOKENS} tokens",
+        )
         step.legend(fontsize=8)
 
 
@@ -112,6 +148,14 @@ def measure(widths: tuple[int, ...], rounds: int) -> Timing:
             for label, (method, options) in named.items():
                 if start[label] < LONG:
                     start[label] = min(start[label], initialise(width, method, options)[0])
-        rows += [Row(label, width, sum(p.numel() for p in model.parameters() if p.requires_grad), start.get(label), seconds[label])
-                 for label, model in models.items()]
+        rows += [
+            Row(
+                label,
+                width,
+                sum(p.numel() for p in model.parameters() if p.requires_grad),
+                start.get(label),
+                seconds[label],
+            )
+            for label, model in models.items()
+        ]
     return Timing(rows)

@@ -34,7 +34,9 @@ class Task:
 
 def _model(path: pathlib.Path) -> RWKV:
     if not path.is_file():
-        raise UserError(f"{path} is absent; give the folder that has real/ and tinyshakespeare.txt as --data, or leave out this model")
+        raise UserError(
+            f"{path} is absent; give the folder that has real/ and tinyshakespeare.txt as --data, or leave out this model"
+        )
     model = RWKV.load(path, torch.float32)
     kernel, _ = ops.choose("auto", "cpu", model.arch.head_size)
     return RWKV.load(path, torch.float32, kernel=kernel)
@@ -45,7 +47,12 @@ def shakespeare(data: pathlib.Path) -> Task:
     model = _model(data / "real/rwkv6-3m-utf16.pth")
     text = (data / "tinyshakespeare.txt").read_text()
     starts = random.Random(0).sample(range(len(text) - 257), 8)
-    ids = torch.stack([torch.frombuffer(bytearray(text[i : i + 257].encode("utf-16-le"))[:513], dtype=torch.uint8) for i in starts]).long()
+    ids = torch.stack(
+        [
+            torch.frombuffer(bytearray(text[i : i + 257].encode("utf-16-le"))[:513], dtype=torch.uint8)
+            for i in starts
+        ]
+    ).long()
     return Task(model, ids, torch.ones(8, 512, dtype=torch.bool))
 
 
@@ -63,7 +70,9 @@ def letters(data: pathlib.Path) -> Task:
     drawn = ["".join(draw.choices(string.ascii_lowercase, k=6)) for _ in range(64)]
     texts = [(f"User: sort {text}\n\nAssistant:", f" {TASKS['sort'](text)}\n\n") for text in drawn]
     ids = torch.tensor([list((question + answer).encode()) for question, answer in texts])
-    return Task(model, ids, (torch.arange(ids.shape[1] - 1) >= len(texts[0][0]) - 1).expand(len(ids), -1).contiguous())
+    return Task(
+        model, ids, (torch.arange(ids.shape[1] - 1) >= len(texts[0][0]) - 1).expand(len(ids), -1).contiguous()
+    )
 
 
 MAKE = {"rwkv6-3m": shakespeare, "rwkv7-reverse": digits, "demo": letters}

@@ -28,23 +28,36 @@ from .settings import option
 from .training_tasks import TEXTS, Task, load_task
 
 PAPER_LR = 2e-5
-LOWEST, HIGHEST, START = -12, 0, -6  # exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
+LOWEST, HIGHEST, START = (
+    -12,
+    0,
+    -6,
+)  # exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the training experiments have in common; of two values the first is for text, the second for questions with answers."""
 
-    tasks: tuple[str, ...] = option(("shakespeare", "gsm8k", "digits"), "what is taught: shakespeare, gsm8k, digits, letters")
-    seeds: tuple[int, ...] = option((0, 1, 2), "of adapter and order of the rows; the first chooses the learning rate")
+    tasks: tuple[str, ...] = option(
+        ("shakespeare", "gsm8k", "digits"), "what is taught: shakespeare, gsm8k, digits, letters"
+    )
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), "of adapter and order of the rows; the first chooses the learning rate"
+    )
     steps: tuple[int, ...] = option((100, 600), "optimizer steps, of text and of answers")
     rows: tuple[int, ...] = option((4, 16), "rows in a step")
     train: tuple[int, ...] = option((4000, 10000), "rows to train on")
     held_out: tuple[int, ...] = option((64, 200), "rows held out")
     characters: int = option(64, "characters of a row of text, each two tokens")
-    data: str = option("../shared/data", "folder of real/*.pth, tinyshakespeare.txt and gsm8k_*.jsonl; letters needs none")
-    runs: str = option("out/paper-runs.jsonl", "file that keeps finished trainings, which are not repeated on the same base, rows and settings: "
-                              "remove it to measure anew, as after a change of a method; '': none")
+    data: str = option(
+        "../shared/data", "folder of real/*.pth, tinyshakespeare.txt and gsm8k_*.jsonl; letters needs none"
+    )
+    runs: str = option(
+        "out/paper-runs.jsonl",
+        "file that keeps finished trainings, which are not repeated on the same base, rows and settings: "
+        "remove it to measure anew, as after a change of a method; '': none",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +108,11 @@ class Runs:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
     def _data(self, task: str) -> list[int]:
-        return [self.own(self.settings.train, task), self.own(self.settings.held_out, task), self.settings.characters]
+        return [
+            self.own(self.settings.train, task),
+            self.own(self.settings.held_out, task),
+            self.settings.characters,
+        ]
 
     @staticmethod
     def own(values: tuple[int, ...], task: str) -> int:
@@ -106,9 +123,13 @@ class Runs:
         """One training for each seed."""
         return [self.train(task, method, options, lr, seed) for seed in self.settings.seeds]
 
-    def at_best_rate(self, task: str, method: str, options: dict[str, Any], start: int = START) -> tuple[int, list[Outcome]]:
+    def at_best_rate(
+        self, task: str, method: str, options: dict[str, Any], start: int = START
+    ) -> tuple[int, list[Outcome]]:
         """(exponent of the rate with the lowest held-out loss for the first seed, found from `start`; the trainings at it)."""
-        found = climb(lambda lr: self.train(task, method, options, lr, self.settings.seeds[0]).held_out, start)
+        found = climb(
+            lambda lr: self.train(task, method, options, lr, self.settings.seeds[0]).held_out, start
+        )
         best = min(found, key=found.get)
         return best, self.at_rate(task, method, options, rate(best))
 
@@ -122,7 +143,10 @@ class Runs:
             if self.path:
                 append_line(self.path, {"run": described, "outcome": dataclasses.asdict(outcome)})
             shown = "not finite" if outcome.held_out is None else f"{outcome.held_out:.4f}"
-            print(f"{run.task} {run.method} {run.options} lr {run.lr:g} seed {run.seed}: held out {shown}, {outcome.seconds:.1f} s", flush=True)
+            print(
+                f"{run.task} {run.method} {run.options} lr {run.lr:g} seed {run.seed}: held out {shown}, {outcome.seconds:.1f} s",
+                flush=True,
+            )
         return self.done[key]
 
 
@@ -142,23 +166,44 @@ def untouched(task: Task) -> list[float | None]:
     """Of the base: held-out loss, share of right tokens, share of right answers."""
     config = Config(load_model=str(task.base), peft="none", micro_bsz=16, ctx_len=task.width)
     model = build_model(config, task.arch, "torch", torch.float32)
-    return [held_out_loss(model, config, task.held_out), *(right(model, task.held_out) if task.answers else (None, None))]
+    return [
+        held_out_loss(model, config, task.held_out),
+        *(right(model, task.held_out) if task.answers else (None, None)),
+    ]
 
 
 def _train(run: Run, task: Task) -> Outcome:
     started = time.perf_counter()
-    config = Config(load_model=str(task.base), peft=run.method, peft_config=run.options, micro_bsz=run.rows, ctx_len=task.width,
-                    packing=False, lr_init=run.lr, random_seed=run.seed)
+    config = Config(
+        load_model=str(task.base),
+        peft=run.method,
+        peft_config=run.options,
+        micro_bsz=run.rows,
+        ctx_len=task.width,
+        packing=False,
+        lr_init=run.lr,
+        random_seed=run.seed,
+    )
     torch.manual_seed(run.seed)
     model = build_model(config, task.arch, ops.choose("auto", "cpu", task.arch.head_size)[0], torch.float32)
     losses = train(model, config, task.train, run.steps)
     looks: list[float | None] = [None] * 4
     if math.isfinite(losses[-1]):
         seen = task.train.take(np.arange(min(len(task.train.rows), len(task.held_out.rows))))
-        looks = [held_out_loss(model, config, rows) for rows in (task.held_out, seen)] + [*(right(model, task.held_out) if task.answers else ())]
-        looks = [*(round(look, 5) if math.isfinite(look) else None for look in looks), *[None] * (4 - len(looks))]
+        looks = [held_out_loss(model, config, rows) for rows in (task.held_out, seen)] + [
+            *(right(model, task.held_out) if task.answers else ())
+        ]
+        looks = [
+            *(round(look, 5) if math.isfinite(look) else None for look in looks),
+            *[None] * (4 - len(looks)),
+        ]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Outcome(trained, [round(loss, 4) if math.isfinite(loss) else None for loss in losses], *looks, round(time.perf_counter() - started, 2))
+    return Outcome(
+        trained,
+        [round(loss, 4) if math.isfinite(loss) else None for loss in losses],
+        *looks,
+        round(time.perf_counter() - started, 2),
+    )
 
 
 @torch.no_grad()
@@ -203,7 +248,11 @@ class Spread:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
 
     def __str__(self) -> str:
-        return "-" if math.isnan(self.mean) else f"{self.mean:.4f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.4f}")
+        return (
+            "-"
+            if math.isnan(self.mean)
+            else f"{self.mean:.4f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.4f}")
+        )
 
 
 def below(a: list[Outcome], b: list[Outcome]) -> bool | None:

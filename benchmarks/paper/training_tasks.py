@@ -54,7 +54,9 @@ class Task:
 
 def from_pairs(rows: list[tuple[list[int], int]]) -> Documents:
     """Documents of (ids, number of ids that are given)."""
-    return Documents([Document(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given) for ids, given in rows])
+    return Documents(
+        [Document(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= given) for ids, given in rows]
+    )
 
 
 def windows(text: str, count: int, characters: int, seed: int) -> Documents:
@@ -72,15 +74,25 @@ def _shakespeare(data: pathlib.Path) -> tuple[str, str]:
 
 
 def _gsm8k(data: pathlib.Path) -> tuple[str, ...]:
-    parts = ((json.loads(line) for line in (data / f"gsm8k_{part}.jsonl").read_text().splitlines()) for part in ("train", "test"))
+    parts = (
+        (json.loads(line) for line in (data / f"gsm8k_{part}.jsonl").read_text().splitlines())
+        for part in ("train", "test")
+    )
     return tuple("\n\n".join(f"{row['question']}\n{row['answer']}" for row in rows) for rows in parts)
 
 
 TEXTS: dict[str, Callable] = {"shakespeare": _shakespeare, "gsm8k": _gsm8k}
-ANSWERS = {"digits": ("real/rwkv7-reverse.pth", digits), "letters": (ROOT / "demo/rwkv7-reverse.pth", sorting)}
+ANSWERS = {
+    "digits": ("real/rwkv7-reverse.pth", digits),
+    "letters": (ROOT / "demo/rwkv7-reverse.pth", sorting),
+}
 TASKS = (*TEXTS, *ANSWERS)
-FILES = {"shakespeare": ("real/rwkv6-3m-utf16.pth", "tinyshakespeare.txt"), "digits": ("real/rwkv7-reverse.pth",), "letters": (),
-         "gsm8k": ("real/rwkv6-3m-utf16.pth", "gsm8k_train.jsonl", "gsm8k_test.jsonl")}
+FILES = {
+    "shakespeare": ("real/rwkv6-3m-utf16.pth", "tinyshakespeare.txt"),
+    "digits": ("real/rwkv7-reverse.pth",),
+    "letters": (),
+    "gsm8k": ("real/rwkv6-3m-utf16.pth", "gsm8k_train.jsonl", "gsm8k_test.jsonl"),
+}
 
 
 def load_task(name: str, folder: str, train: int, held_out: int, characters: int) -> Task:
@@ -90,11 +102,23 @@ def load_task(name: str, folder: str, train: int, held_out: int, characters: int
     data = pathlib.Path(folder)
     for file in FILES[name]:
         if not (data / file).is_file():
-            raise UserError(f"task {name} needs {file} in --data {folder}; give the folder that has it, or --tasks letters, which needs none")
+            raise UserError(
+                f"task {name} needs {file} in --data {folder}; give the folder that has it, or --tasks letters, which needs none"
+            )
     if name in TEXTS:
         text, other = TEXTS[name](data)
-        return Task(data / FILES[name][0], windows(text, train, characters, 1), windows(other, held_out, characters, 0), False)
+        return Task(
+            data / FILES[name][0],
+            windows(text, train, characters, 1),
+            windows(other, held_out, characters, 0),
+            False,
+        )
     base, rows = ANSWERS[name]
     held = rows(held_out, 0)
     known = {tuple(ids) for ids, _ in held}
-    return Task(data / base, from_pairs([row for row in rows(train, 1) if tuple(row[0]) not in known]), from_pairs(held), True)
+    return Task(
+        data / base,
+        from_pairs([row for row in rows(train, 1) if tuple(row[0]) not in known]),
+        from_pairs(held),
+        True,
+    )

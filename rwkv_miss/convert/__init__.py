@@ -20,7 +20,18 @@ from .formats import FORMATS, ORIGINS, Adapter, Format, Hints, refuse_what_would
 from .source import Source, open_source
 
 __all__ = [
-    "FORMATS", "ORIGINS", "Adapter", "Conversion", "Format", "Hints", "Source", "check_hints", "convert", "format_of", "open_source", "read_any",
+    "FORMATS",
+    "ORIGINS",
+    "Adapter",
+    "Conversion",
+    "Format",
+    "Hints",
+    "Source",
+    "check_hints",
+    "convert",
+    "format_of",
+    "open_source",
+    "read_any",
 ]
 
 NO_HINTS = Hints()
@@ -58,15 +69,19 @@ def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
         adapter = FORMATS[name].read(source, hints)
         check_finite(adapter.tensors)
         return name, adapter
-    raise UserError(f"{path} is no adapter of a known layout; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}; "
-                    f"known are: {', '.join(FORMATS)}")
+    raise UserError(
+        f"{path} is no adapter of a known layout; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}; "
+        f"known are: {', '.join(FORMATS)}"
+    )
 
 
 def check_hints(path, form: type[Format], hints: Hints) -> None:
     """UserError for a hint that a reader would not look at."""
     for name in ("origin", "alpha", "init", "profile"):
         if getattr(hints, name) not in ("", None) and name not in form.hints:
-            raise UserError(f"{path} is {form.name}, which leaves nothing open that --{name} could say; drop the flag")
+            raise UserError(
+                f"{path} is {form.name}, which leaves nothing open that --{name} could say; drop the flag"
+            )
 
 
 def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
@@ -86,4 +101,12 @@ def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
         refuse_what_would_be_lost(adapter, to)
     may_replace(out, *FORMATS[to].replaces)
     notes = [*adapter.notes, *FORMATS[to].write(adapter, out)]
-    return Conversion(os.fspath(out), found, to, adapter.metadata["method"], len(adapter.metadata["linears"]), len(adapter.tensors), notes)
+    return Conversion(
+        os.fspath(out),
+        found,
+        to,
+        adapter.metadata["method"],
+        len(adapter.metadata["linears"]),
+        len(adapter.tensors),
+        notes,
+    )

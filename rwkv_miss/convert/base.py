@@ -19,9 +19,15 @@ from .formats import Adapter
 
 # the linears of a block -> their (out, in), as names of Arch's sizes
 RWKV_LINEARS = {
-    "att.receptance": ("dim_att", "n_embd"), "att.key": ("dim_att", "n_embd"), "att.value": ("dim_att", "n_embd"),
-    "att.gate": ("dim_att", "n_embd"), "att.output": ("n_embd", "dim_att"),
-    "ffn.key": ("dim_ffn", "n_embd"), "ffn.value": ("n_embd", "dim_ffn"), "ffn.receptance": ("n_embd", "n_embd"), "head": ("vocab_size", "n_embd"),
+    "att.receptance": ("dim_att", "n_embd"),
+    "att.key": ("dim_att", "n_embd"),
+    "att.value": ("dim_att", "n_embd"),
+    "att.gate": ("dim_att", "n_embd"),
+    "att.output": ("n_embd", "dim_att"),
+    "ffn.key": ("dim_ffn", "n_embd"),
+    "ffn.value": ("n_embd", "dim_ffn"),
+    "ffn.receptance": ("n_embd", "n_embd"),
+    "head": ("vocab_size", "n_embd"),
 }
 
 
@@ -30,17 +36,23 @@ def with_base(adapter: Adapter, path) -> Adapter:
     tensors, _ = read_described(path)
     known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
     if known and not identity.is_recorded(known):
-        raise UserError(f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that one as --base")
+        raise UserError(
+            f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that one as --base"
+        )
     for name in adapter.metadata["linears"]:
         if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].dim() != 2:
-            raise UserError(f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model that it was trained on")
+            raise UserError(
+                f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model that it was trained on"
+            )
     try:
         arch = Arch.detect(tensors).to_dict()
     except UserError:  # no RWKV model: its widths are those of its tensors
         arch = None
     about = {"base": os.path.basename(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}
-    return dataclasses.replace(adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes)
+    return dataclasses.replace(
+        adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes
+    )
 
 
 def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
@@ -59,7 +71,9 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
         elif arch and kind in RWKV_LINEARS:
             shapes[name] = tuple(getattr(arch, size) for size in RWKV_LINEARS[kind])
         else:
-            raise UserError(f"the widths of {name} are in no file; give the model that the adapter belongs to: --base MODEL.pth")
+            raise UserError(
+                f"the widths of {name} are in no file; give the model that the adapter belongs to: --base MODEL.pth"
+            )
     return shapes
 
 
@@ -71,7 +85,9 @@ def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
         tensors = layer_tensors(cls, name, shape, adapter.tensors)
         weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)  # one number in memory
         try:
-            layer = cls.wrap(weight, None, options.at(name), {key: tensors[key].float() for key in cls.shared})
+            layer = cls.wrap(
+                weight, None, options.at(name), {key: tensors[key].float() for key in cls.shared}
+            )
             layer.assign(tensors)
         except UserError as error:
             raise UserError(f"the adapter does not fit {name}, {shape}: {error}") from None

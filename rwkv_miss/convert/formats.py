@@ -20,7 +20,7 @@ FORMATS: dict[str, type[Format]] = {}
 # --origin: who wrote a file, where another project's would look alike, and what that decides
 ORIGINS = {
     "rwkv-peft": "RWKV-PEFT from September 2024 on (Bone, Bat, DiSHA), and RWKV-LM-RLHF: blocks are those of the inputs, Bat with order row; "
-                 "initial states are (heads, value, key)",
+    "initial states are (heads, value, key)",
     "bone-v0": "the first Bone, before that: blocks are those of the outputs, Bat with order col; two dimensions are (outputs, r)",
     "openmose": "RWKV-LM-RLHF with --fla 1, which its state tuning of RWKV-7 needs: as rwkv-peft, but initial states are (heads, key, value)",
     "peft": "HF peft: blocks are those of the outputs, Bat with order col",
@@ -48,7 +48,9 @@ class Hints:
 
     def without(self, names: Iterable[str]) -> Hints:
         """The same, and nothing said of these."""
-        return dataclasses.replace(self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in names})
+        return dataclasses.replace(
+            self, **{f.name: f.default for f in dataclasses.fields(self) if f.name in names}
+        )
 
     def only(self, names: Iterable[str]) -> Hints:
         """The same, and nothing said of others than these and the base."""
@@ -92,7 +94,9 @@ class Format:
     name: ClassVar[str]
     writes: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False  # has room for all that save_adapter() writes
-    replaces: ClassVar[tuple[str, ...]] = ()  # kinds of files (kinds.py) whose place an output may take; folders have a rule of their own
+    replaces: ClassVar[
+        tuple[str, ...]
+    ] = ()  # kinds of files (kinds.py) whose place an output may take; folders have a rule of their own
     hints: ClassVar[tuple[str, ...]] = ()  # those that read() has a use for
 
     @classmethod
@@ -128,9 +132,13 @@ def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
     origin = adapter.metadata.get("origin")
     if not isinstance(origin, dict) or origin.get("format") != name:
         return {}
-    for key, kind in {"peft": {"config": dict, "prefix": str}, "rwkv-lightning": {"manifest": dict}}[name].items():
+    for key, kind in {"peft": {"config": dict, "prefix": str}, "rwkv-lightning": {"manifest": dict}}[
+        name
+    ].items():
         if not isinstance(origin.get(key), kind):
-            raise UserError(f"the adapter's origin is {str(origin)[:60]!r}, expected a {kind.__name__} under {key}; the file is damaged")
+            raise UserError(
+                f"the adapter's origin is {str(origin)[:60]!r}, expected a {kind.__name__} under {key}; the file is damaged"
+            )
     return origin
 
 
@@ -138,9 +146,20 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
     """The metadata of an adapter that another project wrote: its base is not known. Options are checked, and completed with the defaults."""
     parsed = METHODS[method].Options.parse(options)
     return {
-        "format": ADAPTER_FORMAT, "format_version": 1, "method": method, "options": dataclasses.asdict(parsed), "linears": linears,
-        "targets": list(dict.fromkeys(name.rpartition(".")[2] for name in linears)), "train_parts": [], "merged_linears": [], "tied": {},
-        "arch": None, "base": None, "base_fingerprint": None, "versions": {"torch": torch.__version__}, **metadata,
+        "format": ADAPTER_FORMAT,
+        "format_version": 1,
+        "method": method,
+        "options": dataclasses.asdict(parsed),
+        "linears": linears,
+        "targets": list(dict.fromkeys(name.rpartition(".")[2] for name in linears)),
+        "train_parts": [],
+        "merged_linears": [],
+        "tied": {},
+        "arch": None,
+        "base": None,
+        "base_fingerprint": None,
+        "versions": {"torch": torch.__version__},
+        **metadata,
     }
 
 

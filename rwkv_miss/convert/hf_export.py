@@ -27,8 +27,19 @@ from .formats import Adapter, Format, origin_of, register
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PROVENANCE = "rwkv_miss_provenance"  # in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
-CONSUMED = {"format", "format_version", "method", "options", "layout", "linears", "tied", "targets", "train_parts", "trainable",
-            "origin"}
+CONSUMED = {
+    "format",
+    "format_version",
+    "method",
+    "options",
+    "layout",
+    "linears",
+    "tied",
+    "targets",
+    "train_parts",
+    "trainable",
+    "origin",
+}
 PREFIX = "base_model.model."
 # ours inside a linear -> peft's
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -72,7 +83,9 @@ def write(adapter: Adapter, out) -> list[str]:
 def refuse(adapter: Adapter, why: str) -> None:
     """UserError that names the nearest way out."""
     method = adapter.metadata["method"]
-    if METHODS[method].adapts_linears and not (method == "bat" or adapter.metadata["options"].get("magnitude")):
+    if METHODS[method].adapts_linears and not (
+        method == "bat" or adapter.metadata["options"].get("magnitude")
+    ):
         raise UserError(f"{why}; --to lora writes the same change of the weights as a LoRA")
     raise UserError(f"{why}; merge the adapter into its base (rwkv-miss merge), or keep its own file")
 
@@ -88,29 +101,50 @@ def one_rank(adapter: Adapter) -> int:
     ranks = {options.rank for options in own_options(adapter).values()}
     if len(ranks) > 1:
         found = ", ".join(map(str, sorted(ranks)))
-        refuse(adapter, f"peft's {adapter.metadata['method']} has one rank for all linears, and this adapter has {found}")
+        refuse(
+            adapter,
+            f"peft's {adapter.metadata['method']} has one rank for all linears, and this adapter has {found}",
+        )
     return ranks.pop()
 
 
 def renamed(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:
     """The tensors of all linears, with peft's names for ours."""
-    return {f"{linear}.{theirs}": tensor_of(adapter, f"{linear}.{ours}") for linear in adapter.metadata["linears"] for ours, theirs in names.items()}
+    return {
+        f"{linear}.{theirs}": tensor_of(adapter, f"{linear}.{ours}")
+        for linear in adapter.metadata["linears"]
+        for ours, theirs in names.items()
+    }
 
 
 def tensor_of(adapter: Adapter, name: str) -> Tensor:
     if name not in adapter.tensors:
-        raise UserError(f"the adapter has no {name}, which its method, {adapter.metadata['method']}, needs; the file is damaged")
+        raise UserError(
+            f"the adapter has no {name}, which its method, {adapter.metadata['method']}, needs; the file is damaged"
+        )
     return adapter.tensors[name]
 
 
 def as_miss(adapter: Adapter) -> Folder:
     """D as it is: peft's layout is "stride", its sums are plain."""
     options = next(iter(own_options(adapter).values()))
-    for name, value in {"layout": "stride", "shards": "plain", "scale": "sum", "magnitude": False, "expand": False}.items():
+    for name, value in {
+        "layout": "stride",
+        "shards": "plain",
+        "scale": "sum",
+        "magnitude": False,
+        "expand": False,
+    }.items():
         if getattr(options, name) != value:
             refuse(adapter, f"peft's MiSS has no {name}={getattr(options, name)}")
     mini = options.mini_r
-    config = {"peft_type": "MISS", "r": one_rank(adapter), "miss_dropout": 0.0, "mini_r": mini or 1, "init_weights": "mini" if mini else True}
+    config = {
+        "peft_type": "MISS",
+        "r": one_rank(adapter),
+        "miss_dropout": 0.0,
+        "mini_r": mini or 1,
+        "init_weights": "mini" if mini else True,
+    }
     return Folder(config, renamed(adapter, {"miss": "miss_block"}))
 
 
@@ -118,8 +152,17 @@ def as_bat(adapter: Adapter) -> Folder:
     """D by output blocks, peft's order."""
     order = next(iter(own_options(adapter).values())).order
     if order != "col":
-        refuse(adapter, f"peft's Bat has one matrix for every r outputs, this adapter for every r inputs (order={order})")
-    config = {"peft_type": "MISS", "r": one_rank(adapter), "miss_dropout": 0.0, "mini_r": 1, "init_weights": "bat"}
+        refuse(
+            adapter,
+            f"peft's Bat has one matrix for every r outputs, this adapter for every r inputs (order={order})",
+        )
+    config = {
+        "peft_type": "MISS",
+        "r": one_rank(adapter),
+        "miss_dropout": 0.0,
+        "mini_r": 1,
+        "init_weights": "bat",
+    }
     return Folder(config, renamed(adapter, {"bat": "miss_block"}))
 
 
@@ -127,8 +170,12 @@ def own_factors(adapter: Adapter) -> Folder:
     """LoRA, LoRA-FA and DoRA with their own A, B and alpha."""
     method, options = adapter.metadata["method"], own_options(adapter)
     names = {ours: theirs for ours, theirs in LORA.items() if method == "dora" or ours != "magnitude"}
-    config = lora_config({name: own.rank for name, own in options.items()}, {name: own.alpha for name, own in options.items()},
-                         next(iter(options.values())), use_dora=method == "dora")
+    config = lora_config(
+        {name: own.rank for name, own in options.items()},
+        {name: own.alpha for name, own in options.items()},
+        next(iter(options.values())),
+        use_dora=method == "dora",
+    )
     notes = ["peft trains A as well: in the folder LoRA-FA is a LoRA"] if method == "lora_fa" else []
     return Folder(config, renamed(adapter, names), notes)
 
@@ -142,22 +189,41 @@ def as_lora(adapter: Adapter) -> Folder:
             factors = layer.low_rank()
         if factors is None:
             own = f"{method} with a magnitude" if method == "miss" else method
-            way = "; --to peft writes it" if method == "dora" or method == "bat" and layer.by_row is False else ""
-            raise UserError(f"the change of a weight by {own} is no product of two factors{way}; merge the adapter into its base (rwkv-miss merge)")
+            way = (
+                "; --to peft writes it"
+                if method == "dora" or method == "bat" and layer.by_row is False
+                else ""
+            )
+            raise UserError(
+                f"the change of a weight by {own} is no product of two factors{way}; merge the adapter into its base (rwkv-miss merge)"
+            )
         A, B = (factor.float().contiguous() for factor in factors)
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
         ranks[name] = len(A)
-    return Folder(lora_config(ranks, ranks, ScaledOptions(dropout=adapter.metadata["options"].get("dropout", 0.0))), tensors)
+    return Folder(
+        lora_config(ranks, ranks, ScaledOptions(dropout=adapter.metadata["options"].get("dropout", 0.0))),
+        tensors,
+    )
 
 
-def lora_config(ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False) -> dict[str, Any]:
+def lora_config(
+    ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False
+) -> dict[str, Any]:
     """peft's fields for each linear's rank and alpha: r and lora_alpha, which most have, and patterns for the others."""
     if not all(map(math.isfinite, alphas.values())):
         raise UserError("an alpha of the adapter is infinite; the file is damaged")
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
-        "peft_type": "LORA", "r": rank, "lora_alpha": number(alpha), "rank_pattern": patterns(ranks, rank), "alpha_pattern": patterns(alphas, alpha),
-        "use_rslora": options.rslora, "lora_dropout": options.dropout, "use_dora": use_dora, "init_lora_weights": True, "fan_in_fan_out": False,
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": number(alpha),
+        "rank_pattern": patterns(ranks, rank),
+        "alpha_pattern": patterns(alphas, alpha),
+        "use_rslora": options.rslora,
+        "lora_dropout": options.dropout,
+        "use_dora": use_dora,
+        "init_lora_weights": True,
+        "fan_in_fan_out": False,
     }
 
 
@@ -179,20 +245,35 @@ def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> 
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
     """peft's pattern for the linears that have another value; for all, and by whole names, where one's name is the end of another's."""
     for names, start in (([name for name in values if values[name] != default], ""), (list(values), "^")):
-        found = {start + name: number(values[name]) for name in sorted(names)}  # as JSON has them, here and in peft
+        found = {
+            start + name: number(values[name]) for name in sorted(names)
+        }  # as JSON has them, here and in peft
         expressions = compiled(found)
         if all(matched(expressions, name, default) == value for name, value in values.items()):
             return found
-    raise UserError(f"peft's patterns can't tell linears of these names apart: {', '.join(values)}; merge the adapter (rwkv-miss merge)")
+    raise UserError(
+        f"peft's patterns can't tell linears of these names apart: {', '.join(values)}; merge the adapter (rwkv-miss merge)"
+    )
 
 
 def as_vera(adapter: Adapter) -> Folder:
     """The vectors and the random pair, which peft takes from the folder."""
     options = next(iter(own_options(adapter).values()))
-    config = {"peft_type": "VERA", "r": one_rank(adapter), "vera_dropout": 0.0, "d_initial": options.d_initial, "save_projection": True,
-              "projection_prng_key": 0, "init_weights": True, "fan_in_fan_out": False}
+    config = {
+        "peft_type": "VERA",
+        "r": one_rank(adapter),
+        "vera_dropout": 0.0,
+        "d_initial": options.d_initial,
+        "save_projection": True,
+        "projection_prng_key": 0,
+        "init_weights": True,
+        "fan_in_fan_out": False,
+    }
     shared = {name: tensor_of(adapter, name) for name in ("shared.vera_A", "shared.vera_B")}
-    return Folder(config, {**renamed(adapter, {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}), **shared})
+    return Folder(
+        config,
+        {**renamed(adapter, {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}), **shared},
+    )
 
 
 def as_pissa(adapter: Adapter) -> Folder:
@@ -201,13 +282,25 @@ def as_pissa(adapter: Adapter) -> Folder:
     return dataclasses.replace(as_lora(adapter), notes=[note])
 
 
-FORMS = {"miss": as_miss, "bat": as_bat, "lora": own_factors, "lora_fa": own_factors, "dora": own_factors, "pissa": as_pissa, "vera": as_vera}
+FORMS = {
+    "miss": as_miss,
+    "bat": as_bat,
+    "lora": own_factors,
+    "lora_fa": own_factors,
+    "dora": own_factors,
+    "pissa": as_pissa,
+    "vera": as_vera,
+}
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """What is trained as a whole beside the linears, by its name in the model."""
     linears = set(adapter.metadata["linears"])
-    return {name: t for name, t in adapter.tensors.items() if name.rpartition(".")[0] not in linears and not name.startswith("shared.")}
+    return {
+        name: t
+        for name, t in adapter.tensors.items()
+        if name.rpartition(".")[0] not in linears and not name.startswith("shared.")
+    }
 
 
 def saved_modules(whole: dict[str, Tensor]) -> list[str]:
@@ -218,8 +311,10 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
     for module, leaves in modules.items():
         kind = "ln" if re.fullmatch(r"ln(\d|_x|_out)", module.rpartition(".")[2]) else module
         if not module or leaves != set(MODULES.get(kind, leaves)) or not leaves <= {"weight", "bias"}:
-            raise UserError(f"{module}.{min(leaves)} is trained as a whole, and peft keeps whole modules only, such as emb, head and the norms; "
-                            "merge the adapter into its base (rwkv-miss merge), or keep its own file")
+            raise UserError(
+                f"{module}.{min(leaves)} is trained as a whole, and peft keeps whole modules only, such as emb, head and the norms; "
+                "merge the adapter into its base (rwkv-miss merge), or keep its own file"
+            )
     return sorted(modules)
 
 
@@ -233,22 +328,48 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out) -> list
     folder = form(adapter)
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})
-    same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(folder.config.get("use_dora"))
+    same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(
+        folder.config.get("use_dora")
+    )
     whole = whole_tensors(adapter)
-    config = theirs if same else {
-        "target_modules": sorted(adapter.metadata["linears"]), "modules_to_save": saved_modules(whole) or None, "bias": "none",
-        **{field: theirs.get(field) for field in ("task_type", "base_model_name_or_path", "auto_mapping", "revision")},
-        "inference_mode": True, **folder.config,
-    }
+    config = (
+        theirs
+        if same
+        else {
+            "target_modules": sorted(adapter.metadata["linears"]),
+            "modules_to_save": saved_modules(whole) or None,
+            "bias": "none",
+            **{
+                field: theirs.get(field)
+                for field in ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
+            },
+            "inference_mode": True,
+            **folder.config,
+        }
+    )
     prefix = origin["prefix"] if same else PREFIX
     tensors = {}
     for name, tensor in {**folder.tensors, **whole}.items():
         shared = name.startswith("shared.")
         tensors["base_model." + name.removeprefix("shared.") if shared else prefix + name] = tensor
-    about = {name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None}
-    write_folder(out, {
-        CONFIG: lambda path: write_json(path, config),
-        TENSORS: lambda path: write_safetensors(path, tensors, {"format": "pt", PROVENANCE: json.dumps(about)}),
-    })
+    about = {
+        name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None
+    }
+    write_folder(
+        out,
+        {
+            CONFIG: lambda path: write_json(path, config),
+            TENSORS: lambda path: write_safetensors(
+                path, tensors, {"format": "pt", PROVENANCE: json.dumps(about)}
+            ),
+        },
+    )
     ratio = adapter.metadata["options"].get("lora_plus", 1)
-    return [*folder.notes, *([f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder"] if ratio != 1 else [])]
+    return [
+        *folder.notes,
+        *(
+            [f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder"]
+            if ratio != 1
+            else []
+        ),
+    ]

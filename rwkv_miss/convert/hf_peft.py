@@ -22,28 +22,80 @@ from .source import Source, open_source
 
 # what a tensor is called inside a linear, there and here
 PARTS = {
-    "miss_block": "miss", "bone_block": "miss", "lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_A": "lora_A", "lora_B": "lora_B",
-    "lora_E": "lora_E", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
-    "vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d",
+    "miss_block": "miss",
+    "bone_block": "miss",
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "lora_E": "lora_E",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "vera_lambda_b": "vera_lambda_b",
+    "vera_lambda_d": "vera_lambda_d",
 }
-FOREIGN = re.compile(r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)")  # in the name of a tensor that is none of those
+FOREIGN = re.compile(
+    r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)"
+)  # in the name of a tensor that is none of those
 # fields of a configuration that do not change what the tensors mean, or are read below; any other must be empty
 NEUTRAL = {
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "r", "init_weights", "init_lora_weights",
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "bias",
+    "r",
+    "init_weights",
+    "init_lora_weights",
 }
-STARTS = {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size",
-          "ensure_weight_tying"}  # of how a LoRA begins or runs
+STARTS = {
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "runtime_config",
+    "qalora_group_size",
+    "ensure_weight_tying",
+}  # of how a LoRA begins or runs
 READ = {
     "MISS": {"miss_dropout", "mini_r"},
     "BONE": set(),
-    "LORA": {"lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"} | STARTS,
-    "ADALORA": {"lora_alpha", "lora_dropout", "rank_pattern", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
-                "total_step"} | STARTS,
+    "LORA": {"lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
+    | STARTS,
+    "ADALORA": {
+        "lora_alpha",
+        "lora_dropout",
+        "rank_pattern",
+        "target_r",
+        "init_r",
+        "tinit",
+        "tfinal",
+        "deltaT",
+        "beta1",
+        "beta2",
+        "orth_reg_weight",
+        "total_step",
+    }
+    | STARTS,
     "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
 }
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
-MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")  # that take the adapter's first product out of the frozen weight
+MOVED_BASES = (
+    "pissa",
+    "olora",
+    "corda",
+    "lora_ga",
+)  # that take the adapter's first product out of the frozen weight
 
 
 @register("peft")
@@ -61,22 +113,40 @@ class Peft(Format):
     def read(cls, source: Source, hints: Hints) -> Adapter:
         kind = source.config.get("peft_type")
         if hints.origin not in ("", "peft"):
-            raise UserError(f"{source.path} is a folder of peft; --origin {hints.origin} is of something else")
+            raise UserError(
+                f"{source.path} is a folder of peft; --origin {hints.origin} is of something else"
+            )
         if not isinstance(kind, str) or kind not in READ:
             raise UserError(f"{source.path} is of peft_type {kind!r}; read are: {', '.join(READ)}")
         unread = [key for key, value in source.config.items() if value and key not in NEUTRAL | READ[kind]]
         if unread:
-            raise UserError(f"{source.path}: {unread[0]} = {source.config[unread[0]]!r} changes what the adapter does in a way that this package "
-                            "has no form for; merge it with peft (merge_and_unload) and use the model's file")
+            raise UserError(
+                f"{source.path}: {unread[0]} = {source.config[unread[0]]!r} changes what the adapter does in a way that this package "
+                "has no form for; merge it with peft (merge_and_unload) and use the model's file"
+            )
         prefix, linears, whole = split(source)
-        read = {"MISS": read_miss, "BONE": read_miss, "LORA": read_lora, "ADALORA": read_adalora, "VERA": read_vera}[kind]
+        read = {
+            "MISS": read_miss,
+            "BONE": read_miss,
+            "LORA": read_lora,
+            "ADALORA": read_adalora,
+            "VERA": read_vera,
+        }[kind]
         method, options, own = read(source, linears, whole, hints)
         tensors = {f"{name}.{part}": tensor for name, parts in own.items() for part, tensor in parts.items()}
-        origin = {} if method == "pissa" or kind in ("BONE", "ADALORA") else {"origin": {"format": "peft", "config": source.config, "prefix": prefix}}
+        origin = (
+            {}
+            if method == "pissa" or kind in ("BONE", "ADALORA")
+            else {"origin": {"format": "peft", "config": source.config, "prefix": prefix}}
+        )
         parts = [part for part in ("emb", "head") if f"{part}.weight" in whole]
         metadata = described(method, options, list(own), train_parts=parts, **origin)
-        notes = ["AdaLoRA has become a LoRA, its singular values multiplied into B"] if kind == "ADALORA" else []
-        return Adapter({**tensors, **whole}, checked_metadata(source.path, {**metadata, **provenance(source)}), notes)
+        notes = (
+            ["AdaLoRA has become a LoRA, its singular values multiplied into B"] if kind == "ADALORA" else []
+        )
+        return Adapter(
+            {**tensors, **whole}, checked_metadata(source.path, {**metadata, **provenance(source)}), notes
+        )
 
     @classmethod
     def write(cls, adapter: Adapter, out) -> list[str]:
@@ -90,7 +160,9 @@ def provenance(source: Source) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         known = None
     if not isinstance(known, dict):
-        raise UserError(f"{source.path}: {PROVENANCE} in the header of {TENSORS} is no JSON object; the file is damaged")
+        raise UserError(
+            f"{source.path}: {PROVENANCE} in the header of {TENSORS} is no JSON object; the file is damaged"
+        )
     return {name: value for name, value in known.items() if name not in CONSUMED}
 
 
@@ -107,17 +179,25 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
         elif key in ("base_model.vera_A", "base_model.vera_B"):
             whole[f"shared.{key.removeprefix('base_model.')}"] = tensor.float()
         elif FOREIGN.search(name):
-            raise UserError(f"{source.path} holds {key}, neither a tensor of an adapted linear nor one of the model; merge it with peft instead")
+            raise UserError(
+                f"{source.path} holds {key}, neither a tensor of an adapted linear nor one of the model; merge it with peft instead"
+            )
         else:
             whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
     if len(source.tensors) != len(whole) + sum(map(len, linears.values())):
-        raise UserError(f"{source.path} names a tensor twice, in an older and in a newer way; save it again with peft")
+        raise UserError(
+            f"{source.path} names a tensor twice, in an older and in a newer way; save it again with peft"
+        )
     if not linears:
-        raise UserError(f"{source.path} adapts no linear; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}")
+        raise UserError(
+            f"{source.path} adapts no linear; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}"
+        )
     for name in whole:
         if name.rpartition(".")[0] in linears:
-            raise UserError(f"{source.path} trains {name}, of an adapted linear, as well (bias: {source.config.get('bias')!r}); this package has no "
-                            "form for that: merge it with peft instead")
+            raise UserError(
+                f"{source.path} trains {name}, of an adapted linear, as well (bias: {source.config.get('bias')!r}); this package has no "
+                "form for that: merge it with peft instead"
+            )
     return prefix, linears, whole
 
 
@@ -125,8 +205,10 @@ def expect(source: Source, linears: dict[str, dict[str, Tensor]], *parts: str) -
     """UserError unless every linear has exactly these tensors."""
     for name, own in linears.items():
         if set(own) != set(parts):
-            raise UserError(f"{source.path}: {name} has {', '.join(sorted(own))}; {source.config['peft_type']} as it is configured needs "
-                            f"{', '.join(sorted(parts))}")
+            raise UserError(
+                f"{source.path}: {name} has {', '.join(sorted(own))}; {source.config['peft_type']} as it is configured needs "
+                f"{', '.join(sorted(parts))}"
+            )
 
 
 def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
@@ -144,15 +226,27 @@ def read_miss(source: Source, linears, whole, hints: Hints):
     rank, init = number(source, "r", 64), source.config.get("init_weights", True)
     mini = number(source, "mini_r", 1) if init == "mini" else 0
     if init not in (True, False, "bat", "mini"):
-        raise UserError(f"{source.path}: init_weights {init!r} is unknown; read are true, false, 'bat' and 'mini'")
+        raise UserError(
+            f"{source.path}: init_weights {init!r} is unknown; read are true, false, 'bat' and 'mini'"
+        )
     for name, own in linears.items():
         shape = tuple(own["miss"].shape)
         wanted = f"(out / {rank}, {rank}, {rank})" if init == "bat" else f"({rank}, {mini or 'out'})"
-        fits = shape[1:] == (rank, rank) if init == "bat" else len(shape) == 2 and shape[0] == rank and (not mini or shape[1] == mini)
+        fits = (
+            shape[1:] == (rank, rank)
+            if init == "bat"
+            else len(shape) == 2 and shape[0] == rank and (not mini or shape[1] == mini)
+        )
         if not fits:
-            raise UserError(f"{source.path}: the tensor of {name} is {shape}, r = {rank} and init_weights = {init!r} need {wanted}")
+            raise UserError(
+                f"{source.path}: the tensor of {name} is {shape}, r = {rank} and init_weights = {init!r} need {wanted}"
+            )
     if init == "bat":
-        return "bat", {"rank": rank, "order": "col"}, {name: {"bat": own["miss"]} for name, own in linears.items()}
+        return (
+            "bat",
+            {"rank": rank, "order": "col"},
+            {name: {"bat": own["miss"]} for name, own in linears.items()},
+        )
     return "miss", {"rank": rank, "mini_r": mini}, linears
 
 
@@ -164,26 +258,40 @@ def read_lora(source: Source, linears, whole, hints: Hints):
     options = lora_options(source, linears)
     moved = isinstance(init, str) and init.lower().startswith(MOVED_BASES)
     if not moved and init not in INITS:
-        raise UserError(f"{source.path}: what init_lora_weights = {init!r} did to the base is not known here (LoftQ's is quantised, and in no file); "
-                        "merge it with peft instead")
+        raise UserError(
+            f"{source.path}: what init_lora_weights = {init!r} did to the base is not known here (LoftQ's is quantised, and in no file); "
+            "merge it with peft instead"
+        )
     if not moved and not hints.init:
         return ("dora" if dora else "lora"), options, linears
     if not hints.init:
-        raise UserError(f"{source.path}: init_lora_weights = {init!r} took the adapter's first product out of the base, and that product is not in "
-                        "the folder. Give the folder that was saved before training, --init FOLDER, or save with peft's "
-                        "path_initial_model_for_weight_conversion")
+        raise UserError(
+            f"{source.path}: init_lora_weights = {init!r} took the adapter's first product out of the base, and that product is not in "
+            "the folder. Give the folder that was saved before training, --init FOLDER, or save with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
     if dora:
-        raise UserError(f"{source.path}: use_dora together with --init has no form here; merge it with peft instead")
+        raise UserError(
+            f"{source.path}: use_dora together with --init has no form here; merge it with peft instead"
+        )
     _, first, _ = split(initial := open_source(hints.init))
     expect(initial, first, "lora_A", "lora_B")
     if extra := first.keys() - linears.keys():
-        raise UserError(f"--init {hints.init} is of another training: {min(extra)} is not adapted in {source.path}")
+        raise UserError(
+            f"--init {hints.init} is of another training: {min(extra)} is not adapted in {source.path}"
+        )
     for name, own in linears.items():
         shapes = [{part: tuple(t.shape) for part, t in parts.items()} for parts in (own, first.get(name, {}))]
         if shapes[0] != shapes[1]:
-            raise UserError(f"--init {hints.init} is of another training: {name} has {shapes[1] or 'nothing'} there, {shapes[0]} in {source.path}")
+            raise UserError(
+                f"--init {hints.init} is of another training: {name} has {shapes[1] or 'nothing'} there, {shapes[0]} in {source.path}"
+            )
         own |= {f"initial_{part[-1]}": tensor for part, tensor in first[name].items()}
-    return "pissa", {**options, "niter": int(str(init)[12:]) if re.fullmatch(r"pissa_niter_\d{1,3}", str(init)) else 0}, linears
+    return (
+        "pissa",
+        {**options, "niter": int(str(init)[12:]) if re.fullmatch(r"pissa_niter_\d{1,3}", str(init)) else 0},
+        linears,
+    )
 
 
 def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
@@ -194,21 +302,37 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
     alpha, alpha_of = number(source, "lora_alpha", 8, float), patterns(source, "alpha_pattern")
     for name, own in linears.items():
         A, B = own["lora_A"], own["lora_B"]
-        ranks[name], alphas[name] = hf_export.matched(rank_of, name, rank), hf_export.matched(alpha_of, name, alpha)
+        ranks[name], alphas[name] = (
+            hf_export.matched(rank_of, name, rank),
+            hf_export.matched(alpha_of, name, alpha),
+        )
         if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == ranks[name]:
             shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
             raise UserError(f"{source.path}: {name} has {shapes}; the configuration says rank {ranks[name]}")
         if len(A) > min(A.shape[1], len(B)):
-            raise UserError(f"{source.path}: {name} has rank {len(A)}, beyond the smaller of its widths, {A.shape[1]} and {len(B)}, for which this "
-                            "package has no LoRA; merge it with peft instead")
+            raise UserError(
+                f"{source.path}: {name} has rank {len(A)}, beyond the smaller of its widths, {A.shape[1]} and {len(B)}, for which this "
+                "package has no LoRA; merge it with peft instead"
+            )
         if not isinstance(alphas[name], (int, float)) or not 0 < alphas[name] < math.inf:
-            raise UserError(f"{source.path}: lora_alpha of {name} is {alphas[name]!r}, expected a number above 0")
-    return scaled_options(ranks, alphas, rslora=bool(config.get("use_rslora")), dropout=number(source, "lora_dropout", 0.0, float))
+            raise UserError(
+                f"{source.path}: lora_alpha of {name} is {alphas[name]!r}, expected a number above 0"
+            )
+    return scaled_options(
+        ranks,
+        alphas,
+        rslora=bool(config.get("use_rslora")),
+        dropout=number(source, "lora_dropout", 0.0, float),
+    )
 
 
 def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: Any) -> dict[str, Any]:
     """Each linear's rank and alpha as options of the LoRA family; linears that have the most frequent ones are not named."""
-    options = {**rank_options(ranks), "alpha": max(alphas.values(), key=list(alphas.values()).count), **others}
+    options = {
+        **rank_options(ranks),
+        "alpha": max(alphas.values(), key=list(alphas.values()).count),
+        **others,
+    }
     parsed = ScaledOptions.parse(options)
     options["alpha_map"] = {name: alpha for name, alpha in alphas.items() if parsed.at(name).alpha != alpha}
     parsed = ScaledOptions.parse(options)
@@ -224,11 +348,15 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
         raise UserError(f"{source.path}: {field} is {given!r}, expected names with numbers")
     for pattern in given:
         if not re.fullmatch(r"[\w.\\^$*+?|-]{1,300}", pattern) or pattern.count("*") + pattern.count("+") > 1:
-            raise UserError(f"{source.path}: {pattern!r} in {field} is more than a name with a wildcard; write out the names there")
+            raise UserError(
+                f"{source.path}: {pattern!r} in {field} is more than a name with a wildcard; write out the names there"
+            )
     try:
         return hf_export.compiled(given)
     except re.error as error:
-        raise UserError(f"{source.path}: an expression in {field} is none ({error}: {error.pattern!r})") from None
+        raise UserError(
+            f"{source.path}: an expression in {field} is none ({error}: {error.pattern!r})"
+        ) from None
 
 
 def read_adalora(source: Source, linears, whole, hints: Hints):
@@ -258,13 +386,15 @@ def read_vera(source: Source, linears, whole, hints: Hints):
     """VeRA whose random matrices are in the folder (save_projection)."""
     expect(source, linears, "vera_lambda_b", "vera_lambda_d")
     if not {"shared.vera_A", "shared.vera_B"} <= whole.keys():
-        raise UserError(f"{source.path} has no vera_A and vera_B: they follow from a seed that other versions of torch read differently; save with "
-                        "save_projection=True")
+        raise UserError(
+            f"{source.path} has no vera_A and vera_B: they follow from a seed that other versions of torch read differently; save with "
+            "save_projection=True"
+        )
     rank = number(source, "r", 256)
     for name, own in linears.items():
         if tuple(own["vera_lambda_d"].shape) != (rank,) or own["vera_lambda_b"].dim() != 1:
-            raise UserError(f"{source.path}: {name} has vectors of {tuple(own['vera_lambda_d'].shape)} and {tuple(own['vera_lambda_b'].shape)}; "
-                            f"r = {rank} needs ({rank},) and (out,)")
+            raise UserError(
+                f"{source.path}: {name} has vectors of {tuple(own['vera_lambda_d'].shape)} and {tuple(own['vera_lambda_b'].shape)}; "
+                f"r = {rank} needs ({rank},) and (out,)"
+            )
     return "vera", {"rank": rank, "d_initial": number(source, "d_initial", 0.1, float)}, linears
-
-

@@ -27,7 +27,14 @@ from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source
 
 CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
-TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # of each block, in the order of its packages
+TARGETS = (
+    "att.receptance",
+    "att.key",
+    "att.value",
+    "att.output",
+    "ffn.key",
+    "ffn.value",
+)  # of each block, in the order of its packages
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
 LARGEST_RANK = 1024
@@ -57,7 +64,9 @@ class Lightning(Format):
             wanted = torch.float32 if trained else DTYPES[manifest["dtype"]]
             if D is None or list(D.shape) != target["shape"] or D.dtype != wanted:
                 found = "nothing" if D is None else f"{tuple(D.shape)}, {D.dtype}"
-                raise UserError(f"{source.path}: {name} is {found}, its manifest says {tuple(target['shape'])}, {wanted}")
+                raise UserError(
+                    f"{source.path}: {name} is {found}, its manifest says {tuple(target['shape'])}, {wanted}"
+                )
             tensors[target["name"].removesuffix(".weight.D") + ".miss"] = (D.float() * scale).t().contiguous()
         if not trained:
             check_content(source, manifest)
@@ -65,8 +74,13 @@ class Lightning(Format):
         if trained:
             return Adapter(tensors, described("miss", {"rank": manifest["rank"]}, linears))
         origin = {"format": "rwkv-lightning", "manifest": manifest}
-        shapes = {name: (target["shape"][0], target["in_features"]) for name, target in zip(linears, manifest["targets"])}
-        return Adapter(tensors, described("miss", {"rank": manifest["rank"]}, linears, origin=origin), shapes=shapes)
+        shapes = {
+            name: (target["shape"][0], target["in_features"])
+            for name, target in zip(linears, manifest["targets"])
+        }
+        return Adapter(
+            tensors, described("miss", {"rank": manifest["rank"]}, linears, origin=origin), shapes=shapes
+        )
 
     @classmethod
     def write(cls, adapter: Adapter, out) -> list[str]:
@@ -77,18 +91,29 @@ class Lightning(Format):
         for name in (target["name"].removesuffix(".weight.D") for target in manifest["targets"]):
             kept = (D[name] / scale).to(dtype)
             if not is_finite(kept) or kept.abs().max() > torch.finfo(torch.float16).max:
-                raise UserError(f"{name} has values beyond fp16's largest, 65504, in which rwkv_lightning computes")
+                raise UserError(
+                    f"{name} has values beyond fp16's largest, 65504, in which rwkv_lightning computes"
+                )
             tensors[f"{name}.weight.D"] = kept
             lost += float((kept.float() * scale - D[name]).square().sum())
             whole += float(D[name].square().sum())
         manifest["content_version"] = digest(manifest, tensors)
-        write_folder(out, {
-            CONFIG: lambda path: write_text(path, canonical(manifest) + "\n"),
-            TENSORS: lambda path: write_checkpoint(path, tensors.items()),
-        })
-        notes = [f"rounding D to {manifest['dtype']} lost {(lost / whole) ** 0.5:.2g} of it (||lost|| / ||D||)"] if lost else []
+        write_folder(
+            out,
+            {
+                CONFIG: lambda path: write_text(path, canonical(manifest) + "\n"),
+                TENSORS: lambda path: write_checkpoint(path, tensors.items()),
+            },
+        )
+        notes = (
+            [f"rounding D to {manifest['dtype']} lost {(lost / whole) ** 0.5:.2g} of it (||lost|| / ||D||)"]
+            if lost
+            else []
+        )
         if len(tensors) == 1:
-            notes.append("rwkv_lightning's reader of .pth files skips the tensor of a file that has only one; adapt two linears or more")
+            notes.append(
+                "rwkv_lightning's reader of .pth files skips the tensor of a file that has only one; adapt two linears or more"
+            )
         return notes
 
 
@@ -96,20 +121,37 @@ def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
     """(the manifest, whether the tensors are those of a training). A checkpoint's is made of its configuration where none is embedded."""
     if source.config_name == CONFIG:
         return source.config, False
-    embedded = read_metadata(f"{source.path}/training.pth" if source.config_name == CHECKPOINT else source.path, EMBEDDED)
+    embedded = read_metadata(
+        f"{source.path}/training.pth" if source.config_name == CHECKPOINT else source.path, EMBEDDED
+    )
     if embedded is not None:
         tensors_are = embedded.pop("tensor_source", "D")
         if tensors_are not in ("D", "master"):
-            raise UserError(f"{source.path}: tensor_source {tensors_are!r} is unknown; read are 'D' and 'master'")
+            raise UserError(
+                f"{source.path}: tensor_source {tensors_are!r} is unknown; read are 'D' and 'master'"
+            )
         return embedded, tensors_are == "master"
     config = source.config.get("config")
     if source.config_name != CHECKPOINT or not isinstance(config, dict):
-        raise UserError(f"{source.path} holds D of rwkv_lightning without its manifest; give the folder with adapter.json, or with checkpoint.json")
-    targets = [{"name": name.removesuffix(".master"), "shape": list(t.shape)} for name, t in source.tensors.items() if name.endswith(".D.master")]
+        raise UserError(
+            f"{source.path} holds D of rwkv_lightning without its manifest; give the folder with adapter.json, or with checkpoint.json"
+        )
+    targets = [
+        {"name": name.removesuffix(".master"), "shape": list(t.shape)}
+        for name, t in source.tensors.items()
+        if name.endswith(".D.master")
+    ]
     rank, alpha = config.get("rank"), config.get("alpha")
     scale = alpha / rank if number(alpha) and number(rank) and rank else None
-    return {**FIXED, "dtype": "float16", "rank": rank, "alpha": alpha, "scale": scale, "base_fingerprint": config.get("base_fingerprint"),
-            "targets": targets}, True
+    return {
+        **FIXED,
+        "dtype": "float16",
+        "rank": rank,
+        "alpha": alpha,
+        "scale": scale,
+        "base_fingerprint": config.get("base_fingerprint"),
+        "targets": targets,
+    }, True
 
 
 def number(value: Any) -> bool:
@@ -125,44 +167,78 @@ def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
     """UserError for what rwkv_lightning's loader refuses as well, and for a scale of zero."""
     for field, value in FIXED.items():
         if manifest.get(field) != value:
-            raise UserError(f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning")
-    rank, scale, base, targets = (manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets"))
+            raise UserError(
+                f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning"
+            )
+    rank, scale, base, targets = (
+        manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets")
+    )
     if manifest.get("dtype") not in [*DTYPES]:  # a list, as a value of a file may be no key
         raise UserError(f"{path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(DTYPES)}")
     if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
         raise UserError(f"{path}: rank is {rank!r}, expected a number from 1 to {LARGEST_RANK}")
-    if not number(scale) or not number(manifest.get("alpha")) or not math.isfinite(fp32(scale)) or not fp32(scale):
-        raise UserError(f"{path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale that is not zero")
+    if (
+        not number(scale)
+        or not number(manifest.get("alpha"))
+        or not math.isfinite(fp32(scale))
+        or not fp32(scale)
+    ):
+        raise UserError(
+            f"{path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale that is not zero"
+        )
     if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{64}", base):
         raise UserError(f"{path}: base_fingerprint is {base!r}, expected a SHA-256 in hex")
-    names = [target.get("name") if isinstance(target, dict) else None for target in targets] if isinstance(targets, list) else []
+    names = (
+        [target.get("name") if isinstance(target, dict) else None for target in targets]
+        if isinstance(targets, list)
+        else []
+    )
     form = rf"blocks\.\d{{1,4}}\.({'|'.join(map(re.escape, TARGETS))})\.weight\.D"
     for name in names or [None]:
         if not isinstance(name, str) or not re.fullmatch(form, name):
-            raise UserError(f"{path}: the target {name!r} is none of blocks.N.{{{','.join(TARGETS)}}}.weight.D")
+            raise UserError(
+                f"{path}: the target {name!r} is none of blocks.N.{{{','.join(TARGETS)}}}.weight.D"
+            )
     if len(set(names)) < len(names):
         raise UserError(f"{path} names a target twice")
     for target in targets:
         shape = target.get("shape")
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape) and shape[1] == rank):
-            raise UserError(f"{path}: {target['name']} has shape {shape!r} in the manifest, expected [outputs, {rank}]")
+        if not (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(type(size) is int for size in shape)
+            and shape[1] == rank
+        ):
+            raise UserError(
+                f"{path}: {target['name']} has shape {shape!r} in the manifest, expected [outputs, {rank}]"
+            )
         if not trained and (type(target.get("in_features")) is not int or target["in_features"] < 1):
-            raise UserError(f"{path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest, expected a width")
+            raise UserError(
+                f"{path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest, expected a width"
+            )
 
 
 def check_content(source: Source, manifest: dict[str, Any]) -> None:
     """UserError unless the digest is that of the manifest and the tensors, and no tensor is beside them."""
     tensors = {target["name"]: source.tensors[target["name"]] for target in manifest["targets"]}
     if len(tensors) != len(source.tensors):
-        raise UserError(f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, of which its manifest says nothing")
+        raise UserError(
+            f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, of which its manifest says nothing"
+        )
     if digest(manifest, tensors) != manifest.get("content_version"):
-        raise UserError(f"{source.path}: content_version is not the digest of the manifest and D; the package is damaged or was edited")
+        raise UserError(
+            f"{source.path}: content_version is not the digest of the manifest and D; the package is damaged or was edited"
+        )
 
 
 def canonical(value: Any) -> str:
     """JSON as jsoncpp writes it without indentation: keys in order, 17 significant digits, and a dot in what is no integer."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(key)}:{canonical(value[key])}" for key in sorted(value, key=str.encode)) + "}"
+        return (
+            "{"
+            + ",".join(f"{json.dumps(key)}:{canonical(value[key])}" for key in sorted(value, key=str.encode))
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ",".join(map(canonical, value)) + "]"
     if isinstance(value, float):
@@ -187,7 +263,9 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
         if getattr(options, name) != value:
             raise UserError(f"rwkv_lightning's MiSS has no {name}={getattr(options, name)}; {WAY_OUT}")
     with torch.no_grad():
-        return {name: layer.scale * layer.low_rank()[1].contiguous() for name, layer in adapted_layers(adapter)}
+        return {
+            name: layer.scale * layer.low_rank()[1].contiguous() for name, layer in adapted_layers(adapter)
+        }
 
 
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
@@ -196,28 +274,55 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
     known = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)
     if not adapter.base and not known:
-        raise UserError("rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that file: --base MODEL.pth")
+        raise UserError(
+            "rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that file: --base MODEL.pth"
+        )
     base = sha256(adapter.base) if adapter.base else known.get("base_fingerprint")
     if known and base != known.get("base_fingerprint"):
-        raise UserError(f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not {known.get('base_fingerprint')}")
+        raise UserError(
+            f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not {known.get('base_fingerprint')}"
+        )
     if known:
         check_manifest("the adapter's origin", known, False)
-        if {target["name"] for target in known["targets"]} != {f"{name}.weight.D" for name in adapter.metadata["linears"]}:
-            raise UserError("the adapter's origin names other linears than the adapter changes; the file is damaged")
-        shapes = {target["name"].removesuffix(".weight.D"): (target["shape"][0], target["in_features"]) for target in known["targets"]}
+        if {target["name"] for target in known["targets"]} != {
+            f"{name}.weight.D" for name in adapter.metadata["linears"]
+        }:
+            raise UserError(
+                "the adapter's origin names other linears than the adapter changes; the file is damaged"
+            )
+        shapes = {
+            target["name"].removesuffix(".weight.D"): (target["shape"][0], target["in_features"])
+            for target in known["targets"]
+        }
         return dataclasses.replace(adapter, shapes=shapes), dict(known)
     options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])
     ranks = sorted({options.at(name).rank for name in adapter.metadata["linears"]})
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
         found = ", ".join(map(str, ranks))
-        raise UserError(f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {found}; {WAY_OUT}")
+        raise UserError(
+            f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {found}; {WAY_OUT}"
+        )
     targets = []
     for name, (out, width) in sorted(linear_shapes(adapter).items(), key=lambda item: place(item[0])):
         layer, target = place(name)
-        targets.append({"name": f"{name}.weight.D", "layer": layer, "target": f"{TARGETS[target]}.weight", "in_features": width,
-                        "shape": [out, ranks[0]]})
-    return adapter, {**FIXED, "dtype": "float16", "rank": ranks[0], "alpha": float(ranks[0]), "scale": 1.0, "base_fingerprint": base,
-                     "targets": targets}
+        targets.append(
+            {
+                "name": f"{name}.weight.D",
+                "layer": layer,
+                "target": f"{TARGETS[target]}.weight",
+                "in_features": width,
+                "shape": [out, ranks[0]],
+            }
+        )
+    return adapter, {
+        **FIXED,
+        "dtype": "float16",
+        "rank": ranks[0],
+        "alpha": float(ranks[0]),
+        "scale": 1.0,
+        "base_fingerprint": base,
+        "targets": targets,
+    }
 
 
 def check_linears(adapter: Adapter) -> None:
@@ -229,10 +334,14 @@ def check_linears(adapter: Adapter) -> None:
         raise UserError(f"rwkv_lightning runs RWKV-7, and this adapter belongs to RWKV-6; {WAY_OUT}")
     for name in sorted(linears) or ["no linear"]:
         if not re.fullmatch(rf"blocks\.\d{{1,3}}\.({'|'.join(map(re.escape, TARGETS))})", name):
-            raise UserError(f"rwkv_lightning adapts {', '.join(TARGETS)}, and this adapter changes {name}; {WAY_OUT}")
+            raise UserError(
+                f"rwkv_lightning adapts {', '.join(TARGETS)}, and this adapter changes {name}; {WAY_OUT}"
+            )
     for name in adapter.tensors:
         if name.rpartition(".")[0] not in linears:
-            raise UserError(f"rwkv_lightning keeps changes of linears only, and {name} is trained as a whole; {WAY_OUT}")
+            raise UserError(
+                f"rwkv_lightning keeps changes of linears only, and {name} is trained as a whole; {WAY_OUT}"
+            )
 
 
 def place(name: str) -> tuple[int, int]:

@@ -24,10 +24,14 @@ def read_alphas(path, ranks: dict[str, int]) -> dict[str, float]:
         try:
             said, alpha = int(row["Rank"]), float(row["Alpha"])
         except (TypeError, ValueError):
-            raise UserError(f"{path}: layer {layer} has Rank {row['Rank']!r} and Alpha {row['Alpha']!r}, expected numbers") from None
+            raise UserError(
+                f"{path}: layer {layer} has Rank {row['Rank']!r} and Alpha {row['Alpha']!r}, expected numbers"
+            ) from None
         if said != rank or row["Mode"] != "lora" or not 0 < alpha < float("inf"):
-            raise UserError(f"{path}: layer {layer} has Mode {row['Mode']}, Rank {said} and Alpha {alpha:g}, and {linear} is a LoRA of rank {rank}; "
-                            "the profile is of another training")
+            raise UserError(
+                f"{path}: layer {layer} has Mode {row['Mode']}, Rank {said} and Alpha {alpha:g}, and {linear} is a LoRA of rank {rank}; "
+                "the profile is of another training"
+            )
         alphas[linear] = alpha
     return alphas
 

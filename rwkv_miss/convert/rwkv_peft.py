@@ -34,7 +34,14 @@ PREFIXES = ("_forward_module.", "model.")  # DeepSpeed's, and that of their Ligh
 FACTOR = re.compile(r"(.+)\.(bone|disha|lora_A|lora_B)")
 STATE = re.compile(PARTS["state"])
 # the whole tensors that RWKV-6 and RWKV-7 have
-WHOLE = re.compile("|".join([*PARTS.values(), r"blocks\.\d+\.((att|ffn)\.(receptance|key|value|gate|output)\.weight|att\.[wavg][012])"]))
+WHOLE = re.compile(
+    "|".join(
+        [
+            *PARTS.values(),
+            r"blocks\.\d+\.((att|ffn)\.(receptance|key|value|gate|output)\.weight|att\.[wavg][012])",
+        ]
+    )
+)
 REFUSED = {
     r".+\.(bone|lora_[AB])_expert_\d+|.*\b(router|moe_\w+)\b.*": "is of a mixture of experts (RWKV-LM-RLHF), which RWKV-6 and RWKV-7 are not",
     r".+\.lora_M": "is of DoRA with a norm for every input (RWKV-LM-RLHF); here, as in HF peft, there is one for every output. Merge it there",
@@ -53,7 +60,11 @@ class RwkvPeft(Format):
     @classmethod
     def reads(cls, source: Source) -> bool:
         # a header with nothing else is any safetensors file's, and read_described() vouches for initial states
-        silent = source.config.keys() <= {"format"} or source.config.get("method") == "state" and not source.describes_itself
+        silent = (
+            source.config.keys() <= {"format"}
+            or source.config.get("method") == "state"
+            and not source.describes_itself
+        )
         names = list(map(stripped, source.tensors))
         states = bool(names) and all(map(STATE.fullmatch, names))
         return silent and not source.config_name and (states or any(map(FOREIGN.fullmatch, names)))
@@ -80,9 +91,18 @@ class RwkvPeft(Format):
             method, options, linears, beside = "state", {}, [], {}
         if any(map(STATE.fullmatch, whole)):
             notes += turn_states(tensors, hints.origin)
-        renamed = {f"{found[1]}.{method}" if (found := FACTOR.fullmatch(name)) and kind != "lora" else name: t for name, t in tensors.items()}
-        parts = [part for part, pattern in PARTS.items() if part != method and any(re.fullmatch(pattern, name) for name in whole)]
-        metadata = described(method, options, linears, train_parts=parts, origin={"format": "rwkv-peft", "tensor": kind})
+        renamed = {
+            f"{found[1]}.{method}" if (found := FACTOR.fullmatch(name)) and kind != "lora" else name: t
+            for name, t in tensors.items()
+        }
+        parts = [
+            part
+            for part, pattern in PARTS.items()
+            if part != method and any(re.fullmatch(pattern, name) for name in whole)
+        ]
+        metadata = described(
+            method, options, linears, train_parts=parts, origin={"format": "rwkv-peft", "tensor": kind}
+        )
         return Adapter({**renamed, **beside}, metadata, notes)
 
     @classmethod
@@ -93,14 +113,22 @@ class RwkvPeft(Format):
         tensors = dict(adapter.tensors)
         if method in ("miss", "bat"):
             origin = adapter.metadata.get("origin")
-            leaf = origin.get("tensor") if isinstance(origin, dict) and origin.get("tensor") in ("bone", "disha") else "disha"
+            leaf = (
+                origin.get("tensor")
+                if isinstance(origin, dict) and origin.get("tensor") in ("bone", "disha")
+                else "disha"
+            )
             names = {f"{linear}.{method}": f"{linear}.{leaf}" for linear in adapter.metadata["linears"]}
             tensors = {names.get(name, name): tensor for name, tensor in tensors.items()}
         if method == "pissa":
             both = [(linear, side) for linear in adapter.metadata["linears"] for side in "AB"]
-            initial = {f"{linear}.init_lora_{side}": tensors.pop(f"{linear}.initial_{side}") for linear, side in both}
+            initial = {
+                f"{linear}.init_lora_{side}": tensors.pop(f"{linear}.initial_{side}") for linear, side in both
+            }
             beside = write_beside(out, initial)
-            notes.append(f"the factors that the training began with are in {beside}: --lora_init there, --init here")
+            notes.append(
+                f"the factors that the training began with are in {beside}: --lora_init there, --init here"
+            )
         try:
             write_checkpoint(out, tensors.items())
         except BaseException:
@@ -121,8 +149,12 @@ def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     """The tensors under their names in the base, and a note where those were others. UserError for two of one name."""
     plain = {stripped(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
-        raise UserError(f"{len(tensors)} tensors have only {len(plain)} names without {' and '.join(PREFIXES)}")
-    taken = " and ".join(prefix for prefix in PREFIXES if any(prefix in name for name in tensors.keys() - plain.keys()))
+        raise UserError(
+            f"{len(tensors)} tensors have only {len(plain)} names without {' and '.join(PREFIXES)}"
+        )
+    taken = " and ".join(
+        prefix for prefix in PREFIXES if any(prefix in name for name in tensors.keys() - plain.keys())
+    )
     return plain, [f"{taken} was taken off the names of the tensors"] if taken else []
 
 
@@ -135,18 +167,24 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             if re.fullmatch(pattern, name):
                 raise UserError(f"{name} {reason}")
         if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-            raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected numbers in fp32, bf16 or fp16")
+            raise UserError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, expected numbers in fp32, bf16 or fp16"
+            )
         if found := FACTOR.fullmatch(name):
             factors.setdefault(found[2], {})[found[1]] = tensor
         elif WHOLE.fullmatch(name):
             whole[name] = tensor
         else:
-            raise UserError(f"{name} is no adapter's tensor and none of RWKV-6 or RWKV-7; what it should change is not known")
+            raise UserError(
+                f"{name} is no adapter's tensor and none of RWKV-6 or RWKV-7; what it should change is not known"
+            )
     kinds = sorted({kind.partition("_")[0] for kind in factors})
     if len(kinds) > 1:
         raise UserError(f"the file has tensors of {' and '.join(kinds)}; one method in a file is expected")
     for linear in (linear for group in factors.values() for linear in group if f"{linear}.weight" in whole):
-        raise UserError(f"{linear} has a weight of its own in the file, and an adapter on top; only the project that wrote it can merge that")
+        raise UserError(
+            f"{linear} has a weight of its own in the file, and an adapter on top; only the project that wrote it can merge that"
+        )
     return factors, whole
 
 
@@ -157,24 +195,42 @@ def check_use(kind: str, states: bool, hints: Hints) -> None:
         found = f".{kind} tensors" if kind else "initial states alone"
         raise UserError(f"--{given[0]} is for LoRA and PiSSA, and the file has {found}; drop the flag")
     if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} contradict each other: --alpha is the same for all layers, --profile has one for each, and "
-                        "PiSSA, for which --init is, has the factor 1; keep one of the flags")
-    if hints.origin and kind in ("", "lora") and (not states or hints.origin not in ("rwkv-peft", "openmose")):
-        raise UserError(f"--origin {hints.origin} decides nothing in a file of {'LoRA' if kind else 'initial states'}; drop the flag"
-                        + (f", or choose from: {origins('rwkv-peft', 'openmose')}" if states else ""))
+        raise UserError(
+            f"--{given[0]} and --{given[1]} contradict each other: --alpha is the same for all layers, --profile has one for each, and "
+            "PiSSA, for which --init is, has the factor 1; keep one of the flags"
+        )
+    if (
+        hints.origin
+        and kind in ("", "lora")
+        and (not states or hints.origin not in ("rwkv-peft", "openmose"))
+    ):
+        raise UserError(
+            f"--origin {hints.origin} decides nothing in a file of {'LoRA' if kind else 'initial states'}; drop the flag"
+            + (f", or choose from: {origins('rwkv-peft', 'openmose')}" if states else "")
+        )
 
 
-def read_blocks(tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str) -> tuple[str, dict[str, Any], list[str]]:
+def read_blocks(
+    tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str
+) -> tuple[str, dict[str, Any], list[str]]:
     """(method, options, linears) of .bone or .disha tensors. Those of the first Bone with two dimensions get their three, in `tensors`."""
     dims = {tensor.dim() for tensor in blocks.values()}
     for linear, tensor in blocks.items():
         if tensor.dim() not in (2, 3) or tensor.dim() == 3 and tensor.shape[1] != tensor.shape[2]:
-            raise UserError(f"{linear}.{kind} is {list(tensor.shape)}, expected (r, outputs) or (blocks, r, r)")
+            raise UserError(
+                f"{linear}.{kind} is {list(tensor.shape)}, expected (r, outputs) or (blocks, r, r)"
+            )
     if len(dims) > 1:
-        raise UserError(f"the .{kind} tensors have two dimensions for some linears and three for others; one method in a file is expected")
+        raise UserError(
+            f"the .{kind} tensors have two dimensions for some linears and three for others; one method in a file is expected"
+        )
     origin = origin_of_blocks(blocks, hint)
     if dims == {2} and origin == "rwkv-peft":
-        return "miss", rank_options({linear: tensor.shape[0] for linear, tensor in blocks.items()}), list(blocks)
+        return (
+            "miss",
+            rank_options({linear: tensor.shape[0] for linear, tensor in blocks.items()}),
+            list(blocks),
+        )
     for linear, tensor in blocks.items():
         rank = tensor.shape[-1]
         tensors[f"{linear}.{kind}"] = tensor.reshape(-1, rank, rank)
@@ -188,9 +244,13 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
     A, B = (factors.get(f"lora_{side}", {}) for side in "AB")
     for linear in {**A, **B}:
         if linear not in A or linear not in B:
-            raise UserError(f"{linear} has lora_{'A' if linear in A else 'B'} without lora_{'B' if linear in A else 'A'}")
+            raise UserError(
+                f"{linear} has lora_{'A' if linear in A else 'B'} without lora_{'B' if linear in A else 'A'}"
+            )
         if A[linear].dim() != 2 or B[linear].dim() != 2 or len(A[linear]) != B[linear].shape[1]:
-            raise UserError(f"{linear} has lora_A {list(A[linear].shape)} and lora_B {list(B[linear].shape)}, expected (r, inputs) and (outputs, r)")
+            raise UserError(
+                f"{linear} has lora_A {list(A[linear].shape)} and lora_B {list(B[linear].shape)}, expected (r, inputs) and (outputs, r)"
+            )
         ranks[linear] = len(A[linear])
     options = rank_options(ranks)
     if hints.init:
@@ -198,16 +258,31 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
     if hints.profile:
         alphas = read_alphas(hints.profile, ranks)
         options["alpha"] = next(alpha for linear, alpha in alphas.items() if ranks[linear] == options["rank"])
-        others = METHODS["lora"].Options.parse(options)  # alpha / r is that of all ranks, unless alpha_map has another alpha
-        return "lora", {**options, "alpha_map": {name: alpha for name, alpha in alphas.items() if others.at(name).alpha != alpha}}, list(ranks)
+        others = METHODS["lora"].Options.parse(
+            options
+        )  # alpha / r is that of all ranks, unless alpha_map has another alpha
+        return (
+            "lora",
+            {
+                **options,
+                "alpha_map": {
+                    name: alpha for name, alpha in alphas.items() if others.at(name).alpha != alpha
+                },
+            },
+            list(ranks),
+        )
     if hints.alpha is None:
-        raise UserError("the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was lora_alpha). A PiSSA file "
-                        "looks the same: then --init FILE instead, the init_pissa.pth beside it")
+        raise UserError(
+            "the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was lora_alpha). A PiSSA file "
+            "looks the same: then --init FILE instead, the init_pissa.pth beside it"
+        )
     if not 0 < hints.alpha < math.inf:
         raise UserError(f"--alpha {hints.alpha:g} is no factor; it must be above 0")
     if options["rank_map"]:
-        raise UserError(f"the ranks differ ({', '.join(map(str, sorted(set(ranks.values()))))}), and with them the factors alpha / r; "
-                        "one --alpha cannot say them. --profile FILE does, the layer profile of RWKV-LM-RLHF")
+        raise UserError(
+            f"the ranks differ ({', '.join(map(str, sorted(set(ranks.values()))))}), and with them the factors alpha / r; "
+            "one --alpha cannot say them. --profile FILE does, the layer profile of RWKV-LM-RLHF"
+        )
     return "lora", {**options, "alpha": hints.alpha}, list(ranks)
 
 
@@ -222,10 +297,14 @@ def initial_factors(factors: dict[str, dict[str, Tensor]], hints: Hints) -> dict
             first = found.pop(f"{linear}.init_lora_{side}", None)
             if first is None or first.shape != tensor.shape or not first.is_floating_point():
                 seen = "no such tensor" if first is None else f"{first.dtype} {list(first.shape)}"
-                raise UserError(f"{hints.init}: {linear}.init_lora_{side} should be {list(tensor.shape)}, found {seen}; it is of another training")
+                raise UserError(
+                    f"{hints.init}: {linear}.init_lora_{side} should be {list(tensor.shape)}, found {seen}; it is of another training"
+                )
             initial[f"{linear}.initial_{side}"] = first
     if found:
-        raise UserError(f"{hints.init} holds {next(iter(found))} too, which the adapter has no tensor for; it is of another training")
+        raise UserError(
+            f"{hints.init} holds {next(iter(found))} too, which the adapter has no tensor for; it is of another training"
+        )
     return initial
 
 
@@ -237,32 +316,61 @@ def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
             raise UserError(f"{name} is {list(tensor.shape)}, expected (heads, N, N)")
     if origin == "openmose":
         tensors |= {name: tensor.mT for name, tensor in states.items()}
-        return ["the initial states were (heads, key, value) and are transposed; without --fla 1 they would not be: --origin rwkv-peft"]
-    return [] if origin else [f"the initial states are taken as (heads, value, key), as released ones are; those of RWKV-LM-RLHF may be others: "
-                              f"{origins('openmose')}"]
+        return [
+            "the initial states were (heads, key, value) and are transposed; without --fla 1 they would not be: --origin rwkv-peft"
+        ]
+    return (
+        []
+        if origin
+        else [
+            f"the initial states are taken as (heads, value, key), as released ones are; those of RWKV-LM-RLHF may be others: "
+            f"{origins('openmose')}"
+        ]
+    )
 
 
 def check_form(method: str, options, linears: list[str]) -> list[str]:
     """Notes; UserError for a method, or an option, that these files have no form for."""
     if method not in ("miss", "bat", "lora", "lora_fa", "pissa", "state"):
-        raise UserError(f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state. Merge the adapter instead")
+        raise UserError(
+            f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state. Merge the adapter instead"
+        )
     if method == "miss":
-        for name, only in {"layout": "stride", "shards": "plain", "scale": "sum", "mini_r": 0, "magnitude": False, "expand": False}.items():
+        for name, only in {
+            "layout": "stride",
+            "shards": "plain",
+            "scale": "sum",
+            "mini_r": 0,
+            "magnitude": False,
+            "expand": False,
+        }.items():
             if getattr(options, name) != only:
-                raise UserError(f"RWKV-PEFT has no form for MiSS with {name}={getattr(options, name)}; merge the adapter instead")
+                raise UserError(
+                    f"RWKV-PEFT has no form for MiSS with {name}={getattr(options, name)}; merge the adapter instead"
+                )
     if method == "bat" and options.order != "row":
-        raise UserError("RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the adapter instead")
+        raise UserError(
+            "RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the adapter instead"
+        )
     if method in ("lora", "lora_fa"):
         own = [options.at(linear) for linear in linears]
         alphas = {layer.scale * layer.rank if layer.rslora else layer.alpha for layer in own}
         if len(alphas) > 1:
-            raise UserError(f"RWKV-PEFT's scripts take one alpha for all linears, and this LoRA has {', '.join(f'{a:g}' for a in sorted(alphas))}; "
-                            "merge the adapter instead")
+            raise UserError(
+                f"RWKV-PEFT's scripts take one alpha for all linears, and this LoRA has {', '.join(f'{a:g}' for a in sorted(alphas))}; "
+                "merge the adapter instead"
+            )
         alpha = alphas.pop()
-        script = f"merge/merge.py --type lora --lora_alpha {alpha:g}" if alpha == int(alpha) else f"merge/merge_lora.py {alpha!r}"
+        script = (
+            f"merge/merge.py --type lora --lora_alpha {alpha:g}"
+            if alpha == int(alpha)
+            else f"merge/merge_lora.py {alpha!r}"
+        )
         return [f"the file does not hold alpha: {script} there, --alpha {alpha!r} here"]
     if method == "pissa" and options.scale != 1:
-        raise UserError(f"RWKV-PEFT has PiSSA with the factor 1 alone, this one has {options.scale:g}; merge the adapter instead")
+        raise UserError(
+            f"RWKV-PEFT has PiSSA with the factor 1 alone, this one has {options.scale:g}; merge the adapter instead"
+        )
     return []
 
 
@@ -271,6 +379,8 @@ def write_beside(out, tensors: dict[str, Tensor]) -> Path:
     require_writable(out)
     path = Path(out).with_name(f"{Path(out).stem}.init_pissa.pth")
     if path.exists():
-        raise UserError(f"{path}, where the factors at the start would be written, exists; move it away, or choose another OUT")
+        raise UserError(
+            f"{path}, where the factors at the start would be written, exists; move it away, or choose another OUT"
+        )
     write_checkpoint(path, tensors.items())
     return path

@@ -31,7 +31,9 @@ class Safetensors(Format):
     def read(cls, source: Source, hints: Hints) -> Adapter:
         metadata = checked_metadata(source.path, parse_json(source.path, source.config[METADATA]))
         if metadata["method"] not in METHODS:
-            raise UserError(f"{source.path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}")
+            raise UserError(
+                f"{source.path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}"
+            )
         return Adapter(source.tensors, metadata)
 
     @classmethod

@@ -35,7 +35,11 @@ class Source:
     @property
     def describes_itself(self) -> bool:
         """Whether this package wrote the file. What read_described() says of a file of initial states has no version."""
-        return not self.config_name and self.config.get("format") == ADAPTER_FORMAT and "format_version" in self.config
+        return (
+            not self.config_name
+            and self.config.get("format") == ADAPTER_FORMAT
+            and "format_version" in self.config
+        )
 
 
 def open_source(path) -> Source:

@@ -36,26 +36,37 @@ def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
     whole_blocks = origin == "bone-v0" or any(len(shape) == 3 for shape in shapes.values())
     for name, rank in ranks.items():
         outputs, inputs = (widths.get(side) for side in sides(name))
-        if inputs is not None and rank > inputs or whole_blocks and any(width is not None and width % rank for width in (outputs, inputs)):
+        if (
+            inputs is not None
+            and rank > inputs
+            or whole_blocks
+            and any(width is not None and width % rank for width in (outputs, inputs))
+        ):
             return False
     return True
 
 
 def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
-    """"rwkv-peft" or "bone-v0": whose the blocks of these linears are. UserError where they can be of both and the hint does not say, or of
+    """ "rwkv-peft" or "bone-v0": whose the blocks of these linears are. UserError where they can be of both and the hint does not say, or of
     neither."""
     names = "rwkv-peft", "openmose", "bone-v0"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     possible = [origin for origin in ("rwkv-peft", "bone-v0") if fits(origin, shapes)]
     first = next(iter(shapes))
     if hint == "peft":
-        raise UserError(f"--origin peft: HF peft has no tensor of such a name as {first}'s; choose from: {origins(*names)}")
+        raise UserError(
+            f"--origin peft: HF peft has no tensor of such a name as {first}'s; choose from: {origins(*names)}"
+        )
     wanted = "rwkv-peft" if hint == "openmose" else hint
     if not possible or wanted and wanted not in possible:
         said = f"--origin {hint}, but" if hint and possible else "contradiction:"
-        raise UserError(f"{said} the tensors are no blocks of one model's linears that way: "
-                        + ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:8]))
+        raise UserError(
+            f"{said} the tensors are no blocks of one model's linears that way: "
+            + ", ".join(f"{name} {list(shape)}" for name, shape in list(shapes.items())[:8])
+        )
     if not wanted and len(possible) > 1:
-        raise UserError(f"{first} and the others are {list(shapes[first])}, which could be of two origins, with other results; say which: "
-                        + origins(*names))
+        raise UserError(
+            f"{first} and the others are {list(shapes[first])}, which could be of two origins, with other results; say which: "
+            + origins(*names)
+        )
     return wanted or possible[0]

@@ -32,16 +32,25 @@ class Options(ScaledOptions):
     beta1: float = 0.85
     beta2: float = 0.85
     orth: float = 0.5
-    aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "init_r": "init_rank", "target_r": "rank", "deltaT": "delta_t",
-                                         "orth_reg_weight": "orth"}
+    aliases: ClassVar[dict[str, str]] = {
+        **ScaledOptions.aliases,
+        "init_r": "init_rank",
+        "target_r": "rank",
+        "deltaT": "delta_t",
+        "orth_reg_weight": "orth",
+    }
 
     def __post_init__(self):
         object.__setattr__(self, "init_rank", self.init_rank or self.rank + self.rank // 2)
         super().__post_init__()
         if self.init_rank < self.rank:
-            raise UserError(f"init_rank {self.init_rank} is below the rank {self.rank} that is to be left; raise the one or lower the other")
+            raise UserError(
+                f"init_rank {self.init_rank} is below the rank {self.rank} that is to be left; raise the one or lower the other"
+            )
         if self.delta_t < 1 or min(self.tinit, self.tfinal) < -1:
-            raise UserError(f"tinit {self.tinit}, tfinal {self.tfinal}, delta_t {self.delta_t}: must be numbers of steps, delta_t 1 or more")
+            raise UserError(
+                f"tinit {self.tinit}, tfinal {self.tfinal}, delta_t {self.delta_t}: must be numbers of steps, delta_t 1 or more"
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 0 and below 1")
@@ -113,7 +122,11 @@ class AdaLoraLinear(LoraLinear):
 
     def own_tensors(self) -> dict[str, Tensor]:
         own = super().own_tensors()
-        return {name: tensor for name, tensor in own.items() if not name.startswith(("sensitivity_", "uncertainty_"))}
+        return {
+            name: tensor
+            for name, tensor in own.items()
+            if not name.startswith(("sensitivity_", "uncertainty_"))
+        }
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, self.lora_B * (self.lora_E - self.offset)
@@ -129,10 +142,17 @@ class AdaLoraLinear(LoraLinear):
             # not by their names: ZeRO-3 keeps whole, until the step is over, what is looked up by name outside of its own layer
             A, _, B = layer.trained().values()
             with gather([A, B]):
-                for rows in (A.clone(), B.t().clone()):  # the parameters themselves may be shared out when the backward comes
+                for rows in (
+                    A.clone(),
+                    B.t().clone(),
+                ):  # the parameters themselves may be shared out when the backward comes
                     with without_autocast(rows.device):
                         product = rows @ rows.t()
-                    terms.append(torch.linalg.matrix_norm(product - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)))
+                    terms.append(
+                        torch.linalg.matrix_norm(
+                            product - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+                        )
+                    )
         return options.orth * torch.stack(terms).mean()
 
     @classmethod
@@ -149,14 +169,18 @@ class AdaLoraLinear(LoraLinear):
 
     def note(self, name: str, product: Tensor) -> None:
         """Smooth the sensitivity of one tensor, given weight times gradient."""
-        sensitivity, uncertainty = (getattr(self, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty"))
+        sensitivity, uncertainty = (
+            getattr(self, f"{kind}_{name}") for kind in ("sensitivity", "uncertainty")
+        )
         known, now = product.isfinite(), product.abs()  # a step that overflowed tells nothing
         sensitivity.lerp_(now.where(known, sensitivity), 1 - self.options.beta1)
         uncertainty.lerp_((now - sensitivity).abs().where(known, uncertainty), 1 - self.options.beta2)
 
     def importance(self) -> Tensor:
         """Of each triplet, (r)."""
-        A, E, B = (getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in TRAINED)
+        A, E, B = (
+            getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in TRAINED
+        )
         return E + A.mean(1) + B.mean(0)
 
     @classmethod
@@ -167,7 +191,13 @@ class AdaLoraLinear(LoraLinear):
         if step < end and (step <= begin or step % options.delta_t):
             return
         scores = torch.cat([layer.importance() for layer in layers])
-        left = budget(step, total, len(scores), sum(min(layer.options.rank, len(layer.offset)) for layer in layers), options)
+        left = budget(
+            step,
+            total,
+            len(scores),
+            sum(min(layer.options.rank, len(layer.offset)) for layer in layers),
+            options,
+        )
         kept = torch.zeros_like(scores, dtype=torch.bool)
         kept[scores.argsort(descending=True, stable=True)[:left]] = True
         for layer, mine in zip(layers, kept.split([len(layer.offset) for layer in layers]), strict=True):

@@ -42,8 +42,10 @@ class BatLinear(AdapterLinear):
     def setup(self, options: Options) -> None:
         rank = options.rank
         if self.in_features % rank or self.out_features % rank:
-            raise UserError(f"rank {rank} does not fit Bat: its blocks of {rank} x {rank} must divide the weight, {self.out_features} outputs and "
-                            f"{self.in_features} inputs")
+            raise UserError(
+                f"rank {rank} does not fit Bat: its blocks of {rank} x {rank} must divide the weight, {self.out_features} outputs and "
+                f"{self.in_features} inputs"
+            )
         self.by_row = options.order == "row"
         count = (self.in_features if self.by_row else self.out_features) // rank
         self.bat = nn.Parameter(torch.zeros(count, rank, rank, device=self.weight.device))

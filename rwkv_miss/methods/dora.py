@@ -27,13 +27,17 @@ class DoraLinear(LoraLinear):
     def setup(self, options: Options) -> None:
         super().setup(options)
         self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
-        self.register_buffer("squares", torch.ones(self.out_features, device=self.weight.device), persistent=False)
+        self.register_buffer(
+            "squares", torch.ones(self.out_features, device=self.weight.device), persistent=False
+        )
         self.register_load_state_dict_post_hook(prepare_again)
 
     def start(self) -> None:
         squares = self._squares()
         if not squares.all():
-            raise UserError(f"{int((squares == 0).sum())} rows of the weight are zero and have no direction; drop the target, or take --peft lora")
+            raise UserError(
+                f"{int((squares == 0).sum())} rows of the weight are zero and have no direction; drop the target, or take --peft lora"
+            )
         self.magnitude.copy_(squares.sqrt())
 
     def prepare(self) -> None:

@@ -33,7 +33,11 @@ class ScaledOptions(adapter.Options):
     dropout: float = 0.0
     lora_plus: ClassVar[float] = 1.0
     aliases: ClassVar[dict[str, str]] = {
-        **adapter.Options.aliases, "lora_r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout",
+        **adapter.Options.aliases,
+        "lora_r": "rank",
+        "lora_alpha": "alpha",
+        "use_rslora": "rslora",
+        "lora_dropout": "dropout",
         "alpha_pattern": "alpha_map",
     }
 
@@ -41,7 +45,9 @@ class ScaledOptions(adapter.Options):
         super().__post_init__()
         if self.alpha < 0:
             raise UserError(f"alpha {self.alpha} must not be negative (0: the method's own)")
-        object.__setattr__(self, "alpha", self.alpha or self.own_alpha())  # frozen, and recorded as it is used
+        object.__setattr__(
+            self, "alpha", self.alpha or self.own_alpha()
+        )  # frozen, and recorded as it is used
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is no probability; it must be at least 0 and below 1")
 
@@ -61,7 +67,9 @@ class ScaledOptions(adapter.Options):
 
     def at(self, name: str) -> ScaledOptions:
         own = super().at(name)
-        return dataclasses.replace(own, alpha=adapter.most_specific(self.alpha_map, name, own.alpha), alpha_map={})
+        return dataclasses.replace(
+            own, alpha=adapter.most_specific(self.alpha_map, name, own.alpha), alpha_map={}
+        )
 
     def with_rank(self, rank: int, **others: Any) -> ScaledOptions:
         alpha = self.alpha if self.rslora else self.alpha * rank / self.rank
@@ -78,14 +86,18 @@ class Options(ScaledOptions):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.lora_plus < math.inf:
-            raise UserError(f"lora_plus {self.lora_plus} is no ratio of learning rates; it must be above 0 (1: A and B learn at the same rate)")
+            raise UserError(
+                f"lora_plus {self.lora_plus} is no ratio of learning rates; it must be above 0 (1: A and B learn at the same rate)"
+            )
 
 
 def check_rank(layer: AdapterLinear, rank: int) -> None:
     """UserError for a rank beyond the smaller width of a linear."""
     limit = min(layer.in_features, layer.out_features)
     if rank > limit:
-        raise UserError(f"rank {rank} does not fit {layer.method}: it must be from 1 to the smaller width, {limit}")
+        raise UserError(
+            f"rank {rank} does not fit {layer.method}: it must be from 1 to the smaller width, {limit}"
+        )
 
 
 @register("lora")
@@ -93,7 +105,9 @@ class LoraLinear(AdapterLinear):
     """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both fp32."""
 
     Options = Options
-    default_lr = 2e-4  # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
+    default_lr = (
+        2e-4  # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
+    )
 
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import AdapterLinear, prepare_again, register
 from ..errors import UserError
-from ..functional import add_expanded_, miss_linear, shard_index, shard_signs, shard_sum, times_columns, without_autocast
+from ..functional import (
+    add_expanded_,
+    miss_linear,
+    shard_index,
+    shard_signs,
+    shard_sum,
+    times_columns,
+    without_autocast,
+)
 from ..peers import expand_linear, output_shard_index
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
@@ -38,14 +46,20 @@ class Options(adapter.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "layout", self.layout.replace("stride-r", "stride"))  # its name in older files
+        object.__setattr__(
+            self, "layout", self.layout.replace("stride-r", "stride")
+        )  # its name in older files
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(choices)}")
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(choices)}"
+                )
         if self.expand:
             for name in ("layout", "shards", "scale", "mini_r", "magnitude"):
                 if getattr(self, name) != getattr(Options, name):
-                    raise UserError(f"{name}={getattr(self, name)} is about shards of inputs, expand has shards of outputs; drop one of the two")
+                    raise UserError(
+                        f"{name}={getattr(self, name)} is about shards of inputs, expand has shards of outputs; drop one of the two"
+                    )
 
 
 @register("miss")
@@ -62,17 +76,31 @@ class MissLinear(AdapterLinear):
     def setup(self, options: Options) -> None:
         side, width = ("output", self.out_features) if options.expand else ("input", self.in_features)
         if options.rank > width:
-            raise UserError(f"rank {options.rank} does not fit MiSS: it must be from 1 to the {side} width, {width}")
+            raise UserError(
+                f"rank {options.rank} does not fit MiSS: it must be from 1 to the {side} width, {width}"
+            )
         if options.mini_r < 0 or options.mini_r and self.out_features % options.mini_r:
             raise UserError(f"mini_r {options.mini_r} does not divide the output width, {self.out_features}")
-        self.contiguous, self.balanced, self.expand = options.layout == "contiguous", options.shards == "balanced", options.expand
+        self.contiguous, self.balanced, self.expand = (
+            options.layout == "contiguous",
+            options.shards == "balanced",
+            options.expand,
+        )
         self.scale = (options.rank / self.in_features) ** 0.5 if options.scale == "sqrt" else 1.0
-        rows, columns = options.rank + self.balanced, self.in_features if self.expand else options.mini_r or self.out_features
+        rows, columns = (
+            options.rank + self.balanced,
+            self.in_features if self.expand else options.mini_r or self.out_features,
+        )
         self.miss = nn.Parameter(torch.zeros(rows, columns, device=self.weight.device))
         if options.magnitude:
             self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
             # what the norms of the rows of W + dW follow from in O(r out): ||w||^2, W P^T, and the diagonal and the last row of P P^T
-            for name, shape in {"squares": (self.out_features,), "folded": (rows, self.out_features), "counts": (rows, 1), "cross": (rows,)}.items():
+            for name, shape in {
+                "squares": (self.out_features,),
+                "folded": (rows, self.out_features),
+                "counts": (rows, 1),
+                "cross": (rows,),
+            }.items():
                 self.register_buffer(name, torch.zeros(shape, device=self.weight.device), persistent=False)
             self.register_load_state_dict_post_hook(prepare_again)
         else:
@@ -82,7 +110,9 @@ class MissLinear(AdapterLinear):
         if self.magnitude is not None:
             norms = self.base_weight().norm(dim=1)
             if not norms.all():
-                raise UserError(f"{int((norms == 0).sum())} rows of the weight are zero and have no direction; drop the target, or magnitude")
+                raise UserError(
+                    f"{int((norms == 0).sum())} rows of the weight are zero and have no direction; drop the target, or magnitude"
+                )
             self.magnitude.copy_(norms)
 
     def prepare(self) -> None:
@@ -107,7 +137,11 @@ class MissLinear(AdapterLinear):
 
     def _columns(self) -> Tensor:
         """D with a column for every output."""
-        return self.miss if self.miss.shape[1] == self.out_features else self.miss.repeat(1, self.out_features // self.miss.shape[1])
+        return (
+            self.miss
+            if self.miss.shape[1] == self.out_features
+            else self.miss.repeat(1, self.out_features // self.miss.shape[1])
+        )
 
     def _norms(self) -> Tensor:
         """Those of the rows of W + dW, (out)."""
@@ -127,7 +161,10 @@ class MissLinear(AdapterLinear):
         D = self._columns().t()
         delta = self.scale * D[:, shard_index(self.in_features, self._rank, self.contiguous, D.device)]
         if self.balanced:
-            delta = delta * shard_signs(self.in_features, self._rank, self.contiguous, D.device) + D[:, -1:] * self.in_features**-0.5
+            delta = (
+                delta * shard_signs(self.in_features, self._rank, self.contiguous, D.device)
+                + D[:, -1:] * self.in_features**-0.5
+            )
         return delta
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
@@ -135,10 +172,16 @@ class MissLinear(AdapterLinear):
         if self.magnitude is not None:
             return None
         if self.expand:
-            return self.miss, F.one_hot(output_shard_index(self.out_features, len(self.miss), self.miss.device), len(self.miss)).to(self.miss.dtype)
-        shards = F.one_hot(shard_index(self.in_features, self._rank, self.contiguous, self.miss.device), self._rank)
+            return self.miss, F.one_hot(
+                output_shard_index(self.out_features, len(self.miss), self.miss.device), len(self.miss)
+            ).to(self.miss.dtype)
+        shards = F.one_hot(
+            shard_index(self.in_features, self._rank, self.contiguous, self.miss.device), self._rank
+        )
         if self.balanced:
-            shards = shards * shard_signs(self.in_features, self._rank, self.contiguous, self.miss.device).unsqueeze(1)
+            shards = shards * shard_signs(
+                self.in_features, self._rank, self.contiguous, self.miss.device
+            ).unsqueeze(1)
         P = self.scale * shards.t().to(self.miss.dtype)
         if self.balanced:
             P = torch.cat((P, P.new_full((1, self.in_features), self.in_features**-0.5)))
@@ -166,7 +209,9 @@ class MissLinear(AdapterLinear):
         if self.expand:
             return expand_linear(x, self.weight, self.bias, self.miss)
         if self.magnitude is None:
-            return miss_linear(x, self.weight, self.bias, self.miss, self.contiguous, self.balanced, self.scale)
+            return miss_linear(
+                x, self.weight, self.bias, self.miss, self.contiguous, self.balanced, self.scale
+            )
         y = miss_linear(x, self.weight, None, self.miss, self.contiguous, self.balanced, self.scale)
         with without_autocast(y.device):
             factor = self.magnitude / self._norms()

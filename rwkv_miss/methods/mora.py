@@ -26,11 +26,16 @@ class MoraLinear(AdapterLinear):
     default_lr = 2e-5  # MiSS's: a step of Adam moves every entry of W by the learning rate, as there
 
     def setup(self, options: adapter.Options) -> None:
-        size, smaller = math.isqrt(options.rank * (self.in_features + self.out_features)), min(self.in_features, self.out_features)
+        size, smaller = (
+            math.isqrt(options.rank * (self.in_features + self.out_features)),
+            min(self.in_features, self.out_features),
+        )
         if size > smaller:
             most = smaller**2 // (self.in_features + self.out_features)
-            raise UserError(f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a smaller width of {smaller}; "
-                            f"the largest rank is {most}")
+            raise UserError(
+                f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a smaller width of {smaller}; "
+                f"the largest rank is {most}"
+            )
         self.mora = nn.Parameter(torch.zeros(size, size, device=self.weight.device))
 
     def _columns(self) -> Tensor:
@@ -39,7 +44,11 @@ class MoraLinear(AdapterLinear):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         size = len(self.mora)
-        folds = F.one_hot(shard_index(self.in_features, size, device=self.mora.device), size).t().to(self.mora.dtype)
+        folds = (
+            F.one_hot(shard_index(self.in_features, size, device=self.mora.device), size)
+            .t()
+            .to(self.mora.dtype)
+        )
         return folds, self._columns().t()
 
     def delta(self) -> Tensor:

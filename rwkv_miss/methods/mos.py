@@ -30,7 +30,9 @@ class Options(ScaledOptions):
         object.__setattr__(self, "budget", self.budget or max(1, self.rank // 4))
         object.__setattr__(self, "private", self.budget // 4 if self.private == -1 else self.private)
         if not 0 <= self.private < self.budget <= self.rank:
-            raise UserError(f"private {self.private}, budget {self.budget}, rank {self.rank}: expected 0 <= private < budget <= rank")
+            raise UserError(
+                f"private {self.private}, budget {self.budget}, rank {self.rank}: expected 0 <= private < budget <= rank"
+            )
         if self.shards < 1:
             raise UserError(f"shards {self.shards} must be at least 1")
 
@@ -72,7 +74,9 @@ class MosLinear(LoraLinear):
             width = widths[pool]
             pools[pool] = nn.Parameter(torch.zeros(count, -(-width // options.shards), device=device))
             if pool.startswith("mos_A"):
-                nn.init.uniform_(pools[pool], -(width**-0.5), width**-0.5)  # kaiming_uniform_(a=sqrt(5)) of a whole row
+                nn.init.uniform_(
+                    pools[pool], -(width**-0.5), width**-0.5
+                )  # kaiming_uniform_(a=sqrt(5)) of a whole row
         return pools
 
     def setup(self, options: Options) -> None:
@@ -87,15 +91,21 @@ class MosLinear(LoraLinear):
             pool = getattr(self, name)
             size = -(-width // options.shards)
             if pool.dim() != 2 or not len(pool) or pool.shape[1] != size:
-                raise UserError(f"the pool {name} is {tuple(pool.shape)}, expected rows of {size}, of which {options.shards} cover {width}")
-            self.register_buffer(f"{name}_index", _places(len(getattr(self, name)), public, options.shards, device))
+                raise UserError(
+                    f"the pool {name} is {tuple(pool.shape)}, expected rows of {size}, of which {options.shards} cover {width}"
+                )
+            self.register_buffer(
+                f"{name}_index", _places(len(getattr(self, name)), public, options.shards, device)
+            )
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         super().check(tensors)
         for name in ("mos_A", "mos_B"):
             index, pool = tensors[f"{name}_index"], len(tensors[name])
             if not index.is_meta and index.numel() and (index.min() < 0 or index.max() >= pool):
-                raise UserError(f"{name}_index has places from {int(index.min())} to {int(index.max())}, and the pool {name} has {pool} rows")
+                raise UserError(
+                    f"{name}_index has places from {int(index.min())} to {int(index.max())}, and the pool {name} has {pool} rows"
+                )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = F.embedding(self.mos_A_index, self.mos_A).flatten(1)[:, : self.in_features]
@@ -108,4 +118,6 @@ class MosLinear(LoraLinear):
 def _places(pool: int, rank: int, shards: int, device) -> Tensor:
     """Random places (rank, shards) in a pool, int64: each once before any is there twice."""
     times = -(-rank * shards // pool)
-    return torch.cat([torch.randperm(pool, device=device) for _ in range(times)])[: rank * shards].view(rank, shards)
+    return torch.cat([torch.randperm(pool, device=device) for _ in range(times)])[: rank * shards].view(
+        rank, shards
+    )

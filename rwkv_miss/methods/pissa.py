@@ -28,7 +28,9 @@ class Options(lora.Options):
     def __post_init__(self):
         super().__post_init__()
         if self.niter < 0:
-            raise UserError(f"niter {self.niter} is no number of iterations; it must be at least 0 (0: the exact SVD)")
+            raise UserError(
+                f"niter {self.niter} is no number of iterations; it must be at least 0 (0: the exact SVD)"
+            )
 
     def own_alpha(self) -> float:
         return float(self.rank**0.5 if self.rslora else self.rank)
@@ -86,7 +88,9 @@ class PissaLinear(LoraLinear):
         if not self.initial_B.any():
             return
         if not self.weight.is_floating_point():
-            raise UserError("PiSSA changes the frozen weight, which is quantised already; load the adapter first and quantise after that")
+            raise UserError(
+                "PiSSA changes the frozen weight, which is quantised already; load the adapter first and quantise after that"
+            )
         exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         self.weight.data = self._plus_principal(exact, factor).to(self.weight.dtype)
 
@@ -95,11 +99,15 @@ class PissaLinear(LoraLinear):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Of twice the rank, as the difference of two products."""
-        return torch.cat((self.lora_A, self.initial_A)), self.scale * torch.cat((self.lora_B, -self.initial_B), 1)
+        return torch.cat((self.lora_A, self.initial_A)), self.scale * torch.cat(
+            (self.lora_B, -self.initial_B), 1
+        )
 
     def delta(self) -> Tensor:
         # B A - B0 A0, but exactly zero at the start
-        return self.scale * ((self.lora_B - self.initial_B) @ self.lora_A + self.initial_B @ (self.lora_A - self.initial_A))
+        return self.scale * (
+            (self.lora_B - self.initial_B) @ self.lora_A + self.initial_B @ (self.lora_A - self.initial_A)
+        )
 
     def add_delta_to(self, weight: Tensor) -> None:
         weight.addmm_(self.lora_B - self.initial_B, self.lora_A, alpha=self.scale)

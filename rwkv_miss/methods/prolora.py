@@ -23,7 +23,9 @@ class Options(ScaledOptions):
         super().__post_init__()
         object.__setattr__(self, "unshared", self.rank // 8 if self.unshared == -1 else self.unshared)
         if not 0 <= self.unshared < self.rank:
-            raise UserError(f"unshared {self.unshared} must be from 0 to below the rank, {self.rank}; with all ranks unshared it would be LoRA")
+            raise UserError(
+                f"unshared {self.unshared} must be from 0 to below the rank, {self.rank}; with all ranks unshared it would be LoRA"
+            )
         if self.shares < 1:
             raise UserError(f"shares {self.shares} must be at least 1")
 
@@ -46,17 +48,28 @@ class ProloraLinear(LoraLinear):
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)
         self.scale, self.dropout, self.shares = options.scale, options.dropout, options.shares
-        width, out, unshared, shared = self.in_features, self.out_features, options.unshared, options.rank - options.unshared
+        width, out, unshared, shared = (
+            self.in_features,
+            self.out_features,
+            options.unshared,
+            options.rank - options.unshared,
+        )
+
         def make(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=self.weight.device))
 
-        self.prolora_A0, self.prolora_B0 = make(shared, -(-width // self.shares)), make(-(-out // self.shares), shared)
+        self.prolora_A0, self.prolora_B0 = (
+            make(shared, -(-width // self.shares)),
+            make(-(-out // self.shares), shared),
+        )
         starting = [self.prolora_A0]
         if unshared:
             self.prolora_A, self.prolora_B = make(unshared, width), make(out, unshared)
             starting.append(self.prolora_A)
         for A in starting:
-            nn.init.uniform_(A, -(width**-0.5), width**-0.5)  # kaiming_uniform_(a=sqrt(5)) by another width than the tensor's
+            nn.init.uniform_(
+                A, -(width**-0.5), width**-0.5
+            )  # kaiming_uniform_(a=sqrt(5)) by another width than the tensor's
 
     def factors(self) -> tuple[Tensor, Tensor]:
         rank = len(self.prolora_A0)

@@ -26,7 +26,9 @@ class StateTuning(AdapterMethod):
     @classmethod
     def attach(cls, model, linears, options) -> None:
         if not state_names(model):
-            raise UserError("no layer of this model takes an initial state; state tuning is for RWKV-6 and RWKV-7")
+            raise UserError(
+                "no layer of this model takes an initial state; state tuning is for RWKV-6 and RWKV-7"
+            )
         add_states(model)
         for name in state_names(model):
             train_whole(model, name)

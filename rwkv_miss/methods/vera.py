@@ -30,7 +30,9 @@ class VeraLinear(AdapterLinear):
     """
 
     Options = Options
-    default_lr = 4e-3  # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
+    default_lr = (
+        4e-3  # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
+    )
     shared = ("vera_A", "vera_B")
 
     @classmethod
@@ -41,11 +43,16 @@ class VeraLinear(AdapterLinear):
         return {"vera_A": nn.init.kaiming_uniform_(A), "vera_B": nn.init.kaiming_uniform_(B)}
 
     def setup(self, options: Options) -> None:
-        for name, needed in (("vera_A", (options.rank, self.in_features)), ("vera_B", (self.out_features, options.rank))):
+        for name, needed in (
+            ("vera_A", (options.rank, self.in_features)),
+            ("vera_B", (self.out_features, options.rank)),
+        ):
             shape = tuple(getattr(self, name).shape)
             if len(shape) != 2 or shape[0] < needed[0] or shape[1] < needed[1]:
                 raise UserError(f"{name} is {shape}, expected at least {needed}")
-        self.vera_lambda_d = nn.Parameter(torch.full((options.rank,), options.d_initial, device=self.weight.device))
+        self.vera_lambda_d = nn.Parameter(
+            torch.full((options.rank,), options.d_initial, device=self.weight.device)
+        )
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device))
 
     def _random(self) -> tuple[Tensor, Tensor]:

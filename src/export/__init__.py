@@ -28,7 +28,12 @@ from .back import form_of, to_checkpoint
 from .record import Record, check_dtypes
 from .vocabulary import vocabulary_of
 
-NAMES = {"gguf": "a GGUF file", "hf": "a Hugging Face folder", "safetensors": "a safetensors file", "pth": "a checkpoint"}
+NAMES = {
+    "gguf": "a GGUF file",
+    "hf": "a Hugging Face folder",
+    "safetensors": "a safetensors file",
+    "pth": "a checkpoint",
+}
 TARGETS = tuple(NAMES)
 
 
@@ -57,11 +62,21 @@ class Exported:
 
     def lines(self) -> list[str]:
         """What the user is told."""
-        return [f"{self.out}: {self.to}, {self.model}, {size_text(self.bytes)}", *(f"note: {note}" for note in self.notes)]
+        return [
+            f"{self.out}: {self.to}, {self.model}, {size_text(self.bytes)}",
+            *(f"note: {note}" for note in self.notes),
+        ]
 
 
 def export(
-    path, out, to: str, kind: str = "", tokenizer: str = "auto", eod: str = "", template: str = "auto", drop_state: bool = False
+    path,
+    out,
+    to: str,
+    kind: str = "",
+    tokenizer: str = "auto",
+    eod: str = "",
+    template: str = "auto",
+    drop_state: bool = False,
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
@@ -102,7 +117,9 @@ def export(
     notes += gguf.check(model.arch, kind)
     vocabulary = vocabulary_of(*_language(model, tokenizer, eod, template), model.arch.vocab_size)
     check_finite(model.tensors)
-    notes += vocabulary.notes + gguf.write(out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, model.record())
+    notes += vocabulary.notes + gguf.write(
+        out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, model.record()
+    )
     return Exported(os.fspath(out), f"GGUF {kind}", model.arch.describe(), _size(out), notes)
 
 
@@ -112,11 +129,17 @@ def _check_flags(to: str, kind: str, language: tuple[str, str, str, bool]) -> No
     if kind and to != "gguf":
         raise UserError(f"--type {kind} is for gguf; {to} has the checkpoint's own dtypes")
     if to not in ("gguf", "hf") and language != ("auto", "", "auto", False):
-        raise UserError(f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and no tokenizer")
+        raise UserError(
+            f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and no tokenizer"
+        )
 
 
 def _size(path) -> int:
-    return sum(file.stat().st_size for file in Path(path).iterdir()) if os.path.isdir(path) else os.path.getsize(path)
+    return (
+        sum(file.stat().st_size for file in Path(path).iterdir())
+        if os.path.isdir(path)
+        else os.path.getsize(path)
+    )
 
 
 def read_model(path) -> Model:
@@ -134,11 +157,15 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
     if not model.arch.initial_state:
         return model, []
     if not drop:
-        raise UserError(f"{model.path} has an initial state (att.time_state, of state tuning), for which {to} has no place: the model would answer "
-                        "as if it were not trained. --drop_state leaves it out all the same")
+        raise UserError(
+            f"{model.path} has an initial state (att.time_state, of state tuning), for which {to} has no place: the model would answer "
+            "as if it were not trained. --drop_state leaves it out all the same"
+        )
     tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".att.time_state")}
     lost = counted(len(model.tensors) - len(tensors), "initial state")
-    return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [f"{lost} left out: the model answers as without its state tuning"]
+    return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [
+        f"{lost} left out: the model answers as without its state tuning"
+    ]
 
 
 def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Template]:

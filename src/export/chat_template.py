@@ -58,7 +58,11 @@ def jinja(template: Template) -> str:
     if isinstance(template, RwkvTemplate):
         return rwkv_jinja(template.name)
     # {% generation %} tells what is trained; not every engine knows it
-    return re.sub(r"({%[-+]?)\s*(end)?generation\b\s*([-+]?%})", lambda m: f"{m[1]} {'endif' if m[2] else 'if true'} {m[3]}", template.record)
+    return re.sub(
+        r"({%[-+]?)\s*(end)?generation\b\s*([-+]?%})",
+        lambda m: f"{m[1]} {'endif' if m[2] else 'if true'} {m[3]}",
+        template.record,
+    )
 
 
 def rwkv_jinja(name: str) -> str:
@@ -74,11 +78,25 @@ def rwkv_jinja(name: str) -> str:
     else:
         head, check = "", UNCLOSED + NO_THOUGHTS
         answer = "{{- '>\\n' + answer.text -}}\n"
-    user = f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n" if after_user else ""
-    parts = {"HEAD": head, "CHECK": check, "ANSWER": answer, "USER": user, "OPENING": opening.replace("\n", "\\n")}
+    user = (
+        f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n"
+        if after_user
+        else ""
+    )
+    parts = {
+        "HEAD": head,
+        "CHECK": check,
+        "ANSWER": answer,
+        "USER": user,
+        "OPENING": opening.replace("\n", "\\n"),
+    }
     return re.sub("|".join(parts), lambda found: parts[found[0]], JINJA)
 
 
 def thinks_aloud(template: Template) -> bool:
     """Whether the answers that the template asks for begin with thoughts, in which a blank line ends nothing."""
-    return isinstance(template, RwkvTemplate) and "<think" in template.opening and "</think" not in template.opening
+    return (
+        isinstance(template, RwkvTemplate)
+        and "<think" in template.opening
+        and "</think" not in template.opening
+    )

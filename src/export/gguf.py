@@ -19,8 +19,15 @@ from .record import KEY, Record
 from .table import LARGE, MAP
 from .vocabulary import Vocabulary
 
-FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}  # of large matrices, with GGUF's number for a file of mostly these
-DEFAULT_TYPE = "BF16"  # F16 would round the activations too, whose squares in the channel mix can be beyond its range
+FILE_TYPES = {
+    "F32": 0,
+    "BF16": 32,
+    "Q8_0": 7,
+    "Q4_0": 2,
+}  # of large matrices, with GGUF's number for a file of mostly these
+DEFAULT_TYPE = (
+    "BF16"  # F16 would round the activations too, whose squares in the channel mix can be beyond its range
+)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 QUANT_ROW = 32  # weights that share a scale
 LN_EPS = 1e-5
@@ -32,20 +39,36 @@ def check(arch: Arch, kind: str) -> list[str]:
     its backends run."""
     _package()
     if arch.dim_att != arch.n_embd:
-        raise UserError(f"GGUF: the heads are {arch.dim_att} wide in all and the model {arch.n_embd}; llama.cpp has no models where they differ")
+        raise UserError(
+            f"GGUF: the heads are {arch.dim_att} wide in all and the model {arch.n_embd}; llama.cpp has no models where they differ"
+        )
     if arch.version == 7 and arch.head_size % 64:
-        raise UserError(f"GGUF: an RWKV-7 with heads of {arch.head_size} would load in llama.cpp and compute something else, without a word: its WKV "
-                        "kernel for AVX-512 steps 64 channels at a time, into the next head. Heads of 64 or a multiple are right")
+        raise UserError(
+            f"GGUF: an RWKV-7 with heads of {arch.head_size} would load in llama.cpp and compute something else, without a word: its WKV "
+            "kernel for AVX-512 steps 64 channels at a time, into the next head. Heads of 64 or a multiple are right"
+        )
     if kind in ("Q8_0", "Q4_0"):
         for name, width in (("width", arch.n_embd), ("ffn", arch.dim_ffn)):
             if width % QUANT_ROW:
-                raise UserError(f"GGUF: {kind} needs rows of a multiple of {QUANT_ROW}, the {name} is {width}; --type BF16 takes any")
+                raise UserError(
+                    f"GGUF: {kind} needs rows of a multiple of {QUANT_ROW}, the {name} is {width}; --type BF16 takes any"
+                )
     if arch.head_size not in (64, 128):
-        return [f"heads of {arch.head_size}: llama.cpp runs them on a CPU; its CUDA kernels have heads of 64 and 128 only"]
+        return [
+            f"heads of {arch.head_size}: llama.cpp runs them on a CPU; its CUDA kernels have heads of 64 and 128 only"
+        ]
     return []
 
 
-def write(path, tensors: Mapping[str, Tensor], arch: Arch, kind: str, name: str, vocabulary: Vocabulary, record: Record) -> list[str]:
+def write(
+    path,
+    tensors: Mapping[str, Tensor],
+    arch: Arch,
+    kind: str,
+    name: str,
+    vocabulary: Vocabulary,
+    record: Record,
+) -> list[str]:
     """Write a checked model, whole or not at all; large matrices get the type `kind`, low-rank maps F32 with F32, else BF16, vectors F32.
 
     A piece of one tensor is in memory at a time. Returns notes: what of the checkpoint is not in the file.
@@ -105,7 +128,9 @@ def _add_keys(writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, 
     writer.add_file_type(FILE_TYPES[kind])
     for key, value in gguf_table.keys(arch).items():
         writer.add_uint32(f"{writer.arch}.{key}", value)
-    writer.add_float32(f"{writer.arch}.attention.layer_norm_epsilon", LN_EPS)  # without it llama.cpp takes 0, silently
+    writer.add_float32(
+        f"{writer.arch}.attention.layer_norm_epsilon", LN_EPS
+    )  # without it llama.cpp takes 0, silently
     writer.add_tokenizer_model(vocabulary.model)
     if vocabulary.tokens:
         writer.add_token_list(vocabulary.tokens)
@@ -124,8 +149,12 @@ def _notes(arch: Arch, kind: str, types: dict[str, object], record: Record) -> l
     notes: list[str] = []
     rounded = record.rounded({name: DTYPES.get(type_.name, torch.int8) for name, type_ in types.items()})
     if rounded and kind in DTYPES:
-        notes.append(f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, had to be rounded to {kind}"
-                     + ("; --type F32 keeps all values" if kind == "BF16" else ""))
+        notes.append(
+            f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, had to be rounded to {kind}"
+            + ("; --type F32 keeps all values" if kind == "BF16" else "")
+        )
     if arch.layer0_value_residual and record.entries["blocks.0.att.v1"].shape[1] > arch.ranks["a"]:
-        notes.append("the value residual of block 0, which no runtime reads, is cut to a's rank; the way back gives zeros in its place")
+        notes.append(
+            "the value residual of block 0, which no runtime reads, is cut to a's rank; the way back gives zeros in its place"
+        )
     return notes

@@ -13,7 +13,19 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 MAGIC = b"GGUF"
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type -> struct's letter
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # type -> struct's letter
 STRING, ARRAY = 8, 9
 UINT64 = 10
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -27,7 +39,9 @@ def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(keys, tensors of F32, F16 or BF16 by their names) of a file of version 2 or 3. UserError for a damaged file, and for other types."""
     try:
         with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private, as torch's tensors can be written to
+            data = mmap.mmap(
+                file.fileno(), 0, access=mmap.ACCESS_COPY
+            )  # private, as torch's tensors can be written to
         return _Reader(path, data).read()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None
@@ -53,7 +67,9 @@ class _Reader:
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
             raise ValueError(f"an alignment of {alignment}")
         start = -(-self.at // alignment) * alignment
-        found = {name: self.tensor(name, shape, type_, start + offset) for name, shape, type_, offset in infos}
+        found = {
+            name: self.tensor(name, shape, type_, start + offset) for name, shape, type_, offset in infos
+        }
         if len(found) != len(infos) or sum(tensor.nbytes for tensor in found.values()) > len(self.data):
             raise ValueError("tensors come twice, or lie over each other")
         return fields, found
@@ -108,8 +124,10 @@ class _Reader:
 
     def tensor(self, name: str, shape: tuple[int, ...], type_: int, start: int) -> Tensor:
         if type_ not in DTYPES:
-            raise UserError(f"{self.path} holds {name[:100]} in GGUF's type {type_}, in which the checkpoint's values are lost; the way back is from "
-                            "F32, F16 and BF16 only")
+            raise UserError(
+                f"{self.path} holds {name[:100]} in GGUF's type {type_}, in which the checkpoint's values are lost; the way back is from "
+                "F32, F16 and BF16 only"
+            )
         count = 1
         for n in shape:
             count *= n

@@ -29,16 +29,22 @@ def _row(gguf: str, form: str, kind: str, *names: str) -> Row:
 
 
 OUTSIDE = [
-    _row("token_embd", "same", LARGE, "emb.weight"), *_norm("token_embd_norm", "blocks.0.ln0"),
-    *_norm("output_norm", "ln_out"), _row("output", "same", LARGE, "head.weight"),
+    _row("token_embd", "same", LARGE, "emb.weight"),
+    *_norm("token_embd_norm", "blocks.0.ln0"),
+    *_norm("output_norm", "ln_out"),
+    _row("output", "same", LARGE, "head.weight"),
 ]
 BLOCK = [
-    *_norm("attn_norm", "ln1"), *_norm("attn_norm_2", "ln2"), *_norm("time_mix_ln", "att.ln_x"),
-    *_linears("time_mix", "att", "receptance key value output"), *_linears("channel_mix", "ffn", "key value"),
+    *_norm("attn_norm", "ln1"),
+    *_norm("attn_norm_2", "ln2"),
+    *_norm("time_mix_ln", "att.ln_x"),
+    *_linears("time_mix", "att", "receptance key value output"),
+    *_linears("channel_mix", "ffn", "key value"),
 ]
 OF_VERSION = {
     6: [
-        *_linears("time_mix", "att", "gate"), *_linears("channel_mix", "ffn", "receptance"),
+        *_linears("time_mix", "att", "gate"),
+        *_linears("channel_mix", "ffn", "receptance"),
         _row("time_mix_lerp_x", "flat", VECTOR, "att.time_maa_x"),
         _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.time_maa_{name}" for name in "wkvrg")),
         *(_row(f"time_mix_w{i}", "transposed", MAP, f"att.time_maa_w{i}") for i in (1, 2)),
@@ -49,9 +55,16 @@ OF_VERSION = {
     ],
     7: [
         _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.x_{name}" for name in "rwkvag")),
-        *(_row(f"time_mix_{name}", "flat", VECTOR, f"att.{name}") for name in ("w0", "a0", "v0", "k_k", "k_a")),
+        *(
+            _row(f"time_mix_{name}", "flat", VECTOR, f"att.{name}")
+            for name in ("w0", "a0", "v0", "k_k", "k_a")
+        ),
         _row("time_mix_r_k", "heads", VECTOR, "att.r_k"),
-        *(_row(f"time_mix_{name}{i}", "transposed", MAP, f"att.{name}{i}") for name in "wavg" for i in (1, 2)),
+        *(
+            _row(f"time_mix_{name}{i}", "transposed", MAP, f"att.{name}{i}")
+            for name in "wavg"
+            for i in (1, 2)
+        ),
         _row("channel_mix_lerp_k", "flat", VECTOR, "ffn.x_k"),
     ],
 }
@@ -59,17 +72,29 @@ OF_VERSION = {
 
 def rows(version: int, n_layer: int) -> list[Row]:
     """The whole table of a model, in GGUF's usual order."""
-    return [*OUTSIDE[:3], *(row.at(layer, "blk") for layer in range(n_layer) for row in (*BLOCK, *OF_VERSION[version])), *OUTSIDE[3:]]
+    return [
+        *OUTSIDE[:3],
+        *(row.at(layer, "blk") for layer in range(n_layer) for row in (*BLOCK, *OF_VERSION[version])),
+        *OUTSIDE[3:],
+    ]
 
 
 def keys(arch: Arch) -> dict[str, int]:
     """The sizes that llama.cpp asks for, under `rwkv6.` or `rwkv7.`."""
     sizes = {
-        "context_length": 1 << 20, "embedding_length": arch.n_embd, "block_count": arch.n_layer, "feed_forward_length": arch.dim_ffn,
-        "attention.head_count": 0, "wkv.head_size": arch.head_size,
+        "context_length": 1 << 20,
+        "embedding_length": arch.n_embd,
+        "block_count": arch.n_layer,
+        "feed_forward_length": arch.dim_ffn,
+        "attention.head_count": 0,
+        "wkv.head_size": arch.head_size,
     }
     if arch.version == 6:
-        return sizes | {"time_mix_extra_dim": arch.ranks["maa"], "time_decay_extra_dim": arch.ranks["decay"], "rescale_every_n_layers": 0}
+        return sizes | {
+            "time_mix_extra_dim": arch.ranks["maa"],
+            "time_decay_extra_dim": arch.ranks["decay"],
+            "rescale_every_n_layers": 0,
+        }
     ranks = {"decay": "w", "iclr": "a", "value_residual_mix": "v" if arch.n_layer > 1 else "a", "gate": "g"}
     return sizes | {f"attention.{key}_lora_rank": arch.ranks[name] for key, name in ranks.items()}
 
@@ -81,7 +106,10 @@ def fill_block_0(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]
         return dict(tensors)
     names = [f"blocks.0.att.v{i}" for i in range(3)]
     if not arch.layer0_value_residual:
-        return {**tensors, **{name: torch.zeros_like(tensors[name.replace("att.v", "att.a")]) for name in names}}
+        return {
+            **tensors,
+            **{name: torch.zeros_like(tensors[name.replace("att.v", "att.a")]) for name in names},
+        }
     return {**tensors, **dict(zip(names, _with_rank([tensors[name] for name in names], arch.ranks["a"])))}
 
 

@@ -33,57 +33,111 @@ def _norm(stored: str, name: str) -> list[Row]:
 
 def _low_rank(name: str) -> list[Row]:
     base = [Row(f"attn.{name}_lora.lora.2.bias", (f"att.{name}0",), "flat", VECTOR)] if name != "g" else []
-    return [*base, *(Row(f"attn.{name}_lora.lora.{2 * i - 2}.weight", (f"att.{name}{i}",), "transposed", MAP) for i in (1, 2))]
+    return [
+        *base,
+        *(
+            Row(f"attn.{name}_lora.lora.{2 * i - 2}.weight", (f"att.{name}{i}",), "transposed", MAP)
+            for i in (1, 2)
+        ),
+    ]
 
 
 OUTSIDE = [
-    Row("model.embeddings.weight", ("emb.weight",), "same", LARGE), *_norm(f"{PREFIX}.0.pre_norm", "blocks.0.ln0"),
-    *_norm("model.norm", "ln_out"), Row("lm_head.weight", ("head.weight",), "same", LARGE),
+    Row("model.embeddings.weight", ("emb.weight",), "same", LARGE),
+    *_norm(f"{PREFIX}.0.pre_norm", "blocks.0.ln0"),
+    *_norm("model.norm", "ln_out"),
+    Row("lm_head.weight", ("head.weight",), "same", LARGE),
 ]
 BLOCK = [
-    *_norm("attn_norm", "ln1"), *_norm("ffn_norm", "ln2"), *_norm("attn.g_norm", "att.ln_x"),
-    *(Row(f"attn.{stored}.weight", (f"att.{name}.weight",), "same", LARGE) for name, stored in PROJECTIONS.items()),
+    *_norm("attn_norm", "ln1"),
+    *_norm("ffn_norm", "ln2"),
+    *_norm("attn.g_norm", "att.ln_x"),
+    *(
+        Row(f"attn.{stored}.weight", (f"att.{name}.weight",), "same", LARGE)
+        for name, stored in PROJECTIONS.items()
+    ),
     *(Row(f"ffn.{name}.weight", (f"ffn.{name}.weight",), "same", LARGE) for name in ("key", "value")),
     *(Row(f"attn.x_{name}", (f"att.x_{name}",), "wide", VECTOR) for name in "rwkvag"),
     *(Row(f"attn.{name}", (f"att.{name}",), "flat", VECTOR) for name in ("k_k", "k_a")),
-    Row("attn.r_k", ("att.r_k",), "same", VECTOR), Row("ffn.x_k", ("ffn.x_k",), "flat", VECTOR),
-    *_low_rank("w"), *_low_rank("a"), *_low_rank("g"), *_low_rank("v"),
+    Row("attn.r_k", ("att.r_k",), "same", VECTOR),
+    Row("ffn.x_k", ("ffn.x_k",), "flat", VECTOR),
+    *_low_rank("w"),
+    *_low_rank("a"),
+    *_low_rank("g"),
+    *_low_rank("v"),
 ]
 
 
 def rows(n_layer: int) -> list[Row]:
     """The whole table; block 0 has no value residual, as nothing reads it."""
-    return [*OUTSIDE, *(row.at(i, PREFIX) for i in range(n_layer) for row in BLOCK if i or ".v_lora." not in row.stored)]
+    return [
+        *OUTSIDE,
+        *(row.at(i, PREFIX) for i in range(n_layer) for row in BLOCK if i or ".v_lora." not in row.stored),
+    ]
 
 
 def check(arch: Arch) -> None:
     """UserError for a model that the loaders would compute something else of."""
     if arch.version == 6:
-        raise UserError("Hugging Face: the loader of RWKV-6 folders, flash-linear-attention, normalises the heads with the eps of the layers, 1e-5; "
-                        "RWKV-6 has 64e-5 there, so the logits would be others. GGUF and safetensors take RWKV-6")
+        raise UserError(
+            "Hugging Face: the loader of RWKV-6 folders, flash-linear-attention, normalises the heads with the eps of the layers, 1e-5; "
+            "RWKV-6 has 64e-5 there, so the logits would be others. GGUF and safetensors take RWKV-6"
+        )
     if arch.head_size != 64:
-        raise UserError("Hugging Face: the loaders, rwkv7-hf and flash-linear-attention, scale ln_x's eps with the head size, here to "
-                        f"{arch.head_size}e-5; RWKV-7 has 64e-5 with heads of any size, so the logits would be others. Only heads of 64 are right")
+        raise UserError(
+            "Hugging Face: the loaders, rwkv7-hf and flash-linear-attention, scale ln_x's eps with the head size, here to "
+            f"{arch.head_size}e-5; RWKV-7 has 64e-5 with heads of any size, so the logits would be others. Only heads of 64 are right"
+        )
 
 
 def config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """config.json, for both loaders."""
     return {
-        "architectures": ["RWKV7ForCausalLM"], "model_type": "rwkv7", "vocab_size": arch.vocab_size, "hidden_size": arch.n_embd,
-        "num_hidden_layers": arch.n_layer, "num_heads": arch.n_head, "head_dim": arch.head_size, "intermediate_size": arch.dim_ffn,
-        "hidden_ratio": arch.dim_ffn / arch.n_embd, "hidden_act": "sqrelu", "norm_first": True, "norm_bias": True, "norm_eps": 1e-5,
-        "decay_low_rank_dim": arch.ranks["w"], "a_low_rank_dim": arch.ranks["a"], "v_low_rank_dim": arch.ranks["v"] or 32,
-        "gate_low_rank_dim": arch.ranks["g"], "value_dim": [arch.n_embd] * arch.n_layer, "attn_mode": "chunk", "fuse_norm": False,
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "use_cache": True,
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.n_embd,
+        "num_hidden_layers": arch.n_layer,
+        "num_heads": arch.n_head,
+        "head_dim": arch.head_size,
+        "intermediate_size": arch.dim_ffn,
+        "hidden_ratio": arch.dim_ffn / arch.n_embd,
+        "hidden_act": "sqrelu",
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": 1e-5,
+        "decay_low_rank_dim": arch.ranks["w"],
+        "a_low_rank_dim": arch.ranks["a"],
+        "v_low_rank_dim": arch.ranks["v"] or 32,
+        "gate_low_rank_dim": arch.ranks["g"],
+        "value_dim": [arch.n_embd] * arch.n_layer,
+        "attn_mode": "chunk",
+        "fuse_norm": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "use_cache": True,
         "torch_dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
     }
 
 
-def write(out, tensors: Mapping[str, Tensor], arch: Arch, tokenizer: Tokenizer | None, template: Template, record: Record) -> list[str]:
+def write(
+    out,
+    tensors: Mapping[str, Tensor],
+    arch: Arch,
+    tokenizer: Tokenizer | None,
+    template: Template,
+    record: Record,
+) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
     stored = {row.stored: row.store(tensors) for row in rows(arch.n_layer)}
-    unread = {name: tensor for name, tensor in tensors.items() if name in [f"blocks.0.att.v{i}" for i in range(3)]}
-    writers: dict[str, Callable[[str], None]] = {WEIGHTS: lambda path: write_safetensors(path, stored, record.header())}
+    unread = {
+        name: tensor for name, tensor in tensors.items() if name in [f"blocks.0.att.v{i}" for i in range(3)]
+    }
+    writers: dict[str, Callable[[str], None]] = {
+        WEIGHTS: lambda path: write_safetensors(path, stored, record.header())
+    }
     if unread:
         writers[UNREAD] = lambda path: write_safetensors(path, unread, Record.of(unread, {}).header())
     writers[CONFIG] = lambda path: write_json(path, config(arch, tensors))
@@ -92,20 +146,37 @@ def write(out, tensors: Mapping[str, Tensor], arch: Arch, tokenizer: Tokenizer |
     return notes
 
 
-def _tokenizer_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> tuple[dict[str, Callable[[str], None]], list[str]]:
+def _tokenizer_files(
+    tokenizer: Tokenizer | None, template: Template, vocab_size: int
+) -> tuple[dict[str, Callable[[str], None]], list[str]]:
     """(writers of the files by name, notes)."""
     jinja = rwkv_jinja(template.name) if isinstance(template, RwkvTemplate) else template.record
     if isinstance(tokenizer, JsonTokenizer):
-        described: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode(tokenizer.eod)}
+        described: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.decode(tokenizer.eod),
+        }
         table, content = "tokenizer.json", Path(tokenizer.name).read_bytes()
     elif isinstance(tokenizer, ByteTokenizer) and tokenizer.encoding == "utf-8" and tokenizer.eod == (0,):
         described = {
-            "tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": vocab_size, "eos_token": END, "pad_token": PADDING, "errors": "replace",
+            "tokenizer_class": "RWKV7Tokenizer",
+            "model_vocab_size": vocab_size,
+            "eos_token": END,
+            "pad_token": PADDING,
+            "errors": "replace",
             "split_special_tokens": True,  # what a user types is text, also END
         }
         table = VOCABULARY
-        content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in sorted(tokenizer.table.items()) if piece).encode()
+        content = "".join(
+            f"{token} {piece!r} {len(piece)}\n" for token, piece in sorted(tokenizer.table.items()) if piece
+        ).encode()
     else:
-        return {}, ["no tokenizer is in the folder: " + (f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for")]
+        return {}, [
+            "no tokenizer is in the folder: "
+            + (f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for")
+        ]
     described["chat_template"] = jinja
-    return {table: lambda path: write_bytes(path, content), "tokenizer_config.json": lambda path: write_json(path, described)}, []
+    return {
+        table: lambda path: write_bytes(path, content),
+        "tokenizer_config.json": lambda path: write_json(path, described),
+    }, []

@@ -14,9 +14,16 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 KEY = "rwkv_miss.checkpoint"
-FLOATS = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+FLOATS = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 # dtype -> those that hold all its values
-WITHIN = {torch.float32: (torch.float64,), torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.float32, torch.float64)}
+WITHIN = {
+    torch.float32: (torch.float64,),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+}
 
 LARGEST_SIZE = 1 << 40  # numbers beyond, of thousands of digits each, take hours to multiply
 
@@ -25,7 +32,9 @@ def check_dtypes(tensors: Mapping[str, Tensor], path) -> None:
     """UserError for a model whose tensors are not all of FLOATS."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
-            raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}")
+            raise UserError(
+                f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}"
+            )
 
 
 class Entry(NamedTuple):
@@ -44,7 +53,10 @@ class Record(NamedTuple):
         return Record({name: Entry(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
 
     def text(self) -> str:
-        tensors = {name: [str(entry.dtype).removeprefix("torch."), *entry.shape] for name, entry in self.entries.items()}
+        tensors = {
+            name: [str(entry.dtype).removeprefix("torch."), *entry.shape]
+            for name, entry in self.entries.items()
+        }
         return json.dumps({"tensors": tensors, "metadata": self.metadata}, separators=(",", ":"))
 
     def header(self) -> dict[str, str]:
@@ -56,21 +68,33 @@ class Record(NamedTuple):
         """UserError for what text() did not write."""
         try:
             told = json.loads(text)
-            entries = {name: Entry(FLOATS[dtype], tuple(map(int, shape))) for name, (dtype, *shape) in told["tensors"].items()}
+            entries = {
+                name: Entry(FLOATS[dtype], tuple(map(int, shape)))
+                for name, (dtype, *shape) in told["tensors"].items()
+            }
             metadata = None if told["metadata"] is None else dict(told["metadata"])
-            if not all(len(entry.shape) <= 4 and all(0 <= n < LARGEST_SIZE for n in entry.shape) for entry in entries.values()):
+            if not all(
+                len(entry.shape) <= 4 and all(0 <= n < LARGEST_SIZE for n in entry.shape)
+                for entry in entries.values()
+            ):
                 raise ValueError("a size that no tensor has")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is damaged: its {KEY} can't be read ({type(error).__name__}: {str(error)[:100]})") from None
+            raise UserError(
+                f"{path} is damaged: its {KEY} can't be read ({type(error).__name__}: {str(error)[:100]})"
+            ) from None
         return Record(entries, metadata)
 
     def check(self, tensors: Mapping[str, Tensor], path) -> None:
         """UserError unless the tensors are those of the record, up to their shapes and dtypes."""
         if missing := sorted(self.entries.keys() ^ tensors.keys()):
-            raise UserError(f"{path} is damaged: {missing[0]} is either in the file or in its {KEY}, not in both")
+            raise UserError(
+                f"{path} is damaged: {missing[0]} is either in the file or in its {KEY}, not in both"
+            )
         for name, (_, shape) in self.entries.items():
             if math.prod(shape) != tensors[name].numel():
-                raise UserError(f"{path} is damaged: {name} has {tuple(tensors[name].shape)}, its {KEY} says {shape}")
+                raise UserError(
+                    f"{path} is damaged: {name} has {tuple(tensors[name].shape)}, its {KEY} says {shape}"
+                )
 
     def restored(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors, one after the other."""
@@ -79,4 +103,8 @@ class Record(NamedTuple):
 
     def rounded(self, dtypes: Mapping[str, torch.dtype]) -> list[str]:
         """Names of the tensors whose values these dtypes cannot all hold."""
-        return [name for name, (dtype, _) in self.entries.items() if dtypes[name] != dtype and dtypes[name] not in WITHIN.get(dtype, ())]
+        return [
+            name
+            for name, (dtype, _) in self.entries.items()
+            if dtypes[name] != dtype and dtypes[name] not in WITHIN.get(dtype, ())
+        ]

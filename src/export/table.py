@@ -25,7 +25,10 @@ FORMS = {
     "heads": Form(lambda t: t[0].flatten(), lambda t, size: [t.reshape(-1, size)]),
     # x @ w in the checkpoint, a linear's weight elsewhere
     "transposed": Form(lambda t: t[0].transpose(-1, -2), lambda t, size: [t.transpose(-1, -2)]),
-    "fused": Form(lambda t: torch.stack([part.reshape(1, 1, -1) for part in t]), lambda t, size: list(t.reshape(len(t), 1, 1, -1))),
+    "fused": Form(
+        lambda t: torch.stack([part.reshape(1, 1, -1) for part in t]),
+        lambda t, size: list(t.reshape(len(t), 1, 1, -1)),
+    ),
 }
 
 
@@ -38,7 +41,10 @@ class Row(NamedTuple):
     kind: str
 
     def at(self, layer: int, prefix: str) -> Row:
-        return self._replace(stored=f"{prefix}.{layer}.{self.stored}", names=tuple(f"blocks.{layer}.{name}" for name in self.names))
+        return self._replace(
+            stored=f"{prefix}.{layer}.{self.stored}",
+            names=tuple(f"blocks.{layer}.{name}" for name in self.names),
+        )
 
     def store(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The stored tensor; without a copy but for vectors in one."""
@@ -47,4 +53,8 @@ class Row(NamedTuple):
 
 def restore(rows: Iterable[Row], stored: Mapping[str, Tensor], head_size: int) -> dict[str, Tensor]:
     """The checkpoint's tensors, views of the stored ones."""
-    return {name: tensor for row in rows for name, tensor in zip(row.names, FORMS[row.form].restore(stored[row.stored], head_size))}
+    return {
+        name: tensor
+        for row in rows
+        for name, tensor in zip(row.names, FORMS[row.form].restore(stored[row.stored], head_size))
+    }

@@ -31,16 +31,27 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> Vocabulary:
     """What llama.cpp is told of a tokenizer; None is a model without one."""
     if reason := _no_form(tokenizer):
-        return Vocabulary("none", notes=[f"no tokenizer is in the file: {reason}; llama.cpp takes ids and gives logits"])
+        return Vocabulary(
+            "none", notes=[f"no tokenizer is in the file: {reason}; llama.cpp takes ids and gives logits"]
+        )
     table = {token: repr(piece)[2:-1] or f"{NEVER_TYPED}<s>" for token, piece in tokenizer.table.items()}
     types = {token: NORMAL if piece else CONTROL for token, piece in tokenizer.table.items()}
     turn_end, notes = next((token for token, piece in tokenizer.table.items() if piece == b"\n\n"), None), []
     if turn_end is not None and thinks_aloud(template):
         turn_end = None
-        notes = [f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop llama.cpp at 'User:' as well"]
+        notes = [
+            f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop llama.cpp at 'User:' as well"
+        ]
     ids = range(vocab_size)
-    return Vocabulary("rwkv", [table.get(i, f"{NEVER_TYPED}[PAD{i}]") for i in ids], [types.get(i, UNUSED) for i in ids], tokenizer.eod[-1], turn_end,
-                      jinja(template), notes)
+    return Vocabulary(
+        "rwkv",
+        [table.get(i, f"{NEVER_TYPED}[PAD{i}]") for i in ids],
+        [types.get(i, UNUSED) for i in ids],
+        tokenizer.eod[-1],
+        turn_end,
+        jinja(template),
+        notes,
+    )
 
 
 def _no_form(tokenizer: Tokenizer | None) -> str:
@@ -49,4 +60,8 @@ def _no_form(tokenizer: Tokenizer | None) -> str:
     if not isinstance(tokenizer, ByteTokenizer) or tokenizer.encoding != "utf-8":
         return f"llama.cpp has none like {tokenizer.name}"
     # without it llama.cpp ends the process
-    return "" if b"\n" in tokenizer.table.values() else f"{tokenizer.name} has no token for a newline, and llama.cpp needs one"
+    return (
+        ""
+        if b"\n" in tokenizer.table.values()
+        else f"{tokenizer.name} has no token for a newline, and llama.cpp needs one"
+    )

@@ -9,5 +9,17 @@ from .report import Found, Report, WrongSetting
 from .rows import read_record, read_rows, read_source
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
-__all__ = ["BINIDX", "BY_NAME", "Found", "Reading", "Report", "Source", "WrongSetting", "read_record", "read_rows",
-           "read_source", "sample", "sources"]
+__all__ = [
+    "BINIDX",
+    "BY_NAME",
+    "Found",
+    "Reading",
+    "Report",
+    "Source",
+    "WrongSetting",
+    "read_record",
+    "read_rows",
+    "read_source",
+    "sample",
+    "sources",
+]

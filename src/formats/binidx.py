@@ -41,39 +41,69 @@ class BinIdx:
         self.prefix = prefix
         try:
             size = os.path.getsize(prefix + ".bin")
-            index = np.memmap(prefix + ".idx", np.uint8, "r") if os.path.getsize(prefix + ".idx") else np.zeros(0, np.uint8)
+            index = (
+                np.memmap(prefix + ".idx", np.uint8, "r")
+                if os.path.getsize(prefix + ".idx")
+                else np.zeros(0, np.uint8)
+            )
         except OSError as error:
-            raise UserError(f"data file {error.filename or prefix + '.idx'} can't be read: {error.strerror}") from None
+            raise UserError(
+                f"data file {error.filename or prefix + '.idx'} can't be read: {error.strerror}"
+            ) from None
         self.type, pieces, documents = self._header(index)
         parts = np.split(index[HEADER.size :], [4 * pieces, 12 * pieces])
-        self.sizes, places, self.boundaries = (part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8")))
+        self.sizes, places, self.boundaries = (
+            part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8"))
+        )
         width = self.type.itemsize
         ends = places + self.sizes.astype(np.int64) * width
-        if pieces and (self.sizes.min() < 0 or places.min() < 0 or (places % width).any() or ends.max() > size or (ends < places).any()):
-            raise UserError(f"{prefix}.idx points outside of {prefix}.bin, which has {size} bytes; they do not belong together, or one is truncated")
+        if pieces and (
+            self.sizes.min() < 0
+            or places.min() < 0
+            or (places % width).any()
+            or ends.max() > size
+            or (ends < places).any()
+        ):
+            raise UserError(
+                f"{prefix}.idx points outside of {prefix}.bin, which has {size} bytes; they do not belong together, or one is truncated"
+            )
         inner = self.boundaries
         if len(inner) and (inner[0] < 0 or inner[-1] > pieces or (np.diff(inner) < 0).any()):
-            raise UserError(f"{prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces, up to {pieces}")
+            raise UserError(
+                f"{prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces, up to {pieces}"
+            )
         self.starts = places // width
-        self.ids = np.memmap(prefix + ".bin", self.type, "r", shape=(size // width,)) if size >= width else np.zeros(0, self.type)
+        self.ids = (
+            np.memmap(prefix + ".bin", self.type, "r", shape=(size // width,))
+            if size >= width
+            else np.zeros(0, self.type)
+        )
 
     def _header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
         path = self.prefix + ".idx"
         if len(index) < HEADER.size or index[:9].tobytes() != MAGIC:
-            raise UserError(f"{path} is no index of RWKV-LM's binidx data: it begins with {index[:9].tobytes()!r}, expected {MAGIC!r}")
+            raise UserError(
+                f"{path} is no index of RWKV-LM's binidx data: it begins with {index[:9].tobytes()!r}, expected {MAGIC!r}"
+            )
         _, version, code, pieces, documents = HEADER.unpack(index[: HEADER.size].tobytes())
         if version != VERSION or code not in TYPES:
-            raise UserError(f"{path} has version {version} and type code {code}; expected version 1 and code 8 (uint16) or 4 (int32)")
+            raise UserError(
+                f"{path} has version {version} and type code {code}; expected version 1 and code 8 (uint16) or 4 (int32)"
+            )
         wanted = HEADER.size + 12 * pieces + 8 * documents
         if len(index) != wanted:
-            raise UserError(f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents} boundaries; is it truncated?")
+            raise UserError(
+                f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents} boundaries; is it truncated?"
+            )
         return TYPES[code], pieces, documents
 
     def spans(self) -> Iterator[np.ndarray]:
         """The ids of each document: of the pieces between two boundaries, or of each piece where there are no boundaries."""
         bounds = self.boundaries if len(self.boundaries) > 1 else np.arange(len(self.sizes) + 1)
         if bounds[0] > 0 or bounds[-1] < len(self.sizes):
-            bounds = np.concatenate([[0], bounds, [len(self.sizes)]])  # what is outside of all documents is data too
+            bounds = np.concatenate(
+                [[0], bounds, [len(self.sizes)]]
+            )  # what is outside of all documents is data too
         for first, last in zip(bounds[:-1], bounds[1:]):
             pieces = [self.ids[self.starts[i] : self.starts[i] + self.sizes[i]] for i in range(first, last)]
             if len(pieces) == 1:
@@ -128,7 +158,11 @@ class Writer:
 
     def close(self) -> None:
         sizes = np.asarray(self.sizes, "<i4")
-        places = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]) * TYPES[self.code].itemsize if len(sizes) else sizes
+        places = (
+            np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]) * TYPES[self.code].itemsize
+            if len(sizes)
+            else sizes
+        )
         with self.file:
             os.fsync(self.file.fileno())
         with open(self.paths[1] + ".tmp", "wb") as file:

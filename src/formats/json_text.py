@@ -86,11 +86,15 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
         return
     members = list(scanner.items("{}"))
     end = scanner.place
-    arrays = {name: place for name, place, value in members if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)}
+    arrays = {
+        name: place
+        for name, place, value in members
+        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
+    }
     if len(arrays) != 1 or has_layout(name for name, _, _ in members):
         yield start, _object([(name, value) for name, _, value in members])
         return
-    scanner.place, = arrays.values()
+    (scanner.place,) = arrays.values()
     for _, place, record in scanner.items("[]"):
         yield place, record
     scanner.place = end
@@ -120,7 +124,9 @@ class _Scanner:
 
     def expect(self, character: str) -> None:
         if self.next != character:
-            raise json.JSONDecodeError(f"Expecting {character!r}" if character else "Extra data", self.text, self.place)
+            raise json.JSONDecodeError(
+                f"Expecting {character!r}" if character else "Extra data", self.text, self.place
+            )
         self._skip(1)
 
     def value(self) -> Any:

@@ -15,7 +15,12 @@ from ..words import short
 ROLES = ("system", "user", "assistant", "tool")
 # what ShareGPT and others call the roles
 ROLE_NAMES = {
-    **{role: role for role in ROLES}, "developer": "system", "human": "user", "observation": "tool", "function": "tool", "ipython": "tool",
+    **{role: role for role in ROLES},
+    "developer": "system",
+    "human": "user",
+    "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "function_call"), "assistant"),
 }
 QUESTIONS = ("instruction", "question", "query", "prompt", "input", "user", "human")
@@ -24,8 +29,10 @@ CONTEXTS = ("input", "context")  # beside an instruction
 SYSTEMS = ("system", "system_prompt")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
-EXPECTED = ('expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ..., "input": ..., "output": ...}, '
-            '{"prompt": ..., "completion": ...}, {"question": ..., "answer": ...}; --sft_field names other columns')
+EXPECTED = (
+    'expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ..., "input": ..., "output": ...}, '
+    '{"prompt": ..., "completion": ...}, {"question": ..., "answer": ...}; --sft_field names other columns'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +55,9 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
     """
     if not isinstance(record, dict):
         raise UserError(f"{EXPECTED}; got {type(record).__name__}")
-    layout = find_layout(tuple(name for name, value in record.items() if value is not None), fields, tuple(record))
+    layout = find_layout(
+        tuple(name for name, value in record.items() if value is not None), fields, tuple(record)
+    )
     return layout, layout.convert(record)
 
 
@@ -58,9 +67,13 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
     if fields:
         missing = [name for name in fields if name not in columns]
         if missing:
-            raise UserError(f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {_shown(columns)}")
+            raise UserError(
+                f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {_shown(columns)}"
+            )
         return _chosen(fields)
-    found = _candidates(present) or _candidates(columns)  # the second for a null where a value is needed, which convert() then names
+    found = _candidates(present) or _candidates(
+        columns
+    )  # the second for a null where a value is needed, which convert() then names
     if not found:
         raise UserError(f"{EXPECTED}; got keys {_shown(columns)}")
     if len(found) > 1:
@@ -98,17 +111,27 @@ def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
     history, tools = beside.get("history"), beside.get("tools")
     lower = tuple(name.strip().lower() for name in names)
     if lower == ("text",):
-        return Layout(f"{names[0]}", names, functools.partial(_whole, column=names[0], system=None, tools=None))
+        return Layout(
+            f"{names[0]}", names, functools.partial(_whole, column=names[0], system=None, tools=None)
+        )
     if len(names) == 1:
         used = (*names, *filter(None, (system, tools)))
-        return Layout(" + ".join(used), used, functools.partial(_whole, column=names[0], system=system, tools=tools))
+        return Layout(
+            " + ".join(used), used, functools.partial(_whole, column=names[0], system=system, tools=tools)
+        )
     if lower == ("prompt", "completion"):
-        return Layout(" + ".join(names), names, functools.partial(_continuation, prompt=names[0], completion=names[1]))
+        return Layout(
+            " + ".join(names), names, functools.partial(_continuation, prompt=names[0], completion=names[1])
+        )
     if len(names) in (2, 3):
         used = (*names, *filter(None, (system, history)))
-        named = f"{' + '.join(names[:-1])} -> {names[-1]}" + "".join(f", {name}" for name in used[len(names):])
+        named = f"{' + '.join(names[:-1])} -> {names[-1]}" + "".join(
+            f", {name}" for name in used[len(names) :]
+        )
         return Layout(named, used, functools.partial(_question, names=names, system=system, history=history))
-    raise UserError(f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3 (instruction, input, output)")
+    raise UserError(
+        f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3 (instruction, input, output)"
+    )
 
 
 def _whole(record: dict, column: str, system: str | None, tools: str | None) -> dict[str, Any]:
@@ -130,7 +153,9 @@ def _tools(value: Any, column: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             pass
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise UserError(f"{column} must be a list of objects, or such a list as JSON text, got {short(value)}")
+        raise UserError(
+            f"{column} must be a list of objects, or such a list as JSON text, got {short(value)}"
+        )
     return value
 
 
@@ -140,13 +165,18 @@ def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
     return {"prompt": text(record[prompt], prompt), "completion": text(record[completion], completion)}
 
 
-def _question(record: dict, names: tuple[str, ...], system: str | None, history: str | None) -> dict[str, Any]:
+def _question(
+    record: dict, names: tuple[str, ...], system: str | None, history: str | None
+) -> dict[str, Any]:
     question, *context, answer = names
     asked = text(record[question], question)
     for column in context:
         if record[column] not in (None, ""):
             asked += "\n" + text(record[column], column)
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": text(record[answer], answer)}]
+    turns = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": text(record[answer], answer)},
+    ]
     if history and record[history]:
         turns = _pairs(record[history], history) + turns
     if system and record[system]:
@@ -158,7 +188,11 @@ def _pairs(value: Any, column: str) -> list[dict[str, str]]:
     """Earlier turns as [[question, answer], ...]."""
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise UserError(f"{column} must be a list of [question, answer] pairs, got {short(value)}")
-    return [{"role": role, "content": text(part, column)} for pair in value for role, part in zip(("user", "assistant"), pair)]
+    return [
+        {"role": role, "content": text(part, column)}
+        for pair in value
+        for role, part in zip(("user", "assistant"), pair)
+    ]
 
 
 def messages(value: Any, column: str) -> list[dict[str, Any]]:
@@ -167,16 +201,26 @@ def messages(value: Any, column: str) -> list[dict[str, Any]]:
         raise UserError(f"{column} must be a non-empty list, got {short(value)}")
     turns = [turn for item in value for turn in _turns(item)]
     if turns[-1]["role"] != "assistant":
-        raise UserError(f"the last message is from {turns[-1]['role']}; expected the assistant's answer, which is trained")
+        raise UserError(
+            f"the last message is from {turns[-1]['role']}; expected the assistant's answer, which is trained"
+        )
     return turns
 
 
 def _turns(item: Any) -> list[dict[str, Any]]:
     """One message, or two where a pair {"human": ..., "assistant": ...} stands for them."""
-    if isinstance(item, dict) and isinstance(item.get("human"), str) and isinstance(item.get("assistant"), str):
-        return [{"role": "user", "content": text(item["human"], "human", True)},
-                {"role": "assistant", "content": text(item["assistant"], "assistant", True)}]
-    given = {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    if (
+        isinstance(item, dict)
+        and isinstance(item.get("human"), str)
+        and isinstance(item.get("assistant"), str)
+    ):
+        return [
+            {"role": "user", "content": text(item["human"], "human", True)},
+            {"role": "assistant", "content": text(item["assistant"], "assistant", True)},
+        ]
+    given = (
+        {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    )
     for name in given.keys() & {"reasoning_content", "reasoning"}:
         text(given[name], name, True)
     if not isinstance(given.get("tool_calls", []), list):
@@ -191,7 +235,9 @@ def _turns(item: Any) -> list[dict[str, Any]]:
     if isinstance(content, list):
         content = _joined(content)
     if role is None or not isinstance(content, str):
-        raise UserError(f'a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {short(item)}')
+        raise UserError(
+            f'a message must be {{"role": {" | ".join(ROLES)}, "content": text}}, got {short(item)}'
+        )
     return [{"role": role, "content": text(content, "content", True), **given}]
 
 
@@ -200,7 +246,9 @@ def _joined(parts: list) -> str:
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UserError(f'a part of a content list must be {{"type": "text", "text": ...}}, got one of type {short(kind)}')
+            raise UserError(
+                f'a part of a content list must be {{"type": "text", "text": ...}}, got one of type {short(kind)}'
+            )
     return "".join(part["text"] for part in parts)
 
 
@@ -212,7 +260,9 @@ def text(value: Any, column: str, may_be_empty: bool = False) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{column}: half a surrogate pair, {value[error.start]!r}, is no text (character {error.start + 1})") from None
+            raise UserError(
+                f"{column}: half a surrogate pair, {value[error.start]!r}, is no text (character {error.start + 1})"
+            ) from None
     if "\0" in value:
         raise UserError(f"{column}: NUL is no text (character {value.index(chr(0)) + 1})")
     return value

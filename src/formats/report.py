@@ -38,18 +38,34 @@ class Found:
         layouts: collections.Counter[str] = collections.Counter()
         for (name, _, _), count in self.kinds.items():
             layouts[name] += count
-        named = ", ".join(f"{name} ({count})" if len(layouts) > 1 else name for name, count in layouts.most_common(SHOWN) if name)
+        named = ", ".join(
+            f"{name} ({count})" if len(layouts) > 1 else name
+            for name, count in layouts.most_common(SHOWN)
+            if name
+        )
         used = {name for _, columns, _ in self.kinds for name in columns}
-        unused = list(dict.fromkeys(name for _, _, columns in self.kinds for name in columns if name not in used))
-        return (f"{self.format}, {counted(self.kinds.total(), 'row')}" + (f", {named}" if named else "")
-                + (f"; not used: {', '.join(unused[:12])}{' ...' if len(unused) > 12 else ''}" if unused else ""))
+        unused = list(
+            dict.fromkeys(name for _, _, columns in self.kinds for name in columns if name not in used)
+        )
+        return (
+            f"{self.format}, {counted(self.kinds.total(), 'row')}"
+            + (f", {named}" if named else "")
+            + (f"; not used: {', '.join(unused[:12])}{' ...' if len(unused) > 12 else ''}" if unused else "")
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": self.format, "kinds": [[*kind, count] for kind, count in self.kinds.items()], "bad": self.bad, "reasons": self.reasons}
+        return {
+            "format": self.format,
+            "kinds": [[*kind, count] for kind, count in self.kinds.items()],
+            "bad": self.bad,
+            "reasons": self.reasons,
+        }
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Found:
-        kinds = collections.Counter({(name, tuple(used), tuple(columns)): count for name, used, columns, count in record["kinds"]})
+        kinds = collections.Counter(
+            {(name, tuple(used), tuple(columns)): count for name, used, columns, count in record["kinds"]}
+        )
         return cls(record["format"], kinds, record["bad"], record["reasons"])
 
 
@@ -71,7 +87,9 @@ class Report:
         """A UserError where reading the source has found no row."""
         found = self.files[source.path]
         if not found.kinds:
-            what = f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}" if found.bad else ""
+            what = (
+                f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}" if found.bad else ""
+            )
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
@@ -89,11 +107,15 @@ class Report:
         lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
         if len(self.files) > SHOWN:
             formats = collections.Counter(found.format for found in self.files.values())
-            lines.append(f"format     {len(self.files)} files in all: {', '.join(f'{count} {name}' for name, count in formats.items())}")
+            lines.append(
+                f"format     {len(self.files)} files in all: {', '.join(f'{count} {name}' for name, count in formats.items())}"
+            )
         lines += self.notes
         if self.bad:
             be = "is" if self.bad == 1 else "are"
-            lines.append(f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip), such as:")
+            lines.append(
+                f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip), such as:"
+            )
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
         # a key of JSON and a file's name may hold halves of surrogate pairs, which print() refuses
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]

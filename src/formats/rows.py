@@ -12,7 +12,9 @@ from .report import Kind, Report
 from .sources import BINIDX, BY_NAME, Reading, Source, sources
 
 
-def read_rows(data_file, report: Report | None = None, reading: Reading = BY_NAME, eod: Sequence[int] = (0,)) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    data_file, report: Report | None = None, reading: Reading = BY_NAME, eod: Sequence[int] = (0,)
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE, line N", row) of every row that --data_file names, each once, whatever its weight.
 
     `eod` are the ids that end a document of binidx data. Raises UserError for a file that cannot be read or has no rows; what becomes of a
@@ -23,7 +25,9 @@ def read_rows(data_file, report: Report | None = None, reading: Reading = BY_NAM
         yield from read_source(source, report, reading, eod)
 
 
-def read_source(source: Source, report: Report, reading: Reading, eod: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_source(
+    source: Source, report: Report, reading: Reading, eod: Sequence[int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """read_rows() of one source."""
     found = report.begin(source)
     for where, record in source.watched(eod, "reading"):

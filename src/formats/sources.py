@@ -104,7 +104,10 @@ def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None 
     """
     found: list[Source] = []
     for path, weight in parse(data_file):
-        found += [dataclasses.replace(source, weight=weight) for source in _find(path, reading, [] if notes is None else notes)]
+        found += [
+            dataclasses.replace(source, weight=weight)
+            for source in _find(path, reading, [] if notes is None else notes)
+        ]
     return found
 
 
@@ -119,14 +122,20 @@ def _weighted(part: str, data_file: str) -> tuple[str, float]:
     path, colon, number = part.rpartition(":")
     if not part:
         raise UserError(f"--data_file {data_file}: a name is missing between the commas")
-    if _exists(part) or not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|nan|inf", number, re.IGNORECASE) or not colon:
+    if (
+        _exists(part)
+        or not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|nan|inf", number, re.IGNORECASE)
+        or not colon
+    ):
         return part, 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = 0.0
     if not 0 < weight < 1e6:
-        raise UserError(f"--data_file {part}: a weight is a number above 0, such as 2 (seen twice in a pass) or 0.5 (half of its rows), got {number}")
+        raise UserError(
+            f"--data_file {part}: a weight is a number above 0, such as 2 (seen twice in a pass) or 0.5 (half of its rows), got {number}"
+        )
     return path, weight
 
 
@@ -139,10 +148,17 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
     if os.path.isdir(path) and not tables.is_saved_dataset(path):
         return [detect(file, fields) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
-        files = tuple(sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names))
+        files = tuple(
+            sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        )
         described = f"Hugging Face data set, split {split}"
         return [Source(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)]
-    if HUB_NAME.fullmatch(path) and not _exists(path) and not os.path.exists(path.split("/")[0]) and not path.endswith(SUFFIXES):
+    if (
+        HUB_NAME.fullmatch(path)
+        and not _exists(path)
+        and not os.path.exists(path.split("/")[0])
+        and not path.endswith(SUFFIXES)
+    ):
         described = f"data set of the Hugging Face hub, split {split}"
         return [Source(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
     return [detect(path, fields)]
@@ -150,16 +166,34 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
 
 def _folder(path: str, split: str, notes: list[str]) -> list[str]:
     """The data files of a folder, in order of their names; files that are named for another split than `split` are left out."""
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names if not _hidden(os.path.relpath(folder, path), name)]
-    data = [file for file in sorted(files) if _suffix(file) in SUFFIXES and os.path.basename(file) not in DESCRIPTIONS
-            and (_suffix(file) != ".bin" or binidx.prefix_of(file))]
+    files = [
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if not _hidden(os.path.relpath(folder, path), name)
+    ]
+    data = [
+        file
+        for file in sorted(files)
+        if _suffix(file) in SUFFIXES
+        and os.path.basename(file) not in DESCRIPTIONS
+        and (_suffix(file) != ".bin" or binidx.prefix_of(file))
+    ]
     splits = {file: _split_of(os.path.relpath(file, path)) for file in data}
     chosen = [file for file in data if splits[file] in (None, split)]
     if not chosen:
         others = ", ".join(sorted({name for name in splits.values() if name}))
-        expected = f"has none for the split {split}, but for {others}: choose with --sft_split" if others else f"expected {', '.join(SUFFIXES)}"
+        expected = (
+            f"has none for the split {split}, but for {others}: choose with --sft_split"
+            if others
+            else f"expected {', '.join(SUFFIXES)}"
+        )
         raise UserError(f"folder {path} has no data file; {expected}")
-    left = [os.path.relpath(file, path) for file in sorted(files) if file not in chosen and not file.endswith(".idx")]
+    left = [
+        os.path.relpath(file, path)
+        for file in sorted(files)
+        if file not in chosen and not file.endswith(".idx")
+    ]
     shown = f"; left out: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}" if left else ""
     notes.append(f"folder     {path}: {len(chosen)} data files{shown}")
     return chosen
@@ -189,7 +223,9 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
         raise UserError(f"data file {path} can't be read: {problem}")
     suffix = _suffix(path)
     if suffix in (".bin", ".idx"):
-        raise UserError(f"data file {path} can't be read: binidx data are two files, and {'.idx' if suffix == '.bin' else '.bin'} or both are absent")
+        raise UserError(
+            f"data file {path} can't be read: binidx data are two files, and {'.idx' if suffix == '.bin' else '.bin'} or both are absent"
+        )
     try:
         with open(path, "rb") as file:
             parquet = file.read(4) == b"PAR1"
@@ -206,7 +242,11 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
 def _no_file(path: str) -> str:
     """What a name stands for that a person takes for a file's."""
     if os.path.exists(path):
-        return "" if os.path.isfile(path) else "it is no regular file; data are read more than once, so save them as one"
+        return (
+            ""
+            if os.path.isfile(path)
+            else "it is no regular file; data are read more than once, so save them as one"
+        )
     if "://" in path:
         return "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging Face hub"
     if re.search(r"[*?]|\[.*\]", path):
@@ -228,11 +268,15 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
         return JSON
     if suffix in JSONL_SUFFIXES or not first:
         return JSONL
-    raise UserError(f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with a header, parquet, binidx, "
-                    "or plain text in a file named .txt")
+    raise UserError(
+        f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with a header, parquet, binidx, "
+        "or plain text in a file named .txt"
+    )
 
 
-def _json_format(first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]) -> Format | None:
+def _json_format(
+    first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]
+) -> Format | None:
     """JSONL or JSON, or None for neither, by the first of `lines` lines, which are all that there are unless the file `goes_on`."""
     record = json_text.parse(first) if first.startswith("{") else None
     is_row = isinstance(record, dict)
@@ -243,7 +287,9 @@ def _json_format(first: str, lines: int, suffix: str, goes_on: bool, fields: tup
         return JSONL if lines > 1 or is_known else JSON
     if first.startswith("["):
         return JSON
-    if first.startswith("{"):  # an object over several lines, or a row that is broken or longer than what was looked at
+    if first.startswith(
+        "{"
+    ):  # an object over several lines, or a row that is broken or longer than what was looked at
         is_line = first.endswith("}") or lines == 1 and goes_on
         return JSONL if suffix in JSONL_SUFFIXES or suffix != ".json" and is_line else JSON
     return None
@@ -252,9 +298,15 @@ def _json_format(first: str, lines: int, suffix: str, goes_on: bool, fields: tup
 def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
     """What stands between the columns of a file whose first line is `header`; None if it is no such file."""
     split = {mark: _names(header, mark) for mark in DELIMITERS}
-    known = [mark for mark, names in split.items() if (set(fields) <= set(names) if fields else has_layout(names))]
+    known = [
+        mark for mark, names in split.items() if (set(fields) <= set(names) if fields else has_layout(names))
+    ]
     if suffix in (".csv", ".tsv"):
-        return max(known or DELIMITERS, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t")) if header else ","
+        return (
+            max(known or DELIMITERS, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t"))
+            if header
+            else ","
+        )
     known = [mark for mark in known if len(split[mark]) > 1 and (mark == "\t" or suffix != ".txt")]
     return known[0] if known else None
 
@@ -272,5 +324,7 @@ def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`; at least one row is seen.
     """
     whole = int(weight)
-    drawn = np.random.default_rng([seed, number]).permutation(count)[: max(round((weight - whole) * count), 0 if whole else 1)]
+    drawn = np.random.default_rng([seed, number]).permutation(count)[
+        : max(round((weight - whole) * count), 0 if whole else 1)
+    ]
     return np.sort(np.concatenate([np.tile(np.arange(count), whole), drawn]))

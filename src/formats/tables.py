@@ -18,7 +18,9 @@ def _needed(package: str, path: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{path} needs the package {package.partition('.')[0]}: pip install pyarrow datasets ({error})") from None
+        raise UserError(
+            f"{path} needs the package {package.partition('.')[0]}: pip install pyarrow datasets ({error})"
+        ) from None
 
 
 def parquet(path: str, position: Position) -> Iterator[Record]:
@@ -45,7 +47,9 @@ def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]
         raise UserError(f"data folder {path} can't be read by datasets: {_first_line(error)}") from None
     if isinstance(data, module.DatasetDict):
         if split not in data:
-            raise UserError(f"{path} has no split {split!r}; choose one of {', '.join(data)} with --sft_split")
+            raise UserError(
+                f"{path} has no split {split!r}; choose one of {', '.join(data)} with --sft_split"
+            )
         data = data[split]
     return _rows(path, data, position)
 
@@ -56,9 +60,13 @@ def named_dataset(name: str, split: str, position: Position) -> Iterator[Record]
     owner, short, *config = name.split("/")
     try:
         data = module.load_dataset(f"{owner}/{short}", *config, split=split)
-    except Exception as error:  # no network, no such data set, split or configuration: datasets raises many kinds
-        raise UserError(f"{name} is no file or folder here, and datasets can't load a data set of this name, split {split!r} (--sft_split): "
-                        f"{_first_line(error)}") from None
+    except (
+        Exception
+    ) as error:  # no network, no such data set, split or configuration: datasets raises many kinds
+        raise UserError(
+            f"{name} is no file or folder here, and datasets can't load a data set of this name, split {split!r} (--sft_split): "
+            f"{_first_line(error)}"
+        ) from None
     return _rows(name, data, position)
 
 

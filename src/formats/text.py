@@ -23,9 +23,21 @@ from rwkv_miss.errors import UserError
 from ..words import short
 
 Record = tuple[str, "dict[str, Any] | UserError"]
-OTHERS = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
+OTHERS = {
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+}
 MODELS = (".pth", ".pt", ".ckpt", ".bin")  # a checkpoint of torch is a zip file
-BOMS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # the longer ones first
+BOMS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}  # the longer ones first
 BOM = "\ufeff"
 FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
 STRANGE = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 are read
@@ -53,8 +65,10 @@ def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIO
                 file = stack.enter_context(io.BufferedReader(stack.enter_context(gzip.open(file))))
             head = bytes(file.peek(8)[:8])
             if head.startswith(b"GGUF") or (head.startswith(b"PK\x03\x04") and path.endswith(MODELS)):
-                raise UserError(f"{path} is a model or an adapter, no data; a model goes to --load_model, "
-                                "--data_file takes text, such as JSONL")
+                raise UserError(
+                    f"{path} is a model or an adapter, no data; a model goes to --load_model, "
+                    "--data_file takes text, such as JSONL"
+                )
             for magic, name in OTHERS.items():
                 if head.startswith(magic):
                     raise UserError(f"{path} is packed ({name}); unpack it, or pack it with gzip")
@@ -65,7 +79,9 @@ def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIO
     except OSError as error:  # a damaged gzip file has no strerror
         raise UserError(f"data file {path} can't be read: {error.strerror or error}") from None
     except (EOFError, zlib.error) as error:
-        raise UserError(f"data file {path} can't be read: the gzip file is truncated or damaged ({error})") from None
+        raise UserError(
+            f"data file {path} can't be read: the gzip file is truncated or damaged ({error})"
+        ) from None
     except UnicodeError as error:
         raise UserError(f"data file {path} can't be read: not {encoding.upper()} text ({error})") from None
 
@@ -127,7 +143,9 @@ def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]
                 return
             except csv.Error as error:
                 if not header or "end of data" in str(error):
-                    raise UserError(f"{where}: not valid CSV ({error}); a cell that begins with a double quote must end with one") from None
+                    raise UserError(
+                        f"{where}: not valid CSV ({error}); a cell that begins with a double quote must end with one"
+                    ) from None
                 yield where, UserError(f"not valid CSV ({error})")
                 continue
             if not header:

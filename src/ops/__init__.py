@@ -44,14 +44,19 @@ def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
     if name in PLAIN:
         return name, "as asked"
     if name != "auto" and NATIVE[name] != device:
-        raise UserError(f"--wkv {name} runs on {NATIVE[name]}, this run is on {device}; use --wkv auto, or another --accelerator")
+        raise UserError(
+            f"--wkv {name} runs on {NATIVE[name]}, this run is on {device}; use --wkv auto, or another --accelerator"
+        )
     problem = head_size_problem(head_size)
     if not problem:
         status = native.status(device)
         problem = status.reason
     if not problem:
         why = "as asked" if name != "auto" else "auto: the native kernel of this device"
-        return device if name == "auto" else name, f"{why}; self-test error {status.error:.0e}, library {status.path}"
+        return (
+            device if name == "auto" else name,
+            f"{why}; self-test error {status.error:.0e}, library {status.path}",
+        )
     if name != "auto":
         raise UserError(f"--wkv {name}: {problem}")
     return "torch", f"auto: the chunked form in plain torch, because {problem}"
@@ -65,7 +70,14 @@ def head_size_problem(head_size: int) -> str:
 
 
 def wkv6(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, s0: Tensor | None = None, reset: Tensor | None = None, kernel: str = "torch",
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    s0: Tensor | None = None,
+    reset: Tensor | None = None,
+    kernel: str = "torch",
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype, final state.
@@ -76,8 +88,16 @@ def wkv6(
 
 
 def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s0: Tensor | None = None, reset: Tensor | None = None,
-    kernel: str = "torch", start: Tensor | None = None,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    s0: Tensor | None = None,
+    reset: Tensor | None = None,
+    kernel: str = "torch",
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype, final state.
 
@@ -88,20 +108,29 @@ def wkv7(
 
 
 def _run(
-    version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None
+    version: int,
+    kernel: str,
+    inputs: dict[str, Tensor],
+    s0: Tensor | None,
+    reset: Tensor | None,
+    start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The arguments checked, then made what the kernel takes."""
     if kernel not in KERNELS:
         raise ValueError(f"wkv{version}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
     check(version, inputs, s0, reset, start)
     if start is not None and reset is not None:
-        return by_document(lambda parts, state: _compute(version, kernel, parts, state, None), inputs, s0, reset, start)
+        return by_document(
+            lambda parts, state: _compute(version, kernel, parts, state, None), inputs, s0, reset, start
+        )
     if start is not None and s0 is None:
         s0 = start.expand(len(inputs["r"]), *start.shape)
     return _compute(version, kernel, inputs, s0, reset)
 
 
-def check(version: int, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None) -> None:
+def check(
+    version: int, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None
+) -> None:
     """Raises ValueError with the first argument whose dtype, shape or device is not what r's make it, or r if it has none that is served."""
     op, r = f"wkv{version}", inputs["r"]
     if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPES, torch.float64):
@@ -124,7 +153,9 @@ def check(version: int, inputs: dict[str, Tensor], s0: Tensor | None, reset: Ten
             )
 
 
-def _compute(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _compute(
+    version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
     op, r = f"wkv{version}", inputs["r"]
     if kernel in NATIVE:
         return _run_native(op, kernel, inputs, s0, reset)
@@ -134,19 +165,29 @@ def _compute(version: int, kernel: str, inputs: dict[str, Tensor], s0: Tensor | 
         s0 = r.new_zeros(B, H, N, N, dtype=exact)
     with torch.autocast(r.device.type, enabled=False):
         y, state = PLAIN[kernel][version](*(x.to(exact) for x in inputs.values()), s0, reset)
-    if r.device.type == "cpu" and not torch.compiler.is_compiling() and not (y.sum() + state.sum()).isfinite():
+    if (
+        r.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (y.sum() + state.sum()).isfinite()
+    ):
         native.require_finite(op, inputs | {"s0": s0})
     return y.to(r.dtype), state
 
 
-def _run_native(op: str, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run_native(
+    op: str, kernel: str, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
     r = inputs["r"]
     if r.device.type != NATIVE[kernel]:
-        raise ValueError(f"{op}: kernel {kernel!r} runs on {NATIVE[kernel]}, r is on {r.device}; expected another kernel or tensors there")
+        raise ValueError(
+            f"{op}: kernel {kernel!r} runs on {NATIVE[kernel]}, r is on {r.device}; expected another kernel or tensors there"
+        )
     if problem := head_size_problem(r.shape[-1]):
         raise ValueError(f"{op}: {problem}; use kernel 'torch'")
     if r.dtype == torch.float64:
-        raise ValueError(f"{op}: r is torch.float64; kernel {kernel!r} takes float32, bfloat16 and float16, use kernel 'torch'")
+        raise ValueError(
+            f"{op}: r is torch.float64; kernel {kernel!r} takes float32, bfloat16 and float16, use kernel 'torch'"
+        )
     activations = {name: x for name, x in inputs.items() if name != "u"}
     mixed = any(x.dtype != r.dtype for x in activations.values())
     dtype = torch.float32 if mixed or r.dtype == torch.float16 and kernel == "cpu" else r.dtype

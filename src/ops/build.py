@@ -27,7 +27,15 @@ from typing import NamedTuple
 from rwkv_miss.progress import Progress
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # what the sources are written for; a build has the ones at hand only
+ARCHITECTURES = (
+    75,
+    80,
+    86,
+    89,
+    90,
+    100,
+    120,
+)  # what the sources are written for; a build has the ones at hand only
 TOOLKITS = "/usr/local/cuda*/bin"
 FALLBACK = "or use --wkv torch, which needs no compiler"
 
@@ -49,8 +57,26 @@ def cpu_library() -> pathlib.Path:
     require_unix()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     # no -ffast-math: it may assume that there is no NaN and no inf, and raw decays of +-inf are allowed
-    command = [find_cxx(), "-std=c++17", "-O3", native, "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-pthread"]
-    return build("wkv_cpu", "the CPU kernels", 10, sorted(CUDA.glob("*_cpu.cpp")), headers(), command, ["-pthread"], cpu_features())
+    command = [
+        find_cxx(),
+        "-std=c++17",
+        "-O3",
+        native,
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fPIC",
+        "-pthread",
+    ]
+    return build(
+        "wkv_cpu",
+        "the CPU kernels",
+        10,
+        sorted(CUDA.glob("*_cpu.cpp")),
+        headers(),
+        command,
+        ["-pthread"],
+        cpu_features(),
+    )
 
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
@@ -62,7 +88,9 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
     architectures = sorted(set(architectures), key=lambda arch: (len(arch), arch))
     for arch in architectures:
         if not (number := re.fullmatch(r"(\d+)[af]?", arch)) or int(number[1]) < 75:
-            raise BuildError(f"a GPU of architecture {arch} is not supported, expected 75 (Turing) or newer; use --wkv torch")
+            raise BuildError(
+                f"a GPU of architecture {arch} is not supported, expected 75 (Turing) or newer; use --wkv torch"
+            )
     nvcc = find_nvcc()
     # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one than the default
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
@@ -70,7 +98,17 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
 
     def command(architectures: Sequence[str]) -> list[str]:
         code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-        return [nvcc.path, "-ccbin", host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *code, *nvcc.compile_flags]
+        return [
+            nvcc.path,
+            "-ccbin",
+            host,
+            "-std=c++17",
+            "-O3",
+            "-Xcompiler",
+            "-fPIC",
+            *code,
+            *nvcc.compile_flags,
+        ]
 
     everything = [str(arch) for arch in ARCHITECTURES]
     sources = sorted(CUDA.glob("*.cu"))
@@ -78,7 +116,15 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
         key = fingerprint("wkv_cuda", sources, headers(), command(everything), link, "")
         if (fat := library_path("wkv_cuda", key)).exists():
             return fat
-    return build("wkv_cuda", "the CUDA kernels", 20 * len(architectures), sources, headers(), command(architectures), link)
+    return build(
+        "wkv_cuda",
+        "the CUDA kernels",
+        20 * len(architectures),
+        sources,
+        headers(),
+        command(architectures),
+        link,
+    )
 
 
 def headers() -> list[pathlib.Path]:
@@ -113,7 +159,9 @@ def find_cxx() -> str:
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return path
-    raise BuildError(f"no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt install g++, {FALLBACK}")
+    raise BuildError(
+        f"no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt install g++, {FALLBACK}"
+    )
 
 
 def find_ninja() -> str:
@@ -125,30 +173,50 @@ def find_ninja() -> str:
             return path
     if path := shutil.which("ninja"):
         return path
-    raise BuildError(f"no ninja, neither beside {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}")
+    raise BuildError(
+        f"no ninja, neither beside {sys.executable} nor on PATH; install it: pip install ninja, {FALLBACK}"
+    )
 
 
 def find_nvcc() -> Nvcc:
     """nvcc of CUDA_HOME, of PATH, of /usr/local, else of the PyPI packages in this Python's environment."""
     home = os.environ.get("CUDA_HOME")
-    folders = [*([f"{home}/bin"] if home else []), *os.get_exec_path(), *sorted(glob.glob(TOOLKITS), reverse=True)]
+    folders = [
+        *([f"{home}/bin"] if home else []),
+        *os.get_exec_path(),
+        *sorted(glob.glob(TOOLKITS), reverse=True),
+    ]
     if path := shutil.which("nvcc", path=os.pathsep.join(filter(None, folders))):
         return Nvcc(path)
     spec = importlib.util.find_spec("nvidia")
-    parts = [part for place in (spec.submodule_search_locations if spec else ()) for part in sorted(pathlib.Path(place).iterdir())]
+    parts = [
+        part
+        for place in (spec.submodule_search_locations if spec else ())
+        for part in sorted(pathlib.Path(place).iterdir())
+    ]
     for part in reversed(parts):
         if path := shutil.which("nvcc", path=str(part / "bin")):
             # its own settings miss the wheels' lib; and an environment on top of another has two folders of one name, each with a share
             shares = [other for other in parts if other.name == part.name]
-            return Nvcc(path, tuple(f"-I{share}/include" for share in shares), tuple(f"-L{share}/lib" for share in shares))
+            return Nvcc(
+                path,
+                tuple(f"-I{share}/include" for share in shares),
+                tuple(f"-L{share}/lib" for share in shares),
+            )
     raise BuildError(
         f'no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment; pip install "rwkv-miss[cuda]" brings one, {FALLBACK}'
     )
 
 
 def build(
-    name: str, title: str, seconds: int, sources: Sequence[pathlib.Path], headers: Sequence[pathlib.Path],
-    command: Sequence[str], link: Sequence[str] = (), machine: str = "",
+    name: str,
+    title: str,
+    seconds: int,
+    sources: Sequence[pathlib.Path],
+    headers: Sequence[pathlib.Path],
+    command: Sequence[str],
+    link: Sequence[str] = (),
+    machine: str = "",
 ) -> pathlib.Path:
     """The shared library made of the sources: `command` is the compiler and its flags, `link` more flags for the last step, `seconds` what
     the user is told it will take, `machine` anything else that the result depends on. Raises BuildError."""
@@ -175,17 +243,25 @@ def build(
                     announce(f"built in {time.monotonic() - start:.1f} s")
                     return library
                 log.write_text(output, "utf-8")
-            raise BuildError(f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler, {FALLBACK}; all of its output: {log}")
+            raise BuildError(
+                f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler, {FALLBACK}; all of its output: {log}"
+            )
     except OSError as error:
-        raise BuildError(f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder with space, {FALLBACK}") from None
+        raise BuildError(
+            f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder with space, {FALLBACK}"
+        ) from None
 
 
-def fingerprint(name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str) -> str:
+def fingerprint(
+    name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str
+) -> str:
     """A hash of all that decides the library. The compiler counts as its file: asking it for its version would start a process each time."""
     compiler = os.path.realpath(command[0])
     status = os.stat(compiler)
     digest = hash_files([*sources, *headers])
-    digest.update(repr((name, compiler, status.st_size, status.st_mtime_ns, *command[1:], *link, machine)).encode())
+    digest.update(
+        repr((name, compiler, status.st_size, status.st_mtime_ns, *command[1:], *link, machine)).encode()
+    )
     return digest.hexdigest()[:16]
 
 
@@ -216,21 +292,38 @@ def locked(path: pathlib.Path, title: str) -> Iterator[None]:
         yield
 
 
-def make(library: pathlib.Path, ninja: str, sources: Sequence[pathlib.Path], command: Sequence[str], link: Sequence[str]) -> str | None:
+def make(
+    library: pathlib.Path,
+    ninja: str,
+    sources: Sequence[pathlib.Path],
+    command: Sequence[str],
+    link: Sequence[str],
+) -> str | None:
     """Compile and link in a folder beside the library, the sources in parallel. None, or what was printed if that failed."""
     objects = [f"{source.name}.o" for source in sources]
     lines = ["rule run", "  command = $words"]
     for source, product in zip(sources, objects):
-        lines += [f"build {product}: run", f"  words = {ninja_quote(*command, '-c', str(source.resolve()), '-o', product)}"]
-    lines += [f"build linked: run {' '.join(objects)}", f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', 'linked')}"]
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{library.name}-", ignore_cleanup_errors=True) as work:
+        lines += [
+            f"build {product}: run",
+            f"  words = {ninja_quote(*command, '-c', str(source.resolve()), '-o', product)}",
+        ]
+    lines += [
+        f"build linked: run {' '.join(objects)}",
+        f"  words = {ninja_quote(command[0], '-shared', *objects, *link, '-o', 'linked')}",
+    ]
+    with tempfile.TemporaryDirectory(
+        dir=library.parent, prefix=f".{library.name}-", ignore_cleanup_errors=True
+    ) as work:
         pathlib.Path(work, "build.ninja").write_text("\n".join(lines) + "\n", "utf-8")
         output = ""
         with (
             Progress("compiling", len(objects) + 1, "files") as bar,
             subprocess.Popen(
-                [ninja, "-C", work], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace",
+                [ninja, "-C", work],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
                 env=os.environ | {"TMPDIR": work},  # what a killed compiler leaves is swept with the rest
             ) as process,
         ):
@@ -255,7 +348,10 @@ def ninja_quote(*words: str) -> str:
 def reason(output: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
-    return next((line for line in lines if re.search(r"\b(error|fatal)\s*:|cannot find|undefined reference", line)), lines[-1])
+    return next(
+        (line for line in lines if re.search(r"\b(error|fatal)\s*:|cannot find|undefined reference", line)),
+        lines[-1],
+    )
 
 
 def announce(message: str) -> None:

@@ -24,7 +24,7 @@ class Group(NamedTuple):
     """D documents of similar length, L tokens the longest."""
 
     tokens: Tensor  # (D, L) int64, places in the flattened rows (B * T,); B * T, one past the end, is padding
-    rows: Tensor    # (D,) int64, the row of each document
+    rows: Tensor  # (D,) int64, the row of each document
     starts: Tensor  # (D,) bool; not set for what goes on from the row before its first reset
 
 
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
     groups: list[Group]
     places: Tensor  # (B * T,) int64, each token's output among those of all groups, padding included
-    last: Tensor    # (B,) int64, each row's last document among those of all groups
+    last: Tensor  # (B,) int64, each row's last document among those of all groups
 
 
 @functools.lru_cache(maxsize=1)  # every layer asks for the same resets, which are hashed by identity
@@ -62,7 +62,11 @@ def layout(reset: Tensor) -> Layout:
 
 
 def by_document(
-    wkv: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor]], inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor, start: Tensor,
+    wkv: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    s0: Tensor | None,
+    reset: Tensor,
+    start: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What `wkv(inputs, state)` gives for rows whose documents start from `start` (H, N, N): y (B, T, H, N) and the state after each row.
 
@@ -85,4 +89,6 @@ def by_document(
         y, state = wkv({name: cut.get(name, x) for name, x in inputs.items()}, state)
         ys.append(y.flatten(0, 1))
         states.append(state)
-    return torch.cat(ys).index_select(0, plan.places).view(B, T, H, N), torch.cat(states).index_select(0, plan.last)
+    return torch.cat(ys).index_select(0, plan.places).view(B, T, H, N), torch.cat(states).index_select(
+        0, plan.last
+    )

@@ -21,26 +21,45 @@ from . import plain
 from .native import DTYPES, LARGEST_HEAD, LAYOUT, TAKES, library
 
 
-def serves(native: bool, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8) -> bool:
+def serves(
+    native: bool, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8
+) -> bool:
     """Whether the native code computes this: on the CPU in fp32 or bf16, in multiples of 8 channels, without gradients for vectors."""
     x = activations[0]
     return (
-        native and x.device.type == "cpu" and x.dtype in TAKES["cpu"] and all(other.dtype == x.dtype for other in activations)
-        and x.shape[-1] % 8 == head_size % 8 == 0 and head_size <= LARGEST_HEAD and x.numel() > 0
+        native
+        and x.device.type == "cpu"
+        and x.dtype in TAKES["cpu"]
+        and all(other.dtype == x.dtype for other in activations)
+        and x.shape[-1] % 8 == head_size % 8 == 0
+        and head_size <= LARGEST_HEAD
+        and x.numel() > 0
         and not (torch.is_grad_enabled() and any(v.requires_grad for v in vectors))
     )
 
 
-def call(function: str, like: Tensor, *arguments: Tensor | list[Tensor] | int | None, heads: int = 1, eps: float = 0.0) -> None:
+def call(
+    function: str,
+    like: Tensor,
+    *arguments: Tensor | list[Tensor] | int | None,
+    heads: int = 1,
+    eps: float = 0.0,
+) -> None:
     """A function of cuda/elementwise_cpu.cpp; sizes and dtype are those of `like`, (B, T, C) or (tokens, C)."""
     for x in arguments:
         for t in x if isinstance(x, list) else [x]:
             if isinstance(t, Tensor) and (t.device.type != "cpu" or not t.is_contiguous()):
-                raise ValueError(f"{function}: an argument is on {t.device} with strides {t.stride()}; expected a contiguous one on cpu")
+                raise ValueError(
+                    f"{function}: an argument is on {t.device} with strides {t.stride()}; expected a contiguous one on cpu"
+                )
     converted = [_convert(x) for x in arguments]
     batch = like.shape[0] if like.dim() == 3 else 1
-    sizes = [ctypes.c_int64(n) for n in (batch, like.numel() // (batch * like.shape[-1]), like.shape[-1], heads)]
-    getattr(library("cpu"), function)(*converted, *sizes, ctypes.c_float(eps), DTYPES[like.dtype], torch.get_num_threads())
+    sizes = [
+        ctypes.c_int64(n) for n in (batch, like.numel() // (batch * like.shape[-1]), like.shape[-1], heads)
+    ]
+    getattr(library("cpu"), function)(
+        *converted, *sizes, ctypes.c_float(eps), DTYPES[like.dtype], torch.get_num_threads()
+    )
 
 
 def _convert(x):
@@ -89,7 +108,9 @@ def _differentiable(forward: Callable, backward: Callable, keep: Callable) -> Ca
         @once_differentiable
         def backward(ctx, *gradients):
             tensors = iter(ctx.saved_tensors)
-            found = backward([next(tensors) if other is None else other[0] for other in ctx.others], ready(*gradients))
+            found = backward(
+                [next(tensors) if other is None else other[0] for other in ctx.others], ready(*gradients)
+            )
             return *found, *[None] * (ctx.count - len(found))
 
     return Differentiable.apply
@@ -108,13 +129,18 @@ def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = 
         def run(tensors, heads, eps):
             like, made = tensors[0], shapes(tensors, heads, eps)
             if any(t.shape != like.shape and t.shape != like.shape[-1:] for t in tensors):
-                raise ValueError(f"{symbol}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors of its last axis")
+                raise ValueError(
+                    f"{symbol}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors of its last axis"
+                )
             call(symbol, like, *tensors, *made, heads=heads, eps=eps)
             return made
 
         return _library_op(name, "Tensor[] tensors, int heads, float eps", run, shapes)
 
-    forward, backward = op(name, f"{name}_forward", outputs), op(f"{name}_backward", f"{name}_backward", activations)
+    forward, backward = (
+        op(name, f"{name}_forward", outputs),
+        op(f"{name}_backward", f"{name}_backward", activations),
+    )
     return _differentiable(
         lambda *arguments: forward(arguments[:-2], *arguments[-2:]),
         lambda kept, gradients: backward([*kept[:-2], *gradients], *kept[-2:]),
@@ -139,20 +165,33 @@ def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: bool) -> Te
     return plain.value_residual(v, v_first, gate)
 
 
-def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int, native: bool) -> tuple[Tensor, Tensor, Tensor]:
+def delta_inputs(
+    k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int, native: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     if serves(native, [k, a], [k_k, k_a], k.shape[-1] // heads):
         return _delta_inputs(*ready(k, a), vector(k_k), vector(k_a), heads, 0.0)
     return plain.delta_inputs(k, a, k_k, k_a, heads)
 
 
-def readout6(y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: bool) -> Tensor:
+def readout6(
+    y: Tensor, g: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float, native: bool
+) -> Tensor:
     if serves(native, [y, g], [weight, bias], y.shape[-1] // heads):
         return _readout6(*ready(y, g), vector(weight), vector(bias), heads, eps)[0]
     return plain.readout6(y, g, weight, bias, heads, eps)
 
 
 def readout7(
-    y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float, native: bool
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    native: bool,
 ) -> Tensor:
     heads, head_size = r_k.shape
     if serves(native, [y, r, k, v, g], [r_k, weight, bias], head_size):
@@ -175,7 +214,9 @@ def _check_shift(z, last, reset, mix):
     B, T, C = z.shape
     expected = [(B, C), reset if reset is None else (B, T), (len(mix), C)]
     if (found := [x if x is None else tuple(x.shape) for x in (last, reset, mix)]) != expected:
-        raise ValueError(f"shift_mix: last, reset and mixes are {found}; expected {expected}, because z is {tuple(z.shape)}")
+        raise ValueError(
+            f"shift_mix: last, reset and mixes are {found}; expected {expected}, because z is {tuple(z.shape)}"
+        )
 
 
 def _shift_forward(z, last, reset, mix):
@@ -191,12 +232,20 @@ def _shift_backward(reset, mix, gradients):
     return found
 
 
-_shift_op = _library_op("shift_mix", "Tensor z, Tensor last, Tensor? reset, Tensor mix", _shift_forward, _shift_shapes)
+_shift_op = _library_op(
+    "shift_mix", "Tensor z, Tensor last, Tensor? reset, Tensor mix", _shift_forward, _shift_shapes
+)
 _shift_backward_op = _library_op(
-    "shift_mix_backward", "Tensor? reset, Tensor mix, Tensor[] gradients", _shift_backward,
+    "shift_mix_backward",
+    "Tensor? reset, Tensor mix, Tensor[] gradients",
+    _shift_backward,
     lambda reset, mix, gradients: _shift_gradient_shapes(gradients[0]),
 )
-_shift_mix = _differentiable(_shift_op, lambda kept, gradients: _shift_backward_op(*kept, gradients), lambda arguments, _: arguments[2:])
+_shift_mix = _differentiable(
+    _shift_op,
+    lambda kept, gradients: _shift_backward_op(*kept, gradients),
+    lambda arguments, _: arguments[2:],
+)
 
 
 def _low_rank_mixes(z, q, maps):
@@ -213,24 +262,39 @@ def _low_rank_forward(z, last, q, reset, mix, maps):
 def _low_rank_backward(z, last, q, reset, mix, maps, gradients):
     dz, dlast = _shift_gradient_shapes(z)
     m = _low_rank_mixes(z, q, maps)
-    call("shift_mix_token_backward", z, z, last, reset, mix, m, gradients, dz, dlast, len(m))  # m is its gradient now
-    return [dz, dlast, torch.stack([product(part.flatten(0, 1), map_) for part, map_ in zip(m, maps, strict=True)])]
+    call(
+        "shift_mix_token_backward", z, z, last, reset, mix, m, gradients, dz, dlast, len(m)
+    )  # m is its gradient now
+    return [
+        dz,
+        dlast,
+        torch.stack([product(part.flatten(0, 1), map_) for part, map_ in zip(m, maps, strict=True)]),
+    ]
 
 
 _LOW_RANK = "Tensor z, Tensor last, Tensor q, Tensor? reset, Tensor mix, Tensor maps"
 _low_rank_op = _library_op(
-    "shift_mix_low_rank", _LOW_RANK, _low_rank_forward, lambda z, last, q, reset, mix, maps: _shift_shapes(z, last, reset, mix)
+    "shift_mix_low_rank",
+    _LOW_RANK,
+    _low_rank_forward,
+    lambda z, last, q, reset, mix, maps: _shift_shapes(z, last, reset, mix),
 )
 _low_rank_backward_op = _library_op(
-    "shift_mix_low_rank_backward", f"{_LOW_RANK}, Tensor[] gradients", _low_rank_backward,
+    "shift_mix_low_rank_backward",
+    f"{_LOW_RANK}, Tensor[] gradients",
+    _low_rank_backward,
     lambda z, last, q, *_: [*_shift_gradient_shapes(z), q.new_empty(q.shape)],
 )
 _shift_mix_low_rank = _differentiable(
-    _low_rank_op, lambda kept, gradients: _low_rank_backward_op(*kept, gradients), lambda arguments, _: arguments
+    _low_rank_op,
+    lambda kept, gradients: _low_rank_backward_op(*kept, gradients),
+    lambda arguments, _: arguments,
 )
 
 
-def shift_mix(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: bool) -> Sequence[Tensor]:
+def shift_mix(
+    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], native: bool
+) -> Sequence[Tensor]:
     if serves(native, [z, last], mixes):
         return _shift_mix(*ready(z, last, reset), stacked(mixes))
     return plain.shift_mix(z, last, reset, mixes)
@@ -240,7 +304,9 @@ def shift_mix_low_rank(
     z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor, native: bool
 ) -> Sequence[Tensor]:
     if serves(native, [z, last], [*mixes, maps]) and q.dtype == z.dtype:
-        return _shift_mix_low_rank(*ready(z, last), q, *ready(reset), stacked(mixes), maps.detach().to(z.dtype))
+        return _shift_mix_low_rank(
+            *ready(z, last), q, *ready(reset), stacked(mixes), maps.detach().to(z.dtype)
+        )
     return plain.shift_mix_low_rank(z, last, reset, mixes, q, maps)
 
 

@@ -17,8 +17,23 @@ _ops = torch.ops.rwkv
 
 
 def mix7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor, k_k: Tensor, k_a: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor,
-    eps: float, s0: Tensor | None, reset: Tensor | None, start: Tensor | None, kernel: str, native: bool,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    g: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    s0: Tensor | None,
+    reset: Tensor | None,
+    start: Tensor | None,
+    kernel: str,
+    native: bool,
 ) -> tuple[Tensor, Tensor]:
     """r, raw decay w, k, v, raw learning rate a and gate g, (B, T, C) -> (readout (B, T, C), final state).
 
@@ -60,9 +75,25 @@ class _Mix7(torch.autograd.Function):
         heads, eps = ctx.heads, ctx.eps
         dout, dstate = ready(torch.zeros_like(y) if dout is None else dout, dstate)
         key, remove, replace = _ops.delta_inputs([k, a, k_k, k_a], heads, 0.0)
-        dy, read_r, read_k, read_v, dg = _ops.readout7_backward([y, r, key, v, g, r_k, weight, bias, dout], heads, eps)
+        dy, read_r, read_k, read_v, dg = _ops.readout7_backward(
+            [y, r, key, v, g, r_k, weight, bias, dout], heads, eps
+        )
         inputs = _by_head(heads, r, w, key, v, remove, replace)
         *found, ds0 = _ops.wkv7_backward(*inputs, s0, reset, saved, *_by_head(heads, dy), dstate, False)
         dr, dw, dkey, dv, dremove, dreplace = (x.flatten(-2) for x in found)
-        dk, da = _ops.delta_inputs_backward([k, a, k_k, k_a, dkey.add_(read_k), dremove, dreplace], heads, 0.0)
-        return dr.add_(read_r), dw, dk, dv.add_(read_v), da, dg, *[None] * 5, None if s0 is None else ds0, None, None, None
+        dk, da = _ops.delta_inputs_backward(
+            [k, a, k_k, k_a, dkey.add_(read_k), dremove, dreplace], heads, 0.0
+        )
+        return (
+            dr.add_(read_r),
+            dw,
+            dk,
+            dv.add_(read_v),
+            da,
+            dg,
+            *[None] * 5,
+            None if s0 is None else ds0,
+            None,
+            None,
+            None,
+        )

@@ -25,7 +25,10 @@ from .reference import recurrent6, recurrent7
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
-TAKES = {"cpu": (torch.float32, torch.bfloat16), "cuda": tuple(DTYPES)}  # the activations of a device's library
+TAKES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": tuple(DTYPES),
+}  # the activations of a device's library
 LARGEST_HEAD = 256
 CHUNK = 16
 # torch.compile may not change the layout of an argument; older versions of torch have the second of these tags only
@@ -47,7 +50,11 @@ class Status(NamedTuple):
 
 def architectures() -> list[str]:
     """Of the GPUs that torch sees: "90" for compute capability 9.0."""
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} if torch.cuda.is_available() else set()
+    found = (
+        {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        if torch.cuda.is_available()
+        else set()
+    )
     return sorted(f"{major}{minor}" for major, minor in found)
 
 
@@ -60,7 +67,9 @@ def library(device: str) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded ({error}); delete it to build it again, or use --wkv torch") from None
+        raise BuildError(
+            f"{path} cannot be loaded ({error}); delete it to build it again, or use --wkv torch"
+        ) from None
     loaded.path = str(path)
     return loaded
 
@@ -74,7 +83,10 @@ def status(device: str) -> Status:
     except BuildError as error:
         return Status(False, False, reason=str(error))
     verdict, error = f"{path}.tested", None
-    with contextlib.suppress(OSError, ValueError), open(verdict) as file:  # a power cut may have left it empty
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open(verdict) as file,
+    ):  # a power cut may have left it empty
         error = json.load(file)["error"]
     if error is None:
         forms = [False, True] if device == "cuda" and min(map(int, architectures())) >= 80 else [False]
@@ -88,7 +100,9 @@ def status(device: str) -> Status:
             reason = f"the {device} kernels {problem}; please report it, and use --wkv torch"
             return Status(True, False, path, time.perf_counter() - started, max(errors.values()), reason)
         error = errors[False]
-        with contextlib.suppress(OSError):  # a cache that others built may be read-only: each process then tests for itself
+        with contextlib.suppress(
+            OSError
+        ):  # a cache that others built may be read-only: each process then tests for itself
             temporary = f"{verdict}.{os.getpid()}"
             with open(temporary, "w") as file:
                 json.dump({"error": error}, file)
@@ -120,10 +134,15 @@ def self_error(version: int, device: str, chunked: bool) -> float:
     def results(function, move) -> list[Tensor]:
         leaves = [move(t).requires_grad_() for t in x.values()]
         y, state = function(*leaves)
-        return [t.detach().cpu().double() for t in (y, state, *torch.autograd.grad([y, state], leaves, [move(dy), move(dstate)]))]
+        return [
+            t.detach().cpu().double()
+            for t in (y, state, *torch.autograd.grad([y, state], leaves, [move(dy), move(dstate)]))
+        ]
 
     def kernel(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        y, state, _ = getattr(torch.ops.rwkv, f"wkv{version}")(*leaves, reset.to(device, torch.uint8).contiguous(), chunked)
+        y, state, _ = getattr(torch.ops.rwkv, f"wkv{version}")(
+            *leaves, reset.to(device, torch.uint8).contiguous(), chunked
+        )
         return y, state
 
     reference = {6: recurrent6, 7: recurrent7}[version]
@@ -135,7 +154,12 @@ def self_error(version: int, device: str, chunked: bool) -> float:
 def has_tensor_core_form(r: Tensor) -> bool:
     """Whether the tensor-core form takes these activations; below one chunk the recurrence is faster."""
     _, T, _, N = r.shape
-    return N == 64 and T >= CHUNK and r.dtype != torch.float32 and torch.cuda.get_device_capability(r.device) >= (8, 0)
+    return (
+        N == 64
+        and T >= CHUNK
+        and r.dtype != torch.float32
+        and torch.cuda.get_device_capability(r.device) >= (8, 0)
+    )
 
 
 def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
@@ -152,7 +176,9 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     """A function of the C interface on the device of `like`, with the sizes and the dtype of `like`."""
     for x in tensors:
         if x is not None and (x.device != like.device or not x.is_contiguous()):
-            raise ValueError(f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one on {like.device}")
+            raise ValueError(
+                f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one on {like.device}"
+            )
     if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= LARGEST_HEAD or not like.numel():
         raise ValueError(
             f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a multiple of 8 up to {LARGEST_HEAD}"
@@ -161,7 +187,9 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     with torch.cuda.device_of(like):
-        return getattr(library(like.device.type), function)(*pointers, *sizes(like), DTYPES[like.dtype], context(like))
+        return getattr(library(like.device.type), function)(
+            *pointers, *sizes(like), DTYPES[like.dtype], context(like)
+        )
 
 
 def sizes(like: Tensor) -> list[ctypes.c_int64]:
@@ -170,7 +198,9 @@ def sizes(like: Tensor) -> list[ctypes.c_int64]:
 
 def context(like: Tensor) -> ctypes.c_void_p:
     """The stream of a GPU, the number of threads of a CPU."""
-    return ctypes.c_void_p(torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else torch.get_num_threads())
+    return ctypes.c_void_p(
+        torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else torch.get_num_threads()
+    )
 
 
 def scratch(symbol: str, like: Tensor) -> Tensor:
@@ -197,7 +227,9 @@ def define(version: int) -> None:
         return [fp32(B, H, N) if name == "u" else torch.empty_like(r) for name in names] + [fp32(B, H, N, N)]
 
     def sum_u(gradients: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(g.sum(0) if name == "u" else g for name, g in zip((*names, "s0"), gradients, strict=True))
+        return tuple(
+            g.sum(0) if name == "u" else g for name, g in zip((*names, "s0"), gradients, strict=True)
+        )
 
     def forward(*arguments):
         *tensors, chunked = arguments
@@ -215,7 +247,16 @@ def define(version: int) -> None:
         kept = (saved,) if keeps or chunked else ()
         gradients = empty_gradients(tensors[0])
         symbol = symbols[chunked]
-        code = call(f"{symbol}_backward", tensors[0], *tensors, *kept, dy, dstate, *gradients, scratch(symbol, tensors[0]))
+        code = call(
+            f"{symbol}_backward",
+            tensors[0],
+            *tensors,
+            *kept,
+            dy,
+            dstate,
+            *gradients,
+            scratch(symbol, tensors[0]),
+        )
         if code:
             raise RuntimeError(f"wkv{version}: the backward kernel could not be started, CUDA error {code}")
         return sum_u(gradients)
@@ -229,19 +270,27 @@ def define(version: int) -> None:
         *tensors, saved = ctx.saved_tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
         dstate = None if dstate is None else dstate.contiguous()
-        *gradients, ds0 = getattr(torch.ops.rwkv, f"wkv{version}_backward")(*tensors, saved, dy, dstate, ctx.chunked)
+        *gradients, ds0 = getattr(torch.ops.rwkv, f"wkv{version}_backward")(
+            *tensors, saved, dy, dstate, ctx.chunked
+        )
         return *gradients, None if tensors[-2] is None else ds0, None, None
 
     # not torch.library.custom_op, whose first call imports torch._dynamo: 0.9 s in every process
     devices = ("cpu", "cuda")
     name = f"rwkv::wkv{version}"
-    torch.library.define(name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)", tags=LAYOUT)
+    torch.library.define(
+        name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)", tags=LAYOUT
+    )
     torch.library.impl(name, devices, forward)
     torch.library.register_fake(name, lambda *arguments: empty(arguments[0], arguments[-1]))
     torch.library.register_autograd(name, differentiate, setup_context=keep)
 
     gradients = ", ".join(f"Tensor d{name}" for name in (*names, "s0"))
-    torch.library.define(f"{name}_backward", f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> ({gradients})", tags=LAYOUT)
+    torch.library.define(
+        f"{name}_backward",
+        f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> ({gradients})",
+        tags=LAYOUT,
+    )
     torch.library.impl(f"{name}_backward", devices, backward)
     torch.library.register_fake(f"{name}_backward", lambda *arguments: sum_u(empty_gradients(arguments[0])))
 
@@ -266,8 +315,10 @@ def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
     for name, x in inputs.items():
         if x is not None and (bad := x.isnan()).any():
             where = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(f"{op}: {name} holds {int(bad.sum())} NaN of {x.numel()} numbers, the first at {where}; expected none. "
-                             "A model that diverges makes them: lower the learning rate, or clip gradients")
+            raise ValueError(
+                f"{op}: {name} holds {int(bad.sum())} NaN of {x.numel()} numbers, the first at {where}; expected none. "
+                "A model that diverges makes them: lower the learning rate, or clip gradients"
+            )
 
 
 for _version in INPUTS:

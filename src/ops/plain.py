@@ -23,7 +23,9 @@ def shift_mix(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor]
     return [z + d * mix.to(z.dtype).view(-1) for mix in mixes]
 
 
-def shift_mix_low_rank(z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor) -> list[Tensor]:
+def shift_mix_low_rank(
+    z: Tensor, last: Tensor, reset: Tensor | None, mixes: list[Tensor], q: Tensor, maps: Tensor
+) -> list[Tensor]:
     """z_t + (z_{t-1} - z_t) (mix_i + q_i maps_i): a mix for every token; q (n, B T, D), maps (n, D, C)."""
     d, m = token_shift(z, last, reset), torch.bmm(q, maps.to(q.dtype))
     return [z + d * (mix.to(z.dtype).view(-1) + m[i].view(z.shape)) for i, mix in enumerate(mixes)]
@@ -43,10 +45,22 @@ def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int) -> 
 
 def group_norm(y: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
     """Every head of every token normalised by itself."""
-    return F.group_norm(y.reshape(-1, y.shape[-1]), heads, weight.to(y.dtype), bias.to(y.dtype), eps).view(y.shape)
+    return F.group_norm(y.reshape(-1, y.shape[-1]), heads, weight.to(y.dtype), bias.to(y.dtype), eps).view(
+        y.shape
+    )
 
 
-def readout7(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def readout7(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
     """(group_norm(y) + (r . k r_k) v) g, the dot product in every head; r_k (H, N)."""
     r, k, values = (x.unflatten(-1, r_k.shape) for x in (r, k, v))
     bonus = (r * k * r_k.to(y.dtype)).sum(-1, keepdim=True) * values

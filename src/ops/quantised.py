@@ -15,7 +15,9 @@ from . import native
 def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the dtype, else in plain torch."""
     device = quantised.device.type
-    as_made = quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0  # a GPU loads a scale at once
+    as_made = (
+        quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0
+    )  # a GPU loads a scale at once
     if dtype not in native.TAKES[device] or not as_made or not native.status(device).passed:
         return expand(quantised, width, dtype)
     weight = unfilled(quantised, width, dtype)
@@ -31,7 +33,9 @@ def launch(library: ctypes.CDLL, quantised: Tensor, weight: Tensor, context: cty
     pairs = torch.view_as_real(nf4_pairs(quantised.device, torch.float32))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (quantised, pairs, weight)]
     sizes = [ctypes.c_int64(n) for n in weight.shape]
-    return getattr(library, f"dequantise_{KINDS[quantised.dtype]}")(*pointers, *sizes, native.DTYPES[weight.dtype], context)
+    return getattr(library, f"dequantise_{KINDS[quantised.dtype]}")(
+        *pointers, *sizes, native.DTYPES[weight.dtype], context
+    )
 
 
 torch.library.impl("rwkv_miss::dequantise", ("cpu", "cuda"), dequantise)

@@ -54,9 +54,15 @@ def recurrent7(r, w, k, v, a, b, s, reset=None):
     y_t = s r_t                                                  reads the state after the update, unlike RWKV-6
     """
     ys = []
-    tokens = zip(starts(reset, r.shape[1]), *(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True)
+    tokens = zip(
+        starts(reset, r.shape[1]), *(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True
+    )
     for start, r_t, delta_t, k_t, v_t, a_t, b_t in tokens:
         s = enter(s, start)
-        s = s * delta_t[..., None, :] + (s @ a_t[..., None]) * b_t[..., None, :] + v_t[..., None] * k_t[..., None, :]
+        s = (
+            s * delta_t[..., None, :]
+            + (s @ a_t[..., None]) * b_t[..., None, :]
+            + v_t[..., None] * k_t[..., None, :]
+        )
         ys.append((s @ r_t[..., None]).squeeze(-1))
     return torch.stack(ys, 1), s

@@ -63,7 +63,9 @@ def chunked6(r, k, v, w, u, s, reset=None, chunk=32):
     A, r, k, d = scores(r, k, delta, u.repeat(n * B, 1)[:, None], inside)
     s, ys = s.reshape(B * H, N, N), []
     # Everything above is batched over chunks; the loop holds only what needs the state, so that no (n, N, N) tensor is formed.
-    for y_c, r_c, k_c, v_c, d_c in zip(*(x.unflatten(0, (n, B * H)).unbind() for x in (A @ v, r, k.mT, v, d.mT)), strict=True):
+    for y_c, r_c, k_c, v_c, d_c in zip(
+        *(x.unflatten(0, (n, B * H)).unbind() for x in (A @ v, r, k.mT, v, d.mT)), strict=True
+    ):
         ys.append(torch.baddbmm(y_c, r_c, s))
         s = torch.baddbmm(d_c * s, k_c, v_c)
     return join(torch.cat(ys), n, B, T), s.view(B, H, N, N)

@@ -38,12 +38,25 @@ def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
         lower, strict = lower * same, strict * same
         first, last = (document == 0).to(r.dtype), same[:, :, -1:]
     ab, ak, rb, rk = a @ b.mT * strict, a @ k.mT * strict, r @ b.mT * lower, r @ k.mT * lower
-    inverse = torch.linalg.solve_triangular(-ab, torch.eye(C, dtype=r.dtype, device=r.device), upper=False, unitriangular=True)
+    inverse = torch.linalg.solve_triangular(
+        -ab, torch.eye(C, dtype=r.dtype, device=r.device), upper=False, unitriangular=True
+    )
     # U = u + a S with the inverse applied to both. All this is batched over chunks; the loop holds only what needs the state.
     u, a = inverse @ (ak @ v), inverse @ (a * first)
-    parts = (u, a, rk @ v, r * first, (k * end * last).mT, v, (b * end * last).mT, (end * first[..., -1:, :]).mT)
+    parts = (
+        u,
+        a,
+        rk @ v,
+        r * first,
+        (k * end * last).mT,
+        v,
+        (b * end * last).mT,
+        (end * first[..., -1:, :]).mT,
+    )
     s, us, ys = s.reshape(B * H, N, N).mT, [], []
-    for u_c, a_c, y_c, r_c, k_c, v_c, b_c, end_c in zip(*(x.unflatten(0, (n, B * H)).unbind() for x in parts), strict=True):
+    for u_c, a_c, y_c, r_c, k_c, v_c, b_c, end_c in zip(
+        *(x.unflatten(0, (n, B * H)).unbind() for x in parts), strict=True
+    ):
         us.append(torch.baddbmm(u_c, a_c, s))
         ys.append(torch.baddbmm(y_c, r_c, s))
         s = torch.baddbmm(torch.baddbmm(end_c * s, k_c, v_c), b_c, us[-1])
