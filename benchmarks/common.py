@@ -33,7 +33,9 @@ INSTRUCTIONS = (
 
 
 def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
-    """Name, family, model and the INSTRUCTIONS of this machine's first CPU; ARM's implementer and part where it has those."""
+    """Name, family, model and the INSTRUCTIONS of this machine's first CPU; ARM's implementer and part where
+    it has those.
+    """
     try:
         with open(path) as info:
             lines = info.read().partition("\n\n")[0].splitlines()
@@ -80,7 +82,9 @@ def report(benchmark: str, **figures) -> None:
 
 
 def write_random_base(path, version: int, n_layer: int, n_embd: int) -> int:
-    """A random checkpoint in bf16, as released files are, of the World vocabulary's size and for the tokenizer bytes; its number of parameters."""
+    """A random checkpoint in bf16, as released files are, of the World vocabulary's size and for the
+    tokenizer bytes; its number of parameters.
+    """
     with torch.device("meta"):
         shapes = {
             name: p.shape for name, p in RWKV(default_arch(version, n_layer, n_embd)).named_parameters()
@@ -119,14 +123,17 @@ def peak_above_start(work) -> int:
 
 
 def release_freed() -> None:
-    """Have glibc give back what is freed, where it is the C library: what comes next would use it, and seem to need less."""
+    """Have glibc give back what is freed, where it is the C library: what comes next would use it, and seem
+    to need less.
+    """
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
 
 
 def keep_pages() -> bool:
     """Have glibc keep the memory that is freed, for this process; False where it is another C library.
 
-    Left alone it returns large blocks to the system, and a single operation is then timed with the page faults of getting them again.
+    Left alone it returns large blocks to the system, and a single operation is then timed with the page
+    faults of getting them again.
     """
     mmap_threshold, trim_threshold = -3, -1
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)

@@ -1,20 +1,22 @@
-"""Tokens per second of single tokens and of a prompt: the decoder in fp32, bf16 and int8, the package `rwkv`, and llama.cpp, in one run.
+"""Tokens per second of single tokens and of a prompt: the decoder in fp32, bf16 and int8, the package `rwkv`,
+and llama.cpp, in one run.
 
-    python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256] [--rounds 8] [--miss 64] [--llama FOLDER]
+    python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256]
+    [--rounds 8] [--miss 64] [--llama FOLDER]
 
-A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds alternate between the
-contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a token are those of all
-weights but the embedding.
+A random model with the World vocabulary's size. One thread is measured in CPU time, more in wall time; rounds
+alternate between the contenders and the read bandwidth of the memory, and the fastest counts. Bytes of a
+token are those of all weights but the embedding.
 
 KL is that of the next token, from the decoder in fp32 with the same bf16 weights and one token after another.
 The first is the mean over 128 tokens that are fed one by one. The second is the mean over the prompts of 16,
 32, ..., 128 of these tokens, each read at once, as the timed prompt is.
 
-With --miss RANK also the decoder with a MiSS adapter of that rank beside the bf16 base, and with the same adapter merged in fp32, from which
-the KL of the former is.
+With --miss RANK also the decoder with a MiSS adapter of that rank beside the bf16 base, and with the same
+adapter merged in fp32, from which the KL of the former is.
 
-FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches to where they are looked for; `pip install gguf` writes its files.
-The last line is JSON.
+FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches to where they are looked for;
+`pip install gguf` writes its files. The last line is JSON.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python -m benchmarks.elementwise [--shapes 1,512,768 1,512,2048] [--dtypes float32 bfloat16] [--rounds 30]
 
-CPU time of one thread; native form, plain form and a copy of one activation take turns, and the fastest round counts. The bytes are those
-that the activations and gradients of a function have, each read or written once; the copy reads and writes one activation. relu_squared
-has four times the width. The last line is JSON.
+CPU time of one thread; native form, plain form and a copy of one activation take turns, and the fastest round
+counts. The bytes are those that the activations and gradients of a function have, each read or written once;
+the copy reads and writes one activation. relu_squared has four times the width. The last line is JSON.
 """
 
 import argparse
@@ -21,7 +21,9 @@ HEAD, RANK = 64, 32  # channels of a head, rank of RWKV-6's mixes
 
 
 def cases(shape: tuple[int, int, int], dtype: torch.dtype) -> dict:
-    """{name: (function of (activations, native), activations, moved)}; moved: activations read and written by forward and backward."""
+    """{name: (function of (activations, native), activations, moved)}; moved: activations read and written by
+    forward and backward.
+    """
     B, T, C = shape
     heads = C // HEAD
 
@@ -124,8 +126,9 @@ def main() -> None:
             )
             for row in measure(shape, getattr(torch, dtype), args.rounds):
                 print(
-                    f"  {row['function']:<20} {row['native_ms']:8.3f} ms   plain {row['plain_ms']:8.3f} ms ({row['times_faster']:5.2f} times)   "
-                    f"{row['gb_per_s']:6.1f} GB/s   copy {row['copy_gb_per_s']:6.1f} GB/s"
+                    f"  {row['function']:<20} {row['native_ms']:8.3f} ms   plain {row['plain_ms']:8.3f} ms"
+                    f" ({row['times_faster']:5.2f} times)   {row['gb_per_s']:6.1f} GB/s   copy"
+                    f" {row['copy_gb_per_s']:6.1f} GB/s"
                 )
                 rows.append(row)
     report("elementwise", rows=rows, rounds=args.rounds)

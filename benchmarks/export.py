@@ -1,9 +1,11 @@
-"""Model export: bytes, seconds and memory of every form, there and back, next to a plain copy of the checkpoint, in one run.
+"""Model export: bytes, seconds and memory of every form, there and back, next to a plain copy of the
+checkpoint, in one run.
 
     python -m benchmarks.export [--version 7] [--layers 12] [--width 768] [--rounds 3]
 
-A random bf16 model of the World vocabulary's size, exported without a tokenizer, of which World's takes 0.25 GB of its own. Seconds are CPU time, the
-fastest of the rounds, in which the forms alternate; memory is the highest RssAnon above the start. The last line is JSON.
+A random bf16 model of the World vocabulary's size, exported without a tokenizer, of which World's takes 0.25
+GB of its own. Seconds are CPU time, the fastest of the rounds, in which the forms alternate; memory is the
+highest RssAnon above the start. The last line is JSON.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Damage data files of every format at random, and read them: that gives rows or a message that names the file, nothing else, and soon.
+"""Damage data files of every format at random, and read them: that gives rows or a message that names the
+file, nothing else, and soon.
 
     python -m benchmarks.fuzz [--inputs 10000] [--seed 0]
 
-Each input is a sound file that was mutated one to six times: bytes changed, cut out, doubled, swapped, put in; numbers made huge; another file's part
-taken over. Half of the inputs are read with --on_bad_row skip, half with stop. Rows that are read must have one of the forms of src/formats, and
-are tokenised. The last line is JSON. An input that fails is kept, and its number and seed are printed.
+Each input is a sound file that was mutated one to six times: bytes changed, cut out, doubled, swapped, put
+in; numbers made huge; another file's part taken over. Half of the inputs are read with --on_bad_row skip,
+half with stop. Rows that are read must have one of the forms of src/formats, and are tokenised. The last line
+is JSON. An input that fails is kept, and its number and seed are printed.
 """
 
 import argparse
@@ -202,7 +204,9 @@ def limit(seconds: float):
 
 
 def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
-    """How the inputs with these numbers ended: (format, "rows" | "some rows" | "message") -> inputs. Raises AssertionError for anything else."""
+    """How the inputs with these numbers ended: (format, "rows" | "some rows" | "message") -> inputs. Raises
+    AssertionError for anything else.
+    """
     encoder = Encoder(load_tokenizer("bytes", 256))
     sound = sound_files(folder)
     others = [content for files in sound.values() for content in files.values()]

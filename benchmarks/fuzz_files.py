@@ -1,11 +1,13 @@
-"""Damage model and adapter files of every kind at random, and read them: that gives a result or one clear message, in little memory and time.
+"""Damage model and adapter files of every kind at random, and read them: that gives a result or one clear
+message, in little memory and time.
 
     python -m benchmarks.fuzz_files [--inputs 5000] [--seed 0] [--readers NAME ...]
 
-Each reader gets so many inputs. An input is a sound file or folder, damaged one to four times: bytes changed, cut out, doubled; records of an archive
-dropped, exchanged, compressed, blown up; values in JSON and in headers exchanged for odd ones; tensors of other shapes, dtypes, names, or with NaN.
-Memory is the highest RssAnon over all inputs of a reader above the one at its start. The last line is JSON. An input that fails is kept, and
-its number and seed are printed.
+Each reader gets so many inputs. An input is a sound file or folder, damaged one to four times: bytes changed,
+cut out, doubled; records of an archive dropped, exchanged, compressed, blown up; values in JSON and in
+headers exchanged for odd ones; tensors of other shapes, dtypes, names, or with NaN. Memory is the highest
+RssAnon over all inputs of a reader above the one at its start. The last line is JSON. An input that fails is
+kept, and its number and seed are printed.
 """
 
 import argparse
@@ -76,7 +78,9 @@ ODD = [
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """make(folder) writes sound files there; use(folder) reads them as a user's command does. `sealed` are files that are not damaged."""
+    """make(folder) writes sound files there; use(folder) reads them as a user's command does. `sealed` are
+    files that are not damaged.
+    """
 
     make: Callable[[pathlib.Path], None]
     use: Callable[[pathlib.Path], Any]
@@ -421,8 +425,9 @@ def write_files(folder: pathlib.Path, files: Files) -> None:
 
 
 def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> collections.Counter:
-    """How the inputs with these numbers ended: "result" | "message" -> inputs. AssertionError for anything else, for an executed pickle, and for
-    an input that was changed or left a half-written file."""
+    """How the inputs with these numbers ended: "result" | "message" -> inputs. AssertionError for anything
+    else, for an executed pickle, and for an input that was changed or left a half-written file.
+    """
     reader, here = READERS[name], folder / "input"
     write_files(here, {})
     torch.manual_seed(0)
@@ -471,7 +476,8 @@ def main() -> None:
         peak = peak_above_start(lambda: ends.update(fuzz_reader(name, folder, args.seed, range(args.inputs))))  # noqa: B023
         seconds = time.perf_counter() - start
         print(
-            f"{name:<20}{ends['result']:6} results {ends['message']:6} messages {seconds:7.1f} s, {peak / 1e6:5.0f} MB",
+            f"{name:<20}{ends['result']:6} results {ends['message']:6} messages {seconds:7.1f} s,"
+            f" {peak / 1e6:5.0f} MB",
             flush=True,
         )
         assert peak < MEGABYTES * 1e6, f"{name}: {peak:,} bytes above the start"

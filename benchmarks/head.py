@@ -1,9 +1,11 @@
-"""The head and its loss, forward and backward with the gradient of its input: all logits at once in plain torch against blocks of rows.
+"""The head and its loss, forward and backward with the gradient of its input: all logits at once in plain
+torch against blocks of rows.
 
-    python -m benchmarks.head [--tokens 2048] [--n_embd 768] [--vocab_size 65536] [--dtypes float32 bfloat16] [--threads 1] [--rounds 3]
+    python -m benchmarks.head [--tokens 2048] [--n_embd 768] [--vocab_size 65536] [--dtypes float32 bfloat16]
+    [--threads 1] [--rounds 3]
 
-CPU time with one thread, wall time with several, the forms in turns; and the most memory above the start, in a process for each. The last
-line is JSON.
+CPU time with one thread, wall time with several, the forms in turns; and the most memory above the start, in
+a process for each. The last line is JSON.
 """
 
 import argparse
@@ -89,8 +91,8 @@ def main() -> None:
             )
             row = rows[-1]
             print(
-                f"{dtype:<9} {form:<22} {row['seconds']:8.3f} s {row['time_of_all_logits']:6.3f} of all logits   "
-                f"{row['peak_MB']:6} MB {row['peak_of_all_logits']:6.3f}",
+                f"{dtype:<9} {form:<22} {row['seconds']:8.3f} s {row['time_of_all_logits']:6.3f} of all"
+                f" logits   {row['peak_MB']:6} MB {row['peak_of_all_logits']:6.3f}",
                 flush=True,
             )
     report(

@@ -1,12 +1,15 @@
-"""Rows in chunks: peak memory and time up to a million tokens, and the gradient against that of the whole row.
+"""Rows in chunks: peak memory and time up to a million tokens, and the gradient against that of the whole
+row.
 
-    python -m benchmarks.infctx [--tokens 65536 262144 1048576] [--whole 16384 65536] [--chunk_ctx 1024] [--version 7] [--n_layer 2] [--n_embd 64]
+    python -m benchmarks.infctx [--tokens 65536 262144 1048576] [--whole 16384 65536] [--chunk_ctx 1024]
+    [--version 7] [--n_layer 2] [--n_embd 64]
 
-A random RWKV with MiSS computes loss and gradients of one row, every token trained: in chunks that keep a state each, and with --state_cp.
-Every figure comes from a process of its own: its peak is VmHWM minus that of before the row was run, when model,
-row and kernel were there; its time is that of the CPU, which other programs do not prolong. What a chunk costs is the growth of the peak
-between the two longest rows over that of the number of chunks. At the lengths of --whole the whole row runs too, and the gradients are
-compared. The last line is JSON.
+A random RWKV with MiSS computes loss and gradients of one row, every token trained: in chunks that keep a
+state each, and with --state_cp. Every figure comes from a process of its own: its peak is VmHWM minus that of
+before the row was run, when model, row and kernel were there; its time is that of the CPU, which other
+programs do not prolong. What a chunk costs is the growth of the peak between the two longest rows over that
+of the number of chunks. At the lengths of --whole the whole row runs too, and the gradients are compared. The
+last line is JSON.
 """
 
 import argparse
@@ -116,8 +119,9 @@ def main() -> None:
             rows.append(row)
             found[mode] = row["cpu_seconds"], gradients
             print(
-                f"{tokens:>9,} tokens  {mode:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB   {row['cpu_seconds']:7.2f} s   "
-                f"{tokens / row['cpu_seconds']:9,.0f} tokens/s   loss {row['loss']:.6f}",
+                f"{tokens:>9,} tokens  {mode:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB  "
+                f" {row['cpu_seconds']:7.2f} s   {tokens / row['cpu_seconds']:9,.0f} tokens/s   loss"
+                f" {row['loss']:.6f}",
                 flush=True,
             )
         if tokens in args.whole:
@@ -125,7 +129,8 @@ def main() -> None:
             errors[tokens] = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, whole, strict=True))
             times[tokens] = round(seconds / whole_seconds, 2)
             print(
-                f"{tokens:>9,} tokens  gradients differ by {errors[tokens]:.1e} at most, time {times[tokens]:.2f} of the whole row's",
+                f"{tokens:>9,} tokens  gradients differ by {errors[tokens]:.1e} at most, time"
+                f" {times[tokens]:.2f} of the whole row's",
                 flush=True,
             )
     *_, short, long = (row for row in rows if row["mode"] == CHUNKS)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.kill [--kills 30] [--steps 5000] [--strategy auto]
 
-The same command is started again after every kill, with `--resume auto`. After each kill every checkpoint and adapter file in the folder must load
-with real checksums, and the newest checkpoint must not be older than the one before. At the end the losses of all steps must be those of a run that
-was left alone, digit for digit.
+The same command is started again after every kill, with `--resume auto`. After each kill every checkpoint and
+adapter file in the folder must load with real checksums, and the newest checkpoint must not be older than the
+one before. At the end the losses of all steps must be those of a run that was left alone, digit for digit.
 """
 
 import argparse
@@ -33,7 +33,9 @@ def losses(folder: pathlib.Path) -> list[float]:
 
 
 def newest_step(folder: pathlib.Path) -> int:
-    """The step of the newest checkpoint, 0 for none, after every finished file was read whole: an error where one does not load."""
+    """The step of the newest checkpoint, 0 for none, after every finished file was read whole: an error where
+    one does not load.
+    """
     checkpoints = list_checkpoints(str(folder / "checkpoints"))
     for path in [*checkpoints, *map(str, folder.glob("*.pth"))]:
         assert zipfile.ZipFile(path).testzip() is None, f"{path} is damaged"
@@ -112,7 +114,8 @@ def main() -> None:
             "the losses differ from those of the run that was left alone"
         )
     print(
-        f"{len(moments)} kills, {len(set(steps)) - 1} of them after a new checkpoint; all {args.steps} losses are those of a run left alone"
+        f"{len(moments)} kills, {len(set(steps)) - 1} of them after a new checkpoint; all {args.steps} losses"
+        " are those of a run left alone"
     )
     report(
         "kill",

@@ -1,14 +1,18 @@
-"""One adapted linear, forward and backward: the methods of this project, and HF peft's MiSS and LoRA, beside the frozen linear alone, in one run.
+"""One adapted linear, forward and backward: the methods of this project, and HF peft's MiSS and LoRA, beside
+the frozen linear alone, in one run.
 
-    python -m benchmarks.linear [--shapes 2048,2048,2048,64 512,768,3072,64] [--dtypes float32 bfloat16] [--systems miss lora] [--threads 1]
+    python -m benchmarks.linear [--shapes 2048,2048,2048,64 512,768,3072,64] [--dtypes float32 bfloat16]
+    [--systems miss lora] [--threads 1]
 
-Shapes are tokens, inputs, outputs, rank of MiSS; LoRA has the rank of as many parameters, r out / (in + out), and so has every other of --systems,
-which are methods and variants as benchmarks.paper sets them up, or all. CPU time with one thread, wall
-time with several; the layers take turns and the fastest round of each counts. "torch" is F.linear, "ours" the product that this project's
-layers use, with the same frozen weight. Kept is what a forward leaves for its backward, beside parameters. The last line is JSON.
+Shapes are tokens, inputs, outputs, rank of MiSS; LoRA has the rank of as many parameters, r out / (in + out),
+and so has every other of --systems, which are methods and variants as benchmarks.paper sets them up, or all.
+CPU time with one thread, wall time with several; the layers take turns and the fastest round of each counts.
+"torch" is F.linear, "ours" the product that this project's layers use, with the same frozen weight. Kept is
+what a forward leaves for its backward, beside parameters. The last line is JSON.
 
-In bf16 peft comes twice: as get_peft_model() makes it, with adapters in fp32, by which it multiplies in fp32, and with
-autocast_adapter_dtype=False, in one dtype. Our adapters are fp32 and are cast to bf16 for the products.
+In bf16 peft comes twice: as get_peft_model() makes it, with adapters in fp32, by which it multiplies in fp32,
+and with autocast_adapter_dtype=False, in one dtype. Our adapters are fp32 and are cast to bf16 for the
+products.
 """
 
 import argparse
@@ -133,8 +137,9 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
     print(f"{shape} {dtype}")
     for name, row in rows.items():
         print(
-            f"    {name:<16} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours  {row['of_frozen_torch']:6.3f} of frozen, torch  "
-            f"{row['kept_bytes']:>12,} bytes kept  {row['parameters']:>9,} parameters"
+            f"    {name:<16} {row['ms']:9.3f} ms  {row['of_frozen_ours']:6.3f} of frozen, ours "
+            f" {row['of_frozen_torch']:6.3f} of frozen, torch  {row['kept_bytes']:>12,} bytes kept "
+            f" {row['parameters']:>9,} parameters"
         )
     print(f"    overhead of HF peft over its frozen linear / ours over ours: {ratios}", flush=True)
     return {"shape": shape, "dtype": str(dtype), "layers": rows, **ratios}

@@ -1,10 +1,12 @@
-"""llama.cpp through its C interface, without a compiler or its headers: an independent reading of the GGUF files that scripts.export writes.
+"""llama.cpp through its C interface, without a compiler or its headers: an independent reading of the GGUF
+files that scripts.export writes.
 
-    python -m benchmarks.llama        # fetch its libraries into this environment, PREFIX/llama, with npm: 11 MB, some seconds; Linux on x86-64
+    python -m benchmarks.llama        # fetch its libraries into this environment, PREFIX/llama, with npm: 11
+    MB, some seconds; Linux on x86-64
 
-The structures that llama.cpp takes and returns by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a function that
-expects less than it is given reads the beginning. The only fields set are the first three of the context's parameters, and it is asked
-afterwards whether it took them.
+The structures that llama.cpp takes and returns by value are opaque here, blocks larger than any of them: on
+x86-64 and ARM-64 a function that expects less than it is given reads the beginning. The only fields set are
+the first three of the context's parameters, and it is asked afterwards whether it took them.
 """
 
 from __future__ import annotations
@@ -99,7 +101,9 @@ SIGNATURES = {
 
 
 def load_library(folder=FOLDER) -> ctypes.CDLL:
-    """llama.cpp's functions, and the best of its kernels for this CPU. FileNotFoundError where the folder lacks a library."""
+    """llama.cpp's functions, and the best of its kernels for this CPU. FileNotFoundError where the folder
+    lacks a library.
+    """
     for pattern in LIBRARIES:
         found = sorted(pathlib.Path(folder).glob(pattern))
         if not found:
@@ -185,7 +189,9 @@ class Llama:
         return text and text.decode()
 
     def chat(self, messages: list[dict], ask: bool) -> str | None:
-        """The conversation by the C function, which knows some templates by pieces of their text; None where it does not know this one."""
+        """The conversation by the C function, which knows some templates by pieces of their text; None where
+        it does not know this one.
+        """
         given = (Message * len(messages))(
             *(Message(m["role"].encode(), m["content"].encode()) for m in messages)
         )
@@ -213,7 +219,8 @@ def fetch() -> None:
             )
         except (subprocess.SubprocessError, OSError) as error:
             sys.exit(
-                f"LLAMA.CPP ABSENT: npm does not fetch {PACKAGE} ({error}); the tests that need it are skipped"
+                f"LLAMA.CPP ABSENT: npm does not fetch {PACKAGE} ({error}); the tests that need it are"
+                " skipped"
             )
         archive = next(pathlib.Path(folder).glob("*.tgz"))
         if (seen := hashlib.sha256(archive.read_bytes()).hexdigest()) != SHA256:

@@ -28,11 +28,13 @@ def main() -> None:
         path = pathlib.Path(folder, "base.pth")
         write_random_base(path, 7, LAYERS, WIDTH)
         size = path.stat().st_size
-        # a new process, because this one has imported parts of torch and has memory to spare from making the file
+        # a new process, because this one has imported parts of torch and has memory to spare from making the
+        # file
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak, seconds = pool.apply(measure, (str(path),))
     print(
-        f"{size / 1e9:.2f} GB bf16, RWKV-7 {LAYERS} x {WIDTH}: {seconds:.2f} s, peak RssAnon above start {peak / size:.3f} x the file"
+        f"{size / 1e9:.2f} GB bf16, RWKV-7 {LAYERS} x {WIDTH}: {seconds:.2f} s, peak RssAnon above start"
+        f" {peak / size:.3f} x the file"
     )
     report(
         "load",

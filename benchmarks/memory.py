@@ -1,12 +1,14 @@
 """The plan's memory against what real runs take on a CPU.
 
     python -m benchmarks.memory [--n_layer 12] [--n_embd 768] [--configurations v7 v6-bf16 v7-grad_cp]
-    python -m benchmarks.memory --shapes        # the plan alone, by part, for RWKV-7 of 0.1B to 7.2B: 1 x 512 tokens in bf16 on a CPU
+    python -m benchmarks.memory --shapes        # the plan alone, by part, for RWKV-7 of 0.1B to 7.2B: 1 x 512
+    tokens in bf16 on a CPU
 
-Each configuration is a run of train.py in its own process, on a random model with the World vocabulary and rows that are full and trained
-as a whole. Measured is the most that the process ever had resident (ru_maxrss: its own memory and the mapped files that it touched),
-predicted what `python -m scripts.plan --json` says beforehand, the libraries' share included; of two processes it is the larger one's peak,
-against the plan for one. The last line is JSON.
+Each configuration is a run of train.py in its own process, on a random model with the World vocabulary and
+rows that are full and trained as a whole. Measured is the most that the process ever had resident (ru_maxrss:
+its own memory and the mapped files that it touched), predicted what `python -m scripts.plan --json` says
+beforehand, the libraries' share included; of two processes it is the larger one's peak, against the plan for
+one. The last line is JSON.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from src.model import default_arch
 
 from .common import report, write_random_base
 
-# two steps of two micro-batches before the copies that --rollback_steps keeps, and four after: the heap is as large as it gets
+# two steps of two micro-batches before the copies that --rollback_steps keeps, and four after: the heap is as
+# large as it gets
 COMMON = [
     "--accelerator",
     "cpu",
@@ -154,7 +157,8 @@ def main() -> None:
     imports = "import lightning.pytorch, matplotlib.pyplot, src.run, src.trainer, src.callbacks"
     libraries = peak_resident([sys.executable, "-c", imports])
     print(
-        f"the imports alone: {libraries / 1e6:,.0f} MB; the plan counts {LIBRARIES['cpu'] / 1e6:,.0f} MB for libraries"
+        f"the imports alone: {libraries / 1e6:,.0f} MB; the plan counts {LIBRARIES['cpu'] / 1e6:,.0f} MB for"
+        " libraries"
     )
     results = {}
     for name in args.configurations:
@@ -168,7 +172,8 @@ def main() -> None:
         ratio = result["ratio"] = round(result["predicted"] / result["measured"], 3)
         predicted, measured = (f"{result[key] / 1e6:,.0f}" for key in ("predicted", "measured"))
         print(
-            f"{name:<12} {' '.join(flags):<75} predicted {predicted:>6} MB   measured {measured:>6} MB   {ratio:.3f}",
+            f"{name:<12} {' '.join(flags):<75} predicted {predicted:>6} MB   measured {measured:>6} MB  "
+            f" {ratio:.3f}",
             flush=True,
         )
     report("memory", n_layer=args.n_layer, n_embd=args.n_embd, libraries=libraries, results=results)

@@ -2,10 +2,12 @@
 
     python -m benchmarks.merge [--folder DIR] [--rounds 5] [--n_layer 24] [--n_embd 768]
 
-merge (one MiSS adapter, and two with weights) and the copy end with an fsync and read a file that is in the page cache; they run in turns, and the
-fastest of the rounds are compared, by wall time and by the process's CPU time, which other programs on the machine change less. unmerge and diff
-read two such files, once after a warm-up. Memory is the peak of RssAnon (mapped pages of files are not in it), in units of the file's largest
-tensor. --n_embd 2048 is a file of 3 GB, of which three copies are on the disk at once, and a fourth while it is written.
+merge (one MiSS adapter, and two with weights) and the copy end with an fsync and read a file that is in the
+page cache; they run in turns, and the fastest of the rounds are compared, by wall time and by the process's
+CPU time, which other programs on the machine change less. unmerge and diff read two such files, once after a
+warm-up. Memory is the peak of RssAnon (mapped pages of files are not in it), in units of the file's largest
+tensor. --n_embd 2048 is a file of 3 GB, of which three copies are on the disk at once, and a fourth while it
+is written.
 """
 
 import argparse
@@ -37,7 +39,9 @@ LINEARS = {
 
 
 def base_file(path: pathlib.Path, layers: int, width: int) -> int:
-    """Write random matrices with the shapes of RWKV-7, and a few of its vectors, in bf16; returns the bytes of the largest tensor."""
+    """Write random matrices with the shapes of RWKV-7, and a few of its vectors, in bf16; returns the bytes
+    of the largest tensor.
+    """
     shapes = {"emb.weight": (VOCABULARY, width)}
     for layer in range(layers):
         shapes |= {
@@ -132,8 +136,8 @@ def main() -> None:
                 rounds[0][name] = times(works[name])
 
     print(
-        f"{size / 1e9:.2f} GB bf16, RWKV-7 {args.n_layer} x {args.n_embd}, {args.n_layer * len(LINEARS)} linears, MiSS rank {RANK}, "
-        f"largest tensor {largest / 1e6:.0f} MB"
+        f"{size / 1e9:.2f} GB bf16, RWKV-7 {args.n_layer} x {args.n_embd}, {args.n_layer * len(LINEARS)}"
+        f" linears, MiSS rank {RANK}, largest tensor {largest / 1e6:.0f} MB"
     )
     print(f"{'':<18}  wall s  copy's speed   CPU s  peak / largest")
     figures = {}

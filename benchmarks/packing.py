@@ -1,10 +1,13 @@
-"""Packed rows against padded ones on question-answer data: how full rows are, and trained tokens a second, in one run.
+"""Packed rows against padded ones on question-answer data: how full rows are, and trained tokens a second, in
+one run.
 
-    python -m benchmarks.packing DATA.jsonl [--ctx_len 512] [--micro_bsz 2] [--steps 4] [--n_layer 12] [--n_embd 768]
+    python -m benchmarks.packing DATA.jsonl [--ctx_len 512] [--micro_bsz 2] [--steps 4] [--n_layer 12]
+    [--n_embd 768]
 
-A random RWKV-7 with MiSS takes steps on both kinds of row by turns; the
-rate is trained tokens over wall time, all steps together. Padded rows come in three kinds: to the longest of their micro-batch; to ctx_len;
-and to ctx_len with the head on every position, as trainers have it that mask the loss afterwards. The last line is JSON.
+A random RWKV-7 with MiSS takes steps on both kinds of row by turns; the rate is trained tokens over wall
+time, all steps together. Padded rows come in three kinds: to the longest of their micro-batch; to ctx_len;
+and to ctx_len with the head on every position, as trainers have it that mask the loss afterwards. The last
+line is JSON.
 """
 
 import argparse
@@ -87,7 +90,8 @@ def main() -> None:
     for title in batches:
         times = rate["packed"] / rate[title]
         print(
-            f"{title:<30} {fill[title]:6.1%} full   {rate[title]:8.1f} trained tokens/s   packed is {times:.2f} times as fast"
+            f"{title:<30} {fill[title]:6.1%} full   {rate[title]:8.1f} trained tokens/s   packed is"
+            f" {times:.2f} times as fast"
         )
     report(
         "packing",

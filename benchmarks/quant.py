@@ -1,15 +1,18 @@
 """A quantised base against the unquantised one: what it learns, what it takes, how long a step lasts.
 
-    python -m benchmarks.quant [--data ../shared/data] [--steps 200] [--seeds 3] [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--threads 1]
+    python -m benchmarks.quant [--data ../shared/data] [--steps 200] [--seeds 3] [--n_layer 12] [--n_embd 768]
+    [--ctx_len 512] [--threads 1]
 
-Learning: small trained models are taught something new by MiSS, in the same steps on every kind of base: the demo's base to sort,
-rwkv7-reverse its changed task (`123,` -> `432#`), and an English RWKV-6 Shakespeare; without --data the first alone. Shown is the held-out loss
-after the steps, in nats a token, a mean over the seeds, on the kind of base that the adapter was trained on; "merged" is that of the adapter
-on the unquantised base, as the merge makes it. Rates are so low that rounding alone does not change the outcome: at 1e-2 the runs of digits
-are chaotic, and int8 is then 0.84 to 1.20 times none, by the seed.
+Learning: small trained models are taught something new by MiSS, in the same steps on every kind of base: the
+demo's base to sort, rwkv7-reverse its changed task (`123,` -> `432#`), and an English RWKV-6 Shakespeare;
+without --data the first alone. Shown is the held-out loss after the steps, in nats a token, a mean over the
+seeds, on the kind of base that the adapter was trained on; "merged" is that of the adapter on the unquantised
+base, as the merge makes it. Rates are so low that rounding alone does not change the outcome: at 1e-2 the
+runs of digits are chaotic, and int8 is then 0.84 to 1.20 times none, by the seed.
 
-Cost: a random RWKV-7 of the given size, CPU seconds of one step (forward and backward of a row), the kinds taking turns, the fastest of the
-rounds; what a whole run takes is in benchmarks/memory.py. The last line is JSON.
+Cost: a random RWKV-7 of the given size, CPU seconds of one step (forward and backward of a row), the kinds
+taking turns, the fastest of the rounds; what a whole run takes is in benchmarks/memory.py. The last line is
+JSON.
 """
 
 import argparse
@@ -42,7 +45,9 @@ DIGITS = "0123456789,#"  # the vocabulary of rwkv7-reverse: an id is a place in 
 
 
 def digits(count: int, seed: int) -> list[tuple[list[int], int]]:
-    """Rows (ids, number of ids that are given) of the changed task of rwkv7-reverse: reverse, and add 1 to every digit."""
+    """Rows (ids, number of ids that are given) of the changed task of rwkv7-reverse: reverse, and add 1 to
+    every digit.
+    """
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -72,7 +77,9 @@ def sorting(count: int, seed: int) -> list[tuple[list[int], int]]:
 
 
 def shakespeare(path: pathlib.Path, count: int, seed: int) -> list[tuple[list[int], int]]:
-    """Rows of 200 characters, UTF-16-LE bytes; seed 0 has them from the last tenth of the text, any other from what is before."""
+    """Rows of 200 characters, UTF-16-LE bytes; seed 0 has them from the last tenth of the text, any other
+    from what is before.
+    """
     text = path.read_text()
     cut = len(text) * 9 // 10
     draw = random.Random(seed)
@@ -175,8 +182,9 @@ def compare(name: str, chosen: dict, args) -> list[dict]:
         }
         results.append({"task": name, "kind": kind, **result, **ratios})
         print(
-            f"{name:<24} {kind:<5} held-out loss {result['before']:.4f}, after {args.steps} steps {result['after']:.4f}, "
-            f"{ratios['times_none']:.4f} times none; merged {result['merged']:.4f}, {ratios['merged_times_none']:.4f} times",
+            f"{name:<24} {kind:<5} held-out loss {result['before']:.4f}, after {args.steps} steps"
+            f" {result['after']:.4f}, {ratios['times_none']:.4f} times none; merged {result['merged']:.4f},"
+            f" {ratios['merged_times_none']:.4f} times",
             flush=True,
         )
     return results
@@ -226,7 +234,8 @@ def cost(base, args, precision: str) -> list[dict]:
             }
         )
         print(
-            f"{precision} {way:<16} base {held / 1e6:7.1f} MB, a step {seconds[way]:6.3f} s, {ratio:.3f} times none",
+            f"{precision} {way:<16} base {held / 1e6:7.1f} MB, a step {seconds[way]:6.3f} s, {ratio:.3f}"
+            " times none",
             flush=True,
         )
     return figures

@@ -1,10 +1,12 @@
-"""Training steps of random models of the released sizes with MiSS: tokens a second, memory, and the share of the machine's matrix products.
+"""Training steps of random models of the released sizes with MiSS: tokens a second, memory, and the share of
+the machine's matrix products.
 
-    python -m benchmarks.sizes [--device cuda] [--models 0.1B 0.4B ... v6-3B] [--ctx_len 512 4096] [--precision bf16] [--grad_cp 0] [--rounds 5]
+    python -m benchmarks.sizes [--device cuda] [--models 0.1B 0.4B ... v6-3B] [--ctx_len 512 4096]
+    [--precision bf16] [--grad_cp 0] [--rounds 5]
 
-Batch 1, forward, loss, backward and AdamW. The share is the arithmetic of the step's products over its time, beside that of a product of two
-square matrices in the same run. Memory is the most that tensors took, of a GPU, or the process' peak. A model that does not fit is said so. The
-last line is JSON.
+Batch 1, forward, loss, backward and AdamW. The share is the arithmetic of the step's products over its time,
+beside that of a product of two square matrices in the same run. Memory is the most that tensors took, of a
+GPU, or the process' peak. A model that does not fit is said so. The last line is JSON.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""What starting costs: `import rwkv_miss` on top of `import torch`, and the time from the command to the first training step.
+"""What starting costs: `import rwkv_miss` on top of `import torch`, and the time from the command to the
+first training step.
 
 python -m benchmarks.startup [--rounds 7]
 """

@@ -1,10 +1,12 @@
-"""The training step of a random RWKV with MiSS, whole and in parts, beside its bare matrix products and beside HF peft in the same loop.
+"""The training step of a random RWKV with MiSS, whole and in parts, beside its bare matrix products and
+beside HF peft in the same loop.
 
-    python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1] [--rounds 5] [--variants NAME ...] [--memory]
+    python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1]
+    [--rounds 5] [--variants NAME ...] [--memory]
 
-A step is forward, loss, backward and AdamW on one row. The variants take turns and the fastest round of each counts: CPU time with one
-thread, wall time with several. `--memory` adds the most memory above the model that two steps of each took in a process of their own.
-The last line is JSON.
+A step is forward, loss, backward and AdamW on one row. The variants take turns and the fastest round of each
+counts: CPU time with one thread, wall time with several. `--memory` adds the most memory above the model that
+two steps of each took in a process of their own. The last line is JSON.
 """
 
 import argparse
@@ -45,7 +47,9 @@ KERNELS = {"plain": "torch", "plain, by tokens": "reference"}
 
 
 def random_base(version: int, n_layer: int, n_embd: int, vocab_size: int, kernel: str = "cpu") -> RWKV:
-    """A model as a new one is, with the maps that are zero there filled, and by default the native kernels of the CPU."""
+    """A model as a new one is, with the maps that are zero there filled, and by default the native kernels of
+    the CPU.
+    """
     model = RWKV(default_arch(version, n_layer, n_embd, vocab_size), kernel)
     with torch.no_grad():
         for p in model.parameters():
@@ -143,8 +147,9 @@ def adapters(base: RWKV, rank: int) -> list[torch.Tensor]:
 
 
 def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callable[[], None]:
-    """Every matrix product of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx = dy W, of each adapter S D, dy D^T
-    and S^T dy. `multiply(x, W)` is x W^T."""
+    """Every matrix product of the step of "miss" and nothing else: of the frozen weights y = x W^T and dx =
+    dy W, of each adapter S D, dy D^T and S^T dy. `multiply(x, W)` is x W^T.
+    """
     weights, all_D = matrices(base), adapters(base, rank)
     x = {width: torch.randn(tokens, width) for width in {n for w in weights for n in w.shape} | {rank}}
 
@@ -246,8 +251,9 @@ def main() -> None:
         if args.memory and name in VARIANTS:
             row["peak_MB"] = round(peak(args, name) / 1e6)
         print(
-            f"{name:<18} {row['seconds']:8.3f} s {args.ctx_len / row['seconds']:8.1f} tokens/s {row['of_bare_torch_gemms']:6.2f} of bare GEMMs "
-            f"{row.get('of_miss', 0):6.2f} of miss {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}",
+            f"{name:<18} {row['seconds']:8.3f} s {args.ctx_len / row['seconds']:8.1f} tokens/s"
+            f" {row['of_bare_torch_gemms']:6.2f} of bare GEMMs {row.get('of_miss', 0):6.2f} of miss"
+            f" {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}",
             flush=True,
         )
     report(

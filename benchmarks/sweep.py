@@ -1,12 +1,15 @@
-"""Do K adapters in one pass over the frozen base pay, for scripts.lr_sweep? Against K passes one after the other.
+"""Do K adapters in one pass over the frozen base pay, for scripts.lr_sweep? Against K passes one after the
+other.
 
-    python -m benchmarks.sweep [--adapters 4] [--shapes 6:12:128:256:8x128 7:12:768:65536:1x512 ...] [--rounds 5] [--threads 1]
+    python -m benchmarks.sweep [--adapters 4] [--shapes 6:12:128:256:8x128 7:12:768:65536:1x512 ...] [--rounds
+    5] [--threads 1]
 
-A shape is RWKV version:layers:width:vocabulary:rows x tokens. The batched pass has K times the rows; a linear multiplies all of them by W, and
-each adapter's rows' shard sums by its own D: y_k = x_k W^T + S(x_k) D_k. From the first adapted linear on the x_k differ, so that no frozen
-product is shared, and nothing but overhead can be saved: what is common, the first layer's inputs and their products, is at most a 6 L-th of a
-step of L layers. Memory for activations is K times as large. Shown are CPU seconds of forward and backward, the fastest of the rounds, taken by
-turns. The last line is JSON.
+A shape is RWKV version:layers:width:vocabulary:rows x tokens. The batched pass has K times the rows; a linear
+multiplies all of them by W, and each adapter's rows' shard sums by its own D: y_k = x_k W^T + S(x_k) D_k.
+From the first adapted linear on the x_k differ, so that no frozen product is shared, and nothing but overhead
+can be saved: what is common, the first layer's inputs and their products, is at most a 6 L-th of a step of L
+layers. Memory for activations is K times as large. Shown are CPU seconds of forward and backward, the fastest
+of the rounds, taken by turns. The last line is JSON.
 """
 
 import argparse
@@ -113,7 +116,8 @@ def compare(shape: str, adapters: int, rounds: int) -> dict:
             seconds[name] = min(seconds[name], time.process_time() - start)
     ratio = seconds["together"] / seconds["in turn"]
     print(
-        f"{shape:<24} {adapters} adapters: in turn {seconds['in turn']:.4f} s, together {seconds['together']:.4f} s, {ratio:.3f} times",
+        f"{shape:<24} {adapters} adapters: in turn {seconds['in turn']:.4f} s, together"
+        f" {seconds['together']:.4f} s, {ratio:.3f} times",
         flush=True,
     )
     return {"shape": shape, "seconds": seconds, "ratio": round(ratio, 3)}

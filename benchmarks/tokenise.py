@@ -1,15 +1,18 @@
-"""Tokenising question-answer data, the share of a training step that waits for data, and the memory that a run keeps of them.
+"""Tokenising question-answer data, the share of a training step that waits for data, and the memory that a
+run keeps of them.
 
     python -m benchmarks.tokenise DATA.jsonl [--repeat 16] [--steps 60]
     python -m benchmarks.tokenise DATA.jsonl --memory 200 1000
 
-The tokenizer is World's. Cold is into an empty cache, cached is the same call again, which maps the arrays. The data, repeated, is then
-tokenised in one process, in two, and in one for each core. The share is measured in a run of train.py on the demo's base
-(--micro_bsz 16 --ctx_len 128): the time spent in the iterator of batches over that of the steps.
+The tokenizer is World's. Cold is into an empty cache, cached is the same call again, which maps the arrays.
+The data, repeated, is then tokenised in one process, in two, and in one for each core. The share is measured
+in a run of train.py on the demo's base (--micro_bsz 16 --ctx_len 128): the time spent in the iterator of
+batches over that of the steps.
 
---memory: for the data once, and repeated to so many MB, a run of its own trains a tiny model, first into an empty cache, then from it. What it
-has in its second step is its own memory (RssAnon) and mapped pages (RssFile); growth is between two sizes, by bytes of the file. It needs
-2.7 times the largest size on the disk. The last line is JSON.
+--memory: for the data once, and repeated to so many MB, a run of its own trains a tiny model, first into an
+empty cache, then from it. What it has in its second step is its own memory (RssAnon) and mapped pages
+(RssFile); growth is between two sizes, by bytes of the file. It needs 2.7 times the largest size on the disk.
+The last line is JSON.
 """
 
 import argparse
@@ -165,7 +168,8 @@ def kept_memory(data: str, sizes: list[int], folder: str) -> None:
             for (size, before), (larger, after) in itertools.pairwise(own)
         ]
         print(
-            f"growth     {cache:<6} {', '.join(f'{value:.3f}' for value in growth[cache])} bytes for each byte of the file"
+            f"growth     {cache:<6} {', '.join(f'{value:.3f}' for value in growth[cache])} bytes for each"
+            " byte of the file"
         )
     report(
         "tokenise memory",

@@ -1,11 +1,14 @@
-"""Forward and backward of every WKV kernel beside the token-by-token form under autograd, in one run; errors against float64.
+"""Forward and backward of every WKV kernel beside the token-by-token form under autograd, in one run; errors
+against float64.
 
-    python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10] [--device cpu|cuda]
+    python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10]
+    [--device cpu|cuda]
                              [--kernels cpu torch reference] [--peers]
 
-On a CPU: CPU time of one thread, the native kernel's share of the limit that multiply-adds set (their peak is measured between its rounds),
-and its gain from a second thread in wall time, from paired runs. On a GPU: time between events. The fastest round counts. Errors are of
-the first row of the batch. --peers adds flash-linear-attention (pip install "rwkv-miss[bench]"), which runs on GPUs only. The last line is JSON.
+On a CPU: CPU time of one thread, the native kernel's share of the limit that multiply-adds set (their peak is
+measured between its rounds), and its gain from a second thread in wall time, from paired runs. On a GPU: time
+between events. The fastest round counts. Errors are of the first row of the batch. --peers adds
+flash-linear-attention (pip install "rwkv-miss[bench]"), which runs on GPUs only. The last line is JSON.
 """
 
 import argparse
@@ -174,7 +177,8 @@ def main() -> None:
     others = peers() if args.peers else {6: {}, 7: {}}
 
     print(
-        f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8} {'2 threads':>9} {'kept MB':>8} {'error':>8}"
+        f"{'shape':>12}  op    {'kernel':<10} {'fwd+bwd ms':>10} {'times ref.':>10} {'of limit':>8}"
+        f" {'2 threads':>9} {'kept MB':>8} {'error':>8}"
     )
     rows = []
     for title in args.shapes:
@@ -205,17 +209,19 @@ def main() -> None:
                     "ms": round(ms, 2),
                     "times_reference": round(best["reference"] / ms, 2) if "reference" in best else None,
                     "of_fma_limit": round(sorted(limits)[len(limits) // 2], 3) if name == "cpu" else None,
-                    "second_thread": round(second_thread(runs[name], inputs, dy, args.rounds), 2)
-                    if name == "cpu"
-                    else None,
+                    "second_thread": (
+                        round(second_thread(runs[name], inputs, dy, args.rounds), 2)
+                        if name == "cpu"
+                        else None
+                    ),
                     "kept_mb": round(kept_mb(runs[name], inputs), 1),
                     "error": float(f"{errors[name]:.1e}"),
                 }
                 rows.append(row)
                 shown = [row[key] or "" for key in ("times_reference", "of_fma_limit", "second_thread")]
                 print(
-                    f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {shown[0]:>10} {shown[1]:>8} {shown[2]:>9} "
-                    f"{row['kept_mb']:8.1f} {row['error']:8.1e}",
+                    f"{title:>12}  {row['op']}  {name:<10} {ms:10.2f} {shown[0]:>10} {shown[1]:>8}"
+                    f" {shown[2]:>9} {row['kept_mb']:8.1f} {row['error']:8.1e}",
                     flush=True,
                 )
     card = {} if on_cpu else {"card": torch.cuda.get_device_name()}

@@ -1,10 +1,12 @@
-"""Memory of one process under two strategies, ZeRO stages 2 and 3 unless told, on the CPU, with a random RWKV-7 base of 0.45 B parameters.
+"""Memory of one process under two strategies, ZeRO stages 2 and 3 unless told, on the CPU, with a random
+RWKV-7 base of 0.45 B parameters.
 
-python -m benchmarks.zero [--strategies deepspeed_stage_2 deepspeed_stage_3] [--precision fp32] [--layers 24 --width 1024] [--steps 3]
+python -m benchmarks.zero [--strategies deepspeed_stage_2 deepspeed_stage_3] [--precision fp32] [--layers 24
+--width 1024] [--steps 3]
 
-What counts is the highest resident memory above that of the process before it looks at the base, everything imported: the
-process's own (RssAnon) apart from mapped pages of files (RssFile), which the processes of a machine share and the system can
-take back, and both at once. Seconds are those of the last step.
+What counts is the highest resident memory above that of the process before it looks at the base, everything
+imported: the process's own (RssAnon) apart from mapped pages of files (RssFile), which the processes of a
+machine share and the system can take back, and both at once. Seconds are those of the last step.
 """
 
 from __future__ import annotations
@@ -106,8 +108,8 @@ def main() -> None:
             "".join(json.dumps({"text": "x" * args.tokens}) + "\n" for _ in range(PROCESSES * args.steps))
         )
         print(
-            f"{parameters / 1e6:.0f} M parameters, base in {args.precision}, {PROCESSES} processes, {args.steps} steps; "
-            "MiB above the start, of the process that has more"
+            f"{parameters / 1e6:.0f} M parameters, base in {args.precision}, {PROCESSES} processes,"
+            f" {args.steps} steps; MiB above the start, of the process that has more"
         )
         table, peaks, seconds = (
             ["| strategy | own memory | mapped pages | both at once | s a step |\n|---|---|---|---|---|"],
@@ -155,7 +157,8 @@ def main() -> None:
     ratio = {name: round(last[name] / max(first[name], 1), 3) for name in first}
     print("\n".join(table))
     print(
-        f"{args.strategies[-1]} over {args.strategies[0]}: {ratio['own']} of the process's own memory, {ratio['together']} with mapped pages"
+        f"{args.strategies[-1]} over {args.strategies[0]}: {ratio['own']} of the process's own memory,"
+        f" {ratio['together']} with mapped pages"
     )
     report(
         "zero",

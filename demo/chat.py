@@ -1,4 +1,6 @@
-"""Chat with a model file, or with a base and adapters beside it, unmerged: python -m demo.chat --model merged.pth"""
+"""Chat with a model file, or with a base and adapters beside it, unmerged: python -m demo.chat --model
+merged.pth
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="adapter .pth trained on that base, by its file's name unless NAME is given; the first of several answers, /adapter NAME chooses",
+        help=(
+            "adapter .pth trained on that base, by its file's name unless NAME is given; the first of several"
+            " answers, /adapter NAME chooses"
+        ),
     )
     add(
         "--scale",
@@ -68,8 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--top_p",
         type=float,
         default=Sampling.top_p,
-        help="draw among the likeliest tokens that have this share together; 1: among all; "
-        "default %(default)s",
+        help=(
+            "draw among the likeliest tokens that have this share together; 1: among all; default %(default)s"
+        ),
     )
     add(
         "--top_k",
@@ -95,16 +101,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--precision",
         default="auto",
         choices=("auto", *DTYPES),
-        help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with --wkv torch or reference. On a CPU "
-        "answers are computed in fp32 from bf16 weights, too, but their prompts are read in bf16 where the CPU has instructions for it: faster, "
-        "with logits about 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32",
+        help=(
+            "of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with"
+            " --wkv torch or reference. On a CPU answers are computed in fp32 from bf16 weights, too, but"
+            " their prompts are read in bf16 where the CPU has instructions for it: faster, with logits about"
+            " 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32"
+        ),
     )
     add(
         "--quant",
         default="none",
         choices=("none", "int8"),
-        help="int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with those of --precision. It is not the "
-        "int8 of train.py's --quant, which has a scale for each 64 weights",
+        help=(
+            "int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with"
+            " those of --precision. It is not the int8 of train.py's --quant, which has a scale for each 64"
+            " weights"
+        ),
     )
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
     args = parser.parse_args(argv)
@@ -145,11 +157,13 @@ def named(given: list[str]) -> dict[str, str]:
             name, path = os.path.splitext(os.path.basename(text))[0], text
         if not name or name == NO_ADAPTER or "+" in name or name.split() != [name]:
             raise UserError(
-                f"--adapter {text}: an adapter can't be called {name!r}; give it another name: --adapter NAME={path}"
+                f"--adapter {text}: an adapter can't be called {name!r}; give it another name: --adapter"
+                f" NAME={path}"
             )
         if name in files:
             raise UserError(
-                f"--adapter {text}: {files[name]} is called {name}, too; give one of them another name: --adapter NAME={path}"
+                f"--adapter {text}: {files[name]} is called {name}, too; give one of them another name:"
+                f" --adapter NAME={path}"
             )
         files[name] = path
     return files
@@ -187,8 +201,8 @@ def main(argv: list[str] | None = None) -> None:
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
         else:
             print(
-                f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the commands, "
-                "/exit ends the chat.",
+                f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the"
+                " commands, /exit ends the chat.",
                 file=sys.stderr,
             )
             chat.converse()

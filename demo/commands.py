@@ -52,9 +52,11 @@ def command(name: str, arguments: str = ""):
 
 
 class Chat:
-    """A conversation, the adapters it may use, and what is typed. Answers go to stdout, everything else to stderr.
+    """A conversation, the adapters it may use, and what is typed. Answers go to stdout, everything else to
+    stderr.
 
-    `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter files in use.
+    `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter
+    files in use.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Chat:
                 note("stopped" + ("; what was said stays in the conversation, until /undo" if kept else ""))
 
     def take(self, line: str) -> None:
-        """One line: nothing, a command, or the user's words, which // or a space before a slash makes of what looks like a command."""
+        """One line: nothing, a command, or the user's words, which // or a space before a slash makes of what
+        looks like a command.
+        """
         check_typed(line)
         if line.startswith("/") and not line.startswith("//"):
             name, _, argument = line[1:].partition(" ")
@@ -164,7 +168,9 @@ class Chat:
 
     @command("adapter", "[NAME|NAME+NAME|none]")
     def choose_adapter(self, argument: str) -> None:
-        """answer with this adapter, with the sum of several, or with the base alone; without a name: list them"""
+        """answer with this adapter, with the sum of several, or with the base alone; without a name: list
+        them
+        """
         if argument:
             names = () if argument == NO_ADAPTER else tuple(name.strip() for name in argument.split("+"))
             if len({*names}) < len(names):
@@ -259,7 +265,9 @@ class Chat:
 
     @command("compare", "TEXT")
     def compare_answers(self, argument: str) -> None:
-        """the base's answer and the adapter's to the same words, side by side; the conversation stays as it is"""
+        """the base's answer and the adapter's to the same words, side by side; the conversation stays as it
+        is
+        """
         print(self.compared(needed("compare", argument)))
 
     @command("help")
@@ -280,7 +288,9 @@ class Chat:
         self.over = True
 
     def compared(self, text: str) -> str:
-        """Two columns: what the base and what the adapter in use answers, with the same random numbers. UserError without an adapter."""
+        """Two columns: what the base and what the adapter in use answers, with the same random numbers.
+        UserError without an adapter.
+        """
         names, scale, conversation = self.adapters.used, self.adapters.scale, self.conversation
         if not names:
             raise UserError(
@@ -342,7 +352,9 @@ def note(text: str) -> None:
 
 
 def show(pieces: Generator[str, None, Any]) -> None:
-    """Print an answer as it is made. Where that is stopped, the answer is told, and its conversation keeps what was said."""
+    """Print an answer as it is made. Where that is stopped, the answer is told, and its conversation keeps
+    what was said.
+    """
     try:
         for piece in pieces:
             print(piece, end="", flush=True)

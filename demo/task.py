@@ -15,7 +15,9 @@ LENGTHS = range(3, 8)
 
 
 def rows(task: str, count: int, seed: int, excluded: set[str] = frozenset()) -> list[dict]:
-    """`count` conversations of one or two questions about strings of 3 to 7 letters, none of which is in `excluded`."""
+    """`count` conversations of one or two questions about strings of 3 to 7 letters, none of which is in
+    `excluded`.
+    """
     rng = random.Random(seed)
 
     def turn() -> list[dict]:

@@ -1,4 +1,6 @@
-"""The demo's last word: accuracy before and after, and whether the merged file is the adapter's model. The last line is JSON."""
+"""The demo's last word: accuracy before and after, and whether the merged file is the adapter's model. The
+last line is JSON.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def main() -> None:
         live, _ = exact_accuracy(adapters.model, tokenizer, questions, args.max_tokens, template)
         if abs(live - after) > 0.01:
             raise UserError(
-                f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost something"
+                f"the merged file is right on {after:.1%}, base + adapter on {live:.1%}: the merge lost"
+                " something"
             )
         with open(args.summary, encoding="utf-8") as file:
             seconds = json.load(file)["train_seconds"]
@@ -44,7 +47,8 @@ def main() -> None:
         for question, first, second in list(zip(questions, wrong, answers, strict=True))[:8]:
             print(f"{_short(question.prompt):<60.60} {first:<12.12} {second:<12.12}")
         print(
-            f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before, {after:.1%} after (unmerged {live:.1%})"
+            f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before,"
+            f" {after:.1%} after (unmerged {live:.1%})"
         )
         print(
             json.dumps(

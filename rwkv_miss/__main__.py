@@ -22,7 +22,9 @@ EMPTY = (None, "", [], {})
 
 
 def describe(path) -> dict[str, Any]:
-    """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values; an adapter may be another project's."""
+    """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values; an adapter may be
+    another project's.
+    """
     source = open_source(path)
     tensors, metadata = source.tensors, source.config
     written_as = metadata.get("format", "checkpoint")
@@ -66,7 +68,8 @@ def show(facts: dict[str, Any]) -> None:
     if facts["trained"]:
         trained = facts["trained"]
         print(
-            f"  trained      {trained['tensors']}, {trained['parameters']:,} parameters; the others are the optimizer's"
+            f"  trained      {trained['tensors']}, {trained['parameters']:,} parameters; the others are the"
+            " optimizer's"
         )
         print(f"  purpose      --resume auto goes on from it; for merge and chat there is {facts['output']}")
     if facts["description"]:
@@ -122,8 +125,10 @@ def parse(argv: list[str] | None):
     converting.add_argument(
         "--base",
         default="",
-        help="the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
-        "its model's widths",
+        help=(
+            "the model file: for --to rwkv-lightning, and for --to lora where the adapter does not know "
+            "its model's widths"
+        ),
     )
     inspect = commands.add_parser("inspect", help="what a file is")
     inspect.add_argument("file")

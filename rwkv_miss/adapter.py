@@ -1,7 +1,8 @@
 """The base of every adapter method and their registry.
 
-An adapted linear is still an `nn.Linear`: its `weight` keeps its name, the adapter only adds parameters beside it
-(`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A method is one file in `methods/`.
+An adapted linear is still an `nn.Linear`: its `weight` keeps its name, the adapter only adds parameters
+beside it (`blocks.0.att.key.weight` stays, `blocks.0.att.key.miss` is new). A method is one file in
+`methods/`.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def register(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """What a user may set for a method; subclasses add fields. `aliases` maps the names of neighbouring projects to fields."""
+    """What a user may set for a method; subclasses add fields. `aliases` maps the names of neighbouring
+    projects to fields.
+    """
 
     aliases: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> NoOptions:
-        """Options from a dictionary; an unknown key or a value of the wrong kind is a UserError that lists what exists."""
+        """Options from a dictionary; an unknown key or a value of the wrong kind is a UserError that lists
+        what exists.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         default = cls()
         known: dict[str, Any] = {}
@@ -99,7 +104,8 @@ def _by_name(key: str, value: Any, of: str) -> dict[str, Any]:
         type(number) in kinds and 0 < number < math.inf for number in value.values()
     ):
         raise UserError(
-            f'adapter option {key} must be names with {of}, such as {{"ffn": 32, "blocks.0": 8}}, got {value!r}'
+            f'adapter option {key} must be names with {of}, such as {{"ffn": 32, "blocks.0": 8}}, got'
+            f" {value!r}"
         )
     return dict(value)
 
@@ -110,7 +116,9 @@ def names_with(of: str) -> Any:
 
 
 def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
-    """What a map from parts of dotted names, such as "ffn", "att.key" or "blocks.0", says of one name: its longest part that is in it."""
+    """What a map from parts of dotted names, such as "ffn", "att.key" or "blocks.0", says of one name: its
+    longest part that is in it.
+    """
     found = [part for part in by_name if f".{part}." in f".{name}."]
     return by_name[max(found, key=len)] if found else default
 
@@ -128,7 +136,8 @@ def check_parts(what: str, by_name: dict[str, Any], names: Iterable[str]) -> Non
 class Options(NoOptions):
     """The options of most methods; subclasses add fields.
 
-    `rank_map` gives linears a rank of their own, by parts of their names: {"ffn": 32, "blocks.0.att": 8}; the longest part counts.
+    `rank_map` gives linears a rank of their own, by parts of their names: {"ffn": 32, "blocks.0.att": 8}; the
+    longest part counts.
     """
 
     rank: int = 64
@@ -148,7 +157,9 @@ class Options(NoOptions):
 
 
 class AdapterMethod:
-    """What inject(), the trainer and the merge ask of a method. Methods that adapt linears derive from AdapterLinear."""
+    """What inject(), the trainer and the merge ask of a method. Methods that adapt linears derive from
+    AdapterLinear.
+    """
 
     method: ClassVar[str]
     Options: ClassVar[type[NoOptions]] = Options
@@ -161,34 +172,41 @@ class AdapterMethod:
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
-        """Add the method's trainable parameters to a frozen model. `linears` maps dotted names to the chosen layers."""
+        """Add the method's trainable parameters to a frozen model. `linears` maps dotted names to the chosen
+        layers.
+        """
         raise NotImplementedError
 
 
 class AdapterLinear(AdapterMethod, nn.Linear):
     """A frozen linear with a trainable change of its weight, delta() of shape (out, in).
 
-    A method implements setup() and delta(); forward() may be overridden by something faster that means the same. The life of a layer:
-    setup(); then start() if it is new, or assign() with the tensors of a file; then prepare().
-    Tensors named in `shared` are the same in many layers: they live once in memory and once in the file. On those in `constants` the frozen weight
-    depends, so that a run that goes on begins with the ones it had.
+    A method implements setup() and delta(); forward() may be overridden by something faster that means the
+    same. The life of a layer: setup(); then start() if it is new, or assign() with the tensors of a file;
+    then prepare(). Tensors named in `shared` are the same in many layers: they live once in memory and once
+    in the file. On those in `constants` the frozen weight depends, so that a run that goes on begins with the
+    ones it had.
     """
 
     constants: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def make_shared(cls, shapes: dict[str, tuple[int, int]], options: Options, device) -> dict[str, Tensor]:
-        """The tensors of `shared`, for linears of these (out, in) shapes, by their dotted names: parameters to train, or tensors that stay."""
+        """The tensors of `shared`, for linears of these (out, in) shapes, by their dotted names: parameters
+        to train, or tensors that stay.
+        """
         return {}
 
     @classmethod
     def shared_names(cls, out: int, width: int) -> dict[str, str]:
-        """Of the shared tensors that a linear (out, in) uses: the name in the layer -> that of make_shared() and the file. A method whose tensors
-        differ with the widths overrides it."""
+        """Of the shared tensors that a linear (out, in) uses: the name in the layer -> that of make_shared()
+        and the file. A method whose tensors differ with the widths overrides it.
+        """
         return {name: name for name in cls.shared}
 
     def setup(self, options: Options) -> None:
-        """Register the layer's parameters (fp32) and buffers, with initial values where these need no weight; the shared ones are there.
+        """Register the layer's parameters (fp32) and buffers, with initial values where these need no weight;
+        the shared ones are there.
 
         What prepare() only derives is a buffer with persistent=False: it is not saved.
         """
@@ -198,7 +216,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """Give a new adapter those initial values that follow from the frozen weight."""
 
     def prepare(self) -> None:
-        """Called when the layer's tensors have their values: derive what forward() needs, or change the frozen weight (PiSSA)."""
+        """Called when the layer's tensors have their values: derive what forward() needs, or change the
+        frozen weight (PiSSA).
+        """
 
     def revert(self) -> None:
         """Give the frozen weight back as it was before prepare()."""
@@ -208,11 +228,15 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         raise NotImplementedError
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """(A (r, in), B (out, r)), fp32, with B A = delta(); None where the change of the weight has no such form."""
+        """(A (r, in), B (out, r)), fp32, with B A = delta(); None where the change of the weight has no such
+        form.
+        """
         return None
 
     def base_weight(self) -> Tensor:
-        """The weight of the base file, (out, in), fp32 or float64. A method that changes the frozen weight overrides it."""
+        """The weight of the base file, (out, in), fp32 or float64. A method that changes the frozen weight
+        overrides it.
+        """
         weight = dense(self.weight, self.in_features, torch.float32)
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -233,20 +257,24 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     @classmethod
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
-        """A scalar to add to the loss, or None. Inside gather(parameters) they are whole, also where ZeRO-3 shares them out; outside, and in the
-        backward, they may not be."""
+        """A scalar to add to the loss, or None. Inside gather(parameters) they are whole, also where ZeRO-3
+        shares them out; outside, and in the backward, they may not be.
+        """
         return None
 
     @classmethod
     def before_step(
         cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather
     ) -> None:
-        """Called before optimizer step `step` (1-based) of `total`. gradient_of(parameter) is that of the whole step, the same on all ranks, which
-        ask for them in the same order; None where there is none."""
+        """Called before optimizer step `step` (1-based) of `total`. gradient_of(parameter) is that of the
+        whole step, the same on all ranks, which ask for them in the same order; None where there is none.
+        """
 
     @classmethod
     def after_step(cls, layers: list[AdapterLinear], step: int, total: int, gather: Gather) -> None:
-        """Called after optimizer step `step` (1-based) of `total`. What is written into a trained parameter here would be lost under ZeRO."""
+        """Called after optimizer step `step` (1-based) of `total`. What is written into a trained parameter
+        here would be lost under ZeRO.
+        """
 
     def rate_factor(self, name: str) -> float:
         """What the learning rate of one of the layer's tensors is multiplied by (LoRA+)."""
@@ -256,8 +284,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def wrap(
         cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
     ) -> AdapterLinear:
-        """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy. `options` are its own, `shared` has its
-        shared tensors."""
+        """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy.
+        `options` are its own, `shared` has its shared tensors.
+        """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
         adapted.out_features, adapted.in_features = weight.shape
@@ -303,7 +332,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return self
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Everything of the method that a file keeps of this layer: its parameters and buffers without the base's weight and bias."""
+        """Everything of the method that a file keeps of this layer: its parameters and buffers without the
+        base's weight and bias.
+        """
         buffers = {
             name: t
             for name, t in self.named_buffers(recurse=False)
@@ -315,14 +346,18 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
-        """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in) fp32, in the memory of `weight`."""
+        """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in)
+        fp32, in the memory of `weight`.
+        """
         cls.of_file(weight, tensors, options).add_delta_to(weight)
         return weight
 
     @classmethod
     @torch.no_grad()
     def of_file(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> AdapterLinear:
-        """The adapted layer of a base weight (out, in) fp32, which is not copied, with the layer's tensors of an adapter file and its options."""
+        """The adapted layer of a base weight (out, in) fp32, which is not copied, with the layer's tensors of
+        an adapter file and its options.
+        """
         shared = {name: tensors[name].to(weight.dtype) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
         adapted.assign(tensors)
@@ -359,7 +394,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
 @torch.no_grad()
 def prepare_again(layer: AdapterLinear, _) -> None:
-    """Hook after load_state_dict() for a layer that keeps what it derives from the frozen weight, which may be another one now."""
+    """Hook after load_state_dict() for a layer that keeps what it derives from the frozen weight, which may
+    be another one now.
+    """
     layer.prepare()
 
 
@@ -393,7 +430,9 @@ def before_step(
     gradient_of: GradientOf = operator.attrgetter("grad"),
     gather: Gather = whole,
 ) -> None:
-    """Show the method the gradients of optimizer step `step` (1-based) of `total`, before the optimizer uses them."""
+    """Show the method the gradients of optimizer step `step` (1-based) of `total`, before the optimizer uses
+    them.
+    """
     layers = list(adapted_linears(model).values())
     if layers:
         type(layers[0]).before_step(layers, step, total, gradient_of, gather)
@@ -414,9 +453,11 @@ def only_linears_change(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Context in which the model is its base: adapted linears compute without their adapter, which is as before afterwards.
+    """Context in which the model is its base: adapted linears compute without their adapter, which is as
+    before afterwards.
 
-    Raises UserError where tensors of the base itself are trained, or an initial state is: their first values are not in the model.
+    Raises UserError where tensors of the base itself are trained, or an initial state is: their first values
+    are not in the model.
     """
     if not only_linears_change(model):
         raise UserError(

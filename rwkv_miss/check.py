@@ -1,4 +1,6 @@
-"""Is a file the merge of adapters into a base? Found from the files alone, tensor by tensor, whoever wrote them."""
+"""Is a file the merge of adapters into a base? Found from the files alone, tensor by tensor, whoever wrote
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,10 @@ SUMS = 2.0**-21
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """One tensor that is not the base's, by its key: its entries, how many differ from the base, ||merged - base|| / ||base||, and what adapters
-    make of it: how many entries are not the merge's bit for bit (None without adapters), and how many would not be the base's again if the change
-    were subtracted from them."""
+    """One tensor that is not the base's, by its key: its entries, how many differ from the base, ||merged -
+    base|| / ||base||, and what adapters make of it: how many entries are not the merge's bit for bit (None
+    without adapters), and how many would not be the base's again if the change were subtracted from them.
+    """
 
     name: str
     entries: int
@@ -39,7 +42,9 @@ class Changed:
 
 @dataclasses.dataclass
 class MergeCheck:
-    """What check_merge() found: `problems` says why it is no such merge, and `rounding` has the account of the adapters' changes."""
+    """What check_merge() found: `problems` says why it is no such merge, and `rounding` has the account of
+    the adapters' changes.
+    """
 
     base: str
     merged: str
@@ -62,7 +67,8 @@ class MergeCheck:
     def lines(self, rows: int | None = ROWS) -> list[str]:
         """What the user is told; `rows` tensors of a table (None: all)."""
         lines = [
-            f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit for bit, {len(self.changed)} are not"
+            f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit"
+            f" for bit, {len(self.changed)} are not"
         ]
         if self.adapters:
             names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
@@ -76,14 +82,16 @@ class MergeCheck:
                 lines.append(f"those are what the merge of {names} writes, {exact}")
                 total = self.rounding.total
                 lines.append(
-                    f"rounding lost {percent(total.lost)} of the update and left {percent(total.unchanged_share)} of its entries unchanged"
+                    f"rounding lost {percent(total.lost)} of the update and left"
+                    f" {percent(total.unchanged_share)} of its entries unchanged"
                 )
                 lines += self.rounding.table(rows)
         elif self.changed:
             worst = sorted(self.changed, key=lambda c: -c.distance)[:rows]
             width = max(len(c.name) for c in worst)
             lines.append(
-                f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| / |base|"
+                f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| /"
+                " |base|"
             )
             lines += [
                 f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}"
@@ -96,7 +104,8 @@ class MergeCheck:
             lines.append(f"the merge is undone by taking {self.base} again")
             if self.adapters:
                 lines[-1] += (
-                    f": to subtract the update would leave {percent(self.not_undone)} of these entries other than the base's"
+                    f": to subtract the update would leave {percent(self.not_undone)} of these entries other"
+                    " than the base's"
                 )
         if self.ok and not self.changed:
             lines.append("no tensor differs: nothing is to be undone")
@@ -127,14 +136,17 @@ class MergeCheck:
 def check_merge(
     base, merged, adapters=(), weights: Sequence[float] | None = None, hints: Hints = NO_HINTS
 ) -> MergeCheck:
-    """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's, bit for bit, up to the rounding to
-    the merged file's dtype. With adapters, which `hints` are for as in merge_file(), that those which differ are what it writes.
+    """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's,
+    bit for bit, up to the rounding to the merged file's dtype. With adapters, which `hints` are for as in
+    merge_file(), that those which differ are what it writes.
 
-    Their weights are by default what the merged file records, else 1, and their order is the recorded one. What is found wrong is in
-    `problems`; a UserError is for files that cannot be compared at all: no model, no adapter, an adapter that does not fit the base.
+    Their weights are by default what the merged file records, else 1, and their order is the recorded one.
+    What is found wrong is in `problems`; a UserError is for files that cannot be compared at all: no model,
+    no adapter, an adapter that does not fit the base.
 
-    Bit for bit is asked where two ways to compute the sum, the merge's and W + delta(), agree to the bit. Where they don't (products of
-    matrices, whose sums have another order on other machines) every entry must be within half a step of the file's dtype of the sum.
+    Bit for bit is asked where two ways to compute the sum, the merge's and W + delta(), agree to the bit.
+    Where they don't (products of matrices, whose sums have another order on other machines) every entry must
+    be within half a step of the file's dtype of the sum.
     """
     (tensors, _), (found, record) = read_base(base), read_base(merged)
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
@@ -190,7 +202,8 @@ def _number(weight: Any) -> float:
     """A weight out of a file's metadata."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < LARGEST_WEIGHT:
         raise UserError(
-            f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with; give --weights"
+            f"the merged file records the weight {str(weight)[:40]!r}, which is no number to multiply with;"
+            " give --weights"
         )
     return float(weight)
 
@@ -213,7 +226,8 @@ def _of_the_record(
             )
     if check.adapters and len(recorded) > len(check.adapters):
         problems.append(
-            f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give all of them"
+            f"by its own record it is a merge of {len(recorded)} adapters, not of {len(check.adapters)}; give"
+            " all of them"
         )
     return problems
 
@@ -240,7 +254,8 @@ def _of_the_names(
     dtypes = {found[key].dtype for key in both if found[key].dtype != base[key].dtype}
     if dtypes and len({found[key].dtype for key in both if base[key].is_floating_point()}) > 1:
         problems.append(
-            f"some tensors are {' or '.join(map(str, dtypes))} and others keep the base's dtype; a merge converts all or none"
+            f"some tensors are {' or '.join(map(str, dtypes))} and others keep the base's dtype; a merge"
+            " converts all or none"
         )
     return problems
 
@@ -268,7 +283,9 @@ def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
 def _expected(
     key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
 ) -> tuple[Layer, Changed, str]:
-    """A tensor that adapters change against what the merge writes: its account, computed from delta() and the files, and what is wrong with it."""
+    """A tensor that adapters change against what the merge writes: its account, computed from delta() and the
+    files, and what is wrong with it.
+    """
     exact = combination.merged(key, base, scratch)
     change = _change(key, base, combination)
     compared = _compare(key, base, found)
@@ -308,13 +325,18 @@ def _expected(
             else ""
         )
     elif gap > SUMS * size:
-        problem = f"{key}: the merge's sum is not the base + delta(), they differ by {gap:.3g}; this is a mistake of the package"
+        problem = (
+            f"{key}: the merge's sum is not the base + delta(), they differ by {gap:.3g}; this is a mistake"
+            " of the package"
+        )
     changed = dataclasses.replace(compared, apart=apart, not_undone=not_undone)
     return Layer(key, update, error, changing, unchanged), changed, problem
 
 
 def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
-    """sum of w_i delta_i from the methods' definitions, delta(), not from the faster ways that the merge has; fp32."""
+    """sum of w_i delta_i from the methods' definitions, delta(), not from the faster ways that the merge has;
+    fp32.
+    """
     weight = base.to(torch.float32, copy=True)
     total = torch.zeros_like(weight)
     for m in combination.members:
@@ -326,7 +348,9 @@ def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
 
 
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbouring numbers of a dtype at float64 values: the most that one rounding changes."""
+    """Half the distance between neighbouring numbers of a dtype at float64 values: the most that one rounding
+    changes.
+    """
     facts = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=facts.smallest_normal))
     return torch.ldexp(torch.full_like(value, facts.eps / 4), exponent)

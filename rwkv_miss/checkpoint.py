@@ -1,7 +1,8 @@
-"""Checkpoint files: what they are (Arch), reading them safely, and writing them as a stream without half-written results.
+"""Checkpoint files: what they are (Arch), reading them safely, and writing them as a stream without
+half-written results.
 
-A checkpoint is torch's zip format around a flat dict, name -> tensor. What this package has to say about a file goes into one
-more zip record, `rwkv_miss.json`, which other readers skip.
+A checkpoint is torch's zip format around a flat dict, name -> tensor. What this package has to say about a
+file goes into one more zip record, `rwkv_miss.json`, which other readers skip.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ BLOCK = 1 << 18  # bytes or elements handled at once, so that a second pass find
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-    """Version and sizes of an RWKV-6 or RWKV-7 checkpoint, in elements. `ranks` are those of the built-in low-rank maps."""
+    """Version and sizes of an RWKV-6 or RWKV-7 checkpoint, in elements. `ranks` are those of the built-in
+    low-rank maps.
+    """
 
     version: int
     vocab_size: int
@@ -52,7 +55,9 @@ class Arch:
 
     @staticmethod
     def detect(tensors: Mapping[str, Any]) -> Arch:
-        """Read everything from names and shapes (values need only a `.shape`); a UserError names the key that decides otherwise."""
+        """Read everything from names and shapes (values need only a `.shape`); a UserError names the key that
+        decides otherwise.
+        """
         version = _version(tensors)
 
         def shape(name: str, dims: int = 2) -> tuple[int, ...]:
@@ -100,8 +105,8 @@ class Arch:
     def describe(self) -> str:
         """One line for people."""
         return (
-            f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of {self.head_size}, "
-            f"ffn {self.dim_ffn}, vocabulary {self.vocab_size}"
+            f"RWKV-{self.version}, {self.n_layer} layers, width {self.n_embd}, {self.n_head} heads of"
+            f" {self.head_size}, ffn {self.dim_ffn}, vocabulary {self.vocab_size}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +122,8 @@ class Arch:
         )
         if not known or not all(type(rank) is int for rank in values["ranks"].values()):
             raise UserError(
-                f"a file describes its model as {str(dict(values))[:300]}; expected are the fields {', '.join(kinds)}"
+                f"a file describes its model as {str(dict(values))[:300]}; expected are the fields"
+                f" {', '.join(kinds)}"
             )
         return Arch(**values)
 
@@ -133,8 +139,8 @@ def _version(tensors: Mapping[str, Any]) -> int:
             raise UserError(f"{name} belongs to RWKV-4 or RWKV-5; RWKV-6 and RWKV-7 are supported")
     if "blocks.0.att.time_maa_x" not in tensors:
         raise UserError(
-            "this is no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6) is there; "
-            f"the first key is {next(iter(tensors), None)!r}"
+            "this is no RWKV model: neither blocks.0.att.r_k (RWKV-7) nor blocks.0.att.time_maa_x (RWKV-6)"
+            f" is there; the first key is {next(iter(tensors), None)!r}"
         )
     if "blocks.0.att.gate.weight" not in tensors:
         raise UserError(
@@ -146,8 +152,9 @@ def _version(tensors: Mapping[str, Any]) -> int:
 def read_checkpoint(path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, mapped from the file rather than read, in the file's order.
 
-    Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file, a pickle that
-    asks for anything but tensors, a content that is no flat dict of plain tensors, and one that claims more than the file holds.
+    Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file,
+    a pickle that asks for anything but tensors, a content that is no flat dict of plain tensors, and one that
+    claims more than the file holds.
     """
     head = first_bytes(path, 9)
     text = head.decode("ascii", "replace")
@@ -157,8 +164,8 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     for form, found in (("GGUF", head[:4] == b"GGUF"), ("safetensors", head[8:] == b"{" and not zipped)):
         if found:
             raise UserError(
-                f"{path} is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a model, python -m rwkv_miss "
-                "convert of an adapter"
+                f"{path} is a {form} file, expected a .pth; python -m scripts.export --to pth makes one of a"
+                " model, python -m rwkv_miss convert of an adapter"
             )
     check_pickles(path, zipped)
     try:
@@ -167,7 +174,8 @@ def read_checkpoint(path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch.load has no common exception for bad files: ten types were seen
         raise UserError(
-            f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again"
+            f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it"
+            " again"
         ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a flat dict of tensors")
@@ -181,7 +189,9 @@ def read_checkpoint(path) -> dict[str, Tensor]:
 
 
 def read_metadata(path, name: str = METADATA) -> dict[str, Any] | None:
-    """What write_checkpoint() was told about the file, or None for any other file; with another name, the JSON record that another project adds."""
+    """What write_checkpoint() was told about the file, or None for any other file; with another name, the
+    JSON record that another project adds.
+    """
     if first_bytes(path, 4) != b"PK\x03\x04":
         return None
     with open_archive(path) as archive:
@@ -194,7 +204,9 @@ def read_metadata(path, name: str = METADATA) -> dict[str, Any] | None:
 
 
 def run_output(path, metadata: Mapping[str, Any]) -> str:
-    """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat: beside the folder of its checkpoints."""
+    """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat: beside the
+    folder of its checkpoints.
+    """
     name = os.path.basename(str(metadata.get("output", "adapter.pth")))
     output = os.path.normpath(os.path.join(os.path.dirname(path), os.pardir, name))
     return output if os.path.exists(output) else f"the {name} of its run"
@@ -204,18 +216,19 @@ def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
     """UserError for the checkpoint of a run where a model or an adapter is needed."""
     if metadata.get("format") == RUN_FORMAT:
         raise UserError(
-            f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's state of step "
-            f"{metadata.get('step')}; what was trained is in {run_output(path, metadata)}"
+            f"{path} is the checkpoint from which --resume auto goes on, trained tensors and the optimizer's"
+            f" state of step {metadata.get('step')}; what was trained is in {run_output(path, metadata)}"
         )
 
 
 def write_checkpoint(
     path, items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None
 ) -> None:
-    """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a time.
+    """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a
+    time.
 
-    The file appears under its name only when it is complete and on the disk; until then, and after any failure, what was there
-    stays. UserError when the folder can't be written or has no room.
+    The file appears under its name only when it is complete and on the disk; until then, and after any
+    failure, what was there stays. UserError when the folder can't be written or has no room.
     """
     if os.fspath(path).endswith((".safetensors", ".gguf")):
         raise UserError(f"{path} would be a torch checkpoint under another format's name; name it .pth")

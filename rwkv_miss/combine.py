@@ -1,4 +1,6 @@
-"""What adapters do to the tensors of a base: W + sum of w_i delta_i(W) in fp32, with every delta that of the base's weight."""
+"""What adapters do to the tensors of a base: W + sum of w_i delta_i(W) in fp32, with every delta that of the
+base's weight.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ RECORDED = ("tokenizer", "eod", "template")  # what readers of a merged file tak
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One adapter file, and the factor of its change: delta(W) of a linear's weight, T - base for a whole tensor T."""
+    """One adapter file, and the factor of its change: delta(W) of a linear's weight, T - base for a whole
+    tensor T.
+    """
 
     path: str
     tensors: dict[str, Tensor]
@@ -63,7 +67,9 @@ class Member:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Other name of a whole tensor -> the name under which the file has it; a base may have either, or both."""
+        """Other name of a whole tensor -> the name under which the file has it; a base may have either, or
+        both.
+        """
         return self.metadata["tied"]
 
     @functools.cached_property
@@ -86,15 +92,18 @@ class Member:
         for key, name in self.by_weight.items():
             if key not in base:
                 raise UserError(
-                    f"the adapter changes {name}, which the base does not have; merge into the base it was trained on"
+                    f"the adapter changes {name}, which the base does not have; merge into the base it was"
+                    " trained on"
                 )
             if base[key].dim() != 2 or not base[key].is_floating_point():
                 raise UserError(
-                    f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point matrix is expected"
+                    f"{key} of the base is {tuple(base[key].shape)}, {base[key].dtype}; a floating-point"
+                    " matrix is expected"
                 )
         for key, name in self.by_weight.items():
             try:
-                # a layer on the meta device has shapes only, so every misfit is found before the first byte is written
+                # a layer on the meta device has shapes only, so every misfit is found before the first byte
+                # is written
                 with torch.device("meta"):
                     layer = {
                         n: torch.empty(t.shape, dtype=t.dtype)
@@ -114,7 +123,8 @@ class Member:
             }
             if states != wanted:
                 raise UserError(
-                    f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this base has {arch.describe()}"
+                    f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this"
+                    f" base has {arch.describe()}"
                 )
         for key, tensor in self.whole.items():
             if not tensor.is_floating_point():
@@ -125,7 +135,8 @@ class Member:
                 key not in base and "origin" in self.metadata and not is_state(key)
             ):  # this package's files may bring new tensors, a classifier's
                 raise UserError(
-                    f"{self.path} replaces {key}, which the base does not have; merge into the base it was trained on"
+                    f"{self.path} replaces {key}, which the base does not have; merge into the base it was"
+                    " trained on"
                 )
             if key in base and base[key].squeeze().shape != tensor.squeeze().shape:
                 raise UserError(
@@ -208,7 +219,9 @@ class Combination:
 
     @torch.no_grad()
     def change(self, key: str, weight: Tensor, scratch: Scratch) -> Tensor:
-        """sum of w_i delta_i for a tensor that is the weight of a linear for some, fp32. weight: the base's, fp32."""
+        """sum of w_i delta_i for a tensor that is the weight of a linear for some, fp32. weight: the base's,
+        fp32.
+        """
         total = None
         for m in self.members:
             if not m.changes(key):
@@ -224,7 +237,9 @@ class Combination:
 
     @torch.no_grad()
     def merged(self, key: str, base: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
-        """One tensor of the base with its changes, before rounding: in `out` or in the scratch memory, fp32, or as it is in an adapter's file."""
+        """One tensor of the base with its changes, before rounding: in `out` or in the scratch memory, fp32,
+        or as it is in an adapter's file.
+        """
         concerned = [m for m in self.members if m.changes(key)]
         alone = [m.weight for m in concerned] == [1]
         if alone and key in concerned[0].whole:
@@ -254,8 +269,9 @@ def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
 
 
 def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
-    """An adapter file of this project, or, by the name of its format, a file or folder of another one. UserError for all else, and for what it does
-    not say, nor the hints."""
+    """An adapter file of this project, or, by the name of its format, a file or folder of another one.
+    UserError for all else, and for what it does not say, nor the hints.
+    """
     if name in (None, "native"):
         return Adapter(*read_adapter(source.path))  # which says what else it is
     adapter = FORMATS[name].read(source, hints.only(FORMATS[name].hints))
@@ -265,8 +281,9 @@ def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
 
 
 def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> list[Member]:
-    """Adapter files with their factors, 1 each by default; `hints` are for those of other projects. UserError for a file that is no adapter or
-    holds NaN, for a factor that is no number, and for other numbers of them."""
+    """Adapter files with their factors, 1 each by default; `hints` are for those of other projects. UserError
+    for a file that is no adapter or holds NaN, for a factor that is no number, and for other numbers of them.
+    """
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     weights = [1.0] * len(paths) if weights is None else list(weights)
     if len(weights) != len(paths):
@@ -276,7 +293,8 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
     for weight in weights:
         if not abs(weight) < LARGEST_WEIGHT:
             raise UserError(
-                f"weight {weight} is no number to multiply with; expected is one below {LARGEST_WEIGHT:g}, negative ones and 0 included"
+                f"weight {weight} is no number to multiply with; expected is one below {LARGEST_WEIGHT:g},"
+                " negative ones and 0 included"
             )
     sources = [open_source(path) for path in paths]
     forms = [format_of(source) for source in sources]
@@ -294,7 +312,8 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
         check_finite(m.tensors)
         if m.fingerprint in seen:
             raise UserError(
-                f"{seen[m.fingerprint]} and {m.path} are the same adapter; give it once, with the sum of the weights"
+                f"{seen[m.fingerprint]} and {m.path} are the same adapter; give it once, with the sum of the"
+                " weights"
             )
         seen[m.fingerprint] = m.path
     return members
@@ -311,15 +330,17 @@ def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenizer, end of document and template: what the adapters record, or where they don't, the base. UserError where two contradict."""
+    """Tokenizer, end of document and template: what the adapters record, or where they don't, the base.
+    UserError where two contradict.
+    """
     record = {}
     for name in RECORDED:
         said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
         for value, path in said[1:]:
             if value != said[0][0]:
                 raise UserError(
-                    f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r}, {path} with {value!r}; "
-                    "a merged model has one"
+                    f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r},"
+                    f" {path} with {value!r}; a merged model has one"
                 )
         # an end of document belongs to its tokenizer
         record[name] = (

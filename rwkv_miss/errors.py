@@ -1,4 +1,6 @@
-"""The one exception for the user's mistakes, the doorway that turns it into one line and exit code 2, and flags that raise it."""
+"""The one exception for the user's mistakes, the doorway that turns it into one line and exit code 2, and
+flags that raise it.
+"""
 
 import argparse
 import contextlib
@@ -22,8 +24,9 @@ LONGEST = 2000  # characters of a message
 
 
 def printable(text: str) -> str:
-    """A text on one line, cut where it is very long, whose control characters are shown as escapes: names in a file could otherwise rewrite what
-    the terminal shows."""
+    """A text on one line, cut where it is very long, whose control characters are shown as escapes: names in
+    a file could otherwise rewrite what the terminal shows.
+    """
     text = " ".join(text.splitlines())
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -31,11 +34,11 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Print a UserError, or what the machine refuses, memory included, as `error: ...` on stderr and exit with code 2; any other exception is
-    a bug and keeps its traceback.
+    """Print a UserError, or what the machine refuses, memory included, as `error: ...` on stderr and exit
+    with code 2; any other exception is a bug and keeps its traceback.
 
-    Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells have for it, 141. What the
-    terminal's encoding has no character for is shown as an escape.
+    Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells
+    have for it, 141. What the terminal's encoding has no character for is shown as an escape.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -80,7 +83,9 @@ def one_line_errors():
 
 
 def _ran_out(error: Exception) -> bool:
-    """Whether memory did: Python's and numpy's, a GPU's (torch.OutOfMemoryError), or a CPU's, for which torch has no class of its own."""
+    """Whether memory did: Python's and numpy's, a GPU's (torch.OutOfMemoryError), or a CPU's, for which torch
+    has no class of its own.
+    """
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -100,7 +105,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def parse_known_args(self, args=None, namespace=None):
-        # before argparse looks, because it would complain of a required flag that is only misspelt; subcommands look for themselves
+        # before argparse looks, because it would complain of a required flag that is only misspelt;
+        # subcommands look for themselves
         for token in () if self._subparsers else sys.argv[1:] if args is None else args:
             name = token.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:

@@ -1,7 +1,9 @@
-"""The MiSS adapter that comes nearest to the difference of two checkpoints: `rwkv-miss diff A.pth B.pth --rank r --out adapter.pth`.
+"""The MiSS adapter that comes nearest to the difference of two checkpoints: `rwkv-miss diff A.pth B.pth
+--rank r --out adapter.pth`.
 
-For a matrix dW = B - A and shards S_j of its columns the nearest D, in the sense of least squares, has the means of the shards: D[j, o] is the
-mean of dW[o, i] over i in S_j. So ||dW - D^T P||^2 = ||dW||^2 - sum over j of |S_j| ||D_j||^2, which needs no second look at the matrix.
+For a matrix dW = B - A and shards S_j of its columns the nearest D, in the sense of least squares, has the
+means of the shards: D[j, o] is the mean of dW[o, i] over i in S_j. So ||dW - D^T P||^2 = ||dW||^2 - sum over
+j of |S_j| ||D_j||^2, which needs no second look at the matrix.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ PIECE = 1 << 20  # entries of a matrix in float64 at once
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One tensor that differs: ||B - A||, ||A||, and of a linear the share of ||B - A||^2 that the adapter has, beside what it would have of a
-    random matrix: r / in."""
+    """One tensor that differs: ||B - A||, ||A||, and of a linear the share of ||B - A||^2 that the adapter
+    has, beside what it would have of a random matrix: r / in.
+    """
 
     name: str
     norm: float
@@ -49,7 +52,9 @@ class Difference:
 
 @dataclasses.dataclass
 class DiffReport:
-    """What diff_files() found: linears with their shares, other tensors that differ, and those of them that the file has as a whole."""
+    """What diff_files() found: linears with their shares, other tensors that differ, and those of them that
+    the file has as a whole.
+    """
 
     a: str
     b: str
@@ -68,8 +73,9 @@ class DiffReport:
     def lines(self, rows: int | None = ROWS) -> list[str]:
         """What the user is told; `rows` tensors of a table (None: all)."""
         lines = [
-            f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what {len(self.linears)} linears of {self.b} "
-            f"differ by from {self.a}; of a random difference it would have {percent(self.share('random'))}"
+            f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what"
+            f" {len(self.linears)} linears of {self.b} differ by from {self.a}; of a random difference it"
+            f" would have {percent(self.share('random'))}"
         ]
         least = sorted(self.linears, key=lambda d: d.explained)[:rows]
         width = max(len(d.name) for d in least)
@@ -116,10 +122,11 @@ def diff_files(
 ) -> DiffReport:
     """Write the MiSS adapter of checkpoint `a` that comes nearest to checkpoint `b`, as save_adapter() does.
 
-    targets are names as in inject(); None: all linears of the paper. Only linears that differ are adapted. Other tensors that differ are left
-    out, or with `whole` in the file as they are in `b`, with all others of their parts (parts.py). Where `b` has another dtype, what counts is its
-    difference from `a` rounded to that. UserError before anything is written: other keys or shapes, targets that match nothing or don't differ,
-    a rank beyond a width, NaN; nothing is left of a file that was begun.
+    targets are names as in inject(); None: all linears of the paper. Only linears that differ are adapted.
+    Other tensors that differ are left out, or with `whole` in the file as they are in `b`, with all others of
+    their parts (parts.py). Where `b` has another dtype, what counts is its difference from `a` rounded to
+    that. UserError before anything is written: other keys or shapes, targets that match nothing or don't
+    differ, a rank beyond a width, NaN; nothing is left of a file that was begun.
     """
     for path in (a, b):
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
@@ -134,8 +141,8 @@ def diff_files(
     linears = [name for name in candidates if f"{name}.weight" in different]
     if not linears:
         raise UserError(
-            f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears; {len(different)} other tensors "
-            "differ"
+            f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears;"
+            f" {len(different)} other tensors differ"
         )
     for name in linears:
         if rank > (width := first[f"{name}.weight"].shape[1]):
@@ -205,7 +212,9 @@ def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """UserError that names the first keys, or the shape, that the two checkpoints do not have in common; the second may add initial states."""
+    """UserError that names the first keys, or the shape, that the two checkpoints do not have in common; the
+    second may add initial states.
+    """
     for path, missing in (
         (b, [key for key in first if key not in second]),
         (a, [key for key in second if key not in first and not re.fullmatch(PARTS["state"], key)]),
@@ -218,12 +227,15 @@ def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
     for key in first:
         if first[key].shape != second[key].shape:
             raise UserError(
-                f"{key} is {tuple(first[key].shape)} in {a} and {tuple(second[key].shape)} in {b}; the two must be of the same model"
+                f"{key} is {tuple(first[key].shape)} in {a} and {tuple(second[key].shape)} in {b}; the two"
+                " must be of the same model"
             )
 
 
 def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> list[str]:
-    """The names of linears that targets mean, as in inject(), by a checkpoint's matrices. UserError for one that matches nothing."""
+    """The names of linears that targets mean, as in inject(), by a checkpoint's matrices. UserError for one
+    that matches nothing.
+    """
     names = [
         key.removesuffix(".weight")
         for key, t in tensors.items()
@@ -235,7 +247,8 @@ def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -
         found = [name for name in names if name == target or name.endswith(f".{target}")]
         if targets and not found:
             raise UserError(
-                f"target {target!r} matches no linear; there are: {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
+                f"target {target!r} matches no linear; there are:"
+                f" {', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
             )
         chosen += found
     return [name for name in names if name in set(chosen)]
@@ -258,7 +271,8 @@ def _difference(key: str, first: Tensor | None, second: Tensor) -> Difference:
 def _finite(found: Difference) -> Difference:
     if not math.isfinite(found.norm) or not math.isfinite(found.base_norm):
         raise UserError(
-            f"{found.name} holds NaN or infinite values in one of the checkpoints; it is damaged or its training diverged"
+            f"{found.name} holds NaN or infinite values in one of the checkpoints; it is damaged or its"
+            " training diverged"
         )
     return found
 
@@ -266,7 +280,9 @@ def _finite(found: Difference) -> Difference:
 def nearest(
     name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool
 ) -> tuple[Tensor, Difference]:
-    """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near. Computed in float64, some rows at a time."""
+    """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near. Computed in float64,
+    some rows at a time.
+    """
     out, width = first.shape
     counts = torch.bincount(shard_index(width, rank, contiguous), minlength=rank).double()
     D = torch.empty(rank, out)

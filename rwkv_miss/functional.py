@@ -1,15 +1,16 @@
 """The adapters' linear maps as torch operators, each with the smallest set of tensors kept for the backward.
 
-Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
-y has the dtype of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's dtype, as for
-torch's own linear; fp64 stays. What is kept of a weight is the parameter itself, where torch keeps its cast copy.
-The frozen weight gets a gradient only when it asks for one; only then x is kept. It may be quantised (quantised.py): it is expanded for
-each product, and what is kept is the quantised one.
+Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out). y
+has the dtype of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's
+dtype, as for torch's own linear; fp64 stays. What is kept of a weight is the parameter itself, where torch
+keeps its cast copy. The frozen weight gets a gradient only when it asks for one; only then x is kept. It may
+be quantised (quantised.py): it is expanded for each product, and what is kept is the quantised one.
 
-MiSS (arXiv 2409.15371): dW[o, i] = D[i mod r, o], so x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
-The layout "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (the paper's equations 2-3).
-"balanced" shards are sums with alternating signs, so that inputs with a common mean, as those after a squared ReLU, do not all have nearly the
-same S; the mean direction itself is one more row of P: x dW^T = S D with S = x P^T of r + 1 numbers, dW = (P^T D)^T.
+MiSS (arXiv 2409.15371): dW[o, i] = D[i mod r, o], so x dW^T = S D with the shard sums S[j] = sum of x[i] over
+i = j (mod r). The layout "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o]
+(the paper's equations 2-3). "balanced" shards are sums with alternating signs, so that inputs with a common
+mean, as those after a squared ReLU, do not all have nearly the same S; the mean direction itself is one more
+row of P: x dW^T = S D with S = x P^T of r + 1 numbers, dW = (P^T D)^T.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from .quantised import dense
 
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
-    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when rank does not divide it.
+    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when
+    rank does not divide it.
 
-    `balanced`: every other column of a shard is subtracted, and one more number, the last, is the sum of all columns / sqrt(in).
+    `balanced`: every other column of a shard is subtracted, and one more number, the last, is the sum of all
+    columns / sqrt(in).
     """
     width = x.shape[-1]
     size = -(-width // rank)
@@ -66,7 +69,9 @@ def add_repeated_(x: Tensor, values: Tensor) -> None:
 
 
 def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
-    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n]. dx (N, in), ds (N, r), or (N, r + 1) if balanced."""
+    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n]. dx (N, in), ds (N, r), or
+    (N, r + 1) if balanced.
+    """
     width, rank = dx.shape[1], ds.shape[1] - balanced
     parts = [(slice(None), ds)]
     if balanced:
@@ -86,7 +91,9 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bo
 
 
 def in_autocast(device: torch.device) -> bool:
-    """Whether somebody's torch.autocast holds for a device. torch.is_autocast_enabled() fails for types that have none, such as meta."""
+    """Whether somebody's torch.autocast holds for a device. torch.is_autocast_enabled() fails for types that
+    have none, such as meta.
+    """
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -103,7 +110,9 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _in_own_dtypes(function):
-    """Decorator for an operator's forward or backward: no autocast reaches its products, also where backward() is called inside of one."""
+    """Decorator for an operator's forward or backward: no autocast reaches its products, also where
+    backward() is called inside of one.
+    """
 
     @functools.wraps(function)
     def compute(*args):
@@ -117,7 +126,8 @@ def _in_own_dtypes(function):
 
 
 def _define(name: str, arguments: str, forward, shapes, context, backward) -> None:
-    """Register rwkv_miss::name(arguments) -> (y, kept) on every device, with its shapes for tracing and its gradient.
+    """Register rwkv_miss::name(arguments) -> (y, kept) on every device, with its shapes for tracing and its
+    gradient.
 
     Not torch.library.custom_op: its first call imports torch._dynamo, 0.9 s in every process.
     """
@@ -200,9 +210,11 @@ _define(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out). Kept for the backward: the weight, and x only where the weight wants a gradient.
+    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out). Kept for the backward: the weight, and x
+    only where the weight wants a gradient.
 
-    A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter with it.
+    A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter
+    with it.
     """
     return torch.ops.rwkv_miss.linear(autocast(x), weight, bias, transposed)[0]
 
@@ -277,10 +289,12 @@ def miss_linear(
     balanced: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves.
+    """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters
+    themselves.
 
-    `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean. D of shape (r, m) with m < out stands
-    for its columns over and over, D[:, o mod m]; the last ones are cut off where m does not divide out.
+    `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean.
+    D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
+    off where m does not divide out.
     """
     return torch.ops.rwkv_miss.miss_linear(autocast(x), weight, bias, D, contiguous, balanced, scale)[0]
 
@@ -300,7 +314,8 @@ torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.em
 
 
 def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """x (N, in) with each number 0 with probability `dropout`, else divided by 1 - dropout; a seed (0-dim, int64) always drops the same places.
+    """x (N, in) with each number 0 with probability `dropout`, else divided by 1 - dropout; a seed (0-dim,
+    int64) always drops the same places.
 
     x itself without a seed. Not differentiable: the operators that use it have their own backward.
     """
@@ -384,9 +399,11 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed). Kept for the backward: x' A^T, and x unless A is frozen.
+    """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed). Kept for the backward: x' A^T,
+    and x unless A is frozen.
 
-    The dropped places are drawn again in the backward, which takes less time than to read them from memory and no room.
+    The dropped places are drawn again in the backward, which takes less time than to read them from memory
+    and no room.
     """
     return torch.ops.rwkv_miss.lora_linear(autocast(x), weight, bias, A, B, scale, dropout, seed)[0]
 
@@ -436,6 +453,7 @@ _define(
 def times_columns(x: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x diag(factor) + bias for x (..., out) and factor (out), fp32. Kept for the backward: x.
 
-    The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 % below, before it is used.
+    The product is rounded once: a factor near 1 in bf16 would move in steps of 0.8 % above it and 0.4 %
+    below, before it is used.
     """
     return torch.ops.rwkv_miss.times_columns(autocast(x), factor, bias)[0]

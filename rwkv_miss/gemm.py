@@ -1,10 +1,12 @@
-"""Matrix products for the adapters' operators, without autograd. x (N, in), weight (out, in), bias (out,), all of one dtype -> (N, out).
+"""Matrix products for the adapters' operators, without autograd. x (N, in), weight (out, in), bias (out,),
+all of one dtype -> (N, out).
 
-In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those took 2.1 times as long on one AMD CPU with
-AVX-512, and 1.1 times on another, of family 25 model 17 (docs/speed.md). The operator that leads there is the one of
-torch.compile, which has no public name; where torch does not have it, and in every other dtype and device, the products
-are torch's own. A weight is contiguous or the transposed view of one: no copy is made. (Of any other view oneDNN would
-make the product by its plain loops, a thousand times as slow: torch's is taken.)
+In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those took 2.1 times as long on one AMD CPU
+with AVX-512, and 1.1 times on another, of family 25 model 17 (docs/speed.md). The operator that leads there
+is the one of torch.compile, which has no public name; where torch does not have it, and in every other dtype
+and device, the products are torch's own. A weight is contiguous or the transposed view of one: no copy is
+made. (Of any other view oneDNN would make the product by its plain loops, a thousand times as slow: torch's
+is taken.)
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DEEP = 1024  # columns of a transposed weight at a time where it has three times as many: 1.1 to 1.25 times as fast
+# columns of a transposed weight at a time where it has three times as many: 1.1 to 1.25 times as fast
+DEEP = 1024
 SMALL = (
     1 << 23
 )  # multiply-adds; oneDNN prepares every new shape for about 0.5 ms, which smaller products would not win back
@@ -71,7 +74,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, written to `out` (N, out): for a result so large that new memory for it would take as long as the product's tenth part."""
+    """x W^T, written to `out` (N, out): for a result so large that new memory for it would take as long as
+    the product's tenth part.
+    """
     if not _use_onednn(x, weight):
         return torch.mm(x, weight.t(), out=out)
     for place, part in zip(out.split(WIDE, 1), weight.split(WIDE), strict=True):
@@ -89,8 +94,9 @@ def product_plus(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, D: T
 def product_onto(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y + x W^T + bias; y (N, out) is used up.
 
-    For a small y in half precision. The sums of the product, which are fp32, go on from it; what is added to a product afterwards is added to
-    something rounded, and lost where it is below half a step: 71 % of the change that a D of size 1e-5 makes.
+    For a small y in half precision. The sums of the product, which are fp32, go on from it; what is added to
+    a product afterwards is added to something rounded, and lost where it is below half a step: 71 % of the
+    change that a D of size 1e-5 makes.
     """
     if _use_onednn(x, weight):
         return _onednn_plus(x, weight, bias, y)

@@ -1,8 +1,9 @@
-"""Who a checkpoint is: a digest of every byte of its tensors, recorded by adapters, merged files, runs and chats.
+"""Who a checkpoint is: a digest of every byte of its tensors, recorded by adapters, merged files, runs and
+chats.
 
-fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's cache
-folder, by the file's size, times and inode. Records name their digest, "blake2b:..."; a record without a name is of
-an earlier version and is compared by its rule, sampled_fingerprint().
+fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's
+cache folder, by the file's size, times and inode. Records name their digest, "blake2b:..."; a record without
+a name is of an earlier version and is compared by its rule, sampled_fingerprint().
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> s
 
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The rule of records without a name: sha256, in hex, over names, shapes, dtypes and 256 bytes at 14 places of
-    each tensor at most, so that another tensor may have the same."""
+    """The rule of records without a name: sha256, in hex, over names, shapes, dtypes and 256 bytes at 14
+    places of each tensor at most, so that another tensor may have the same.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -82,8 +84,8 @@ def _in_threads(work: Callable[[Tensor], bytes], tensors: list[Tensor]) -> Itera
 class Identity:
     """Who the tensors of a checkpoint are. Digests are computed when they are asked for.
 
-    `path` is their file, "" for none. Without `tensors` they are read from it again, in the state that it has now.
-    Of several processes that compute the same one has `shown`: a bar.
+    `path` is their file, "" for none. Without `tensors` they are read from it again, in the state that it has
+    now. Of several processes that compute the same one has `shown`: a bar.
     """
 
     def __init__(self, path="", tensors: Mapping[str, Tensor] | None = None, shown: bool = True):
@@ -132,8 +134,8 @@ def _note_of_sample(where: str) -> None:
     """Say it once for a file."""
     clear()
     print(
-        f"note: {where} is of an earlier version, which recorded its base by a sample of the bytes; it is compared "
-        "by that",
+        f"note: {where} is of an earlier version, which recorded its base by a sample of the bytes; it is"
+        " compared by that",
         file=sys.stderr,
         flush=True,
     )
@@ -152,7 +154,9 @@ def cache_folder() -> pathlib.Path:
 
 
 def _remembered(path: str, compute: Callable[[], str]) -> str:
-    """What compute() has found or finds out about a file as it is now. One process computes while others wait."""
+    """What compute() has found or finds out about a file as it is now. One process computes while others
+    wait.
+    """
     state = _state(path)
     place = os.path.realpath(path)
     entry = cache_folder() / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.json"
@@ -164,7 +168,8 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
         value = compute()
         if time.monotonic() - begun > DELAY:
             print(
-                f"note: {entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it is used",
+                f"note: {entry.parent} can't be written ({error.strerror}), so {path} is hashed whenever it"
+                " is used",
                 file=sys.stderr,
                 flush=True,
             )

@@ -66,10 +66,12 @@ def _short(count: int) -> str:
 
 
 def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Linear]:
-    """Dotted name -> linear for every target, which is a leaf name (`key`), a suffix (`att.key`) or a whole name.
+    """Dotted name -> linear for every target, which is a leaf name (`key`), a suffix (`att.key`) or a whole
+    name.
 
-    None means the linears of RWKV that the paper adapts, and is for such models only. Raises UserError, with the names that exist, for that,
-    for a target that matches nothing, and for a linear whose change would have no effect or another one once merged.
+    None means the linears of RWKV that the paper adapts, and is for such models only. Raises UserError, with
+    the names that exist, for that, for a target that matches nothing, and for a linear whose change would
+    have no effect or another one once merged.
     """
     if isinstance(targets, str):
         raise UserError(f"targets {targets!r} is a text, expected a list of names: targets=[{targets!r}]")
@@ -79,8 +81,8 @@ def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Li
     # key and value alone would match some linears of many a model, and leave out the others without a word
     if targets is None and not any(name.endswith("receptance") for name in linears):
         raise UserError(
-            f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV model; "
-            f"name some of its linear layers: {leaves or 'it has none'}"
+            f"without targets RWKV's linears are adapted ({', '.join(DEFAULT_TARGETS)}), and this is no RWKV"
+            f" model; name some of its linear layers: {leaves or 'it has none'}"
         )
     chosen: set[str] = set()
     for target in DEFAULT_TARGETS if targets is None else targets:
@@ -114,23 +116,26 @@ def _refuse_unfit(modules: dict[str, nn.Module], chosen: set[str]) -> None:
         what = _more_than_linear(linear)
         if what:
             raise UserError(
-                f"{name} is no plain nn.Linear: {what}, which an adapter in its place would drop; put a plain linear there, "
-                "or drop the target"
+                f"{name} is no plain nn.Linear: {what}, which an adapter in its place would drop; put a plain"
+                " linear there, or drop the target"
             )
         others = memory.overlapping(f"{name}.weight", linear.weight)
         if others:
             raise UserError(
-                f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them or drop the target"
+                f"{name} has the same weight as {others[0]}, which a merge would change as well; untie them"
+                " or drop the target"
             )
         if isinstance(parent, nn.MultiheadAttention):
             raise UserError(
-                f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it; drop the target"
+                f"{name} belongs to torch's MultiheadAttention, which reads its weight and never calls it;"
+                " drop the target"
             )
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise UserError(
-                f"{name} belongs to torch's TransformerEncoderLayer, which in eval reads its weight and does "
-                "not call it: the adapter would do nothing there. Call torch.backends.mha.set_fastpath_enabled(False) "
-                "first, here and wherever the adapter is used"
+                f"{name} belongs to torch's TransformerEncoderLayer, which in eval reads its weight and does"
+                " not call it: the adapter would do nothing there. Call"
+                " torch.backends.mha.set_fastpath_enabled(False) first, here and wherever the adapter is"
+                " used"
             )
 
 
@@ -164,7 +169,9 @@ def _more_than_linear(linear: nn.Linear) -> str:
 
 
 class _SharedMemory:
-    """Which parameters and buffers of a model, under all their names, lie in the same memory: tied ones, and views of each other."""
+    """Which parameters and buffers of a model, under all their names, lie in the same memory: tied ones, and
+    views of each other.
+    """
 
     def __init__(self, model: nn.Module):
         self.tensors: dict[int, list[tuple[str, Tensor]]] = {}
@@ -204,12 +211,14 @@ def inject(
     earlier: Mapping[str, Tensor] | None = None,
     **options,
 ) -> Injection:
-    """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss", rank=64)`.
+    """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss",
+    rank=64)`.
 
-    The tensors of `train_parts`, such as "ln,time" (see parts.py), are trained as a whole beside it: each becomes an fp32 parameter.
-    What else should be trained, such as a classifier, is asked for afterwards (`model.classifier.requires_grad_(True)`) and saved as well.
-    `earlier` has the tensors of a training that goes on, by their names in the model: the weights that the method changes (PiSSA) become the same.
-    Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
+    The tensors of `train_parts`, such as "ln,time" (see parts.py), are trained as a whole beside it: each
+    becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
+    (`model.classifier.requires_grad_(True)`) and saved as well. `earlier` has the tensors of a training that
+    goes on, by their names in the model: the weights that the method changes (PiSSA) become the same. Raises
+    UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     return _attach(model, method, targets, train_parts, options, functools.partial(_start, earlier=earlier))
 
@@ -225,7 +234,8 @@ def _start(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
             constant, found = getattr(layer, key), earlier.get(f"{name}.{key}")
             if found is None or found.shape != constant.shape:
                 raise UserError(
-                    f"the training that goes on has no {name}.{key} of {tuple(constant.shape)}; it is one of another base or rank"
+                    f"the training that goes on has no {name}.{key} of {tuple(constant.shape)}; it is one of"
+                    " another base or rank"
                 )
             constant.copy_(found)
         try:
@@ -263,7 +273,8 @@ def _attach(
     for name in whole:
         if name.rpartition(".")[0] in linears:
             raise UserError(
-                f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from the parts"
+                f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from"
+                " the parts"
             )
     total = sum(p.numel() for p in model.parameters())
     trained_before = {p: p.requires_grad for p in model.parameters()}
@@ -297,7 +308,9 @@ def _attach(
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds: all that the method added, `shared.NAME` for tensors in common, and every other trained parameter."""
+    """What an adapter file holds: all that the method added, `shared.NAME` for tensors in common, and every
+    other trained parameter.
+    """
     tensors: dict[str, Tensor] = {}
     own: set[int] = set()
     for name, layer in adapted_linears(model).items():
@@ -309,7 +322,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a model's state and that training may move without a gradient, such as BatchNorm's means and variances.
+    """The buffers that belong to a model's state and that training may move without a gradient, such as
+    BatchNorm's means and variances.
 
     Not its count of batches, an integer: answers do not depend on it.
     """
@@ -335,10 +349,11 @@ def _moved_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
-    """(the tensors of an adapter file, the linears that have an adapter there, the other names of tensors that are tied).
+    """(the tensors of an adapter file, the linears that have an adapter there, the other names of tensors
+    that are tied).
 
-    A linear whose own weight is trained beside its adapter is in the file as a whole, with the sum of both. What shares memory with a trained
-    tensor has changed with it.
+    A linear whose own weight is trained beside its adapter is in the file as a whole, with the sum of both.
+    What shares memory with a trained tensor has changed with it.
     """
     tensors, linears = adapter_tensors(model), list(model.injection.linears)
     tied: dict[str, str] = {}
@@ -381,7 +396,9 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
 def layer_tensors(
     cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of one adapted linear (out, in) out of an adapter file, by their names inside the layer, the shared ones included."""
+    """The tensors of one adapted linear (out, in) out of an adapter file, by their names inside the layer,
+    the shared ones included.
+    """
     own = {
         key.removeprefix(f"{name}."): t
         for key, t in tensors.items()
@@ -390,7 +407,8 @@ def layer_tensors(
     for key, of in cls.shared_names(*shape).items():
         if f"shared.{of}" not in tensors:
             raise UserError(
-                f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs needs"
+                f"the adapter has no shared.{of}, which a linear of {shape[1]} inputs and {shape[0]} outputs"
+                " needs"
             )
         tensor = tensors[f"shared.{of}"]
         if not tensor.is_floating_point():
@@ -400,7 +418,8 @@ def layer_tensors(
 
 
 def save_adapter(model: nn.Module, path, **metadata) -> None:
-    """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step, tokenizer, ...) are added to it.
+    """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step,
+    tokenizer, ...) are added to it.
 
     UserError where `path` is a model: its place is not taken.
     """
@@ -417,8 +436,9 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
         "options": injection.options,
         "layout": injection.options.get("layout"),
         "linears": linears,
-        "merged_linears": injection.merged_linears
-        + [name for name in injection.linears if name not in linears],
+        "merged_linears": (
+            injection.merged_linears + [name for name in injection.linears if name not in linears]
+        ),
         "tied": tied,
         "targets": injection.targets,
         "train_parts": injection.train_parts,
@@ -435,7 +455,8 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
 def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of any checkpoint file, {} where it has none.
 
-    A file of nothing but initial states, as other projects release them, is an adapter of the method state without a known base.
+    A file of nothing but initial states, as other projects release them, is an adapter of the method state
+    without a known base.
     """
     tensors, metadata = read_checkpoint(path), read_metadata(path)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
@@ -454,8 +475,8 @@ def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata or {}
 
 
-# what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it out
-# (`tied`: another name of a whole tensor -> the name under which the file has it)
+# what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it
+# out (`tied`: another name of a whole tensor -> the name under which the file has it)
 FIELDS = {
     "method": str,
     "options": dict,
@@ -513,8 +534,8 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") != ADAPTER_FORMAT:
         raise UserError(
-            f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model, or "
-            "another project's adapter, of which python -m rwkv_miss convert makes one"
+            f"{path} is not an adapter file: it has no adapter metadata. It may be a base or a merged model,"
+            " or another project's adapter, of which python -m rwkv_miss convert makes one"
         )
     metadata = checked_metadata(path, metadata)
     if metadata["method"] not in METHODS:
@@ -532,9 +553,11 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
-    What was trained is trained on, so that save_adapter() writes all of it again: the file's whole tensors require gradients as the adapter's do.
+    What was trained is trained on, so that save_adapter() writes all of it again: the file's whole tensors
+    require gradients as the adapter's do.
 
-    An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always is.
+    An adapter trained on another base is a UserError unless `force`; a missing layer or a wrong shape always
+    is.
     """
     linears, whole, metadata = fit_adapter(model, path, force)
     for name, own in linears.items():
@@ -564,13 +587,16 @@ def _replaceable(model: nn.Module) -> dict[str, Tensor]:
 def fit_adapter(
     model: nn.Module, path, force: bool = False
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
-    """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a model, for which the model is
-    injected where needed; it may be one of shapes alone, on the meta device. UserErrors as in load_adapter."""
+    """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a
+    model, for which the model is injected where needed; it may be one of shapes alone, on the meta device.
+    UserErrors as in load_adapter.
+    """
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
     if not force and metadata["base_fingerprint"] and not _is_base(model, metadata["base_fingerprint"], path):
         raise UserError(
-            f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that one as the base"
+            f"{path} was trained on another base ({metadata['base']}), not on {model.base_name}; give that"
+            " one as the base"
         )
     cls = METHODS[metadata["method"]]
     if not hasattr(model, "injection"):
@@ -609,7 +635,8 @@ def fit_adapter(
             sorted(here) != sorted(there) if name == "linears" else here != there
         ):  # other projects' files have an order of their own
             raise UserError(
-                f"{path} has {name} {saved[name]}, the model carries an adapter with {getattr(model.injection, name)}"
+                f"{path} has {name} {saved[name]}, the model carries an adapter with"
+                f" {getattr(model.injection, name)}"
             )
     absent = [name for name in adapter_tensors(model) if name not in tensors]
     if absent:
@@ -642,6 +669,7 @@ def fit_adapter(
             )
         if not parameters[name].is_floating_point():
             raise UserError(
-                f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise after that"
+                f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise"
+                " after that"
             )
     return given, full, metadata

@@ -1,7 +1,8 @@
 """What Ctrl-C does to a program of this project: exit code 130 and one line. Standard library only.
 
-Where files may have to be put away it raises KeyboardInterrupt. In the middle of an import the process ends at once:
-an exception may be lost there, or meet the C++ of a package that is half loaded. Nothing of ours is being written then.
+Where files may have to be put away it raises KeyboardInterrupt. In the middle of an import the process ends
+at once: an exception may be lost there, or meet the C++ of a package that is half loaded. Nothing of ours is
+being written then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
 
 
 def say_interrupted() -> None:
-    """The line, from the first of a run's processes; the system's own call, as print() may be what was interrupted."""
+    """The line, from the first of a run's processes; the system's own call, as print() may be what was
+    interrupted.
+    """
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     if rank == "0":
         os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
@@ -40,10 +43,11 @@ def answer(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def answered():
-    """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C, unless that is ignored, as under nohup.
+    """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C, unless that is
+    ignored, as under nohup.
 
-    An interrupt in the destructor of an object or in a callback from C, which Python would only print, ends the
-    process, too.
+    An interrupt in the destructor of an object or in a callback from C, which Python would only print, ends
+    the process, too.
     """
     handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -65,7 +69,9 @@ def answered():
 
 
 def end_program_at_once() -> None:
-    """Have Ctrl-C end the process at once where this package is the program: its imports precede its first line."""
+    """Have Ctrl-C end the process at once where this package is the program: its imports precede its first
+    line.
+    """
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
     as_module = (
         started == "-m" and "rwkv_miss" in sys.orig_argv

@@ -30,7 +30,9 @@ def kind_of(path) -> str:
 
 
 def may_replace(out, *kinds: str) -> None:
-    """UserError where `out` is a model, an adapter or the like of another kind than these: they are easily lost under the name of an output."""
+    """UserError where `out` is a model, an adapter or the like of another kind than these: they are easily
+    lost under the name of an output.
+    """
     if os.path.isfile(out) and os.path.getsize(out) and (found := kind_of(out)) not in (*kinds, OTHER):
         raise UserError(
             f"{out} is there already, {found}, and would be lost; choose another name, or remove it first"

@@ -1,4 +1,6 @@
-"""Base + adapters -> merged `.pth`, tensor by tensor: fp32 addition, one rounding, everything else byte for byte as it was."""
+"""Base + adapters -> merged `.pth`, tensor by tensor: fp32 addition, one rounding, everything else byte for
+byte as it was.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclasses.dataclass
 class MergeReport:
-    """What merge_file did. `record` is the metadata of the merged file, `choice` says why --dtype auto chose the dtype, "" without it."""
+    """What merge_file did. `record` is the metadata of the merged file, `choice` says why --dtype auto chose
+    the dtype, "" without it.
+    """
 
     out: str
     linears: int
@@ -46,7 +50,9 @@ class MergeReport:
     read: list[str] = dataclasses.field(default_factory=list)  # notes of the reading
 
     def lines(self, rows: int | None = ROWS) -> list[str]:
-        """What the user is told: one line, the `rows` layers that rounding cost most (None: all), and what to take notice of."""
+        """What the user is told: one line, the `rows` layers that rounding cost most (None: all), and what to
+        take notice of.
+        """
         r = self.rounding
         parts = f" ({', '.join(self.parts)})" if self.parts else ""
         replaced = f" and {self.replaced} whole tensors{parts}" if self.replaced else ""
@@ -57,8 +63,9 @@ class MergeReport:
             else ""
         )
         lines = [
-            f"merged {self.linears} linears{replaced}{several}{times} into {self.out} ({self.dtype}) in {self.seconds:.1f} s; "
-            f"rounding lost {percent(r.lost)} of the update and left {percent(r.total.unchanged_share)} of its entries unchanged"
+            f"merged {self.linears} linears{replaced}{several}{times} into {self.out} ({self.dtype}) in"
+            f" {self.seconds:.1f} s; rounding lost {percent(r.lost)} of the update and left"
+            f" {percent(r.total.unchanged_share)} of its entries unchanged"
         ]
         return lines + r.table(rows) + self.notes() + [f"warning: {text}" for text in self.warnings()]
 
@@ -66,9 +73,9 @@ class MergeReport:
         notes = [f"note: {note}" for note in self.read] + ([self.choice] if self.choice else [])
         if self.states:
             notes.append(
-                "note: the file carries the initial state as blocks.i.att.time_state of every layer i, (heads, value, key). This project "
-                "applies it, and so does the package rwkv for RWKV-6; for RWKV-7 put it into the state there: "
-                "state[3 * i + 1] = time_state.float()"
+                "note: the file carries the initial state as blocks.i.att.time_state of every layer i,"
+                " (heads, value, key). This project applies it, and so does the package rwkv for RWKV-6; for"
+                " RWKV-7 put it into the state there: state[3 * i + 1] = time_state.float()"
             )
         return notes
 
@@ -130,7 +137,9 @@ class _Merger:
         self.turn = 0
 
     def merged(self, key: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """The value of one tensor of the merged file, in `dtype`, with its account; valid until the next but one is made."""
+        """The value of one tensor of the merged file, in `dtype`, with its account; valid until the next but
+        one is made.
+        """
         self.turn = 1 - self.turn
         out = self.scratch.get(f"out {self.turn}", base.shape, dtype)
         exact = self.adapters.merged(key, base, self.scratch, out if dtype == torch.float32 else None)
@@ -138,7 +147,9 @@ class _Merger:
         return out
 
     def items(self, base: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The merged file: the base's tensors in its order, then the adapters' new ones. dtype None keeps each tensor's own."""
+        """The merged file: the base's tensors in its order, then the adapters' new ones. dtype None keeps
+        each tensor's own.
+        """
         changed = set(self.adapters.changed(base))
         for key, tensor in base.items():
             yield key, (self.merged if key in changed else round_to)(key, tensor, dtype or tensor.dtype)
@@ -166,17 +177,20 @@ def merge_file(
     hints: Hints = NO_HINTS,
     shown: bool = False,
 ) -> MergeReport:
-    """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's keys, shapes and order.
+    """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's
+    keys, shapes and order.
 
-    Several adapters give W + sum of w_i delta_i(W), where every delta is that of the base's weight, base + sum of w_i (T_i - base) for tensors
-    trained as a whole, and the sum of w_i state_i for initial states; `weights` are 1 each by default, may be negative, and may scale one adapter.
-    An initial state, which is no change of anything in the base, comes after the base's tensors as `blocks.i.att.time_state`.
-    Adapters of other projects are read as by convert(), with the same `hints`.
+    Several adapters give W + sum of w_i delta_i(W), where every delta is that of the base's weight, base +
+    sum of w_i (T_i - base) for tensors trained as a whole, and the sum of w_i state_i for initial states;
+    `weights` are 1 each by default, may be negative, and may scale one adapter. An initial state, which is no
+    change of anything in the base, comes after the base's tensors as `blocks.i.att.time_state`. Adapters of
+    other projects are read as by convert(), with the same `hints`.
 
-    dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that would lose more than
-    5 % of the update, then fp16, and fp32 if that is not enough. Refused with a UserError before anything is written: a file that
-    is no adapter, another base than an adapter's, a second merge of the same adapter (both allowed by `force`), shapes that do not fit, and
-    adapters that contradict each other in tokenizer, end of document or template. `shown`: a bar on stderr where it takes long.
+    dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that
+    would lose more than 5 % of the update, then fp16, and fp32 if that is not enough. Refused with a
+    UserError before anything is written: a file that is no adapter, another base than an adapter's, a second
+    merge of the same adapter (both allowed by `force`), shapes that do not fit, and adapters that contradict
+    each other in tokenizer, end of document or template. `shown`: a bar on stderr where it takes long.
     """
     started = time.perf_counter()
     if dtype not in ("base", "auto", *DTYPES):
@@ -194,7 +208,8 @@ def merge_file(
     for m in members:
         if not force and m.recorded_as(earlier):
             raise UserError(
-                f"{base} is already a merge of {m.path} into {before.get('base')}; --force merges it a second time"
+                f"{base} is already a merge of {m.path} into {before.get('base')}; --force merges it a second"
+                " time"
             )
         _check_base(base, m, identity, tensors, force)
     adapters = Combination(members)
@@ -242,7 +257,9 @@ def fingerprint_of_file(path) -> str:
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:
-    """The metadata of the merged file: what readers take from it, and its adapters, by itself where there is one."""
+    """The metadata of the merged file: what readers take from it, and its adapters, by itself where there is
+    one.
+    """
     head = {"format": MERGED_FORMAT, "base": os.path.basename(base), "base_fingerprint": base_fingerprint}
     common = common_record(members, before)
     if len(members) == 1:
@@ -284,12 +301,17 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
         tried.append(loses)
     return (
         torch.float32,
-        f"--dtype auto: {', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in float32",
+        (
+            f"--dtype auto: {', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in"
+            " float32"
+        ),
     )
 
 
 def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
-    """Refuse a base that is not the adapter's, and say where the two differ when their sizes do; other widths never fit."""
+    """Refuse a base that is not the adapter's, and say where the two differ when their sizes do; other widths
+    never fit.
+    """
     differs, misfit = "", False
     metadata = adapter.metadata
     if metadata.get("arch"):
@@ -304,5 +326,6 @@ def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Te
     if misfit or (not force and wanted and not identity.is_recorded(wanted, adapter.path)):
         advice = "merge into that one" + ("" if misfit else ", or --force")
         raise UserError(
-            f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs}; {advice}"
+            f"{adapter.path} was trained on another base ({metadata.get('base')}), not on {base}{differs};"
+            f" {advice}"
         )

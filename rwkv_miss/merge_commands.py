@@ -19,7 +19,9 @@ from .rounding import ROWS
 
 
 def add_commands(commands) -> None:
-    """Add them to the subparsers of the program; the parsed arguments have the function that does the work as `run`."""
+    """Add them to the subparsers of the program; the parsed arguments have the function that does the work as
+    `run`.
+    """
     merge = commands.add_parser("merge", help="base + adapters -> one .pth for any RWKV runtime")
     # the other names are those of RWKV-PEFT's merge scripts
     merge.add_argument("--base", "--base_model", required=True)
@@ -30,7 +32,10 @@ def add_commands(commands) -> None:
         "--dtype",
         default="base",
         choices=("base", "auto", *DTYPES),
-        help="base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the update",
+        help=(
+            "base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the"
+            " update"
+        ),
     )
     merge.add_argument(
         "--force", action="store_true", help="merge into another base than the adapter's, or a second time"

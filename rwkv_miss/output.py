@@ -1,4 +1,6 @@
-"""Outputs that appear under their names only when they are complete and on the disk: a file, and a folder of a few files."""
+"""Outputs that appear under their names only when they are complete and on the disk: a file, and a folder of
+a few files.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def require_writable(path, size: int = 0) -> None:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(
-            f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to write"
+            f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, expected the name of a file to"
+            " write"
         )
     folder = Path(os.path.realpath(path)).parent
     try:
@@ -35,8 +38,10 @@ def require_writable(path, size: int = 0) -> None:
 
 @contextlib.contextmanager
 def whole_file(path, size: int = 0) -> Iterator[BinaryIO]:
-    """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk. What was there before stays until then,
-    and after any failure. UserError where it can't be written, `size` bytes are not free, or the disk runs full."""
+    """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk.
+    What was there before stays until then, and after any failure. UserError where it can't be written, `size`
+    bytes are not free, or the disk runs full.
+    """
     require_writable(path, size)
     place = os.path.realpath(path)  # the file behind a link is replaced, not the link
     temporary, written = f"{place}.{secrets.token_hex(4)}.tmp", 0
@@ -77,7 +82,9 @@ def write_json(path, content: dict) -> None:
 
 
 def check_folder(out, names: list[str]) -> None:
-    """UserError unless a folder of these files can be made at `out`: nothing is there, or a folder with no other files, which is replaced."""
+    """UserError unless a folder of these files can be made at `out`: nothing is there, or a folder with no
+    other files, which is replaced.
+    """
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is a file, expected the name of a folder to write")
     others = sorted(set(os.listdir(out)) - set(names)) if os.path.isdir(out) else []
@@ -92,8 +99,10 @@ def check_folder(out, names: list[str]) -> None:
 
 
 def write_folder(out, writers: dict[str, Callable[[str], None]]) -> None:
-    """A folder of files, each made by a function of its path. It appears under its name when all are complete; a folder that is there is
-    replaced if it has no other files (check_folder), and stays as it was after a failure."""
+    """A folder of files, each made by a function of its path. It appears under its name when all are
+    complete; a folder that is there is replaced if it has no other files (check_folder), and stays as it was
+    after a failure.
+    """
     check_folder(out, list(writers))
     out = os.path.realpath(out)
     temporary, old = (f"{out}.{secrets.token_hex(4)}.{kind}" for kind in ("tmp", "old"))

@@ -1,12 +1,14 @@
 """Parts of an RWKV model that are trained as whole tensors beside an adapter: emb, head, ln, time and state.
 
-`time` is what RWKV-6 calls time_*: the token-shift mixes, the decay and the bonus of the current token, of time mix and channel mix, the
-low-rank maps of mixes and decay included. RWKV-7 has x_* in their place, w0 w1 w2 for the decay and r_k for the bonus, and the rest of what
-shapes its recurrence: the in-context learning rate a0 a1 a2 with k_k and k_a, and the value residual v0 v1 v2. Its g1 and g2 are not among
-them, because the gate of RWKV-6 is a linear. Block 0 never reads its v0 v1 v2, so they are in no part.
+`time` is what RWKV-6 calls time_*: the token-shift mixes, the decay and the bonus of the current token, of
+time mix and channel mix, the low-rank maps of mixes and decay included. RWKV-7 has x_* in their place, w0 w1
+w2 for the decay and r_k for the bonus, and the rest of what shapes its recurrence: the in-context learning
+rate a0 a1 a2 with k_k and k_a, and the value residual v0 v1 v2. Its g1 and g2 are not among them, because the
+gate of RWKV-6 is a linear. Block 0 never reads its v0 v1 v2, so they are in no part.
 
-`state` is the WKV state that every document starts from, `blocks.i.att.time_state` (H, N, N), [value, key] for both versions, as released
-state files have it. A layer that takes one has a slot of that name, which is None until the state is trained or read from a file.
+`state` is the WKV state that every document starts from, `blocks.i.att.time_state` (H, N, N), [value, key]
+for both versions, as released state files have it. A layer that takes one has a slot of that name, which is
+None until the state is trained or read from a file.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ PARTS = {
     "emb": r"emb\.weight",
     "head": r"head\.weight",
     "ln": r"(.+\.)?ln(\d|_x|_out)\.(weight|bias)",
-    "time": r"blocks\.\d+\.(att|ffn)\.(time_(maa|decay|faaaa).*|x_[rwkvag]|[wa][012]|k_k|k_a|r_k)|blocks\.(?!0\.)\d+\.att\.v[012]",
+    "time": (
+        r"blocks\.\d+\.(att|ffn)\.(time_(maa|decay|faaaa).*|x_[rwkvag]|[wa][012]|k_k|k_a|r_k)|blocks\.(?!0\.)\d+\.att\.v[012]"
+    ),
     "state": r"blocks\.\d+\.att\.time_state",
 }
 
@@ -38,7 +42,9 @@ def split_parts(text: str) -> list[str]:
 
 
 def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
-    """The tensors among `names` that belong to these parts, in their order. A part without any is a UserError."""
+    """The tensors among `names` that belong to these parts, in their order. A part without any is a
+    UserError.
+    """
     names = list(names)
     patterns = {part: re.compile(PARTS[part]) for part in parts}
     for part, pattern in patterns.items():
@@ -63,7 +69,9 @@ def state_names(model: nn.Module) -> list[str]:
 
 
 def add_states(model: nn.Module) -> None:
-    """Give every layer that takes an initial state and has none a frozen one of zeros, fp32, which changes nothing."""
+    """Give every layer that takes an initial state and has none a frozen one of zeros, fp32, which changes
+    nothing.
+    """
     for name in state_names(model):
         layer = model.get_submodule(name.rpartition(".")[0])
         if layer.time_state is None:

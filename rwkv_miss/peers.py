@@ -21,7 +21,9 @@ from .gemm import product, product_onto, product_plus
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(N, out) as `rank` shards of neighbouring columns: those that are one longer, (N, shards, size + 1), and the others, (N, shards, size)."""
+    """(N, out) as `rank` shards of neighbouring columns: those that are one longer, (N, shards, size + 1),
+    and the others, (N, shards, size).
+    """
     size, longer = y.shape[1] // rank, y.shape[1] % rank  # not divmod: tracing has no such thing
     first, rest = y.split((longer * (size + 1), (rank - longer) * size), 1)
     return first.unflatten(1, (longer, size + 1)), rest.unflatten(1, (rank - longer, size))
@@ -81,7 +83,9 @@ _define(
 
 
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
-    """y = x W^T + bias + expand(x D^T): D (r, in), and each of the r numbers counts for one shard of neighbouring outputs. Kept: x."""
+    """y = x W^T + bias + expand(x D^T): D (r, in), and each of the r numbers counts for one shard of
+    neighbouring outputs. Kept: x.
+    """
     return torch.ops.rwkv_miss.expand_linear(autocast(x), weight, bias, D)[0]
 
 
@@ -138,12 +142,16 @@ _define(
 def vera_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
 ) -> Tensor:
-    """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out). Kept: x A^T."""
+    """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out).
+    Kept: x A^T.
+    """
     return torch.ops.rwkv_miss.vera_linear(autocast(x), weight, bias, A, B, d, b)[0]
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
-    """(N, in) as a batch of the blocks of columns that the matrices of D (in / r, r, r) belong to, a view (in / r, N, r)."""
+    """(N, in) as a batch of the blocks of columns that the matrices of D (in / r, r, r) belong to, a view (in
+    / r, N, r).
+    """
     return x.unflatten(1, D.shape[:2]).transpose(0, 1)
 
 
@@ -166,7 +174,8 @@ def _bat_forward(
 ) -> tuple[Tensor, Tensor]:
     rows, matrix, D = _rows(x), _matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
     bias = _bias(bias, x.dtype)
-    # in half precision what is small is kept apart: x and W are on the grid that their sums with it would be rounded to
+    # in half precision what is small is kept apart: x and W are on the grid that their sums with it would be
+    # rounded to
     half = x.dtype.itemsize < 4
     if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
         moved = _bat_inputs(rows, D)
@@ -236,11 +245,12 @@ _define(
 
 
 def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> Tensor:
-    """y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r, r), or with `by_row` (W[a, b] + I) D[b], D
-    (in / r, r, r). Kept: x.
+    """y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r, r), or
+    with `by_row` (W[a, b] + I) D[b], D (in / r, r, r). Kept: x.
 
-    By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA. By column W + dW is formed for each
-    product, and the gradient of the whole weight with it: 1.5 times the products of the frozen linear. In half precision either needs the product
-    with dW apart, half a frozen linear more.
+    By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA.
+    By column W + dW is formed for each product, and the gradient of the whole weight with it: 1.5 times the
+    products of the frozen linear. In half precision either needs the product with dW apart, half a frozen
+    linear more.
     """
     return torch.ops.rwkv_miss.bat_linear(autocast(x), weight, bias, D, by_row)[0]

@@ -51,8 +51,8 @@ def tensors_with_progress(
 class Progress:
     """A bar: `what` is done, of `total` things called `unit` ("files"); `done` are there already.
 
-    `total` None: nobody knows how many. Of several processes one has `shown`. `delay`: seconds before the first
-    drawing on a terminal, DELAY unless given.
+    `total` None: nobody knows how many. Of several processes one has `shown`. `delay`: seconds before the
+    first drawing on a terminal, DELAY unless given.
     """
 
     def __init__(

@@ -1,19 +1,23 @@
 """Frozen weights in 8 or 4 bits, which a linear multiplies with and never trains.
 
-A quantised weight (out, in) is one integer tensor, a row of bytes for each output, so that it moves between devices, is broadcast and is
-saved for a backward like any other tensor:
+A quantised weight (out, in) is one integer tensor, a row of bytes for each output, so that it moves between
+devices, is broadcast and is saved for a backward like any other tensor:
 
-| kind | dtype | a row of in weights is, in blocks of 64                                      | bits a weight |
+| kind | dtype | a row of in weights is, in blocks of 64                                      | bits a weight
+|
 |------|-------|------------------------------------------------------------------------------|---------------|
-| int8 | int8  | 64 codes a block from -127 to 127, then a scale a block                      | 8.25          |
-| nf4  | uint8 | 32 bytes a block, two codes in each, the earlier one in the high half, then a scale a block | 4.25 |
+| int8 | int8  | 64 codes a block from -127 to 127, then a scale a block                      | 8.25
+|
+| nf4  | uint8 | 32 bytes a block, two codes in each, the earlier one in the high half, then a scale a block |
+4.25 |
 
-weight = value of the code x scale of its block. The value of an int8 code is the code itself, that of an nf4 code its entry in NF4. A scale
-is bf16: the largest weight of the block for nf4, which a bf16 file has exactly, and a 127th of it for int8. The last block of a row is filled
-up with codes that are not used. The tensor tells its kind, `out` and the number of blocks; `in` is that of the linear's input.
+weight = value of the code x scale of its block. The value of an int8 code is the code itself, that of an nf4
+code its entry in NF4. A scale is bf16: the largest weight of the block for nf4, which a bf16 file has
+exactly, and a 127th of it for int8. The last block of a row is filled up with codes that are not used. The
+tensor tells its kind, `out` and the number of blocks; `in` is that of the linear's input.
 
-nf4 is the data type of QLoRA (Dettmers et al., arXiv 2305.14314, section 3 and appendix E), with its blocks of 64. Its double quantisation,
-scales in 8 bits with scales of their own, would take 0.12 bits a weight less.
+nf4 is the data type of QLoRA (Dettmers et al., arXiv 2305.14314, section 3 and appendix E), with its blocks
+of 64. Its double quantisation, scales in 8 bits with scales of their own, would take 0.12 bits a weight less.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ SCALE_BYTES = 2
 CODES = {"int8": BLOCK, "nf4": BLOCK // 2}
 DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-# quantiles of a normal distribution, scaled to -1 and 1, with an exact zero: 8 values below and with it, 8 above
+# quantiles of a normal distribution, scaled to -1 and 1, with an exact zero: 8 values below and with it, 8
+# above
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -103,7 +108,9 @@ def nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means, on every device."""
+    """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means, on every
+    device.
+    """
     weight = unfilled(quantised, width, dtype)
     rows = max(1, AT_ONCE // width)
     for part, into in zip(quantised.split(rows), weight.split(rows), strict=True):
@@ -124,13 +131,15 @@ def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
 
 
 def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The memory for the weight (out, width) of a quantised one. Raises ValueError where its rows are not those of `width` weights."""
+    """The memory for the weight (out, width) of a quantised one. Raises ValueError where its rows are not
+    those of `width` weights.
+    """
     kind = KINDS.get(quantised.dtype)
     if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
         expected = " or ".join(f"{DTYPES[name]} (out, {row_bytes(name, width)})" for name in CODES)
         raise ValueError(
-            f"dequantise: the quantised weight is {quantised.dtype} {tuple(quantised.shape)}; expected {expected} for rows of {width} "
-            "weights, 1 or more"
+            f"dequantise: the quantised weight is {quantised.dtype} {tuple(quantised.shape)}; expected"
+            f" {expected} for rows of {width} weights, 1 or more"
         )
     return quantised.new_empty(quantised.shape[0], width, dtype=dtype)
 
@@ -149,9 +158,11 @@ def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def quantise_(linears: Iterable[nn.Linear], kind: str) -> None:
-    """Replace the weights of linears by quantised, frozen ones, one after the other: what it takes beside them is a few rows.
+    """Replace the weights of linears by quantised, frozen ones, one after the other: what it takes beside
+    them is a few rows.
 
-    Their forward must multiply by functional.linear, miss_linear or lora_linear, as that of every adapted linear does.
+    Their forward must multiply by functional.linear, miss_linear or lora_linear, as that of every adapted
+    linear does.
     """
     for linear in linears:
         linear.weight = nn.Parameter(quantise(linear.weight.detach(), kind), requires_grad=False)

@@ -1,4 +1,6 @@
-"""What rounding takes from an update: the account of a merge, tensor by tensor, kept while the tensors are in the cache anyway."""
+"""What rounding takes from an update: the account of a merge, tensor by tensor, kept while the tensors are in
+the cache anyway.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,17 @@ def percent(share: float) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers of their size, whose comparison is that of bytes, and 3 times as fast as that of bf16."""
+    """The elements as integers of their size, whose comparison is that of bytes, and 3 times as fast as that
+    of bf16.
+    """
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One changed tensor: squared norms of the update and of what the rounded file lacks of it, the number of entries that were to change,
-    and of those that the rounding left as they were."""
+    """One changed tensor: squared norms of the update and of what the rounded file lacks of it, the number of
+    entries that were to change, and of those that the rounding left as they were.
+    """
 
     name: str
     update: float
@@ -41,8 +46,8 @@ class Layer:
     def lost(self) -> float:
         """||(round(W + dW) - round(W)) - dW|| / ||dW||; 0 where dW is.
 
-        Where W is on the grid of the output already, this is the rounding of W + dW. Where it is not (an fp32 base written as bf16), the
-        rounding of W itself is no loss of the update and is left out.
+        Where W is on the grid of the output already, this is the rounding of W + dW. Where it is not (an fp32
+        base written as bf16), the rounding of W itself is no loss of the update and is left out.
         """
         return (self.error / self.update) ** 0.5 if self.update else 0.0
 
@@ -101,7 +106,9 @@ class Rounding:
 
 
 class Scratch:
-    """Memory that is used again by those who ask under the same name: to get new pages from the system takes as long as the arithmetic."""
+    """Memory that is used again by those who ask under the same name: to get new pages from the system takes
+    as long as the arithmetic.
+    """
 
     def __init__(self):
         self.buffers: dict[str, Tensor] = {}
@@ -138,8 +145,8 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         size = float(change.dot(change))
         if not math.isfinite(size) and bool(before.isfinite().all()):
             raise UserError(
-                f"{key} would change by values that are infinite, or beyond 1e19, in which nothing can be reckoned; look at the "
-                "weights of the adapters, and whether their training diverged"
+                f"{key} would change by values that are infinite, or beyond 1e19, in which nothing can be"
+                " reckoned; look at the weights of the adapters, and whether their training diverged"
             )
         update += size
         error += float(missing.dot(missing))
@@ -156,7 +163,9 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
-    """UserError for a value that fp16 has no room for; one that was infinite or NaN before is the file's own affair."""
+    """UserError for a value that fp16 has no room for; one that was infinite or NaN before is the file's own
+    affair.
+    """
     if (
         rounded.dtype == torch.float16
         and not is_finite(rounded)
@@ -166,7 +175,9 @@ def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
 
 
 def round_to(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the file in the file's dtype; integers stay. UserError for a value that fp16 has no room for."""
+    """A tensor of the file in the file's dtype; integers stay. UserError for a value that fp16 has no room
+    for.
+    """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     rounded = tensor.to(dtype)

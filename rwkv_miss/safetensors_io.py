@@ -40,17 +40,21 @@ def is_safetensors(path) -> bool:
 
 
 def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the file, and the metadata of its header. UserError for a damaged file, or without the package."""
+    """Tensors, mapped from the file, and the metadata of its header. UserError for a damaged file, or without
+    the package.
+    """
     try:
         import safetensors
     except ImportError:
         raise UserError(
-            f"{path} is a safetensors file, and the package that reads those is absent: pip install safetensors"
+            f"{path} is a safetensors file, and the package that reads those is absent: pip install"
+            " safetensors"
         ) from None
     header = int.from_bytes(first_bytes(path, 8), "little")
     if header > LARGEST_JSON:
         raise UserError(
-            f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is refused"
+            f"{path} has a header of {header:,} bytes, expected are {LARGEST_JSON:,} at the most; the file is"
+            " refused"
         )
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -60,15 +64,19 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors bit for bit, whole or not at all, with texts in the header. UserError for a dtype that the format lacks."""
-    # the wide ones first, so that each is aligned, and by their names, in whose order they are read: a copy is the same file
+    """Write tensors bit for bit, whole or not at all, with texts in the header. UserError for a dtype that
+    the format lacks.
+    """
+    # the wide ones first, so that each is aligned, and by their names, in whose order they are read: a copy
+    # is the same file
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise UserError(
-                f"{path} can't be written: {name} is {tensor.dtype}; safetensors has {', '.join(DTYPES.values())}"
+                f"{path} can't be written: {name} is {tensor.dtype}; safetensors has"
+                f" {', '.join(DTYPES.values())}"
             )
         start, end = end, end + tensor.nbytes
         header[name] = {

@@ -1,4 +1,6 @@
-"""What is asked of a file before and after it is read: nobody knows who wrote it. SECURITY.md says what follows from it for the user."""
+"""What is asked of a file before and after it is read: nobody knows who wrote it. SECURITY.md says what
+follows from it for the user.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ LARGEST_INDEX = (
 )  # bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a megabyte
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 BLOCK = 1 << 18
-# what a pickle of plain tensors names. torch knows more, some of which allocates whatever the file says, such as bytearray and FloatTensor
+# what a pickle of plain tensors names. torch knows more, some of which allocates whatever the file says, such
+# as bytearray and FloatTensor
 PLAIN = re.compile(
-    r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage UntypedStorage|"
+    r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage"
+    r" UntypedStorage|"
     r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
 )
-LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, protocol, the machine's types, the tensors, the keys of their storages
+# at the start of a file of torch < 1.6: magic number, protocol, the machine's types, the tensors, the keys of
+# their storages
+LEGACY_PICKLES = 5
 
 
 def first_bytes(path, count: int) -> bytes:
@@ -51,8 +57,10 @@ def first_bytes(path, count: int) -> bytes:
 
 
 def open_archive(path) -> zipfile.ZipFile:
-    """A checkpoint's zip archive. UserError for a truncated one, for compressed records, which torch never writes and would map as if they were
-    not, for an index so large that unpickling it could fill the memory, and for records that lie over each other: to sum them up takes for ever."""
+    """A checkpoint's zip archive. UserError for a truncated one, for compressed records, which torch never
+    writes and would map as if they were not, for an index so large that unpickling it could fill the memory,
+    and for records that lie over each other: to sum them up takes for ever.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
@@ -62,15 +70,22 @@ def open_archive(path) -> zipfile.ZipFile:
     if sum(record.compress_size for record in archive.infolist()) > os.path.getsize(path):
         archive.close()
         raise UserError(
-            f"{path} is damaged: its records have more bytes together than the file; download or copy it again"
+            f"{path} is damaged: its records have more bytes together than the file; download or copy it"
+            " again"
         )
     for record in archive.infolist():
         problem, kind = "", record.filename.lower()[-4:]  # torch finds names in capitals, too
         limit = LARGEST_INDEX if kind == ".pkl" else LARGEST_JSON if kind == "json" else None
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-            problem = "is compressed, which no record of a checkpoint is; unpack the archive and save its tensors again with torch.save"
+            problem = (
+                "is compressed, which no record of a checkpoint is; unpack the archive and save its tensors"
+                " again with torch.save"
+            )
         elif limit and record.file_size > limit:
-            problem = f"has {record.file_size:,} bytes, far beyond what an index of tensors needs ({limit:,}); the file is refused"
+            problem = (
+                f"has {record.file_size:,} bytes, far beyond what an index of tensors needs ({limit:,}); the"
+                " file is refused"
+            )
         if problem:
             archive.close()
             raise UserError(f"{path}: {record.filename} {problem}")
@@ -78,8 +93,9 @@ def open_archive(path) -> zipfile.ZipFile:
 
 
 def check_pickles(path, zipped: bool) -> None:
-    """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice: one that holds another twice, and so on,
-    is small, and to hash or to print it takes for ever."""
+    """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice: one
+    that holds another twice, and so on, is small, and to hash or to print it takes for ever.
+    """
     try:
         if not zipped:
             with open(path, "rb") as file:
@@ -97,7 +113,8 @@ def check_pickles(path, zipped: bool) -> None:
         raise
     except Exception as error:  # pickletools and zipfile have no common exception for damage
         raise UserError(
-            f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it again"
+            f"{path} is truncated or not a torch checkpoint ({type(error).__name__}); download or copy it"
+            " again"
         ) from None
 
 
@@ -111,14 +128,15 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
         ):
             wanted = argument.replace(" ", ".", 1)[:200] if code.name == "GLOBAL" else "more than tensors"
             raise UserError(
-                f"{path} is refused: its pickle asks for {wanted}, which could run code and which plain tensors do not need; "
-                "save it as a flat dict of dense tensors"
+                f"{path} is refused: its pickle asks for {wanted}, which could run code and which plain"
+                " tensors do not need; save it as a flat dict of dense tensors"
             )
         if "PUT" in code.name and tuple_is_last:
             tuples.add(argument)
         elif "GET" in code.name and argument in tuples:
             raise UserError(
-                f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of dense tensors"
+                f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of"
+                " dense tensors"
             )
         tuple_is_last = code.name.startswith("TUPLE") or "PUT" in code.name and tuple_is_last
 
@@ -130,7 +148,8 @@ def read_json(path) -> dict[str, Any]:
         content = file.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
         raise UserError(
-            f"{path} has {os.path.getsize(path):,} bytes, far beyond what a configuration needs ({LARGEST_JSON:,}); the file is refused"
+            f"{path} has {os.path.getsize(path):,} bytes, far beyond what a configuration needs"
+            f" ({LARGEST_JSON:,}); the file is refused"
         )
     return parse_json(path, content)
 
@@ -149,7 +168,9 @@ def parse_json(path, content: bytes) -> dict[str, Any]:
 
 
 def check_sums(path) -> None:
-    """UserError unless every record of a checkpoint has the checksum that was written with it; files of torch < 1.6 have none. It reads all."""
+    """UserError unless every record of a checkpoint has the checksum that was written with it; files of torch
+    < 1.6 have none. It reads all.
+    """
     if not zipfile.is_zipfile(path):
         return
     with open_archive(path) as archive:
@@ -170,7 +191,9 @@ def check_sums(path) -> None:
 
 
 def check_tensors(path, tensors: Mapping[str, Tensor]) -> None:
-    """UserError for tensors that are not plain numbers in this file: sparse, quantised or complex ones, and shapes that claim more than is there."""
+    """UserError for tensors that are not plain numbers in this file: sparse, quantised or complex ones, and
+    shapes that claim more than is there.
+    """
     together = 0
     for name, tensor in tensors.items():
         plain = (
@@ -186,8 +209,9 @@ def check_tensors(path, tensors: Mapping[str, Tensor]) -> None:
             )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise UserError(
-                f"{path}: {name} claims {tuple(tensor.shape)}, {tensor.nbytes:,} bytes, and has {tensor.untyped_storage().nbytes():,}; "
-                "the file is damaged, or the tensor was expanded: save it with .contiguous()"
+                f"{path}: {name} claims {tuple(tensor.shape)}, {tensor.nbytes:,} bytes, and has"
+                f" {tensor.untyped_storage().nbytes():,}; the file is damaged, or the tensor was expanded:"
+                " save it with .contiguous()"
             )
         together += tensor.nbytes
     size = os.path.getsize(path)

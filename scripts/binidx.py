@@ -1,9 +1,11 @@
 """RWKV-LM's binidx from data in any format that train.py reads, and back to JSONL.
 
-    python -m scripts.binidx OUT DATA...              # OUT.bin and OUT.idx, an end of document after every row
+    python -m scripts.binidx OUT DATA...              # OUT.bin and OUT.idx, an end of document after every
+    row
     python -m scripts.binidx --to_jsonl OUT.jsonl DATA...   # {"text": ...} a line
 
-train.py needs neither: it reads all formats as they are. A binidx file holds tokens and no loss mask: everything in it is trained.
+train.py needs neither: it reads all formats as they are. A binidx file holds tokens and no loss mask:
+everything in it is trained.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         count, tokens = convert(args)
         print(
-            f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents, {tokens:,} tokens"
+            f"wrote {args.out if args.to_jsonl else args.out + '.bin and .idx'}: {count:,} documents,"
+            f" {tokens:,} tokens"
         )
 
 
@@ -75,18 +78,23 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
-    """formats.read_rows() of several names. A weight is a UserError: how often a run sees a row is no matter of the file that holds it."""
+    """formats.read_rows() of several names. A weight is a UserError: how often a run sees a row is no matter
+    of the file that holds it.
+    """
     for name in data:
         for source in sources(name, reading):
             if source.weight != 1:
                 raise UserError(
-                    f"{name}: a file has every row once; drop the weight here, and give it to --data_file of train.py"
+                    f"{name}: a file has every row once; drop the weight here, and give it to --data_file of"
+                    " train.py"
                 )
             yield from read_source(source, Report(), reading, eod)
 
 
 class JsonlWriter:
-    """Writes {"text": ...} lines: add() for each document, then close(). Until then the file has a temporary name; discard() removes it."""
+    """Writes {"text": ...} lines: add() for each document, then close(). Until then the file has a temporary
+    name; discard() removes it.
+    """
 
     def __init__(self, path: str, tokenizer):
         self.path, self.tokenizer = path, tokenizer

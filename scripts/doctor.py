@@ -1,7 +1,9 @@
-"""What this machine has for training, and for everything that is missing the command that brings it: python -m scripts.doctor [--json] [--fat]
+"""What this machine has for training, and for everything that is missing the command that brings it: python
+-m scripts.doctor [--json] [--fat]
 
-One line each with ok, warn or missing. The exit code is 0 when training works here, with or without native kernels, else 1. With --json
-the only thing on stdout is one JSON object. Nothing is installed; native kernels are built if there is a compiler, as training would do.
+One line each with ok, warn or missing. The exit code is 0 when training works here, with or without native
+kernels, else 1. With --json the only thing on stdout is one JSON object. Nothing is installed; native kernels
+are built if there is a compiler, as training would do.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ GIB = 2**30
 
 
 class Check(NamedTuple):
-    """A line: ok, warn or missing; of what; what was seen, what to do. Without something `needed`, training does not work."""
+    """A line: ok, warn or missing; of what; what was seen, what to do. Without something `needed`, training
+    does not work.
+    """
 
     state: str
     name: str
@@ -116,8 +120,8 @@ def examine() -> Iterator[Check]:
         yield Check(
             "ok",
             "GPU",
-            "none, training runs on the CPU; where there is one: sudo ubuntu-drivers install (on Ubuntu), then "
-            "pip install --force-reinstall torch",
+            "none, training runs on the CPU; where there is one: sudo ubuntu-drivers install (on Ubuntu),"
+            " then pip install --force-reinstall torch",
         )
     yield from tools()
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
@@ -206,7 +210,8 @@ def gpus(torch) -> Iterator[Check]:
         yield Check(
             "missing",
             "driver",
-            "no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, on Ubuntu: sudo ubuntu-drivers install",
+            "no NVIDIA driver (nvidia-smi is not there); with an NVIDIA GPU, on Ubuntu: sudo ubuntu-drivers"
+            " install",
         )
     if built_for:
         yield Check("ok", "CUDA of torch", built_for)
@@ -217,7 +222,10 @@ def gpus(torch) -> Iterator[Check]:
         )
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(i)
-        text = f"{torch.cuda.get_device_name(i)}, architecture {major}{minor}, {torch.cuda.get_device_properties(i).total_memory / GIB:.0f} GiB"
+        text = (
+            f"{torch.cuda.get_device_name(i)}, architecture {major}{minor},"
+            f" {torch.cuda.get_device_properties(i).total_memory / GIB:.0f} GiB"
+        )
         if (major, minor) < (7, 5):
             yield Check(
                 "warn",
@@ -229,7 +237,10 @@ def gpus(torch) -> Iterator[Check]:
     if not torch.cuda.is_available():
         why = "torch sees none, training runs on the CPU"
         if driver and built_for:
-            why += f"; the driver may be too old for CUDA {built_for}: update it, on Ubuntu: sudo ubuntu-drivers install, then restart"
+            why += (
+                f"; the driver may be too old for CUDA {built_for}: update it, on Ubuntu: sudo ubuntu-drivers"
+                " install, then restart"
+            )
         yield Check("missing", "GPU", f"{why}; see the lines above" if not (driver and built_for) else why)
 
 
@@ -355,12 +366,16 @@ def evidence() -> Iterator[Check]:
             )
         for record in runs:
             errors = ", ".join(f"{dtype} {error:.1e}" for dtype, error in record["errors"][kernel].items())
-            text = f"{compiled}; run on {record['card']}, {record['date']}, commit {record['commit']}, worst errors {errors}"
+            text = (
+                f"{compiled}; run on {record['card']}, {record['date']}, commit {record['commit']}, worst"
+                f" errors {errors}"
+            )
             if record["sources"] != build.cuda_sources():
                 yield Check(
                     "warn",
                     kernel,
-                    f"{text}; the sources have changed since: bash scripts/gpu_check.sh on a machine with a GPU",
+                    f"{text}; the sources have changed since: bash scripts/gpu_check.sh on a machine with"
+                    " a GPU",
                 )
             elif record["failures"]:
                 yield Check("warn", kernel, f"{text}; failed there: {', '.join(record['failures'])}")

@@ -1,4 +1,6 @@
-"""Share of greedy answers that are right: python -m scripts.evaluate --model m.pth --questions heldout.jsonl --score number"""
+"""Share of greedy answers that are right: python -m scripts.evaluate --model m.pth --questions heldout.jsonl
+--score number
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
             tell_cut(cut, len(answers), limit)
         if args.score == "code" and not args.run_code:
             print(
-                f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code --run_code runs them"
+                f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code"
+                " --run_code runs them"
             )
             return
         texts = [answer.text for answer in answers]
@@ -83,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
-    """Ids of the first prompts and their right answers; none where the tokenizer has no tokens for one of them."""
+    """Ids of the first prompts and their right answers; none where the tokenizer has no tokens for one of
+    them.
+    """
     first = questions[:DOUBTED]
     try:
         return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in first]
@@ -92,8 +97,9 @@ def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int],
 
 
 def tell_cut(cut: int, count: int, limit: int | None) -> None:
-    """Say how many of `count` answers reached the limit of tokens, and warn where they are many. None: the limit is
-    not known."""
+    """Say how many of `count` answers reached the limit of tokens, and warn where they are many. None: the
+    limit is not known.
+    """
     share = cut / count
     tokens = f"{limit:,} tokens" if limit else "tokens"
     print(f"{cut:,} answers ({share:.1%}) reach the limit of {tokens}")
@@ -114,8 +120,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--questions",
         required=True,
-        help="questions and right answers, in any format of train.py's --data_file; "
-        "with --score code HumanEval or MBPP",
+        help=(
+            "questions and right answers, in any format of train.py's --data_file; "
+            "with --score code HumanEval or MBPP"
+        ),
     )
     for name in ("sft_field", "sft_split"):
         default = FIELDS[name].default
@@ -125,43 +133,55 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--score",
         default="exact",
         choices=(*SCORES, "code"),
-        help="an answer is right if it is, as a whole, the right one (exact), ends in the same number (number: GSM8K), "
-        "has an equal \\boxed{} result (boxed: MATH), or is a program that passes the tests (code: HumanEval, "
-        "MBPP); default %(default)s",
+        help=(
+            "an answer is right if it is, as a whole, the right one (exact), ends in the same number (number:"
+            " GSM8K), has an equal \\boxed{} result (boxed: MATH), or is a program that passes the tests"
+            " (code: HumanEval, MBPP); default %(default)s"
+        ),
     )
     add(
         "--run_code",
         action="store_true",
-        help="with --score code: run the model's programs on this machine, with limits of time and memory but in no "
-        "sandbox; default: only keep the answers",
+        help=(
+            "with --score code: run the model's programs on this machine, with limits of time and memory but"
+            " in no sandbox; default: only keep the answers"
+        ),
     )
     add("--save", help="write prompts and answers to this JSONL file; default: they are not kept")
     add("--answers", help="score the answers of such a file, in the place of a --model")
     add(
         "--tokenizer",
         default="auto",
-        help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
-        "default %(default)s",
+        help=(
+            "auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file; "
+            "default %(default)s"
+        ),
     )
     add(
         "--eod",
         default="",
-        help="text of the end-of-document token, where a tokenizer file does not tell; "
-        "default: as the tokenizer says",
+        help=(
+            "text of the end-of-document token, where a tokenizer file does not tell; "
+            "default: as the tokenizer says"
+        ),
     )
     add(
         "--template",
         default="auto",
-        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; "
-        "default %(default)s",
+        help=(
+            f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; "
+            "default %(default)s"
+        ),
     )
     add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the weights; default %(default)s")
     limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
     add(
         "--max_tokens",
         type=int,
-        help="the longest answer, in tokens. Default: for exact a quarter more than the longest right answer, and 16; "
-        f"{limits}; {THOUGHTS} where a template begins thoughts",
+        help=(
+            "the longest answer, in tokens. Default: for exact a quarter more than the longest right answer,"
+            f" and 16; {limits}; {THOUGHTS} where a template begins thoughts"
+        ),
     )
     add(
         "--batch",
@@ -186,8 +206,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--run_code is for --score code; --score {args.score} runs nothing")
     if args.score == "code" and not args.run_code and (args.answers or not args.save):
         raise UserError(
-            "--score code runs what the model wrote, on this machine, with limits of time and memory but in no sandbox: add --run_code, "
-            "best in a container. --save FILE without it keeps the answers, which --answers FILE then scores there"
+            "--score code runs what the model wrote, on this machine, with limits of time and memory but in"
+            " no sandbox: add --run_code, best in a container. --save FILE without it keeps the answers,"
+            " which --answers FILE then scores there"
         )
     if args.save:
         require_writable(args.save)
@@ -217,11 +238,13 @@ def saved(path: str, count: int) -> list[Answer]:
         answers = [Answer(row["answer"], row.get("cut")) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save writes it'
+            f'--answers {path} can\'t be read: {error!r}; expected JSONL of {{"answer": text}}, as --save'
+            " writes it"
         ) from None
     if len(answers) != count:
         raise UserError(
-            f"--answers {path} has {len(answers)} answers, --questions has {count} questions; both must be of the same file"
+            f"--answers {path} has {len(answers)} answers, --questions has {count} questions; both must be of"
+            " the same file"
         )
     return answers
 

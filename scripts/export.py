@@ -1,6 +1,8 @@
-"""A merged model for other programs, and back: python -m scripts.export --model merged.pth --out merged.gguf --to gguf
+"""A merged model for other programs, and back: python -m scripts.export --model merged.pth --out merged.gguf
+--to gguf
 
-gguf is for llama.cpp; hf is a folder for Hugging Face's transformers, RWKV-7 only; safetensors is one file. pth makes a checkpoint of any of them.
+gguf is for llama.cpp; hf is a folder for Hugging Face's transformers, RWKV-7 only; safetensors is one file.
+pth makes a checkpoint of any of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ def main(argv: list[str] | None = None) -> None:
             "--to",
             required=True,
             choices=TARGETS,
-            help="gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to a checkpoint",
+            help=(
+                "gguf: llama.cpp. hf: a folder for transformers, RWKV-7. safetensors: one file. pth: back to"
+                " a checkpoint"
+            ),
         )
         parser.add_argument(
             "--type", default="", choices=FILE_TYPES, help=f"of the large matrices in GGUF [{DEFAULT_TYPE}]"
@@ -30,7 +35,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             "--tokenizer",
             default="auto",
-            help="to put into gguf and hf, as in train.py, or none; auto: what the model records, else World [%(default)s]",
+            help=(
+                "to put into gguf and hf, as in train.py, or none; auto: what the model records, else World"
+                " [%(default)s]"
+            ),
         )
         parser.add_argument("--eod", default="", help="as in train.py")
         parser.add_argument("--template", default="auto", help="chat template, as in train.py [%(default)s]")

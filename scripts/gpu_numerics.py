@@ -1,8 +1,10 @@
-"""The CUDA kernels on this GPU against the reference in float64 on the CPU: python -m scripts.gpu_numerics [--small]
+"""The CUDA kernels on this GPU against the reference in float64 on the CPU: python -m scripts.gpu_numerics
+[--small]
 
-For each operation, kernel and dtype: the worst relative error (rms) of y, the final state and each gradient, over lengths around the
-kernels' chunks, head sizes, documents that start inside a row, and decays of exactly 0 and 1. The last line is JSON. Exit code 1 if an
-error is above what the dtype explains, or not finite. --small: a few tokens only, for compute-sanitizer.
+For each operation, kernel and dtype: the worst relative error (rms) of y, the final state and each gradient,
+over lengths around the kernels' chunks, head sizes, documents that start inside a row, and decays of exactly
+0 and 1. The last line is JSON. Exit code 1 if an error is above what the dtype explains, or not finite.
+--small: a few tokens only, for compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ SHAPES = [
     (1, 40, 2, 128),
     (1, 24, 1, 256),
 ]
-# What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16 operands of the tensor cores
+# What rounding explains: fp32 sums and the telescoped gradient of w; results kept in 8 or 11 bits; bf16
+# operands of the tensor cores
 EXACT = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 TENSOR_CORES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 def make(version: int, shape: tuple[int, ...], dtype: torch.dtype, extreme: bool) -> dict[str, torch.Tensor]:
-    """Inputs in the range of a trained model, rounded to the dtype; the extremes have decays of exactly 0 (RWKV-6) and 1 among them."""
+    """Inputs in the range of a trained model, rounded to the dtype; the extremes have decays of exactly 0
+    (RWKV-6) and 1 among them.
+    """
     r, k, v, w, p, q = (torch.randn(shape) for _ in range(6))
     if extreme:
         w = torch.where(torch.rand(shape) < 0.1, -torch.inf, w * 4)
@@ -65,7 +70,9 @@ def results(
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative, rms; of numbers near 0, as one token's gradient through a decay of 1 may be, absolute. NaN counts as infinite."""
+    """Relative, rms; of numbers near 0, as one token's gradient through a decay of 1 may be, absolute. NaN
+    counts as infinite.
+    """
     value = ((got.double() - want).norm() / max(want.norm(), 1e-3 * want.numel() ** 0.5)).item()
     return value if math.isfinite(value) else math.inf
 

@@ -34,8 +34,10 @@ def main(folder: pathlib.Path) -> None:
         "tests": last_line(output["tests"]),
         "errors": numerics.get("errors", {}),
         "sanitizer": {tool: last_line(output[tool], "SUMMARY") for tool in ("memcheck", "racecheck")},
-        "failures": [f"{name}: exit code {code}" for name, code in codes.items() if code]
-        + numerics.get("failures", []),
+        "failures": (
+            [f"{name}: exit code {code}" for name, code in codes.items() if code]
+            + numerics.get("failures", [])
+        ),
         "benchmark": last_json(output["benchmark"]),
         "training": last_json(output["training"]),
     }

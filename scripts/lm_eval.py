@@ -1,6 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on a model of this project: python -m scripts.lm_eval --model m.pth --tasks lambada_openai,piqa
+"""EleutherAI's lm-evaluation-harness on a model of this project: python -m scripts.lm_eval --model m.pth
+--tasks lambada_openai,piqa
 
-Needs the extra lm-eval. The harness reads its data sets from the Hugging Face hub or its cache; lambada_local reads --data_file instead.
+Needs the extra lm-eval. The harness reads its data sets from the Hugging Face hub or its cache; lambada_local
+reads --data_file instead.
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def known(name: str, manager) -> str:
     if name not in manager.all_tasks:
         near = [task for task in manager.all_tasks if name.split("_")[0] in task][:10]
         raise UserError(
-            f"task {name!r} is unknown to the harness; {'near: ' + ', '.join(near) if near else 'python -m lm_eval ls tasks lists them'}"
+            f"task {name!r} is unknown to the harness;"
+            f" {'near: ' + ', '.join(near) if near else 'python -m lm_eval ls tasks lists them'}"
         )
     return name
 
@@ -127,7 +130,8 @@ def load_tasks(manager, tasks: list) -> None:
         manager.load(tasks)
     except Exception as error:  # no network, no such data set: datasets raises many kinds
         raise UserError(
-            f"the harness can't load the tasks: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            f"the harness can't load the tasks: {type(error).__name__}:"
+            f" {(str(error).strip().splitlines() or [''])[0]}"
         ) from None
 
 

@@ -1,11 +1,13 @@
-"""The learning rate that suits a method and your data: short trainings of one model from one start, and the loss of each on held-out documents.
+"""The learning rate that suits a method and your data: short trainings of one model from one start, and the
+loss of each on held-out documents.
 
-    python -m scripts.lr_sweep --load_model base.pth --data_file data.jsonl --proj_dir out/run [--rates 1e-5,1e-4,1e-3] [--steps 100]
+    python -m scripts.lr_sweep --load_model base.pth --data_file data.jsonl --proj_dir out/run [--rates
+    1e-5,1e-4,1e-3] [--steps 100]
         [any other flag of train.py]
 
-Every rate has its own whole schedule over the steps and the same batches. The table and the curves go to lr_sweep.json and lr_sweep.png in
---proj_dir, the last line is the command that trains at the best rate. Exit code 0; 1: no rate is better than not training; 2: the settings
-are wrong.
+Every rate has its own whole schedule over the steps and the same batches. The table and the curves go to
+lr_sweep.json and lr_sweep.png in --proj_dir, the last line is the command that trains at the best rate. Exit
+code 0; 1: no rate is better than not training; 2: the settings are wrong.
 """
 
 from __future__ import annotations
@@ -87,12 +89,13 @@ def check(ours: argparse.Namespace, config: Config) -> None:
         raise UserError(f"--steps {ours.steps}: must not be negative")
     if ours.setting == "state_lr" and state_learning_rate(config) is None:
         raise UserError(
-            "--setting state_lr is for --train_parts state, the initial state beside an adapter; all else learns at lr_init"
+            "--setting state_lr is for --train_parts state, the initial state beside an adapter; all else"
+            " learns at lr_init"
         )
     if config.world > 1:
         raise UserError(
-            f"--devices {config.devices} and --num_nodes {config.num_nodes}: the sweep is one process on one device; leave them out, and "
-            "give --global_bsz for the rows that a step of the run will have"
+            f"--devices {config.devices} and --num_nodes {config.num_nodes}: the sweep is one process on one"
+            " device; leave them out, and give --global_bsz for the rows that a step of the run will have"
         )
     if config.init_only:
         raise UserError("--init_only trains nothing; drop it")
@@ -106,7 +109,8 @@ def read_rates(text: str) -> list[float]:
         rates = [math.nan]
     if not all(0 < rate <= 1e30 for rate in rates):
         raise UserError(
-            f"--rates {text}: expected learning rates above 0 with commas between them, such as 1e-5,1e-4,1e-3"
+            f"--rates {text}: expected learning rates above 0 with commas between them, such as"
+            " 1e-5,1e-4,1e-3"
         )
     return rates
 
@@ -133,7 +137,8 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     choose_device(config, origins, device)
     if config.precision == "fp16":
         raise UserError(
-            "the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device has it"
+            "the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device"
+            " has it"
         )
     check_data_files(config)
     data = read_data(
@@ -141,15 +146,15 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     )
     if not data.held_out.rows:
         raise UserError(
-            f"rates are compared by the loss on held-out documents, and there are none ({origins['eval_split']}); give --eval_file, "
-            "or --eval_split 0.05"
+            "rates are compared by the loss on held-out documents, and there are none"
+            f" ({origins['eval_split']}); give --eval_file, or --eval_split 0.05"
         )
     schedule = plan_steps(config, origins, arch, device, data.documents)
     steps = ours.steps or min(steps_of(config, schedule), STEPS)
     if config.warmup_steps >= steps:
         raise UserError(
-            f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at its full rate; raise "
-            "--steps, or drop the warm-up"
+            f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
+            " its full rate; raise --steps, or drop the warm-up"
         )
     rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
     torch.manual_seed(config.random_seed)
@@ -161,20 +166,23 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     print(f"trained    {describe.trained(config, model)}")
     print(*data.found.lines(), *describe.data(config, data.documents, schedule), sep="\n")
     print(
-        f"held out   {counted(len(data.held_out.rows), 'document')}, loss on {counted(data.held_out.targets, 'token')}"
+        f"held out   {counted(len(data.held_out.rows), 'document')}, loss on"
+        f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
     print(
-        f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of {counted(schedule.rows_per_step, 'row')} each"
+        f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of"
+        f" {counted(schedule.rows_per_step, 'row')} each"
     )
     before = held_out_loss(model, config, data.held_out)
     if not math.isfinite(before):
         raise UserError(
-            f"the loss on the held-out documents is {before} before any training; the base, or --precision {config.precision}, gives "
-            "numbers that are not finite"
+            f"the loss on the held-out documents is {before} before any training; the base, or --precision"
+            f" {config.precision}, gives numbers that are not finite"
         )
     print(
-        f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last: mean of the last tenth of the steps"
+        f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last:"
+        " mean of the last tenth of the steps"
     )
     print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
     done = []
@@ -194,7 +202,9 @@ def line(trial: Trial, before: float) -> str:
 
 
 def verdict(trial: Trial, before: float) -> str:
-    """What is wrong with a training, if anything is: it diverged, or it has only made the held-out loss worse."""
+    """What is wrong with a training, if anything is: it diverged, or it has only made the held-out loss
+    worse.
+    """
     if trial.held_out is None:
         return f"diverged: not finite after {counted(len(trial.losses), 'step')}"
     if trial.held_out < before:
@@ -242,7 +252,8 @@ def conclude(
     for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
         if best is end:
             print(
-                f"note       it is the {word} rate tried; one beyond may be better: --rates {further(best.rate, step)}"
+                f"note       it is the {word} rate tried; one beyond may be better: --rates"
+                f" {further(best.rate, step)}"
             )
     if shortened:
         print(

@@ -48,7 +48,9 @@ def main() -> None:
 
 
 def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
-    """A model's row for SCALING: GiB of one process with MiSS r=64 or full training, bf16, recomputed layers, one row of 1024 tokens at a time."""
+    """A model's row for SCALING: GiB of one process with MiSS r=64 or full training, bf16, recomputed layers,
+    one row of 1024 tokens at a time.
+    """
     arch = default_arch(7, n_layer, n_embd)
     columns = []
     for method, strategy, gpus in SCALING:
@@ -58,7 +60,9 @@ def scaling_row(name: str, n_layer: int, n_embd: int) -> str:
 
 
 def row(name: str, n_layer: int, n_embd: int) -> str:
-    """A model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time, layers kept or recomputed; and beside an nf4 base."""
+    """A model's row: MiSS r=64 beside a bf16 base on one GPU, one row of 1024 tokens at a time, layers kept
+    or recomputed; and beside an nf4 base.
+    """
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config()).injection.trainable
     runs = [{"grad_cp": 0}, {"grad_cp": 2}, {"grad_cp": 1}, {"grad_cp": 1, "quant": "nf4"}]

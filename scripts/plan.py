@@ -2,8 +2,9 @@
 
     python -m scripts.plan --load_model base.pth --data_file data.jsonl --accelerator gpu --memory 24GB
 
-Sizes come from the checkpoint's header, the data are tokenised, and a training step is counted on tensors without memory. Exit code 0: the
-run fits; 1: it does not, and the cheapest change that mends it is named; 2: the settings are wrong. With --json the last line is JSON.
+Sizes come from the checkpoint's header, the data are tokenised, and a training step is counted on tensors
+without memory. Exit code 0: the run fits; 1: it does not, and the cheapest change that mends it is named; 2:
+the settings are wrong. With --json the last line is JSON.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
         "--memory",
         default="",
         metavar="SIZE",
-        help="memory of one device, such as 24GB [what is free on the one at hand]; with it, "
-        "--accelerator gpu describes a GPU that need not be here",
+        help=(
+            "memory of one device, such as 24GB [what is free on the one at hand]; with it, "
+            "--accelerator gpu describes a GPU that need not be here"
+        ),
     )
     own.add_argument(
         "--tokens_per_second",
@@ -125,7 +128,8 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     print(describe.steps(config, schedule, steps))
     print(describe.evaluation(config, len(evaluated.rows), len(data.held_out.rows), steps, cost))
     print(
-        f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy {config.strategy}"
+        f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
+        f" {config.strategy}"
     )
     print(*describe.chosen(config, origins), sep="\n")
     print(
@@ -136,7 +140,8 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     for name, size in parts.items():
         print(f"           {name:<12} {size_text(size):>10}")
     print(
-        f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of which {USABLE:.0%} count"
+        f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of"
+        f" which {USABLE:.0%} count"
     )
     print(f"time       {describe_time(cost, speed)}")
     print(f"verdict    {describe_fix(fix, config)}")
@@ -167,7 +172,9 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
 
 
 def planned_device(memory: str, config: Config, head_size: int) -> Device:
-    """The device at hand, or the one that --memory and --accelerator gpu describe: a GPU with bf16 and tensor cores."""
+    """The device at hand, or the one that --memory and --accelerator gpu describe: a GPU with bf16 and tensor
+    cores.
+    """
     size = parse_size(memory) if memory else 0
     if not size or config.accelerator != "gpu":
         return dataclasses.replace(device_here(config, head_size), memory=size)
@@ -207,8 +214,8 @@ def describe_time(cost: Cost, speed: Speed) -> str:
         f", {duration_text(cost.evaluation_seconds)} of evaluation" if cost.evaluation_seconds else ""
     )
     return (
-        f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at {speed.tokens:,.0f} tokens/s{evaluation} "
-        f"({speed.source})"
+        f"about {duration_text(cost.seconds)} for {counted(round(cost.tokens), 'token')} at"
+        f" {speed.tokens:,.0f} tokens/s{evaluation} ({speed.source})"
     )
 
 
@@ -217,7 +224,10 @@ def describe_fix(fix: dict[str, object] | None, config: Config) -> str:
         return "it fits"
     if fix is None:
         more = "a lower rank" if config.peft != "none" else "--peft miss, which trains few parameters"
-        return f"it does not fit, nor with fewer rows at once, recomputing, chunks, bf16, nf4 or stage 3: take {more}, another model or device"
+        return (
+            "it does not fit, nor with fewer rows at once, recomputing, chunks, bf16, nf4 or stage 3: take"
+            f" {more}, another model or device"
+        )
     flags = " ".join(
         f"--{name} {int(value) if isinstance(value, bool) else value}" for name, value in fix.items()
     )

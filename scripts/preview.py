@@ -2,8 +2,9 @@
 
     python -m scripts.preview --data_file data.jsonl [--load_model base.pth] [any other flag of train.py]
 
-Green is trained, neighbouring tokens differ in shade; without colours « and » enclose what is trained. All rows are read and looked at, and
-nothing is written. Exit code 0; with --strict 1 where something was found. Exit code 2: the settings are wrong.
+Green is trained, neighbouring tokens differ in shade; without colours « and » enclose what is trained. All
+rows are read and looked at, and nothing is written. Exit code 0; with --strict 1 where something was found.
+Exit code 2: the settings are wrong.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.ndarray]:
-    """Read everything: findings, what the files are, the tokens of all rows that can be used, each once, and which of them a pass sees."""
+    """Read everything: findings, what the files are, the tokens of all rows that can be used, each once, and
+    which of them a pass sees.
+    """
     lint, report, reading = Lint(encoder, longest_uncut(config)), Report("skip"), Reading.of(config)
     chosen = []
     for number, source in enumerate(sources(config.data_file, reading, report.notes)):
@@ -99,7 +102,8 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
         )
     if not lint.documents:
         raise UserError(
-            f"{config.data_file}: no row can be used, such as {next(found.reasons[0] for found in report.files.values())}"
+            f"{config.data_file}: no row can be used, such as"
+            f" {next(found.reasons[0] for found in report.files.values())}"
         )
     for found in report.files.values():
         if found.bad:
@@ -137,9 +141,15 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
     length = figures["lengths"]
     lines = [
         *report.lines(),
-        f"template   {encoder.template.name}, loss on {describe.mask(encoder.loss_mask)}; tokenizer {encoder.tokenizer.name}",
-        f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a row: median {length['50%']:,}, "
-        f"90 % up to {length['90%']:,}, 99 % up to {length['99%']:,}, all from {length['0%']:,} to {length['100%']:,}",
+        (
+            f"template   {encoder.template.name}, loss on {describe.mask(encoder.loss_mask)}; tokenizer"
+            f" {encoder.tokenizer.name}"
+        ),
+        (
+            f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a"
+            f" row: median {length['50%']:,}, 90 % up to {length['90%']:,}, 99 % up to {length['99%']:,}, all"
+            f" from {length['0%']:,} to {length['100%']:,}"
+        ),
         f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
         + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
@@ -149,7 +159,8 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
         )
     if figures["cut"]:
         lines.append(
-            f"           {counted(figures['cut'], 'conversation')} of more tokens, cut: {counted(figures['cut_tokens'], 'token')} lost"
+            f"           {counted(figures['cut'], 'conversation')} of more tokens, cut:"
+            f" {counted(figures['cut_tokens'], 'token')} lost"
         )
     lines += [f"finding    {finding}" for finding in lint.findings]
     return [*lines, *([] if lint.findings else ["finding    none"])]
@@ -205,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
             ):
                 row = documents.rows[int(i)]
                 print(
-                    f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets} trained:"
+                    f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets}"
+                    " trained:"
                 )
                 print(describe.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")

@@ -1,9 +1,11 @@
-"""What nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory of every kernel on every architecture.
+"""What nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory of every kernel on every
+architecture.
 
     python -m scripts.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
 
-Needs nvcc, no GPU. --quick makes PTX three times instead of once an architecture: for Turing, which has no bf16 on its tensor cores, from
-Ampere on, and from Blackwell on, whose PTX has pairs of fp32; the figures are the same or nearly so. The last line is JSON.
+Needs nvcc, no GPU. --quick makes PTX three times instead of once an architecture: for Turing, which has no
+bf16 on its tensor cores, from Ampere on, and from Blackwell on, whose PTX has pairs of fp32; the figures are
+the same or nearly so. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def read(log: str) -> list[dict]:
-    """ptxas -v's output -> one {kernel, arch, registers, spill_stores, spill_loads, shared} for each kernel and architecture."""
+    """ptxas -v's output -> one {kernel, arch, registers, spill_stores, spill_loads, shared} for each kernel
+    and architecture.
+    """
     rows: list[dict] = []
     for line in log.splitlines():
         if found := ENTRY.search(line):
@@ -54,7 +58,9 @@ def read(log: str) -> list[dict]:
 
 
 def compile_report(source: pathlib.Path, architectures: Sequence[int], quick: bool = False) -> list[dict]:
-    """`read` of one .cu file compiled for these architectures. Raises BuildError without nvcc, RuntimeError if it does not compile."""
+    """`read` of one .cu file compiled for these architectures. Raises BuildError without nvcc, RuntimeError
+    if it does not compile.
+    """
     nvcc = build.find_nvcc()
     groups = [[arch] for arch in architectures]
     if quick:

@@ -25,7 +25,8 @@ with importing():
     from src.probe import Distance, distance, logits_of, sections
     from src.tokenizer import recorded_tokenizer
 
-# of the largest logit: what the order of fp32 sums changes in models of up to 32 layers, with a factor of ten to spare
+# of the largest logit: what the order of fp32 sums changes in models of up to 32 layers, with a factor of ten
+# to spare
 TOLERANCE = 1e-4
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -152,14 +153,16 @@ def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> lis
 
 
 def probe_problems(rows: list[Row]) -> list[str]:
-    """What must hold whatever the file's dtype: the sum that the file holds rounded is the model that was trained."""
+    """What must hold whatever the file's dtype: the sum that the file holds rounded is the model that was
+    trained.
+    """
     problems = []
     for row in rows[1:2]:
         found = row.distance
         if not found.max_logit_difference <= TOLERANCE * found.max_logit:
             problems.append(
-                f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g}, "
-                f"{TOLERANCE * found.max_logit:.3g} is allowed"
+                f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g},"
+                f" {TOLERANCE * found.max_logit:.3g} is allowed"
             )
     return problems
 
@@ -175,8 +178,8 @@ def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
     for row in rows:
         d = row.distance
         lines.append(
-            f"  {row.what:<36}  {row.precision:<5}  {d.max_logit_difference:>12.3g}  {d.mean_kl:>8.2g}  {d.max_kl:>8.2g}  "
-            f"{100 * d.top1_agreement:>9.1f} %"
+            f"  {row.what:<36}  {row.precision:<5}  {d.max_logit_difference:>12.3g}  {d.mean_kl:>8.2g} "
+            f" {d.max_kl:>8.2g}  {100 * d.top1_agreement:>9.1f} %"
         )
     effect, exact, merged = (row.distance for row in rows[:3])
     lines += [f"wrong: {problem}" for problem in problems if problem in probe_problems(rows)]
@@ -188,8 +191,8 @@ def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
         )
         within = exact.max_logit_difference / exact.max_logit
         lines.append(
-            f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the largest one, so that what "
-            f"parts it from them is the rounding alone{share}"
+            f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the"
+            f" largest one, so that what parts it from them is the rounding alone{share}"
         )
     return lines
 

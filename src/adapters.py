@@ -1,8 +1,10 @@
-"""Adapters that run beside their base, any of them chosen and left again in milliseconds: y = W x + scale B (A x), with W as it was.
+"""Adapters that run beside their base, any of them chosen and left again in milliseconds: y = W x + scale B
+(A x), with W as it was.
 
-The methods whose change of a weight has a rank (MiSS, LoRA, PiSSA, VeRA and most others) keep their two factors here, in fp32, by
-AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the tensors of their file, and the weights that these change are
-made in fp32 when the adapter is chosen. Tensors trained as a whole and initial states T stand for base + scale (T - base).
+The methods whose change of a weight has a rank (MiSS, LoRA, PiSSA, VeRA and most others) keep their two
+factors here, in fp32, by AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the
+tensors of their file, and the weights that these change are made in fp32 when the adapter is chosen. Tensors
+trained as a whole and initial states T stand for base + scale (T - base).
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class UnmergedLinear(Linear):
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter file that fits the model: the factors of linears, the file's tensors of those that have none, and whole tensors."""
+    """An adapter file that fits the model: the factors of linears, the file's tensors of those that have
+    none, and whole tensors.
+    """
 
     path: Any
     identity: Identity
@@ -90,7 +94,8 @@ class Adapter:
 class Adapters:
     """A model in the place of its linears, with adapters by name; `use` chooses. None is in use at first.
 
-    Every file is read and checked here, as by load_adapter: a UserError for one that does not fit the model, before anything is changed.
+    Every file is read and checked here, as by load_adapter: a UserError for one that does not fit the model,
+    before anything is changed.
     """
 
     def __init__(self, model: RWKV, files: Mapping[str, Any]):
@@ -106,9 +111,11 @@ class Adapters:
 
     @torch.no_grad()
     def use(self, names: Sequence[str] = (), scale: float = 1.0) -> None:
-        """From now on the model is its base with these adapters, each times `scale`; without names it is the base, bit for bit.
+        """From now on the model is its base with these adapters, each times `scale`; without names it is the
+        base, bit for bit.
 
-        Whoever keeps copies of the model's tensors (decode.Decoder, graphed.GraphedDecoder) is to be told: refresh(). UserError for unknown names.
+        Whoever keeps copies of the model's tensors (decode.Decoder, graphed.GraphedDecoder) is to be told:
+        refresh(). UserError for unknown names.
         """
         for name in names:
             if name not in self.by_name:
@@ -124,7 +131,9 @@ class Adapters:
         self.used, self.scale = tuple(names), float(scale)
 
     def identity(self, rule: str = "fingerprint") -> dict[str, Any]:
-        """What the model is beside its base, the same for the same adapter files at the same scale, by a rule of Identity."""
+        """What the model is beside its base, the same for the same adapter files at the same scale, by a rule
+        of Identity.
+        """
         names = sorted(getattr(self.by_name[name].identity, rule) for name in self.used)
         return {"adapters": names, "scale": self.scale if self.used else 1.0}
 
@@ -169,8 +178,9 @@ def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
-    """An adapter file for a model, its factors on the model's device. Equal factors A, as all of VeRA's of one width, are kept once in
-    `shared`. UserErrors of load_adapter."""
+    """An adapter file for a model, its factors on the model's device. Equal factors A, as all of VeRA's of
+    one width, are kept once in `shared`. UserErrors of load_adapter.
+    """
     with torch.device("meta"):
         shapes = RWKV(model.arch)
     shapes.base_name, shapes.base_identity = model.base_name, model.base_identity
@@ -216,7 +226,9 @@ def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None
 
 
 def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Tensor:
-    """base + scale times the sum of (value - base) over the adapters, in fp32; with one of them and scale 1 it is exactly its value."""
+    """base + scale times the sum of (value - base) over the adapters, in fp32; with one of them and scale 1
+    it is exactly its value.
+    """
     exact = base.to(torch.promote_types(base.dtype, torch.float32))
     first, *others = adapters
     result = exact.lerp(first.value(name, base), scale)

@@ -1,4 +1,6 @@
-"""Ranks compare what they run before the first step: machines with other settings, data, bases or code would train something else together."""
+"""Ranks compare what they run before the first step: machines with other settings, data, bases or code would
+train something else together.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ OF_A_MACHINE = {
 
 
 def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> None:
-    """A UserError on all ranks that names the first rank and field that are not those of rank 0. Needs the process group, if there is one."""
+    """A UserError on all ranks that names the first rank and field that are not those of rank 0. Needs the
+    process group, if there is one.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     facts = {f"--{name}": getattr(config, name) for name in FIELDS if name not in OF_A_MACHINE}
@@ -50,8 +54,8 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
                     else "make them the same on every machine"
                 )
                 raise UserError(
-                    f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other}, on rank 0 it is {ours}; "
-                    f"{advice}"
+                    f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other},"
+                    f" on rank 0 it is {ours}; {advice}"
                 )
 
 

@@ -1,7 +1,8 @@
 """The bytes that a training step asks for, counted by running it on tensors without memory.
 
-A formula for every layer, adapter, kernel and precision would be wrong after the next change of the model. Here the model's own code runs
-under torch's FakeTensorMode, which makes tensors of shapes alone, and every storage that comes and goes is added up.
+A formula for every layer, adapter, kernel and precision would be wrong after the next change of the model.
+Here the model's own code runs under torch's FakeTensorMode, which makes tensors of shapes alone, and every
+storage that comes and goes is added up.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def model_on_meta(arch: Arch, config: Config) -> RWKV:
 
 
 def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int, targets: int) -> StepBytes:
-    """One micro-batch of micro_bsz rows of `row` tokens, `targets` of which are trained in all; `kernel` and `precision` are not auto."""
+    """One micro-batch of micro_bsz rows of `row` tokens, `targets` of which are trained in all; `kernel` and
+    `precision` are not auto.
+    """
     chunks = chunks_of(config)
     whole = row
     if chunks.count(row) > CHUNKS:  # each further chunk adds what infctx keeps of it
@@ -110,8 +113,8 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
             for block in model.blocks:
                 block.att.kernel = "cpu"
         batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}
-        # documents with an initial state are cut out of their rows by the values of reset (ops.documents), which nobody knows here: they are
-        # counted as whole rows, without the copies and the padding of that
+        # documents with an initial state are cut out of their rows by the values of reset (ops.documents),
+        # which nobody knows here: they are counted as whole rows, without the copies and the padding of that
         if not config.packing or any(name.endswith(".time_state") for name, _ in model.named_parameters()):
             batch["reset"] = None
         known = [t for t in batch.values() if t is not None]
@@ -123,9 +126,11 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages while they live: `now`, and the most at one time, `peak`, also by size. Those of `known` are left out.
+    """Counts the bytes of storages while they live: `now`, and the most at one time, `peak`, also by size.
+    Those of `known` are left out.
 
-    Where tensors have no values, the share `true` of a mask is set, and `tensor_cores` stands for the GPU that is not here.
+    Where tensors have no values, the share `true` of a mask is set, and `tensor_cores` stands for the GPU
+    that is not here.
     """
 
     def __init__(self, known: list[Tensor], tensor_cores: bool = False, true: float = 1.0):

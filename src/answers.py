@@ -25,7 +25,9 @@ def concluded(text: str) -> str | None:
 
 
 def numbers(text: str) -> list[Fraction]:
-    r"""The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` -> [1.75]."""
+    r"""The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` ->
+    [1.75].
+    """
     text = LATEX_FRACTION.sub(_plain_fraction, text.replace(MINUS, "-"))
     found = [match for match in NUMBER.finditer(text) if (match[2] or match[3]) and len(match[0]) < LONGEST]
     return [
@@ -54,7 +56,9 @@ def same_number(answer: str, right: str) -> bool:
 
 
 def result(text: str) -> str | None:
-    r"""What the last \boxed{...} of a text holds; without one, the rest of the line after the last `answer is` or `####`."""
+    r"""What the last \boxed{...} of a text holds; without one, the rest of the line after the last `answer
+    is` or `####`.
+    """
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         end = concluded(text)
@@ -70,7 +74,8 @@ def result(text: str) -> str | None:
     return None
 
 
-# what two ways of writing one result differ in: spaces, sizes of brackets, units, signs of money, percent and degrees
+# what two ways of writing one result differ in: spaces, sizes of brackets, units, signs of money, percent and
+# degrees
 DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\?%|\^\{?\\circ\}?|\s")
 WRAPPED = re.compile(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}")
 UNIT = re.compile(r"(?<=[\d}])(?:\s|\\[!,;: ])*\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?$")
@@ -78,7 +83,9 @@ FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}")
 
 
 def normalised(answer: str) -> str:
-    r"""A result of MATH in one way of writing: `\dfrac12` and `1/2` -> `\frac{1}{2}`, `x = 5\text{ cm}.` -> `5`, `\left( 1, 2 \right)` -> `(1,2)`."""
+    r"""A result of MATH in one way of writing: `\dfrac12` and `1/2` -> `\frac{1}{2}`, `x = 5\text{ cm}.` ->
+    `5`, `\left( 1, 2 \right)` -> `(1,2)`.
+    """
     text = UNIT.sub("", answer.strip().rstrip(".").replace("\n", "").replace(MINUS, "-"))
     text = re.sub(r"^\$?[a-zA-Z]\s*=\s*", "", text)
     text = DROPPED.sub("", WRAPPED.sub(r"\1", text))

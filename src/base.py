@@ -23,7 +23,8 @@ from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 def read_base(config: Config, origins: dict[str, str]):
     """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
 
-    No weight is read yet, but names, shapes, adapter options and targets are checked against them, on a model without memory.
+    No weight is read yet, but names, shapes, adapter options and targets are checked against them, on a model
+    without memory.
     """
     if not config.load_model:
         return new_arch(config)
@@ -52,7 +53,9 @@ def read_base(config: Config, origins: dict[str, str]):
 
 
 def new_arch(config: Config):
-    """(Arch, tokenizer) of a new model: RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary."""
+    """(Arch, tokenizer) of a new model: RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's
+    vocabulary.
+    """
     vocab = config.vocab_size
     if config.tokenizer in ("auto", "world"):
         vocab = vocab or WORLD_MODEL
@@ -66,19 +69,24 @@ def new_arch(config: Config):
     arch = default_arch(
         int(config.version[2]), config.n_layer, config.n_embd, vocab or tokenizer.vocab_size, head_size
     )
-    return dataclasses.replace(
-        arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn
-    ), tokenizer
+    return (
+        dataclasses.replace(
+            arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn
+        ),
+        tokenizer,
+    )
 
 
 def build_model(
     config: Config, arch: Arch, kernel: str, dtype: torch.dtype, resume_from: str | None = None
 ) -> RWKV:
-    """The model with its adapter, as it was before the first step; `resume_from` is the checkpoint of a run that goes on."""
+    """The model with its adapter, as it was before the first step; `resume_from` is the checkpoint of a run
+    that goes on.
+    """
     full = config.peft == "none"
     if config.load_model:
-        # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor when it shares it out, quantise() when
-        # it has quantised
+        # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor
+        # when it shares it out, quantise() when it has quantised
         mapped = config.strategy.startswith("deepspeed_stage_3") or config.quant != "none"
         model = RWKV.load(
             config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel

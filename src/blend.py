@@ -1,4 +1,6 @@
-"""Base + adapters with weights as a live model: every adapter's own forward, as in training, and no merged weight."""
+"""Base + adapters with weights as a live model: every adapter's own forward, as in training, and no merged
+weight.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .model import RWKV
 
 
 class BlendedLinear(nn.Module):
-    """y = V x + sum of w_i (f_i(x) - W x) with the forward f_i of each adapter's layer; f(x) itself for one adapter of weight 1.
+    """y = V x + sum of w_i (f_i(x) - W x) with the forward f_i of each adapter's layer; f(x) itself for one
+    adapter of weight 1.
 
     V is the base's weight W, unless another adapter has trained that as a whole (`moved`).
     """
@@ -49,8 +52,10 @@ class BlendedLinear(nn.Module):
 
 @torch.no_grad()
 def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
-    """Put adapters with their weights onto a model, in place, whichever base they name; returns the changed linears by name. UserError for those
-    that do not fit. Whole tensors T become base + sum of w_i (T_i - base), fp32, as they are in training."""
+    """Put adapters with their weights onto a model, in place, whichever base they name; returns the changed
+    linears by name. UserError for those that do not fit. Whole tensors T become base + sum of w_i (T_i -
+    base), fp32, as they are in training.
+    """
     linears: dict[str, list[tuple[AdapterLinear, float]]] = {}
     whole: dict[str, list[tuple[Tensor, float]]] = {}
     modules, names = dict(model.named_modules()), {*dict(model.named_parameters()), *state_names(model)}

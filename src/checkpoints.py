@@ -21,7 +21,9 @@ def checkpoint_step(path: str) -> int:
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """Paths of the checkpoints in a folder, oldest first. Each is whole: a file gets its name when it is complete."""
+    """Paths of the checkpoints in a folder, oldest first. Each is whole: a file gets its name when it is
+    complete.
+    """
     return sorted(glob.glob(os.path.join(glob.escape(folder), CHECKPOINT)))
 
 

@@ -1,4 +1,6 @@
-"""What is chosen for the user, as pure functions of sizes: of the settings, the model, the data and the free memory."""
+"""What is chosen for the user, as pure functions of sizes: of the settings, the model, the data and the free
+memory.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,15 @@ def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
     if not own:
         return {}, "there is nothing to choose"
     rank = max(min(own, width // RANK_SHARE), 1)
-    return {
-        "rank": rank
-    }, f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
+    return {"rank": rank}, (
+        f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
+    )
 
 
 def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
-    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded. `texts` are the inputs of all where
-    they are running text, which loses nothing when it is cut."""
+    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded.
+    `texts` are the inputs of all where they are running text, which loses nothing when it is cut.
+    """
     length, reason = (
         max(SHORTEST, 1 << max(longest - 1, 0).bit_length()),
         f"the longest document has {counted(longest, 'token')}",
@@ -79,10 +82,11 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
 def choose_batch(
     config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float
 ) -> None:
-    """Fill in micro_bsz, accumulate_grad_batches (unless --global_bsz tells) and grad_cp for data of `rows` rows.
+    """Fill in micro_bsz, accumulate_grad_batches (unless --global_bsz tells) and grad_cp for data of `rows`
+    rows.
 
-    `needed` gives the bytes that a run of some settings needs, of which there are `room`. Where nothing fits, the smallest is taken, because
-    an estimate may be wrong.
+    `needed` gives the bytes that a run of some settings needs, of which there are `room`. Where nothing fits,
+    the smallest is taken, because an estimate may be wrong.
     """
     if is_automatic(config, "micro_bsz"):
         for tried in _batches(config, rows):
@@ -135,10 +139,11 @@ def _rows_of_a_step(config: Config, rows: int) -> int:
 def cheapest_fix(
     config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]
 ) -> dict[str, object] | None:
-    """The settings to change so that a run fits, the cheapest first; {} where it fits as it is, None where nothing helps.
+    """The settings to change so that a run fits, the cheapest first; {} where it fits as it is, None where
+    nothing helps.
 
-    Fewer rows at once with more passes in a step cost nothing, so they are tried with every other remedy. `precision` is that of the base,
-    `tokens` the longest row.
+    Fewer rows at once with more passes in a step cost nothing, so they are tried with every other remedy.
+    `precision` is that of the base, `tokens` the longest row.
     """
     for changes in _remedies(config, precision, tokens):
         changed = dataclasses.replace(config, **changes)
@@ -164,8 +169,9 @@ def _halvings(config: Config) -> Iterator[tuple[int, int]]:
 
 
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
-    """Changes beside micro_bsz, each with those before it: recomputing costs up to a forward, chunks another, bf16 and nf4
-    digits, sharing speed."""
+    """Changes beside micro_bsz, each with those before it: recomputing costs up to a forward, chunks another,
+    bf16 and nf4 digits, sharing speed.
+    """
     changes: dict[str, object] = {}
     yield changes
     for recompute in RECOMPUTE[RECOMPUTE.index(max(config.grad_cp, 0)) + 1 :]:

@@ -1,6 +1,8 @@
-"""HumanEval and MBPP: what a model wrote is run against the problem's tests, each in a process with limits of time and memory.
+"""HumanEval and MBPP: what a model wrote is run against the problem's tests, each in a process with limits of
+time and memory.
 
-The limits keep a bad program from stopping the evaluation. They are no sandbox: such a program can do what its user can.
+The limits keep a bad program from stopping the evaluation. They are no sandbox: such a program can do what
+its user can.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ os._exit({PASSED})
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """`question` is what the model is asked; `name` is the function that `start` begins (HumanEval), "" where the answer is all (MBPP)."""
+    """`question` is what the model is asked; `name` is the function that `start` begins (HumanEval), "" where
+    the answer is all (MBPP).
+    """
 
     question: str
     tests: str
@@ -62,7 +66,9 @@ def written(answer: str) -> str:
 
 
 def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
-    """A question, of which a Problem is what is right, of every row of HumanEval or MBPP. UserError for a row that is neither."""
+    """A question, of which a Problem is what is right, of every row of HumanEval or MBPP. UserError for a row
+    that is neither.
+    """
     problems = []
     for source in sources(path):
         for where, record in source.records():
@@ -98,12 +104,15 @@ def _problem(where: str, record: dict[str, Any]) -> Problem:
             f"{text}\nThe function must pass these tests:\n```python\n{tests}\n```", f"{setup}\n{tests}"
         )
     raise UserError(
-        f"{where}: expected HumanEval's prompt, test, entry_point, or MBPP's text, test_list; got {', '.join(record)}"
+        f"{where}: expected HumanEval's prompt, test, entry_point, or MBPP's text, test_list; got"
+        f" {', '.join(record)}"
     )
 
 
 def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY) -> list[bool]:
-    """Whether each program came to its end without an exception, within `seconds` and `memory` bytes; one process a core at a time."""
+    """Whether each program came to its end without an exception, within `seconds` and `memory` bytes; one
+    process a core at a time.
+    """
     if importlib.util.find_spec("resource") is None:
         raise UserError(
             "programs are run with a limit of memory, which this system can't set; use Linux or WSL"

@@ -1,4 +1,5 @@
-"""Every setting of a run: one dataclass field is the flag, the YAML key, the help line and the row in the docs.
+"""Every setting of a run: one dataclass field is the flag, the YAML key, the help line and the row in the
+docs.
 
 Order of precedence: command line, YAML file, preset, default. RWKV-LM's and RWKV-PEFT's names are kept.
 """
@@ -37,7 +38,8 @@ def opt(
 ) -> Any:
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
 
-    `automatic`: the default is no value but leaves the choice to the program, which fills it in (src/choices.py).
+    `automatic`: the default is no value but leaves the choice to the program, which fills it in
+    (src/choices.py).
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic}
     if isinstance(default, dict):
@@ -66,12 +68,13 @@ class Config:
     )
     data_file: str = opt(
         "",
-        "JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or OWNER/NAME of a Hugging Face data set; "
-        "several, with how often a pass sees them: a.jsonl:2,b.csv:0.5",
+        "JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or OWNER/NAME of a Hugging"
+        " Face data set; several, with how often a pass sees them: a.jsonl:2,b.csv:0.5",
     )
     sft_field: str = opt(
         "",
-        "columns to use where their names do not tell: text or messages; question,answer; instruction,input,output",
+        "columns to use where their names do not tell: text or messages; question,answer;"
+        " instruction,input,output",
     )
     sft_split: str = opt(
         "train", "split of a Hugging Face data set, or of a folder whose files are named for splits"
@@ -89,31 +92,35 @@ class Config:
 
     template: str = opt(
         "auto",
-        "how conversations are written: auto (as load_model records, else rwkv), rwkv, think, think-normal, think-short, "
-        "think-long, fake-think (the G1 models' modes), or a Jinja file with Hugging Face's conventions",
+        "how conversations are written: auto (as load_model records, else rwkv), rwkv, think, think-normal,"
+        " think-short, think-long, fake-think (the G1 models' modes), or a Jinja file with Hugging Face's"
+        " conventions",
     )
     loss_mask: str = opt(
         "assistant",
-        "what is trained: assistant (its turns, completions, and plain text as a whole), all, or a marker such as "
-        "Assistant: (what follows it up to the next turn) or START...END; the end of a document always is",
+        "what is trained: assistant (its turns, completions, and plain text as a whole), all, or a marker"
+        " such as Assistant: (what follows it up to the next turn) or START...END; the end of a document"
+        " always is",
     )
     data_cache: str = opt(
         "auto",
-        "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise every time",
+        "folder that keeps tokenised data; auto: rwkv-miss/data in the user's cache folder; none: tokenise"
+        " every time",
     )
 
     peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
     peft_config: dict = opt(
         {},
-        "options of the method, JSON or key=value pairs: '{\"r\": 64}', r=64,targets=key+value (none: r 64, or an "
-        "eighth of the width where that is less)",
+        "options of the method, JSON or key=value pairs: '{\"r\": 64}', r=64,targets=key+value (none: r 64,"
+        " or an eighth of the width where that is less)",
         automatic=True,
     )
     train_parts: str = opt(
         "",
-        "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm), time (mixes, "
-        "decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and state (the state that "
-        "documents start from, as --peft state trains it alone), as in ln,time; empty: none",
+        "parts of the base trained as whole tensors beside the adapter: any of emb, head, ln (every norm),"
+        " time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2, a0-a2, v0-v2, k_k, k_a, r_k) and"
+        " state (the state that documents start from, as --peft state trains it alone), as in ln,time; empty:"
+        " none",
     )
     preset: str = opt(
         "",
@@ -140,22 +147,25 @@ class Config:
 
     ctx_len: int = opt(
         0,
-        "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan says how many (0: the "
-        "longest document's, as a power of two from 256 to 4096; with --chunk_ctx without that bound)",
+        "longest row in tokens; longer texts become several rows, longer conversations are cut, and the plan"
+        " says how many (0: the longest document's, as a power of two from 256 to 4096; with --chunk_ctx"
+        " without that bound)",
         automatic=True,
     )
     chunk_ctx: int = opt(
         0,
-        "run rows in chunks of so many tokens, with the gradient carried through the state: memory for one chunk and a state of "
-        "each, for one more forward (0: rows are run whole)",
+        "run rows in chunks of so many tokens, with the gradient carried through the state: memory for one"
+        " chunk and a state of each, for one more forward (0: rows are run whole)",
     )
     truncate_ctx: int = opt(
         0,
-        "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on (0: it is exact)",
+        "with --chunk_ctx, a multiple of it: the gradient stops at every so many tokens, the state goes on"
+        " (0: it is exact)",
     )
     state_cp: bool = opt(
         False,
-        "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more forward",
+        "1: with --chunk_ctx, of n chunks only every sqrt(n)-th keeps its state: less memory, yet one more"
+        " forward",
     )
     packing: bool = opt(
         True, "1: documents share rows of ctx_len tokens, and do not see each other; 0: a row is one document"
@@ -168,8 +178,8 @@ class Config:
     )
     accumulate_grad_batches: int = opt(
         0,
-        "forward passes in one optimizer step (0: 1, or with an automatic micro_bsz so many that a step has 8 rows "
-        "over all devices, fewer where little data would make less than 50 steps)",
+        "forward passes in one optimizer step (0: 1, or with an automatic micro_bsz so many that a step has 8"
+        " rows over all devices, fewer where little data would make less than 50 steps)",
         automatic=True,
     )
     global_bsz: int = opt(
@@ -186,13 +196,13 @@ class Config:
     )
     state_lr: float = opt(
         0.0,
-        "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is lr_init",
+        "learning rate of the initial state beside an adapter (0: its own, 1e-2); with --peft state it is"
+        " lr_init",
     )
     lr_map: dict = opt(
         {},
-        "factors of the learning rate by parts of the trained tensors' names, of which the longest counts (what layers "
-        "share is shared.NAME): "
-        '\'{"ffn": 0.5, "blocks.0": 2}\' or ffn=0.5,blocks.0=2',
+        "factors of the learning rate by parts of the trained tensors' names, of which the longest counts"
+        ' (what layers share is shared.NAME): \'{"ffn": 0.5, "blocks.0": 2}\' or ffn=0.5,blocks.0=2',
     )
     lr_final: float = opt(-1.0, "learning rate at the last step (-1: a tenth of lr_init)")
     lr_schedule: str = opt(
@@ -208,8 +218,9 @@ class Config:
     grad_clip: float = opt(1.0, "largest gradient norm (0: no clipping)")
     grad_cp: int = opt(
         -1,
-        "what is recomputed in the backward (activation checkpointing). 1: whole layers, the least memory; 2: their time "
-        "mixes, most of that for a third of its time; 0: nothing (-1: 0, or 2 or 1 where one row does not fit otherwise)",
+        "what is recomputed in the backward (activation checkpointing). 1: whole layers, the least memory; 2:"
+        " their time mixes, most of that for a third of its time; 0: nothing (-1: 0, or 2 or 1 where one row"
+        " does not fit otherwise)",
         automatic=True,
     )
     random_seed: int = opt(42, "seed of initialisation and data order")
@@ -222,14 +233,15 @@ class Config:
     )
     quant: str = opt(
         "none",
-        "none; int8 or nf4: the frozen matrices of the layers take 8.25 or 4.25 bits a weight, and are expanded to --precision "
-        "where they multiply; the adapter learns beside them, and the merge takes the unquantised --load_model",
+        "none; int8 or nf4: the frozen matrices of the layers take 8.25 or 4.25 bits a weight, and are"
+        " expanded to --precision where they multiply; the adapter learns beside them, and the merge takes"
+        " the unquantised --load_model",
         choices=("none", *CODES),
     )
     strategy: str = opt(
         "auto",
-        "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3 the "
-        "parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
+        "auto, ddp, deepspeed_stage_1, _2, _3 (3 shares out the base, too); with the optimizer, and under 3"
+        " the parameters, in the CPU's memory: deepspeed_stage_1_offload, _2_offload, _3_offload",
         choices=(
             "auto",
             "ddp",
@@ -247,12 +259,13 @@ class Config:
 
     eval_file: str = opt(
         "",
-        "held-out data in any format of --data_file: the loss on it is taken before, during and after the training",
+        "held-out data in any format of --data_file: the loss on it is taken before, during and after the"
+        " training",
     )
     eval_split: float = opt(
         -1.0,
-        "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100 documents, "
-        "at most 5 %; none where there are fewer than 100 or --eval_file is given)",
+        "share of the documents of --data_file that is held out for this instead (0: none; -1: about 100"
+        " documents, at most 5 %; none where there are fewer than 100 or --eval_file is given)",
         automatic=True,
     )
     eval_docs: int = opt(
@@ -263,7 +276,8 @@ class Config:
     )
     eval_steps: int = opt(
         0,
-        "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the training only)",
+        "evaluate every N optimizer steps, too, and keep the best so far as best.pth (0: before and after the"
+        " training only)",
     )
     eval_samples: int = opt(3, "held-out questions that are answered, greedily, at every evaluation")
     early_stop: int = opt(
@@ -271,7 +285,8 @@ class Config:
     )
     wandb: str = opt(
         "",
-        "project of Weights & Biases that the run is sent to; TensorBoard needs no flag, it is used when it is installed",
+        "project of Weights & Biases that the run is sent to; TensorBoard needs no flag, it is used when it"
+        " is installed",
     )
 
     init_only: bool = opt(
@@ -286,12 +301,13 @@ class Config:
     )
     rollback_steps: int = opt(
         20,
-        "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or gradient is not "
-        "finite (0: stop instead; --peft none goes back to its newest checkpoint)",
+        "keep the adapter and its optimizer in memory every N steps, and go back there when a loss or"
+        " gradient is not finite (0: stop instead; --peft none goes back to its newest checkpoint)",
     )
     spike_sigmas: float = opt(
         0.0,
-        "go back also from a loss so many robust standard deviations above the median of the last 50 (0: never)",
+        "go back also from a loss so many robust standard deviations above the median of the last 50 (0:"
+        " never)",
     )
     verbose: bool = opt(
         False, "1: print the plan with all the details that run_card.md has, not its 14 lines alone"
@@ -333,7 +349,9 @@ PRESETS = {
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
-    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset NAME", a launcher, or "default"."""
+    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset
+    NAME", a launcher, or "default".
+    """
     config, origins = settle(
         read_flags(
             flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)
@@ -522,7 +540,9 @@ def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
 
 
 def validate(config: Config) -> None:
-    """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked where they are read."""
+    """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked
+    where they are read.
+    """
     for part, factor in config.lr_map.items():
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
             raise UserError(
@@ -598,7 +618,8 @@ def validate(config: Config) -> None:
         raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.eval_file and config.eval_split > 0:
         raise UserError(
-            f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of them"
+            f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of"
+            " them"
         )
     for name in ("eval_steps", "eval_docs"):
         if getattr(config, name) and not (config.eval_file or config.eval_split):
@@ -614,11 +635,13 @@ def validate(config: Config) -> None:
         raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
     if split_parts(config.train_parts) and config.peft == "none":
         raise UserError(
-            f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything; choose an adapter, or drop it"
+            f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
+            " choose an adapter, or drop it"
         )
     if config.state_lr and "state" not in split_parts(config.train_parts):
         raise UserError(
-            f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter; alone it learns at --lr_init"
+            f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"
+            " alone it learns at --lr_init"
         )
     given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
     each = max(getattr(config, given), 1) * config.world
@@ -633,29 +656,34 @@ def validate(config: Config) -> None:
         )
     if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):
         raise UserError(
-            f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that are run whole have no chunks"
+            f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that"
+            " are run whole have no chunks"
         )
     if config.chunk_ctx and config.truncate_ctx % config.chunk_ctx:
         raise UserError(
-            f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of --chunk_ctx {config.chunk_ctx}"
+            f"--truncate_ctx {config.truncate_ctx}: the gradient stops between chunks, at multiples of"
+            f" --chunk_ctx {config.chunk_ctx}"
         )
     if config.chunk_ctx >= config.ctx_len > 0:
         raise UserError(
-            f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there would be nothing to cut; "
-            "raise --ctx_len to the length that your documents need, or drop --chunk_ctx"
+            f"--chunk_ctx {config.chunk_ctx} is not below --ctx_len {config.ctx_len}, the longest row: there"
+            " would be nothing to cut; raise --ctx_len to the length that your documents need, or drop"
+            " --chunk_ctx"
         )
     if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
         raise UserError(
-            "--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter into fp16 too"
+            "--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter"
+            " into fp16 too"
         )
     if config.quant != "none" and config.peft == "none":
         raise UserError(
-            f"--quant {config.quant} is for a frozen base; --peft none trains all of it: choose an adapter, or drop --quant"
+            f"--quant {config.quant} is for a frozen base; --peft none trains all of it: choose an adapter,"
+            " or drop --quant"
         )
     if config.quant != "none" and config.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
-            f"--quant {config.quant} works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3 shares out tensors of "
-            "floating-point numbers, and a quantised base is whole in every process"
+            f"--quant {config.quant} works with --strategy auto, ddp, deepspeed_stage_1 and _2: stage 3"
+            " shares out tensors of floating-point numbers, and a quantised base is whole in every process"
         )
     if config.num_nodes > 1 and config.strategy == "auto":
         raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
@@ -669,7 +697,8 @@ def check_data(config: Config) -> None:
         raise UserError("--data_file is missing: the data to train on")
     if not config.loss_mask.partition("...")[0]:
         raise UserError(
-            f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or START...END"
+            f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or"
+            " START...END"
         )
 
 
@@ -686,7 +715,9 @@ def accumulation(config: Config) -> int:
 
 
 def check_sizes(config: Config, arch: Arch) -> None:
-    """A size given by hand is an assertion about the checkpoint; a contradiction is a UserError that shows both."""
+    """A size given by hand is an assertion about the checkpoint; a contradiction is a UserError that shows
+    both.
+    """
     in_file = {
         "version": f"x0{arch.version}0",
         "n_layer": arch.n_layer,
@@ -707,7 +738,8 @@ def check_sizes(config: Config, arch: Arch) -> None:
 def save(config: Config, origins: dict[str, str], path: str) -> None:
     """Write the resolved settings as YAML, each with its origin; the file works as --config."""
     lines = [
-        f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}  # {origin}"
+        f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}"
+        f"  # {origin}"
         for name, origin in origins.items()
     ]
     write_text(path, "\n".join(lines) + "\n")

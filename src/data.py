@@ -1,7 +1,9 @@
-"""Data file -> documents (tokens and loss mask) -> rows of one or more documents -> a schedule of optimizer steps -> batches.
+"""Data file -> documents (tokens and loss mask) -> rows of one or more documents -> a schedule of optimizer
+steps -> batches.
 
-The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a resume needs only the
-step number, and the trained tokens of a whole optimizer step are known before its first micro-batch.
+The schedule is a pure function of (documents, sizes, seed, step): every process computes the same one, a
+resume needs only the step number, and the trained tokens of a whole optimizer step are known before its first
+micro-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from .tokenise import Encoder, Tokens, tokenise
 
 @dataclasses.dataclass
 class Document:
-    """ids (n,) int32 and trained (n,) bool: token i is a target where trained[i]. Token 0 is never one, nothing stands before it."""
+    """ids (n,) int32 and trained (n,) bool: token i is a target where trained[i]. Token 0 is never one,
+    nothing stands before it.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
@@ -38,12 +42,14 @@ class Document:
         return int(np.count_nonzero(self.trained[1:]))
 
 
-# A run keeps what is here for each document, of which there may be 10^8, so that numbers have the bytes they need and are no objects.
+# A run keeps what is here for each document, of which there may be 10^8, so that numbers have the bytes they
+# need and are no objects.
 
 
 class Rows(Sequence):
-    """Documents that are parts of flat arrays, one or several files' worth: row i is `lengths[i]` int32 tokens of files[of[i]] from
-    `starts[i]` int64 on."""
+    """Documents that are parts of flat arrays, one or several files' worth: row i is `lengths[i]` int32
+    tokens of files[of[i]] from `starts[i]` int64 on.
+    """
 
     def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
         self.files, self.of, self.starts, self.lengths = files, of, starts, lengths
@@ -62,9 +68,11 @@ class Rows(Sequence):
 
 @dataclasses.dataclass
 class Documents:
-    """The encoded data set. `lost` (n,) int32: tokens that were cut off each row, a conversation longer than ctx_len; None: of no row.
-    `text` (n,) int32: the number of the text, longer than ctx_len, that a row is a part of, -1 for a row of its own; None: for all.
-    `untrained`: how many were left out because they have no trained token."""
+    """The encoded data set. `lost` (n,) int32: tokens that were cut off each row, a conversation longer than
+    ctx_len; None: of no row. `text` (n,) int32: the number of the text, longer than ctx_len, that a row is a
+    part of, -1 for a row of its own; None: for all. `untrained`: how many were left out because they have no
+    trained token.
+    """
 
     rows: Sequence[Document]
     lost: np.ndarray | None = None
@@ -164,21 +172,23 @@ class Loaded:
     def documents(self, ctx_len: int) -> Documents:
         """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
 
-        A longer conversation is cut; a longer text becomes several documents, each beginning with the last token of the one before, so that
-        every token is a target once. Those without a trained token are left out. Raises UserError where nothing is trained.
+        A longer conversation is cut; a longer text becomes several documents, each beginning with the last
+        token of the one before, so that every token is a target once. Those without a trained token are left
+        out. Raises UserError where nothing is trained.
         """
         documents = fit(self.files, self.chosen, ctx_len)
         if not documents.targets:
             raise UserError(
-                f"{self.data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len}, raise it"
+                f"{self.data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len},"
+                " raise it"
             )
         mask, end = self.encoder.loss_mask, len(self.encoder.tokenizer.eod)
         if trains_by_marker(mask) and all(
             int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files
         ):
             raise UserError(
-                f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes assistant, all, or a text in "
-                "the rows"
+                f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes"
+                " assistant, all, or a text in the rows"
             )
         return documents.learnable()
 
@@ -191,7 +201,8 @@ def load(
     report: Report | None = None,
     seed: int = 0,
 ) -> Loaded:
-    """Read and tokenise. `cache` is that of tokenise(); `seed` decides which rows of a source with a weight are seen.
+    """Read and tokenise. `cache` is that of tokenise(); `seed` decides which rows of a source with a weight
+    are seen.
 
     Raises UserError for what cannot be read, and for no rows at all.
     """
@@ -272,9 +283,11 @@ def _integers(values: np.ndarray) -> array.array:
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Groups:
-    """Documents into rows of at most `capacity` tokens, best fit, longest first: each into the fullest row that has room.
+    """Documents into rows of at most `capacity` tokens, best fit, longest first: each into the fullest row
+    that has room.
 
-    Which of two documents of one length comes first is random, so that neighbours in the file do not share rows.
+    Which of two documents of one length comes first is random, so that neighbours in the file do not share
+    rows.
     """
     lengths = np.asarray(lengths)
     order = np.random.default_rng(seed).permutation(len(lengths))
@@ -314,7 +327,9 @@ def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new permutation of the rows."""
+    """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new
+    permutation of the rows.
+    """
 
     rows: Sequence[list[int]]  # the documents of each row
     lengths: Sequence[int]  # inputs of each row
@@ -353,7 +368,9 @@ class Schedule:
         return sum(self.lengths[row] for row in self.step_rows(step))
 
     def seed_of(self, step: int, micro: int, rank: int) -> int:
-        """The seed of what is random in a micro-batch (dropout): a function of its place, so that a resumed run draws the same numbers."""
+        """The seed of what is random in a micro-batch (dropout): a function of its place, so that a resumed
+        run draws the same numbers.
+        """
         return int(np.random.SeedSequence([self.seed, step, micro, rank]).generate_state(1)[0])
 
     def micro_width(self, step: int, micro: int) -> int:
@@ -392,8 +409,8 @@ def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
 
 
 def collate(rows: list[list[Document]], step_targets: int) -> dict:
-    """Rows padded on the right to the longest: ids, targets (B, T) int64, mask (B, T) bool, and the step's trained tokens; reset (B, T)
-    bool, set where a document starts inside a row, or None.
+    """Rows padded on the right to the longest: ids, targets (B, T) int64, mask (B, T) bool, and the step's
+    trained tokens; reset (B, T) bool, set where a document starts inside a row, or None.
 
     No rows at all (a short step) gives one fully masked row, so that every rank runs the same operations.
     """
@@ -419,7 +436,8 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
 
 
 class Batches:
-    """The micro-batches of one rank in order, from optimizer step `first_step` (0-based) until before `steps`: what Lightning iterates over.
+    """The micro-batches of one rank in order, from optimizer step `first_step` (0-based) until before
+    `steps`: what Lightning iterates over.
 
     `width` of a batch is the length of the longest row that any rank has in this micro-batch.
     """

@@ -1,10 +1,12 @@
-"""One token after another on the CPU: `Decoder`, a model whose single tokens run in one native call each (cuda/decode_cpu.cpp).
+"""One token after another on the CPU: `Decoder`, a model whose single tokens run in one native call each
+(cuda/decode_cpu.cpp).
 
-It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its states are the model's, so that a prompt is read
-with matrix products and the answer is written by the native code. Weights in fp32 and bf16 are used where the model has them, without a
-copy; int8 ones are the decoder's own. What an adapter (adapters.py) adds is computed beside them, in fp32. Activations and states of single
-tokens are fp32 whatever the weights are, so that bf16 weights, as released files have them, give what fp32 ones do. A longer prompt is read
-in bf16 where the CPU multiplies in it and the weights have it.
+It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its states are the
+model's, so that a prompt is read with matrix products and the answer is written by the native code. Weights
+in fp32 and bf16 are used where the model has them, without a copy; int8 ones are the decoder's own. What an
+adapter (adapters.py) adds is computed beside them, in fp32. Activations and states of single tokens are fp32
+whatever the weights are, so that bf16 weights, as released files have them, give what fp32 ones do. A longer
+prompt is read in bf16 where the CPU multiplies in it and the weights have it.
 """
 
 from __future__ import annotations
@@ -87,18 +89,21 @@ class Int8Rows(NamedTuple):
 
 
 def int8_rows(weight: Tensor) -> Int8Rows:
-    """Symmetric int8 with a scale for each row, its largest magnitude / 127; rwkv_miss/quantised.py has one for each 64 weights."""
+    """Symmetric int8 with a scale for each row, its largest magnitude / 127; rwkv_miss/quantised.py has one
+    for each 64 weights.
+    """
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
     return Int8Rows((weight / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8), scale)
 
 
 class Decoder:
-    """A model that reads prompts as before and takes single tokens through the native code. `int8`: there with its large matrices quantised.
+    """A model that reads prompts as before and takes single tokens through the native code. `int8`: there
+    with its large matrices quantised.
 
-    It works on one token at a time, with as many threads as torch has. Of the model's matrices some are shared with it and some, like all vectors,
-    are copies made here: where the model gets other tensors, as from Adapters.use, refresh() takes these over. Raises ValueError where `problem`
-    has one.
+    It works on one token at a time, with as many threads as torch has. Of the model's matrices some are
+    shared with it and some, like all vectors, are copies made here: where the model gets other tensors, as
+    from Adapters.use, refresh() takes these over. Raises ValueError where `problem` has one.
     """
 
     def __init__(self, model: RWKV, int8: bool = False):
@@ -143,7 +148,8 @@ class Decoder:
         )
         if not self.handle:
             raise RuntimeError(
-                f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of cuda/decode_cpu.cpp"
+                f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of"
+                " cuda/decode_cpu.cpp"
             )
         self.fresh = True
         self.run, self.replace, self.close_native = (
@@ -158,7 +164,9 @@ class Decoder:
         return torch.bfloat16 if self.model.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
 
     def refresh(self) -> None:
-        """Take over the tensors of the model that are others than they were; what stayed the same costs nothing."""
+        """Take over the tensors of the model that are others than they were; what stayed the same costs
+        nothing.
+        """
         self._check_open()
         self.fresh = False  # until the end: stopped on the way, it is done again before the next token
         for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
@@ -226,10 +234,11 @@ class Decoder:
 
     @torch.no_grad()
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays as it is.
+        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays
+        as it is.
 
-        Raises ValueError for other shapes and after close(), UserError where logits are not finite, IndexError for a token that is not in the
-        vocabulary.
+        Raises ValueError for other shapes and after close(), UserError where logits are not finite,
+        IndexError for a token that is not in the vocabulary.
         """
         if state is None:
             state = self.model.initial_state(1)
@@ -255,7 +264,8 @@ class Decoder:
         self._check_open()
         if ids.dim() != 2 or len(ids) != 1 or not ids.numel():
             raise ValueError(
-                f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at least one token"
+                f"ids are {tuple(ids.shape)}, expected (1, T): the decoder answers to one sequence of at"
+                " least one token"
             )
         if len(state) != self.arch.n_layer:
             raise ValueError(
@@ -268,7 +278,8 @@ class Decoder:
                 if part is None or part.shape != shape:
                     seen = None if part is None else tuple(part.shape)
                     raise ValueError(
-                        f"{name} of layer {layer}'s state is {seen}, expected {shape} for {self.arch.describe()}"
+                        f"{name} of layer {layer}'s state is {seen}, expected {shape} for"
+                        f" {self.arch.describe()}"
                     )
 
     def _step(self, token: int, state: State) -> tuple[Tensor, State]:
@@ -316,7 +327,9 @@ def problem(model: RWKV) -> str:
 
 
 def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDecoder, str]:
-    """(what answers in the model's place, in words): its decoder where it has one, else the model itself. UserError if int8 is asked of that."""
+    """(what answers in the model's place, in words): its decoder where it has one, else the model itself.
+    UserError if int8 is asked of that.
+    """
     if found := problem(model):
         if int8:
             raise UserError(f"--quant int8 is for the CPU's own decoder, which does not run here: {found}")
@@ -337,5 +350,8 @@ def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDe
     weights = "int8" if int8 else " and ".join(sorted(dtypes))
     return (
         decoder,
-        f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')}, {counted(decoder.threads, 'thread')}",
+        (
+            f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')},"
+            f" {counted(decoder.threads, 'thread')}"
+        ),
     )

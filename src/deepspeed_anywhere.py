@@ -1,4 +1,6 @@
-"""Lightning's DeepSpeed strategy, also on a CPU-only machine (gloo), with the model's dtypes left as they are."""
+"""Lightning's DeepSpeed strategy, also on a CPU-only machine (gloo), with the model's dtypes left as they
+are.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ class KeepDtypes(DeepSpeedPrecision):
         return data
 
     def backward(self, tensor, model, optimizer, *args, **kwargs) -> None:
-        # Lightning has divided the loss by the number of micro-batches already; DeepSpeed would do it again, which Adam hides
-        # and gradient clipping does not
+        # Lightning has divided the loss by the number of micro-batches already; DeepSpeed would do it again,
+        # which Adam hides and gradient clipping does not
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
@@ -59,17 +61,21 @@ class Works:
 
 
 def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
-    """DeepSpeed's all-gather of a parameter. gloo's own one needs the memory of `whole` a second time, and three times as long."""
+    """DeepSpeed's all-gather of a parameter. gloo's own one needs the memory of `whole` a second time, and
+    three times as long.
+    """
     parts = whole.chunk(dist.get_world_size(group))
     parts[dist.get_rank(group)].copy_(share)
     return Works([dist.broadcast(part, source, group, async_op=True) for source, part in enumerate(parts)])
 
 
 class AnywhereDeepSpeed(DeepSpeedStrategy):
-    """`DeepSpeedStrategy` that also accepts the CPU accelerator. `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not.
+    """`DeepSpeedStrategy` that also accepts the CPU accelerator. `name` is deepspeed_stage_1, _2 or _3, with
+    _offload after it or not.
 
-    Under stage 3 the model may come as it lies in its file, mapped and in the file's dtypes: each process keeps its share of every
-    tensor, with what is frozen in `dtype`, and never holds more than one whole tensor beside the shares.
+    Under stage 3 the model may come as it lies in its file, mapped and in the file's dtypes: each process
+    keeps its share of every tensor, with what is frozen in `dtype`, and never holds more than one whole
+    tensor beside the shares.
     """
 
     def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype):
@@ -102,7 +108,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             config={
                 "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU, too, and needs no compiler
+                "zero_force_ds_cpu_optimizer": (
+                    False
+                ),  # torch's AdamW runs on the CPU, too, and needs no compiler
                 "train_micro_batch_size_per_gpu": micro_bsz,
                 "steps_per_print": 10**9,
                 "wall_clock_breakdown": False,
@@ -117,7 +125,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         if not self._on_cpu:
             return super().setup_environment()
-        # DeepSpeed would JIT-build a shared-memory all-reduce (about a minute, needs a compiler); gloo is enough
+        # DeepSpeed would JIT-build a shared-memory all-reduce (about a minute, needs a compiler); gloo is
+        # enough
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         partition_parameters._dist_allgather_fn = gather_by_broadcasts
         super(DeepSpeedStrategy, self).setup_environment()  # skips only the CUDA-only check
@@ -136,15 +145,19 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         )  # DeepSpeed wants a device *index*
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Stage 3: share out the model, tensor by tensor, before DeepSpeed would put all of it on every device."""
+        """Stage 3: share out the model, tensor by tensor, before DeepSpeed would put all of it on every
+        device.
+        """
         if self.stage < 3:
             return model
         if self._on_cpu:
             _return_large_blocks()
-        # the empty module makes DeepSpeed replace F.linear by its own, whose backward gathers the weight again instead of keeping it
+        # the empty module makes DeepSpeed replace F.linear by its own, whose backward gathers the weight
+        # again instead of keeping it
         shares = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
         for p in model.parameters():
-            # a copy in any case: DeepSpeed sends it around, and what is written to a mapped file is memory for good
+            # a copy in any case: DeepSpeed sends it around, and what is written to a mapped file is memory
+            # for good
             p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype, copy=True)
             shares._convert_to_zero_parameters([p])
         for buffer in model.buffers():
@@ -158,7 +171,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             self._accumulators = [_gather_to_accumulate(p) for p in trained]
 
     def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """This rank's share of the trained parameters as flat fp32 tensors, each with what the optimizer keeps for it."""
+        """This rank's share of the trained parameters as flat fp32 tensors, each with what the optimizer
+        keeps for it.
+        """
         zero = self.deepspeed_engine.optimizer
         pieces = (
             zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
@@ -168,7 +183,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def _link(self, p: nn.Parameter) -> None:
         """Let a parameter find what the optimizer keeps for it under stage 1 and 2.
 
-        DeepSpeed does that once, after the step of the first parameter group, when the optimizer has nothing for the others yet.
+        DeepSpeed does that once, after the step of the first parameter group, when the optimizer has nothing
+        for the others yet.
         """
         zero = self.deepspeed_engine.optimizer
         if (
@@ -224,10 +240,12 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
 
 
 def _gather_to_accumulate(p: nn.Parameter):
-    """The node of autograd that adds to p.grad, which from now on finds p whole, also when its gradient comes while p is shared out.
+    """The node of autograd that adds to p.grad, which from now on finds p whole, also when its gradient comes
+    while p is shared out.
 
-    Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks (src/infctx.py) comes after that, and autograd
-    compares its shape with the parameter's: with that of a node's making, which is kept for this, and when it adds.
+    Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks (src/infctx.py)
+    comes after that, and autograd compares its shape with the parameter's: with that of a node's making,
+    which is kept for this, and when it adds.
     """
     missing = []
 
@@ -249,8 +267,9 @@ def _gather_to_accumulate(p: nn.Parameter):
 
 
 def _return_large_blocks() -> None:
-    """Have glibc give blocks of 1 MiB and more back to the system when they are freed; its own limit grows to 32 MiB with use, and what it
-    then keeps of gathered parameters is a tenth of the base."""
+    """Have glibc give blocks of 1 MiB and more back to the system when they are freed; its own limit grows to
+    32 MiB with use, and what it then keeps of gathered parameters is a tenth of the base.
+    """
     mmap_threshold = -3
     getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)(mmap_threshold, 1 << 20)
 

@@ -29,8 +29,9 @@ SAMPLE = 80  # characters of each part of the first sample, in the plan
 
 
 def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
-    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` are the lines
-    of resume()."""
+    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` are the
+    lines of resume().
+    """
     config, device = job.config, job.device
     processes = ""
     if config.world > 1:
@@ -78,7 +79,10 @@ def details(job: Job) -> list[str]:
         ),
         *held_out(config, held, job.evaluated),
         f"optimizer  AdamW, {rates(config, job.steps)}, clip {config.grad_clip:g}",
-        f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy {config.strategy}",
+        (
+            f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy"
+            f" {config.strategy}"
+        ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
         f"template   {job.template.name}, loss on {mask(config.loss_mask)}",
@@ -99,13 +103,9 @@ def documents_line(config: Config, found: Data, template: str) -> str:
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
     return (
-        (
-            f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
-            f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
-            f"{mask(config.loss_mask)} (template {template})"
-        )
-        .encode("utf-8", "backslashreplace")
-        .decode()
+        f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
+        f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
+        f"{mask(config.loss_mask)} (template {template})".encode("utf-8", "backslashreplace").decode()
     )
 
 
@@ -172,8 +172,8 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
     """The line of the plan about the loss on `evaluated` of `held` documents, in a run of `total` steps."""
     if not held:
         return (
-            "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell what "
-            "the run is worth)"
+            "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell"
+            " what the run is worth)"
         )
     every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
     stop = ""
@@ -215,7 +215,10 @@ def base(config: Config, arch: Arch, held: float) -> str:
 def training(config: Config, model: RWKV) -> str:
     """trained() with every option of the adapter and what of the model it is in."""
     if config.peft == "none":
-        return f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained"
+        return (
+            f"none: all {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are"
+            " trained"
+        )
     chosen = ", ".join(
         f"{name} {value}" for name, value in model.injection.options.items() if value not in ({}, False, "")
     )
@@ -226,7 +229,8 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
     rows = documents.rows
     lines = [
-        f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on {documents.targets:,}"
+        f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on"
+        f" {documents.targets:,}"
     ]
     if config.packing:
         lines.append(
@@ -235,8 +239,8 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
         )
     if documents.split:
         lines.append(
-            f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens, cut into several documents, "
-            "each of which begins with the last token of the one before"
+            f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens,"
+            " cut into several documents, each of which begins with the last token of the one before"
         )
     return lines + [f"warning    {text}" for text in cut_warnings(config, documents)]
 
@@ -263,13 +267,16 @@ def steps(config: Config, schedule: Schedule, total: int) -> str:
 
 
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
-    """The line of the plan about rows in chunks, of which the longest has `width` tokens and a state of a micro-batch has `each` bytes."""
+    """The line of the plan about rows in chunks, of which the longest has `width` tokens and a state of a
+    micro-batch has `each` bytes.
+    """
     if not chunks.size:
         return []
     stops = f"stops at every {chunks.truncate} tokens" if chunks.truncate else "is exact"
     return [
-        f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the gradient {stops}; up to "
-        f"{counted(chunks.states(width), 'state')} of {each / 1e6:.3g} MB are kept, {chunks.states(width) * each / 1e6:,.3g} MB in all"
+        f"chunks     of {chunks.size} tokens, at most {chunks.count(width):,} in a row of {width:,}; the"
+        f" gradient {stops}; up to {counted(chunks.states(width), 'state')} of {each / 1e6:.3g} MB are kept,"
+        f" {chunks.states(width) * each / 1e6:,.3g} MB in all"
     ]
 
 
@@ -309,7 +316,9 @@ def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
-    """Lines of the plan about a run that goes on from a checkpoint: from where, and what is different from here."""
+    """Lines of the plan about a run that goes on from a checkpoint: from where, and what is different from
+    here.
+    """
     config = job.config
     if over:
         step = checkpoint_step(path)
@@ -335,14 +344,14 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
     ]
     if changed:
         lines.append(
-            f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')}, accumulate is "
-            f"{job.schedule.accumulate}"
+            f"           {', '.join(changed)}: a step keeps its {counted(job.schedule.rows_per_step, 'row')},"
+            f" accumulate is {job.schedule.accumulate}"
         )
     planned = steps_of(before, job.schedule)
     if planned != job.steps:
         lines.append(
-            f"           {counted(planned, 'step')} -> {job.steps:,}: from here on the learning rate follows the schedule of "
-            f"{counted(job.steps, 'step')}"
+            f"           {counted(planned, 'step')} -> {job.steps:,}: from here on the learning rate follows"
+            f" the schedule of {counted(job.steps, 'step')}"
         )
     return lines
 
@@ -355,8 +364,9 @@ def sample(row: Document, tokenizer, limit: int = 600) -> str:
 
 
 def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next to
-    the mark between them."""
+    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next
+    to the mark between them.
+    """
     shown = ""
     for part, trained in parts_of(row, tokenizer):
         line = "⏎".join(part.splitlines())

@@ -20,18 +20,22 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
     if asked == "cpu" or asked == "auto" and not gpus:
         if devices > MOST_PROCESSES * (cores := os.cpu_count() or 1):
             raise UserError(
-                f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process wants at least one"
+                f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process"
+                " wants at least one"
             )
         return "cpu"
     if devices > gpus:
         raise UserError(
-            f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or --accelerator cpu"
+            f"torch sees {gpus} CUDA GPUs on this machine, {devices} asked for; use fewer, or"
+            " --accelerator cpu"
         )
     return "gpu"
 
 
 def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
-    """(fp32, bf16 or fp16; why). fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too."""
+    """(fp32, bf16 or fp16; why). fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts
+    the adapter too.
+    """
     if asked != "auto":
         slow = asked == "bf16" and accelerator == "cpu" and not multiplies_bf16()
         return asked, "as asked" + "; this CPU has no products in it, and is slower than in fp32" * slow
@@ -45,12 +49,16 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products in bf16; without them torch is slower in it than in fp32."""
+    """Whether this CPU has instructions for products in bf16; without them torch is slower in it than in
+    fp32.
+    """
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features().split())
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had at once: of the GPU, or of main memory; 0 where the system does not tell."""
+    """The most bytes that this process has had at once: of the GPU, or of main memory; 0 where the system
+    does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -13,9 +13,10 @@ OLDEST = (
     10,
 )  # as in pyproject.toml; an older one must be able to read this file and the first lines of a program
 OURS = ("rwkv_miss", "src", "scripts", "demo")
-# read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting threads spin unless told not to: small
-# models are then up to thirty times slower as soon as anything else runs. What oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by
-# itself and by torch, and the number of trained tokens is another one in every step
+# read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting
+# threads spin unless told not to: small models are then up to thirty times slower as soon as anything else
+# runs. What oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by itself and by torch, and the
+# number of trained tokens is another one in every step
 LIBRARY_SETTINGS = {
     "OMP_WAIT_POLICY": "passive",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
@@ -25,11 +26,11 @@ LIBRARY_SETTINGS = {
 
 @contextlib.contextmanager
 def importing():
-    """Around a program's first imports: an old Python and a missing package are named, Ctrl-C ends it at once, and torch's libraries get
-    LIBRARY_SETTINGS.
+    """Around a program's first imports: an old Python and a missing package are named, Ctrl-C ends it at
+    once, and torch's libraries get LIBRARY_SETTINGS.
 
-    An exception from Ctrl-C in the middle of an import may meet C++ that is half loaded, leave a traceback or be lost.
-    From one_line_errors() on, rwkv_miss.interrupts answers.
+    An exception from Ctrl-C in the middle of an import may meet C++ that is half loaded, leave a traceback or
+    be lost. From one_line_errors() on, rwkv_miss.interrupts answers.
     """
     if sys.version_info < OLDEST:
         major, minor = sys.version_info[:2]
@@ -62,7 +63,9 @@ def _end_at_once(signum, frame) -> None:
 
 @contextlib.contextmanager
 def naming_missing_packages():
-    """Around all of a program, as much is imported when it is needed: a package that is not installed is one line, with exit code 2."""
+    """Around all of a program, as much is imported when it is needed: a package that is not installed is one
+    line, with exit code 2.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -70,8 +73,8 @@ def naming_missing_packages():
         if package in OURS:
             raise
         print(
-            f"error: the package {package} is not installed for {sys.executable}; activate the environment that has it "
-            "(source .venv/bin/activate), or: pip install -r requirements.txt",
+            f"error: the package {package} is not installed for {sys.executable}; activate the environment"
+            " that has it (source .venv/bin/activate), or: pip install -r requirements.txt",
             file=sys.stderr,
         )
         sys.exit(2)

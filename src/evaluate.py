@@ -47,9 +47,8 @@ class Answer(NamedTuple):
 
 
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
-    """A question, with the right answer without its thoughts, of every row
-    {"messages": [..., {"role": "assistant", ...}]}; a {"prompt", "completion"} is taken as it stands, whatever
-    the template.
+    """A question, with the right answer without its thoughts, of every row {"messages": [..., {"role":
+    "assistant", ...}]}; a {"prompt", "completion"} is taken as it stands, whatever the template.
 
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
@@ -61,7 +60,8 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
             continue
         if "messages" not in row:
             raise UserError(
-                f"{where}: expected messages, a question and its answer, or a prompt and its completion; got {' and '.join(row)}"
+                f"{where}: expected messages, a question and its answer, or a prompt and its completion; got"
+                f" {' and '.join(row)}"
             )
         *before, answer = row["messages"]
         pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
@@ -124,7 +124,8 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float)
         return True
     if characters < math.inf and len(tokenizer.decode(ids)) > characters:
         return True
-    # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out a space that it begins with
+    # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out
+    # a space that it begins with
     tail = (
         ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :]
         if stops
@@ -141,7 +142,9 @@ def shortened(text: str, characters: int) -> str:
 
 
 def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.Tensor, State]:
-    """Logits (B, V) after each prompt, and the states: prompts of one length are read together, without padding."""
+    """Logits (B, V) after each prompt, and the states: prompts of one length are read together, without
+    padding.
+    """
     device = model.emb.weight.device
     read = []
     for _, same in itertools.groupby(prompts, key=len):
@@ -180,7 +183,9 @@ def answers_to(
 def exact_accuracy(
     model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT
 ) -> tuple[float, list[str]]:
-    """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the same template."""
+    """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the
+    same template.
+    """
     answers = [answer.text for answer in answers_to(model, tokenizer, questions, max_tokens, template)]
     return sum(a == q.right for a, q in zip(answers, questions, strict=True)) / len(questions), answers
 

@@ -8,7 +8,8 @@ import os
 
 from rwkv_miss.errors import UserError
 
-# set by torchrun and deepspeed, by Lightning's own launcher (NODE_RANK, and on each machine LOCAL_RANK), and by srun
+# set by torchrun and deepspeed, by Lightning's own launcher (NODE_RANK, and on each machine LOCAL_RANK), and
+# by srun
 RANK_VARIABLES = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
@@ -21,8 +22,10 @@ LARGEST_TEXT = 1 << 26  # bytes
 
 
 def read_text(path: str, purpose: str, otherwise: str) -> str:
-    """A small UTF-8 file whole. UserError for another encoding, and for what is no regular file or far too large for its purpose: a path may come out
-    of a checkpoint's metadata. `otherwise` says what else the user may give."""
+    """A small UTF-8 file whole. UserError for another encoding, and for what is no regular file or far too
+    large for its purpose: a path may come out of a checkpoint's metadata. `otherwise` says what else the user
+    may give.
+    """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("it is no regular file")

@@ -19,7 +19,9 @@ except ImportError:  # Windows
 
 
 def require_folder(folder: str) -> None:
-    """UserError unless files can be made in the folder, which need not be there yet: call it before work that would be lost."""
+    """UserError unless files can be made in the folder, which need not be there yet: call it before work that
+    would be lost.
+    """
     there = existing_part(folder)
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -37,8 +39,10 @@ def existing_part(folder: str) -> str:
 
 @contextlib.contextmanager
 def folder_of_run(folder: str, others: Lifeline | None) -> Iterator[None]:
-    """In each process of a run, all that it does with its folder: the first one holds it, and the others, which only
-    read, look into it after that. `others` is the connection to them where they are not started by the first one."""
+    """In each process of a run, all that it does with its folder: the first one holds it, and the others,
+    which only read, look into it after that. `others` is the connection to them where they are not started by
+    the first one.
+    """
     if is_first_process():
         with alone_in(folder):
             if others:
@@ -52,7 +56,8 @@ def folder_of_run(folder: str, others: Lifeline | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: str) -> Iterator[None]:
-    """Hold the folder for one run; a second one is a UserError. It is made, and removed if it is empty at the end.
+    """Hold the folder for one run; a second one is a UserError. It is made, and removed if it is empty at the
+    end.
 
     The system gives the folder back when the process dies. Windows and some network file systems have no such
     lock; there nothing is held.

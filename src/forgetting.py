@@ -1,4 +1,6 @@
-"""What a run forgets: how far the tuned model has moved from its base on text that no training data have to do with."""
+"""What a run forgets: how far the tuned model has moved from its base on text that no training data have to
+do with.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ from .probe import BLOCK, divergence, sections
 
 
 class Forgetting(Callback):
-    """`result` at the end: section, and "all" -> mean KL(base || tuned); empty where the tokenizer has no tokens for the text. None for a
-    new model, which has no base file, and for a run that was interrupted.
+    """`result` at the end: section, and "all" -> mean KL(base || tuned); empty where the tokenizer has no
+    tokens for the text. None for a new model, which has no base file, and for a run that was interrupted.
 
-    With an adapter on linears alone the base is there at the end, under disabled(). Otherwise what its head gets is taken before the first
-    step, and before a resumed run gets its state back, so this callback stands before the Saver; its head is in its file.
+    With an adapter on linears alone the base is there at the end, under disabled(). Otherwise what its head
+    gets is taken before the first step, and before a resumed run gets its state back, so this callback stands
+    before the Saver; its head is in its file.
     """
 
     def __init__(self, tokenizer, base_file: str, is_complete):
@@ -59,7 +62,9 @@ class Forgetting(Callback):
             self.result["all"] = float(torch.cat(moved).mean())
 
     def _features(self, module) -> list[Tensor]:
-        """What the head gets of each section, (T, C); all ranks take part, because ZeRO-3 gathers the model on the way."""
+        """What the head gets of each section, (T, C); all ranks take part, because ZeRO-3 gathers the model
+        on the way.
+        """
         return [
             module.model.features(torch.tensor([ids], device=module.device))[0][0]
             for ids in self.sections.values()

@@ -1,4 +1,6 @@
-"""Sampling, streaming and the state of a conversation, by a model or its decoder (src/decode.py), which are asked alike."""
+"""Sampling, streaming and the state of a conversation, by a model or its decoder (src/decode.py), which are
+asked alike.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ from .template import DEFAULT, Template
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 (below 1e-5) is greedy; top_k 0 and top_p 1 leave the distribution whole.
+    """How the next token is chosen. temperature 0 (below 1e-5) is greedy; top_k 0 and top_p 1 leave the
+    distribution whole.
 
-    The penalties lower the logit of a token that the answer holds already: presence once, frequency per occurrence;
-    an occurrence fades by `penalty_decay` with every token.
+    The penalties lower the logit of a token that the answer holds already: presence once, frequency per
+    occurrence; an occurrence fades by `penalty_decay` with every token.
     """
 
     temperature: float = 1.0
@@ -51,11 +54,11 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None
 ) -> int:
-    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the answer. UserError if a logit is
-    NaN or infinite upwards.
+    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the
+    answer. UserError if a logit is NaN or infinite upwards.
 
-    It is NumPy's work, which stays in the calling thread: torch's other threads, once woken, spin for a while on the cores that the decoder
-    needs.
+    It is NumPy's work, which stays in the calling thread: torch's other threads, once woken, spin for a while
+    on the cores that the decoder needs.
     """
     values = logits.detach().float().cpu().numpy()
     if seen and (sampling.presence_penalty or sampling.frequency_penalty):
@@ -80,8 +83,10 @@ def sample(
 
 
 def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and probabilities of the likeliest tokens in their order: top_k of them, else enough to reach top_p. Of 65536 tokens 256 are most
-    often enough, and sorting them all takes longer than making the logits of a small model."""
+    """Ids and probabilities of the likeliest tokens in their order: top_k of them, else enough to reach
+    top_p. Of 65536 tokens 256 are most often enough, and sorting them all takes longer than making the logits
+    of a small model.
+    """
     if sampling.top_k:
         order = _largest(logits, sampling.top_k)
         weights = np.exp(logits[order] - logits[order[0]])
@@ -113,10 +118,11 @@ def stream(
     stop: str = DEFAULT.stop,
     generator: torch.Generator | None = None,
 ) -> Generator[str, None, State]:
-    """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the state after it.
+    """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the
+    state after it.
 
-    The answer ends before the end of document, before the text `stop`, or after max_tokens. What is not yielded, be it half a character,
-    is not left in the state either.
+    The answer ends before the end of document, before the text `stop`, or after max_tokens. What is not
+    yielded, be it half a character, is not left in the state either.
     """
     device = model.emb.weight.device
 
@@ -170,13 +176,16 @@ class Turn(NamedTuple):
 
     messages: list[dict]
     pieces: list[str]  # what is read of them, each tokenised on its own
-    whole: bool  # whether the pieces are the conversation from its beginning, which the first turn's are, and those that a template wrote anew
+    # whether the pieces are the conversation from its beginning, which the first turn's are, and those that a
+    # template wrote anew
+    whole: bool
 
 
 class Conversation:
     """A chat whose state is kept between turns, so that every turn costs only its own tokens.
 
-    `state` is the one after the first `read` of the `turns`; what is not in it yet is read before the next answer.
+    `state` is the one after the first `read` of the `turns`; what is not in it yet is read before the next
+    answer.
     """
 
     def __init__(
@@ -199,7 +208,9 @@ class Conversation:
         self.read_again()
 
     def read_again(self) -> None:
-        """Forget the state, as of a model with other weights: all turns are read again before the next answer."""
+        """Forget the state, as of a model with other weights: all turns are read again before the next
+        answer.
+        """
         self.state: State | None = None
         self.read = 0
         self.earlier: tuple[State | None, int] = None, 0  # state and read of before the last answer
@@ -232,7 +243,9 @@ class Conversation:
         return state, [piece for turn in self.turns[start:] for piece in turn.pieces]
 
     def answer(self, text: str, max_tokens: int = 512) -> Generator[str, None, None]:
-        """The model's answer to a user turn, in pieces. If it is interrupted or closed, what was said until then is the answer."""
+        """The model's answer to a user turn, in pieces. If it is interrupted or closed, what was said until
+        then is the answer.
+        """
         new = [{"role": "user", "content": text}]
         pieces = self.template.next_turn(self.messages, new) if self.turns else None
         whole = pieces is None

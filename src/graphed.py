@@ -1,7 +1,9 @@
-"""One token after another on a GPU: `GraphedDecoder`, which records the launches of a single token once and replays them (a CUDA graph).
+"""One token after another on a GPU: `GraphedDecoder`, which records the launches of a single token once and
+replays them (a CUDA graph).
 
-A token of a small model is hundreds of launches of a few microseconds each, which the CPU cannot make as fast as the GPU runs them. It is asked
-as the model is, `logits, state = decoder.next_logits(ids, state)`, and its states are the model's. Not run on a GPU yet.
+A token of a small model is hundreds of launches of a few microseconds each, which the CPU cannot make as fast
+as the GPU runs them. It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its
+states are the model's. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ ALLOWED = 1e-2  # of the largest logit: the graph has the same operations, which
 
 
 class GraphedDecoder:
-    """A model on a GPU that reads prompts as before and replays a recorded graph for every single token, one sequence at a time.
+    """A model on a GPU that reads prompts as before and replays a recorded graph for every single token, one
+    sequence at a time.
 
-    The graph holds the addresses of the weights: where the model gets other tensors, as from Adapters.use, refresh() has it recorded again.
+    The graph holds the addresses of the weights: where the model gets other tensors, as from Adapters.use,
+    refresh() has it recorded again.
     """
 
     def __init__(self, model: RWKV):
@@ -26,7 +30,9 @@ class GraphedDecoder:
         self.refresh()
 
     def refresh(self) -> None:
-        """The next single token records the graph, as the model is then; until then no weight of an earlier one is held by it."""
+        """The next single token records the graph, as the model is then; until then no weight of an earlier
+        one is held by it.
+        """
         arch, weight = self.model.arch, self.model.emb.weight
         width = torch.zeros(arch.n_layer, 1, arch.n_embd, dtype=self.model.dtype, device=weight.device)
         wkv = torch.zeros(arch.n_layer, 1, arch.n_head, arch.head_size, arch.head_size, device=weight.device)
@@ -39,7 +45,9 @@ class GraphedDecoder:
 
     @torch.no_grad()
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) after the last token, and the state; one given to it stays as it is."""
+        """ids (1, T) int64 -> logits (1, V) after the last token, and the state; one given to it stays as it
+        is.
+        """
         if ids.shape != (1, 1) or state is None:
             return self.model.next_logits(ids, state)
         self.ids.copy_(ids)

@@ -1,4 +1,6 @@
-"""A model of this project as one of EleutherAI's lm-evaluation-harness (the optional extra lm-eval). Only scripts/lm_eval.py imports it."""
+"""A model of this project as one of EleutherAI's lm-evaluation-harness (the optional extra lm-eval). Only
+scripts/lm_eval.py imports it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ MAX_TOKENS = 256  # of an answer for which a task gives no limit, as in the harn
 class HarnessModel(LM):
     """Scores and generates for the harness. There is no longest context: the state carries all of it.
 
-    A text with nothing before it is scored after the end of a document, which is what stands before a text in RWKV's training data.
+    A text with nothing before it is scored after the end of a document, which is what stands before a text in
+    RWKV's training data.
     """
 
     def __init__(self, model: RWKV, tokenizer, template: Template = DEFAULT):
@@ -31,7 +34,9 @@ class HarnessModel(LM):
         self.model, self.tokenizer, self.template = model, tokenizer, template
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(ln p(continuation | context), whether it is the greedy one) of each request (context, continuation)."""
+        """(ln p(continuation | context), whether it is the greedy one) of each request (context,
+        continuation).
+        """
         return log_likelihoods(self.model, [self._tokens(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -44,12 +49,15 @@ class HarnessModel(LM):
         ]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The greedy answer to each request (context, {"until": texts, "max_gen_toks": number}), without the text that ended it."""
+        """The greedy answer to each request (context, {"until": texts, "max_gen_toks": number}), without the
+        text that ended it.
+        """
         groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for i, (_, options) in enumerate(request.args for request in requests):
             if options.get("do_sample") and options.get("temperature", 1.0) > 0:
                 raise UserError(
-                    f"the task samples its answers ({options}), they are greedy here; use a task with do_sample: false"
+                    f"the task samples its answers ({options}), they are greedy here; use a task with"
+                    " do_sample: false"
                 )
             until = options.get("until") or []
             stops = (until,) if isinstance(until, str) else tuple(until)
@@ -78,7 +86,9 @@ class HarnessModel(LM):
         return self.tokenizer.name
 
     def _tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the two as they stand in one text; space between them belongs to the continuation, as in the harness's own models."""
+        """Ids of the two as they stand in one text; space between them belongs to the continuation, as in the
+        harness's own models.
+        """
         text, border = context + continuation, len(context.rstrip())
         before, whole = self.tokenizer.encode(text[:border]), self.tokenizer.encode(text)
         if whole[: len(before)] != before:  # a token reaches over the border
@@ -87,7 +97,9 @@ class HarnessModel(LM):
 
 
 class Lambada(ConfigurableTask):
-    """LAMBADA as the task lambada_openai asks it, the last word of each text, from a local file of rows {"text"}."""
+    """LAMBADA as the task lambada_openai asks it, the last word of each text, from a local file of rows
+    {"text"}.
+    """
 
     NAME = "lambada_local"
 

@@ -1,4 +1,6 @@
-"""Documents that are not trained on: which ones they are, the loss on them, and the questions that samples answer."""
+"""Documents that are not trained on: which ones they are, the loss on them, and the questions that samples
+answer.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,12 @@ USUAL_SAMPLE_TOKENS = 100
 def hold_out(
     config: Config, documents: Documents, load: Callable[[str], Documents]
 ) -> tuple[Documents, Documents]:
-    """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of `documents`; else none.
+    """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of
+    `documents`; else none.
 
-    A document that is in both, word for word, is held out. The choice depends on the documents' own content and the seed, so that
-    it is the same in every process and in a resumed run. Raises UserError where either side would be left without a trained token.
+    A document that is in both, word for word, is held out. The choice depends on the documents' own content
+    and the seed, so that it is the same in every process and in a resumed run. Raises UserError where either
+    side would be left without a trained token.
     """
     if not config.eval_file and config.eval_split <= 0:
         return documents, Documents([])
@@ -50,8 +54,8 @@ def hold_out(
     if not rest.targets:
         others = ", and the others have no trained token" if len(kept) else ""
         raise UserError(
-            f"{source}: nothing is left to train on; {len(keys) - len(kept)} of {counted(len(keys), 'document')} of {config.data_file} "
-            f"would be held out{others}"
+            f"{source}: nothing is left to train on; {len(keys) - len(kept)} of"
+            f" {counted(len(keys), 'document')} of {config.data_file} would be held out{others}"
         )
     if not held.targets:
         raise UserError(f"{source}: none of the {len(held.rows)} held-out documents has a trained token")
@@ -96,7 +100,9 @@ def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
 
 @contextlib.contextmanager
 def undisturbed(trainer):
-    """Context for a look at the model in the middle of its training: no dropout, no gradient, and all as before afterwards."""
+    """Context for a look at the model in the middle of its training: no dropout, no gradient, and all as
+    before afterwards.
+    """
     modes = {module: module.training for module in trainer.strategy.model.modules()}
     gpus = [trainer.strategy.root_device] if trainer.strategy.root_device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(gpus):
@@ -112,11 +118,11 @@ def undisturbed(trainer):
 def validation_loss(
     trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the same number.
-    None where on some rank is_stopped() between two batches.
+    """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the
+    same number. None where on some rank is_stopped() between two batches.
 
-    Packing and the number of processes do not change it: rows don't see each other, each batch is computed by one process, and float64
-    has room enough for fp32 sums to be added without rounding, in any order.
+    Packing and the number of processes do not change it: rows don't see each other, each batch is computed by
+    one process, and float64 has room enough for fp32 sums to be added without rounding, in any order.
     """
     strategy, world = trainer.strategy, trainer.world_size
     count = sum(document.targets for rows in batches for row in rows for document in row)
@@ -146,7 +152,9 @@ class Question:
 
 
 def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Question]:
-    """What samples are made for: the first documents, up to their last answer, or the first half of one that is trained as a whole."""
+    """What samples are made for: the first documents, up to their last answer, or the first half of one that
+    is trained as a whole.
+    """
     found = []
     for row in held_out.rows:
         if len(found) == count:

@@ -1,4 +1,6 @@
-"""The evaluations of a run, as validation.jsonl has them: which is the best one, and whether it is time to stop."""
+"""The evaluations of a run, as validation.jsonl has them: which is the best one, and whether it is time to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ VALIDATION, BEST = "validation.jsonl", "best.pth"
 
 
 def best(history: list[dict]) -> dict | None:
-    """The evaluation of a trained state with the lowest loss, of equal ones the first; None before there is one."""
+    """The evaluation of a trained state with the lowest loss, of equal ones the first; None before there is
+    one.
+    """
     return min(
         (line for line in history if line["step"] and line["loss"] is not None),
         key=lambda line: line["loss"],
@@ -22,7 +26,9 @@ def is_over(history: list[dict], early_stop: int) -> bool:
 
 
 def answers_as_before(history: list[dict]) -> bool:
-    """Whether the newest sample answers are, word for word, those of before the training: it has taught little that shows."""
+    """Whether the newest sample answers are, word for word, those of before the training: it has taught
+    little that shows.
+    """
     before, after = ([sample["answer"] for sample in line["samples"]] for line in (history[0], history[-1]))
     return len(history) > 1 and bool(before) and before == after
 

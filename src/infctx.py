@@ -1,11 +1,12 @@
 """Long context: rows of any length are run in chunks, with the gradient carried through the recurrent state.
 
-A chunk is a function (state before, parameters) -> (its share of the loss, state after). The forward keeps the state before each chunk and
-nothing else; the backward walks the chunks from the last to the first, recomputes each from its state, and hands the gradient of that state
-on to the chunk before. This is the gradient of the whole row: the same numbers in the same operations, summed in another order.
+A chunk is a function (state before, parameters) -> (its share of the loss, state after). The forward keeps
+the state before each chunk and nothing else; the backward walks the chunks from the last to the first,
+recomputes each from its state, and hands the gradient of that state on to the chunk before. This is the
+gradient of the whole row: the same numbers in the same operations, summed in another order.
 
-For autograd the row is one function of the parameters, which get their gradients once, however many chunks there are: what hangs on that
-moment, DDP's and ZeRO's reductions, takes place once in a backward.
+For autograd the row is one function of the parameters, which get their gradients once, however many chunks
+there are: what hangs on that moment, DDP's and ZeRO's reductions, takes place once in a backward.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from .model import RWKV, LayerState, State
 class Chunks:
     """How rows are run: in chunks of `size` tokens (0: whole).
 
-    `truncate`, a multiple of `size`: the gradient does not cross from a token to the one before at multiples of so many (0: it crosses
-    everywhere, exact). `sparse`: of n chunks only every sqrt(n)-th keeps its state, those between are recomputed once more.
+    `truncate`, a multiple of `size`: the gradient does not cross from a token to the one before at multiples
+    of so many (0: it crosses everywhere, exact). `sparse`: of n chunks only every sqrt(n)-th keeps its state,
+    those between are recomputed once more.
     """
 
     size: int = 0
@@ -65,17 +67,20 @@ def half_of(config: Config) -> torch.dtype | None:
 
 
 def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:
-    """Bytes of the state of so many rows: WKV's in fp32, and the last inputs of both mixes of every layer in a dtype of `itemsize` bytes."""
+    """Bytes of the state of so many rows: WKV's in fp32, and the last inputs of both mixes of every layer in
+    a dtype of `itemsize` bytes.
+    """
     return rows * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
 
 def rows_loss(
     model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
 ) -> Tensor:
-    """The sum of the loss over the trained tokens of a batch (see src.data.collate), differentiable in the model's trained parameters.
+    """The sum of the loss over the trained tokens of a batch (see src.data.collate), differentiable in the
+    model's trained parameters.
 
-    `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted, if it is not that of the batch: ZeRO-3 needs
-    the same number on every rank, so that of the rank with the longest row.
+    `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted, if it is not
+    that of the batch: ZeRO-3 needs the same number on every rank, so that of the rank with the longest row.
     """
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
@@ -87,7 +92,9 @@ def rows_loss(
 
 
 def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
-    """(loss summed over the trained tokens of a part of the rows, state after it); `state` is the one before, None where the rows begin."""
+    """(loss summed over the trained tokens of a part of the rows, state after it); `state` is the one before,
+    None where the rows begin.
+    """
     with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
         # the head, and what of the last layer only it reads, run on the tokens that carry loss
         x, state = model.features(part["ids"], state, part["reset"], part["mask"])
@@ -95,7 +102,9 @@ def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | 
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:
-    """Tokens start to stop of every row. Behind the end of the rows, which are longer on another rank: one token without loss."""
+    """Tokens start to stop of every row. Behind the end of the rows, which are longer on another rank: one
+    token without loss.
+    """
     part = {
         name: None if batch[name] is None else batch[name][:, start:stop]
         for name in ("ids", "targets", "mask", "reset")
@@ -118,7 +127,9 @@ class _Walk:
     seed: int
 
     def run(self, i: int, state: State | None) -> tuple[Tensor, State]:
-        """(loss of chunk i, state after it). What is random in a chunk (dropout) is a function of its place: recomputing draws the same."""
+        """(loss of chunk i, state after it). What is random in a chunk (dropout) is a function of its place:
+        recomputing draws the same.
+        """
         ids = self.batch["ids"]
         part = cut(self.batch, i * self.chunks.size, (i + 1) * self.chunks.size)
         with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
@@ -164,7 +175,9 @@ class _Walk:
         dloss: Tensor,
         dafter: list[Tensor | None],
     ):
-        """(gradients of the parameters by chunk i, gradient of the state before it: empty where nothing crosses)."""
+        """(gradients of the parameters by chunk i, gradient of the state before it: empty where nothing
+        crosses).
+        """
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
         before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
         with torch.enable_grad():

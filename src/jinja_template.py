@@ -1,8 +1,9 @@
 """The user's own chat template: Jinja, with the conventions of Hugging Face's `chat_template`.
 
-It is given messages, tools, add_generation_prompt, bos_token (always empty: RWKV has none) and eos_token, and may call raise_exception() and
-tojson. `{% generation %}` ... `{% endgeneration %}` tells what is trained. Without it the assistant's turns are found by rendering the
-conversation's beginnings: what an answer adds to the beginning before it is the answer with the end of its turn.
+It is given messages, tools, add_generation_prompt, bos_token (always empty: RWKV has none) and eos_token, and
+may call raise_exception() and tojson. `{% generation %}` ... `{% endgeneration %}` tells what is trained.
+Without it the assistant's turns are found by rendering the conversation's beginnings: what an answer adds to
+the beginning before it is the answer with the end of its turn.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Generation(jinja2.ext.Extension):
 
 
 class JinjaTemplate:
-    """A template.Template from Jinja source. Raises UserError, with the line, for source that is wrong or fails on a trial conversation."""
+    """A template.Template from Jinja source. Raises UserError, with the line, for source that is wrong or
+    fails on a trial conversation.
+    """
 
     opening = ""
 
@@ -64,7 +67,9 @@ class JinjaTemplate:
         return JinjaTemplate, (self.name, self.record, self.eos)
 
     def _try_out(self) -> None:
-        """Find the end of a turn, and what ends an answer in a chat: that end, where it can be seen, else how the next turn begins."""
+        """Find the end of a turn, and what ends an answer in a chat: that end, where it can be seen, else how
+        the next turn begins.
+        """
         question, answer = (
             {"role": "user", "content": "A question?"},
             {"role": "assistant", "content": "An answer."},
@@ -77,7 +82,8 @@ class JinjaTemplate:
         for text, message in ((asked, question), (whole, answer)):
             if message["content"] not in text:
                 raise UserError(
-                    f"{self.name}: the template writes a conversation without the {message['role']}'s words; got {text!r}"
+                    f"{self.name}: the template writes a conversation without the {message['role']}'s words;"
+                    f" got {text!r}"
                 )
         self.turn_end = whole.rpartition(answer["content"])[2]
         between = again.rpartition(answer["content"])[2].partition(question["content"])[0]
@@ -125,7 +131,8 @@ class JinjaTemplate:
         if len(wanted) != len(rest):
             if not all(wanted):
                 raise UserError(
-                    f'{self.name} has {len(rest)} {{% generation %}} blocks for {len(wanted)} answers; which of them has "weight": 0?'
+                    f"{self.name} has {len(rest)} {{% generation %}} blocks for {len(wanted)} answers; which"
+                    ' of them has "weight": 0?'
                 )
             wanted = [True] * len(rest)
         pieces = [(text, False)]
@@ -162,8 +169,9 @@ class JinjaTemplate:
             return
         same = len(os.path.commonprefix([beginning, whole]))
         raise UserError(
-            f"{self.name}: what the template writes for the first {count} messages changes when more follow ({beginning[same:][:40]!r} becomes "
-            f"{whole[same:][:40]!r}), so the assistant's words can't be found; enclose them in {{% generation %}} ... {{% endgeneration %}}"
+            f"{self.name}: what the template writes for the first {count} messages changes when more follow"
+            f" ({beginning[same:][:40]!r} becomes {whole[same:][:40]!r}), so the assistant's words can't be"
+            " found; enclose them in {% generation %} ... {% endgeneration %}"
         )
 
     def _render(self, messages: list[dict], ask: bool = False, tools=None, marks: bool = False) -> str:

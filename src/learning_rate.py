@@ -18,14 +18,18 @@ def method_rate(config: Config) -> float:
 
 
 def state_learning_rate(config: Config) -> float | None:
-    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at lr_init."""
+    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at
+    lr_init.
+    """
     if "state" not in split_parts(config.train_parts):
         return None
     return config.state_lr or METHODS["state"].default_lr
 
 
 def learning_rate_factor(config: Config, total: int):
-    """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to lr_final."""
+    """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to
+    lr_final.
+    """
     final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
 
     def factor(step: int) -> float:

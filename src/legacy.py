@@ -1,7 +1,8 @@
 """Command lines of RWKV-LM and RWKV-PEFT, 2024 to 2026, in the flags of `Config`.
 
-Their scripts run as they stand. A flag that means something here under another name is translated; one without a meaning here is named with
-the reason; one that would change the result, and that this version cannot honour, stops the run.
+Their scripts run as they stand. A flag that means something here under another name is translated; one
+without a meaning here is named with the reason; one that would change the result, and that this version
+cannot honour, stops the run.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ REFUSED = {
     "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
 }
 
-# RWKV-PEFT's masks, and what each of them trains there; with --data_type sft it reads none, and trains the answers
+# RWKV-PEFT's masks, and what each of them trains there; with --data_type sft it reads none, and trains the
+# answers
 LOSS_MASKS = {
     "none": ("all", "trains every token; padding, which is trained there, is not"),
     "": ("all", "trains every token; padding, which is trained there, is not"),
@@ -93,7 +95,9 @@ MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(the command line in today's flags, notes for the user). Raises UserError where a flag cannot be honoured."""
+    """(the command line in today's flags, notes for the user). Raises UserError where a flag cannot be
+    honoured.
+    """
     old, kept = _split(argv)
     for name, (harmless, reason) in REFUSED.items():
         if name in old and old[name] not in harmless:
@@ -105,8 +109,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     ]
     if old and _value(kept, "epoch_steps"):
         notes.append(
-            "--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026 trains on so many documents "
-            "and drops the rest. Without it all data is used"
+            "--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026"
+            " trains on so many documents and drops the rest. Without it all data is used"
         )
     new = [*_method(old, kept, notes), *_train_type(old, kept, notes), *_stage(old, kept, notes)]
     if _value(kept, "warmup_steps") == "-1":
@@ -116,7 +120,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     if mask in LOSS_MASKS and old.get("data_type") == "sft":
         new += ["--loss_mask", "assistant"]
         notes.append(
-            f"--loss_mask {mask or repr('')} is ignored with --data_type sft, there as well: the answers are trained"
+            f"--loss_mask {mask or repr('')} is ignored with --data_type sft, there as well: the answers are"
+            " trained"
         )
     elif mask in LOSS_MASKS:
         today, meaning = LOSS_MASKS[mask]
@@ -142,8 +147,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
 def _split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """The old flags with their values ("" for a flag that stands alone), and the other words as they are.
 
-    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON has spaces; --sft_field was
-    followed by one word for each column.
+    Options and parts may have been cut up by the shell, as `--peft_config $peft_config` does when the JSON
+    has spaces; --sft_field was followed by one word for each column.
     """
     old: dict[str, str] = {}
     kept: list[str] = []
@@ -202,7 +207,8 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
         notes.append(
-            f"--{'PISSA' if method == 'pissa' else 'lora'} and its flags are --peft {method} with --peft_config"
+            f"--{'PISSA' if method == 'pissa' else 'lora'} and its flags are --peft {method} with"
+            " --peft_config"
         )
         options = {
             "r": _integer(old, "lora_r", 8),
@@ -248,8 +254,8 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
             notes.append(f"--{name} is --peft_config")
             if _value(kept, "train_parts") is None:
                 notes.append(
-                    "the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as well; "
-                    "--train_parts time,ln does"
+                    "the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as"
+                    " well; --train_parts time,ln does"
                 )
     for name in RANK_FLAGS:
         if name in old:
@@ -287,7 +293,8 @@ def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
     if chunk is None:
         return []
     notes.append(
-        f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in chunks"
+        f"--chunk_ctx {chunk} is ignored: --train_type {kind} trains whole rows; infctx has them run in"
+        " chunks"
     )
     return ["--chunk_ctx", "0"]
 
@@ -308,15 +315,18 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
         path = os.path.join(_value(kept, "proj_dir") or "out", f"{options.pop('load')}.pth")
         if os.path.exists(path):
             raise UserError(
-                f"{path} is an adapter of another project, which training cannot go on with. python -m rwkv_miss merge takes it, and "
-                f"python -m rwkv_miss convert {path} OUT.pth --to native makes one for the chat; move it away to train a new one"
+                f"{path} is an adapter of another project, which training cannot go on with. python -m"
+                f" rwkv_miss merge takes it, and python -m rwkv_miss convert {path} OUT.pth --to native makes"
+                " one for the chat; move it away to train a new one"
             )
         notes.append(f"{path} is not there: a new adapter is trained")
     return [*(["--peft", "bat"] if mode == "bat" else []), "--peft_config", json.dumps(options)]
 
 
 def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """RWKV-LM's stages: 1 makes a model, the others go on with the newest one; and both projects' rhythm of saving."""
+    """RWKV-LM's stages: 1 makes a model, the others go on with the newest one; and both projects' rhythm of
+    saving.
+    """
     new: list[str] = []
     folder = _value(kept, "proj_dir") or "out"
     stage = old.get("train_stage", "0")
@@ -343,7 +353,8 @@ def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
         if steps:
             new += ["--save_steps", str(epochs * steps)]
             notes.append(
-                f"--epoch_save {epochs} is --save_steps {epochs * steps}: {epochs} x {steps} steps of an epoch"
+                f"--epoch_save {epochs} is --save_steps {epochs * steps}: {epochs} x {steps} steps of an"
+                " epoch"
             )
         else:
             notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
@@ -359,6 +370,7 @@ def newest_model(folder: str) -> str:
     }
     if not numbered:
         raise UserError(
-            f"--load_model 0: {folder} has no rwkv-init.pth and no rwkv-N.pth; make one with --train_stage 1, or name the model"
+            f"--load_model 0: {folder} has no rwkv-init.pth and no rwkv-N.pth; make one with --train_stage 1,"
+            " or name the model"
         )
     return numbered[max(numbered)]

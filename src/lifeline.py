@@ -1,8 +1,10 @@
-"""Processes of several machines, or of a launcher, end together: each holds a connection to rank 0, which breaks when its process ends.
+"""Processes of several machines, or of a launcher, end together: each holds a connection to rank 0, which
+breaks when its process ends.
 
-A launcher looks after its own machine only. gloo tells that a peer is gone when the next collective begins, NCCL perhaps after half an
-hour, and before the process group exists nobody tells: a rank that fails while it reads its data would leave the others waiting.
-What Lightning starts on one machine needs none of this: see processes.watch_launcher().
+A launcher looks after its own machine only. gloo tells that a peer is gone when the next collective begins,
+NCCL perhaps after half an hour, and before the process group exists nobody tells: a rank that fails while it
+reads its data would leave the others waiting. What Lightning starts on one machine needs none of this: see
+processes.watch_launcher().
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def lifeline(config: Config) -> contextlib.AbstractContextManager:
 
 
 class Lifeline:
-    """`number` counts the members from 0, the one that they all meet at `address`; torch's own store at `port` tells them where there."""
+    """`number` counts the members from 0, the one that they all meet at `address`; torch's own store at
+    `port` tells them where there.
+    """
 
     def __init__(self, number: int, members: int, address: str, port: int, kind: str = "rank"):
         self.number, self.members, self.address, self.port = number, members, address, port
@@ -67,7 +71,8 @@ class Lifeline:
         reminder = threading.Timer(PATIENCE, self._remind)
         reminder.daemon = True
         reminder.start()
-        # torchrun has the store already; else it is the one that the process group will use later: the server is shared
+        # torchrun has the store already; else it is the one that the process group will use later: the server
+        # is shared
         host = self.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             self.store = TCPStore(
@@ -104,8 +109,9 @@ class Lifeline:
                 else f"{self.name} does not reach the first one at {self.address}:{self.port}"
             )
             raise UserError(
-                f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first machine's address in a network "
-                "of all machines and a free port there, and no firewall may be between them"
+                f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first"
+                " machine's address in a network of all machines and a free port there, and no firewall may"
+                " be between them"
             ) from None
         self.folder_key = f"folder {key}"
         return self
@@ -198,7 +204,9 @@ class Lifeline:
         return first
 
     def _tell(self) -> None:
-        """Print once why another one ended, unless this one ends for the same reason, as all do where the command is wrong."""
+        """Print once why another one ended, unless this one ends for the same reason, as all do where the
+        command is wrong.
+        """
         with self.lock:
             reason, self.reason = self.reason, ""
         if reason and not (self.own and reason.endswith(self.own)):

@@ -1,4 +1,6 @@
-"""Log-likelihoods of given continuations: many at once, without padding in the state and without the logits of what is not asked for."""
+"""Log-likelihoods of given continuations: many at once, without padding in the state and without the logits
+of what is not asked for.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ LOGITS = 1 << 26  # at once: 256 MiB in fp32
 
 @torch.no_grad()
 def log_likelihoods(model: RWKV, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """For each (context, continuation), lists of ids: ln p(continuation | context), and whether greedy decoding gives it.
+    """For each (context, continuation), lists of ids: ln p(continuation | context), and whether greedy
+    decoding gives it.
 
-    Pairs that read the same tokens, as the choices of a question do whose answers are one token long, are computed once. ValueError for an
-    empty context: the first token of a text needs one before it, such as the end of a document.
+    Pairs that read the same tokens, as the choices of a question do whose answers are one token long, are
+    computed once. ValueError for an empty context: the first token of a text needs one before it, such as the
+    end of a document.
     """
     if not all(context for context, _ in pairs):
         raise ValueError("log_likelihoods: a context is empty; begin it with the end of document")
@@ -46,7 +50,9 @@ def _batches(rows: list[tuple[tuple[int, ...], int]]) -> list[list[tuple[tuple[i
 
 
 def _features(model: RWKV, batch: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
-    """For each (row of ids, n) the input of the head at its last n tokens, (n, C). The padding comes after them and reaches nothing."""
+    """For each (row of ids, n) the input of the head at its last n tokens, (n, C). The padding comes after
+    them and reaches nothing.
+    """
     longest = len(batch[-1][0])
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
     wanted = torch.zeros(len(batch), longest, dtype=torch.bool)

@@ -20,9 +20,18 @@ TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 MEANINGS = {
     "bad row": "cannot be used; train.py stops there, or leaves it out with --on_bad_row skip",
     "empty answer": "there are no words to learn",
-    "blank line": "inside a turn that is not the assistant's; it becomes a single newline, because a blank line ends a turn",
-    "blank line in text": "a text in chat form with a blank line inside a turn that is not the assistant's, which is where a turn ends",
-    "trained question": "a text in chat form is trained as a whole, questions included; --loss_mask Assistant: trains the answers alone",
+    "blank line": (
+        "inside a turn that is not the assistant's; it becomes a single newline, because a blank line ends a"
+        " turn"
+    ),
+    "blank line in text": (
+        "a text in chat form with a blank line inside a turn that is not the assistant's, which is where a"
+        " turn ends"
+    ),
+    "trained question": (
+        "a text in chat form is trained as a whole, questions included; --loss_mask Assistant: trains the"
+        " answers alone"
+    ),
     "open thoughts": "an answer opens <think> and never closes it",
     "no thoughts": "an answer without thoughts; the template writes an empty <think></think>",
     "broken text": "U+FFFD, which stands where bytes were no text",
@@ -48,7 +57,9 @@ class Finding:
 
 
 class Lint:
-    """Collects findings row by row; `documents` are the encoded rows (ids, trained) in order, `texts` whether each is running text."""
+    """Collects findings row by row; `documents` are the encoded rows (ids, trained) in order, `texts` whether
+    each is running text.
+    """
 
     def __init__(self, encoder: Encoder, ctx_len: float):
         self.encoder, self.ctx_len = encoder, ctx_len

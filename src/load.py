@@ -44,13 +44,15 @@ def load_with(
     precision: str = "auto",
     wkv: str = "auto",
 ) -> tuple[Adapters, Tokenizer]:
-    """(model with the adapter files, none of them in use yet; tokenizer). "auto" is the GPU where there is one, bf16 on it, and the tokenizer
-    that the files record.
+    """(model with the adapter files, none of them in use yet; tokenizer). "auto" is the GPU where there is
+    one, bf16 on it, and the tokenizer that the files record.
 
-    On a CPU with its native kernels "auto" leaves a bf16 file as it is, mapped; other files, and other kernels there, are taken in fp32. The
-    decoder computes single tokens in fp32 from bf16 weights, too, and loses nothing. Prompts are read with activations in bf16 then, if the CPU
-    has instructions for it: after 2 to 96 tokens the logits of a real v6 model are off by 6e-4 in the mean and 4e-3 at most (7e-8 and 2e-7 with
-    "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5. An adapter never changes the weights, whatever their precision (adapters.py).
+    On a CPU with its native kernels "auto" leaves a bf16 file as it is, mapped; other files, and other
+    kernels there, are taken in fp32. The decoder computes single tokens in fp32 from bf16 weights, too, and
+    loses nothing. Prompts are read with activations in bf16 then, if the CPU has instructions for it: after 2
+    to 96 tokens the logits of a real v6 model are off by 6e-4 in the mean and 4e-3 at most (7e-8 and 2e-7
+    with "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5. An adapter never changes the weights,
+    whatever their precision (adapters.py).
     """
     for folder in filter(os.path.isdir, files.values()):
         raise UserError(
@@ -78,8 +80,9 @@ def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
     different = {record for record in records.values() if record}
     if asked == "auto" and len(different) > 1:
         raise UserError(
-            f"the adapters were trained with different tokenizers ({', '.join(f'{n}: {r}' for n, r in records.items())}); "
-            "give --tokenizer, or chat with them one by one"
+            "the adapters were trained with different tokenizers"
+            f" ({', '.join(f'{n}: {r}' for n, r in records.items())}); give --tokenizer, or chat with them"
+            " one by one"
         )
 
 

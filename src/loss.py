@@ -1,7 +1,8 @@
 """The training loss: a sum over the trained tokens, with RWKV-LM's L2Wrap.
 
-`loss_sum` says what it is, of logits. `head_loss` is the same of the head's input: the logits exist for a few rows at a time, and the
-gradients of input and weight are made with them, because the loss is one number whose own gradient only scales them.
+`loss_sum` says what it is, of logits. `head_loss` is the same of the head's input: the logits exist for a few
+rows at a time, and the gradients of input and weight are made with them, because the loss is one number whose
+own gradient only scales them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ BLOCK = 1 << 24  # logits at a time: 64 MiB in fp32, enough rows for a fast prod
 
 
 class _L2Wrap(torch.autograd.Function):
-    """Identity on the loss; adds factor * max(logits) to the gradient at each row's arg-max, so that logits stay small."""
+    """Identity on the loss; adds factor * max(logits) to the gradient at each row's arg-max, so that logits
+    stay small.
+    """
 
     @staticmethod
     def forward(ctx, loss, logits):
@@ -39,10 +42,11 @@ class _L2Wrap(torch.autograd.Function):
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy in nats, summed: logits (rows, V), targets (rows,) int64 -> scalar in at least fp32; 0 for no rows.
+    """Cross entropy in nats, summed: logits (rows, V), targets (rows,) int64 -> scalar in at least fp32; 0
+    for no rows.
 
-    The gradient has L2Wrap's term, 1e-4 * max logit at the arg-max of every row. Dividing by the number of rows gives
-    RWKV-LM's mean loss and its factor 1e-4 / (B T).
+    The gradient has L2Wrap's term, 1e-4 * max logit at the arg-max of every row. Dividing by the number of
+    rows gives RWKV-LM's mean loss and its factor 1e-4 / (B T).
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(exact, targets, reduction="sum")
@@ -50,10 +54,11 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, native: bool = False) -> Tensor:
-    """loss_sum(x W^T, targets): x (rows, C), weight (V, C) of x's dtype, targets (rows,) int64 -> scalar in at least fp32.
+    """loss_sum(x W^T, targets): x (rows, C), weight (V, C) of x's dtype, targets (rows,) int64 -> scalar in
+    at least fp32.
 
-    Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want one. `native`: the softmax by
-    cuda/loss_cpu.cpp, where x is fp32 or bf16 on the CPU.
+    Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want
+    one. `native`: the softmax by cuda/loss_cpu.cpp, where x is fp32 or bf16 on the CPU.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
@@ -97,7 +102,9 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row of logits (rows, V), in at least fp32; the logits become its gradient with respect to them, with L2Wrap's term."""
+    """The loss of each row of logits (rows, V), in at least fp32; the logits become its gradient with respect
+    to them, with L2Wrap's term.
+    """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, where = exact.max(-1, keepdim=True)
     targets = targets.unsqueeze(1)
@@ -119,8 +126,9 @@ def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
     )
     if not in_range or not logits.is_contiguous():
         raise ValueError(
-            f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)} with strides "
-            f"{logits.stride()}; expected contiguous logits, and for each row an int64 target from 0 to {vocab - 1}"
+            f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)}"
+            f" with strides {logits.stride()}; expected contiguous logits, and for each row an int64 target"
+            f" from 0 to {vocab - 1}"
         )
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (logits, targets.contiguous(), loss)]
     sizes = [ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]

@@ -1,19 +1,31 @@
 """What a run needs of a device's memory, part by part, before anything is loaded; and what the device has.
 
-| part          | bytes                                                              | where it comes from                             |
+| part          | bytes                                                              | where it comes from
+|
 |---------------|--------------------------------------------------------------------|-------------------------------------------------|
-| base          | frozen parameters in --precision; of the layers in --quant         | model.RWKV.load and quantise                    |
-| trained       | 4 a trained parameter, and what a method keeps beside them         | adapter.AdapterLinear.setup; fp32 in full training |
-| gradients     | 4 a trained parameter                                              | kept from one micro-batch to the next           |
-| Adam          | 8 a trained parameter: exp_avg and exp_avg_sq                      | trainer.FineTuning.configure_optimizers         |
-| DeepSpeed     | 4 a trained parameter / processes: its master copy; its buckets    | deepspeed_anywhere.AnywhereDeepSpeed            |
-| rollback      | 24 a trained parameter: two copies of it and its moments           | rollback.LastGood, which keeps them on the CPU  |
-| activations   | what the layers keep for the backward                              | allocation.step_bytes, counted from the code    |
-| working       | the most beyond that: logits of the trained tokens, temporaries    | the same                                        |
-| allocator     | memory that is not in use and not given back                       | HEAP_WASTE, CACHE_WASTE                         |
-| libraries     | Python, torch, Lightning, CUDA's context                           | LIBRARIES, measured by benchmarks/memory.py     |
+| base          | frozen parameters in --precision; of the layers in --quant         | model.RWKV.load and
+quantise                    |
+| trained       | 4 a trained parameter, and what a method keeps beside them         |
+adapter.AdapterLinear.setup; fp32 in full training |
+| gradients     | 4 a trained parameter                                              | kept from one
+micro-batch to the next           |
+| Adam          | 8 a trained parameter: exp_avg and exp_avg_sq                      |
+trainer.FineTuning.configure_optimizers         |
+| DeepSpeed     | 4 a trained parameter / processes: its master copy; its buckets    |
+deepspeed_anywhere.AnywhereDeepSpeed            |
+| rollback      | 24 a trained parameter: two copies of it and its moments           | rollback.LastGood,
+which keeps them on the CPU  |
+| activations   | what the layers keep for the backward                              | allocation.step_bytes,
+counted from the code    |
+| working       | the most beyond that: logits of the trained tokens, temporaries    | the same
+|
+| allocator     | memory that is not in use and not given back                       | HEAP_WASTE, CACHE_WASTE
+|
+| libraries     | Python, torch, Lightning, CUDA's context                           | LIBRARIES, measured by
+benchmarks/memory.py     |
 
-ZeRO divides by the number of processes: stage 1 Adam and the master copy, stage 2 also gradients, stage 3 also base and trained.
+ZeRO divides by the number of processes: stage 1 Adam and the master copy, stage 2 also gradients, stage 3
+also base and trained.
 """
 
 from __future__ import annotations
@@ -34,12 +46,13 @@ from .device import DTYPES
 from .model import RWKV
 
 GIB, MIB = 1 << 30, 1 << 20
-# glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB, 0.4 to 0.9 of that were seen
-# with glibc 2.41 (benchmarks/memory.py)
+# glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB,
+# 0.4 to 0.9 of that were seen with glibc 2.41 (benchmarks/memory.py)
 HEAP_WASTE = 0.6
 # of torch's CUDA allocator: an assumption, this project has not run on a GPU
 CACHE_WASTE = 0.1
-# what a process of train.py holds before the model: seen on a CPU; on a GPU the context and cuBLAS's workspace are an assumption
+# what a process of train.py holds before the model: seen on a CPU; on a GPU the context and cuBLAS's
+# workspace are an assumption
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
 BUCKET = 10_000_000  # numbers that DeepSpeed reduces or gathers at once, as AnywhereDeepSpeed sets it
@@ -47,7 +60,9 @@ USABLE = 0.9  # of what is free, the rest is for what no part foresees
 
 
 def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
-    """(tokens of the longest row, most targets in micro_bsz rows): no micro-batch is larger, whichever rows meet in it."""
+    """(tokens of the longest row, most targets in micro_bsz rows): no micro-batch is larger, whichever rows
+    meet in it.
+    """
     most = heapq.nlargest(config.micro_bsz, schedule.targets)
     row = min(max(schedule.lengths), config.ctx_len)
     return row, max(1, min(sum(most), row * config.micro_bsz))
@@ -56,7 +71,9 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
 def memory_parts(
     arch: Arch, config: Config, accelerator: str, kernel: str, precision: str, row: int, targets: int
 ) -> dict[str, float]:
-    """Bytes by part on one device: rows of `row` tokens, `targets` of them trained in a micro-batch. `precision` is not auto."""
+    """Bytes by part on one device: rows of `row` tokens, `targets` of them trained in a micro-batch.
+    `precision` is not auto.
+    """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
@@ -81,7 +98,8 @@ def memory_parts(
     if stage:
         parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(BUCKET, trained)
         if stage == 3 and (world > 1 or offload):
-            # whole at one time: a bucket of parameters, or one that is larger by itself, such as the head, and a bucket that is fetched ahead
+            # whole at one time: a bucket of parameters, or one that is larger by itself, such as the head,
+            # and a bucket that is fetched ahead
             largest = max(p.numel() for p in model.parameters())
             parts["DeepSpeed"] += base_size * min(max(BUCKET, largest) + BUCKET, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
@@ -114,7 +132,8 @@ def needed(parts: dict[str, float], config: Config, accelerator: str) -> float:
 def allocator_waste(step: StepBytes, accelerator: str) -> float:
     """Memory that the allocator holds beyond the most that tensors use at one time.
 
-    glibc gives large blocks back and keeps the heap of the small ones at its highest, so that on a CPU the most of both adds up.
+    glibc gives large blocks back and keeps the heap of the small ones at its highest, so that on a CPU the
+    most of both adds up.
     """
     if accelerator == "gpu":
         return CACHE_WASTE * step.peak
@@ -161,7 +180,9 @@ def _resident() -> int:
 
 
 def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
-    """A container's limit, version 2 or 1, or what of it is left; files that the kernel would drop from its cache count as free."""
+    """A container's limit, version 2 or 1, or what of it is left; files that the kernel would drop from its
+    cache count as free.
+    """
     for limit, usage, stat, key in (
         (f"{root}/memory.max", f"{root}/memory.current", f"{root}/memory.stat", "inactive_file"),
         (
@@ -187,7 +208,9 @@ def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "24GB", "24GiB", "800MB" or a number. GPUs are sold in GiB that are called GB, so both mean 2^30."""
+    """Bytes of "24GB", "24GiB", "800MB" or a number. GPUs are sold in GiB that are called GB, so both mean
+    2^30.
+    """
     units = {"": 1, "K": 1 << 10, "M": MIB, "G": GIB, "T": 1 << 40}
     number = text.strip().upper().removesuffix("B").removesuffix("I")
     unit = number[-1:] if number[-1:] in units else ""

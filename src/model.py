@@ -64,7 +64,9 @@ def default_arch(
 
 
 class Block(nn.Module):
-    """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)). The first one also normalises the embedding (ln0)."""
+    """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)). The first one also normalises the embedding
+    (ln0).
+    """
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
@@ -85,9 +87,11 @@ class Block(nn.Module):
         wanted: Tensor | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (B, T) bool the channel mix
-        is computed for these tokens only, and the new x is theirs, (their number, C); the state is whole. With `recompute` nothing of the
-        time mix is kept for the backward but its input."""
+        """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With
+        `wanted` (B, T) bool the channel mix is computed for these tokens only, and the new x is theirs,
+        (their number, C); the state is whole. With `recompute` nothing of the time mix is kept for the
+        backward but its input.
+        """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         run = (
@@ -103,7 +107,8 @@ class Block(nn.Module):
 
 
 class RWKV(nn.Module):
-    """The language model. `arch` gives version and sizes, `kernel` names the WKV implementation (see src.ops).
+    """The language model. `arch` gives version and sizes, `kernel` names the WKV implementation (see
+    src.ops).
 
     `RWKV(arch)` has RWKV-LM's from-scratch initialisation; `RWKV.load(path)` reads a checkpoint.
     """
@@ -125,16 +130,20 @@ class RWKV(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """RWKV-LM's initialisation (rwkv-lm train_temp): emb uniform +-1e-4, head orthogonal; the layers initialise themselves."""
+        """RWKV-LM's initialisation (rwkv-lm train_temp): emb uniform +-1e-4, head orthogonal; the layers
+        initialise themselves.
+        """
         vocab, width = self.arch.vocab_size, self.arch.n_embd
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab / width) ** 0.5)
 
     @classmethod
     def load(cls, path, dtype: torch.dtype | None = None, device="cpu", kernel: str = "torch") -> RWKV:
-        """The model of a `.pth`, in the file's dtypes or all in `dtype`. On the CPU without `dtype` the file stays mapped: no copy.
+        """The model of a `.pth`, in the file's dtypes or all in `dtype`. On the CPU without `dtype` the file
+        stays mapped: no copy.
 
-        Raises UserError for a file that is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds NaN.
+        Raises UserError for a file that is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds
+        NaN.
         """
         tensors = read_model_file(path)
         arch = Arch.detect(tensors)
@@ -161,7 +170,9 @@ class RWKV(nn.Module):
         return self.base_identity and self.base_identity.fingerprint
 
     def check(self, tensors: dict[str, Tensor], path) -> None:
-        """Every key must land, with its shape; vectors may be squeezed, (C) for (1, 1, C), as some converters write them."""
+        """Every key must land, with its shape; vectors may be squeezed, (C) for (1, 1, C), as some converters
+        write them.
+        """
         expected = {name: p.shape for name, p in self.named_parameters()}
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         for kind, names in (("lacks", missing), ("has the unknown", extra)):
@@ -180,7 +191,9 @@ class RWKV(nn.Module):
                 )
 
     def set_kernel(self, kernel: str) -> None:
-        """Name another WKV implementation; "cpu" also means the native elementwise functions of src.ops.fused."""
+        """Name another WKV implementation; "cpu" also means the native elementwise functions of
+        src.ops.fused.
+        """
         for block in self.blocks:
             block.att.kernel = kernel
             block.att.native = block.ffn.native = self.head.native = kernel == "cpu"
@@ -191,11 +204,14 @@ class RWKV(nn.Module):
         return self.expands_to or self._linear_weight().dtype
 
     def _linear_weight(self) -> Tensor:
-        # not att.output.weight: a parameter looked up by name outside of its own layer is kept whole by ZeRO-3 for the whole step
+        # not att.output.weight: a parameter looked up by name outside of its own layer is kept whole by
+        # ZeRO-3 for the whole step
         return next(self.blocks[0].att.output.parameters())
 
     def layer_linears(self) -> dict[str, nn.Linear]:
-        """Name -> linear, adapted or not, of the matrices of all layers: most of the model, without emb, head and low-rank maps."""
+        """Name -> linear, adapted or not, of the matrices of all layers: most of the model, without emb, head
+        and low-rank maps.
+        """
         return {
             f"blocks.{name}": module
             for name, module in self.blocks.named_modules()
@@ -203,7 +219,8 @@ class RWKV(nn.Module):
         }
 
     def quantise(self, kind: str, dtype: torch.dtype) -> None:
-        """Hold the frozen layer_linears() in 8 or 4 bits (rwkv_miss/quantised.py) and what else is frozen in `dtype`, which is that of the products.
+        """Hold the frozen layer_linears() in 8 or 4 bits (rwkv_miss/quantised.py) and what else is frozen in
+        `dtype`, which is that of the products.
 
         Mapped weights are read one after the other, so that no dense copy of the model is made.
         """
@@ -217,7 +234,9 @@ class RWKV(nn.Module):
         self.expands_to = dtype
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token of `batch` sequences: zeros, and no WKV state, for which each layer has its own beginning."""
+        """The state before the first token of `batch` sequences: zeros, and no WKV state, for which each
+        layer has its own beginning.
+        """
         zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd, dtype=self.dtype)
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
 
@@ -230,9 +249,10 @@ class RWKV(nn.Module):
     ) -> tuple[Tensor, State]:
         """ids (B, T) int64 -> the input of the head (B, T, C), and the state after the last token.
 
-        Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the ones after. With `wanted` (B, T)
-        bool the result is (their number, C), for these tokens in their order, and the last layer does no more than they need. The activations
-        have the dtype of the state, which is the model's unless the caller gives another.
+        Where `reset` (B, T) bool is set a document starts: nothing of the tokens before reaches it or the
+        ones after. With `wanted` (B, T) bool the result is (their number, C), for these tokens in their
+        order, and the last layer does no more than they need. The activations have the dtype of the state,
+        which is the model's unless the caller gives another.
         """
         if state is None:
             state = self.initial_state(len(ids))
@@ -250,12 +270,16 @@ class RWKV(nn.Module):
     def forward(
         self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token; `reset` as in features."""
+        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token;
+        `reset` as in features.
+        """
         x, state = self.features(ids, state, reset)
         return self.head(x), state
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (rows, C) from features(), targets (rows,) int64 -> their loss, summed (see loss.py), without ever holding all logits."""
+        """x (rows, C) from features(), targets (rows,) int64 -> their loss, summed (see loss.py), without
+        ever holding all logits.
+        """
         if isinstance(self.head, Head):
             return self.head(x, targets)
         # an adapted head gives logits only: they are made for some rows at a time, and in the backward again
@@ -270,7 +294,9 @@ class RWKV(nn.Module):
         return loss_sum(self.head(x), targets)
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs of a prompt."""
+        """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs
+        of a prompt.
+        """
         last = torch.zeros_like(ids, dtype=torch.bool)
         last[:, -1] = True
         x, state = self.features(ids, state, wanted=last)
@@ -278,19 +304,24 @@ class RWKV(nn.Module):
 
 
 def read_model_file(path) -> dict[str, Tensor]:
-    """The tensors of a base or merged file; an adapter or the checkpoint of a run given in its place is a UserError."""
+    """The tensors of a base or merged file; an adapter or the checkpoint of a run given in its place is a
+    UserError.
+    """
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
         base = metadata.get("base") or "which it does not name"
         raise UserError(
-            f"{path} is an adapter; give its base ({base}) as the model, and this file as --adapter in chat and merge"
+            f"{path} is an adapter; give its base ({base}) as the model, and this file as --adapter in chat"
+            " and merge"
         )
     return tensors
 
 
 def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) -> None:
-    """Put values(name, tensor) in the place of every parameter and buffer of a module; one that several layers share stays shared."""
+    """Put values(name, tensor) in the place of every parameter and buffer of a module; one that several
+    layers share stays shared.
+    """
     new: dict[int, Tensor] = {}
     for name, old in [*module.named_parameters(), *module.named_buffers()]:
         tensor = values(name, old)
@@ -314,11 +345,12 @@ def parameter_groups(
 ) -> list[dict]:
     """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 
-    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr` where it is given, and an adapter's
-    tensors at what the method makes of it (LoRA+). `lr_map` multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers
-    share is called shared.NAME, as in the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it pulls
-    towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the low-rank maps
-    of the model have none.
+    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr`
+    where it is given, and an adapter's tensors at what the method makes of it (LoRA+). `lr_map` multiplies
+    the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers share is called shared.NAME, as in
+    the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it
+    pulls towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the
+    low-rank maps of the model have none.
     """
     groups: dict[tuple[float, float], list] = {}
     factors: dict[int, float] = {}

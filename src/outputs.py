@@ -51,7 +51,9 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
 
 
 def writer(config: Config, model: RWKV, tokenizer, template: Template):
-    """The function that is called on every rank to write the trained tensors or, in full training, the whole model; keywords become metadata."""
+    """The function that is called on every rank to write the trained tensors or, in full training, the whole
+    model; keywords become metadata.
+    """
     from .trainer import whole_parameters  # lightning, which merge and chat need not pay
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {
@@ -84,7 +86,8 @@ def writer(config: Config, model: RWKV, tokenizer, template: Template):
 
 
 def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
-    """(name, tensor) of a fully trained model, one in memory at a time: the base's key order, shapes and dtypes, or bf16 for a new model.
+    """(name, tensor) of a fully trained model, one in memory at a time: the base's key order, shapes and
+    dtypes, or bf16 for a new model.
 
     Inside `gather(parameter)` the parameter is whole; all ranks must walk through.
     """
@@ -97,8 +100,9 @@ def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
 
 
 def is_summed_up(config: Config, step: int) -> bool:
-    """Whether the end of the run at this step has been written down. A run that was stopped there has no card, and may end there all the same:
-    with other settings."""
+    """Whether the end of the run at this step has been written down. A run that was stopped there has no
+    card, and may end there all the same: with other settings.
+    """
     path = os.path.join(config.proj_dir, SUMMARY)
     if not (os.path.exists(path) and os.path.exists(os.path.join(config.proj_dir, CARD))):
         return False
@@ -111,14 +115,15 @@ def finish(
 ) -> None:
     """The loss curve, run.json, at the end of the training run_card.md, and the next command.
 
-    `measured` is what only the process knows that trained: it is absent for a run that was killed after its last step. Where the process was
-    started after that step, there is no first one for it to time.
+    `measured` is what only the process knows that trained: it is absent for a run that was killed after its
+    last step. Where the process was started after that step, there is no first one for it to time.
     """
     with open(os.path.join(config.proj_dir, METRICS), encoding="utf-8") as file:
         metrics = [line for line in map(json.loads, file) if line["loss"] is not None]
     if not metrics:
         raise UserError(
-            "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is odd in the data or the base"
+            "no step of the run had a finite loss: it diverged at once; lower --lr_init, or look for what is"
+            " odd in the data or the base"
         )
     history = read_lines(os.path.join(config.proj_dir, VALIDATION), step)
     draw_losses(metrics, history, os.path.join(config.proj_dir, CURVE))
@@ -150,21 +155,22 @@ def finish(
     first = (measured or {}).get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
     print(
-        f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to {summary['loss_last']:.4f}; "
-        f"{start}wrote {summary['output']}"
+        f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to"
+        f" {summary['loss_last']:.4f}; {start}wrote {summary['output']}"
     )
     if step >= total_steps or over:
         print(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     if history and answers_as_before(history):
         print(
-            f"note:      the sample answers are those of before the training; --lr_init above {config.lr_init:g} or more than --epoch_count "
-            f"{config.epoch_count} moves the model further"
+            "note:      the sample answers are those of before the training; --lr_init above"
+            f" {config.lr_init:g} or more than --epoch_count {config.epoch_count} moves the model further"
         )
     chosen = summary["output"]
     if "best" in summary:
         print(
-            f"best:      {top}, step {summary['best_step']}, validation loss {summary['validation_best']:.4f}; "
-            f"before training {loss_text(history[0])}, at the end {loss_text(history[-1])}"
+            f"best:      {top}, step {summary['best_step']}, validation loss"
+            f" {summary['validation_best']:.4f}; before training {loss_text(history[0])}, at the end"
+            f" {loss_text(history[-1])}"
         )
         chosen = top if summary["best_step"] < step else chosen
     if config.peft == "none":

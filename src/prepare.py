@@ -1,4 +1,6 @@
-"""What is known of a run before its weights are read: where it runs, the data, and the choices that follow from both."""
+"""What is known of a run before its weights are read: where it runs, the data, and the choices that follow
+from both.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,9 @@ STAGE_3_CHUNKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a run is: accelerator, precision and kernel with the reasons for the latter two. `here` is False for one that is only described,
-    with `memory` bytes; 0 is what memory_of() finds."""
+    """Where a run is: accelerator, precision and kernel with the reasons for the latter two. `here` is False
+    for one that is only described, with `memory` bytes; 0 is what memory_of() finds.
+    """
 
     accelerator: str
     precision: str
@@ -93,8 +96,8 @@ def steps_of(config: Config, schedule: Schedule) -> int:
 class Cost:
     """What a run takes, estimated: `memory` of `room` bytes, and `tokens` to train on, with repeated ones.
 
-    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds` of
-    the whole run, and those of the evaluations with their answers, are 0 where no speed is known.
+    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds`
+    of the whole run, and those of the evaluations with their answers, are 0 where no speed is known.
     """
 
     memory: float
@@ -140,11 +143,13 @@ def device_here(config: Config, head_size: int) -> Device:
 
 
 def check_packages(config: Config) -> None:
-    """A UserError where DeepSpeed is asked for and absent, and for chunks under stage 3 with a torch that lacks what their one backward needs of
-    its gradient accumulators."""
+    """A UserError where DeepSpeed is asked for and absent, and for chunks under stage 3 with a torch that
+    lacks what their one backward needs of its gradient accumulators.
+    """
     if config.strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install deepspeed, or use auto or ddp"
+            f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install"
+            " deepspeed, or use auto or ddp"
         )
     if (
         config.chunk_ctx
@@ -153,7 +158,8 @@ def check_packages(config: Config) -> None:
     ):
         needed = ".".join(map(str, STAGE_3_CHUNKS))
         raise UserError(
-            f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is {torch.__version__}; "
+            f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is"
+            f" {torch.__version__}; "
             f'pip install "torch>={needed}", or use --strategy deepspeed_stage_2 or ddp'
         )
 
@@ -167,7 +173,9 @@ def choose_device(config: Config, origins: dict[str, str], device: Device) -> No
 
 
 def check_data_files(config: Config) -> None:
-    """A UserError for data that are not there or of no known format: a look at the files' beginnings, before they are read."""
+    """A UserError for data that are not there or of no known format: a look at the files' beginnings, before
+    they are read.
+    """
     for path in filter(None, (config.data_file, config.eval_file)):
         sources(path, Reading.of(config))
 
@@ -188,7 +196,8 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     train, held_out = hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len))
     if config.eval_file and (both := len(documents.rows) - len(train.rows)):
         found.notes.append(
-            f"left out   {counted(both, 'document')} of {config.data_file}, word for word in {config.eval_file} too"
+            f"left out   {counted(both, 'document')} of {config.data_file}, word for word in"
+            f" {config.eval_file} too"
         )
     return Data(train, held_out, found)
 
@@ -224,15 +233,18 @@ def choose_evaluation(
 
 
 def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:
-    """Bytes by part on one device, with settings that may differ from those of the schedule in the size of a batch."""
+    """Bytes by part on one device, with settings that may differ from those of the schedule in the size of a
+    batch.
+    """
     return memory_parts(
         arch, config, config.accelerator, config.wkv, config.precision, *largest_batch(schedule, config)
     )
 
 
 def memory_of(device: Device, world: int) -> int:
-    """Bytes that a run of `world` processes may use on its device. Several processes choose alike, each by itself, so that they do not ask
-    what is free, which they would find different."""
+    """Bytes that a run of `world` processes may use on its device. Several processes choose alike, each by
+    itself, so that they do not ask what is free, which they would find different.
+    """
     return device.memory or (free_memory if world == 1 else all_memory)(device.accelerator)
 
 

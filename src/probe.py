@@ -1,4 +1,6 @@
-"""Two models on the same tokens: a fixed text in four kinds, and how far the one's predictions are from the other's."""
+"""Two models on the same tokens: a fixed text in four kinds, and how far the one's predictions are from the
+other's.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def sections(tokenizer) -> dict[str, list[int]]:
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """Kullback-Leibler divergence KL(base || tuned) at each token, nats: logits (T, V) -> (T,) fp32, or fp64 for such logits."""
+    """Kullback-Leibler divergence KL(base || tuned) at each token, nats: logits (T, V) -> (T,) fp32, or fp64
+    for such logits.
+    """
     base, tuned = (
         torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
         for logits in (base, tuned)
@@ -40,8 +44,9 @@ def divergence(base: Tensor, tuned: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far logits are from others: the largest |difference|, beside the largest |logit|; KL(others || these), nats, mean and largest over the
-    tokens; and the share of tokens with the same likeliest next one."""
+    """How far logits are from others: the largest |difference|, beside the largest |logit|; KL(others ||
+    these), nats, mean and largest over the tokens; and the share of tokens with the same likeliest next one.
+    """
 
     max_logit_difference: float
     max_logit: float
@@ -58,7 +63,9 @@ def logits_of(model: RWKV, texts: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def distance(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Distance:
-    """That of logits (T, V) from those of the reference, over all texts; in float64, in which small divergences do not drown."""
+    """That of logits (T, V) from those of the reference, over all texts; in float64, in which small
+    divergences do not drown.
+    """
     largest = size = 0.0
     kl, same = [], []
     for expected, found in zip(reference, logits, strict=True):

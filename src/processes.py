@@ -1,12 +1,18 @@
 """The processes of a run: what started them, how many there are, and that none outlives its launcher.
 
-| started by                     | what it tells                                                                          |
+| started by                     | what it tells
+|
 |--------------------------------|----------------------------------------------------------------------------------------|
-| `torchrun`                     | RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT               |
-| `deepspeed`                    | the same, but LOCAL_SIZE for LOCAL_WORLD_SIZE, and --local_rank=N before the flags     |
-| `srun`                         | SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS, SLURM_STEP_NUM_NODES                |
-| `python`, one machine          | nothing: Lightning starts the other --devices - 1 processes, with LOCAL_RANK set       |
-| `python`, on each of several   | MASTER_ADDR, MASTER_PORT and NODE_RANK, set by the user; then as on one machine        |
+| `torchrun`                     | RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+|
+| `deepspeed`                    | the same, but LOCAL_SIZE for LOCAL_WORLD_SIZE, and --local_rank=N before
+the flags     |
+| `srun`                         | SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS, SLURM_STEP_NUM_NODES
+|
+| `python`, one machine          | nothing: Lightning starts the other --devices - 1 processes, with
+LOCAL_RANK set       |
+| `python`, on each of several   | MASTER_ADDR, MASTER_PORT and NODE_RANK, set by the user; then as on one
+machine        |
 """
 
 from __future__ import annotations
@@ -36,7 +42,9 @@ PER_MACHINE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launcher that starts all processes of a run, and their numbers; `on_machine` is 0 where it does not tell."""
+    """A launcher that starts all processes of a run, and their numbers; `on_machine` is 0 where it does not
+    tell.
+    """
 
     by: str  # torchrun, deepspeed, srun, or "the launcher" for any other that sets RANK
     world: int
@@ -44,14 +52,17 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """What started this process beside all others, or None where `python` did, or Lightning as one of --devices."""
+    """What started this process beside all others, or None where `python` did, or Lightning as one of
+    --devices.
+    """
     env = os.environ
     if "RANK" in env:
         missing = [name for name in PER_PROCESS if name not in env]
         if missing:
             raise UserError(
-                f"RANK is set in the environment, but not {' and '.join(missing)}: a launcher sets {', '.join(PER_PROCESS)}, MASTER_ADDR "
-                "and MASTER_PORT for every process; set them all, or unset RANK"
+                f"RANK is set in the environment, but not {' and '.join(missing)}: a launcher sets"
+                f" {', '.join(PER_PROCESS)}, MASTER_ADDR and MASTER_PORT for every process; set them all, or"
+                " unset RANK"
             )
         by = (
             "torchrun"
@@ -61,7 +72,8 @@ def launched() -> Launch | None:
             else "the launcher"
         )
         return Launch(by, _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE"))
-    # within `sbatch` and `salloc` SLURM_NTASKS is set without srun, too, and a step of one task may be a shell
+    # within `sbatch` and `salloc` SLURM_NTASKS is set without srun, too, and a step of one task may be a
+    # shell
     if (tasks := _number("SLURM_STEP_NUM_TASKS")) > 1:
         if "SLURM_NTASKS_PER_NODE" not in env:
             raise UserError(
@@ -71,7 +83,8 @@ def launched() -> Launch | None:
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if _number(name) > 1:
             raise UserError(
-                f"mpirun started {env[name]} processes, but it does not tell them where to meet; use torchrun, deepspeed or srun"
+                f"mpirun started {env[name]} processes, but it does not tell them where to meet; use"
+                " torchrun, deepspeed or srun"
             )
     return None
 
@@ -85,7 +98,8 @@ def _number(name: str) -> int:
 
 
 def drop_local_rank(argv: list[str]) -> list[str]:
-    """The flags without the `--local_rank=N` that `deepspeed` puts before them: LOCAL_RANK says the same, so there is no such setting.
+    """The flags without the `--local_rank=N` that `deepspeed` puts before them: LOCAL_RANK says the same, so
+    there is no such setting.
 
     Without LOCAL_RANK it stays, and is refused like any flag that does not exist.
     """
@@ -97,7 +111,9 @@ def drop_local_rank(argv: list[str]) -> list[str]:
 
 
 def follow_launcher(config: Config, origins: dict[str, str]) -> None:
-    """Take --devices and --num_nodes from the launcher where they were not given; a contradiction is a UserError."""
+    """Take --devices and --num_nodes from the launcher where they were not given; a contradiction is a
+    UserError.
+    """
     launch = launched()
     if launch is None:
         return
@@ -127,11 +143,13 @@ def check_world(config: Config) -> int:
     launch, env = launched(), os.environ
     if launch is None and "WORLD_SIZE" in env and _number("WORLD_SIZE") != world:
         raise UserError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment, but --devices x --num_nodes is {world}; make them equal, or unset it"
+            f"WORLD_SIZE is {env['WORLD_SIZE']} in the environment, but --devices x --num_nodes is {world};"
+            " make them equal, or unset it"
         )
     if launch is None and _number("NODE_RANK") >= config.num_nodes:
         raise UserError(
-            f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {config.num_nodes}; the machines count from 0"
+            f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {config.num_nodes}; the"
+            " machines count from 0"
         )
     needed = (
         ()
@@ -145,17 +163,20 @@ def check_world(config: Config) -> int:
     missing = [name for name in needed if name not in env]
     if missing:
         raise UserError(
-            f"{world} processes on {config.num_nodes} machines need {', '.join(needed)} in the environment of each; {', '.join(missing)} "
-            "not set. MASTER_ADDR and MASTER_PORT are the first machine's address and a free port of it, the same everywhere; NODE_RANK "
-            "counts the machines from 0. Or use torchrun, deepspeed or srun, which set them"
+            f"{world} processes on {config.num_nodes} machines need {', '.join(needed)} in the environment of"
+            f" each; {', '.join(missing)} not set. MASTER_ADDR and MASTER_PORT are the first machine's"
+            " address and a free port of it, the same everywhere; NODE_RANK counts the machines from 0. Or"
+            " use torchrun, deepspeed or srun, which set them"
         )
     return world
 
 
 def choose_interface(master: str) -> None:
-    """Have gloo meet the other machines on the network interface over which this one is known or the first one is reached.
+    """Have gloo meet the other machines on the network interface over which this one is known or the first
+    one is reached.
 
-    By itself gloo takes the address of the host's name, which on many systems is that of the loopback, 127.0.1.1.
+    By itself gloo takes the address of the host's name, which on many systems is that of the loopback,
+    127.0.1.1.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
         return
@@ -166,13 +187,13 @@ def choose_interface(master: str) -> None:
             names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == mine]
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR {master} can't be reached from this machine ({error}); give the first machine's address in a network "
-            "that all of them share"
+            f"MASTER_ADDR {master} can't be reached from this machine ({error}); give the first machine's"
+            " address in a network that all of them share"
         ) from None
     if mine.startswith("127."):
         raise UserError(
-            f"MASTER_ADDR {master} is {mine} on this machine, where no other one reaches it; give its address in the network, or name "
-            "the network's interface in GLOO_SOCKET_IFNAME"
+            f"MASTER_ADDR {master} is {mine} on this machine, where no other one reaches it; give its address"
+            " in the network, or name the network's interface in GLOO_SOCKET_IFNAME"
         )
     os.environ["GLOO_SOCKET_IFNAME"] = names[0]
 
@@ -189,9 +210,11 @@ def _address_of(interface: str, probe: socket.socket) -> str:
 
 
 def watch_launcher() -> None:
-    """End this process when the one that started it is gone: it would wait for ranks that never come, and keep its memory.
+    """End this process when the one that started it is gone: it would wait for ranks that never come, and
+    keep its memory.
 
-    For a child of torchrun, of deepspeed, and of Lightning; a process that was started from a shell may outlive that.
+    For a child of torchrun, of deepspeed, and of Lightning; a process that was started from a shell may
+    outlive that.
     """
     launch = launched()
     by_lightning = launch is None and _number("LOCAL_RANK") > 0
@@ -202,7 +225,8 @@ def watch_launcher() -> None:
     ):
         return
     parent = os.getppid()
-    # Lightning starts its children in its own process group; another one's parent has taken over an orphan already
+    # Lightning starts its children in its own process group; another one's parent has taken over an orphan
+    # already
     if by_lightning and os.getpgid(parent) != os.getpgrp():
         _end_as_orphan()
 
@@ -217,7 +241,8 @@ def watch_launcher() -> None:
 def _end_as_orphan() -> None:
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
     print(
-        f"error: rank {rank} ends, because the process that started it is gone: it was killed, perhaps for memory",
+        f"error: rank {rank} ends, because the process that started it is gone: it was killed, perhaps for"
+        " memory",
         file=sys.stderr,
         flush=True,
     )

@@ -1,4 +1,6 @@
-"""Going on with a run: which checkpoint, whether the settings are still those of the run, and how many rows a step has."""
+"""Going on with a run: which checkpoint, whether the settings are still those of the run, and how many rows a
+step has.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from .history import BEST
 from .model import RWKV
 from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
 
-# settings that a resumed run may change without becoming another run: how a step is computed, how many there are, what is kept
+# settings that a resumed run may change without becoming another run: how a step is computed, how many there
+# are, what is kept
 MAY_CHANGE = {
     "proj_dir",
     "resume",
@@ -60,13 +63,16 @@ def earlier_settings(config: Config) -> Config | None:
     file = os.path.join(config.proj_dir, CONFIG)
     if not os.path.exists(file):
         raise UserError(
-            f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose another --proj_dir"
+            f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose"
+            " another --proj_dir"
         )
     return configuration.settle({"config": file})[0]
 
 
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
-    """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are as many and no other was given."""
+    """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are
+    as many and no other was given.
+    """
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in configuration.FIELDS:
@@ -84,7 +90,8 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
     """
     paths = list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
     if not before:
-        # without its summary the output comes from a run that was killed before its first checkpoint was complete
+        # without its summary the output comes from a run that was killed before its first checkpoint was
+        # complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
         outputs = [
             path
@@ -107,15 +114,15 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
     ]
     if changed:
         raise UserError(
-            f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. "
-            f"Resume with --config {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
+            f"--resume auto: the run in {config.proj_dir} has {'; '.join(changed)}. Resume with --config"
+            f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
         )
     if config.eval_steps and not (
         config.eval_file or config.eval_split
     ):  # when the command was checked, a share might have been chosen yet
         raise UserError(
-            f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps {config.eval_steps} has none to "
-            "evaluate; drop it, or choose another --proj_dir"
+            f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps"
+            f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"
         )
     return paths[-1]
 
@@ -143,7 +150,8 @@ def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None
 def keep_rows_per_step(config: Config, before: Config) -> None:
     """Have a step hold as many rows as before, by --global_bsz if need be; a UserError where that can't be.
 
-    Passes as many as before are no wish but the same command, or the run's config.yaml: on other devices there are more or fewer of them.
+    Passes as many as before are no wish but the same command, or the run's config.yaml: on other devices
+    there are more or fewer of them.
     """
     rows = rows_per_step(before)
     if config.micro_bsz and rows_per_step(config) == rows:
@@ -153,8 +161,8 @@ def keep_rows_per_step(config: Config, before: Config) -> None:
     what = f"--resume auto: a step of the run in {config.proj_dir} has {rows} rows"
     if config.global_bsz not in (0, rows) or config.micro_bsz and config.accumulate_grad_batches:
         raise UserError(
-            f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and --accumulate_grad_batches, which "
-            "are then chosen to fit, or choose another --proj_dir"
+            f"{what}, now it has {config.global_bsz or rows_per_step(config)}; drop --global_bsz and"
+            " --accumulate_grad_batches, which are then chosen to fit, or choose another --proj_dir"
         )
     given = [name for name in ("micro_bsz", "accumulate_grad_batches") if getattr(config, name)]
     each = math.prod(getattr(config, name) for name in given) * config.world

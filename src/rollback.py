@@ -1,4 +1,6 @@
-"""A loss that is not finite, or jumps: the run goes back to the last state that is known to be good and goes on with the next step."""
+"""A loss that is not finite, or jumps: the run goes back to the last state that is known to be good and goes
+on with the next step.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ TRIES = 3  # times that a run goes back to the same state
 class LastGood:
     """Keeps the last good state, judges every step, and goes back.
 
-    A state is good once the next step's loss, which is its own, was fine. An adapter's is kept in memory every `every` steps; in
-    full training (`folder` is given) it is the newest checkpoint. Going back restores the trained tensors and the optimizer.
-    The step is not taken back: the data that led to the trouble are left behind, the learning rate and all later steps stay in
-    their places.
+    A state is good once the next step's loss, which is its own, was fine. An adapter's is kept in memory
+    every `every` steps; in full training (`folder` is given) it is the newest checkpoint. Going back restores
+    the trained tensors and the optimizer. The step is not taken back: the data that led to the trouble are
+    left behind, the learning rate and all later steps stay in their places.
     """
 
     def __init__(self, every: int, sigmas: float, folder: str | None = None):
@@ -60,7 +62,8 @@ class LastGood:
         return None
 
     def after_step(self, trainer: pl.Trainer, loss: float, norm: float) -> int | None:
-        """Judge the step that was just done, on every rank alike; the step whose state is back in place, or None where all is well.
+        """Judge the step that was just done, on every rank alike; the step whose state is back in place, or
+        None where all is well.
 
         UserError when there is nothing to go back to, or going back did not help.
         """
@@ -81,14 +84,15 @@ class LastGood:
         if not good or self.tries == TRIES:
             tried = f", also from the state of step {self.target} again" if self.tries else ""
             raise UserError(
-                f"{fault} at step {step}{tried}: the run diverged; lower --lr_init. What was saved before is unchanged"
+                f"{fault} at step {step}{tried}: the run diverged; lower --lr_init. What was saved before is"
+                " unchanged"
             )
         self.tries += 1
         write_state(trainer, good[1])
         if trainer.is_global_zero:
             print(
-                f"note: {fault} at step {step}; back to the state of step {good[0]}, and on with step {step + 1} "
-                f"(try {self.tries} of {TRIES})",
+                f"note: {fault} at step {step}; back to the state of step {good[0]}, and on with step"
+                f" {step + 1} (try {self.tries} of {TRIES})",
                 flush=True,
             )
         return good[0]

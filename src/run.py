@@ -158,8 +158,8 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         sys.exit(EXIT_CODE)
     except torch.OutOfMemoryError:
         raise UserError(
-            "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which adapters can do with, "
-            "then lower --ctx_len"
+            "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which"
+            " adapters can do with, then lower --ctx_len"
         ) from None
     if trainer.is_global_zero:
         measured = {

@@ -22,7 +22,10 @@ def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], hi
     figures = {
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         "training loss": f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}",
-        "speed": f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)} steps",
+        "speed": (
+            f"{tokens:,.0f} tokens/s ({trained:,.0f} of them trained), {seconds:,.1f} s in {len(metrics)}"
+            " steps"
+        ),
         "peak memory": f"{memory / 2**20:,.0f} MiB, of the process that had most" if memory else NOT_MEASURED,
         "output": f"`{summary['output']}`",
     }
@@ -46,7 +49,8 @@ def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], hi
 def _validation(summary: dict, history: list[dict]) -> list[str]:
     if not history:
         return [
-            "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that it was not trained on."
+            "None: `--eval_file`, or `--eval_split 0.05`, would tell what the run is worth on documents that"
+            " it was not trained on."
         ]
     first, last, top = history[0], history[-1], best(history)
     losses = {f"before, step {first['step']}": first, f"after, step {last['step']}": last}
@@ -55,7 +59,8 @@ def _validation(summary: dict, history: list[dict]) -> list[str]:
     parts = [_table(["", *losses], [["loss per token, nats", *map(loss_text, losses.values())]])]
     if "best" in summary:
         parts.append(
-            f"`{summary['best']}` is the state of step {summary['best_step']}, loss {summary['validation_best']:.4f}."
+            f"`{summary['best']}` is the state of step {summary['best_step']}, loss"
+            f" {summary['validation_best']:.4f}."
         )
     before = {sample["prompt"]: sample["answer"] for sample in first["samples"]}
     for number, sample in enumerate(last["samples"], 1):
@@ -76,11 +81,17 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     measured = summary["forgetting"].items()
     rows = [[name, f"{kl:.4f}", perplexity(kl), kl_in_words(kl)] for name, kl in measured]
     parts = [
-        "How far the model of the last step has moved from its base on a fixed text, `src/forgetting.txt`, that the "
-        "training has nothing to do with: KL(base, tuned), nats per token, 0 for the base itself.",
+        (
+            "How far the model of the last step has moved from its base on a fixed text,"
+            " `src/forgetting.txt`, that the training has nothing to do with: KL(base, tuned), nats per"
+            " token, 0 for the base itself."
+        ),
         _table(["text", "KL", "perplexity", "in words"], rows),
-        "A KL of x makes the perplexity of the tuned model on what its base would write e^x times that of the base: "
-        "1 % more at 0.01, below which it is called small, 11 % at 0.1, 2.7 times at 1, from which it is very large.",
+        (
+            "A KL of x makes the perplexity of the tuned model on what its base would write e^x times that of"
+            " the base: 1 % more at 0.01, below which it is called small, 11 % at 0.1, 2.7 times at 1, from"
+            " which it is very large."
+        ),
     ]
     first, last = summary.get("validation_first"), summary.get("validation_last")
     if first is not None and last is not None:

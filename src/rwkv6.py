@@ -1,4 +1,6 @@
-"""RWKV-6 "Finch" (x060, arXiv 2404.05892): time mix, channel mix and RWKV-LM's initialisation. Shapes as in model.py."""
+"""RWKV-6 "Finch" (x060, arXiv 2404.05892): time mix, channel mix and RWKV-LM's initialisation. Shapes as in
+model.py.
+"""
 
 from __future__ import annotations
 
@@ -83,14 +85,18 @@ class TimeMix(nn.Module):
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None
     ):
-        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv state)."""
+        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv
+        state).
+        """
         r, k, v, w, g = self.project(z, last, reset)
         heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, k, v, w))
         y, wkv = wkv6(*heads, self.time_faaaa.to(z.dtype), wkv, reset, self.kernel, self.start())
         return self.output(self.ln_x(y.flatten(-2), g, self.native)), v_first, last_token(z), wkv
 
     def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
-        """r, k, v, raw decay w and gate g before silu, all (B, T, A): linear maps of z mixed with its predecessor, in shares that depend on both."""
+        """r, k, v, raw decay w and gate g before silu, all (B, T, A): linear maps of z mixed with its
+        predecessor, in shares that depend on both.
+        """
         p = Cast(self, z.dtype)
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
         q = (
@@ -137,7 +143,9 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
+        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`;
+        last z (B, C)).
+        """
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
         return torch.sigmoid(self.receptance(chosen(x_r, wanted))) * self.value(k), last_token(z)

@@ -1,4 +1,6 @@
-"""RWKV-7 "Goose" (x070, arXiv 2503.14456): time mix, channel mix and RWKV-LM's initialisation. Shapes as in model.py."""
+"""RWKV-7 "Goose" (x070, arXiv 2503.14456): time mix, channel mix and RWKV-LM's initialisation. Shapes as in
+model.py.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class TimeMix(nn.Module):
             setattr(self, f"{name}1", nn.Parameter(torch.empty(width, ranks[name])))
             setattr(self, f"{name}2", nn.Parameter(torch.empty(ranks[name], width)))
         if layer > 0 or arch.layer0_value_residual:
-            # layer 0 never reads v0, v1, v2: they are kept for the file only, and must not wait for a gradient
+            # layer 0 never reads v0, v1, v2: they are kept for the file only, and must not wait for a
+            # gradient
             used = layer > 0
             self.v0 = vector(width, used)
             self.v1 = nn.Parameter(torch.empty(width, ranks["v"]), requires_grad=used)
@@ -88,7 +91,9 @@ class TimeMix(nn.Module):
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None
     ):
-        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv state)."""
+        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv
+        state).
+        """
         r, w, k, v, a, g = self.project(z, v_first, last, reset)
         if self.layer == 0:
             v_first = v
@@ -100,7 +105,9 @@ class TimeMix(nn.Module):
     def project(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """r, raw decay w, k, v, raw learning rate a and gate g, all (B, T, C): linear maps of z mixed with its predecessor."""
+        """r, raw decay w, k, v, raw learning rate a and gate g, all (B, T, C): linear maps of z mixed with
+        its predecessor.
+        """
         p = Cast(self, z.dtype)
         x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(
             z, last, reset, [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], self.native
@@ -115,7 +122,9 @@ class TimeMix(nn.Module):
 
 
 class Mix(nn.GroupNorm):
-    """mix7, with the parameters of ln_x: ZeRO-3 has parameters at hand while the module that they belong to is called, and then only."""
+    """mix7, with the parameters of ln_x: ZeRO-3 has parameters at hand while the module that they belong to
+    is called, and then only.
+    """
 
     def forward(self, r, w, k, v, a, g, k_k, k_a, r_k, *state_and_kernel) -> tuple[Tensor, Tensor]:
         return mix7(r, w, k, v, a, g, k_k, k_a, r_k, self.weight, self.bias, self.eps, *state_and_kernel)
@@ -142,7 +151,9 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`; last z (B, C))."""
+        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`;
+        last z (B, C)).
+        """
         (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
         return self.value(relu_squared(self.key(chosen(x_k, wanted)), self.native)), last_token(z)
 

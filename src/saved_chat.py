@@ -1,8 +1,10 @@
-"""A conversation as a file: what was said, the state after it, and the random numbers to come, so that it goes on as if it had not stopped.
+"""A conversation as a file: what was said, the state after it, and the random numbers to come, so that it
+goes on as if it had not stopped.
 
-The file is a checkpoint of the tensors blocks.i.att_x, blocks.i.wkv and blocks.i.ffn_x, the parts of the state (model.LayerState), and
-`generator`, with everything else as metadata. A state belongs to the weights that computed it: it is used by a model of the same base with the
-same adapters at the same scale; with other adapters the turns are read again, and with another base the file is refused.
+The file is a checkpoint of the tensors blocks.i.att_x, blocks.i.wkv and blocks.i.ffn_x, the parts of the
+state (model.LayerState), and `generator`, with everything else as metadata. A state belongs to the weights
+that computed it: it is used by a model of the same base with the same adapters at the same scale; with other
+adapters the turns are read again, and with another base the file is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ KINDS = {
 
 
 def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
-    """Write the conversation, atomically. UserError where the file can't be written, or is there and no saved chat."""
+    """Write the conversation, atomically. UserError where the file can't be written, or is there and no saved
+    chat.
+    """
     if os.path.exists(path) and (not os.path.isfile(path) or _format(path) != CHAT_FORMAT):
         raise UserError(f"{path} is there already and is no saved chat; choose another name")
     model = adapters.model
@@ -66,19 +70,23 @@ def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
 
 
 def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
-    """Put a saved conversation in the place of this one; returns whether its state is used, else its turns are read again.
+    """Put a saved conversation in the place of this one; returns whether its state is used, else its turns
+    are read again.
 
-    UserError for a file that is damaged, no saved chat, or of another base, tokenizer or size; the conversation is then as it was.
+    UserError for a file that is damaged, no saved chat, or of another base, tokenizer or size; the
+    conversation is then as it was.
     """
     metadata = _read_metadata(path)
     model, tokenizer = adapters.model, conversation.tokenizer
     if not (model.base_identity and model.base_identity.is_recorded(metadata["base_fingerprint"], path)):
         raise UserError(
-            f"{path} was saved with another base ({metadata['base']}), not with {model.base_name}; go on with that one"
+            f"{path} was saved with another base ({metadata['base']}), not with {model.base_name}; go on with"
+            " that one"
         )
     if metadata["tokenizer"] != os.path.basename(tokenizer.name):
         raise UserError(
-            f"{path} was saved with --tokenizer {metadata['tokenizer']}, this chat has {tokenizer.name}; go on with that one"
+            f"{path} was saved with --tokenizer {metadata['tokenizer']}, this chat has {tokenizer.name}; go"
+            " on with that one"
         )
     turns = [_turn(path, turn) for turn in metadata["turns"]]
     tensors = read_checkpoint(path)
@@ -129,7 +137,8 @@ def _read_metadata(path) -> dict[str, Any]:
         raise UserError(f"{path} is no saved chat: it was not written by /save")
     if metadata.get("format_version") != 1:
         raise UserError(
-            f"{path} has version {metadata.get('format_version')} of the format, expected 1; it is of a newer release"
+            f"{path} has version {metadata.get('format_version')} of the format, expected 1; it is of a newer"
+            " release"
         )
     for name, kind in KINDS.items():
         if not isinstance(metadata.get(name), kind) or isinstance(metadata[name], bool):

@@ -33,7 +33,9 @@ def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
 
 
 def initial_state(arch: Arch) -> nn.Parameter | None:
-    """The slot of the state (H, N, N) that a layer's documents start from: zeros where the file has one, None where it has not."""
+    """The slot of the state (H, N, N) that a layer's documents start from: zeros where the file has one, None
+    where it has not.
+    """
     return (
         nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size)) if arch.initial_state else None
     )
@@ -57,7 +59,9 @@ def low_rank(
 
 
 class Cast:
-    """A module's parameters in the dtype of its input: what is trained is fp32, in a base of any dtype. `Cast(module, dtype).NAME`"""
+    """A module's parameters in the dtype of its input: what is trained is fp32, in a base of any dtype.
+    `Cast(module, dtype).NAME`
+    """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         self.module, self.dtype = module, dtype
@@ -76,7 +80,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the dtype of its input, whatever that of its weight, which may be quantised, by the fastest product of the device."""
+    """nn.Linear in the dtype of its input, whatever that of its weight, which may be quantised, by the
+    fastest product of the device.
+    """
 
     is_linear = True  # an adapter may take its place
 
@@ -85,7 +91,9 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """The map to the vocabulary: logits, or with targets (rows,) for x (rows, C) their summed loss, without ever holding all logits."""
+    """The map to the vocabulary: logits, or with targets (rows,) for x (rows, C) their summed loss, without
+    ever holding all logits.
+    """
 
     def __init__(self, width: int, vocab: int, kernel: str):
         super().__init__(width, vocab, bias=False)

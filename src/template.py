@@ -1,8 +1,9 @@
 """Chat templates: a conversation becomes pieces of text, each tokenised on its own, and each trained or not.
 
-Training, chat and evaluation use one template, RWKV's own or the user's Jinja file, so a model is asked in the very tokens it was trained on:
-what stands before an answer, the answer, and the end of its turn are pieces of their own, as in a chat, where the first is read before the
-second exists. Adapters and merged files record their template.
+Training, chat and evaluation use one template, RWKV's own or the user's Jinja file, so a model is asked in
+the very tokens it was trained on: what stands before an answer, the answer, and the end of its turn are
+pieces of their own, as in a chat, where the first is read before the second exists. Adapters and merged files
+record their template.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Mode(NamedTuple):
     opening: str
 
 
-# As the G1 models were trained. The openings stop inside a tag, because what closes it may be a token together with what comes next.
+# As the G1 models were trained. The openings stop inside a tag, because what closes it may be a token
+# together with what comes next.
 MODES = {
     "rwkv": Mode("", ""),
     "think": Mode("", " <think"),
@@ -47,8 +49,10 @@ MODES = {
 
 
 class Template(Protocol):
-    """`record` is what a checkpoint's metadata keep of it, `name` is for people; `stop` is the text that ends an answer, where the end of
-    document does not; `opening` is what the answer in a chat begins with, though it is not generated."""
+    """`record` is what a checkpoint's metadata keep of it, `name` is for people; `stop` is the text that ends
+    an answer, where the end of document does not; `opening` is what the answer in a chat begins with, though
+    it is not generated.
+    """
 
     name: str
     record: str
@@ -58,21 +62,26 @@ class Template(Protocol):
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
-        """The conversation, the assistant's turns trained; `ask`: with the words at its end after which an answer follows.
+        """The conversation, the assistant's turns trained; `ask`: with the words at its end after which an
+        answer follows.
 
         Raises UserError for a conversation that the template has no form for.
         """
 
     def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:
-        """The pieces between the last answer in `messages` and the next one, given the turns in between; None where the template changes
-        earlier turns when new ones follow, so that only the whole conversation will do."""
+        """The pieces between the last answer in `messages` and the next one, given the turns in between; None
+        where the template changes earlier turns when new ones follow, so that only the whole conversation
+        will do.
+        """
 
 
 class RwkvTemplate:
-    """`User: ...`, blank line, `Assistant: ...`: a blank line ends a turn, so there is none inside a turn that is not the model's own.
+    """`User: ...`, blank line, `Assistant: ...`: a blank line ends a turn, so there is none inside a turn
+    that is not the model's own.
 
-    An assistant's message may carry its thoughts as `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content, and
-    `tool_calls` as in OpenAI's API. Tools are described in a System turn.
+    An assistant's message may carry its thoughts as `reasoning_content`, as `reasoning`, or as
+    `<think>...</think>` before its content, and `tool_calls` as in OpenAI's API. Tools are described in a
+    System turn.
     """
 
     stop = TURN_END + "User:"
@@ -124,7 +133,8 @@ class RwkvTemplate:
             return f">\n{thoughts}\n</think>\n{content}" if thoughts else f">\n</think>\n{content}"
         if thoughts:
             raise UserError(
-                f"an answer has thoughts, for which --template {self.name} has no place; use think, or take them out of the data"
+                f"an answer has thoughts, for which --template {self.name} has no place; use think, or take"
+                " them out of the data"
             )
         return f">\n{content}"
 
@@ -135,7 +145,9 @@ def is_trained(message: dict) -> bool:
 
 
 def clean(text: str) -> str:
-    """What a turn other than the assistant's may hold: no blank line, because that ends a turn; runs of newlines become one."""
+    """What a turn other than the assistant's may hold: no blank line, because that ends a turn; runs of
+    newlines become one.
+    """
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
@@ -174,9 +186,11 @@ DEFAULT = RwkvTemplate("rwkv")
 
 
 def load_template(spec: str, eos: str = "") -> Template:
-    """The template `spec`: a name of MODES (auto is rwkv), the path of a Jinja file, or such a file's content, as checkpoints record it.
+    """The template `spec`: a name of MODES (auto is rwkv), the path of a Jinja file, or such a file's
+    content, as checkpoints record it.
 
-    `eos` is the text of the tokenizer's end of document. Raises UserError for a file that is missing, wrong, or fails on a trial conversation.
+    `eos` is the text of the tokenizer's end of document. Raises UserError for a file that is missing, wrong,
+    or fails on a trial conversation.
     """
     if spec in ("auto", *MODES):
         return RwkvTemplate("rwkv" if spec == "auto" else spec)
@@ -189,7 +203,9 @@ def load_template(spec: str, eos: str = "") -> Template:
 
 
 def recorded_template(spec: str, tokenizer, *paths) -> Template:
-    """load_template(), where "auto" is the template that the first of these checkpoint files to name one was trained with."""
+    """load_template(), where "auto" is the template that the first of these checkpoint files to name one was
+    trained with.
+    """
     if spec == "auto":
         records: list[dict[str, Any]] = [read_metadata(path) or {} for path in filter(None, paths)]
         spec = next((record["template"] for record in records if record.get("template")), spec)
@@ -197,8 +213,9 @@ def recorded_template(spec: str, tokenizer, *paths) -> Template:
 
 
 def answer_text(text: str, template: Template, opening: str) -> str:
-    """What a generated answer says: the text up to the end of its turn, without the thoughts before it. `opening` is what
-    the answer begins with though it was not generated."""
+    """What a generated answer says: the text up to the end of its turn, without the thoughts before it.
+    `opening` is what the answer begins with though it was not generated.
+    """
     text = opening + (text.partition(template.stop)[0] if template.stop else text)
     return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
 
@@ -215,8 +232,9 @@ def trains_by_marker(loss_mask: str) -> bool:
 def row_segments(row: dict, template: Template, loss_mask: str) -> list[Segment]:
     """The pieces of a row {"text"}, {"prompt", "completion"} or {"messages", "tools"}.
 
-    `loss_mask`: assistant trains the assistant's turns, completions, and texts as a whole; all trains everything; any other text is a marker,
-    such as `Assistant:`, and trains what follows it until the next turn (see `marked`), in any kind of row.
+    `loss_mask`: assistant trains the assistant's turns, completions, and texts as a whole; all trains
+    everything; any other text is a marker, such as `Assistant:`, and trains what follows it until the next
+    turn (see `marked`), in any kind of row.
     """
     if "messages" in row:
         segments = template.segments(row["messages"], row.get("tools"))
@@ -232,9 +250,11 @@ def row_segments(row: dict, template: Template, loss_mask: str) -> list[Segment]
 
 
 def marked(text: str, marker: str) -> list[Segment]:
-    """A text cut at a marker: what follows it is trained, until the next `System:`, `User:` or `Tool:` after a blank line, or the next marker.
+    """A text cut at a marker: what follows it is trained, until the next `System:`, `User:` or `Tool:` after
+    a blank line, or the next marker.
 
-    A marker `START...END` has an end of its own instead. The blank line at the end of a turn is a piece by itself, as in a conversation.
+    A marker `START...END` has an end of its own instead. The blank line at the end of a turn is a piece by
+    itself, as in a conversation.
     """
     segments: list[Segment] = []
     place = 0

@@ -1,7 +1,9 @@
-"""Rows -> tokens: once, in parallel where there is much of it, and kept in a cache that all processes map into memory.
+"""Rows -> tokens: once, in parallel where there is much of it, and kept in a cache that all processes map
+into memory.
 
-A cache entry is a folder of flat arrays. Its name is a hash of all that decides the tokens: the data's bytes, tokenizer, template, loss mask
-and the code, so a changed file is another entry. It appears in one rename, and one process makes it while the others wait.
+A cache entry is a folder of flat arrays. Its name is a hash of all that decides the tokens: the data's bytes,
+tokenizer, template, loss mask and the code, so a changed file is another entry. It appears in one rename, and
+one process makes it while the others wait.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ ENTRY = re.compile(r"[0-9a-f]{24}")
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Documents one after another: ids (N,) int32, trained (N,) bool, ends (n,) int64, and texts (n,) bool, whether a document is running
-    text, of which any part makes sense by itself, and not a conversation."""
+    """Documents one after another: ids (N,) int32, trained (N,) bool, ends (n,) int64, and texts (n,) bool,
+    whether a document is running text, of which any part makes sense by itself, and not a conversation.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
@@ -70,15 +73,17 @@ class Encoder:
     loss_mask: str = "assistant"
 
     def encode(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (n,) int32, trained (n,) bool) with the end of document, always trained, at the end. Raises UserError for a row that the
-        template or the tokenizer cannot express."""
+        """(ids (n,) int32, trained (n,) bool) with the end of document, always trained, at the end. Raises
+        UserError for a row that the template or the tokenizer cannot express.
+        """
         if "ids" in row:
             ids = np.asarray(row["ids"], dtype=np.int32)
             if ids.max(initial=0) >= self.tokenizer.vocab_size:
                 raise WrongSetting(
-                    f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size is "
-                    f"{self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if the model was trained with "
-                    "it (world has ids up to 65529), else make the data again, from text"
+                    f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size"
+                    f" is {self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if"
+                    " the model was trained with it (world has ids up to 65529), else make the data again,"
+                    " from text"
                 )
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
             return self._ended(ids, trained)
@@ -113,8 +118,8 @@ class Encoder:
         """The mask of a marker on tokens as they are: those that begin in what it trains."""
         if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
             raise UserError(
-                f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name} does not tell which text "
-                "a token stands for; give the data as text, or --loss_mask all"
+                f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name}"
+                " does not tell which text a token stands for; give the data as text, or --loss_mask all"
             )
         pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
         begins = np.cumsum([0, *map(len, pieces)])[:-1]
@@ -169,10 +174,11 @@ class Converter:
 def tokenise(
     source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none"
 ) -> Tokens:
-    """The documents of a source, from the cache folder where they are in it ("none": never; "auto": in the user's own cache folder).
-    Where the folder cannot be used, a note says so, and there is no cache.
+    """The documents of a source, from the cache folder where they are in it ("none": never; "auto": in the
+    user's own cache folder). Where the folder cannot be used, a note says so, and there is no cache.
 
-    What was found goes to the report, and a row that cannot be read or expressed. Raises UserError for a source without rows.
+    What was found goes to the report, and a row that cannot be read or expressed. Raises UserError for a
+    source without rows.
     """
     chunks = functools.partial(_encoded, source, encoder, report, reading)
     if cache == "none" or source.size < SMALL:
@@ -199,8 +205,8 @@ def tokenise(
     except OSError as error:
         if is_first_process():
             announce(
-                f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for itself "
-                "alone. --data_cache takes another folder"
+                f"note: the cache for tokens, {folder}, cannot be used ({error}); this run makes them for"
+                " itself alone. --data_cache takes another folder"
             )
         return _joined(list(chunks()))
     size = sum(file.stat().st_size for file in entry.iterdir())
@@ -313,7 +319,8 @@ def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes:
                 yield waiting.popleft().result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
-                "a process that tokenises was killed, perhaps because memory ran out; free some and start again"
+                "a process that tokenises was killed, perhaps because memory ran out; free some and start"
+                " again"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -376,8 +383,9 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
 
 
 def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
-    """The arrays of a cache entry, mapped into memory, and what reading found, for the report; None where the entry is absent, or not
-    whole because the machine went down."""
+    """The arrays of a cache entry, mapped into memory, and what reading found, for the report; None where the
+    entry is absent, or not whole because the machine went down.
+    """
     try:
         kinds = {"ids": np.int32, "trained": np.bool_, "ends": np.int64, "texts": np.bool_}
         # as plain arrays, which are sliced in a tenth of the time
@@ -394,7 +402,9 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
 
 
 def _remove_old(folder: pathlib.Path) -> None:
-    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left; other things in the folder are not ours."""
+    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left; other things in
+    the folder are not ours.
+    """
     for entry in folder.iterdir():
         days = UNUSED_DAYS if ENTRY.fullmatch(entry.name) else 1 if entry.name.startswith(MAKING) else None
         with contextlib.suppress(OSError):

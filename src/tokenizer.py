@@ -1,10 +1,11 @@
 """Text to token ids and back: the World vocabulary, raw bytes, UTF-16 bytes, or a file.
 
-World, bytes, utf16 and vocabulary files in World format are one thing, a table id -> bytes; they differ in how a text finds its ids.
-A tokenizer.json is left to the `tokenizers` package.
+World, bytes, utf16 and vocabulary files in World format are one thing, a table id -> bytes; they differ in
+how a text finds its ids. A tokenizer.json is left to the `tokenizers` package.
 
-encode() loses nothing silently and decode() is its inverse (up to what a tokenizer.json normalises): every id gives its own text. So an end
-of document that no text can spell (World's id 0) gives "", one that a text can spell (NUL of bytes and utf16, a file's `</s>`) that text.
+encode() loses nothing silently and decode() is its inverse (up to what a tokenizer.json normalises): every id
+gives its own text. So an end of document that no text can spell (World's id 0) gives "", one that a text can
+spell (NUL of bytes and utf16, a file's `</s>`) that text.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .files import is_first_process, read_text
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
 END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
-# end of document and encoding; in utf16 the end is the whole unit U+0000, as a lone 0 is the second byte of every ASCII character
+# end of document and encoding; in utf16 the end is the whole unit U+0000, as a lone 0 is the second byte of
+# every ASCII character
 RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}
 BUILT_IN = ("world", *RAW)
 BROKEN = "\ufffd"
@@ -36,15 +38,18 @@ LONG = 1 << 20  # characters of a text that are turned into ids at a time
 
 
 def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
-    """The tokenizer `spec` (auto, world, bytes, utf16 or the path of a file) for a model with `vocab_size` ids.
+    """The tokenizer `spec` (auto, world, bytes, utf16 or the path of a file) for a model with `vocab_size`
+    ids.
 
-    `eod` is the text of the token that ends a document, for a file that does not tell. Raises UserError for a file that is missing,
-    damaged or has no such token, and for a tokenizer with ids that the model lacks; the reverse is a padded model, and fine.
+    `eod` is the text of the token that ends a document, for a file that does not tell. Raises UserError for a
+    file that is missing, damaged or has no such token, and for a tokenizer with ids that the model lacks; the
+    reverse is a padded model, and fine.
     """
     if spec == "auto":
         if vocab_size != WORLD_MODEL:
             raise UserError(
-                f"the model's vocabulary of {vocab_size} is not the World one ({WORLD_MODEL}); give --tokenizer {CHOICES}"
+                f"the model's vocabulary of {vocab_size} is not the World one ({WORLD_MODEL}); give"
+                f" --tokenizer {CHOICES}"
             )
         spec = "world"
     if eod and spec in BUILT_IN:
@@ -52,15 +57,17 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
     tokenizer = _world() if spec == "world" else _raw(spec) if spec in RAW else _from_file(spec, eod)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, more than the model's {vocab_size}; "
-            f"give the one that the model was trained with: --tokenizer {CHOICES}"
+            f"tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, more than the model's"
+            f" {vocab_size}; give the one that the model was trained with: --tokenizer {CHOICES}"
         )
     tokenizer.origin = spec, vocab_size, eod
     return tokenizer
 
 
 class Tokenizer:
-    """`name` is for an adapter's metadata, `eod` are the ids that end a document, every id is below `vocab_size`."""
+    """`name` is for an adapter's metadata, `eod` are the ids that end a document, every id is below
+    `vocab_size`.
+    """
 
     encoding = "utf-8"
 
@@ -75,7 +82,9 @@ class Tokenizer:
         )  # another process reads it again: what is made of it here can't be sent
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot express."""
+        """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot
+        express.
+        """
         try:
             data = text.encode(self.encoding)
         except UnicodeEncodeError as error:
@@ -85,7 +94,9 @@ class Tokenizer:
         return self._encode(text, data)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no text give U+FFFD. Raises UserError for an id outside the vocabulary."""
+        """Text of `ids`; bytes that are no text give U+FFFD. Raises UserError for an id outside the
+        vocabulary.
+        """
         ids = list(ids)
         self.check(ids)
         return self._decode(ids)
@@ -95,7 +106,8 @@ class Tokenizer:
         if not self.ids.issuperset(ids):
             token = next(token for token in ids if token not in self.ids)
             raise UserError(
-                f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is {self.vocab_size}"
+                f"id {token} is not in the vocabulary of tokenizer {self.name}, whose size is"
+                f" {self.vocab_size}"
             )
 
     def cannot_encode(self, text: str, place: int) -> UserError:
@@ -121,7 +133,9 @@ class ByteTokenizer(Tokenizer):
         return self._encode_long(text) if len(text) > LONG else self._rest(text, data)
 
     def _encode_long(self, text: str) -> list[int]:
-        """The same ids part by part: which token comes next depends on no more text than the longest token has."""
+        """The same ids part by part: which token comes next depends on no more text than the longest token
+        has.
+        """
         ids: list[int] = []
         done, size, beyond = 0, LONG, max(self.sizes.values())  # characters
         with Progress(
@@ -168,7 +182,8 @@ def _is_text(data: bytes, encoding: str) -> bool:
 
 
 class ByteDecoder:
-    """decode() id by id: push() returns the characters that an id completes, flush() U+FFFD for one left incomplete.
+    """decode() id by id: push() returns the characters that an id completes, flush() U+FFFD for one left
+    incomplete.
 
     `pending` tells whether part of a character waits for its other ids.
     """
@@ -211,7 +226,9 @@ def _from_file(path: str, eod: str) -> Tokenizer:
 
 
 def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
-    """A vocabulary in World format: lines `id literal length`, the literal a Python str or bytes, the length in bytes."""
+    """A vocabulary in World format: lines `id literal length`, the literal a Python str or bytes, the length
+    in bytes.
+    """
     table: dict[int, bytes] = {}
     owners: dict[bytes, int] = {}
     for number, line in enumerate(content.rstrip("\n").split("\n"), 1):
@@ -237,7 +254,8 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
             raise UserError(f"{name} has no token {eod!r}; --eod takes the text of one of its tokens")
     elif 0 in table:
         raise UserError(
-            f"{name} uses id 0 for {table[0]!r} and does not tell its end of document; give the token's text with --eod"
+            f"{name} uses id 0 for {table[0]!r} and does not tell its end of document; give the token's text"
+            " with --eod"
         )
     else:
         end, table[0] = 0, b""
@@ -247,8 +265,9 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
 def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes], list[int]]:
     """Greedy longest match in Rust; ends early, without a word, where no token fits.
 
-    The package reads only files, misreads bytes literals that hold a readable character, takes id 0 for no token and has 16 bits for an
-    id. So it gets a copy of the table in pure hex with ids from 1, which are mapped back.
+    The package reads only files, misreads bytes literals that hold a readable character, takes id 0 for no
+    token and has 16 bits for an id. So it gets a copy of the table in pure hex with ids from 1, which are
+    mapped back.
     """
     import pyrwkv_tokenizer
 
@@ -273,7 +292,8 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            # a post-processor adds tokens and trims offsets, truncation loses text, padding adds some: encode() wants none of it
+            # a post-processor adds tokens and trims offsets, truncation loses text, padding adds some:
+            # encode() wants none of it
             described = json.loads(content) | {"post_processor": None, "truncation": None, "padding": None}
             self.inner = tokenizers.Tokenizer.from_str(json.dumps(described))
         except Exception as error:  # `tokenizers` raises nothing narrower
@@ -289,7 +309,8 @@ class JsonTokenizer(Tokenizer):
         if end is None:
             seen = f"has no token {eod!r}" if eod else "does not tell which token ends a document"
             raise UserError(
-                f"{path} {seen}; its special tokens: {', '.join(special) or 'none'}. Give the text of the token with --eod"
+                f"{path} {seen}; its special tokens: {', '.join(special) or 'none'}. Give the text of the"
+                " token with --eod"
             )
         super().__init__(path, (end,), self.inner.get_vocab(with_added_tokens=True).values())
 
@@ -305,7 +326,9 @@ class JsonTokenizer(Tokenizer):
         return found.ids
 
     def _check_covered(self, text: str, found) -> None:
-        """Not every decoder gives the very text back, but each character must be in a token: BPE, for one, drops what it does not know."""
+        """Not every decoder gives the very text back, but each character must be in a token: BPE, for one,
+        drops what it does not know.
+        """
         reached = 0
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
             if start > reached or token == self.unknown:
@@ -322,10 +345,11 @@ class JsonTokenizer(Tokenizer):
 
 
 class WindowDecoder:
-    """ByteDecoder for a tokenizer.json, whose bytes are not at hand: it decodes a short window and returns what later ids cannot change.
+    """ByteDecoder for a tokenizer.json, whose bytes are not at hand: it decodes a short window and returns
+    what later ids cannot change.
 
-    The window is the ids of the last piece, since an id may decode differently at the start of a text, and those after it. U+FFFD at its
-    end may be half a character and waits for what follows, or for flush().
+    The window is the ids of the last piece, since an id may decode differently at the start of a text, and
+    those after it. U+FFFD at its end may be half a character and waits for what follows, or for flush().
     """
 
     def __init__(self, tokenizer: JsonTokenizer):
@@ -352,8 +376,9 @@ class WindowDecoder:
 
 
 def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
-    """load_tokenizer(), where "auto" is the tokenizer that the first of these checkpoint files to name one was trained with.
-    Another one than that is warned of, on stderr."""
+    """load_tokenizer(), where "auto" is the tokenizer that the first of these checkpoint files to name one
+    was trained with. Another one than that is warned of, on stderr.
+    """
     records = ((path, read_metadata(path) or {}) for path in filter(None, paths))
     path, record = next(((path, record) for path, record in records if record.get("tokenizer")), (None, {}))
     recorded = record.get("tokenizer")

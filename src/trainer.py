@@ -36,10 +36,13 @@ from .resume import inputs
 
 
 class ScaledFp16(MixedPrecision):
-    """Loss scaling alone: the frozen base is fp16 already, the adapter is fp32 and stays so, nothing is autocast."""
+    """Loss scaling alone: the frozen base is fp16 already, the adapter is fp32 and stays so, nothing is
+    autocast.
+    """
 
     def __init__(self, device: str):
-        # from 1024 instead of 65536: the first steps of a short run would otherwise be spent on finding a scale that fits
+        # from 1024 instead of 65536: the first steps of a short run would otherwise be spent on finding a
+        # scale that fits
         super().__init__("16-mixed", device, torch.amp.GradScaler(device, init_scale=1024.0))
 
     def forward_context(self):
@@ -47,7 +50,9 @@ class ScaledFp16(MixedPrecision):
 
 
 class FineTuning(pl.LightningModule):
-    """One optimizer step = loss over all its trained tokens / their number, however they fall into micro-batches and ranks."""
+    """One optimizer step = loss over all its trained tokens / their number, however they fall into
+    micro-batches and ranks.
+    """
 
     def __init__(
         self,
@@ -96,7 +101,9 @@ class FineTuning(pl.LightningModule):
         )
 
     def training_step(self, batch: dict, index: int) -> Tensor:
-        """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is the step's loss."""
+        """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is
+        the step's loss.
+        """
         loss = self.batch_loss(batch)
         self.step_loss += loss.detach() / max(batch["step_targets"], 1)
         scaled = loss * (self.accumulate * self.trainer.world_size / max(batch["step_targets"], 1))
@@ -112,7 +119,9 @@ class FineTuning(pl.LightningModule):
         return self.batch_loss(batch)
 
     def batch_loss(self, batch: dict) -> Tensor:
-        """The loss over the trained tokens of a batch, summed; its `width` is the length of the longest row that any rank has in its batch."""
+        """The loss over the trained tokens of a batch, summed; its `width` is the length of the longest row
+        that any rank has in its batch.
+        """
         return rows_loss(self.model, batch, self.chunks, self.half, batch["width"])
 
     def autocast(self) -> torch.autocast:
@@ -176,7 +185,9 @@ def make_trainer(
 
 
 def cluster_environment(num_nodes: int) -> ClusterEnvironment:
-    """Where Lightning reads ranks: by itself it would take what `deepspeed` starts for processes of its own, and requeue jobs of SLURM."""
+    """Where Lightning reads ranks: by itself it would take what `deepspeed` starts for processes of its own,
+    and requeue jobs of SLURM.
+    """
     launch = launched()
     if launch is None:
         if num_nodes == 1:
@@ -187,7 +198,9 @@ def cluster_environment(num_nodes: int) -> ClusterEnvironment:
 
 @contextlib.contextmanager
 def naming_the_killed(trainer: pl.Trainer):
-    """Around Trainer.fit: of the processes that Lightning started, say which one was killed, where all that the others see is a lost connection."""
+    """Around Trainer.fit: of the processes that Lightning started, say which one was killed, where all that
+    the others see is a lost connection.
+    """
     try:
         yield
     except Exception:
@@ -197,8 +210,9 @@ def naming_the_killed(trainer: pl.Trainer):
         for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
             if (process.poll() or 0) < 0:
                 print(
-                    f"error: process {process.pid}, rank {rank} of this machine, was killed by {signal.Signals(-process.returncode).name}; "
-                    "where nobody did, the kernel does when memory runs out",
+                    f"error: process {process.pid}, rank {rank} of this machine, was killed by"
+                    f" {signal.Signals(-process.returncode).name}; where nobody did, the kernel does when"
+                    " memory runs out",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -207,7 +221,9 @@ def naming_the_killed(trainer: pl.Trainer):
 
 @contextlib.contextmanager
 def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
-    """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each rank."""
+    """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each
+    rank.
+    """
     if not hasattr(trainer.strategy, "deepspeed_engine"):
         yield
         return

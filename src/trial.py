@@ -1,4 +1,6 @@
-"""Short trainings of one model, each from the same start and on the same batches, without a trainer around them: what a learning rate is worth."""
+"""Short trainings of one model, each from the same start and on the same batches, without a trainer around
+them: what a learning rate is worth.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ from .model import RWKV, parameter_groups
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A training at one rate. `losses`: of each step, nats per trained token, up to the first that is not finite. `held_out`: the loss on other
-    documents after the last step; None where that was not reached, or left the model without a finite one."""
+    """A training at one rate. `losses`: of each step, nats per trained token, up to the first that is not
+    finite. `held_out`: the loss on other documents after the last step; None where that was not reached, or
+    left the model without a finite one.
+    """
 
     rate: float
     losses: list[float]
@@ -45,7 +49,9 @@ def trials(
     setting: str,
     rates: list[float],
 ) -> Iterator[Trial]:
-    """A training of so many steps for each rate, which is the value of `setting`, "lr_init" or "state_lr". The model ends as it began."""
+    """A training of so many steps for each rate, which is the value of `setting`, "lr_init" or "state_lr".
+    The model ends as it began.
+    """
     start = {name: tensor.clone() for name, tensor in _changing(model).items()}
     for rate in rates:
         try:
@@ -58,13 +64,17 @@ def trials(
 
 
 def _changing(model: RWKV) -> dict[str, torch.Tensor]:
-    """What a training may change, without its gradients: the trained parameters, and the buffers in which methods keep what they derive."""
+    """What a training may change, without its gradients: the trained parameters, and the buffers in which
+    methods keep what they derive.
+    """
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {**trained, **dict(model.named_buffers())}
 
 
 def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list[float]:
-    """The losses of train.py's optimizer steps with these settings, in this process; they end with one that is not finite."""
+    """The losses of train.py's optimizer steps with these settings, in this process; they end with one that
+    is not finite.
+    """
     schedule = make_schedule(documents, config, 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(

@@ -1,4 +1,6 @@
-"""Watching a run: what the model makes of held-out documents as it learns, its best state so far, and when to stop."""
+"""Watching a run: what the model makes of held-out documents as it learns, its best state so far, and when to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ from .history import BEST, VALIDATION, best, describe, is_over
 class Watch(Callback):
     """Evaluates `documents` before the first step, every `eval_steps` and after the last; one JSON line each.
 
-    `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is the best one, and
-    whether the run is over, are functions of it. `write` puts the trained tensors into a file; it is called on every rank.
+    `history` holds the lines up to the step that the run goes on from, and grows with it: which evaluation is
+    the best one, and whether the run is over, are functions of it. `write` puts the trained tensors into a
+    file; it is called on every rank.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class Watch(Callback):
                 trainer.should_stop = True
 
     def _evaluate(self, trainer, module) -> bool:
-        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after its
-        last step."""
+        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after
+        its last step.
+        """
         step = trainer.global_step
         with undisturbed(trainer):
             may_stop = step < module.total_steps

@@ -11,7 +11,9 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes in the unit that leaves one to three digits before the point, three digits in all: "31.4 MiB", "1.27 GiB"."""
+    """Bytes in the unit that leaves one to three digits before the point, three digits in all: "31.4 MiB",
+    "1.27 GiB".
+    """
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 999.5 and len(units) > 1:
         size /= 1024

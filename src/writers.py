@@ -1,4 +1,6 @@
-"""Where a run's numbers go besides its own files: to TensorBoard where it is installed, to Weights & Biases where it is asked for."""
+"""Where a run's numbers go besides its own files: to TensorBoard where it is installed, to Weights & Biases
+where it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of a project, with which a resumed run goes on. The key, and staying offline, are wandb's own settings."""
+    """One run of a project, with which a resumed run goes on. The key, and staying offline, are wandb's own
+    settings.
+    """
 
     def __init__(self, config: Config, first_step: int):
         import wandb
@@ -113,7 +117,9 @@ def check_wandb(project: str) -> None:
 
 
 def tensorboard_problem() -> str | None:
-    """Why there is no TensorBoard, or None. Nobody asked for it, so a broken installation is no reason to end a run."""
+    """Why there is no TensorBoard, or None. Nobody asked for it, so a broken installation is no reason to end
+    a run.
+    """
     if importlib.util.find_spec("tensorboard") is None:
         return "not installed (pip install tensorboard)"
     try:

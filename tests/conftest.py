@@ -101,7 +101,9 @@ def make_arch(version, n_layer=2, n_embd=48, head_size=16, vocab_size=67):
 
 
 def random_tensors(arch, dtype=torch.float32, seed=0):
-    """A checkpoint in which no map is zero, no norm trivial and no vector constant: every part of the model shows in the logits."""
+    """A checkpoint in which no map is zero, no norm trivial and no vector constant: every part of the model
+    shows in the logits.
+    """
     torch.manual_seed(seed)
     tensors = {}
     for name, p in RWKV(arch).state_dict().items():
@@ -142,7 +144,9 @@ ADAPTER_OPTIONS = {
 
 @pytest.fixture
 def merging(tmp_path):
-    """merging(version, dtype) makes base.pth in merging.folder; merging.adapter(name, method, ...) an adapter of it, of random numbers."""
+    """merging(version, dtype) makes base.pth in merging.folder; merging.adapter(name, method, ...) an adapter
+    of it, of random numbers.
+    """
 
     class Files:
         folder = tmp_path
@@ -216,8 +220,9 @@ def close(name, got, want, ratio):
 
 @functools.cache
 def rwkv_package(version):
-    """The class of the PyPI package `rwkv` for a version. The package chooses it by the environment when it is imported, so it is
-    loaded once for each version, under two names."""
+    """The class of the PyPI package `rwkv` for a version. The package chooses it by the environment when it
+    is imported, so it is loaded once for each version, under two names.
+    """
     found = importlib.util.find_spec("rwkv")
     if found is None:
         pytest.skip("the test extra is absent: pip install rwkv")
@@ -232,7 +237,9 @@ def rwkv_package(version):
 
 
 def pypi_rwkv(path):
-    """The file under the PyPI package `rwkv`, fp32 on the CPU: run(ids, state=None) -> (logits (T, V), state list)."""
+    """The file under the PyPI package `rwkv`, fp32 on the CPU: run(ids, state=None) -> (logits (T, V), state
+    list).
+    """
     version = Arch.detect(torch.load(path, weights_only=True)).version
     model = rwkv_package(version)(
         str(path).removesuffix(".pth"), "cpu fp32", **({} if version == 7 else {"verbose": False})

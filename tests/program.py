@@ -1,4 +1,5 @@
-"""`python train.py` in processes forked from one that has imported everything: a start takes a tenth of a second instead of seconds.
+"""`python train.py` in processes forked from one that has imported everything: a start takes a tenth of a
+second instead of seconds.
 
 What may be done to a run is here, too, and its losses are read.
 """
@@ -67,7 +68,9 @@ def _child(flags, rank, world, port, sabotage):
 
 
 def run(flags, sabotage=None):
-    """(exit code of rank 0, everything printed by the --devices processes); sabotage(rank) is called in each before the program starts."""
+    """(exit code of rank 0, everything printed by the --devices processes); sabotage(rank) is called in each
+    before the program starts.
+    """
     world = int(flags[flags.index("--devices") + 1]) if "--devices" in flags else 1
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +104,9 @@ def losses(proj_dir):
 
 
 def at_file(change, number, proj_dir, what, rank):
-    """Call `what` just before rank 0's file operation `number` (from 1) whose path in the run's folder contains `change`."""
+    """Call `what` just before rank 0's file operation `number` (from 1) whose path in the run's folder
+    contains `change`.
+    """
     seen = 0
 
     def hook(event, args):

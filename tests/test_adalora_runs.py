@@ -1,4 +1,6 @@
-"""AdaLoRA in runs: pruning agrees between processes and strategies, and goes on in a resumed run as if nothing had happened."""
+"""AdaLoRA in runs: pruning agrees between processes and strategies, and goes on in a resumed run as if
+nothing had happened.
+"""
 
 import functools
 import json
@@ -20,7 +22,9 @@ OPTIONS = {"rank": 4, "init_rank": 6, "tinit": 2, "tfinal": 3, "delta_t": 2}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A random base over bytes, whose wide factors ZeRO-3 shares out, and 24 rows of very unequal lengths: 12 steps of 8 in four passes."""
+    """A random base over bytes, whose wide factors ZeRO-3 shares out, and 24 rows of very unequal lengths: 12
+    steps of 8 in four passes.
+    """
     folder = tmp_path_factory.mktemp("methods")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=64)), folder / "base.pth")
     torch.save(
@@ -57,7 +61,8 @@ def run(files):
                 "8",
                 "--epoch_count",
                 "4",
-                # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
+                # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is
+                # above that
                 "--adam_eps",
                 "1e-4",
                 "--peft",

@@ -1,4 +1,6 @@
-"""Every registered method keeps the same promises; MiSS and LoRA also agree with HF peft and with float64 formulas."""
+"""Every registered method keeps the same promises; MiSS and LoRA also agree with HF peft and with float64
+formulas.
+"""
 
 import copy
 import dataclasses
@@ -19,7 +21,8 @@ from src.model import RWKV
 
 from .conftest import ROOT, close, make_arch, random_tensors
 
-# every method that adapts linears, also with those options that make another layer of it; the method state has tests of its own
+# every method that adapts linears, also with those options that make another layer of it; the method state
+# has tests of its own
 CASES = [
     ("miss", {}),
     ("miss", {"layout": "contiguous"}),
@@ -63,7 +66,8 @@ EXACT = {
     "prolora",
     "mos",
 }
-# numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of their own
+# numbers trained beside a linear (out d, in k), rank r; tensors that layers share are counted in tests of
+# their own
 COUNTS = {
     "miss": lambda d, k, r, shards="plain", mini_r=0, magnitude=False, expand=False, **options: (
         (r + (shards == "balanced")) * (k if expand else mini_r or d) + magnitude * d
@@ -102,7 +106,9 @@ def test_every_method_is_among_the_cases():
 
 
 def fitting(method, options, rank, width=16, out=16):
-    """A rank like `rank` that a method takes on a linear of these widths; those of the models here are multiples of 16."""
+    """A rank like `rank` that a method takes on a linear of these widths; those of the models here are
+    multiples of 16.
+    """
     if "lora" in method or method in ("mos", "pissa", "dora", "adalora") or options.get("expand"):
         return min(rank, width, out)
     if method == "mora":
@@ -316,7 +322,9 @@ def test_the_contiguous_layout_is_another_model():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_methods_keep_for_the_backward(dtype):
-    """MiSS the shard sums, LoRA its input and the products with A, LoRA-FA these alone; dropout adds one number, its seed."""
+    """MiSS the shard sums, LoRA its input and the products with A, LoRA-FA these alone; dropout adds one
+    number, its seed.
+    """
     torch.manual_seed(0)
     for method, options, expected in (
         ("miss", {}, 15 * 8),
@@ -721,7 +729,9 @@ def test_targets_match_leaves_suffixes_and_whole_names():
 
 
 def test_the_base_class_carries_shared_tensors_penalties_and_steps(tmp_path, monkeypatch):
-    """A method with a frozen matrix common to all layers, a penalty and a schedule (as VeRA and AdaLoRA need)."""
+    """A method with a frozen matrix common to all layers, a penalty and a schedule (as VeRA and AdaLoRA
+    need).
+    """
     monkeypatch.setitem(METHODS, "toy", None)
 
     @register("toy")

@@ -1,4 +1,6 @@
-"""Adapters inside somebody else's torch.autocast, as every script of Hugging Face has it: all methods and options, backward() in it or not."""
+"""Adapters inside somebody else's torch.autocast, as every script of Hugging Face has it: all methods and
+options, backward() in it or not.
+"""
 
 import copy
 

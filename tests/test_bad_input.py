@@ -495,7 +495,9 @@ train.main()
 
 
 def test_a_disk_that_fills_up_during_training(folder, tmp_path):
-    """First the adapter of the second step finds no room, then, after a resume, its checkpoint; what was there stays, whole."""
+    """First the adapter of the second step finds no room, then, after a resume, its checkpoint; what was
+    there stays, whole.
+    """
     flags = flags_of(
         "train",
         folder,

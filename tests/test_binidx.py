@@ -1,4 +1,6 @@
-"""Tokenised data in RWKV-LM's two files: read as the specification has them, whole or not at all, and written by scripts/binidx."""
+"""Tokenised data in RWKV-LM's two files: read as the specification has them, whole or not at all, and written
+by scripts/binidx.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Building native libraries: once, by one process of many, whatever happens to it, and one line when it cannot be done."""
+"""Building native libraries: once, by one process of many, whatever happens to it, and one line when it
+cannot be done.
+"""
 
 import ctypes
 import os
@@ -39,7 +41,8 @@ class Project:
         self.source.write_text(SOURCE)
         self.header.write_text("#define ANSWER 42\n")
         self.compiler.write_text(
-            f'#!/bin/sh\necho "$@" >> "{self.record}"\nwhile [ -e "{self.hold}" ]; do sleep 0.02; done\nexec c++ "$@"\n'
+            f'#!/bin/sh\necho "$@" >> "{self.record}"\nwhile [ -e "{self.hold}" ]; do sleep 0.02; done\nexec'
+            ' c++ "$@"\n'
         )
         self.compiler.chmod(0o755)
         self.command = [str(self.compiler), "-fPIC"]
@@ -425,7 +428,9 @@ def test_architectures_that_are_not_supported(cuda, architecture):
 
 
 def test_where_nvcc_is_looked_for(monkeypatch, tmp_path):
-    """CUDA_HOME, PATH, the toolkits of the system, the packages of the environment; each is used when those before it have none."""
+    """CUDA_HOME, PATH, the toolkits of the system, the packages of the environment; each is used when those
+    before it have none.
+    """
     record = tmp_path / "record"
     wheels = tmp_path / "site" / "nvidia" / "cu13"
     places = [
@@ -469,7 +474,10 @@ def test_other_systems(monkeypatch):
 
 
 def test_the_import_does_nothing(tmp_path):
-    code = f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {os.path.dirname(build.__file__)!r}); import build"
+    code = (
+        f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {os.path.dirname(build.__file__)!r});"
+        " import build"
+    )
     environment = {"PATH": "", "RWKV_KERNEL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not (tmp_path / "cache").exists()

@@ -1,4 +1,6 @@
-"""The chat's commands through a scripted stdin, what happens to its state, saved conversations, and what is stopped."""
+"""The chat's commands through a scripted stdin, what happens to its state, saved conversations, and what is
+stopped.
+"""
 
 import io
 import sys
@@ -42,7 +44,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def typed(files, letters, capsys, monkeypatch):  # noqa: F811
-    """typed(lines, *flags) -> (stdout lines, stderr lines after the first) of a chat with a and b that these lines are typed into."""
+    """typed(lines, *flags) -> (stdout lines, stderr lines after the first) of a chat with a and b that these
+    lines are typed into.
+    """
 
     def run(lines, *flags, adapters=True):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -88,7 +92,9 @@ def said(files, letters, questions, names=(), scale=1.0, sampling=GREEDY):  # no
 
 
 def test_adapters_are_chosen_in_the_chat(typed, files, letters):  # noqa: F811
-    """Each answer is that of a chat with these weights from the beginning; the conversation that they have in common is empty."""
+    """Each answer is that of a chat with these weights from the beginning; the conversation that they have in
+    common is empty.
+    """
     script, expected = [], []
     for line, names, scale in (
         ("", ["a"], 1),
@@ -134,20 +140,27 @@ def test_the_first_adapter_answers_at_the_scale_that_is_given(typed, files, lett
     ],
 )
 def test_after_a_switch_the_turns_are_read_again(line, names, scale, note, files, letters, typed):  # noqa: F811
-    """The answer is that of the new weights to the whole conversation so far, as at once; a switch to the same weights reads nothing."""
+    """The answer is that of the new weights to the whole conversation so far, as at once; a switch to the
+    same weights reads nothing.
+    """
     out, err = typed(["hello?", "why", "/adapter a", line, "and now?"])
     assert err[0] == "adapter a, scale 1" and err[1].startswith(note)
     assert err[1].endswith("; 2 turns so far: read again with these weights before the next answer")
     adapters, tokenizer = load_with(files.base, {"a": files.a, "b": files.b}, letters, accelerator="cpu")
     adapters.use(names, scale)
     first, second, third = answers(out)
-    asked = f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{second[:-1]}\n\nUser: and now?\n\nAssistant:"
+    asked = (
+        f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{second[:-1]}\n\nUser: and"
+        " now?\n\nAssistant:"
+    )
     whole = "".join(stream(adapters.model, tokenizer, tokenizer.encode(asked), None, GREEDY, TOKENS))
     assert third.rstrip("\n") == whole.rstrip("\n") and third != second
 
 
 def test_undo_and_reset(typed):
-    """After an undo the chat goes on as if the turn had not been, also after two, of which only one state is kept."""
+    """After an undo the chat goes on as if the turn had not been, also after two, of which only one state is
+    kept.
+    """
     out, err = typed(
         [
             "hello?",
@@ -199,7 +212,10 @@ def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # 
     ]
     adapters, tokenizer = load_with(files.base, {"a": files.a}, letters, accelerator="cpu")
     adapters.use(["a"])
-    asked = f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{other[:-1]}\n\nUser: what\n\nAssistant:"
+    asked = (
+        f"User: hello?\n\nAssistant:{first[:-1]}\n\nUser: why\n\nAssistant:{other[:-1]}\n\nUser:"
+        " what\n\nAssistant:"
+    )
     whole = "".join(stream(adapters.model, tokenizer, tokenizer.encode(asked), None, GREEDY, TOKENS))
     assert last.rstrip("\n") == whole.rstrip("\n")
 
@@ -276,8 +292,8 @@ def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     ]
     _, err = typed(["//x", *wrong, " /x", "//", "/help"])
     assert (
-        "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry, /temperature, /top_p, /save, "
-        in err[0]
+        "no command /adapt, did you mean /adapter? There are /adapter, /scale, /reset, /undo, /retry,"
+        " /temperature, /top_p, /save, " in err[0]
     )
     assert "no command /x. There are" in err[2] and all(
         line.endswith("or another slash before it.") for line in err[:3]
@@ -449,7 +465,9 @@ def with_scale(adapters, scale):
 
 
 def test_save_and_load_in_the_chat(typed, tmp_path):
-    """With the weights of the save the state is used, with others the turns are read again, and what is said is the same as without a break."""
+    """With the weights of the save the state is used, with others the turns are read again, and what is said
+    is the same as without a break.
+    """
     out, _ = typed(["hello?", "why", "/adapter b", "so"])
     other = answers(out)[2]
     out, err = typed(
@@ -467,7 +485,8 @@ def test_save_and_load_in_the_chat(typed, tmp_path):
     assert answers(shown)[0].rstrip() == other.rstrip()
     assert err[1].endswith(
         "2 turns of "
-        + f"{tmp_path}/chat.pth, saved with other adapters or another scale: read again before the next answer"
+        + f"{tmp_path}/chat.pth, saved with other adapters or another scale: read again before the next"
+        " answer"
     )
     tensors, metadata = (
         rwkv_miss.read_checkpoint(tmp_path / "chat.pth"),
@@ -568,7 +587,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(changes, why, saved, t
 
 
 def test_damaged_files_are_refused(saved, tmp_path):
-    """Cut off anywhere, and with any byte of a tensor or of the metadata flipped, which the checksums of the file know."""
+    """Cut off anywhere, and with any byte of a tensor or of the metadata flipped, which the checksums of the
+    file know.
+    """
     path, conversation, adapters = saved
     content, before, bad = path.read_bytes(), vars(conversation).copy(), tmp_path / "chat.pth"
     with zipfile.ZipFile(path) as archive:
@@ -650,9 +671,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(typed, monkeypatch, capsys):
 
 # the last question is in brackets, and no longer once another one follows
 ANEW = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}.{% endgeneration %}"
-    "{% else %}{{ '[' if loop.last or loop.index0 == messages|length - 2 else '<' }}{{ m['content'] }}"
-    "{{ ']' if loop.last or loop.index0 == messages|length - 2 else '>' }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}.{%"
+    " endgeneration %}{% else %}{{ '[' if loop.last or loop.index0 == messages|length - 2 else '<' }}{{"
+    " m['content'] }}{{ ']' if loop.last or loop.index0 == messages|length - 2 else '>' }}{% endif %}{%"
+    " endfor %}"
 )
 
 

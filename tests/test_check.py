@@ -83,7 +83,8 @@ def test_a_merge_is_one(merging, source, dtype, methods, weights):
     linears = [layer.name for layer in report.rounding.layers]
     assert [changed.name for changed in found.changed] == [f"{name}.weight" for name in linears]
     assert found.same == found.tensors - len(linears) and sum(changed.apart for changed in found.changed) == 0
-    # the account from the merging is that of the merge, where fp32, in which the merge counts, holds the update
+    # the account from the merging is that of the merge, where fp32, in which the merge counts, holds the
+    # update
     assert [layer.name for layer in found.rounding.layers] == linears
     for layer, other in zip(found.rounding.layers, report.rounding.layers, strict=True):
         assert layer.update == pytest.approx(other.update, rel=1e-4) and layer.lost == pytest.approx(
@@ -129,7 +130,9 @@ def test_one_bit_is_seen_beside_matrix_products(merging):
 
 
 def test_sums_in_another_order_are_no_mistake(merging):
-    """An fp32 merge of LoRA by float64 differs in last bits, which are counted and allowed; MiSS has no sums, and none are allowed there."""
+    """An fp32 merge of LoRA by float64 differs in last bits, which are counted and allowed; MiSS has no sums,
+    and none are allowed there.
+    """
     for method, allowed in (("lora", True), ("miss", False)):
         merging()
         merging.adapter("a.pth", method)

@@ -1,4 +1,6 @@
-"""Checkpoint files: what Arch.detect says, what reading refuses, and what a written file promises to every other reader."""
+"""Checkpoint files: what Arch.detect says, what reading refuses, and what a written file promises to every
+other reader.
+"""
 
 import argparse
 import builtins
@@ -31,7 +33,9 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 
 
 def assorted():
-    """Every dtype a checkpoint may have, and the shapes that are easy to get wrong; names out of order on purpose."""
+    """Every dtype a checkpoint may have, and the shapes that are easy to get wrong; names out of order on
+    purpose.
+    """
     x = torch.randn(5, 7)
     return {
         "z.last": x,
@@ -156,11 +160,13 @@ def test_detect_refuses_other_models(names, words):
 
 def test_real_files(data_dir, tmp_path):
     found = {path.stem: path for folder in ("real", "golden") for path in (data_dir / folder).glob("*.pth")}
-    assert Arch.detect(read_checkpoint(found["rwkv6-3m-utf16"])).describe() == (
-        "RWKV-6, 12 layers, width 128, 16 heads of 8, ffn 448, vocabulary 256"
+    assert (
+        Arch.detect(read_checkpoint(found["rwkv6-3m-utf16"])).describe()
+        == "RWKV-6, 12 layers, width 128, 16 heads of 8, ffn 448, vocabulary 256"
     )
-    assert Arch.detect(read_checkpoint(found["rwkv7-reverse"])).describe() == (
-        "RWKV-7, 4 layers, width 32, 2 heads of 16, ffn 128, vocabulary 12"
+    assert (
+        Arch.detect(read_checkpoint(found["rwkv7-reverse"])).describe()
+        == "RWKV-7, 4 layers, width 32, 2 heads of 16, ffn 128, vocabulary 12"
     )
     for path in found.values():
         tensors = read_checkpoint(path)

@@ -1,4 +1,6 @@
-"""What is chosen where nothing was given: from the data, the method and the free memory; printed, saved, and the same again."""
+"""What is chosen where nothing was given: from the data, the method and the free memory; printed, saved, and
+the same again.
+"""
 
 import dataclasses
 import json

@@ -346,7 +346,9 @@ def test_a_size_that_contradicts_the_checkpoint_shows_both(name, wrong):
 
 
 def test_every_setting_is_read_somewhere():
-    """As `config.NAME`, `c.NAME` or `values["NAME"]`; the checks of validate() alone would not make a setting do something."""
+    """As `config.NAME`, `c.NAME` or `values["NAME"]`; the checks of validate() alone would not make a setting
+    do something.
+    """
     read = set()
     for path in (ROOT / "src").rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -1,4 +1,6 @@
-"""Adapter files of other projects: read into ours, written from ours, the same bits there and back, and refusals instead of guesses."""
+"""Adapter files of other projects: read into ours, written from ours, the same bits there and back, and
+refusals instead of guesses.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Packages of rwkv_lightning_cuda: alpha / r folded into D and out again without losing a bit, its loader's checks, and refusals by name."""
+"""Packages of rwkv_lightning_cuda: alpha / r folded into D and out again without losing a bit, its loader's
+checks, and refusals by name.
+"""
 
 import hashlib
 import json
@@ -20,7 +22,9 @@ RANK, BASE = 5, "ab" * 32
 
 
 def package(folder, alpha=5.0, dtype=torch.float16, seed=0, manifest=(), tensors=()):
-    """A folder as its trainer's save_package() writes it, for the RWKV-7 of the tests: every linear of two blocks."""
+    """A folder as its trainer's save_package() writes it, for the RWKV-7 of the tests: every linear of two
+    blocks.
+    """
     arch = make_arch(7)
     widths = {
         "att": (arch.n_embd, arch.n_embd),
@@ -91,7 +95,9 @@ def test_a_package_is_read_merged_and_written_again(alpha, dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_value_in_half_precision_comes_back(dtype):
-    """Folded into fp32 and taken out, the sum of two roundings of 2^-24 is far below half a step of fp16 or bf16."""
+    """Folded into fp32 and taken out, the sum of two roundings of 2^-24 is far below half a step of fp16 or
+    bf16.
+    """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[
         (every == 0) | ((every.float().abs() > 1e-30) & (every.float().abs() <= 65504))
@@ -297,6 +303,7 @@ def test_to_lora_and_to_peft_know_the_widths_of_a_package(tmp_path):
 
 def test_json_as_jsoncpp_writes_it():
     """Its strings and numbers were compared with jsoncpp 1.9.6's; here is what differs from Python's."""
-    assert canonical({"b": [1, 2.0, 0.1, 1e-7, 1e22, -0.3], "a": {'é\n"': None, "Z": True}}) == (
-        '{"a":{"Z":true,"\\u00e9\\n\\"":null},"b":[1,2.0,0.10000000000000001,9.9999999999999995e-08,1e+22,-0.29999999999999999]}'
+    assert (
+        canonical({"b": [1, 2.0, 0.1, 1e-7, 1e22, -0.3], "a": {'é\n"': None, "Z": True}})
+        == '{"a":{"Z":true,"\\u00e9\\n\\"":null},"b":[1,2.0,0.10000000000000001,9.9999999999999995e-08,1e+22,-0.29999999999999999]}'
     )

@@ -1,4 +1,6 @@
-"""Folders of Hugging Face peft: what peft itself writes is read, what is written peft loads, with the same outputs; peft is the oracle throughout."""
+"""Folders of Hugging Face peft: what peft itself writes is read, what is written peft loads, with the same
+outputs; peft is the oracle throughout.
+"""
 
 import json
 import os
@@ -183,7 +185,9 @@ NET = [
 
 @pytest.mark.parametrize("case", range(len(NET)))
 def test_in_float64_the_weights_of_peft_and_these_are_one(case, tmp_path):
-    """HF's Bat is the order "col", its MiSS the layout "stride", its norms, factors and patterns are those of here."""
+    """HF's Bat is the order "col", its MiSS the layout "stride", its norms, factors and patterns are those of
+    here.
+    """
     live = trained(Net(), NET[case]())
     live.save_pretrained(str(tmp_path / "theirs"))
     convert(tmp_path / "theirs", tmp_path / "ours.pth", "native")
@@ -215,7 +219,9 @@ def test_after_training_in_peft_the_merged_file_has_its_logits(tmp_path):
 
 
 def test_pissa_is_read_with_its_start_or_refused(tmp_path):
-    """By peft's own account: what it makes of the pair (path_initial_model_for_weight_conversion), and what its live model computes."""
+    """By peft's own account: what it makes of the pair (path_initial_model_for_weight_conversion), and what
+    its live model computes.
+    """
     live = peft.get_peft_model(
         rwkv(7), peft.LoraConfig(r=5, lora_alpha=8, target_modules=KEYS, init_lora_weights="pissa")
     )

@@ -1,4 +1,6 @@
-"""Files of RWKV-PEFT and RWKV-LM-RLHF: the forwards of their trainers, written out in float64, are what our merge and our live adapter compute."""
+"""Files of RWKV-PEFT and RWKV-LM-RLHF: the forwards of their trainers, written out in float64, are what our
+merge and our live adapter compute.
+"""
 
 import os
 import re
@@ -75,7 +77,8 @@ def pissa_forward(x, W, A, B, A0, B0):
     return x @ (W - B0 @ A0).T + x @ A.T @ B.T
 
 
-# generation -> (tensor, forward, its shape for a linear (out, inputs) and a rank, what the converter makes of it)
+# generation -> (tensor, forward, its shape for a linear (out, inputs) and a rank, what the converter makes of
+# it)
 GENERATIONS = {
     "v0 flat": ("bone", flat_forward, lambda out, inputs, r: (out, r), ("bat", "col")),
     "v0 col": ("bone", col_forward, lambda out, inputs, r: (out // r, r, r), ("bat", "col")),
@@ -97,7 +100,9 @@ def base_file(folder, version, dtype=torch.float32, **sizes):
 
 
 def whole_tensors(base, dtype, wanted=r".*(time|ln).*"):
-    """What their --train_parts "time ln" saves beside the adapter: every tensor with such a name, at other values."""
+    """What their --train_parts "time ln" saves beside the adapter: every tensor with such a name, at other
+    values.
+    """
     return {
         name: (1.1 * t.float() + 0.01).to(dtype)
         for name, t in base.items()
@@ -144,7 +149,9 @@ def refused(folder, words, hints=NO_HINTS, file="theirs.pth", to="native"):
 
 
 def same_layer(name, merged, x, want):
-    """Our merged weight on x against their forward. fp32 additions and one rounding: 2^-24 of the largest term, a few times over in a product."""
+    """Our merged weight on x against their forward. fp32 additions and one rounding: 2^-24 of the largest
+    term, a few times over in a product.
+    """
     close(name, x @ merged.double().T, want, 2e-6)
 
 
@@ -341,7 +348,8 @@ def test_square_blocks_are_read_as_the_origin_has_them_and_never_without_one(tmp
     tensors = theirs(tmp_path, base, generation, 7, 8, names=SQUARE)
     refused(
         tmp_path,
-        r"could be of two origins.*say which: --origin rwkv-peft \(.*\(heads, value, key\)\); --origin openmose .*--origin bone-v0 ",
+        r"could be of two origins.*say which: --origin rwkv-peft \(.*\(heads, value, key\)\); --origin"
+        r" openmose .*--origin bone-v0 ",
     )
     for origin, order, forward in (
         ("rwkv-peft", "row", row_forward),
@@ -584,8 +592,9 @@ def test_an_adapted_head_and_other_ranks_by_layer(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_tensors_of_some_layers_and_of_no_part_are_honoured(tmp_path, dtype):
-    """RWKV-LM-RLHF trains layer by layer: norms and mixes of one layer, its gate's g1 and g2, block 0's v0, which none of our parts has, and a
-    layer's own weights where the profile says full."""
+    """RWKV-LM-RLHF trains layer by layer: norms and mixes of one layer, its gate's g1 and g2, block 0's v0,
+    which none of our parts has, and a layer's own weights where the profile says full.
+    """
     base = base_file(tmp_path, 7, dtype, n_layer=3)
     layer = r"blocks\.2\.(att\.(g1|g2|x_r|w0|r_k|key\.weight)|ffn\.key\.weight|ln1\.weight)"
     whole = whole_tensors(base, dtype, layer + r"|blocks\.0\.att\.v0|emb\.weight")
@@ -696,7 +705,10 @@ def test_a_layer_profile_has_the_alpha_of_each_layer(tmp_path):
         (
             "0,lora,4",
             "0,lora,5",
-            "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the profile is of another",
+            (
+                "layer 0 has Mode lora, Rank 5 and Alpha 6, and blocks.0.att.key is a LoRA of rank 4; the"
+                " profile is of another"
+            ),
         ),
         ("0,lora", "0,bone", "has Mode bone"),
         ("4,6", "4,x", "has Rank '4' and Alpha 'x', expected numbers"),

@@ -1,4 +1,6 @@
-"""The tensor-core WKV (cuda/wkv6_chunked.cu and wkv7_chunked.cu), run on the CPU through cuda/emulate.h, against float64."""
+"""The tensor-core WKV (cuda/wkv6_chunked.cu and wkv7_chunked.cu), run on the CPU through cuda/emulate.h,
+against float64.
+"""
 
 import ctypes
 
@@ -12,8 +14,9 @@ from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
 CODES = {torch.bfloat16: 1, torch.float16: 2}
-# Relative L2 error; operands of products are bf16. The largest seen below is 8.7e-3, in db of two tokens, where it is one product that
-# nearly cancels. From 15 tokens on: y, dr, dw, dk, dv 2e-3 to 4e-3, da and db 4e-3 to 5.5e-3, states up to 2.5e-3.
+# Relative L2 error; operands of products are bf16. The largest seen below is 8.7e-3, in db of two tokens,
+# where it is one product that nearly cancels. From 15 tokens on: y, dr, dw, dk, dv 2e-3 to 4e-3, da and db
+# 4e-3 to 5.5e-3, states up to 2.5e-3.
 TOLERANCE = 1e-2
 GUARD = 64  # floats behind a buffer that must stay as they are
 
@@ -53,8 +56,9 @@ def launch(library, version, x, dy, dsT=None, reset=None):
 
 
 def check(libraries, version, state=True, packed=False, dtype=torch.bfloat16, oracle="reference", **shape):
-    """Against float64, with an initial state and a gradient of the final one or with neither, one document a row or several; and against
-    itself with the threads in the other order."""
+    """Against float64, with an initial state and a gradient of the final one or with neither, one document a
+    row or several; and against itself with the threads in the other order.
+    """
     library = libraries[version]
     x, dy, dsT = make(version, N=64, **shape)
     x, dy = {name: t if name in ("u", "s0") else t.to(dtype) for name, t in x.items()}, dy.to(dtype)
@@ -68,7 +72,8 @@ def check(libraries, version, state=True, packed=False, dtype=torch.bfloat16, or
         exact = exact.detach()
         error = (got[name] - exact).norm() / exact.norm().clamp(min=1e-30)
         assert error <= TOLERANCE, (
-            f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {TOLERANCE:.0e}"
+            f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed"
+            f" {TOLERANCE:.0e}"
         )
     if packed and state:
         assert not got["ds0"][reset[:, 0]].any()

@@ -14,15 +14,17 @@ from .conftest import ROOT
 from .test_wkv import NAMES, REGIMES, both, documents, drop, make, results
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Relative L2 error allowed in fp32. The largest seen below: 2.4e-7 for v6; 8.3e-7 for v7, in dk of single tokens, where v . dy cancels; 1.0e-5
-# in dw, which is a difference of sums over all later tokens.
+# Relative L2 error allowed in fp32. The largest seen below: 2.4e-7 for v6; 8.3e-7 for v7, in dk of single
+# tokens, where v . dy cancels; 1.0e-5 in dw, which is a difference of sums over all later tokens.
 TOLERANCE = {6: 2e-6, 7: 1e-6}
 TOLERANCE_DW = 5e-5
 GUARD = 64  # floats behind the scratch that must stay as they are
 
 
 def launch(library, version, x, dy, dsT=None, reset=None):
-    """What `test_wkv.results` gives, from a library. All that it has to write is NaN before, and it may not use more scratch than it asks for."""
+    """What `test_wkv.results` gives, from a library. All that it has to write is NaN before, and it may not
+    use more scratch than it asks for.
+    """
     r, s0 = x["r"], x.get("s0")
     B, T, H, N = r.shape
     sizes = [ctypes.c_int64(n) for n in (B, T, H, N)]
@@ -51,7 +53,9 @@ def launch(library, version, x, dy, dsT=None, reset=None):
 
 
 def check(libraries, version, state=True, packed=False, **shape):
-    """Against float64, with an initial state and a gradient of the final one or with neither, one document a row or several."""
+    """Against float64, with an initial state and a gradient of the final one or with neither, one document a
+    row or several.
+    """
     x, dy, dsT = make(version, **shape)
     if not state:
         x, dsT = drop(x, "s0"), None
@@ -64,7 +68,8 @@ def check(libraries, version, state=True, packed=False, **shape):
         error = (got[name] - exact).norm() / exact.norm().clamp(min=1e-30)
         allowed = TOLERANCE_DW if name == "dw" else TOLERANCE[version]
         assert error <= allowed, (
-            f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed {allowed:.0e}"
+            f"{name} of {shape}, state {state}, packed {packed}: relative error {error:.1e}, allowed"
+            f" {allowed:.0e}"
         )
     if packed and state:
         assert not got["ds0"][reset[:, 0]].any()
@@ -184,7 +189,9 @@ def test_what_does_not_fit_is_refused(libraries, version):
 @pytest.mark.parametrize("chunked", [False, True])
 @both
 def test_the_operators_drive_the_kernels(libraries, monkeypatch, version, chunked):
-    """rwkv::wkv*, gradients and all, over the emulated library in the place of the GPU's; and that they give it the memory it asks for."""
+    """rwkv::wkv*, gradients and all, over the emulated library in the place of the GPU's; and that they give
+    it the memory it asks for.
+    """
     monkeypatch.setattr(native, "library", lambda device: libraries[version])
     assert native.self_error(version, "cpu", chunked) < native.ALLOWED[chunked]
     x, _, _ = make(version, 37, N=64, B=1, H=1)

@@ -1,4 +1,6 @@
-"""From JSONL to batches: the very tokens that chat uses, every row once, and a loss that does not see how the rows were cut up."""
+"""From JSONL to batches: the very tokens that chat uses, every row once, and a loss that does not see how the
+rows were cut up.
+"""
 
 import itertools
 import json
@@ -165,9 +167,12 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ]
     documents = load(rows, ctx_len=8)
     # 8 inputs with their targets are 9 tokens, the end of document among them
-    assert [marked(row) for row in documents.rows] == ["<12345678$>", "<123456789>", "<9$>", "<1$>"], (
-        "the fourth is left out"
-    )
+    assert [marked(row) for row in documents.rows] == [
+        "<12345678$>",
+        "<123456789>",
+        "<9$>",
+        "<1$>",
+    ], "the fourth is left out"
     assert (documents.split, documents.cut, documents.cut_tokens, documents.untrained) == (1, 0, 0, 1)
     assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 1]
     assert documents.targets == 18 and documents.tokens == 22
@@ -176,9 +181,10 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     lines = describe.data(config, documents, data.make_schedule(documents, config, 1))
     assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
     assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
-    assert lines[2] == (
-        "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which begins with the last token "
-        "of the one before"
+    assert (
+        lines[2]
+        == "long texts 1 text of more than --ctx_len 8 tokens, cut into several documents, each of which"
+        " begins with the last token of the one before"
     )
     assert lines[3:] == ["warning    1 document left out: nothing in the first 8 tokens is trained"]
     cut = load(rows[2:], ctx_len=26)
@@ -401,9 +407,11 @@ def documents():
 
 
 def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, step=0, packed=0):
-    """(loss, gradients) of one optimizer step as the trainer makes it: the mean over ranks and micro-batches of training_step.
+    """(loss, gradients) of one optimizer step as the trainer makes it: the mean over ranks and micro-batches
+    of training_step.
 
-    packed: the length of rows that documents share; 0: a row for each."""
+    packed: the length of rows that documents share; 0: a row for each.
+    """
     from src.trainer import FineTuning
 
     config = Config(
@@ -453,7 +461,9 @@ def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
 
 @pytest.mark.parametrize("ctx_len", [32, 57, 400])
 def test_documents_that_share_rows_make_the_same_step(model, documents, ctx_len):
-    """The sum over documents of losses and gradients, each document as if alone; under 400 all 13 are one row."""
+    """The sum over documents of losses and gradients, each document as if alone; under 400 all 13 are one
+    row.
+    """
     whole, gradients = step_gradients(model, documents, 13, 1, 1)
     for sizes in ((8, 1, 1), (2, 2, 2)):
         loss, packed = step_gradients(model, documents, *sizes, packed=ctx_len)
@@ -481,7 +491,9 @@ def test_pack():
 
 
 def test_a_row_of_several_documents():
-    """Targets stay inside a document, resets stand where one starts inside a row, and a document without inputs takes no room."""
+    """Targets stay inside a document, resets stand where one starts inside a row, and a document without
+    inputs takes no room.
+    """
     a = Document(np.array([5, 6, 7], np.int32), np.array([0, 1, 0], bool))
     b = Document(np.array([8, 9], np.int32), np.array([1, 1], bool))
     end_only = Document(np.array([0], np.int32), np.array([True]))
@@ -504,7 +516,9 @@ def test_a_step_without_targets_is_zero_and_not_nan(model):
 
 @pytest.mark.parametrize("peft", ["miss", "adalora"])
 def test_a_step_without_a_trained_token_has_no_loss_and_moves_nothing(tmp_path, monkeypatch, peft, capfd):
-    """Such rows are left out; here one is not, and comes after steps that have given the optimizer its momentum."""
+    """Such rows are left out; here one is not, and comes after steps that have given the optimizer its
+    momentum.
+    """
     from src import config as configuration
     from src import run
 

@@ -1,4 +1,6 @@
-"""The decoder of the CPU against the model in float64: logits, states, every kind of weights, and the way into the chat and back."""
+"""The decoder of the CPU against the model in float64: logits, states, every kind of weights, and the way
+into the chat and back.
+"""
 
 import copy
 import dataclasses
@@ -23,7 +25,8 @@ from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
 
-# fp32 sums against float64, relative to the largest logit: 3e-7 to 3e-6 seen. Goldens' README: 2e-5 between independent fp32 runtimes
+# fp32 sums against float64, relative to the largest logit: 3e-7 to 3e-6 seen. Goldens' README: 2e-5 between
+# independent fp32 runtimes
 TOLERANCE = 2e-5
 
 SIZES = [
@@ -86,7 +89,9 @@ def close_states(got, want, ratio):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_logits_and_states_are_the_models(sizes, dtype):
-    """Weights in bf16 cost nothing: the model in float64 has the same rounded ones, and the tolerance is that of fp32."""
+    """Weights in bf16 cost nothing: the model in float64 has the same rounded ones, and the tolerance is that
+    of fp32.
+    """
     arch = make(**sizes)
     tensors = {name: t if "time_state" in name else t.to(dtype) for name, t in random_tensors(arch).items()}
     ids = some_ids(arch, 19)
@@ -133,7 +138,9 @@ def test_golden_logits_and_states(data_dir, name):
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_int8_weights_are_a_byte_each_and_no_further_off(version):
-    """The decoder has the error of the rounded weights and none of its own: float64 with the same weights is the reference."""
+    """The decoder has the error of the rounded weights and none of its own: float64 with the same weights is
+    the reference.
+    """
     arch = make(version, n_embd=72, head_size=8, vocab_size=101)
     tensors = random_tensors(arch)
     rounded = dict(tensors)
@@ -182,7 +189,9 @@ def test_any_number_of_threads_gives_the_same_bits(sizes, int8, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [SIZES[0], SIZES[1], SIZES[6], SIZES[10], SIZES[11]], ids=str)
 def test_the_state_passes_between_prompt_and_answer_and_back(sizes):
-    """Prompt, single tokens, a second prompt, and the model itself going on from there: as if all of it had been read at once."""
+    """Prompt, single tokens, a second prompt, and the model itself going on from there: as if all of it had
+    been read at once.
+    """
     arch = make(**sizes)
     tensors = random_tensors(arch)
     ids = some_ids(arch, 41)
@@ -203,7 +212,9 @@ def test_the_state_passes_between_prompt_and_answer_and_back(sizes):
 @pytest.mark.parametrize("reading, ratio", [(torch.float32, TOLERANCE), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("version", [6, 7])
 def test_a_prompt_is_read_in_fp32_where_the_cpu_has_no_bf16(version, reading, ratio, monkeypatch):
-    """With weights that stay bf16: then as exactly as single tokens are; else with the rounding of bf16 activations, 0.01 seen."""
+    """With weights that stay bf16: then as exactly as single tokens are; else with the rounding of bf16
+    activations, 0.01 seen.
+    """
     monkeypatch.setattr(decode, "multiplies_bf16", lambda: reading == torch.bfloat16)
     arch = make(version)
     tensors = {name: t.bfloat16() for name, t in random_tensors(arch).items()}
@@ -234,7 +245,9 @@ def test_states_that_are_kept_stay_as_they_are():
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("method", ["miss", "lora", "state"])
 def test_adapters_of_every_kind_lose_nothing(version, method, checkpoint, tmp_path):
-    """On a bf16 base: what is adapted has its factors in fp32 beside it, what is trained as a whole stays fp32, the rest stays the file's bf16."""
+    """On a bf16 base: what is adapted has its factors in fp32 beside it, what is trained as a whole stays
+    fp32, the rest stays the file's bf16.
+    """
     base, vocabulary = checkpoint(version, torch.bfloat16), tmp_path / "vocabulary.txt"
     vocabulary.write_text("".join(f"{i} {bytes([64 + i])!r} 1\n" for i in range(1, 60)))
     trained = RWKV.load(base)
@@ -370,7 +383,9 @@ def test_a_closed_decoder_is_an_error():
 
 
 def test_waiting_threads_use_no_time_and_end(monkeypatch):
-    """The pool sleeps between tokens, which a chat spends on waiting for its user, and its threads are gone once it is closed."""
+    """The pool sleeps between tokens, which a chat spends on waiting for its user, and its threads are gone
+    once it is closed.
+    """
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     arch = make(7)
     before = threads()
@@ -390,7 +405,9 @@ def threads():
 
 
 def test_flags_reach_the_decoder(checkpoint, capsys, monkeypatch):
-    """The one line that a chat says names what --quant, --precision and --wkv chose; the answer is that of the plain model."""
+    """The one line that a chat says names what --quant, --precision and --wkv chose; the answer is that of
+    the plain model.
+    """
     from demo import chat
 
     path = checkpoint(7, torch.bfloat16, vocab_size=257)

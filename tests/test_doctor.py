@@ -1,4 +1,6 @@
-"""The doctor as a user runs it, with things missing; gpu_check.sh up to the GPU, and the record it leaves for the doctor."""
+"""The doctor as a user runs it, with things missing; gpu_check.sh up to the GPU, and the record it leaves for
+the doctor.
+"""
 
 import json
 import os
@@ -285,7 +287,10 @@ def test_the_record_of_a_run(records, tmp_path, monkeypatch, capsys):
         "build": ("Status(built=True)\n", 0),
         "tests": ("..\n=== 9 passed in 3.1s ===\n", 0),
         "numerics": (
-            'wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y: 1e+00"]}\n',
+            (
+                'wkv7 cuda float32 y 1e-7\n{"errors": {"wkv7 cuda": {"float32": 1}}, "failures": ["wkv7 y:'
+                ' 1e+00"]}\n'
+            ),
             0,
         ),
         "memcheck": ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
@@ -370,7 +375,10 @@ def checkout(tmp_path):
         'cd "$(dirname "${BASH_SOURCE[0]}")/.."; echo "setup $@" >> calls\n'
     )
     calls = tmp_path / "calls"
-    python = f'echo "python $@" >> {calls}\ncase "$@" in *pytest*) exit 1 ;; *gpu_record*) ls $3 > {tmp_path}/logs; cat $3/tests.code ;; esac'
+    python = (
+        f'echo "python $@" >> {calls}\ncase "$@" in *pytest*) exit 1 ;; *gpu_record*) ls $3 >'
+        f" {tmp_path}/logs; cat $3/tests.code ;; esac"
+    )
     stub(tmp_path / "bin", "python", python)
     stub(
         tmp_path / "bin",

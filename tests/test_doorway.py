@@ -73,7 +73,9 @@ INTERRUPTED = {
 
 @pytest.mark.parametrize("where", INTERRUPTED)
 def test_ctrl_c_is_not_lost(where, tmp_path):
-    """An interrupt that an import catches, or one in a destructor, which Python only prints, went unnoticed. Otherwise work may tidy up."""
+    """An interrupt that an import catches, or one in a destructor, which Python only prints, went unnoticed.
+    Otherwise work may tidy up.
+    """
     (tmp_path / "lazy.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.01)\n"
     )
@@ -201,7 +203,10 @@ print(resident() - before)
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise():
-    code = "import os\nfrom src.doorway import importing\nwith importing(): pass\nprint(os.environ['OMP_WAIT_POLICY'])"
+    code = (
+        "import os\nfrom src.doorway import importing\nwith importing():"
+        " pass\nprint(os.environ['OMP_WAIT_POLICY'])"
+    )
     for given, found in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
         environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
         assert run(["-c", code], stdout=subprocess.PIPE, env=environment).stdout.strip() == found

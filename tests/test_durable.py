@@ -1,4 +1,6 @@
-"""Nothing is lost: killed at any moment, out of disk, on another number of processes, after a NaN, a run goes on to the same losses."""
+"""Nothing is lost: killed at any moment, out of disk, on another number of processes, after a NaN, a run goes
+on to the same losses.
+"""
 
 import concurrent.futures
 import errno
@@ -45,7 +47,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(files, tmp_path):
-    """run(name, *flags, sabotage=None) -> (exit code of rank 0, everything printed); the run is in tmp_path / name."""
+    """run(name, *flags, sabotage=None) -> (exit code of rank 0, everything printed); the run is in tmp_path /
+    name.
+    """
 
     def start(name, *flags, sabotage=None):
         base = [] if "none" in flags else ["--peft_config", "r=5"]
@@ -74,7 +78,9 @@ def run(files, tmp_path):
 
 
 def same_run(one, other, exact=True):
-    """Equal losses and trained tensors; with other processes or another strategy the same sums come in another order."""
+    """Equal losses and trained tensors; with other processes or another strategy the same sums come in
+    another order.
+    """
     ours, theirs = (read_checkpoint(proj_dir / "adapter.pth") for proj_dir in (one, other))
     if exact:
         assert losses(one) == losses(other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -83,7 +89,8 @@ def same_run(one, other, exact=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-# what is done to a run, beside what is in program.py; each is called in its processes before the program starts
+# what is done to a run, beside what is in program.py; each is called in its processes before the program
+# starts
 
 
 def hang_up():
@@ -135,7 +142,9 @@ def spoil(kind, steps, rank):
 
 
 def terminate_last_rank(step, rank):
-    """The second of two processes, and only it, is asked to end after a step, when the processes have agreed on going on."""
+    """The second of two processes, and only it, is asked to end after a step, when the processes have agreed
+    on going on.
+    """
     after_step = rwkv_miss.after_step
 
     def asked(model, done, *others):
@@ -151,7 +160,9 @@ def terminate_last_rank(step, rank):
 
 @pytest.mark.parametrize("kind", ["dropout", "fp16"])
 def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
-    """2 steps, Ctrl-C or a closed terminal while the metrics are written, and the other 4: bit for bit the uninterrupted run."""
+    """2 steps, Ctrl-C or a closed terminal while the metrics are written, and the other 4: bit for bit the
+    uninterrupted run.
+    """
     flags = (
         ["--precision", "fp16"] if kind == "fp16" else ["--peft", "lora", "--peft_config", "r=5,dropout=0.3"]
     )
@@ -187,7 +198,9 @@ def test_random_numbers_and_the_loss_scale_go_on(run, tmp_path, kind):
 
 
 def test_other_processes_and_strategies_go_on(run, tmp_path):
-    """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one gets a SIGTERM, ZeRO-3 with offload: one run."""
+    """ZeRO-2 with offload on two processes, one plain process, two under DDP of which one gets a SIGTERM,
+    ZeRO-3 with offload: one run.
+    """
     flags = ["--epoch_count", "2"]
     succeed(run("whole", *flags))
     two = [*flags, "--devices", "2", "--micro_bsz", "2", "--resume", "auto"]
@@ -296,7 +309,9 @@ MOMENTS = [
 
 
 def test_killed_at_every_kind_of_moment(run, tmp_path):
-    """One run, killed again and again before a file is opened, renamed or removed, and once in the middle of a checkpoint."""
+    """One run, killed again and again before a file is opened, renamed or removed, and once in the middle of
+    a checkpoint.
+    """
     succeed(run("whole"))
     flags = ["--save_steps", "1", "--resume", "auto"]
     proj_dir = tmp_path / "parts"
@@ -387,7 +402,9 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_the_next_one_nothing(ru
 
 
 def pause(change, tell, go, rank):
-    """Wait before a file is opened or renamed whose path contains `change`, once, until the file `go` is there."""
+    """Wait before a file is opened or renamed whose path contains `change`, once, until the file `go` is
+    there.
+    """
     waited = []
 
     def hook(event, args):
@@ -411,7 +428,9 @@ def contents(folder):
 @pytest.mark.parametrize("moment", ["rows.jsonl", "run.json"])
 @pytest.mark.parametrize("resume", ["none", "auto"])
 def test_two_runs_do_not_share_a_folder(run, tmp_path, moment, resume):
-    """One is paused when it reads its data, for which it has looked into the folder, or when it ends; another begins."""
+    """One is paused when it reads its data, for which it has looked into the folder, or when it ends; another
+    begins.
+    """
     proj_dir, tell, go = (tmp_path / name for name in ("run", "tell", "go"))
     if resume == "auto":
         succeed(run("run", "--epoch_steps", "1"))
@@ -513,7 +532,8 @@ FULL = ["--peft", "none", "--lr_init", "1e-3"]
 @pytest.mark.parametrize(
     "kind, flags, undone",
     [
-        # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves step 3's, too
+        # the state after step 2 is known to be good by the loss of step 3; a finite loss of step 4 proves
+        # step 3's, too
         ("loss", ["--rollback_steps", "1"], [2, 3]),
         ("gradient", ["--rollback_steps", "1"], [3]),
         ("loss", ["--rollback_steps", "1", *TWO, "deepspeed_stage_2"], [2, 3]),
@@ -524,7 +544,9 @@ FULL = ["--peft", "none", "--lr_init", "1e-3"]
     ids=["loss", "gradient", "loss, ZeRO-2", "gradient, ZeRO-3", "gradient, DDP", "full training"],
 )
 def test_a_nan_undoes_the_steps_that_led_to_it(run, tmp_path, kind, flags, undone):
-    """A NaN in step 4: the run equals one in which these updates (0-based) were not made, and the later steps are in their places."""
+    """A NaN in step 4: the run equals one in which these updates (0-based) were not made, and the later steps
+    are in their places.
+    """
     full = FULL if "none" in flags else []
     succeed(run("left-out", *full, sabotage=functools.partial(spoil, "update", undone)))
     output = succeed(run("run", *flags, sabotage=functools.partial(spoil, kind, [3])))

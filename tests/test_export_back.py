@@ -1,4 +1,6 @@
-"""safetensors, Hugging Face folders, and the way back from every form: the same file, or a note of what is not."""
+"""safetensors, Hugging Face folders, and the way back from every form: the same file, or a note of what is
+not.
+"""
 
 import dataclasses
 import json
@@ -430,8 +432,10 @@ def test_what_is_no_file_is_refused(tmp_path):
         (".", "is a folder without config.json"),
     ):
         with pytest.raises(UserError, match=message):
-            export(tmp_path / name, tmp_path / "m.gguf", "gguf") if name != "." else export(
-                tmp_path, tmp_path / "b.pth", "pth"
+            (
+                export(tmp_path / name, tmp_path / "m.gguf", "gguf")
+                if name != "."
+                else export(tmp_path, tmp_path / "b.pth", "pth")
             )
     with pytest.raises(UserError, match="none.gguf does not exist"):
         export(tmp_path / "none.gguf", tmp_path / "b.pth", "pth")
@@ -496,7 +500,9 @@ def test_infinite_values_do_not_come_back(tmp_path):
 
 
 def test_mutated_files_are_refused_or_read(tmp_path):
-    """Truncated, flipped and overwritten with extremes, most often in the header: never anything but a UserError."""
+    """Truncated, flipped and overwritten with extremes, most often in the header: never anything but a
+    UserError.
+    """
     saved(tmp_path / "m.pth", make_arch(7, 1, 64, 64, 16), metadata=METADATA)
     draw, refused, files = random.Random(0), 0, {}
     for to in ("gguf", "safetensors", "hf"):

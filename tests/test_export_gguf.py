@@ -1,4 +1,6 @@
-"""GGUF files read by the package gguf: every tensor and key as llama.cpp expects them, and refusals of what it would compute wrongly."""
+"""GGUF files read by the package gguf: every tensor and key as llama.cpp expects them, and refusals of what
+it would compute wrongly.
+"""
 
 import ast
 import dataclasses
@@ -49,7 +51,9 @@ def read(path):
 
 
 def expected(t, version):
-    """name -> (kind of tensor, values), of a model of two layers, word by word as llama.cpp's two models read them."""
+    """name -> (kind of tensor, values), of a model of two layers, word by word as llama.cpp's two models read
+    them.
+    """
     p = {"token_embd.weight": ("L", t["emb.weight"]), "output.weight": ("L", t["head.weight"])}
     norms = {"token_embd_norm": "blocks.0.ln0", "output_norm": "ln_out"}
     for i in range(2):
@@ -116,7 +120,9 @@ def test_every_tensor_is_there_and_no_other(tmp_path, version, kind):
             assert torch.equal(found, values), name
         elif type_ == "BF16":
             assert torch.equal(found, values.bfloat16().float()), name
-        else:  # half a step of the scale that 32 neighbours share, a whole one at Q4_0's missing eighth positive step, and what fp16 rounds off
+        # half a step of the scale that 32 neighbours share, a whole one at Q4_0's missing eighth positive
+        # step, and what fp16 rounds off
+        else:
             blocks = values.reshape(-1, 32)
             largest = blocks.abs().amax(1, keepdim=True)
             step = largest / (127 * 2 if kind == "Q8_0" else 8) + largest / 2**11
@@ -250,7 +256,10 @@ def test_a_tokenizer_without_a_form_is_left_out_loudly(tmp_path):
 
 
 def test_the_users_own_template_is_in_the_file_without_its_marks_of_training(tmp_path):
-    template = "{% for m in messages %}<{{ m['role'] }}>{% generation %}{{ m['content'] }}{%- endgeneration -%}  .{{ eos_token }}{% endfor %}"
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% generation %}{{ m['content'] }}{%- endgeneration -%}  .{{"
+        " eos_token }}{% endfor %}"
+    )
     saved(tmp_path / "m.pth", arch_of(7), metadata={"tokenizer": "bytes", "template": template})
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf")
     kept = read(tmp_path / "m.gguf")[0]["tokenizer.chat_template"]

@@ -1,4 +1,6 @@
-"""GGUF files under llama.cpp itself: logits, tokens, the chat template. Its libraries come by `python -m benchmarks.llama`."""
+"""GGUF files under llama.cpp itself: logits, tokens, the chat template. Its libraries come by `python -m
+benchmarks.llama`.
+"""
 
 import dataclasses
 import random
@@ -17,8 +19,9 @@ from .conftest import close, make_arch, random_tensors
 
 pytest.importorskip("gguf", reason="the extra convert is absent: pip install gguf")
 EXACT = 2e-5  # of max |logit|: fp32 against float64, as for every implementation in the goldens' README
-# (mean KL, agreement of the likeliest token): 2.5 times the worst of 20 random models of this size, KL 2.9e-5, 4.2e-4 and 4.3e-2, agreement 0.95,
-# 0.93 and 0.50; llama.cpp rounds the activations too. A random model of 12 x 768 loses the same: 2.6e-5, 3e-4, 3.5e-2
+# (mean KL, agreement of the likeliest token): 2.5 times the worst of 20 random models of this size, KL
+# 2.9e-5, 4.2e-4 and 4.3e-2, agreement 0.95, 0.93 and 0.50; llama.cpp rounds the activations too. A random
+# model of 12 x 768 loses the same: 2.6e-5, 3e-4, 3.5e-2
 LOST = {"BF16": (7e-5, 0.9), "Q8_0": (1e-3, 0.85), "Q4_0": (0.1, 0.4)}
 
 
@@ -26,7 +29,8 @@ LOST = {"BF16": (7e-5, 0.9), "Q8_0": (1e-3, 0.85), "Q4_0": (0.1, 0.4)}
 def library():
     if not llama.FOLDER.exists():
         pytest.skip(
-            f"LLAMA.CPP ABSENT ({llama.FOLDER}): python -m benchmarks.llama fetches it; GGUF is not checked against it"
+            f"LLAMA.CPP ABSENT ({llama.FOLDER}): python -m benchmarks.llama fetches it; GGUF is not checked"
+            " against it"
         )
     return llama.load_library()
 

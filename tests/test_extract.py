@@ -1,4 +1,6 @@
-"""rwkv-miss diff: the MiSS adapter that comes nearest to the difference of two checkpoints, against least squares in float64."""
+"""rwkv-miss diff: the MiSS adapter that comes nearest to the difference of two checkpoints, against least
+squares in float64.
+"""
 
 import json
 
@@ -19,15 +21,19 @@ LINEARS = {6: 16, 7: 12}  # of two layers
 
 @pytest.fixture
 def pair(merging):
-    """pair(version, dtypes, change=function of B's tensors) -> folder with a.pth and b.pth, in which all matrices of the layers differ by noise."""
+    """pair(version, dtypes, change=function of B's tensors) -> folder with a.pth and b.pth, in which all
+    matrices of the layers differ by noise.
+    """
 
     def make(version=7, a=torch.float32, b=torch.float32, change=None, noise=1e-2, **metadata):
         first = random_tensors(make_arch(version, n_embd=40, head_size=8))
         torch.manual_seed(3)
         second = {
-            key: t + noise * torch.randn(t.shape)
-            if t.dim() == 2 and key.startswith("blocks") and key.endswith(".weight")
-            else t.clone()
+            key: (
+                t + noise * torch.randn(t.shape)
+                if t.dim() == 2 and key.startswith("blocks") and key.endswith(".weight")
+                else t.clone()
+            )
             for key, t in first.items()
         }
         if change:
@@ -55,7 +61,8 @@ def refused(folder, words, *args, **options):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-# 40 and 160 columns: 7 and 11 divide neither, and of 11 contiguous shards of 40 columns, which are of 4, the last is empty
+# 40 and 160 columns: 7 and 11 divide neither, and of 11 contiguous shards of 40 columns, which are of 4, the
+# last is empty
 @pytest.mark.parametrize(
     "version, a, b, rank, layout",
     [
@@ -102,7 +109,8 @@ def test_noise_is_explained_as_a_random_matrix_is(pair):
         sum(8 / w * d.norm**2 for d, w in zip(report.linears, [40] * 5 + [160] + [40] * 5 + [160]))
         / sum(d.norm**2 for d in report.linears)
     )
-    # 12 matrices of 40 rows and more: the share of a row has a standard deviation of about sqrt(2 / 40) of itself
+    # 12 matrices of 40 rows and more: the share of a row has a standard deviation of about sqrt(2 / 40) of
+    # itself
     assert report.share("explained") == pytest.approx(report.share("random"), rel=0.05)
 
 

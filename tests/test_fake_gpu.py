@@ -1,7 +1,7 @@
 """The paths of a GPU on a device that computes nothing (tests/fake_gpu), in a process of their own.
 
-`python -m tests.fake_gpu --write` writes tests/fake_gpu/table.json anew: look at each difference, and commit it
-with its cause.
+`python -m tests.fake_gpu --write` writes tests/fake_gpu/table.json anew: look at each difference, and commit
+it with its cause.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Adapters on models that are not plain stacks of nn.Linear: each works, equal to the live model in every file, or is refused before training."""
+"""Adapters on models that are not plain stacks of nn.Linear: each works, equal to the live model in every
+file, or is refused before training.
+"""
 
 import copy
 
@@ -50,7 +52,9 @@ def files(model, base, folder):
 
 
 def same_everywhere(model, base, inputs, folder, tolerance=1e-5):
-    """The answers of the file loaded, merged, and trained on, saved again and loaded, are those of the live models."""
+    """The answers of the file loaded, merged, and trained on, saved again and loaded, are those of the live
+    models.
+    """
     adapter, _, merged = files(model, base, folder)
     loaded, plain, again = (copy.deepcopy(base).eval() for _ in range(3))
     rwkv_miss.load_adapter(loaded, adapter)

@@ -1,4 +1,6 @@
-"""Data files of every format become the same rows, and what is wrong with one is told with file, line and reason."""
+"""Data files of every format become the same rows, and what is wrong with one is told with file, line and
+reason.
+"""
 
 import gzip
 import json
@@ -30,7 +32,9 @@ PAIRS = [{"question": "q", "answer": "a"}, {"question": "2", "answer": "二🙂"
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """read(content of a file, its name, ...) -> rows, read from the file's folder so that messages begin with the name."""
+    """read(content of a file, its name, ...) -> rows, read from the file's folder so that messages begin with
+    the name.
+    """
     monkeypatch.chdir(tmp_path)
 
     def make(content, name="rows.jsonl", report=None, **reading):
@@ -195,8 +199,8 @@ def test_columns_that_do_not_tell(read):
     row = {"text": "t", "question": "x", "answer": "y"}
     message = mistake(read, [row])
     assert (
-        "line 1: the row has several layouts, choose one with --sft_field text or --sft_field question,answer; got keys"
-        in message
+        "line 1: the row has several layouts, choose one with --sft_field text or --sft_field"
+        " question,answer; got keys" in message
     )
     assert "--sft_field txt: no column 'txt'; got keys ['answer', 'question', 'text']" in mistake(
         read, [row], fields=("txt",)
@@ -287,7 +291,9 @@ def test_names_that_are_no_text(read):
 
 
 def test_marks_blanks_and_commas_where_they_are_no_mistake(read):
-    """Files with a byte order mark, put one after the other; one column, whose cells have commas; one row, which is an array itself."""
+    """Files with a byte order mark, put one after the other; one column, whose cells have commas; one row,
+    which is an array itself.
+    """
     marked = json.dumps({"text": "t"}).encode("utf-8-sig") + b"\n"
     assert read(marked + b" \n" + marked + marked.rstrip()) == [{"text": "t"}] * 3
     assert read("text\none, two\n\nthree\n", "rows.tsv") == [{"text": "one, two"}, {"text": "three"}]
@@ -307,7 +313,8 @@ def test_rows_of_several_layouts(read):
     rows = read([{"text": "t", "id": 1}, *PAIRS, {"messages": CHAT, "note": "x"}], report=report)
     assert rows == [{"text": "t"}, *CHATS, {"messages": CHAT}]
     assert report.lines() == [
-        "format     rows.jsonl: JSONL, 4 rows, question -> answer (2), text (1), messages (1); not used: id, note"
+        "format     rows.jsonl: JSONL, 4 rows, question -> answer (2), text (1), messages (1); not used: id,"
+        " note"
     ]
     again = Found.from_json(json.loads(json.dumps(report.files["rows.jsonl"].to_json())))
     assert again == report.files["rows.jsonl"]
@@ -506,7 +513,10 @@ def test_skipping_counts_and_shows_the_first_three(read):
         (
             "base.pth",
             b"PK\x03\x04....",
-            "base.pth is a model or an adapter, no data; a model goes to --load_model, --data_file takes text",
+            (
+                "base.pth is a model or an adapter, no data; a model goes to --load_model, --data_file takes"
+                " text"
+            ),
         ),
         ("base.gguf", b"GGUF....", "base.gguf is a model or an adapter, no data"),
         (
@@ -522,7 +532,10 @@ def test_skipping_counts_and_shows_the_first_three(read):
         (
             "rows.foo",
             "what is this",
-            "rows.foo is of no known format; it begins with 'what is this'. Expected JSONL, JSON, CSV or TSV with",
+            (
+                "rows.foo is of no known format; it begins with 'what is this'. Expected JSONL, JSON, CSV or"
+                " TSV with"
+            ),
         ),
         (
             "rows.bin",
@@ -639,7 +652,10 @@ def test_names_of_data_sets(read, monkeypatch):
     assert asked == [(("org/some.data",), "2"), (("org/data", "main"), "2")]
     with pytest.raises(
         UserError,
-        match="no/such is no file or folder here, and datasets can't load .* split '2' .*ConnectionError: offline",
+        match=(
+            "no/such is no file or folder here, and datasets can't load .* split '2' .*ConnectionError:"
+            " offline"
+        ),
     ):
         list(read_rows("no/such", reading=Reading(split="2")))
     os.mkdir("org")
@@ -810,8 +826,11 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
         "format     c.csv: CSV, 1 row, prompt + completion",
         "warning    2 rows cannot be used and are left out (--on_bad_row skip), such as:",
         "    a.jsonl, line 101: text must be a non-empty string, got 1",
-        "    b.bin, document 11: id 256 is not in the vocabulary of tokenizer bytes, whose size is 256: another one made these data; give it as "
-        "--tokenizer if the model was trained with it (world has ids up to 65529), else make the data again, from text",
+        (
+            "    b.bin, document 11: id 256 is not in the vocabulary of tokenizer bytes, whose size is 256:"
+            " another one made these data; give it as --tokenizer if the model was trained with it (world has"
+            " ids up to 65529), else make the data again, from text"
+        ),
     ]
     assert rows[:50] != [
         bytes(row.ids).decode()

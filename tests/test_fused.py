@@ -25,14 +25,17 @@ SIZES = [
     (1, 17, 160, 2),
     (2, 16, 512, 2),
 ]  # B, T, C, heads: head sizes 8, 16, 64, 80, 256
-# Largest errors seen below, against the largest value (torch 2.13 CPU, AVX-512, AVX2, SSE2): fp32 6e-7, in dq of the low-rank mixes, a sum
-# over the channels; bf16 8e-3 with outputs rounded once, 2^-8 = 4e-3 of a value each, and the low-rank mixes rounded before their use
+# Largest errors seen below, against the largest value (torch 2.13 CPU, AVX-512, AVX2, SSE2): fp32 6e-7, in dq
+# of the low-rank mixes, a sum over the channels; bf16 8e-3 with outputs rounded once, 2^-8 = 4e-3 of a value
+# each, and the low-rank mixes rounded before their use
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 EPS = 64e-5
 
 
 def cases(B, T, C, heads):
-    """{name: (function of activations and native, activations, names of what the native form keeps)}; numbers are exact in bf16."""
+    """{name: (function of activations and native, activations, names of what the native form keeps)}; numbers
+    are exact in bf16.
+    """
     generator = torch.Generator().manual_seed(1000 * T + C)
 
     def x(*sizes):
@@ -81,8 +84,10 @@ def results(function, activations, dtype, on):
 
 def compare(what, mine, exact, tolerance):
     """The gradient of `last` is exactly 0 where a document starts in every row."""
-    close(what, mine, exact, tolerance) if exact.any() else torch.testing.assert_close(
-        mine.double(), exact, atol=0, rtol=0
+    (
+        close(what, mine, exact, tolerance)
+        if exact.any()
+        else torch.testing.assert_close(mine.double(), exact, atol=0, rtol=0)
     )
 
 
@@ -185,7 +190,9 @@ def test_a_part_of_the_outputs_may_be_left_unused(name):
 
 @every_function
 def test_nothing_more_is_kept_than_stated(name):
-    """Storages of the stated activations, and vectors of the model; a token shift with fixed mixes keeps no activation."""
+    """Storages of the stated activations, and vectors of the model; a token shift with fixed mixes keeps no
+    activation.
+    """
     function, activations, stated = cases(2, 15, 48, 3)[name]
     leaves, kept = [t.float().requires_grad_() for t in activations], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -273,7 +280,9 @@ def test_a_variance_that_overflows_is_nan():
 
 
 def test_a_key_of_zero_has_no_direction():
-    """normalize() holds the length at 1e-12 there, and its gradient at 0: kappa and the gradients are those of the plain form."""
+    """normalize() holds the length at 1e-12 there, and its gradient at 0: kappa and the gradients are those
+    of the plain form.
+    """
     k, a = torch.randn(2, 3, 16, dtype=torch.float64), torch.randn(2, 3, 16, dtype=torch.float64)
     k[0, 1, :8] = 0
     ones = torch.ones(1, 1, 16, dtype=torch.float64)
@@ -314,7 +323,9 @@ def note(kept, t):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("begin", ["zeros", "state", "start", "documents", "documents and start"])
 def test_mix7_is_its_three_functions(dtype, begin, calls):
-    """To the last bit, with a gradient of the readout, of the state, or of both; and it keeps what they do but for the three inputs of wkv7."""
+    """To the last bit, with a gradient of the readout, of the state, or of both; and it keeps what they do
+    but for the three inputs of wkv7.
+    """
     B, T, C, heads = 2, 17, 160, 2
     generator = torch.Generator().manual_seed(4)
 

@@ -1,4 +1,6 @@
-"""Every reader of model and adapter files against damaged ones: a result or one message, nothing half-written, bounded memory and time."""
+"""Every reader of model and adapter files against damaged ones: a result or one message, nothing
+half-written, bounded memory and time.
+"""
 
 import pytest
 

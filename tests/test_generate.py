@@ -1,4 +1,6 @@
-"""Answers: how a token is chosen, where the text ends, and that the state afterwards is that of the text, no more and no less."""
+"""Answers: how a token is chosen, where the text ends, and that the state afterwards is that of the text, no
+more and no less.
+"""
 
 import functools
 import io
@@ -75,7 +77,9 @@ def mixing_tensors(version):
 
 
 class Scripted:
-    """Stands in for the model: says the given tokens one after another. Its state is the list of all tokens it was fed."""
+    """Stands in for the model: says the given tokens one after another. Its state is the list of all tokens
+    it was fed.
+    """
 
     def __init__(self, tokenizer, tokens):
         self.emb = types.SimpleNamespace(weight=torch.zeros(1))
@@ -152,7 +156,9 @@ def test_tokens_come_with_the_promised_frequencies(sampling, expected):
 
 @pytest.mark.parametrize("spread", [0.01, 1, 4])
 def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
-    """Whether 256, 4096 or all of 20000 tokens hold the probability: the smallest set that reaches top_p, and no other token."""
+    """Whether 256, 4096 or all of 20000 tokens hold the probability: the smallest set that reaches top_p, and
+    no other token.
+    """
     logits = spread * torch.randn(20000, generator=torch.Generator().manual_seed(0))
     probabilities, order = logits.double().softmax(0).sort(descending=True)
     before = probabilities.cumsum(0) - probabilities
@@ -162,7 +168,8 @@ def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
         drawn = {
             sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(250)
         }  # so hot that the kept ones are alike
-        # of 20 or fewer one is missed with a probability below 20 * 0.95^250 = 5e-5; of 100 91 are expected, of more more
+        # of 20 or fewer one is missed with a probability below 20 * 0.95^250 = 5e-5; of 100 91 are expected,
+        # of more more
         assert drawn <= most and (
             drawn >= least if len(least) <= 20 else len(drawn) > 0.75 * min(len(least), 100)
         ), (len(drawn), len(least))
@@ -288,7 +295,9 @@ def any_tokens(tokenizer, data, rng):
 
 @pytest.mark.parametrize("kind", ["bytes", "utf16", "crossing"])
 def test_any_tokens_of_any_text_end_as_they_should(kind, crossing):
-    """Random texts, cut into tokens at random, with a random limit: whole characters, the right end, the state of just that text."""
+    """Random texts, cut into tokens at random, with a random limit: whole characters, the right end, the
+    state of just that text.
+    """
     tokenizer = crossing if kind == "crossing" else named(kind)
     stopped = limited = 0
     for seed in range(300):
@@ -428,7 +437,10 @@ def test_questions_are_conversations_and_the_right_answer_is_without_thoughts(tm
     rows.write_text('{"text": "q"}\n')
     with pytest.raises(
         UserError,
-        match="rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its completion; got text",
+        match=(
+            "rows.jsonl, line 1: expected messages, a question and its answer, or a prompt and its"
+            " completion; got text"
+        ),
     ):
         read_questions(rows)
 
@@ -623,15 +635,17 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
 
 def test_chat_merge_and_evaluation_import_no_trainer():
     code = (
-        "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; "
-        "print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
+        "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; print({'lightning',"
+        " 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
 
 def test_the_adapter_library_needs_torch_only(tmp_path):
-    """Import, inject, save, load and merge without numpy, which torch can do without, and without anything of src."""
+    """Import, inject, save, load and merge without numpy, which torch can do without, and without anything of
+    src.
+    """
     code = """
 import sys
 for name in ("numpy", "yaml", "lightning", "deepspeed", "src"):

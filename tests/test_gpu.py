@@ -1,4 +1,6 @@
-"""What needs an NVIDIA GPU: the CUDA kernels where torch runs them, and training, merging and answering on the GPU. scripts/gpu_check.sh."""
+"""What needs an NVIDIA GPU: the CUDA kernels where torch runs them, and training, merging and answering on
+the GPU. scripts/gpu_check.sh.
+"""
 
 import json
 import subprocess
@@ -44,7 +46,9 @@ def test_exact_kernels(version, T, N):
 @pytest.mark.parametrize("kernel", ["cuda", "cuda-exact"])
 @both
 def test_half_precision(version, kernel, dtype):
-    """Within 1e-2 (rms) of float64 on the same inputs: the goal for tensor cores. The recurrence only rounds its outputs."""
+    """Within 1e-2 (rms) of float64 on the same inputs: the goal for tensor cores. The recurrence only rounds
+    its outputs.
+    """
     x, dy, dsT = make(version, 100, N=64)
     x = {name: t if name == "s0" else t.to(dtype) for name, t in x.items()}
     reset = documents(2, 100)
@@ -105,7 +109,9 @@ def test_quantised_weights_are_expanded_to_the_same_numbers(kind, dtype):
     [("auto", "none"), ("deepspeed_stage_2", "none"), ("auto", "nf4"), ("deepspeed_stage_2", "int8")],
 )
 def test_a_run_on_the_gpu(strategy, quant, tmp_path):
-    """Training with the defaults of a GPU, then the adapter on the CPU: the loss falls, and the file does not know where it was made."""
+    """Training with the defaults of a GPU, then the adapter on the CPU: the loss falls, and the file does not
+    know where it was made.
+    """
     data = tmp_path / "data.jsonl"
     data.write_text(
         "\n".join(

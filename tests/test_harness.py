@@ -19,7 +19,8 @@ from src.tokenizer import load_tokenizer
 
 from .conftest import make_arch, pypi_rwkv, random_tensors
 
-# the harness is imported by the tests that need it: it takes three seconds, also where these tests are only collected
+# the harness is imported by the tests that need it: it takes three seconds, also where these tests are only
+# collected
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"),
     reason="lm-evaluation-harness IS ABSENT: pip install 'lm_eval>=0.4.12'",
@@ -42,9 +43,10 @@ def package_model(path, encode):
             before, after = encode(context), encode(continuation)
             logits, _ = run([*before, *after[:-1]])
             logs = logits[len(before) - 1 :].double().log_softmax(-1)
-            return sum(float(row[token]) for row, token in zip(logs, after, strict=True)), logs.argmax(
-                -1
-            ).tolist() == after
+            return (
+                sum(float(row[token]) for row, token in zip(logs, after, strict=True)),
+                logs.argmax(-1).tolist() == after,
+            )
 
         loglikelihood_rolling = generate_until = None
 

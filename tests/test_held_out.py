@@ -1,4 +1,6 @@
-"""Held-out documents: which they are, the questions and batches that are made of them, and that a look at the model leaves no trace."""
+"""Held-out documents: which they are, the questions and batches that are made of them, and that a look at the
+model leaves no trace.
+"""
 
 import dataclasses
 import json

@@ -34,7 +34,9 @@ def make_model(version, dtype=torch.float64, kernel="torch", peft=True, **sizes)
 
 
 def make_batch(lengths, vocab=67, seed=0):
-    """Packed rows: lengths[i] are those of the documents of row i; about half of the tokens are trained, none behind a row's end."""
+    """Packed rows: lengths[i] are those of the documents of row i; about half of the tokens are trained, none
+    behind a row's end.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = max(map(sum, lengths))
     shape = len(lengths), size
@@ -113,7 +115,9 @@ def test_a_truncated_gradient_stops_at_every_so_many_tokens():
 
 @pytest.mark.parametrize("sparse, states", [(False, 11), (True, 2)])
 def test_a_chunk_keeps_one_state_and_nothing_else(sparse, states):
-    """12 chunks: the first needs no state; of the others each keeps one, or with sqrt(12) -> 4 chunks in a segment the 5th and the 9th."""
+    """12 chunks: the first needs no state; of the others each keeps one, or with sqrt(12) -> 4 chunks in a
+    segment the 5th and the 9th.
+    """
     model, batch = make_model(7, torch.float32), make_batch([[35], [20, 14]])
     one = sum(t.nbytes for layer in model(batch["ids"][:, :1])[1] for t in layer)
     held = []
@@ -153,7 +157,9 @@ def test_a_rank_with_shorter_rows_runs_as_many_chunks():
 
 
 def test_random_numbers_are_drawn_again_as_they_were():
-    """With dropout between the layers the gradient is that of the loss as it was drawn: its directional derivative in float64."""
+    """With dropout between the layers the gradient is that of the loss as it was drawn: its directional
+    derivative in float64.
+    """
     model, batch = make_model(6), make_batch(ROWS)
     model.blocks[0].register_forward_hook(lambda _, inputs, out: (F.dropout(out[0], 0.2), *out[1:]))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -220,7 +226,9 @@ def test_a_trained_initial_state_gets_its_gradient_through_all_chunks():
 
 
 def test_full_training_in_bf16():
-    """Autocast in the chunks, forward and recomputed: as near to the whole row as bf16 is to itself in another order."""
+    """Autocast in the chunks, forward and recomputed: as near to the whole row as bf16 is to itself in
+    another order.
+    """
     model, batch = make_model(7, torch.float32, peft=False), make_batch([[40, 24], [64]])
     want, got = (results(model, batch, chunks, half=torch.bfloat16) for chunks in (Chunks(), Chunks(16)))
     close("loss", got[0], want[0], 1e-2)
@@ -231,8 +239,9 @@ def test_full_training_in_bf16():
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(name, *flags) -> (what was printed, losses): 3 steps of 8 rows of 20 to 320 bytes, on an adapter with more elements in each
-    tensor than ZeRO-3 leaves whole."""
+    """train(name, *flags) -> (what was printed, losses): 3 steps of 8 rows of 20 to 320 bytes, on an adapter
+    with more elements in each tensor than ZeRO-3 leaves whole.
+    """
     folder = tmp_path_factory.mktemp("infctx")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=128, head_size=32)), folder / "base.pth")
     rng = random.Random(0)
@@ -292,7 +301,9 @@ def whole(train):
     ids=["plain", "deepspeed_stage_3", "deepspeed_stage_2", "ddp"],
 )
 def test_a_run_in_chunks_has_the_losses_of_whole_rows(train, whole, flags, request):
-    """The ranks have rows of different lengths, and the micro-batches of a step different numbers of chunks, some of them one."""
+    """The ranks have rows of different lengths, and the micro-batches of a step different numbers of chunks,
+    some of them one.
+    """
     card, losses = train(request.node.callspec.id, *flags)
     assert losses == pytest.approx(whole[:3], rel=1e-5)
     assert f"chunks     of {flags[1]} tokens, at most" in card and "the gradient is exact" in card
@@ -308,7 +319,10 @@ def test_an_old_torch_is_named_before_chunks_run_under_stage_3(monkeypatch):
         monkeypatch.setattr(torch, "__version__", TorchVersion(version))
         device_here(Config(strategy=strategy, chunk_ctx=chunk_ctx, accelerator="cpu"), 64)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
-    words = r'--chunk_ctx with --strategy deepspeed_stage_3_offload needs torch 2.8 or newer, here it is 2.7.1\+cu126; pip install "torch>=2.8", or'
+    words = (
+        r"--chunk_ctx with --strategy deepspeed_stage_3_offload needs torch 2.8 or newer, here it is"
+        r' 2.7.1\+cu126; pip install "torch>=2.8", or'
+    )
     with pytest.raises(UserError, match=words):
         device_here(Config(strategy="deepspeed_stage_3_offload", chunk_ctx=64, accelerator="cpu"), 64)
 

@@ -1,4 +1,6 @@
-"""What LoRA and its relatives do beyond the promises of every method (test_adapters.py): dropout, rates, scales."""
+"""What LoRA and its relatives do beyond the promises of every method (test_adapters.py): dropout, rates,
+scales.
+"""
 
 import copy
 
@@ -59,7 +61,9 @@ def test_an_adapter_that_is_loaded_to_be_used_drops_nothing(tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "lora_fa", "pissa"])
 def test_the_gradient_with_dropout_is_that_of_what_was_drawn(method):
-    """Central differences along a random direction, in float64, with the same seed: they know nothing of how the gradient is made."""
+    """Central differences along a random direction, in float64, with the same seed: they know nothing of how
+    the gradient is made.
+    """
     layer = linear(method, rank=5, dropout=0.4)
     tensors = [
         torch.randn(3, 4, 48, dtype=torch.float64, requires_grad=True),
@@ -190,7 +194,9 @@ def test_the_frozen_a_is_in_the_file_and_not_trained(tmp_path):
 
 @pytest.mark.parametrize("niter", [0, 2, 9])
 def test_pissa_takes_the_principal_part_out_of_the_weight(niter):
-    """A spectrum that falls, as those of trained weights do: the randomised SVD gets nearer with every iteration, and the exact one is exact."""
+    """A spectrum that falls, as those of trained weights do: the randomised SVD gets nearer with every
+    iteration, and the exact one is exact.
+    """
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(width, 50, dtype=torch.float64))[0] for width in (70, 50))
     values = 0.9 ** torch.arange(50, dtype=torch.float64)
@@ -227,7 +233,9 @@ def test_pissa_leaves_the_memory_of_a_mapped_base_alone(tmp_path):
 
 
 def test_pissa_goes_on_with_the_principal_part_that_it_had(tmp_path):
-    """Another SVD, of another seed, torch or CPU, is another frozen weight, of which the trained A and B are no continuation."""
+    """Another SVD, of another seed, torch or CPU, is another frozen weight, of which the trained A and B are
+    no continuation.
+    """
     rwkv_miss.write_checkpoint(tmp_path / "base.pth", rwkv().state_dict().items())
     config = Config(load_model=str(tmp_path / "base.pth"), peft="pissa", peft_config={"rank": 5, "niter": 1})
     torch.manual_seed(1)
@@ -264,7 +272,9 @@ def test_pissa_rounds_the_residual_of_a_half_precision_base_as_that_was_rounded(
 
 
 def test_pissa_under_a_quantised_base_has_smaller_errors_than_the_quantised_base():
-    """QPiSSA: inject first, then quantise the residual. Of a weight with a principal part nf4 then has less to round."""
+    """QPiSSA: inject first, then quantise the residual. Of a weight with a principal part nf4 then has less
+    to round.
+    """
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(96, 128) + torch.randn(96, 4) @ torch.randn(4, 128) * 0.1
     errors = {}
@@ -317,7 +327,9 @@ def test_dora_keeps_one_more_tensor_of_the_outputs_size_than_lora(dtype):
 
 
 def test_the_magnitude_is_not_rounded_before_it_is_used_in_bf16():
-    """1.003 is 1 in bf16. The outputs are on the grid of bf16 before and after, so that they grow by 0.0037 in the mean (by nothing otherwise)."""
+    """1.003 is 1 in bf16. The outputs are on the grid of bf16 before and after, so that they grow by 0.0037
+    in the mean (by nothing otherwise).
+    """
     torch.manual_seed(0)
     for method, options in (("dora", {}), ("miss", {"magnitude": True})):
         model = nn.Sequential(nn.Linear(256, 128, bias=False)).bfloat16()

@@ -1,4 +1,6 @@
-"""The sweep of learning rates: its trainings are train.py's, start alike, and what it prints and writes is whole."""
+"""The sweep of learning rates: its trainings are train.py's, start alike, and what it prints and writes is
+whole.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""The merged file: exact arithmetic, everything else untouched, an honest report, and refusals before anything is written."""
+"""The merged file: exact arithmetic, everything else untouched, an honest report, and refusals before
+anything is written.
+"""
 
 import json
 import os
@@ -293,7 +295,8 @@ def test_the_loss_is_the_error_of_the_update(case, source, dtype):
 def test_the_report_is_one_line_and_a_warning_above_5_percent(case):
     line, *table = merge(case(std=1e-2)).lines(3)
     assert re.search(
-        r"merged 8 linears into .*merged.pth \(bfloat16\) in [\d.]+ s; rounding lost [\d.]+ % of the update and left [\d.]+ % "
+        r"merged 8 linears into .*merged.pth \(bfloat16\) in [\d.]+ s; rounding lost [\d.]+ % of the update"
+        r" and left [\d.]+ % "
         r"of its entries unchanged$",
         line,
     )
@@ -556,7 +559,10 @@ def test_inspect(case, capsys):
 def test_as_a_program(case):
     """No traceback, exit code 2, and none of the trainer's imports."""
     folder = case()
-    script = "import sys; from rwkv_miss.__main__ import main; main(); print({'src', 'lightning', 'deepspeed'} & sys.modules.keys())"
+    script = (
+        "import sys; from rwkv_miss.__main__ import main; main(); print({'src', 'lightning', 'deepspeed'} &"
+        " sys.modules.keys())"
+    )
     run = subprocess.run(
         [
             sys.executable,

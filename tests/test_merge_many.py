@@ -1,4 +1,6 @@
-"""Several adapters with weights in one file: the float64 sum, the metadata that readers need, and refusals before anything is written."""
+"""Several adapters with weights in one file: the float64 sum, the metadata that readers need, and refusals
+before anything is written.
+"""
 
 import json
 import re
@@ -148,9 +150,11 @@ def test_what_the_merged_file_says(merging, capsys):
         fingerprint(read_checkpoint(merging.folder / f"{n}.pth")) for n in "ab"
     ]
     assert facts["base_fingerprint"] == fingerprint(merging.tensors) and "method" not in facts
-    assert (facts["tokenizer"], facts["eod"], facts["template"]) == ("utf16", None, "think"), (
-        "an adapter's word goes before the base's"
-    )
+    assert (facts["tokenizer"], facts["eod"], facts["template"]) == (
+        "utf16",
+        None,
+        "think",
+    ), "an adapter's word goes before the base's"
     main(["inspect", str(merging.folder / "merged.pth")])
     assert "adapters     a.pth times 0.7, b.pth times -0.3" in capsys.readouterr().out
     merging.merge(["b.pth"], [0.5])
@@ -272,11 +276,17 @@ def test_the_command(merging, capsys):
         (1e-2, r"auto: bfloat16 loses [\d.]+ % of the update, at most 5 % is allowed"),
         (
             1e-3,
-            r"auto: bfloat16 loses \d+ % of the update; float16 loses [\d.]+ % of the update, at most 5 % is allowed",
+            (
+                r"auto: bfloat16 loses \d+ % of the update; float16 loses [\d.]+ % of the update, at most 5 %"
+                r" is allowed"
+            ),
         ),
         (
             1e-5,
-            r"auto: bfloat16 loses \d+ % of the update, float16 loses \d+ % of the update; at most 5 % is allowed, so the file is in float32",
+            (
+                r"auto: bfloat16 loses \d+ % of the update, float16 loses \d+ % of the update; at most 5 % is"
+                r" allowed, so the file is in float32"
+            ),
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""Every method of adapted linears under the real trainer: a run of one process goes on in two under ZeRO, to the same end.
+"""Every method of adapted linears under the real trainer: a run of one process goes on in two under ZeRO, to
+the same end.
 
 AdaLoRA, of which a run shares more than tensors, is in test_adalora_runs.py.
 """
@@ -66,7 +67,8 @@ def train(files, proj_dir, method, options, *flags):
                 "1e-1" if method == "vera" else "3e-3",
                 "--lr_schedule",
                 "constant",
-                # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is above that
+                # Adam makes a whole step of a gradient that is nothing but rounding, unless its epsilon is
+                # above that
                 "--packing",
                 "0",
                 "--accelerator",

@@ -121,7 +121,9 @@ def test_bat_by_row_is_the_formula_of_rwkv_peft():
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_small_change_is_not_lost_in_bf16(method, options, bias):
-    """The first steps of a training change y by less than half a step of its grid; added to a y that is rounded they would change nothing."""
+    """The first steps of a training change y by less than half a step of its grid; added to a y that is
+    rounded they would change nothing.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 64, bias=bias))
     model[0].weight.data.normal_(std=0.02)

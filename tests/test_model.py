@@ -118,7 +118,9 @@ def test_float64_kernels_agree_and_checkpointing_changes_nothing(version):
 )
 @pytest.mark.parametrize("version", [6, 7])
 def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel, dtype, allowed):
-    """Logits, gradients and the final state; the first document goes on from a state, the others start from nothing."""
+    """Logits, gradients and the final state; the first document goes on from a state, the others start from
+    nothing.
+    """
     arch = make_arch(version, n_layer=3)
     model = RWKV(arch, kernel).to(dtype)
     model.load_state_dict(random_tensors(arch))
@@ -154,7 +156,9 @@ def test_documents_in_one_row_are_documents_in_rows_of_their_own(version, kernel
 
 @pytest.mark.parametrize("version", [6, 7])
 def test_what_is_recomputed(version):
-    """--grad_cp 0: nothing, 1: whole layers, 2: their time mixes; and what the layers keep falls from 0 to 2 to 1."""
+    """--grad_cp 0: nothing, 1: whole layers, 2: their time mixes; and what the layers keep falls from 0 to 2
+    to 1.
+    """
     model = RWKV(make_arch(version, n_layer=2), "cpu")
     model.load_state_dict(random_tensors(model.arch))
     rwkv_miss.inject(model, "miss", rank=4)
@@ -210,8 +214,9 @@ def test_the_last_layer_works_for_the_wanted_tokens(version, grad_cp):
 @pytest.mark.parametrize("kernel", ["torch", "cpu"])
 @pytest.mark.parametrize("version", [6, 7])
 def test_nothing_is_kept_or_computed_below_the_lowest_adapted_layer(version, kernel, monkeypatch):
-    """Of three layers the last two are adapted: the first leaves no tensor for a backward, and neither it nor the inputs of the second's
-    linears get a gradient."""
+    """Of three layers the last two are adapted: the first leaves no tensor for a backward, and neither it nor
+    the inputs of the second's linears get a gradient.
+    """
     model = RWKV(make_arch(version, n_layer=3), kernel)
     model.load_state_dict(random_tensors(model.arch))
     names = [
@@ -259,7 +264,8 @@ def test_two_versions_and_bf16_live_in_one_process(version):
     ids = torch.arange(20)[None]
     logits, state = half(ids)
     assert logits.dtype == torch.bfloat16 and state[0].wkv.dtype == torch.float32
-    # bf16 weights and activations move the tiny goldens by 1 % of the largest logit (conformance document, section 5); 4x for headroom in depth
+    # bf16 weights and activations move the tiny goldens by 1 % of the largest logit (conformance document,
+    # section 5); 4x for headroom in depth
     close("bf16", logits, exact(ids)[0], 0.05)
 
 
@@ -368,5 +374,6 @@ def test_new_models_start_at_the_uniform_loss():
         model = RWKV(make_arch(version, vocab_size=50))
         ids = torch.randint(50, (2, 20))
         loss = loss_sum(model(ids)[0].flatten(0, 1), ids.flatten()) / ids.numel()
-        # emb 1e-4 is normalised by ln0, so logits have the head's gain, 0.5 sqrt(V / C): loss near ln 50, not at it
+        # emb 1e-4 is normalised by ln0, so logits have the head's gain, 0.5 sqrt(V / C): loss near ln 50, not
+        # at it
         assert abs(float(loss) - torch.tensor(50.0).log()) < 0.4

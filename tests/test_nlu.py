@@ -1,4 +1,6 @@
-"""GLUE by the recipe of Table 2: its scores, its files in every form that they are shipped in, and a real classification by a small model."""
+"""GLUE by the recipe of Table 2: its scores, its files in every form that they are shipped in, and a real
+classification by a small model.
+"""
 
 import importlib.util
 import json
@@ -181,7 +183,9 @@ def test_mistakes_are_explained_before_anything_is_trained(tmp_path, flags, mess
 
 @pytest.fixture(scope="module")
 def text_folder(data_dir, tmp_path_factory):
-    """Lines of Shakespeare's plays and sentences of GSM8K as SST-2, and as MRPC pairs of which half are of one kind."""
+    """Lines of Shakespeare's plays and sentences of GSM8K as SST-2, and as MRPC pairs of which half are of
+    one kind.
+    """
     folder = tmp_path_factory.mktemp("glue")
     plays = [line for line in (data_dir / "tinyshakespeare.txt").read_text().splitlines() if len(line) > 30][
         :900

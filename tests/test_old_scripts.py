@@ -1,8 +1,9 @@
-"""The launch scripts of RWKV-PEFT (2024, 2025, 2026) and RWKV-LM, run as they stand: only paths, sizes, number of steps and the device are others.
+"""The launch scripts of RWKV-PEFT (2024, 2025, 2026) and RWKV-LM, run as they stand: only paths, sizes,
+number of steps and the device are others.
 
-Where they come from: (a) the MiSS tutorial's miss.sh, (b) scripts/miss.sh, 2026, (c) scripts/run_disha.sh, 2025, (d) scripts/run_bone.sh,
-2024, (e) demo/demo-lora.sh, 2024, (f) scripts/merge_bone.sh and merge_disha.sh,
-(g) train_temp/demo-training-prepare.sh and demo-training-run.sh of RWKV-LM.
+Where they come from: (a) the MiSS tutorial's miss.sh, (b) scripts/miss.sh, 2026, (c) scripts/run_disha.sh,
+2025, (d) scripts/run_bone.sh, 2024, (e) demo/demo-lora.sh, 2024, (f) scripts/merge_bone.sh and
+merge_disha.sh, (g) train_temp/demo-training-prepare.sh and demo-training-run.sh of RWKV-LM.
 """
 
 import json
@@ -24,43 +25,52 @@ ADAM = "--beta1 0.9 --beta2 0.99 --adam_eps 1e-8"
 
 # the flags of each script in its own order, without what SIZES, paths and the device replace
 MISS = (
-    "--vocab_size 65536 --data_type jsonl --n_layer {n_layer} --n_embd {n_embd} --ctx_len 128 --micro_bsz 4 --epoch_steps 2 --epoch_count 4 "
-    "--epoch_save 1 --lr_init 1e-5 --lr_final 1e-5 --accelerator cpu --precision bf16 --devices 1 --strategy deepspeed_stage_1 --grad_cp 1 "
-    "--my_testing x070 --peft miss --peft_config"
+    "--vocab_size 65536 --data_type jsonl --n_layer {n_layer} --n_embd {n_embd} --ctx_len 128 --micro_bsz 4"
+    " --epoch_steps 2 --epoch_count 4 --epoch_save 1 --lr_init 1e-5 --lr_final 1e-5 --accelerator cpu"
+    " --precision bf16 --devices 1 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x070 --peft miss"
+    " --peft_config"
 )
 DISHA = (
-    "--vocab_size 65536 --n_layer {n_layer} --n_embd {n_embd} --data_type binidx --dataload pad --loss_mask pad --ctx_len 96 --micro_bsz 8 "
-    f"--epoch_steps 2 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 {ADAM} "
-    "--accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x060 --peft disha --disha_config"
+    "--vocab_size 65536 --n_layer {n_layer} --n_embd {n_embd} --data_type binidx --dataload pad"
+    " --loss_mask pad --ctx_len 96 --micro_bsz 8 --epoch_steps 2 --epoch_count 1 --epoch_begin 0"
+    f" --epoch_save 1 --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 {ADAM} --accelerator cpu --devices 1"
+    " --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x060 --peft disha"
+    " --disha_config"
 )
 BONE = (
-    "--data_type binidx --vocab_size 65536 --ctx_len 96 --epoch_steps 2 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --micro_bsz 4 "
-    f"--n_layer {{n_layer}} --n_embd {{n_embd}} --pre_ffn 0 --head_qk 0 --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 {ADAM} "
-    "--accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x060 --dataload pad --loss_mask pad "
-    "--peft bone --bone_config"
+    "--data_type binidx --vocab_size 65536 --ctx_len 96 --epoch_steps 2 --epoch_count 1 --epoch_begin 0"
+    " --epoch_save 1 --micro_bsz 4 --n_layer {n_layer} --n_embd {n_embd} --pre_ffn 0 --head_qk 0"
+    f" --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 {ADAM} --accelerator cpu --devices 1 --precision bf16"
+    " --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x060 --dataload pad --loss_mask pad --peft bone"
+    " --bone_config"
 )
 LORA = (
-    "--data_type binidx --vocab_size 65536 --ctx_len 96 --epoch_steps 1 --epoch_count 2 --epoch_begin 0 --epoch_save 1 --micro_bsz 8 "
-    f"--n_layer {{n_layer}} --n_embd {{n_embd}} --pre_ffn 0 --head_qk 0 --lr_init 5e-5 --lr_final 5e-5 --warmup_steps 0 {ADAM} "
-    "--accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x060 "
-    "--lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn,time,ln"
+    "--data_type binidx --vocab_size 65536 --ctx_len 96 --epoch_steps 1 --epoch_count 2 --epoch_begin 0"
+    " --epoch_save 1 --micro_bsz 8 --n_layer {n_layer} --n_embd {n_embd} --pre_ffn 0 --head_qk 0"
+    f" --lr_init 5e-5 --lr_final 5e-5 --warmup_steps 0 {ADAM} --accelerator cpu --devices 1 --precision bf16"
+    " --strategy deepspeed_stage_1 --grad_cp 1 --my_testing x060 --lora_load rwkv-0 --lora --lora_r 64"
+    " --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn,time,ln"
 )
 PREPARE = (
-    "--data_type binidx --vocab_size 65536 --my_testing x070 --ctx_len 64 --train_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 "
-    "--weight_decay 0 --head_size 64 --num_nodes 1 --micro_bsz 1 --n_layer {n_layer} --n_embd {n_embd} --my_exit_tokens 1498226207 "
-    "--magic_prime 2926181 --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 "
-    "--accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1"
+    "--data_type binidx --vocab_size 65536 --my_testing x070 --ctx_len 64 --train_stage 1 --epoch_count 1"
+    " --epoch_begin 0 --epoch_save 1 --weight_decay 0 --head_size 64 --num_nodes 1 --micro_bsz 1 --n_layer"
+    " {n_layer} --n_embd {n_embd} --my_exit_tokens 1498226207 --magic_prime 2926181 --lr_init 1e-5 --lr_final"
+    " 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator cpu --devices 1"
+    " --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1"
 )
 RUN = (
-    "--my_testing x070 --ctx_len 64 --train_stage 3 --epoch_count 999999 --epoch_begin 0 --my_exit_tokens 1498226207 --magic_prime 2926181 "
-    "--num_nodes 1 --micro_bsz 16 --n_layer {n_layer} --n_embd {n_embd} --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 "
-    "--beta2 0.99 --adam_eps 1e-18 --data_type binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 "
-    "--accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True"
+    "--my_testing x070 --ctx_len 64 --train_stage 3 --epoch_count 999999 --epoch_begin 0 --my_exit_tokens"
+    " 1498226207 --magic_prime 2926181 --num_nodes 1 --micro_bsz 16 --n_layer {n_layer} --n_embd {n_embd}"
+    " --lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --data_type"
+    " binidx --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 --accelerator cpu"
+    " --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True"
 )
 
 
 def write_binidx(prefix, documents):
-    """Megatron's layout as json2binidx writes it, in uint16: a header, sizes, byte offsets and document bounds."""
+    """Megatron's layout as json2binidx writes it, in uint16: a header, sizes, byte offsets and document
+    bounds.
+    """
     sizes = np.array([len(document) for document in documents], dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64) * 2])
     with open(f"{prefix}.idx", "wb") as file:
@@ -75,7 +85,9 @@ def write_binidx(prefix, documents):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Bases of both versions with the World vocabulary, and the same 40 conversations as JSONL and as binidx, each ended by token 0."""
+    """Bases of both versions with the World vocabulary, and the same 40 conversations as JSONL and as binidx,
+    each ended by token 0.
+    """
     folder = tmp_path_factory.mktemp("old")
     for version in (6, 7):
         torch.save(
@@ -163,7 +175,9 @@ def test_lora_of_2024(files, tmp_path):
 
 
 def test_rwkv_lm_prepares_and_trains(files, tmp_path):
-    """(g): the first script makes a model and no step, the second trains it on the data once; run again it goes on where it stopped."""
+    """(g): the first script makes a model and no step, the second trains it on the data once; run again it
+    goes on where it stopped.
+    """
     where = ["--wandb", "", "--proj_dir", str(tmp_path), "--data_file", str(files / "roleplay")]
     program.succeed(program.run([*where, *words(PREPARE)]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rwkv-init.pth"]

@@ -1,4 +1,6 @@
-"""The paper's experiments in their tiny settings: every one writes its three files; what each promises about its numbers."""
+"""The paper's experiments in their tiny settings: every one writes its three files; what each promises about
+its numbers.
+"""
 
 import copy
 import dataclasses
@@ -167,8 +169,10 @@ def test_one_backward_gives_the_first_gradient_of_every_method(label, demo_gradi
     rwkv_miss.inject(model, method, **options)
     task.loss(model).backward()
     norms = {
-        name: sum(float(p.grad.square().sum()) for p in layer.parameters(recurse=False) if p.grad is not None)
-        ** 0.5
+        name: (
+            sum(float(p.grad.square().sum()) for p in layer.parameters(recurse=False) if p.grad is not None)
+            ** 0.5
+        )
         for name, layer in adapted_linears(model).items()
     }
     # fp32 on both sides, by different products: 1e-6 to 1e-5 was seen
@@ -179,7 +183,9 @@ def test_one_backward_gives_the_first_gradient_of_every_method(label, demo_gradi
 
 
 def test_the_first_gradient_by_the_papers_formulas(demo_gradients):
-    """MiSS: the shard sums of G. LoRA: s G A^T. Their first SGD steps: minus the sums, spread again; minus s^2 G A^T A."""
+    """MiSS: the shard sums of G. LoRA: s G A^T. Their first SGD steps: minus the sums, spread again; minus
+    s^2 G A^T A.
+    """
     task, gradients = demo_gradients
     find = experiment("grad-norm").first_gradient
     folded = {name: shard_sum(g, 5) for name, g in gradients.items()}
@@ -225,7 +231,8 @@ def test_nlu_classifies_held_out_sentences(outcome):
     assert [measured["method"] for measured in found["outcomes"]] == list(settings.methods)
     for measured in found["outcomes"]:
         assert len(measured["scores"]["accuracy"]) == settings.seeds
-        # guessing gets 50 of 100 sentences right, with a standard deviation of 5; over eight runs of each method 91 was the least
+        # guessing gets 50 of 100 sentences right, with a standard deviation of 5; over eight runs of each
+        # method 91 was the least
         assert min(measured["scores"]["accuracy"]) > 0.8, measured
 
 

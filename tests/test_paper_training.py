@@ -1,4 +1,6 @@
-"""The parts of the paper's training experiments: the search for a rate, finished trainings that are kept, the tasks and what counts as right."""
+"""The parts of the paper's training experiments: the search for a rate, finished trainings that are kept, the
+tasks and what counts as right.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Parts of the base trained as whole tensors beside an adapter: which they are, their dtypes, and their way into every file."""
+"""Parts of the base trained as whole tensors beside an adapter: which they are, their dtypes, and their way
+into every file.
+"""
 
 import contextlib
 import json
@@ -335,7 +337,8 @@ def test_parts_are_trained_under_zero_3_in_two_sittings_as_in_one_process(files,
     many = [*schedule, "--strategy", "deepspeed_stage_3", "--devices", "2", "--micro_bsz", "3"]
     train(files, tmp_path / "many", "--epoch_steps", "2", *many)
     train(files, tmp_path / "many", "--epoch_steps", "4", *many, "--resume", "auto")
-    # the same sums in another order; a weight on the edge between two bf16 values may then fall to the other side
+    # the same sums in another order; a weight on the edge between two bf16 values may then fall to the other
+    # side
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "many"), rel=2e-3)
     ours, theirs = (rwkv_miss.read_checkpoint(tmp_path / run / "adapter.pth") for run in ("one", "many"))
     assert ours.keys() == theirs.keys() and all(t.dtype == torch.float32 for t in (ours | theirs).values())

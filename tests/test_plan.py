@@ -1,4 +1,6 @@
-"""The plan: memory counted from the code, what real runs take, and which change mends a run that does not fit."""
+"""The plan: memory counted from the code, what real runs take, and which change mends a run that does not
+fit.
+"""
 
 import dataclasses
 import json
@@ -90,7 +92,9 @@ def config_version(config):
 def test_the_count_is_that_of_the_trainers_step(
     checkpoint, version, peft, grad_cp, packed, chunk, kernel, quant
 ):
-    """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from the mask."""
+    """To the last activation; the peak but for the indices of the trained tokens, which the trainer gets from
+    the mask.
+    """
     peft, _, option = peft.partition(", ")
     options = {"none": {}, "bat": {"r": 4}}.get(peft, {"r": 5}) | {
         "row": {"order": "row"},
@@ -221,7 +225,9 @@ def test_no_part_is_negative_where_the_count_goes_on_from_few_layers():
 
 
 def test_what_deepspeed_holds_beside_its_shares():
-    """Its master copy, a bucket, and under stage 3 the parameters that are whole at one time; with offload all but those is in the CPU's memory."""
+    """Its master copy, a bucket, and under stage 3 the parameters that are whole at one time; with offload
+    all but those is in the CPU's memory.
+    """
     arch = make_arch(7, **SIZES)
 
     def parts(strategy, **settings):
@@ -358,7 +364,9 @@ def test_the_largest_batch_bounds_every_micro_batch():
 
 
 def needs(config):
-    """A device of 100 and a run that takes: rows x length (of a chunk, if there are any), less by recomputing, and a base of 64, halved by bf16."""
+    """A device of 100 and a run that takes: rows x length (of a chunk, if there are any), less by
+    recomputing, and a base of 64, halved by bf16.
+    """
     rows = config.micro_bsz * (config.chunk_ctx or config.ctx_len) * {-1: 1, 2: 0.75, 1: 0.5}[config.grad_cp]
     return rows + (32 if config.precision == "bf16" else 64)
 
@@ -534,12 +542,17 @@ def test_a_run_that_goes_on_is_planned_as_it_is(files, tmp_path, capsys):
 
 
 def test_planning_imports_no_trainer():
-    code = "import sys; import scripts.plan; sys.exit(any(name in sys.modules for name in ('lightning', 'deepspeed')))"
+    code = (
+        "import sys; import scripts.plan; sys.exit(any(name in sys.modules for name in ('lightning',"
+        " 'deepspeed')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_a_run_takes_what_the_plan_says(tmp_path):
-    """A small one of benchmarks/memory.py; 15 % is what the plan promises; four runs of a 12 x 768 model were within 10 %."""
+    """A small one of benchmarks/memory.py; 15 % is what the plan promises; four runs of a 12 x 768 model were
+    within 10 %.
+    """
     base, data = tmp_path / "base.pth", tmp_path / "rows.jsonl"
     write_random_base(base, 7, 4, 256)
     benchmark.write_rows(data, 16, 256)

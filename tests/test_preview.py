@@ -1,4 +1,6 @@
-"""The preview: every kind of trouble is found where it is and nowhere else, and the colours are the mask, token for token."""
+"""The preview: every kind of trouble is found where it is and nowhere else, and the colours are the mask,
+token for token.
+"""
 
 import json
 import re
@@ -248,7 +250,10 @@ def test_flags_and_settings_of_a_run(show, tmp_path, capsys):
 
 
 def test_the_preview_imports_no_trainer():
-    code = "import sys, scripts.preview; print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib', 'jinja2.sandbox'} & sys.modules.keys())"
+    code = (
+        "import sys, scripts.preview; print({'lightning', 'pytorch_lightning', 'deepspeed', 'matplotlib',"
+        " 'jinja2.sandbox'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stdout + done.stderr
 

@@ -317,7 +317,9 @@ def test_a_stranger_at_the_port_is_no_member(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory):
-    """Two folders that stand for the disks of two machines: the second one has other rows and another base under other names."""
+    """Two folders that stand for the disks of two machines: the second one has other rows and another base
+    under other names.
+    """
     folder = tmp_path_factory.mktemp("machines")
     for number in (0, 1):
         (folder / str(number)).mkdir()
@@ -435,7 +437,10 @@ def run_folder(tmp_path):
         (
             "",
             1,
-            "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated with code -9",
+            (
+                "rank 1 of this machine, was killed by SIGKILL|rank: 1. Child process with PID .* terminated"
+                " with code -9"
+            ),
         ),
         ("", 0, "rank 1 ends, because the process that started it is gone"),
         ("deepspeed.launcher.runner --num_gpus 2", 1, "rank 1 .* ended without a word"),

@@ -1,4 +1,6 @@
-"""The product's shape: 12 layers of width 768 over the World vocabulary in bf16, from data file to chat, with the commands a user types."""
+"""The product's shape: 12 layers of width 768 over the World vocabulary in bf16, from data file to chat, with
+the commands a user types.
+"""
 
 import json
 import os
@@ -39,7 +41,9 @@ def command(*args):
 
 
 def product_tensors(arch):
-    """Every map of gain 1 and every vector noisy. conftest's random_tensors would orthogonalise each matrix, which takes minutes here."""
+    """Every map of gain 1 and every vector noisy. conftest's random_tensors would orthogonalise each matrix,
+    which takes minutes here.
+    """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in RWKV(arch).named_parameters()}
     generator = torch.Generator().manual_seed(arch.version)
@@ -61,7 +65,9 @@ def product_tensors(arch):
 
 
 def questions():
-    """Six conversations of 50 to 64 World tokens: each fills a row of 64, so that two rows a step make 3 steps."""
+    """Six conversations of 50 to 64 World tokens: each fills a row of 64, so that two rows a step make 3
+    steps.
+    """
     for n in range(6):
         question = (
             f"A box holds {n + 2} red and {n + 3} blue marbles 🙂. 请问 {n + 4} 个盒子里一共有多少颗弹珠？"
@@ -129,7 +135,8 @@ def test_three_steps_train_an_fp32_adapter_beside_a_bf16_base(product):
     for line in ("; tokenizer world", "3 steps of 2 rows", f"cpu, {product.precision} (as asked)"):
         assert line in product.log
     losses = [json.loads(line)["loss"] for line in (product.run / "metrics.jsonl").read_text().splitlines()]
-    # a random model guesses among 65536 tokens, ln 65536 = 11.1; its logits of standard deviation 1 add half a nat
+    # a random model guesses among 65536 tokens, ln 65536 = 11.1; its logits of standard deviation 1 add half
+    # a nat
     assert len(losses) == 3 and 10 < losses[0] < 13 and losses[-1] < losses[0], losses
     metadata, tensors = read_metadata(product.adapter), read_checkpoint(product.adapter)
     assert (metadata["step"], metadata["tokenizer"], metadata["options"]["rank"]) == (3, "world", 64)
@@ -157,7 +164,9 @@ def test_the_merged_file_keeps_keys_order_and_shapes_and_gives_the_same_logits_i
 
 
 def test_chat_streams_the_tokens_that_the_rwkv_package_chooses(product):
-    """A random model also says bytes that are no text: the stream shows U+FFFD where the whole answer decodes to it, and nowhere else."""
+    """A random model also says bytes that are no text: the stream shows U+FFFD where the whole answer decodes
+    to it, and nowhere else.
+    """
     tokenizer, run = load_tokenizer("auto", 65536), pypi_rwkv(product.merged)
     logits, state = run(tokenizer.encode(PROMPT))
     answer = []
@@ -184,7 +193,9 @@ TEXT = "你好，世界！🎉人工智能会改变❤️"
 
 
 def reciter(path):
-    """A checkpoint that answers anything with TEXT and its end: the layers add nothing, the head knows what follows each token."""
+    """A checkpoint that answers anything with TEXT and its end: the layers add nothing, the head knows what
+    follows each token.
+    """
     tokenizer, arch = (
         load_tokenizer("auto", 65536),
         make_arch(7, n_layer=1, n_embd=64, head_size=64, vocab_size=65536),

@@ -36,7 +36,9 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}
 
 
 def weights(shape, seed=0):
-    """Rows and blocks of very unequal sizes, a block of zeros, and a row whose scales are too small for all of bf16's digits."""
+    """Rows and blocks of very unequal sizes, a block of zeros, and a row whose scales are too small for all
+    of bf16's digits.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator) * torch.logspace(-6, 3, shape[0]).unsqueeze(1)
     weight[:, BLOCK:] *= 0.01
@@ -50,7 +52,9 @@ def weights(shape, seed=0):
 
 
 def values_of_nf4():
-    """QLoRA, appendix E: quantiles of the normal distribution, 8 below and 9 above with one zero in common, scaled to -1 and 1."""
+    """QLoRA, appendix E: quantiles of the normal distribution, 8 below and 9 above with one zero in common,
+    scaled to -1 and 1.
+    """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
 
     def half(count):
@@ -66,7 +70,9 @@ def test_the_codes_of_nf4_are_the_papers():
 
 
 def decoded(quantised, width):
-    """(codes as numbers (out, in), scales (out, in)) of the tensor's bytes, by the table of quantised.py's docstring, in numpy."""
+    """(codes as numbers (out, in), scales (out, in)) of the tensor's bytes, by the table of quantised.py's
+    docstring, in numpy.
+    """
     rows = quantised.view(torch.uint8).numpy()
     kind = {torch.int8: "int8", torch.uint8: "nf4"}[quantised.dtype]
     blocks = -(-width // 64)
@@ -163,7 +169,10 @@ def test_a_width_that_the_bytes_are_not_of_is_refused(kind):
         (0, 0),
         (-60, 0),
     ):
-        message = rf"the quantised weight is torch.u?int8 \(5, {2 * one_block}\); expected .*\(out, {expected}\).* for rows of {width} weights"
+        message = (
+            rf"the quantised weight is torch.u?int8 \(5, {2 * one_block}\); expected .*\(out, {expected}\).*"
+            rf" for rows of {width} weights"
+        )
         for call in (dense, expand):
             for weight in (quantised, quantised.to("meta")):
                 with pytest.raises(ValueError, match=message):
@@ -459,8 +468,9 @@ def test_the_plan_advises_nf4_before_sharing():
 
 
 def test_an_adapter_learns_beside_a_quantised_base_what_it_learns_beside_the_base():
-    """The demo's base and task, shorter than in benchmarks/quant.py: a loss of 4.67, then 0.24. Rounding alone changes that by 0.4 %; over three
-    seeds nf4 was 0.5 to 2.7 % below."""
+    """The demo's base and task, shorter than in benchmarks/quant.py: a loss of 4.67, then 0.24. Rounding
+    alone changes that by 0.4 %; over three seeds nf4 was 0.5 to 2.7 % below.
+    """
     task = benchmark.tasks(None)["demo: sort"]
     plain, quantised = (benchmark.learn(task, kind, 60) for kind in ("none", "nf4"))
     assert plain["after"] < 0.1 * plain["before"] and quantised["before"] != plain["before"]

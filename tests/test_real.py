@@ -1,4 +1,6 @@
-"""Checkpoints that others trained (../shared/data/real), taught something new: from a data file to answers in another runtime."""
+"""Checkpoints that others trained (../shared/data/real), taught something new: from a data file to answers in
+another runtime.
+"""
 
 import concurrent.futures
 import json
@@ -21,7 +23,9 @@ from .test_tokenizer import characters
 
 
 def train(base, folder, texts, tokenizer, **settings):
-    """The adapter that `train.py` makes in `folder` from rows {"text": ...}; models this small run fastest on one thread."""
+    """The adapter that `train.py` makes in `folder` from rows {"text": ...}; models this small run fastest on
+    one thread.
+    """
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     settings |= {
@@ -54,7 +58,8 @@ def adapted(base, adapter):
 def same_logits(merged, live, ids):
     """The file under the rwkv package, which has given the logits of our model with its adapter unmerged."""
     run = pypi_rwkv(merged)
-    # of the largest logit, which is 30 in rwkv7-reverse: there both sides are as far from float64 as from each other
+    # of the largest logit, which is 30 in rwkv7-reverse: there both sides are as far from float64 as from
+    # each other
     close(
         "merged file in the rwkv package, and unmerged adapter",
         run(ids)[0],
@@ -81,7 +86,9 @@ QUESTIONS = [question for length in (3, 8, 13) for question in strings([length],
 
 
 def digit_accuracy(answers):
-    """The share of digits that stand where they should, over answers that the model made by itself; a missing digit is a wrong one."""
+    """The share of digits that stand where they should, over answers that the model made by itself; a missing
+    digit is a wrong one.
+    """
     right = sum(
         a == b
         for answer, question in zip(answers, QUESTIONS, strict=True)
@@ -170,7 +177,8 @@ def test_miss_teaches_an_english_rwkv6_shakespeare(data_dir, tmp_path):
     live = adapted(base, adapter)
     before, after = (nats_per_character(model, heldout) for model in (RWKV.load(base, torch.float32), live))
     print(
-        f"nats per character of held-out Shakespeare: {before:.3f} before, {after:.3f} after {read_metadata(adapter)['step']} steps"
+        f"nats per character of held-out Shakespeare: {before:.3f} before, {after:.3f} after"
+        f" {read_metadata(adapter)['step']} steps"
     )
     assert after < before - 0.5
 

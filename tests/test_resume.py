@@ -79,7 +79,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(folder, 
         (
             ["adapter.pth"],
             "none",
-            r"holds a run already \(adapter.pth\); it has no checkpoint to resume from; choose another --proj_dir",
+            (
+                r"holds a run already \(adapter.pth\); it has no checkpoint to resume from; choose another"
+                r" --proj_dir"
+            ),
         ),
         (["best.pth"], "none", r"holds a run already \(best.pth\); it has no checkpoint"),
         (["adapter.pth", "run.json"], "auto", r"holds a run already \(adapter.pth\); it has no checkpoint"),
@@ -145,7 +148,10 @@ def test_what_an_older_run_left_to_the_device_may_be_chosen_now(folder):
 def test_checkpoints_without_the_settings_of_their_run(folder):
     with pytest.raises(
         UserError,
-        match="config.yaml, with the settings of the run, is not there; put it back, or choose another --proj_dir",
+        match=(
+            "config.yaml, with the settings of the run, is not there; put it back, or choose another"
+            " --proj_dir"
+        ),
     ):
         go_on(folder(STEP_2))
 

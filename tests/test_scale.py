@@ -1,4 +1,6 @@
-"""Many processes and machines: every stage trains the same adapter, stage 3 holds shares only, launchers, and ranks that die."""
+"""Many processes and machines: every stage trains the same adapter, stage 3 holds shares only, launchers, and
+ranks that die.
+"""
 
 import json
 import random
@@ -78,7 +80,9 @@ def plain(files, tmp_path_factory):
 
 
 def look_inside(rank):
-    """Assertions within a stage-3 run: what a process holds of the base, before the first step and while the head runs."""
+    """Assertions within a stage-3 run: what a process holds of the base, before the first step and while the
+    head runs.
+    """
     setup, head_of = src.deepspeed_anywhere.AnywhereDeepSpeed._setup_model, RWKV.features
 
     def checked_setup(self, model):
@@ -112,7 +116,9 @@ def look_inside(rank):
 
 @pytest.fixture(scope="module")
 def stage_1(files, tmp_path_factory, plain):
-    """The same on two processes, where the sums come in another order; the large epsilon keeps Adam from blowing up a gradient near zero."""
+    """The same on two processes, where the sums come in another order; the large epsilon keeps Adam from
+    blowing up a gradient near zero.
+    """
     proj_dir = tmp_path_factory.mktemp("stage-1") / "run"
     succeed(program.run(flags_of(files, proj_dir, *TWO, "deepspeed_stage_1")))
     assert losses(proj_dir) == pytest.approx(losses(plain), rel=1e-5)
@@ -154,8 +160,14 @@ def two_machines():
 
 
 LAUNCHERS = {
-    "torchrun": "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank $NODE_RANK --master_addr $MASTER_ADDR",
-    "deepspeed": "-m deepspeed.launcher.runner --hostfile {hosts} --no_ssh --node_rank $NODE_RANK --master_addr $MASTER_ADDR",
+    "torchrun": (
+        "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank $NODE_RANK --master_addr"
+        " $MASTER_ADDR"
+    ),
+    "deepspeed": (
+        "-m deepspeed.launcher.runner --hostfile {hosts} --no_ssh --node_rank $NODE_RANK --master_addr"
+        " $MASTER_ADDR"
+    ),
 }
 
 

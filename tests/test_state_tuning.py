@@ -1,4 +1,6 @@
-"""State tuning: what every document starts from, in packed rows, in chunks and one token at a time, here and in the package rwkv."""
+"""State tuning: what every document starts from, in packed rows, in chunks and one token at a time, here and
+in the package rwkv.
+"""
 
 import json
 import re
@@ -175,7 +177,9 @@ def test_a_fresh_state_changes_nothing_and_only_it_is_trained(version, dtype, ch
 @pytest.mark.parametrize("train_parts", [None, "state,ln"])
 @pytest.mark.parametrize("grad_cp", [0, 1, 2])
 def test_packed_rows_equal_rows_of_their_own(version, train_parts, grad_cp):
-    """Loss and gradients of documents in shared rows are those of each document alone (design decision 10: 1e-6 in fp32)."""
+    """Loss and gradients of documents in shared rows are those of each document alone (design decision 10:
+    1e-6 in fp32).
+    """
     model = tuned(version, train_parts)
     model.grad_cp = grad_cp
     torch.manual_seed(5)
@@ -285,7 +289,9 @@ def test_the_gradient_is_that_of_finite_differences(version):
 
 
 def runtime_state(path):
-    """The state list of the package rwkv for RWKV-7 with a file's initial states in it, as the merge's note tells the user."""
+    """The state list of the package rwkv for RWKV-7 with a file's initial states in it, as the merge's note
+    tells the user.
+    """
     tensors = torch.load(path, weights_only=True)
     width, states = (
         tensors["emb.weight"].shape[1],
@@ -536,7 +542,9 @@ def test_miss_and_the_state_together_in_one_run_and_one_file(files, tmp_path):
     "flags", [[], ["--grad_cp", "1"], ["--chunk_ctx", "7"]], ids=["plain", "grad_cp", "chunks"]
 )
 def test_a_state_that_diverges_takes_the_run_back_and_then_ends_it(files, tmp_path, flags):
-    """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of a training."""
+    """The NaN is one of the forward itself, which the kernels of a CPU would answer with an error outside of
+    a training.
+    """
     code, output = program.run(
         [
             "--load_model",

@@ -1,4 +1,6 @@
-"""The recipes of docs/recipes.md, Tables 3 and 6: MetaMathQA -> GSM8K and MATH, CodeFeedback -> HumanEval and MBPP."""
+"""The recipes of docs/recipes.md, Tables 3 and 6: MetaMathQA -> GSM8K and MATH, CodeFeedback -> HumanEval and
+MBPP.
+"""
 
 import gzip
 import json
@@ -158,9 +160,15 @@ def test_results_that_are_equal_numbers(one, other, equal):
 HUMANEVAL = {
     "task_id": "HumanEval/0",
     "entry_point": "largest",
-    "prompt": 'import math\n\n\ndef largest(values):\n    """The largest, or -inf.\n\n    >>> largest([1, 3])\n    3\n    """\n',
+    "prompt": (
+        'import math\n\n\ndef largest(values):\n    """The largest, or -inf.\n\n    >>> largest([1, 3])\n   '
+        ' 3\n    """\n'
+    ),
     "canonical_solution": "    return max(values, default=-math.inf)\n",
-    "test": "def check(candidate):\n    assert candidate([1, 3]) == 3\n    assert candidate([]) == -float('inf')\n",
+    "test": (
+        "def check(candidate):\n    assert candidate([1, 3]) == 3\n    assert candidate([]) =="
+        " -float('inf')\n"
+    ),
 }
 MBPP = {
     "task_id": 2,
@@ -181,9 +189,10 @@ def problems(tmp_path):
 
 def test_programs_are_right_if_they_pass_and_only_then(problems):
     (pieces, largest, _), (_, add, _) = read_problems(str(problems))
-    assert "".join(pieces) == (
-        'User: Complete this Python function.\n```python\nimport math\ndef largest(values):\n    """The largest, or -inf.\n'
-        '    >>> largest([1, 3])\n    3\n    """\n```\n\nAssistant:'
+    assert (
+        "".join(pieces)
+        == 'User: Complete this Python function.\n```python\nimport math\ndef largest(values):\n    """The'
+        ' largest, or -inf.\n    >>> largest([1, 3])\n    3\n    """\n```\n\nAssistant:'
     )
     whole = "```python\ndef largest(values):\n    return max(values, default=-math.inf)\n```"
     answers = [
@@ -215,7 +224,10 @@ with open({str(child)!r}, "w") as file:
     file.write(str(child.pid))
 time.sleep(600)
 """
-    fine = "x = bytearray(1 << 20)\nprint('a' * 100000)\nassert __name__ == '__main__'\nopen('here', 'w').close()"
+    fine = (
+        "x = bytearray(1 << 20)\nprint('a' * 100000)\nassert __name__ == '__main__'\nopen('here',"
+        " 'w').close()"
+    )
     programs = [fine, "x = bytearray(1 << 30)", "while True: pass", parent]
     assert passed(programs, seconds=3, memory=1 << 29) == [True, False, False, False]
     status = pathlib.Path(f"/proc/{child.read_text()}/stat")

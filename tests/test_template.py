@@ -1,4 +1,6 @@
-"""From messages to text: RWKV's modes and the user's Jinja, what is trained of them, and that a chat asks in the tokens of the training."""
+"""From messages to text: RWKV's modes and the user's Jinja, what is trained of them, and that a chat asks in
+the tokens of the training.
+"""
 
 import itertools
 import pickle
@@ -86,7 +88,10 @@ def shown(segments):
         (
             "think-long",
             [user("a"), thinking("b", "c"), user("d"), thinking("e", "f")],
-            "User: a think a lot\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d think a lot\n\nAssistant: <think|<>\ne\n</think>\nf>",
+            (
+                "User: a think a lot\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d think a"
+                " lot\n\nAssistant: <think|<>\ne\n</think>\nf>"
+            ),
         ),
         ("fake-think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
         (
@@ -103,7 +108,10 @@ def shown(segments):
                 {"role": "tool", "content": "4\n\n\nok"},
                 assistant("4"),
             ],
-            'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2, "é"]}}\n</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>',
+            (
+                'User: 2+2\n\nAssistant:|< <tool_call>\n{"name": "add", "arguments": {"a": [2,'
+                ' "é"]}}\n</tool_call>>|<\n\n>|Tool: 4\nok\n\nAssistant:|< 4>'
+            ),
         ),
         (
             "rwkv",
@@ -190,10 +198,13 @@ MARKED = CHATML.replace(
 {%- endif -%}
 """,
 )
-SHORT = "{% for m in messages %}{{ m.role[0] }}: {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+SHORT = (
+    "{% for m in messages %}{{ m.role[0] }}: {{ m.content | trim }}\n{% endfor %}{% if add_generation_prompt"
+    " %}a:{% endif %}"
+)
 WITH_EOS = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{%"
+    " endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 TEMPLATES = {"chatml": CHATML, "generation": MARKED, "short": SHORT, "eos": WITH_EOS}
 TURNS = [
@@ -280,8 +291,8 @@ def test_a_block_without_the_end_of_the_turn_trains_just_that(jinja):
 
 def test_an_answer_in_several_blocks_is_trained_whole_unless_one_of_the_answers_is_context(jinja):
     template = jinja(
-        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}({% endgeneration %}"
-        "-{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation"
+        " %}({% endgeneration %}-{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
     )
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
     assert shown(template.segments(turns)) == "[user]a[assistant]|<(>|-|<b>|[user]c[assistant]|<(>|-|<d>"
@@ -329,7 +340,10 @@ def test_tools_and_a_document_end(jinja, tmp_path):
             "{% generation %} does not enclose",
         ),
         (
-            "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}",
+            (
+                "{% for m in messages %}{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{%"
+                " endgeneration %}{% endfor %}"
+            ),
             "inside another",
         ),
     ],
@@ -341,10 +355,12 @@ def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, s
 
 
 def test_a_template_that_rewrites_earlier_turns(jinja):
-    """As those do that take the thoughts out of all answers but the last: the mask needs marks, and a chat reads the whole text again."""
+    """As those do that take the thoughts out of all answers but the last: the mask needs marks, and a chat
+    reads the whole text again.
+    """
     forgetful = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{%"
+        " endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     template = jinja(forgetful)
     one = template.segments([user("a"), assistant("b")])
@@ -392,8 +408,8 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
 def test_a_chat_reads_all_again_where_earlier_turns_change():
     tokenizer = named("bytes")
     template = load_template(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{%"
+        " endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     conversation = Conversation(None, tokenizer, GREEDY, template=template)
     for question, said in (("a", "b"), ("c", "d"), ("e", "f")):

@@ -1,4 +1,6 @@
-"""Tokens are made once: the cache gives back what was put in, is another one for anything that matters, and is never half there."""
+"""Tokens are made once: the cache gives back what was put in, is another one for anything that matters, and
+is never half there.
+"""
 
 import dataclasses
 import itertools
@@ -359,7 +361,9 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
 
 
 def test_what_is_kept_of_a_document_is_little(encoder):
-    """Beside its tokens: 13 bytes for where it is, 4 for its targets, and in the schedule 12 to 16 more, and 4 for the order of a pass."""
+    """Beside its tokens: 13 bytes for where it is, 4 for its targets, and in the schedule 12 to 16 more, and
+    4 for the order of a pass.
+    """
     count = 100_000
     lengths = np.random.default_rng(0).integers(20, 40, count)
     ids = np.zeros(int(lengths.sum()), np.int32)

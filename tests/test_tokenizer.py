@@ -1,4 +1,6 @@
-"""Tokenizers: text comes back whole, streaming never shows half a character, and what cannot be encoded is said, not lost."""
+"""Tokenizers: text comes back whole, streaming never shows half a character, and what cannot be encoded is
+said, not lost.
+"""
 
 import ast
 import json
@@ -49,7 +51,9 @@ def vocabulary(path, table):
 
 
 def bpe(path, special=("<|endoftext|>", "<|padding|>"), **options):
-    """A byte-level BPE as GPT-NeoX's 20B vocabulary is: NFC, offsets trimmed by the post-processor, two special tokens."""
+    """A byte-level BPE as GPT-NeoX's 20B vocabulary is: NFC, offsets trimmed by the post-processor, two
+    special tokens.
+    """
     inner = Tokenizer(models.BPE(**options))
     inner.normalizer = normalizers.NFC()
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +83,9 @@ def characters(path, alphabet="0123456789,#", special="#", unknown=None):
 
 
 def byte_fallback(path):
-    """As in Llama: a space is `▁`, one space is stripped at the start, and unknown characters are tokens like <0xE4>."""
+    """As in Llama: a space is `▁`, one space is stripped at the start, and unknown characters are tokens like
+    <0xE4>.
+    """
     vocab = {
         token: i
         for i, token in enumerate(["<unk>", "</s>", "▁", *"abcdefgh", *(f"<0x{b:02X}>" for b in range(256))])
@@ -164,7 +170,8 @@ def test_no_character_waits_longer_than_its_own_ids(tokenizer, text):
     decoder, ids, shown, complete = tokenizer.decoder(), tokenizer.encode(text), "", ""
     for n, token in enumerate(ids, 1):
         shown += decoder.push(token)
-        # byte fallback decodes a whole run of bytes to marks while its end is open, so the longest text so far counts
+        # byte fallback decodes a whole run of bytes to marks while its end is open, so the longest text so
+        # far counts
         complete = max(complete, tokenizer.decode(ids[:n]).rstrip("\ufffd"), key=len)
         assert shown == complete
 
@@ -451,7 +458,9 @@ def test_a_file_that_is_absent_or_no_tokenizer(tmp_path):
 
 
 def test_a_long_text_is_encoded_part_by_part_to_the_same_ids(tmp_path, monkeypatch):
-    """Also where tokens begin and end inside characters, and a text that cannot be expressed is refused in the same place."""
+    """Also where tokens begin and end inside characters, and a text that cannot be expressed is refused in
+    the same place.
+    """
     pieces = ["a", "ab", "abab", "b", "é", b"\xe4", b"\xbd\xa0", b"\xa0a", b"\xbd", b"\xbd\xa0\xe4", "你b"]
     size = lambda piece: len(piece.encode() if isinstance(piece, str) else piece)  # noqa: E731
     (tmp_path / "vocabulary.txt").write_text(
@@ -493,5 +502,8 @@ def test_another_tokenizer_than_the_recorded_one_is_warned_of(checkpoint, record
     assert recorded_tokenizer(given, "", 256, None, base, path).name == (
         "bytes" if given == "auto" else given
     )
-    words = f"WARNING: {path} was trained with the tokenizer {recorded}, {given} is another one; leave --tokenizer out"
+    words = (
+        f"WARNING: {path} was trained with the tokenizer {recorded}, {given} is another one; leave"
+        " --tokenizer out"
+    )
     assert (words in capsys.readouterr().err) == warned

@@ -81,7 +81,9 @@ def train(*args, **kwargs):
 
 @pytest.fixture(scope="module")
 def plain(files, tmp_path_factory):
-    """The run that all others must equal: one process, whole batches, 2 passes of 3 steps, the last of a pass short."""
+    """The run that all others must equal: one process, whole batches, 2 passes of 3 steps, the last of a pass
+    short.
+    """
     proj_dir = tmp_path_factory.mktemp("plain") / "run"
     output = train(files, proj_dir, "--epoch_count", "2")
     return proj_dir, output
@@ -142,7 +144,9 @@ def test_two_processes_with_accumulation_equal_one(files, tmp_path, plain, strat
 
 
 def test_documents_in_shared_rows_train_the_same(files, tmp_path):
-    """All 21 documents in every step, in rows of their own and in shared ones, in one process and in two: the same losses."""
+    """All 21 documents in every step, in rows of their own and in shared ones, in one process and in two: the
+    same losses.
+    """
     train(files, tmp_path / "own", "--epoch_count", "4", "--micro_bsz", "21")
     packed = ["--epoch_count", "4", "--packing", "1", "--ctx_len", "150"]
     output = train(files, tmp_path / "shared", *packed)
@@ -165,7 +169,9 @@ def test_documents_in_shared_rows_train_the_same(files, tmp_path):
 
 
 def test_accumulated_gradients_have_the_size_of_whole_ones(files, tmp_path):
-    """Adam forgets the size of a gradient, and with it a factor too many; an epsilon far above the gradients makes the size count."""
+    """Adam forgets the size of a gradient, and with it a factor too many; an epsilon far above the gradients
+    makes the size count.
+    """
     flags = ["--adam_eps", "100", "--lr_init", "30", "--lr_schedule", "constant", "--grad_clip", "0"]
     train(files, tmp_path / "whole", *flags)
     train(
@@ -348,7 +354,9 @@ def test_full_training_from_scratch_learns_and_loads_elsewhere(files, tmp_path, 
 
 
 def test_full_training_gathers_every_tensor_that_zero_3_shares_out(files, tmp_path):
-    """Layer 0's v1 has 10,240 elements here, above the size that stage 3 leaves whole, and is not trained: it must be gathered all the same."""
+    """Layer 0's v1 has 10,240 elements here, above the size that stage 3 leaves whole, and is not trained: it
+    must be gathered all the same.
+    """
     train(
         files,
         tmp_path / "run",

@@ -1,4 +1,6 @@
-"""Adapters on models that are no RWKV: small random ones of `transformers`, against Hugging Face peft on the same weights."""
+"""Adapters on models that are no RWKV: small random ones of `transformers`, against Hugging Face peft on the
+same weights.
+"""
 
 import copy
 import importlib.util
@@ -21,7 +23,9 @@ pytestmark = needs_transformers
 
 
 def new(kind, task, **sizes):
-    """A model of transformers, which is imported here: it takes seconds, also where these tests are only collected."""
+    """A model of transformers, which is imported here: it takes seconds, also where these tests are only
+    collected.
+    """
     import transformers
 
     return getattr(transformers, f"{kind}For{task}")(getattr(transformers, f"{kind}Config")(**sizes))
@@ -71,7 +75,9 @@ LINEAR = [name for name, method in REGISTERED.items() if method.adapts_linears]
 
 
 def make(name):
-    """The model, its matrices large enough for every part to show in the logits, which HF's own (std 0.02) are not."""
+    """The model, its matrices large enough for every part to show in the logits, which HF's own (std 0.02)
+    are not.
+    """
     torch.manual_seed(0)
     model = MODELS[name][0]().train()
     with torch.no_grad():
@@ -203,7 +209,9 @@ def test_every_method_trains_loads_and_merges_on_linears_of_many_shapes(method, 
 
 
 def loaded_and_merged(model, base, folder):
-    """Copies of the base: with the model's adapter out of its file, and with the tensors of the merged file, which are the base's by name."""
+    """Copies of the base: with the model's adapter out of its file, and with the tensors of the merged file,
+    which are the base's by name.
+    """
     adapter, unmerged, merged = (folder / f"{name}.pth" for name in ("adapter", "base", "merged"))
     rwkv_miss.save_adapter(model, adapter)
     rwkv_miss.write_checkpoint(unmerged, base.state_dict().items())

@@ -1,4 +1,6 @@
-"""Adapters beside their base: the same answers as a merged file's, for every method, and a base that is bit for bit what it was."""
+"""Adapters beside their base: the same answers as a merged file's, for every method, and a base that is bit
+for bit what it was.
+"""
 
 import pytest
 import torch
@@ -131,7 +133,9 @@ WALK = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("version", [6, 7])
 def test_switching_leaves_nothing_behind(version, dtype, checkpoint, tmp_path):
-    """a -> b -> none -> a and so on: the bits of a fresh load each time, also in the decoder; without adapter those of the base, in its memory."""
+    """a -> b -> none -> a and so on: the bits of a fresh load each time, also in the decoder; without adapter
+    those of the base, in its memory.
+    """
     base = checkpoint(version, dtype, **SIZES)
     files = {
         name: train(base, tmp_path / f"{name}.pth", seed=i, **kind)
@@ -194,7 +198,9 @@ def test_several_adapters_add_up(checkpoint, tmp_path):
 def test_the_decoder_loses_nothing_of_an_adapter(
     method, rank, version, dtype, int8, checkpoint, tmp_path, monkeypatch
 ):
-    """Against float64 with the same rounded base: A, B and their sums are fp32, whatever the base is. Any number of threads gives the same bits."""
+    """Against float64 with the same rounded base: A, B and their sums are fp32, whatever the base is. Any
+    number of threads gives the same bits.
+    """
     base = checkpoint(version, dtype, n_layer=3, **SIZES)
     adapter = train(
         base, tmp_path / "a.pth", method, rank=rank, targets=["receptance", "key", "value", "output", "head"]
@@ -225,7 +231,9 @@ def test_the_decoder_loses_nothing_of_an_adapter(
 
 
 def test_a_switch_makes_no_copy_of_what_stays(checkpoint, tmp_path):
-    """Neither the model's weights nor the decoder's int8 copies are made again, and equal random factors are there once."""
+    """Neither the model's weights nor the decoder's int8 copies are made again, and equal random factors are
+    there once.
+    """
     base = checkpoint(7, torch.bfloat16, **SIZES)
     files = {name: train(base, tmp_path / f"{name}.pth", name) for name in ("miss", "vera")}
     adapters, _ = load_with(base, files, "bytes", accelerator="cpu")
@@ -245,7 +253,9 @@ def test_a_switch_makes_no_copy_of_what_stays(checkpoint, tmp_path):
 
 
 def test_a_model_in_bf16_reads_prompts_with_the_adapter_beside_it(checkpoint, tmp_path):
-    """In the way of training: activations in bf16, and an update that is far below a step of bf16 of the weights is not lost in them."""
+    """In the way of training: activations in bf16, and an update that is far below a step of bf16 of the
+    weights is not lost in them.
+    """
     base = checkpoint(7, torch.bfloat16, vocab_size=257)
     adapter = train(base, tmp_path / "a.pth", "miss")
     live = RWKV.load(base)

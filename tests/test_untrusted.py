@@ -1,4 +1,6 @@
-"""Files that somebody made with care: bombs, lies about sizes, odd tensors, wrong kinds in metadata. Each ends in one clear message."""
+"""Files that somebody made with care: bombs, lies about sizes, odd tensors, wrong kinds in metadata. Each
+ends in one clear message.
+"""
 
 import io
 import json
@@ -97,7 +99,9 @@ def test_records_that_lie_over_each_other(tmp_path):
 
 
 def calling(module, name, *arguments):
-    """A pickle of {"a": module.name(*arguments)}, in torch's protocol; pickle itself looks the function up before it writes the name."""
+    """A pickle of {"a": module.name(*arguments)}, in torch's protocol; pickle itself looks the function up
+    before it writes the name.
+    """
     parts = b"".join(pickle.dumps(argument, 2)[2:-1] for argument in arguments)
     return b"\x80\2}X\1\0\0\0a" + f"c{module}\n{name}\n".encode() + b"(" + parts + b"tRs."
 

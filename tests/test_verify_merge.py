@@ -20,7 +20,9 @@ from .conftest import make_arch, random_tensors
 
 @pytest.fixture
 def verify(merging, capsys):
-    """verify(adapters, flags...) -> (exit code, the JSON object), for merged.pth in merging.folder; bytes are the tokens."""
+    """verify(adapters, flags...) -> (exit code, the JSON object), for merged.pth in merging.folder; bytes are
+    the tokens.
+    """
 
     def run(adapters, *flags, merged="merged.pth"):
         named = [flag for name in adapters for flag in ("--adapter", str(merging.folder / name))]
@@ -163,7 +165,9 @@ def test_a_linear_of_one_adapter_is_a_whole_tensor_of_another(merging, weight):
 
 
 def test_in_the_files_dtype_both_are_computed_in_it(merging, verify):
-    """An adapter that changes nothing: in bf16 the merged file gives the live model's bits, which are not those of fp32."""
+    """An adapter that changes nothing: in bf16 the merged file gives the live model's bits, which are not
+    those of fp32.
+    """
     make(merging, dtype=torch.bfloat16)
     merging.adapter("a.pth", std=0)
     merging.merge(["a.pth"])

@@ -1,4 +1,6 @@
-"""Watching a run: the training is not disturbed; the best state is kept, and a run that gets no better ends; what the card and others are told."""
+"""Watching a run: the training is not disturbed; the best state is kept, and a run that gets no better ends;
+what the card and others are told.
+"""
 
 import functools
 import importlib.machinery
@@ -39,7 +41,9 @@ BYTES = load_tokenizer("bytes", 256, "")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A base of odd width, 24 rows to train on (6 steps of 4), and 11 to evaluate, with answers of very unequal length."""
+    """A base of odd width, 24 rows to train on (6 steps of 4), and 11 to evaluate, with answers of very
+    unequal length.
+    """
     folder = tmp_path_factory.mktemp("watch")
     torch.save(random_tensors(make_arch(7, vocab_size=256, n_embd=45, head_size=15)), folder / "base.pth")
     rng = random.Random(0)
@@ -143,7 +147,10 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
             stop="",
         )
         assert shortened("".join(pieces).strip() + "\ufffd", 300) == sample["answer"]
-    said = "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training, every 4 steps and at its end; "
+    said = (
+        "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training,"
+        " every 4 steps and at its end; "
+    )
     assert said in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
     assert (
         f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}"
@@ -233,7 +240,9 @@ LOSSES = [9.0, 5.0, 4.0, 4.5, float("nan"), 4.0, 3.0]
 
 
 def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_path):
-    """Step 2 is the best; ended after 2 worse ones, gone on with patience for 4, killed on the way: the same files as in one go."""
+    """Step 2 is the best; ended after 2 worse ones, gone on with patience for 4, killed on the way: the same
+    files as in one go.
+    """
     proj_dir, whole = tmp_path / "run", tmp_path / "whole"
     flags = [
         "--eval_split",
@@ -289,9 +298,14 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         *more,
         sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)),
     )
-    assert code and [line["step"] for line in validation(proj_dir)] == [0, 1, 2, 3, 4, 5], (
-        output
-    )  # step 5 has no checkpoint and is done again
+    assert code and [line["step"] for line in validation(proj_dir)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ], output  # step 5 has no checkpoint and is done again
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
@@ -304,7 +318,9 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
 
 
 def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, tmp_path):
-    """Step 2 is the best one up to the checkpoint of step 3; step 4 was better, and the run does not come to it again."""
+    """Step 2 is the best one up to the checkpoint of step 3; step 4 was better, and the run does not come to
+    it again.
+    """
     whole, proj_dir, lost = (tmp_path / name for name in ("whole", "run", "lost"))
     flags = [
         "--eval_split",
@@ -363,7 +379,9 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, 
 
 
 def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
-    """Stopped before the evaluation of step 6, which is no better than that of step 3; or gone on with when 6 steps are all that is asked for."""
+    """Stopped before the evaluation of step 6, which is no better than that of step 3; or gone on with when 6
+    steps are all that is asked for.
+    """
     proj_dir, shorter = tmp_path / "run", tmp_path / "shorter"
     flags = [
         "--eval_split",
@@ -454,8 +472,8 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     lines, end = validation(proj_dir), summary(proj_dir)
     base = RWKV.load(files / "base.pth")
     assert (
-        f"hashes     base {base.base_fingerprint}, tokens and mask {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}"
-        in text
+        f"hashes     base {base.base_fingerprint}, tokens and mask"
+        f" {load_documents(str(files / 'rows.jsonl'), BYTES, 1024).digest}" in text
     )
     assert (
         f"| loss per token, nats | {lines[0]['loss']:.4f} | {lines[2]['loss']:.4f} | {lines[2]['loss']:.4f} |"
@@ -507,7 +525,10 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
     }
     text = card(Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, metrics, history)
     for words in (
-        "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n    0␀|`\n\nafter:\n\n    9␀|`\n",
+        (
+            "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n   "
+            " 0␀|`\n\nafter:\n\n    9␀|`\n"
+        ),
         "after:\n\n    (nothing)\n",
         "| steps | 9 of 12 |",
         "| speed | 50 tokens/s (14 of them trained), 5.0 s in 2 steps |",

@@ -1,4 +1,6 @@
-"""The WKV kernels against float64: independent goldens, then the token-by-token reference at odd sizes and extreme decays."""
+"""The WKV kernels against float64: independent goldens, then the token-by-token reference at odd sizes and
+extreme decays.
+"""
 
 import ctypes
 import functools
@@ -18,8 +20,9 @@ from .conftest import close
 NAMES = {6: ["r", "k", "v", "w", "u"], 7: ["r", "w", "k", "v", "a", "b"]}
 OPS = {6: ops.wkv6, 7: ops.wkv7}
 KERNELS = ["cpu", "torch", "reference"]  # the CUDA kernels have tests of their own, in emulation
-# Largest fp32 error seen below, against the largest value (torch 2.13 CPU, AVX-512): y and states 9.8e-7; gradients 1.7e-6, in dw of
-# v7 near its smallest decay, where 1 - sigmoid(w) cancels. One case has 4.0e-6: dk of a single token, v . dy times r, and v . dy cancels.
+# Largest fp32 error seen below, against the largest value (torch 2.13 CPU, AVX-512): y and states 9.8e-7;
+# gradients 1.7e-6, in dw of v7 near its smallest decay, where 1 - sigmoid(w) cancels. One case has 4.0e-6: dk
+# of a single token, v . dy times r, and v . dy cancels.
 TOLERANCE = 1e-5
 # dw of the native kernels is a difference of sums over all later tokens (see cuda/wkv7_cpu.cpp)
 DW_TOLERANCE = 5e-5
@@ -51,7 +54,9 @@ plain_kernel = pytest.mark.parametrize("kernel", ops.PLAIN)
 
 
 def make(version, T, N=8, B=2, H=3, decay="real", dtype=torch.float32):
-    """({name: input}, dy, dsT), random, exact in fp32; for v7 a = -kappa and b = kappa * learning rate, as the model makes them."""
+    """({name: input}, dy, dsT), random, exact in fp32; for v7 a = -kappa and b = kappa * learning rate, as
+    the model makes them.
+    """
     randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(100 * T + N))
     x = {name: randn(H, N) if name == "u" else randn(B, T, H, N) for name in NAMES[version]}
     x["w"] = DECAYS[version][decay](x["w"])
@@ -63,7 +68,9 @@ def make(version, T, N=8, B=2, H=3, decay="real", dtype=torch.float32):
 
 
 def results(version, x, dy, dsT=None, kernel="torch", reset=None):
-    """Forward and backward: {y, sT, d<name> of every input}; without dsT nothing flows back from the final state."""
+    """Forward and backward: {y, sT, d<name> of every input}; without dsT nothing flows back from the final
+    state.
+    """
     x = {name: t.detach().requires_grad_() for name, t in x.items()}
     y, sT = OPS[version](**x, reset=reset, kernel=kernel)
     outputs = [(y, dy)] if dsT is None else [(y, dy), (sT, dsT)]
@@ -75,7 +82,9 @@ def results(version, x, dy, dsT=None, kernel="torch", reset=None):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These tensors are too small to share: on a busy machine a second thread makes the file several times slower."""
+    """These tensors are too small to share: on a busy machine a second thread makes the file several times
+    slower.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,7 +92,9 @@ def one_thread():
 
 
 def documents(B, T):
-    """Where documents start, (B, T), bool: another place in every row, two in a row, the last token, and none in the last row."""
+    """Where documents start, (B, T), bool: another place in every row, two in a row, the last token, and none
+    in the last row.
+    """
     reset = torch.rand(B, T, generator=torch.Generator().manual_seed(T)) < 0.15
     reset[0, T // 2 :][:2] = reset[0, -1] = True
     if B > 1:
@@ -93,7 +104,9 @@ def documents(B, T):
 
 @functools.cache
 def exact(version, state, **shape):
-    """`results` of the reference in float64, with an initial state and a gradient of the final one, or with neither."""
+    """`results` of the reference in float64, with an initial state and a gradient of the final one, or with
+    neither.
+    """
     x, dy, dsT = make(version, dtype=torch.float64, **shape)
     return (
         results(version, x, dy, dsT, "reference")
@@ -246,7 +259,8 @@ def test_half_precision_rounds_inputs_and_outputs_only(version, kernel, dtype):
     for name, t in want.items():
         assert torch.equal(got[name], t.to(got[name].dtype)), name
         assert got[name].dtype == (torch.float32 if name in ("sT", "ds0") else dtype), name
-    # fp32 parameters beside half activations, as autocast makes them; and autocast does not reach the arithmetic
+    # fp32 parameters beside half activations, as autocast makes them; and autocast does not reach the
+    # arithmetic
     mixed = half | {name: half[name].float() for name in ("w", "u", "k") if name in half}
     with torch.autocast("cpu", torch.bfloat16):
         y, sT = OPS[version](**mixed, kernel=kernel)
@@ -406,7 +420,9 @@ def test_head_sizes_of_the_native_kernels(version, N):
 )
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-msse2"]], ids=" ".join)
 def test_narrower_vectors(flags, monkeypatch):
-    """The builds that other CPUs get. 4 lanes also stand for NEON, with the code paths of 16 registers instead of 32."""
+    """The builds that other CPUs get. 4 lanes also stand for NEON, with the code paths of 16 registers
+    instead of 32.
+    """
     command = [build.find_cxx(), "-std=c++17", "-O2", *flags, "-ffp-contract=fast", "-fPIC", "-pthread"]
     path = build.build(
         "wkv_cpu_narrow",
@@ -454,7 +470,9 @@ def test_more_threads_than_heads(version, threads):
 @pytest.mark.parametrize("decay", ["real", "to zero", "to one", "minimum"])
 @both
 def test_long_rows(version, decay):
-    """The goal for the exact kernels at 4096 tokens: y and gradients 1e-6 (v6: 2e-6) in the rms norm, the log decay's 5e-5."""
+    """The goal for the exact kernels at 4096 tokens: y and gradients 1e-6 (v6: 2e-6) in the rms norm, the log
+    decay's 5e-5.
+    """
     if decay not in DECAYS[version]:
         pytest.skip(f"RWKV-{version} has no such decay")
     x, dy, dsT = make(version, 4096, N=16, B=1, H=1, decay=decay, dtype=torch.float64)

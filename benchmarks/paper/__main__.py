@@ -1,9 +1,11 @@
-"""The experiments of the MiSS paper (arXiv 2409.15371), each one command that writes a table, a plot and its figures.
+"""The experiments of the MiSS paper (arXiv 2409.15371), each one command that writes a table, a plot and its
+figures.
 
     python -m benchmarks.paper NAME [--tiny] [--out docs/results] [options of the experiment]
 
-Without NAME it lists them. An experiment is a module of this folder, NAME with underscores: FULL and TINY, two settings of one frozen
-dataclass (settings.py), and run(settings) -> Result (results.py). Its docstring's first line is what the list shows. The last line is JSON.
+Without NAME it lists them. An experiment is a module of this folder, NAME with underscores: FULL and TINY,
+two settings of one frozen dataclass (settings.py), and run(settings) -> Result (results.py). Its docstring's
+first line is what the list shows. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def experiment(name: str):
 
 
 def main(argv: list[str]) -> None:
-    """Run the experiment that argv names, or list them. UserError for a wrong option, before anything is measured."""
+    """Run the experiment that argv names, or list them. UserError for a wrong option, before anything is
+    measured.
+    """
     parser = Parser(prog="python -m benchmarks.paper", description=__doc__.partition("\n")[0])
     names = parser.add_subparsers(dest="name", metavar="NAME")
     summaries = {name: experiment(name).__doc__.partition("\n")[0] for name in EXPERIMENTS}

@@ -1,4 +1,6 @@
-"""Sequence classification by a model of `transformers`: an adapter and the classifier are trained, the rest is frozen."""
+"""Sequence classification by a model of `transformers`: an adapter and the classifier are trained, the rest
+is frozen.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from rwkv_miss import UserError
 
 from .glue import Example
 
-WARMUP = 0.06  # of all steps, then linearly to zero: as RoBERTa was fine-tuned on GLUE (arXiv 1907.11692, appendix C)
+# of all steps, then linearly to zero: as RoBERTa was fine-tuned on GLUE (arXiv 1907.11692, appendix C)
+WARMUP = 0.06
 Row = tuple[dict[str, list[int]], int]  # what the tokenizer makes of an example, and its class
 
 
@@ -31,14 +34,18 @@ class Training:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder, or of a name in Hugging Face's cache. UserError where there is none; nothing is downloaded."""
+    """The tokenizer of a folder, or of a name in Hugging Face's cache. UserError where there is none; nothing
+    is downloaded.
+    """
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer, source)
 
 
 def load_model(source: str, classes: int, seed: int) -> nn.Module:
-    """The model of a folder or a name in the cache, fp32, with a classifier for so many classes, drawn by the seed if the file has none."""
+    """The model of a folder or a name in the cache, fp32, with a classifier for so many classes, drawn by the
+    seed if the file has none.
+    """
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
@@ -53,14 +60,16 @@ def _load(cls: Any, source: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:  # no such folder, or one without a model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--model {source} can't be loaded: {reason} Give a folder with config.json, model.safetensors and the tokenizer's files; "
-            "nothing is downloaded"
+            f"--model {source} can't be loaded: {reason} Give a folder with config.json, model.safetensors"
+            " and the tokenizer's files; nothing is downloaded"
         ) from None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, and its warning that the classifier is new, which is what is wanted here."""
+    """Without the progress bars of transformers, and its warning that the classifier is new, which is what is
+    wanted here.
+    """
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,7 +1,8 @@
 """Fig. 5: FLOPs, saved bytes and parameters of each method's adapted linear, measured, beside the formulas.
 
-FLOPs are those of the matrix products of a forward and a backward, counted as they are executed, inside this project's operators as well;
-the frozen linear's own 4 N k d are taken off. Saved is what the forward keeps for its backward beside parameters and buffers.
+FLOPs are those of the matrix products of a forward and a backward, counted as they are executed, inside this
+project's operators as well; the frozen linear's own 4 N k d are taken off. Saved is what the forward keeps
+for its backward beside parameters and buffers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ TINY = Settings(shapes=("33,48,40,4",))
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of an adapter on one linear beside the frozen linear: FLOPs of forward and backward, numbers kept in between, parameters."""
+    """Of an adapter on one linear beside the frozen linear: FLOPs of forward and backward, numbers kept in
+    between, parameters.
+    """
 
     flops: int
     saved: int
@@ -121,7 +124,8 @@ def _product_flops(x: Tensor, weight: Tensor, *args, **kwargs) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-# matrix products that torch's counter does not know: oneDNN's, linear() as this project's operators call it, and others
+# matrix products that torch's counter does not know: oneDNN's, linear() as this project's operators call it,
+# and others
 PRODUCTS = {
     "aten.linear.default": _product_flops,
     "aten.addmm_.default": lambda y, x, matrix, **kwargs: 2 * x.numel() * matrix.shape[1],
@@ -249,9 +253,11 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
     return [
         Claim(
             "rank r costs r d parameters, where LoRA's costs r (d + k)",
-            "counted exactly, as are the FLOPs and what is kept for the backward"
-            if not wrong
-            else f"the counts of {', '.join(wrong)} are others than the formulas'",
+            (
+                "counted exactly, as are the FLOPs and what is kept for the backward"
+                if not wrong
+                else f"the counts of {', '.join(wrong)} are others than the formulas'"
+            ),
             not wrong,
         ),
         Claim(
@@ -263,8 +269,8 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         ),
         Claim(
             "MiSS needs less memory than LoRA",
-            "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the shard "
-            "sums. LoRA-FA keeps {:.2f} to {:.2f} times MiSS's".format(
+            "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the"
+            " shard sums. LoRA-FA keeps {:.2f} to {:.2f} times MiSS's".format(
                 *saved, *ratios("saved", "lora_fa", "miss")
             ),
             saved[0] > 1,
@@ -312,8 +318,9 @@ def run(settings: Settings) -> Result:
     shape = settings.shapes[0]
     return Result(
         "Complexity: FLOPs, memory and parameters of one adapted linear (Fig. 5)",
-        "Every method at LoRA's parameter count. FLOPs are counted in the matrix products as they run, forward and backward, less the frozen "
-        "linear's 4 N k d; adds, such as MiSS's shard sums, are none of them. Saved is what the forward keeps for the backward.",
+        "Every method at LoRA's parameter count. FLOPs are counted in the matrix products as they run,"
+        " forward and backward, less the frozen linear's 4 N k d; adds, such as MiSS's shard sums, are none"
+        " of them. Saved is what the forward keeps for the backward.",
         claims(measured),
         [table(shape, rows) for shape, rows in measured.items()],
         lambda figure: draw(shape, measured[shape], figure),

@@ -1,7 +1,8 @@
-"""GLUE's tasks as the MiSS paper's Table 2 has them, read from a folder as GLUE or the Hugging Face hub ships it.
+"""GLUE's tasks as the MiSS paper's Table 2 has them, read from a folder as GLUE or the Hugging Face hub ships
+it.
 
-FOLDER/CoLA/train.tsv and dev.tsv, FOLDER/cola/train-00000-of-00001.parquet and validation-..., or .jsonl with the same columns. MNLI is
-evaluated on the matched genres. Nothing is downloaded.
+FOLDER/CoLA/train.tsv and dev.tsv, FOLDER/cola/train-00000-of-00001.parquet and validation-..., or .jsonl with
+the same columns. MNLI is evaluated on the matched genres. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ Score = Callable[[Sequence[int], Sequence[int]], float]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`texts` and `label` are columns, each with the names that the files give it; a label is a number, or one of `labels` in their order.
+    """`texts` and `label` are columns, each with the names that the files give it; a label is a number, or
+    one of `labels` in their order.
 
-    `scores` are what is reported, the first as in Table 2, of which `paper` has method -> 100 x score. `headless` names the columns of a TSV
-    without a header.
+    `scores` are what is reported, the first as in Table 2, of which `paper` has method -> 100 x score.
+    `headless` names the columns of a TSV without a header.
     """
 
     name: str
@@ -97,7 +99,9 @@ class Example:
 
 
 def read_task(folder: str, task: Task) -> tuple[list[Example], list[Example]]:
-    """(training, development) examples. UserError for a file that is absent, and with its place for a row that is no example."""
+    """(training, development) examples. UserError for a file that is absent, and with its place for a row
+    that is no example.
+    """
     where = _folder(folder, task)
     files = _files(where, ("train",)), _files(where, task.dev)
     train, dev = (
@@ -115,8 +119,9 @@ def _folder(folder: str, task: Task) -> pathlib.Path:
         if name.lower().replace("-", "") == task.name.lower().replace("-", ""):
             return root / name
     raise UserError(
-        f"{folder} has no folder {task.name} with GLUE's files, only: {', '.join(sorted(names)) or 'nothing'}; nothing is downloaded: "
-        "unpack GLUE there, or copy the parquet files of nyu-mll/glue"
+        f"{folder} has no folder {task.name} with GLUE's files, only:"
+        f" {', '.join(sorted(names)) or 'nothing'}; nothing is downloaded: unpack GLUE there, or copy the"
+        " parquet files of nyu-mll/glue"
     )
 
 
@@ -127,12 +132,14 @@ def _files(folder: pathlib.Path, splits: tuple[str, ...]) -> list[pathlib.Path]:
     )
     if not found:
         raise UserError(
-            f"{folder} has no file {' or '.join(f'{split}{suffix}' for split in splits for suffix in SUFFIXES)}; "
-            f"it has: {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
+            f"{folder} has no file"
+            f" {' or '.join(f'{split}{suffix}' for split in splits for suffix in SUFFIXES)}; it has:"
+            f" {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
         )
     if len({path.suffix for path in found}) > 1:
         raise UserError(
-            f"{folder} has one split in several formats ({', '.join(path.name for path in found)}); leave one of them there"
+            f"{folder} has one split in several formats ({', '.join(path.name for path in found)}); leave one"
+            " of them there"
         )
     return found
 
@@ -173,7 +180,8 @@ def _example(place: str, record: Any, task: Task) -> Example:
     }
     if label not in known or not all(isinstance(text, str) for text in texts):
         raise UserError(
-            f"{place}: expected text and a label {', '.join(task.labels)} or 0 to {len(task.labels) - 1}, got {texts!r}, {label!r}"
+            f"{place}: expected text and a label {', '.join(task.labels)} or 0 to {len(task.labels) - 1}, got"
+            f" {texts!r}, {label!r}"
         )
     return Example(texts, known[label])
 

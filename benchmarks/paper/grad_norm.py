@@ -1,11 +1,14 @@
-"""Section 5.4, Fig. 4 right: the norm of the first gradient of every method at every rank, against full fine-tuning's, from one backward.
+"""Section 5.4, Fig. 4 right: the norm of the first gradient of every method at every rank, against full
+fine-tuning's, from one backward.
 
-At the start every method's model is the base, so one backward gives G = dL/dW of every linear, and a method's gradient is that of
-sum(G * delta()) in its own parameters: for MiSS the shard sums of G, for LoRA s G A^T. `full` is the norm of G over the same linears.
+At the start every method's model is the base, so one backward gives G = dL/dW of every linear, and a method's
+gradient is that of sum(G * delta()) in its own parameters: for MiSS the shard sums of G, for LoRA s G A^T.
+`full` is the norm of G over the same linears.
 
-Beside the norm stands what it leaves out: the cosine between the change of the weights that the method's first SGD step makes and -G, full
-fine-tuning's. Random G with independent columns, of the same shapes, tell the scale of a method from what it makes of real gradients: there
-E ||fold(G)||^2 = ||G||^2 holds for MiSS at every rank, whatever is to be learnt.
+Beside the norm stands what it leaves out: the cosine between the change of the weights that the method's
+first SGD step makes and -G, full fine-tuning's. Random G with independent columns, of the same shapes, tell
+the scale of a method from what it makes of real gradients: there E ||fold(G)||^2 = ||G||^2 holds for MiSS at
+every rank, whatever is to be learnt.
 """
 
 from __future__ import annotations
@@ -60,7 +63,9 @@ def independent(shape: torch.Size) -> Tensor:
 
 
 def behind_relu2(shape: torch.Size) -> Tensor:
-    """A random G = dY^T X of 512 tokens with independent dY and inputs X = relu(z)^2, which have a mean, as in the channel mix."""
+    """A random G = dY^T X of 512 tokens with independent dY and inputs X = relu(z)^2, which have a mean, as
+    in the channel mix.
+    """
     return torch.randn(512, shape[0]).t() @ torch.randn(512, shape[1]).relu().square()
 
 
@@ -69,7 +74,9 @@ RANDOM: dict[str, Callable[[torch.Size], Tensor]] = {"random": independent, "ran
 
 @dataclasses.dataclass(frozen=True)
 class First:
-    """Of a method's first gradient: its norm, the norm by linear, and the cosine of the first SGD step with full fine-tuning's."""
+    """Of a method's first gradient: its norm, the norm by linear, and the cosine of the first SGD step with
+    full fine-tuning's.
+    """
 
     norm: float
     by_linear: dict[str, float]
@@ -123,8 +130,10 @@ class Case:
             kinds.setdefault(".".join(name.split(".")[-2:]), []).append(name)
         first = self.found[label, rank]
         return {
-            kind: math.hypot(*(first.by_linear[name] for name in names))
-            / norm(self.gradients[name] for name in names)
+            kind: (
+                math.hypot(*(first.by_linear[name] for name in names))
+                / norm(self.gradients[name] for name in names)
+            )
             for kind, names in kinds.items()
         }
 
@@ -199,20 +208,22 @@ def claims(found: dict[str, Case]) -> list[Claim]:
     return [
         Claim(
             "MiSS's first gradient is about as large as full fine-tuning's, at every rank",
-            f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at {' and '.join(sorted(loudest))}",
+            f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at"
+            f" {' and '.join(sorted(loudest))}",
             1 / ALIKE < min(miss) and max(miss) < ALIKE,
         ),
         Claim(
             "LoRA's is smaller, and grows with the rank",
-            f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at "
-            f"{sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models, larger with the next rank at {sum(steps)} of {len(steps)}; "
-            "2 sqrt(r / 3 k) for independent columns",
+            f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at"
+            f" {sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models, larger with the next"
+            f" rank at {sum(steps)} of {len(steps)}; 2 sqrt(r / 3 k) for independent columns",
             all(a > b for a, b in zip(miss, lora)) and all(steps),
         ),
         Claim(
             "so MiSS is closer to full fine-tuning",
-            f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. "
-            f"In its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at {ahead} of {len(cosines)}",
+            f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. In"
+            " its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at"
+            f" {ahead} of {len(cosines)}",
             ahead == len(cosines),
         ),
         Claim(
@@ -254,7 +265,8 @@ def run(settings: Settings) -> Result:
     found = cases(settings)
     rank = settings.ranks[-1]
     kinds = Table(
-        f"The same by kind of linear, MiSS, r = {rank}: more where inputs have a mean (behind relu^2, ffn.value), since columns of G are then alike",
+        f"The same by kind of linear, MiSS, r = {rank}: more where inputs have a mean (behind relu^2,"
+        " ffn.value), since columns of G are then alike",
         ("gradients", "linears", "norm / full"),
         [
             (name, kind, ratio)
@@ -265,11 +277,12 @@ def run(settings: Settings) -> Result:
     )
     return Result(
         "The first gradient: its norm against full fine-tuning's (Section 5.4, Fig. 4 right)",
-        "Over the linears that the paper adapts. rwkv6-3m: a small RWKV-6 on Shakespeare; rwkv7-reverse and demo: small RWKV-7 that reverse "
-        "digits or letters, on a task changed for fine-tuning. random: independent columns in the shapes of the first model; random, relu^2: "
-        "G = dY^T X with inputs relu(z)^2. One backward for each. A cell is empty where a rank does not fit "
-        "the model, or a method (DoRA and magnitudes: rwkv7-reverse has rows of zeros). Agrees: at every rank on every model; about as large is "
-        f"{1 / ALIKE:g} to {ALIKE:g} times.",
+        "Over the linears that the paper adapts. rwkv6-3m: a small RWKV-6 on Shakespeare; rwkv7-reverse and"
+        " demo: small RWKV-7 that reverse digits or letters, on a task changed for fine-tuning. random:"
+        " independent columns in the shapes of the first model; random, relu^2: G = dY^T X with inputs"
+        " relu(z)^2. One backward for each. A cell is empty where a rank does not fit the model, or a method"
+        " (DoRA and magnitudes: rwkv7-reverse has rows of zeros). Agrees: at every rank on every model;"
+        f" about as large is {1 / ALIKE:g} to {ALIKE:g} times.",
         claims(found),
         [
             table(
@@ -278,7 +291,8 @@ def run(settings: Settings) -> Result:
                 lambda case, label, rank: case.ratio(label, rank),
             ),
             table(
-                "Cosine of the change of the weights by the first SGD step with full fine-tuning's (sqrt(r / k) where columns are independent)",
+                "Cosine of the change of the weights by the first SGD step with full fine-tuning's (sqrt(r /"
+                " k) where columns are independent)",
                 found,
                 lambda case, label, rank: case.found[label, rank].cosine,
             ),

@@ -1,6 +1,8 @@
-"""Fig. 4 left: losses of full fine-tuning, LoRA, PiSSA, DoRA, MiSS and balanced MiSS on real small models, at the paper's and at its own best rate.
+"""Fig. 4 left: losses of full fine-tuning, LoRA, PiSSA, DoRA, MiSS and balanced MiSS on real small models, at
+the paper's and at its own best rate.
 
-Equal parameters: MiSS has twice LoRA's rank, balanced MiSS one shard less than that for its row of the mean. DoRA's magnitudes come on top.
+Equal parameters: MiSS has twice LoRA's rank, balanced MiSS one shard less than that for its row of the mean.
+DoRA's magnitudes come on top.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def measure(runs: Runs, task: str) -> tuple[dict[str, Measured], dict[str, str]]
 def table(
     task: str, before: list[float | None], systems: dict[str, Measured], unfit: dict[str, str], answers: bool
 ) -> Table:
-    """Held-out losses, and where there are answers the share of right tokens and of right answers at the best rate."""
+    """Held-out losses, and where there are answers the share of right tokens and of right answers at the best
+    rate.
+    """
     columns = [
         "system",
         "parameters",
@@ -113,9 +117,13 @@ def claims(found: dict[str, dict[str, Measured]]) -> list[Claim]:
         verdicts = [
             below(getattr(systems[name], when), getattr(systems[peer], when)) for systems in both.values()
         ]
-        return f"{peer}: " + ", ".join(
-            f"{WORDS[verdict]} it on {task}" for task, verdict in zip(both, verdicts, strict=True)
-        ), verdicts
+        return (
+            f"{peer}: "
+            + ", ".join(
+                f"{WORDS[verdict]} it on {task}" for task, verdict in zip(both, verdicts, strict=True)
+            ),
+            verdicts,
+        )
 
     said = []
     names = {name for systems in found.values() for name in systems}
@@ -151,7 +159,9 @@ def claims(found: dict[str, dict[str, Measured]]) -> list[Claim]:
 
 
 def draw(found: dict[str, dict[str, Measured]], figure) -> None:
-    """A row of plots at the paper's rate, and one at the best rates: running means of the training loss over the seeds."""
+    """A row of plots at the paper's rate, and one at the best rates: running means of the training loss over
+    the seeds.
+    """
     figure.set_size_inches(4.2 * len(found), 7.5)
     grid = figure.subplots(2, len(found), squeeze=False)
     names = list(
@@ -211,11 +221,12 @@ def run(settings: Settings) -> Result:
     figures = {task: {name: figures_of(m) for name, m in systems.items()} for task, systems in found.items()}
     return Result(
         "Loss curves of six ways to fine-tune real small models (Fig. 4 left)",
-        "shakespeare and gsm8k: English text, two tokens a character, to a 3M-parameter RWKV-6 trained on English; digits: a changed task to an "
-        "RWKV-7 that reverses digits; letters: sorting to one that reverses letters (benchmarks/paper/training_tasks.py). AdamW, cosine to a tenth, "
-        "no warm-up, clip 1, the same rows in the same order for all. The best rate is found by half decades on the held-out loss of the first seed; "
-        "means within two standard errors count as level. Right tokens: share of answer tokens that are the likeliest after the right ones; right "
-        "answers: greedy, as a whole.",
+        "shakespeare and gsm8k: English text, two tokens a character, to a 3M-parameter RWKV-6 trained on"
+        " English; digits: a changed task to an RWKV-7 that reverses digits; letters: sorting to one that"
+        " reverses letters (benchmarks/paper/training_tasks.py). AdamW, cosine to a tenth, no warm-up, clip"
+        " 1, the same rows in the same order for all. The best rate is found by half decades on the held-out"
+        " loss of the first seed; means within two standard errors count as level. Right tokens: share of"
+        " answer tokens that are the likeliest after the right ones; right answers: greedy, as a whole.",
         claims(found),
         tables,
         lambda figure: draw(found, figure),

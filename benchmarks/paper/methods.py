@@ -15,7 +15,9 @@ LINEAR = sorted(name for name, method in METHODS.items() if method.adapts_linear
 
 
 def variants(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Label -> (method, options) of what is compared beside the methods as they are by default. `out` is the width of the outputs."""
+    """Label -> (method, options) of what is compared beside the methods as they are by default. `out` is the
+    width of the outputs.
+    """
     return {
         "miss, contiguous": ("miss", {"layout": "contiguous"}),  # equations 2-3
         "miss, expand": ("miss", {"expand": True}),  # equation 1
@@ -28,10 +30,11 @@ def variants(out: int) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def equal(method: str, options: dict[str, Any], rank: int, width: int, out: int) -> dict[str, Any]:
-    """The options at which a method has as many parameters as LoRA of `rank` on a linear (width, out), as near as it can.
+    """The options at which a method has as many parameters as LoRA of `rank` on a linear (width, out), as
+    near as it can.
 
-    Balanced MiSS has a row more than its rank. VeRA can't have as many: its rank is the smaller width, as in the paper's App. B. PRoLoRA and MoS
-    have ranks of about four times LoRA's, put together from its numbers.
+    Balanced MiSS has a row more than its rank. VeRA can't have as many: its rank is the smaller width, as in
+    the paper's App. B. PRoLoRA and MoS have ranks of about four times LoRA's, put together from its numbers.
     """
     numbers = rank * (width + out)
     if method == "vera":
@@ -72,7 +75,9 @@ def systems(rank: int, width: int = 256, out: int = 256) -> dict[str, tuple[str,
 
 
 def adapted_linear(width: int, out: int, method: str, options: dict[str, Any]) -> AdapterLinear:
-    """A random linear of (width, out), fp32, with an adapter whose trained tensors are not what they are at the start."""
+    """A random linear of (width, out), fp32, with an adapter whose trained tensors are not what they are at
+    the start.
+    """
     model = nn.Sequential(nn.Linear(width, out, bias=False))
     rwkv_miss.inject(model, method, targets=["0"], **options)
     with torch.no_grad():

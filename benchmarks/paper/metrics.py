@@ -49,6 +49,6 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and the standard deviation that the sample suggests (n - 1), which is NaN for one value."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(
-        values
-    ) > 1 else math.nan
+    return mean, (
+        math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    )

@@ -1,8 +1,9 @@
 """Table 2: RoBERTa-base on GLUE (MNLI, SST-2, CoLA, QNLI, MRPC), adapters of as many parameters, three seeds.
 
-The paper's 0.236 % of RoBERTa-base are the 294,912 parameters of LoRA with rank 8 on query and value, or of MiSS with rank 16; the classifier
-is trained beside them. The paper does not say how long or at which rates it trained, so every method is trained at every rate of --lr.
-What is reported is the score on the development set after the last step: nothing but the rate is chosen by it.
+The paper's 0.236 % of RoBERTa-base are the 294,912 parameters of LoRA with rank 8 on query and value, or of
+MiSS with rank 16; the classifier is trained beside them. The paper does not say how long or at which rates it
+trained, so every method is trained at every rate of --lr. What is reported is the score on the development
+set after the last step: nothing but the rate is chosen by it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ WORDS = (  # of each class, what stands at each place of a sentence
 class Settings:
     model: str = option(
         "roberta-base",
-        "folder of the model and its tokenizer, or a name that is in Hugging Face's cache; empty: a small random one",
+        "folder of the model and its tokenizer, or a name that is in Hugging Face's cache; empty: a small"
+        " random one",
     )
     data: str = option(
         "glue",
@@ -60,7 +62,8 @@ class Settings:
     targets: tuple[str, ...] = option(("query", "value"), "linears that are adapted")
     seeds: int = option(
         3,
-        "runs of each, which differ in the first values of classifier and adapter and in the order of the rows",
+        "runs of each, which differ in the first values of classifier and adapter and in the order of the"
+        " rows",
     )
     epochs: int = option(10, "passes over the training rows")
     batch: int = option(32, "rows in a step")
@@ -94,7 +97,9 @@ class Outcome:
 
 
 def run(settings: Settings) -> Result:
-    """Train every method at every rate on every task. UserError for what does not exist, before the first run."""
+    """Train every method at every rate on every task. UserError for what does not exist, before the first
+    run.
+    """
     methods, tasks = check(settings)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -110,9 +115,11 @@ def run(settings: Settings) -> Result:
                     )
                     print(describe(outcomes[-1], task), flush=True)
     return Result(
-        f"GLUE with {settings.model} (Table 2)"
-        if settings.model
-        else "Classification by a small random model: the path of Table 2, not its figures",
+        (
+            f"GLUE with {settings.model} (Table 2)"
+            if settings.model
+            else "Classification by a small random model: the path of Table 2, not its figures"
+        ),
         (__doc__ or "").partition("\n\n")[2].strip(),
         [claim(task, outcomes) for task in tasks],
         [table(task, outcomes, read[task.name]) for task in tasks],
@@ -122,7 +129,9 @@ def run(settings: Settings) -> Result:
 
 
 def check(settings: Settings) -> tuple[dict[str, tuple[str, dict[str, Any]]], list[Task]]:
-    """Label -> (method, options), and the tasks. UserError for one that does not exist and for a number that is none."""
+    """Label -> (method, options), and the tasks. UserError for one that does not exist and for a number that
+    is none.
+    """
     require_package("transformers", "nlu")
     methods, tasks = systems(settings.rank), TASKS if settings.data else {SENTENCES.name: SENTENCES}
     for what, given, exist in (("method", settings.methods, methods), ("task", settings.tasks, tasks)):
@@ -180,7 +189,9 @@ def best(task: Task, method: str, outcomes: list[Outcome]) -> Outcome | None:
 
 
 def claim(task: Task, outcomes: list[Outcome]) -> Claim:
-    """The paper's figures beside ours at each method's best rate. They agree if MiSS and LoRA differ the same way by two standard errors."""
+    """The paper's figures beside ours at each method's best rate. They agree if MiSS and LoRA differ the same
+    way by two standard errors.
+    """
     score = next(iter(task.scores))
     found = {
         method: outcome
@@ -215,7 +226,10 @@ def table(task: Task, outcomes: list[Outcome], read: list[list[Example]]) -> Tab
         for o in outcomes
         if o.task == task.name
     ]
-    caption = f"{task.name}: {train_rows:,} training rows, {dev_rows:,} development rows; 100 x mean ± sd over the seeds"
+    caption = (
+        f"{task.name}: {train_rows:,} training rows, {dev_rows:,} development rows; 100 x mean ± sd over the"
+        " seeds"
+    )
     return Table(
         caption, ("method", "lr", "parameters", *task.scores, f"{next(iter(task.scores))} in the paper"), rows
     )
@@ -248,7 +262,9 @@ def draw(outcomes: list[Outcome], tasks: list[Task], figure: Any) -> None:
 
 
 def write_sentences(folder: str) -> str:
-    """300 sentences to train on and 100 others, no two alike, as FOLDER/sentences/train.tsv and dev.tsv; returns the folder."""
+    """300 sentences to train on and 100 others, no two alike, as FOLDER/sentences/train.tsv and dev.tsv;
+    returns the folder.
+    """
     draw = random.Random(0)
     rows = [
         f"{' '.join(words)}\t{label}\n"
@@ -264,7 +280,9 @@ def write_sentences(folder: str) -> str:
 
 
 def write_random_model(folder: str, examples: list[Example]) -> str:
-    """A RoBERTa of two layers with random weights, and a tokenizer of the words of these examples, as a folder; returns it."""
+    """A RoBERTa of two layers with random weights, and a tokenizer of the words of these examples, as a
+    folder; returns it.
+    """
     import tokenizers
     import torch
     from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification

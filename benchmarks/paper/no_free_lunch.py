@@ -1,13 +1,18 @@
-"""App. B, Fig. 2: a small network is taught a changed function by every method, at the paper's and at its own best learning rate.
+"""App. B, Fig. 2: a small network is taught a changed function by every method, at the paper's and at its own
+best learning rate.
 
-A 64-64-64 ReLU network learns f1(t) = sin 2 pi t, then its two linears, adapted, learn f2(t) = f1(t) + 0.3 cos 3 pi t; full batch, Adam, 250
-and 100 epochs. The paper does not say what the 64 inputs and outputs are. Three readings:
+A 64-64-64 ReLU network learns f1(t) = sin 2 pi t, then its two linears, adapted, learn f2(t) = f1(t) + 0.3
+cos 3 pi t; full batch, Adam, 250 and 100 epochs. The paper does not say what the 64 inputs and outputs are.
+Three readings:
 
-    lift   one t, through 64 fixed random sine features; every output is f(t). The default: the only one in which methods differ
-    rep    one t, 64 copies of it; every output is f(t). The network can't learn f1 well (its inputs span one direction)
+    lift   one t, through 64 fixed random sine features; every output is f(t). The default: the only one in
+           which methods differ
+    rep    one t, 64 copies of it; every output is f(t). The network can't learn f1 well (its inputs span one
+           direction)
     elem   64 independent t; output i is f(t_i). The points can't teach it: all methods end where they start
 
-Validation loss is the mean squared error on points of their own, its minimum over the epochs, as in the paper's text.
+Validation loss is the mean squared error on points of their own, its minimum over the epochs, as in the
+paper's text.
 """
 
 from __future__ import annotations
@@ -133,7 +138,9 @@ def adapted(base: nn.Module, method: str | None, options: dict[str, Any]) -> nn.
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one system: trained parameters; lr -> the runs of the seeds, each (training losses, validation losses)."""
+    """Of one system: trained parameters; lr -> the runs of the seeds, each (training losses, validation
+    losses).
+    """
 
     parameters: int
     runs: dict[float, list[tuple[list[float], list[float]]]]
@@ -162,7 +169,9 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Learnt:
-    """Outcome of every system, and the means over the seeds of the network's validation loss on f1 (its minimum) and, unadapted, on f2."""
+    """Outcome of every system, and the means over the seeds of the network's validation loss on f1 (its
+    minimum) and, unadapted, on f2.
+    """
 
     outcomes: dict[str, Outcome]
     before: float
@@ -215,7 +224,8 @@ def table(outcomes: dict[str, Outcome], lrs: tuple[float, ...]) -> Table:
         *(f"lr {lr:g}" for lr in lrs[1:]),
     )
     return Table(
-        "Minimum validation loss, mean and standard deviation over the seeds. The best lr is chosen by the same seeds.",
+        "Minimum validation loss, mean and standard deviation over the seeds. The best lr is chosen by the"
+        " same seeds.",
         columns,
         rows,
     )
@@ -238,7 +248,8 @@ def other_readings(settings: Settings) -> Table:
             )
         )
     return Table(
-        f"The other readings of the data at lr {settings.lrs[0]:g}: minimum validation loss, mean over the seeds, and the largest sd",
+        f"The other readings of the data at lr {settings.lrs[0]:g}: minimum validation loss, mean over the"
+        " seeds, and the largest sd",
         ("data", "network on f1", "unadapted on f2", *few, "sd"),
         rows,
     )
@@ -280,8 +291,9 @@ def claims(learnt: Learnt, paper_lr: float) -> list[Claim]:
         ),
         Claim(
             "MiSS converges better than LoRA",
-            f"LoRA has {fixed['lora'] / fixed['miss']:.2f} of MiSS's loss at lr {paper_lr:g} with alpha = 2 r, "
-            f"{fixed['lora, alpha = r'] / fixed['miss']:.2f} with alpha = r; {own['lora'] / own['miss']:.2f} with each at its best lr",
+            f"LoRA has {fixed['lora'] / fixed['miss']:.2f} of MiSS's loss at lr {paper_lr:g} with alpha = 2"
+            f" r, {fixed['lora, alpha = r'] / fixed['miss']:.2f} with alpha = r;"
+            f" {own['lora'] / own['miss']:.2f} with each at its best lr",
             fixed["miss"] < fixed["lora"],
         ),
         Claim("(it has one learning rate for all)", f"with each at its best lr {place(own)}"),
@@ -291,7 +303,9 @@ def claims(learnt: Learnt, paper_lr: float) -> list[Claim]:
 def draw(
     outcomes: dict[str, Outcome], unadapted: float, paper_lr: float, timing: start_and_step.Timing, figure
 ) -> None:
-    """Loss curves at the paper's lr, both columns of the table with every seed, initialisation and step time against parameters."""
+    """Loss curves at the paper's lr, both columns of the table with every seed, initialisation and step time
+    against parameters.
+    """
     figure.set_size_inches(15, 11)
     (curves, losses), (start, step) = figure.subplots(2, 2)
     for number, (label, outcome) in enumerate(outcomes.items()):
@@ -336,12 +350,14 @@ def run(settings: Settings) -> Result:
     outcomes, paper_lr = learnt.outcomes, settings.lrs[0]
     return Result(
         "No free lunch: a small network learns a changed function (App. B, Fig. 2)",
-        f"A 64-64-64 ReLU network, f1 = sin 2πt learnt in {settings.pretrain} epochs (validation loss {learnt.before:.4f}), f2 = f1 + "
-        f"0.3 cos 3πt in {settings.epochs} with both linears adapted (unadapted: {learnt.unadapted:.4f}); full batch of {settings.points} points, "
-        f"Adam, {len(settings.seeds)} seeds. The paper prints no numbers, and leaves open what the 64 inputs are. Data here: `{settings.data}`. "
-        "`lift` (one t through 64 fixed random sine features) is the default because it is the only reading that separates the methods: with "
-        "`elem` (64 independent t) the points can't teach the function, with `rep` (64 copies of one t) the network can't learn it; see the "
-        "second table. Agrees: by the means over the seeds at the paper's lr, LoRA with alpha = 2 r.",
+        f"A 64-64-64 ReLU network, f1 = sin 2πt learnt in {settings.pretrain} epochs (validation loss"
+        f" {learnt.before:.4f}), f2 = f1 + 0.3 cos 3πt in {settings.epochs} with both linears adapted"
+        f" (unadapted: {learnt.unadapted:.4f}); full batch of {settings.points} points, Adam,"
+        f" {len(settings.seeds)} seeds. The paper prints no numbers, and leaves open what the 64 inputs are."
+        f" Data here: `{settings.data}`. `lift` (one t through 64 fixed random sine features) is the default"
+        " because it is the only reading that separates the methods: with `elem` (64 independent t) the"
+        " points can't teach the function, with `rep` (64 copies of one t) the network can't learn it; see"
+        " the second table. Agrees: by the means over the seeds at the paper's lr, LoRA with alpha = 2 r.",
         [*claims(learnt, paper_lr), *timing.claims()],
         [table(outcomes, settings.lrs), other_readings(settings), *timing.tables()],
         lambda figure: draw(outcomes, learnt.unadapted, paper_lr, timing, figure),

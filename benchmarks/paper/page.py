@@ -40,7 +40,8 @@ def renewed(folder: pathlib.Path) -> str:
     page = folder / "README.md"
     if not page.exists() or MARK not in page.read_text(encoding="utf-8"):
         raise UserError(
-            f"{page} must be there, with the line {MARK}: what is above it is kept, and what is below it written"
+            f"{page} must be there, with the line {MARK}: what is above it is kept, and what is below it"
+            " written"
         )
     return f"{page.read_text(encoding='utf-8').partition(MARK)[0]}{MARK}\n\n{sections(folder)}"
 

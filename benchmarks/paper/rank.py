@@ -1,6 +1,8 @@
-"""Table 4: what a higher rank of MiSS brings on rows that were trained on and on others, beside LoRA with as many parameters.
+"""Table 4: what a higher rank of MiSS brings on rows that were trained on and on others, beside LoRA with as
+many parameters.
 
-Few rows are trained on several times, so that seen and unseen ones can differ. LoRA has half of MiSS's rank: equal parameters.
+Few rows are trained on several times, so that seen and unseen ones can differ. LoRA has half of MiSS's rank:
+equal parameters.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ def table(task: str, miss: list[Measured], lora: list[Measured], answers: bool) 
         for a, b in zip(miss, lora, strict=True)
     ]
     return Table(
-        f"{task}: loss in nats per token on rows that were trained on and on held-out ones, mean ± standard deviation over the seeds",
+        f"{task}: loss in nats per token on rows that were trained on and on held-out ones, mean ± standard"
+        " deviation over the seeds",
         columns,
         rows,
     )
@@ -96,7 +99,9 @@ def _cells(m: Measured, answers: bool) -> list[Any]:
 
 
 def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
-    """Whether the held-out loss falls at every doubling of the rank, or rises at none, and what more rank brings to MiSS and to LoRA."""
+    """Whether the held-out loss falls at every doubling of the rank, or rises at none, and what more rank
+    brings to MiSS and to LoRA.
+    """
     said = []
     for task, methods in found.items():
         miss, lora = methods["miss"], methods["lora"]
@@ -105,8 +110,9 @@ def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
         said.append(
             Claim(
                 PAPER,
-                f"{task}, each at its best rate: unseen loss {losses} for r = {', '.join(str(m.rank) for m in miss)}; from one to "
-                f"the next it falls {falls.count(True)}, is level {falls.count(None)} and rises {falls.count(False)} times",
+                f"{task}, each at its best rate: unseen loss {losses} for r ="
+                f" {', '.join(str(m.rank) for m in miss)}; from one to the next it falls {falls.count(True)},"
+                f" is level {falls.count(None)} and rises {falls.count(False)} times",
                 below(miss[-1].best, miss[0].best) is True and False not in falls,
             )
         )
@@ -123,8 +129,8 @@ def claims(found: dict[str, dict[str, list[Measured]]]) -> list[Claim]:
         said.append(
             Claim(
                 "MiSS is better than LoRA with as many parameters (Table 3)",
-                f"{task}, each at its best rate: its unseen loss is lower at "
-                f"{wins.count(True)}, level at {wins.count(None)}, higher at {wins.count(False)} of {len(wins)} ranks",
+                f"{task}, each at its best rate: its unseen loss is lower at {wins.count(True)}, level at"
+                f" {wins.count(None)}, higher at {wins.count(False)} of {len(wins)} ranks",
                 all(wins),
             )
         )
@@ -168,8 +174,8 @@ def run(settings: Settings) -> Result:
     width = min(task.arch.n_embd for task in runs.tasks.values())
     if any(rank < 2 or rank % 2 for rank in settings.ranks) or min(settings.ranks) > width:
         raise UserError(
-            f"--ranks {' '.join(map(str, settings.ranks))}: must be even, as LoRA gets half of each, and one at least {width} or less, "
-            "the width of the smallest model"
+            f"--ranks {' '.join(map(str, settings.ranks))}: must be even, as LoRA gets half of each, and one"
+            f" at least {width} or less, the width of the smallest model"
         )
     found = {
         task: {method: measure(runs, task, method) for method in ("miss", "lora")} for task in settings.tasks
@@ -180,9 +186,10 @@ def run(settings: Settings) -> Result:
     }
     return Result(
         "What a higher rank brings, seen and unseen (Table 4)",
-        "gsm8k: GSM8K's questions and answers as text to a 3M-parameter RWKV-6; digits: a changed task to an RWKV-7 that reverses digits "
-        "(benchmarks/paper/training_tasks.py). Each method and rank at its own best rate, found by half decades on the unseen loss of the first "
-        "seed, from that of the rank before on. A loss is no accuracy on GSM8K, which models of this size do not have.",
+        "gsm8k: GSM8K's questions and answers as text to a 3M-parameter RWKV-6; digits: a changed task to an"
+        " RWKV-7 that reverses digits (benchmarks/paper/training_tasks.py). Each method and rank at its own"
+        " best rate, found by half decades on the unseen loss of the first seed, from that of the rank before"
+        " on. A loss is no accuracy on GSM8K, which models of this size do not have.",
         claims(found),
         [
             table(task, methods["miss"], methods["lora"], runs.tasks[task].answers)

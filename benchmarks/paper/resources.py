@@ -1,8 +1,10 @@
-"""Table 5, Fig. 3 left: tokens a second and peak memory of training RWKV-6 with MiSS, LoRA, PiSSA and DoRA of as many parameters.
+"""Table 5, Fig. 3 left: tokens a second and peak memory of training RWKV-6 with MiSS, LoRA, PiSSA and DoRA of
+as many parameters.
 
-The paper trained RWKV6-3B on one RTX 4090, one row of 512 tokens, bf16. On a CPU the default is RWKV-6 12 x 768 with random weights in fp32;
-on a GPU `--model rwkv6-3b` is the paper's. A step is forward, loss, backward and AdamW, by this project's model and kernels for all methods:
-what differs is the adapter alone. `peft lora` is HF peft's LoRA in the same step.
+The paper trained RWKV6-3B on one RTX 4090, one row of 512 tokens, bf16. On a CPU the default is RWKV-6 12 x
+768 with random weights in fp32; on a GPU `--model rwkv6-3b` is the paper's. A step is forward, loss, backward
+and AdamW, by this project's model and kernels for all methods: what differs is the adapter alone. `peft lora`
+is HF peft's LoRA in the same step.
 
 On a CPU the methods take turns and time is CPU time of one thread, the fastest round of each; on a GPU they
 run one after the other, since all of them would not fit. Speeds are compared round by round: the median ratio
@@ -51,7 +53,8 @@ class Settings:
     methods: tuple[str, ...] = option(("miss", "lora", "pissa", "dora", PEFT), "what is compared")
     rank: int = option(
         32,
-        "LoRA's rank; the others have as many parameters, MiSS twice the rank (the paper: 55.1 M on RWKV6-3B)",
+        "LoRA's rank; the others have as many parameters, MiSS twice the rank (the paper: 55.1 M on"
+        " RWKV6-3B)",
     )
     ctx_len: int = option(512, "tokens of a step")
     device: str = option("cpu", "cpu, one thread in fp32, or cuda, in bf16")
@@ -83,7 +86,9 @@ def adapt(model: RWKV, label: str, rank: int) -> RWKV:
 
 
 def copy_of(base: RWKV) -> RWKV:
-    """A copy whose adapted weights are its own, and which shares the rest: a method may change what it adapts."""
+    """A copy whose adapted weights are its own, and which shares the rest: a method may change what it
+    adapts.
+    """
     own = {id(linear.weight) for linear in find_linears(base, None).values()}
     return copy.deepcopy(base, {id(p): p for p in base.parameters() if id(p) not in own})
 
@@ -95,7 +100,9 @@ def make_step(model: RWKV, settings: Settings) -> Callable[[], None]:
 
 
 def peak(settings: Settings, label: str) -> tuple[int, int]:
-    """(bytes of the model with its buffers, most bytes above it in two steps); to be called in a fresh process."""
+    """(bytes of the model with its buffers, most bytes above it in two steps); to be called in a fresh
+    process.
+    """
     torch.set_num_threads(1)
     model = adapt(make_base(settings), label, settings.rank)
     step = make_step(model, settings)
@@ -308,11 +315,12 @@ def run(settings: Settings) -> Result:
     )
     return Result(
         "Resources: tokens a second and peak memory (Table 5, Fig. 3 left)",
-        f"{settings.model} with random weights on {settings.device}, one row of {settings.ctx_len} tokens, {clock} of {settings.rounds}. Memory "
-        "is the most that was seen in two steps, of three processes, weights included. All rows have the same model, loss and kernels: the paper "
-        "measured whole programs, RWKV6-3B in bf16 on one RTX 4090. `peft lora` is HF peft's LoRA in the "
-        "same step. Speeds are medians of the ratios of steps that ran one after the other, with 95 % intervals. "
-        "Agrees: at least half of the paper's gain was found, by the whole interval.",
+        f"{settings.model} with random weights on {settings.device}, one row of {settings.ctx_len} tokens,"
+        f" {clock} of {settings.rounds}. Memory is the most that was seen in two steps, of three processes,"
+        " weights included. All rows have the same model, loss and kernels: the paper measured whole"
+        " programs, RWKV6-3B in bf16 on one RTX 4090. `peft lora` is HF peft's LoRA in the same step. Speeds"
+        " are medians of the ratios of steps that ran one after the other, with 95 % intervals. Agrees: at"
+        " least half of the paper's gain was found, by the whole interval.",
         claims(rows, of_miss, settings),
         [table(rows, of_lora, settings.ctx_len)],
         lambda figure: draw(rows, settings.ctx_len, figure),

@@ -1,4 +1,6 @@
-"""What an experiment found, as three files: NAME.md (the paper's statements beside ours, tables), NAME.png and NAME.json (everything)."""
+"""What an experiment found, as three files: NAME.md (the paper's statements beside ours, tables), NAME.png
+and NAME.json (everything).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ VERDICTS = {True: "yes", False: "**no**", None: "-"}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, what was measured here, and whether they agree (None: there is nothing to compare)."""
+    """A statement of the paper, what was measured here, and whether they agree (None: there is nothing to
+    compare).
+    """
 
     paper: str
     ours: str
@@ -50,7 +54,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`notes` says how it was measured; `draw` fills an empty matplotlib figure; `figures` is what only the JSON file holds."""
+    """`notes` says how it was measured; `draw` fills an empty matplotlib figure; `figures` is what only the
+    JSON file holds.
+    """
 
     title: str
     notes: str
@@ -67,7 +73,9 @@ def require_package(name: str, use: str) -> None:
 
 
 def check_folder(folder: str) -> pathlib.Path:
-    """The folder, made where it is missing. A UserError where the results could not be written or drawn, before anything is measured."""
+    """The folder, made where it is missing. A UserError where the results could not be written or drawn,
+    before anything is measured.
+    """
     require_package("matplotlib", "the plot")
     path = pathlib.Path(folder)
     try:
@@ -114,7 +122,10 @@ def markdown(result: Result, name: str, command: str, machine: dict[str, Any]) -
                 claims.markdown(),
                 f"![{result.title}]({name}.png)",
                 *(table.markdown() for table in result.tables),
-                f"Again: `{command}`\n\n{machine['machine']}, {machine['threads']} thread(s), {versions}, commit {machine['commit']}.",
+                (
+                    f"Again: `{command}`\n\n{machine['machine']}, {machine['threads']} thread(s), {versions},"
+                    f" commit {machine['commit']}."
+                ),
             ]
         )
         + "\n"

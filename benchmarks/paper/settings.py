@@ -44,7 +44,9 @@ def chosen(args: argparse.Namespace, full: Any, tiny: Any) -> Any:
 
 
 def command(name: str, settings: Any, full: Any, tiny: Any) -> str:
-    """The command with these settings, as short as it can be: no --tiny and no flag where the full run has the same."""
+    """The command with these settings, as short as it can be: no --tiny and no flag where the full run has
+    the same.
+    """
     start = tiny if settings == tiny else full
     words = ["python", "-m", "benchmarks.paper", name, *(["--tiny"] if start is tiny else [])]
     for field in dataclasses.fields(settings):

@@ -1,4 +1,6 @@
-"""Seconds to initialise a method on one n x n linear, and of a training step on it, against full fine-tuning's (part of no-free-lunch)."""
+"""Seconds to initialise a method on one n x n linear, and of a training step on it, against full
+fine-tuning's (part of no-free-lunch).
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def make_step(model: nn.Module, width: int) -> Callable[[], None]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One system on one width: trained parameters, CPU seconds of its initialisation (None: nothing is added) and of a step."""
+    """One system on one width: trained parameters, CPU seconds of its initialisation (None: nothing is added)
+    and of a step.
+    """
 
     system: str
     width: int
@@ -73,7 +77,8 @@ class Timing:
         full = {row.width: row.step for row in self.of("full")}
         return [
             Table(
-                f"n x n linears, {TOKENS} tokens, one thread, CPU time; a step is forward, backward and AdamW",
+                f"n x n linears, {TOKENS} tokens, one thread, CPU time; a step is forward, backward and"
+                " AdamW",
                 ("method", "n", "parameters", "initialisation ms", "step ms", "step / full"),
                 [
                     (
@@ -133,7 +138,9 @@ class Timing:
 
 
 def measure(widths: tuple[int, ...], rounds: int) -> Timing:
-    """Every system on every width: LoRA of rank n / 64, the others with its parameters. They take turns, the fastest round of each counts."""
+    """Every system on every width: LoRA of rank n / 64, the others with its parameters. They take turns, the
+    fastest round of each counts.
+    """
     rows = []
     for width in widths:
         named, start, models = systems(max(1, width // 64), width, width), {}, {"full": square(width)}

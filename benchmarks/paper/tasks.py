@@ -1,4 +1,6 @@
-"""Small trained models and a batch of what each is to learn: the demo's base, and two that others trained, from a folder beside the project."""
+"""Small trained models and a batch of what each is to learn: the demo's base, and two that others trained,
+from a folder beside the project.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Task:
 def _model(path: pathlib.Path) -> RWKV:
     if not path.is_file():
         raise UserError(
-            f"{path} is absent; give the folder that has real/ and tinyshakespeare.txt as --data, or leave out this model"
+            f"{path} is absent; give the folder that has real/ and tinyshakespeare.txt as --data, or leave"
+            " out this model"
         )
     model = RWKV.load(path, torch.float32)
     kernel, _ = ops.choose("auto", "cpu", model.arch.head_size)
@@ -57,7 +60,9 @@ def shakespeare(data: pathlib.Path) -> Task:
 
 
 def digits(data: pathlib.Path) -> Task:
-    """rwkv7-reverse, 4 layers of 32, which reverses digits, on rows of a changed task: 123, becomes 432# (1 is added to each)."""
+    """rwkv7-reverse, 4 layers of 32, which reverses digits, on rows of a changed task: 123, becomes 432# (1
+    is added to each).
+    """
     model, draw = _model(data / "real/rwkv7-reverse.pth"), random.Random(0)
     rows = [draw.choices(range(10), k=12) for _ in range(64)]
     ids = torch.tensor([[*row, 10, *((digit + 1) % 10 for digit in reversed(row)), 11] for row in rows])
@@ -79,7 +84,9 @@ MAKE = {"rwkv6-3m": shakespeare, "rwkv7-reverse": digits, "demo": letters}
 
 
 def make(name: str, data: str) -> Task:
-    """A task by its model's name; `data` is the folder with the files of others. UserError where there is none such."""
+    """A task by its model's name; `data` is the folder with the files of others. UserError where there is
+    none such.
+    """
     if name not in MAKE:
         raise UserError(f"model {name!r} is unknown; there are: {', '.join(MAKE)}")
     return MAKE[name](pathlib.Path(data))

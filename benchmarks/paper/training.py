@@ -1,4 +1,6 @@
-"""Trainings of real small models, each done once: what is finished is kept in a file of JSON lines, and a stopped experiment goes on from there."""
+"""Trainings of real small models, each done once: what is finished is kept in a file of JSON lines, and a
+stopped experiment goes on from there.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ LOWEST, HIGHEST, START = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the training experiments have in common; of two values the first is for text, the second for questions with answers."""
+    """What the training experiments have in common; of two values the first is for text, the second for
+    questions with answers.
+    """
 
     tasks: tuple[str, ...] = option(
         ("shakespeare", "gsm8k", "digits"), "what is taught: shakespeare, gsm8k, digits, letters"
@@ -77,8 +81,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Losses in nats per trained token: of each step, afterwards on held-out rows and on as many of those to train on; None where it is not
-    finite. Of held-out answers the share of right tokens, and of answers that are right as a whole; None for text."""
+    """Losses in nats per trained token: of each step, afterwards on held-out rows and on as many of those to
+    train on; None where it is not finite. Of held-out answers the share of right tokens, and of answers that
+    are right as a whole; None for text.
+    """
 
     parameters: int
     losses: list[float]
@@ -90,8 +96,9 @@ class Outcome:
 
 
 class Runs:
-    """The trainings of an experiment, of which the finished ones are in settings.runs. UserError where a task's files are absent
-    or a number is none."""
+    """The trainings of an experiment, of which the finished ones are in settings.runs. UserError where a
+    task's files are absent or a number is none.
+    """
 
     def __init__(self, settings: Settings):
         for name in ("steps", "rows", "train", "held_out"):
@@ -126,7 +133,9 @@ class Runs:
     def at_best_rate(
         self, task: str, method: str, options: dict[str, Any], start: int = START
     ) -> tuple[int, list[Outcome]]:
-        """(exponent of the rate with the lowest held-out loss for the first seed, found from `start`; the trainings at it)."""
+        """(exponent of the rate with the lowest held-out loss for the first seed, found from `start`; the
+        trainings at it).
+        """
         found = climb(
             lambda lr: self.train(task, method, options, lr, self.settings.seeds[0]).held_out, start
         )
@@ -144,7 +153,8 @@ class Runs:
                 append_line(self.path, {"run": described, "outcome": dataclasses.asdict(outcome)})
             shown = "not finite" if outcome.held_out is None else f"{outcome.held_out:.4f}"
             print(
-                f"{run.task} {run.method} {run.options} lr {run.lr:g} seed {run.seed}: held out {shown}, {outcome.seconds:.1f} s",
+                f"{run.task} {run.method} {run.options} lr {run.lr:g} seed {run.seed}: held out {shown},"
+                f" {outcome.seconds:.1f} s",
                 flush=True,
             )
         return self.done[key]
@@ -208,8 +218,9 @@ def _train(run: Run, task: Task) -> Outcome:
 
 @torch.no_grad()
 def right(model: RWKV, documents: Documents) -> tuple[float, float]:
-    """(share of answer tokens that are the likeliest where all before them are right, share of answers of such tokens only): the latter are the
-    right ones among greedy answers."""
+    """(share of answer tokens that are the likeliest where all before them are right, share of answers of
+    such tokens only): the latter are the right ones among greedy answers.
+    """
     batch = collate([[row] for row in documents.rows], 1)
     with ops.nan_passes():
         hits = model(batch["ids"])[0].argmax(-1) == batch["targets"]
@@ -256,7 +267,8 @@ class Spread:
 
 
 def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
-    """Whether a's held-out losses are lower than b's: None where their means are within two standard errors of each other, or neither is finite.
+    """Whether a's held-out losses are lower than b's: None where their means are within two standard errors
+    of each other, or neither is finite.
 
     With one seed the lower loss counts.
     """

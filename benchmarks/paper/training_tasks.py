@@ -1,9 +1,12 @@
-"""What the training experiments teach real trained models: English text to a small RWKV-6, a changed task to small RWKV-7s.
+"""What the training experiments teach real trained models: English text to a small RWKV-6, a changed task to
+small RWKV-7s.
 
     shakespeare   rwkv6-3m-utf16, running text: the first nine tenths of the plays, held out from the last one
-    gsm8k         the same model, running text: questions and answers of GSM8K's training rows, held out from its test rows
+    gsm8k         the same model, running text: questions and answers of GSM8K's training rows, held out from
+                  its test rows
     digits        rwkv7-reverse reverses digits; now each has 1 added as well (mod 10): `123,` -> `432#`
-    letters       the demo's base, which reverses letters, is to sort them; the only task that needs no other files
+    letters       the demo's base, which reverses letters, is to sort them; the only task that needs no other
+                  files
 
 A document is a row of its own. The last two have right answers, of which the share is an accuracy.
 """
@@ -30,7 +33,9 @@ from ..quant import ROOT, digits, sorting
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A base, rows of at most `width` inputs to train on and others to look at, and whether they have right answers."""
+    """A base, rows of at most `width` inputs to train on and others to look at, and whether they have right
+    answers.
+    """
 
     base: pathlib.Path
     train: Documents
@@ -96,14 +101,17 @@ FILES = {
 
 
 def load_task(name: str, folder: str, train: int, held_out: int, characters: int) -> Task:
-    """The task with so many rows to train on and held out, those of a text of so many characters. UserError where a file is not in the folder."""
+    """The task with so many rows to train on and held out, those of a text of so many characters. UserError
+    where a file is not in the folder.
+    """
     if name not in TASKS:
         raise UserError(f"task {name!r} is unknown; there are: {', '.join(TASKS)}")
     data = pathlib.Path(folder)
     for file in FILES[name]:
         if not (data / file).is_file():
             raise UserError(
-                f"task {name} needs {file} in --data {folder}; give the folder that has it, or --tasks letters, which needs none"
+                f"task {name} needs {file} in --data {folder}; give the folder that has it, or --tasks"
+                " letters, which needs none"
             )
     if name in TEXTS:
         text, other = TEXTS[name](data)

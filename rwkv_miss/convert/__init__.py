@@ -1,7 +1,8 @@
-"""Adapter files of every project, read into this package's form and written from it: `rwkv-miss convert IN OUT --to FORMAT`.
+"""Adapter files of every project, read into this package's form and written from it: `rwkv-miss convert IN
+OUT --to FORMAT`.
 
-Between reading and writing an adapter is what save_adapter() puts into a file: tensors by their names in the model, and metadata.
-A format is one file here with one class.
+Between reading and writing an adapter is what save_adapter() puts into a file: tensors by their names in the
+model, and metadata. A format is one file here with one class.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Conversion:
 
     def lines(self) -> list[str]:
         """What the user is told."""
-        first = f"{self.out}: {self.method} of {self.linears} linears, {self.tensors} tensors, from {self.source} to {self.to}"
+        first = (
+            f"{self.out}: {self.method} of {self.linears} linears, {self.tensors} tensors, from {self.source}"
+            f" to {self.to}"
+        )
         return [first, *(f"note: {note}" for note in self.notes)]
 
 
@@ -61,8 +65,9 @@ def format_of(source: Source) -> str | None:
 
 
 def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
-    """(name of the format, the adapter) of a file or folder of any project. UserError for what no format knows, and for what a file
-    alone cannot tell and the hints do not."""
+    """(name of the format, the adapter) of a file or folder of any project. UserError for what no format
+    knows, and for what a file alone cannot tell and the hints do not.
+    """
     source = open_source(path)
     if name := format_of(source):
         check_hints(path, FORMATS[name], hints)
@@ -70,8 +75,8 @@ def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
         check_finite(adapter.tensors)
         return name, adapter
     raise UserError(
-        f"{path} is no adapter of a known layout; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}; "
-        f"known are: {', '.join(FORMATS)}"
+        f"{path} is no adapter of a known layout; its first tensors are"
+        f" {', '.join(list(source.tensors)[:3]) or 'none'}; known are: {', '.join(FORMATS)}"
     )
 
 
@@ -87,7 +92,8 @@ def check_hints(path, form: type[Format], hints: Hints) -> None:
 def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
     """Write the adapter of `path`, a file or a folder, to `out` in the format `to`.
 
-    UserError before anything is written: an unknown or ambiguous input, a method that the format has no form for, an `out` that is the input.
+    UserError before anything is written: an unknown or ambiguous input, a method that the format has no form
+    for, an `out` that is the input.
     """
     writable = [name for name, form in FORMATS.items() if form.writes]
     if to not in writable:

@@ -32,17 +32,21 @@ RWKV_LINEARS = {
 
 
 def with_base(adapter: Adapter, path) -> Adapter:
-    """The adapter with a model file as its base. UserError where the file is not the one that the adapter names, or lacks one of its linears."""
+    """The adapter with a model file as its base. UserError where the file is not the one that the adapter
+    names, or lacks one of its linears.
+    """
     tensors, _ = read_described(path)
     known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
     if known and not identity.is_recorded(known):
         raise UserError(
-            f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that one as --base"
+            f"the adapter was trained on another base ({adapter.metadata.get('base')}) than {path}; give that"
+            " one as --base"
         )
     for name in adapter.metadata["linears"]:
         if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].dim() != 2:
             raise UserError(
-                f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model that it was trained on"
+                f"the adapter changes {name}, and --base {path} has no matrix {name}.weight; give the model"
+                " that it was trained on"
             )
     try:
         arch = Arch.detect(tensors).to_dict()
@@ -56,8 +60,9 @@ def with_base(adapter: Adapter, path) -> Adapter:
 
 
 def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(out, in) of each adapted linear: from the base, the sizes that the adapter's file names, or its own tensors where these have both widths.
-    UserError where none of them tells."""
+    """(out, in) of each adapted linear: from the base, the sizes that the adapter's file names, or its own
+    tensors where these have both widths. UserError where none of them tells.
+    """
     if adapter.shapes:
         return adapter.shapes
     arch = adapter.metadata.get("arch")
@@ -72,13 +77,16 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
             shapes[name] = tuple(getattr(arch, size) for size in RWKV_LINEARS[kind])
         else:
             raise UserError(
-                f"the widths of {name} are in no file; give the model that the adapter belongs to: --base MODEL.pth"
+                f"the widths of {name} are in no file; give the model that the adapter belongs to: --base"
+                " MODEL.pth"
             )
     return shapes
 
 
 def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
-    """Each adapted linear by its name, with the adapter's tensors in fp32 and without a weight: for low_rank() of methods that need none."""
+    """Each adapted linear by its name, with the adapter's tensors in fp32 and without a weight: for
+    low_rank() of methods that need none.
+    """
     cls = METHODS[adapter.metadata["method"]]
     options = cls.Options.parse(adapter.metadata["options"])
     for name, shape in linear_shapes(adapter).items():

@@ -19,10 +19,18 @@ FORMATS: dict[str, type[Format]] = {}
 
 # --origin: who wrote a file, where another project's would look alike, and what that decides
 ORIGINS = {
-    "rwkv-peft": "RWKV-PEFT from September 2024 on (Bone, Bat, DiSHA), and RWKV-LM-RLHF: blocks are those of the inputs, Bat with order row; "
-    "initial states are (heads, value, key)",
-    "bone-v0": "the first Bone, before that: blocks are those of the outputs, Bat with order col; two dimensions are (outputs, r)",
-    "openmose": "RWKV-LM-RLHF with --fla 1, which its state tuning of RWKV-7 needs: as rwkv-peft, but initial states are (heads, key, value)",
+    "rwkv-peft": (
+        "RWKV-PEFT from September 2024 on (Bone, Bat, DiSHA), and RWKV-LM-RLHF: blocks are those of the"
+        " inputs, Bat with order row; initial states are (heads, value, key)"
+    ),
+    "bone-v0": (
+        "the first Bone, before that: blocks are those of the outputs, Bat with order col; two dimensions are"
+        " (outputs, r)"
+    ),
+    "openmose": (
+        "RWKV-LM-RLHF with --fla 1, which its state tuning of RWKV-7 needs: as rwkv-peft, but initial states"
+        " are (heads, key, value)"
+    ),
     "peft": "HF peft: blocks are those of the outputs, Bat with order col",
 }
 
@@ -31,9 +39,10 @@ ORIGINS = {
 class Hints:
     """What the user says of a file that does not say it itself.
 
-    origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha: LoRA's, which some files leave out.
-    profile: RWKV-LM-RLHF's layer profile, which has an alpha for every layer. init: the file with the factors that a PiSSA training began with.
-    base: the model file that the adapter belongs to, for formats that say more of it than the adapter's own file does.
+    origin: the project that wrote it, one of ORIGINS, where the shapes of two projects are alike. alpha:
+    LoRA's, which some files leave out. profile: RWKV-LM-RLHF's layer profile, which has an alpha for every
+    layer. init: the file with the factors that a PiSSA training began with. base: the model file that the
+    adapter belongs to, for formats that say more of it than the adapter's own file does.
     """
 
     origin: str = ""
@@ -64,10 +73,12 @@ def origins(*names: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Tensors and metadata as save_adapter() writes them: `blocks.0.att.key.miss`, and under "method", "options", "linears" what they mean.
+    """Tensors and metadata as save_adapter() writes them: `blocks.0.att.key.miss`, and under "method",
+    "options", "linears" what they mean.
 
-    metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the same file. `notes` is what the user
-    should know of the reading. With a base (Hints.base) `base` is its path and `shapes` has (out, in) of each adapted linear.
+    metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the
+    same file. `notes` is what the user should know of the reading. With a base (Hints.base) `base` is its
+    path and `shapes` has (out, in) of each adapted linear.
     """
 
     tensors: dict[str, Tensor]
@@ -89,7 +100,9 @@ def register(name: str):
 
 
 class Format:
-    """One layout of adapter files. A format that is only read leaves `writes` False and does not override write()."""
+    """One layout of adapter files. A format that is only read leaves `writes` False and does not override
+    write().
+    """
 
     name: ClassVar[str]
     writes: ClassVar[bool] = False
@@ -111,15 +124,20 @@ class Format:
 
     @classmethod
     def write(cls, adapter: Adapter, out) -> list[str]:
-        """Write the adapter, whole or not at all; returns notes for the user. UserError, before anything is written, for a method or an option
-        that the format has no form for."""
+        """Write the adapter, whole or not at all; returns notes for the user. UserError, before anything is
+        written, for a method or an option that the format has no form for.
+        """
         raise NotImplementedError
 
 
 def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
-    """UserError for what only this package's own files can say of a model that is no RWKV: a trained tensor of two names,
-    and a trained bias of an adapted linear."""
-    way = f"which --to {to} has no form for; merge the adapter into its base (rwkv-miss merge), or keep its own file"
+    """UserError for what only this package's own files can say of a model that is no RWKV: a trained tensor
+    of two names, and a trained bias of an adapted linear.
+    """
+    way = (
+        f"which --to {to} has no form for; merge the adapter into its base (rwkv-miss merge), or keep its own"
+        " file"
+    )
     for other, name in adapter.metadata["tied"].items():
         raise UserError(f"{name} is trained as a whole, and {other} is the same tensor, {way}")
     for linear in adapter.metadata["linears"]:
@@ -128,7 +146,9 @@ def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
 
 
 def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
-    """What a reader of this format kept of its file, {} for another format's. UserError where it is not whole: a native file may be anybody's."""
+    """What a reader of this format kept of its file, {} for another format's. UserError where it is not
+    whole: a native file may be anybody's.
+    """
     origin = adapter.metadata.get("origin")
     if not isinstance(origin, dict) or origin.get("format") != name:
         return {}
@@ -137,13 +157,16 @@ def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
     ].items():
         if not isinstance(origin.get(key), kind):
             raise UserError(
-                f"the adapter's origin is {str(origin)[:60]!r}, expected a {kind.__name__} under {key}; the file is damaged"
+                f"the adapter's origin is {str(origin)[:60]!r}, expected a {kind.__name__} under {key}; the"
+                " file is damaged"
             )
     return origin
 
 
 def described(method: str, options: dict[str, Any], linears: list[str], **metadata: Any) -> dict[str, Any]:
-    """The metadata of an adapter that another project wrote: its base is not known. Options are checked, and completed with the defaults."""
+    """The metadata of an adapter that another project wrote: its base is not known. Options are checked, and
+    completed with the defaults.
+    """
     parsed = METHODS[method].Options.parse(options)
     return {
         "format": ADAPTER_FORMAT,
@@ -164,6 +187,8 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
 
 
 def rank_options(ranks: dict[str, int]) -> dict[str, Any]:
-    """Linear -> rank as the options `rank`, the most frequent one, and `rank_map`, the linears that have another."""
+    """Linear -> rank as the options `rank`, the most frequent one, and `rank_map`, the linears that have
+    another.
+    """
     common = collections.Counter(ranks.values()).most_common(1)[0][0]
     return {"rank": common, "rank_map": {name: rank for name, rank in ranks.items() if rank != common}}

@@ -1,7 +1,8 @@
-"""Folders that Hugging Face peft loads: `PeftModel.from_pretrained(model, folder)` gives the outputs of this package's adapter.
+"""Folders that Hugging Face peft loads: `PeftModel.from_pretrained(model, folder)` gives the outputs of this
+package's adapter.
 
-`--to peft` keeps the method, where peft has it; `--to lora` makes a LoRA of every method whose change of a weight is a product of two factors,
-which is what servers of adapters take. Read again by hf_peft.py.
+`--to peft` keeps the method, where peft has it; `--to lora` makes a LoRA of every method whose change of a
+weight is a product of two factors, which is what servers of adapters take. Read again by hf_peft.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .base import adapted_layers
 from .formats import Adapter, Format, origin_of, register
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PROVENANCE = "rwkv_miss_provenance"  # in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
+# in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
+PROVENANCE = "rwkv_miss_provenance"
 CONSUMED = {
     "format",
     "format_version",
@@ -49,7 +51,9 @@ MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
 
 @dataclasses.dataclass
 class Folder:
-    """What is written: the configuration without its common fields, the tensors by their names in the model, and notes for the user."""
+    """What is written: the configuration without its common fields, the tensors by their names in the model,
+    and notes for the user.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -73,7 +77,9 @@ class Lora(Format):
 
 
 def write(adapter: Adapter, out) -> list[str]:
-    """The adapter as the same method of peft; of PiSSA, whose base peft would change when it loads it, the LoRA of twice the rank."""
+    """The adapter as the same method of peft; of PiSSA, whose base peft would change when it loads it, the
+    LoRA of twice the rank.
+    """
     method = adapter.metadata["method"]
     if method not in FORMS:
         refuse(adapter, f"peft has no {method}")
@@ -120,7 +126,8 @@ def renamed(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:
 def tensor_of(adapter: Adapter, name: str) -> Tensor:
     if name not in adapter.tensors:
         raise UserError(
-            f"the adapter has no {name}, which its method, {adapter.metadata['method']}, needs; the file is damaged"
+            f"the adapter has no {name}, which its method, {adapter.metadata['method']}, needs; the file is"
+            " damaged"
         )
     return adapter.tensors[name]
 
@@ -181,7 +188,9 @@ def own_factors(adapter: Adapter) -> Folder:
 
 
 def as_lora(adapter: Adapter) -> Folder:
-    """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1. For MiSS A has zeros and ones, and B is D^T."""
+    """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1. For
+    MiSS A has zeros and ones, and B is D^T.
+    """
     method = adapter.metadata["method"]
     tensors, ranks = {}, {}
     for name, layer in adapted_layers(adapter):
@@ -195,7 +204,8 @@ def as_lora(adapter: Adapter) -> Folder:
                 else ""
             )
             raise UserError(
-                f"the change of a weight by {own} is no product of two factors{way}; merge the adapter into its base (rwkv-miss merge)"
+                f"the change of a weight by {own} is no product of two factors{way}; merge the adapter into"
+                " its base (rwkv-miss merge)"
             )
         A, B = (factor.float().contiguous() for factor in factors)
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
@@ -209,7 +219,9 @@ def as_lora(adapter: Adapter) -> Folder:
 def lora_config(
     ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False
 ) -> dict[str, Any]:
-    """peft's fields for each linear's rank and alpha: r and lora_alpha, which most have, and patterns for the others."""
+    """peft's fields for each linear's rank and alpha: r and lora_alpha, which most have, and patterns for the
+    others.
+    """
     if not all(map(math.isfinite, alphas.values())):
         raise UserError("an alpha of the adapter is infinite; the file is damaged")
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -243,7 +255,9 @@ def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> 
 
 
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
-    """peft's pattern for the linears that have another value; for all, and by whole names, where one's name is the end of another's."""
+    """peft's pattern for the linears that have another value; for all, and by whole names, where one's name
+    is the end of another's.
+    """
     for names, start in (([name for name in values if values[name] != default], ""), (list(values), "^")):
         found = {
             start + name: number(values[name]) for name in sorted(names)
@@ -252,7 +266,8 @@ def patterns(values: dict[str, float], default: float) -> dict[str, float]:
         if all(matched(expressions, name, default) == value for name, value in values.items()):
             return found
     raise UserError(
-        f"peft's patterns can't tell linears of these names apart: {', '.join(values)}; merge the adapter (rwkv-miss merge)"
+        f"peft's patterns can't tell linears of these names apart: {', '.join(values)}; merge the adapter"
+        " (rwkv-miss merge)"
     )
 
 
@@ -278,7 +293,10 @@ def as_vera(adapter: Adapter) -> Folder:
 
 def as_pissa(adapter: Adapter) -> Folder:
     """A LoRA, because peft would change the base again when it loads a PiSSA."""
-    note = "in the folder PiSSA is a LoRA of twice the rank, for the base as it is; its factors at the start are no part of it"
+    note = (
+        "in the folder PiSSA is a LoRA of twice the rank, for the base as it is; its factors at the start are"
+        " no part of it"
+    )
     return dataclasses.replace(as_lora(adapter), notes=[note])
 
 
@@ -304,7 +322,9 @@ def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def saved_modules(whole: dict[str, Tensor]) -> list[str]:
-    """The modules of these tensors, of which peft keeps a trained copy each. UserError for a tensor of no such module."""
+    """The modules of these tensors, of which peft keeps a trained copy each. UserError for a tensor of no
+    such module.
+    """
     modules: dict[str, set[str]] = {}
     for name in whole:
         modules.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
@@ -312,14 +332,17 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
         kind = "ln" if re.fullmatch(r"ln(\d|_x|_out)", module.rpartition(".")[2]) else module
         if not module or leaves != set(MODULES.get(kind, leaves)) or not leaves <= {"weight", "bias"}:
             raise UserError(
-                f"{module}.{min(leaves)} is trained as a whole, and peft keeps whole modules only, such as emb, head and the norms; "
-                "merge the adapter into its base (rwkv-miss merge), or keep its own file"
+                f"{module}.{min(leaves)} is trained as a whole, and peft keeps whole modules only, such as"
+                " emb, head and the norms; merge the adapter into its base (rwkv-miss merge), or keep its"
+                " own file"
             )
     return sorted(modules)
 
 
 def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out) -> list[str]:
-    """Write the folder; returns the notes. One that came from peft and stays the same method keeps its configuration."""
+    """Write the folder; returns the notes. One that came from peft and stays the same method keeps its
+    configuration.
+    """
     if not adapter.metadata["linears"]:
         refuse(adapter, f"{adapter.metadata['method']} of no linear is nothing that peft has")
     if adapter.shapes or adapter.metadata.get("arch"):

@@ -1,6 +1,7 @@
 """Folders of Hugging Face peft, read: adapter_config.json beside adapter_model.safetensors (or .bin).
 
-Written by hf_export.py. A tensor's name is `base_model.model.`, the linear's name in the model, and what the tensor is.
+Written by hf_export.py. A tensor's name is `base_model.model.`, the linear's name in the model, and what the
+tensor is.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ PARTS = {
 FOREIGN = re.compile(
     r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)"
 )  # in the name of a tensor that is none of those
-# fields of a configuration that do not change what the tensors mean, or are read below; any other must be empty
+# fields of a configuration that do not change what the tensors mean, or are read below; any other must be
+# empty
 NEUTRAL = {
     "peft_type",
     "task_type",
@@ -70,23 +72,26 @@ STARTS = {
 READ = {
     "MISS": {"miss_dropout", "mini_r"},
     "BONE": set(),
-    "LORA": {"lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
-    | STARTS,
-    "ADALORA": {
-        "lora_alpha",
-        "lora_dropout",
-        "rank_pattern",
-        "target_r",
-        "init_r",
-        "tinit",
-        "tfinal",
-        "deltaT",
-        "beta1",
-        "beta2",
-        "orth_reg_weight",
-        "total_step",
-    }
-    | STARTS,
+    "LORA": (
+        {"lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"} | STARTS
+    ),
+    "ADALORA": (
+        {
+            "lora_alpha",
+            "lora_dropout",
+            "rank_pattern",
+            "target_r",
+            "init_r",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "total_step",
+        }
+        | STARTS
+    ),
     "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
 }
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
@@ -100,7 +105,9 @@ MOVED_BASES = (
 
 @register("peft")
 class Peft(Format):
-    """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA, and PiSSA with the folder that was saved before its training (Hints.init)."""
+    """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA, and PiSSA with the folder that was saved
+    before its training (Hints.init).
+    """
 
     writes = True
     hints = ("origin", "init")
@@ -121,8 +128,9 @@ class Peft(Format):
         unread = [key for key, value in source.config.items() if value and key not in NEUTRAL | READ[kind]]
         if unread:
             raise UserError(
-                f"{source.path}: {unread[0]} = {source.config[unread[0]]!r} changes what the adapter does in a way that this package "
-                "has no form for; merge it with peft (merge_and_unload) and use the model's file"
+                f"{source.path}: {unread[0]} = {source.config[unread[0]]!r} changes what the adapter does in"
+                " a way that this package has no form for; merge it with peft (merge_and_unload) and use the"
+                " model's file"
             )
         prefix, linears, whole = split(source)
         read = {
@@ -167,7 +175,9 @@ def provenance(source: Source) -> dict[str, Any]:
 
 
 def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(prefix, linear -> its tensors by our names, whole tensors by their names in the model). UserError for tensors that are neither."""
+    """(prefix, linear -> its tensors by our names, whole tensors by their names in the model). UserError for
+    tensors that are neither.
+    """
     prefix = PREFIX if all(key.startswith("base_model.") for key in source.tensors) else ""
     linears: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -180,7 +190,8 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
             whole[f"shared.{key.removeprefix('base_model.')}"] = tensor.float()
         elif FOREIGN.search(name):
             raise UserError(
-                f"{source.path} holds {key}, neither a tensor of an adapted linear nor one of the model; merge it with peft instead"
+                f"{source.path} holds {key}, neither a tensor of an adapted linear nor one of the model;"
+                " merge it with peft instead"
             )
         else:
             whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
@@ -190,13 +201,15 @@ def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, 
         )
     if not linears:
         raise UserError(
-            f"{source.path} adapts no linear; its first tensors are {', '.join(list(source.tensors)[:3]) or 'none'}"
+            f"{source.path} adapts no linear; its first tensors are"
+            f" {', '.join(list(source.tensors)[:3]) or 'none'}"
         )
     for name in whole:
         if name.rpartition(".")[0] in linears:
             raise UserError(
-                f"{source.path} trains {name}, of an adapted linear, as well (bias: {source.config.get('bias')!r}); this package has no "
-                "form for that: merge it with peft instead"
+                f"{source.path} trains {name}, of an adapted linear, as well (bias:"
+                f" {source.config.get('bias')!r}); this package has no form for that: merge it with peft"
+                " instead"
             )
     return prefix, linears, whole
 
@@ -206,8 +219,8 @@ def expect(source: Source, linears: dict[str, dict[str, Tensor]], *parts: str) -
     for name, own in linears.items():
         if set(own) != set(parts):
             raise UserError(
-                f"{source.path}: {name} has {', '.join(sorted(own))}; {source.config['peft_type']} as it is configured needs "
-                f"{', '.join(sorted(parts))}"
+                f"{source.path}: {name} has {', '.join(sorted(own))}; {source.config['peft_type']} as it is"
+                f" configured needs {', '.join(sorted(parts))}"
             )
 
 
@@ -239,7 +252,8 @@ def read_miss(source: Source, linears, whole, hints: Hints):
         )
         if not fits:
             raise UserError(
-                f"{source.path}: the tensor of {name} is {shape}, r = {rank} and init_weights = {init!r} need {wanted}"
+                f"{source.path}: the tensor of {name} is {shape}, r = {rank} and init_weights = {init!r} need"
+                f" {wanted}"
             )
     if init == "bat":
         return (
@@ -259,16 +273,16 @@ def read_lora(source: Source, linears, whole, hints: Hints):
     moved = isinstance(init, str) and init.lower().startswith(MOVED_BASES)
     if not moved and init not in INITS:
         raise UserError(
-            f"{source.path}: what init_lora_weights = {init!r} did to the base is not known here (LoftQ's is quantised, and in no file); "
-            "merge it with peft instead"
+            f"{source.path}: what init_lora_weights = {init!r} did to the base is not known here (LoftQ's is"
+            " quantised, and in no file); merge it with peft instead"
         )
     if not moved and not hints.init:
         return ("dora" if dora else "lora"), options, linears
     if not hints.init:
         raise UserError(
-            f"{source.path}: init_lora_weights = {init!r} took the adapter's first product out of the base, and that product is not in "
-            "the folder. Give the folder that was saved before training, --init FOLDER, or save with peft's "
-            "path_initial_model_for_weight_conversion"
+            f"{source.path}: init_lora_weights = {init!r} took the adapter's first product out of the base,"
+            " and that product is not in the folder. Give the folder that was saved before training, --init"
+            " FOLDER, or save with peft's path_initial_model_for_weight_conversion"
         )
     if dora:
         raise UserError(
@@ -284,7 +298,8 @@ def read_lora(source: Source, linears, whole, hints: Hints):
         shapes = [{part: tuple(t.shape) for part, t in parts.items()} for parts in (own, first.get(name, {}))]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"--init {hints.init} is of another training: {name} has {shapes[1] or 'nothing'} there, {shapes[0]} in {source.path}"
+                f"--init {hints.init} is of another training: {name} has {shapes[1] or 'nothing'} there,"
+                f" {shapes[0]} in {source.path}"
             )
         own |= {f"initial_{part[-1]}": tensor for part, tensor in first[name].items()}
     return (
@@ -295,7 +310,9 @@ def read_lora(source: Source, linears, whole, hints: Hints):
 
 
 def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """Ranks, alphas and dropout of a LoRA. UserError where the configuration's ranks are not those of the tensors."""
+    """Ranks, alphas and dropout of a LoRA. UserError where the configuration's ranks are not those of the
+    tensors.
+    """
     config = source.config
     ranks, alphas = {}, {}
     rank, rank_of = number(source, "r", 8), patterns(source, "rank_pattern")
@@ -311,8 +328,8 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
             raise UserError(f"{source.path}: {name} has {shapes}; the configuration says rank {ranks[name]}")
         if len(A) > min(A.shape[1], len(B)):
             raise UserError(
-                f"{source.path}: {name} has rank {len(A)}, beyond the smaller of its widths, {A.shape[1]} and {len(B)}, for which this "
-                "package has no LoRA; merge it with peft instead"
+                f"{source.path}: {name} has rank {len(A)}, beyond the smaller of its widths, {A.shape[1]} and"
+                f" {len(B)}, for which this package has no LoRA; merge it with peft instead"
             )
         if not isinstance(alphas[name], (int, float)) or not 0 < alphas[name] < math.inf:
             raise UserError(
@@ -327,7 +344,9 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
 
 
 def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: Any) -> dict[str, Any]:
-    """Each linear's rank and alpha as options of the LoRA family; linears that have the most frequent ones are not named."""
+    """Each linear's rank and alpha as options of the LoRA family; linears that have the most frequent ones
+    are not named.
+    """
     options = {
         **rank_options(ranks),
         "alpha": max(alphas.values(), key=list(alphas.values()).count),
@@ -342,14 +361,17 @@ def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: An
 
 
 def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
-    """The patterns in a field. UserError for expressions of which a stranger could make some that take for ever: groups, and many wildcards."""
+    """The patterns in a field. UserError for expressions of which a stranger could make some that take for
+    ever: groups, and many wildcards.
+    """
     given = source.config.get(field) or {}
     if not isinstance(given, dict):
         raise UserError(f"{source.path}: {field} is {given!r}, expected names with numbers")
     for pattern in given:
         if not re.fullmatch(r"[\w.\\^$*+?|-]{1,300}", pattern) or pattern.count("*") + pattern.count("+") > 1:
             raise UserError(
-                f"{source.path}: {pattern!r} in {field} is more than a name with a wildcard; write out the names there"
+                f"{source.path}: {pattern!r} in {field} is more than a name with a wildcard; write out the"
+                " names there"
             )
     try:
         return hf_export.compiled(given)
@@ -360,7 +382,9 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
 
 
 def read_adalora(source: Source, linears, whole, hints: Hints):
-    """AdaLoRA as the LoRA that it has become: B times the singular values, and peft's factor alpha / (init_r + 1e-5)."""
+    """AdaLoRA as the LoRA that it has become: B times the singular values, and peft's factor alpha / (init_r
+    + 1e-5).
+    """
     expect(source, linears, "lora_A", "lora_B", "lora_E")
     alpha, first = number(source, "lora_alpha", 8, float), number(source, "init_r", 12)
     if first < 1:
@@ -387,14 +411,14 @@ def read_vera(source: Source, linears, whole, hints: Hints):
     expect(source, linears, "vera_lambda_b", "vera_lambda_d")
     if not {"shared.vera_A", "shared.vera_B"} <= whole.keys():
         raise UserError(
-            f"{source.path} has no vera_A and vera_B: they follow from a seed that other versions of torch read differently; save with "
-            "save_projection=True"
+            f"{source.path} has no vera_A and vera_B: they follow from a seed that other versions of torch"
+            " read differently; save with save_projection=True"
         )
     rank = number(source, "r", 256)
     for name, own in linears.items():
         if tuple(own["vera_lambda_d"].shape) != (rank,) or own["vera_lambda_b"].dim() != 1:
             raise UserError(
-                f"{source.path}: {name} has vectors of {tuple(own['vera_lambda_d'].shape)} and {tuple(own['vera_lambda_b'].shape)}; "
-                f"r = {rank} needs ({rank},) and (out,)"
+                f"{source.path}: {name} has vectors of {tuple(own['vera_lambda_d'].shape)} and"
+                f" {tuple(own['vera_lambda_b'].shape)}; r = {rank} needs ({rank},) and (out,)"
             )
     return "vera", {"rank": rank, "d_initial": number(source, "d_initial", 0.1, float)}, linears

@@ -1,8 +1,9 @@
-"""MiSS adapters of rwkv_lightning_cuda: D is (out, r) in half precision, and the weight changes by scale D P with scale = alpha / r.
+"""MiSS adapters of rwkv_lightning_cuda: D is (out, r) in half precision, and the weight changes by scale D P
+with scale = alpha / r.
 
-An adapter is a folder, adapter.json (the manifest) beside adapter.pth; or one .pth with the manifest in the record archive/miss.json; or a
-checkpoint of a training, whose `.D.master` is in fp32. Its loader wants the SHA-256 of the model file that the manifest names, and the
-manifest's own digest.
+An adapter is a folder, adapter.json (the manifest) beside adapter.pth; or one .pth with the manifest in the
+record archive/miss.json; or a checkpoint of a training, whose `.D.master` is in fp32. Its loader wants the
+SHA-256 of the model file that the manifest names, and the manifest's own digest.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
 
 @register("rwkv-lightning")
 class Lightning(Format):
-    """Read with the scale multiplied into D; the manifest is kept, and gives the same bits when the package is written again."""
+    """Read with the scale multiplied into D; the manifest is kept, and gives the same bits when the package
+    is written again.
+    """
 
     writes = True
 
@@ -112,13 +115,16 @@ class Lightning(Format):
         )
         if len(tensors) == 1:
             notes.append(
-                "rwkv_lightning's reader of .pth files skips the tensor of a file that has only one; adapt two linears or more"
+                "rwkv_lightning's reader of .pth files skips the tensor of a file that has only one; adapt"
+                " two linears or more"
             )
         return notes
 
 
 def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
-    """(the manifest, whether the tensors are those of a training). A checkpoint's is made of its configuration where none is embedded."""
+    """(the manifest, whether the tensors are those of a training). A checkpoint's is made of its
+    configuration where none is embedded.
+    """
     if source.config_name == CONFIG:
         return source.config, False
     embedded = read_metadata(
@@ -134,7 +140,8 @@ def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
     config = source.config.get("config")
     if source.config_name != CHECKPOINT or not isinstance(config, dict):
         raise UserError(
-            f"{source.path} holds D of rwkv_lightning without its manifest; give the folder with adapter.json, or with checkpoint.json"
+            f"{source.path} holds D of rwkv_lightning without its manifest; give the folder with"
+            " adapter.json, or with checkpoint.json"
         )
     targets = [
         {"name": name.removesuffix(".master"), "shape": list(t.shape)}
@@ -168,7 +175,8 @@ def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
     for field, value in FIXED.items():
         if manifest.get(field) != value:
             raise UserError(
-                f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of rwkv_lightning"
+                f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of"
+                " rwkv_lightning"
             )
     rank, scale, base, targets = (
         manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets")
@@ -184,7 +192,8 @@ def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
         or not fp32(scale)
     ):
         raise UserError(
-            f"{path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale that is not zero"
+            f"{path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale"
+            " that is not zero"
         )
     if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{64}", base):
         raise UserError(f"{path}: base_fingerprint is {base!r}, expected a SHA-256 in hex")
@@ -214,7 +223,8 @@ def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
             )
         if not trained and (type(target.get("in_features")) is not int or target["in_features"] < 1):
             raise UserError(
-                f"{path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest, expected a width"
+                f"{path}: {target['name']} has in_features {target.get('in_features')!r} in the manifest,"
+                " expected a width"
             )
 
 
@@ -223,16 +233,20 @@ def check_content(source: Source, manifest: dict[str, Any]) -> None:
     tensors = {target["name"]: source.tensors[target["name"]] for target in manifest["targets"]}
     if len(tensors) != len(source.tensors):
         raise UserError(
-            f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, of which its manifest says nothing"
+            f"{source.path} holds {next(name for name in source.tensors if name not in tensors)}, of which"
+            " its manifest says nothing"
         )
     if digest(manifest, tensors) != manifest.get("content_version"):
         raise UserError(
-            f"{source.path}: content_version is not the digest of the manifest and D; the package is damaged or was edited"
+            f"{source.path}: content_version is not the digest of the manifest and D; the package is damaged"
+            " or was edited"
         )
 
 
 def canonical(value: Any) -> str:
-    """JSON as jsoncpp writes it without indentation: keys in order, 17 significant digits, and a dot in what is no integer."""
+    """JSON as jsoncpp writes it without indentation: keys in order, 17 significant digits, and a dot in what
+    is no integer.
+    """
     if isinstance(value, dict):
         return (
             "{"
@@ -257,7 +271,9 @@ def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def columns(adapter: Adapter) -> dict[str, Tensor]:
-    """Each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r]. UserError for a MiSS of another layout."""
+    """Each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r]. UserError for a MiSS of another
+    layout.
+    """
     options = Options.parse(adapter.metadata["options"])
     for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
         if getattr(options, name) != value:
@@ -269,18 +285,21 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
-    """(the adapter with its widths, the manifest without its digest): the manifest that the adapter was read with, or a new one with alpha = r.
-    UserError for what a package can't hold, and without a known base."""
+    """(the adapter with its widths, the manifest without its digest): the manifest that the adapter was read
+    with, or a new one with alpha = r. UserError for what a package can't hold, and without a known base.
+    """
     known = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)
     if not adapter.base and not known:
         raise UserError(
-            "rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that file: --base MODEL.pth"
+            "rwkv_lightning loads an adapter only beside the model whose SHA-256 the package names; give that"
+            " file: --base MODEL.pth"
         )
     base = sha256(adapter.base) if adapter.base else known.get("base_fingerprint")
     if known and base != known.get("base_fingerprint"):
         raise UserError(
-            f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not {known.get('base_fingerprint')}"
+            f"--base {adapter.base} is another model than the package's: its SHA-256 is {base}, not"
+            f" {known.get('base_fingerprint')}"
         )
     if known:
         check_manifest("the adapter's origin", known, False)
@@ -300,7 +319,8 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
         found = ", ".join(map(str, ranks))
         raise UserError(
-            f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {found}; {WAY_OUT}"
+            f"rwkv_lightning has one rank for all linears, up to {LARGEST_RANK}; this adapter has {found};"
+            f" {WAY_OUT}"
         )
     targets = []
     for name, (out, width) in sorted(linear_shapes(adapter).items(), key=lambda item: place(item[0])):

@@ -1,4 +1,6 @@
-"""The layer profiles of RWKV-LM-RLHF: a table with the rank and alpha of each layer's LoRA, of which the adapter's file keeps the ranks only."""
+"""The layer profiles of RWKV-LM-RLHF: a table with the rank and alpha of each layer's LoRA, of which the
+adapter's file keeps the ranks only.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ LARGEST = 1 << 20  # bytes
 
 
 def read_alphas(path, ranks: dict[str, int]) -> dict[str, float]:
-    """Linear -> alpha, of the linears with these ranks. UserError for a file that is no profile, or of another training."""
+    """Linear -> alpha, of the linears with these ranks. UserError for a file that is no profile, or of
+    another training.
+    """
     rows = {row["Layer"]: row for row in read_rows(path)}
     alphas: dict[str, float] = {}
     for linear, rank in ranks.items():
@@ -29,8 +33,8 @@ def read_alphas(path, ranks: dict[str, int]) -> dict[str, float]:
             ) from None
         if said != rank or row["Mode"] != "lora" or not 0 < alpha < float("inf"):
             raise UserError(
-                f"{path}: layer {layer} has Mode {row['Mode']}, Rank {said} and Alpha {alpha:g}, and {linear} is a LoRA of rank {rank}; "
-                "the profile is of another training"
+                f"{path}: layer {layer} has Mode {row['Mode']}, Rank {said} and Alpha {alpha:g}, and {linear}"
+                f" is a LoRA of rank {rank}; the profile is of another training"
             )
         alphas[linear] = alpha
     return alphas

@@ -1,11 +1,13 @@
-"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code: flat dicts without a word about what they are.
+"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code: flat dicts
+without a word about what they are.
 
 | tensor | shape | written by | here |
 |---|---|---|---|
 | `.bone` | (out, r), (out / r, r, r) | the first Bone | bat, order col |
 | `.bone` | (in / r, r, r) | RWKV-PEFT from 2024-09, RWKV-LM-RLHF | bat, order row |
 | `.bone`, `.disha` | (r, out), (in / r, r, r) | RWKV-PEFT from 2024-11, 2025-02 | miss; bat, order row |
-| `.lora_A`, `.lora_B` | (r, in), (out, r) | both | lora; pissa with the factors at the start, which are in a file of their own |
+| `.lora_A`, `.lora_B` | (r, in), (out, r) | both | lora; pissa with the factors at the start, which are in a
+file of their own |
 | `.att.time_state` | (heads, N, N) | both | state |
 
 Beside them are whole tensors of the base, named as there, which take the place of the base's.
@@ -43,8 +45,13 @@ WHOLE = re.compile(
     )
 )
 REFUSED = {
-    r".+\.(bone|lora_[AB])_expert_\d+|.*\b(router|moe_\w+)\b.*": "is of a mixture of experts (RWKV-LM-RLHF), which RWKV-6 and RWKV-7 are not",
-    r".+\.lora_M": "is of DoRA with a norm for every input (RWKV-LM-RLHF); here, as in HF peft, there is one for every output. Merge it there",
+    r".+\.(bone|lora_[AB])_expert_\d+|.*\b(router|moe_\w+)\b.*": (
+        "is of a mixture of experts (RWKV-LM-RLHF), which RWKV-6 and RWKV-7 are not"
+    ),
+    r".+\.lora_M": (
+        "is of DoRA with a norm for every input (RWKV-LM-RLHF); here, as in HF peft, there is one for every"
+        " output. Merge it there"
+    ),
     r"emb\.(bone|disha|lora_[AB])": "adapts the embedding, which is no linear",
 }
 FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
@@ -52,14 +59,17 @@ FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
 
 @register("rwkv-peft")
 class RwkvPeft(Format):
-    """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and the merge scripts of the former take: a .pth file, with PiSSA two of them."""
+    """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and the merge scripts of the former take: a .pth
+    file, with PiSSA two of them.
+    """
 
     writes = True
     hints = ("origin", "alpha", "init", "profile")
 
     @classmethod
     def reads(cls, source: Source) -> bool:
-        # a header with nothing else is any safetensors file's, and read_described() vouches for initial states
+        # a header with nothing else is any safetensors file's, and read_described() vouches for initial
+        # states
         silent = (
             source.config.keys() <= {"format"}
             or source.config.get("method") == "state"
@@ -146,7 +156,9 @@ def stripped(name: str) -> str:
 
 
 def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under their names in the base, and a note where those were others. UserError for two of one name."""
+    """The tensors under their names in the base, and a note where those were others. UserError for two of one
+    name.
+    """
     plain = {stripped(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
         raise UserError(
@@ -159,7 +171,9 @@ def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
 
 
 def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name). UserError for what has no form here, by name."""
+    """(bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name). UserError for what has no
+    form here, by name.
+    """
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -176,14 +190,16 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             whole[name] = tensor
         else:
             raise UserError(
-                f"{name} is no adapter's tensor and none of RWKV-6 or RWKV-7; what it should change is not known"
+                f"{name} is no adapter's tensor and none of RWKV-6 or RWKV-7; what it should change is not"
+                " known"
             )
     kinds = sorted({kind.partition("_")[0] for kind in factors})
     if len(kinds) > 1:
         raise UserError(f"the file has tensors of {' and '.join(kinds)}; one method in a file is expected")
     for linear in (linear for group in factors.values() for linear in group if f"{linear}.weight" in whole):
         raise UserError(
-            f"{linear} has a weight of its own in the file, and an adapter on top; only the project that wrote it can merge that"
+            f"{linear} has a weight of its own in the file, and an adapter on top; only the project that"
+            " wrote it can merge that"
         )
     return factors, whole
 
@@ -196,8 +212,9 @@ def check_use(kind: str, states: bool, hints: Hints) -> None:
         raise UserError(f"--{given[0]} is for LoRA and PiSSA, and the file has {found}; drop the flag")
     if len(given) > 1:
         raise UserError(
-            f"--{given[0]} and --{given[1]} contradict each other: --alpha is the same for all layers, --profile has one for each, and "
-            "PiSSA, for which --init is, has the factor 1; keep one of the flags"
+            f"--{given[0]} and --{given[1]} contradict each other: --alpha is the same for all layers,"
+            " --profile has one for each, and PiSSA, for which --init is, has the factor 1; keep one of the"
+            " flags"
         )
     if (
         hints.origin
@@ -205,15 +222,17 @@ def check_use(kind: str, states: bool, hints: Hints) -> None:
         and (not states or hints.origin not in ("rwkv-peft", "openmose"))
     ):
         raise UserError(
-            f"--origin {hints.origin} decides nothing in a file of {'LoRA' if kind else 'initial states'}; drop the flag"
-            + (f", or choose from: {origins('rwkv-peft', 'openmose')}" if states else "")
+            f"--origin {hints.origin} decides nothing in a file of {'LoRA' if kind else 'initial states'};"
+            " drop the flag" + (f", or choose from: {origins('rwkv-peft', 'openmose')}" if states else "")
         )
 
 
 def read_blocks(
     tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """(method, options, linears) of .bone or .disha tensors. Those of the first Bone with two dimensions get their three, in `tensors`."""
+    """(method, options, linears) of .bone or .disha tensors. Those of the first Bone with two dimensions get
+    their three, in `tensors`.
+    """
     dims = {tensor.dim() for tensor in blocks.values()}
     for linear, tensor in blocks.items():
         if tensor.dim() not in (2, 3) or tensor.dim() == 3 and tensor.shape[1] != tensor.shape[2]:
@@ -222,7 +241,8 @@ def read_blocks(
             )
     if len(dims) > 1:
         raise UserError(
-            f"the .{kind} tensors have two dimensions for some linears and three for others; one method in a file is expected"
+            f"the .{kind} tensors have two dimensions for some linears and three for others; one method in a"
+            " file is expected"
         )
     origin = origin_of_blocks(blocks, hint)
     if dims == {2} and origin == "rwkv-peft":
@@ -249,7 +269,8 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
             )
         if A[linear].dim() != 2 or B[linear].dim() != 2 or len(A[linear]) != B[linear].shape[1]:
             raise UserError(
-                f"{linear} has lora_A {list(A[linear].shape)} and lora_B {list(B[linear].shape)}, expected (r, inputs) and (outputs, r)"
+                f"{linear} has lora_A {list(A[linear].shape)} and lora_B {list(B[linear].shape)}, expected"
+                " (r, inputs) and (outputs, r)"
             )
         ranks[linear] = len(A[linear])
     options = rank_options(ranks)
@@ -273,15 +294,17 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
         )
     if hints.alpha is None:
         raise UserError(
-            "the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was lora_alpha). A PiSSA file "
-            "looks the same: then --init FILE instead, the init_pissa.pth beside it"
+            "the file does not hold LoRA's alpha: give the one of the training with --alpha (the flag was"
+            " lora_alpha). A PiSSA file looks the same: then --init FILE instead, the init_pissa.pth"
+            " beside it"
         )
     if not 0 < hints.alpha < math.inf:
         raise UserError(f"--alpha {hints.alpha:g} is no factor; it must be above 0")
     if options["rank_map"]:
         raise UserError(
-            f"the ranks differ ({', '.join(map(str, sorted(set(ranks.values()))))}), and with them the factors alpha / r; "
-            "one --alpha cannot say them. --profile FILE does, the layer profile of RWKV-LM-RLHF"
+            f"the ranks differ ({', '.join(map(str, sorted(set(ranks.values()))))}), and with them the"
+            " factors alpha / r; one --alpha cannot say them. --profile FILE does, the layer profile of"
+            " RWKV-LM-RLHF"
         )
     return "lora", {**options, "alpha": hints.alpha}, list(ranks)
 
@@ -298,12 +321,14 @@ def initial_factors(factors: dict[str, dict[str, Tensor]], hints: Hints) -> dict
             if first is None or first.shape != tensor.shape or not first.is_floating_point():
                 seen = "no such tensor" if first is None else f"{first.dtype} {list(first.shape)}"
                 raise UserError(
-                    f"{hints.init}: {linear}.init_lora_{side} should be {list(tensor.shape)}, found {seen}; it is of another training"
+                    f"{hints.init}: {linear}.init_lora_{side} should be {list(tensor.shape)}, found {seen};"
+                    " it is of another training"
                 )
             initial[f"{linear}.initial_{side}"] = first
     if found:
         raise UserError(
-            f"{hints.init} holds {next(iter(found))} too, which the adapter has no tensor for; it is of another training"
+            f"{hints.init} holds {next(iter(found))} too, which the adapter has no tensor for; it is of"
+            " another training"
         )
     return initial
 
@@ -317,14 +342,15 @@ def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
     if origin == "openmose":
         tensors |= {name: tensor.mT for name, tensor in states.items()}
         return [
-            "the initial states were (heads, key, value) and are transposed; without --fla 1 they would not be: --origin rwkv-peft"
+            "the initial states were (heads, key, value) and are transposed; without --fla 1 they would not"
+            " be: --origin rwkv-peft"
         ]
     return (
         []
         if origin
         else [
-            f"the initial states are taken as (heads, value, key), as released ones are; those of RWKV-LM-RLHF may be others: "
-            f"{origins('openmose')}"
+            "the initial states are taken as (heads, value, key), as released ones are; those of"
+            f" RWKV-LM-RLHF may be others: {origins('openmose')}"
         ]
     )
 
@@ -333,7 +359,8 @@ def check_form(method: str, options, linears: list[str]) -> list[str]:
     """Notes; UserError for a method, or an option, that these files have no form for."""
     if method not in ("miss", "bat", "lora", "lora_fa", "pissa", "state"):
         raise UserError(
-            f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state. Merge the adapter instead"
+            f"RWKV-PEFT has no form for {method}; it has miss, bat with order row, lora, pissa and state."
+            " Merge the adapter instead"
         )
     if method == "miss":
         for name, only in {
@@ -346,19 +373,21 @@ def check_form(method: str, options, linears: list[str]) -> list[str]:
         }.items():
             if getattr(options, name) != only:
                 raise UserError(
-                    f"RWKV-PEFT has no form for MiSS with {name}={getattr(options, name)}; merge the adapter instead"
+                    f"RWKV-PEFT has no form for MiSS with {name}={getattr(options, name)}; merge the adapter"
+                    " instead"
                 )
     if method == "bat" and options.order != "row":
         raise UserError(
-            "RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the adapter instead"
+            "RWKV-PEFT's scripts merge Bat with order row alone, and would take this one for such; merge the"
+            " adapter instead"
         )
     if method in ("lora", "lora_fa"):
         own = [options.at(linear) for linear in linears]
         alphas = {layer.scale * layer.rank if layer.rslora else layer.alpha for layer in own}
         if len(alphas) > 1:
             raise UserError(
-                f"RWKV-PEFT's scripts take one alpha for all linears, and this LoRA has {', '.join(f'{a:g}' for a in sorted(alphas))}; "
-                "merge the adapter instead"
+                "RWKV-PEFT's scripts take one alpha for all linears, and this LoRA has"
+                f" {', '.join(f'{a:g}' for a in sorted(alphas))}; merge the adapter instead"
             )
         alpha = alphas.pop()
         script = (
@@ -369,18 +398,22 @@ def check_form(method: str, options, linears: list[str]) -> list[str]:
         return [f"the file does not hold alpha: {script} there, --alpha {alpha!r} here"]
     if method == "pissa" and options.scale != 1:
         raise UserError(
-            f"RWKV-PEFT has PiSSA with the factor 1 alone, this one has {options.scale:g}; merge the adapter instead"
+            f"RWKV-PEFT has PiSSA with the factor 1 alone, this one has {options.scale:g}; merge the adapter"
+            " instead"
         )
     return []
 
 
 def write_beside(out, tensors: dict[str, Tensor]) -> Path:
-    """Write PiSSA's factors at the start beside `out`; returns where. A file that is there is never written over."""
+    """Write PiSSA's factors at the start beside `out`; returns where. A file that is there is never written
+    over.
+    """
     require_writable(out)
     path = Path(out).with_name(f"{Path(out).stem}.init_pissa.pth")
     if path.exists():
         raise UserError(
-            f"{path}, where the factors at the start would be written, exists; move it away, or choose another OUT"
+            f"{path}, where the factors at the start would be written, exists; move it away, or choose"
+            " another OUT"
         )
     write_checkpoint(path, tensors.items())
     return path

@@ -32,7 +32,8 @@ class Safetensors(Format):
         metadata = checked_metadata(source.path, parse_json(source.path, source.config[METADATA]))
         if metadata["method"] not in METHODS:
             raise UserError(
-                f"{source.path} was made with method {metadata['method']!r}; there are: {', '.join(sorted(METHODS))}"
+                f"{source.path} was made with method {metadata['method']!r}; there are:"
+                f" {', '.join(sorted(METHODS))}"
             )
         return Adapter(source.tensors, metadata)
 

@@ -23,8 +23,10 @@ FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`tensors` are mapped from the file. `config` is what its header or the JSON file beside it says, {} where nothing does; `config_name` is
-    that file's name, or "" for a header. `header` is what the header of the tensors' file in a folder says."""
+    """`tensors` are mapped from the file. `config` is what its header or the JSON file beside it says, {}
+    where nothing does; `config_name` is that file's name, or "" for a header. `header` is what the header of
+    the tensors' file in a folder says.
+    """
 
     path: str
     tensors: dict[str, Tensor]
@@ -34,7 +36,9 @@ class Source:
 
     @property
     def describes_itself(self) -> bool:
-        """Whether this package wrote the file. What read_described() says of a file of initial states has no version."""
+        """Whether this package wrote the file. What read_described() says of a file of initial states has no
+        version.
+        """
         return (
             not self.config_name
             and self.config.get("format") == ADAPTER_FORMAT
@@ -43,7 +47,9 @@ class Source:
 
 
 def open_source(path) -> Source:
-    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration. Runs no code of the file. UserError for the rest."""
+    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration. Runs no code
+    of the file. UserError for the rest.
+    """
     path = os.fspath(path)
     if not os.path.isdir(path):
         tensors, metadata = read_safetensors(path) if is_safetensors(path) else read_described(path)

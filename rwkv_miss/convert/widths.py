@@ -1,4 +1,6 @@
-"""What the shapes of a file's tensors say of the linears that they belong to, where the file does not say what they are."""
+"""What the shapes of a file's tensors say of the linears that they belong to, where the file does not say
+what they are.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,17 @@ from .formats import origins
 
 
 def sides(name: str) -> tuple[str, str]:
-    """The names of a linear's (outputs, inputs), which RWKV's linears share; those of an unknown one are its own."""
+    """The names of a linear's (outputs, inputs), which RWKV's linears share; those of an unknown one are its
+    own.
+    """
     known = (pair for end, pair in RWKV_LINEARS.items() if f".{name}".endswith(f".{end}"))
     return next(known, (f"{name} outputs", f"{name} inputs"))
 
 
 def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int | None]:
-    """(rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin, None for the width that it does not tell."""
+    """(rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin, None for the
+    width that it does not tell.
+    """
     if len(shape) == 3:
         width = shape[0] * shape[1]
         return shape[1], *((None, width) if origin == "rwkv-peft" else (width, None))
@@ -47,15 +53,17 @@ def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
-    """ "rwkv-peft" or "bone-v0": whose the blocks of these linears are. UserError where they can be of both and the hint does not say, or of
-    neither."""
+    """ "rwkv-peft" or "bone-v0": whose the blocks of these linears are. UserError where they can be of both
+    and the hint does not say, or of neither.
+    """
     names = "rwkv-peft", "openmose", "bone-v0"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     possible = [origin for origin in ("rwkv-peft", "bone-v0") if fits(origin, shapes)]
     first = next(iter(shapes))
     if hint == "peft":
         raise UserError(
-            f"--origin peft: HF peft has no tensor of such a name as {first}'s; choose from: {origins(*names)}"
+            f"--origin peft: HF peft has no tensor of such a name as {first}'s; choose from:"
+            f" {origins(*names)}"
         )
     wanted = "rwkv-peft" if hint == "openmose" else hint
     if not possible or wanted and wanted not in possible:
@@ -66,7 +74,7 @@ def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
         )
     if not wanted and len(possible) > 1:
         raise UserError(
-            f"{first} and the others are {list(shapes[first])}, which could be of two origins, with other results; say which: "
-            + origins(*names)
+            f"{first} and the others are {list(shapes[first])}, which could be of two origins, with other"
+            " results; say which: " + origins(*names)
         )
     return wanted or possible[0]

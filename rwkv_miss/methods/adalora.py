@@ -20,9 +20,10 @@ TRAINED = ("lora_A", "lora_E", "lora_B")
 class Options(ScaledOptions):
     """rank: what is left of the linears' ranks in the mean; with `rank_map` these are added up.
 
-    init_rank: the rank that a linear begins with (0: 1.5 rank), or its smaller width where that is less; alpha / init_rank is the factor.
-    tinit, tfinal: optimizer steps before the first and after the last pruning (-1: 10 and 30 % of all); delta_t: those between two.
-    beta1, beta2: smoothing of sensitivity and of its uncertainty. orth: weight of the penalty on factors that are not orthogonal.
+    init_rank: the rank that a linear begins with (0: 1.5 rank), or its smaller width where that is less;
+    alpha / init_rank is the factor. tinit, tfinal: optimizer steps before the first and after the last
+    pruning (-1: 10 and 30 % of all); delta_t: those between two. beta1, beta2: smoothing of sensitivity and
+    of its uncertainty. orth: weight of the penalty on factors that are not orthogonal.
     """
 
     init_rank: int = 0
@@ -45,11 +46,13 @@ class Options(ScaledOptions):
         super().__post_init__()
         if self.init_rank < self.rank:
             raise UserError(
-                f"init_rank {self.init_rank} is below the rank {self.rank} that is to be left; raise the one or lower the other"
+                f"init_rank {self.init_rank} is below the rank {self.rank} that is to be left; raise the one"
+                " or lower the other"
             )
         if self.delta_t < 1 or min(self.tinit, self.tfinal) < -1:
             raise UserError(
-                f"tinit {self.tinit}, tfinal {self.tfinal}, delta_t {self.delta_t}: must be numbers of steps, delta_t 1 or more"
+                f"tinit {self.tinit}, tfinal {self.tfinal}, delta_t {self.delta_t}: must be numbers of steps,"
+                " delta_t 1 or more"
             )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -68,7 +71,9 @@ class Options(ScaledOptions):
 
 
 def budget(step: int, total: int, first: int, last: int, options: Options) -> int:
-    """Singular values of all linears that are left after step `step` (1-based) of `total`: cubic from `first` to `last` (equation 12)."""
+    """Singular values of all linears that are left after step `step` (1-based) of `total`: cubic from `first`
+    to `last` (equation 12).
+    """
     begin, end = pruning_steps(total, options)
     if step >= end:
         return last
@@ -86,15 +91,18 @@ def pruning_steps(total: int, options: Options) -> tuple[int, int]:
 
 @register("adalora")
 class AdaLoraLinear(LoraLinear):
-    """dW = scale P diag(E) Q with P = `lora_B` (out, r), Q = `lora_A` (r, in), both N(0, 0.02), and the singular values E = `lora_E` (r), zero.
+    """dW = scale P diag(E) Q with P = `lora_B` (out, r), Q = `lora_A` (r, in), both N(0, 0.02), and the
+    singular values E = `lora_E` (r), zero.
 
-    Every delta_t steps the singular values of the least important triplets become zero, over all linears alike: those of the lowest
-    s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity |w dL/dw| times its smoothed uncertainty (equations 8 to 11).
-    They are trained on, so that a triplet may come back until the last pruning; after that the pruned ones stay zero.
+    Every delta_t steps the singular values of the least important triplets become zero, over all linears
+    alike: those of the lowest s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity
+    |w dL/dw| times its smoothed uncertainty (equations 8 to 11). They are trained on, so that a triplet may
+    come back until the last pruning; after that the pruned ones stay zero.
 
-    What is zero is E - `offset`: a pruning sets the offset to E. The optimizer's parameter is not written to: ZeRO and loss scaling keep copies
-    of it, which would write it back. All ranks see the same reduced gradients and make the same offsets and averages, each by itself. The file
-    has E and offset; the averages are buffers that only a run's checkpoint keeps.
+    What is zero is E - `offset`: a pruning sets the offset to E. The optimizer's parameter is not written to:
+    ZeRO and loss scaling keep copies of it, which would write it back. All ranks see the same reduced
+    gradients and make the same offsets and averages, each by itself. The file has E and offset; the averages
+    are buffers that only a run's checkpoint keeps.
     """
 
     Options = Options
@@ -133,13 +141,16 @@ class AdaLoraLinear(LoraLinear):
 
     @classmethod
     def penalty(cls, layers, gather) -> Tensor | None:
-        """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears, as in the authors' code and HF peft."""
+        """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears, as in the
+        authors' code and HF peft.
+        """
         options = layers[0].options
         if not options.orth:
             return None
         terms = []
         for layer in layers:
-            # not by their names: ZeRO-3 keeps whole, until the step is over, what is looked up by name outside of its own layer
+            # not by their names: ZeRO-3 keeps whole, until the step is over, what is looked up by name
+            # outside of its own layer
             A, _, B = layer.trained().values()
             with gather([A, B]):
                 for rows in (

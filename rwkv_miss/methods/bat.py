@@ -1,4 +1,6 @@
-"""Bat, Block Affine Transformation: MiSS's sibling with an update that goes through the frozen weight (Kang and Yin, arXiv 2409.15371)."""
+"""Bat, Block Affine Transformation: MiSS's sibling with an update that goes through the frozen weight (Kang
+and Yin, arXiv 2409.15371).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ ORDERS = ("col", "row")
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.Options):
-    """rank r, the width of a block, and order: "col", one r x r matrix for every r outputs (HF peft's), or "row", for every r inputs (RWKV-PEFT's,
-    once called Bone). For a square linear the tensors look alike, so an adapter file tells which one it is."""
+    """rank r, the width of a block, and order: "col", one r x r matrix for every r outputs (HF peft's), or
+    "row", for every r inputs (RWKV-PEFT's, once called Bone). For a square linear the tensors look alike, so
+    an adapter file tells which one it is.
+    """
 
     order: str = "col"
 
@@ -30,8 +34,8 @@ class Options(adapter.Options):
 
 @register("bat")
 class BatLinear(AdapterLinear):
-    """dW[a, b] = (W[a, b] + I) D[a] for the r x r blocks of W, or D[b] with the order "row". D = `bat`, (out / r, r, r) or (in / r, r, r), fp32,
-    zero at the start.
+    """dW[a, b] = (W[a, b] + I) D[a] for the r x r blocks of W, or D[b] with the order "row". D = `bat`, (out
+    / r, r, r) or (in / r, r, r), fp32, zero at the start.
 
     r out numbers, MiSS's, at the same rank; r in with the order "row".
     """
@@ -43,8 +47,8 @@ class BatLinear(AdapterLinear):
         rank = options.rank
         if self.in_features % rank or self.out_features % rank:
             raise UserError(
-                f"rank {rank} does not fit Bat: its blocks of {rank} x {rank} must divide the weight, {self.out_features} outputs and "
-                f"{self.in_features} inputs"
+                f"rank {rank} does not fit Bat: its blocks of {rank} x {rank} must divide the weight,"
+                f" {self.out_features} outputs and {self.in_features} inputs"
             )
         self.by_row = options.order == "row"
         count = (self.in_features if self.by_row else self.out_features) // rank

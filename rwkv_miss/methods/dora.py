@@ -15,11 +15,13 @@ from .lora import LoraLinear, Options
 
 @register("dora")
 class DoraLinear(LoraLinear):
-    """W + dW = m V / ||V|| row by row with V = W + scale B A, m = `magnitude` (out), fp32, the norms of W's rows at the start, and LoRA's A and B.
+    """W + dW = m V / ||V|| row by row with V = W + scale B A, m = `magnitude` (out), fp32, the norms of W's
+    rows at the start, and LoRA's A and B.
 
-    The gradient takes the norms for constants (section 4.3). They follow from ||w||^2 + 2 scale <w, b A> + scale^2 ||b A||^2 for the rows w of W and
-    b of B, without V; under a base quantised afterwards ||w||^2 is still that of the file. Kept for the backward: what LoRA keeps, and x V^T.
-    With dropout the left-out numbers are those of A's input, as in LoRA; the norms know nothing of it.
+    The gradient takes the norms for constants (section 4.3). They follow from ||w||^2 + 2 scale <w, b A> +
+    scale^2 ||b A||^2 for the rows w of W and b of B, without V; under a base quantised afterwards ||w||^2 is
+    still that of the file. Kept for the backward: what LoRA keeps, and x V^T. With dropout the left-out
+    numbers are those of A's input, as in LoRA; the norms know nothing of it.
     """
 
     # default_lr is LoRA's: A and B begin as there, with the same gradients
@@ -36,7 +38,8 @@ class DoraLinear(LoraLinear):
         squares = self._squares()
         if not squares.all():
             raise UserError(
-                f"{int((squares == 0).sum())} rows of the weight are zero and have no direction; drop the target, or take --peft lora"
+                f"{int((squares == 0).sum())} rows of the weight are zero and have no direction; drop the"
+                " target, or take --peft lora"
             )
         self.magnitude.copy_(squares.sqrt())
 

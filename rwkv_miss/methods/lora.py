@@ -19,12 +19,14 @@ from ..functional import lora_linear
 class ScaledOptions(adapter.Options):
     """rank r and what all methods with factors A and B share.
 
-    alpha: the update is scaled by alpha / r, or with `rslora` by alpha / sqrt(r), which keeps the size of the activations when r grows
-    (arXiv 2312.03732). 0: 2 r, as in the MiSS paper's Table 7; with rslora 16, the same factor at rank 64.
-    dropout: the probability that a number of the adapter's input is left out, in training only.
+    alpha: the update is scaled by alpha / r, or with `rslora` by alpha / sqrt(r), which keeps the size of the
+    activations when r grows (arXiv 2312.03732). 0: 2 r, as in the MiSS paper's Table 7; with rslora 16, the
+    same factor at rank 64. dropout: the probability that a number of the adapter's input is left out, in
+    training only.
 
-    With `rank_map` every linear has the factor alpha / r of the others, whatever its rank; with rslora it has their alpha, and so the factor
-    that belongs to its rank: to fit all ranks is what rsLoRA is for. `alpha_map` gives linears an alpha of their own, by parts of their names.
+    With `rank_map` every linear has the factor alpha / r of the others, whatever its rank; with rslora it has
+    their alpha, and so the factor that belongs to its rank: to fit all ranks is what rsLoRA is for.
+    `alpha_map` gives linears an alpha of their own, by parts of their names.
     """
 
     alpha: float = 0.0
@@ -78,7 +80,9 @@ class ScaledOptions(adapter.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """lora_plus: the learning rate of B is so many times that of A (LoRA+, arXiv 2402.12354, which recommends about 16)."""
+    """lora_plus: the learning rate of B is so many times that of A (LoRA+, arXiv 2402.12354, which recommends
+    about 16).
+    """
 
     lora_plus: float = 1.0
     aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "loraplus_lr_ratio": "lora_plus"}
@@ -87,7 +91,8 @@ class Options(ScaledOptions):
         super().__post_init__()
         if not 0 < self.lora_plus < math.inf:
             raise UserError(
-                f"lora_plus {self.lora_plus} is no ratio of learning rates; it must be above 0 (1: A and B learn at the same rate)"
+                f"lora_plus {self.lora_plus} is no ratio of learning rates; it must be above 0 (1: A and B"
+                " learn at the same rate)"
             )
 
 

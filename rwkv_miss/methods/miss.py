@@ -29,12 +29,14 @@ CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), 
 class Options(adapter.Options):
     """rank r: the number of shards, from 1 to the input width.
 
-    layout: "stride", column i in shard i mod r (the paper's code and every released file), or "contiguous", neighbouring columns (equations 2-3).
-    shards: "plain" sums, or "balanced": sums with alternating signs and one row for the mean of all columns, so r + 1 rows in all.
-    scale: "sum", the paper's, or "sqrt", the sums / sqrt(in / r), of the size of one column. A mean's row has that size already.
-    mini_r: 0, or m that divides the output width: D is (r, m), the same for every m outputs (HF peft's "mini").
-    magnitude: the norm of each row of the weight is trained apart from its direction, as in DoRA (arXiv 2402.09353).
-    expand: equation 1 as it stands: shards of outputs instead of inputs, D is (r, in). It goes with none of the others.
+    layout: "stride", column i in shard i mod r (the paper's code and every released file), or "contiguous",
+    neighbouring columns (equations 2-3). shards: "plain" sums, or "balanced": sums with alternating signs and
+    one row for the mean of all columns, so r + 1 rows in all. scale: "sum", the paper's, or "sqrt", the sums
+    / sqrt(in / r), of the size of one column. A mean's row has that size already. mini_r: 0, or m that
+    divides the output width: D is (r, m), the same for every m outputs (HF peft's "mini"). magnitude: the
+    norm of each row of the weight is trained apart from its direction, as in DoRA (arXiv 2402.09353). expand:
+    equation 1 as it stands: shards of outputs instead of inputs, D is (r, in). It goes with none of the
+    others.
     """
 
     layout: str = "stride"
@@ -58,7 +60,8 @@ class Options(adapter.Options):
             for name in ("layout", "shards", "scale", "mini_r", "magnitude"):
                 if getattr(self, name) != getattr(Options, name):
                     raise UserError(
-                        f"{name}={getattr(self, name)} is about shards of inputs, expand has shards of outputs; drop one of the two"
+                        f"{name}={getattr(self, name)} is about shards of inputs, expand has shards of"
+                        " outputs; drop one of the two"
                     )
 
 
@@ -66,8 +69,9 @@ class Options(adapter.Options):
 class MissLinear(AdapterLinear):
     """dW[o, i] = D[i mod r, o] with D = `miss`, (r, out), fp32, zero at the start.
 
-    In general dW = D^T P, where the rows of P (r or r + 1, in) are the shards. With a magnitude the weight is m (W + dW) / ||W + dW||, row by row,
-    with m = `magnitude` (out), the norms of W's rows at the start; the gradient takes the norm for a constant, as DoRA's does.
+    In general dW = D^T P, where the rows of P (r or r + 1, in) are the shards. With a magnitude the weight is
+    m (W + dW) / ||W + dW||, row by row, with m = `magnitude` (out), the norms of W's rows at the start; the
+    gradient takes the norm for a constant, as DoRA's does.
     """
 
     Options = Options
@@ -94,7 +98,8 @@ class MissLinear(AdapterLinear):
         self.miss = nn.Parameter(torch.zeros(rows, columns, device=self.weight.device))
         if options.magnitude:
             self.magnitude = nn.Parameter(torch.ones(self.out_features, device=self.weight.device))
-            # what the norms of the rows of W + dW follow from in O(r out): ||w||^2, W P^T, and the diagonal and the last row of P P^T
+            # what the norms of the rows of W + dW follow from in O(r out): ||w||^2, W P^T, and the diagonal
+            # and the last row of P P^T
             for name, shape in {
                 "squares": (self.out_features,),
                 "folded": (rows, self.out_features),
@@ -111,7 +116,8 @@ class MissLinear(AdapterLinear):
             norms = self.base_weight().norm(dim=1)
             if not norms.all():
                 raise UserError(
-                    f"{int((norms == 0).sum())} rows of the weight are zero and have no direction; drop the target, or magnitude"
+                    f"{int((norms == 0).sum())} rows of the weight are zero and have no direction; drop the"
+                    " target, or magnitude"
                 )
             self.magnitude.copy_(norms)
 

@@ -16,10 +16,12 @@ from ..functional import add_expanded_, miss_linear, shard_index
 
 @register("mora")
 class MoraLinear(AdapterLinear):
-    """dW[o, i] = M[i mod q, o mod q] with the square M = `mora` (q, q), q = floor(sqrt(rank (in + out))), fp32, zero at the start.
+    """dW[o, i] = M[i mod q, o mod q] with the square M = `mora` (q, q), q = floor(sqrt(rank (in + out))),
+    fp32, zero at the start.
 
-    The paper's sharing form (type 1): the input is folded into q sums, M maps them to q numbers, and these are repeated over the outputs. It is
-    MiSS of rank q with mini_r q. It has LoRA's count at this rank (q^2, rounded down), and MiSS's, r out, at rank r out / (in + out).
+    The paper's sharing form (type 1): the input is folded into q sums, M maps them to q numbers, and these
+    are repeated over the outputs. It is MiSS of rank q with mini_r q. It has LoRA's count at this rank (q^2,
+    rounded down), and MiSS's, r out, at rank r out / (in + out).
     """
 
     Options = adapter.Options
@@ -33,8 +35,8 @@ class MoraLinear(AdapterLinear):
         if size > smaller:
             most = smaller**2 // (self.in_features + self.out_features)
             raise UserError(
-                f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a smaller width of {smaller}; "
-                f"the largest rank is {most}"
+                f"rank {options.rank} does not fit MoRA: its square matrix would be {size} wide, beside a"
+                f" smaller width of {smaller}; the largest rank is {most}"
             )
         self.mora = nn.Parameter(torch.zeros(size, size, device=self.weight.device))
 

@@ -15,10 +15,12 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank r of every linear, from as many numbers as LoRA of rank `budget` e would have (0: a quarter of r, at least 1).
+    """rank r of every linear, from as many numbers as LoRA of rank `budget` e would have (0: a quarter of r,
+    at least 1).
 
-    shards: the parts l that a row of A and a column of B are put together from. private: the ranks of the budget that every linear has for itself
-    (-1: a quarter of e); the shards of all others are in pools that all linears of a width draw from.
+    shards: the parts l that a row of A and a column of B are put together from. private: the ranks of the
+    budget that every linear has for itself (-1: a quarter of e); the shards of all others are in pools that
+    all linears of a width draw from.
     """
 
     budget: int = 0
@@ -31,7 +33,8 @@ class Options(ScaledOptions):
         object.__setattr__(self, "private", self.budget // 4 if self.private == -1 else self.private)
         if not 0 <= self.private < self.budget <= self.rank:
             raise UserError(
-                f"private {self.private}, budget {self.budget}, rank {self.rank}: expected 0 <= private < budget <= rank"
+                f"private {self.private}, budget {self.budget}, rank {self.rank}: expected 0 <= private <"
+                " budget <= rank"
             )
         if self.shards < 1:
             raise UserError(f"shards {self.shards} must be at least 1")
@@ -43,12 +46,14 @@ class Options(ScaledOptions):
 
 @register("mos")
 class MosLinear(LoraLinear):
-    """dW = scale B A. Of A the rows beside the private ones, `mos_A_private` (p, in), are l shards each of the pool `mos_A` (shards, in / l) of
-    all linears with as many inputs, at the places `mos_A_index` (r - p, l); B's columns likewise, at places of their own (the paper's pair
-    dissociation), `mos_B_private` (out, p), `mos_B` (shards, out / l) and `mos_B_index`.
+    """dW = scale B A. Of A the rows beside the private ones, `mos_A_private` (p, in), are l shards each of
+    the pool `mos_A` (shards, in / l) of all linears with as many inputs, at the places `mos_A_index` (r - p,
+    l); B's columns likewise, at places of their own (the paper's pair dissociation), `mos_B_private` (out,
+    p), `mos_B` (shards, out / l) and `mos_B_index`.
 
-    The places are drawn once, every shard as often as the others; the file has them. A starts Kaiming uniform, B at zero; all are fp32. Where l does
-    not divide a width, the last shard is cut off. All linears together have e (in + out) numbers each: MiSS's, R out, at e = R out / (in + out).
+    The places are drawn once, every shard as often as the others; the file has them. A starts Kaiming
+    uniform, B at zero; all are fp32. Where l does not divide a width, the last shard is cut off. All linears
+    together have e (in + out) numbers each: MiSS's, R out, at e = R out / (in + out).
     """
 
     Options = Options
@@ -92,7 +97,8 @@ class MosLinear(LoraLinear):
             size = -(-width // options.shards)
             if pool.dim() != 2 or not len(pool) or pool.shape[1] != size:
                 raise UserError(
-                    f"the pool {name} is {tuple(pool.shape)}, expected rows of {size}, of which {options.shards} cover {width}"
+                    f"the pool {name} is {tuple(pool.shape)}, expected rows of {size}, of which"
+                    f" {options.shards} cover {width}"
                 )
             self.register_buffer(
                 f"{name}_index", _places(len(getattr(self, name)), public, options.shards, device)
@@ -104,7 +110,8 @@ class MosLinear(LoraLinear):
             index, pool = tensors[f"{name}_index"], len(tensors[name])
             if not index.is_meta and index.numel() and (index.min() < 0 or index.max() >= pool):
                 raise UserError(
-                    f"{name}_index has places from {int(index.min())} to {int(index.max())}, and the pool {name} has {pool} rows"
+                    f"{name}_index has places from {int(index.min())} to {int(index.max())}, and the pool"
+                    f" {name} has {pool} rows"
                 )
 
     def factors(self) -> tuple[Tensor, Tensor]:

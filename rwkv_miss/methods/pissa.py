@@ -14,13 +14,17 @@ from ..functional import lora_linear
 from . import lora
 from .lora import LoraLinear
 
-OVERSAMPLING = 10  # directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, section 4.2: 5 or 10)
+# directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, section 4.2: 5 or
+# 10)
+OVERSAMPLING = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(lora.Options):
-    """Those of LoRA, with alpha 0 for the factor 1, as in the paper. niter: subspace iterations of a randomised SVD, whose numbers come from
-    torch's generator; 0: the exact SVD, which takes 24 times as long at a width of 2048 (1.8 s on one core), and more the wider the layer."""
+    """Those of LoRA, with alpha 0 for the factor 1, as in the paper. niter: subspace iterations of a
+    randomised SVD, whose numbers come from torch's generator; 0: the exact SVD, which takes 24 times as long
+    at a width of 2048 (1.8 s on one core), and more the wider the layer.
+    """
 
     niter: int = 4
     aliases: ClassVar[dict[str, str]] = {**lora.Options.aliases, "svd_niter": "niter"}
@@ -37,7 +41,9 @@ class Options(lora.Options):
 
 
 def principal_part(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
-    """(B0, A0): their product is the part of `weight` (out, in) fp32 with its `rank` largest singular values, which both have the roots of."""
+    """(B0, A0): their product is the part of `weight` (out, in) fp32 with its `rank` largest singular values,
+    which both have the roots of.
+    """
     if niter:
         u, s, v = torch.svd_lowrank(weight, min(rank + OVERSAMPLING, *weight.shape), niter)
         vt = v.t()
@@ -49,18 +55,23 @@ def principal_part(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tenso
 
 @register("pissa")
 class PissaLinear(LoraLinear):
-    """dW = scale (B A - B0 A0), where scale B0 A0 is the principal part of W, and A = `lora_A` (r, in), B = `lora_B` (out, r) start as A0 and B0.
+    """dW = scale (B A - B0 A0), where scale B0 A0 is the principal part of W, and A = `lora_A` (r, in), B =
+    `lora_B` (out, r) start as A0 and B0.
 
-    W - scale B0 A0 takes the place of the frozen weight, in memory of its own and in W's dtype; so a step costs what LoRA's does. The file
-    keeps A0 and B0 = `initial_A`, `initial_B`, and a merge needs nothing else. In fp32 a fresh adapter changes the output by rounding alone.
-    In bf16 and fp16 the residual is rounded, as W was: the output moves by about the rounding error of W itself, and a merge, which starts
-    from the file's W, does not have it. A base that is quantised afterwards has small residuals in its few bits instead of W (QPiSSA).
+    W - scale B0 A0 takes the place of the frozen weight, in memory of its own and in W's dtype; so a step
+    costs what LoRA's does. The file keeps A0 and B0 = `initial_A`, `initial_B`, and a merge needs nothing
+    else. In fp32 a fresh adapter changes the output by rounding alone. In bf16 and fp16 the residual is
+    rounded, as W was: the output moves by about the rounding error of W itself, and a merge, which starts
+    from the file's W, does not have it. A base that is quantised afterwards has small residuals in its few
+    bits instead of W (QPiSSA).
     """
 
     Options = Options
     constants = ("initial_A", "initial_B")
     decays = False  # at zero they leave W - B0 A0
-    default_lr = 2e-5  # the paper's, and Table 7's of the MiSS paper: A and B are large from the start, and both get their whole gradients
+    # the paper's, and Table 7's of the MiSS paper: A and B are large from the start, and both get their whole
+    # gradients
+    default_lr = 2e-5
 
     def setup(self, options: Options) -> None:
         super().setup(options)
@@ -84,12 +95,15 @@ class PissaLinear(LoraLinear):
         self._add_to_weight(self.scale)
 
     def _add_to_weight(self, factor: float) -> None:
-        """The frozen weight + factor B0 A0, computed in fp32, in new memory: the old one may be that of a file, or another model's."""
+        """The frozen weight + factor B0 A0, computed in fp32, in new memory: the old one may be that of a
+        file, or another model's.
+        """
         if not self.initial_B.any():
             return
         if not self.weight.is_floating_point():
             raise UserError(
-                "PiSSA changes the frozen weight, which is quantised already; load the adapter first and quantise after that"
+                "PiSSA changes the frozen weight, which is quantised already; load the adapter first and"
+                " quantise after that"
             )
         exact = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         self.weight.data = self._plus_principal(exact, factor).to(self.weight.dtype)

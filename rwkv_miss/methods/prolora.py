@@ -14,7 +14,9 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank r, of which `unshared` ranks are LoRA's (-1: an eighth), and of the others only one of `shares` parts of A and B is trained."""
+    """rank r, of which `unshared` ranks are LoRA's (-1: an eighth), and of the others only one of `shares`
+    parts of A and B is trained.
+    """
 
     unshared: int = -1
     shares: int = 4
@@ -24,7 +26,8 @@ class Options(ScaledOptions):
         object.__setattr__(self, "unshared", self.rank // 8 if self.unshared == -1 else self.unshared)
         if not 0 <= self.unshared < self.rank:
             raise UserError(
-                f"unshared {self.unshared} must be from 0 to below the rank, {self.rank}; with all ranks unshared it would be LoRA"
+                f"unshared {self.unshared} must be from 0 to below the rank, {self.rank}; with all ranks"
+                " unshared it would be LoRA"
             )
         if self.shares < 1:
             raise UserError(f"shares {self.shares} must be at least 1")
@@ -35,11 +38,13 @@ class Options(ScaledOptions):
 
 @register("prolora")
 class ProloraLinear(LoraLinear):
-    """dW = scale B A, where A's shared ranks are the columns of `prolora_A0` (r - u, in / m) m times side by side, each time rotated by (r - u) / m
-    ranks more, B's those of `prolora_B0` (out / m, r - u) below each other, and u ranks stand apart in `prolora_A` (u, in) and `prolora_B` (out, u).
+    """dW = scale B A, where A's shared ranks are the columns of `prolora_A0` (r - u, in / m) m times side by
+    side, each time rotated by (r - u) / m ranks more, B's those of `prolora_B0` (out / m, r - u) below each
+    other, and u ranks stand apart in `prolora_A` (u, in) and `prolora_B` (out, u).
 
-    A starts Kaiming uniform, by the whole input width (the paper's rectified initialisation), B at zero; all are fp32. Where m does not divide a
-    width, the last copy is cut off. (u + (r - u) / m) (in + out) numbers: MiSS's, R out, at u + (r - u) / m = R out / (in + out).
+    A starts Kaiming uniform, by the whole input width (the paper's rectified initialisation), B at zero; all
+    are fp32. Where m does not divide a width, the last copy is cut off. (u + (r - u) / m) (in + out) numbers:
+    MiSS's, R out, at u + (r - u) / m = R out / (in + out).
     """
 
     Options = Options

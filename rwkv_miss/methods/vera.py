@@ -23,10 +23,12 @@ class Options(adapter.Options):
 
 @register("vera")
 class VeraLinear(AdapterLinear):
-    """dW = diag(b) B diag(d) A. Trained are d = `vera_lambda_d` (r) and b = `vera_lambda_b` (out), zero at the start, both fp32; A = `vera_A`
-    (r, largest in) and B = `vera_B` (largest out, r) are random and stay, one pair for all linears, which use the first columns and rows.
+    """dW = diag(b) B diag(d) A. Trained are d = `vera_lambda_d` (r) and b = `vera_lambda_b` (out), zero at
+    the start, both fp32; A = `vera_A` (r, largest in) and B = `vera_B` (largest out, r) are random and stay,
+    one pair for all linears, which use the first columns and rows.
 
-    out + r numbers a linear: MiSS's r out are far beyond any rank, so at its largest useful rank VeRA still has fewer.
+    out + r numbers a linear: MiSS's r out are far beyond any rank, so at its largest useful rank VeRA still
+    has fewer.
     """
 
     Options = Options

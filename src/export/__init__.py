@@ -1,6 +1,8 @@
-"""A model for other programs: GGUF for llama.cpp, a folder for Hugging Face's transformers, safetensors; and back to a checkpoint.
+"""A model for other programs: GGUF for llama.cpp, a folder for Hugging Face's transformers, safetensors; and
+back to a checkpoint.
 
-A form is one file here. Each keeps a record of the checkpoint (record.py), so that the way back gives the same file.
+A form is one file here. Each keeps a record of the checkpoint (record.py), so that the way back gives the
+same file.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ TARGETS = tuple(NAMES)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checked model: `tensors` by the checkpoint's names, mapped from the file, and its metadata, None where it has none."""
+    """A checked model: `tensors` by the checkpoint's names, mapped from the file, and its metadata, None
+    where it has none.
+    """
 
     path: str
     arch: Arch
@@ -80,10 +84,11 @@ def export(
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
-    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod, template: as everywhere, for gguf
-    and hf; auto is what the file records, and tokenizer may be "none". drop_state: leave out an initial state that the form has no place for.
-    UserError, before anything is written, for what is no model or not merged, for a model that the readers of the form would compute wrongly,
-    and for a missing package.
+    kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod,
+    template: as everywhere, for gguf and hf; auto is what the file records, and tokenizer may be "none".
+    drop_state: leave out an initial state that the form has no place for. UserError, before anything is
+    written, for what is no model or not merged, for a model that the readers of the form would compute
+    wrongly, and for a missing package.
     """
     _check_flags(to, kind, (tokenizer, eod, template, drop_state))
     if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
@@ -130,7 +135,8 @@ def _check_flags(to: str, kind: str, language: tuple[str, str, str, bool]) -> No
         raise UserError(f"--type {kind} is for gguf; {to} has the checkpoint's own dtypes")
     if to not in ("gguf", "hf") and language != ("auto", "", "auto", False):
         raise UserError(
-            f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and no tokenizer"
+            f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and"
+            " no tokenizer"
         )
 
 
@@ -158,8 +164,9 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
         return model, []
     if not drop:
         raise UserError(
-            f"{model.path} has an initial state (att.time_state, of state tuning), for which {to} has no place: the model would answer "
-            "as if it were not trained. --drop_state leaves it out all the same"
+            f"{model.path} has an initial state (att.time_state, of state tuning), for which {to} has no"
+            " place: the model would answer as if it were not trained. --drop_state leaves it out all the"
+            " same"
         )
     tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".att.time_state")}
     lost = counted(len(model.tensors) - len(tensors), "initial state")

@@ -1,4 +1,6 @@
-"""From an exported form to a checkpoint: the same file again, where the form keeps a record of it, and the canonical one from other projects."""
+"""From an exported form to a checkpoint: the same file again, where the form keeps a record of it, and the
+canonical one from other projects.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ VALUE_RESIDUAL = [f"blocks.0.att.v{i}" for i in range(3)]
 
 
 class Stored(NamedTuple):
-    """What was found: the checkpoint's tensors, views of the mapped file, the record that came with them or None, and what the user should know."""
+    """What was found: the checkpoint's tensors, views of the mapped file, the record that came with them or
+    None, and what the user should know.
+    """
 
     form: str
     tensors: dict[str, Tensor]
@@ -53,8 +57,9 @@ def form_of(path) -> str:
 
 
 def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
-    """Write the checkpoint that the model at `path` was made from; (its form, what it is, notes). UserError, before anything is written, for a
-    damaged or incomplete model, and for types that keep no values."""
+    """Write the checkpoint that the model at `path` was made from; (its form, what it is, notes). UserError,
+    before anything is written, for a damaged or incomplete model, and for types that keep no values.
+    """
     stored = READERS[form_of(path)](path)
     record = stored.record
     if record:
@@ -74,11 +79,13 @@ def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
             None,
         )
         notes.append(
-            "another program wrote this: order and shapes of the tensors are RWKV's usual ones, dtypes as they were found"
+            "another program wrote this: order and shapes of the tensors are RWKV's usual ones, dtypes as"
+            " they were found"
         )
     elif rounded := record.rounded({name: tensor.dtype for name, tensor in stored.tensors.items()}):
         notes.append(
-            f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, were rounded in the export: these values are not the checkpoint's own"
+            f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, were rounded in the export: these values"
+            " are not the checkpoint's own"
         )
     check_finite(stored.tensors)
     size = sum(entry.dtype.itemsize * stored.tensors[name].numel() for name, entry in record.entries.items())
@@ -100,12 +107,14 @@ def _from_gguf(path) -> Stored:
     )
     if halved:
         raise UserError(
-            f"{path} has weights that were halved every {halved} layers for fp16 (rescale_every_n_layers), which is not undone here"
+            f"{path} has weights that were halved every {halved} layers for fp16 (rescale_every_n_layers),"
+            " which is not undone here"
         )
     eps = keys.get(f"{name}.attention.layer_norm_epsilon")
     if not isinstance(eps, float) or not abs(eps - LN_EPS) <= 1e-9:  # NaN is neither
         raise UserError(
-            f"{path} has layers with an eps of {str(eps)[:60]}; RWKV's is {LN_EPS:g}, so a checkpoint would compute something else"
+            f"{path} has layers with an eps of {str(eps)[:60]}; RWKV's is {LN_EPS:g}, so a checkpoint would"
+            " compute something else"
         )
     record = Record.parse(keys[KEY], path) if KEY in keys else None
     tensors = _restored(path, gguf_table.rows(version, n_layer), stored, head_size)
@@ -120,17 +129,23 @@ def _without_filling(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Undo gguf_table.fill_block_0()."""
     if record is None:
-        note = "block 0 has no value residual: nothing reads one there, and GGUF holds other numbers in its place"
+        note = (
+            "block 0 has no value residual: nothing reads one there, and GGUF holds other numbers in its"
+            " place"
+        )
         return gguf_table.restore_block_0(tensors, None), [note]
     kept = record.entries.get("blocks.0.att.v1")
     rank = kept.shape[-1] if kept and kept.shape else None
     if rank is not None and rank > tensors["blocks.0.att.v1"].shape[1]:
         return (
-            gguf_table.restore_block_0(tensors, rank)
-            if rank <= tensors["blocks.0.att.v1"].shape[0]
-            else tensors,
+            (
+                gguf_table.restore_block_0(tensors, rank)
+                if rank <= tensors["blocks.0.att.v1"].shape[0]
+                else tensors
+            ),
             [
-                "the value residual of block 0, which nothing reads, did not fit into GGUF whole: its last columns are zeros"
+                "the value residual of block 0, which nothing reads, did not fit into GGUF whole: its last"
+                " columns are zeros"
             ],
         )
     return gguf_table.restore_block_0(tensors, rank), []
@@ -157,8 +172,8 @@ def _from_folder(path) -> Stored:
     n_layer, head_size = (_number(path, config, key) for key in ("num_hidden_layers", "head_dim"))
     if (head_size, config.get("norm_eps", LN_EPS)) != (64, LN_EPS):
         raise UserError(
-            f"{path} has heads of {head_size} and an eps of {str(config.get('norm_eps'))[:60]}: its ln_x has their product; RWKV's is "
-            f"64 * {LN_EPS:g}, so a checkpoint would compute something else"
+            f"{path} has heads of {head_size} and an eps of {str(config.get('norm_eps'))[:60]}: its ln_x has"
+            f" their product; RWKV's is 64 * {LN_EPS:g}, so a checkpoint would compute something else"
         )
     stored: dict[str, Tensor] = {}
     header: dict[str, str] = {}

@@ -1,6 +1,8 @@
-"""Chat templates in Jinja, as GGUF and Hugging Face folders carry them; RWKV's own one is written here as src/template.py renders it.
+"""Chat templates in Jinja, as GGUF and Hugging Face folders carry them; RWKV's own one is written here as
+src/template.py renders it.
 
-For other programs, which know nothing of RWKV's: llama.cpp's falls back to the name "rwkv-world", which Jinja renders as just these words.
+For other programs, which know nothing of RWKV's: llama.cpp's falls back to the name "rwkv-world", which Jinja
+renders as just these words.
 """
 
 from __future__ import annotations

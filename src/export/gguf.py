@@ -1,4 +1,6 @@
-"""GGUF files, which llama.cpp reads (docs/gguf.md of ggml-org/ggml): written piece by piece, through the package gguf."""
+"""GGUF files, which llama.cpp reads (docs/gguf.md of ggml-org/ggml): written piece by piece, through the
+package gguf.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,8 @@ FILE_TYPES = {
     "Q8_0": 7,
     "Q4_0": 2,
 }  # of large matrices, with GGUF's number for a file of mostly these
-DEFAULT_TYPE = (
-    "BF16"  # F16 would round the activations too, whose squares in the channel mix can be beyond its range
-)
+# F16 would round the activations too, whose squares in the channel mix can be beyond its range
+DEFAULT_TYPE = "BF16"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 QUANT_ROW = 32  # weights that share a scale
 LN_EPS = 1e-5
@@ -35,27 +36,32 @@ PIECE = 1 << 19  # elements converted at once
 
 
 def check(arch: Arch, kind: str) -> list[str]:
-    """UserError for a model that llama.cpp does not run, or computes something else of, and where the package is absent; notes on what not all of
-    its backends run."""
+    """UserError for a model that llama.cpp does not run, or computes something else of, and where the package
+    is absent; notes on what not all of its backends run.
+    """
     _package()
     if arch.dim_att != arch.n_embd:
         raise UserError(
-            f"GGUF: the heads are {arch.dim_att} wide in all and the model {arch.n_embd}; llama.cpp has no models where they differ"
+            f"GGUF: the heads are {arch.dim_att} wide in all and the model {arch.n_embd}; llama.cpp has no"
+            " models where they differ"
         )
     if arch.version == 7 and arch.head_size % 64:
         raise UserError(
-            f"GGUF: an RWKV-7 with heads of {arch.head_size} would load in llama.cpp and compute something else, without a word: its WKV "
-            "kernel for AVX-512 steps 64 channels at a time, into the next head. Heads of 64 or a multiple are right"
+            f"GGUF: an RWKV-7 with heads of {arch.head_size} would load in llama.cpp and compute something"
+            " else, without a word: its WKV kernel for AVX-512 steps 64 channels at a time, into the next"
+            " head. Heads of 64 or a multiple are right"
         )
     if kind in ("Q8_0", "Q4_0"):
         for name, width in (("width", arch.n_embd), ("ffn", arch.dim_ffn)):
             if width % QUANT_ROW:
                 raise UserError(
-                    f"GGUF: {kind} needs rows of a multiple of {QUANT_ROW}, the {name} is {width}; --type BF16 takes any"
+                    f"GGUF: {kind} needs rows of a multiple of {QUANT_ROW}, the {name} is {width}; --type"
+                    " BF16 takes any"
                 )
     if arch.head_size not in (64, 128):
         return [
-            f"heads of {arch.head_size}: llama.cpp runs them on a CPU; its CUDA kernels have heads of 64 and 128 only"
+            f"heads of {arch.head_size}: llama.cpp runs them on a CPU; its CUDA kernels have heads of 64 and"
+            " 128 only"
         ]
     return []
 
@@ -69,7 +75,8 @@ def write(
     vocabulary: Vocabulary,
     record: Record,
 ) -> list[str]:
-    """Write a checked model, whole or not at all; large matrices get the type `kind`, low-rank maps F32 with F32, else BF16, vectors F32.
+    """Write a checked model, whole or not at all; large matrices get the type `kind`, low-rank maps F32 with
+    F32, else BF16, vectors F32.
 
     A piece of one tensor is in memory at a time. Returns notes: what of the checkpoint is not in the file.
     """
@@ -155,6 +162,7 @@ def _notes(arch: Arch, kind: str, types: dict[str, object], record: Record) -> l
         )
     if arch.layer0_value_residual and record.entries["blocks.0.att.v1"].shape[1] > arch.ranks["a"]:
         notes.append(
-            "the value residual of block 0, which no runtime reads, is cut to a's rank; the way back gives zeros in its place"
+            "the value residual of block 0, which no runtime reads, is cut to a's rank; the way back gives"
+            " zeros in its place"
         )
     return notes

@@ -36,7 +36,9 @@ ALIGNMENT = 32
 
 
 def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(keys, tensors of F32, F16 or BF16 by their names) of a file of version 2 or 3. UserError for a damaged file, and for other types."""
+    """(keys, tensors of F32, F16 or BF16 by their names) of a file of version 2 or 3. UserError for a damaged
+    file, and for other types.
+    """
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(
@@ -125,8 +127,8 @@ class _Reader:
     def tensor(self, name: str, shape: tuple[int, ...], type_: int, start: int) -> Tensor:
         if type_ not in DTYPES:
             raise UserError(
-                f"{self.path} holds {name[:100]} in GGUF's type {type_}, in which the checkpoint's values are lost; the way back is from "
-                "F32, F16 and BF16 only"
+                f"{self.path} holds {name[:100]} in GGUF's type {type_}, in which the checkpoint's values are"
+                " lost; the way back is from F32, F16 and BF16 only"
             )
         count = 1
         for n in shape:

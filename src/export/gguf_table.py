@@ -1,4 +1,5 @@
-"""GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions (llama.cpp, src/llama-arch.cpp and its models rwkv6, rwkv7).
+"""GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions (llama.cpp, src/llama-arch.cpp
+and its models rwkv6, rwkv7).
 
 GGUF lists shapes reversed. What is not in the table is in neither file, but for block 0's value residual.
 """
@@ -100,8 +101,10 @@ def keys(arch: Arch) -> dict[str, int]:
 
 
 def fill_block_0(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
-    """The tensors with a value residual in block 0, which RWKV-7 in llama.cpp has to have there, of a's rank, though nothing reads it: the
-    checkpoint's own, with columns of zeros or, where its rank is above a's, without the last ones."""
+    """The tensors with a value residual in block 0, which RWKV-7 in llama.cpp has to have there, of a's rank,
+    though nothing reads it: the checkpoint's own, with columns of zeros or, where its rank is above a's,
+    without the last ones.
+    """
     if arch.version == 6:
         return dict(tensors)
     names = [f"blocks.0.att.v{i}" for i in range(3)]

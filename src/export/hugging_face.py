@@ -1,4 +1,6 @@
-"""Folders of Hugging Face's transformers, as RWKV-7 is loaded from them by the packages rwkv7-hf and flash-linear-attention."""
+"""Folders of Hugging Face's transformers, as RWKV-7 is loaded from them by the packages rwkv7-hf and
+flash-linear-attention.
+"""
 
 from __future__ import annotations
 
@@ -80,13 +82,15 @@ def check(arch: Arch) -> None:
     """UserError for a model that the loaders would compute something else of."""
     if arch.version == 6:
         raise UserError(
-            "Hugging Face: the loader of RWKV-6 folders, flash-linear-attention, normalises the heads with the eps of the layers, 1e-5; "
-            "RWKV-6 has 64e-5 there, so the logits would be others. GGUF and safetensors take RWKV-6"
+            "Hugging Face: the loader of RWKV-6 folders, flash-linear-attention, normalises the heads with"
+            " the eps of the layers, 1e-5; RWKV-6 has 64e-5 there, so the logits would be others. GGUF and"
+            " safetensors take RWKV-6"
         )
     if arch.head_size != 64:
         raise UserError(
-            "Hugging Face: the loaders, rwkv7-hf and flash-linear-attention, scale ln_x's eps with the head size, here to "
-            f"{arch.head_size}e-5; RWKV-7 has 64e-5 with heads of any size, so the logits would be others. Only heads of 64 are right"
+            "Hugging Face: the loaders, rwkv7-hf and flash-linear-attention, scale ln_x's eps with the head"
+            f" size, here to {arch.head_size}e-5; RWKV-7 has 64e-5 with heads of any size, so the logits"
+            " would be others. Only heads of 64 are right"
         )
 
 

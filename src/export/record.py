@@ -1,5 +1,7 @@
-"""What an export says of the checkpoint that it was made from, so that the way back gives the same file: names in their order, dtypes, shapes,
-and the metadata. One JSON text under KEY, in the header of safetensors and among the keys of GGUF."""
+"""What an export says of the checkpoint that it was made from, so that the way back gives the same file:
+names in their order, dtypes, shapes, and the metadata. One JSON text under KEY, in the header of safetensors
+and among the keys of GGUF.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def check_dtypes(tensors: Mapping[str, Tensor], path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
             raise UserError(
-                f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {', '.join(FLOATS)}"
+                f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of"
+                f" {', '.join(FLOATS)}"
             )
 
 

@@ -1,4 +1,6 @@
-"""What a tensor of another form is made of: rows of a table that is read in both directions. Shapes as torch has them."""
+"""What a tensor of another form is made of: rows of a table that is read in both directions. Shapes as torch
+has them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ LARGE, MAP, VECTOR = "large matrix", "low-rank map", "vector"
 
 
 class Form(NamedTuple):
-    """`store` makes the stored tensor of the checkpoint's; `restore`, given the head size, is its inverse, up to the shapes (C) and (1, 1, C)."""
+    """`store` makes the stored tensor of the checkpoint's; `restore`, given the head size, is its inverse, up
+    to the shapes (C) and (1, 1, C).
+    """
 
     store: Callable[[list[Tensor]], Tensor]
     restore: Callable[[Tensor, int], list[Tensor]]
@@ -33,7 +37,9 @@ FORMS = {
 
 
 class Row(NamedTuple):
-    """The name of a stored tensor, those of the checkpoint's tensors in it, their form, and LARGE, MAP or VECTOR."""
+    """The name of a stored tensor, those of the checkpoint's tensors in it, their form, and LARGE, MAP or
+    VECTOR.
+    """
 
     stored: str
     names: tuple[str, ...]

@@ -1,4 +1,6 @@
-"""A tokenizer as GGUF carries it: llama.cpp's "rwkv" is the greedy longest match in a table of byte strings, which World and bytes are."""
+"""A tokenizer as GGUF carries it: llama.cpp's "rwkv" is the greedy longest match in a table of byte strings,
+which World and bytes are.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,16 @@ from ..tokenizer import ByteTokenizer, Tokenizer
 from .chat_template import jinja, thinks_aloud
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types
-# before the texts of tokens that no text may spell, or a user who types <s> would end the document: a byte that UTF-8 never has, written as the
-# texts of all tokens are, in which llama.cpp reads escapes
+# before the texts of tokens that no text may spell, or a user who types <s> would end the document: a byte
+# that UTF-8 never has, written as the texts of all tokens are, in which llama.cpp reads escapes
 NEVER_TYPED = r"\xff"
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """`tokens` is empty, and the model "none", for a tokenizer that llama.cpp has no form for: it then gives logits only. `eot` is the token that
-    ends a turn, `notes` what the user should know."""
+    """`tokens` is empty, and the model "none", for a tokenizer that llama.cpp has no form for: it then gives
+    logits only. `eot` is the token that ends a turn, `notes` what the user should know.
+    """
 
     model: str
     tokens: list[str] = dataclasses.field(default_factory=list)
@@ -40,7 +43,8 @@ def vocabulary_of(tokenizer: Tokenizer | None, template: Template, vocab_size: i
     if turn_end is not None and thinks_aloud(template):
         turn_end = None
         notes = [
-            f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop llama.cpp at 'User:' as well"
+            f"template {template.name}: thoughts hold blank lines, so a blank line ends no turn; stop"
+            " llama.cpp at 'User:' as well"
         ]
     ids = range(vocab_size)
     return Vocabulary(

@@ -1,9 +1,11 @@
-"""Tokenised data as RWKV-LM has it: PREFIX.bin, the token ids, and PREFIX.idx, where each piece of it lies (Megatron's MMapIndexedDataset).
+"""Tokenised data as RWKV-LM has it: PREFIX.bin, the token ids, and PREFIX.idx, where each piece of it lies
+(Megatron's MMapIndexedDataset).
 
-PREFIX.idx, little endian: magic "MMIDIDX\\0\\0"; version, uint64 1; code of the ids' type, uint8 (8 uint16, 4 int32); number of pieces,
-uint64; number of document boundaries, uint64; size of each piece in ids, int32; its place in PREFIX.bin in bytes, int64; the boundaries,
-int64: document i is the pieces from boundary i to boundary i + 1. json2binidx_tool and make_data.py write a piece for each document, with its end
-of document in it.
+PREFIX.idx, little endian: magic "MMIDIDX\\0\\0"; version, uint64 1; code of the ids' type, uint8 (8 uint16, 4
+int32); number of pieces, uint64; number of document boundaries, uint64; size of each piece in ids, int32; its
+place in PREFIX.bin in bytes, int64; the boundaries, int64: document i is the pieces from boundary i to
+boundary i + 1. json2binidx_tool and make_data.py write a piece for each document, with its end of document in
+it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def prefix_of(path: str) -> str | None:
 
 
 class BinIdx:
-    """PREFIX.bin and PREFIX.idx, memory mapped: `ids` (all of them), `sizes` and `starts` of the pieces in ids, `boundaries` of documents.
+    """PREFIX.bin and PREFIX.idx, memory mapped: `ids` (all of them), `sizes` and `starts` of the pieces in
+    ids, `boundaries` of documents.
 
     Raises UserError for files that are damaged, of another kind, or do not belong together.
     """
@@ -65,12 +68,14 @@ class BinIdx:
             or (ends < places).any()
         ):
             raise UserError(
-                f"{prefix}.idx points outside of {prefix}.bin, which has {size} bytes; they do not belong together, or one is truncated"
+                f"{prefix}.idx points outside of {prefix}.bin, which has {size} bytes; they do not belong"
+                " together, or one is truncated"
             )
         inner = self.boundaries
         if len(inner) and (inner[0] < 0 or inner[-1] > pieces or (np.diff(inner) < 0).any()):
             raise UserError(
-                f"{prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces, up to {pieces}"
+                f"{prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces, up to"
+                f" {pieces}"
             )
         self.starts = places // width
         self.ids = (
@@ -83,22 +88,27 @@ class BinIdx:
         path = self.prefix + ".idx"
         if len(index) < HEADER.size or index[:9].tobytes() != MAGIC:
             raise UserError(
-                f"{path} is no index of RWKV-LM's binidx data: it begins with {index[:9].tobytes()!r}, expected {MAGIC!r}"
+                f"{path} is no index of RWKV-LM's binidx data: it begins with {index[:9].tobytes()!r},"
+                f" expected {MAGIC!r}"
             )
         _, version, code, pieces, documents = HEADER.unpack(index[: HEADER.size].tobytes())
         if version != VERSION or code not in TYPES:
             raise UserError(
-                f"{path} has version {version} and type code {code}; expected version 1 and code 8 (uint16) or 4 (int32)"
+                f"{path} has version {version} and type code {code}; expected version 1 and code 8 (uint16)"
+                " or 4 (int32)"
             )
         wanted = HEADER.size + 12 * pieces + 8 * documents
         if len(index) != wanted:
             raise UserError(
-                f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents} boundaries; is it truncated?"
+                f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents}"
+                " boundaries; is it truncated?"
             )
         return TYPES[code], pieces, documents
 
     def spans(self) -> Iterator[np.ndarray]:
-        """The ids of each document: of the pieces between two boundaries, or of each piece where there are no boundaries."""
+        """The ids of each document: of the pieces between two boundaries, or of each piece where there are no
+        boundaries.
+        """
         bounds = self.boundaries if len(self.boundaries) > 1 else np.arange(len(self.sizes) + 1)
         if bounds[0] > 0 or bounds[-1] < len(self.sizes):
             bounds = np.concatenate(
@@ -113,8 +123,10 @@ class BinIdx:
 
 
 def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[tuple[str, dict | UserError]]:
-    """(place, {"ids": int32 array}) of every document that is not empty. `eod`, the ids that end a document, end one wherever they stand,
-    and are left out: whoever encodes documents puts them back, as for any other row."""
+    """(place, {"ids": int32 array}) of every document that is not empty. `eod`, the ids that end a document,
+    end one wherever they stand, and are left out: whoever encodes documents puts them back, as for any other
+    row.
+    """
     number = read = 0
     data = BinIdx(prefix)
     position.share = lambda: read / max(len(data.ids), 1)
@@ -128,7 +140,9 @@ def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[t
 
 
 def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
-    """The parts of `ids` between ends of document, without empty ones. An end of several ids stands at a multiple of its length."""
+    """The parts of `ids` between ends of document, without empty ones. An end of several ids stands at a
+    multiple of its length.
+    """
     size, begin = len(eod), 0
     for start in range(0, len(ids), CHUNK * size):
         chunk = ids[start : start + CHUNK * size]
@@ -143,7 +157,9 @@ def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 class Writer:
-    """Writes PREFIX.bin and PREFIX.idx: add() for each document, then close(). Until then both have temporary names; discard() removes them."""
+    """Writes PREFIX.bin and PREFIX.idx: add() for each document, then close(). Until then both have temporary
+    names; discard() removes them.
+    """
 
     def __init__(self, prefix: str, vocab_size: int):
         self.prefix, self.code = prefix, 8 if vocab_size <= 1 << 16 else 4

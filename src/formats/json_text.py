@@ -101,7 +101,9 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
 
 
 class _Scanner:
-    """Walks over the outermost level of a JSON text, so that each row is known with its place, and only one is built at a time."""
+    """Walks over the outermost level of a JSON text, so that each row is known with its place, and only one
+    is built at a time.
+    """
 
     def __init__(self, text: str):
         self.text, self.place = text, 0
@@ -135,7 +137,9 @@ class _Scanner:
         return value
 
     def items(self, brackets: str) -> Iterator[tuple[str, int, Any]]:
-        """(name, place, value) of each member of the object ("{}") or item of the array ("[]", without names) that starts here."""
+        """(name, place, value) of each member of the object ("{}") or item of the array ("[]", without names)
+        that starts here.
+        """
         self.expect(brackets[0])
         name = ""
         while self.next != brackets[1]:

@@ -1,4 +1,6 @@
-"""What the columns of a row mean: the names that data sets use, turned into one of the row forms of this package."""
+"""What the columns of a row mean: the names that data sets use, turned into one of the row forms of this
+package.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,17 @@ SYSTEMS = ("system", "system_prompt")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 
 EXPECTED = (
-    'expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ..., "input": ..., "output": ...}, '
-    '{"prompt": ..., "completion": ...}, {"question": ..., "answer": ...}; --sft_field names other columns'
+    'expected one of {"text": ...}, {"messages": [...]}, {"conversations": [...]}, {"instruction": ...,'
+    ' "input": ..., "output": ...}, {"prompt": ..., "completion": ...}, {"question": ..., "answer": ...};'
+    " --sft_field names other columns"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the rows with certain columns are read: `name` for the plan, the columns that are used, and record -> row form."""
+    """How the rows with certain columns are read: `name` for the plan, the columns that are used, and record
+    -> row form.
+    """
 
     name: str
     used: tuple[str, ...]
@@ -50,8 +55,8 @@ TOKENS = Layout("", ("ids",), dict)  # of data that are no text any more
 def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Layout, dict[str, Any]]:
     """(layout, row form) of a record as a file has it. A column with null counts as absent.
 
-    `fields` are the columns to use where the names do not tell: a text or conversation; question and answer; instruction, input, output.
-    Raises UserError that says what is wrong with the record, without its place.
+    `fields` are the columns to use where the names do not tell: a text or conversation; question and answer;
+    instruction, input, output. Raises UserError that says what is wrong with the record, without its place.
     """
     if not isinstance(record, dict):
         raise UserError(f"{EXPECTED}; got {type(record).__name__}")
@@ -63,7 +68,9 @@ def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Lay
 
 @functools.lru_cache(maxsize=1024)
 def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tuple[str, ...]) -> Layout:
-    """The layout of a record with these columns, of which `present` hold a value. Names are compared without case."""
+    """The layout of a record with these columns, of which `present` hold a value. Names are compared without
+    case.
+    """
     if fields:
         missing = [name for name in fields if name not in columns]
         if missing:
@@ -102,7 +109,8 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
-    """The layout that these columns make by their number: 1 text or conversation, 2 question and answer, 3 with an input between.
+    """The layout that these columns make by their number: 1 text or conversation, 2 question and answer, 3
+    with an input between.
 
     A system prompt, earlier turns and tools are taken from the other columns.
     """
@@ -130,7 +138,8 @@ def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
         )
         return Layout(named, used, functools.partial(_question, names=names, system=system, history=history))
     raise UserError(
-        f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3 (instruction, input, output)"
+        f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3"
+        " (instruction, input, output)"
     )
 
 
@@ -196,7 +205,9 @@ def _pairs(value: Any, column: str) -> list[dict[str, str]]:
 
 
 def messages(value: Any, column: str) -> list[dict[str, Any]]:
-    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings; what else a turn has stays in it."""
+    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings; what else a turn has
+    stays in it.
+    """
     if not isinstance(value, list) or not value:
         raise UserError(f"{column} must be a non-empty list, got {short(value)}")
     turns = [turn for item in value for turn in _turns(item)]
@@ -247,7 +258,8 @@ def _joined(parts: list) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise UserError(
-                f'a part of a content list must be {{"type": "text", "text": ...}}, got one of type {short(kind)}'
+                'a part of a content list must be {"type": "text", "text": ...}, got one of type'
+                f" {short(kind)}"
             )
     return "".join(part["text"] for part in parts)
 
@@ -261,7 +273,8 @@ def text(value: Any, column: str, may_be_empty: bool = False) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{column}: half a surrogate pair, {value[error.start]!r}, is no text (character {error.start + 1})"
+                f"{column}: half a surrogate pair, {value[error.start]!r}, is no text (character"
+                f" {error.start + 1})"
             ) from None
     if "\0" in value:
         raise UserError(f"{column}: NUL is no text (character {value.index(chr(0)) + 1})")

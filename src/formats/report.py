@@ -71,7 +71,9 @@ class Found:
 
 @dataclasses.dataclass
 class Report:
-    """Collects what reading finds, source by source. `on_bad_row`: stop, a bad row is an error, or skip, it is counted."""
+    """Collects what reading finds, source by source. `on_bad_row`: stop, a bad row is an error, or skip, it
+    is counted.
+    """
 
     on_bad_row: str = "stop"
     hint: str = ""  # ends an error that leaving out the row would avoid
@@ -93,7 +95,9 @@ class Report:
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
-        """A row of the source `path` that cannot be used, at reading or later: a UserError, or one more skipped."""
+        """A row of the source `path` that cannot be used, at reading or later: a UserError, or one more
+        skipped.
+        """
         if self.on_bad_row == "stop":
             raise UserError(f"{where}: {reason}{'' if isinstance(reason, WrongSetting) else self.hint}")
         self.files[path].refuse(f"{where}: {reason}")
@@ -108,13 +112,15 @@ class Report:
         if len(self.files) > SHOWN:
             formats = collections.Counter(found.format for found in self.files.values())
             lines.append(
-                f"format     {len(self.files)} files in all: {', '.join(f'{count} {name}' for name, count in formats.items())}"
+                f"format     {len(self.files)} files in all:"
+                f" {', '.join(f'{count} {name}' for name, count in formats.items())}"
             )
         lines += self.notes
         if self.bad:
             be = "is" if self.bad == 1 else "are"
             lines.append(
-                f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip), such as:"
+                f"warning    {counted(self.bad, 'row')} cannot be used and {be} left out (--on_bad_row skip),"
+                " such as:"
             )
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
         # a key of JSON and a file's name may hold halves of surrogate pairs, which print() refuses

@@ -17,8 +17,8 @@ def read_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE, line N", row) of every row that --data_file names, each once, whatever its weight.
 
-    `eod` are the ids that end a document of binidx data. Raises UserError for a file that cannot be read or has no rows; what becomes of a
-    bad row is the report's to say, an error if there is none.
+    `eod` are the ids that end a document of binidx data. Raises UserError for a file that cannot be read or
+    has no rows; what becomes of a bad row is the report's to say, an error if there is none.
     """
     report = report or Report()
     for source in sources(str(data_file), reading, report.notes):
@@ -42,7 +42,9 @@ def read_source(
 
 
 def read_record(record: Any, source: Source, reading: Reading) -> tuple[Kind, dict[str, Any]]:
-    """(what Found counts, the row) of something that source.read() gave. Raises UserError that says what is wrong with it."""
+    """(what Found counts, the row) of something that source.read() gave. Raises UserError that says what is
+    wrong with it.
+    """
     record = source.parse(record)
     if isinstance(record, UserError):
         raise record

@@ -33,7 +33,9 @@ SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How data are read: the columns to use where their names do not tell (--sft_field), and the split of data sets that have several."""
+    """How data are read: the columns to use where their names do not tell (--sft_field), and the split of
+    data sets that have several.
+    """
 
     fields: tuple[str, ...] = ()
     split: str = "train"
@@ -65,8 +67,9 @@ JSON = Format("JSON", json_text.json_file)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read` and
-    `parse` are a Format's, except that `read` takes the ids that end a document instead of the path."""
+    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read`
+    and `parse` are a Format's, except that `read` takes the ids that end a document instead of the path.
+    """
 
     path: str
     format: str
@@ -97,8 +100,9 @@ class Source:
 
 
 def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[Source]:
-    """What --data_file names: a file, a folder (all data files in it), a data set of the hub (OWNER/NAME, if there is no such path), or
-    several of them between commas, each with a weight after a colon if it is not 1: a.jsonl:2,b.jsonl:0.5.
+    """What --data_file names: a file, a folder (all data files in it), a data set of the hub (OWNER/NAME, if
+    there is no such path), or several of them between commas, each with a weight after a colon if it is not
+    1: a.jsonl:2,b.jsonl:0.5.
 
     `notes` gets lines for the plan. Raises UserError for what is not there or not recognised.
     """
@@ -134,7 +138,8 @@ def _weighted(part: str, data_file: str) -> tuple[str, float]:
         weight = 0.0
     if not 0 < weight < 1e6:
         raise UserError(
-            f"--data_file {part}: a weight is a number above 0, such as 2 (seen twice in a pass) or 0.5 (half of its rows), got {number}"
+            f"--data_file {part}: a weight is a number above 0, such as 2 (seen twice in a pass) or 0.5 (half"
+            f" of its rows), got {number}"
         )
     return path, weight
 
@@ -165,7 +170,9 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
 
 
 def _folder(path: str, split: str, notes: list[str]) -> list[str]:
-    """The data files of a folder, in order of their names; files that are named for another split than `split` are left out."""
+    """The data files of a folder, in order of their names; files that are named for another split than
+    `split` are left out.
+    """
     files = [
         os.path.join(folder, name)
         for folder, _, names in os.walk(path)
@@ -224,7 +231,8 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
     suffix = _suffix(path)
     if suffix in (".bin", ".idx"):
         raise UserError(
-            f"data file {path} can't be read: binidx data are two files, and {'.idx' if suffix == '.bin' else '.bin'} or both are absent"
+            f"data file {path} can't be read: binidx data are two files, and"
+            f" {'.idx' if suffix == '.bin' else '.bin'} or both are absent"
         )
     try:
         with open(path, "rb") as file:
@@ -248,7 +256,10 @@ def _no_file(path: str) -> str:
             else "it is no regular file; data are read more than once, so save them as one"
         )
     if "://" in path:
-        return "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging Face hub"
+        return (
+            "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging"
+            " Face hub"
+        )
     if re.search(r"[*?]|\[.*\]", path):
         return "no pattern is expanded; give the folder, or files with commas between them"
     return ""
@@ -269,15 +280,17 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
     if suffix in JSONL_SUFFIXES or not first:
         return JSONL
     raise UserError(
-        f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with a header, parquet, binidx, "
-        "or plain text in a file named .txt"
+        f"{path} is of no known format; it begins with {first[:60]!r}. Expected JSONL, JSON, CSV or TSV with"
+        " a header, parquet, binidx, or plain text in a file named .txt"
     )
 
 
 def _json_format(
     first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]
 ) -> Format | None:
-    """JSONL or JSON, or None for neither, by the first of `lines` lines, which are all that there are unless the file `goes_on`."""
+    """JSONL or JSON, or None for neither, by the first of `lines` lines, which are all that there are unless
+    the file `goes_on`.
+    """
     record = json_text.parse(first) if first.startswith("{") else None
     is_row = isinstance(record, dict)
     is_known = is_row and bool(fields or has_layout(record))
@@ -319,9 +332,11 @@ def _names(header: str, mark: str) -> list[str]:
 
 
 def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Which of a source's `count` rows one pass over the data sees, ascending, some of them several times: each `weight` times on average.
+    """Which of a source's `count` rows one pass over the data sees, ascending, some of them several times:
+    each `weight` times on average.
 
-    Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`; at least one row is seen.
+    Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`; at
+    least one row is seen.
     """
     whole = int(weight)
     drawn = np.random.default_rng([seed, number]).permutation(count)[

@@ -1,7 +1,7 @@
 """Files of text, plain or gzipped, whatever their encoding; CSV and plain text.
 
-Readers give (place, record): a record is a dict, or the UserError that says why there is none, after which the reader goes on. What makes
-the rest of a file unreadable is raised. How far they are stands in a Position.
+Readers give (place, record): a record is a dict, or the UserError that says why there is none, after which
+the reader goes on. What makes the rest of a file unreadable is raised. How far they are stands in a Position.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ class Position:
 
 @contextlib.contextmanager
 def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIOBase]:
-    """The file as text with its line ends as they are. UTF-8, or what its byte order mark says; bytes that are not UTF-8 are surrogates.
+    """The file as text with its line ends as they are. UTF-8, or what its byte order mark says; bytes that
+    are not UTF-8 are surrogates.
 
-    Raises UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by anything but gzip.
+    Raises UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by
+    anything but gzip.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -130,7 +132,9 @@ def plain(path: str, position: Position) -> Iterator[Record]:
 
 
 def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]:
-    """CSV with a header line. A cell may hold line breaks between double quotes; an empty cell counts as absent."""
+    """CSV with a header line. A cell may hold line breaks between double quotes; an empty cell counts as
+    absent.
+    """
     csv.field_size_limit(FIELD_LIMIT)
     header: list[str] = []
     with open_text(path, position) as file:
@@ -144,7 +148,8 @@ def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]
             except csv.Error as error:
                 if not header or "end of data" in str(error):
                     raise UserError(
-                        f"{where}: not valid CSV ({error}); a cell that begins with a double quote must end with one"
+                        f"{where}: not valid CSV ({error}); a cell that begins with a double quote must end"
+                        " with one"
                     ) from None
                 yield where, UserError(f"not valid CSV ({error})")
                 continue

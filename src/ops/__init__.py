@@ -1,20 +1,27 @@
 """The WKV recurrences, `wkv6` and `wkv7`, and the choice of the code that runs them.
 
-Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package. Where `reset` (B, T), bool, is set,
-a document starts with that token: neither state nor gradient crosses from the tokens before. `start` (H, N, N) is the state that documents
-start from; None is zero. It is also the state before the first token, unless `s0` (B, H, N, N) gives what the rows go on from.
+Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package.
+Where `reset` (B, T), bool, is set, a document starts with that token: neither state nor gradient crosses from
+the tokens before. `start` (H, N, N) is the state that documents start from; None is zero. It is also the
+state before the first token, unless `s0` (B, H, N, N) gives what the rows go on from.
 
-Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64; tensor cores multiply in bf16
-and add in fp32. Gradients flow to and through every argument. A NaN in an argument is a ValueError on a CPU only: to look for one, a GPU
-would have to be waited for.
+Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64;
+tensor cores multiply in bf16 and add in fp32. Gradients flow to and through every argument. A NaN in an
+argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for.
 
-| kernel     | what runs                                                                          | takes                                  |
+| kernel     | what runs                                                                          | takes
+|
 |------------|------------------------------------------------------------------------------------|----------------------------------------|
-| cuda       | cuda/*_chunked.cu on tensor cores where they have the shape, else as cuda-exact     | CUDA tensors, head size a multiple of 8 |
-| cuda-exact | cuda/wkv6.cu and wkv7.cu, the recurrence in fp32                                    | the same                                |
-| cpu        | cuda/wkv6_cpu.cpp and wkv7_cpu.cpp, the recurrence in fp32                          | CPU tensors, head size a multiple of 8  |
-| torch      | the chunked forms in plain torch                                                    | any device, any head size, float64      |
-| reference  | token by token in plain torch: the specification                                    | the same                                |
+| cuda       | cuda/*_chunked.cu on tensor cores where they have the shape, else as cuda-exact     | CUDA
+tensors, head size a multiple of 8 |
+| cuda-exact | cuda/wkv6.cu and wkv7.cu, the recurrence in fp32                                    | the same
+|
+| cpu        | cuda/wkv6_cpu.cpp and wkv7_cpu.cpp, the recurrence in fp32                          | CPU
+tensors, head size a multiple of 8  |
+| torch      | the chunked forms in plain torch                                                    | any
+device, any head size, float64      |
+| reference  | token by token in plain torch: the specification                                    | the same
+|
 """
 
 from __future__ import annotations
@@ -31,21 +38,25 @@ from .reference import recurrent6, recurrent7
 from .wkv6 import chunked6
 from .wkv7 import chunked7
 
-# functions of tensors of one dtype, fp32 or float64, contiguous or not, then the state and the resets -> (y, state)
+# functions of tensors of one dtype, fp32 or float64, contiguous or not, then the state and the resets -> (y,
+# state)
 PLAIN = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
 NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # the device type of a native kernel
 KERNELS = (*NATIVE, *PLAIN)
 
 
 def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
-    """(kernel, the reason in words) for `--wkv name` on "cpu" or "cuda". A native kernel is built and tested here, if it has not been."""
+    """(kernel, the reason in words) for `--wkv name` on "cpu" or "cuda". A native kernel is built and tested
+    here, if it has not been.
+    """
     if name != "auto" and name not in KERNELS:
         raise UserError(f"--wkv {name}: expected one of auto, {', '.join(KERNELS)}")
     if name in PLAIN:
         return name, "as asked"
     if name != "auto" and NATIVE[name] != device:
         raise UserError(
-            f"--wkv {name} runs on {NATIVE[name]}, this run is on {device}; use --wkv auto, or another --accelerator"
+            f"--wkv {name} runs on {NATIVE[name]}, this run is on {device}; use --wkv auto, or another"
+            " --accelerator"
         )
     problem = head_size_problem(head_size)
     if not problem:
@@ -66,7 +77,10 @@ def head_size_problem(head_size: int) -> str:
     """Why the native kernels do not take this head size, or nothing."""
     if head_size % 8 == 0 and head_size <= native.LARGEST_HEAD:
         return ""
-    return f"the native kernels take head sizes that are multiples of 8 up to {native.LARGEST_HEAD}, not {head_size}"
+    return (
+        f"the native kernels take head sizes that are multiples of 8 up to {native.LARGEST_HEAD}, not"
+        f" {head_size}"
+    )
 
 
 def wkv6(
@@ -80,9 +94,11 @@ def wkv6(
     kernel: str = "torch",
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype, final state.
+    """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype,
+    final state.
 
-    w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters through u. Raises ValueError.
+    w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters
+    through u. Raises ValueError.
     """
     return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset, start)
 
@@ -99,10 +115,11 @@ def wkv7(
     kernel: str = "torch",
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype, final state.
+    """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype,
+    final state.
 
-    w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context learning rate.
-    y_t reads the state after the update. Raises ValueError.
+    w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context
+    learning rate. y_t reads the state after the update. Raises ValueError.
     """
     return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset, start)
 
@@ -131,11 +148,14 @@ def _run(
 def check(
     version: int, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None
 ) -> None:
-    """Raises ValueError with the first argument whose dtype, shape or device is not what r's make it, or r if it has none that is served."""
+    """Raises ValueError with the first argument whose dtype, shape or device is not what r's make it, or r if
+    it has none that is served.
+    """
     op, r = f"wkv{version}", inputs["r"]
     if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPES, torch.float64):
         raise ValueError(
-            f"{op}: r is {r.dtype} {tuple(r.shape)}; expected float32, bfloat16, float16 or float64 (batch, tokens, heads, head size), none of them 0"
+            f"{op}: r is {r.dtype} {tuple(r.shape)}; expected float32, bfloat16, float16 or float64 (batch,"
+            " tokens, heads, head size), none of them 0"
         )
     B, T, H, N = r.shape
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
@@ -148,8 +168,9 @@ def check(
         shape, dtypes = allowed[name]
         if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes or x.device != r.device):
             raise ValueError(
-                f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected {' or '.join(map(str, dtypes))} {shape} "
-                f"on {r.device}, because r is {r.dtype} {tuple(r.shape)} there"
+                f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; expected"
+                f" {' or '.join(map(str, dtypes))} {shape} on {r.device}, because r is {r.dtype}"
+                f" {tuple(r.shape)} there"
             )
 
 
@@ -180,13 +201,15 @@ def _run_native(
     r = inputs["r"]
     if r.device.type != NATIVE[kernel]:
         raise ValueError(
-            f"{op}: kernel {kernel!r} runs on {NATIVE[kernel]}, r is on {r.device}; expected another kernel or tensors there"
+            f"{op}: kernel {kernel!r} runs on {NATIVE[kernel]}, r is on {r.device}; expected another kernel"
+            " or tensors there"
         )
     if problem := head_size_problem(r.shape[-1]):
         raise ValueError(f"{op}: {problem}; use kernel 'torch'")
     if r.dtype == torch.float64:
         raise ValueError(
-            f"{op}: r is torch.float64; kernel {kernel!r} takes float32, bfloat16 and float16, use kernel 'torch'"
+            f"{op}: r is torch.float64; kernel {kernel!r} takes float32, bfloat16 and float16, use kernel"
+            " 'torch'"
         )
     activations = {name: x for name, x in inputs.items() if name != "u"}
     mixed = any(x.dtype != r.dtype for x in activations.values())

@@ -1,7 +1,8 @@
 """Native kernels, compiled on first use with ninja and kept in a cache: `cpu_library`, `cuda_library`.
 
-Any number of processes may ask at once. One builds while it holds a lock of the operating system, which ends with the process however
-that ends; the library appears under its final name in one rename. The name has a hash of everything that decides what the compiler makes.
+Any number of processes may ask at once. One builds while it holds a lock of the operating system, which ends
+with the process however that ends; the library appears under its final name in one rename. The name has a
+hash of everything that decides what the compiler makes.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def cpu_library() -> pathlib.Path:
 
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
-    """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be. Raises BuildError.
+    """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be.
+    Raises BuildError.
 
     One that is built for all ARCHITECTURES serves any of them.
     """
@@ -89,10 +91,12 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
     for arch in architectures:
         if not (number := re.fullmatch(r"(\d+)[af]?", arch)) or int(number[1]) < 75:
             raise BuildError(
-                f"a GPU of architecture {arch} is not supported, expected 75 (Turing) or newer; use --wkv torch"
+                f"a GPU of architecture {arch} is not supported, expected 75 (Turing) or newer; use --wkv"
+                " torch"
             )
     nvcc = find_nvcc()
-    # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one than the default
+    # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one than the
+    # default
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
     link = ["-ccbin", host, "-cudart", "static", *nvcc.link_flags]
 
@@ -148,7 +152,9 @@ def library_path(name: str, key: str) -> pathlib.Path:
 
 
 def cpu_features() -> str:
-    """What -march=native depends on: a home folder, and the cache in it, may be shared by machines with different CPUs."""
+    """What -march=native depends on: a home folder, and the cache in it, may be shared by machines with
+    different CPUs.
+    """
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
         return next((line for line in info if line.startswith(("flags", "Features"))), "")
     return platform.processor()
@@ -160,7 +166,8 @@ def find_cxx() -> str:
         if path := shutil.which(name):
             return path
     raise BuildError(
-        f"no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt install g++, {FALLBACK}"
+        "no C++ compiler: c++, g++ and clang++ are not on PATH; install one, on Debian and Ubuntu: apt"
+        f" install g++, {FALLBACK}"
     )
 
 
@@ -196,7 +203,8 @@ def find_nvcc() -> Nvcc:
     ]
     for part in reversed(parts):
         if path := shutil.which("nvcc", path=str(part / "bin")):
-            # its own settings miss the wheels' lib; and an environment on top of another has two folders of one name, each with a share
+            # its own settings miss the wheels' lib; and an environment on top of another has two folders of
+            # one name, each with a share
             shares = [other for other in parts if other.name == part.name]
             return Nvcc(
                 path,
@@ -204,7 +212,8 @@ def find_nvcc() -> Nvcc:
                 tuple(f"-L{share}/lib" for share in shares),
             )
     raise BuildError(
-        f'no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment; pip install "rwkv-miss[cuda]" brings one, {FALLBACK}'
+        f"no nvcc: it is not in CUDA_HOME/bin, on PATH, in {TOOLKITS} or in this environment; pip install"
+        f' "rwkv-miss[cuda]" brings one, {FALLBACK}'
     )
 
 
@@ -218,8 +227,10 @@ def build(
     link: Sequence[str] = (),
     machine: str = "",
 ) -> pathlib.Path:
-    """The shared library made of the sources: `command` is the compiler and its flags, `link` more flags for the last step, `seconds` what
-    the user is told it will take, `machine` anything else that the result depends on. Raises BuildError."""
+    """The shared library made of the sources: `command` is the compiler and its flags, `link` more flags for
+    the last step, `seconds` what the user is told it will take, `machine` anything else that the result
+    depends on. Raises BuildError.
+    """
     folder = cache_folder()
     library = library_path(name, fingerprint(name, sources, headers, command, link, machine))
     log = library.with_suffix(".log")
@@ -244,18 +255,22 @@ def build(
                     return library
                 log.write_text(output, "utf-8")
             raise BuildError(
-                f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler, {FALLBACK}; all of its output: {log}"
+                f"{title} did not compile: {reason(log.read_text('utf-8'))}; try another compiler,"
+                f" {FALLBACK}; all of its output: {log}"
             )
     except OSError as error:
         raise BuildError(
-            f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder with space, {FALLBACK}"
+            f"the kernel cache {folder} cannot be used ({error}); set RWKV_KERNEL_CACHE to a folder with"
+            f" space, {FALLBACK}"
         ) from None
 
 
 def fingerprint(
     name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str
 ) -> str:
-    """A hash of all that decides the library. The compiler counts as its file: asking it for its version would start a process each time."""
+    """A hash of all that decides the library. The compiler counts as its file: asking it for its version
+    would start a process each time.
+    """
     compiler = os.path.realpath(command[0])
     status = os.stat(compiler)
     digest = hash_files([*sources, *headers])
@@ -280,7 +295,9 @@ def cuda_sources() -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, title: str) -> Iterator[None]:
-    """Hold the lock of a file. The kernel gives it back when its process dies, so there is no such thing as a stale one."""
+    """Hold the lock of a file. The kernel gives it back when its process dies, so there is no such thing as a
+    stale one.
+    """
     import fcntl  # not on Windows, where this module must import
 
     with open(path, "a") as file:
@@ -299,7 +316,9 @@ def make(
     command: Sequence[str],
     link: Sequence[str],
 ) -> str | None:
-    """Compile and link in a folder beside the library, the sources in parallel. None, or what was printed if that failed."""
+    """Compile and link in a folder beside the library, the sources in parallel. None, or what was printed if
+    that failed.
+    """
     objects = [f"{source.name}.o" for source in sources]
     lines = ["rule run", "  command = $words"]
     for source, product in zip(sources, objects):

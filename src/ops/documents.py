@@ -1,9 +1,11 @@
 """Packed rows whose documents start from a given state: every document becomes a row of its own.
 
-The kernels zero the state where a document starts. A tuned initial state must stand there instead, with its gradient from every document
-of a row. It could be no argument of the tensor-core forms, whose chunks hold several documents in one matrix. So the documents are cut out
-and handed to the kernel in groups of similar length, each with its own initial state and without resets: any kernel does, the gradients
-are autograd's, and a group is padded to less than twice its tokens. Padding stands after a document and leaves the state as it is.
+The kernels zero the state where a document starts. A tuned initial state must stand there instead, with its
+gradient from every document of a row. It could be no argument of the tensor-core forms, whose chunks hold
+several documents in one matrix. So the documents are cut out and handed to the kernel in groups of similar
+length, each with its own initial state and without resets: any kernel does, the gradients are autograd's, and
+a group is padded to less than twice its tokens. Padding stands after a document and leaves the state as it
+is.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 
 SHORTEST = 16  # documents up to this length share a group
-# the raw decay of a token that keeps the whole state in both versions: exp(-exp(-30)) and exp(-0.6 sigmoid(-30)) are 1 in fp32
+# the raw decay of a token that keeps the whole state in both versions: exp(-exp(-30)) and exp(-0.6
+# sigmoid(-30)) are 1 in fp32
 KEEP = -30.0
 
 
@@ -38,7 +41,9 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=1)  # every layer asks for the same resets, which are hashed by identity
 def layout(reset: Tensor) -> Layout:
-    """reset (B, T) bool, set where a document starts; token 0 of a row begins one in any case, a new one or the rest of one."""
+    """reset (B, T) bool, set where a document starts; token 0 of a row begins one in any case, a new one or
+    the rest of one.
+    """
     B, T = reset.shape
     given = reset.cpu()
     begins = given.clone()
@@ -68,7 +73,8 @@ def by_document(
     reset: Tensor,
     start: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What `wkv(inputs, state)` gives for rows whose documents start from `start` (H, N, N): y (B, T, H, N) and the state after each row.
+    """What `wkv(inputs, state)` gives for rows whose documents start from `start` (H, N, N): y (B, T, H, N)
+    and the state after each row.
 
     s0 (B, H, N, N) is the state that a row goes on from, None where each row begins with a document.
     """

@@ -1,9 +1,10 @@
-"""The elementwise parts of a layer as one native function each, forward and backward: torch.library ops `rwkv::NAME` for CPU tensors.
+"""The elementwise parts of a layer as one native function each, forward and backward: torch.library ops
+`rwkv::NAME` for CPU tensors.
 
-Every function here has the formula of its namesake in plain.py, and runs that unless `native` is set and the native code has the case: see
-`serves`. The native backward computes again what it needs from the activations that are kept, which are the inputs, of relu_squared the
-output, and of the token shift with fixed mixes none. It gives gradients for activations, not for vectors of the model: those are frozen
-in most runs.
+Every function here has the formula of its namesake in plain.py, and runs that unless `native` is set and the
+native code has the case: see `serves`. The native backward computes again what it needs from the activations
+that are kept, which are the inputs, of relu_squared the output, and of the token shift with fixed mixes none.
+It gives gradients for activations, not for vectors of the model: those are frozen in most runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from .native import DTYPES, LARGEST_HEAD, LAYOUT, TAKES, library
 def serves(
     native: bool, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8
 ) -> bool:
-    """Whether the native code computes this: on the CPU in fp32 or bf16, in multiples of 8 channels, without gradients for vectors."""
+    """Whether the native code computes this: on the CPU in fp32 or bf16, in multiples of 8 channels, without
+    gradients for vectors.
+    """
     x = activations[0]
     return (
         native
@@ -50,7 +53,8 @@ def call(
         for t in x if isinstance(x, list) else [x]:
             if isinstance(t, Tensor) and (t.device.type != "cpu" or not t.is_contiguous()):
                 raise ValueError(
-                    f"{function}: an argument is on {t.device} with strides {t.stride()}; expected a contiguous one on cpu"
+                    f"{function}: an argument is on {t.device} with strides {t.stride()}; expected a"
+                    " contiguous one on cpu"
                 )
     converted = [_convert(x) for x in arguments]
     batch = like.shape[0] if like.dim() == 3 else 1
@@ -89,9 +93,11 @@ def _library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> C
 
 
 def _differentiable(forward: Callable, backward: Callable, keep: Callable) -> Callable:
-    """forward(*arguments) -> outputs, whose gradients backward(kept, gradients) makes those of the first arguments; kept = keep(arguments, outputs).
+    """forward(*arguments) -> outputs, whose gradients backward(kept, gradients) makes those of the first
+    arguments; kept = keep(arguments, outputs).
 
-    A Function around two ops, not torch.library.register_autograd, which takes half of the 43 us of a call (torch 2.13).
+    A Function around two ops, not torch.library.register_autograd, which takes half of the 43 us of a call
+    (torch 2.13).
     """
 
     class Differentiable(torch.autograd.Function):
@@ -117,9 +123,11 @@ def _differentiable(forward: Callable, backward: Callable, keep: Callable) -> Ca
 
 
 def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = False) -> Callable:
-    """The function (activations of one shape, vectors of the model, heads, eps) -> outputs, with the ops rwkv::name and rwkv::name_backward.
+    """The function (activations of one shape, vectors of the model, heads, eps) -> outputs, with the ops
+    rwkv::name and rwkv::name_backward.
 
-    Their C functions have the arguments in this order: inputs, outputs; for the backward what is kept, the outputs' gradients, the inputs'.
+    Their C functions have the arguments in this order: inputs, outputs; for the backward what is kept, the
+    outputs' gradients, the inputs'.
     """
 
     def op(name: str, symbol: str, results: int) -> Callable:
@@ -130,7 +138,8 @@ def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = 
             like, made = tensors[0], shapes(tensors, heads, eps)
             if any(t.shape != like.shape and t.shape != like.shape[-1:] for t in tensors):
                 raise ValueError(
-                    f"{symbol}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and vectors of its last axis"
+                    f"{symbol}: arguments are {[tuple(t.shape) for t in tensors]}; expected one shape, and"
+                    " vectors of its last axis"
                 )
             call(symbol, like, *tensors, *made, heads=heads, eps=eps)
             return made
@@ -199,7 +208,8 @@ def readout7(
     return plain.readout7(y, r, k, v, g, r_k, weight, bias, eps)
 
 
-# The token shift has one output for each mix, none of them a part of another: what keeps one does not keep all.
+# The token shift has one output for each mix, none of them a part of another: what keeps one does not keep
+# all.
 
 
 def _shift_shapes(z, last, reset, mix):
@@ -215,7 +225,8 @@ def _check_shift(z, last, reset, mix):
     expected = [(B, C), reset if reset is None else (B, T), (len(mix), C)]
     if (found := [x if x is None else tuple(x.shape) for x in (last, reset, mix)]) != expected:
         raise ValueError(
-            f"shift_mix: last, reset and mixes are {found}; expected {expected}, because z is {tuple(z.shape)}"
+            f"shift_mix: last, reset and mixes are {found}; expected {expected}, because z is"
+            f" {tuple(z.shape)}"
         )
 
 

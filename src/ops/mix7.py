@@ -1,7 +1,8 @@
 """RWKV-7's state with what enters and what reads it: delta_inputs, wkv7 and readout7 as one function.
 
-The native form keeps its inputs, y and what the recurrence keeps; the three functions by themselves also keep the key, -kappa and kappa s,
-which are made again here for the backward. One call also costs less than three with their checks and views.
+The native form keeps its inputs, y and what the recurrence keeps; the three functions by themselves also keep
+the key, -kappa and kappa s, which are made again here for the backward. One call also costs less than three
+with their checks and views.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def mix7(
 ) -> tuple[Tensor, Tensor]:
     """r, raw decay w, k, v, raw learning rate a and gate g, (B, T, C) -> (readout (B, T, C), final state).
 
-    Vectors as in plain.delta_inputs and plain.readout7; s0, reset, start and kernel as in wkv7. Raises ValueError.
+    Vectors as in plain.delta_inputs and plain.readout7; s0, reset, start and kernel as in wkv7. Raises
+    ValueError.
     """
     heads, head_size = r_k.shape
     activations, vectors = [r, w, k, v, a, g], [k_k, k_a, r_k, weight, bias]

@@ -1,9 +1,11 @@
-"""The native WKV kernels as torch.library ops, `rwkv::wkv6` and `rwkv::wkv7`, for CPU and CUDA tensors: the device picks the library.
+"""The native WKV kernels as torch.library ops, `rwkv::wkv6` and `rwkv::wkv7`, for CPU and CUDA tensors: the
+device picks the library.
 
-Both libraries have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw pointers of contiguous tensors and no torch in it.
-Activations (B, T, H, N) share one dtype; u, states and what a forward saves for its backward are fp32; reset is uint8 (B, T). `chunked` asks
-for the tensor-core form, which only a GPU has. `src.ops` checks the arguments and makes them so; here only what is not where a pointer may
-be followed is refused.
+Both libraries have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw pointers of contiguous
+tensors and no torch in it. Activations (B, T, H, N) share one dtype; u, states and what a forward saves for
+its backward are fp32; reset is uint8 (B, T). `chunked` asks for the tensor-core form, which only a GPU has.
+`src.ops` checks the arguments and makes them so; here only what is not where a pointer may be followed is
+refused.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ TAKES = {
 }  # the activations of a device's library
 LARGEST_HEAD = 256
 CHUNK = 16
-# torch.compile may not change the layout of an argument; older versions of torch have the second of these tags only
+# torch.compile may not change the layout of an argument; older versions of torch have the second of these
+# tags only
 LAYOUT = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 # Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
 ALLOWED = {False: 1e-5, True: 2e-2}
@@ -76,7 +79,9 @@ def library(device: str) -> ctypes.CDLL:
 
 @functools.cache
 def status(device: str) -> Status:
-    """Build the kernels of "cpu" or "cuda" and compare them with the reference, each once in the life of a library file."""
+    """Build the kernels of "cpu" or "cuda" and compare them with the reference, each once in the life of a
+    library file.
+    """
     started = time.perf_counter()
     try:
         path = library(device).path
@@ -111,8 +116,10 @@ def status(device: str) -> Status:
 
 
 def self_test(device: str, chunked: bool) -> float:
-    """The largest relative error (rms) of outputs and gradients of both versions against the reference in float64: 37 tokens with a
-    document that starts among them, two heads of 64, initial state and gradient of the final one."""
+    """The largest relative error (rms) of outputs and gradients of both versions against the reference in
+    float64: 37 tokens with a document that starts among them, two heads of 64, initial state and gradient of
+    the final one.
+    """
     return max(self_error(version, device, chunked) for version in INPUTS)
 
 
@@ -163,8 +170,10 @@ def has_tensor_core_form(r: Tensor) -> bool:
 
 
 def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
-    """What a forward keeps for its backward: nothing for v6, sa_t = S_{t-1} a_t for v7; the tensor-core form (N = 64) keeps the state before
-    every chunk in bf16 and the factors of one segment of chunks, as wkv*_chunked_saved count them."""
+    """What a forward keeps for its backward: nothing for v6, sa_t = S_{t-1} a_t for v7; the tensor-core form
+    (N = 64) keeps the state before every chunk in bf16 and the factors of one segment of chunks, as
+    wkv*_chunked_saved count them.
+    """
     if not chunked:
         return B * T * H * N if version == 7 else 0
     chunks = -(-T // CHUNK)
@@ -177,11 +186,13 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     for x in tensors:
         if x is not None and (x.device != like.device or not x.is_contiguous()):
             raise ValueError(
-                f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous one on {like.device}"
+                f"{function}: an argument is on {x.device} with strides {x.stride()}; expected a contiguous"
+                f" one on {like.device}"
             )
     if like.dim() != 4 or like.shape[3] % 8 or not 8 <= like.shape[3] <= LARGEST_HEAD or not like.numel():
         raise ValueError(
-            f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a multiple of 8 up to {LARGEST_HEAD}"
+            f"{function}: activations are {tuple(like.shape)}; expected (B, T, H, N), none of them 0, N a"
+            f" multiple of 8 up to {LARGEST_HEAD}"
         )
     # vectors of 16 bytes are loaded; a view may begin between two
     tensors = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in tensors]
@@ -300,7 +311,9 @@ _NAMED = [True]  # whether a NaN on a CPU is an error
 
 @contextlib.contextmanager
 def nan_passes():
-    """Context in which a NaN flows on into the outputs, as on a GPU: for a training that judges every step by its loss and goes back."""
+    """Context in which a NaN flows on into the outputs, as on a GPU: for a training that judges every step by
+    its loss and goes back.
+    """
     before, _NAMED[0] = _NAMED[0], False
     try:
         yield
@@ -309,15 +322,18 @@ def nan_passes():
 
 
 def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
-    """Raises ValueError with the first argument that holds a NaN; an infinity may be a raw decay, or an overflow of the arithmetic."""
+    """Raises ValueError with the first argument that holds a NaN; an infinity may be a raw decay, or an
+    overflow of the arithmetic.
+    """
     if not _NAMED[0]:
         return
     for name, x in inputs.items():
         if x is not None and (bad := x.isnan()).any():
             where = tuple(bad.nonzero()[0].tolist())
             raise ValueError(
-                f"{op}: {name} holds {int(bad.sum())} NaN of {x.numel()} numbers, the first at {where}; expected none. "
-                "A model that diverges makes them: lower the learning rate, or clip gradients"
+                f"{op}: {name} holds {int(bad.sum())} NaN of {x.numel()} numbers, the first at {where};"
+                " expected none. A model that diverges makes them: lower the learning rate, or clip"
+                " gradients"
             )
 
 

@@ -1,4 +1,6 @@
-"""The native kernels of rwkv_miss::dequantise, which expand a quantised weight to a matrix: cuda/quantised.cu and quantised_cpu.cpp."""
+"""The native kernels of rwkv_miss::dequantise, which expand a quantised weight to a matrix: cuda/quantised.cu
+and quantised_cpu.cpp.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from . import native
 
 
 def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the dtype, else in plain torch."""
+    """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the
+    dtype, else in plain torch.
+    """
     device = quantised.device.type
     as_made = (
         quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0

@@ -1,8 +1,10 @@
-"""WKV token by token in plain torch: the specification, the oracle of the tests, the decode step and the last fallback.
+"""WKV token by token in plain torch: the specification, the oracle of the tests, the decode step and the last
+fallback.
 
-B batch, T tokens, H heads, N head size. All tensors of a call share one dtype, float32 or float64, which is the dtype of the arithmetic;
-`src.ops` checks and casts before. The state `s` is (B, H, N, N), and is returned as it stands after the last token. Where `reset` (B, T), bool,
-is set a document starts: the state is zeroed before that token.
+B batch, T tokens, H heads, N head size. All tensors of a call share one dtype, float32 or float64, which is
+the dtype of the arithmetic; `src.ops` checks and casts before. The state `s` is (B, H, N, N), and is returned
+as it stands after the last token. Where `reset` (B, T), bool, is set a document starts: the state is zeroed
+before that token.
 """
 
 import math
@@ -12,7 +14,8 @@ import torch
 
 def decay6(w):
     """delta = exp(-exp(w)), in [0, 1]: RWKV-6 has no floor, a large w gives an exact 0 and -inf gives 1."""
-    # Above w = 6.7 delta is an exact 0 in float64 too: the clamp changes no value, it keeps 0 * inf out of the backward.
+    # Above w = 6.7 delta is an exact 0 in float64 too: the clamp changes no value, it keeps 0 * inf out of
+    # the backward.
     return torch.exp(-torch.exp(w.clamp(max=7)))
 
 
@@ -22,7 +25,9 @@ def log_decay7(w):
 
 
 def enter(s, start):
-    """The state (B,H,N,N) as a token finds it: zero where a document starts with it; start (B,), bool, or None."""
+    """The state (B,H,N,N) as a token finds it: zero where a document starts with it; start (B,), bool, or
+    None.
+    """
     return s if start is None else s.masked_fill(start[:, None, None, None], 0)
 
 
@@ -34,7 +39,8 @@ def starts(reset, T):
 def recurrent6(r, k, v, w, u, s, reset=None):
     """RWKV-6: r, k, v, w (B,T,H,N), u (H,N), s [key i, value j] -> y (B,T,H,N), s.
 
-    y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])        s before the decay; the current token enters through u only
+    y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])        s before the decay; the current token enters
+            through u only
     s[i,j] <- delta_t[i] s[i,j] + k_t[i] v_t[j]
     """
     ys = []
@@ -51,7 +57,8 @@ def recurrent7(r, w, k, v, a, b, s, reset=None):
     """RWKV-7: r, w, k, v, a, b (B,T,H,N), s [value i, key j] -> y (B,T,H,N), s.
 
     s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T            s a_t reads the state before the decay
-    y_t = s r_t                                                  reads the state after the update, unlike RWKV-6
+    y_t = s r_t                                                  reads the state after the update, unlike
+    RWKV-6
     """
     ys = []
     tokens = zip(

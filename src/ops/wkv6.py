@@ -1,13 +1,16 @@
-"""WKV-6 in chunks, plain torch and plain autograd: the tokens of a chunk meet in a score matrix, chunks meet in the state.
+"""WKV-6 in chunks, plain torch and plain autograd: the tokens of a chunk meet in a score matrix, chunks meet
+in the state.
 
-With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, where `start` is before and `end` after all tokens of the chunk,
-a chunk with incoming state S gives
+With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, where `start` is before and `end` after
+all tokens of the chunk, a chunk with incoming state S gives
 
-    y_t = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i          A[t,i] = sum_n r_t k_i D(i,t),   A[t,t] = sum_n r_t u k_t
+    y_t = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i          A[t,i] = sum_n r_t k_i D(i,t),   A[t,t] =
+    sum_n r_t u k_t
     S'  = D(start,end) * S + sum_i (k_i * D(i,end))^T v_i
 
-A decay may be an exact 0, so D is never a quotient, nor a difference of logarithms: `scores` multiplies it up from single tokens. A token
-that starts a document reads nothing from before and passes nothing on: its D is 0.
+A decay may be an exact 0, so D is never a quotient, nor a difference of logarithms: `scores` multiplies it up
+from single tokens. A token that starts a document reads nothing from before and passes nothing on: its D is
+0.
 """
 
 import torch
@@ -34,11 +37,13 @@ def join(y, n, B, T):
 
 
 def scores(r, k, delta, u, inside):
-    """What happens inside chunks: r, k, delta (G,C,N), u (G,1,N), inside (G,C,1) 0 where a document starts, else 1, C a power of two
-    -> A (G,C,C), r_t * D(start,t) (G,C,N), k_i * D(i,end) (G,C,N), D(start,end) (G,1,N).
+    """What happens inside chunks: r, k, delta (G,C,N), u (G,1,N), inside (G,C,1) 0 where a document starts,
+    else 1, C a power of two -> A (G,C,C), r_t * D(start,t) (G,C,N), k_i * D(i,end) (G,C,N), D(start,end)
+    (G,1,N).
 
-    These four describe a block of any size, of one token to begin with, and two neighbours make the block of both: for i in the first
-    and t in the second, D(i,t) = D(i,end of first) D(start of second,t), which k_i and r_t already carry. All factors are in [0,1].
+    These four describe a block of any size, of one token to begin with, and two neighbours make the block of
+    both: for i in the first and t in the second, D(i,t) = D(i,end of first) D(start of second,t), which k_i
+    and r_t already carry. All factors are in [0,1].
     """
     G, C, N = r.shape
     A = (r * u * k).sum(-1).view(G, C, 1, 1)
@@ -51,7 +56,9 @@ def scores(r, k, delta, u, inside):
 
 
 def chunked6(r, k, v, w, u, s, reset=None, chunk=32):
-    """The same function as `recurrent6`; chunk is a power of two, and 32 is as fast as 16 with half the states kept for the backward."""
+    """The same function as `recurrent6`; chunk is a power of two, and 32 is as fast as 16 with half the
+    states kept for the backward.
+    """
     B, T, H, N = r.shape
     if T == 1:
         return recurrent6(r, k, v, w, u, s, reset)
@@ -62,7 +69,8 @@ def chunked6(r, k, v, w, u, s, reset=None, chunk=32):
     inside = delta.new_ones(()) if reset is None else 1 - split_reset(reset, n, C, H).to(delta.dtype)
     A, r, k, d = scores(r, k, delta, u.repeat(n * B, 1)[:, None], inside)
     s, ys = s.reshape(B * H, N, N), []
-    # Everything above is batched over chunks; the loop holds only what needs the state, so that no (n, N, N) tensor is formed.
+    # Everything above is batched over chunks; the loop holds only what needs the state, so that no (n, N, N)
+    # tensor is formed.
     for y_c, r_c, k_c, v_c, d_c in zip(
         *(x.unflatten(0, (n, B * H)).unbind() for x in (A @ v, r, k.mT, v, d.mT)), strict=True
     ):

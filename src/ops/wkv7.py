@@ -1,14 +1,15 @@
 """WKV-7 in chunks, plain torch and plain autograd.
 
-A chunk of C tokens with incoming state S, here [key, value], and P_t = sum_{s<=t} log delta_s; all rows of (C, N) matrices:
+A chunk of C tokens with incoming state S, here [key, value], and P_t = sum_{s<=t} log delta_s; all rows of
+(C, N) matrices:
 
     A = a e^{P - log delta}     B = b e^{-P}     K = k e^{-P}     R = r e^{P}
     U  = (I - tril-(A B^T))^-1 (tril-(A K^T) V + A S)             U_t = a_t S_{t-1}, what the delta rule reads
-    Y  = R S + tril(R B^T) U + tril(R K^T) V                      tril- is strictly lower, tril has the diagonal
+    Y  = R S + tril(R B^T) U + tril(R K^T) V                      tril: lower; tril-: strictly so
     S' = e^{P_C} (S + B^T U + K^T V)
 
-Where documents start inside the chunk, tokens of two documents do not meet in the (C, C) matrices, S meets the first document only, and the
-last document alone enters S'.
+Where documents start inside the chunk, tokens of two documents do not meet in the (C, C) matrices, S meets
+the first document only, and the last document alone enters S'.
 """
 
 import torch
@@ -18,7 +19,9 @@ from .wkv6 import join, split, split_reset
 
 
 def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
-    """The same function as `recurrent7`. e^{-P} <= e^{0.6065 chunk} is 1.6e4 at 16; 32 is no faster and up to 1.7x less exact."""
+    """The same function as `recurrent7`. e^{-P} <= e^{0.6065 chunk} is 1.6e4 at 16; 32 is no faster and up to
+    1.7x less exact.
+    """
     B, T, H, N = r.shape
     if T == 1:
         return recurrent7(r, w, k, v, a, b, s, reset)
@@ -41,7 +44,8 @@ def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
     inverse = torch.linalg.solve_triangular(
         -ab, torch.eye(C, dtype=r.dtype, device=r.device), upper=False, unitriangular=True
     )
-    # U = u + a S with the inverse applied to both. All this is batched over chunks; the loop holds only what needs the state.
+    # U = u + a S with the inverse applied to both. All this is batched over chunks; the loop holds only what
+    # needs the state.
     u, a = inverse @ (ak @ v), inverse @ (a * first)
     parts = (
         u,

@@ -2,8 +2,8 @@
 
 fake_cuda.cpp is a stub of torch's CUDA device guard and hooks. Loaded before torch, it lets torch's CPU wheel
 hold, move and differentiate FakeTensors on cuda:0 and cuda:1. These have a shape, a dtype and a device but no
-numbers. So the Python code of a GPU runs: what is on the wrong device raises as it would there. Launches, waits
-for the device, copies, dtypes and memory are counted.
+numbers. So the Python code of a GPU runs: what is on the wrong device raises as it would there. Launches,
+waits for the device, copies, dtypes and memory are counted.
 
     python -m tests.fake_gpu            run all cases (cases.py) and print what they differ in from table.json
     python -m tests.fake_gpu --write    ... and write the table anew

@@ -53,10 +53,11 @@ KERNELS = {"wkv6", "wkv6_backward", "wkv7", "wkv7_backward", "dequantise"}
 
 
 class FakeGpu(TorchDispatchMode):
-    """Counts `launches`; `waits` for the device and `copies` between devices, by their place in our code; `native`,
-    our own kernels by their dtype; and `peak`, the most bytes of the device that lived at one time.
+    """Counts `launches`; `waits` for the device and `copies` between devices, by their place in our code;
+    `native`, our own kernels by their dtype; and `peak`, the most bytes of the device that lived at one time.
 
-    A mask that was made on the device is true everywhere. That of next_logits() has the last token of every row.
+    A mask that was made on the device is true everywhere. That of next_logits() has the last token of every
+    row.
     """
 
     def __init__(self):
