@@ -21,6 +21,7 @@ FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches t
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import os
 import pathlib
@@ -264,9 +265,8 @@ def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) 
         )
 
         def read_once(threads=threads, read=read) -> None:
-            work = lambda: library.read_bytes(
-                ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.nbytes), ctypes.c_int64(threads)
-            )  # noqa: E731
+            pointer, size = ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.nbytes)
+            work = functools.partial(library.read_bytes, pointer, size, ctypes.c_int64(threads))
             read[0] = min(read[0], seconds(work, threads))
 
         for _ in range(args.rounds):

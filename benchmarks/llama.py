@@ -28,11 +28,12 @@ from torch import Tensor
 PACKAGE = "@node-llama-cpp/linux-x64@3.22.1"  # llama.cpp 0.5.0, one library per kind of CPU
 SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
 FOLDER = pathlib.Path(sys.prefix, "llama")
+# in the order in which they need each other
 LIBRARIES = (
     "libggml-base.so",
     "libggml.v*.so",
     "libllama.v*.so",
-)  # in the order in which they need each other
+)
 
 Quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 silent = Quiet(lambda level, text, data: None)  # kept, as llama.cpp calls it
@@ -131,9 +132,8 @@ class Llama:
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         parameters = library.llama_context_default_params()
-        ctypes.memmove(
-            parameters.words, (ctypes.c_uint32 * 3)(tokens, tokens, tokens), 12
-        )  # n_ctx, n_batch, n_ubatch
+        # n_ctx, n_batch, n_ubatch
+        ctypes.memmove(parameters.words, (ctypes.c_uint32 * 3)(tokens, tokens, tokens), 12)
         self.context = library.llama_init_from_model(self.model, parameters)
         took = self.context and [
             getattr(library, f"llama_n_{name}")(self.context) for name in ("ctx", "batch", "ubatch")

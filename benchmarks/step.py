@@ -121,9 +121,8 @@ def matrices(base: RWKV) -> list[torch.Tensor]:
     """The frozen weights that a token is multiplied with, (out, in)."""
     found = []
     for name, p in base.named_parameters():
-        unused = (
-            name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"
-        )  # layer 0 has no value residual
+        # layer 0 has no value residual
+        unused = name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"
         if (
             p.requires_grad
             or p.dim() < 2
@@ -132,9 +131,8 @@ def matrices(base: RWKV) -> list[torch.Tensor]:
             or name.endswith(("r_k", "time_faaaa", "time_state"))
         ):
             continue
-        found += (
-            [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]
-        )  # v6's five maps are in one tensor
+        # v6's five maps are in one tensor
+        found += [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]
     return found
 
 

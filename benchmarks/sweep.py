@@ -68,9 +68,8 @@ def build(version: int, layers: int, width: int, vocabulary: int) -> RWKV:
     rwkv_miss.inject(model, rank=RANK)
     with torch.no_grad():
         for layer in adapted_linears(model).values():
-            layer.weight.normal_(
-                std=width**-0.5
-            )  # the initialisation has zeros, behind which nothing is computed differently
+            # the initialisation has zeros, behind which nothing is computed differently
+            layer.weight.normal_(std=width**-0.5)
             layer.miss.normal_(std=1e-3)
     return model
 
@@ -105,9 +104,8 @@ def compare(shape: str, adapters: int, rounds: int) -> dict:
     together = {name: None if t is None else t.repeat(adapters, 1) for name, t in once.items()}
     ways = {"in turn": lambda: step(one, once, adapters), "together": lambda: step(all_of_them, together)}
     losses = [run() for run in ways.values()]
-    assert abs(losses[0] / losses[1] - 1) < 1e-4, (
-        losses
-    )  # the adapters are equal, so that both ways compute the same
+    # the adapters are equal, so that both ways compute the same
+    assert abs(losses[0] / losses[1] - 1) < 1e-4, losses
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, run in ways.items():

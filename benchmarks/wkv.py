@@ -24,10 +24,11 @@ from src.ops import build
 from .common import keep_pages, report
 
 OPS = {6: ops.wkv6, 7: ops.wkv7}
+# multiply-adds for each element of the state in forward and backward: cuda/wkv*_cpu.cpp
 OPERATIONS = {
     6: 3 + 7,
     7: 5 + 12,
-}  # multiply-adds for each element of the state in forward and backward: cuda/wkv*_cpu.cpp
+}
 
 
 def make(version: int, shape: tuple[int, int, int], head_size: int, dtype: torch.dtype, device: str = "cpu"):
@@ -189,9 +190,8 @@ def main() -> None:
             exact = [x.detach().cpu().double().requires_grad_() for x in first]
             want = [x.detach() for x in step(ours(version, "torch"), exact, dy[:1].cpu().double())]
             runs = {kernel: ours(version, kernel) for kernel in kernels} | others[version]
-            errors = {
-                name: error(step(run, first, dy[:1]), want) for name, run in runs.items()
-            }  # also the warm-up
+            # also the warm-up
+            errors = {name: error(step(run, first, dy[:1]), want) for name, run in runs.items()}
             best, limits = {name: float("inf") for name in runs}, []
             for _ in range(args.rounds):
                 for name, run in runs.items():

@@ -80,7 +80,9 @@ class Chat:
         self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
 
     def converse(self) -> None:
-        """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer ends that."""
+        """Take lines from stdin until it ends, /exit, or Ctrl-C at the prompt. Ctrl-C in an answer ends
+        that.
+        """
         while not self.over:
             try:
                 line = input("User: " if sys.stdin.isatty() else "")

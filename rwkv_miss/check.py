@@ -156,9 +156,8 @@ def check_merge(
             dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members
         ]
     places = {name: place for place, name in enumerate(recorded)}
-    members.sort(
-        key=lambda m: places.get(m.recorded_as(places), len(places))
-    )  # a sum in another order is rounded otherwise
+    # a sum in another order is rounded otherwise
+    members.sort(key=lambda m: places.get(m.recorded_as(places), len(places)))
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
     combination = Combination(members)
     combination.check(tensors)

@@ -254,9 +254,8 @@ def write_checkpoint(
 def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
     info = zipfile.ZipInfo(f"{ARCHIVE}/{name}")
     info.file_size, info.CRC = len(data), 0
-    zip64 = (
-        info.file_size * 1.05 > zipfile.ZIP64_LIMIT
-    )  # zipfile's own rule; the header's length depends on it
+    # zipfile's own rule; the header's length depends on it
+    zip64 = info.file_size * 1.05 > zipfile.ZIP64_LIMIT
     # an extra field of type "FB", which torch uses and readers skip, moves the data to the next multiple
     start = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
     padding = -start % ALIGNMENT

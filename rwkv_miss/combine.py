@@ -254,7 +254,9 @@ class Combination:
         return weight
 
     def added_value(self, key: str) -> Tensor:
-        """A tensor that the base does not have: the sum of w_i T_i, fp32, or as it is in an adapter's file."""
+        """A tensor that the base does not have: the sum of w_i T_i, fp32, or as it is in an adapter's
+        file.
+        """
         values = [(m.whole[key], m.weight) for m in self.members if key in m.whole]
         if [weight for _, weight in values] == [1]:
             return values[0][0]
@@ -320,7 +322,9 @@ def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = N
 
 
 def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a merged file's metadata say of its adapters, [] for any other file and for what makes no sense."""
+    """What a merged file's metadata say of its adapters, [] for any other file and for what makes no
+    sense.
+    """
     entries = metadata["adapters"] if isinstance(metadata.get("adapters"), list) else [metadata]
     return [
         dict(entry)

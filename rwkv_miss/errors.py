@@ -52,9 +52,8 @@ def one_line_errors():
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python would complain when it flushes at the end
+        # or Python would complain when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
         say_interrupted()
@@ -94,7 +93,9 @@ def _ran_out(error: Exception) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors, and which answers a mistyped flag with the nearest one."""
+    """A command line whose mistakes are UserErrors, and which answers a mistyped flag with the nearest
+    one.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})

@@ -19,9 +19,8 @@ from torch import Tensor
 
 # columns of a transposed weight at a time where it has three times as many: 1.1 to 1.25 times as fast
 DEEP = 1024
-SMALL = (
-    1 << 23
-)  # multiply-adds; oneDNN prepares every new shape for about 0.5 ms, which smaller products would not win back
+# multiply-adds; oneDNN prepares every new shape for about 0.5 ms, which smaller products would not win back
+SMALL = 1 << 23
 WIDE = 4096  # numbers of a row that are made and then written to their place, while they are in the cache
 
 

@@ -45,12 +45,13 @@ class Injection:
     train_parts: list[str] = dataclasses.field(default_factory=list)
     whole: int = 0
     merged_linears: list[str] = dataclasses.field(default_factory=list)  # in the file as whole tensors
-    statistics: dict[str, Tensor] = dataclasses.field(
-        default_factory=dict, repr=False
-    )  # what they were before
+    # what they were before
+    statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     def line(self) -> str:
-        """One line for the user: linears, whole tensors, trainable parameters, and their share of the base."""
+        """One line for the user: linears, whole tensors, trainable parameters, and their share of the
+        base.
+        """
         share = 100 * self.trainable / self.total
         parts = [f"{len(self.linears)} linears"] if self.linears else []
         parts += [f"{self.whole} whole tensors ({', '.join(self.train_parts)})"] if self.whole else []
@@ -183,9 +184,8 @@ class _SharedMemory:
 
     @staticmethod
     def _storage(tensor: Tensor) -> int:
-        return (
-            tensor.untyped_storage()._cdata
-        )  # the same for all views; an address would be none on the meta device
+        # the same for all views; an address would be none on the meta device
+        return tensor.untyped_storage()._cdata
 
     @staticmethod
     def _range(tensor: Tensor) -> tuple[int, int]:
@@ -226,9 +226,8 @@ def inject(
 @torch.no_grad()
 def _start(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
     """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
-    layers = {
-        name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta
-    }  # shapes alone have no values
+    # shapes alone have no values
+    layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta}
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
             constant, found = getattr(layer, key), earlier.get(f"{name}.{key}")
@@ -573,7 +572,9 @@ def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
 
 
 def _is_base(model: nn.Module, recorded: str, path) -> bool:
-    """Whether a model is the one that an adapter file was trained on, as far as the model knows what it is."""
+    """Whether a model is the one that an adapter file was trained on, as far as the model knows what it
+    is.
+    """
     if identity := getattr(model, "base_identity", None):
         return identity.is_recorded(recorded, path)
     return getattr(model, "base_fingerprint", None) in (None, recorded)
@@ -625,10 +626,11 @@ def fit_adapter(
         put_linears(model, {name: modules[name] for name in merged})
         model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
         model.injection.linears = [name for name in model.injection.linears if name not in merged]
+    # options may be newer than the file
     saved = {
         **metadata,
         "options": dataclasses.asdict(cls.Options.parse(metadata["options"])),
-    }  # options may be newer than the file
+    }
     for name in ("method", "options", "linears"):
         here, there = getattr(model.injection, name), saved[name]
         if (

@@ -27,7 +27,9 @@ def say_interrupted() -> None:
 
 
 def end_at_once(signum: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-    """Handler of a signal: one line, and the end, with neither exceptions nor the interpreter's own tidying."""
+    """Handler of a signal: one line, and the end, with neither exceptions nor the interpreter's own
+    tidying.
+    """
     say_interrupted()
     os._exit(EXIT_CODE)
 
@@ -73,9 +75,8 @@ def end_program_at_once() -> None:
     line.
     """
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
-    as_module = (
-        started == "-m" and "rwkv_miss" in sys.orig_argv
-    )  # what runpy puts there while it looks for the module
+    # what runpy puts there while it looks for the module
+    as_module = started == "-m" and "rwkv_miss" in sys.orig_argv
     if (as_module or started.startswith("rwkv-miss")) and signal.getsignal(
         signal.SIGINT
     ) is signal.default_int_handler:

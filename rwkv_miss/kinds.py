@@ -13,7 +13,9 @@ GGUF, SAFETENSORS, CHECKPOINT, OTHER = "a GGUF file", "a safetensors file", "a c
 
 
 def kind_of(path) -> str:
-    """GGUF, SAFETENSORS, the format that a checkpoint's metadata name, CHECKPOINT for one without, or OTHER."""
+    """GGUF, SAFETENSORS, the format that a checkpoint's metadata name, CHECKPOINT for one without, or
+    OTHER.
+    """
     head = first_bytes(path, 4)
     if head == b"GGUF":
         return GGUF

@@ -241,7 +241,9 @@ def merge_file(
 
 
 def read_base(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of the file to merge into; an adapter or the checkpoint of a run is a UserError."""
+    """Tensors and metadata of the file to merge into; an adapter or the checkpoint of a run is a
+    UserError.
+    """
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:

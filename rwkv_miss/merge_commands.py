@@ -86,9 +86,8 @@ def add_adapters(parser: Parser, required: bool = False, default: str = "1 each"
         type=weights,
         help=f"factors of the adapters' changes, in their order: 0.7,-0.3; default: {default}",
     )
-    parser._negative_number_matcher = re.compile(
-        r"-[\d.][\d.,eE+-]*$"
-    )  # else -0.5,1 would be taken for a flag
+    # else -0.5,1 would be taken for a flag
+    parser._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
 
 
 def add_hints(parser: Parser) -> None:
@@ -146,9 +145,8 @@ def show(report: Any, args: argparse.Namespace) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    torch.set_num_threads(
-        max(1, torch.get_num_threads() - 1)
-    )  # one core writes while the others make the next tensor
+    # one core writes while the others make the next tensor
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     show(
         merge_file(
             args.base, args.adapter, args.out, args.dtype, args.force, args.weights, hints(args), shown=True

@@ -19,7 +19,9 @@ from .errors import UserError
 
 
 def require_writable(path, size: int = 0) -> None:
-    """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be lost."""
+    """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be
+    lost.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(

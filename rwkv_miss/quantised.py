@@ -151,7 +151,9 @@ torch.library.register_fake("rwkv_miss::dequantise", unfilled)
 
 
 def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """A quantised weight as a matrix (out, width) in `dtype`, rounded once; a floating-point weight as it is."""
+    """A quantised weight as a matrix (out, width) in `dtype`, rounded once; a floating-point weight as it
+    is.
+    """
     if weight.is_floating_point():
         return weight
     return torch.ops.rwkv_miss.dequantise(weight, width, dtype)

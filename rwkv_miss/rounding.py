@@ -157,9 +157,8 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         )
         ones = change.sign_()  # whose sum of squares is exact, and takes less time than count_nonzero()
         changing += int(ones.dot(ones))
-    return Layer(
-        name, update, error, changing, max(changing - moved, 0)
-    )  # where a -0 became 0, moved counts one too many
+    # where a -0 became 0, moved counts one too many
+    return Layer(name, update, error, changing, max(changing - moved, 0))
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""safetensors files: read by the package of that name, and written as a stream, which it has no function for."""
+"""safetensors files: read by the package of that name, and written as a stream, which it has no function
+for.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .errors import UserError
 
-LARGEST_INDEX = (
-    1 << 22
-)  # bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a megabyte
+# bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a
+# megabyte
+LARGEST_INDEX = 1 << 22
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
 BLOCK = 1 << 18
 # what a pickle of plain tensors names. torch knows more, some of which allocates whatever the file says, such
@@ -38,9 +38,8 @@ LEGACY_PICKLES = 5
 def first_bytes(path, count: int) -> bytes:
     """The first bytes of a file; the door at which a path that can't be read is refused."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(
-            f"{path} is no regular file"
-        )  # a pipe can be read once, and who waits for it waits for ever
+        # a pipe can be read once, and who waits for it waits for ever
+        raise UserError(f"{path} is no regular file")
     try:
         with open(path, "rb") as file:
             head = file.read(count)

@@ -43,6 +43,7 @@ with importing():
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 100
+# of the rate that would be taken: small models want far more than the large ones it is for
 FACTORS = (
     0.1,
     0.3,
@@ -51,7 +52,7 @@ FACTORS = (
     10,
     30,
     100,
-)  # of the rate that would be taken: small models want far more than the large ones it is for
+)
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
@@ -127,9 +128,8 @@ def main() -> None:
 
 def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
-    given = dataclasses.replace(
-        config
-    )  # before anything is chosen: the command leaves the same to the program
+    # before anything is chosen: the command leaves the same to the program
+    given = dataclasses.replace(config)
     config.strategy = "auto"  # one process, whatever the run will have
     require_folder(config.proj_dir)
     arch, tokenizer = read_base(config, origins)
@@ -198,7 +198,8 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
 def line(trial: Trial, before: float) -> str:
     """A row of the table."""
     held = f"{trial.held_out:9.4f}" if trial.held_out is not None else f"{'-':>9}"
-    return f"{trial.rate:>10g} {trial.losses[0]:9.4f} {trial.last:9.4f} {held}    {verdict(trial, before)}".rstrip()
+    numbers = f"{trial.rate:>10g} {trial.losses[0]:9.4f} {trial.last:9.4f} {held}"
+    return f"{numbers}    {verdict(trial, before)}".rstrip()
 
 
 def verdict(trial: Trial, before: float) -> str:

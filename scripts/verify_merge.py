@@ -100,9 +100,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     """The tokens of each text of the probe."""
     arch = Arch.detect(read_checkpoint(args.base))
-    files = filter(
-        os.path.isfile, [*args.adapter, args.merged, args.base]
-    )  # other projects' folders do not tell
+    # other projects' folders do not tell
+    files = filter(os.path.isfile, [*args.adapter, args.merged, args.base])
     tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
         try:

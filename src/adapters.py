@@ -31,9 +31,8 @@ from .shared import Linear
 class LowRank(NamedTuple):
     """What is added to a weight (out, in): scale B A."""
 
-    A: (
-        Tensor | None
-    )  # (r, in) fp32; None for MiSS, whose A x are the sums of strided shards, x[j] + x[j + r] + ...
+    # (r, in) fp32; None for MiSS, whose A x are the sums of strided shards, x[j] + x[j + r] + ...
+    A: Tensor | None
     B: Tensor  # (out, r) fp32
     scale: float
 

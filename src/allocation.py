@@ -26,9 +26,9 @@ from .device import DTYPES
 from .infctx import chunks_of, rows_loss, state_bytes
 from .model import RWKV, replace_tensors
 
-HEAP_LIMIT = (
-    1 << 25
-)  # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back when it is freed
+# glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back
+# when it is freed
+HEAP_LIMIT = 1 << 25
 BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # collate()
 CHUNKS = 4  # with --chunk_ctx, the longest row that is counted
 MASKED = (torch.ops.aten.index, torch.ops.aten.index_put)
@@ -84,9 +84,8 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     # fp16 has bf16's size, and a CPU kernel would turn it into fp32
     half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.bfloat16}[precision]
     full = config.peft == "none"
-    tensor_cores = (
-        kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
-    )  # as native.has_tensor_core_form()
+    # as native.has_tensor_core_form()
+    tensor_cores = kernel == "cuda" and half is not None and arch.head_size == 64 and row >= 16
     model = model_on_meta(arch, config)
     model.grad_cp = config.grad_cp
     quantised = set()

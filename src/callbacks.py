@@ -175,9 +175,8 @@ class StepReport(Callback):
                 self.last_line = now
                 left = (now - self.begun) / self.steps_here * (self.total - step)
                 print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
-        trainer.should_stop = trainer.should_stop or bool(
-            stop
-        )  # not self.stop, which a signal may just have set on this rank alone
+        # not self.stop, which a signal may just have set on this rank alone
+        trainer.should_stop = trainer.should_stop or bool(stop)
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()

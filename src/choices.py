@@ -16,10 +16,11 @@ from .words import counted, size_text
 CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
+# rows in a step, and the steps that a run has at least, if need be with fewer rows in each
 ROWS, STEPS = (
     8,
     50,
-)  # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
+)
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
 HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most

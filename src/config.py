@@ -469,9 +469,8 @@ def _convert(name: str, value: Any) -> Any:
         elif kind is str:
             value = str(value)
         else:
-            value = _number(
-                {"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind
-            )  # two of --grad_cp's values are these
+            # two of --grad_cp's values are these
+            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)
     except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
@@ -759,7 +758,6 @@ def command(config: Config) -> str:
                 if isinstance(value, bool)
                 else str(value)
             )
-            words += (
-                [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
-            )  # what begins like a flag is none
+            # what begins like a flag is none
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)

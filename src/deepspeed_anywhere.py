@@ -140,9 +140,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return (
-            torch.device("cpu", 0) if self._on_cpu else super().root_device
-        )  # DeepSpeed wants a device *index*
+        # DeepSpeed wants a device *index*
+        return torch.device("cpu", 0) if self._on_cpu else super().root_device
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Stage 3: share out the model, tensor by tensor, before DeepSpeed would put all of it on every

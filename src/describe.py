@@ -389,9 +389,8 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
             text, inside = "", trained
         text += decoder.push(token)
     end = list(tokenizer.eod)
-    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(
-        end
-    )  # World's end of document has no text
+    # World's end of document has no text
+    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)
     parts.append((text + decoder.flush() + ("␃" if silent else ""), inside))
     # a NUL, the end of document of bytes and utf16, would make a log a binary file
     return [(part.replace("\0", "␀"), trained) for part, trained in parts]

@@ -61,7 +61,9 @@ class GraphedDecoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Records the graph, and raises RuntimeError where that fails or its first token is not the model's."""
+        """Records the graph, and raises RuntimeError where that fails or its first token is not the
+        model's.
+        """
         first = torch.ones_like(self.ids)
         _, state = self.model.next_logits(self.ids.clone())
         want, got = self.model.next_logits(first, state)[0].float(), self.next_logits(first, state)[0].float()

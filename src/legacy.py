@@ -362,7 +362,9 @@ def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
 
 
 def newest_model(folder: str) -> str:
-    """RWKV-LM's `--load_model 0`: of rwkv-init.pth and rwkv-N.pth in the folder the one with the highest N."""
+    """RWKV-LM's `--load_model 0`: of rwkv-init.pth and rwkv-N.pth in the folder the one with the highest
+    N.
+    """
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [match for name in names if (match := re.fullmatch(r"rwkv-(init|\d+)\.pth", name))]
     numbered = {

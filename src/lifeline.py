@@ -37,7 +37,9 @@ LATECOMERS = 10.0  # seconds for which a failing rank 0 waits for those that are
 
 
 def lifeline(config: Config) -> contextlib.AbstractContextManager:
-    """Context of the whole run in this process; nothing where one machine's processes have another guardian."""
+    """Context of the whole run in this process; nothing where one machine's processes have another
+    guardian.
+    """
     world, launch, env = check_world(config), launched(), os.environ
     if launch and world > 1:
         if launch.by == "srun":
@@ -132,9 +134,8 @@ class Lifeline:
             self._part(BYE)
             return
         self.own = _one_line(str(error) if isinstance(error, UserError) else f"{kind.__name__}: {error}")
-        time.sleep(
-            BRIEFLY
-        )  # a lost connection to another rank is a consequence, whose cause is about to come
+        # a lost connection to another rank is a consequence, whose cause is about to come
+        time.sleep(BRIEFLY)
         patience = time.monotonic() + LATECOMERS
         while self.number == 0 and len(self.lines) < self.members - 1 and time.monotonic() < patience:
             time.sleep(0.1)
@@ -182,10 +183,8 @@ class Lifeline:
             said = ""
         if said == BYE:
             return
-        reason = (
-            said
-            or f"{name} ended without a word: it was killed, perhaps for memory, or its machine can't be reached any more"
-        )
+        unsaid = "it was killed, perhaps for memory, or its machine can't be reached any more"
+        reason = said or f"{name} ended without a word: {unsaid}"
         if self._part(reason):
             self.reason = reason
             if said:

@@ -35,9 +35,9 @@ class LayerState(NamedTuple):
     """What a layer carries from one token to the next."""
 
     att_x: Tensor  # (B, C), the last input of the time mix, after ln1
-    wkv: (
-        Tensor | None
-    )  # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]; None before the first token: what documents start from
+    # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]; None before the first token: what documents start
+    # from
+    wkv: Tensor | None
     ffn_x: Tensor  # (B, C), the last input of the channel mix, after ln2
 
 

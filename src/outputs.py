@@ -59,13 +59,14 @@ def writer(config: Config, model: RWKV, tokenizer, template: Template):
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lightning", "numpy")} | {
         "python": platform.python_version()
     }
+    # of the base beside which it was trained; the merge needs none
     made_with = {
         "tokenizer": tokenizer.name,
         "eod": config.eod,
         "template": template.record,
         "versions": versions,
         "quant": None if config.quant == "none" else config.quant,
-    }  # of the base beside which it was trained; the merge needs none
+    }
 
     def write(trainer, path: str, **described) -> None:
         described |= {"step": trainer.global_step, **made_with}
@@ -147,9 +148,8 @@ def finish(
     over = is_over(history, config.early_stop)
     if step >= total_steps or over:
         write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
-    write_text(
-        os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1)
-    )  # the last file: what is_summed_up() looks at
+    # the last file: what is_summed_up() looks at
+    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
     early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
     state = "done" if step >= total_steps else early if over else "stopped, go on with --resume auto"
     first = (measured or {}).get("command_to_first_step_seconds")

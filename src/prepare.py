@@ -37,10 +37,11 @@ from .tokenise import Encoder
 from .tokenizer import Tokenizer
 from .words import counted
 
+# torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
 STAGE_3_CHUNKS = (
     2,
     8,
-)  # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,9 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The documents of a run, those to train on and those held out, and what was found while they were read."""
+    """The documents of a run, those to train on and those held out, and what was found while they were
+    read.
+    """
 
     documents: Documents
     held_out: Documents

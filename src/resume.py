@@ -76,9 +76,8 @@ def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in configuration.FIELDS:
-        foreign = (
-            name == "peft_config" and config.peft != before.peft
-        )  # options of another method; find_checkpoint() says that it is another
+        # options of another method; find_checkpoint() says that it is another
+        foreign = name == "peft_config" and config.peft != before.peft
         if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name) and not foreign:
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
 

@@ -16,7 +16,9 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 
 
 def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], history: list[dict]) -> str:
-    """run_card.md: what was run, what came of it, and what it changed, from what the run printed and wrote."""
+    """run_card.md: what was run, what came of it, and what it changed, from what the run printed and
+    wrote.
+    """
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens, trained = (sum(line[name] for line in metrics) / seconds for name in ("tokens", "trained_tokens"))
     figures = {

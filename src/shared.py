@@ -23,7 +23,9 @@ def last_token(z: Tensor) -> Tensor:
 
 
 def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """x (B, T, C) at the tokens where `wanted` (B, T) bool is set, (their number, C); x itself if it is None."""
+    """x (B, T, C) at the tokens where `wanted` (B, T) bool is set, (their number, C); x itself if it is
+    None.
+    """
     return x if wanted is None else x[wanted]
 
 

@@ -30,7 +30,9 @@ class Segment(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """How RWKV's template asks for an answer: what follows the user's words, and what follows `Assistant:`."""
+    """How RWKV's template asks for an answer: what follows the user's words, and what follows
+    `Assistant:`.
+    """
 
     after_user: str
     opening: str

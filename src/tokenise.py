@@ -90,7 +90,9 @@ class Encoder:
         return self.encode_segments(row_segments(row, self.template, self.loss_mask))
 
     def is_text(self, row: dict) -> bool:
-        """Whether the row is running text, of which any part makes sense by itself, and not a conversation."""
+        """Whether the row is running text, of which any part makes sense by itself, and not a
+        conversation.
+        """
         return ("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask)
 
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:

@@ -76,10 +76,11 @@ class Tokenizer:
         self.vocab_size = max(self.ids) + 1
 
     def __reduce__(self):
+        # another process reads it again: what is made of it here can't be sent
         return (
             load_tokenizer,
             self.origin,
-        )  # another process reads it again: what is made of it here can't be sent
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot

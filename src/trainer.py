@@ -154,9 +154,8 @@ def make_trainer(
             strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision]
         )
     elif strategy == "ddp":
-        strategy = DDPStrategy(
-            broadcast_buffers=False
-        )  # every rank derives the same, and a method's may be larger than what it trains
+        # every rank derives the same, and a method's may be larger than what it trains
+        strategy = DDPStrategy(broadcast_buffers=False)
     if config.precision == "fp16" and not config.strategy.startswith("deepspeed"):
         plugins.append(ScaledFp16("cuda" if config.accelerator == "gpu" else "cpu"))
     trainer = pl.Trainer(
@@ -204,9 +203,8 @@ def naming_the_killed(trainer: pl.Trainer):
     try:
         yield
     except Exception:
-        time.sleep(
-            0.5
-        )  # until the system has the exit code of a process whose connections it has just closed
+        # until the system has the exit code of a process whose connections it has just closed
+        time.sleep(0.5)
         for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), 1):
             if (process.poll() or 0) < 0:
                 print(
@@ -243,6 +241,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
-    warnings.filterwarnings(
-        "ignore", ".*have no `val_dataloader`.*"
-    )  # held-out data are evaluated by src/watch.py, at steps of its own
+    # held-out data are evaluated by src/watch.py, at steps of its own
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")

@@ -1,4 +1,6 @@
-"""Small real files for every test: random non-degenerate checkpoints, and the goldens where they are at hand."""
+"""Small real files for every test: random non-degenerate checkpoints, and the goldens where they are at
+hand.
+"""
 
 import ctypes
 import functools

@@ -24,7 +24,8 @@ import pathlib, sys
 sys.path.insert(0, {module!r})
 import build
 try:
-    print(build.build("test", {title!r}, 1, [pathlib.Path({source!r})], [pathlib.Path({header!r})], {command!r}))
+    sources, headers = [pathlib.Path({source!r})], [pathlib.Path({header!r})]
+    print(build.build("test", {title!r}, 1, sources, headers, {command!r}))
 except build.BuildError as error:
     print("BuildError", error)
 """
@@ -33,7 +34,9 @@ pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler
 
 
 class Project:
-    """One source and one header, a cache, and a compiler that keeps a record and waits while `hold` exists."""
+    """One source and one header, a cache, and a compiler that keeps a record and waits while `hold`
+    exists.
+    """
 
     def __init__(self, folder: pathlib.Path, cache: pathlib.Path):
         self.cache, self.source, self.header = cache, folder / "answer.cpp", folder / "answer.h"
@@ -362,7 +365,11 @@ def fake_nvcc(folder, record):
 echo "$@" >> {record}
 for word do
     shift
-    case "$word" in *ccbin|*/c++|-gencode*|-Xcompiler|-cudart|static) ;; *.cu) set -- "$@" -x c++ "$word" ;; *) set -- "$@" "$word" ;; esac
+    case "$word" in
+        *ccbin|*/c++|-gencode*|-Xcompiler|-cudart|static) ;;
+        *.cu) set -- "$@" -x c++ "$word" ;;
+        *) set -- "$@" "$word" ;;
+    esac
 done
 exec c++ "$@"
 """)

@@ -201,7 +201,9 @@ def test_the_words_that_end_a_chat(word, typed):
 
 
 def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # noqa: F811
-    """Drawn anew, from the state before the first one; without a temperature it is the same, which is said."""
+    """Drawn anew, from the state before the first one; without a temperature it is the same, which is
+    said.
+    """
     out, err = typed(["hello?", "why", "/retry", "/temperature 2", "/retry", "/temperature 0", "what"])
     first, second, same, other, last = answers(out)
     assert same == second and other != second

@@ -86,10 +86,11 @@ def test_detect_reads_every_size_from_the_tensors(version, sizes):
     tensors = shapes(arch)
     assert Arch.detect(tensors) == arch
     assert Arch.from_dict(arch.to_dict()) == arch
+    # as converters do
     assert (
         Arch.detect({name: t.squeeze() if t.shape[:2] == (1, 1) else t for name, t in tensors.items()})
         == arch
-    )  # as converters do
+    )
 
 
 def test_detect_knows_files_without_the_value_residual_of_block_0():

@@ -234,10 +234,11 @@ def test_adapter_options_in_yaml_and_of_every_kind(tmp_path):
     )
     assert adapter_options(parse(["--config", str(path)])[0]) == ({"r": 8}, ["key"])
     path.write_text("load_model: a\ndata_file: b\npeft_config: {1: 2}\n")
+    # whose name is then refused
     assert adapter_options(parse(["--config", str(path)])[0]) == (
         {"1": 2},
         None,
-    )  # whose name is then refused
+    )
     given = settings("--peft_config", "alpha=1e2,layout=contiguous,magnitude=True,expand=false").peft_config
     assert given == {"alpha": 100.0, "layout": "contiguous", "magnitude": True, "expand": False}
     assert adapter_options(settings()) == ({}, None)

@@ -99,9 +99,8 @@ def test_every_value_in_half_precision_comes_back(dtype):
     bf16.
     """
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    every = every[
-        (every == 0) | ((every.float().abs() > 1e-30) & (every.float().abs() <= 65504))
-    ]  # what its loader takes, and fp32 has room for
+    # what its loader takes, and fp32 has room for
+    every = every[(every == 0) | ((every.float().abs() > 1e-30) & (every.float().abs() <= 65504))]
     assert len(every) > 29000
     for scale in [1 / 3, 0.1, 7 / 16, 1.0, 3.7, 128.0, 1e-4, -0.3]:
         scale = float(torch.tensor(scale))
@@ -305,5 +304,6 @@ def test_json_as_jsoncpp_writes_it():
     """Its strings and numbers were compared with jsoncpp 1.9.6's; here is what differs from Python's."""
     assert (
         canonical({"b": [1, 2.0, 0.1, 1e-7, 1e22, -0.3], "a": {'é\n"': None, "Z": True}})
-        == '{"a":{"Z":true,"\\u00e9\\n\\"":null},"b":[1,2.0,0.10000000000000001,9.9999999999999995e-08,1e+22,-0.29999999999999999]}'
+        == '{"a":{"Z":true,"\\u00e9\\n\\"":null},'
+        '"b":[1,2.0,0.10000000000000001,9.9999999999999995e-08,1e+22,-0.29999999999999999]}'
     )

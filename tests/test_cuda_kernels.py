@@ -1,4 +1,6 @@
-"""The CUDA recurrences, run on the CPU through cuda/emulate.h, against float64; and what nvcc makes of them."""
+"""The CUDA recurrences, run on the CPU through cuda/emulate.h, against float64; and what nvcc makes of
+them.
+"""
 
 import ctypes
 import functools

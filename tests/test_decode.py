@@ -123,9 +123,8 @@ def test_the_benchmarks_divergence_of_a_prompt_is_that_of_one_that_is_read_at_on
 )
 def test_golden_logits_and_states(data_dir, name):
     golden = torch.load(data_dir / f"{name}.golden.pt", weights_only=True)
-    decoder = Decoder(
-        RWKV.load(data_dir / f"{name}.pth", kernel="cpu")
-    )  # the real v6 file is bf16 and stays so
+    # the real v6 file is bf16 and stays so
+    decoder = Decoder(RWKV.load(data_dir / f"{name}.pth", kernel="cpu"))
     for row, ids in enumerate(golden["tokens"].long()):
         logits, state = one_by_one(decoder, ids[None])
         close("logits", logits, golden["logits64"][row], TOLERANCE)

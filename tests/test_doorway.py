@@ -190,7 +190,9 @@ with importing():
     import torch
     from rwkv_miss import gemm
 gemm.SMALL = 1
-resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def resident():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 weight = torch.randn(96, 96)
 gemm.product(torch.randn(200, 96), weight)
 before = resident()

@@ -3,6 +3,7 @@ not.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -380,9 +381,8 @@ def test_a_gguf_file_that_claims_more_than_it_holds(tmp_path):
     saved(tmp_path / "m.pth", released(7))
     export(tmp_path / "m.pth", tmp_path / "m.gguf", "gguf", tokenizer="none")
     content = (tmp_path / "m.gguf").read_bytes()
-    tensor = content.index(b"token_embd.weight") + len(
-        "token_embd.weight"
-    )  # then 4 bytes, how many dimensions; 8 each; 4, the type; 8
+    # then 4 bytes, how many dimensions; 8 each; 4, the type; 8
+    tensor = content.index(b"token_embd.weight") + len("token_embd.weight")
     for place, value, message in (
         (8, 2**40, "a count of 1,099,511,627,776"),
         (24, 2**40, "a text of 1,099,511,627,776 bytes"),
@@ -541,9 +541,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     saved(tmp_path / "m.pth", arch, torch.bfloat16)
     largest = 65536 * 384 * 2
     for to in ("hf", "safetensors", "gguf"):
-        work = lambda: export(
-            tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none"
-        )  # noqa: B023, E731
+        tokenizer = "auto" if to == "safetensors" else "none"
+        work = functools.partial(export, tmp_path / "m.pth", tmp_path / to, to, tokenizer=tokenizer)
         assert peak_above_start(work) < 0.3 * largest, to
         peak = peak_above_start(lambda: export(tmp_path / to, tmp_path / "back.pth", "pth"))  # noqa: B023
         assert peak < 1.3 * largest, f"{to}: {peak:,} bytes"

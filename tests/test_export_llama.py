@@ -158,9 +158,8 @@ def test_tokens_are_worlds(world):
             and world.decode(ids) == text.encode()
         ), text
     assert [token for token in range(65536) if world.ends(token)] == [0, 261]
-    assert world.encode("\\xff<s>") == ours.encode(
-        "\\xff<s>"
-    )  # only a program that looks for control tokens in it finds token 0 here
+    # only a program that looks for control tokens in it finds token 0 here
+    assert world.encode("\\xff<s>") == ours.encode("\\xff<s>")
 
 
 def test_llama_cpps_own_function_knows_the_chat_template(world):
@@ -173,9 +172,8 @@ def test_llama_cpps_own_function_knows_the_chat_template(world):
     for count in (1, 2, 4):
         ask = messages[count - 1]["role"] == "user"
         want = "".join(text for text, _ in RwkvTemplate("rwkv").segments(messages[:count], ask=ask))
-        assert world.chat(messages[:count], ask) == want + (
-            "" if ask else "\n\n"
-        )  # the function ends every turn
+        # the function ends every turn
+        assert world.chat(messages[:count], ask) == want + ("" if ask else "\n\n")
 
 
 def test_another_file_is_not_loaded(tmp_path, library):

@@ -89,9 +89,8 @@ def test_it_is_the_least_squares_solution(pair, monkeypatch, version, a, b, rank
         width = x.shape[1]
         shard = [i // -(-width // rank) if layout == "contiguous" else i % rank for i in range(width)]
         P = torch.nn.functional.one_hot(torch.tensor(shard), rank).t().double()
-        D = (
-            torch.linalg.pinv(P.t()) @ (y - x).t()
-        )  # the least squares solution, of least norm where a shard is empty
+        # the least squares solution, of least norm where a shard is empty
+        D = torch.linalg.pinv(P.t()) @ (y - x).t()
         assert (found[f"{layer.name}.miss"].double() - D).abs().max() < 1e-7
         rest, change = (y - x - D.t() @ P).square().sum(), (y - x).square().sum()
         assert layer.explained == pytest.approx(float(1 - rest / change), abs=1e-6)

@@ -18,13 +18,14 @@ from src.ops.mix7 import mix7
 
 from .conftest import close, make_arch, random_tensors
 
+# B, T, C, heads: head sizes 8, 16, 64, 80, 256
 SIZES = [
     (2, 1, 24, 3),
     (1, 2, 48, 3),
     (2, 15, 128, 2),
     (1, 17, 160, 2),
     (2, 16, 512, 2),
-]  # B, T, C, heads: head sizes 8, 16, 64, 80, 256
+]
 # Largest errors seen below, against the largest value (torch 2.13 CPU, AVX-512, AVX2, SSE2): fp32 6e-7, in dq
 # of the low-rank mixes, a sum over the channels; bf16 8e-3 with outputs rounded once, 2^-8 = 4e-3 of a value
 # each, and the low-rank mixes rounded before their use
@@ -434,7 +435,9 @@ def frozen_with_adapter(version, kernel, dtype):
 
 @functools.cache
 def trained(version, kernel, dtype):
-    """{name: logits, state or gradient of an adapter} of two rows with documents, and a state to go on from."""
+    """{name: logits, state or gradient of an adapter} of two rows with documents, and a state to go on
+    from.
+    """
     model = frozen_with_adapter(version, kernel, dtype)
     ids = torch.randint(67, (2, 37), generator=torch.Generator().manual_seed(5))
     reset = torch.zeros(2, 37, dtype=torch.bool)
@@ -460,9 +463,8 @@ def test_a_model_with_a_frozen_base_trains_the_same_through_either_form(version,
         len(calls) - again == {6: 2 * 3 * 5, 7: 2 * (3 * 6 - 1)}[version] and again == {6: 0, 7: 6}[version]
     )
     for name, want in exact.items():
-        close(
-            f"v{version} {name}", got[name], want, 2e-5
-        )  # as between independent fp32 runtimes, and gradients of the same depth
+        # as between independent fp32 runtimes, and gradients of the same depth
+        close(f"v{version} {name}", got[name], want, 2e-5)
 
 
 @pytest.mark.parametrize(

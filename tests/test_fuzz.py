@@ -1,4 +1,6 @@
-"""The readers against damaged files of every format: rows or a UserError, never anything else, and no hang."""
+"""The readers against damaged files of every format: rows or a UserError, never anything else, and no
+hang.
+"""
 
 import pathlib
 

@@ -47,7 +47,9 @@ def letters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crossing(tmp_path_factory):
-    """Tokens that run across characters and across the beginning of the stop text, beside all single bytes."""
+    """Tokens that run across characters and across the beginning of the stop text, beside all single
+    bytes.
+    """
     you, smile = "你".encode(), "🙂".encode()
     pieces = [
         b"\n\n",
@@ -165,9 +167,8 @@ def test_top_p_of_many_tokens_is_that_of_all_of_them_sorted(spread):
     for top_p in (0.02, 0.3, 0.9, 0.9999):
         least, most = (set(order[before < top_p + rounding].tolist()) for rounding in (-1e-6, 1e-6))
         generator = torch.Generator().manual_seed(1)
-        drawn = {
-            sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(250)
-        }  # so hot that the kept ones are alike
+        # so hot that the kept ones are alike
+        drawn = {sample(logits, Sampling(1e4, top_p), {}, generator) for _ in range(250)}
         # of 20 or fewer one is missed with a probability below 20 * 0.95^250 = 5e-5; of 100 91 are expected,
         # of more more
         assert drawn <= most and (

@@ -24,13 +24,15 @@ from .program import losses, succeed
 from .test_checkpoint import assorted
 
 EARLIER = pathlib.Path(__file__).parent / "written_by_587ce99"
-"""Written by that commit in an empty folder, from a random model of one layer; `train`, `merge` and the chat are its own:
+"""Written by that commit in an empty folder, from a random model of one layer. `train`, `merge` and the chat
+are its own:
 
     default_arch(7, 1, 16, 256, 8) with dim_ffn 32 and ranks of 2, weights + 0.1 * randn in bf16   -> base.pth
     train.py --load_model base.pth --data_file rows.jsonl --proj_dir run --tokenizer bytes --peft_config r=2
              --epoch_steps 1 --micro_bsz 2 --ctx_len 32 --accelerator cpu --eval_split 0               -> run/
     python -m rwkv_miss merge --base base.pth --adapter run/adapter.pth --out merged.pth
-    python -m demo.chat --model base.pth --adapter run/adapter.pth --temperature 0 --max_tokens 4       -> /save chat.pth
+    python -m demo.chat --model base.pth --adapter run/adapter.pth --temperature 0 --max_tokens 4
+             /save chat.pth
 """
 
 
@@ -58,7 +60,9 @@ def test_the_digest_in_threads_is_that_of_one(monkeypatch):
 
 
 def rows_changed(tensor):
-    """Another tensor with the same sampled bytes: every row is changed that the earlier rule does not read."""
+    """Another tensor with the same sampled bytes: every row is changed that the earlier rule does not
+    read.
+    """
     data, step = tensor.clone(), tensor.nbytes // 13
     width = tensor.shape[1] * tensor.element_size()
     read = {
@@ -133,7 +137,9 @@ def test_a_base_with_other_rows_is_refused(two_bases, tmp_path):
 
 @pytest.fixture
 def count(monkeypatch, tmp_path):
-    """How often fingerprint() has been computed, with a cache folder that is empty and for small files, too."""
+    """How often fingerprint() has been computed, with a cache folder that is empty and for small files,
+    too.
+    """
     calls = []
 
     def counted(*args):
@@ -157,9 +163,8 @@ def test_a_file_is_hashed_once_until_it_changes(two_bases, tmp_path, count):
         and count() == 1
     )
     held = path.stat()
-    shutil.copyfile(
-        two_bases / "other.pth", path
-    )  # into the same inode, of the same size, with the time put back
+    # into the same inode, of the same size, with the time put back
+    shutil.copyfile(two_bases / "other.pth", path)
     os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))
     assert (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) == (
         held.st_ino,

@@ -81,7 +81,9 @@ def test_chunks_of_any_size_have_the_gradients_of_the_whole_row(version, size):
 @pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize("peft", [True, False])
 def test_single_precision(version, peft):
-    """Within 1e-5 of the whole row, with the native kernel and grad_cp; both are 1.7e-5 at most from float64."""
+    """Within 1e-5 of the whole row, with the native kernel and grad_cp; both are 1.7e-5 at most from
+    float64.
+    """
     batch = make_batch([[200, 57], [257], [1, 63, 64, 65]])
     exact = results(make_model(version, peft=peft), batch, Chunks())
     model = make_model(version, torch.float32, "cpu", peft)

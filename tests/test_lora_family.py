@@ -38,9 +38,8 @@ def test_dropout_leaves_out_inputs_of_the_adapter_alone_and_in_training_only(met
     adapter = (layer(x) - base)[:, :5] / layer.scale
     gone = adapter.abs() < 1e-9
     close("what stays", adapter, (x[:, :5] / 0.75).masked_fill(gone, 0), 1e-9)
-    assert (
-        abs(float(gone.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / gone.numel()) ** 0.5
-    )  # five standard deviations
+    # five standard deviations
+    assert abs(float(gone.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / gone.numel()) ** 0.5
     assert float((layer(x) - base)[:, 5:].detach().abs().max()) < 1e-12, "the base sees all of its input"
     layer.eval()
     assert torch.equal(layer(x), layer(x))

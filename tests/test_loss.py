@@ -12,11 +12,12 @@ from src.shared import Head
 
 from .conftest import make_arch, random_tensors
 
+# bf16 rounds logits, their gradient and the products
 ROUNDING = {
     torch.float64: 1e-13,
     torch.float32: 2e-6,
     torch.bfloat16: 1.5e-2,
-}  # bf16 rounds logits, their gradient and the products
+}
 
 
 def gradients(loss, leaves):

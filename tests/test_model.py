@@ -32,9 +32,8 @@ def test_logits_and_states_equal_the_rwkv_package(checkpoint, sizes, tokens):
     ids = torch.randint(sizes.get("vocab_size", 67), (tokens,), generator=torch.Generator().manual_seed(1))
     want, want_state = pypi_rwkv(path)(ids.tolist())
     got, state = RWKV.load(path)(ids[None])
-    close(
-        "logits", got[0], want[-tokens:], 2e-5
-    )  # fp32 against fp32, as seen between independent runtimes (goldens' README)
+    # fp32 against fp32, as seen between independent runtimes (goldens' README)
+    close("logits", got[0], want[-tokens:], 2e-5)
     for i, (mine, theirs) in enumerate(zip(states(state), want_state, strict=True)):
         close(f"state {i}", mine, theirs.view_as(mine), 2e-5)
 

@@ -243,9 +243,8 @@ def test_a_local_model_learns_to_tell_texts_apart(text_folder, tmp_path):
         # of 200 held-out rows, where guessing gets 100 right, with a standard deviation of 7
         assert scores["SST-2", method]["accuracy"][0] > 0.85, scores
         assert scores["MRPC", method].keys() == {"accuracy", "f1"}
-    assert {outcome["trainable"] for outcome in found["outcomes"]} == {
-        2 * 2 * 8 * (48 + 48)
-    }  # query and value of two layers
+    # query and value of two layers
+    assert {outcome["trainable"] for outcome in found["outcomes"]} == {2 * 2 * 8 * (48 + 48)}
     text = (tmp_path / "nlu.md").read_text()
     assert (
         "SST-2: 1,600 training rows, 200 development rows" in text

@@ -27,7 +27,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """outcome(name) -> what NAME.json holds after a tiny run, which is made once for the tests of this file."""
+    """outcome(name) -> what NAME.json holds after a tiny run, which is made once for the tests of this
+    file.
+    """
     made = {}
 
     def run(name):
@@ -99,15 +101,13 @@ def test_complexity_counts_what_the_formulas_say(outcome):
     (rows,) = found["tables"].values()
     assert set(LINEAR) <= {row["system"] for row in rows}
     for row in rows:
-        counted = [
-            row[name] for name in ("parameters", "MFLOP", "saved KiB")
-        ]  # a new method has its line in complexity.FORMULAS
+        # a new method has its line in complexity.FORMULAS
+        counted = [row[name] for name in ("parameters", "MFLOP", "saved KiB")]
         assert counted == [row[name] for name in ("by formula", "MFLOP by formula", "KiB by formula")], row[
             "system"
         ]
-    assert [(row["rank"], row["parameters"]) for row in rows if row["system"] == "miss"] == [
-        (9, 9 * 40)
-    ]  # LoRA's 4 (48 + 40), to the nearest
+    # LoRA's 4 (48 + 40), to the nearest
+    assert [(row["rank"], row["parameters"]) for row in rows if row["system"] == "miss"] == [(9, 9 * 40)]
 
 
 def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
@@ -126,9 +126,8 @@ def test_no_free_lunch_finds_what_does_not_depend_on_the_seed(outcome):
     assert verdicts["full fine-tuning is best"] == (min(fixed, key=fixed.get) == "full")
     at_own = next(agrees for paper, agrees in verdicts.items() if "each at its own best rate" in paper)
     assert at_own == (min(own, key=own.get) == "full")
-    assert (
-        min(fixed, key=fixed.get) == "full" and max(fixed.values()) < 1.01 * unadapted
-    )  # AdaLoRA has hardly begun at this rate
+    # AdaLoRA has hardly begun at this rate
+    assert min(fixed, key=fixed.get) == "full" and max(fixed.values()) < 1.01 * unadapted
     assert max(row["best lr"] for row in losses) < 0.9 * unadapted
     assert 0.5 < fixed["miss"] / fixed["lora, alpha = r"] < 2
     assert fixed["lora_fa"] > 2 * fixed["miss"]  # MiSS with a frozen random matrix for its shards
@@ -300,9 +299,8 @@ def test_losses_are_level_within_two_standard_errors_and_finite_ones_are_below()
 
     assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(2.0, 2.1, 1.9)) is True
     assert module.below(outcomes(2.0, 2.1, 1.9), outcomes(1.0, 1.1, 0.9)) is False
-    assert (
-        module.below(outcomes(1.0, 1.1, 0.9), outcomes(1.1, 1.2, 1.0)) is None
-    )  # 0.1 apart, two standard errors are 0.163
+    # 0.1 apart, two standard errors are 0.163
+    assert module.below(outcomes(1.0, 1.1, 0.9), outcomes(1.1, 1.2, 1.0)) is None
     assert module.below(outcomes(1.0), outcomes(1.1)) is True
     diverged = outcomes(1.0, None)
     assert (

@@ -114,9 +114,8 @@ def test_the_count_is_that_of_the_trainers_step(
     activations, peak = counted_in_training(config, rows, kernel)
     step = step_bytes(make_arch(version, **SIZES), config, kernel, "fp32", 37, 74)
     assert step.activations == pytest.approx(activations, abs=8)  # two losses, of one chunk and of all
-    assert peak == pytest.approx(
-        step.peak, rel=0.02
-    )  # 74 tokens x 2 indices x 8 bytes, and what reset makes of a mask
+    # 74 tokens x 2 indices x 8 bytes, and what reset makes of a mask
+    assert peak == pytest.approx(step.peak, rel=0.02)
     assert step.large == 0 and step.small == step.peak
 
 
@@ -239,9 +238,8 @@ def test_what_deepspeed_holds_beside_its_shares():
         one["DeepSpeed"] == parts("3")["DeepSpeed"] == 2 * one["trained"]
         and two["DeepSpeed"] == one["trained"] * 1.25
     )
-    assert three["DeepSpeed"] - two["DeepSpeed"] == pytest.approx(
-        one["base"] + one["trained"] / 2
-    )  # all of so small a model, in bf16
+    # all of so small a model, in bf16
+    assert three["DeepSpeed"] - two["DeepSpeed"] == pytest.approx(one["base"] + one["trained"] / 2)
     away = [
         {name for name, size in parts(f"{stage}_offload").items() if not size and one[name]}
         for stage in (1, 2, 3)

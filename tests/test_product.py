@@ -22,9 +22,8 @@ from .conftest import ROOT, close, make_arch, pypi_rwkv
 QUESTION = "2 + 3 是多少？🙂"
 PROMPT = f"User: {QUESTION}\n\nAssistant:"
 TOKENS = 24
-ONE_THREAD = os.environ | {
-    "OMP_NUM_THREADS": "1"
-}  # as fast here as two, and not 8 times slower when something else runs on the machine
+# as fast here as two, and not 8 times slower when something else runs on the machine
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def command(*args):
@@ -52,9 +51,8 @@ def product_tensors(arch):
         if name == "emb.weight":
             yield name, noise
         elif noise.squeeze().dim() > 1:
-            width = (
-                shape[-1] if name.endswith(".weight") else shape[-2]
-            )  # the low-rank maps are multiplied from the right
+            # the low-rank maps are multiplied from the right
+            width = shape[-1] if name.endswith(".weight") else shape[-2]
             if name == "head.weight":
                 noise[0] = (
                     0  # the end of a document never has the largest logit: answers go on to their limit
@@ -80,7 +78,9 @@ def questions():
     scope="module", params=[(6, "fp32"), (7, "bf16")], ids=["v6, trained in fp32", "v7, trained in bf16"]
 )
 def product(request):
-    """base, adapter and merged file of a run of 3 steps; 1.2 GB that must not pile up among pytest's folders."""
+    """base, adapter and merged file of a run of 3 steps; 1.2 GB that must not pile up among pytest's
+    folders.
+    """
     version, precision = request.param
     arch = make_arch(version, n_layer=12, n_embd=768, head_size=64, vocab_size=65536)
     with tempfile.TemporaryDirectory() as folder:

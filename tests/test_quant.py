@@ -64,9 +64,8 @@ def values_of_nf4():
 
 
 def test_the_codes_of_nf4_are_the_papers():
-    assert np.allclose(
-        NF4, values_of_nf4(), rtol=0, atol=5e-7
-    )  # bitsandbytes', which took 0.9677083 for the outermost quantile
+    # bitsandbytes', which took 0.9677083 for the outermost quantile
+    assert np.allclose(NF4, values_of_nf4(), rtol=0, atol=5e-7)
 
 
 def decoded(quantised, width):
@@ -137,7 +136,9 @@ def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
 
 
 def parts_of_others(quantised):
-    """The same numbers in other layouts: rows apart, bytes apart, columns before rows, and at an odd address."""
+    """The same numbers in other layouts: rows apart, bytes apart, columns before rows, and at an odd
+    address.
+    """
     out, row_bytes = quantised.shape
     parts = [
         quantised.new_zeros(2 * out, row_bytes)[::2],

@@ -24,9 +24,8 @@ from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
 from .program import losses
 
-RESETS = torch.zeros(
-    3, 41, dtype=torch.bool
-)  # documents of 1 to 41 tokens; the second row goes on from before and is one document
+# documents of 1 to 41 tokens; the second row goes on from before and is one document
+RESETS = torch.zeros(3, 41, dtype=torch.bool)
 RESETS[0, [0, 1, 2, 19, 38]] = True
 RESETS[2, [17, 40]] = True
 

@@ -336,7 +336,8 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
             return encode(*args)
         module.Encoder.encode = slow
         with one_line_errors():
-            module.tokenise(sources(sys.argv[1])[0], module.Encoder(load_tokenizer("bytes", 256)), Report(), cache=sys.argv[2])
+            encoder = module.Encoder(load_tokenizer("bytes", 256))
+            module.tokenise(sources(sys.argv[1])[0], encoder, Report(), cache=sys.argv[2])
     """
     cache = tmp_path / "cache"
     process = subprocess.Popen(

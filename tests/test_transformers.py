@@ -66,10 +66,11 @@ MODELS = {
         ["query", "key", "value", "dense"],
     ),
 }
+# our tensors -> peft's
 METHODS = {
     "miss": {"miss": "miss_block"},
     "lora": {"lora_A": "lora_A", "lora_B": "lora_B"},
-}  # our tensors -> peft's
+}
 RANK = 7  # divides none of the widths
 LINEAR = [name for name, method in REGISTERED.items() if method.adapts_linears]
 
@@ -176,9 +177,8 @@ def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
     with torch.no_grad():
         trained = model(**batch(name)).logits
         assert torch.equal(loaded(**batch(name)).logits, trained)
-        close(
-            "merged logits", plain(**batch(name)).logits, trained, 1e-5
-        )  # W + dW is rounded once, to 24 bits
+        # W + dW is rounded once, to 24 bits
+        close("merged logits", plain(**batch(name)).logits, trained, 1e-5)
     for linear, layer in adapted_linears(model).items():
         close(
             linear, plain.get_submodule(linear).weight.detach(), (layer.weight + layer.delta()).detach(), 1e-6
@@ -189,9 +189,8 @@ def test_an_adapter_trains_loads_and_merges(name, method, tmp_path):
 def test_every_method_trains_loads_and_merges_on_linears_of_many_shapes(method, tmp_path):
     model = make("llama")
     base = copy.deepcopy(model)
-    rwkv_miss.inject(
-        model, method, targets=MODELS["llama"][1], rank=2
-    )  # which divides the widths, as Bat needs it
+    # which divides the widths, as Bat needs it
+    rwkv_miss.inject(model, method, targets=MODELS["llama"][1], rank=2)
     with torch.no_grad():
         close(
             "a fresh adapter changes nothing",

@@ -70,9 +70,8 @@ def test_an_index_beyond_all_reason(tmp_path):
 def test_an_index_in_capitals_is_an_index(tmp_path):
     path = saved(tmp_path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(
-            "x/DATA.PKL", b"N" * (LARGEST_INDEX + 1)
-        )  # torch would find it, were the other one not there
+        # torch would find it, were the other one not there
+        archive.writestr("x/DATA.PKL", b"N" * (LARGEST_INDEX + 1))
     with pytest.raises(UserError, match=r"DATA\.PKL has"):
         read_checkpoint(path)
 
@@ -146,13 +145,14 @@ def test_what_torch_would_make_of_a_pickle_without_end(tmp_path, zipped, content
 def test_everything_plain_is_read(tmp_path, zipped, protocol):
     module = torch.nn.BatchNorm1d(3)
     tensors = module.state_dict()  # an OrderedDict with versions beside its items
+    # torch reads no legacy file of fp8
     dtypes = [
         torch.float64,
         torch.bfloat16,
         torch.int16,
         torch.bool,
         *[torch.float8_e5m2] * zipped,
-    ]  # torch reads no legacy file of fp8
+    ]
     tensors |= {str(dtype): torch.ones(2, 2, dtype=dtype) for dtype in dtypes}
     tensors |= {"p": torch.nn.Parameter(torch.ones(4)), "none": torch.ones(0, 3), "number": torch.tensor(2.0)}
     tensors["p"].note = "attributes come by another function"

@@ -367,9 +367,8 @@ def test_the_best_state_of_an_abandoned_branch_does_not_survive_a_resume(files, 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, tmp_path):
     flags = ["--eval_split", "0.2", "--eval_steps", "3", "--eval_samples", "1", "--micro_bsz", "3"]
-    stop = functools.partial(
-        at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt
-    )  # in step 2, so that step 3 is the last
+    # in step 2, so that step 3 is the last
+    stop = functools.partial(at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt)
     code, output = start(files, tmp_path / "run", *flags, sabotage=stop)
     assert code == 130 and [line["step"] for line in validation(tmp_path / "run")] == [0], output
     assert "holds a run already" in start(files, tmp_path / "run", *flags)[1]
@@ -552,9 +551,8 @@ def test_the_base_is_the_file_also_where_its_own_tensors_are_trained_and_the_run
         moved(RWKV.load(files / "base.pth"), tuned(files, run / "adapter.pth")), rel=1e-4
     )
 
-    run = (
-        tmp_path / "killed"
-    )  # after its last step: what only that process knew is missing, and said to be so
+    # after its last step: what only that process knew is missing, and said to be so
+    run = tmp_path / "killed"
     assert start(files, run, *again, sabotage=functools.partial(at_file, "loss.png", 1, run, kill))[0]
     assert "nothing to train" in succeed(start(files, run, *again))
     text = (run / "run_card.md").read_text()

@@ -189,9 +189,8 @@ def test_golden(data_dir, version, kernel):
         }
         x = {name: golden[name] for name in [*NAMES[version], "s0"] if name in golden}
         for name, got in results(version, x, golden["dy"], golden.get("dsT"), kernel).items():
-            close(
-                f"{title}: {name}", got, golden[name], 2e-5 if name in ("y", "sT") else 4e-4
-            )  # the goldens' README
+            # the goldens' README
+            close(f"{title}: {name}", got, golden[name], 2e-5 if name in ("y", "sT") else 4e-4)
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 33, 129])
@@ -242,7 +241,9 @@ def test_parts_equal_the_whole(version, kernel):
 @pytest.mark.parametrize("T", [3, 35])
 @both
 def test_gradcheck(version, T):
-    """Numerical derivatives, so that the reference is not its own judge; 35 tokens are more than one chunk."""
+    """Numerical derivatives, so that the reference is not its own judge; 35 tokens are more than one
+    chunk.
+    """
     x, _, _ = make(version, T, N=2, B=1, H=1, dtype=torch.float64)
     assert torch.autograd.gradcheck(OPS[version], [t.requires_grad_() for t in x.values()], fast_mode=T > 3)
 
@@ -278,9 +279,8 @@ def test_strided_inputs(version, kernel, T):
     strided["s0"] = x["s0"].mT.contiguous().mT
     assert not any(t.is_contiguous() for name, t in strided.items() if (name, T) != ("r", 1))
     for name, got in results(version, strided, dy, dsT, kernel).items():
-        close(
-            name, got, want[name], 1e-6
-        )  # not bit for bit: the strides choose the order of sums inside matmul
+        # not bit for bit: the strides choose the order of sums inside matmul
+        close(name, got, want[name], 1e-6)
 
 
 @both
@@ -455,7 +455,9 @@ def test_float64_is_not_for_the_native_kernels(version):
 @pytest.mark.parametrize("threads", [2, 3, 16])
 @both
 def test_more_threads_than_heads(version, threads):
-    """With fewer heads than threads the rows of a head are shared out, and its gradients are sums of parts."""
+    """With fewer heads than threads the rows of a head are shared out, and its gradients are sums of
+    parts.
+    """
     for B, H, N in ((1, 1, 64), (1, 3, 32), (2, 4, 8)):
         x, dy, dsT = make(version, 37, N=N, B=B, H=H)
         reset = documents(B, 37)

@@ -62,9 +62,8 @@ def _mora(N: int, k: int, d: int, rank: int) -> Cost:
 def _bat(N: int, k: int, d: int, rank: int, order="col") -> Cost:
     if order == "row":  # x D for the blocks of x, and two such products in the backward
         return Cost(6 * N * k * rank, N * k, k * rank)
-    return Cost(
-        2 * N * k * d + 6 * k * d * rank, N * k, d * rank
-    )  # the gradient of the whole weight, and W + dW twice
+    # the gradient of the whole weight, and W + dW twice
+    return Cost(2 * N * k * d + 6 * k * d * rank, N * k, d * rank)
 
 
 def _lora(N: int, k: int, d: int, rank: int) -> Cost:
@@ -72,10 +71,11 @@ def _lora(N: int, k: int, d: int, rank: int) -> Cost:
 
 
 def _dora(N: int, k: int, d: int, rank: int) -> Cost:
+    # W A^T, A A^T and B (A A^T), whatever N is
     lora, norms = (
         _lora(N, k, d, rank),
         2 * rank * (k * d + rank * (k + d)),
-    )  # W A^T, A A^T and B (A A^T), whatever N is
+    )
     return Cost(lora.flops + norms, lora.saved + d * (N + 2), lora.parameters + d)
 
 
@@ -262,9 +262,8 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         ),
         Claim(
             "MiSS computes less than LoRA",
-            "at equal rank, not at equal parameters: {:.3f} to {:.3f} of LoRA's FLOPs (agrees: at most 0.95)".format(
-                *flops
-            ),
+            f"at equal rank, not at equal parameters: {flops[0]:.3f} to {flops[1]:.3f} of LoRA's FLOPs (agrees:"
+            " at most 0.95)",
             flops[1] <= 0.95,
         ),
         Claim(

@@ -164,9 +164,8 @@ def draw(found: dict[str, dict[str, Measured]], figure) -> None:
     """
     figure.set_size_inches(4.2 * len(found), 7.5)
     grid = figure.subplots(2, len(found), squeeze=False)
-    names = list(
-        dict.fromkeys(name for systems in found.values() for name in systems)
-    )  # a system has one color, also where another is missing
+    # a system has one color, also where another is missing
+    names = list(dict.fromkeys(name for systems in found.values() for name in systems))
     for column, (task, systems) in enumerate(found.items()):
         for row, when in enumerate(("paper", "best")):
             axis = grid[row][column]

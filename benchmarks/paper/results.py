@@ -88,7 +88,9 @@ def check_folder(folder: str) -> pathlib.Path:
 def write(
     result: Result, name: str, folder: pathlib.Path, command: str, settings: dict[str, Any], commit: str
 ) -> dict[str, Any]:
-    """Write NAME.md, NAME.png and NAME.json; returns the short form of the last, without tables and curves."""
+    """Write NAME.md, NAME.png and NAME.json; returns the short form of the last, without tables and
+    curves.
+    """
     short = {
         "experiment": name,
         "command": command,

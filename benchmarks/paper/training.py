@@ -30,11 +30,12 @@ from .settings import option
 from .training_tasks import TEXTS, Task, load_task
 
 PAPER_LR = 2e-5
+# exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
 LOWEST, HIGHEST, START = (
     -12,
     0,
     -6,
-)  # exponents of rates that are tried, in half decades: from 1e-6 to 1, beginning with 1e-3
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,9 @@ def rate(exponent: int) -> float:
 
 
 def climb(loss: Callable[[float], float | None], start: int) -> dict[int, float]:
-    """Exponent -> loss(rate) by half decades from `start`, until the best rate lies between two worse ones."""
+    """Exponent -> loss(rate) by half decades from `start`, until the best rate lies between two worse
+    ones.
+    """
     found: dict[int, float] = {}
     wanted = [start]
     while wanted:

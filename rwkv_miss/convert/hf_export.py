@@ -259,9 +259,8 @@ def patterns(values: dict[str, float], default: float) -> dict[str, float]:
     is the end of another's.
     """
     for names, start in (([name for name in values if values[name] != default], ""), (list(values), "^")):
-        found = {
-            start + name: number(values[name]) for name in sorted(names)
-        }  # as JSON has them, here and in peft
+        # as JSON has them, here and in peft
+        found = {start + name: number(values[name]) for name in sorted(names)}
         expressions = compiled(found)
         if all(matched(expressions, name, default) == value for name, value in values.items()):
             return found

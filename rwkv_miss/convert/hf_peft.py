@@ -35,9 +35,8 @@ PARTS = {
     "vera_lambda_b": "vera_lambda_b",
     "vera_lambda_d": "vera_lambda_d",
 }
-FOREIGN = re.compile(
-    r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)"
-)  # in the name of a tensor that is none of those
+# in the name of a tensor that is none of those
+FOREIGN = re.compile(r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)")
 # fields of a configuration that do not change what the tensors mean, or are read below; any other must be
 # empty
 NEUTRAL = {
@@ -58,6 +57,7 @@ NEUTRAL = {
     "init_weights",
     "init_lora_weights",
 }
+# of how a LoRA begins or runs
 STARTS = {
     "loftq_config",
     "eva_config",
@@ -68,7 +68,7 @@ STARTS = {
     "runtime_config",
     "qalora_group_size",
     "ensure_weight_tying",
-}  # of how a LoRA begins or runs
+}
 READ = {
     "MISS": {"miss_dropout", "mini_r"},
     "BONE": set(),
@@ -95,12 +95,13 @@ READ = {
     "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
 }
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+# that take the adapter's first product out of the frozen weight
 MOVED_BASES = (
     "pissa",
     "olora",
     "corda",
     "lora_ga",
-)  # that take the adapter's first product out of the frozen weight
+)
 
 
 @register("peft")

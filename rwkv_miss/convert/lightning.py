@@ -28,6 +28,7 @@ from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source
 
 CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
+# of each block, in the order of its packages
 TARGETS = (
     "att.receptance",
     "att.key",
@@ -35,7 +36,7 @@ TARGETS = (
     "att.output",
     "ffn.key",
     "ffn.value",
-)  # of each block, in the order of its packages
+)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
 LARGEST_RANK = 1024

@@ -279,9 +279,8 @@ def read_lora(factors: dict[str, dict[str, Tensor]], hints: Hints) -> tuple[str,
     if hints.profile:
         alphas = read_alphas(hints.profile, ranks)
         options["alpha"] = next(alpha for linear, alpha in alphas.items() if ranks[linear] == options["rank"])
-        others = METHODS["lora"].Options.parse(
-            options
-        )  # alpha / r is that of all ranks, unless alpha_map has another alpha
+        # alpha / r is that of all ranks, unless alpha_map has another alpha
+        others = METHODS["lora"].Options.parse(options)
         return (
             "lora",
             {

@@ -31,7 +31,9 @@ def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int
 
 
 def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether linears with tensors of these shapes can be those of one model, if the file is of this origin."""
+    """Whether linears with tensors of these shapes can be those of one model, if the file is of this
+    origin.
+    """
     widths: dict[str, int] = {}
     ranks: dict[str, int] = {}
     for name, shape in shapes.items():

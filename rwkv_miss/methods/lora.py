@@ -47,9 +47,8 @@ class ScaledOptions(adapter.Options):
         super().__post_init__()
         if self.alpha < 0:
             raise UserError(f"alpha {self.alpha} must not be negative (0: the method's own)")
-        object.__setattr__(
-            self, "alpha", self.alpha or self.own_alpha()
-        )  # frozen, and recorded as it is used
+        # frozen, and recorded as it is used
+        object.__setattr__(self, "alpha", self.alpha or self.own_alpha())
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is no probability; it must be at least 0 and below 1")
 
@@ -107,7 +106,9 @@ def check_rank(layer: AdapterLinear, rank: int) -> None:
 
 @register("lora")
 class LoraLinear(AdapterLinear):
-    """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both fp32."""
+    """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both
+    fp32.
+    """
 
     Options = Options
     default_lr = (

@@ -48,9 +48,8 @@ class Options(adapter.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(
-            self, "layout", self.layout.replace("stride-r", "stride")
-        )  # its name in older files
+        # its name in older files
+        object.__setattr__(self, "layout", self.layout.replace("stride-r", "stride"))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(

@@ -79,9 +79,8 @@ class MosLinear(LoraLinear):
             width = widths[pool]
             pools[pool] = nn.Parameter(torch.zeros(count, -(-width // options.shards), device=device))
             if pool.startswith("mos_A"):
-                nn.init.uniform_(
-                    pools[pool], -(width**-0.5), width**-0.5
-                )  # kaiming_uniform_(a=sqrt(5)) of a whole row
+                # kaiming_uniform_(a=sqrt(5)) of a whole row
+                nn.init.uniform_(pools[pool], -(width**-0.5), width**-0.5)
         return pools
 
     def setup(self, options: Options) -> None:

@@ -72,9 +72,8 @@ class ProloraLinear(LoraLinear):
             self.prolora_A, self.prolora_B = make(unshared, width), make(out, unshared)
             starting.append(self.prolora_A)
         for A in starting:
-            nn.init.uniform_(
-                A, -(width**-0.5), width**-0.5
-            )  # kaiming_uniform_(a=sqrt(5)) by another width than the tensor's
+            # kaiming_uniform_(a=sqrt(5)) by another width than the tensor's
+            nn.init.uniform_(A, -(width**-0.5), width**-0.5)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         rank = len(self.prolora_A0)

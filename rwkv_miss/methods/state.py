@@ -17,7 +17,9 @@ class Options(adapter.NoOptions):
 
 @register("state")
 class StateTuning(AdapterMethod):
-    """`blocks.i.att.time_state` (H, N, N), fp32, zero at the start, or what a base with a state brings along."""
+    """`blocks.i.att.time_state` (H, N, N), fp32, zero at the start, or what a base with a state brings
+    along.
+    """
 
     Options = Options
     adapts_linears = False

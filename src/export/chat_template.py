@@ -56,7 +56,9 @@ NO_THOUGHTS = """\
 
 
 def jinja(template: Template) -> str:
-    """Jinja source that gives what the template does, for programs without its parts that are for training."""
+    """Jinja source that gives what the template does, for programs without its parts that are for
+    training.
+    """
     if isinstance(template, RwkvTemplate):
         return rwkv_jinja(template.name)
     # {% generation %} tells what is trained; not every engine knows it
@@ -96,7 +98,9 @@ def rwkv_jinja(name: str) -> str:
 
 
 def thinks_aloud(template: Template) -> bool:
-    """Whether the answers that the template asks for begin with thoughts, in which a blank line ends nothing."""
+    """Whether the answers that the template asks for begin with thoughts, in which a blank line ends
+    nothing.
+    """
     return (
         isinstance(template, RwkvTemplate)
         and "<think" in template.opening

@@ -21,12 +21,13 @@ from .record import KEY, Record
 from .table import LARGE, MAP
 from .vocabulary import Vocabulary
 
+# of large matrices, with GGUF's number for a file of mostly these
 FILE_TYPES = {
     "F32": 0,
     "BF16": 32,
     "Q8_0": 7,
     "Q4_0": 2,
-}  # of large matrices, with GGUF's number for a file of mostly these
+}
 # F16 would round the activations too, whose squares in the channel mix can be beyond its range
 DEFAULT_TYPE = "BF16"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -135,9 +136,8 @@ def _add_keys(writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, 
     writer.add_file_type(FILE_TYPES[kind])
     for key, value in gguf_table.keys(arch).items():
         writer.add_uint32(f"{writer.arch}.{key}", value)
-    writer.add_float32(
-        f"{writer.arch}.attention.layer_norm_epsilon", LN_EPS
-    )  # without it llama.cpp takes 0, silently
+    # without it llama.cpp takes 0, silently
+    writer.add_float32(f"{writer.arch}.attention.layer_norm_epsilon", LN_EPS)
     writer.add_tokenizer_model(vocabulary.model)
     if vocabulary.tokens:
         writer.add_token_list(vocabulary.tokens)

@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 MAGIC = b"GGUF"
+# type -> struct's letter
 SCALARS = {
     0: "B",
     1: "b",
@@ -25,7 +26,7 @@ SCALARS = {
     10: "Q",
     11: "q",
     12: "d",
-}  # type -> struct's letter
+}
 STRING, ARRAY = 8, 9
 UINT64 = 10
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -41,9 +42,8 @@ def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         with open(path, "rb") as file:
-            data = mmap.mmap(
-                file.fileno(), 0, access=mmap.ACCESS_COPY
-            )  # private, as torch's tensors can be written to
+            # private, as torch's tensors can be written to
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return _Reader(path, data).read()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from None

@@ -28,7 +28,9 @@ CHUNK = 1 << 24  # ids that are searched for the end of document at a time
 
 
 def prefix_of(path: str) -> str | None:
-    """PREFIX of a binidx data set that is named with or without one of its suffixes; None if there is none."""
+    """PREFIX of a binidx data set that is named with or without one of its suffixes; None if there is
+    none.
+    """
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     return prefix if os.path.isfile(prefix + ".bin") and os.path.isfile(prefix + ".idx") else None
 
@@ -111,9 +113,8 @@ class BinIdx:
         """
         bounds = self.boundaries if len(self.boundaries) > 1 else np.arange(len(self.sizes) + 1)
         if bounds[0] > 0 or bounds[-1] < len(self.sizes):
-            bounds = np.concatenate(
-                [[0], bounds, [len(self.sizes)]]
-            )  # what is outside of all documents is data too
+            # what is outside of all documents is data too
+            bounds = np.concatenate([[0], bounds, [len(self.sizes)]])
         for first, last in zip(bounds[:-1], bounds[1:]):
             pieces = [self.ids[self.starts[i] : self.starts[i] + self.sizes[i]] for i in range(first, last)]
             if len(pieces) == 1:

@@ -78,9 +78,8 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
                 f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {_shown(columns)}"
             )
         return _chosen(fields)
-    found = _candidates(present) or _candidates(
-        columns
-    )  # the second for a null where a value is needed, which convert() then names
+    # the second for a null where a value is needed, which convert() then names
+    found = _candidates(present) or _candidates(columns)
     if not found:
         raise UserError(f"{EXPECTED}; got keys {_shown(columns)}")
     if len(found) > 1:

@@ -18,7 +18,9 @@ SHOWN = 3  # reasons in the plan, and files with a line of their own
 
 
 class WrongSetting(UserError):
-    """A row is right by itself, and a setting does not suit the data: leaving the row out would mend nothing."""
+    """A row is right by itself, and a setting does not suit the data: leaving the row out would mend
+    nothing.
+    """
 
 
 @dataclasses.dataclass

@@ -32,12 +32,13 @@ OTHERS = {
     b"Rar!": "rar",
 }
 MODELS = (".pth", ".pt", ".ckpt", ".bin")  # a checkpoint of torch is a zip file
+# the longer ones first
 BOMS = {
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
-}  # the longer ones first
+}
 BOM = "\ufeff"
 FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
 STRANGE = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 are read
@@ -114,7 +115,9 @@ def _other_encoding(data: bytes) -> str:
 
 
 def whole_text(path: str) -> str:
-    """The content of a file that is no use in part. Raises UserError with the line where it stops being text."""
+    """The content of a file that is no use in part. Raises UserError with the line where it stops being
+    text.
+    """
     with open_text(path) as file:
         content = file.read()
     if strange := STRANGE.search(content):

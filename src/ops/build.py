@@ -28,6 +28,7 @@ from typing import NamedTuple
 from rwkv_miss.progress import Progress
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
+# what the sources are written for; a build has the ones at hand only
 ARCHITECTURES = (
     75,
     80,
@@ -36,7 +37,7 @@ ARCHITECTURES = (
     90,
     100,
     120,
-)  # what the sources are written for; a build has the ones at hand only
+)
 TOOLKITS = "/usr/local/cuda*/bin"
 FALLBACK = "or use --wkv torch, which needs no compiler"
 

@@ -48,7 +48,9 @@ def call(
     heads: int = 1,
     eps: float = 0.0,
 ) -> None:
-    """A function of cuda/elementwise_cpu.cpp; sizes and dtype are those of `like`, (B, T, C) or (tokens, C)."""
+    """A function of cuda/elementwise_cpu.cpp; sizes and dtype are those of `like`, (B, T, C) or (tokens,
+    C).
+    """
     for x in arguments:
         for t in x if isinstance(x, list) else [x]:
             if isinstance(t, Tensor) and (t.device.type != "cpu" or not t.is_contiguous()):
@@ -273,9 +275,8 @@ def _low_rank_forward(z, last, q, reset, mix, maps):
 def _low_rank_backward(z, last, q, reset, mix, maps, gradients):
     dz, dlast = _shift_gradient_shapes(z)
     m = _low_rank_mixes(z, q, maps)
-    call(
-        "shift_mix_token_backward", z, z, last, reset, mix, m, gradients, dz, dlast, len(m)
-    )  # m is its gradient now
+    # m is its gradient now
+    call("shift_mix_token_backward", z, z, last, reset, mix, m, gradients, dz, dlast, len(m))
     return [
         dz,
         dlast,

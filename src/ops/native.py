@@ -27,10 +27,11 @@ from .reference import recurrent6, recurrent7
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
+# the activations of a device's library
 TAKES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": tuple(DTYPES),
-}  # the activations of a device's library
+}
 LARGEST_HEAD = 256
 CHUNK = 16
 # torch.compile may not change the layout of an argument; older versions of torch have the second of these
@@ -221,7 +222,9 @@ def scratch(symbol: str, like: Tensor) -> Tensor:
 
 
 def define(version: int) -> None:
-    """Register rwkv::wkv<version> and rwkv::wkv<version>_backward, with shapes for tracing and the gradient."""
+    """Register rwkv::wkv<version> and rwkv::wkv<version>_backward, with shapes for tracing and the
+    gradient.
+    """
     names = INPUTS[version]
     given = ", ".join(f"Tensor {name}" for name in names) + ", Tensor? s0, Tensor? reset"
     keeps = version == 7  # the C interface passes `saved` where there is something to save

@@ -19,9 +19,8 @@ def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     dtype, else in plain torch.
     """
     device = quantised.device.type
-    as_made = (
-        quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0
-    )  # a GPU loads a scale at once
+    # a GPU loads a scale at once
+    as_made = quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0
     if dtype not in native.TAKES[device] or not as_made or not native.status(device).passed:
         return expand(quantised, width, dtype)
     weight = unfilled(quantised, width, dtype)

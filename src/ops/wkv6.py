@@ -32,7 +32,9 @@ def split_reset(reset, n, C, H):
 
 
 def join(y, n, B, T):
-    """The inverse of `split`: (n*B*H, C, N) -> (B, T, H, N), without the tokens that filled the last chunk."""
+    """The inverse of `split`: (n*B*H, C, N) -> (B, T, H, N), without the tokens that filled the last
+    chunk.
+    """
     return y.unflatten(0, (n, B, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
 
 

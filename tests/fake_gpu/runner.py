@@ -116,7 +116,9 @@ def step_on(device: str, method: str, version: int) -> dict:
 
 
 def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
-    """The most that a forward and a backward pass have beside parameters and gradients, and the plan of it."""
+    """The most that a forward and a backward pass have beside parameters and gradients, and the plan of
+    it.
+    """
     config = config_of(peft, 64, micro_bsz=2, ctx_len=512, quant=quant, grad_cp=grad_cp)
     planned = step_bytes(default_arch(version, 3, 512, 4096, 64), config, "cuda", "bf16", 512, 1024).peak
     with FakeGpu() as gpu:
