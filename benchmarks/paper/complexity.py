@@ -262,8 +262,8 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         ),
         Claim(
             "MiSS computes less than LoRA",
-            f"at equal rank, not at equal parameters: {flops[0]:.3f} to {flops[1]:.3f} of LoRA's FLOPs (agrees:"
-            " at most 0.95)",
+            f"at equal rank, not at equal parameters: {flops[0]:.3f} to {flops[1]:.3f} of LoRA's FLOPs"
+            " (agrees: at most 0.95)",
             flops[1] <= 0.95,
         ),
         Claim(
