@@ -30,9 +30,9 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, convert
-from rwkv_miss.check import check_merge
-from rwkv_miss.checkpoint import METADATA, read_metadata, write_checkpoint
-from rwkv_miss.extract import diff_files
+from rwkv_miss.files.checkpoint import METADATA, read_metadata, write_checkpoint
+from rwkv_miss.merging.diff import diff_files
+from rwkv_miss.merging.unmerge import check_merge
 from src.adapters import Adapters
 from src.export import export
 from src.generate import Conversation, Sampling

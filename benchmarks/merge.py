@@ -20,10 +20,10 @@ import time
 import torch
 
 from rwkv_miss import merge_file, read_checkpoint, write_checkpoint
-from rwkv_miss.check import check_merge
-from rwkv_miss.extract import diff_files
-from rwkv_miss.identity import fingerprint
+from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import ADAPTER_FORMAT
+from rwkv_miss.merging.diff import diff_files
+from rwkv_miss.merging.unmerge import check_merge
 
 from .common import peak_above_start, release_freed, report
 

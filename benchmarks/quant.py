@@ -26,7 +26,7 @@ import time
 import torch
 
 from demo import task
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import CODES
 from src.base import build_model

@@ -10,10 +10,10 @@ end_program_at_once()
 
 from . import methods  # noqa: F401  (registers the methods)
 from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register
-from .checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
 from .errors import UserError
+from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
 from .inject import inject, load_adapter, save_adapter
-from .merge import merge_file
+from .merging.merge import merge_file
 
 __all__ = [
     "METHODS",

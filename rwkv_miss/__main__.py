@@ -8,13 +8,13 @@ import json
 import os
 from typing import Any
 
-from .checkpoint import RUN_FORMAT, Arch, run_output
-from .combine import merged_adapters
 from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
 from .errors import Parser, UserError, one_line_errors, printable
-from .identity import Identity
+from .files.checkpoint import RUN_FORMAT, Arch, run_output
+from .files.identity import Identity
 from .inject import ADAPTER_FORMAT
-from .merge_commands import add_commands
+from .merging.cli import add_commands
+from .merging.members import merged_adapters
 from .version import version_line
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import METHODS, AdapterLinear, adapted_linears, put_linears
-from .checkpoint import (
+from .errors import UserError
+from .files.checkpoint import (
     Arch,
     check_finite,
     read_checkpoint,
@@ -21,10 +22,9 @@ from .checkpoint import (
     refuse_run_checkpoint,
     write_checkpoint,
 )
-from .errors import UserError
-from .kinds import may_replace
-from .parts import PARTS, add_states, in_parts, split_parts, state_names, train_whole
-from .untrusted import check_sums
+from .files.file_kinds import may_replace
+from .files.untrusted import check_sums
+from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 
 ADAPTER_FORMAT = "rwkv-miss adapter"
 
@@ -214,11 +214,12 @@ def inject(
     """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss",
     rank=64)`.
 
-    The tensors of `train_parts`, such as "ln,time" (see parts.py), are trained as a whole beside it: each
-    becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
-    (`model.classifier.requires_grad_(True)`) and saved as well. `earlier` has the tensors of a training that
-    goes on, by their names in the model: the weights that the method changes (PiSSA) become the same. Raises
-    UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
+    The tensors of `train_parts`, such as "ln,time" (see methods/whole_tensors.py), are trained as a whole
+    beside it: each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for
+    afterwards (`model.classifier.requires_grad_(True)`) and saved as well. `earlier` has the tensors of a
+    training that goes on, by their names in the model: the weights that the method changes (PiSSA) become the
+    same. Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a
+    layer.
     """
     return _attach(model, method, targets, train_parts, options, functools.partial(_start, earlier=earlier))
 

@@ -12,7 +12,7 @@ from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
-    from rwkv_miss.output import require_writable
+    from rwkv_miss.files.output import require_writable
     from src.answers import SCORES
     from src.code_tests import passed, read_problems
     from src.config import FIELDS

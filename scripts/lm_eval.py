@@ -15,7 +15,7 @@ from src.doorway import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
-    from rwkv_miss.output import require_writable
+    from rwkv_miss.files.output import require_writable
     from src.device import DTYPES
     from src.files import write_text
     from src.load import load

@@ -19,8 +19,8 @@ import sys
 from src.doorway import importing, naming_missing_packages
 
 with importing():
-    from rwkv_miss.checkpoint import Arch
     from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.files.checkpoint import Arch
     from rwkv_miss.progress import duration_text
     from src import config as configuration
     from src import describe, ops

@@ -22,8 +22,8 @@ from src.doorway import importing, naming_missing_packages
 with importing():
     import numpy as np
 
-    from rwkv_miss.checkpoint import Arch
     from rwkv_miss.errors import UserError, one_line_errors
+    from rwkv_miss.files.checkpoint import Arch
     from src import config as configuration
     from src import describe
     from src.choices import longest_uncut, row_length

@@ -13,12 +13,12 @@ from src.doorway import importing, naming_missing_packages
 with importing():
     import torch
 
-    from rwkv_miss.check import MergeCheck, check_merge
-    from rwkv_miss.checkpoint import Arch, read_checkpoint
-    from rwkv_miss.combine import Member
     from rwkv_miss.errors import Parser, UserError, one_line_errors, printable
-    from rwkv_miss.merge_commands import add_adapters, add_hints, add_output, hints
-    from rwkv_miss.rounding import ROWS, percent
+    from rwkv_miss.files.checkpoint import Arch, read_checkpoint
+    from rwkv_miss.merging.cli import add_adapters, add_hints, add_output, hints
+    from rwkv_miss.merging.members import Member
+    from rwkv_miss.merging.rounding import ROWS, percent
+    from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
     from src.blend import blend, merge_blended
     from src.model import RWKV

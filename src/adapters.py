@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import METHODS, put_linears
-from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import read_checkpoint
+from rwkv_miss.files.identity import Identity
 from rwkv_miss.functional import lora_linear, miss_linear, shard_index
-from rwkv_miss.identity import Identity
 from rwkv_miss.inject import fit_adapter
 
 from .model import RWKV

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rwkv_miss
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from .config import Config, adapter_options

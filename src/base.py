@@ -9,8 +9,8 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.adapter import METHODS, check_parts
-from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 
 from . import config as configuration

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import AdapterLinear, put_linears
-from rwkv_miss.combine import Member
 from rwkv_miss.errors import UserError
-from rwkv_miss.parts import state_names
+from rwkv_miss.merging.members import Member
+from rwkv_miss.methods.whole_tensors import state_names
 
 from .adapters import find, put, zeros_of
 from .model import RWKV
@@ -63,9 +63,8 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
         for key, name in m.by_weight.items():
             if not isinstance(modules.get(name), nn.Linear):
                 raise UserError(f"{m.path} adapts {name}, which is no linear of this model")
-            layer = m.layer(
-                key, modules[name].weight.detach()
-            ).eval()  # with a parameter of its own, as PiSSA gives it another value
+            # with a parameter of its own, as PiSSA gives it another value
+            layer = m.layer(key, modules[name].weight.detach()).eval()
             layer.prepare()
             linears.setdefault(name, []).append((layer, m.weight))
         for name, tensor in m.whole.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 
 from .allocation import model_on_meta
 from .config import Config

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import rwkv_miss
-from rwkv_miss.checkpoint import RUN_FORMAT
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import RUN_FORMAT
 from rwkv_miss.interrupts import answer
 from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 

@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 
-from rwkv_miss.checkpoint import read_metadata
+from rwkv_miss.files.checkpoint import read_metadata
 
 CHECKPOINT = f"step-{'[0-9]' * 8}.pth"  # the pattern of checkpoint_name()
 
@@ -35,7 +35,7 @@ def remove_old(folder: str, keep: int) -> None:
 
 def remove_leftovers(*paths: str) -> None:
     """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these
-    folders, under the temporary names of rwkv_miss.output.whole_file. Others may write beside them."""
+    folders, under the temporary names of rwkv_miss.files.output.whole_file. Others may write beside them."""
     for path in paths:
         written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)
         for leftover in glob.glob(f"{written}.{'[0-9a-f]' * 8}.tmp"):

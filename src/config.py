@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import Parser, UserError
-from rwkv_miss.parts import split_parts
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.methods.whole_tensors import split_parts
 from rwkv_miss.quantised import CODES
 
 from . import legacy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 

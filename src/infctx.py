@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 
 from .config import Config
 from .device import DTYPES

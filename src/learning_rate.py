@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.parts import split_parts
+from rwkv_miss.methods.whole_tensors import split_parts
 
 from .config import FULL_LR, NEW_MODEL_LR, Config
 

@@ -35,8 +35,8 @@ import os
 
 import torch
 
-from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from .allocation import StepBytes, model_on_meta, step_bytes

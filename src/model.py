@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.adapter import adapted_linears, most_specific
-from rwkv_miss.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.identity import Identity
+from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
+from rwkv_miss.files.identity import Identity
 from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_

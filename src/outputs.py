@@ -12,8 +12,8 @@ import shlex
 import torch
 
 import rwkv_miss
-from rwkv_miss.checkpoint import Arch, read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch, read_checkpoint, write_checkpoint
 from rwkv_miss.version import VERSION, commit
 
 from .config import Config

@@ -10,8 +10,8 @@ import importlib.util
 import numpy as np
 import torch
 
-from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import Arch
 
 from . import ops
 from .calibrate import Speed

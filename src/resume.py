@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 import os
 
-from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
-from rwkv_miss.identity import Identity
+from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.files.identity import Identity
 
 from . import config as configuration
 from .checkpoints import list_checkpoints

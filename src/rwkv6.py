@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
 
 from .ops import wkv6

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 
 from .ops.fused import relu_squared, shift_mix, value_residual
 from .ops.mix7 import mix7

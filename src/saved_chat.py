@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.untrusted import check_sums
+from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files.untrusted import check_sums
 
 from .adapters import Adapters
 from .decode import Decoder

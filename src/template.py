@@ -12,8 +12,8 @@ import json
 import re
 from typing import Any, NamedTuple, Protocol
 
-from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import read_metadata
 
 from .files import read_text
 from .words import short

@@ -20,8 +20,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 
-from rwkv_miss.checkpoint import read_metadata
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.progress import Progress
 
 from .files import is_first_process, read_text

@@ -16,7 +16,7 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
-from rwkv_miss.checkpoint import Arch, write_checkpoint
+from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from src.model import RWKV, VERSIONS
 from src.ops import build
 

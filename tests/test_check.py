@@ -9,8 +9,8 @@ import torch
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.check import check_merge
-from rwkv_miss.identity import fingerprint
+from rwkv_miss.files.identity import fingerprint
+from rwkv_miss.merging.unmerge import check_merge
 
 from .conftest import make_arch, random_tensors
 

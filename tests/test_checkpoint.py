@@ -20,11 +20,11 @@ import zipfile
 import pytest
 import torch
 
-from rwkv_miss import checkpoint as files
-from rwkv_miss.checkpoint import Arch, check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.output import require_writable, write_folder, write_json, write_text
-from rwkv_miss.safetensors_io import write_safetensors
+from rwkv_miss.files import checkpoint as files
+from rwkv_miss.files.checkpoint import Arch, check_finite, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files.output import require_writable, write_folder, write_json, write_text
+from rwkv_miss.files.safetensors_io import write_safetensors
 from src.model import RWKV
 
 from .conftest import ROOT, make_arch

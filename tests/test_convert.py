@@ -7,8 +7,8 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.__main__ import main, parse
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import Hints, convert
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import rwkv_miss
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import Hints, convert
 from rwkv_miss.convert.lightning import TARGETS, canonical
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 
 from .conftest import close, make_arch, random_tensors
 from .test_convert_peft import logits, merged, rwkv, saved

@@ -15,8 +15,8 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import adapted_linears
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import Hints, convert
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors

@@ -10,9 +10,9 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.__main__ import describe, main
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import NO_HINTS, Hints, convert
-from rwkv_miss.parts import PARTS, in_parts
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.methods.whole_tensors import PARTS, in_parts
 from src.model import RWKV
 
 from .conftest import close, make_arch, random_tensors

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rwkv_miss
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert import convert
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 
 from .test_adapters import CASES
 from .test_convert_peft import saved

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import rwkv_miss
 from rwkv_miss import UserError
-from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.files.checkpoint import read_checkpoint
 from src import data, describe
 from src.checkpoints import checkpoint_step, list_checkpoints
 from src.config import Config

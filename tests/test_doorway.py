@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import interrupt
-from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import UserError, one_line_errors
+from rwkv_miss.files.checkpoint import read_checkpoint
 from src import doorway
 
 from . import program

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src import export as forms
 from src.export import gguf_reader
 from src.export.chat_template import rwkv_jinja

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
-from rwkv_miss.checkpoint import RUN_FORMAT, write_checkpoint
+from rwkv_miss.files.checkpoint import RUN_FORMAT, write_checkpoint
 from rwkv_miss.inject import ADAPTER_FORMAT
 from scripts import export as program
 from src import export as package

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import llama
-from rwkv_miss.checkpoint import write_checkpoint
+from rwkv_miss.files.checkpoint import write_checkpoint
 from src.export import export
 from src.model import RWKV
 from src.template import RwkvTemplate

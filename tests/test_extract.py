@@ -10,8 +10,8 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError, load_adapter, merge_file, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.__main__ import main
-from rwkv_miss.extract import diff_files
-from rwkv_miss.identity import fingerprint
+from rwkv_miss.files.identity import fingerprint
+from rwkv_miss.merging.diff import diff_files
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors
@@ -75,7 +75,7 @@ def refused(folder, words, *args, **options):
     ],
 )
 def test_it_is_the_least_squares_solution(pair, monkeypatch, version, a, b, rank, layout):
-    monkeypatch.setattr("rwkv_miss.extract.PIECE", 7 * 40)  # 7 rows of 40 columns at once, or one of 160
+    monkeypatch.setattr("rwkv_miss.merging.diff.PIECE", 7 * 40)  # 7 rows of 40 columns at once, or one of 160
     folder = pair(version, a, b)
     report = diff(folder, rank, layout=layout)
     first, second, found = (read_checkpoint(folder / f"{name}.pth") for name in "abd")

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_miss import functional, gemm, peers
+from rwkv_miss import functional, gemm
 from rwkv_miss.functional import linear
+from rwkv_miss.methods import operators
 
 SHAPES = [(1, 1, 1), (2, 5, 3), (17, 48, 30), (129, 67, 15), (0, 8, 4), (3, 0, 4)]
 # of the sum of all magnitudes; bf16 keeps 8 bits, and rounds up to three times
@@ -131,9 +132,9 @@ OPERATORS = {
     "miss_linear": (functional.miss_linear, [(6, 8), (6,), (4, 6)], []),
     "lora_linear": (functional.lora_linear, [(6, 8), (6,), (2, 8), (6, 2)], [0.5]),
     "times_columns": (functional.times_columns, [(8,), (8,)], []),
-    "expand_linear": (peers.expand_linear, [(6, 8), (6,), (2, 8)], []),
-    "vera_linear": (peers.vera_linear, [(6, 8), (6,), (2, 8), (6, 2), (2,), (6,)], []),
-    "bat_linear": (peers.bat_linear, [(6, 8), (6,), (3, 2, 2)], [False]),
+    "expand_linear": (operators.expand_linear, [(6, 8), (6,), (2, 8)], []),
+    "vera_linear": (operators.vera_linear, [(6, 8), (6,), (2, 8), (6, 2), (2,), (6,)], []),
+    "bat_linear": (operators.bat_linear, [(6, 8), (6,), (3, 2, 2)], [False]),
 }
 NO_PRODUCTS = {"drop", "dequantise"}
 

@@ -10,9 +10,10 @@ import shutil
 import pytest
 import torch
 
-from rwkv_miss import UserError, identity, merge_file, read_checkpoint, read_metadata, write_checkpoint
-from rwkv_miss.check import check_merge
-from rwkv_miss.identity import Identity, fingerprint, sampled_fingerprint
+from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files import identity
+from rwkv_miss.files.identity import Identity, fingerprint, sampled_fingerprint
+from rwkv_miss.merging.unmerge import check_merge
 from src.generate import Conversation, Sampling
 from src.load import load_with
 from src.model import RWKV

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from rwkv_miss import UserError, merge_file
-from rwkv_miss.checkpoint import read_checkpoint, write_checkpoint
 from rwkv_miss.convert import convert
-from rwkv_miss.extract import diff_files
-from rwkv_miss.kinds import CHECKPOINT, GGUF, OTHER, SAFETENSORS, kind_of, may_replace
-from rwkv_miss.safetensors_io import write_safetensors
+from rwkv_miss.files.checkpoint import read_checkpoint, write_checkpoint
+from rwkv_miss.files.file_kinds import CHECKPOINT, GGUF, OTHER, SAFETENSORS, kind_of, may_replace
+from rwkv_miss.files.safetensors_io import write_safetensors
+from rwkv_miss.merging.diff import diff_files
 from src.export import export
 
 from .conftest import make_arch, random_tensors

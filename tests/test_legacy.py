@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import parse as parse_merge
-from rwkv_miss.parts import split_parts
+from rwkv_miss.methods.whole_tensors import split_parts
 from src import legacy
 from src.config import adapter_options, parse
 from src.legacy import DROPPED, NAMES, REFUSED, newest_model, translate

@@ -149,8 +149,7 @@ def test_in_bf16_the_gradients_do_not_depend_on_the_blocks(monkeypatch):
     for rows in (8, 3001):
         monkeypatch.setattr(losses, "BLOCK", rows * 31)
         dx, dw = torch.autograd.grad(head_loss(x, weight, targets) / 3001, [x, weight])
-        size = (dx.double() * want[0]).sum() / want[
-            0
-        ].square().sum()  # the share of the gradient that is there
+        # the share of the gradient that is there
+        size = (dx.double() * want[0]).sum() / want[0].square().sum()
         assert abs(size - 1) < 5e-4
         assert (dw.double() - want[1]).norm() < 3e-3 * want[1].norm()

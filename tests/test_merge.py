@@ -13,12 +13,12 @@ import torch
 
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS
-from rwkv_miss.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.identity import fingerprint
+from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files.identity import fingerprint
 from rwkv_miss.inject import ADAPTER_FORMAT
-from rwkv_miss.merge import MERGED_FORMAT, MergeReport, merge_file
-from rwkv_miss.rounding import Layer, Rounding
+from rwkv_miss.merging.merge import MERGED_FORMAT, MergeReport, merge_file
+from rwkv_miss.merging.rounding import Layer, Rounding
 from src.model import RWKV
 
 from .conftest import ROOT, make_arch, random_tensors
@@ -204,7 +204,7 @@ def test_a_method_may_add_into_the_weight_it_is_given(case, monkeypatch, source,
         METHODS["miss"], "merged_weight", lambda weight, *rest: weight.copy_(plain(weight, *rest))
     )
     # each written when the second thread has made the next, which is the worst it may do
-    monkeypatch.setattr("rwkv_miss.merge._ahead", late)
+    monkeypatch.setattr("rwkv_miss.merging.merge._ahead", late)
     merge(folder, dtype, out="inplace.pth")
     assert (folder / "inplace.pth").read_bytes() == (folder / "merged.pth").read_bytes()
     assert (folder / "base.pth").read_bytes() == before

@@ -12,7 +12,7 @@ from rwkv_miss import merge_file, read_checkpoint, read_metadata, write_checkpoi
 from rwkv_miss.__main__ import main
 from rwkv_miss.convert import Hints
 from rwkv_miss.errors import UserError
-from rwkv_miss.identity import fingerprint
+from rwkv_miss.files.identity import fingerprint
 
 from .conftest import close, make_arch, random_tensors
 from .test_convert import saved

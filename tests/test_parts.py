@@ -12,7 +12,7 @@ import torch
 import rwkv_miss
 from rwkv_miss.__main__ import describe
 from rwkv_miss.adapter import METHODS, adapted_linears
-from rwkv_miss.parts import PARTS, in_parts, split_parts
+from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
 from src.config import Config, parse
 from src.load import load
 from src.model import RWKV, parameter_groups

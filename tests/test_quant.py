@@ -13,7 +13,7 @@ import rwkv_miss
 from benchmarks import quant as benchmark
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AdapterLinear
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear, lora_linear, miss_linear
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import BLOCK, CODES, NF4, dense, empty, expand, quantise
@@ -95,9 +95,10 @@ def test_every_weight_has_its_nearest_code(kind, shape):
     assert np.isfinite(scales).all()
     largest = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(2)
     largest = largest.repeat_interleave(BLOCK, 1)[:, : shape[1]].double().numpy()
+    # of the block, and in bf16
     assert (
         abs(scales * (127 if kind == "int8" else 1) - largest) <= 2.0**-8 * largest + 127 * 2.0**-134
-    ).all()  # of the block, and in bf16
+    ).all()
     possible = np.arange(-127, 128) if kind == "int8" else np.array(NF4)
     exact = weight.double().numpy()
     errors = abs(possible[:, None, None] * scales - exact)

@@ -14,11 +14,11 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError
-from rwkv_miss.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.convert.source import open_source
 from rwkv_miss.errors import printable
+from rwkv_miss.files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
+from rwkv_miss.files.untrusted import LARGEST_INDEX, LARGEST_JSON, check_sums
 from rwkv_miss.inject import ADAPTER_FORMAT, read_adapter
-from rwkv_miss.untrusted import LARGEST_INDEX, LARGEST_JSON, check_sums
 from src.template import load_template
 from src.tokenizer import load_tokenizer
 

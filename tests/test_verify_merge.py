@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, write_checkpoint
-from rwkv_miss.combine import read_members
 from rwkv_miss.convert import convert
+from rwkv_miss.merging.members import read_members
 from scripts.verify_merge import main
 from src.blend import BlendedLinear, blend
 from src.model import RWKV

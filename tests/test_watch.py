@@ -298,6 +298,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         *more,
         sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)),
     )
+    # step 5 has no checkpoint and is done again
     assert code and [line["step"] for line in validation(proj_dir)] == [
         0,
         1,
@@ -305,7 +306,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         3,
         4,
         5,
-    ], output  # step 5 has no checkpoint and is done again
+    ], output
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))

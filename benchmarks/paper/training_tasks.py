@@ -24,7 +24,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rwkv_miss import UserError
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 from src.data import Document, Documents
 from src.model import read_model_file
 

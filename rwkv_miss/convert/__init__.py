@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from ..checkpoint import check_finite
 from ..errors import UserError
-from ..kinds import may_replace
+from ..files.checkpoint import check_finite
+from ..files.file_kinds import may_replace
 
 # registers the formats, which are asked in this order
 from . import hf_export, hf_peft, lightning, native, rwkv_peft, safetensors_file  # noqa: F401

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..adapter import METHODS, AdapterLinear
-from ..checkpoint import Arch
 from ..errors import UserError
-from ..identity import Identity
+from ..files.checkpoint import Arch
+from ..files.identity import Identity
 from ..inject import layer_tensors, read_described
 from .formats import Adapter
 

@@ -107,9 +107,8 @@ class Format:
     name: ClassVar[str]
     writes: ClassVar[bool] = False
     keeps_all: ClassVar[bool] = False  # has room for all that save_adapter() writes
-    replaces: ClassVar[
-        tuple[str, ...]
-    ] = ()  # kinds of files (kinds.py) whose place an output may take; folders have a rule of their own
+    # kinds of files (files/file_kinds.py) whose place an output may take; folders have a rule of their own
+    replaces: ClassVar[tuple[str, ...]] = ()
     hints: ClassVar[tuple[str, ...]] = ()  # those that read() has a use for
 
     @classmethod

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..adapter import METHODS
 from ..errors import UserError
+from ..files.output import write_folder, write_json
+from ..files.safetensors_io import write_safetensors
 from ..methods.lora import ScaledOptions
-from ..output import write_folder, write_json
-from ..safetensors_io import write_safetensors
 from .base import adapted_layers
 from .formats import Adapter, Format, origin_of, register
 

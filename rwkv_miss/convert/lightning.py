@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..adapter import METHODS
-from ..checkpoint import is_finite, memory, read_metadata, write_checkpoint
 from ..errors import UserError
+from ..files.checkpoint import is_finite, memory, read_metadata, write_checkpoint
+from ..files.output import write_folder, write_text
 from ..methods.miss import Options
-from ..output import write_folder, write_text
 from .base import adapted_layers, linear_shapes, sha256
 from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..checkpoint import write_checkpoint
+from ..files.checkpoint import write_checkpoint
 from ..inject import ADAPTER_FORMAT, read_adapter
 from .formats import Adapter, Format, Hints, register
 from .source import Source

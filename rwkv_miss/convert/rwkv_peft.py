@@ -23,10 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import METHODS
-from ..checkpoint import read_checkpoint, write_checkpoint
 from ..errors import UserError
-from ..output import require_writable
-from ..parts import PARTS
+from ..files.checkpoint import read_checkpoint, write_checkpoint
+from ..files.output import require_writable
+from ..methods.whole_tensors import PARTS
 from .formats import Adapter, Format, Hints, described, origins, rank_options, register
 from .profile import read_alphas
 from .source import Source

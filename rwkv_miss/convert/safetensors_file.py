@@ -8,10 +8,10 @@ import json
 
 from ..adapter import METHODS
 from ..errors import UserError
+from ..files.file_kinds import SAFETENSORS
+from ..files.safetensors_io import write_safetensors
+from ..files.untrusted import parse_json
 from ..inject import checked_metadata
-from ..kinds import SAFETENSORS
-from ..safetensors_io import write_safetensors
-from ..untrusted import parse_json
 from .formats import Adapter, Format, Hints, register
 from .source import Source
 

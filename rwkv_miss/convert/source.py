@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.safetensors_io import is_safetensors, read_safetensors
+from ..files.untrusted import read_json
 from ..inject import ADAPTER_FORMAT, read_described
-from ..safetensors_io import is_safetensors, read_safetensors
-from ..untrusted import read_json
 
 # configuration of a folder -> the tensors beside it, the first name that is there
 FOLDERS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import AdapterLinear, register
 from ..errors import UserError
-from ..peers import bat_linear
+from .operators import bat_linear
 
 ORDERS = ("col", "row")
 

@@ -20,7 +20,7 @@ from ..functional import (
     times_columns,
     without_autocast,
 )
-from ..peers import expand_linear, output_shard_index
+from .operators import expand_linear, output_shard_index
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
 

@@ -7,7 +7,7 @@ import dataclasses
 from .. import adapter
 from ..adapter import AdapterMethod, register
 from ..errors import UserError
-from ..parts import add_states, state_names, train_whole
+from .whole_tensors import add_states, state_names, train_whole
 
 
 @dataclasses.dataclass(frozen=True)

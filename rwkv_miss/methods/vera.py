@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import adapter
 from ..adapter import AdapterLinear, register
 from ..errors import UserError
-from ..peers import vera_linear
+from .operators import vera_linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import Arch, check_finite, read_metadata
 from rwkv_miss.errors import UserError
-from rwkv_miss.kinds import GGUF, SAFETENSORS, may_replace
-from rwkv_miss.output import check_folder, require_writable
-from rwkv_miss.safetensors_io import write_safetensors
+from rwkv_miss.files.checkpoint import Arch, check_finite, read_metadata
+from rwkv_miss.files.file_kinds import GGUF, SAFETENSORS, may_replace
+from rwkv_miss.files.output import check_folder, require_writable
+from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..model import RWKV, read_model_file
 from ..template import Template, load_template

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import Arch, check_finite, write_checkpoint
 from rwkv_miss.errors import UserError
-from rwkv_miss.output import require_writable
+from rwkv_miss.files.checkpoint import Arch, check_finite, write_checkpoint
+from rwkv_miss.files.output import require_writable
+from rwkv_miss.files.safetensors_io import is_safetensors, read_safetensors
+from rwkv_miss.files.untrusted import first_bytes, read_json
 from rwkv_miss.progress import tensors_with_progress
-from rwkv_miss.safetensors_io import is_safetensors, read_safetensors
-from rwkv_miss.untrusted import first_bytes, read_json
 
 from ..model import RWKV
 from ..words import counted

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
-from rwkv_miss.output import whole_file
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.output import whole_file
 from rwkv_miss.progress import progress
 
 from ..words import counted

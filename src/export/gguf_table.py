@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rwkv_miss.checkpoint import Arch
+from rwkv_miss.files.checkpoint import Arch
 
 from .table import LARGE, MAP, VECTOR, Row
 

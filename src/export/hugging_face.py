@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rwkv_miss.checkpoint import Arch
 from rwkv_miss.errors import UserError
-from rwkv_miss.output import write_bytes, write_folder, write_json
-from rwkv_miss.safetensors_io import write_safetensors
+from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.output import write_bytes, write_folder, write_json
+from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..template import RwkvTemplate, Template
 from ..tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rwkv_miss import functional, peers
+from rwkv_miss import functional
+from rwkv_miss.methods import operators
 from src.ops import native
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -45,9 +46,9 @@ FORWARDS = {
     "miss_linear": functional._miss_forward,
     "lora_linear": functional._lora_forward,
     "times_columns": functional._columns_forward,
-    "expand_linear": peers._expand_forward,
-    "vera_linear": peers._vera_forward,
-    "bat_linear": peers._bat_forward,
+    "expand_linear": operators._expand_forward,
+    "vera_linear": operators._vera_forward,
+    "bat_linear": operators._bat_forward,
 }
 KERNELS = {"wkv6", "wkv6_backward", "wkv7", "wkv7_backward", "dequantise"}
 

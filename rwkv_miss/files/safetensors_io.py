@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .checkpoint import memory
-from .errors import UserError
 from .output import whole_file
 from .untrusted import LARGEST_JSON, first_bytes
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
 
 PARTS = {
     "emb": r"emb\.weight",

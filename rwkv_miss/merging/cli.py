@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from .check import check_merge
-from .convert import Hints
-from .errors import Parser, printable
-from .extract import diff_files
+from ..convert import Hints
+from ..errors import Parser, printable
+from ..methods.miss import CHOICES
+from .diff import diff_files
 from .merge import DTYPES, merge_file
-from .methods.miss import CHOICES
 from .rounding import ROWS
+from .unmerge import check_merge
 
 
 def add_commands(commands) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
-from .combine import Combination, Member, common_record, is_state, merged_adapters, read_members
-from .convert import NO_HINTS, Hints
-from .errors import UserError
-from .identity import Identity
-from .inject import ADAPTER_FORMAT, read_described
-from .kinds import may_replace
-from .output import require_writable
-from .progress import tensors_with_progress
+from ..convert import NO_HINTS, Hints
+from ..errors import UserError
+from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
+from ..files.file_kinds import may_replace
+from ..files.identity import Identity
+from ..files.output import require_writable
+from ..inject import ADAPTER_FORMAT, read_described
+from ..progress import tensors_with_progress
+from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
 from .rounding import LOSS_LIMIT, ROWS, Rounding, Scratch, percent, round_into, round_to
 
 MERGED_FORMAT = "rwkv-miss merged"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 # bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a
 # megabyte

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+from ..progress import DELAY, Progress, clear
 from .checkpoint import memory, read_checkpoint
-from .errors import UserError
-from .progress import DELAY, Progress, clear
 
 try:
     import fcntl

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import blocks
-from .combine import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
-from .convert import NO_HINTS, Hints
-from .errors import UserError
-from .identity import Identity
+from ..convert import NO_HINTS, Hints
+from ..errors import UserError
+from ..files.checkpoint import blocks
+from ..files.identity import Identity
+from .members import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
 from .merge import read_base
 from .rounding import ROWS, Layer, Rounding, Scratch, bits, percent, round_to
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import METHODS, AdapterLinear, NoOptions
-from .checkpoint import Arch, blocks, check_finite
-from .convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, format_of, open_source
-from .errors import UserError
-from .identity import Identity
-from .inject import layer_tensors, read_adapter
-from .parts import PARTS
+from ..adapter import METHODS, AdapterLinear, NoOptions
+from ..convert import FORMATS, NO_HINTS, Adapter, Hints, Source, check_hints, format_of, open_source
+from ..errors import UserError
+from ..files.checkpoint import Arch, blocks, check_finite
+from ..files.identity import Identity
+from ..inject import layer_tensors, read_adapter
+from ..methods.whole_tensors import PARTS
 from .rounding import Scratch
 
 LARGEST_WEIGHT = 1e30  # of an adapter; beyond it nothing is left in fp32

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import blocks, is_finite
-from .errors import UserError
+from ..errors import UserError
+from ..files.checkpoint import blocks, is_finite
 
 LOSS_LIMIT = 0.05  # share of the update that rounding may take before the user is warned
 ROWS = 5  # of the table, where not all are asked for

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ..errors import UserError
 from .checkpoint import read_metadata
-from .errors import UserError
 from .safetensors_io import is_safetensors
 from .untrusted import first_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import (
+from ..functional import (
     _bias,
     _define,
     _matrix,
@@ -17,7 +17,7 @@ from .functional import (
     autocast,
     shard_sum,
 )
-from .gemm import product, product_onto, product_plus
+from ..gemm import product, product_onto, product_plus
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Arch, blocks, write_checkpoint
-from .convert.formats import described
-from .errors import UserError
-from .functional import shard_index, shard_sum
-from .identity import Identity
-from .inject import ADAPTER_FORMAT, DEFAULT_TARGETS
-from .kinds import may_replace
+from ..convert.formats import described
+from ..errors import UserError
+from ..files.checkpoint import Arch, blocks, write_checkpoint
+from ..files.file_kinds import may_replace
+from ..files.identity import Identity
+from ..files.output import require_writable
+from ..functional import shard_index, shard_sum
+from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
+from ..methods.whole_tensors import PARTS, in_parts
 from .merge import read_base
-from .output import require_writable
-from .parts import PARTS, in_parts
 from .rounding import ROWS, bits, percent
 
 PIECE = 1 << 20  # entries of a matrix in float64 at once
@@ -124,9 +124,9 @@ def diff_files(
 
     targets are names as in inject(); None: all linears of the paper. Only linears that differ are adapted.
     Other tensors that differ are left out, or with `whole` in the file as they are in `b`, with all others of
-    their parts (parts.py). Where `b` has another dtype, what counts is its difference from `a` rounded to
-    that. UserError before anything is written: other keys or shapes, targets that match nothing or don't
-    differ, a rank beyond a width, NaN; nothing is left of a file that was begun.
+    their parts (methods/whole_tensors.py). Where `b` has another dtype, what counts is its difference from
+    `a` rounded to that. UserError before anything is written: other keys or shapes, targets that match
+    nothing or don't differ, a rank beyond a width, NaN; nothing is left of a file that was begun.
     """
     for path in (a, b):
         if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 from .output import whole_file
 from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json
 
