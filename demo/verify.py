@@ -16,7 +16,7 @@ with importing():
     from src.template import recorded_template
 
 
-def _short(prompt: str) -> str:
+def short(prompt: str) -> str:
     """A prompt without the words of the template, on one line."""
     return prompt.removeprefix("User: ").removesuffix("Assistant:").strip().replace("\n\n", " / ")
 
@@ -45,7 +45,7 @@ def main() -> None:
             seconds = json.load(file)["train_seconds"]
         print(f"\n{'question':<60} {'base':<12} {'merged':<12}")
         for question, first, second in list(zip(questions, wrong, answers, strict=True))[:8]:
-            print(f"{_short(question.prompt):<60.60} {first:<12.12} {second:<12.12}")
+            print(f"{short(question.prompt):<60.60} {first:<12.12} {second:<12.12}")
         print(
             f"\nwhole answers exactly right on {len(questions)} held-out questions: {before:.1%} before,"
             f" {after:.1%} after (unmerged {live:.1%})"
