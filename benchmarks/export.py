@@ -73,6 +73,7 @@ def main() -> None:
                 size = sum(p.stat().st_size for p in out.iterdir()) if out.is_dir() else out.stat().st_size
                 note(f"to {to} {kind}", *there, size)
                 if not kind.startswith("Q"):
+                    remove(back)  # an export does not replace a model
                     note(
                         f"from {to} {kind}",
                         *measured(lambda out=out: export(out, back, "pth")),
