@@ -4,7 +4,7 @@ out/run
 
 import sys
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import one_line_errors

@@ -34,6 +34,7 @@ from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_c
 from rwkv_miss.adapter import adapted_linears
 from src import ops
 from src.adapters import Adapters
+from src.common.device import cpu_features
 from src.decode import Decoder
 from src.export import export
 from src.model import RWKV, default_arch
@@ -143,7 +144,7 @@ def native() -> ctypes.CDLL:
         build.headers(),
         command,
         ["-pthread"],
-        build.cpu_features(),
+        cpu_features(),
     )
     return ctypes.CDLL(str(path))
 

@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from src.device import peak_memory
+from src.common.device import peak_memory
 from src.infctx import Chunks, rows_loss, state_bytes
 
 from .common import report

@@ -2,10 +2,10 @@
 
     python -m benchmarks.interrupt [--tries 200] [--program train] [--strategy auto] [--devices 1]
 
-The moments lie between Python's own start, the standard library's modules that src/doorway.py begins with
-included, which no program can answer for, and the first step. Both are measured first: the step comes after 4
-to 6 s on two cores, later beside other work. Ctrl-C goes to all processes of the program, as a terminal sends
-it.
+The moments lie between Python's own start, the standard library's modules that src/common/startup.py begins
+with included, which no program can answer for, and the first step. Both are measured first: the step comes
+after 4 to 6 s on two cores, later beside other work. Ctrl-C goes to all processes of the program, as a
+terminal sends it.
 """
 
 from __future__ import annotations

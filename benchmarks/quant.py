@@ -30,8 +30,8 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import CODES
 from src.base import build_model
+from src.common.device import DTYPES
 from src.config import Config
-from src.device import DTYPES
 from src.infctx import chunks_of, rows_loss
 from src.model import read_model_file
 from src.ops import native

@@ -17,7 +17,7 @@ import torch
 import rwkv_miss
 from scripts.memory_table import MODELS
 from src import ops
-from src.device import DTYPES, peak_memory
+from src.common.device import DTYPES, peak_memory
 from src.model import RWKV, default_arch, parameter_groups, replace_tensors
 
 from .common import report

@@ -19,6 +19,7 @@ import time
 import torch
 
 from src import ops
+from src.common.device import cpu_features
 from src.ops import build
 
 from .common import keep_pages, report
@@ -104,7 +105,7 @@ def fma_probe():
                 build.headers(),
                 command,
                 (),
-                build.cpu_features(),
+                cpu_features(),
             )
         )
     )

@@ -10,13 +10,13 @@ import math
 import os
 import sys
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from demo.commands import NO_ADAPTER, Chat, check_typed, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
+    from src.common.device import DTYPES
     from src.decode import fastest
-    from src.device import DTYPES
     from src.generate import Conversation, Sampling, stream
     from src.load import load_with
     from src.template import MODES, recorded_template

@@ -12,7 +12,7 @@ import io
 import json
 import os
 
-from src.doorway import importing
+from src.common.startup import importing
 
 with importing():
     import numpy as np
@@ -23,8 +23,8 @@ with importing():
     from demo.verify import short
     from rwkv_miss import UserError, read_checkpoint
     from rwkv_miss.errors import Parser, one_line_errors
+    from src.common.files import write_bytes
     from src.evaluate import Question, exact_accuracy, read_questions
-    from src.files import write_bytes
     from src.load import load
     from src.template import recorded_template
 

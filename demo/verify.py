@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 
-from src.doorway import importing
+from src.common.startup import importing
 
 with importing():
     from rwkv_miss import UserError

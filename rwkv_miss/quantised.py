@@ -3,13 +3,10 @@
 A quantised weight (out, in) is one integer tensor, a row of bytes for each output, so that it moves between
 devices, is broadcast and is saved for a backward like any other tensor:
 
-| kind | dtype | a row of in weights is, in blocks of 64                                      | bits a weight
-|
-|------|-------|------------------------------------------------------------------------------|---------------|
-| int8 | int8  | 64 codes a block from -127 to 127, then a scale a block                      | 8.25
-|
-| nf4  | uint8 | 32 bytes a block, two codes in each, the earlier one in the high half, then a scale a block |
-4.25 |
+| kind | dtype | blocks of 64 weights in a row                                               | bits a weight
+|------|-------|-----------------------------------------------------------------------------|--------------
+| int8 | int8  | 64 codes from -127 to 127, then a scale                                     | 8.25
+| nf4  | uint8 | 32 bytes of two codes, the earlier one in the high half, then a scale       | 4.25
 
 weight = value of the code x scale of its block. The value of an int8 code is the code itself, that of an nf4
 code its entry in NF4. A scale is bf16: the largest weight of the block for nf4, which a bf16 file has

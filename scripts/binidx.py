@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from src.doorway import importing
+from src.common.startup import importing
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "gpu"

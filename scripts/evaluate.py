@@ -8,17 +8,17 @@ import argparse
 import json
 import sys
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.output import require_writable
     from src.answers import SCORES
     from src.code_tests import passed, read_problems
+    from src.common.device import DTYPES
+    from src.common.files import write_text
     from src.config import FIELDS
-    from src.device import DTYPES
     from src.evaluate import LIMITS, THOUGHTS, Answer, Question, answer_limit, answers_to, read_questions
-    from src.files import write_text
     from src.formats import Reading
     from src.guessing import doubt_of_answers
     from src.load import load

@@ -7,7 +7,7 @@ pth makes a checkpoint of any of them.
 
 from __future__ import annotations
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors

@@ -11,13 +11,13 @@ import argparse
 import json
 import sys
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.output import require_writable
-    from src.device import DTYPES
-    from src.files import write_text
+    from src.common.device import DTYPES
+    from src.common.files import write_text
     from src.load import load
     from src.template import recorded_template
 

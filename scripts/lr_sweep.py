@@ -20,7 +20,7 @@ import math
 import os
 import sys
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     import torch
@@ -30,15 +30,15 @@ with importing():
     from src import config as configuration
     from src import describe
     from src.base import build_model, read_base
+    from src.common.device import DTYPES
+    from src.common.files import write_bytes, write_text
+    from src.common.formatting import counted
     from src.config import Config
-    from src.device import DTYPES
-    from src.files import write_bytes, write_text
     from src.folder import require_folder
     from src.learning_rate import state_learning_rate
     from src.prepare import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
     from src.template import recorded_template
     from src.trial import Trial, held_out_loss, trials
-    from src.words import counted
 
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 
-from src.doorway import importing
+from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.allocation import model_on_meta
+    from src.common.available_memory import GIB
     from src.config import Config
-    from src.memory import GIB, memory_parts
+    from src.memory import memory_parts
     from src.model import default_arch
 
 MODELS = {

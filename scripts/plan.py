@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import UserError, one_line_errors
@@ -28,9 +28,11 @@ with importing():
     from src.base import read_base
     from src.calibrate import Speed, speed_here
     from src.choices import CHOSEN, cheapest_fix
+    from src.common.available_memory import parse_size
+    from src.common.formatting import counted, size_text
     from src.config import Config
     from src.data import Schedule
-    from src.memory import USABLE, needed, parse_size
+    from src.memory import USABLE, needed
     from src.prepare import (
         Cost,
         Device,
@@ -46,7 +48,6 @@ with importing():
     )
     from src.resume import earlier_settings, inherit, keep_rows_per_step
     from src.template import recorded_template
-    from src.words import counted, size_text
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")

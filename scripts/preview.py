@@ -17,7 +17,7 @@ import os
 import sys
 import time
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     import numpy as np
@@ -27,6 +27,7 @@ with importing():
     from src import config as configuration
     from src import describe
     from src.choices import longest_uncut, row_length
+    from src.common.formatting import counted
     from src.config import Config
     from src.data import Document, Documents, Loaded, fit, pack
     from src.formats import Reading, Report, read_source, sample, sources
@@ -35,7 +36,6 @@ with importing():
     from src.template import recorded_template
     from src.tokenise import Encoder, Tokens
     from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
-    from src.words import counted
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence

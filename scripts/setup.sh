@@ -2,7 +2,7 @@
 # Usage: source scripts/setup.sh EXTRA      with EXTRA = test, the test tools are installed too; "" for none
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# for pytest, which does not come through src/doorway.py
+# for pytest, which does not come through src/common/startup.py
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 setup() {

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 
-from src.doorway import importing, naming_missing_packages
+from src.common.startup import importing, naming_missing_packages
 
 with importing():
     import torch

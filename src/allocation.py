@@ -21,8 +21,8 @@ import rwkv_miss
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
+from .common.device import DTYPES
 from .config import Config, adapter_options
-from .device import DTYPES
 from .infctx import chunks_of, rows_loss, state_bytes
 from .model import RWKV, replace_tensors
 

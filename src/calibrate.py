@@ -12,9 +12,9 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.files.checkpoint import Arch
 
 from .allocation import model_on_meta
+from .common.device import DTYPES
 from .config import Config
 from .data import Schedule
-from .device import DTYPES
 from .model import replace_tensors
 from .shared import Head
 

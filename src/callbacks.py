@@ -20,8 +20,8 @@ from rwkv_miss.interrupts import answer
 from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from .checkpoints import checkpoint_name, keep_best, remove_old
-from .device import peak_memory
-from .files import append_line, is_first_process, read_lines, write_lines
+from .common.device import peak_memory
+from .common.files import append_line, is_first_process, read_lines, write_lines
 from .guessing import worse_than_guessing
 from .history import BEST
 from .rollback import LastGood

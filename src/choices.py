@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 from rwkv_miss.adapter import METHODS
 
+from .common.formatting import counted, size_text
 from .config import Config, accumulation, is_automatic
-from .words import counted, size_text
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested

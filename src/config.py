@@ -25,7 +25,7 @@ from rwkv_miss.methods.whole_tensors import split_parts
 from rwkv_miss.quantised import CODES
 
 from . import legacy
-from .files import is_first_process, write_text
+from .common.files import is_first_process, write_text
 from .processes import drop_local_rank, follow_launcher
 
 

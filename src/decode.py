@@ -22,11 +22,11 @@ from rwkv_miss.errors import UserError
 
 from . import ops
 from .adapters import LowRank
-from .device import multiplies_bf16
+from .common.device import multiplies_bf16
+from .common.formatting import counted
 from .graphed import GraphedDecoder
 from .model import RWKV, LayerState, State
 from .ops import native
-from .words import counted
 
 MODEL = (
     "emb.weight",

@@ -11,6 +11,7 @@ from rwkv_miss.version import version_line
 
 from .checkpoints import checkpoint_step
 from .choices import CHOSEN
+from .common.formatting import counted, size_text
 from .config import Config, command
 from .data import Document, Documents, Schedule
 from .held_out import evaluations
@@ -20,7 +21,6 @@ from .model import RWKV
 from .outputs import ADAPTER, MODEL, output_path
 from .prepare import Cost, Data, Job, steps_of
 from .run_card import CARD
-from .words import counted, size_text
 from .writers import describe_writers, places_to_watch
 
 LINES = 14  # of the plan, at most

@@ -15,10 +15,10 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, progress
 
+from .common.files import is_first_process
+from .common.formatting import counted
 from .config import Config
 from .data import Document, Documents, collate, pack
-from .files import is_first_process
-from .words import counted
 
 Batch = list[list[Document]]  # rows of documents
 EVALUATION = 0.1  # of a run's time, counted in tokens: what all its evaluations take where nobody says more

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.files.checkpoint import Arch
 
+from .common.device import DTYPES
 from .config import Config
-from .device import DTYPES
 from .model import RWKV, LayerState, State
 
 

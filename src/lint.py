@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .common.formatting import counted
 from .template import ROLES, TURN_END, RwkvTemplate, thoughts_of
 from .tokenise import Encoder
-from .words import counted
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")

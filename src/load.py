@@ -13,7 +13,7 @@ from rwkv_miss import Arch, UserError, read_metadata
 
 from . import ops
 from .adapters import Adapters
-from .device import DTYPES, choose_accelerator, choose_precision
+from .common.device import DTYPES, choose_accelerator, choose_precision
 from .model import RWKV, read_model_file
 from .tokenizer import Tokenizer, recorded_tokenizer
 

@@ -1,28 +1,17 @@
-"""What a run needs of a device's memory, part by part, before anything is loaded; and what the device has.
+"""What a run needs of a device's memory, part by part, before anything is loaded.
 
-| part          | bytes                                                              | where it comes from
-|
-|---------------|--------------------------------------------------------------------|-------------------------------------------------|
-| base          | frozen parameters in --precision; of the layers in --quant         | model.RWKV.load and
-quantise                    |
-| trained       | 4 a trained parameter, and what a method keeps beside them         |
-adapter.AdapterLinear.setup; fp32 in full training |
-| gradients     | 4 a trained parameter                                              | kept from one
-micro-batch to the next           |
-| Adam          | 8 a trained parameter: exp_avg and exp_avg_sq                      |
-trainer.FineTuning.configure_optimizers         |
-| DeepSpeed     | 4 a trained parameter / processes: its master copy; its buckets    |
-deepspeed_anywhere.AnywhereDeepSpeed            |
-| rollback      | 24 a trained parameter: two copies of it and its moments           | rollback.LastGood,
-which keeps them on the CPU  |
-| activations   | what the layers keep for the backward                              | allocation.step_bytes,
-counted from the code    |
-| working       | the most beyond that: logits of the trained tokens, temporaries    | the same
-|
-| allocator     | memory that is not in use and not given back                       | HEAP_WASTE, CACHE_WASTE
-|
-| libraries     | Python, torch, Lightning, CUDA's context                           | LIBRARIES, measured by
-benchmarks/memory.py     |
+| part        | bytes                                                          | where it comes from
+|-------------|----------------------------------------------------------------|---------------------------
+| base        | frozen parameters in --precision; of the layers in --quant     | RWKV.load and quantise
+| trained     | 4 a trained parameter, and what a method keeps beside them     | AdapterLinear.setup
+| gradients   | 4 a trained parameter                                          | kept between micro-batches
+| Adam        | 8 a trained parameter: exp_avg and exp_avg_sq                  | configure_optimizers
+| DeepSpeed   | 4 a trained parameter / processes: its master copy; buckets    | AnywhereDeepSpeed
+| rollback    | 24 a trained parameter: two copies of it and its moments       | LastGood, on the CPU
+| activations | what the layers keep for the backward                          | step_bytes, counted
+| working     | the most beyond that: logits of trained tokens, temporaries    | step_bytes, counted
+| allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
+| libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
 
 ZeRO divides by the number of processes: stage 1 Adam and the master copy, stage 2 also gradients, stage 3
 also base and trained.
@@ -31,21 +20,17 @@ also base and trained.
 from __future__ import annotations
 
 import heapq
-import os
 
-import torch
-
-from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from .allocation import StepBytes, model_on_meta, step_bytes
+from .common.available_memory import MIB
+from .common.device import DTYPES
 from .config import Config
 from .data import Schedule
-from .device import DTYPES
 from .model import RWKV
 
-GIB, MIB = 1 << 30, 1 << 20
 # glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB,
 # 0.4 to 0.9 of that were seen with glibc 2.41 (benchmarks/memory.py)
 HEAP_WASTE = 0.6
@@ -138,86 +123,3 @@ def allocator_waste(step: StepBytes, accelerator: str) -> float:
     if accelerator == "gpu":
         return CACHE_WASTE * step.peak
     return step.large + (1 + HEAP_WASTE) * step.small - step.peak
-
-
-def free_memory(accelerator: str) -> int:
-    """Bytes that this process may use on one device, what it holds already included."""
-    if accelerator == "gpu":
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved()
-    return min(_available(), _cgroup_limit()) + _resident()
-
-
-def all_memory(accelerator: str) -> int:
-    """Bytes of one device, whatever is in use: a number that the processes of a run find alike."""
-    if accelerator == "gpu":
-        return torch.cuda.get_device_properties(0).total_memory
-    return min(_total(), _cgroup_limit(left=False))
-
-
-def _status(path: str, name: str) -> int:
-    with open(path) as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name))
-
-
-def _total() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
-
-
-def _available() -> int:
-    """MemAvailable of Linux; elsewhere all of the machine's memory."""
-    try:
-        return _status("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return _total()
-
-
-def _resident() -> int:
-    try:
-        return _status("/proc/self/status", "RssAnon")
-    except OSError:
-        return 0
-
-
-def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
-    """A container's limit, version 2 or 1, or what of it is left; files that the kernel would drop from its
-    cache count as free.
-    """
-    for limit, usage, stat, key in (
-        (f"{root}/memory.max", f"{root}/memory.current", f"{root}/memory.stat", "inactive_file"),
-        (
-            f"{root}/memory/memory.limit_in_bytes",
-            f"{root}/memory/memory.usage_in_bytes",
-            f"{root}/memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
-        try:
-            with open(limit) as file:
-                most = file.read().strip()
-            if most == "max":
-                continue
-            if not left:
-                return int(most)
-            with open(usage) as used, open(stat) as file:
-                dropped = next((int(line.split()[1]) for line in file if line.split()[0] == key), 0)
-                return int(most) - int(used.read()) + dropped
-        except (OSError, ValueError):
-            continue
-    return 1 << 62
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "24GB", "24GiB", "800MB" or a number. GPUs are sold in GiB that are called GB, so both mean
-    2^30.
-    """
-    units = {"": 1, "K": 1 << 10, "M": MIB, "G": GIB, "T": 1 << 40}
-    number = text.strip().upper().removesuffix("B").removesuffix("I")
-    unit = number[-1:] if number[-1:] in units else ""
-    try:
-        size = float(number.removesuffix(unit)) * units[unit]
-        if not MIB <= size < 1 << 60:  # no device has less: the unit was forgotten
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--memory {text}: expected a size such as 24GB or 800MB") from None
-    return int(size)

@@ -16,8 +16,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint, write_checkpoint
 from rwkv_miss.version import VERSION, commit
 
+from .common.files import read_lines, write_text
 from .config import Config
-from .files import read_lines, write_text
 from .history import BEST, VALIDATION, answers_as_before, is_over, loss_text
 from .model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses

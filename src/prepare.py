@@ -16,9 +16,11 @@ from rwkv_miss.files.checkpoint import Arch
 from . import ops
 from .calibrate import Speed
 from .choices import choose, choose_batch, held_out_share, row_length
+from .common.available_memory import all_memory, free_memory
+from .common.device import choose_accelerator, choose_precision
+from .common.formatting import counted
 from .config import Config, accumulation, is_automatic
 from .data import Documents, Schedule, load, make_schedule
-from .device import choose_accelerator, choose_precision
 from .formats import Reading, Report, sources
 from .held_out import (
     FORWARD,
@@ -30,12 +32,11 @@ from .held_out import (
     questions,
 )
 from .learning_rate import method_rate
-from .memory import USABLE, all_memory, free_memory, largest_batch, memory_parts, needed
+from .memory import USABLE, largest_batch, memory_parts, needed
 from .model import RWKV
 from .template import Template
 from .tokenise import Encoder
 from .tokenizer import Tokenizer
-from .words import counted
 
 # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
 STAGE_3_CHUNKS = (

@@ -1,18 +1,12 @@
 """The processes of a run: what started them, how many there are, and that none outlives its launcher.
 
-| started by                     | what it tells
-|
-|--------------------------------|----------------------------------------------------------------------------------------|
-| `torchrun`                     | RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT
-|
-| `deepspeed`                    | the same, but LOCAL_SIZE for LOCAL_WORLD_SIZE, and --local_rank=N before
-the flags     |
-| `srun`                         | SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS, SLURM_STEP_NUM_NODES
-|
-| `python`, one machine          | nothing: Lightning starts the other --devices - 1 processes, with
-LOCAL_RANK set       |
-| `python`, on each of several   | MASTER_ADDR, MASTER_PORT and NODE_RANK, set by the user; then as on one
-machine        |
+| started by               | what it tells
+|--------------------------|---------------------------------------------------------------------------
+| `torchrun`               | RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT
+| `deepspeed`              | the same, but LOCAL_SIZE for LOCAL_WORLD_SIZE; --local_rank=N before the flags
+| `srun`                   | SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS, SLURM_STEP_NUM_NODES
+| `python`, one machine    | nothing: Lightning starts the other --devices - 1 processes, with LOCAL_RANK
+| `python`, on each of several | MASTER_ADDR, MASTER_PORT, NODE_RANK, set by the user; then as on one machine
 """
 
 from __future__ import annotations

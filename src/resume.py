@@ -14,9 +14,9 @@ from rwkv_miss.files.identity import Identity
 from . import config as configuration
 from .checkpoints import list_checkpoints
 from .choices import choose
+from .common.files import is_first_process
 from .config import Config, accumulation, is_automatic
 from .data import Documents
-from .files import is_first_process
 from .history import BEST
 from .model import RWKV
 from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path

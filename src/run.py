@@ -17,9 +17,9 @@ from . import describe, ops
 from .base import build_model, read_base
 from .calibrate import speed_here
 from .checkpoints import checkpoint_step, remove_leftovers, restore_best
+from .common.device import DTYPES
+from .common.files import is_first_process, read_lines
 from .config import Config
-from .device import DTYPES
-from .files import is_first_process, read_lines
 from .folder import folder_of_run
 from .history import BEST, VALIDATION, best, is_over
 from .lifeline import lifeline

@@ -6,8 +6,8 @@ import io
 import math
 import os
 
+from .common.files import write_bytes
 from .config import Config, command
-from .files import write_bytes
 from .history import best, loss_text
 
 CARD, CURVE = "run_card.md", "loss.png"

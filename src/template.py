@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 
-from .files import read_text
-from .words import short
+from .common.files import read_text
+from .common.formatting import short
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import rwkv_miss
 
 from .agreement import agree
+from .common.device import DTYPES
 from .config import Config, accumulation
 from .data import Batches, Documents, make_schedule
-from .device import DTYPES
 from .infctx import chunks_of, half_of, rows_loss
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV, parameter_groups

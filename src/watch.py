@@ -14,9 +14,9 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import say
 
 from .callbacks import StepReport
+from .common.files import append_line, is_first_process, write_lines
 from .data import Documents
 from .evaluate import greedy, shortened
-from .files import append_line, is_first_process, write_lines
 from .held_out import (
     SAMPLE_CHARACTERS,
     SAMPLE_TOKENS,

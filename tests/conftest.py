@@ -17,6 +17,7 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
+from src.common.device import cpu_features
 from src.model import RWKV, VERSIONS
 from src.ops import build
 
@@ -76,7 +77,7 @@ def libraries():
         build.headers(),
         command,
         ["-fopenmp"],
-        build.cpu_features(),
+        cpu_features(),
     )
     library = ctypes.CDLL(str(path))
     for op in ("wkv6", "wkv7", "wkv6_chunked", "wkv7_chunked"):

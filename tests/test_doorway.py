@@ -14,7 +14,7 @@ import torch
 from benchmarks import interrupt
 from rwkv_miss.errors import UserError, one_line_errors
 from rwkv_miss.files.checkpoint import read_checkpoint
-from src import doorway
+from src.common import startup
 
 from . import program
 from .conftest import ROOT
@@ -185,7 +185,7 @@ def test_torch_keeps_few_prepared_shapes():
     """More than 300 MB were kept for 1024 of them."""
     code = """
 import sys
-from src.doorway import importing
+from src.common.startup import importing
 with importing():
     import torch
     from rwkv_miss import gemm
@@ -206,7 +206,7 @@ print(resident() - before)
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     code = (
-        "import os\nfrom src.doorway import importing\nwith importing():"
+        "import os\nfrom src.common.startup import importing\nwith importing():"
         " pass\nprint(os.environ['OMP_WAIT_POLICY'])"
     )
     for given, found in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
@@ -215,8 +215,8 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
 
 
 def test_an_old_python_is_named_before_a_package(monkeypatch, capsys):
-    monkeypatch.setattr(doorway.sys, "version_info", (3, 8, 10))
-    with pytest.raises(SystemExit, match="2"), doorway.importing():
+    monkeypatch.setattr(startup.sys, "version_info", (3, 8, 10))
+    with pytest.raises(SystemExit, match="2"), startup.importing():
         raise AssertionError("imports are not tried")
     assert capsys.readouterr().err.startswith(
         "error: Python 3.8 is too old, 3.10 or newer is needed; here it is "
@@ -227,7 +227,7 @@ MODULES = [words[-1] for words in PROGRAMS[1:] if words[-1] != "rwkv_miss"]
 
 
 @pytest.mark.parametrize(
-    "path", ["train.py", "src/doorway.py", *(name.replace(".", "/") + ".py" for name in MODULES)]
+    "path", ["train.py", "src/common/startup.py", *(name.replace(".", "/") + ".py" for name in MODULES)]
 )
 def test_an_old_python_can_read_a_program_as_far_as_that(path):
     ast.parse((ROOT / path).read_text(), feature_version=(3, 8))

@@ -18,9 +18,11 @@ from src import calibrate, memory, ops
 from src.allocation import HEAP_LIMIT, Live, step_bytes
 from src.base import build_model, read_base
 from src.choices import cheapest_fix
+from src.common import available_memory
+from src.common.available_memory import GIB, parse_size
 from src.config import Config
 from src.data import Document, Documents, collate, make_schedule
-from src.memory import GIB, largest_batch, memory_parts, parse_size
+from src.memory import largest_batch, memory_parts
 
 from .conftest import ROOT, make_arch
 
@@ -290,10 +292,10 @@ def test_the_processes_of_a_cpu_share_its_memory():
 
 def test_free_is_what_machine_and_container_have_with_what_is_held_already(monkeypatch):
     for available, limit in ((1000, 700), (700, 1000)):
-        monkeypatch.setattr(memory, "_available", lambda available=available: available)
-        monkeypatch.setattr(memory, "_cgroup_limit", lambda limit=limit: limit)
-        monkeypatch.setattr(memory, "_resident", lambda: 50)
-        assert memory.free_memory("cpu") == 750
+        monkeypatch.setattr(available_memory, "_available", lambda available=available: available)
+        monkeypatch.setattr(available_memory, "_cgroup_limit", lambda limit=limit: limit)
+        monkeypatch.setattr(available_memory, "_resident", lambda: 50)
+        assert available_memory.free_memory("cpu") == 750
 
 
 def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monkeypatch):
@@ -439,12 +441,12 @@ def test_sizes_as_people_write_them():
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path):
-    assert memory._cgroup_limit(str(tmp_path)) > 1 << 60
+    assert available_memory._cgroup_limit(str(tmp_path)) > 1 << 60
     for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 5\ninactive_file 250\n")):
         (tmp_path / f"memory.{name}").write_text(text)
-    assert memory._cgroup_limit(str(tmp_path)) == 1000 - 700 + 250
+    assert available_memory._cgroup_limit(str(tmp_path)) == 1000 - 700 + 250
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._cgroup_limit(str(tmp_path)) > 1 << 60
+    assert available_memory._cgroup_limit(str(tmp_path)) > 1 << 60
 
 
 # the program

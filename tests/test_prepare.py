@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rwkv_miss.errors import UserError
-from src import device, prepare
+from src import prepare
+from src.common import device
 from src.config import Config
 from src.data import Document, Documents, make_schedule
 from src.prepare import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of

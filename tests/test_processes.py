@@ -29,7 +29,7 @@ from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.checkpoints import list_checkpoints
-from src.files import is_first_process
+from src.common.files import is_first_process
 from src.lifeline import Lifeline, lifeline
 from src.processes import check_world
 from src.trainer import cluster_environment

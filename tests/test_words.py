@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_miss.progress import duration_text
-from src.words import counted, size_text
+from src.common.formatting import counted, size_text
 
 
 def test_one_is_singular():

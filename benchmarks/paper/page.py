@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 from rwkv_miss.errors import UserError, one_line_errors
-from src.files import write_text
+from src.common.files import write_text
 
 from .__main__ import EXPERIMENTS
 from .results import VERDICTS, Claim, Table

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rwkv_miss import UserError
-from src.files import write_bytes, write_text
+from src.common.files import write_bytes, write_text
 
 from ..common import environment
 

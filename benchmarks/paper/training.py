@@ -20,9 +20,9 @@ import torch
 from rwkv_miss import UserError
 from src import ops
 from src.base import build_model
+from src.common.files import append_line, write_lines
 from src.config import Config
 from src.data import Documents, collate
-from src.files import append_line, write_lines
 from src.model import RWKV
 from src.trial import held_out_loss, train
 

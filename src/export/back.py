@@ -20,8 +20,8 @@ from rwkv_miss.files.safetensors_io import is_safetensors, read_safetensors
 from rwkv_miss.files.untrusted import first_bytes, read_json
 from rwkv_miss.progress import tensors_with_progress
 
+from ..common.formatting import counted
 from ..model import RWKV
-from ..words import counted
 from . import gguf_reader, gguf_table, hugging_face
 from .gguf import LN_EPS
 from .record import KEY, Entry, Record, check_dtypes

@@ -15,7 +15,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.output import whole_file
 from rwkv_miss.progress import progress
 
-from ..words import counted
+from ..common.formatting import counted
 from . import gguf_table
 from .record import KEY, Record
 from .table import LARGE, MAP

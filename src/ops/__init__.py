@@ -9,19 +9,13 @@ Arithmetic is fp32 whatever the dtype of the activations, also under autocast, a
 tensor cores multiply in bf16 and add in fp32. Gradients flow to and through every argument. A NaN in an
 argument is a ValueError on a CPU only: to look for one, a GPU would have to be waited for.
 
-| kernel     | what runs                                                                          | takes
-|
-|------------|------------------------------------------------------------------------------------|----------------------------------------|
-| cuda       | cuda/*_chunked.cu on tensor cores where they have the shape, else as cuda-exact     | CUDA
-tensors, head size a multiple of 8 |
-| cuda-exact | cuda/wkv6.cu and wkv7.cu, the recurrence in fp32                                    | the same
-|
-| cpu        | cuda/wkv6_cpu.cpp and wkv7_cpu.cpp, the recurrence in fp32                          | CPU
-tensors, head size a multiple of 8  |
-| torch      | the chunked forms in plain torch                                                    | any
-device, any head size, float64      |
-| reference  | token by token in plain torch: the specification                                    | the same
-|
+| kernel     | what runs                                                                  | takes
+|------------|----------------------------------------------------------------------------|----------------
+| cuda       | cuda/*_chunked.cu on tensor cores where they have the shape, or cuda-exact | CUDA, N % 8 = 0
+| cuda-exact | cuda/wkv6.cu and wkv7.cu, the recurrence in fp32                           | CUDA, N % 8 = 0
+| cpu        | cuda/wkv6_cpu.cpp and wkv7_cpu.cpp, the recurrence in fp32                 | CPU, N % 8 = 0
+| torch      | the chunked forms in plain torch                                           | any, float64 too
+| reference  | token by token in plain torch: the specification                           | any, float64 too
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 from rwkv_miss.progress import Progress
 
+from ..common.device import cpu_features
+
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
 # what the sources are written for; a build has the ones at hand only
 ARCHITECTURES = (
@@ -150,15 +152,6 @@ def cache_folder() -> pathlib.Path:
 
 def library_path(name: str, key: str) -> pathlib.Path:
     return cache_folder() / f"{name}-{key}.so"
-
-
-def cpu_features() -> str:
-    """What -march=native depends on: a home folder, and the cache in it, may be shared by machines with
-    different CPUs.
-    """
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        return next((line for line in info if line.startswith(("flags", "Features"))), "")
-    return platform.processor()
 
 
 def find_cxx() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 
 import torch
 
 from rwkv_miss.errors import UserError
-
-from .ops.build import cpu_features
 
 MOST_PROCESSES = 8  # on a core, where they are slow but come to an end
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,3 +66,12 @@ def peak_memory(device: torch.device) -> int:
             return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return 0
+
+
+def cpu_features() -> str:
+    """What -march=native depends on: a home folder, and the cache in it, may be shared by machines with
+    different CPUs.
+    """
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        return next((line for line in info if line.startswith(("flags", "Features"))), "")
+    return platform.processor()
