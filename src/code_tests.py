@@ -1,12 +1,16 @@
-"""HumanEval and MBPP: what a model wrote is run against the problem's tests, each in a process with limits of
-time and memory.
+"""HumanEval and MBPP: whether the program that a model wrote passes the problem's tests.
 
-The limits keep a bad program from stopping the evaluation. They are no sandbox: such a program can do what
-its user can.
+read_problems() makes the questions, Problem.program() makes a program of an answer, and passed() runs the
+programs.
+
+Each program runs in a process of its own. A program that never ends, fills the memory, writes a large file or
+starts others cannot stop the evaluation. That is no sandbox: a program can read and delete the files of its
+user, and it can reach the network. Run them in a container.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -26,22 +30,29 @@ from .evaluate import Question
 from .formats import sources
 from .template import DEFAULT, Template
 
-SECONDS, MEMORY = 10, 2 << 30  # of one program, wall clock and address space
-PASSED = 77  # an exit code that a program does not get by ending early
-FENCE = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+SECONDS = 10  # that a program may take, by the clock
+MEMORY = 2 << 30  # bytes of address space of a program
+FILE_SIZE = 1 << 24  # bytes of a file that a program writes
+PASSED = 77  # the exit code after the tests; a program that exits early has another
+CODE_BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 RUNNER = f"""
 import os, resource, runpy, sys
-for name, limit in (("AS", int(sys.argv[2])), ("CPU", int(sys.argv[3])), ("FSIZE", 1 << 24), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-runpy.run_path(sys.argv[1], run_name="__main__")
+path, memory, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({FILE_SIZE}, {FILE_SIZE}))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+runpy.run_path(path, run_name="__main__")
 os._exit({PASSED})
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """`question` is what the model is asked; `name` is the function that `start` begins (HumanEval), "" where
-    the answer is all (MBPP).
+    """What the model is asked, and the tests of its answer.
+
+    HumanEval gives the beginning of a function: `start` is its text, `name` its name. In MBPP both are empty,
+    because the answer is the whole program.
     """
 
     question: str
@@ -51,67 +62,76 @@ class Problem:
 
     def program(self, answer: str) -> str:
         """The answer's code with the problem's tests behind it."""
-        code = written(answer)
-        if self.name and not re.search(rf"def\s+{re.escape(self.name)}\b", code):  # the rest of the function
-            code = self.start + (code if code.startswith((" ", "\t")) else f"    {code}")
-        elif self.name:  # with the imports and helpers that were given
-            code = f"{self.start[: self.start.rindex(f'def {self.name}')]}\n{code}"
-        return f"{code}\n{self.tests}\n"
+        return f"{self._completed(code_of(answer))}\n{self.tests}\n"
+
+    def _completed(self, code: str) -> str:
+        """The code with what HumanEval gives before it."""
+        if not self.name:
+            return code
+        if re.search(rf"def\s+{re.escape(self.name)}\b", code):
+            imports_and_helpers = self.start[: self.start.rindex(f"def {self.name}")]
+            return f"{imports_and_helpers}\n{code}"
+        # the answer goes on inside the function
+        indent = "" if code.startswith((" ", "\t")) else "    "
+        return f"{self.start}{indent}{code}"
 
 
-def written(answer: str) -> str:
+def code_of(answer: str) -> str:
     """The first block between ``` of an answer, or all of it."""
-    found = FENCE.search(answer)
-    return found[1] if found else answer
+    block = CODE_BLOCK.search(answer)
+    return block[1] if block else answer
 
 
 def read_problems(path: str, template: Template = DEFAULT) -> list[Question]:
-    """A question, of which a Problem is what is right, of every row of HumanEval or MBPP. UserError for a row
-    that is neither.
+    """A question of every row of HumanEval or MBPP; what is right is a Problem.
+
+    Raises UserError for a row that is neither.
     """
-    problems = []
+    questions = []
     for source in sources(path):
         for where, record in source.records():
             if isinstance(record, UserError):
                 raise UserError(f"{where}: {record}")
             problem = _problem(where, record)
-            pieces = [
-                piece
-                for piece, _ in template.segments([{"role": "user", "content": problem.question}], ask=True)
-            ]
-            problems.append(Question(pieces, problem, template.opening))
-    return problems
+            segments = template.segments([{"role": "user", "content": problem.question}], ask=True)
+            questions.append(Question([text for text, _ in segments], problem, template.opening))
+    return questions
 
 
-def _problem(where: str, record: dict[str, Any]) -> Problem:
-    if {"prompt", "test", "entry_point"} <= record.keys():
-        start, name = record["prompt"], record["entry_point"]
-        if f"def {name}" not in start:
-            raise UserError(
-                f"{where}: the prompt does not begin the function {name!r}, which entry_point names"
-            )
-        return Problem(
-            f"Complete this Python function.\n```python\n{start.strip()}\n```",
-            f"{record['test']}\ncheck({name})",
-            start,
-            name,
-        )
-    text = record.get("text") or record.get("prompt")  # MBPP, and its sanitized version
-    if text and record.get("test_list"):
-        setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
-        tests = "\n".join(record["test_list"])
-        return Problem(
-            f"{text}\nThe function must pass these tests:\n```python\n{tests}\n```", f"{setup}\n{tests}"
-        )
+def _problem(where: str, row: dict[str, Any]) -> Problem:
+    if {"prompt", "test", "entry_point"} <= row.keys():
+        return _of_humaneval(where, row)
+    if (row.get("text") or row.get("prompt")) and row.get("test_list"):
+        return _of_mbpp(row)
     raise UserError(
         f"{where}: expected HumanEval's prompt, test, entry_point, or MBPP's text, test_list; got"
-        f" {', '.join(record)}"
+        f" {', '.join(row)}"
     )
 
 
+def _of_humaneval(where: str, row: dict[str, Any]) -> Problem:
+    start, name = row["prompt"], row["entry_point"]
+    if f"def {name}" not in start:
+        raise UserError(f"{where}: the prompt does not begin the function {name!r}, which entry_point names")
+    question = f"Complete this Python function.\n```python\n{start.strip()}\n```"
+    return Problem(question, f"{row['test']}\ncheck({name})", start, name)
+
+
+def _of_mbpp(row: dict[str, Any]) -> Problem:
+    """A row of MBPP, or of its sanitized version: `prompt` and `test_imports` there are `text` and
+    `test_setup_code` here.
+    """
+    text = row.get("text") or row["prompt"]
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    tests = "\n".join(row["test_list"])
+    question = f"{text}\nThe function must pass these tests:\n```python\n{tests}\n```"
+    return Problem(question, f"{setup}\n{tests}")
+
+
 def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY) -> list[bool]:
-    """Whether each program came to its end without an exception, within `seconds` and `memory` bytes; one
-    process a core at a time.
+    """Whether each program came to its end without an exception, within `seconds` and `memory` bytes.
+
+    As many run at once as there are cores.
     """
     if importlib.util.find_spec("resource") is None:
         raise UserError(
@@ -122,9 +142,8 @@ def passed(programs: Sequence[str], seconds: int = SECONDS, memory: int = MEMORY
 
 
 def _passes(program: str, seconds: int, memory: int) -> bool:
-    with tempfile.TemporaryDirectory(
-        ignore_cleanup_errors=True
-    ) as folder:  # a killed child may still be writing
+    # a child that has just been killed may still be writing
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = pathlib.Path(folder, "program.py")
         path.write_text(program, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
@@ -141,8 +160,7 @@ def _passes(program: str, seconds: int, memory: int) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            except ProcessLookupError:
-                pass
+            # the program and what it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -17,7 +17,7 @@ from rwkv_miss import UserError, merge_file, read_metadata
 from scripts import evaluate, lm_eval
 from src import config
 from src.answers import final_number, normalised, numbers, result, same_number, same_result
-from src.code_tests import Problem, passed, read_problems, written
+from src.code_tests import Problem, code_of, passed, read_problems
 from src.formats import read_rows
 from src.template import DEFAULT, row_segments
 
@@ -212,7 +212,7 @@ def test_programs_are_right_if_they_pass_and_only_then(problems):
     assert passed([problem.program(answer) for problem, answer, _ in answers]) == [
         expected for *_, expected in answers
     ]
-    assert written("```py\na\n") == "a\n" and written("```\na\n``` and ```\nb\n```") == "a\n"
+    assert code_of("```py\na\n") == "a\n" and code_of("```\na\n``` and ```\nb\n```") == "a\n"
 
 
 def test_a_program_has_so_much_time_and_memory_and_leaves_nothing(tmp_path):
