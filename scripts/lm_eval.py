@@ -125,14 +125,22 @@ def known(name: str, manager) -> str:
 
 
 def load_tasks(manager, tasks: list) -> None:
-    """Everything that the tasks read, before the model is loaded."""
+    """Read all that the tasks need, before the model is loaded. UserError for a task that runs what the model
+    writes.
+    """
     try:
-        manager.load(tasks)
+        loaded = manager.load(tasks)["tasks"]
     except Exception as error:  # no network, no such data set: datasets raises many kinds
         raise UserError(
             f"the harness can't load the tasks: {type(error).__name__}:"
             f" {(str(error).strip().splitlines() or [''])[0]}"
         ) from None
+    for name, task in loaded.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"task {name} runs what the model writes, which this program does not do; HumanEval and MBPP"
+                " from a file: python -m scripts.evaluate --score code"
+            )
 
 
 if __name__ == "__main__":

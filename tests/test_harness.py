@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 import types
 
 import pytest
@@ -256,6 +257,65 @@ def test_a_conversation_is_asked_in_the_models_template(model):
         and harness.chat_template(True) == "fake-think"
         and harness.tokenizer_name == "bytes"
     )
+
+
+FROM_A_FILE = """
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {data_files: {test: FILE}}
+"""
+FIRST_LINE = """
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{canonical_solution}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """The harness's libraries without a network, and with nothing kept from earlier."""
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_the_harness_reads_humaneval_from_a_file_but_lacks_its_metric(
+    tmp_path, checkpoint, capsys, no_network
+):
+    """If this fails at `code_eval`, the harness may do what --score code does: then see docs/worklog.md."""
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    file, base = tmp_path / "HumanEval.jsonl", checkpoint(7, vocab_size=257)
+    file.write_text(json.dumps(row) + "\n")
+    data = FROM_A_FILE.replace("FILE", str(file))
+    (tmp_path / "exact.yaml").write_text(f"task: exact{data}{FIRST_LINE}")
+    (tmp_path / "unsafe.yaml").write_text(f"task: unsafe{data}{FIRST_LINE}unsafe_code: true\n")
+    theirs = pathlib.Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    for name in ("humaneval", "mbpp"):
+        included = f"include: {theirs / name / name}.yaml\ntask: {name}_of_a_file{data}"
+        (tmp_path / f"{name}.yaml").write_text(included)
+
+    def harness(task):
+        flags = ["--tokenizer", "bytes", "--include_path", str(tmp_path), "--tasks", task]
+        program.main(["--model", str(base), *flags])
+
+    harness("exact")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["exact"]["sample_len"] == 1
+    for task in ("humaneval_of_a_file", "mbpp_of_a_file"):
+        with pytest.raises(rwkv_miss.UserError, match="Module 'code_eval' doesn't exist on the Hugging Face"):
+            harness(task)
+    with pytest.raises(rwkv_miss.UserError, match="task unsafe runs what the model writes"):
+        harness("unsafe")
 
 
 def test_mistakes_are_explained_before_the_model_is_loaded(tmp_path):
