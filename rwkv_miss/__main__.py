@@ -21,7 +21,7 @@ KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 EMPTY = (None, "", [], {})
 
 
-def describe(path) -> dict[str, Any]:
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values; an adapter may be
     another project's.
     """
@@ -92,12 +92,12 @@ def show(facts: dict[str, Any]) -> None:
 class Version(argparse.Action):
     """argparse's own would ask git in every command."""
 
-    def __call__(self, parser, *_) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"rwkv-miss {version_line()}")
         parser.exit()
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
     parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,14 @@ from .quantised import dense
 
 METHODS: dict[str, type[AdapterMethod]] = {}
 GradientOf = Callable[[nn.Parameter], Tensor | None]
+Class = TypeVar("Class", bound=type)
 Gather = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager]
 
 
-def register(name: str):
+def register(name: str) -> Callable[[Class], Class]:
     """Class decorator: make a method known as `name` to inject(), to the trainer and to the merge."""
 
-    def add(cls):
+    def add(cls: Class) -> Class:
         cls.method = name
         METHODS[name] = cls
         return cls
@@ -144,7 +145,7 @@ class Options(NoOptions):
     rank_map: dict[str, int] = names_with("ranks")
     aliases: ClassVar[dict[str, str]] = {"r": "rank", "rank_pattern": "rank_map"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"rank {self.rank} must be at least 1")
 
@@ -191,7 +192,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     constants: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def make_shared(cls, shapes: dict[str, tuple[int, int]], options: Options, device) -> dict[str, Tensor]:
+    def make_shared(
+        cls, shapes: dict[str, tuple[int, int]], options: Options, device: torch.device
+    ) -> dict[str, Tensor]:
         """The tensors of `shared`, for linears of these (out, in) shapes, by their dotted names: parameters
         to train, or tensors that stay.
         """
@@ -301,7 +304,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return adapted
 
     @classmethod
-    def attach(cls, model, linears, options) -> None:
+    def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Any) -> None:
         if isinstance(options, Options):
             for option, value in vars(options).items():
                 if isinstance(value, dict):
@@ -393,7 +396,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
 
 @torch.no_grad()
-def prepare_again(layer: AdapterLinear, _) -> None:
+def prepare_again(layer: AdapterLinear, _: Any) -> None:
     """Hook after load_state_dict() for a layer that keeps what it derives from the frozen weight, which may
     be another one now.
     """

@@ -2,12 +2,16 @@
 flags that raise it.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import difflib
 import errno
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from .interrupts import EXIT_CODE, answered, say_interrupted
 from .progress import clear
@@ -33,7 +37,7 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors():
+def one_line_errors() -> Iterator[None]:
     """Print a UserError, or what the machine refuses, memory included, as `error: ...` on stderr and exit
     with code 2; any other exception is a bug and keeps its traceback.
 
@@ -97,15 +101,17 @@ class Parser(argparse.ArgumentParser):
     one.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             message += "; a flag takes one value, between quotes where it has spaces"
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         # before argparse looks, because it would complain of a required flag that is only misspelt;
         # subcommands look for themselves
         for token in () if self._subparsers else sys.argv[1:] if args is None else args:

@@ -49,13 +49,17 @@ def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = F
     return torch.cat((even - odd, (even + odd).sum(-1, keepdim=True) * width**-0.5), -1)
 
 
-def shard_index(width: int, rank: int, contiguous: bool = False, device=None) -> Tensor:
+def shard_index(
+    width: int, rank: int, contiguous: bool = False, device: torch.device | str | None = None
+) -> Tensor:
     """The shard that each of `width` input columns belongs to, int64 (width,)."""
     column = torch.arange(width, device=device)
     return column // -(-width // rank) if contiguous else column % rank
 
 
-def shard_signs(width: int, rank: int, contiguous: bool = False, device=None) -> Tensor:
+def shard_signs(
+    width: int, rank: int, contiguous: bool = False, device: torch.device | str | None = None
+) -> Tensor:
     """1 or -1, as which each of `width` input columns counts in its balanced shard, int64 (width,)."""
     column = torch.arange(width, device=device)
     return 1 - 2 * ((column % -(-width // rank) if contiguous else column // rank) % 2)

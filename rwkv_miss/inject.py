@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -209,7 +210,7 @@ def inject(
     targets: list[str] | None = None,
     train_parts: str = "",
     earlier: Mapping[str, Tensor] | None = None,
-    **options,
+    **options: Any,
 ) -> Injection:
     """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss",
     rank=64)`.
@@ -417,7 +418,7 @@ def layer_tensors(
     return own
 
 
-def save_adapter(model: nn.Module, path, **metadata) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
     """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step,
     tokenizer, ...) are added to it.
 
@@ -452,7 +453,7 @@ def save_adapter(model: nn.Module, path, **metadata) -> None:
     write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
 
 
-def read_described(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_described(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of any checkpoint file, {} where it has none.
 
     A file of nothing but initial states, as other projects release them, is an adapter of the method state
@@ -506,7 +507,7 @@ DEFAULTS = {
 }
 
 
-def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
+def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> dict[str, Any]:
     """An adapter file's metadata, completed. UserError where something is missing or of another kind."""
     version = metadata.get("format_version", 1)
     if version != 1:
@@ -528,7 +529,7 @@ def checked_metadata(path, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of an adapter file; a UserError says so when the file is something else."""
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
@@ -550,7 +551,7 @@ def read_adapter(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, path, force: bool = False) -> dict[str, Any]:
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = False) -> dict[str, Any]:
     """Put a saved adapter onto a model, injecting it first where needed; returns the file's metadata.
 
     What was trained is trained on, so that save_adapter() writes all of it again: the file's whole tensors
@@ -587,7 +588,7 @@ def _replaceable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fit_adapter(
-    model: nn.Module, path, force: bool = False
+    model: nn.Module, path: str | os.PathLike[str], force: bool = False
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
     """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a
     model, for which the model is injected where needed; it may be one of shapes alone, on the meta device.

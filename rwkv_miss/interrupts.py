@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
@@ -44,7 +45,7 @@ def answer(signum: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def answered():
+def answered() -> Iterator[None]:
     """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C, unless that is
     ignored, as under nohup.
 

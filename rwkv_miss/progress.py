@@ -63,7 +63,7 @@ class Progress:
         shown: bool = True,
         done: float = 0,
         delay: float | None = None,
-    ):
+    ) -> None:
         self.what, self.total, self.unit, self.shown = what, total, unit, shown
         self.first = self.done = done
         self.note = ""
@@ -116,7 +116,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -58,7 +58,7 @@ def row_bytes(kind: str, width: int) -> int:
     return -(-width // BLOCK) * (CODES[kind] + SCALE_BYTES)
 
 
-def empty(kind: str, out: int, width: int, device=None) -> Tensor:
+def empty(kind: str, out: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """The tensor of a quantised weight (out, width), without values."""
     return torch.empty(out, row_bytes(kind, width), dtype=DTYPES[kind], device=device)
 

@@ -64,7 +64,7 @@ def format_of(source: Source) -> str | None:
     return next((name for name, form in FORMATS.items() if form.reads(source)), None)
 
 
-def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
+def read_any(path: str | os.PathLike[str], hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
     """(name of the format, the adapter) of a file or folder of any project. UserError for what no format
     knows, and for what a file alone cannot tell and the hints do not.
     """
@@ -80,7 +80,7 @@ def read_any(path, hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
     )
 
 
-def check_hints(path, form: type[Format], hints: Hints) -> None:
+def check_hints(path: str | os.PathLike[str], form: type[Format], hints: Hints) -> None:
     """UserError for a hint that a reader would not look at."""
     for name in ("origin", "alpha", "init", "profile"):
         if getattr(hints, name) not in ("", None) and name not in form.hints:
@@ -89,7 +89,9 @@ def check_hints(path, form: type[Format], hints: Hints) -> None:
             )
 
 
-def convert(path, out, to: str, hints: Hints = NO_HINTS) -> Conversion:
+def convert(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], to: str, hints: Hints = NO_HINTS
+) -> Conversion:
     """Write the adapter of `path`, a file or a folder, to `out` in the format `to`.
 
     UserError before anything is written: an unknown or ambiguous input, a method that the format has no form

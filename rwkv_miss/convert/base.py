@@ -31,7 +31,7 @@ RWKV_LINEARS = {
 }
 
 
-def with_base(adapter: Adapter, path) -> Adapter:
+def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     """The adapter with a model file as its base. UserError where the file is not the one that the adapter
     names, or lacks one of its linears.
     """
@@ -102,7 +102,7 @@ def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
         yield name, layer
 
 
-def sha256(path) -> str:
+def sha256(path: str | os.PathLike[str]) -> str:
     """Of a file's bytes, in hex."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
-from typing import Any, ClassVar
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..inject import ADAPTER_FORMAT
 from .source import Source
 
 FORMATS: dict[str, type[Format]] = {}
+Class = TypeVar("Class", bound=type)
 
 # --origin: who wrote a file, where another project's would look alike, and what that decides
 ORIGINS = {
@@ -51,7 +53,7 @@ class Hints:
     base: str = ""
     profile: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.origin and self.origin not in ORIGINS:
             raise UserError(f"--origin {self.origin!r} is unknown; choose one of: {', '.join(ORIGINS)}")
 
@@ -88,10 +90,10 @@ class Adapter:
     shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
-def register(name: str):
+def register(name: str) -> Callable[[Class], Class]:
     """Class decorator: make a format known as `name`."""
 
-    def add(cls):
+    def add(cls: Class) -> Class:
         cls.name = name
         FORMATS[name] = cls
         return cls
@@ -122,7 +124,7 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         """Write the adapter, whole or not at all; returns notes for the user. UserError, before anything is
         written, for a method or an option that the format has no form for.
         """

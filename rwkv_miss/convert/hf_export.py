@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from ..files.safetensors_io import write_safetensors
 from ..methods.lora import ScaledOptions
 from .base import adapted_layers
 from .formats import Adapter, Format, origin_of, register
+from .source import Source
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # in the header of TENSORS: what save_adapter() knows of a training and a configuration has no place for
@@ -67,16 +69,16 @@ class Lora(Format):
     writes = True
 
     @classmethod
-    def reads(cls, source) -> bool:
+    def reads(cls, source: Source) -> bool:
         return False
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         own = adapter.metadata["method"] in ("lora", "lora_fa")
         return write_peft(adapter, own_factors if own else as_lora, out)
 
 
-def write(adapter: Adapter, out) -> list[str]:
+def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
     """The adapter as the same method of peft; of PiSSA, whose base peft would change when it loads it, the
     LoRA of twice the rank.
     """
@@ -338,7 +340,7 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
     return sorted(modules)
 
 
-def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out) -> list[str]:
+def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | os.PathLike[str]) -> list[str]:
     """Write the folder; returns the notes. One that came from peft and stays the same method keeps its
     configuration.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -158,7 +159,7 @@ class Peft(Format):
         )
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         return hf_export.write(adapter, out)
 
 
@@ -234,7 +235,13 @@ def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
     return value
 
 
-def read_miss(source: Source, linears, whole, hints: Hints):
+# method, its options, and the tensors of each linear
+Reading = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
+
+
+def read_miss(
+    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
+) -> Reading:
     """MiSS (r, out), Bat (out / r, r, r) by output blocks, and mini (r, mini_r)."""
     expect(source, linears, "miss")
     rank, init = number(source, "r", 64), source.config.get("init_weights", True)
@@ -265,7 +272,9 @@ def read_miss(source: Source, linears, whole, hints: Hints):
     return "miss", {"rank": rank, "mini_r": mini}, linears
 
 
-def read_lora(source: Source, linears, whole, hints: Hints):
+def read_lora(
+    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
+) -> Reading:
     """LoRA and DoRA as they are; PiSSA and its relatives with the factors of their start."""
     config = source.config
     dora, init = bool(config.get("use_dora")), config.get("init_lora_weights", True)
@@ -382,7 +391,9 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
         ) from None
 
 
-def read_adalora(source: Source, linears, whole, hints: Hints):
+def read_adalora(
+    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
+) -> Reading:
     """AdaLoRA as the LoRA that it has become: B times the singular values, and peft's factor alpha / (init_r
     + 1e-5).
     """
@@ -407,7 +418,9 @@ def read_adalora(source: Source, linears, whole, hints: Hints):
     return "lora", scaled_options(ranks, alphas, dropout=number(source, "lora_dropout", 0.0, float)), merged
 
 
-def read_vera(source: Source, linears, whole, hints: Hints):
+def read_vera(
+    source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
+) -> Reading:
     """VeRA whose random matrices are in the folder (save_projection)."""
     expect(source, linears, "vera_lambda_b", "vera_lambda_d")
     if not {"shared.vera_A", "shared.vera_B"} <= whole.keys():

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -87,7 +88,7 @@ class Lightning(Format):
         )
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         adapter, manifest = with_manifest(adapter)
         dtype, scale = DTYPES[manifest["dtype"]], fp32(manifest["scale"])
         D = columns(adapter)
@@ -171,7 +172,7 @@ def fp32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def check_manifest(path, manifest: dict[str, Any], trained: bool) -> None:
+def check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any], trained: bool) -> None:
     """UserError for what rwkv_lightning's loader refuses as well, and for a scale of zero."""
     for field, value in FIXED.items():
         if manifest.get(field) != value:

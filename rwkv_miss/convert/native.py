@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..files.checkpoint import write_checkpoint
 from ..inject import ADAPTER_FORMAT, read_adapter
 from .formats import Adapter, Format, Hints, register
@@ -24,6 +26,6 @@ class Native(Format):
         return Adapter(*read_adapter(source.path))
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         write_checkpoint(out, adapter.tensors.items(), adapter.metadata)
         return []

@@ -13,7 +13,7 @@ from ..errors import UserError
 LARGEST = 1 << 20  # bytes
 
 
-def read_alphas(path, ranks: dict[str, int]) -> dict[str, float]:
+def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str, float]:
     """Linear -> alpha, of the linears with these ranks. UserError for a file that is no profile, or of
     another training.
     """
@@ -40,7 +40,7 @@ def read_alphas(path, ranks: dict[str, int]) -> dict[str, float]:
     return alphas
 
 
-def read_rows(path) -> list[dict[str, str]]:
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The rows of the table, by its columns."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is no regular file")  # a pipe would be waited for

@@ -16,6 +16,7 @@ Beside them are whole tensors of the base, named as there, which take the place 
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class RwkvPeft(Format):
         return Adapter({**renamed, **beside}, metadata, notes)
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         method = adapter.metadata["method"]
         options = METHODS[method].Options.parse(adapter.metadata["options"])
         notes = check_form(method, options, adapter.metadata["linears"])
@@ -354,7 +355,7 @@ def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
     )
 
 
-def check_form(method: str, options, linears: list[str]) -> list[str]:
+def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
     """Notes; UserError for a method, or an option, that these files have no form for."""
     if method not in ("miss", "bat", "lora", "lora_fa", "pissa", "state"):
         raise UserError(
@@ -403,7 +404,7 @@ def check_form(method: str, options, linears: list[str]) -> list[str]:
     return []
 
 
-def write_beside(out, tensors: dict[str, Tensor]) -> Path:
+def write_beside(out: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
     """Write PiSSA's factors at the start beside `out`; returns where. A file that is there is never written
     over.
     """

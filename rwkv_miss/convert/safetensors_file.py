@@ -5,6 +5,7 @@ header.
 from __future__ import annotations
 
 import json
+import os
 
 from ..adapter import METHODS
 from ..errors import UserError
@@ -40,6 +41,6 @@ class Safetensors(Format):
         return Adapter(source.tensors, metadata)
 
     @classmethod
-    def write(cls, adapter: Adapter, out) -> list[str]:
+    def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         write_safetensors(out, adapter.tensors, {METADATA: json.dumps(adapter.metadata)})
         return []

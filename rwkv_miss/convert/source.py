@@ -46,7 +46,7 @@ class Source:
         )
 
 
-def open_source(path) -> Source:
+def open_source(path: str | os.PathLike[str]) -> Source:
     """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration. Runs no code
     of the file. UserError for the rest.
     """

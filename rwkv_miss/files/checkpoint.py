@@ -149,7 +149,7 @@ def _version(tensors: Mapping[str, Any]) -> int:
     return 6
 
 
-def read_checkpoint(path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, mapped from the file rather than read, in the file's order.
 
     Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file,
@@ -188,7 +188,7 @@ def read_checkpoint(path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in loaded.items()}
 
 
-def read_metadata(path, name: str = METADATA) -> dict[str, Any] | None:
+def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[str, Any] | None:
     """What write_checkpoint() was told about the file, or None for any other file; with another name, the
     JSON record that another project adds.
     """
@@ -203,7 +203,7 @@ def read_metadata(path, name: str = METADATA) -> dict[str, Any] | None:
     return None if content is None else parse_json(path, content)
 
 
-def run_output(path, metadata: Mapping[str, Any]) -> str:
+def run_output(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> str:
     """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat: beside the
     folder of its checkpoints.
     """
@@ -212,7 +212,7 @@ def run_output(path, metadata: Mapping[str, Any]) -> str:
     return output if os.path.exists(output) else f"the {name} of its run"
 
 
-def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
+def refuse_run_checkpoint(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
     """UserError for the checkpoint of a run where a model or an adapter is needed."""
     if metadata.get("format") == RUN_FORMAT:
         raise UserError(
@@ -222,7 +222,7 @@ def refuse_run_checkpoint(path, metadata: Mapping[str, Any]) -> None:
 
 
 def write_checkpoint(
-    path, items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None
+    path: str | os.PathLike[str], items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None
 ) -> None:
     """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a
     time.

@@ -12,7 +12,7 @@ from .untrusted import first_bytes
 GGUF, SAFETENSORS, CHECKPOINT, OTHER = "a GGUF file", "a safetensors file", "a checkpoint", "something else"
 
 
-def kind_of(path) -> str:
+def kind_of(path: str | os.PathLike[str]) -> str:
     """GGUF, SAFETENSORS, the format that a checkpoint's metadata name, CHECKPOINT for one without, or
     OTHER.
     """
@@ -31,7 +31,7 @@ def kind_of(path) -> str:
         return OTHER
 
 
-def may_replace(out, *kinds: str) -> None:
+def may_replace(out: str | os.PathLike[str], *kinds: str) -> None:
     """UserError where `out` is a model, an adapter or the like of another kind than these: they are easily
     lost under the name of an output.
     """

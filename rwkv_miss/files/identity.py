@@ -88,7 +88,12 @@ class Identity:
     now. Of several processes that compute the same one has `shown`: a bar.
     """
 
-    def __init__(self, path="", tensors: Mapping[str, Tensor] | None = None, shown: bool = True):
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "",
+        tensors: Mapping[str, Tensor] | None = None,
+        shown: bool = True,
+    ) -> None:
         self.path, self.given, self.shown = os.fspath(path), tensors, shown
         self.state = _state(path) if tensors is None else None
 
@@ -104,7 +109,7 @@ class Identity:
         """sampled_fingerprint() of the tensors."""
         return sampled_fingerprint(self._tensors())
 
-    def is_recorded(self, recorded: str, where="") -> bool:
+    def is_recorded(self, recorded: str, where: str | os.PathLike[str] = "") -> bool:
         """Whether a record in the file `where` is of these tensors, by the rule that the record names."""
         if recorded.startswith(DIGEST):
             return recorded == self.fingerprint

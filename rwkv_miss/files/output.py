@@ -18,7 +18,7 @@ from typing import BinaryIO
 from ..errors import UserError
 
 
-def require_writable(path, size: int = 0) -> None:
+def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
     """UserError unless a file of `size` bytes can be made at `path`: call it before work that would be
     lost.
     """
@@ -39,7 +39,7 @@ def require_writable(path, size: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path, size: int = 0) -> Iterator[BinaryIO]:
+def whole_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[BinaryIO]:
     """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk.
     What was there before stays until then, and after any failure. UserError where it can't be written, `size`
     bytes are not free, or the disk runs full.
@@ -67,23 +67,23 @@ def whole_file(path, size: int = 0) -> Iterator[BinaryIO]:
         ) from None
 
 
-def write_bytes(path, content: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """A file with this content, whole or not at all."""
     with whole_file(path, len(content)) as file:
         file.write(content)
 
 
-def write_text(path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """The same in UTF-8."""
     write_bytes(path, text.encode())
 
 
-def write_json(path, content: dict) -> None:
+def write_json(path: str | os.PathLike[str], content: dict) -> None:
     """A JSON file for people as well as machines."""
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def check_folder(out, names: list[str]) -> None:
+def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
     """UserError unless a folder of these files can be made at `out`: nothing is there, or a folder with no
     other files, which is replaced.
     """
@@ -100,7 +100,7 @@ def check_folder(out, names: list[str]) -> None:
     require_writable(f"{os.path.realpath(out)}.tmp")
 
 
-def write_folder(out, writers: dict[str, Callable[[str], None]]) -> None:
+def write_folder(out: str | os.PathLike[str], writers: dict[str, Callable[[str], None]]) -> None:
     """A folder of files, each made by a function of its path. It appears under its name when all are
     complete; a folder that is there is replaced if it has no other files (check_folder), and stays as it was
     after a failure.

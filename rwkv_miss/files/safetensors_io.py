@@ -5,6 +5,7 @@ for.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 
 import torch
@@ -32,7 +33,7 @@ DTYPES = {
 ALIGNMENT = 8
 
 
-def is_safetensors(path) -> bool:
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as safetensors do: the length of a JSON object, in 8 bytes, and its brace."""
     try:
         head = first_bytes(path, 9)
@@ -41,7 +42,7 @@ def is_safetensors(path) -> bool:
     return len(head) == 9 and head[8:] == b"{" and head[:4] != b"PK\x03\x04"
 
 
-def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, mapped from the file, and the metadata of its header. UserError for a damaged file, or without
     the package.
     """
@@ -65,7 +66,9 @@ def read_safetensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is truncated or damaged: {str(error)[:200]}") from None
 
 
-def write_safetensors(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write tensors bit for bit, whole or not at all, with texts in the header. UserError for a dtype that
     the format lacks.
     """

@@ -35,7 +35,7 @@ PLAIN = re.compile(
 LEGACY_PICKLES = 5
 
 
-def first_bytes(path, count: int) -> bytes:
+def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
     """The first bytes of a file; the door at which a path that can't be read is refused."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         # a pipe can be read once, and who waits for it waits for ever
@@ -55,7 +55,7 @@ def first_bytes(path, count: int) -> bytes:
     return head
 
 
-def open_archive(path) -> zipfile.ZipFile:
+def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     """A checkpoint's zip archive. UserError for a truncated one, for compressed records, which torch never
     writes and would map as if they were not, for an index so large that unpickling it could fill the memory,
     and for records that lie over each other: to sum them up takes for ever.
@@ -91,7 +91,7 @@ def open_archive(path) -> zipfile.ZipFile:
     return archive
 
 
-def check_pickles(path, zipped: bool) -> None:
+def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
     """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice: one
     that holds another twice, and so on, is small, and to hash or to print it takes for ever.
     """
@@ -140,7 +140,7 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
         tuple_is_last = code.name.startswith("TUPLE") or "PUT" in code.name and tuple_is_last
 
 
-def read_json(path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a small file."""
     first_bytes(path, 1)
     with open(path, "rb") as file:
@@ -153,7 +153,7 @@ def read_json(path) -> dict[str, Any]:
     return parse_json(path, content)
 
 
-def parse_json(path, content: bytes) -> dict[str, Any]:
+def parse_json(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
     """The JSON object in some bytes of a file."""
     try:
         values = json.loads(content)
@@ -166,7 +166,7 @@ def parse_json(path, content: bytes) -> dict[str, Any]:
     return values
 
 
-def check_sums(path) -> None:
+def check_sums(path: str | os.PathLike[str]) -> None:
     """UserError unless every record of a checkpoint has the checksum that was written with it; files of torch
     < 1.6 have none. It reads all.
     """
@@ -189,7 +189,7 @@ def check_sums(path) -> None:
                 raise UserError(f"{path} is damaged: {str(error)[:100]}; download or copy it again") from None
 
 
-def check_tensors(path, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """UserError for tensors that are not plain numbers in this file: sparse, quantised or complex ones, and
     shapes that claim more than is there.
     """

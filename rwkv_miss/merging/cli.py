@@ -18,7 +18,7 @@ from .rounding import ROWS
 from .unmerge import check_merge
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add them to the subparsers of the program; the parsed arguments have the function that does the work as
     `run`.
     """

@@ -118,7 +118,13 @@ class DiffReport:
 
 
 def diff_files(
-    a, b, out, rank: int, targets: Sequence[str] | None = None, layout: str = "stride", whole: bool = False
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    rank: int,
+    targets: Sequence[str] | None = None,
+    layout: str = "stride",
+    whole: bool = False,
 ) -> DiffReport:
     """Write the MiSS adapter of checkpoint `a` that comes nearest to checkpoint `b`, as save_adapter() does.
 

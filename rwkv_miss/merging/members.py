@@ -187,7 +187,7 @@ def is_state(name: str) -> bool:
 class Combination:
     """Adapters of one base, merged together."""
 
-    def __init__(self, members: Sequence[Member]):
+    def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
         self.linears = list(dict.fromkeys(name for m in self.members for name in m.metadata["linears"]))
         self.whole = dict.fromkeys(key for m in self.members for key in m.whole)
@@ -282,7 +282,11 @@ def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
     )
 
 
-def read_members(paths, weights: Sequence[float] | None = None, hints: Hints = NO_HINTS) -> list[Member]:
+def read_members(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    hints: Hints = NO_HINTS,
+) -> list[Member]:
     """Adapter files with their factors, 1 each by default; `hints` are for those of other projects. UserError
     for a file that is no adapter or holds NaN, for a factor that is no number, and for other numbers of them.
     """

@@ -168,9 +168,9 @@ def _ahead(items: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
 
 
 def merge_file(
-    base,
-    adapter,
-    out,
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
     dtype: str = "base",
     force: bool = False,
     weights: Sequence[float] | None = None,
@@ -240,7 +240,7 @@ def merge_file(
     )
 
 
-def read_base(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of the file to merge into; an adapter or the checkpoint of a run is a
     UserError.
     """
@@ -253,7 +253,7 @@ def read_base(path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def fingerprint_of_file(path) -> str:
+def fingerprint_of_file(path: str | os.PathLike[str]) -> str:
     """The identity of a checkpoint's content."""
     return Identity(path).fingerprint
 

@@ -110,7 +110,7 @@ class Scratch:
     as long as the arithmetic.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -134,7 +134,11 @@ class MergeCheck:
 
 
 def check_merge(
-    base, merged, adapters=(), weights: Sequence[float] | None = None, hints: Hints = NO_HINTS
+    base: str | os.PathLike[str],
+    merged: str | os.PathLike[str],
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    weights: Sequence[float] | None = None,
+    hints: Hints = NO_HINTS,
 ) -> MergeCheck:
     """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's,
     bit for bit, up to the rounding to the merged file's dtype. With adapters, which `hints` are for as in

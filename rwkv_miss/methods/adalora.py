@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import register
+from ..adapter import AdapterLinear, Gather, GradientOf, register
 from ..errors import UserError
 from ..functional import without_autocast
 from .lora import LoraLinear, ScaledOptions, check_rank
@@ -41,7 +41,7 @@ class Options(ScaledOptions):
         "orth_reg_weight": "orth",
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "init_rank", self.init_rank or self.rank + self.rank // 2)
         super().__post_init__()
         if self.init_rank < self.rank:
@@ -140,7 +140,7 @@ class AdaLoraLinear(LoraLinear):
         return self.lora_A, self.lora_B * (self.lora_E - self.offset)
 
     @classmethod
-    def penalty(cls, layers, gather) -> Tensor | None:
+    def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
         """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears, as in the
         authors' code and HF peft.
         """
@@ -168,7 +168,9 @@ class AdaLoraLinear(LoraLinear):
 
     @classmethod
     @torch.no_grad()
-    def before_step(cls, layers, step, total, gradient_of, gather) -> None:
+    def before_step(
+        cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather
+    ) -> None:
         if step > pruning_steps(total, layers[0].options)[1]:
             return
         for layer in layers:
@@ -196,7 +198,7 @@ class AdaLoraLinear(LoraLinear):
 
     @classmethod
     @torch.no_grad()
-    def after_step(cls, layers, step, total, gather) -> None:
+    def after_step(cls, layers: list[AdapterLinear], step: int, total: int, gather: Gather) -> None:
         options = layers[0].options
         begin, end = pruning_steps(total, options)
         if step < end and (step <= begin or step % options.delta_t):

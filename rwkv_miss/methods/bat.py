@@ -26,7 +26,7 @@ class Options(adapter.Options):
 
     order: str = "col"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.order not in ORDERS:
             raise UserError(f"order {self.order!r} is unknown; choose one of: {', '.join(ORDERS)}")

@@ -43,7 +43,7 @@ class ScaledOptions(adapter.Options):
         "alpha_pattern": "alpha_map",
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha < 0:
             raise UserError(f"alpha {self.alpha} must not be negative (0: the method's own)")
@@ -86,7 +86,7 @@ class Options(ScaledOptions):
     lora_plus: float = 1.0
     aliases: ClassVar[dict[str, str]] = {**ScaledOptions.aliases, "loraplus_lr_ratio": "lora_plus"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.lora_plus < math.inf:
             raise UserError(

@@ -46,7 +46,7 @@ class Options(adapter.Options):
     magnitude: bool = False
     expand: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         # its name in older files
         object.__setattr__(self, "layout", self.layout.replace("stride-r", "stride"))

@@ -27,7 +27,7 @@ class Options(ScaledOptions):
     shards: int = 4
     private: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "budget", self.budget or max(1, self.rank // 4))
         object.__setattr__(self, "private", self.budget // 4 if self.private == -1 else self.private)
@@ -65,7 +65,9 @@ class MosLinear(LoraLinear):
         return {"mos_A": f"mos_A.{width}", "mos_B": f"mos_B.{out}"}
 
     @classmethod
-    def make_shared(cls, shapes, options, device) -> dict[str, Tensor]:
+    def make_shared(
+        cls, shapes: dict[str, tuple[int, int]], options: Options, device: torch.device
+    ) -> dict[str, Tensor]:
         shards: dict[str, int] = {}
         widths: dict[str, int] = {}
         for name, (out, width) in shapes.items():

@@ -29,7 +29,7 @@ def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return first.unflatten(1, (longer, size + 1)), rest.unflatten(1, (rank - longer, size))
 
 
-def output_shard_index(out: int, rank: int, device=None) -> Tensor:
+def output_shard_index(out: int, rank: int, device: torch.device | str | None = None) -> Tensor:
     """The shard that each of `out` output rows belongs to, int64 (out,)."""
     size, longer = divmod(out, rank)
     sizes = torch.full((rank,), size, device=device) + (torch.arange(rank, device=device) < longer)

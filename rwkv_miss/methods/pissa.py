@@ -29,7 +29,7 @@ class Options(lora.Options):
     niter: int = 4
     aliases: ClassVar[dict[str, str]] = {**lora.Options.aliases, "svd_niter": "niter"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.niter < 0:
             raise UserError(

@@ -21,7 +21,7 @@ class Options(ScaledOptions):
     unshared: int = -1
     shares: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "unshared", self.rank // 8 if self.unshared == -1 else self.unshared)
         if not 0 <= self.unshared < self.rank:

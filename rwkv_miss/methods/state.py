@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from torch import nn
 
 from .. import adapter
 from ..adapter import AdapterMethod, register
@@ -26,7 +29,7 @@ class StateTuning(AdapterMethod):
     default_lr = 1e-2
 
     @classmethod
-    def attach(cls, model, linears, options) -> None:
+    def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Any) -> None:
         if not state_names(model):
             raise UserError(
                 "no layer of this model takes an initial state; state tuning is for RWKV-6 and RWKV-7"

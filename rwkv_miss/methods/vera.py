@@ -38,7 +38,9 @@ class VeraLinear(AdapterLinear):
     shared = ("vera_A", "vera_B")
 
     @classmethod
-    def make_shared(cls, shapes, options, device) -> dict[str, Tensor]:
+    def make_shared(
+        cls, shapes: dict[str, tuple[int, int]], options: Options, device: torch.device
+    ) -> dict[str, Tensor]:
         rank = max(options.at(name).rank for name in shapes)
         A = torch.empty(rank, max(width for _, width in shapes.values()), device=device)
         B = torch.empty(max(out for out, _ in shapes.values()), rank, device=device)
