@@ -7,6 +7,9 @@ import subprocess
 
 import pytest
 
+from scripts import flags
+from src.config import FIELDS
+
 from .conftest import ROOT
 
 # 7 or more hexadecimal digits with a digit and a letter among them: neither a word nor a number
@@ -46,3 +49,13 @@ def test_every_commit_that_is_cited_is_in_the_history(history):
         if not any(commit.startswith(found) for commit in history)
     ]
     assert not unknown, "\n".join(unknown)
+
+
+def test_the_page_of_flags_is_made_from_the_settings():
+    """Whoever changes a setting runs the command once more."""
+    made = flags.page()
+    assert made == flags.page()
+    assert (ROOT / flags.OUT).read_text(encoding="utf-8") == made, "run python -m scripts.flags"
+    for name, field in FIELDS.items():
+        for spelling in (name, *field.metadata["alias"]):
+            assert f"`--{spelling}`" in made, spelling

@@ -1,0 +1,127 @@
+"""Write docs/flags.md from the settings: python -m scripts.flags [--out FILE]
+
+A change of the settings shows in the page as soon as this has run; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+
+from src.doorway import importing
+
+with importing():
+    from rwkv_miss.errors import Parser, one_line_errors
+    from rwkv_miss.files.output import write_text
+    from src.config import FIELDS, PRESETS
+
+OUT = "docs/flags.md"
+
+INTRODUCTION = """# Flags
+
+With these flags you set up a run of `python train.py`. Three are enough to begin with: `--load_model`,
+`--data_file` and `--proj_dir`. Where the default is *chosen*, the run works it out from your model, your
+data and your machine.
+
+Every flag is also a line in a YAML file, without the dashes: `micro_bsz: 4`. Give that file with
+`--config run.yaml`. The `config.yaml` that a run writes is such a file. Where a setting is given twice, the
+first of these counts:
+
+1. the command line
+2. the YAML file
+3. the preset
+4. the default
+
+A mistyped flag is an error that names the nearest one. A flag that takes 0 or 1 may stand alone and then
+means 1. Names after *or* mean the same flag.
+
+This page is made by `python -m scripts.flags`. `python train.py --help` prints the same.
+"""
+
+# heading, what it is about, and the first setting there; the others follow in the order of the dataclass
+GROUPS = (
+    ("Model, data and folder", "What a run reads, and where it writes.", "load_model"),
+    ("Conversations", "How text becomes tokens, and which of them are trained.", "template"),
+    ("Adapter", "What is trained. [methods.md](methods.md) compares the methods.", "peft"),
+    ("Sizes of a new model", "Leave these out with `--load_model`: the file has them.", "version"),
+    ("Rows and steps", "How much text one step sees. It decides most of the memory.", "ctx_len"),
+    ("Learning rate and optimizer", "The optimizer is AdamW.", "lr_init"),
+    ("Device and precision", "[scaling.md](scaling.md) is about several GPUs.", "precision"),
+    ("Evaluation", "Held-out documents tell whether the model learns or memorises.", "eval_file"),
+    ("Saving and going on", "[training.md](training.md) says what happens when a run stops.", "init_only"),
+)
+
+
+def flag_names(field: dataclasses.Field) -> str:
+    first, *others = (f"`--{name}`" for name in (field.name, *field.metadata["alias"]))
+    return " or ".join([first, *others])
+
+
+def value_kind(field: dataclasses.Field) -> str:
+    """What the flag takes."""
+    choices = [f"`{choice}`" for choice in field.metadata["choices"] if choice]
+    if choices:
+        return ", ".join(choices)
+    if field.default is dataclasses.MISSING:
+        return "JSON, or key=value pairs"
+    return {bool: "0 or 1", int: "whole number", float: "number", str: "text"}[type(field.default)]
+
+
+def default_text(field: dataclasses.Field) -> str:
+    if field.metadata["automatic"]:
+        return "chosen"
+    if field.default in ("", dataclasses.MISSING):
+        return "none"
+    return f"`{int(field.default) if isinstance(field.default, bool) else field.default}`"
+
+
+def help_text(field: dataclasses.Field) -> str:
+    """The help line as Markdown: flags as code, and no bar that would end the cell."""
+    text = re.sub(r"(?<![\w-])--[a-z]\w*", r"`\g<0>`", field.metadata["help"])
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def table(fields: list[dataclasses.Field]) -> list[str]:
+    lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
+    for field in fields:
+        cells = (flag_names(field), value_kind(field), default_text(field), help_text(field))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def preset_table() -> list[str]:
+    """What each preset sets, by adapter method."""
+    lines = ["| preset | with `--peft` | settings |", "|---|---|---|"]
+    for preset, (common, by_method) in PRESETS.items():
+        for method, options in by_method.items():
+            adapter = ",".join(f"{name}={value}" for name, value in options.items())
+            values = {**common, "peft_config": adapter}
+            flags = " ".join(f"--{name} {value}" for name, value in values.items())
+            lines.append(f"| `{preset}` | `{method}` | `{flags}` |")
+    return lines
+
+
+def page() -> str:
+    """docs/flags.md."""
+    names = list(FIELDS)
+    begins = [names.index(first) for _, _, first in GROUPS]
+    lines = INTRODUCTION.splitlines()
+    for (heading, about, _), begin, end in zip(GROUPS, begins, [*begins[1:], len(names)], strict=True):
+        fields = [FIELDS[name] for name in names[begin:end]]
+        lines += ["", f"## {heading}", "", about, "", *table(fields)]
+    lines += ["", "## Presets", "", "The settings of the MiSS paper's Tables 7 and 8.", "", *preset_table()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    with one_line_errors():
+        parser = Parser(prog="python -m scripts.flags", description=__doc__.partition("\n")[0])
+        parser.add_argument("--out", default=OUT, help=f"the page [{OUT}]")
+        out = parser.parse_args(sys.argv[1:]).out
+        write_text(out, page())
+        print(f"{out}: {len(FIELDS)} settings")
+
+
+if __name__ == "__main__":
+    main()
