@@ -9,7 +9,7 @@ import dataclasses
 import re
 import sys
 
-from src.doorway import importing
+from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
