@@ -19,35 +19,43 @@ LONGEST = 1000  # characters of a number: a model that repeats itself writes mor
 
 
 def concluded(text: str) -> str | None:
-    """What follows the last `####` or `answer is` of a text."""
+    """What follows the last `####` or `answer is` of a text. None without either."""
     found = list(CONCLUSION.finditer(text))
     return text[found[-1].end() :] if found else None
 
 
 def numbers(text: str) -> list[Fraction]:
-    r"""The numbers in a text, in their order: "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` ->
-    [1.75].
+    r"""The numbers in a text, in their order.
+
+    "-$1,234.50 of 3/4" -> [-1234.5, 0.75], `1\frac{3}{4}` -> [1.75]
     """
     text = LATEX_FRACTION.sub(_plain_fraction, text.replace(MINUS, "-"))
-    found = [match for match in NUMBER.finditer(text) if (match[2] or match[3]) and len(match[0]) < LONGEST]
-    return [
-        Fraction(f"{match[1] or ''}{(match[2] or '0').replace(',', '')}{match[3] or ''}")
-        / (int(match[4] or 1) or 1)
-        for match in found
-    ]
+    found = []
+    for match in NUMBER.finditer(text):
+        sign, whole, decimals, denominator = match.groups()
+        if not (whole or decimals) or len(match[0]) >= LONGEST:
+            continue
+        number = Fraction(f"{sign or ''}{(whole or '0').replace(',', '')}{decimals or ''}")
+        divisor = int(denominator or 1) or 1  # 5/0 is read as 5
+        found.append(number / divisor)
+    return found
 
 
-def _plain_fraction(found: re.Match[str]) -> str:
+def _plain_fraction(match: re.Match[str]) -> str:
     r"""`\frac{3}{4}` -> 3/4, `1\frac34` -> 7/4."""
-    over, under = int(found[2] or found[3]), int(found[4] or found[5])
-    return f" {int(found[1] or 0) * under + over}/{under}"
+    whole = int(match[1] or 0)
+    numerator, denominator = int(match[2] or match[3]), int(match[4] or match[5])
+    return f" {whole * denominator + numerator}/{denominator}"
 
 
 def final_number(text: str) -> Fraction | None:
-    """The first number after the last `####` or `answer is`; the last number of a text that has neither."""
-    end = concluded(text)
-    found = numbers(text if end is None else end)
-    return found[-1 if end is None else 0] if found else None
+    """The first number after the last `####` or `answer is`. Of a text that has neither, its last number."""
+    conclusion = concluded(text)
+    if conclusion is None:
+        found = numbers(text)
+        return found[-1] if found else None
+    found = numbers(conclusion)
+    return found[0] if found else None
 
 
 def same_number(answer: str, right: str) -> bool:
@@ -56,26 +64,40 @@ def same_number(answer: str, right: str) -> bool:
 
 
 def result(text: str) -> str | None:
-    r"""What the last \boxed{...} of a text holds; without one, the rest of the line after the last `answer
-    is` or `####`.
+    r"""What the last \boxed{...} of a text holds.
+
+    Without one, it is the rest of the line after the last `answer is` or `####`.
     """
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
-        end = concluded(text)
-        return None if end is None else (end.strip().splitlines() or [""])[0].strip()
+        return _concluded_line(text)
     rest = re.sub(r"^\\(?:boxed|fbox)", "", text[start:]).lstrip()
-    if not rest.startswith("{"):
-        return rest.split("$")[0].split()[0] if rest.split("$")[0].split() else None
+    if rest.startswith("{"):
+        return _in_braces(rest)
+    # `\boxed 5`, up to the end of the mathematics
+    words = rest.split("$")[0].split()
+    return words[0] if words else None
+
+
+def _concluded_line(text: str) -> str | None:
+    conclusion = concluded(text)
+    if conclusion is None:
+        return None
+    lines = conclusion.strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def _in_braces(text: str) -> str | None:
+    """`{a{b}}c` -> `a{b}`. None where the first brace is not closed."""
     depth = 0
-    for place, character in enumerate(rest):
+    for place, character in enumerate(text):
         depth += (character == "{") - (character == "}")
         if not depth:
-            return rest[1:place]
+            return text[1:place]
     return None
 
 
-# what two ways of writing one result differ in: spaces, sizes of brackets, units, signs of money, percent and
-# degrees
+# sizes of brackets, spaces, and the signs of money, percent and degrees: they do not change a result
 DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\\?\$|\\?%|\^\{?\\circ\}?|\s")
 WRAPPED = re.compile(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}")
 UNIT = re.compile(r"(?<=[\d}])(?:\s|\\[!,;: ])*\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?$")
@@ -83,15 +105,17 @@ FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}")
 
 
 def normalised(answer: str) -> str:
-    r"""A result of MATH in one way of writing: `\dfrac12` and `1/2` -> `\frac{1}{2}`, `x = 5\text{ cm}.` ->
-    `5`, `\left( 1, 2 \right)` -> `(1,2)`.
+    r"""A result of MATH in one way of writing.
+
+    `\dfrac12` and `1/2` -> `\frac{1}{2}`, `x = 5\text{ cm}.` -> `5`, `\left( 1, 2 \right)` -> `(1,2)`
     """
     text = UNIT.sub("", answer.strip().rstrip(".").replace("\n", "").replace(MINUS, "-"))
     text = re.sub(r"^\$?[a-zA-Z]\s*=\s*", "", text)
     text = DROPPED.sub("", WRAPPED.sub(r"\1", text))
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", re.sub(r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}", text))
+    text = re.sub(r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}", text)
+    text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", text)
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
     return re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", text)
 
@@ -101,14 +125,15 @@ def value(text: str) -> Fraction | None:
     if len(text) >= LONGEST:
         return None
     if match := FRACTION.fullmatch(text):
-        return int(f"{match[1]}1") * Fraction(int(match[2]), int(match[3])) if int(match[3]) else None
+        sign, numerator, denominator = int(f"{match[1]}1"), int(match[2]), int(match[3])
+        return sign * Fraction(numerator, denominator) if denominator else None
     if re.fullmatch(r"-?(\d{1,3}(,\d{3})+|\d*)(\.\d+)?", text) and re.search(r"\d", text):
         return Fraction(text.replace(",", ""))
     return None
 
 
 def same_result(answer: str, right: str) -> bool:
-    r"""MATH: the results are written alike, but for how LaTeX can be written, or are equal numbers."""
+    """MATH: the normalised results are the same text, or equal numbers."""
     found, wanted = result(answer), result(right)
     if found is None or wanted is None:
         return False

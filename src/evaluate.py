@@ -23,12 +23,11 @@ LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by 
 
 
 class Question(NamedTuple):
-    """What is asked, in the pieces that are tokenised on their own; what is right; what an answer begins with
-    though it is not generated (a template's <think)."""
+    """What is asked, and what is right."""
 
-    pieces: list[str]
+    pieces: list[str]  # of the prompt; each is tokenised on its own
     right: Any
-    opening: str = ""
+    opening: str = ""  # what every answer begins with without being generated: a template's <think
 
     @property
     def prompt(self) -> str:
@@ -36,37 +35,50 @@ class Question(NamedTuple):
 
     def ids(self, tokenizer) -> list[int]:
         """The tokens of the prompt."""
-        return [token for piece in self.pieces for token in tokenizer.encode(piece)]
+        tokens: list[int] = []
+        for piece in self.pieces:
+            tokens += tokenizer.encode(piece)
+        return tokens
 
 
 class Answer(NamedTuple):
-    """What a model said, and whether it was cut: it had not ended when it reached the limit of tokens."""
+    """What a model said."""
 
     text: str
-    cut: bool | None  # None: it is not known, of an answer that was made elsewhere
+    cut: bool | None  # whether it reached the limit of tokens before its end; None where that is not known
 
 
 def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAME) -> list[Question]:
-    """A question, with the right answer without its thoughts, of every row {"messages": [..., {"role":
-    "assistant", ...}]}; a {"prompt", "completion"} is taken as it stands, whatever the template.
+    """The question of every row.
+
+    Of {"messages"} the last message is the right answer, without its thoughts. {"prompt", "completion"} is
+    taken as it stands, whatever the template.
 
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
     questions = []
     for where, row in read_rows(path, reading=reading):
         if "prompt" in row:
-            begun = BEGUN_THOUGHTS.search(row["prompt"])
-            questions.append(Question([row["prompt"]], row["completion"].strip(), begun[0] if begun else ""))
-            continue
-        if "messages" not in row:
+            questions.append(_of_prompt(row))
+        elif "messages" in row:
+            questions.append(_of_messages(row, template))
+        else:
             raise UserError(
                 f"{where}: expected messages, a question and its answer, or a prompt and its completion; got"
                 f" {' and '.join(row)}"
             )
-        *before, answer = row["messages"]
-        pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
-        questions.append(Question(pieces, thoughts_of(answer)[1], template.opening))
     return questions
+
+
+def _of_prompt(row: dict[str, Any]) -> Question:
+    begun = BEGUN_THOUGHTS.search(row["prompt"])
+    return Question([row["prompt"]], row["completion"].strip(), begun[0] if begun else "")
+
+
+def _of_messages(row: dict[str, Any], template: Template) -> Question:
+    *before, answer = row["messages"]
+    pieces = [piece for piece, _ in template.segments(before, row.get("tools"), ask=True)]
+    return Question(pieces, thoughts_of(answer)[1], template.opening)
 
 
 @torch.no_grad()
@@ -80,11 +92,11 @@ def greedy(
     characters: float = math.inf,
     shown: bool = True,
 ) -> list[Answer]:
-    """What the model says after each prompt of tokens, up to the end of document, a text of `stops`, or
-    max_tokens; or until it has said more than `characters`.
+    """What the model says after each prompt of tokens.
 
-    `batch` answers are made at a time. A bar counts them where it takes long; of several processes one has
-    `shown`.
+    An answer ends at the end of document, at a text of `stops`, after max_tokens, or as soon as it has more
+    than `characters`. `batch` answers are made at a time. A bar counts them where it takes long; of several
+    processes one has `shown`.
     """
     answers = [Answer("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -110,8 +122,7 @@ def greedy(
             bar.update(len(going))
             for i, ids in said.items():
                 text = tokenizer.decode(_before_end(ids, tokenizer.eod))
-                end = min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
-                answers[i] = Answer(text[:end], i in going)
+                answers[i] = Answer(_before_stop(text, stops), i in going)
     return answers
 
 
@@ -124,21 +135,24 @@ def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float)
         return True
     if characters < math.inf and len(tokenizer.decode(ids)) > characters:
         return True
-    # every token has a byte of its own, so that a stop is in as many of them at most; a decoder may leave out
-    # a space that it begins with
-    tail = (
-        ids[-max((len(stop.encode(tokenizer.encoding)) + 2 * size for stop in stops), default=0) :]
-        if stops
-        else []
-    )
-    return bool(tail) and any(stop in tokenizer.decode(tail) for stop in stops)
+    if not stops:
+        return False
+    # A token has at least one byte, so a stop has no more tokens than bytes. The decoder may leave out a
+    # space that the text begins with, therefore a little more is decoded.
+    longest = max(len(stop.encode(tokenizer.encoding)) for stop in stops)
+    tail = tokenizer.decode(ids[-(longest + 2 * size) :])
+    return any(stop in tail for stop in stops)
 
 
 def shortened(text: str, characters: int) -> str:
-    """A text of at most so many characters, of which the last is "…" where it was longer; without half a
-    character that a limit of tokens has left at its end."""
+    """A text of at most so many characters. A longer one ends in "…".
+
+    So does a text that ends in half a character, as a limit of tokens leaves it; the half is left out.
+    """
     whole = text.rstrip("\ufffd")
-    return text if len(text) <= characters and whole == text else f"{whole[: characters - 1]}…"
+    if whole == text and len(text) <= characters:
+        return text
+    return f"{whole[: characters - 1]}…"
 
 
 def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.Tensor, State]:
@@ -151,15 +165,24 @@ def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.T
         read.append(model.next_logits(torch.tensor(list(same), device=device)))
         bar.update(0, "reading the prompts")
     logits, states = zip(*read, strict=True)
-    return torch.cat(logits), [
-        LayerState(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*states, strict=True)
-    ]
+    # each layer's states of all prompts become one state with a row for each
+    state = [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in zip(*states, strict=True)]
+    return torch.cat(logits), state
 
 
 def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
+    """The ids before the first end of document."""
     size = len(eod)
-    end = next((i for i in range(0, len(ids), size) if tuple(ids[i : i + size]) == eod), len(ids))
-    return ids[:end]
+    for place in range(0, len(ids), size):
+        if tuple(ids[place : place + size]) == eod:
+            return ids[:place]
+    return ids
+
+
+def _before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops that are in it."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places, default=len(text))]
 
 
 def answers_to(
@@ -170,7 +193,7 @@ def answers_to(
     template: Template = DEFAULT,
     batch: int = 256,
 ) -> list[Answer]:
-    """What the model answers to each question, without thoughts; the same template has made the questions."""
+    """What the model answers to each question, without thoughts. The template is that of the questions."""
     prompts = [question.ids(tokenizer) for question in questions]
     stops = [template.stop] if template.stop else []
     answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
@@ -183,17 +206,16 @@ def answers_to(
 def exact_accuracy(
     model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT
 ) -> tuple[float, list[str]]:
-    """(share of answers that are right as a whole, the answers); `questions` are read_questions() with the
-    same template.
-    """
+    """(share of answers that are right as a whole, the answers). The template is that of the questions."""
     answers = [answer.text for answer in answers_to(model, tokenizer, questions, max_tokens, template)]
-    return sum(a == q.right for a, q in zip(answers, questions, strict=True)) / len(questions), answers
+    right = sum(answer == question.right for answer, question in zip(answers, questions, strict=True))
+    return right / len(questions), answers
 
 
 def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
     """The tokens that an answer may have where the user does not say.
 
-    `exact`: those of the longest right answer, a quarter more and 16. A longer answer is wrong anyway.
+    For `exact` the longest right answer, a quarter more, and 16: a longer answer is wrong anyway.
     """
     if any("<think" in question.opening and "</think" not in question.opening for question in questions):
         return THOUGHTS
@@ -204,7 +226,7 @@ def answer_limit(score: str, tokenizer, questions: Sequence[Question]) -> int:
 
 
 def _length(tokenizer, text: str) -> int:
-    """Tokens of a text; its bytes where the tokenizer has no tokens for it, and no answer can be right."""
+    """Tokens of a text. Where the tokenizer has no tokens for it, no answer can be right; then its bytes."""
     try:
         return len(tokenizer.encode(text))
     except UserError:
