@@ -8,12 +8,13 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import one_line_errors
-    from src import config, processes, run
+    from src import config, run
+    from src.processes import watch_launcher
 
 
 def main() -> None:
     with one_line_errors(), naming_missing_packages():
-        processes.watch_launcher()
+        watch_launcher()
         settings, origins = config.parse(sys.argv[1:])
         run.main(settings, origins)
 

@@ -14,7 +14,8 @@ from src.common.startup import importing
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from rwkv_miss.files.output import write_text
-    from src.config import FIELDS, PRESETS
+    from src.config import FIELDS
+    from src.config.schema import PRESETS
 
 OUT = "docs/flags.md"
 

@@ -27,13 +27,13 @@ with importing():
     from matplotlib.figure import Figure
 
     from rwkv_miss.errors import UserError, one_line_errors
-    from src import config as configuration
     from src import describe
     from src.base import build_model, read_base
     from src.common.device import DTYPES
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
-    from src.config import Config
+    from src.config import Config, command, settle, validate
+    from src.config.parse import flag_parser, read_flags
     from src.folder import require_folder
     from src.learning_rate import state_learning_rate
     from src.prepare import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
@@ -58,7 +58,7 @@ RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     """(this program's own flags, the run's settings, where they come from)"""
-    parser = configuration.flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n")[0])
+    parser = flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the sweep alone")
     own.add_argument(
         "--rates",
@@ -75,10 +75,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     own.add_argument(
         "--setting", choices=SETTINGS, default=SETTINGS[0], help="the setting whose values they are [lr_init]"
     )
-    given = configuration.read_flags(parser, argv)
+    given = read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, origins = configuration.settle(given)
-    configuration.validate(config)
+    config, origins = settle(given)
+    validate(config)
     check(ours, config)
     return ours, config, origins
 
@@ -223,13 +223,13 @@ def conclude(
         key=lambda trial: trial.held_out,
         default=None,
     )
-    command = configuration.command(dataclasses.replace(given, **{setting: best.rate})) if best else None
+    best_command = command(dataclasses.replace(given, **{setting: best.rate})) if best else None
     results = {
         "setting": setting,
         "steps": steps,
         "held_out_before": before,
         "best": best.rate if best else None,
-        "command": command,
+        "command": best_command,
         "trials": [
             {
                 "rate": trial.rate,
@@ -261,7 +261,7 @@ def conclude(
             f"note       --epoch_steps {shortened} made the sweep short; "
             "the command is that of a run over the whole data"
         )
-    print(command)
+    print(best_command)
     return 0
 
 

@@ -22,7 +22,6 @@ with importing():
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
     from rwkv_miss.progress import duration_text
-    from src import config as configuration
     from src import describe, ops
     from src.allocation import model_on_meta
     from src.base import read_base
@@ -30,7 +29,8 @@ with importing():
     from src.choices import CHOSEN, cheapest_fix
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
-    from src.config import Config
+    from src.config import Config, settle, validate
+    from src.config.parse import flag_parser, read_flags
     from src.data import Schedule
     from src.memory import USABLE, needed
     from src.prepare import (
@@ -55,7 +55,7 @@ OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     """(this program's own flags, the run's settings, where they come from)"""
-    parser = configuration.flag_parser("python -m scripts.plan", __doc__.partition("\n")[0])
+    parser = flag_parser("python -m scripts.plan", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the plan alone")
     own.add_argument(
         "--memory",
@@ -79,10 +79,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
         help="metrics.jsonl of an earlier run like this one: its speed instead",
     )
     own.add_argument("--json", action="store_true", default=False, help="a last line for machines")
-    given = configuration.read_flags(parser, argv)
+    given = read_flags(parser, argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, origins = configuration.settle(given)
-    configuration.validate(config)
+    config, origins = settle(given)
+    validate(config)
     if not 0 <= ours.tokens_per_second < math.inf:
         raise UserError(f"--tokens_per_second {ours.tokens_per_second}: must be a number above 0")
     return ours, config, origins

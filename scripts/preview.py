@@ -24,11 +24,12 @@ with importing():
 
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
-    from src import config as configuration
     from src import describe
     from src.choices import longest_uncut, row_length
     from src.common.formatting import counted
-    from src.config import Config
+    from src.config import Config, settle
+    from src.config.parse import flag_parser, read_flags
+    from src.config.validate import check_data
     from src.data import Document, Documents, Loaded, fit, pack
     from src.formats import Reading, Report, read_source, sample, sources
     from src.lint import Lint
@@ -46,7 +47,7 @@ PERCENTILES = (0, 50, 90, 99, 100)
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """(this program's own flags, the run's settings)."""
-    parser = configuration.flag_parser("python -m scripts.preview", __doc__.partition("\n")[0])
+    parser = flag_parser("python -m scripts.preview", __doc__.partition("\n")[0])
     own = parser.add_argument_group("of the preview alone")
     own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
     own.add_argument(
@@ -59,10 +60,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     own.add_argument(
         "--strict", action="store_true", default=False, help="exit code 1 where something was found"
     )
-    given = configuration.read_flags(parser, sys.argv[1:] if argv is None else argv)
+    given = read_flags(parser, sys.argv[1:] if argv is None else argv)
     ours = argparse.Namespace(**{name: given.pop(name) for name in OWN})
-    config, _ = configuration.settle(given)
-    configuration.check_data(config)
+    config, _ = settle(given)
+    check_data(config)
     if ours.samples < 0:
         raise UserError(f"--samples {ours.samples}: must not be negative")
     return ours, config

@@ -22,7 +22,8 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from .common.device import DTYPES
-from .config import Config, adapter_options
+from .config import Config
+from .config.validate import adapter_options
 from .infctx import chunks_of, rows_loss, state_bytes
 from .model import RWKV, replace_tensors
 

@@ -13,9 +13,9 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 
-from . import config as configuration
 from .choices import choose, own_rank
 from .config import Config
+from .config.validate import adapter_options, check_sizes
 from .model import RWKV, default_arch, read_model_file
 from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
@@ -30,7 +30,7 @@ def read_base(config: Config, origins: dict[str, str]):
         return new_arch(config)
     tensors = read_model_file(config.load_model)
     arch = Arch.detect(tensors)
-    configuration.check_sizes(config, arch)
+    check_sizes(config, arch)
     with torch.device("meta"):
         model = RWKV(arch)
     model.check(tensors, config.load_model)
@@ -42,7 +42,7 @@ def read_base(config: Config, origins: dict[str, str]):
             aliases.get(name, name) == "rank" for name in config.peft_config
         ):  # other options were given
             config.peft_config = {**rank, **config.peft_config}
-        options, targets = configuration.adapter_options(config)
+        options, targets = adapter_options(config)
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
     check_parts(
         "--lr_map",
@@ -95,7 +95,7 @@ def build_model(
         model = RWKV(arch, kernel)
     model.grad_cp = config.grad_cp
     if not full:
-        options, targets = configuration.adapter_options(config)
+        options, targets = adapter_options(config)
         earlier = rwkv_miss.read_checkpoint(resume_from) if resume_from else None
         rwkv_miss.inject(model, config.peft, targets, config.train_parts, earlier, **options)
     if config.quant != "none":

@@ -21,7 +21,8 @@ from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
 from .checkpoints import checkpoint_name, keep_best, remove_old
 from .common.device import peak_memory
-from .common.files import append_line, is_first_process, read_lines, write_lines
+from .common.files import append_line, read_lines, write_lines
+from .config.launcher import is_first_process
 from .guessing import worse_than_guessing
 from .history import BEST
 from .rollback import LastGood

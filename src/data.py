@@ -21,8 +21,8 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import progress
 
-from .common.files import is_first_process
 from .config import Config, accumulation
+from .config.launcher import is_first_process
 from .formats import BY_NAME, Reading, Report, sample, sources
 from .template import DEFAULT, Template, trains_by_marker
 from .tokenise import Encoder, Tokens, tokenise

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from rwkv_miss.errors import UserError
 
-from .common.files import is_first_process
+from .config.launcher import is_first_process
 from .lifeline import Lifeline
 
 try:

@@ -15,9 +15,9 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, progress
 
-from .common.files import is_first_process
 from .common.formatting import counted
 from .config import Config
+from .config.launcher import is_first_process
 from .data import Document, Documents, collate, pack
 
 Batch = list[list[Document]]  # rows of documents

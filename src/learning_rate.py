@@ -7,7 +7,8 @@ import math
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from .config import FULL_LR, NEW_MODEL_LR, Config
+from .config import Config
+from .config.schema import FULL_LR, NEW_MODEL_LR
 
 
 def method_rate(config: Config) -> float:

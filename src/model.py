@@ -24,7 +24,7 @@ from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
 
 from . import rwkv6, rwkv7
-from .common.files import is_first_process
+from .config.launcher import is_first_process
 from .loss import BLOCK, loss_sum
 from .shared import Head, LayerNorm, chosen
 

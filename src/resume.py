@@ -11,11 +11,10 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.identity import Identity
 
-from . import config as configuration
 from .checkpoints import list_checkpoints
 from .choices import choose
-from .common.files import is_first_process
-from .config import Config, accumulation, is_automatic
+from .config import FIELDS, Config, accumulation, is_automatic, settle
+from .config.launcher import is_first_process
 from .data import Documents
 from .history import BEST
 from .model import RWKV
@@ -66,7 +65,7 @@ def earlier_settings(config: Config) -> Config | None:
             f"--resume auto: {file}, with the settings of the run, is not there; put it back, or choose"
             " another --proj_dir"
         )
-    return configuration.settle({"config": file})[0]
+    return settle({"config": file})[0]
 
 
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
@@ -75,7 +74,7 @@ def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     """
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
-    for name in configuration.FIELDS:
+    for name in FIELDS:
         # options of another method; find_checkpoint() says that it is another
         foreign = name == "peft_config" and config.peft != before.peft
         if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name) and not foreign:
@@ -106,7 +105,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
         return None
     changed = [
         f"{name} {getattr(before, name)}, now it is {getattr(config, name)}"
-        for name in configuration.FIELDS
+        for name in FIELDS
         if name not in MAY_CHANGE
         and not is_automatic(before, name)
         and getattr(before, name) != getattr(config, name)

@@ -12,14 +12,14 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.interrupts import EXIT_CODE
 
-from . import config as configuration
 from . import describe, ops
 from .base import build_model, read_base
 from .calibrate import speed_here
 from .checkpoints import checkpoint_step, remove_leftovers, restore_best
 from .common.device import DTYPES
-from .common.files import is_first_process, read_lines
-from .config import Config
+from .common.files import read_lines
+from .config import Config, save
+from .config.launcher import is_first_process
 from .folder import folder_of_run
 from .history import BEST, VALIDATION, best, is_over
 from .lifeline import lifeline
@@ -121,7 +121,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         ):  # of a run that was killed before its first checkpoint
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
-        configuration.save(config, job.origins, os.path.join(folder, CONFIG))
+        save(config, job.origins, os.path.join(folder, CONFIG))
 
     def complete(step: int) -> bool:
         return step >= job.steps or is_over(history, config.early_stop)
@@ -134,19 +134,19 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     writers = open_writers(config, first_step) if is_first_process() else []
     trained_with = job.tokenizer if config.load_model else None
     report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
-    save = writer(config, model, job.tokenizer, job.template)
+    write = writer(config, model, job.tokenizer, job.template)
     saver = Saver(
         checkpoints,
         output_path(config),
         config.save_steps,
         config.save_total_limit,
-        save,
+        write,
         last_good,
         resume_from,
     )
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
-    watch = [Watch(folder, history, job.evaluated, job.tokenizer, save, report)] if held_out.rows else []
+    watch = [Watch(folder, history, job.evaluated, job.tokenizer, write, report)] if held_out.rows else []
     callbacks = [report, *watch, forgetting, saver]
     trainer = make_trainer(config, job.steps, callbacks, first_step)
     begun = time.perf_counter()

@@ -35,7 +35,7 @@ import numpy as np
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from .common.files import is_first_process
+from .config.launcher import is_first_process
 from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source, WrongSetting, read_record
 from .formats.report import Kind
 from .ops.build import announce, locked

@@ -14,7 +14,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import say
 
 from .callbacks import StepReport
-from .common.files import append_line, is_first_process, write_lines
+from .common.files import append_line, write_lines
+from .config.launcher import is_first_process
 from .data import Documents
 from .evaluate import greedy, shortened
 from .held_out import (

@@ -15,7 +15,8 @@ from rwkv_miss.errors import UserError
 from src import choices, resume
 from src.choices import choose_batch, held_out_share, own_rank, row_length
 from src.common.formatting import size_text
-from src.config import FIELDS, Config, accumulation, is_automatic, parse, read_yaml, validate
+from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
+from src.config.parse import read_yaml
 from src.resume import inherit, keep_rows_per_step
 
 from . import program

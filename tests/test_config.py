@@ -10,18 +10,10 @@ import pytest
 import yaml
 
 from rwkv_miss import METHODS, UserError
-from src import config, legacy
-from src.config import (
-    FIELDS,
-    NAMES,
-    PRESETS,
-    Config,
-    accumulation,
-    adapter_options,
-    check_sizes,
-    command,
-    parse,
-)
+from src import config
+from src.config import FIELDS, Config, accumulation, command, legacy, parse
+from src.config.schema import NAMES, PRESETS
+from src.config.validate import adapter_options, check_sizes
 
 from .conftest import ROOT, make_arch
 

@@ -7,9 +7,9 @@ import pytest
 from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import parse as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
-from src import legacy
-from src.config import adapter_options, parse
-from src.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
+from src.config import legacy, parse
+from src.config.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
+from src.config.validate import adapter_options
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 

@@ -29,9 +29,8 @@ from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.checkpoints import list_checkpoints
-from src.common.files import is_first_process
+from src.config.launcher import check_world, is_first_process
 from src.lifeline import Lifeline, lifeline
-from src.processes import check_world
 from src.trainer import cluster_environment
 
 from . import program

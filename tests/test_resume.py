@@ -7,8 +7,8 @@ import pytest
 
 from rwkv_miss.errors import UserError
 from src import config as configuration
-from src.common.files import RANK_VARIABLES
 from src.config import Config
+from src.config.launcher import RANK_VARIABLES
 from src.resume import earlier_settings, find_checkpoint, inherit
 
 SETTINGS = {

@@ -14,7 +14,8 @@ from rwkv_miss import progress
 from scripts import plan as plan_program
 from src import describe, held_out, trainer
 from src.common.formatting import size_text
-from src.config import Config, read_yaml
+from src.config import Config
+from src.config.parse import read_yaml
 from src.data import Document, Documents, make_schedule
 from src.prepare import choose_evaluation, trained_tokens
 

@@ -20,7 +20,8 @@ import torch
 import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata
 from src import callbacks, run_card, watch
-from src.config import Config, parse, read_yaml
+from src.config import Config, parse
+from src.config.parse import read_yaml
 from src.data import load_documents
 from src.evaluate import shortened
 from src.forgetting import sections

@@ -1,4 +1,4 @@
-"""Small files of a run, and which process writes them."""
+"""Small files: text and JSON lines, read with a bound on their size and written whole."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ import json
 import os
 
 from rwkv_miss.errors import UserError
-
-# set by torchrun and deepspeed, by Lightning's own launcher (NODE_RANK, and on each machine LOCAL_RANK), and
-# by srun
-RANK_VARIABLES = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
-
-
-def is_first_process() -> bool:
-    """Whether this process prints and writes for the whole run."""
-    return all(int(os.environ.get(name, 0)) == 0 for name in RANK_VARIABLES)
-
 
 LARGEST_TEXT = 1 << 26  # bytes
 

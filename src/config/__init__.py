@@ -1,0 +1,20 @@
+"""The settings of a run: what they are, how they are read, whether they make sense, who started the run.
+
+Imports common only. Other rooms take the public names below from here; schema.py has the settings.
+"""
+
+from .parse import command, parse, save, settle
+from .schema import FIELDS, Config, accumulation, is_automatic
+from .validate import validate
+
+__all__ = [
+    "FIELDS",
+    "Config",
+    "accumulation",
+    "command",
+    "is_automatic",
+    "parse",
+    "save",
+    "settle",
+    "validate",
+]

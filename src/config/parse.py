@@ -1,0 +1,226 @@
+"""Reading the settings: flags, YAML files, presets and launchers, in this order of precedence after the
+flags, and writing them: config.yaml and the full command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import shlex
+from typing import Any
+
+import yaml
+
+from rwkv_miss.adapter import METHODS
+from rwkv_miss.errors import Parser, UserError
+
+from ..common.files import write_text
+from . import legacy
+from .launcher import drop_local_rank, follow_launcher, is_first_process
+from .schema import FIELDS, NAMES, PRESETS, TARGET_NAMES, Config, type_of
+from .validate import validate
+
+
+def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
+    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset
+    NAME", a launcher, or "default".
+    """
+    config, origins = settle(
+        read_flags(
+            flag_parser("python train.py", "Fine-tune RWKV-6 and RWKV-7 checkpoints."), drop_local_rank(argv)
+        )
+    )
+    follow_launcher(config, origins)
+    validate(config)
+    return config, origins
+
+
+def flag_parser(prog: str, description: str) -> Parser:
+    """A parser with a flag for every setting, to which a program may add its own."""
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with any of these settings; an earlier run's config.yaml is one",
+    )
+    for field in FIELDS.values():
+        default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
+        names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
+        help = (field.metadata["help"] + default).replace("%", "%%")
+        alone = (
+            {"nargs": "?", "const": "1"} if type_of(field.name) is bool else {}
+        )  # --verbose is --verbose 1
+        parser.add_argument(*names, dest=field.name, metavar=type_of(field.name).__name__, help=help, **alone)
+    return parser
+
+
+def read_flags(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """What a command line gives, by name, with older spellings translated and the user told."""
+    argv, notes = legacy.translate(argv)
+    for note in notes if is_first_process() else ():
+        print("note:", note)
+    return vars(parser.parse_args(argv))
+
+
+def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """parse() of flags that are read already, `config` among them, without validate()."""
+    file = given.get("config")
+    layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
+    if file:
+        layers.append((file, read_yaml(file)))
+    values, origins = _merge(layers)
+    if values.get("preset"):
+        values, origins = _merge([*layers, (f"preset {values['preset']}", _preset_values(values))])
+    return Config(**values), {name: origins.get(name, "default") for name in FIELDS}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        inside = os.path.join(path, "config.yaml")
+        raise UserError(
+            f"config file {path} "
+            + (
+                f"is a folder; give {inside if os.path.isfile(inside) else 'a file'}"
+                if os.path.isdir(path)
+                else "does not exist"
+            )
+        )
+    with open(path, "rb") as file:
+        try:
+            values = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
+    for name in values:
+        if name not in NAMES:
+            near = difflib.get_close_matches(str(name), NAMES, 1)
+            raise UserError(
+                f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+    return values
+
+
+def _merge(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values in order of precedence, converted to their types, and their origins."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for name, value in layer.items():
+            if NAMES[name] not in values:
+                try:
+                    values[NAMES[name]] = _convert(NAMES[name], value)
+                except UserError as error:
+                    raise error if origin == "command line" else UserError(f"{origin}: {error}") from None
+                origins[NAMES[name]] = origin
+    return values, origins
+
+
+def _preset_values(values: dict[str, Any]) -> dict[str, Any]:
+    common, by_method = PRESETS[values["preset"]]
+    method = values.get("peft", Config.peft)
+    if method not in by_method:
+        raise UserError(
+            f"preset {values['preset']} has settings for {', '.join(by_method)}, not for --peft {method}"
+        )
+    return {**common, "peft_config": by_method[method]}
+
+
+def _convert(name: str, value: Any) -> Any:
+    """A flag's text or a YAML value in the field's own type."""
+    kind = type_of(name)
+    if kind is dict:
+        return _parse_options(name, value)
+    try:
+        if value is None or isinstance(value, (dict, list)):
+            raise ValueError
+        if kind is bool:
+            value = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
+        elif kind is str:
+            value = str(value)
+        else:
+            # two of --grad_cp's values are these
+            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)
+    except (ValueError, KeyError):
+        raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
+    if name == "peft":
+        value = legacy.METHOD_ALIASES.get(value, value)
+    choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"--{name} {value}: expected one of {', '.join(c for c in choices if c)}")
+    return value
+
+
+def _number(text: str, kind: type) -> int | float:
+    """1e3 is an int, too. A ValueError for what is no finite number of this kind."""
+    if kind is int:
+        with contextlib.suppress(ValueError):
+            return int(text)  # with all its digits, which a float would not keep
+    number = float(text)
+    if not math.isfinite(number) or kind(number) != number:
+        raise ValueError
+    return kind(number)
+
+
+def _parse_options(name: str, value: Any) -> dict[str, Any]:
+    """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32."""
+    if isinstance(value, dict):
+        return {str(name): given for name, given in value.items()}
+    text = str(value).strip()
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"--{name} {text}: not valid JSON ({error.msg} at column {error.colno})"
+            ) from None
+    options: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        key, sign, raw = pair.partition("=")
+        if not sign:
+            raise UserError(f"--{name} {text}: expected JSON or key=value pairs, got {pair!r}")
+        if key in options:
+            raise UserError(f"--{name} {text}: {key} is given twice; keep one")
+        options[key] = raw.split("+") if key in TARGET_NAMES else _number_or_text(raw)
+    return options
+
+
+def _number_or_text(text: str) -> Any:
+    try:
+        return json.loads({"True": "true", "False": "false"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+
+
+def save(config: Config, origins: dict[str, str], path: str) -> None:
+    """Write the resolved settings as YAML, each with its origin; the file works as --config."""
+    lines = [
+        f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}"
+        f"  # {origin}"
+        for name, origin in origins.items()
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def command(config: Config) -> str:
+    """The command that does this run again from its beginning: every setting that is not the default."""
+    words = ["python", "train.py"]
+    default = Config()
+    for name in FIELDS:
+        value = getattr(config, name)
+        if name != "resume" and value != getattr(default, name):
+            text = (
+                json.dumps(value)
+                if isinstance(value, dict)
+                else str(int(value))
+                if isinstance(value, bool)
+                else str(value)
+            )
+            # what begins like a flag is none
+            words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
+    return shlex.join(words)

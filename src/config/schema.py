@@ -1,0 +1,370 @@
+"""Every setting of a run: one dataclass field is the flag, the YAML key, the help line and the row in the
+docs.
+
+RWKV-LM's and RWKV-PEFT's names are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rwkv_miss.adapter import METHODS
+from rwkv_miss.quantised import CODES
+
+
+def opt(
+    default: Any,
+    help: str,
+    alias: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    automatic: bool = False,
+) -> Any:
+    """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
+
+    `automatic`: the default is no value but leaves the choice to the program, which fills it in
+    (src/choices.py).
+    """
+    meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+# RWKV-LM's usual rates; every adapter method has its own
+FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
+
+
+def _own_rates() -> str:
+    rates = {name: METHODS[name].default_lr for name in sorted(METHODS)} | {
+        "full": FULL_LR,
+        "new model": NEW_MODEL_LR,
+    }
+    return ", ".join(f"{name} {rate:.0e}".replace("e-0", "e-") for name, rate in rates.items())
+
+
+@dataclasses.dataclass
+class Config:
+    """The settings of a training run."""
+
+    load_model: str = opt(
+        "", "the base .pth. Empty: a new model with the sizes of --version, --n_layer and --n_embd"
+    )
+    data_file: str = opt(
+        "",
+        "the training data: JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or"
+        " OWNER/NAME of a Hugging Face data set. Several files with weights: a.jsonl:2,b.csv:0.5 reads"
+        " every row of a.jsonl twice and half of b.csv",
+    )
+    sft_field: str = opt(
+        "",
+        "which columns to read, where a row fits several layouts: text, messages, question,answer or"
+        " instruction,input,output",
+    )
+    sft_split: str = opt(
+        "train",
+        "which split to read of a Hugging Face data set, or of a folder whose files are named for splits",
+    )
+    on_bad_row: str = opt(
+        "stop",
+        "what to do with a row that cannot be used. stop: end with its file and line. skip: leave it"
+        " out and count it",
+        choices=("stop", "skip"),
+    )
+    proj_dir: str = opt(
+        "out", "the run's folder, for adapter.pth, metrics.jsonl, config.yaml and checkpoints/"
+    )
+    tokenizer: str = opt(
+        "auto",
+        "auto, world, bytes, utf16, a tokenizer.json, or a vocabulary file in World format. auto: as"
+        " --load_model records, else world for a model with the World vocabulary",
+    )
+    eod: str = opt("", "the text of the end-of-document token, where a tokenizer file does not name it")
+
+    template: str = opt(
+        "auto",
+        "how conversations are written: rwkv, a mode of the G1 models (think, think-normal,"
+        " think-short, think-long, fake-think), or a Jinja file with Hugging Face's conventions. auto:"
+        " as --load_model records, else rwkv",
+    )
+    loss_mask: str = opt(
+        "assistant",
+        "which tokens are trained. assistant: the assistant's turns, completions, and plain text as a"
+        " whole. all: everything. A marker such as Assistant: trains what follows it, up to the next"
+        " turn. START...END trains what stands between the two. The end of a document is always"
+        " trained",
+    )
+    data_cache: str = opt(
+        "auto",
+        "folder for tokenised data. auto: rwkv-miss/data in the user's cache folder. none: tokenise"
+        " every time",
+    )
+
+    peft: str = opt("miss", f"adapter method: {', '.join(sorted(METHODS))}; or none for full training")
+    peft_config: dict = opt(
+        {},
+        "options of the method, as JSON or as key=value pairs: '{\"r\": 64}' or r=64,targets=key+value."
+        " Empty: the method's own rank, 64 for most, at most width / 8",
+        automatic=True,
+    )
+    train_parts: str = opt(
+        "",
+        "parts of the base to train as whole tensors beside the adapter, separated by commas: emb,"
+        " head, ln (every norm), time (mixes, decay and bonus: RWKV-6 time_*; RWKV-7 x_*, w0-w2,"
+        " a0-a2, v0-v2, k_k, k_a, r_k), state (the initial WKV state, as --peft state trains it)."
+        " Empty: none",
+    )
+    preset: str = opt(
+        "",
+        "settings of the MiSS paper: paper-table7 (7B and smaller) or paper-table8 (13B)",
+        choices=("", "paper-table7", "paper-table8"),
+    )
+
+    version: str = opt(
+        "",
+        "x060 or x070, for a new model only; otherwise read from the checkpoint",
+        alias=("my_testing",),
+        choices=("", "x060", "x070"),
+    )
+    n_layer: int = opt(0, "number of layers; read from the checkpoint")
+    n_embd: int = opt(0, "width; read from the checkpoint")
+    vocab_size: int = opt(
+        0, "size of the vocabulary; read from the checkpoint, in a new model from the tokenizer"
+    )
+    dim_att: int = opt(0, "width of the time mix; read from the checkpoint, in a new model n_embd")
+    dim_ffn: int = opt(
+        0,
+        "width of the channel mix; read from the checkpoint, in a new model 3.5 n_embd (x060) or 4"
+        " n_embd (x070)",
+    )
+    head_size: int = opt(
+        0, "size of a head; read from the checkpoint, in a new model 64", alias=("head_size_a",)
+    )
+
+    ctx_len: int = opt(
+        0,
+        "longest row in tokens. A longer text becomes several rows, a longer conversation is cut, and"
+        " the plan says how many. 0: the longest document's length, as a power of two from 256 to"
+        " 4096; with --chunk_ctx without these bounds",
+        automatic=True,
+    )
+    chunk_ctx: int = opt(
+        0,
+        "run rows in chunks of N tokens, with the exact gradient carried through the state. Memory"
+        " holds one chunk, and one state per chunk; the price is one more forward pass. 0: run rows"
+        " whole",
+    )
+    truncate_ctx: int = opt(
+        0,
+        "stop the gradient at every N tokens, while the state goes on. N is a multiple of"
+        " --chunk_ctx. 0: the gradient is exact",
+    )
+    state_cp: bool = opt(
+        False,
+        "1: of n chunks keep only every sqrt(n)-th state. This saves memory and costs one more"
+        " forward pass. Needs --chunk_ctx",
+    )
+    packing: bool = opt(
+        True,
+        "1: short documents share rows of ctx_len tokens and do not see each other. 0: a row is one document",
+    )
+    micro_bsz: int = opt(
+        0,
+        "rows in one forward pass of one device. 0: as many as fit the free memory, at most 8",
+        alias=("batch_size",),
+        automatic=True,
+    )
+    accumulate_grad_batches: int = opt(
+        0,
+        "forward passes in one optimizer step. 0: 1 where micro_bsz is given. Otherwise a step gets 8"
+        " rows over all devices, or fewer where the run would have less than 50 steps",
+        automatic=True,
+    )
+    global_bsz: int = opt(
+        0, "rows in one optimizer step over all devices; sets accumulate_grad_batches. 0: not used"
+    )
+    epoch_count: int = opt(1, "number of epochs", alias=("epochs",))
+    epoch_steps: int = opt(0, "optimizer steps in one epoch. 0: one pass over the data")
+
+    lr_init: float = opt(
+        0.0,
+        f"learning rate after the warm-up. 0: the method's own ({_own_rates()})",
+        alias=("learning_rate",),
+        automatic=True,
+    )
+    state_lr: float = opt(
+        0.0,
+        "learning rate of the initial state beside an adapter. 0: its own, 1e-2. With --peft state"
+        " use --lr_init",
+    )
+    lr_map: dict = opt(
+        {},
+        "factors of the learning rate by parts of the trained tensors' names: '{\"ffn\": 0.5,"
+        ' "blocks.0": 2}\' or ffn=0.5,blocks.0=2. The longest part that fits counts. A tensor that'
+        " layers share is named shared.NAME",
+    )
+    lr_final: float = opt(-1.0, "learning rate at the last step. -1: a tenth of lr_init")
+    lr_schedule: str = opt(
+        "cos",
+        "cos, constant, or wsd: constant, then down to lr_final in a straight line over the last fifth",
+        choices=("cos", "constant", "wsd"),
+    )
+    warmup_steps: int = opt(0, "optimizer steps of linear warm-up")
+    beta1: float = opt(0.9, "AdamW beta1")
+    beta2: float = opt(0.99, "AdamW beta2")
+    adam_eps: float = opt(1e-8, "AdamW epsilon")
+    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
+    grad_clip: float = opt(1.0, "clip gradients to this norm. 0: no clipping")
+    grad_cp: int = opt(
+        -1,
+        "activation checkpointing: what the backward pass computes again instead of keeping it. 0:"
+        " nothing. 2: the time mixes, which saves most of the memory and is a little slower. 1: whole"
+        " layers, which takes the least memory and is slower. -1: 0; if one row does not fit, 2, then"
+        " 1",
+        automatic=True,
+    )
+    random_seed: int = opt(42, "seed of initialisation and data order")
+
+    precision: str = opt(
+        "auto",
+        "dtype of the frozen base: auto, fp32, bf16 or fp16. What is trained is always fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        automatic=True,
+    )
+    quant: str = opt(
+        "none",
+        "none, int8 or nf4. int8 and nf4 keep the frozen matrices of the layers in 8.25 or 4.25 bits"
+        " a weight. They are expanded to --precision for each product. The merge takes the unquantised"
+        " --load_model",
+        choices=("none", *CODES),
+    )
+    strategy: str = opt(
+        "auto",
+        "how several processes share the work: ddp, deepspeed_stage_1, _2 or _3; stage 3 splits the"
+        " base too. deepspeed_stage_1_offload, _2_offload and _3_offload keep the optimizer in the"
+        " CPU's memory, and under stage 3 the parameters too. auto: none for one process, else ddp",
+        choices=(
+            "auto",
+            "ddp",
+            *(f"deepspeed_stage_{stage}{offload}" for stage in "123" for offload in ("", "_offload")),
+        ),
+    )
+    accelerator: str = opt("auto", "auto, cpu or gpu", choices=("auto", "cpu", "gpu"), automatic=True)
+    devices: int = opt(
+        1,
+        "number of GPUs, or of CPU processes, on each machine. torchrun, deepspeed and srun set it by"
+        " themselves",
+    )
+    num_nodes: int = opt(1, "number of machines. torchrun, deepspeed and srun set it by themselves")
+    wkv: str = opt(
+        "auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",), automatic=True
+    )
+
+    eval_file: str = opt(
+        "",
+        "held-out data, in any format of --data_file. Its loss is taken before, during and after the"
+        " training",
+    )
+    eval_split: float = opt(
+        -1.0,
+        "share of --data_file to hold out. 0: none. -1: about 100 documents, at most 5 %; a smaller"
+        " data set is trained whole",
+        automatic=True,
+    )
+    eval_docs: int = opt(
+        0,
+        "number of held-out documents to evaluate, chosen by a hash of their tokens. 0: as many as"
+        " keep all evaluations within a tenth of the run, counted in tokens",
+        automatic=True,
+    )
+    eval_steps: int = opt(
+        0,
+        "evaluate every N optimizer steps, and keep the best state as best.pth. 0: only before and"
+        " after the training",
+    )
+    eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation")
+    early_stop: int = opt(
+        0, "end the training after N evaluations in a row that are not better than the best one. 0: never"
+    )
+    wandb: str = opt(
+        "",
+        "send the run to this project of Weights & Biases. TensorBoard needs no flag: it is used"
+        " where it is installed",
+    )
+
+    init_only: bool = opt(
+        False,
+        "1: write a new model to rwkv-init.pth in proj_dir and end. A later run takes it as --load_model",
+    )
+    save_steps: int = opt(0, "save the adapter and a checkpoint every N steps. 0: only at the end")
+    save_total_limit: int = opt(
+        1, "number of checkpoints to keep. An older one is removed when the new one is complete"
+    )
+    rollback_steps: int = opt(
+        20,
+        "keep the trained tensors and the optimizer in memory every N steps, and go back to them when"
+        " a loss or gradient is not finite. With --peft none the run goes back to its newest"
+        " checkpoint. 0: stop instead",
+    )
+    spike_sigmas: float = opt(
+        0.0,
+        "also go back when a loss is this many robust standard deviations above the median of the"
+        " last 50. 0: never",
+    )
+    verbose: bool = opt(
+        False, "1: print the plan with all the details that run_card.md has, not only its 14 lines"
+    )
+    resume: str = opt(
+        "none",
+        "auto: go on from the newest checkpoint in proj_dir, if there is one. none: start anew",
+        choices=("none", "auto"),
+    )
+
+    @property
+    def world(self) -> int:
+        """Processes on all machines."""
+        return self.devices * self.num_nodes
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+NAMES = {name: f.name for f in FIELDS.values() for name in (f.name, *f.metadata["alias"])}
+# Tables 7 and 8 of arXiv 2409.15371: settings for 7B-class models and for 13B
+_COMMON = {
+    "lr_init": 2e-5,
+    "lr_schedule": "cos",
+    "warmup_steps": 0,
+    "epoch_count": 1,
+    "weight_decay": 0.0,
+    "eval_split": 0.0,
+}
+_LORA36, _LORA64 = {"rank": 36, "alpha": 72.0}, {"rank": 64, "alpha": 128.0}
+PRESETS = {
+    "paper-table7": (
+        {**_COMMON, "global_bsz": 64},
+        {"miss": {"rank": 64}, "lora": _LORA36, "dora": _LORA36, "pissa": {"rank": 36, "alpha": 36.0}},
+    ),
+    "paper-table8": (
+        {**_COMMON, "global_bsz": 128},
+        {"miss": {"rank": 128}, "lora": _LORA64, "dora": _LORA64, "pissa": {"rank": 64, "alpha": 64.0}},
+    ),
+}
+
+
+def type_of(name: str) -> type:
+    default = FIELDS[name].default
+    return dict if default is dataclasses.MISSING else type(default)
+
+
+TARGET_NAMES = ("targets", "target_modules")
+
+
+def is_automatic(config: Config, name: str) -> bool:
+    """Whether the choice of a setting is left to the program, and has not been made yet."""
+    return FIELDS[name].metadata["automatic"] and getattr(config, name) == getattr(Config(), name)
+
+
+def accumulation(config: Config) -> int:
+    """Forward passes of one device in one optimizer step."""
+    if config.global_bsz:
+        return config.global_bsz // (config.micro_bsz * config.world)
+    return config.accumulate_grad_batches or 1
