@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from src.ops import fused
+from src.ops import elementwise
 
 from .common import keep_pages, report
 
@@ -37,34 +37,38 @@ def cases(shape: tuple[int, int, int], dtype: torch.dtype) -> dict:
     k_k, k_a, weight, bias = vectors(4)
     r_k = torch.randn(heads, HEAD)
     return {
-        "shift_mix, 6 mixes": (lambda z, native: fused.shift_mix(z, last, None, mixes, native), [x()], 7 + 7),
+        "shift_mix, 6 mixes": (
+            lambda z, native: elementwise.shift_mix(z, last, None, mixes, native),
+            [x()],
+            7 + 7,
+        ),
         "shift_mix, 1 mix": (
-            lambda z, native: fused.shift_mix(z, last, None, mixes[:1], native),
+            lambda z, native: elementwise.shift_mix(z, last, None, mixes[:1], native),
             [x()],
             2 + 2,
         ),
         "shift_mix_low_rank": (
-            lambda z, q, native: fused.shift_mix_low_rank(z, last, None, mixes[:5], q, maps, native),
+            lambda z, q, native: elementwise.shift_mix_low_rank(z, last, None, mixes[:5], q, maps, native),
             [x(), x(5, B * T, RANK)],
             6 + 7,
         ),
-        "value_residual": (fused.value_residual, [x(), x(), x()], 4 + 7),
+        "value_residual": (elementwise.value_residual, [x(), x(), x()], 4 + 7),
         "delta_inputs": (
-            lambda k, a, native: fused.delta_inputs(k, a, k_k, k_a, heads, native),
+            lambda k, a, native: elementwise.delta_inputs(k, a, k_k, k_a, heads, native),
             [x(), x()],
             5 + 7,
         ),
         "readout7": (
-            lambda *a: fused.readout7(*a[:5], r_k, weight, bias, 64e-5, a[5]),
+            lambda *a: elementwise.readout7(*a[:5], r_k, weight, bias, 64e-5, a[5]),
             [x() for _ in range(5)],
             6 + 11,
         ),
         "readout6": (
-            lambda y, g, native: fused.readout6(y, g, weight, bias, heads, 64e-5, native),
+            lambda y, g, native: elementwise.readout6(y, g, weight, bias, heads, 64e-5, native),
             [x(), x()],
             3 + 5,
         ),
-        "relu_squared": (fused.relu_squared, [x(B, T, 4 * C)], 4 * (2 + 3)),
+        "relu_squared": (elementwise.relu_squared, [x(B, T, 4 * C)], 4 * (2 + 3)),
     }
 
 

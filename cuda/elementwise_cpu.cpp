@@ -1,5 +1,5 @@
 // What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its outputs once, and a backward
-// makes again from the inputs what it needs. src/ops/plain.py has the formulas; arithmetic is fp32 here whatever the dtype.
+// makes again from the inputs what it needs. src/ops/elementwise_reference.py has the formulas; arithmetic is fp32 here whatever the dtype.
 //
 // The C interface: activations are contiguous (B, T, C) of one dtype; C and the head size are multiples of 8, a head has at most 256
 // channels; vectors of the model are fp32 (C). No pointer need be aligned.

@@ -192,7 +192,7 @@ class RWKV(nn.Module):
 
     def set_kernel(self, kernel: str) -> None:
         """Name another WKV implementation; "cpu" also means the native elementwise functions of
-        src.ops.fused.
+        src.ops.elementwise.
         """
         for block in self.blocks:
             block.att.kernel = kernel

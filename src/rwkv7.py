@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rwkv_miss.files.checkpoint import Arch
 
-from .ops.fused import relu_squared, shift_mix, value_residual
+from .ops.elementwise import relu_squared, shift_mix, value_residual
 from .ops.mix7 import mix7
 from .shared import (
     GROUP_NORM_EPS,

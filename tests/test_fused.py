@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from src.base import build_model
 from src.config import Config
 from src.model import RWKV
-from src.ops import build, fused, plain, wkv7
+from src.ops import build, chunked7, elementwise, elementwise_reference
 from src.ops.mix7 import mix7
 
 from .conftest import close, make_arch, random_tensors
@@ -46,26 +46,38 @@ def cases(B, T, C, heads):
     mixes, maps = [x(1, 1, C) for _ in range(6)], x(5, 7, C) / 3
     k_k, k_a, weight, bias, r_k = x(1, 1, C), x(1, 1, C), x(C), x(C), x(heads, C // heads)
     return {
-        "shift_mix": (lambda z, last, on: fused.shift_mix(z, last, reset, mixes, on), [x(), x(B, C)], []),
+        "shift_mix": (
+            lambda z, last, on: elementwise.shift_mix(z, last, reset, mixes, on),
+            [x(), x(B, C)],
+            [],
+        ),
         "shift_mix of one": (
-            lambda z, last, on: fused.shift_mix(z, last, None, mixes[:1], on),
+            lambda z, last, on: elementwise.shift_mix(z, last, None, mixes[:1], on),
             [x(), x(B, C)],
             [],
         ),
         "shift_mix_low_rank": (
-            lambda z, last, q, on: fused.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
+            lambda z, last, q, on: elementwise.shift_mix_low_rank(z, last, reset, mixes[:5], q, maps, on),
             [x(), x(B, C), x(5, B * T, 7)],
             [0, 1, 2],
         ),
-        "value_residual": (fused.value_residual, [x(), x(), x()], [0, 1, 2]),
-        "delta_inputs": (lambda k, a, on: fused.delta_inputs(k, a, k_k, k_a, heads, on), [x(), x()], [0, 1]),
-        "readout6": (lambda y, g, on: fused.readout6(y, g, weight, bias, heads, EPS, on), [x(), x()], [0, 1]),
+        "value_residual": (elementwise.value_residual, [x(), x(), x()], [0, 1, 2]),
+        "delta_inputs": (
+            lambda k, a, on: elementwise.delta_inputs(k, a, k_k, k_a, heads, on),
+            [x(), x()],
+            [0, 1],
+        ),
+        "readout6": (
+            lambda y, g, on: elementwise.readout6(y, g, weight, bias, heads, EPS, on),
+            [x(), x()],
+            [0, 1],
+        ),
         "readout7": (
-            lambda y, r, k, v, g, on: fused.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on),
+            lambda y, r, k, v, g, on: elementwise.readout7(y, r, k, v, g, r_k, weight, bias, EPS, on),
             [x() for _ in range(5)],
             range(5),
         ),
-        "relu_squared": (fused.relu_squared, [x()], ["output"]),
+        "relu_squared": (elementwise.relu_squared, [x()], ["output"]),
     }
 
 
@@ -106,9 +118,9 @@ def check(name, sizes, dtype):
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the native functions, as they are called."""
-    seen, call = [], fused.call
+    seen, call = [], elementwise.call
     monkeypatch.setattr(
-        fused, "call", lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1]
+        elementwise, "call", lambda name, *args, **kwargs: (seen.append(name), call(name, *args, **kwargs))[1]
     )
     return seen
 
@@ -151,7 +163,7 @@ def test_narrower_vectors(flags, monkeypatch):
         command,
         ["-pthread"],
     )
-    monkeypatch.setattr(fused, "library", lambda device: CDLL(str(path)))
+    monkeypatch.setattr(elementwise, "library", lambda device: CDLL(str(path)))
     for name in NAMES:
         for sizes in SIZES[:4]:
             check(name, sizes, torch.float32)
@@ -243,17 +255,17 @@ def test_the_op_takes_no_other_sizes():
         ValueError,
         match="delta_inputs_forward: arguments are .*0.* expected one shape, and vectors of its last axis",
     ):
-        fused.delta_inputs(x, x, none, torch.ones(16), 2, True)
+        elementwise.delta_inputs(x, x, none, torch.ones(16), 2, True)
     with pytest.raises(ValueError, match="shift_mix: last, reset and mixes are .* because z is"):
-        fused.shift_mix(x, torch.randn(1, 16), None, [none], True)
+        elementwise.shift_mix(x, torch.randn(1, 16), None, [none], True)
 
 
 def test_tokens_without_a_batch():
     """As the last layer's channel mix has them."""
     x = torch.randn(7, 24)
     got, want = (
-        results(fused.relu_squared, [x], torch.float32, True),
-        results(fused.relu_squared, [x], torch.float64, False),
+        results(elementwise.relu_squared, [x], torch.float32, True),
+        results(elementwise.relu_squared, [x], torch.float64, False),
     )
     for mine, exact in zip(got, want, strict=True):
         close("tokens", mine, exact, TOLERANCE[torch.float32])
@@ -261,9 +273,12 @@ def test_tokens_without_a_batch():
 
 def test_what_is_not_finite_goes_on():
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30, -1e-30, 3.0]).view(1, 1, 8)
-    assert torch.equal(fused.relu_squared(x, True).isnan(), x.isnan())
-    assert fused.relu_squared(x, True)[0, 0, 1:].tolist() == plain.relu_squared(x)[0, 0, 1:].tolist()
-    gated = fused.value_residual(torch.zeros_like(x), torch.ones_like(x), x, True)[0, 0]  # sigmoid(x)
+    assert torch.equal(elementwise.relu_squared(x, True).isnan(), x.isnan())
+    assert (
+        elementwise.relu_squared(x, True)[0, 0, 1:].tolist()
+        == elementwise_reference.relu_squared(x)[0, 0, 1:].tolist()
+    )
+    gated = elementwise.value_residual(torch.zeros_like(x), torch.ones_like(x), x, True)[0, 0]  # sigmoid(x)
     assert gated[0].isnan() and gated[1:].tolist() == pytest.approx(
         torch.sigmoid(x)[0, 0, 1:].tolist(), rel=1e-6, abs=1e-37
     )
@@ -272,10 +287,10 @@ def test_what_is_not_finite_goes_on():
 def test_a_variance_that_overflows_is_nan():
     y, ones = torch.tensor([[[1e30, -1e30, 3e30, 0, 0, 0, 0, 0]]]), torch.ones(8)
     for function, others in (
-        (fused.readout6, (ones, ones, 1)),
-        (fused.readout7, (ones.view(1, 8), ones, ones)),
+        (elementwise.readout6, (ones, ones, 1)),
+        (elementwise.readout7, (ones.view(1, 8), ones, ones)),
     ):
-        activations = [y] * (2 if function is fused.readout6 else 5)
+        activations = [y] * (2 if function is elementwise.readout6 else 5)
         for on in (True, False):
             assert function(*activations, *others, EPS, on).isnan().all()
 
@@ -289,7 +304,7 @@ def test_a_key_of_zero_has_no_direction():
     ones = torch.ones(1, 1, 16, dtype=torch.float64)
 
     def function(k, a, on):
-        return fused.delta_inputs(k, a, ones, ones, 2, on)
+        return elementwise.delta_inputs(k, a, ones, ones, 2, on)
 
     for mine, exact in zip(
         results(function, [k, a], torch.float32, True),
@@ -302,17 +317,17 @@ def test_a_key_of_zero_has_no_direction():
 def test_the_plain_form_runs_where_the_native_one_does_not_serve(calls):
     x, last, mix = torch.randn(1, 3, 16), torch.randn(1, 16), torch.randn(1, 1, 16)
     with torch.no_grad():
-        fused.shift_mix(x, last, None, [mix.clone().requires_grad_()], True)
+        elementwise.shift_mix(x, last, None, [mix.clone().requires_grad_()], True)
     assert calls == ["shift_mix_forward"]
     calls.clear()
     trained = mix.clone().requires_grad_()
-    fused.shift_mix(x, last, None, [trained], True)[0].sum().backward()
+    elementwise.shift_mix(x, last, None, [trained], True)[0].sum().backward()
     assert trained.grad.any()
     for other in (x.double(), x.half(), x[..., :15], x.to("meta"), x[:, :0]):
-        fused.relu_squared(other, True)
-    fused.relu_squared(x, False)
-    fused.value_residual(x, x, x.bfloat16(), True)
-    fused.delta_inputs(x, x, mix, mix, 4, True)  # head size 4
+        elementwise.relu_squared(other, True)
+    elementwise.relu_squared(x, False)
+    elementwise.value_residual(x, x, x.bfloat16(), True)
+    elementwise.delta_inputs(x, x, mix, mix, 4, True)  # head size 4
     assert not calls
 
 
@@ -347,14 +362,14 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
 
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
-        k, remove, replace = fused.delta_inputs(k, a, *vectors[:2], heads, True)
-        y, last = wkv7(
+        k, remove, replace = elementwise.delta_inputs(k, a, *vectors[:2], heads, True)
+        y, last = chunked7(
             *(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, remove, replace)),
             *beginning(leaves)[:2],
             "cpu",
             beginning(leaves)[2],
         )
-        return fused.readout7(y.flatten(-2), r, k, v, g, *vectors[2:], EPS, True), last
+        return elementwise.readout7(y.flatten(-2), r, k, v, g, *vectors[2:], EPS, True), last
 
     found = {}
     for function in (whole, parts):

@@ -26,11 +26,11 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 from . import native, quantised  # noqa: F401  (quantised registers its kernel)
-from .documents import by_document
+from .chunked6 import chunked6
+from .chunked7 import chunked7
 from .native import nan_passes  # noqa: F401  (for a training's own use)
+from .per_document import by_document
 from .reference import recurrent6, recurrent7
-from .wkv6 import chunked6
-from .wkv7 import chunked7
 
 # functions of tensors of one dtype, fp32 or float64, contiguous or not, then the state and the resets -> (y,
 # state)

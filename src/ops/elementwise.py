@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product
 
-from . import plain
+from . import elementwise_reference
 from .native import DTYPES, LARGEST_HEAD, LAYOUT, TAKES, library
 
 
@@ -167,13 +167,17 @@ _readout7 = _define("readout7", 5)
 
 
 def relu_squared(x: Tensor, native: bool) -> Tensor:
-    return _relu_squared(x.contiguous(), 1, 0.0)[0] if serves(native, [x]) else plain.relu_squared(x)
+    return (
+        _relu_squared(x.contiguous(), 1, 0.0)[0]
+        if serves(native, [x])
+        else elementwise_reference.relu_squared(x)
+    )
 
 
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: bool) -> Tensor:
     if serves(native, [v, v_first, gate]):
         return _value_residual(*ready(v, v_first, gate), 1, 0.0)[0]
-    return plain.value_residual(v, v_first, gate)
+    return elementwise_reference.value_residual(v, v_first, gate)
 
 
 def delta_inputs(
@@ -181,7 +185,7 @@ def delta_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if serves(native, [k, a], [k_k, k_a], k.shape[-1] // heads):
         return _delta_inputs(*ready(k, a), vector(k_k), vector(k_a), heads, 0.0)
-    return plain.delta_inputs(k, a, k_k, k_a, heads)
+    return elementwise_reference.delta_inputs(k, a, k_k, k_a, heads)
 
 
 def readout6(
@@ -189,7 +193,7 @@ def readout6(
 ) -> Tensor:
     if serves(native, [y, g], [weight, bias], y.shape[-1] // heads):
         return _readout6(*ready(y, g), vector(weight), vector(bias), heads, eps)[0]
-    return plain.readout6(y, g, weight, bias, heads, eps)
+    return elementwise_reference.readout6(y, g, weight, bias, heads, eps)
 
 
 def readout7(
@@ -207,7 +211,7 @@ def readout7(
     heads, head_size = r_k.shape
     if serves(native, [y, r, k, v, g], [r_k, weight, bias], head_size):
         return _readout7(*ready(y, r, k, v, g), vector(r_k), vector(weight), vector(bias), heads, eps)[0]
-    return plain.readout7(y, r, k, v, g, r_k, weight, bias, eps)
+    return elementwise_reference.readout7(y, r, k, v, g, r_k, weight, bias, eps)
 
 
 # The token shift has one output for each mix, none of them a part of another: what keeps one does not keep
@@ -309,7 +313,7 @@ def shift_mix(
 ) -> Sequence[Tensor]:
     if serves(native, [z, last], mixes):
         return _shift_mix(*ready(z, last, reset), stacked(mixes))
-    return plain.shift_mix(z, last, reset, mixes)
+    return elementwise_reference.shift_mix(z, last, reset, mixes)
 
 
 def shift_mix_low_rank(
@@ -319,7 +323,7 @@ def shift_mix_low_rank(
         return _shift_mix_low_rank(
             *ready(z, last), q, *ready(reset), stacked(mixes), maps.detach().to(z.dtype)
         )
-    return plain.shift_mix_low_rank(z, last, reset, mixes, q, maps)
+    return elementwise_reference.shift_mix_low_rank(z, last, reset, mixes, q, maps)
 
 
 def stacked(vectors: list[Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ the first document only, and the last document alone enters S'.
 
 import torch
 
+from .chunked6 import join, split, split_reset
 from .reference import log_decay7, recurrent7
-from .wkv6 import join, split, split_reset
 
 
 def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
