@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from src.loss import head_loss, loss_sum
+from src.model.loss import head_loss, loss_sum
 
 from .common import peak_above_start, report
 from .step import timed

@@ -22,7 +22,7 @@ import time
 import torch
 
 from src.common.device import peak_memory
-from src.infctx import Chunks, rows_loss, state_bytes
+from src.model.batch_loss import Chunks, rows_loss, state_bytes
 
 from .common import report
 from .step import random_model

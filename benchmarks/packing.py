@@ -17,8 +17,8 @@ import torch
 
 from src.config import Config
 from src.data import Batches, load_documents, make_schedule
-from src.loss import loss_sum
-from src.model import parameter_groups
+from src.model.loss import loss_sum
+from src.model.rwkv import parameter_groups
 from src.tokenizer import load_tokenizer
 
 from .common import report

@@ -32,8 +32,8 @@ from rwkv_miss.quantised import CODES
 from src.base import build_model
 from src.common.device import DTYPES
 from src.config import Config
-from src.infctx import chunks_of, rows_loss
 from src.model import read_model_file
+from src.model.batch_loss import chunks_of, rows_loss
 from src.ops import native
 
 from .common import report, write_random_base

@@ -18,7 +18,8 @@ import rwkv_miss
 from scripts.memory_table import MODELS
 from src import ops
 from src.common.device import DTYPES, peak_memory
-from src.model import RWKV, default_arch, parameter_groups, replace_tensors
+from src.model import RWKV, default_arch
+from src.model.rwkv import parameter_groups, replace_tensors
 
 from .common import report
 from .step import flops

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.gemm import product
-from src.loss import loss_sum
-from src.model import RWKV, default_arch, parameter_groups
+from src.model import RWKV, default_arch
+from src.model.loss import loss_sum
+from src.model.rwkv import parameter_groups
 
 from .common import peak_above_start, report
 from .wkv import make, ours

@@ -23,8 +23,8 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import add_expanded_, shard_sum
 from rwkv_miss.gemm import product
 from src import ops
-from src.infctx import Chunks, rows_loss
 from src.model import RWKV, default_arch
+from src.model.batch_loss import Chunks, rows_loss
 
 from .common import keep_pages, report
 

@@ -5,7 +5,7 @@
 // times in a layer of v7, 7 times in one of v6, and before each product that an adapter has a part in, of whose A x they have made rows each.
 // No sum depends on the number of threads.
 //
-// State of a layer, as in src/model.py: att_x (C), wkv (H, N, N), v6 [key, value], v7 [value, key], ffn_x (C). It is read in one place and
+// State of a layer, as in src/model/rwkv.py: att_x (C), wkv (H, N, N), v6 [key, value], v7 [value, key], ffn_x (C). It is read in one place and
 // written in another, so that the caller may keep what there was.
 //
 //   decode_open(version, sizes, matrices, count, threads)    sizes: L, C, A, H, N, F, V; matrices: Model, then Layer6 or Layer7 for every layer
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr float RATE = 0.60653066f;       // exp(-1/2)
-constexpr float LAYER_EPS = 1e-5f, GROUP_EPS = 64e-5f;  // src/shared.py
+constexpr float LAYER_EPS = 1e-5f, GROUP_EPS = 64e-5f;  // src/model/layers.py
 constexpr long CHANNELS = 256;            // of an input of a low-rank map, whose products are added up in this order by any number of threads
 
 struct Model {

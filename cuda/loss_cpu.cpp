@@ -1,5 +1,5 @@
 // The cross entropy of a block of logits and its gradient in their place, on a CPU: a row is read three times while it is in the cache, for
-// its largest logit, for the sum of the exponentials and for the gradient, which takes them again. Arithmetic is fp32. src/loss.py has the
+// its largest logit, for the sum of the exponentials and for the gradient, which takes them again. Arithmetic is fp32. src/model/loss.py has the
 // formula in plain torch.
 //
 // The C interface: logits (rows, V), contiguous, dtype 0 fp32 or 1 bf16; targets (rows) int64, each below V; loss (rows) fp32.

@@ -25,7 +25,7 @@ from rwkv_miss.functional import lora_linear, miss_linear, shard_index
 from rwkv_miss.inject import fit_adapter
 
 from .model import RWKV
-from .shared import Linear
+from .model.layers import Linear
 
 
 class LowRank(NamedTuple):

@@ -24,8 +24,9 @@ from rwkv_miss.quantised import empty
 from .common.device import DTYPES
 from .config import Config
 from .config.validate import adapter_options
-from .infctx import chunks_of, rows_loss, state_bytes
-from .model import RWKV, replace_tensors
+from .model import RWKV
+from .model.batch_loss import chunks_of, rows_loss, state_bytes
+from .model.rwkv import replace_tensors
 
 # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back
 # when it is freed

@@ -15,8 +15,8 @@ from .allocation import model_on_meta
 from .common.device import DTYPES
 from .config import Config
 from .data import Schedule
-from .model import replace_tensors
-from .shared import Head
+from .model.layers import Head
+from .model.rwkv import replace_tensors
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 TOKENS = {False: 256, True: 64}  # of one row; fewer in a model of at least 2048 channels, which is slow

@@ -242,9 +242,9 @@ def _gather_to_accumulate(p: nn.Parameter):
     """The node of autograd that adds to p.grad, which from now on finds p whole, also when its gradient comes
     while p is shared out.
 
-    Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks (src/infctx.py)
-    comes after that, and autograd compares its shape with the parameter's: with that of a node's making,
-    which is kept for this, and when it adds.
+    Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks
+    (src/model/batch_loss.py) comes after that, and autograd compares its shape with the parameter's: with
+    that of a node's making, which is kept for this, and when it adds.
     """
     missing = []
 

@@ -15,9 +15,9 @@ from .common.formatting import counted, size_text
 from .config import Config, command
 from .data import Document, Documents, Schedule
 from .held_out import evaluations
-from .infctx import Chunks, chunks_of, state_bytes
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
+from .model.batch_loss import Chunks, chunks_of, state_bytes
 from .outputs import ADAPTER, MODEL, output_path
 from .prepare import Cost, Data, Job, steps_of
 from .run_card import CARD

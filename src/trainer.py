@@ -29,9 +29,10 @@ from .common.device import DTYPES
 from .config import Config, accumulation
 from .config.launcher import launched
 from .data import Batches, Documents, make_schedule
-from .infctx import chunks_of, half_of, rows_loss
 from .learning_rate import learning_rate_factor, state_learning_rate
-from .model import RWKV, parameter_groups
+from .model import RWKV
+from .model.batch_loss import chunks_of, half_of, rows_loss
+from .model.rwkv import parameter_groups
 from .processes import choose_interface
 from .resume import inputs
 

@@ -17,9 +17,10 @@ from . import ops
 from .config import Config
 from .data import Batches, Documents, collate, make_schedule
 from .held_out import evaluation_batches
-from .infctx import chunks_of, half_of, rows_loss
 from .learning_rate import learning_rate_factor, state_learning_rate
-from .model import RWKV, parameter_groups
+from .model import RWKV
+from .model.batch_loss import chunks_of, half_of, rows_loss
+from .model.rwkv import parameter_groups
 
 
 @dataclasses.dataclass(frozen=True)

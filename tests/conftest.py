@@ -18,7 +18,8 @@ import rwkv_miss
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.files.checkpoint import Arch, write_checkpoint
 from src.common.device import cpu_features
-from src.model import RWKV, VERSIONS
+from src.model import RWKV
+from src.model.rwkv import VERSIONS
 from src.ops import build
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -12,9 +12,9 @@ from torch.torch_version import TorchVersion
 import rwkv_miss
 from rwkv_miss.errors import UserError
 from src.config import Config
-from src.infctx import Chunks, rows_loss
-from src.loss import loss_sum
 from src.model import RWKV
+from src.model.batch_loss import Chunks, rows_loss
+from src.model.loss import loss_sum
 from src.prepare import device_here
 
 from . import program

@@ -14,7 +14,8 @@ from rwkv_miss.functional import dropped
 from src.base import build_model
 from src.config import Config
 from src.load import load
-from src.model import RWKV, parameter_groups
+from src.model import RWKV
+from src.model.rwkv import parameter_groups
 
 from .conftest import close, make_arch
 from .test_adapters import filled, rwkv

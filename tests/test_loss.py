@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import rwkv_miss
-from src import loss as losses
 from src import model
-from src.loss import head_loss, loss_sum
 from src.model import RWKV
-from src.shared import Head
+from src.model import loss as losses
+from src.model.layers import Head
+from src.model.loss import head_loss, loss_sum
 
 from .conftest import make_arch, random_tensors
 

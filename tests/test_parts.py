@@ -15,7 +15,8 @@ from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
 from src.config import Config, parse
 from src.load import load
-from src.model import RWKV, parameter_groups
+from src.model import RWKV
+from src.model.rwkv import parameter_groups
 from src.outputs import whole_model
 
 from . import program

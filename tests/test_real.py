@@ -14,8 +14,8 @@ import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
 from src.evaluate import greedy
-from src.loss import loss_sum
 from src.model import RWKV
+from src.model.loss import loss_sum
 from src.tokenizer import load_tokenizer
 
 from .conftest import ROOT, close, pypi_rwkv

@@ -13,10 +13,11 @@ import rwkv_miss
 from demo import chat
 from rwkv_miss.__main__ import describe
 from src.generate import Conversation, Sampling
-from src.infctx import Chunks, rows_loss
 from src.load import load
-from src.loss import loss_sum
-from src.model import RWKV, parameter_groups
+from src.model import RWKV
+from src.model.batch_loss import Chunks, rows_loss
+from src.model.loss import loss_sum
+from src.model.rwkv import parameter_groups
 from src.ops import chunked6, chunked7
 from src.ops.per_document import layout
 

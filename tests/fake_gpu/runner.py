@@ -19,9 +19,10 @@ from src.config import Config
 from src.evaluate import greedy
 from src.generate import Sampling, stream
 from src.graphed import GraphedDecoder
-from src.infctx import chunks_of, half_of, rows_loss
 from src.likelihood import log_likelihoods
-from src.model import RWKV, default_arch, parameter_groups, replace_tensors
+from src.model import RWKV, default_arch
+from src.model.batch_loss import chunks_of, half_of, rows_loss
+from src.model.rwkv import parameter_groups, replace_tensors
 from src.tokenizer import load_tokenizer
 from src.trainer import FineTuning
 

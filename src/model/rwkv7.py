@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rwkv_miss.files.checkpoint import Arch
 
-from .ops.elementwise import relu_squared, shift_mix, value_residual
-from .ops.mix7 import mix7
-from .shared import (
+from ..ops.elementwise import relu_squared, shift_mix, value_residual
+from ..ops.mix7 import mix7
+from .layers import (
     GROUP_NORM_EPS,
     Cast,
     Linear,

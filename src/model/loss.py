@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product, product_into
 
-from .ops.native import DTYPES, library
+from ..ops.native import DTYPES, library
 
 L2WRAP = 1e-4
 BLOCK = 1 << 24  # logits at a time: 64 MiB in fp32, enough rows for a fast product

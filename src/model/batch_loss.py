@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.files.checkpoint import Arch
 
-from .common.device import DTYPES
-from .config import Config
-from .model import RWKV, LayerState, State
+from ..common.device import DTYPES
+from ..config import Config
+from .rwkv import RWKV, LayerState, State
 
 
 @dataclasses.dataclass(frozen=True)

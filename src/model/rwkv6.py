@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
 
-from .ops import chunked6
-from .ops.elementwise import readout6, relu_squared, shift_mix, shift_mix_low_rank
-from .shared import (
+from ..ops import chunked6
+from ..ops.elementwise import readout6, relu_squared, shift_mix, shift_mix_low_rank
+from .layers import (
     GROUP_NORM_EPS,
     Cast,
     Linear,

@@ -23,10 +23,10 @@ from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
 from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
 
+from ..config.launcher import is_first_process
 from . import rwkv6, rwkv7
-from .config.launcher import is_first_process
+from .layers import Head, LayerNorm, chosen
 from .loss import BLOCK, loss_sum
-from .shared import Head, LayerNorm, chosen
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
