@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import rwkv_miss
-from src import model
-from src.model import RWKV
+from src.model import RWKV, rwkv
 from src.model import loss as losses
 from src.model.layers import Head
 from src.model.loss import head_loss, loss_sum
@@ -118,7 +117,7 @@ def test_a_target_outside_of_the_vocabulary_is_an_error():
 @pytest.mark.parametrize("method", ["miss", "lora"])
 @pytest.mark.parametrize("rows", [0, 1, 13])
 def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch, method, rows):
-    monkeypatch.setattr(model, "BLOCK", 5 * 67)
+    monkeypatch.setattr(rwkv, "BLOCK", 5 * 67)
     torch.manual_seed(0)
     adapted = RWKV(make_arch(7, n_layer=1))
     adapted.load_state_dict(random_tensors(adapted.arch))
