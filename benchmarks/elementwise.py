@@ -111,7 +111,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=["1,512,768", "1,512,2048"], help="B,T,C")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]

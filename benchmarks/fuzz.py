@@ -25,9 +25,9 @@ import time
 import numpy as np
 
 from rwkv_miss import UserError
-from src.formats import Report, binidx, read_rows
-from src.tokenise import Encoder
-from src.tokenizer import load_tokenizer
+from src.data.encode import Encoder
+from src.data.formats import Report, binidx, read_rows
+from src.data.tokenizer import load_tokenizer
 
 from .common import report
 
@@ -248,7 +248,7 @@ def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

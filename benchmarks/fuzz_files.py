@@ -463,7 +463,7 @@ def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> c
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--readers", nargs="+", default=list(READERS), choices=list(READERS))

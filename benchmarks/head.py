@@ -41,7 +41,7 @@ def make(form: str, args, dtype: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     for name, default in (
         ("tokens", 2048),
         ("n_embd", 768),

@@ -92,7 +92,7 @@ def in_a_process(args, mode: str, tokens: int) -> tuple[dict, list[torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 262144, 1048576])
     parser.add_argument("--whole", type=int, nargs="+", default=[16384, 65536])
     for name, default in (

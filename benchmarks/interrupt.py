@@ -129,7 +129,7 @@ def interrupt_all(arguments: list[str], moments: Iterable[float]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--tries", type=int, default=200)
     parser.add_argument("--program", default="train", choices=["train", *PROGRAMS])
     parser.add_argument("--strategy", default="auto")

@@ -44,7 +44,7 @@ def newest_step(folder: pathlib.Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--strategy", default="auto")

@@ -101,7 +101,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", help="where the files are made; a temporary folder by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--n_layer", type=int, default=24)

@@ -16,10 +16,11 @@ import time
 import torch
 
 from src.config import Config
-from src.data import Batches, load_documents, make_schedule
+from src.data.batches import Batches, make_schedule
+from src.data.dataset import load_documents
+from src.data.tokenizer import load_tokenizer
 from src.model.loss import loss_sum
 from src.model.rwkv import parameter_groups
-from src.tokenizer import load_tokenizer
 
 from .common import report
 from .step import random_model
@@ -46,7 +47,7 @@ def train_step(model, optimizer, batch, every_position: bool) -> tuple[int, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("data")
     for name, default in (("ctx_len", 512), ("micro_bsz", 2), ("steps", 4), ("n_layer", 12), ("n_embd", 768)):
         parser.add_argument(f"--{name}", type=int, default=default)

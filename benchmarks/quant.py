@@ -242,7 +242,7 @@ def cost(base, args, precision: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--data", type=pathlib.Path)
     for name, default in (
         ("steps", 200),

@@ -90,7 +90,7 @@ def measure(name: str, ctx_len: int, args, rate: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--device", default="cuda", choices=SQUARE)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--ctx_len", nargs="+", type=int, default=[512, 4096])

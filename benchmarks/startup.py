@@ -45,7 +45,7 @@ def first_step_seconds(strategy: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     runs = [

@@ -200,7 +200,7 @@ def peak(args, variant: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     for name, default in (
         ("version", 7),
         ("n_layer", 12),

@@ -26,10 +26,12 @@ import pathlib
 import tempfile
 import time
 
-from src import config, run, tokenise
-from src.data import Batches
-from src.formats import BY_NAME, Report, sources
-from src.tokenizer import load_tokenizer
+from src import config, run
+from src.data import token_cache
+from src.data.batches import Batches
+from src.data.encode import Encoder, Tokens
+from src.data.formats import BY_NAME, Report, sources
+from src.data.tokenizer import load_tokenizer
 
 from .common import release_freed, report, write_random_base
 
@@ -40,10 +42,10 @@ def timed(work) -> float:
     return time.perf_counter() - start
 
 
-def in_processes(path: str, encoder: tokenise.Encoder, processes: int) -> float:
+def in_processes(path: str, encoder: Encoder, processes: int) -> float:
     """Seconds that all of the file takes, without a cache."""
-    tokenise.available_cores = lambda: processes
-    return timed(lambda: [None for _ in tokenise._encoded(sources(path)[0], encoder, Report(), BY_NAME)])
+    token_cache.available_cores = lambda: processes
+    return timed(lambda: [None for _ in token_cache._encoded(sources(path)[0], encoder, Report(), BY_NAME)])
 
 
 def loading_share(path: str, folder: str, steps: int) -> dict[str, float]:
@@ -180,7 +182,7 @@ def kept_memory(data: str, sizes: list[int], folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("data")
     parser.add_argument("--repeat", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
@@ -192,15 +194,15 @@ def main() -> None:
     if args.memory:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             return kept_memory(args.data, args.memory, folder)
-    encoder = tokenise.Encoder(load_tokenizer("world", 65536))
+    encoder = Encoder(load_tokenizer("world", 65536))
     with tempfile.TemporaryDirectory() as folder:
 
-        def cached() -> tokenise.Tokens:
-            return tokenise.tokenise(sources(args.data)[0], encoder, Report(), cache=f"{folder}/cache")
+        def cached() -> Tokens:
+            return token_cache.tokenise(sources(args.data)[0], encoder, Report(), cache=f"{folder}/cache")
 
         work = {name: timed(cached) for name in ("cold", "cached")}
         tokens = len(cached().ids)
-        cores = tokenise.available_cores()
+        cores = token_cache.available_cores()
         many = pathlib.Path(folder, "many.jsonl")
         many.write_bytes(pathlib.Path(args.data).read_bytes() * args.repeat)
         work |= {f"{n} processes": in_processes(str(many), encoder, n) for n in sorted({1, 2, cores})}

@@ -158,7 +158,7 @@ def error(got, want) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", default=["1,512,768", "1,1024,2048"], help="B,T,C each")
     parser.add_argument("--head_size", type=int, default=64)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))

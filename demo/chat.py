@@ -16,10 +16,11 @@ with importing():
     from demo.commands import NO_ADAPTER, Chat, check_typed, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.common.device import DTYPES
+    from src.data.rwkv_template import MODES
+    from src.data.templates import recorded_template
     from src.decode import fastest
     from src.generate import Conversation, Sampling, stream
     from src.load import load_with
-    from src.template import MODES, recorded_template
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

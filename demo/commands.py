@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
 from src.adapters import Adapters
+from src.data.chat_template import Template
+from src.data.rwkv_template import MODES, RwkvTemplate
 from src.decode import Decoder
 from src.generate import Conversation
 from src.graphed import GraphedDecoder
 from src.guessing import ENOUGH, doubt_of_text
 from src.saved_chat import load_chat, save_chat
-from src.template import MODES, RwkvTemplate, Template
 
 NO_ADAPTER = "none"
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs
@@ -45,7 +46,7 @@ def command(name: str, arguments: str = ""):
     """Decorator: make a method of Chat a command; its docstring is the help."""
 
     def add(method):
-        COMMANDS[name] = Command(method, arguments, method.__doc__)
+        COMMANDS[name] = Command(method, arguments, " ".join(method.__doc__.split()))
         return method
 
     return add

@@ -24,9 +24,9 @@ with importing():
     from rwkv_miss import UserError, read_checkpoint
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.files import write_bytes
+    from src.data.templates import recorded_template
     from src.evaluate import Question, exact_accuracy, read_questions
     from src.load import load
-    from src.template import recorded_template
 
 DEMO = "bash demo/demo-training-miss.sh"
 BASE, RUN, OUT = "demo/rwkv7-reverse.pth", "out/demo", "docs/demo.png"
@@ -124,7 +124,7 @@ def draw_losses(axes, losses: list[float], trained: str):
 
 def main() -> None:
     with one_line_errors():
-        parser = Parser(prog="python -m demo.picture", description=__doc__.partition("\n")[0])
+        parser = Parser(prog="python -m demo.picture", description=__doc__.partition("\n\n")[0])
         parser.add_argument("--run", default=RUN, help="folder of the demo's run [%(default)s]")
         parser.add_argument("--base", default=BASE, help="the base that was trained [%(default)s]")
         parser.add_argument("--out", default=OUT, help="the picture [%(default)s]")

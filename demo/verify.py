@@ -11,9 +11,9 @@ from src.common.startup import importing
 with importing():
     from rwkv_miss import UserError
     from rwkv_miss.errors import Parser, one_line_errors
+    from src.data.templates import recorded_template
     from src.evaluate import exact_accuracy, read_questions
     from src.load import load, load_with
-    from src.template import recorded_template
 
 
 def short(prompt: str) -> str:

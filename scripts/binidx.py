@@ -21,11 +21,11 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.config import FIELDS
-    from src.formats import Reading, Report, read_source, sources
-    from src.formats.binidx import Writer
-    from src.template import recorded_template
-    from src.tokenise import Encoder
-    from src.tokenizer import load_tokenizer
+    from src.data.encode import Encoder
+    from src.data.formats import Reading, Report, read_source, sources
+    from src.data.formats.binidx import Writer
+    from src.data.templates import recorded_template
+    from src.data.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
 def examine_and_tell() -> None:
     """All checks for people or, with --json, for machines."""
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.doctor", description=__doc__.partition("\n")[0], allow_abbrev=False
+        prog="python -m scripts.doctor", description=__doc__.partition("\n\n")[0], allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(

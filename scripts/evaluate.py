@@ -18,11 +18,12 @@ with importing():
     from src.common.device import DTYPES
     from src.common.files import write_text
     from src.config import FIELDS
+    from src.data.formats import Reading
+    from src.data.rwkv_template import MODES
+    from src.data.templates import load_template, recorded_template
     from src.evaluate import LIMITS, THOUGHTS, Answer, Question, answer_limit, answers_to, read_questions
-    from src.formats import Reading
     from src.guessing import doubt_of_answers
     from src.load import load
-    from src.template import MODES, load_template, recorded_template
 
 DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's
 WARN_CUT = 0.01  # share of answers that reach the limit, from which on the user is warned

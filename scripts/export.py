@@ -17,7 +17,7 @@ with importing():
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
-        parser = Parser(prog="python -m scripts.export", description=__doc__.partition("\n")[0])
+        parser = Parser(prog="python -m scripts.export", description=__doc__.partition("\n\n")[0])
         parser.add_argument("--model", required=True)
         parser.add_argument("--out", required=True)
         parser.add_argument(

@@ -117,7 +117,7 @@ def page() -> str:
 
 def main() -> None:
     with one_line_errors():
-        parser = Parser(prog="python -m scripts.flags", description=__doc__.partition("\n")[0])
+        parser = Parser(prog="python -m scripts.flags", description=__doc__.partition("\n\n")[0])
         parser.add_argument("--out", default=OUT, help=f"the page [{OUT}]")
         out = parser.parse_args(sys.argv[1:]).out
         write_text(out, page())

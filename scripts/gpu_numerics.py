@@ -100,7 +100,7 @@ def worst_errors(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--small", action="store_true", help="a few tokens only, for compute-sanitizer")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--kernels", nargs="+", default=["cuda", "cuda-exact"])

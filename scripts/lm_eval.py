@@ -18,8 +18,8 @@ with importing():
     from rwkv_miss.files.output import require_writable
     from src.common.device import DTYPES
     from src.common.files import write_text
+    from src.data.templates import recorded_template
     from src.load import load
-    from src.template import recorded_template
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--model", required=True, help="base or merged .pth")
     parser.add_argument("--adapter", help="adapter of that base")
     parser.add_argument(

@@ -34,10 +34,10 @@ with importing():
     from src.common.formatting import counted
     from src.config import Config, command, settle, validate
     from src.config.parse import flag_parser, read_flags
+    from src.data.templates import recorded_template
     from src.folder import require_folder
     from src.learning_rate import state_learning_rate
     from src.prepare import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
-    from src.template import recorded_template
     from src.trial import Trial, held_out_loss, trials
 
 OWN = ("rates", "steps", "setting")
@@ -58,7 +58,7 @@ RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     """(this program's own flags, the run's settings, where they come from)"""
-    parser = flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n")[0])
+    parser = flag_parser("python -m scripts.lr_sweep", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the sweep alone")
     own.add_argument(
         "--rates",

@@ -41,7 +41,7 @@ SCALING = [
 
 def main() -> None:
     with one_line_errors():
-        parser = Parser(prog="python -m scripts.memory_table", description=__doc__.partition("\n")[0])
+        parser = Parser(prog="python -m scripts.memory_table", description=__doc__.partition("\n\n")[0])
         parser.add_argument("--scaling", action="store_true", help="for several GPUs")
         line = scaling_row if parser.parse_args(sys.argv[1:]).scaling else row
         for name, (n_layer, n_embd) in MODELS.items():

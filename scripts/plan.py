@@ -31,7 +31,8 @@ with importing():
     from src.common.formatting import counted, size_text
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
-    from src.data import Schedule
+    from src.data.batches import Schedule
+    from src.data.templates import recorded_template
     from src.memory import USABLE, needed
     from src.prepare import (
         Cost,
@@ -47,7 +48,6 @@ with importing():
         steps_of,
     )
     from src.resume import earlier_settings, inherit, keep_rows_per_step
-    from src.template import recorded_template
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
@@ -55,7 +55,7 @@ OWN = ("memory", "tokens_per_second", "metrics", "json")
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
     """(this program's own flags, the run's settings, where they come from)"""
-    parser = flag_parser("python -m scripts.plan", __doc__.partition("\n")[0])
+    parser = flag_parser("python -m scripts.plan", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the plan alone")
     own.add_argument(
         "--memory",

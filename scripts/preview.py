@@ -30,13 +30,14 @@ with importing():
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
     from src.config.validate import check_data
-    from src.data import Document, Documents, Loaded, fit, pack
-    from src.formats import Reading, Report, read_source, sample, sources
-    from src.lint import Lint
+    from src.data.batches import pack
+    from src.data.dataset import Document, Documents, Loaded, fit
+    from src.data.encode import Encoder, Tokens
+    from src.data.formats import Reading, Report, read_source, sample, sources
+    from src.data.lint import Lint
+    from src.data.templates import recorded_template
+    from src.data.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
     from src.model import read_model_file
-    from src.template import recorded_template
-    from src.tokenise import Encoder, Tokens
-    from src.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence
@@ -47,7 +48,7 @@ PERCENTILES = (0, 50, 90, 99, 100)
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """(this program's own flags, the run's settings)."""
-    parser = flag_parser("python -m scripts.preview", __doc__.partition("\n")[0])
+    parser = flag_parser("python -m scripts.preview", __doc__.partition("\n\n")[0])
     own = parser.add_argument_group("of the preview alone")
     own.add_argument("--samples", type=int, default=3, help="documents to show, from all over the data [3]")
     own.add_argument(

@@ -16,8 +16,8 @@ from rwkv_miss.inject import adapter_tensors
 from .choices import choose, own_rank
 from .config import Config
 from .config.validate import adapter_options, check_sizes
+from .data.tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 from .model import RWKV, default_arch, read_model_file
-from .tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 
 
 def read_base(config: Config, origins: dict[str, str]):

@@ -14,7 +14,7 @@ from rwkv_miss.files.checkpoint import Arch
 from .allocation import model_on_meta
 from .common.device import DTYPES
 from .config import Config
-from .data import Schedule
+from .data.batches import Schedule
 from .model.layers import Head
 from .model.rwkv import replace_tensors
 

@@ -23,11 +23,11 @@ from .checkpoints import checkpoint_name, keep_best, remove_old
 from .common.device import peak_memory
 from .common.files import append_line, read_lines, write_lines
 from .config.launcher import is_first_process
+from .data.tokenizer import Tokenizer
 from .guessing import worse_than_guessing
 from .history import BEST
 from .rollback import LastGood
 from .state import gradient_norm, read_state, whole_gradient, write_state
-from .tokenizer import Tokenizer
 from .writers import Writer
 
 

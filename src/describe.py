@@ -13,8 +13,9 @@ from .checkpoints import checkpoint_step
 from .choices import CHOSEN
 from .common.formatting import counted, size_text
 from .config import Config, command
-from .data import Document, Documents, Schedule
-from .held_out import evaluations
+from .data.batches import Schedule
+from .data.dataset import Document, Documents
+from .data.held_out import evaluations
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
 from .model.batch_loss import Chunks, chunks_of, state_bytes

@@ -14,7 +14,7 @@ from torch import Tensor
 import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
 
-from .held_out import undisturbed
+from .data.held_out import undisturbed
 from .probe import BLOCK, divergence, sections
 
 

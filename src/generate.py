@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
+from .data.chat_template import Template
+from .data.rwkv_template import DEFAULT
 from .decode import ADVICE, Decoder
 from .model import RWKV, State
 from .ops.native import nan_passes
-from .template import DEFAULT, Template
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from rwkv_miss import Arch, UserError, read_metadata
 from . import ops
 from .adapters import Adapters
 from .common.device import DTYPES, choose_accelerator, choose_precision
+from .data.tokenizer import Tokenizer, recorded_tokenizer
 from .model import RWKV, read_model_file
-from .tokenizer import Tokenizer, recorded_tokenizer
 
 
 def load(

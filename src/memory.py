@@ -28,7 +28,7 @@ from .allocation import StepBytes, model_on_meta, step_bytes
 from .common.available_memory import MIB
 from .common.device import DTYPES
 from .config import Config
-from .data import Schedule
+from .data.batches import Schedule
 from .model import RWKV
 
 # glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB,

@@ -18,10 +18,10 @@ from rwkv_miss.version import VERSION, commit
 
 from .common.files import read_lines, write_text
 from .config import Config
+from .data.chat_template import Template
 from .history import BEST, VALIDATION, answers_as_before, is_over, loss_text
 from .model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses
-from .template import Template
 
 ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = (
     "adapter.pth",

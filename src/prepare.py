@@ -20,9 +20,12 @@ from .common.available_memory import all_memory, free_memory
 from .common.device import choose_accelerator, choose_precision
 from .common.formatting import counted
 from .config import Config, accumulation, is_automatic
-from .data import Documents, Schedule, load, make_schedule
-from .formats import Reading, Report, sources
-from .held_out import (
+from .data.batches import Schedule, make_schedule
+from .data.chat_template import Template
+from .data.dataset import Documents, load
+from .data.encode import Encoder
+from .data.formats import Reading, Report, sources
+from .data.held_out import (
     FORWARD,
     USUAL_SAMPLE_TOKENS,
     affordable,
@@ -31,12 +34,10 @@ from .held_out import (
     in_hash_order,
     questions,
 )
+from .data.tokenizer import Tokenizer
 from .learning_rate import method_rate
 from .memory import USABLE, largest_batch, memory_parts, needed
 from .model import RWKV
-from .template import Template
-from .tokenise import Encoder
-from .tokenizer import Tokenizer
 
 # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
 STAGE_3_CHUNKS = (

@@ -15,7 +15,7 @@ from .checkpoints import list_checkpoints
 from .choices import choose
 from .config import FIELDS, Config, accumulation, is_automatic, settle
 from .config.launcher import is_first_process
-from .data import Documents
+from .data.dataset import Documents
 from .history import BEST
 from .model import RWKV
 from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path

@@ -20,6 +20,7 @@ from .common.device import DTYPES
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
+from .data.templates import recorded_template
 from .folder import folder_of_run
 from .history import BEST, VALIDATION, best, is_over
 from .lifeline import lifeline
@@ -35,7 +36,6 @@ from .prepare import (
     run_cost,
 )
 from .resume import check_inputs, earlier_settings, find_checkpoint, inherit, inputs, keep_rows_per_step
-from .template import recorded_template
 from .writers import check_wandb, open_writers
 
 

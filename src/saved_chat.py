@@ -20,10 +20,11 @@ from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metad
 from rwkv_miss.files.untrusted import check_sums
 
 from .adapters import Adapters
+from .data.rwkv_template import MODES
+from .data.templates import load_template
 from .decode import Decoder
 from .generate import Conversation, Turn
 from .model import LayerState, State
-from .template import MODES, load_template
 
 CHAT_FORMAT = "rwkv-miss chat"
 # of the metadata, beside format and format_version

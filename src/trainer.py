@@ -28,7 +28,8 @@ from .agreement import agree
 from .common.device import DTYPES
 from .config import Config, accumulation
 from .config.launcher import launched
-from .data import Batches, Documents, make_schedule
+from .data.batches import Batches, make_schedule
+from .data.dataset import Documents
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
 from .model.batch_loss import chunks_of, half_of, rows_loss
@@ -117,7 +118,7 @@ class FineTuning(pl.LightningModule):
         return whole_parameters(self.trainer, parameters)
 
     def validation_step(self, batch: dict, index: int) -> Tensor:
-        """The loss over a batch of held-out rows, summed; src/held_out.py calls it."""
+        """The loss over a batch of held-out rows, summed; src/data/held_out.py calls it."""
         return self.batch_loss(batch)
 
     def batch_loss(self, batch: dict) -> Tensor:

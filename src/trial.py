@@ -15,8 +15,9 @@ from rwkv_miss.progress import progress
 
 from . import ops
 from .config import Config
-from .data import Batches, Documents, collate, make_schedule
-from .held_out import evaluation_batches
+from .data.batches import Batches, collate, make_schedule
+from .data.dataset import Documents
+from .data.held_out import evaluation_batches
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
 from .model.batch_loss import chunks_of, half_of, rows_loss

@@ -16,9 +16,8 @@ from rwkv_miss.progress import say
 from .callbacks import StepReport
 from .common.files import append_line, write_lines
 from .config.launcher import is_first_process
-from .data import Documents
-from .evaluate import greedy, shortened
-from .held_out import (
+from .data.dataset import Documents
+from .data.held_out import (
     SAMPLE_CHARACTERS,
     SAMPLE_TOKENS,
     evaluation_batches,
@@ -26,6 +25,7 @@ from .held_out import (
     undisturbed,
     validation_loss,
 )
+from .evaluate import greedy, shortened
 from .history import BEST, VALIDATION, best, describe, is_over
 
 

@@ -12,7 +12,7 @@ import tokenizers
 
 from rwkv_miss import UserError
 from scripts.binidx import main
-from src.formats import Report, binidx, read_rows
+from src.data.formats import Report, binidx, read_rows
 
 
 @pytest.fixture(autouse=True)

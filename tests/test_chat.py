@@ -14,13 +14,14 @@ import rwkv_miss
 from demo import chat, commands
 from demo.commands import cells, named_mode, side_by_side
 from rwkv_miss import UserError
-from src import generate, guessing, template
+from src import generate, guessing
+from src.data import rwkv_template
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
 from src.generate import Conversation, Sampling, stream
 from src.load import load_with
 from src.ops import native
 from src.saved_chat import load_chat, save_chat
-from src.template import load_template
-from src.tokenizer import load_tokenizer
 
 from .test_generate import GREEDY, Scripted, letters, mixing_tensors  # noqa: F401  (a fixture)
 from .test_template import CHATML
@@ -351,7 +352,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(generate, "stream", noted)
     # no < in this vocabulary: a mode with another opening stands for the others
-    monkeypatch.setitem(template.MODES, "think-long", template.Mode(" think a lot", " "))
+    monkeypatch.setitem(rwkv_template.MODES, "think-long", rwkv_template.Mode(" think a lot", " "))
     return texts
 
 

@@ -16,14 +16,18 @@ import torch.nn.functional as F
 import rwkv_miss
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import read_checkpoint
-from src import data, describe
+from src import describe
 from src.checkpoints import checkpoint_step, list_checkpoints
 from src.config import Config
-from src.data import Batches, Document, Documents, Schedule, collate, load_documents, pack
+from src.data import batches as rows_and_steps
+from src.data import dataset
+from src.data.batches import Batches, Schedule, collate, pack
+from src.data.chat_template import Segment
+from src.data.dataset import Document, Documents, load_documents
+from src.data.encode import Encoder
+from src.data.rwkv_template import DEFAULT
+from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.template import DEFAULT, Segment
-from src.tokenise import Encoder
-from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
 
@@ -178,7 +182,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert documents.targets == 18 and documents.tokens == 22
 
     config = Config(ctx_len=8)
-    lines = describe.data(config, documents, data.make_schedule(documents, config, 1))
+    lines = describe.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))
     assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
     assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
     assert (
@@ -193,7 +197,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ).cut == 1
     config = Config(packing=False)
     documents = load(rows)
-    assert len(describe.data(config, documents, data.make_schedule(documents, config, 1))) == 1
+    assert len(describe.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))) == 1
 
 
 # broken rows
@@ -424,7 +428,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
     module = FineTuning(model, config, documents, Documents([]), 4)
     module._trainer = types.SimpleNamespace(world_size=world)
     module.setup("fit")
-    assert module.schedule == data.make_schedule(documents, config, world)
+    assert module.schedule == rows_and_steps.make_schedule(documents, config, world)
     model.zero_grad(set_to_none=True)
     for rank in range(world):
         batches = Batches(documents, module.schedule, 4, rank, step)
@@ -599,7 +603,7 @@ def test_texts_are_counted_only_where_nothing_else_would_be_cut(tmp_path, raw):
     ):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts, twice, mixed = (
-        data.load(str(tmp_path / name), Encoder(raw)) for name in ("texts", "texts:2", "mixed")
+        dataset.load(str(tmp_path / name), Encoder(raw)) for name in ("texts", "texts:2", "mixed")
     )
     assert (texts.texts, twice.texts, mixed.texts) == (5, 10, 0)  # the bytes, and the end as a target
     assert (texts.longest, twice.longest, mixed.longest) == (3, 3, 3)

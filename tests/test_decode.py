@@ -17,11 +17,11 @@ from benchmarks import decode as benchmark
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from src import decode
+from src.data.tokenizer import load_tokenizer
 from src.decode import Decoder, fastest, int8_rows
 from src.generate import Sampling, stream
 from src.load import load
 from src.model import RWKV, LayerState
-from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
 

@@ -16,9 +16,9 @@ from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src import export as forms
+from src.data.tokenizer import load_tokenizer
 from src.export import gguf_reader
 from src.export.chat_template import rwkv_jinja
-from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
 from .test_export_gguf import CONVERSATIONS, arch_of, saved

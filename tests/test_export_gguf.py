@@ -16,11 +16,11 @@ from rwkv_miss.files.checkpoint import RUN_FORMAT, write_checkpoint
 from rwkv_miss.inject import ADAPTER_FORMAT
 from scripts import export as program
 from src import export as package
+from src.data.jinja_template import JinjaTemplate
+from src.data.rwkv_template import MODES, RwkvTemplate
+from src.data.tokenizer import load_tokenizer
 from src.export import export, gguf_reader
 from src.export.chat_template import rwkv_jinja
-from src.jinja_template import JinjaTemplate
-from src.template import MODES, RwkvTemplate
-from src.tokenizer import load_tokenizer
 
 from .conftest import make_arch, random_tensors
 

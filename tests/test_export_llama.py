@@ -10,10 +10,10 @@ import torch
 
 from benchmarks import llama
 from rwkv_miss.files.checkpoint import write_checkpoint
+from src.data.rwkv_template import RwkvTemplate
+from src.data.tokenizer import load_tokenizer
 from src.export import export
 from src.model import RWKV
-from src.template import RwkvTemplate
-from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from rwkv_miss import UserError
-from src import tokenise
 from src.config import Config
-from src.data import load_documents
-from src.formats import Found, Reading, Report, read_rows, sample, sources
-from src.tokenizer import load_tokenizer
+from src.data import token_cache
+from src.data.dataset import load_documents
+from src.data.formats import Found, Reading, Report, read_rows, sample, sources
+from src.data.tokenizer import load_tokenizer
 
 from .test_binidx import write_binidx
 
@@ -808,7 +808,7 @@ def test_documents_of_several_sources(read, tmp_path, monkeypatch, raw):
     )
     write_binidx("b", [[ord("b"), 48 + i, 0] for i in range(10)] + [[256, 0]], range(12), code=4)
     (tmp_path / "c.csv").write_text("prompt,completion\nc,d\n")
-    monkeypatch.setattr(tokenise, "SMALL", 0)
+    monkeypatch.setattr(token_cache, "SMALL", 0)
     results = []
     for cache in ("none", str(tmp_path / "cache"), str(tmp_path / "cache")):
         report = Report("skip")

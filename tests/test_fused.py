@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from src.base import build_model
 from src.config import Config
 from src.model import RWKV
-from src.ops import build, chunked7, elementwise, elementwise_reference
+from src.ops import build, elementwise, elementwise_reference, wkv7
 from src.ops.mix7 import mix7
 
 from .conftest import close, make_arch, random_tensors
@@ -363,7 +363,7 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
         k, remove, replace = elementwise.delta_inputs(k, a, *vectors[:2], heads, True)
-        y, last = chunked7(
+        y, last = wkv7(
             *(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, remove, replace)),
             *beginning(leaves)[:2],
             "cpu",

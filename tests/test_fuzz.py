@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from benchmarks import fuzz
-from src.formats import read_rows
+from src.data.formats import read_rows
 
 
 def test_damaged_files_end_in_rows_or_a_message(tmp_path):

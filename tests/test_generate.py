@@ -19,12 +19,13 @@ from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from scripts.evaluate import first_answers
+from src.data.formats import Reading
+from src.data.rwkv_template import DEFAULT
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
 from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions, shortened
-from src.formats import Reading
 from src.generate import Conversation, Sampling, sample, stream
 from src.model import RWKV, LayerState
-from src.template import DEFAULT, load_template
-from src.tokenizer import load_tokenizer
 
 from .conftest import ROOT, close, make_arch, random_tensors
 from .test_data import assistant, encode, render, user, whole_blank_line_tokenizer

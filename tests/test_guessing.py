@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from src.data.tokenizer import load_tokenizer
 from src.guessing import ENOUGH, MARGIN, doubt_of_answers, doubt_of_text, worse_than_guessing
 from src.model import RWKV
-from src.tokenizer import load_tokenizer
 
 
 def test_worse_than_guessing_over_the_tokenizers_ids():

@@ -11,12 +11,12 @@ import torch
 import rwkv_miss
 from scripts import lm_eval as program
 from src import likelihood
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
 from src.evaluate import greedy
 from src.generate import Sampling, stream
 from src.likelihood import log_likelihoods
 from src.model import RWKV
-from src.template import load_template
-from src.tokenizer import load_tokenizer
 
 from .conftest import make_arch, pypi_rwkv, random_tensors
 

@@ -13,12 +13,12 @@ import torch
 
 from rwkv_miss import UserError
 from src.config import Config
-from src.data import Document, Documents, load_documents
-from src.held_out import evaluation_batches, hold_out, questions, undisturbed
+from src.data.dataset import Document, Documents, load_documents
+from src.data.held_out import evaluation_batches, hold_out, questions, undisturbed
+from src.data.rwkv_template import DEFAULT
+from src.data.tokenizer import load_tokenizer
 from src.history import answers_as_before
 from src.prepare import read_data
-from src.template import DEFAULT
-from src.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes", 256, "")
 

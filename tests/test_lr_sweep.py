@@ -13,9 +13,9 @@ import rwkv_miss
 from rwkv_miss import UserError
 from scripts import lr_sweep
 from src.config import Config
-from src.data import load_documents
+from src.data.dataset import load_documents
+from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.tokenizer import load_tokenizer
 from src.trial import Trial, train, trials
 
 from . import program

@@ -15,7 +15,7 @@ import torch
 
 from rwkv_miss import read_checkpoint, read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_command
-from src.tokenizer import load_tokenizer
+from src.data.tokenizer import load_tokenizer
 
 from . import program
 from .conftest import make_arch, random_tensors

@@ -21,7 +21,8 @@ from src.choices import cheapest_fix
 from src.common import available_memory
 from src.common.available_memory import GIB, parse_size
 from src.config import Config
-from src.data import Document, Documents, collate, make_schedule
+from src.data.batches import collate, make_schedule
+from src.data.dataset import Document, Documents
 from src.memory import largest_batch, memory_parts
 
 from .conftest import ROOT, make_arch

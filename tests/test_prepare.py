@@ -9,10 +9,11 @@ from rwkv_miss.errors import UserError
 from src import prepare
 from src.common import device
 from src.config import Config
-from src.data import Document, Documents, make_schedule
+from src.data.batches import make_schedule
+from src.data.dataset import Document, Documents
+from src.data.rwkv_template import DEFAULT
+from src.data.tokenizer import load_tokenizer
 from src.prepare import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of
-from src.template import DEFAULT
-from src.tokenizer import load_tokenizer
 
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
 

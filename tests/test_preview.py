@@ -11,11 +11,11 @@ import pytest
 
 from scripts import preview
 from src.config import Config
-from src.data import load_documents
-from src.lint import MEANINGS
-from src.template import load_template
-from src.tokenise import Encoder
-from src.tokenizer import load_tokenizer
+from src.data.dataset import load_documents
+from src.data.encode import Encoder
+from src.data.lint import MEANINGS
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
 
 from .conftest import ROOT
 from .test_data import assistant, user

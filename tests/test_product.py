@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rwkv_miss import load_adapter, read_checkpoint, read_metadata, write_checkpoint
+from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.tokenizer import load_tokenizer
 
 from .conftest import ROOT, close, make_arch, pypi_rwkv
 

@@ -13,10 +13,10 @@ import sys
 import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
+from src.data.tokenizer import load_tokenizer
 from src.evaluate import greedy
 from src.model import RWKV
 from src.model.loss import loss_sum
-from src.tokenizer import load_tokenizer
 
 from .conftest import ROOT, close, pypi_rwkv
 from .test_tokenizer import characters

@@ -12,11 +12,13 @@ import torch
 
 from rwkv_miss import progress
 from scripts import plan as plan_program
-from src import describe, held_out, trainer
+from src import describe, trainer
 from src.common.formatting import size_text
 from src.config import Config
 from src.config.parse import read_yaml
-from src.data import Document, Documents, make_schedule
+from src.data import held_out
+from src.data.batches import make_schedule
+from src.data.dataset import Document, Documents
 from src.prepare import choose_evaluation, trained_tokens
 
 from . import program
@@ -185,7 +187,7 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
 
 
 def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():
-    from src.tokenizer import load_tokenizer
+    from src.data.tokenizer import load_tokenizer
 
     text = "a" * 100 + "Q:" + " yes" + "b" * 100
     ids = np.frombuffer(text.encode() + b"\0", np.uint8).astype(np.int32)

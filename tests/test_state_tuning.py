@@ -18,7 +18,7 @@ from src.model import RWKV
 from src.model.batch_loss import Chunks, rows_loss
 from src.model.loss import loss_sum
 from src.model.rwkv import parameter_groups
-from src.ops import chunked6, chunked7
+from src.ops import wkv6, wkv7
 from src.ops.per_document import layout
 
 from . import program
@@ -96,7 +96,7 @@ def one_by_one(op, x, s0, reset, start):
 )
 @pytest.mark.parametrize("carried", [False, True])
 def test_every_document_starts_from_the_state_and_gives_it_a_gradient(version, kernel, dtype, ratio, carried):
-    op = {6: chunked6, 7: chunked7}[version]
+    op = {6: wkv6, 7: wkv7}[version]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     x = {name: t.to(dtype) for name, t in inputs(version, *RESETS.shape).items()}
     torch.manual_seed(1)
@@ -146,7 +146,7 @@ def test_documents_are_padded_to_less_than_twice_their_tokens_and_none_is_lost()
 def test_a_state_of_another_shape_is_refused():
     x = inputs(7, 1, 3)
     with pytest.raises(ValueError, match=re.escape("start is torch.float64 (2, 8, 4)")):
-        chunked7(*x.values(), start=torch.zeros(2, 8, 4, dtype=torch.float64))
+        wkv7(*x.values(), start=torch.zeros(2, 8, 4, dtype=torch.float64))
 
 
 # the model

@@ -18,8 +18,9 @@ from scripts import evaluate, lm_eval
 from src import config
 from src.answers import final_number, normalised, numbers, result, same_number, same_result
 from src.code_tests import Problem, code_of, passed, read_problems
-from src.formats import read_rows
-from src.template import DEFAULT, row_segments
+from src.data.formats import read_rows
+from src.data.loss_mask import row_segments
+from src.data.rwkv_template import DEFAULT
 
 from . import program
 from .conftest import ROOT

@@ -12,21 +12,14 @@ import pytest
 import rwkv_miss
 from demo import chat
 from rwkv_miss import UserError
-from src.data import load_documents
+from src.data.dataset import load_documents
+from src.data.encode import Encoder
+from src.data.loss_mask import marked, row_segments
+from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
+from src.data.templates import answer_text, load_template, recorded_template
+from src.data.tokenizer import load_tokenizer
 from src.generate import Conversation
 from src.model import RWKV
-from src.template import (
-    DEFAULT,
-    MODES,
-    RwkvTemplate,
-    answer_text,
-    load_template,
-    marked,
-    recorded_template,
-    row_segments,
-)
-from src.tokenise import Encoder
-from src.tokenizer import load_tokenizer
 
 from .conftest import make_arch, random_tensors
 from .test_data import assistant, user, whole_blank_line_tokenizer

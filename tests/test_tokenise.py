@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 
 from rwkv_miss import UserError
-from src import data
-from src import tokenise as module
 from src.config import Config
-from src.data import Rows, load_documents
-from src.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
-from src.formats.text import Position
-from src.template import load_template
-from src.tokenise import Converter, Encoder, Tokens, in_parallel
-from src.tokenizer import load_tokenizer
+from src.data import batches, dataset
+from src.data import token_cache as module
+from src.data.dataset import Rows, load_documents
+from src.data.encode import Encoder, Tokens
+from src.data.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
+from src.data.formats.text import Position
+from src.data.parallel import Converter, in_parallel
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
 
 from .test_data import assistant, user
 from .test_template import CHATML
@@ -42,7 +43,7 @@ def fingerprint(path, encoder, reading=BY_NAME, on_bad_row="stop"):
 
 
 def fit(tokens, ctx_len):
-    return data.fit([tokens], [np.arange(len(tokens.ends))], ctx_len)
+    return dataset.fit([tokens], [np.arange(len(tokens.ends))], ctx_len)
 
 
 NAMES = ("ids", "trained", "ends", "texts")
@@ -108,7 +109,7 @@ def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cac
     assert (
         f"tokenised {path} in" in (said := capfd.readouterr().err) and f"kept in {entries(cached)[0]}" in said
     )
-    monkeypatch.setattr(module, "read_record", None)
+    monkeypatch.setattr("src.data.parallel.read_record", None)
     second = tokenise(path, encoder, str(cached))
     assert (
         equal(whole, first)
@@ -324,9 +325,9 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
     script = """if True:
         import sys, time
         from rwkv_miss.errors import one_line_errors
-        from src import tokenise as module
-        from src.formats import Report, sources
-        from src.tokenizer import load_tokenizer
+        from src.data import token_cache as module
+        from src.data.formats import Report, sources
+        from src.data.tokenizer import load_tokenizer
         module.SMALL = module.LARGE = module.CHUNK_TEXT = 0
         module.available_cores = lambda: 3
         encode = module.Encoder.encode
@@ -373,7 +374,7 @@ def test_what_is_kept_of_a_document_is_little(encoder):
     try:
         documents = fit(tokens, 64)
         schedules = [
-            data.make_schedule(documents, Config(ctx_len=64, packing=packing, micro_bsz=1), 1)
+            batches.make_schedule(documents, Config(ctx_len=64, packing=packing, micro_bsz=1), 1)
             for packing in (False, True)
         ]
         steps = [schedule.step_rows(0) for schedule in schedules]
@@ -417,6 +418,6 @@ def test_rows_of_several_files_in_any_order():
     ]
     rows = Rows(files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 1, 2, 1, 1]))
     assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
-    assert data.Documents(rows).row_targets.tolist() == [row.targets for row in rows] and rows[
+    assert dataset.Documents(rows).row_targets.tolist() == [row.targets for row in rows] and rows[
         -1
     ].ids.tolist() == [2]

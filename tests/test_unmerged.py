@@ -8,11 +8,11 @@ import torch
 import rwkv_miss
 from rwkv_miss import METHODS, UserError
 from src.adapters import Adapter, Adapters, UnmergedLinear
+from src.data.tokenizer import load_tokenizer
 from src.decode import Decoder
 from src.generate import Sampling, stream
 from src.load import load, load_with
 from src.model import RWKV, LayerState
-from src.tokenizer import load_tokenizer
 
 from .conftest import close, make_arch, random_tensors
 from .test_decode import TOLERANCE, one_by_one, some_ids

@@ -19,8 +19,8 @@ from rwkv_miss.errors import printable
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.untrusted import LARGEST_INDEX, LARGEST_JSON, check_sums
 from rwkv_miss.inject import ADAPTER_FORMAT, read_adapter
-from src.template import load_template
-from src.tokenizer import load_tokenizer
+from src.data.templates import load_template
+from src.data.tokenizer import load_tokenizer
 
 from .conftest import make_arch
 

@@ -22,13 +22,13 @@ from rwkv_miss import UserError, read_checkpoint, read_metadata
 from src import callbacks, run_card, watch
 from src.config import Config, parse
 from src.config.parse import read_yaml
-from src.data import load_documents
+from src.data.dataset import load_documents
+from src.data.tokenizer import load_tokenizer
 from src.evaluate import shortened
 from src.forgetting import sections
 from src.generate import Sampling, stream
 from src.model import RWKV
 from src.run_card import card, draw_losses
-from src.tokenizer import load_tokenizer
 
 from . import program
 from .conftest import make_arch, random_tensors

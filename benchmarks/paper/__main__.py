@@ -33,9 +33,11 @@ def main(argv: list[str]) -> None:
     """Run the experiment that argv names, or list them. UserError for a wrong option, before anything is
     measured.
     """
-    parser = Parser(prog="python -m benchmarks.paper", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m benchmarks.paper", description=__doc__.partition("\n\n")[0])
     names = parser.add_subparsers(dest="name", metavar="NAME")
-    summaries = {name: experiment(name).__doc__.partition("\n")[0] for name in EXPERIMENTS}
+    summaries = {
+        name: " ".join(experiment(name).__doc__.partition("\n\n")[0].split()) for name in EXPERIMENTS
+    }
     for name, summary in summaries.items():
         module = experiment(name)
         own = names.add_parser(name, help=summary, description=summary)

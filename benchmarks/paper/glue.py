@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rwkv_miss import UserError
-from src.formats.sources import detect
-from src.formats.text import open_text
+from src.data.formats.sources import detect
+from src.data.formats.text import open_text
 
 from .metrics import accuracy, f1, matthews
 

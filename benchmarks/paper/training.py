@@ -22,7 +22,8 @@ from src import ops
 from src.base import build_model
 from src.common.files import append_line, write_lines
 from src.config import Config
-from src.data import Documents, collate
+from src.data.batches import collate
+from src.data.dataset import Documents
 from src.model import RWKV
 from src.trial import held_out_loss, train
 

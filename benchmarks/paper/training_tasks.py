@@ -25,7 +25,7 @@ import numpy as np
 
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import Arch
-from src.data import Document, Documents
+from src.data.dataset import Document, Documents
 from src.model import read_model_file
 
 from ..quant import ROOT, digits, sorting

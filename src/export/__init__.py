@@ -22,9 +22,10 @@ from rwkv_miss.files.output import check_folder, require_writable
 from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..common.formatting import counted, size_text
+from ..data.chat_template import Template
+from ..data.templates import load_template
+from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
-from ..template import Template, load_template
-from ..tokenizer import Tokenizer, load_tokenizer
 from . import gguf, hugging_face
 from .back import form_of, to_checkpoint
 from .record import Record, check_dtypes

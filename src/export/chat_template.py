@@ -1,5 +1,5 @@
 """Chat templates in Jinja, as GGUF and Hugging Face folders carry them; RWKV's own one is written here as
-src/template.py renders it.
+src/data/templates.py renders it.
 
 For other programs, which know nothing of RWKV's: llama.cpp's falls back to the name "rwkv-world", which Jinja
 renders as just these words.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from ..template import MODES, RwkvTemplate, Template
+from ..data.chat_template import Template
+from ..data.rwkv_template import MODES, RwkvTemplate
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
 RECOGNISED = "{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"

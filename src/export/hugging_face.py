@@ -14,8 +14,9 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.files.output import write_bytes, write_folder, write_json
 from rwkv_miss.files.safetensors_io import write_safetensors
 
-from ..template import RwkvTemplate, Template
-from ..tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from ..data.chat_template import Template
+from ..data.rwkv_template import RwkvTemplate
+from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from .chat_template import rwkv_jinja
 from .record import Record
 from .table import LARGE, MAP, VECTOR, Row

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..template import Template
-from ..tokenizer import ByteTokenizer, Tokenizer
+from ..data.chat_template import Template
+from ..data.tokenizer import ByteTokenizer, Tokenizer
 from .chat_template import jinja, thinks_aloud
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear
 
-from ..ops import chunked6
+from ..ops import wkv6
 from ..ops.elementwise import readout6, relu_squared, shift_mix, shift_mix_low_rank
 from .layers import (
     GROUP_NORM_EPS,
@@ -90,7 +90,7 @@ class TimeMix(nn.Module):
         """
         r, k, v, w, g = self.project(z, last, reset)
         heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, k, v, w))
-        y, wkv = chunked6(*heads, self.time_faaaa.to(z.dtype), wkv, reset, self.kernel, self.start())
+        y, wkv = wkv6(*heads, self.time_faaaa.to(z.dtype), wkv, reset, self.kernel, self.start())
         return self.output(self.ln_x(y.flatten(-2), g, self.native)), v_first, last_token(z), wkv
 
     def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:

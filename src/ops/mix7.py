@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import check, chunked7
+from . import check, wkv7
 from .elementwise import delta_inputs, readout7, ready, serves, vector
 
 _ops = torch.ops.rwkv
@@ -50,7 +50,7 @@ def mix7(
         reset = None if reset is None else reset.contiguous().view(torch.uint8)
         return _Mix7.apply(*ready(*activations), *map(vector, vectors), *ready(s0), reset, heads, eps)
     k, remove, replace = delta_inputs(k, a, k_k, k_a, heads, native)
-    y, state = chunked7(*_by_head(heads, r, w, k, v, remove, replace), s0, reset, kernel, start)
+    y, state = wkv7(*_by_head(heads, r, w, k, v, remove, replace), s0, reset, kernel, start)
     return readout7(y.flatten(-2), r, k, v, g, r_k, weight, bias, eps, native), state
 
 

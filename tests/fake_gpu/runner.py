@@ -16,6 +16,7 @@ from src import config as configuration
 from src import run
 from src.allocation import model_on_meta, step_bytes
 from src.config import Config
+from src.data.tokenizer import load_tokenizer
 from src.evaluate import greedy
 from src.generate import Sampling, stream
 from src.graphed import GraphedDecoder
@@ -23,7 +24,6 @@ from src.likelihood import log_likelihoods
 from src.model import RWKV, default_arch
 from src.model.batch_loss import chunks_of, half_of, rows_loss
 from src.model.rwkv import parameter_groups, replace_tensors
-from src.tokenizer import load_tokenizer
 from src.trainer import FineTuning
 
 from . import cases

@@ -24,8 +24,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.progress import Progress
 
-from .common.files import read_text
-from .config.launcher import is_first_process
+from ..common.files import read_text
+from ..config.launcher import is_first_process
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536

@@ -9,7 +9,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import short
+from ...common.formatting import short
 from .layouts import has_layout
 from .text import BOM, Position, Record, open_text, undecoded, whole_text
 

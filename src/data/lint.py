@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .common.formatting import counted
-from .template import ROLES, TURN_END, RwkvTemplate, thoughts_of
-from .tokenise import Encoder
+from ..common.formatting import counted
+from .chat_template import thoughts_of
+from .encode import Encoder
+from .rwkv_template import ROLES, TURN_END, RwkvTemplate
 
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")

@@ -20,7 +20,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import short
+from ...common.formatting import short
 
 Record = tuple[str, "dict[str, Any] | UserError"]
 OTHERS = {

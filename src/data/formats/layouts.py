@@ -12,7 +12,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import short
+from ...common.formatting import short
 
 ROLES = ("system", "user", "assistant", "tool")
 # what ShareGPT and others call the roles

@@ -15,7 +15,7 @@ import numpy as np
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from ..config.launcher import is_first_process
+from ...config.launcher import is_first_process
 from . import binidx, json_text, tables, text
 from .layouts import has_layout
 

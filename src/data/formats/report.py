@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkv_miss.errors import UserError
 
-from ..common.formatting import counted
+from ...common.formatting import counted
 
 if TYPE_CHECKING:
     from .sources import Source

@@ -8,26 +8,19 @@ one process makes it while the others wait.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import re
 import shutil
-import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,12 +28,11 @@ import numpy as np
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from .config.launcher import is_first_process
-from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source, WrongSetting, read_record
-from .formats.report import Kind
-from .ops.build import announce, locked
-from .template import DEFAULT, Segment, Template, marked_spans, row_segments, trains_by_marker
-from .tokenizer import Tokenizer
+from ..config.launcher import is_first_process
+from ..ops.build import announce, locked
+from .encode import Encoder, Tokens
+from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source
+from .parallel import Converter, Part, available_cores, in_parallel
 
 SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
 LARGE = 8 << 20  # bytes from which other processes help
@@ -50,127 +42,6 @@ CHUNK_TEXT = 1 << 20  # characters of rows after which it gets no more of them
 UNUSED_DAYS = 30
 MAKING = ".making-"  # how a folder's name begins that becomes an entry
 ENTRY = re.compile(r"[0-9a-f]{24}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Documents one after another: ids (N,) int32, trained (N,) bool, ends (n,) int64, and texts (n,) bool,
-    whether a document is running text, of which any part makes sense by itself, and not a conversation.
-    """
-
-    ids: np.ndarray
-    trained: np.ndarray
-    ends: np.ndarray
-    texts: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """How a row becomes tokens. `loss_mask` is that of template.row_segments."""
-
-    tokenizer: Tokenizer
-    template: Template = DEFAULT
-    loss_mask: str = "assistant"
-
-    def encode(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (n,) int32, trained (n,) bool) with the end of document, always trained, at the end. Raises
-        UserError for a row that the template or the tokenizer cannot express.
-        """
-        if "ids" in row:
-            ids = np.asarray(row["ids"], dtype=np.int32)
-            if ids.max(initial=0) >= self.tokenizer.vocab_size:
-                raise WrongSetting(
-                    f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size"
-                    f" is {self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if"
-                    " the model was trained with it (world has ids up to 65529), else make the data again,"
-                    " from text"
-                )
-            trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
-            return self._ended(ids, trained)
-        return self.encode_segments(row_segments(row, self.template, self.loss_mask))
-
-    def is_text(self, row: dict) -> bool:
-        """Whether the row is running text, of which any part makes sense by itself, and not a
-        conversation.
-        """
-        return ("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask)
-
-    def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """encode() of pieces that are tokenised one by one."""
-        pieces = [self.tokenizer.encode(text) for text, _ in segments]
-        ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
-        trained = np.repeat(
-            np.array([trained for _, trained in segments], dtype=bool), [len(piece) for piece in pieces]
-        )
-        return self._ended(ids, trained)
-
-    def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        end = np.array(self.tokenizer.eod, dtype=np.int32)
-        if not np.array_equal(
-            ids[-len(end) :], end
-        ):  # files of tokens, and templates that write it, have it already
-            ids, trained = (
-                np.concatenate([ids, end]),
-                np.concatenate([trained, np.zeros(len(end), dtype=bool)]),
-            )
-        trained[-len(end) :] = True
-        return ids, trained
-
-    def _marked(self, ids: np.ndarray) -> np.ndarray:
-        """The mask of a marker on tokens as they are: those that begin in what it trains."""
-        if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
-            raise UserError(
-                f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name}"
-                " does not tell which text a token stands for; give the data as text, or --loss_mask all"
-            )
-        pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
-        begins = np.cumsum([0, *map(len, pieces)])[:-1]
-        trained = np.zeros(len(ids), dtype=bool)
-        # in latin-1 a character is a byte
-        for begin, end in marked_spans(
-            b"".join(pieces).decode("latin-1"), self.loss_mask.encode().decode("latin-1")
-        ):
-            trained |= (begins >= begin) & (begins < end)
-        return trained
-
-
-@dataclasses.dataclass
-class Part:
-    """What a chunk of records became: tokens, the kinds of its rows, and the bad ones, (where, reason)."""
-
-    tokens: Tokens
-    kinds: collections.Counter[Kind]
-    bad: list[tuple[str, UserError]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Converter:
-    """Records (where, what source.read() gives) -> tokens."""
-
-    source: Source
-    reading: Reading
-    encoder: Encoder
-
-    def __getstate__(self) -> dict:
-        # read() is the first process's, and may be one that does not travel
-        return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}
-
-    def __call__(self, records: list[tuple[str, Any]]) -> Part:
-        encoded, texts, bad = [], [], []
-        kinds: collections.Counter[Kind] = collections.Counter()
-        for where, record in records:
-            try:
-                kind, row = read_record(record, self.source, self.reading)
-                kinds[kind] += 1
-                encoded.append(self.encoder.encode(row))
-            except UserError as error:
-                bad.append((where, error))
-            else:
-                texts.append(self.encoder.is_text(row))
-        ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
-        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
-        trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
-        return Part(Tokens(ids, trained, ends, np.array(texts, dtype=bool)), kinds, bad)
 
 
 def tokenise(
@@ -228,11 +99,7 @@ def cache_folder(cache: str) -> pathlib.Path:
 
 def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: str) -> str:
     """A hash of everything that decides the tokens."""
-    here = pathlib.Path(__file__).parent
-    code = [
-        *(here / f"{name}.py" for name in ("tokenise", "template", "jinja_template", "tokenizer")),
-        *sorted((here / "formats").glob("*.py")),
-    ]
+    code = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     tokenizer = [encoder.tokenizer.name] if os.path.isfile(encoder.tokenizer.name) else []
     versions = [(name, _version(name)) for name in ("numpy", "pyrwkv-tokenizer", "tokenizers", "jinja2")]
     described = (
@@ -295,68 +162,6 @@ def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]
             chunk, length = [], 0
     if chunk:
         yield chunk
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
-    """work() of each chunk in order; few chunks are ahead of what is asked for.
-
-    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh
-    one imports torch for 3 s, and they run nothing that has threads.
-    """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:
-        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
-            for chunk in chunks:
-                with _no_interrupt():  # which a new process would answer with a traceback of its own
-                    waiting.append(pool.submit(_work, chunk))
-                if len(waiting) > 4 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(
-                "a process that tokenises was killed, perhaps because memory ran out; free some and start"
-                " again"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Context in which Ctrl-C waits; a process that starts in it keeps it out for good."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _begin(work: Callable[[list], Part], parent: int) -> None:
-    global _convert
-    _convert = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the first one is gone, however that ended."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _work(chunk: list) -> Part:
-    return _convert(chunk)
 
 
 def _joined(parts: list[Tokens]) -> Tokens:

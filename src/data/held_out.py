@@ -15,10 +15,11 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, progress
 
-from .common.formatting import counted
-from .config import Config
-from .config.launcher import is_first_process
-from .data import Document, Documents, collate, pack
+from ..common.formatting import counted
+from ..config import Config
+from ..config.launcher import is_first_process
+from .batches import collate, pack
+from .dataset import Document, Documents
 
 Batch = list[list[Document]]  # rows of documents
 EVALUATION = 0.1  # of a run's time, counted in tokens: what all its evaluations take where nobody says more

@@ -19,7 +19,7 @@ import jinja2.sandbox
 
 from rwkv_miss.errors import UserError
 
-from .template import Segment, is_trained
+from .chat_template import Segment, is_trained
 
 # in the rendered text, around what is trained: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"

@@ -1,0 +1,98 @@
+"""A row becomes tokens, each of them trained or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+from .chat_template import Segment, Template
+from .formats import WrongSetting
+from .loss_mask import marked_spans, row_segments, trains_by_marker
+from .rwkv_template import DEFAULT
+from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Documents one after another: ids (N,) int32, trained (N,) bool, ends (n,) int64, and texts (n,) bool,
+    whether a document is running text, of which any part makes sense by itself, and not a conversation.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    ends: np.ndarray
+    texts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """How a row becomes tokens. `loss_mask` is that of template.row_segments."""
+
+    tokenizer: Tokenizer
+    template: Template = DEFAULT
+    loss_mask: str = "assistant"
+
+    def encode(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (n,) int32, trained (n,) bool) with the end of document, always trained, at the end. Raises
+        UserError for a row that the template or the tokenizer cannot express.
+        """
+        if "ids" in row:
+            ids = np.asarray(row["ids"], dtype=np.int32)
+            if ids.max(initial=0) >= self.tokenizer.vocab_size:
+                raise WrongSetting(
+                    f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size"
+                    f" is {self.tokenizer.vocab_size}: another one made these data; give it as --tokenizer if"
+                    " the model was trained with it (world has ids up to 65529), else make the data again,"
+                    " from text"
+                )
+            trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
+            return self._ended(ids, trained)
+        return self.encode_segments(row_segments(row, self.template, self.loss_mask))
+
+    def is_text(self, row: dict) -> bool:
+        """Whether the row is running text, of which any part makes sense by itself, and not a
+        conversation.
+        """
+        return ("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask)
+
+    def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """encode() of pieces that are tokenised one by one."""
+        pieces = [self.tokenizer.encode(text) for text, _ in segments]
+        ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
+        trained = np.repeat(
+            np.array([trained for _, trained in segments], dtype=bool), [len(piece) for piece in pieces]
+        )
+        return self._ended(ids, trained)
+
+    def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        end = np.array(self.tokenizer.eod, dtype=np.int32)
+        if not np.array_equal(
+            ids[-len(end) :], end
+        ):  # files of tokens, and templates that write it, have it already
+            ids, trained = (
+                np.concatenate([ids, end]),
+                np.concatenate([trained, np.zeros(len(end), dtype=bool)]),
+            )
+        trained[-len(end) :] = True
+        return ids, trained
+
+    def _marked(self, ids: np.ndarray) -> np.ndarray:
+        """The mask of a marker on tokens as they are: those that begin in what it trains."""
+        if self.tokenizer.encoding != "utf-8" or not hasattr(self.tokenizer, "table"):
+            raise UserError(
+                f"--loss_mask {self.loss_mask!r} is looked for in text, and tokenizer {self.tokenizer.name}"
+                " does not tell which text a token stands for; give the data as text, or --loss_mask all"
+            )
+        pieces = [self.tokenizer.table.get(token, b"") for token in ids.tolist()]
+        begins = np.cumsum([0, *map(len, pieces)])[:-1]
+        trained = np.zeros(len(ids), dtype=bool)
+        # in latin-1 a character is a byte
+        for begin, end in marked_spans(
+            b"".join(pieces).decode("latin-1"), self.loss_mask.encode().decode("latin-1")
+        ):
+            trained |= (begins >= begin) & (begins < end)
+        return trained

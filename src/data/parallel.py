@@ -1,0 +1,125 @@
+"""Tokenising in several processes: chunks of records go out, their tokens come back in order."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rwkv_miss.errors import UserError
+
+from .encode import Encoder, Tokens
+from .formats import Reading, Source, read_record
+from .formats.report import Kind
+
+
+@dataclasses.dataclass
+class Part:
+    """What a chunk of records became: tokens, the kinds of its rows, and the bad ones, (where, reason)."""
+
+    tokens: Tokens
+    kinds: collections.Counter[Kind]
+    bad: list[tuple[str, UserError]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Converter:
+    """Records (where, what source.read() gives) -> tokens."""
+
+    source: Source
+    reading: Reading
+    encoder: Encoder
+
+    def __getstate__(self) -> dict:
+        # read() is the first process's, and may be one that does not travel
+        return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}
+
+    def __call__(self, records: list[tuple[str, Any]]) -> Part:
+        encoded, texts, bad = [], [], []
+        kinds: collections.Counter[Kind] = collections.Counter()
+        for where, record in records:
+            try:
+                kind, row = read_record(record, self.source, self.reading)
+                kinds[kind] += 1
+                encoded.append(self.encoder.encode(row))
+            except UserError as error:
+                bad.append((where, error))
+            else:
+                texts.append(self.encoder.is_text(row))
+        ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
+        trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
+        return Part(Tokens(ids, trained, ends, np.array(texts, dtype=bool)), kinds, bad)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
+    """work() of each chunk in order; few chunks are ahead of what is asked for.
+
+    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh
+    one imports torch for 3 s, and they run nothing that has threads.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for chunk in chunks:
+                with _no_interrupt():  # which a new process would answer with a traceback of its own
+                    waiting.append(pool.submit(_work, chunk))
+                if len(waiting) > 4 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "a process that tokenises was killed, perhaps because memory ran out; free some and start"
+                " again"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Context in which Ctrl-C waits; a process that starts in it keeps it out for good."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin(work: Callable[[list], Part], parent: int) -> None:
+    global _convert
+    _convert = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the first one is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(chunk: list) -> Part:
+    return _convert(chunk)

@@ -1,0 +1,122 @@
+"""RWKV's own chat template, with the think modes of the G1 models."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from rwkv_miss.errors import UserError
+
+from ..common.formatting import short
+from .chat_template import Segment, clean, is_trained, thoughts_of
+
+ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
+TURN_END = "\n\n"
+
+
+class Mode(NamedTuple):
+    """How RWKV's template asks for an answer: what follows the user's words, and what follows
+    `Assistant:`.
+    """
+
+    after_user: str
+    opening: str
+
+
+# As the G1 models were trained. The openings stop inside a tag, because what closes it may be a token
+# together with what comes next.
+MODES = {
+    "rwkv": Mode("", ""),
+    "think": Mode("", " <think"),
+    "think-normal": Mode(" think", " <think"),
+    "think-short": Mode(" think a bit", " <think"),
+    "think-long": Mode(" think a lot", " <think"),
+    "fake-think": Mode("", " <think>\n</think"),
+}
+
+
+class RwkvTemplate:
+    """`User: ...`, blank line, `Assistant: ...`: a blank line ends a turn, so there is none inside a turn
+    that is not the model's own.
+
+    An assistant's message may carry its thoughts as `reasoning_content`, as `reasoning`, or as
+    `<think>...</think>` before its content, and `tool_calls` as in OpenAI's API. Tools are described in a
+    System turn.
+    """
+
+    stop = TURN_END + "User:"
+
+    def __init__(self, name: str):
+        self.name = self.record = name
+        self.after_user, self.opening = MODES[name]
+
+    def segments(
+        self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
+    ) -> list[Segment]:
+        segments: list[Segment] = []
+        waiting = [{"role": "system", "content": _describe(tools)}] if tools else []
+
+        def add(segment: Segment) -> None:
+            if segments:
+                segments.append(Segment(TURN_END, segments[-1].trained))
+            segments.append(segment)
+
+        for message in messages:
+            if message["role"] != "assistant":
+                waiting.append(message)
+                continue
+            add(Segment(self._turns(waiting, ask=True), False))
+            segments.append(Segment(self._answer(message), is_trained(message)))
+            waiting = []
+        if waiting or ask:
+            add(Segment(self._turns(waiting, ask), False))
+        return segments
+
+    def next_turn(self, messages: list[dict], new: list[dict]) -> list[str]:
+        return [TURN_END, self._turns(new, ask=True)]
+
+    def _turns(self, messages: list[dict], ask: bool) -> str:
+        turns = [
+            f"{ROLES[m['role']]}: {clean(m['content'])}{self.after_user if m['role'] == 'user' else ''}"
+            for m in messages
+        ]
+        return TURN_END.join([*turns, f"{ROLES['assistant']}:{self.opening}"] if ask else turns)
+
+    def _answer(self, message: dict) -> str:
+        thoughts, content = thoughts_of(message)
+        if self.opening and content.startswith("<think>"):
+            raise UserError(f"an answer opens <think> and never closes it: {content[:60]!r}")
+        content = "\n".join(filter(None, [content, *map(_call, message.get("tool_calls") or ())]))
+        if not self.opening:
+            return f" <think>\n{thoughts}\n</think>\n{content}" if thoughts else f" {content}"
+        if "</think" not in self.opening:
+            return f">\n{thoughts}\n</think>\n{content}" if thoughts else f">\n</think>\n{content}"
+        if thoughts:
+            raise UserError(
+                f"an answer has thoughts, for which --template {self.name} has no place; use think, or take"
+                " them out of the data"
+            )
+        return f">\n{content}"
+
+
+def _call(call: dict) -> str:
+    """One of `tool_calls`, as most models write it."""
+    try:
+        function = call.get("function", call)
+        arguments = function["arguments"]
+        words = {
+            "name": function["name"],
+            "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
+        }
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        raise UserError(
+            f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {short(call)}'
+        ) from None
+    return f"<tool_call>\n{json.dumps(words, ensure_ascii=False)}\n</tool_call>"
+
+
+def _describe(tools: list[dict]) -> str:
+    return "\n".join(["<tools>", *(json.dumps(tool, ensure_ascii=False) for tool in tools), "</tools>"])
+
+
+DEFAULT = RwkvTemplate("rwkv")
