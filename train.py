@@ -9,7 +9,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import one_line_errors
     from src import config, run
-    from src.processes import watch_launcher
+    from src.distributed.processes import watch_launcher
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def resident() -> dict[str, int]:
 
 def rank_main(rank: int, port: int, flags: list[str], results) -> None:
     """One process of a run: what `python train.py` does, watched every 2 ms."""
-    import src.deepspeed_anywhere  # noqa: F401  (what is imported counts as start)
+    import src.distributed.deepspeed_strategy  # noqa: F401  (what is imported counts as start)
     import train
 
     torch.set_num_threads(1)

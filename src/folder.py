@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rwkv_miss.errors import UserError
 
 from .config.launcher import is_first_process
-from .lifeline import Lifeline
+from .distributed.watchdog import Lifeline
 
 try:
     import fcntl

@@ -21,9 +21,9 @@ from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
 from .data.templates import recorded_template
+from .distributed.watchdog import lifeline
 from .folder import folder_of_run
 from .history import BEST, VALIDATION, best, is_over
-from .lifeline import lifeline
 from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
 from .prepare import (
     Job,

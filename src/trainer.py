@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 import rwkv_miss
 
-from .agreement import agree
 from .common.device import DTYPES
 from .config import Config, accumulation
 from .config.launcher import launched
 from .data.batches import Batches, make_schedule
 from .data.dataset import Documents
+from .distributed.consistency import agree
+from .distributed.processes import choose_interface
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
 from .model.batch_loss import chunks_of, half_of, rows_loss
 from .model.rwkv import parameter_groups
-from .processes import choose_interface
 from .resume import inputs
 
 
@@ -151,7 +151,7 @@ def make_trainer(
             os.environ["DS_ACCELERATOR"] = (
                 "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
             )
-        from .deepspeed_anywhere import AnywhereDeepSpeed  # 3 s of import that other strategies need not pay
+        from .distributed.deepspeed_strategy import AnywhereDeepSpeed
 
         strategy = AnywhereDeepSpeed(
             strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision]
@@ -228,7 +228,7 @@ def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
     if not hasattr(trainer.strategy, "deepspeed_engine"):
         yield
         return
-    from .deepspeed_anywhere import gathered
+    from .distributed.deepspeed_strategy import gathered
 
     with gathered(parameters):
         yield

@@ -20,7 +20,7 @@ import matplotlib.pyplot  # noqa: F401
 import torch
 import torch.utils.tensorboard  # noqa: F401
 
-import src.deepspeed_anywhere  # noqa: F401
+import src.distributed.deepspeed_strategy  # noqa: F401
 import src.forgetting  # noqa: F401
 import src.model
 import src.run  # noqa: F401

@@ -22,15 +22,15 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-import src.agreement
+import src.distributed.consistency
+import src.distributed.watchdog
 import src.folder
-import src.lifeline
 from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.checkpoints import list_checkpoints
 from src.config.launcher import check_world, is_first_process
-from src.lifeline import Lifeline, lifeline
+from src.distributed.watchdog import Lifeline, lifeline
 from src.trainer import cluster_environment
 
 from . import program
@@ -226,7 +226,7 @@ def test_each_process_that_no_other_one_looks_after_holds_a_lifeline(under, vari
 
 def hold_on(number, members, port, end):
     """A member of a lifeline, which ends as `end` tells for its number, or stays."""
-    src.lifeline.GRACE, src.lifeline.LATECOMERS = 0.5, 2.0
+    src.distributed.watchdog.GRACE, src.distributed.watchdog.LATECOMERS = 0.5, 2.0
     with Lifeline(number, members, "127.0.0.1", port):
         time.sleep(1)
         how = end.get(number, "stay")
@@ -300,7 +300,7 @@ def test_the_others_look_into_the_folder_when_the_first_one_holds_it(tmp_path, m
 
 
 def test_a_stranger_at_the_port_is_no_member(monkeypatch, capsys):
-    monkeypatch.setattr(src.lifeline, "PATIENCE", 0.1)
+    monkeypatch.setattr(src.distributed.watchdog, "PATIENCE", 0.1)
     port = program.free_port()
     with Lifeline(0, 2, "127.0.0.1", port) as line:
         place = int(line.store.get("lifeline").decode().split()[0])
@@ -336,7 +336,7 @@ def machines(tmp_path_factory):
 def on_machine(folder, code, rank):
     os.chdir(folder / str(rank))
     if code:
-        src.agreement.code_digest = lambda: f"version {rank}"
+        src.distributed.consistency.code_digest = lambda: f"version {rank}"
 
 
 @pytest.mark.parametrize(

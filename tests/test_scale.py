@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-import src.deepspeed_anywhere
+import src.distributed.deepspeed_strategy
 from rwkv_miss import read_checkpoint, read_metadata
 from src.model import RWKV
 
@@ -83,7 +83,7 @@ def look_inside(rank):
     """Assertions within a stage-3 run: what a process holds of the base, before the first step and while the
     head runs.
     """
-    setup, head_of = src.deepspeed_anywhere.AnywhereDeepSpeed._setup_model, RWKV.features
+    setup, head_of = src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model, RWKV.features
 
     def checked_setup(self, model):
         sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -107,10 +107,10 @@ def look_inside(rank):
         assert set(whole) <= {"head.weight"}, f"{whole} are whole after the last layer"
         return out
 
-    src.deepspeed_anywhere.BUCKET = (
+    src.distributed.deepspeed_strategy.BUCKET = (
         1000  # as small against this model as the real one is against a real model
     )
-    src.deepspeed_anywhere.AnywhereDeepSpeed._setup_model = checked_setup
+    src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model = checked_setup
     RWKV.features = checked_features
 
 

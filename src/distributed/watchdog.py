@@ -23,8 +23,8 @@ from torch.distributed import DistError, TCPStore
 
 from rwkv_miss.errors import UserError
 
-from .config import Config
-from .config.launcher import check_world, launched
+from ..config import Config
+from ..config.launcher import check_world, launched
 
 BYE = "bye"
 MEET_MINUTES = 30  # for which a machine waits for the first one, as torch does for a process group

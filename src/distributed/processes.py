@@ -12,7 +12,7 @@ import time
 
 from rwkv_miss.errors import UserError
 
-from .config.launcher import launched, whole_number
+from ..config.launcher import launched, whole_number
 
 with contextlib.suppress(ImportError):
     import fcntl  # not on Windows

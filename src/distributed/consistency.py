@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rwkv_miss.errors import UserError
 
-from .config import FIELDS, Config
+from ..config import FIELDS, Config
 
 # paths, whose contents are compared, and what each machine may have in its own way
 OF_A_MACHINE = {
@@ -61,7 +61,7 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
 
 def code_digest() -> str:
     """Hash of the sources that a step is computed by."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("src", "rwkv_miss") for path in (root / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
