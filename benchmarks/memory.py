@@ -21,8 +21,8 @@ import tempfile
 
 from scripts.memory_table import MODELS
 from src.config import Config
-from src.memory import LIBRARIES, memory_parts
 from src.model import default_arch
+from src.planning.memory import LIBRARIES, memory_parts
 
 from .common import report, write_random_base
 

@@ -29,12 +29,13 @@ from demo import task
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import CODES
-from src.base import build_model
 from src.common.device import DTYPES
 from src.config import Config
 from src.model import read_model_file
-from src.model.batch_loss import chunks_of, rows_loss
+from src.model.batch_loss import rows_loss
 from src.ops import native
+from src.planning.base_model import build_model
+from src.planning.step import chunks_of
 
 from .common import report, write_random_base
 

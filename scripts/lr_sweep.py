@@ -28,7 +28,6 @@ with importing():
 
     from rwkv_miss.errors import UserError, one_line_errors
     from src import describe
-    from src.base import build_model, read_base
     from src.common.device import DTYPES
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
@@ -37,7 +36,8 @@ with importing():
     from src.data.templates import recorded_template
     from src.folder import require_folder
     from src.learning_rate import state_learning_rate
-    from src.prepare import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
+    from src.planning.base_model import build_model, read_base
+    from src.planning.job import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
     from src.trial import Trial, held_out_loss, trials
 
 OWN = ("rates", "steps", "setting")

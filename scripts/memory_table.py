@@ -11,11 +11,11 @@ from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
-    from src.allocation import model_on_meta
     from src.common.available_memory import GIB
     from src.config import Config
-    from src.memory import memory_parts
     from src.model import default_arch
+    from src.planning.memory import memory_parts
+    from src.planning.step_memory import model_on_meta
 
 MODELS = {
     "0.1B": (12, 768),

@@ -23,18 +23,15 @@ with importing():
     from rwkv_miss.files.checkpoint import Arch
     from rwkv_miss.progress import duration_text
     from src import describe, ops
-    from src.allocation import model_on_meta
-    from src.base import read_base
-    from src.calibrate import Speed, speed_here
-    from src.choices import CHOSEN, cheapest_fix
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
     from src.data.batches import Schedule
     from src.data.templates import recorded_template
-    from src.memory import USABLE, needed
-    from src.prepare import (
+    from src.planning.base_model import read_base
+    from src.planning.defaults import CHOSEN, cheapest_fix
+    from src.planning.job import (
         Cost,
         Device,
         choose_device,
@@ -47,6 +44,9 @@ with importing():
         run_cost,
         steps_of,
     )
+    from src.planning.memory import USABLE, needed
+    from src.planning.step_memory import model_on_meta
+    from src.planning.throughput import Speed, speed_here
     from src.resume import earlier_settings, inherit, keep_rows_per_step
 
 

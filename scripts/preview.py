@@ -25,7 +25,6 @@ with importing():
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
     from src import describe
-    from src.choices import longest_uncut, row_length
     from src.common.formatting import counted
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
@@ -38,6 +37,7 @@ with importing():
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
     from src.model import read_model_file
+    from src.planning.defaults import longest_uncut, row_length
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence

@@ -10,7 +10,6 @@ from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from .checkpoints import checkpoint_step
-from .choices import CHOSEN
 from .common.formatting import counted, size_text
 from .config import Config, command
 from .data.batches import Schedule
@@ -18,9 +17,11 @@ from .data.dataset import Document, Documents
 from .data.held_out import evaluations
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
-from .model.batch_loss import Chunks, chunks_of, state_bytes
+from .model.batch_loss import Chunks, state_bytes
 from .outputs import ADAPTER, MODEL, output_path
-from .prepare import Cost, Data, Job, steps_of
+from .planning.defaults import CHOSEN
+from .planning.job import Cost, Data, Job, steps_of
+from .planning.step import chunks_of
 from .run_card import CARD
 from .writers import describe_writers, places_to_watch
 

@@ -8,14 +8,6 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.methods.whole_tensors import split_parts
 
 from .config import Config
-from .config.schema import FULL_LR, NEW_MODEL_LR
-
-
-def method_rate(config: Config) -> float:
-    """The learning rate that belongs to what is trained."""
-    if config.peft != "none":
-        return METHODS[config.peft].default_lr
-    return FULL_LR if config.load_model else NEW_MODEL_LR
 
 
 def state_learning_rate(config: Config) -> float | None:

@@ -12,13 +12,13 @@ from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.identity import Identity
 
 from .checkpoints import list_checkpoints
-from .choices import choose
 from .config import FIELDS, Config, accumulation, is_automatic, settle
 from .config.launcher import is_first_process
 from .data.dataset import Documents
 from .history import BEST
 from .model import RWKV
 from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
+from .planning.defaults import choose
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there
 # are, what is kept

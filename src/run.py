@@ -13,8 +13,6 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.interrupts import EXIT_CODE
 
 from . import describe, ops
-from .base import build_model, read_base
-from .calibrate import speed_here
 from .checkpoints import checkpoint_step, remove_leftovers, restore_best
 from .common.device import DTYPES
 from .common.files import read_lines
@@ -25,7 +23,8 @@ from .distributed.watchdog import lifeline
 from .folder import folder_of_run
 from .history import BEST, VALIDATION, best, is_over
 from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
-from .prepare import (
+from .planning.base_model import build_model, read_base
+from .planning.job import (
     Job,
     check_data_files,
     choose_device,
@@ -35,6 +34,7 @@ from .prepare import (
     read_data,
     run_cost,
 )
+from .planning.throughput import speed_here
 from .resume import check_inputs, earlier_settings, find_checkpoint, inherit, inputs, keep_rows_per_step
 from .writers import check_wandb, open_writers
 

@@ -33,8 +33,9 @@ from .distributed.consistency import agree
 from .distributed.processes import choose_interface
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
-from .model.batch_loss import chunks_of, half_of, rows_loss
+from .model.batch_loss import rows_loss
 from .model.rwkv import parameter_groups
+from .planning.step import chunks_of, half_of
 from .resume import inputs
 
 

@@ -20,8 +20,9 @@ from .data.dataset import Documents
 from .data.held_out import evaluation_batches
 from .learning_rate import learning_rate_factor, state_learning_rate
 from .model import RWKV
-from .model.batch_loss import chunks_of, half_of, rows_loss
+from .model.batch_loss import rows_loss
 from .model.rwkv import parameter_groups
+from .planning.step import chunks_of, half_of
 
 
 @dataclasses.dataclass(frozen=True)

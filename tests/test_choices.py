@@ -12,11 +12,12 @@ import torch
 import yaml
 
 from rwkv_miss.errors import UserError
-from src import choices, resume
-from src.choices import choose_batch, held_out_share, own_rank, row_length
+from src import resume
 from src.common.formatting import size_text
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
 from src.config.parse import read_yaml
+from src.planning import defaults
+from src.planning.defaults import choose_batch, held_out_share, own_rank, row_length
 from src.resume import inherit, keep_rows_per_step
 
 from . import program
@@ -126,7 +127,7 @@ def test_the_batch_is_the_largest_that_fits(rows, settings, room, batch):
         "accumulate_grad_batches" in settings or "global_bsz" not in settings
     )
     assert origins["micro_bsz"].startswith(
-        f"{choices.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used"
+        f"{defaults.CHOSEN}: needs {size_text(needed(config))}, and {size_text(room)} may be used"
     )
 
 

@@ -10,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from src.base import build_model
 from src.config import Config
 from src.model import RWKV
 from src.ops import build, elementwise, elementwise_reference, wkv7
 from src.ops.mix7 import mix7
+from src.planning.base_model import build_model
 
 from .conftest import close, make_arch, random_tensors
 

@@ -18,7 +18,7 @@ from src.data.held_out import evaluation_batches, hold_out, questions, undisturb
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.history import answers_as_before
-from src.prepare import read_data
+from src.planning.job import read_data
 
 BYTES = load_tokenizer("bytes", 256, "")
 

@@ -15,7 +15,7 @@ from src.config import Config
 from src.model import RWKV
 from src.model.batch_loss import Chunks, rows_loss
 from src.model.loss import loss_sum
-from src.prepare import device_here
+from src.planning.job import device_here
 
 from . import program
 from .conftest import close, make_arch, random_tensors

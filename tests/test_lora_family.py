@@ -11,11 +11,11 @@ from torch import nn
 import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import dropped
-from src.base import build_model
 from src.config import Config
 from src.load import load
 from src.model import RWKV
 from src.model.rwkv import parameter_groups
+from src.planning.base_model import build_model
 
 from .conftest import close, make_arch
 from .test_adapters import filled, rwkv

@@ -14,9 +14,9 @@ from benchmarks.paper.training import Outcome, Runs, Settings, Spread, below, cl
 from benchmarks.paper.training_tasks import ROOT, from_pairs, load_task
 from demo import task
 from rwkv_miss import UserError
-from src.base import build_model
 from src.config import Config
 from src.model import RWKV
+from src.planning.base_model import build_model
 from src.trial import held_out_loss
 
 TINY = dataclasses.replace(loss_curves.TINY, tasks=("letters",))

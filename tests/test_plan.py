@@ -14,16 +14,17 @@ from benchmarks import memory as benchmark
 from benchmarks.common import write_random_base
 from rwkv_miss import UserError
 from scripts import plan
-from src import calibrate, memory, ops
-from src.allocation import HEAP_LIMIT, Live, step_bytes
-from src.base import build_model, read_base
-from src.choices import cheapest_fix
+from src import ops
 from src.common import available_memory
 from src.common.available_memory import GIB, parse_size
 from src.config import Config
 from src.data.batches import collate, make_schedule
 from src.data.dataset import Document, Documents
-from src.memory import largest_batch, memory_parts
+from src.planning import memory, throughput
+from src.planning.base_model import build_model, read_base
+from src.planning.defaults import cheapest_fix
+from src.planning.memory import largest_batch, memory_parts
+from src.planning.step_memory import HEAP_LIMIT, Live, step_bytes
 
 from .conftest import ROOT, make_arch
 
@@ -124,9 +125,9 @@ def test_the_count_is_that_of_the_trainers_step(
 
 def test_a_deep_model_is_the_sum_of_its_layers():
     deep, config = make_arch(7, **SIZES | {"n_layer": 7}), Config(peft_config={"r": 5}, micro_bsz=2)
-    from src import allocation
+    from src.planning import step_memory
 
-    at_once = allocation._count(deep, config, "torch", "fp32", 37, 74)
+    at_once = step_memory._count(deep, config, "torch", "fp32", 37, 74)
     assert dataclasses.astuple(step_bytes(deep, config, "torch", "fp32", 37, 74)) == pytest.approx(
         dataclasses.astuple(at_once), rel=1e-3
     )
@@ -134,14 +135,14 @@ def test_a_deep_model_is_the_sum_of_its_layers():
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_long_row_is_counted_by_its_first_chunks_and_the_states_of_the_others(monkeypatch, sparse):
-    from src import allocation
+    from src.planning import step_memory
 
     arch, config = (
         make_arch(7, **SIZES),
         Config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse),
     )
     extrapolated = step_bytes(arch, config, "torch", "fp32", 73, 146)  # 15 chunks
-    monkeypatch.setattr(allocation, "CHUNKS", 99)
+    monkeypatch.setattr(step_memory, "CHUNKS", 99)
     at_once = step_bytes(arch, config, "torch", "fp32", 73, 146)
     assert dataclasses.astuple(extrapolated) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
 
@@ -301,9 +302,9 @@ def test_free_is_what_machine_and_container_have_with_what_is_held_already(monke
 
 def test_a_speed_is_that_of_all_layers_and_of_the_trained_share_of_the_head(monkeypatch):
     seconds = {"layers": 4.0, "logits": 3.0, "next_token": 0.5, "next_logits": 0.25}
-    monkeypatch.setattr(calibrate, "_fastest", lambda work, device: [work(), seconds[work.__name__]][1])
+    monkeypatch.setattr(throughput, "_fastest", lambda work, device: [work(), seconds[work.__name__]][1])
     for row, tokens in ((37, 37), (9999, 256)):
-        speed = calibrate.measured_speed(
+        speed = throughput.measured_speed(
             make_arch(7, **SIZES | {"n_layer": 6}),
             Config(peft_config={"r": 5}),
             "torch",
@@ -326,7 +327,7 @@ def test_the_speed_of_methods_that_derive_something_from_the_weight(method, opti
     """The operators refuse NaN, which norms that are none would make."""
     config = Config(peft=method, peft_config={"r": 5, **options})
     assert (
-        calibrate.measured_speed(
+        throughput.measured_speed(
             make_arch(7, **SIZES), config, ops.choose("auto", "cpu", 16)[0], "fp32", "cpu", 20, 0.5
         ).tokens
         > 0

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from rwkv_miss.errors import UserError
-from src import prepare
 from src.common import device
 from src.config import Config
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.prepare import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of
+from src.planning import job
+from src.planning.job import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of
 
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
 
@@ -24,8 +24,8 @@ def documents(count, length=9):
 
 def test_several_processes_do_not_ask_what_is_free(monkeypatch):
     """Each would find another number, and choose another batch."""
-    monkeypatch.setattr(prepare, "free_memory", lambda accelerator: f"free of {accelerator}")
-    monkeypatch.setattr(prepare, "all_memory", lambda accelerator: f"all of {accelerator}")
+    monkeypatch.setattr(job, "free_memory", lambda accelerator: f"free of {accelerator}")
+    monkeypatch.setattr(job, "all_memory", lambda accelerator: f"all of {accelerator}")
     assert (memory_of(DEVICE, 1), memory_of(DEVICE, 2)) == ("free of cpu", "all of cpu")
     described = Device("gpu", "bf16", "", "cuda", "", memory=5, here=False)
     assert memory_of(described, 1) == memory_of(described, 2) == 5
@@ -46,9 +46,9 @@ def test_several_processes_do_not_ask_what_is_free(monkeypatch):
 )
 def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settings, memory, batch):
     """A row needs 100."""
-    monkeypatch.setattr(prepare, "estimate", lambda tried, *_: tried.micro_bsz * 100)
-    monkeypatch.setattr(prepare, "needed", lambda size, *_: size)
-    monkeypatch.setattr(prepare, "memory_of", lambda device, world: memory)
+    monkeypatch.setattr(job, "estimate", lambda tried, *_: tried.micro_bsz * 100)
+    monkeypatch.setattr(job, "needed", lambda size, *_: size)
+    monkeypatch.setattr(job, "memory_of", lambda device, world: memory)
     config = Config(**settings, packing=False, ctx_len=256, grad_cp=0)
     schedule = plan_steps(config, {}, None, DEVICE, documents(401))
     assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
@@ -86,7 +86,7 @@ def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
 
 def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):
     """Before a base is read or a file is written."""
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
     device_here(Config(accelerator="cpu", wkv="torch"), 64)
     with pytest.raises(UserError, match="--strategy deepspeed_stage_2 needs the package deepspeed"):
         device_here(Config(accelerator="cpu", wkv="torch", strategy="deepspeed_stage_2"), 64)

@@ -18,15 +18,15 @@ from rwkv_miss.functional import linear, lora_linear, miss_linear
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import BLOCK, CODES, NF4, dense, empty, expand, quantise
 from scripts.ptxas_report import compile_report
-from src import allocation
-from src.base import build_model
-from src.choices import cheapest_fix
 from src.config import Config, parse
-from src.memory import memory_parts
 from src.model import RWKV, read_model_file
 from src.ops import native
 from src.ops import quantised as kernels
 from src.ops.build import BuildError, find_nvcc
+from src.planning import step_memory
+from src.planning.base_model import build_model
+from src.planning.defaults import cheapest_fix
+from src.planning.memory import memory_parts
 
 from . import program
 from .conftest import ROOT, close, make_arch, random_tensors
@@ -411,10 +411,10 @@ def test_the_plan_counts_an_expanded_matrix_at_a_time(tmp_path):
     dense_weight = (
         max(linear.in_features * linear.out_features for linear in model.layer_linears().values()) * 2
     )
-    plain = allocation.step_bytes(
+    plain = step_memory.step_bytes(
         model.arch, Config(peft_config={"r": 5}, micro_bsz=1), "torch", "bf16", 3, 3
     )
-    quantised = allocation.step_bytes(model.arch, config, "torch", "bf16", 3, 3)
+    quantised = step_memory.step_bytes(model.arch, config, "torch", "bf16", 3, 3)
     assert (
         quantised.activations == plain.activations
         and plain.peak + dense_weight / 4 < quantised.peak <= plain.peak + dense_weight
@@ -426,7 +426,7 @@ def test_quantising_takes_one_matrix_at_a_time(tmp_path):
     rwkv_miss.inject(model, "miss", rank=5)
     largest = max(linear.weight.numel() for linear in model.layer_linears().values())
     before = list(model.parameters())  # kept, as a mapped file is
-    with allocation.Live(before) as live:
+    with step_memory.Live(before) as live:
         model.quantise("nf4", torch.float32)
         held = sum(p.nbytes for p in model.parameters() if not p.is_floating_point())
         assert held <= live.now <= held + 100

@@ -19,7 +19,7 @@ from src.config.parse import read_yaml
 from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
-from src.prepare import choose_evaluation, trained_tokens
+from src.planning.job import choose_evaluation, trained_tokens
 
 from . import program
 from .conftest import make_arch, random_tensors

@@ -19,12 +19,12 @@ import torch
 
 from rwkv_miss import UserError
 from src import ops
-from src.base import build_model
 from src.common.files import append_line, write_lines
 from src.config import Config
 from src.data.batches import collate
 from src.data.dataset import Documents
 from src.model import RWKV
+from src.planning.base_model import build_model
 from src.trial import held_out_loss, train
 
 from .settings import option

@@ -23,7 +23,7 @@ def opt(
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
 
     `automatic`: the default is no value but leaves the choice to the program, which fills it in
-    (src/choices.py).
+    (src/planning/defaults.py).
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic}
     if isinstance(default, dict):

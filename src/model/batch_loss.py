@@ -21,8 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.files.checkpoint import Arch
 
-from ..common.device import DTYPES
-from ..config import Config
 from .rwkv import RWKV, LayerState, State
 
 
@@ -52,18 +50,6 @@ class Chunks:
     def stride(self, count: int) -> int:
         """Every so many chunks the forward keeps a state."""
         return math.isqrt(count - 1) + 1 if self.sparse else 1
-
-
-def chunks_of(config: Config) -> Chunks:
-    """How the settings have rows run."""
-    return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
-
-
-def half_of(config: Config) -> torch.dtype | None:
-    """The dtype of autocast in full training; None: compute in the parameters' dtypes."""
-    return (
-        DTYPES[config.precision] if config.peft == "none" and config.precision in ("bf16", "fp16") else None
-    )
 
 
 def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:

@@ -14,7 +14,6 @@ import rwkv_miss
 from rwkv_miss.quantised import empty
 from src import config as configuration
 from src import run
-from src.allocation import model_on_meta, step_bytes
 from src.config import Config
 from src.data.tokenizer import load_tokenizer
 from src.evaluate import greedy
@@ -22,8 +21,10 @@ from src.generate import Sampling, stream
 from src.graphed import GraphedDecoder
 from src.likelihood import log_likelihoods
 from src.model import RWKV, default_arch
-from src.model.batch_loss import chunks_of, half_of, rows_loss
+from src.model.batch_loss import rows_loss
 from src.model.rwkv import parameter_groups, replace_tensors
+from src.planning.step import chunks_of, half_of
+from src.planning.step_memory import model_on_meta, step_bytes
 from src.trainer import FineTuning
 
 from . import cases

@@ -13,19 +13,17 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 
-from . import ops
-from .calibrate import Speed
-from .choices import choose, choose_batch, held_out_share, row_length
-from .common.available_memory import all_memory, free_memory
-from .common.device import choose_accelerator, choose_precision
-from .common.formatting import counted
-from .config import Config, accumulation, is_automatic
-from .data.batches import Schedule, make_schedule
-from .data.chat_template import Template
-from .data.dataset import Documents, load
-from .data.encode import Encoder
-from .data.formats import Reading, Report, sources
-from .data.held_out import (
+from .. import ops
+from ..common.available_memory import all_memory, free_memory
+from ..common.device import choose_accelerator, choose_precision
+from ..common.formatting import counted
+from ..config import Config, accumulation, is_automatic
+from ..data.batches import Schedule, make_schedule
+from ..data.chat_template import Template
+from ..data.dataset import Documents, load
+from ..data.encode import Encoder
+from ..data.formats import Reading, Report, sources
+from ..data.held_out import (
     FORWARD,
     USUAL_SAMPLE_TOKENS,
     affordable,
@@ -34,10 +32,11 @@ from .data.held_out import (
     in_hash_order,
     questions,
 )
-from .data.tokenizer import Tokenizer
-from .learning_rate import method_rate
+from ..data.tokenizer import Tokenizer
+from ..model import RWKV
+from .defaults import choose, choose_batch, held_out_share, method_rate, row_length
 from .memory import USABLE, largest_batch, memory_parts, needed
-from .model import RWKV
+from .throughput import Speed
 
 # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
 STAGE_3_CHUNKS = (

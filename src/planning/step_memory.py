@@ -21,12 +21,13 @@ import rwkv_miss
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
-from .common.device import DTYPES
-from .config import Config
-from .config.validate import adapter_options
-from .model import RWKV
-from .model.batch_loss import chunks_of, rows_loss, state_bytes
-from .model.rwkv import replace_tensors
+from ..common.device import DTYPES
+from ..config import Config
+from ..config.validate import adapter_options
+from ..model import RWKV
+from ..model.batch_loss import rows_loss, state_bytes
+from ..model.rwkv import replace_tensors
+from .step import chunks_of
 
 # glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back
 # when it is freed

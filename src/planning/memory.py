@@ -24,12 +24,12 @@ import heapq
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
-from .allocation import StepBytes, model_on_meta, step_bytes
-from .common.available_memory import MIB
-from .common.device import DTYPES
-from .config import Config
-from .data.batches import Schedule
-from .model import RWKV
+from ..common.available_memory import MIB
+from ..common.device import DTYPES
+from ..config import Config
+from ..data.batches import Schedule
+from ..model import RWKV
+from .step_memory import StepBytes, model_on_meta, step_bytes
 
 # glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB,
 # 0.4 to 0.9 of that were seen with glibc 2.41 (benchmarks/memory.py)

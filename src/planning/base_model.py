@@ -13,11 +13,11 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 
-from .choices import choose, own_rank
-from .config import Config
-from .config.validate import adapter_options, check_sizes
-from .data.tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
-from .model import RWKV, default_arch, read_model_file
+from ..config import Config
+from ..config.validate import adapter_options, check_sizes
+from ..data.tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
+from ..model import RWKV, default_arch, read_model_file
+from .defaults import choose, own_rank
 
 
 def read_base(config: Config, origins: dict[str, str]):

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 from rwkv_miss.adapter import METHODS
 
-from .common.formatting import counted, size_text
-from .config import Config, accumulation, is_automatic
+from ..common.formatting import counted, size_text
+from ..config import Config, accumulation, is_automatic
+from ..config.schema import FULL_LR, NEW_MODEL_LR
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
 CHUNK = 512  # tokens of a chunk that is suggested
@@ -190,3 +191,10 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
         yield changes | {"quant": "nf4"}
     if config.world > 1 and not shared and config.quant == "none":  # stage 3 has no quantised base
         yield changes | {"strategy": "deepspeed_stage_3"}
+
+
+def method_rate(config: Config) -> float:
+    """The learning rate that belongs to what is trained."""
+    if config.peft != "none":
+        return METHODS[config.peft].default_lr
+    return FULL_LR if config.load_model else NEW_MODEL_LR

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.files.checkpoint import Arch
 
-from .allocation import model_on_meta
-from .common.device import DTYPES
-from .config import Config
-from .data.batches import Schedule
-from .model.layers import Head
-from .model.rwkv import replace_tensors
+from ..common.device import DTYPES
+from ..config import Config
+from ..data.batches import Schedule
+from ..model.layers import Head
+from ..model.rwkv import replace_tensors
+from .step_memory import model_on_meta
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
 TOKENS = {False: 256, True: 64}  # of one row; fewer in a model of at least 2048 channels, which is slow

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import torch
+
+from ..common.device import DTYPES
+from ..config import Config
+from ..model.batch_loss import Chunks
+
+
+def chunks_of(config: Config) -> Chunks:
+    """How the settings have rows run."""
+    return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
+
+
+def half_of(config: Config) -> torch.dtype | None:
+    """The dtype of autocast in full training; None: compute in the parameters' dtypes."""
+    return (
+        DTYPES[config.precision] if config.peft == "none" and config.precision in ("bf16", "fp16") else None
+    )
