@@ -33,10 +33,10 @@ import torch
 from rwkv_miss import inject, merge_file, read_checkpoint, save_adapter, write_checkpoint
 from rwkv_miss.adapter import adapted_linears
 from src import ops
-from src.adapters import Adapters
 from src.common.device import cpu_features
-from src.decode import Decoder
 from src.export import export
+from src.inference.adapters import Adapters
+from src.inference.cpu_decoder import Decoder
 from src.model import RWKV, default_arch
 from src.ops import build
 

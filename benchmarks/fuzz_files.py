@@ -33,12 +33,13 @@ from rwkv_miss import UserError, convert
 from rwkv_miss.files.checkpoint import METADATA, read_metadata, write_checkpoint
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
-from src.adapters import Adapters
 from src.export import export
-from src.generate import Conversation, Sampling
-from src.load import load_with
+from src.inference.adapters import Adapters
+from src.inference.conversation import Conversation
+from src.inference.conversation_file import load_chat, save_chat
+from src.inference.load import load_with
+from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch, read_model_file
-from src.saved_chat import load_chat, save_chat
 
 from . import fuzz
 from .common import peak_above_start, report

@@ -18,9 +18,11 @@ with importing():
     from src.common.device import DTYPES
     from src.data.rwkv_template import MODES
     from src.data.templates import recorded_template
-    from src.decode import fastest
-    from src.generate import Conversation, Sampling, stream
-    from src.load import load_with
+    from src.inference.conversation import Conversation
+    from src.inference.cpu_decoder import fastest
+    from src.inference.generate import stream
+    from src.inference.load import load_with
+    from src.inference.sampling import Sampling
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from rwkv_miss.errors import UserError
-from src.adapters import Adapters
 from src.data.chat_template import Template
 from src.data.rwkv_template import MODES, RwkvTemplate
-from src.decode import Decoder
-from src.generate import Conversation
-from src.graphed import GraphedDecoder
 from src.guessing import ENOUGH, doubt_of_text
-from src.saved_chat import load_chat, save_chat
+from src.inference.adapters import Adapters
+from src.inference.conversation import Conversation
+from src.inference.conversation_file import load_chat, save_chat
+from src.inference.cpu_decoder import Decoder
+from src.inference.cuda_graph import GraphedDecoder
 
 NO_ADAPTER = "none"
 LEAVING = ("exit", "quit")  # also without a slash, as in many other programs

@@ -26,7 +26,7 @@ with importing():
     from src.common.files import write_bytes
     from src.data.templates import recorded_template
     from src.evaluate import Question, exact_accuracy, read_questions
-    from src.load import load
+    from src.inference.load import load
 
 DEMO = "bash demo/demo-training-miss.sh"
 BASE, RUN, OUT = "demo/rwkv7-reverse.pth", "out/demo", "docs/demo.png"

@@ -13,7 +13,7 @@ with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.data.templates import recorded_template
     from src.evaluate import exact_accuracy, read_questions
-    from src.load import load, load_with
+    from src.inference.load import load, load_with
 
 
 def short(prompt: str) -> str:

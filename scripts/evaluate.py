@@ -23,7 +23,7 @@ with importing():
     from src.data.templates import load_template, recorded_template
     from src.evaluate import LIMITS, THOUGHTS, Answer, Question, answer_limit, answers_to, read_questions
     from src.guessing import doubt_of_answers
-    from src.load import load
+    from src.inference.load import load
 
 DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's
 WARN_CUT = 0.01  # share of answers that reach the limit, from which on the user is warned

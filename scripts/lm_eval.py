@@ -19,7 +19,7 @@ with importing():
     from src.common.device import DTYPES
     from src.common.files import write_text
     from src.data.templates import recorded_template
-    from src.load import load
+    from src.inference.load import load
 
 
 def main(argv: list[str]) -> None:

@@ -20,8 +20,8 @@ with importing():
     from rwkv_miss.merging.rounding import ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
-    from src.blend import blend, merge_blended
     from src.data.tokenizer import recorded_tokenizer
+    from src.inference.blended_adapters import blend, merge_blended
     from src.model import RWKV
     from src.probe import Distance, distance, logits_of, sections
 

@@ -14,14 +14,17 @@ import rwkv_miss
 from demo import chat, commands
 from demo.commands import cells, named_mode, side_by_side
 from rwkv_miss import UserError
-from src import generate, guessing
+from src import guessing
 from src.data import rwkv_template
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
-from src.generate import Conversation, Sampling, stream
-from src.load import load_with
+from src.inference import generate
+from src.inference.conversation import Conversation
+from src.inference.conversation_file import load_chat, save_chat
+from src.inference.generate import stream
+from src.inference.load import load_with
+from src.inference.sampling import Sampling
 from src.ops import native
-from src.saved_chat import load_chat, save_chat
 
 from .test_generate import GREEDY, Scripted, letters, mixing_tensors  # noqa: F401  (a fixture)
 from .test_template import CHATML

@@ -16,11 +16,12 @@ import rwkv_miss
 from benchmarks import decode as benchmark
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
-from src import decode
 from src.data.tokenizer import load_tokenizer
-from src.decode import Decoder, fastest, int8_rows
-from src.generate import Sampling, stream
-from src.load import load
+from src.inference import cpu_decoder
+from src.inference.cpu_decoder import Decoder, fastest, int8_rows
+from src.inference.generate import stream
+from src.inference.load import load
+from src.inference.sampling import Sampling
 from src.model import RWKV, LayerState
 
 from .conftest import close, make_arch, random_tensors
@@ -214,7 +215,7 @@ def test_a_prompt_is_read_in_fp32_where_the_cpu_has_no_bf16(version, reading, ra
     """With weights that stay bf16: then as exactly as single tokens are; else with the rounding of bf16
     activations, 0.01 seen.
     """
-    monkeypatch.setattr(decode, "multiplies_bf16", lambda: reading == torch.bfloat16)
+    monkeypatch.setattr(cpu_decoder, "multiplies_bf16", lambda: reading == torch.bfloat16)
     arch = make(version)
     tensors = {name: t.bfloat16() for name, t in random_tensors(arch).items()}
     ids = some_ids(arch, 30)

@@ -24,7 +24,9 @@ from src.data.rwkv_template import DEFAULT
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions, shortened
-from src.generate import Conversation, Sampling, sample, stream
+from src.inference.conversation import Conversation
+from src.inference.generate import stream
+from src.inference.sampling import Sampling, sample
 from src.model import RWKV, LayerState
 
 from .conftest import ROOT, close, make_arch, random_tensors

@@ -12,7 +12,7 @@ import torch
 from rwkv_miss import load_adapter
 from rwkv_miss.quantised import CODES, dense, expand, quantise
 from src import ops
-from src.decode import fastest
+from src.inference.cpu_decoder import fastest
 from src.model import RWKV
 from src.ops import native
 

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src import decode, graphed, ops
-from src.graphed import GraphedDecoder
+from src import ops
+from src.inference import cpu_decoder, cuda_graph
+from src.inference.cuda_graph import GraphedDecoder
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors
@@ -67,7 +68,7 @@ def stand_ins(monkeypatch):
         "CUDAGraph": Graph,
         "graph": lambda graph: graph,
     }.items():
-        monkeypatch.setattr(graphed.torch.cuda, name, stand_in)
+        monkeypatch.setattr(cuda_graph.torch.cuda, name, stand_in)
     monkeypatch.setitem(ops.NATIVE, "cuda", "cpu")
 
 
@@ -105,12 +106,12 @@ def test_tokens_and_states_are_the_models_and_stay_what_they_were(version):
 
 def test_a_chat_on_a_gpu_takes_the_graph_or_the_model_where_it_fails():
     model = random_model(7)
-    answers, how = decode.fastest(model)
+    answers, how = cpu_decoder.fastest(model)
     assert isinstance(answers, GraphedDecoder) and answers.graph is not None
     assert how == "one CUDA graph a token"
     # a number for Python waits for the device
     model.ln_out.register_forward_hook(lambda layer, inputs, x: x * float(x.isfinite().all()))
-    answers, how = decode.fastest(model)
+    answers, how = cpu_decoder.fastest(model)
     assert answers is model
     assert how.endswith("as a CUDA graph does not work: operation not permitted when stream is capturing")
 

@@ -14,7 +14,8 @@ from src import likelihood
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluate import greedy
-from src.generate import Sampling, stream
+from src.inference.generate import stream
+from src.inference.sampling import Sampling
 from src.likelihood import log_likelihoods
 from src.model import RWKV
 

@@ -14,10 +14,11 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, wri
 from rwkv_miss.files import identity
 from rwkv_miss.files.identity import Identity, fingerprint, sampled_fingerprint
 from rwkv_miss.merging.unmerge import check_merge
-from src.generate import Conversation, Sampling
-from src.load import load_with
+from src.inference.conversation import Conversation
+from src.inference.conversation_file import load_chat
+from src.inference.load import load_with
+from src.inference.sampling import Sampling
 from src.model import RWKV
-from src.saved_chat import load_chat
 
 from . import program
 from .conftest import make_arch, random_tensors

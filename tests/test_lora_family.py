@@ -12,7 +12,7 @@ import rwkv_miss
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.functional import dropped
 from src.config import Config
-from src.load import load
+from src.inference.load import load
 from src.model import RWKV
 from src.model.rwkv import parameter_groups
 from src.planning.base_model import build_model

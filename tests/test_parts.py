@@ -14,7 +14,7 @@ from rwkv_miss.__main__ import describe
 from rwkv_miss.adapter import METHODS, adapted_linears
 from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
 from src.config import Config, parse
-from src.load import load
+from src.inference.load import load
 from src.model import RWKV
 from src.model.rwkv import parameter_groups
 from src.outputs import whole_model

@@ -12,8 +12,9 @@ import torch
 import rwkv_miss
 from demo import chat
 from rwkv_miss.__main__ import describe
-from src.generate import Conversation, Sampling
-from src.load import load
+from src.inference.conversation import Conversation
+from src.inference.load import load
+from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.model.batch_loss import Chunks, rows_loss
 from src.model.loss import loss_sum

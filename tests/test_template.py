@@ -18,7 +18,7 @@ from src.data.loss_mask import marked, row_segments
 from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
 from src.data.templates import answer_text, load_template, recorded_template
 from src.data.tokenizer import load_tokenizer
-from src.generate import Conversation
+from src.inference.conversation import Conversation
 from src.model import RWKV
 
 from .conftest import make_arch, random_tensors

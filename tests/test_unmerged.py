@@ -7,11 +7,12 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import METHODS, UserError
-from src.adapters import Adapter, Adapters, UnmergedLinear
 from src.data.tokenizer import load_tokenizer
-from src.decode import Decoder
-from src.generate import Sampling, stream
-from src.load import load, load_with
+from src.inference.adapters import Adapter, Adapters, UnmergedLinear
+from src.inference.cpu_decoder import Decoder
+from src.inference.generate import stream
+from src.inference.load import load, load_with
+from src.inference.sampling import Sampling
 from src.model import RWKV, LayerState
 
 from .conftest import close, make_arch, random_tensors

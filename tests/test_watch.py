@@ -26,7 +26,8 @@ from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.evaluate import shortened
 from src.forgetting import sections
-from src.generate import Sampling, stream
+from src.inference.generate import stream
+from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.run_card import card, draw_losses
 

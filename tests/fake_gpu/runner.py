@@ -17,8 +17,9 @@ from src import run
 from src.config import Config
 from src.data.tokenizer import load_tokenizer
 from src.evaluate import greedy
-from src.generate import Sampling, stream
-from src.graphed import GraphedDecoder
+from src.inference.cuda_graph import GraphedDecoder
+from src.inference.generate import stream
+from src.inference.sampling import Sampling
 from src.likelihood import log_likelihoods
 from src.model import RWKV, default_arch
 from src.model.batch_loss import rows_loss
@@ -141,7 +142,7 @@ def reading(version: int) -> RWKV:
 
 @torch.no_grad()
 def decode(version: int) -> dict:
-    """The token that src/graphed.py has a CUDA graph record."""
+    """The token that src/inference/cuda_graph.py has a CUDA graph record."""
     with FakeGpu() as gpu:
         decoder = GraphedDecoder(reading(version))
         gpu.begin()

@@ -20,13 +20,13 @@ from torch import Tensor
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.errors import UserError
 
-from . import ops
+from .. import ops
+from ..common.device import multiplies_bf16
+from ..common.formatting import counted
+from ..model import RWKV, LayerState, State
+from ..ops import native
 from .adapters import LowRank
-from .common.device import multiplies_bf16
-from .common.formatting import counted
-from .graphed import GraphedDecoder
-from .model import RWKV, LayerState, State
-from .ops import native
+from .cuda_graph import GraphedDecoder
 
 MODEL = (
     "emb.weight",

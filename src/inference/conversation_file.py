@@ -19,12 +19,12 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.untrusted import check_sums
 
+from ..data.rwkv_template import MODES
+from ..data.templates import load_template
+from ..model import LayerState, State
 from .adapters import Adapters
-from .data.rwkv_template import MODES
-from .data.templates import load_template
-from .decode import Decoder
-from .generate import Conversation, Turn
-from .model import LayerState, State
+from .conversation import Conversation, Turn
+from .cpu_decoder import Decoder
 
 CHAT_FORMAT = "rwkv-miss chat"
 # of the metadata, beside format and format_version

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .model import RWKV, LayerState, State
+from ..model import RWKV, LayerState, State
 
 ALLOWED = 1e-2  # of the largest logit: the graph has the same operations, which may add in another order
 

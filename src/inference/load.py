@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rwkv_miss import Arch, UserError, read_metadata
 
-from . import ops
+from .. import ops
+from ..common.device import DTYPES, choose_accelerator, choose_precision
+from ..data.tokenizer import Tokenizer, recorded_tokenizer
+from ..model import RWKV, read_model_file
 from .adapters import Adapters
-from .common.device import DTYPES, choose_accelerator, choose_precision
-from .data.tokenizer import Tokenizer, recorded_tokenizer
-from .model import RWKV, read_model_file
 
 
 def load(

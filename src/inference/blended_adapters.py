@@ -14,8 +14,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.merging.members import Member
 from rwkv_miss.methods.whole_tensors import state_names
 
+from ..model import RWKV
 from .adapters import find, put, zeros_of
-from .model import RWKV
 
 
 class BlendedLinear(nn.Module):

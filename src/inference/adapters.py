@@ -24,8 +24,8 @@ from rwkv_miss.files.identity import Identity
 from rwkv_miss.functional import lora_linear, miss_linear, shard_index
 from rwkv_miss.inject import fit_adapter
 
-from .model import RWKV
-from .model.layers import Linear
+from ..model import RWKV
+from ..model.layers import Linear
 
 
 class LowRank(NamedTuple):

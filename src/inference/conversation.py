@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from typing import NamedTuple
+
+import torch
+
+from rwkv_miss.errors import UserError
+
+from ..data.chat_template import Template
+from ..data.rwkv_template import DEFAULT
+from ..model import RWKV, State
+from .cpu_decoder import Decoder
+from .generate import stream
+from .sampling import Sampling
+
+
+class Turn(NamedTuple):
+    """A user's words with the answer to them."""
+
+    messages: list[dict]
+    pieces: list[str]  # what is read of them, each tokenised on its own
+    # whether the pieces are the conversation from its beginning, which the first turn's are, and those that a
+    # template wrote anew
+    whole: bool
+
+
+class Conversation:
+    """A chat whose state is kept between turns, so that every turn costs only its own tokens.
+
+    `state` is the one after the first `read` of the `turns`; what is not in it yet is read before the next
+    answer.
+    """
+
+    def __init__(
+        self,
+        model: RWKV | Decoder,
+        tokenizer,
+        sampling: Sampling,
+        seed: int = 0,
+        system: str = "",
+        template: Template = DEFAULT,
+    ):
+        self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
+        self.generator = torch.Generator().manual_seed(seed)
+        self.system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the beginning, but for the random numbers."""
+        self.turns: list[Turn] = []
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Forget the state, as of a model with other weights: all turns are read again before the next
+        answer.
+        """
+        self.state: State | None = None
+        self.read = 0
+        self.earlier: tuple[State | None, int] = None, 0  # state and read of before the last answer
+
+    @property
+    def messages(self) -> list[dict]:
+        """The conversation so far, as {"role", "content"}."""
+        opening = [{"role": "system", "content": self.system}] if self.system else []
+        return opening + [message for turn in self.turns for message in turn.messages]
+
+    def undo(self) -> None:
+        """Take back the last turn. UserError if there is none."""
+        if not self.turns:
+            raise UserError("there is no turn to take back")
+        self.turns.pop()
+        if self.read > len(self.turns):
+            self.state, self.read = self.earlier
+            self.earlier = None, 0
+
+    def twin(self, seed: int) -> Conversation:
+        """The same conversation with random numbers of its own; what is said in it is not said here."""
+        other = copy.copy(self)
+        other.turns, other.generator = list(self.turns), torch.Generator().manual_seed(seed)
+        return other
+
+    def unread(self) -> tuple[State | None, list[str]]:
+        """(the state to go on from, the pieces of the turns that it does not hold)."""
+        first = max((i for i, turn in enumerate(self.turns) if turn.whole), default=0)
+        state, start = (self.state, self.read) if self.read > first else (None, first)
+        return state, [piece for turn in self.turns[start:] for piece in turn.pieces]
+
+    def answer(self, text: str, max_tokens: int = 512) -> Generator[str, None, None]:
+        """The model's answer to a user turn, in pieces. If it is interrupted or closed, what was said until
+        then is the answer.
+        """
+        new = [{"role": "user", "content": text}]
+        pieces = self.template.next_turn(self.messages, new) if self.turns else None
+        whole = pieces is None
+        before, unread = (None, []) if whole else self.unread()
+        if whole:
+            pieces = [piece for piece, _ in self.template.segments([*self.messages, *new], ask=True)]
+        ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
+        said: list[str] = []
+        answers = stream(
+            self.model,
+            self.tokenizer,
+            ids,
+            before,
+            self.sampling,
+            max_tokens,
+            self.template.stop,
+            self.generator,
+        )
+        try:
+            state = yield from _noted(answers, said)
+        except (KeyboardInterrupt, GeneratorExit):
+            if said:
+                self._add(new, pieces, whole, "".join(said))
+            raise
+        self._add(new, pieces, whole, "".join(said))
+        self.earlier = self.state, self.read
+        self.state, self.read = state, len(self.turns)
+
+    def _add(self, new: list[dict], pieces: list[str], whole: bool, said: str) -> None:
+        message = {"role": "assistant", "content": (self.template.opening + said).strip()}
+        self.turns.append(Turn([*new, message], [*pieces, said], whole))
+
+
+def _noted(pieces: Generator[str, None, State], into: list[str]) -> Generator[str, None, State]:
+    """The same pieces and the same return value, with a copy of each piece."""
+    while True:
+        try:
+            into.append(next(pieces))
+        except StopIteration as end:
+            return end.value
+        yield into[-1]

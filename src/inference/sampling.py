@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_miss.errors import UserError
+
+from .cpu_decoder import ADVICE
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 (below 1e-5) is greedy; top_k 0 and top_p 1 leave the
+    distribution whole.
+
+    The penalties lower the logit of a token that the answer holds already: presence once, frequency per
+    occurrence; an occurrence fades by `penalty_decay` with every token.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.7
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_decay: float = 0.996
+
+    def check(self) -> None:
+        """UserError for a number that is out of its range."""
+        for name, fits, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+        ):
+            if not fits:
+                raise UserError(f"{name} {getattr(self, name)}: expected {expected}")
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None
+) -> int:
+    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the
+    answer. UserError if a logit is NaN or infinite upwards.
+
+    It is NumPy's work, which stays in the calling thread: torch's other threads, once woken, spin for a while
+    on the cores that the decoder needs.
+    """
+    values = logits.detach().float().cpu().numpy()
+    if seen and (sampling.presence_penalty or sampling.frequency_penalty):
+        values = values.copy()
+        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * np.array(
+            list(seen.values()), dtype=np.float32
+        )
+    if not np.isfinite(values.max()):
+        raise UserError(
+            f"the largest logit is {values.max()}, expected a finite number: the model overflows{ADVICE}"
+        )
+    if sampling.temperature < 1e-5:
+        return int(values.argmax())
+    order, probabilities = _likeliest(values, sampling)
+    # the smallest set of tokens whose probability reaches top_p; the first one always stays
+    kept = order[
+        : max(1, int((probabilities.cumsum(dtype=np.float64) - probabilities < sampling.top_p).sum()))
+    ]
+    shares = np.exp((values[kept] - values[kept[0]]).astype(np.float64) / sampling.temperature).cumsum()
+    drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * shares[-1]
+    return int(kept[np.searchsorted(shares, drawn, side="right")])
+
+
+def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and probabilities of the likeliest tokens in their order: top_k of them, else enough to reach
+    top_p. Of 65536 tokens 256 are most often enough, and sorting them all takes longer than making the logits
+    of a small model.
+    """
+    if sampling.top_k:
+        order = _largest(logits, sampling.top_k)
+        weights = np.exp(logits[order] - logits[order[0]])
+        return order, weights / weights.sum(dtype=np.float64)
+    weights = np.exp(logits - logits.max())
+    total = weights.sum(dtype=np.float64)
+    for count in (256, 4096, len(logits)):
+        order = _largest(logits, count)
+        probabilities = weights[order] / total
+        if probabilities.sum() >= sampling.top_p:
+            break
+    return order, probabilities
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest values, or of all, the largest first."""
+    found = np.argpartition(values, -count)[-count:] if count < len(values) else np.arange(len(values))
+    return found[np.argsort(-values[found])]
