@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rwkv_miss.errors import UserError
 from src.data.chat_template import Template
 from src.data.rwkv_template import MODES, RwkvTemplate
-from src.guessing import ENOUGH, doubt_of_text
+from src.evaluation.guessing import ENOUGH, doubt_of_text
 from src.inference.adapters import Adapters
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat

@@ -25,7 +25,7 @@ with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.files import write_bytes
     from src.data.templates import recorded_template
-    from src.evaluate import Question, exact_accuracy, read_questions
+    from src.evaluation.accuracy import Question, exact_accuracy, read_questions
     from src.inference.load import load
 
 DEMO = "bash demo/demo-training-miss.sh"

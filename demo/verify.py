@@ -12,7 +12,7 @@ with importing():
     from rwkv_miss import UserError
     from rwkv_miss.errors import Parser, one_line_errors
     from src.data.templates import recorded_template
-    from src.evaluate import exact_accuracy, read_questions
+    from src.evaluation.accuracy import exact_accuracy, read_questions
     from src.inference.load import load, load_with
 
 

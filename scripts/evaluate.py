@@ -13,16 +13,24 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.output import require_writable
-    from src.answers import SCORES
-    from src.code_tests import passed, read_problems
     from src.common.device import DTYPES
     from src.common.files import write_text
     from src.config import FIELDS
     from src.data.formats import Reading
     from src.data.rwkv_template import MODES
     from src.data.templates import load_template, recorded_template
-    from src.evaluate import LIMITS, THOUGHTS, Answer, Question, answer_limit, answers_to, read_questions
-    from src.guessing import doubt_of_answers
+    from src.evaluation.accuracy import (
+        LIMITS,
+        THOUGHTS,
+        Answer,
+        Question,
+        answer_limit,
+        answers_to,
+        read_questions,
+    )
+    from src.evaluation.code_tests import passed, read_problems
+    from src.evaluation.guessing import doubt_of_answers
+    from src.evaluation.scoring import SCORES
     from src.inference.load import load
 
 DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"lm-evaluation-harness can't be imported ({error}): pip install 'lm_eval>=0.4.12'"
         ) from None
-    from src.harness import HarnessModel, Lambada
+    from src.evaluation.lm_eval_model import HarnessModel, Lambada
 
     names = args.tasks.split(",")
     local = {name: Lambada(needed(args.data_file)) for name in names if name == Lambada.NAME}

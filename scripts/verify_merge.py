@@ -21,9 +21,9 @@ with importing():
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
     from src.data.tokenizer import recorded_tokenizer
+    from src.evaluation.kl_divergence import Distance, distance, logits_of, sections
     from src.inference.blended_adapters import blend, merge_blended
     from src.model import RWKV
-    from src.probe import Distance, distance, logits_of, sections
 
 # of the largest logit: what the order of fp32 sums changes in models of up to 32 layers, with a factor of ten
 # to spare

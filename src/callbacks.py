@@ -24,7 +24,7 @@ from .common.device import peak_memory
 from .common.files import append_line, read_lines, write_lines
 from .config.launcher import is_first_process
 from .data.tokenizer import Tokenizer
-from .guessing import worse_than_guessing
+from .evaluation.guessing import worse_than_guessing
 from .history import BEST
 from .rollback import LastGood
 from .state import gradient_norm, read_state, whole_gradient, write_state

@@ -15,7 +15,7 @@ import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
 
 from .data.held_out import undisturbed
-from .probe import BLOCK, divergence, sections
+from .evaluation.kl_divergence import BLOCK, divergence, sections
 
 
 class Forgetting(Callback):

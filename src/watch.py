@@ -25,7 +25,7 @@ from .data.held_out import (
     undisturbed,
     validation_loss,
 )
-from .evaluate import greedy, shortened
+from .evaluation.accuracy import greedy, shortened
 from .history import BEST, VALIDATION, best, describe, is_over
 
 

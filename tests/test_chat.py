@@ -14,10 +14,10 @@ import rwkv_miss
 from demo import chat, commands
 from demo.commands import cells, named_mode, side_by_side
 from rwkv_miss import UserError
-from src import guessing
 from src.data import rwkv_template
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
+from src.evaluation import guessing
 from src.inference import generate
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat

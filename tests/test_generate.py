@@ -23,7 +23,15 @@ from src.data.formats import Reading
 from src.data.rwkv_template import DEFAULT
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
-from src.evaluate import Question, answer_limit, answers_to, exact_accuracy, greedy, read_questions, shortened
+from src.evaluation.accuracy import (
+    Question,
+    answer_limit,
+    answers_to,
+    exact_accuracy,
+    greedy,
+    read_questions,
+    shortened,
+)
 from src.inference.conversation import Conversation
 from src.inference.generate import stream
 from src.inference.sampling import Sampling, sample

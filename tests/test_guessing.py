@@ -5,7 +5,7 @@ import math
 import pytest
 
 from src.data.tokenizer import load_tokenizer
-from src.guessing import ENOUGH, MARGIN, doubt_of_answers, doubt_of_text, worse_than_guessing
+from src.evaluation.guessing import ENOUGH, MARGIN, doubt_of_answers, doubt_of_text, worse_than_guessing
 from src.model import RWKV
 
 

@@ -10,13 +10,13 @@ import torch
 
 import rwkv_miss
 from scripts import lm_eval as program
-from src import likelihood
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
-from src.evaluate import greedy
+from src.evaluation import likelihood
+from src.evaluation.accuracy import greedy
+from src.evaluation.likelihood import log_likelihoods
 from src.inference.generate import stream
 from src.inference.sampling import Sampling
-from src.likelihood import log_likelihoods
 from src.model import RWKV
 
 from .conftest import make_arch, pypi_rwkv, random_tensors
@@ -59,7 +59,7 @@ def test_lambada_gives_the_score_of_the_package(data_dir, tmp_path, capsys):
     import lm_eval.evaluator
     from lm_eval.tasks import TaskManager
 
-    from src.harness import Lambada
+    from src.evaluation.lm_eval_model import Lambada
 
     # in fp32, because the package normalises the embedding of v6 in the file's dtype
     model, data, out = (tmp_path / name for name in ("model.pth", "lambada.jsonl", "ours.json"))
@@ -165,7 +165,7 @@ def harness(model):
 
 
 def harness_model(model, tokenizer, *template):
-    from src.harness import HarnessModel
+    from src.evaluation.lm_eval_model import HarnessModel
 
     return HarnessModel(model, load_tokenizer(tokenizer, 65536 if tokenizer == "world" else 257), *template)
 

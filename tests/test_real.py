@@ -14,7 +14,7 @@ import torch
 
 from rwkv_miss import load_adapter, merge_file, read_checkpoint, read_metadata
 from src.data.tokenizer import load_tokenizer
-from src.evaluate import greedy
+from src.evaluation.accuracy import greedy
 from src.model import RWKV
 from src.model.loss import loss_sum
 

@@ -16,11 +16,11 @@ from benchmarks.paper import __main__ as paper
 from rwkv_miss import UserError, merge_file, read_metadata
 from scripts import evaluate, lm_eval
 from src import config
-from src.answers import final_number, normalised, numbers, result, same_number, same_result
-from src.code_tests import Problem, code_of, passed, read_problems
 from src.data.formats import read_rows
 from src.data.loss_mask import row_segments
 from src.data.rwkv_template import DEFAULT
+from src.evaluation.code_tests import Problem, code_of, passed, read_problems
+from src.evaluation.scoring import final_number, normalised, numbers, result, same_number, same_result
 
 from . import program
 from .conftest import ROOT

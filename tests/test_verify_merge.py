@@ -11,9 +11,9 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, wri
 from rwkv_miss.convert import convert
 from rwkv_miss.merging.members import read_members
 from scripts.verify_merge import main
+from src.evaluation.kl_divergence import distance, logits_of
 from src.inference.blended_adapters import BlendedLinear, blend
 from src.model import RWKV
-from src.probe import distance, logits_of
 
 from .conftest import make_arch, random_tensors
 

@@ -24,7 +24,7 @@ from src.config import Config, parse
 from src.config.parse import read_yaml
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
-from src.evaluate import shortened
+from src.evaluation.accuracy import shortened
 from src.forgetting import sections
 from src.inference.generate import stream
 from src.inference.sampling import Sampling

@@ -16,11 +16,11 @@ from src import config as configuration
 from src import run
 from src.config import Config
 from src.data.tokenizer import load_tokenizer
-from src.evaluate import greedy
+from src.evaluation.accuracy import greedy
+from src.evaluation.likelihood import log_likelihoods
 from src.inference.cuda_graph import GraphedDecoder
 from src.inference.generate import stream
 from src.inference.sampling import Sampling
-from src.likelihood import log_likelihoods
 from src.model import RWKV, default_arch
 from src.model.batch_loss import rows_loss
 from src.model.rwkv import parameter_groups, replace_tensors

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .model import RWKV
+from ..model import RWKV
 
 TOKENS = 1 << 14  # in one pass, padding included
 LOGITS = 1 << 26  # at once: 256 MiB in fp32

@@ -26,10 +26,10 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
-from .data.chat_template import Template
-from .data.formats import sources
-from .data.rwkv_template import DEFAULT
-from .evaluate import Question
+from ..data.chat_template import Template
+from ..data.formats import sources
+from ..data.rwkv_template import DEFAULT
+from .accuracy import Question
 
 SECONDS = 10  # that a program may take, by the clock
 MEMORY = 2 << 30  # bytes of address space of a program

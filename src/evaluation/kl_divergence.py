@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 
-from .model import RWKV
+from ..model import RWKV
 
 BLOCK = 16  # tokens whose logits are looked at together
 TEXT = pathlib.Path(__file__).with_name("forgetting.txt")

@@ -9,9 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer
+from ..model import RWKV
 from .likelihood import log_likelihoods
-from .model import RWKV
 
 MARGIN = 0.5  # nats
 ENOUGH = 32  # tokens that can tell

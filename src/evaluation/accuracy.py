@@ -13,11 +13,11 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from .data.chat_template import Template, thoughts_of
-from .data.formats import BY_NAME, Reading, read_rows
-from .data.rwkv_template import DEFAULT
-from .data.templates import answer_text
-from .model import RWKV, LayerState, State
+from ..data.chat_template import Template, thoughts_of
+from ..data.formats import BY_NAME, Reading, read_rows
+from ..data.rwkv_template import DEFAULT
+from ..data.templates import answer_text
+from ..model import RWKV, LayerState, State
 
 BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts

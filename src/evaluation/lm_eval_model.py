@@ -13,12 +13,12 @@ from lm_eval.api.task import ConfigurableTask
 
 from rwkv_miss.errors import UserError
 
-from .data.chat_template import Template
-from .data.formats import read_rows
-from .data.rwkv_template import DEFAULT
-from .evaluate import greedy
+from ..data.chat_template import Template
+from ..data.formats import read_rows
+from ..data.rwkv_template import DEFAULT
+from ..model import RWKV
+from .accuracy import greedy
 from .likelihood import log_likelihoods
-from .model import RWKV
 
 MAX_TOKENS = 256  # of an answer for which a task gives no limit, as in the harness's own models
 

@@ -1,0 +1,4 @@
+"""What a model can do: right answers, likelihoods, lm-evaluation-harness, distance from the base.
+
+Imports common, config, ops, model, data and inference.
+"""
