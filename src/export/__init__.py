@@ -27,8 +27,8 @@ from ..data.templates import load_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
 from . import gguf, hugging_face
-from .back import form_of, to_checkpoint
-from .record import Record, check_dtypes
+from .provenance import Record, check_dtypes
+from .to_checkpoint import form_of, to_checkpoint
 from .vocabulary import vocabulary_of
 
 NAMES = {

@@ -17,8 +17,8 @@ from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
 from . import gguf_table
-from .record import KEY, Record
-from .table import LARGE, MAP
+from .provenance import KEY, Record
+from .tensor_map import LARGE, MAP
 from .vocabulary import Vocabulary
 
 # of large matrices, with GGUF's number for a file of mostly these

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from rwkv_miss.files.checkpoint import Arch
 
-from .table import LARGE, MAP, VECTOR, Row
+from .tensor_map import LARGE, MAP, VECTOR, Row
 
 
 def _norm(gguf: str, name: str) -> list[Row]:

@@ -18,8 +18,8 @@ from ..data.chat_template import Template
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from .chat_template import rwkv_jinja
-from .record import Record
-from .table import LARGE, MAP, VECTOR, Row
+from .provenance import Record
+from .tensor_map import LARGE, MAP, VECTOR, Row
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 UNREAD = "block_0_value_residual.safetensors"  # which no loader knows; for the way back

@@ -24,8 +24,8 @@ from ..common.formatting import counted
 from ..model import RWKV
 from . import gguf_reader, gguf_table, hugging_face
 from .gguf import LN_EPS
-from .record import KEY, Entry, Record, check_dtypes
-from .table import Row, restore
+from .provenance import KEY, Entry, Record, check_dtypes
+from .tensor_map import Row, restore
 
 LARGEST_DEPTH = 1 << 12  # layers
 INDEX = "model.safetensors.index.json"
