@@ -80,7 +80,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_hints(parser)
     parser.add_argument("--merged", required=True)
     parser.add_argument(
-        "--text", help="a file with the probe's text; default: a short one of four kinds, src/forgetting.txt"
+        "--text",
+        help="a file with the probe's text; default: a short one of four kinds, src/evaluation/forgetting.txt",
     )
     parser.add_argument(
         "--tokens",

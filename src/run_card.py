@@ -79,13 +79,13 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     if "forgetting" not in summary:
         return [NOT_MEASURED]
     if not summary["forgetting"]:
-        return ["The tokenizer has no tokens for the fixed text, `src/forgetting.txt`."]
+        return ["The tokenizer has no tokens for the fixed text, `src/evaluation/forgetting.txt`."]
     measured = summary["forgetting"].items()
     rows = [[name, f"{kl:.4f}", perplexity(kl), kl_in_words(kl)] for name, kl in measured]
     parts = [
         (
             "How far the model of the last step has moved from its base on a fixed text,"
-            " `src/forgetting.txt`, that the training has nothing to do with: KL(base, tuned), nats per"
+            " `src/evaluation/forgetting.txt`, that the training has nothing to do with: KL(base, tuned), nats per"
             " token, 0 for the base itself."
         ),
         _table(["text", "KL", "perplexity", "in words"], rows),

@@ -1,3 +1,5 @@
+"""The turns of a conversation and the model's state after them."""
+
 from __future__ import annotations
 
 import copy

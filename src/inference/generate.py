@@ -1,5 +1,5 @@
-"""Sampling, streaming and the state of a conversation, by a model or its decoder
-(src/inference/cpu_decoder.py), which are asked alike.
+"""Streaming an answer, token by token, from a model or its decoder (cpu_decoder.py), which are asked
+alike.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""How the next token is chosen: temperature, top-p, top-k, penalties."""
+
 from __future__ import annotations
 
 import dataclasses
