@@ -20,7 +20,7 @@ import zipfile
 
 from demo import task
 from rwkv_miss import read_checkpoint
-from src.checkpoints import checkpoint_step, list_checkpoints
+from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .common import report
 

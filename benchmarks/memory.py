@@ -154,7 +154,9 @@ def main() -> None:
     if args.shapes:
         report("memory", shapes=shapes())
         return
-    imports = "import lightning.pytorch, matplotlib.pyplot, src.run, src.trainer, src.callbacks"
+    imports = (
+        "import lightning.pytorch, matplotlib.pyplot, src.run, src.training.trainer, src.training.callbacks"
+    )
     libraries = peak_resident([sys.executable, "-c", imports])
     print(
         f"the imports alone: {libraries / 1e6:,.0f} MB; the plan counts {LIBRARIES['cpu'] / 1e6:,.0f} MB for"

@@ -20,7 +20,7 @@ from src.data.batches import Batches, make_schedule
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model.loss import loss_sum
-from src.model.rwkv import parameter_groups
+from src.training.optimizer import parameter_groups
 
 from .common import report
 from .step import random_model

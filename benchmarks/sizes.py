@@ -19,7 +19,8 @@ from scripts.memory_table import MODELS
 from src import ops
 from src.common.device import DTYPES, peak_memory
 from src.model import RWKV, default_arch
-from src.model.rwkv import parameter_groups, replace_tensors
+from src.model.rwkv import replace_tensors
+from src.training.optimizer import parameter_groups
 
 from .common import report
 from .step import flops

@@ -24,7 +24,7 @@ from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.gemm import product
 from src.model import RWKV, default_arch
 from src.model.loss import loss_sum
-from src.model.rwkv import parameter_groups
+from src.training.optimizer import parameter_groups
 
 from .common import peak_above_start, report
 from .wkv import make, ours

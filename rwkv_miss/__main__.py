@@ -32,7 +32,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         written_as, metadata = ADAPTER_FORMAT, foreign(source, read_as)
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
     arch = None if written_as in KINDS else Arch.detect(tensors)
-    # src/state.py names what the optimizer keeps NAME:exp_avg and so on
+    # src/training/training_state.py names what the optimizer keeps NAME:exp_avg and so on
     trained = [t for name, t in tensors.items() if ":" not in name] if written_as == RUN_FORMAT else None
     files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
     return {

@@ -27,18 +27,18 @@ with importing():
     from matplotlib.figure import Figure
 
     from rwkv_miss.errors import UserError, one_line_errors
-    from src import describe
     from src.common.device import DTYPES
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
     from src.config import Config, command, settle, validate
     from src.config.parse import flag_parser, read_flags
     from src.data.templates import recorded_template
-    from src.folder import require_folder
-    from src.learning_rate import state_learning_rate
     from src.planning.base_model import build_model, read_base
     from src.planning.job import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
-    from src.trial import Trial, held_out_loss, trials
+    from src.training import plan_text
+    from src.training.optimizer import state_learning_rate
+    from src.training.run_folder import require_folder
+    from src.training.short_runs import Trial, held_out_loss, trials
 
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
@@ -162,9 +162,9 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
         "cuda" if device.accelerator == "gpu" else "cpu"
     )
 
-    print(describe.base(config, arch, describe.frozen_bytes(model)))
-    print(f"trained    {describe.trained(config, model)}")
-    print(*data.found.lines(), *describe.data(config, data.documents, schedule), sep="\n")
+    print(plan_text.base(config, arch, plan_text.frozen_bytes(model)))
+    print(f"trained    {plan_text.trained(config, model)}")
+    print(*data.found.lines(), *plan_text.data(config, data.documents, schedule), sep="\n")
     print(
         f"held out   {counted(len(data.held_out.rows), 'document')}, loss on"
         f" {counted(data.held_out.targets, 'token')}"

@@ -22,7 +22,7 @@ with importing():
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
     from rwkv_miss.progress import duration_text
-    from src import describe, ops
+    from src import ops
     from src.common.available_memory import parse_size
     from src.common.formatting import counted, size_text
     from src.config import Config, settle, validate
@@ -47,7 +47,8 @@ with importing():
     from src.planning.memory import USABLE, needed
     from src.planning.step_memory import model_on_meta
     from src.planning.throughput import Speed, speed_here
-    from src.resume import earlier_settings, inherit, keep_rows_per_step
+    from src.training import plan_text
+    from src.training.resume import earlier_settings, inherit, keep_rows_per_step
 
 
 OWN = ("memory", "tokens_per_second", "metrics", "json")
@@ -123,16 +124,16 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     speed = find_speed(ours, config, arch, device, schedule)
     cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
     model = model_on_meta(arch, config)
-    print(describe.base(config, arch, parts["base"]))
-    print(f"trained    {describe.trained(config, model)}")
-    print(*data.found.lines(), *describe.data(config, documents, schedule), sep="\n")
-    print(describe.steps(config, schedule, steps))
-    print(describe.evaluation(config, len(evaluated.rows), len(data.held_out.rows), steps, cost))
+    print(plan_text.base(config, arch, parts["base"]))
+    print(f"trained    {plan_text.trained(config, model)}")
+    print(*data.found.lines(), *plan_text.data(config, documents, schedule), sep="\n")
+    print(plan_text.steps(config, schedule, steps))
+    print(plan_text.evaluation(config, len(evaluated.rows), len(data.held_out.rows), steps, cost))
     print(
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
     )
-    print(*describe.chosen(config, origins), sep="\n")
+    print(*plan_text.chosen(config, origins), sep="\n")
     print(
         "memory     of one process, estimated"
         if device.accelerator == "cpu"

@@ -24,7 +24,6 @@ with importing():
 
     from rwkv_miss.errors import UserError, one_line_errors
     from rwkv_miss.files.checkpoint import Arch
-    from src import describe
     from src.common.formatting import counted
     from src.config import Config, settle
     from src.config.parse import flag_parser, read_flags
@@ -38,6 +37,7 @@ with importing():
     from src.data.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
     from src.model import read_model_file
     from src.planning.defaults import longest_uncut, row_length
+    from src.training import plan_text
 
 OWN = ("samples", "plain", "json", "strict")
 # two shades each, as parameters of the escape sequence
@@ -144,7 +144,7 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
     lines = [
         *report.lines(),
         (
-            f"template   {encoder.template.name}, loss on {describe.mask(encoder.loss_mask)}; tokenizer"
+            f"template   {encoder.template.name}, loss on {plan_text.mask(encoder.loss_mask)}; tokenizer"
             f" {encoder.tokenizer.name}"
         ),
         (
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets}"
                     " trained:"
                 )
-                print(describe.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
+                print(plan_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))
 

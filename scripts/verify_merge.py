@@ -81,7 +81,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--merged", required=True)
     parser.add_argument(
         "--text",
-        help="a file with the probe's text; default: a short one of four kinds, src/evaluation/forgetting.txt",
+        help="a file with the probe's text; default: src/evaluation/forgetting.txt, short and of four kinds",
     )
     parser.add_argument(
         "--tokens",

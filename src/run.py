@@ -12,17 +12,13 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.interrupts import EXIT_CODE
 
-from . import describe, ops
-from .checkpoints import checkpoint_step, remove_leftovers, restore_best
+from . import ops
 from .common.device import DTYPES
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
 from .data.templates import recorded_template
 from .distributed.watchdog import lifeline
-from .folder import folder_of_run
-from .history import BEST, VALIDATION, best, is_over
-from .outputs import CHECKPOINTS, CONFIG, METRICS, finish, is_summed_up, output_path, write_new_model, writer
 from .planning.base_model import build_model, read_base
 from .planning.job import (
     Job,
@@ -35,8 +31,28 @@ from .planning.job import (
     run_cost,
 )
 from .planning.throughput import speed_here
-from .resume import check_inputs, earlier_settings, find_checkpoint, inherit, inputs, keep_rows_per_step
-from .writers import check_wandb, open_writers
+from .training import plan_text
+from .training.loggers import check_wandb, open_writers
+from .training.outputs import finish, is_summed_up, write_new_model, writer
+from .training.resume import (
+    check_inputs,
+    earlier_settings,
+    find_checkpoint,
+    inherit,
+    inputs,
+    keep_rows_per_step,
+)
+from .training.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    checkpoint_step,
+    folder_of_run,
+    output_path,
+    remove_leftovers,
+    restore_best,
+)
+from .training.validation_log import BEST, VALIDATION, best, is_over
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
@@ -84,8 +100,8 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
         check_inputs(resume_from, inputs(model, data.documents, data.held_out), model.base_identity)
     plan = []
     if is_first_process():
-        short = describe.plan(job, cost, describe.resume(job, before, resume_from, over))
-        plan = [*short, *describe.details(job)]
+        short = plan_text.plan(job, cost, plan_text.resume(job, before, resume_from, over))
+        plan = [*short, *plan_text.details(job)]
         print("\n".join(plan if config.verbose else short), flush=True)
         if resume_from:
             put_best_back(config, history)
@@ -106,11 +122,11 @@ def put_best_back(config: Config, history: list[dict]) -> None:
 
 def train(job: Job, plan: list[str], started: float, history: list[dict], resume_from: str | None) -> None:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come."""
-    from .callbacks import Saver, StepReport
-    from .forgetting import Forgetting
-    from .rollback import LastGood
-    from .trainer import FineTuning, make_trainer, naming_the_killed
-    from .watch import Watch
+    from .training.callbacks import Saver, StepReport
+    from .training.forgetting import Forgetting
+    from .training.rollback import LastGood
+    from .training.trainer import FineTuning, make_trainer, naming_the_killed
+    from .training.validation import Watch
 
     config, model, held_out = job.config, job.model, job.data.held_out
     folder, checkpoints = config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS)

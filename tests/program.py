@@ -21,11 +21,11 @@ import torch
 import torch.utils.tensorboard  # noqa: F401
 
 import src.distributed.deepspeed_strategy  # noqa: F401
-import src.forgetting  # noqa: F401
 import src.model
 import src.run  # noqa: F401
-import src.trainer  # noqa: F401
-import src.watch  # noqa: F401
+import src.training.forgetting  # noqa: F401
+import src.training.trainer  # noqa: F401
+import src.training.validation  # noqa: F401
 import train
 
 from .conftest import ROOT

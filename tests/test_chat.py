@@ -18,7 +18,7 @@ from src.data import rwkv_template
 from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 from src.evaluation import guessing
-from src.inference import conversation
+from src.inference import conversation as conversation_module
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat, save_chat
 from src.inference.generate import stream
@@ -353,7 +353,7 @@ def asked(monkeypatch):
         texts.append(tokenizer.decode(ids))
         return stream(model, tokenizer, ids, *rest)
 
-    monkeypatch.setattr(conversation, "stream", noted)
+    monkeypatch.setattr(conversation_module, "stream", noted)
     # no < in this vocabulary: a mode with another opening stands for the others
     monkeypatch.setitem(rwkv_template.MODES, "think-long", rwkv_template.Mode(" think a lot", " "))
     return texts

@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from rwkv_miss.errors import UserError
-from src import resume
 from src.common.formatting import size_text
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
 from src.config.parse import read_yaml
 from src.planning import defaults
 from src.planning.defaults import choose_batch, held_out_share, own_rank, row_length
-from src.resume import inherit, keep_rows_per_step
+from src.training import resume
+from src.training.resume import inherit, keep_rows_per_step
 
 from . import program
 from .conftest import make_arch, random_tensors

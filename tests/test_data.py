@@ -16,8 +16,6 @@ import torch.nn.functional as F
 import rwkv_miss
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import read_checkpoint
-from src import describe
-from src.checkpoints import checkpoint_step, list_checkpoints
 from src.config import Config
 from src.data import batches as rows_and_steps
 from src.data import dataset
@@ -28,6 +26,8 @@ from src.data.encode import Encoder
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
+from src.training import plan_text
+from src.training.run_folder import checkpoint_step, list_checkpoints
 
 from .conftest import close, make_arch, random_tensors
 
@@ -182,7 +182,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     assert documents.targets == 18 and documents.tokens == 22
 
     config = Config(ctx_len=8)
-    lines = describe.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))
+    lines = plan_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))
     assert lines[0] == "data       4 documents, 22 tokens, loss on 18"
     assert lines[1] == "packing    3 rows of 8 tokens, 75.0% full; documents in a row do not see each other"
     assert (
@@ -197,7 +197,7 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ).cut == 1
     config = Config(packing=False)
     documents = load(rows)
-    assert len(describe.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))) == 1
+    assert len(plan_text.data(config, documents, rows_and_steps.make_schedule(documents, config, 1))) == 1
 
 
 # broken rows
@@ -368,15 +368,15 @@ def test_batches_begin_at_any_step():
 
 def test_the_sample_shows_what_is_trained(world, raw):
     row = encode(render([user("你好"), assistant("好🙂")]), world)
-    assert describe.sample(row, world).splitlines() == [
+    assert plan_text.sample(row, world).splitlines() == [
         "    | User: 你好",
         "    | ",
         "    | Assistant:« 好🙂␃»",
     ]
-    assert describe.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
+    assert plan_text.sample(encode([Segment("a\nb", True)], raw), raw) == "    | «a\n    | b␀»"
     cut = encode([Segment("é", True), Segment("x" * 700, False)], raw)
     cut.trained[1] = False  # the mask may part a character; both halves are then shown as such
-    shown = describe.sample(cut, raw)
+    shown = plan_text.sample(cut, raw)
     assert (
         shown.startswith("    | «\ufffd»\ufffdx")
         and shown.endswith("x ... (703 tokens)")
@@ -416,7 +416,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
 
     packed: the length of rows that documents share; 0: a row for each.
     """
-    from src.trainer import FineTuning
+    from src.training.trainer import FineTuning
 
     config = Config(
         micro_bsz=micro_bsz,

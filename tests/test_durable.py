@@ -21,11 +21,10 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import read_checkpoint, read_metadata
-from src import rollback, trainer
-from src.checkpoints import list_checkpoints, remove_old
-from src.folder import alone_in
-from src.rollback import LastGood
-from src.state import read_state, write_state
+from src.training import rollback, trainer
+from src.training.rollback import LastGood
+from src.training.run_folder import alone_in, list_checkpoints, remove_old
+from src.training.training_state import read_state, write_state
 
 from . import program
 from .conftest import make_arch, random_tensors

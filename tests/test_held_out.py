@@ -14,11 +14,12 @@ import torch
 from rwkv_miss import UserError
 from src.config import Config
 from src.data.dataset import Document, Documents, load_documents
-from src.data.held_out import evaluation_batches, hold_out, questions, undisturbed
+from src.data.held_out import evaluation_batches, hold_out, questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
-from src.history import answers_as_before
 from src.planning.job import read_data
+from src.training.validation import undisturbed
+from src.training.validation_log import answers_as_before
 
 BYTES = load_tokenizer("bytes", 256, "")
 

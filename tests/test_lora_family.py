@@ -14,8 +14,8 @@ from rwkv_miss.functional import dropped
 from src.config import Config
 from src.inference.load import load
 from src.model import RWKV
-from src.model.rwkv import parameter_groups
 from src.planning.base_model import build_model
+from src.training.optimizer import parameter_groups
 
 from .conftest import close, make_arch
 from .test_adapters import filled, rwkv

@@ -16,7 +16,7 @@ from src.config import Config
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
-from src.trial import Trial, train, trials
+from src.training.short_runs import Trial, train, trials
 
 from . import program
 from .conftest import make_arch, random_tensors

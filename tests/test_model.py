@@ -8,7 +8,7 @@ from rwkv_miss import functional
 from rwkv_miss.errors import UserError
 from src.model import RWKV
 from src.model.loss import loss_sum
-from src.model.rwkv import parameter_groups
+from src.training.optimizer import parameter_groups
 
 from .conftest import close, make_arch, pypi_rwkv, random_tensors
 

@@ -17,7 +17,7 @@ from rwkv_miss import UserError
 from src.config import Config
 from src.model import RWKV
 from src.planning.base_model import build_model
-from src.trial import held_out_loss
+from src.training.short_runs import held_out_loss
 
 TINY = dataclasses.replace(loss_curves.TINY, tasks=("letters",))
 

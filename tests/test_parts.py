@@ -16,8 +16,8 @@ from rwkv_miss.methods.whole_tensors import PARTS, in_parts, split_parts
 from src.config import Config, parse
 from src.inference.load import load
 from src.model import RWKV
-from src.model.rwkv import parameter_groups
-from src.outputs import whole_model
+from src.training.optimizer import parameter_groups
+from src.training.outputs import whole_model
 
 from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors

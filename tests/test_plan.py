@@ -33,7 +33,7 @@ SIZES = {"n_layer": 3, "n_embd": 48, "head_size": 16, "vocab_size": 67}
 
 def counted_in_training(config, rows, kernel):
     """(activations, peak) of a real micro-batch in the trainer's own step, on real tensors."""
-    from src.trainer import FineTuning
+    from src.training.trainer import FineTuning
 
     model = build_model(config, make_arch(config_version(config), **SIZES), kernel, torch.float32)
     model.grad_cp = config.grad_cp

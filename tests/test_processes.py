@@ -24,14 +24,14 @@ from lightning.fabric.plugins.environments import (
 
 import src.distributed.consistency
 import src.distributed.watchdog
-import src.folder
+import src.training.run_folder
 from rwkv_miss import read_checkpoint, write_checkpoint
 from rwkv_miss.errors import UserError
 from src import config as configuration
-from src.checkpoints import list_checkpoints
 from src.config.launcher import check_world, is_first_process
 from src.distributed.watchdog import Lifeline, lifeline
-from src.trainer import cluster_environment
+from src.training.run_folder import list_checkpoints
+from src.training.trainer import cluster_environment
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
@@ -282,7 +282,9 @@ def test_the_others_look_into_the_folder_when_the_first_one_holds_it(tmp_path, m
     """In threads, each of which is told its rank."""
     port, order = program.free_port(), []
     ranks = {}
-    monkeypatch.setattr(src.folder, "is_first_process", lambda: ranks[threading.get_ident()] == 0)
+    monkeypatch.setattr(
+        src.training.run_folder, "is_first_process", lambda: ranks[threading.get_ident()] == 0
+    )
 
     def member(rank):
         ranks[threading.get_ident()] = rank
@@ -290,7 +292,7 @@ def test_the_others_look_into_the_folder_when_the_first_one_holds_it(tmp_path, m
             if rank == 0:
                 time.sleep(0.3)
                 order.append("about to hold it")
-            with src.folder.folder_of_run(str(tmp_path / "run"), line):
+            with src.training.run_folder.folder_of_run(str(tmp_path / "run"), line):
                 order.append(f"{rank} is in")
                 time.sleep(0.3)  # the first one stays until the other has answered
 

@@ -9,7 +9,7 @@ from rwkv_miss.errors import UserError
 from src import config as configuration
 from src.config import Config
 from src.config.launcher import RANK_VARIABLES
-from src.resume import earlier_settings, find_checkpoint, inherit
+from src.training.resume import earlier_settings, find_checkpoint, inherit
 
 SETTINGS = {
     "load_model": "base.pth",

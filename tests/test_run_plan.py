@@ -12,7 +12,6 @@ import torch
 
 from rwkv_miss import progress
 from scripts import plan as plan_program
-from src import describe, trainer
 from src.common.formatting import size_text
 from src.config import Config
 from src.config.parse import read_yaml
@@ -20,6 +19,7 @@ from src.data import held_out
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
 from src.planning.job import choose_evaluation, trained_tokens
+from src.training import plan_text, trainer
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -94,9 +94,9 @@ def validation(proj_dir):
 
 
 def short_answers(rank):
-    from src import watch
+    from src.training import validation
 
-    watch.SAMPLE_TOKENS = 4
+    validation.SAMPLE_TOKENS = 4
 
 
 # the plan
@@ -105,7 +105,7 @@ def short_answers(rank):
 def test_the_plan_is_short_and_its_details_are_in_the_card(files, tmp_path, capsys):
     output = succeed(evaluated(files, tmp_path / "run", sabotage=short_answers))
     lines = output.partition("step 0/6")[0].splitlines()
-    assert [line.split()[0] for line in lines] == LABELS and len(lines) <= describe.LINES == 14
+    assert [line.split()[0] for line in lines] == LABELS and len(lines) <= plan_text.LINES == 14
     said = dict(zip(LABELS, lines, strict=True))
     assert "6 steps of 8 rows" in said["steps"]
     assert re.search(
@@ -175,7 +175,7 @@ def test_many_warnings_share_the_last_line_but_one(files, tmp_path):
     ]
     output = succeed(start(files, tmp_path / "run", *more))
     lines = output.partition("WARNING: the loss")[0].splitlines()  # a random model's, at its first step
-    assert len(lines) == describe.LINES and lines[-1].startswith("sample ")
+    assert len(lines) == plan_text.LINES and lines[-1].startswith("sample ")
     for text in (
         "no checkpoint in",
         "cut at --ctx_len 40",
@@ -192,7 +192,7 @@ def test_a_long_part_of_the_sample_is_cut_away_from_the_mark():
     text = "a" * 100 + "Q:" + " yes" + "b" * 100
     ids = np.frombuffer(text.encode() + b"\0", np.uint8).astype(np.int32)
     row = Document(ids, np.arange(len(ids)) >= 102)
-    shown = describe.short_sample(row, load_tokenizer("bytes", 256))
+    shown = plan_text.short_sample(row, load_tokenizer("bytes", 256))
     assert shown == f"... {'a' * 78}Q:« yes{'b' * 76} ...» (« » is what is trained)"
 
 

@@ -18,9 +18,9 @@ from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.model.batch_loss import Chunks, rows_loss
 from src.model.loss import loss_sum
-from src.model.rwkv import parameter_groups
 from src.ops import wkv6, wkv7
 from src.ops.per_document import layout
+from src.training.optimizer import parameter_groups
 
 from . import program
 from .conftest import close, make_arch, pypi_rwkv, random_tensors

@@ -16,11 +16,11 @@ import yaml
 import rwkv_miss
 from rwkv_miss import read_metadata
 from rwkv_miss.__main__ import main as rwkv_miss_main
-from src import trainer
-from src.callbacks import StepReport
 from src.config import Config
 from src.model import RWKV, read_model_file
-from src.resume import earlier_settings
+from src.training import trainer
+from src.training.callbacks import StepReport
+from src.training.resume import earlier_settings
 
 from . import program
 from .conftest import ROOT, close, make_arch, pypi_rwkv, random_tensors

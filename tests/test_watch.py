@@ -19,17 +19,17 @@ import torch
 
 import rwkv_miss
 from rwkv_miss import UserError, read_checkpoint, read_metadata
-from src import callbacks, run_card, watch
 from src.config import Config, parse
 from src.config.parse import read_yaml
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.evaluation.accuracy import shortened
-from src.forgetting import sections
 from src.inference.generate import stream
 from src.inference.sampling import Sampling
 from src.model import RWKV
-from src.run_card import card, draw_losses
+from src.training import callbacks, run_card, validation
+from src.training.forgetting import sections
+from src.training.run_card import card, draw_losses
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -83,7 +83,7 @@ def start(files, proj_dir, *flags, sabotage=None):
     return program.run(flags, sabotage)
 
 
-def validation(proj_dir):
+def validation_lines(proj_dir):
     return [json.loads(line) for line in (proj_dir / "validation.jsonl").read_text().splitlines()]
 
 
@@ -126,7 +126,7 @@ def test_evaluation_does_not_disturb_the_training(files, tmp_path, watched):
 
 def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_models_own(files, watched):
     proj_dir, output = watched
-    lines = validation(proj_dir)
+    lines = validation_lines(proj_dir)
     assert [line["step"] for line in lines] == [0, 4, 6]
     held = load_documents(str(files / "held.jsonl"), BYTES, 1024)
     assert {line["tokens"] for line in lines} == {held.targets}
@@ -145,7 +145,7 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
             list(sample["prompt"].encode()),
             None,
             Sampling(temperature=0),
-            watch.SAMPLE_TOKENS,
+            validation.SAMPLE_TOKENS,
             stop="",
         )
         assert shortened("".join(pieces).strip() + "\ufffd", 300) == sample["answer"]
@@ -165,7 +165,7 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
 
 
 def short_samples(rank):
-    watch.SAMPLE_TOKENS = 9
+    validation.SAMPLE_TOKENS = 9
 
 
 def memory_by_rank(rank):
@@ -189,7 +189,7 @@ def one_process(files, tmp_path_factory):
             sabotage=short_samples,
         )
     )
-    return validation(proj_dir), summary(proj_dir)["forgetting"]
+    return validation_lines(proj_dir), summary(proj_dir)["forgetting"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
@@ -211,7 +211,7 @@ def test_two_processes_evaluate_the_same_and_are_not_disturbed(files, tmp_path, 
         )
     )
     assert losses(tmp_path / "alone") == losses(tmp_path / "watched")
-    many = validation(tmp_path / "watched")
+    many = validation_lines(tmp_path / "watched")
     assert many[0] == evaluations[0], (
         "the state before training is the same to the last bit, and so must be all about it"
     )
@@ -234,7 +234,7 @@ def scripted(losses, rank):
         hours += 1
         return losses[trainer.global_step]
 
-    watch.validation_loss = loss
+    validation.validation_loss = loss
     time.perf_counter = lambda: clock() + 3600 * hours
 
 
@@ -277,7 +277,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         in output
     )
     assert f"--adapter {proj_dir}/best.pth" in output
-    assert [(line["step"], line["loss"]) for line in validation(proj_dir)] == [
+    assert [(line["step"], line["loss"]) for line in validation_lines(proj_dir)] == [
         (0, 9.0),
         (1, 5.0),
         (2, 4.0),
@@ -301,7 +301,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
         sabotage=functools.partial(in_turn, script, functools.partial(at_file, "step-", 2, proj_dir, kill)),
     )
     # step 5 has no checkpoint and is done again
-    assert code and [line["step"] for line in validation(proj_dir)] == [
+    assert code and [line["step"] for line in validation_lines(proj_dir)] == [
         0,
         1,
         2,
@@ -373,11 +373,11 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(files, 
     # in step 2, so that step 3 is the last
     stop = functools.partial(at_file, "metrics.jsonl", 4, tmp_path / "run", interrupt)
     code, output = start(files, tmp_path / "run", *flags, sabotage=stop)
-    assert code == 130 and [line["step"] for line in validation(tmp_path / "run")] == [0], output
+    assert code == 130 and [line["step"] for line in validation_lines(tmp_path / "run")] == [0], output
     assert "holds a run already" in start(files, tmp_path / "run", *flags)[1]
     succeed(start(files, tmp_path / "run", *flags, "--resume", "auto"))
     succeed(start(files, tmp_path / "whole", *flags))
-    assert validation(tmp_path / "run") == validation(tmp_path / "whole")
+    assert validation_lines(tmp_path / "run") == validation_lines(tmp_path / "whole")
 
 
 def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
@@ -402,7 +402,7 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     code, output = start(
         files, proj_dir, *flags, "--epoch_count", "2", sabotage=functools.partial(in_turn, script, stop)
     )
-    assert code == 130 and [line["step"] for line in validation(proj_dir)] == [0, 3], output
+    assert code == 130 and [line["step"] for line in validation_lines(proj_dir)] == [0, 3], output
     shutil.copytree(proj_dir, shorter)
     output = succeed(
         start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script)
@@ -471,7 +471,7 @@ def test_the_card_says_what_was_run_and_what_came_of_it(files, watched):
     text = (proj_dir / "run_card.md").read_text()
     [line] = [line for line in text.splitlines() if line.startswith("    python train.py")]
     assert parse(shlex.split(line)[2:])[0] == Config(**read_yaml(proj_dir / "config.yaml"))
-    lines, end = validation(proj_dir), summary(proj_dir)
+    lines, end = validation_lines(proj_dir), summary(proj_dir)
     base = RWKV.load(files / "base.pth")
     assert (
         f"hashes     base {base.base_fingerprint}, tokens and mask"
@@ -605,7 +605,7 @@ def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_
     shown, events = scalars(proj_dir / "tensorboard", "train/loss")
     assert shown == pytest.approx(dict(enumerate(losses(proj_dir), 1)))
     assert len(events.Scalars("train/loss")) == 6 == len(scalars(proj_dir / "tensorboard", "train/lr")[0])
-    lines = validation(proj_dir)
+    lines = validation_lines(proj_dir)
     assert scalars(proj_dir / "tensorboard", "validation/loss")[0] == pytest.approx(
         {line["step"]: line["loss"] for line in lines}
     )
@@ -693,7 +693,7 @@ def test_weights_and_biases_gets_one_run_however_often_it_is_resumed(files, tmp_
     )
     assert [value for _, name, value in logged if name == "train/loss"] == losses(proj_dir)
     assert [value for _, name, value in logged if name == "validation/loss"] == [
-        line["loss"] for line in validation(proj_dir)
+        line["loss"] for line in validation_lines(proj_dir)
     ]
     assert [value[0] for _, name, value in logged if name == "validation/samples"] == 3 * [
         ["prompt", "answer", "right"]

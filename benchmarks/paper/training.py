@@ -25,7 +25,7 @@ from src.data.batches import collate
 from src.data.dataset import Documents
 from src.model import RWKV
 from src.planning.base_model import build_model
-from src.trial import held_out_loss, train
+from src.training.short_runs import held_out_loss, train
 
 from .settings import option
 from .training_tasks import TEXTS, Task, load_task

@@ -4,21 +4,19 @@ answer.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.progress import Progress, progress
+from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
 from ..config import Config
 from ..config.launcher import is_first_process
-from .batches import collate, pack
+from .batches import pack
 from .dataset import Document, Documents
 
 Batch = list[list[Document]]  # rows of documents
@@ -97,51 +95,6 @@ def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
         [[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]]
         for at in range(0, len(rows), config.micro_bsz)
     ]
-
-
-@contextlib.contextmanager
-def undisturbed(trainer):
-    """Context for a look at the model in the middle of its training: no dropout, no gradient, and all as
-    before afterwards.
-    """
-    modes = {module: module.training for module in trainer.strategy.model.modules()}
-    gpus = [trainer.strategy.root_device] if trainer.strategy.root_device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(gpus):
-        for module in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
-def validation_loss(
-    trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the
-    same number. None where on some rank is_stopped() between two batches.
-
-    Packing and the number of processes do not change it: rows don't see each other, each batch is computed by
-    one process, and float64 has room enough for fp32 sums to be added without rounding, in any order.
-    """
-    strategy, world = trainer.strategy, trainer.world_size
-    count = sum(document.targets for rows in batches for row in rows for document in row)
-    total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
-    documents = sum(len(row) for rows in batches for row in rows)
-    with Progress("validation", documents, "documents", is_first_process()) as bar:
-        for first in range(0, len(batches), world):
-            stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)
-            if strategy.reduce(stopped, reduce_op="sum"):
-                return None
-            # a rank without a batch takes one without a target: all of them must do the same operations
-            mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
-            # the longest of the rows that the ranks have now
-            width = sum(len(document.ids) - 1 for document in batches[first][0])
-            batch = collate(mine, count) | {"width": width}
-            total += strategy.validation_step(strategy.batch_to_device(batch), first)
-            bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
-    return float(strategy.reduce(total, reduce_op="sum")) / count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_miss.adapter import adapted_linears, most_specific
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.files.identity import Identity
-from rwkv_miss.inject import ADAPTER_FORMAT, adapter_tensors, read_described
+from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
 
@@ -334,39 +333,3 @@ def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) 
             owner._buffers,
         ):  # which keep their order and what else is registered of them
             slots.update({leaf: new[id(old)] for leaf, old in slots.items() if old is not None})
-
-
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    state_lr: float | None = None,
-    lr_map: dict[str, float] | None = None,
-) -> list[dict]:
-    """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
-
-    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr`
-    where it is given, and an adapter's tensors at what the method makes of it (LoRA+). `lr_map` multiplies
-    the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers share is called shared.NAME, as in
-    the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it
-    pulls towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the
-    low-rank maps of the model have none.
-    """
-    groups: dict[tuple[float, float], list] = {}
-    factors: dict[int, float] = {}
-    decaying: set[int] = set()
-    for layer in adapted_linears(model).values():
-        for key, tensor in layer.own_tensors().items():
-            factors[id(tensor)] = layer.rate_factor(key)
-            if layer.decays:
-                decaying.add(id(tensor))
-    for name, p in adapter_tensors(model).items():
-        if not p.requires_grad:
-            continue
-        rate = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr
-        if state_lr is not None and name.endswith("att.time_state"):
-            rate = state_lr
-        rate *= factors.get(id(p), 1.0) * most_specific(lr_map or {}, name, 1.0)
-        decays = p.dim() >= 2 and (name.endswith(".weight") or id(p) in decaying)
-        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -23,10 +23,11 @@ from src.inference.generate import stream
 from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch
 from src.model.batch_loss import rows_loss
-from src.model.rwkv import parameter_groups, replace_tensors
+from src.model.rwkv import replace_tensors
 from src.planning.step import chunks_of, half_of
 from src.planning.step_memory import model_on_meta, step_bytes
-from src.trainer import FineTuning
+from src.training.optimizer import parameter_groups
+from src.training.trainer import FineTuning
 
 from . import cases
 from .device import FakeGpu, install

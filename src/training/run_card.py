@@ -6,9 +6,9 @@ import io
 import math
 import os
 
-from .common.files import write_bytes
-from .config import Config, command
-from .history import best, loss_text
+from ..common.files import write_bytes
+from ..config import Config, command
+from .validation_log import best, loss_text
 
 CARD, CURVE = "run_card.md", "loss.png"
 NOT_MEASURED = "not measured: the run was killed after its last step"
@@ -85,8 +85,8 @@ def _forgetting(config: Config, summary: dict) -> list[str]:
     parts = [
         (
             "How far the model of the last step has moved from its base on a fixed text,"
-            " `src/evaluation/forgetting.txt`, that the training has nothing to do with: KL(base, tuned), nats per"
-            " token, 0 for the base itself."
+            " `src/evaluation/forgetting.txt`, that the training has nothing to do with:"
+            " KL(base, tuned), nats per token, 0 for the base itself."
         ),
         _table(["text", "KL", "perplexity", "in words"], rows),
         (

@@ -24,18 +24,17 @@ from torch import Tensor, nn
 
 import rwkv_miss
 
-from .common.device import DTYPES
-from .config import Config, accumulation
-from .config.launcher import launched
-from .data.batches import Batches, make_schedule
-from .data.dataset import Documents
-from .distributed.consistency import agree
-from .distributed.processes import choose_interface
-from .learning_rate import learning_rate_factor, state_learning_rate
-from .model import RWKV
-from .model.batch_loss import rows_loss
-from .model.rwkv import parameter_groups
-from .planning.step import chunks_of, half_of
+from ..common.device import DTYPES
+from ..config import Config, accumulation
+from ..config.launcher import launched
+from ..data.batches import Batches, make_schedule
+from ..data.dataset import Documents
+from ..distributed.consistency import agree
+from ..distributed.processes import choose_interface
+from ..model import RWKV
+from ..model.batch_loss import rows_loss
+from ..planning.step import chunks_of, half_of
+from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
 from .resume import inputs
 
 
@@ -152,7 +151,7 @@ def make_trainer(
             os.environ["DS_ACCELERATOR"] = (
                 "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
             )
-        from .distributed.deepspeed_strategy import AnywhereDeepSpeed
+        from ..distributed.deepspeed_strategy import AnywhereDeepSpeed
 
         strategy = AnywhereDeepSpeed(
             strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision]
@@ -229,7 +228,7 @@ def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
     if not hasattr(trainer.strategy, "deepspeed_engine"):
         yield
         return
-    from .distributed.deepspeed_strategy import gathered
+    from ..distributed.deepspeed_strategy import gathered
 
     with gathered(parameters):
         yield
@@ -245,5 +244,5 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*`torch.distributed.*is deprecated.*")  # what DeepSpeed calls
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
-    # held-out data are evaluated by src/watch.py, at steps of its own
+    # held-out data are evaluated by src/training/validation.py, at steps of its own
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")

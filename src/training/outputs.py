@@ -1,4 +1,4 @@
-"""The files of a run: their names, what writes the trained tensors, and what is written at its end."""
+"""The files that a run writes: the trained tensors, and what sums the run up at its end."""
 
 from __future__ import annotations
 
@@ -16,27 +16,13 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, read_checkpoint, write_checkpoint
 from rwkv_miss.version import VERSION, commit
 
-from .common.files import read_lines, write_text
-from .config import Config
-from .data.chat_template import Template
-from .history import BEST, VALIDATION, answers_as_before, is_over, loss_text
-from .model import RWKV
+from ..common.files import read_lines, write_text
+from ..config import Config
+from ..data.chat_template import Template
+from ..model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses
-
-ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = (
-    "adapter.pth",
-    "model.pth",
-    "metrics.jsonl",
-    "config.yaml",
-    "run.json",
-)
-MERGED = "merged.pth"  # what the merge that is suggested writes
-NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
-CHECKPOINTS = "checkpoints"
-
-
-def output_path(config: Config) -> str:
-    return os.path.join(config.proj_dir, MODEL if config.peft == "none" else ADAPTER)
+from .run_folder import MERGED, METRICS, NEW_MODEL, SUMMARY, output_path
+from .validation_log import BEST, VALIDATION, answers_as_before, is_over, loss_text
 
 
 def write_new_model(config: Config, arch: Arch, tokenizer) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from rwkv_miss import read_checkpoint
 from rwkv_miss.errors import UserError
 
-from .checkpoints import checkpoint_step, list_checkpoints
-from .state import read_state, write_state
+from .run_folder import checkpoint_step, list_checkpoints
+from .training_state import read_state, write_state
 
 WINDOW, ENOUGH = 50, 20  # losses that a spike is judged by, and how many of them are enough to judge
 TRIES = 3  # times that a run goes back to the same state

@@ -19,16 +19,16 @@ from rwkv_miss.files.checkpoint import RUN_FORMAT
 from rwkv_miss.interrupts import answer
 from rwkv_miss.progress import LINE, LINE_SHARE, Progress, duration_text, say
 
-from .checkpoints import checkpoint_name, keep_best, remove_old
-from .common.device import peak_memory
-from .common.files import append_line, read_lines, write_lines
-from .config.launcher import is_first_process
-from .data.tokenizer import Tokenizer
-from .evaluation.guessing import worse_than_guessing
-from .history import BEST
+from ..common.device import peak_memory
+from ..common.files import append_line, read_lines, write_lines
+from ..config.launcher import is_first_process
+from ..data.tokenizer import Tokenizer
+from ..evaluation.guessing import worse_than_guessing
+from .loggers import Writer
 from .rollback import LastGood
-from .state import gradient_norm, read_state, whole_gradient, write_state
-from .writers import Writer
+from .run_folder import checkpoint_name, keep_best, remove_old
+from .training_state import gradient_norm, read_state, whole_gradient, write_state
+from .validation_log import BEST
 
 
 class StepReport(Callback):

@@ -14,8 +14,8 @@ from torch import Tensor
 import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
 
-from .data.held_out import undisturbed
-from .evaluation.kl_divergence import BLOCK, divergence, sections
+from ..evaluation.kl_divergence import BLOCK, divergence, sections
+from .validation import undisturbed
 
 
 class Forgetting(Callback):

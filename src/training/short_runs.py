@@ -13,16 +13,15 @@ import torch
 import rwkv_miss
 from rwkv_miss.progress import progress
 
-from . import ops
-from .config import Config
-from .data.batches import Batches, collate, make_schedule
-from .data.dataset import Documents
-from .data.held_out import evaluation_batches
-from .learning_rate import learning_rate_factor, state_learning_rate
-from .model import RWKV
-from .model.batch_loss import rows_loss
-from .model.rwkv import parameter_groups
-from .planning.step import chunks_of, half_of
+from .. import ops
+from ..config import Config
+from ..data.batches import Batches, collate, make_schedule
+from ..data.dataset import Documents
+from ..data.held_out import evaluation_batches
+from ..model import RWKV
+from ..model.batch_loss import rows_loss
+from ..planning.step import chunks_of, half_of
+from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,21 +9,20 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
-from .checkpoints import checkpoint_step
-from .common.formatting import counted, size_text
-from .config import Config, command
-from .data.batches import Schedule
-from .data.dataset import Document, Documents
-from .data.held_out import evaluations
-from .learning_rate import learning_rate_factor, state_learning_rate
-from .model import RWKV
-from .model.batch_loss import Chunks, state_bytes
-from .outputs import ADAPTER, MODEL, output_path
-from .planning.defaults import CHOSEN
-from .planning.job import Cost, Data, Job, steps_of
-from .planning.step import chunks_of
+from ..common.formatting import counted, size_text
+from ..config import Config, command
+from ..data.batches import Schedule
+from ..data.dataset import Document, Documents
+from ..data.held_out import evaluations
+from ..model import RWKV
+from ..model.batch_loss import Chunks, state_bytes
+from ..planning.defaults import CHOSEN
+from ..planning.job import Cost, Data, Job, steps_of
+from ..planning.step import chunks_of
+from .loggers import describe_writers, places_to_watch
+from .optimizer import learning_rate_factor, state_learning_rate
 from .run_card import CARD
-from .writers import describe_writers, places_to_watch
+from .run_folder import ADAPTER, MODEL, checkpoint_step, output_path
 
 LINES = 14  # of the plan, at most
 LABEL = 11  # characters that a line begins with

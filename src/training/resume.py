@@ -11,14 +11,13 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.identity import Identity
 
-from .checkpoints import list_checkpoints
-from .config import FIELDS, Config, accumulation, is_automatic, settle
-from .config.launcher import is_first_process
-from .data.dataset import Documents
-from .history import BEST
-from .model import RWKV
-from .outputs import CHECKPOINTS, CONFIG, SUMMARY, output_path
-from .planning.defaults import choose
+from ..config import FIELDS, Config, accumulation, is_automatic, settle
+from ..config.launcher import is_first_process
+from ..data.dataset import Documents
+from ..model import RWKV
+from ..planning.defaults import choose
+from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, list_checkpoints, output_path
+from .validation_log import BEST
 
 # settings that a resumed run may change without becoming another run: how a step is computed, how many there
 # are, what is kept

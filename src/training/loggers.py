@@ -11,8 +11,8 @@ from typing import Protocol
 
 from rwkv_miss.errors import UserError
 
-from .common.files import write_text
-from .config import Config
+from ..common.files import write_text
+from ..config import Config
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb-id.txt"
 

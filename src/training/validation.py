@@ -4,29 +4,26 @@ stop.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Callable
 
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.progress import say
+from rwkv_miss.progress import Progress, say
 
+from ..common.files import append_line, write_lines
+from ..config.launcher import is_first_process
+from ..data.batches import collate
+from ..data.dataset import Documents
+from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, evaluation_batches, questions
+from ..evaluation.accuracy import greedy, shortened
 from .callbacks import StepReport
-from .common.files import append_line, write_lines
-from .config.launcher import is_first_process
-from .data.dataset import Documents
-from .data.held_out import (
-    SAMPLE_CHARACTERS,
-    SAMPLE_TOKENS,
-    evaluation_batches,
-    questions,
-    undisturbed,
-    validation_loss,
-)
-from .evaluation.accuracy import greedy, shortened
-from .history import BEST, VALIDATION, best, describe, is_over
+from .validation_log import BEST, VALIDATION, best, describe, is_over
 
 
 class Watch(Callback):
@@ -126,3 +123,48 @@ class Watch(Callback):
             error = str(caught)
         if error := trainer.strategy.broadcast(error):
             raise UserError(f"{error}; free some space and go on with --resume auto")
+
+
+@contextlib.contextmanager
+def undisturbed(trainer):
+    """Context for a look at the model in the middle of its training: no dropout, no gradient, and all as
+    before afterwards.
+    """
+    modes = {module: module.training for module in trainer.strategy.model.modules()}
+    gpus = [trainer.strategy.root_device] if trainer.strategy.root_device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(gpus):
+        for module in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def validation_loss(
+    trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the
+    same number. None where on some rank is_stopped() between two batches.
+
+    Packing and the number of processes do not change it: rows don't see each other, each batch is computed by
+    one process, and float64 has room enough for fp32 sums to be added without rounding, in any order.
+    """
+    strategy, world = trainer.strategy, trainer.world_size
+    count = sum(document.targets for rows in batches for row in rows for document in row)
+    total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
+    documents = sum(len(row) for rows in batches for row in rows)
+    with Progress("validation", documents, "documents", is_first_process()) as bar:
+        for first in range(0, len(batches), world):
+            stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)
+            if strategy.reduce(stopped, reduce_op="sum"):
+                return None
+            # a rank without a batch takes one without a target: all of them must do the same operations
+            mine = batches[first + trainer.global_rank] if first + trainer.global_rank < len(batches) else []
+            # the longest of the rows that the ranks have now
+            width = sum(len(document.ids) - 1 for document in batches[first][0])
+            batch = collate(mine, count) | {"width": width}
+            total += strategy.validation_step(strategy.batch_to_device(batch), first)
+            bar.update(sum(len(row) for rows in batches[first : first + world] for row in rows))
+    return float(strategy.reduce(total, reduce_op="sum")) / count

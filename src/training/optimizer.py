@@ -1,0 +1,77 @@
+"""What is trained at which learning rate, and how that changes over a run."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from rwkv_miss.adapter import METHODS, adapted_linears, most_specific
+from rwkv_miss.inject import adapter_tensors
+from rwkv_miss.methods.whole_tensors import split_parts
+
+from ..config import Config
+
+
+def state_learning_rate(config: Config) -> float | None:
+    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at
+    lr_init.
+    """
+    if "state" not in split_parts(config.train_parts):
+        return None
+    return config.state_lr or METHODS["state"].default_lr
+
+
+def learning_rate_factor(config: Config, total: int):
+    """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to
+    lr_final.
+    """
+    final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = min((step - config.warmup_steps) / max(total - 1 - config.warmup_steps, 1), 1.0)
+        if config.lr_schedule == "cos":
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.lr_schedule == "wsd":
+            return 1 - (1 - final) * max(progress - 0.8, 0.0) / 0.2
+        return 1.0
+
+    return factor
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    state_lr: float | None = None,
+    lr_map: dict[str, float] | None = None,
+) -> list[dict]:
+    """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
+
+    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr`
+    where it is given, and an adapter's tensors at what the method makes of it (LoRA+). `lr_map` multiplies
+    the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers share is called shared.NAME, as in
+    the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it
+    pulls towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the
+    low-rank maps of the model have none.
+    """
+    groups: dict[tuple[float, float], list] = {}
+    factors: dict[int, float] = {}
+    decaying: set[int] = set()
+    for layer in adapted_linears(model).values():
+        for key, tensor in layer.own_tensors().items():
+            factors[id(tensor)] = layer.rate_factor(key)
+            if layer.decays:
+                decaying.add(id(tensor))
+    for name, p in adapter_tensors(model).items():
+        if not p.requires_grad:
+            continue
+        rate = 2 * lr if name.endswith(("att.w0", "att.time_decay")) else lr
+        if state_lr is not None and name.endswith("att.time_state"):
+            rate = state_lr
+        rate *= factors.get(id(p), 1.0) * most_specific(lr_map or {}, name, 1.0)
+        decays = p.dim() >= 2 and (name.endswith(".weight") or id(p) in decaying)
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -1,0 +1,207 @@
+"""The folder of a run: what lies in it, whether it can be written, and that one run at a time uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import read_metadata
+
+from ..config import Config
+from ..config.launcher import is_first_process
+from ..distributed.watchdog import Lifeline
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def require_folder(folder: str) -> None:
+    """UserError unless files can be made in the folder, which need not be there yet: call it before work that
+    would be lost.
+    """
+    there = existing_part(folder)
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(
+            f"--proj_dir {folder}: no file can be made in {there} ({error.strerror}); choose another one"
+        ) from None
+
+
+def existing_part(folder: str) -> str:
+    """The folder, or its nearest parent that exists: where it will be made."""
+    folder = os.path.abspath(folder)
+    return folder if os.path.exists(folder) else existing_part(os.path.dirname(folder))
+
+
+@contextlib.contextmanager
+def folder_of_run(folder: str, others: Lifeline | None) -> Iterator[None]:
+    """In each process of a run, all that it does with its folder: the first one holds it, and the others,
+    which only read, look into it after that. `others` is the connection to them where they are not started by
+    the first one.
+    """
+    if is_first_process():
+        with alone_in(folder):
+            if others:
+                others.tell_folder_is_held()
+            yield
+        return
+    if others:
+        others.wait_for_folder()
+    yield
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Hold the folder for one run; a second one is a UserError. It is made, and removed if it is empty at the
+    end.
+
+    The system gives the folder back when the process dies. Windows and some network file systems have no such
+    lock; there nothing is held.
+    """
+    require_folder(folder)
+    there = existing_part(folder)
+    place = _hold(folder)
+    try:
+        yield
+    finally:
+        _remove_empty(folder, there)  # while it is held: nobody else is about to use it
+        if place is not None:
+            os.close(place)
+
+
+def _hold(folder: str) -> int | None:
+    """Make the folder and lock it; the file descriptor that keeps the lock, None where there are no locks."""
+    if fcntl is None:
+        os.makedirs(folder, exist_ok=True)
+        return None
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        try:
+            place = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # the run that made it has just removed it
+            continue
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(place)
+            raise UserError(
+                f"another run is writing into {folder} now; wait for its end, or choose another --proj_dir"
+            ) from None
+        except OSError:
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(place), os.stat(folder)):
+                return place
+        os.close(place)  # the lock of a folder that is no longer there
+
+
+def _remove_empty(folder: str, there: str) -> None:
+    """Remove the folder and those above it up to `there`, as far as they are empty."""
+    folder = os.path.abspath(folder)
+    with contextlib.suppress(OSError):
+        while folder != there:
+            os.rmdir(folder)
+            folder = os.path.dirname(folder)
+
+
+CHECKPOINT = f"step-{'[0-9]' * 8}.pth"  # the pattern of checkpoint_name()
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.pth"
+
+
+def checkpoint_step(path: str) -> int:
+    return int(os.path.basename(path)[len("step-") : -len(".pth")])
+
+
+def list_checkpoints(folder: str) -> list[str]:
+    """Paths of the checkpoints in a folder, oldest first. Each is whole: a file gets its name when it is
+    complete.
+    """
+    return sorted(glob.glob(os.path.join(glob.escape(folder), CHECKPOINT)))
+
+
+def remove_old(folder: str, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
+    for path in list_checkpoints(folder)[:-keep]:
+        os.remove(path)
+
+
+def remove_leftovers(*paths: str) -> None:
+    """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these
+    folders, under the temporary names of rwkv_miss.files.output.whole_file. Others may write beside them."""
+    for path in paths:
+        written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)
+        for leftover in glob.glob(f"{written}.{'[0-9a-f]' * 8}.tmp"):
+            os.remove(leftover)
+
+
+def keep_best(path: str, folder: str) -> None:
+    """Keep best.pth at `path` with the newest checkpoint in a folder, as it is now and by its own name: the
+    next best.pth may be of a step that a run which goes on from here does not come to."""
+    kept = os.path.join(folder, os.path.basename(path))
+    if os.path.exists(path) and _evaluation(path) != _evaluation(kept):
+        _link(path, kept)
+
+
+def restore_best(path: str, folder: str, wanted: dict | None) -> str:
+    """Have best.pth at `path` be the state of the evaluation `wanted`, the best one up to the step that a run
+    goes on from, or be absent where there is none or it is lost. Returns what the user should know, "" for
+    nothing."""
+    found = _evaluation(path)
+    best = (wanted["step"], wanted["loss"]) if wanted else None
+    if found in (None, best):
+        return ""
+    step, _ = found
+    kept = os.path.join(folder, os.path.basename(path))
+    if best and _evaluation(kept) == best:
+        _link(kept, path)
+        return f"{path}, of step {step}, is that of step {best[0]} again: step {step} is not reached yet"
+    os.remove(path)
+    lost = f"; the best one so far, of step {best[0]}, is lost" if best else ""
+    return f"{path}, of step {step}, is removed: step {step} is not reached yet{lost}"
+
+
+def _evaluation(path: str) -> tuple | None:
+    """(step, loss) of the evaluation whose state a file holds; None where there is no file."""
+    if not os.path.exists(path):
+        return None
+    metadata = read_metadata(path) or {}
+    return metadata.get("step"), metadata.get("validation_loss")
+
+
+def _link(path: str, other: str) -> None:
+    """Make `other` another name of the file at `path`, or a copy where there are no hard links."""
+    temporary = f"{other}.tmp"  # what a killed run leaves, the next one takes over
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
+
+
+ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = (
+    "adapter.pth",
+    "model.pth",
+    "metrics.jsonl",
+    "config.yaml",
+    "run.json",
+)
+MERGED = "merged.pth"  # what the merge that is suggested writes
+NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
+CHECKPOINTS = "checkpoints"
+
+
+def output_path(config: Config) -> str:
+    return os.path.join(config.proj_dir, MODEL if config.peft == "none" else ADAPTER)
