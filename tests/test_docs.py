@@ -1,16 +1,45 @@
-"""What the documentation cites is there."""
+"""What the documentation cites is there: commits, commands, flags, files, links and anchors."""
 
+import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 from scripts import flags
+from src import legacy
 from src.config import FIELDS
 
 from .conftest import ROOT
+from .pages import HISTORY, anchors, commands, links, pages, python_words, spans
+from .parse_commands import has_parser
+
+# of launchers and other tools that stand in code spans
+FOREIGN_FLAGS = {
+    "--hostfile",
+    "--launcher",
+    "--local_addr",
+    "--logdir",
+    "--master_addr",
+    "--no_ssh",
+    "--node_rank",
+    "--pid",
+    "--rdzv_backend",
+    "--rdzv_conf",
+    "--rdzv_endpoint",
+}
+# names that look like files or modules of the repository: a file to come, and a key of safetensors files
+NOT_HERE = {"docs/gpu/CARD-DATE.json", "rwkv_miss.checkpoint"}
+# what else the blocks of commands may begin with
+TOOLS = {"pip", "git", "cd", "wget", "curl", "hf", "huggingface-cli", "sbatch", "tensorboard", "uv", "docker"}
+
+ROOMS = "benchmarks|cuda|demo|docs|rwkv_miss|scripts|src|tests"
+FILE = re.compile(rf"(?:{ROOMS}|\.ci|\.github)/[\w./*-]*")
+MODULE = re.compile(rf"(?:{ROOMS})(?:\.\w+)+")
 
 # 7 or more hexadecimal digits with a digit and a letter among them: neither a word nor a number
 HASH = re.compile(r"(?<![\w#/.+-])(?=[a-f]*\d)(?=\d*[a-f])(?:[0-9a-f]{7,12}|[0-9a-f]{40})(?!\w)")
@@ -31,12 +60,9 @@ def history():
 
 
 def test_every_commit_that_is_cited_is_in_the_history(history):
-    pages = {
-        path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
-    }
     cited = [
-        (path, number, found)
-        for path, text in pages.items()
+        (ROOT / page, number, found)
+        for page, text in pages().items()
         for number, line in enumerate(text.splitlines(), 1)
         for found in HASH.findall(line)
     ]
@@ -59,3 +85,150 @@ def test_the_page_of_flags_is_made_from_the_settings():
     for name, field in FIELDS.items():
         for spelling in (name, *field.metadata["alias"]):
             assert f"`--{spelling}`" in made, spelling
+
+
+def current_pages():
+    """Page -> text, of those that tell what is true today."""
+    return {page: text for page, text in pages().items() if page not in HISTORY}
+
+
+def cited_programs():
+    """(page, command as it is written, words after `python`, whether it is complete) of our programs."""
+    for page, text in current_pages().items():
+        for words in commands(text):
+            after_python = python_words(words)
+            if after_python:
+                yield page, shlex.join(words), after_python, "..." not in shlex.join(words)
+        for span in spans(text):
+            if re.match(r"(python3?|rwkv-miss|torchrun|deepspeed) ", span):
+                after_python = python_words(shlex.split(span))
+                if after_python:
+                    yield page, span, after_python, False
+
+
+def source_of(words):
+    """The file of the repository that `python WORDS` runs."""
+    if words[0] != "-m":
+        return ROOT / words[0]
+    path = ROOT.joinpath(*words[1].split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def programs():
+    """The words after `python` of every program here that reads a command line."""
+    yield ["train.py"]
+    for room in ("rwkv_miss", "scripts", "benchmarks", "demo"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+            runs = path.name == "__main__.py" or '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+            if runs and has_parser(["-m", module]):
+                yield ["-m", module]
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    """parsed(commands) -> (what is wrong, flags of the program) for each (words, complete)."""
+
+    def ask(given):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.parse_commands"],
+            input=json.dumps(given),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    return ask
+
+
+def test_every_command_starts_a_program_that_is_here():
+    for page, text in current_pages().items():
+        for words in commands(text):
+            after_python = python_words(words)
+            written = f"{page}: {shlex.join(words)}"
+            if after_python:
+                assert source_of(after_python).is_file(), written
+            elif words[0] in ("bash", "source") or "/" in words[0]:
+                script = next(word for word in words if "/" in word)
+                assert script == ".venv/bin/activate" or (ROOT / script).is_file(), written
+            else:
+                assert words[0] in TOOLS or words[0].startswith("--"), f"{written}: unknown program"
+
+
+def test_every_command_parses(parsed):
+    """Under its program's own parser: the flags exist, take their values, and none is missing."""
+    cited = [each for each in cited_programs() if source_of(each[2]).is_file()]
+    assert len(cited) > 30
+    answers = parsed([(words, complete) for _, _, words, complete in cited])
+    wrong = [
+        f"{page}: {written}: {answer}"
+        for (page, written, *_), (answer, _) in zip(cited, answers, strict=True)
+        if answer
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_flag_in_the_text_is_one_of_a_program(parsed):
+    answers = parsed([(words, False) for words in programs()])
+    assert not [answer for answer, _ in answers if answer]
+    known = {flag for _, own in answers for flag in own}
+    known |= {f"--{name}" for name in legacy.NAMES} | FOREIGN_FLAGS
+    unknown = [
+        f"{page}: {span}"
+        for page, text in current_pages().items()
+        for span in spans(text)
+        if set(re.findall(r"(?<![\w-])--[a-z][\w-]*", span)) - known
+    ]
+    assert not unknown, "\n".join(unknown)
+
+
+def is_here(name):
+    """Whether a file, a folder, a pattern, a module or something in a module is in the repository."""
+    if FILE.fullmatch(name):
+        return any(ROOT.glob(name.rstrip("/")))
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute)
+    except ImportError:
+        return False
+
+
+def test_every_file_and_module_in_the_text_is_here():
+    missing = [
+        f"{page}: {span}"
+        for page, text in current_pages().items()
+        for span in spans(text)
+        if (FILE.fullmatch(span) or MODULE.fullmatch(span)) and span not in NOT_HERE and not is_here(span)
+    ]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    broken = []
+    for page, text in pages().items():
+        for link in links(text):
+            if re.match(r"(https?|mailto):", link):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / name if name else ROOT / page
+            if not target.exists():
+                broken.append(f"{page}: {link}")
+            elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+                broken.append(f"{page}: {link}: no such heading")
+    assert not broken, "\n".join(broken)
+
+
+def test_the_commands_for_a_fresh_machine_are_those_of_ci():
+    """So that they are known to work where nothing was set up before."""
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    scripts = [words[1] for words in commands(pages()["README.md"]) if words[0] == "bash"]
+    assert "demo/demo-training-miss.sh" in scripts
+    for script in (*scripts, "scripts/test.sh"):
+        assert re.search(rf"^bash {re.escape(script)}\b", ci, re.M), script
+    workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    assert "bash .ci/run" in workflow and "bash .ci/versions" in workflow
