@@ -9,6 +9,9 @@ from .conftest import ROOT
 # what was true on a day stays as it was written
 HISTORY = {"CHANGELOG.md", "docs/worklog.md"}
 
+# what `python -m` starts that is not ours
+OTHER_MODULES = ("lm_eval", "pip", "pytest")
+
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.S | re.M)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a)\s[^>]*(?:src|href)=\"([^\"]+)\"")
@@ -77,7 +80,7 @@ def python_words(words):
     if words[0] == "rwkv-miss":
         return ["-m", "rwkv_miss", *words[1:]]
     if words[0] in ("python", "python3"):
-        return words[1:]
+        return None if words[1:2] == ["-m"] and words[2] in OTHER_MODULES else words[1:]
     if words[0] in ("torchrun", "deepspeed", "srun"):
         if "train.py" in words:
             return words[words.index("train.py") :]
