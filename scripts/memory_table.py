@@ -1,6 +1,7 @@
 """Tables of memory, as `scripts.plan` counts: python -m scripts.memory_table [--scaling]
 
-Without a flag the README's, for one GPU; with it that of docs/scaling.md, for several under DeepSpeed.
+Without a flag that of docs/memory.md, for one GPU; with it that of docs/scaling.md, for several under
+DeepSpeed.
 """
 
 from __future__ import annotations
