@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import NamedTuple
 
 from src.common.startup import importing, naming_missing_packages
 
@@ -34,33 +35,15 @@ with importing():
     from src.inference.load import load
 
 DOUBTED = 16  # questions whose right answers tell whether the tokenizer is the model's
-WARN_CUT = 0.01  # share of answers that reach the limit, from which on the user is warned
+WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the limit
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
-        if args.model:
-            model, tokenizer = load(
-                args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision
-            )
-            template = recorded_template(args.template, tokenizer, args.adapter, args.model)
-            questions = read(args, template)
-            pairs = [] if args.score == "code" else first_answers(tokenizer, questions)
-            if doubt := doubt_of_answers(model, tokenizer, pairs):
-                print(doubt, file=sys.stderr)
-            limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
-            answers = answers_to(model, tokenizer, questions, limit, template, args.batch)
-        else:
-            questions = read(args, load_template(args.template))
-            limit = None
-            answers = saved(args.answers, len(questions))
+        questions, answers, limit = ask_model(args) if args.model else read_answered(args)
         if args.save:
-            rows = (
-                {"prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
-                for question, answer in zip(questions, answers, strict=True)
-            )
-            write_text(args.save, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_answers(args.save, questions, answers)
         cut = None
         if all(answer.cut is not None for answer in answers):
             cut = sum(answer.cut for answer in answers)
@@ -73,31 +56,53 @@ def main(argv: list[str] | None = None) -> None:
             return
         texts = [answer.text for answer in answers]
         right = judged(args.score, texts, questions)
-        for question, answer, is_right in list(zip(questions, texts, right, strict=True))[: args.show]:
+        for question, text, is_right in list(zip(questions, texts, right, strict=True))[: args.show]:
             expected = ""
             if not is_right:
                 expected = ", fails the tests" if args.score == "code" else f", right is {question.right!r}"
-            print(f"{question.prompt!r} -> {answer!r}{expected}")
-        print(
-            json.dumps(
-                {
-                    "accuracy": sum(right) / len(right),
-                    "score": args.score,
-                    "questions": len(questions),
-                    "model": args.model,
-                    "adapter": args.adapter,
-                    "answers": args.answers,
-                    "max_tokens": limit,
-                    "cut": cut,
-                }
-            )
-        )
+            print(f"{question.prompt!r} -> {text!r}{expected}")
+        summary = {
+            "accuracy": sum(right) / len(right),
+            "score": args.score,
+            "questions": len(questions),
+            "model": args.model,
+            "adapter": args.adapter,
+            "answers": args.answers,
+            "max_tokens": limit,
+            "cut": cut,
+        }
+        print(json.dumps(summary))
+
+
+class Answered(NamedTuple):
+    """Questions with their answers, and the limit of tokens that these had. None: it is not known."""
+
+    questions: list[Question]
+    answers: list[Answer]
+    limit: int | None
+
+
+def ask_model(args: argparse.Namespace) -> Answered:
+    """The questions, answered by the model."""
+    model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
+    template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+    questions = questions_of(args, template)
+    pairs = [] if args.score == "code" else first_answers(tokenizer, questions)
+    if doubt := doubt_of_answers(model, tokenizer, pairs):
+        print(doubt, file=sys.stderr)
+    limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
+    answers = answers_to(model, tokenizer, questions, limit, template, args.batch)
+    return Answered(questions, answers, limit)
+
+
+def read_answered(args: argparse.Namespace) -> Answered:
+    """The questions, with the answers of --answers."""
+    questions = questions_of(args, load_template(args.template))
+    return Answered(questions, read_answers(args.answers, len(questions)), None)
 
 
 def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
-    """Ids of the first prompts and their right answers; none where the tokenizer has no tokens for one of
-    them.
-    """
+    """Ids of the first prompts and their right answers. An empty list where one of them has no tokens."""
     first = questions[:DOUBTED]
     try:
         return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in first]
@@ -106,9 +111,7 @@ def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int],
 
 
 def tell_cut(cut: int, count: int, limit: int | None) -> None:
-    """Say how many of `count` answers reached the limit of tokens, and warn where they are many. None: the
-    limit is not known.
-    """
+    """Say how many of `count` answers reached the limit of tokens, and warn where they are many."""
     share = cut / count
     tokens = f"{limit:,} tokens" if limit else "tokens"
     print(f"{cut:,} answers ({share:.1%}) reach the limit of {tokens}")
@@ -123,9 +126,16 @@ def tell_cut(cut: int, count: int, limit: int | None) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. UserError for those that do not go together, before a model is loaded."""
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
+    add_model(parser)
+    add_questions(parser)
+    add_answers(parser)
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="the model that answers: base or merged .pth")
-    add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
     add(
         "--questions",
         required=True,
@@ -156,8 +166,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             " in no sandbox; default: only keep the answers"
         ),
     )
-    add("--save", help="write prompts and answers to this JSONL file; default: they are not kept")
-    add("--answers", help="score the answers of such a file, in the place of a --model")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="the model that answers: base or merged .pth")
+    add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
     add(
         "--tokenizer",
         default="auto",
@@ -183,6 +197,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         ),
     )
     add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the weights; default %(default)s")
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     limits = ", ".join(f"{limit} for {score}" for score, limit in LIMITS.items())
     add(
         "--max_tokens",
@@ -199,9 +217,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="answers made at once; fewer take less memory; default %(default)s",
     )
     add("--show", type=int, default=5, help="answers to print; default %(default)s")
-    args = parser.parse_args(argv)
+    add("--save", help="write prompts and answers to this JSONL file; default: they are not kept")
+    add("--answers", help="score the answers of such a file, in the place of a --model")
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for flags that are out of range or do not go together."""
     for name, least in (("max_tokens", 1), ("batch", 1), ("show", 0)):
-        if (given := getattr(args, name)) is not None and given < least:
+        given = getattr(args, name)
+        if given is not None and given < least:
             expected = "must be at least 1" if least else "must not be negative"
             raise UserError(f"--{name} {given}: {expected}")
     if bool(args.model) == bool(args.answers):
@@ -221,10 +245,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     if args.save:
         require_writable(args.save)
-    return args
 
 
-def read(args, template) -> list[Question]:
+def questions_of(args, template) -> list[Question]:
     """The questions of the file. UserError for a right answer that the score can't read."""
     if args.score == "code":
         return read_problems(args.questions, template)
@@ -239,8 +262,17 @@ def read(args, template) -> list[Question]:
     return questions
 
 
-def saved(path: str, count: int) -> list[Answer]:
-    """The answers that --save wrote. UserError unless there are `count`."""
+def write_answers(path: str, questions: list[Question], answers: list[Answer]) -> None:
+    """Write a line {"prompt", "answer", "cut"} for each question."""
+    lines = []
+    for question, answer in zip(questions, answers, strict=True):
+        row = {"prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def read_answers(path: str, count: int) -> list[Answer]:
+    """The answers in a file that write_answers() wrote. UserError unless there are `count`."""
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING, Any
 
 from src.common.startup import importing, naming_missing_packages
 
@@ -21,29 +22,22 @@ with importing():
     from src.data.templates import recorded_template
     from src.inference.load import load
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
 
 def main(argv: list[str]) -> None:
     """Evaluate and print the table; the last line is JSON."""
     args = arguments(argv)
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(
             f"lm-evaluation-harness can't be imported ({error}): pip install 'lm_eval>=0.4.12'"
         ) from None
-    from src.evaluation.lm_eval_model import HarnessModel, Lambada
+    from src.evaluation.lm_eval_model import HarnessModel
 
-    names = args.tasks.split(",")
-    local = {name: Lambada(needed(args.data_file)) for name in names if name == Lambada.NAME}
-    manager = TaskManager(include_path=args.include_path, include_defaults=False)
-    if not {*names} <= {
-        *local,
-        *manager.all_tasks,
-    }:  # the harness's own tasks are looked through, which takes seconds
-        manager = TaskManager(include_path=args.include_path)
-    tasks = [local.get(name) or known(name, manager) for name in names]
-    load_tasks(manager, tasks)
+    manager, tasks = load_tasks(args)
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(args.template, tokenizer, args.adapter, args.model)
     results = lm_eval.simple_evaluate(
@@ -55,26 +49,23 @@ def main(argv: list[str]) -> None:
         apply_chat_template=args.chat,
     )
     print(lm_eval.utils.make_table(results))
-    figures = {
-        task: {name: value for name, value in scores.items() if isinstance(value, (int, float))}
-        for task, scores in results["results"].items()
-    }
+    figures = {task: numbers_of(scores) for task, scores in results["results"].items()}
     if args.out:
-        write_text(
-            args.out,
-            json.dumps({"results": figures, "samples": results["samples"]}, default=str, indent=1) + "\n",
-        )
-    print(
-        json.dumps(
-            {
-                "model": args.model,
-                "adapter": args.adapter,
-                "precision": args.precision,
-                "lm_eval": lm_eval.__version__,
-                "results": figures,
-            }
-        )
-    )
+        details = {"results": figures, "samples": results["samples"]}
+        write_text(args.out, json.dumps(details, default=str, indent=1) + "\n")
+    summary = {
+        "model": args.model,
+        "adapter": args.adapter,
+        "precision": args.precision,
+        "lm_eval": lm_eval.__version__,
+        "results": figures,
+    }
+    print(json.dumps(summary))
+
+
+def numbers_of(scores: dict[str, Any]) -> dict[str, float]:
+    """A task's figures, without its name and other texts."""
+    return {name: value for name, value in scores.items() if isinstance(value, (int, float))}
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -109,38 +100,49 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def needed(data_file: str | None) -> str:
+    """The file. UserError without one."""
     if data_file is None:
         raise UserError('task lambada_local needs --data_file, LAMBADA\'s rows as {"text": ...}')
     return data_file
 
 
-def known(name: str, manager) -> str:
+def known(name: str, manager: TaskManager) -> str:
+    """The name. UserError for one that the harness does not know."""
     if name not in manager.all_tasks:
         near = [task for task in manager.all_tasks if name.split("_")[0] in task][:10]
-        raise UserError(
-            f"task {name!r} is unknown to the harness;"
-            f" {'near: ' + ', '.join(near) if near else 'python -m lm_eval ls tasks lists them'}"
-        )
+        hint = f"near: {', '.join(near)}" if near else "python -m lm_eval ls tasks lists them"
+        raise UserError(f"task {name!r} is unknown to the harness; {hint}")
     return name
 
 
-def load_tasks(manager, tasks: list) -> None:
-    """Read all that the tasks need, before the model is loaded. UserError for a task that runs what the model
-    writes.
+def load_tasks(args: argparse.Namespace) -> tuple[TaskManager, list]:
+    """The harness's manager, and the tasks of the flags, with all that they read: before the model is loaded.
+
+    Raises UserError for a task that is unknown, that lacks its data, or that runs what the model writes.
     """
+    from lm_eval.tasks import TaskManager
+
+    from src.evaluation.lm_eval_model import Lambada
+
+    names = args.tasks.split(",")
+    local = {name: Lambada(needed(args.data_file)) for name in names if name == Lambada.NAME}
+    manager = TaskManager(include_path=args.include_path, include_defaults=False)
+    if not {*names} <= {*local, *manager.all_tasks}:
+        # the harness's own tasks are looked through, which takes seconds
+        manager = TaskManager(include_path=args.include_path)
+    tasks = [local.get(name) or known(name, manager) for name in names]
     try:
         loaded = manager.load(tasks)["tasks"]
     except Exception as error:  # no network, no such data set: datasets raises many kinds
-        raise UserError(
-            f"the harness can't load the tasks: {type(error).__name__}:"
-            f" {(str(error).strip().splitlines() or [''])[0]}"
-        ) from None
+        first_line, *_ = str(error).strip().splitlines() or [""]
+        raise UserError(f"the harness can't load the tasks: {type(error).__name__}: {first_line}") from None
     for name, task in loaded.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
                 f"task {name} runs what the model writes, which this program does not do; HumanEval and MBPP"
                 " from a file: python -m scripts.evaluate --score code"
             )
+    return manager, tasks
 
 
 if __name__ == "__main__":

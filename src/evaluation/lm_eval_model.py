@@ -35,34 +35,26 @@ class HarnessModel(LM):
         self.model, self.tokenizer, self.template = model, tokenizer, template
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(ln p(continuation | context), whether it is the greedy one) of each request (context,
-        continuation).
+        """(ln p(continuation | context), whether greedy decoding gives it) of each request.
+
+        A request is (context, continuation).
         """
         return log_likelihoods(self.model, [self._tokens(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """ln p of each whole text (text,)."""
-        return [
-            total
-            for total, _ in log_likelihoods(
-                self.model, [self._tokens("", *request.args) for request in requests]
-            )
-        ]
+        pairs = [self._tokens("", *request.args) for request in requests]
+        return [total for total, _ in log_likelihoods(self.model, pairs)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The greedy answer to each request (context, {"until": texts, "max_gen_toks": number}), without the
         text that ended it.
         """
+        # requests with the same stops and the same limit are answered together
         groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
-        for i, (_, options) in enumerate(request.args for request in requests):
-            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-                raise UserError(
-                    f"the task samples its answers ({options}), they are greedy here; use a task with"
-                    " do_sample: false"
-                )
-            until = options.get("until") or []
-            stops = (until,) if isinstance(until, str) else tuple(until)
-            groups.setdefault((stops, options.get("max_gen_toks", MAX_TOKENS)), []).append(i)
+        for i, request in enumerate(requests):
+            _, options = request.args
+            groups.setdefault(_stops_and_limit(options), []).append(i)
         answers = [""] * len(requests)
         for (stops, limit), members in groups.items():
             prompts = [
@@ -87,8 +79,9 @@ class HarnessModel(LM):
         return self.tokenizer.name
 
     def _tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the two as they stand in one text; space between them belongs to the continuation, as in the
-        harness's own models.
+        """Ids of the two as they stand in one text.
+
+        Space between them belongs to the continuation, as in the harness's own models.
         """
         text, border = context + continuation, len(context.rstrip())
         before, whole = self.tokenizer.encode(text[:border]), self.tokenizer.encode(text)
@@ -97,9 +90,22 @@ class HarnessModel(LM):
         return before or list(self.tokenizer.eod), whole[len(before) :]
 
 
+def _stops_and_limit(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """What ends the answer to a request. UserError for one whose answer is sampled."""
+    if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+        raise UserError(
+            f"the task samples its answers ({options}), they are greedy here; use a task with"
+            " do_sample: false"
+        )
+    until = options.get("until") or []
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    return stops, options.get("max_gen_toks", MAX_TOKENS)
+
+
 class Lambada(ConfigurableTask):
-    """LAMBADA as the task lambada_openai asks it, the last word of each text, from a local file of rows
-    {"text"}.
+    """LAMBADA from a local file of rows {"text"}.
+
+    As in the harness's task lambada_openai, the last word of each text is asked for.
     """
 
     NAME = "lambada_local"
