@@ -1,5 +1,10 @@
-"""Is a merged file what base + adapters are? Every tensor, bit for bit, and the logits of a probe text:
-python -m scripts.verify_merge --base base.pth --adapter adapter.pth --merged merged.pth"""
+"""Is a merged file what base + adapters are?
+
+python -m scripts.verify_merge --base base.pth --adapter adapter.pth --merged merged.pth
+
+Every tensor is compared bit for bit, and the logits of a short text are compared with those of the base with
+its adapters beside it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+from typing import Any
 
 from src.common.startup import importing, naming_missing_packages
 
@@ -25,9 +31,12 @@ with importing():
     from src.inference.blended_adapters import blend, merge_blended
     from src.model import RWKV
 
-# of the largest logit: what the order of fp32 sums changes in models of up to 32 layers, with a factor of ten
-# to spare
+# Of the largest logit. In models of up to 32 layers the order of fp32 sums changes a tenth of it.
 TOLERANCE = 1e-4
+# what is compared; live is the base with its adapters beside it, as in training
+EFFECT = "what the adapters do: base -> live"
+UNROUNDED = "live -> their sum, not rounded"
+MERGED = "live -> merged file"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -47,33 +56,32 @@ def main(argv: list[str] | None = None) -> None:
         texts = probe_texts(args)
         rows = compare(args.base, args.merged, check.adapters, texts) if comparable(check) else []
         problems = check.problems + probe_problems(rows)
+        tokens = sum(map(len, texts))
         if args.json:
-            print(
-                json.dumps(
-                    {
-                        "ok": not problems,
-                        "problems": problems,
-                        "files": check.to_dict(),
-                        "tokens": sum(map(len, texts)),
-                        "tolerance": TOLERANCE,
-                        "probe": [
-                            {"what": row.what, "precision": row.precision, **dataclasses.asdict(row.distance)}
-                            for row in rows
-                        ],
-                    }
-                )
-            )
+            print(json.dumps(summary(check, rows, tokens, problems)))
         else:
-            for line in [
-                *check.lines(None if args.layers else ROWS),
-                *table(rows, sum(map(len, texts)), problems),
-            ]:
+            for line in [*check.lines(None if args.layers else ROWS), *table(rows, tokens, problems)]:
                 print(printable(line))
         if problems:
             raise SystemExit(1)
 
 
+def summary(check: MergeCheck, rows: list[Row], tokens: int, problems: list[str]) -> dict[str, Any]:
+    """The result for machines."""
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "files": check.to_dict(),
+        "tokens": tokens,
+        "tolerance": TOLERANCE,
+        "probe": [
+            {"what": row.what, "precision": row.precision, **dataclasses.asdict(row.distance)} for row in rows
+        ],
+    }
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags."""
     parser = Parser(prog="python -m scripts.verify_merge", description=__doc__)
     parser.add_argument("--base", "--base_model", required=True)
     add_adapters(parser, required=True, default="what the merged file records, else 1 each")
@@ -105,11 +113,7 @@ def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     files = filter(os.path.isfile, [*args.adapter, args.merged, args.base])
     tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
-        try:
-            with open(args.text, encoding="utf-8") as file:
-                texts = [tokenizer.encode(file.read())]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text {args.text} cannot be read: {error}") from None
+        texts = [tokenizer.encode(read_text(args.text))]
     else:
         texts = list(sections(tokenizer).values())
     texts = [ids[: max(1, args.tokens // len(texts))] for ids in texts if ids]
@@ -120,6 +124,14 @@ def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     return texts
 
 
+def read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read: {error}") from None
+
+
 def comparable(check: MergeCheck) -> bool:
     """Whether the merged file can be loaded as a model of the base's sizes at all."""
     base, merged = (read_checkpoint(path) for path in (check.base, check.merged))
@@ -127,7 +139,7 @@ def comparable(check: MergeCheck) -> bool:
 
 
 def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> list[Row]:
-    """All comparisons, one model in memory at a time."""
+    """All comparisons. One model is in memory at a time."""
     dtype = read_checkpoint(merged)["head.weight"].dtype
     dtype = dtype if dtype in NAMES else torch.float32
     kernel, _ = ops.choose("auto", "cpu", Arch.detect(read_checkpoint(base)).head_size)
@@ -139,30 +151,29 @@ def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> lis
 
     _, _, of_base = logits(base, torch.float32)
     model, blended, live = logits(base, torch.float32, adapters)
-    rows = [Row("what the adapters do: base -> live", "fp32", distance(of_base, live))]
+    rows = [Row(EFFECT, "fp32", distance(of_base, live))]
     del of_base
     merge_blended(model, blended)
-    rows.append(Row("live -> their sum, not rounded", "fp32", distance(live, logits_of(model, texts))))
+    rows.append(Row(UNROUNDED, "fp32", distance(live, logits_of(model, texts))))
     del model, blended
-    rows.append(Row("live -> merged file", "fp32", distance(live, logits(merged, torch.float32)[2])))
+    rows.append(Row(MERGED, "fp32", distance(live, logits(merged, torch.float32)[2])))
     if dtype != torch.float32:
         _, _, live_short = logits(base, dtype, adapters)
-        rows.append(Row("live -> merged file", NAMES[dtype], distance(live_short, logits(merged, dtype)[2])))
+        rows.append(Row(MERGED, NAMES[dtype], distance(live_short, logits(merged, dtype)[2])))
         rows.append(Row(f"live in fp32 -> live in {NAMES[dtype]}", "both", distance(live, live_short)))
     return rows
 
 
 def probe_problems(rows: list[Row]) -> list[str]:
-    """What must hold whatever the file's dtype: the sum that the file holds rounded is the model that was
-    trained.
-    """
+    """What is wrong if base and adapters in one weight, not rounded, are not the model that was trained."""
     problems = []
-    for row in rows[1:2]:
-        found = row.distance
-        if not found.max_logit_difference <= TOLERANCE * found.max_logit:
+    for row in rows:
+        found, allowed = row.distance, TOLERANCE * row.distance.max_logit
+        # `not <=`, so that a NaN is a problem, too
+        if row.what == UNROUNDED and not found.max_logit_difference <= allowed:
             problems.append(
                 f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g},"
-                f" {TOLERANCE * found.max_logit:.3g} is allowed"
+                f" {allowed:.3g} is allowed"
             )
     return problems
 
@@ -184,11 +195,9 @@ def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
     effect, exact, merged = (row.distance for row in rows[:3])
     lines += [f"wrong: {problem}" for problem in problems if problem in probe_problems(rows)]
     if not problems:
-        share = (
-            f", by mean KL {percent(merged.mean_kl / effect.mean_kl)} of what the adapters do"
-            if effect.mean_kl
-            else ""
-        )
+        share = ""
+        if effect.mean_kl:
+            share = f", by mean KL {percent(merged.mean_kl / effect.mean_kl)} of what the adapters do"
         within = exact.max_logit_difference / exact.max_logit
         lines.append(
             f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the"

@@ -1,5 +1,5 @@
-"""Two models on the same tokens: a fixed text in four kinds, and how far the one's predictions are from the
-other's.
+"""How far one model's predictions are from another's on the same tokens, and a fixed text in four kinds to
+compare them on.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ def sections(tokenizer) -> dict[str, list[int]]:
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """Kullback-Leibler divergence KL(base || tuned) at each token, nats: logits (T, V) -> (T,) fp32, or fp64
-    for such logits.
+    """Kullback-Leibler divergence KL(base || tuned) at each token, in nats: logits (T, V) -> (T,).
+
+    It is computed in fp32, or in fp64 for such logits.
     """
-    base, tuned = (
-        torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
-        for logits in (base, tuned)
-    )
+    base, tuned = _log_probabilities(base), _log_probabilities(tuned)
     return (base.exp() * (base - tuned)).sum(-1)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return torch.log_softmax(logits, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far logits are from others: the largest |difference|, beside the largest |logit|; KL(others ||
-    these), nats, mean and largest over the tokens; and the share of tokens with the same likeliest next one.
-    """
+    """How far logits are from those of a reference."""
 
     max_logit_difference: float
-    max_logit: float
-    mean_kl: float
+    max_logit: float  # the largest |logit| of the reference
+    mean_kl: float  # KL(reference || these) in nats, over the tokens
     max_kl: float
-    top1_agreement: float
+    top1_agreement: float  # share of tokens with the same likeliest next one
 
 
 @torch.no_grad()
@@ -63,22 +65,25 @@ def logits_of(model: RWKV, texts: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def distance(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Distance:
-    """That of logits (T, V) from those of the reference, over all texts; in float64, in which small
-    divergences do not drown.
+    """That of logits (T, V) from those of the reference, over all texts.
+
+    It is computed in float64, because in fp32 rounding hides small divergences.
     """
-    largest = size = 0.0
+    max_difference = max_logit = 0.0
     kl, same = [], []
     for expected, found in zip(reference, logits, strict=True):
         for a, b in zip(expected.split(BLOCK), found.split(BLOCK)):
             a, b = a.double(), b.double()
-            largest, size = max(largest, float((a - b).abs().max())), max(size, float(a.abs().max()))
+            max_difference = max(max_difference, float((a - b).abs().max()))
+            max_logit = max(max_logit, float(a.abs().max()))
             kl.append(divergence(a, b))
             same.append(a.argmax(-1) == b.argmax(-1))
     kls = torch.cat(kl)
     return Distance(
-        largest,
-        size,
-        float(kls.mean().clamp(min=0)),
-        float(kls.max().clamp(min=0)),
-        float(torch.cat(same).double().mean()),
+        max_logit_difference=max_difference,
+        max_logit=max_logit,
+        # rounding makes a divergence of 0 slightly negative
+        mean_kl=float(kls.mean().clamp(min=0)),
+        max_kl=float(kls.max().clamp(min=0)),
+        top1_agreement=float(torch.cat(same).double().mean()),
     )

@@ -1,5 +1,6 @@
-"""Log-likelihoods of given continuations: many at once, without padding in the state and without the logits
-of what is not asked for.
+"""Log-likelihoods of given continuations, many at once.
+
+Padding reaches no state, and logits are computed only where they are asked for.
 """
 
 from __future__ import annotations
@@ -14,44 +15,50 @@ from ..model import RWKV
 TOKENS = 1 << 14  # in one pass, padding included
 LOGITS = 1 << 26  # at once: 256 MiB in fp32
 
+# the ids of a text, and at how many of its last tokens the features are wanted
+Request = tuple[tuple[int, ...], int]
+
 
 @torch.no_grad()
 def log_likelihoods(model: RWKV, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """For each (context, continuation), lists of ids: ln p(continuation | context), and whether greedy
-    decoding gives it.
+    """ln p(continuation | context) of each (context, continuation), and whether greedy decoding gives it.
 
-    Pairs that read the same tokens, as the choices of a question do whose answers are one token long, are
-    computed once. ValueError for an empty context: the first token of a text needs one before it, such as the
-    end of a document.
+    Both are lists of ids. Pairs that read the same tokens are computed once, as the choices of a question do
+    whose answers are one token long.
+
+    Raises ValueError for an empty context. The first token of a text needs one before it, such as the end of
+    a document.
     """
     if not all(context for context, _ in pairs):
         raise ValueError("log_likelihoods: a context is empty; begin it with the end of document")
     inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
-    users: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    pairs_of: dict[Request, list[int]] = {}
     for i, (row, (_, continuation)) in enumerate(zip(inputs, pairs, strict=True)):
-        users.setdefault((row, len(continuation)), []).append(i)
+        pairs_of.setdefault((row, len(continuation)), []).append(i)
     results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    for batch in _batches(sorted(users, key=lambda key: len(key[0]))):
+    for batch in _batches(sorted(pairs_of, key=lambda request: len(request[0]))):
         features = _features(model, batch)
-        for key, x in zip(batch, features, strict=True):
-            for i in users[key]:
+        for request, x in zip(batch, features, strict=True):
+            for i in pairs_of[request]:
                 results[i] = _score(model, x, pairs[i][1])
     return results
 
 
-def _batches(rows: list[tuple[tuple[int, ...], int]]) -> list[list[tuple[tuple[int, ...], int]]]:
-    """Rows in ascending length, cut so that a batch padded to its longest has at most TOKENS tokens."""
-    batches: list[list] = [[]]
-    for row in rows:
-        if batches[-1] and (len(batches[-1]) + 1) * len(row[0]) > TOKENS:
+def _batches(requests: list[Request]) -> list[list[Request]]:
+    """Requests of ascending length, cut so that a batch padded to its longest has at most TOKENS tokens."""
+    batches: list[list[Request]] = []
+    for request in requests:
+        length = len(request[0])
+        if not batches or (len(batches[-1]) + 1) * length > TOKENS:
             batches.append([])
-        batches[-1].append(row)
-    return batches if rows else []
+        batches[-1].append(request)
+    return batches
 
 
-def _features(model: RWKV, batch: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
-    """For each (row of ids, n) the input of the head at its last n tokens, (n, C). The padding comes after
-    them and reaches nothing.
+def _features(model: RWKV, batch: list[Request]) -> list[Tensor]:
+    """The input of the head (n, C) at the last n tokens of each request (ids, n).
+
+    The padding comes after them and reaches nothing.
     """
     longest = len(batch[-1][0])
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
