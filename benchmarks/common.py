@@ -81,9 +81,9 @@ def report(benchmark: str, **figures) -> None:
     print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
 
 
-def write_random_base(path, version: int, n_layer: int, n_embd: int) -> int:
-    """A random checkpoint in bf16, as released files are, of the World vocabulary's size and for the
-    tokenizer bytes; its number of parameters.
+def write_random_base(path, version: int, n_layer: int, n_embd: int, tokenizer: str = "bytes") -> int:
+    """A random checkpoint in bf16, as released files are, of the World vocabulary's size; its number of
+    parameters. It records the tokenizer; with "" none, as released files do.
     """
     with torch.device("meta"):
         shapes = {
@@ -94,7 +94,8 @@ def write_random_base(path, version: int, n_layer: int, n_embd: int) -> int:
         (name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator))
         for name, shape in shapes.items()
     )
-    write_checkpoint(path, tensors, {"format": "rwkv-miss trained", "tokenizer": "bytes", "eod": ""})
+    record = {"format": "rwkv-miss trained", "tokenizer": tokenizer, "eod": ""} if tokenizer else None
+    write_checkpoint(path, tensors, record)
     return sum(shape.numel() for shape in shapes.values())
 
 

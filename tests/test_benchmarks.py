@@ -1,6 +1,13 @@
 """What the benchmarks say of the machine."""
 
+import json
+import re
+import statistics
+
+from benchmarks import first_run
 from benchmarks.common import cpu, environment, machine_line
+
+from .conftest import ROOT
 
 X86 = """processor : 0
 model name : AMD EPYC 9R14
@@ -37,3 +44,52 @@ def test_a_cpu_is_named_by_what_decides_its_speed(tmp_path):
         and here["machine"] == machine_line()
         and here["machine"].startswith(cpu()["name"])
     )
+
+
+def test_a_first_runs_rows_are_as_long_as_gsm8ks(tmp_path):
+    first_run.write_rows(tmp_path / "rows.jsonl", 1000)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    rows = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
+    questions, answers = ([len(text.split()) for text in texts] for texts in zip(*rows, strict=True))
+    together = [a + b for a, b in zip(questions, answers, strict=True)]
+    # of GSM8K's 7,473 training rows in tokens of World: median, and 5 % on each side
+    for lengths, expected in (
+        (questions, (30, 52, 96)),
+        (answers, (46, 91, 188)),
+        (together, (82, 145, 268)),
+    ):
+        cuts = statistics.quantiles(lengths, n=20)
+        for found, wanted in zip((cuts[0], cuts[9], cuts[18]), expected, strict=True):
+            assert abs(found / wanted - 1) < 0.1, (found, wanted)
+
+
+def test_a_first_run_has_the_steps_of_a_whole_pass(tmp_path):
+    first_run.write_rows(tmp_path / "rows.jsonl", 100)
+    base = ROOT / "demo/rwkv7-reverse.pth"
+    settings = ["--load_model", str(base), "--data_file", str(tmp_path / "rows.jsonl")]
+    plan, sizes = first_run.whole_pass(settings)
+    rows = int(sizes[1]) * int(sizes[3])
+    packed = int(
+        re.search(
+            r"packing +(\d+) rows",
+            first_run.run(["-m", "scripts.plan", "--tokens_per_second", "1", *settings]),
+        )[1]
+    )
+    assert sizes[::2] == ["--micro_bsz", "--accumulate_grad_batches"]
+    assert plan["steps"] == -(-packed // rows)
+
+
+def test_a_first_runs_figures_leave_out_the_first_step():
+    metrics = [{"seconds": s, "tokens_per_second": 100 / s} for s in (50.0, 2.0, 4.0, 3.0)]
+    summary = {"command_to_first_step_seconds": 60.04, "peak_memory_bytes": 5}
+    plan = {"steps": 40, "tokens": 4000, "seconds": 200, "evaluation_seconds": 10}
+    assert first_run.figures(metrics, summary, plan) == {
+        "tokens_per_second": 33.3,
+        "seconds_per_step": 3.0,
+        "tokens": 4000,
+        "steps": 40,
+        "minutes": 2.0,
+        "evaluation_share": 0.05,
+        "first_step_seconds": 60.0,
+        "peak_memory_bytes": 5,
+    }
