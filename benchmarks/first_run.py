@@ -28,8 +28,8 @@ import time
 
 import torch
 
-from src.decode import fastest
-from src.load import load
+from src.inference.cpu_decoder import fastest
+from src.inference.load import load
 
 from .common import report, write_random_base
 
