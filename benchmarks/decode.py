@@ -1,5 +1,6 @@
-"""Tokens per second of single tokens and of a prompt: the decoder in fp32, bf16 and int8, the package `rwkv`,
-and llama.cpp, in one run.
+"""Measure tokens a second while chatting and while reading a prompt.
+
+In one run: the decoder in fp32, bf16 and int8, the package `rwkv`, and llama.cpp.
 
     python -m benchmarks.decode [--version 7] [--layers 12] [--width 768] [--threads 1 2] [--prompt 256]
     [--rounds 8] [--miss 64] [--llama FOLDER]

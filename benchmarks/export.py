@@ -1,5 +1,6 @@
-"""Model export: bytes, seconds and memory of every form, there and back, next to a plain copy of the
-checkpoint, in one run.
+"""Measure bytes, seconds and memory of every export, there and back.
+
+A plain copy of the checkpoint runs beside it.
 
     python -m benchmarks.export [--version 7] [--layers 12] [--width 768] [--rounds 3]
 

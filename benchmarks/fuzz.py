@@ -1,5 +1,6 @@
-"""Damage data files of every format at random, and read them: that gives rows or a message that names the
-file, nothing else, and soon.
+"""Damage data files of every format at random, and read them.
+
+Reading must give rows, or a message that names the file. It must give nothing else, and soon.
 
     python -m benchmarks.fuzz [--inputs 10000] [--seed 0]
 

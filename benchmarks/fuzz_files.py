@@ -1,5 +1,6 @@
-"""Damage model and adapter files of every kind at random, and read them: that gives a result or one clear
-message, in little memory and time.
+"""Damage model and adapter files of every kind at random, and read them.
+
+Reading must give a result or one clear message, in little memory and time.
 
     python -m benchmarks.fuzz_files [--inputs 5000] [--seed 0] [--readers NAME ...]
 

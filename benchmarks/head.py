@@ -1,5 +1,6 @@
-"""The head and its loss, forward and backward with the gradient of its input: all logits at once in plain
-torch against blocks of rows.
+"""Measure the head and its loss, forward and backward with the gradient of its input.
+
+All logits at once in plain torch stand against blocks of rows.
 
     python -m benchmarks.head [--tokens 2048] [--n_embd 768] [--vocab_size 65536] [--dtypes float32 bfloat16]
     [--threads 1] [--rounds 3]

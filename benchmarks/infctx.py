@@ -1,5 +1,6 @@
-"""Rows in chunks: peak memory and time up to a million tokens, and the gradient against that of the whole
-row.
+"""Measure peak memory and time of rows in chunks, up to a million tokens.
+
+The gradient is compared with that of the whole row.
 
     python -m benchmarks.infctx [--tokens 65536 262144 1048576] [--whole 16384 65536] [--chunk_ctx 1024]
     [--version 7] [--n_layer 2] [--n_embd 64]

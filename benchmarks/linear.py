@@ -1,5 +1,6 @@
-"""One adapted linear, forward and backward: the methods of this project, and HF peft's MiSS and LoRA, beside
-the frozen linear alone, in one run.
+"""Measure one adapted linear, forward and backward, beside the frozen linear alone.
+
+In one run: the methods of this project, and HF peft's MiSS and LoRA.
 
     python -m benchmarks.linear [--shapes 2048,2048,2048,64 512,768,3072,64] [--dtypes float32 bfloat16]
     [--systems miss lora] [--threads 1]

@@ -1,5 +1,6 @@
-"""Packed rows against padded ones on question-answer data: how full rows are, and trained tokens a second, in
-one run.
+"""Measure how full packed rows are beside padded ones, and the trained tokens a second.
+
+The data is question-answer data; both forms run together.
 
     python -m benchmarks.packing DATA.jsonl [--ctx_len 512] [--micro_bsz 2] [--steps 4] [--n_layer 12]
     [--n_embd 768]

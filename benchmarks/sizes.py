@@ -1,5 +1,6 @@
-"""Training steps of random models of the released sizes with MiSS: tokens a second, memory, and the share of
-the machine's matrix products.
+"""Measure training steps with MiSS of random models of the released sizes.
+
+It prints tokens a second, memory, and the share of the machine's matrix products.
 
     python -m benchmarks.sizes [--device cuda] [--models 0.1B 0.4B ... v6-3B] [--ctx_len 512 4096]
     [--precision bf16] [--grad_cp 0] [--rounds 5]

@@ -1,5 +1,7 @@
-"""What starting costs: `import rwkv_miss` on top of `import torch`, and the time from the command to the
-first training step.
+"""Measure what starting costs.
+
+That is `import rwkv_miss` on top of `import torch`, and the time from the command to the first training
+step.
 
 python -m benchmarks.startup [--rounds 7]
 """

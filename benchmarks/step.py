@@ -1,5 +1,6 @@
-"""The training step of a random RWKV with MiSS, whole and in parts, beside its bare matrix products and
-beside HF peft in the same loop.
+"""Measure the training step of a random RWKV with MiSS, whole and in parts.
+
+Its bare matrix products and HF peft in the same loop run beside it.
 
     python -m benchmarks.step [--n_layer 12] [--n_embd 768] [--ctx_len 512] [--version 7] [--threads 1]
     [--rounds 5] [--variants NAME ...] [--memory]

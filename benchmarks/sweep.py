@@ -1,5 +1,6 @@
-"""Do K adapters in one pass over the frozen base pay, for scripts.lr_sweep? Against K passes one after the
-other.
+"""Measure whether K adapters in one pass over the frozen base pay, for scripts.lr_sweep.
+
+They stand against K passes one after the other.
 
     python -m benchmarks.sweep [--adapters 4] [--shapes 6:12:128:256:8x128 7:12:768:65536:1x512 ...] [--rounds
     5] [--threads 1]

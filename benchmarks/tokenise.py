@@ -1,5 +1,6 @@
-"""Tokenising question-answer data, the share of a training step that waits for data, and the memory that a
-run keeps of them.
+"""Measure tokenising question-answer data, and what a run keeps of it.
+
+It prints also the share of a training step that waits for data.
 
     python -m benchmarks.tokenise DATA.jsonl [--repeat 16] [--steps 60]
     python -m benchmarks.tokenise DATA.jsonl --memory 200 1000

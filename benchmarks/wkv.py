@@ -1,5 +1,6 @@
-"""Forward and backward of every WKV kernel beside the token-by-token form under autograd, in one run; errors
-against float64.
+"""Measure forward and backward of every WKV kernel beside the token-by-token form under autograd.
+
+All forms run together; errors are against float64.
 
     python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10]
     [--device cpu|cuda]

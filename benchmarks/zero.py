@@ -1,5 +1,6 @@
-"""Memory of one process under two strategies, ZeRO stages 2 and 3 unless told, on the CPU, with a random
-RWKV-7 base of 0.45 B parameters.
+"""Measure the memory of one process under two strategies, ZeRO stages 2 and 3 unless told.
+
+It runs on the CPU, with a random RWKV-7 base of 0.45 B parameters.
 
 python -m benchmarks.zero [--strategies deepspeed_stage_2 deepspeed_stage_3] [--precision fp32] [--layers 24
 --width 1024] [--steps 3]

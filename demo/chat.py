@@ -1,5 +1,6 @@
-"""Chat with a model file, or with a base and adapters beside it, unmerged: python -m demo.chat --model
-merged.pth
+"""Chat with a model file, or with a base and its adapters, unmerged.
+
+python -m demo.chat --model merged.pth
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data that a person can check by eye: reverse, or sort, a string of letters, in chat form.
+"""Make data that a person can check by eye: reverse or sort a string of letters, as a conversation.
 
 python -m demo.task sort --rows 20000 --out sort.jsonl --heldout 500 --heldout_out sort-heldout.jsonl
 """

@@ -1,4 +1,6 @@
-"""The demo's last word: accuracy before and after, and whether the merged file is the adapter's model. The
+"""Compare base, base + adapter and merged file on the demo's held-out questions.
+
+It prints the accuracy before and after, and checks that the merged file answers as base + adapter do. The
 last line is JSON.
 """
 

@@ -1,11 +1,10 @@
-"""RWKV-LM's binidx from data in any format that train.py reads, and back to JSONL.
+"""Write RWKV-LM's binidx files from any data that train.py reads, or turn them back into JSONL.
 
-    python -m scripts.binidx OUT DATA...              # OUT.bin and OUT.idx, an end of document after every
-    row
-    python -m scripts.binidx --to_jsonl OUT.jsonl DATA...   # {"text": ...} a line
+    python -m scripts.binidx OUT DATA...                     # writes OUT.bin and OUT.idx
+    python -m scripts.binidx --to_jsonl OUT.jsonl DATA...    # {"text": ...} a line
 
-train.py needs neither: it reads all formats as they are. A binidx file holds tokens and no loss mask:
-everything in it is trained.
+Every row ends with an end of document. train.py needs neither: it reads all formats as they
+are. A binidx file holds tokens but no loss mask, so everything in it is trained.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What this machine has for training, and for everything that is missing the command that brings it: python
--m scripts.doctor [--json] [--fat]
+"""Check what this machine has for training, and name the command that installs what is missing.
 
-One line each with ok, warn or missing. The exit code is 0 when training works here, with or without native
-kernels, else 1. With --json the only thing on stdout is one JSON object. Nothing is installed; native kernels
-are built if there is a compiler, as training would do.
+    python -m scripts.doctor [--json] [--fat]
+
+Each line says ok, warn or missing. The exit code is 0 if training works here, with or without native kernels,
+else 1. Nothing is installed. Native kernels are built if there is a compiler, as training would do. With
+--json stdout has one JSON object and nothing else.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Share of greedy answers that are right: python -m scripts.evaluate --model m.pth --questions heldout.jsonl
---score number
+"""Measure how many greedy answers of a model are right, on a file of questions.
+
+python -m scripts.evaluate --model m.pth --questions heldout.jsonl --score number
 """
 
 from __future__ import annotations

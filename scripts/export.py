@@ -1,7 +1,8 @@
-"""A merged model for other programs, and back: python -m scripts.export --model merged.pth --out merged.gguf
---to gguf
+"""Write a merged model for another program, or turn such a file back into a checkpoint.
 
-gguf is for llama.cpp; hf is a folder for Hugging Face's transformers, RWKV-7 only; safetensors is one file.
+    python -m scripts.export --model merged.pth --out merged.gguf --to gguf
+
+gguf is for llama.cpp. hf is a folder for Hugging Face's transformers, RWKV-7 only. safetensors is one file.
 pth makes a checkpoint of any of them.
 """
 

@@ -1,10 +1,11 @@
-"""The CUDA kernels on this GPU against the reference in float64 on the CPU: python -m scripts.gpu_numerics
-[--small]
+"""Compare the CUDA kernels on this GPU with the reference in float64 on the CPU.
 
-For each operation, kernel and dtype: the worst relative error (rms) of y, the final state and each gradient,
-over lengths around the kernels' chunks, head sizes, documents that start inside a row, and decays of exactly
-0 and 1. The last line is JSON. Exit code 1 if an error is above what the dtype explains, or not finite.
---small: a few tokens only, for compute-sanitizer.
+    python -m scripts.gpu_numerics [--small]
+
+For each operation, kernel and dtype it prints the worst relative error (rms) of y, the final state and each
+gradient. The cases are lengths around the kernels' chunks, head sizes, documents that start inside a row, and
+decays of exactly 0 and 1. The last line is JSON. The exit code is 1 if an error is above what the dtype
+explains, or not finite. --small uses a few tokens only, for compute-sanitizer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What scripts/gpu_check.sh found, as docs/gpu/CARD-DATE.json: python -m scripts.gpu_record FOLDER
+"""Write what scripts/gpu_check.sh found to docs/gpu/CARD-DATE.json.
 
-FOLDER has, for each step, its output in NAME and its exit code in NAME.code.
+    python -m scripts.gpu_record FOLDER
+
+FOLDER has two files for each step: its output in NAME, and its exit code in NAME.code.
 """
 
 from __future__ import annotations

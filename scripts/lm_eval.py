@@ -1,8 +1,9 @@
-"""EleutherAI's lm-evaluation-harness on a model of this project: python -m scripts.lm_eval --model m.pth
---tasks lambada_openai,piqa
+"""Run EleutherAI's lm-evaluation-harness on a model of this project.
 
-Needs the extra lm-eval. The harness reads its data sets from the Hugging Face hub or its cache; lambada_local
-reads --data_file instead.
+    python -m scripts.lm_eval --model m.pth --tasks lambada_openai,piqa
+
+It needs the extra lm-eval. The harness reads its data sets from the Hugging Face hub or its cache. The task
+lambada_local reads --data_file instead.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The learning rate that suits a method and your data: short trainings of one model from one start, and the
-loss of each on held-out documents.
+"""Find the learning rate that suits a method and your data, by short trainings.
 
-    python -m scripts.lr_sweep --load_model base.pth --data_file data.jsonl --proj_dir out/run [--rates
-    1e-5,1e-4,1e-3] [--steps 100]
-        [any other flag of train.py]
+    python -m scripts.lr_sweep --load_model base.pth --data_file data.jsonl --proj_dir out/run
+        [--rates 1e-5,1e-4,1e-3] [--steps 100] [any other flag of train.py]
 
-Every rate has its own whole schedule over the steps and the same batches. The table and the curves go to
-lr_sweep.json and lr_sweep.png in --proj_dir, the last line is the command that trains at the best rate. Exit
-code 0; 1: no rate is better than not training; 2: the settings are wrong.
+Every rate trains the same model from the same start, with the same batches and its own whole schedule. Then
+its loss on held-out documents is measured. Table and curves go to lr_sweep.json and lr_sweep.png in
+--proj_dir. The last line is the command that trains at the best rate.
+
+Exit code 0: there is a best rate. 1: no rate is better than not training. 2: the settings are wrong.
 """
 
 from __future__ import annotations

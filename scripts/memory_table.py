@@ -1,7 +1,9 @@
-"""Tables of memory, as `scripts.plan` counts: python -m scripts.memory_table [--scaling]
+"""Print tables of the memory that training takes, as scripts.plan counts it.
 
-Without a flag that of docs/memory.md, for one GPU; with it that of docs/scaling.md, for several under
-DeepSpeed.
+    python -m scripts.memory_table [--scaling]
+
+Without a flag: the table of docs/memory.md, for one GPU. --scaling: the table of docs/scaling.md, for several
+GPUs under DeepSpeed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What a run needs and takes, before anything is loaded: python -m scripts.plan, with the flags of train.py.
+"""Say what a run needs and how long it takes, before anything is loaded.
 
     python -m scripts.plan --load_model base.pth --data_file data.jsonl --accelerator gpu --memory 24GB
 
-Sizes come from the checkpoint's header, the data are tokenised, and a training step is counted on tensors
-without memory. Exit code 0: the run fits; 1: it does not, and the cheapest change that mends it is named; 2:
-the settings are wrong. With --json the last line is JSON.
+It takes the flags of train.py. Sizes come from the checkpoint's header. The data is tokenised, and a training
+step is counted on tensors without memory. With --json the last line is JSON.
+
+Exit code 0: the run fits. 1: it does not fit, and the cheapest change that makes it fit is named. 2: the
+settings are wrong.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What a run would be trained on: tokens with the loss mask in colour, and what looks wrong with the data.
+"""Show what a run would train on: tokens with the loss mask in colour, and what looks wrong.
 
     python -m scripts.preview --data_file data.jsonl [--load_model base.pth] [any other flag of train.py]
 
-Green is trained, neighbouring tokens differ in shade; without colours « and » enclose what is trained. All
-rows are read and looked at, and nothing is written. Exit code 0; with --strict 1 where something was found.
-Exit code 2: the settings are wrong.
+Green is trained; neighbouring tokens differ in shade. Without colours « and » enclose what is trained. All
+rows are read and checked, and nothing is written.
+
+Exit code 0: done. 1: with --strict, something was found. 2: the settings are wrong.
 """
 
 from __future__ import annotations

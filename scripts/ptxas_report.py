@@ -1,11 +1,12 @@
-"""What nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory of every kernel on every
-architecture.
+"""Show what nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory.
 
     python -m scripts.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
 
-Needs nvcc, no GPU. --quick makes PTX three times instead of once an architecture: for Turing, which has no
-bf16 on its tensor cores, from Ampere on, and from Blackwell on, whose PTX has pairs of fp32; the figures are
-the same or nearly so. The last line is JSON.
+It lists every kernel on every architecture. It needs nvcc and no GPU. The last line is JSON.
+
+--quick makes PTX three times instead of once an architecture: for Turing, which has no bf16 on its tensor
+cores; from Ampere on; and from Blackwell on, whose PTX has pairs of fp32. The figures are the same or nearly
+so.
 """
 
 from __future__ import annotations

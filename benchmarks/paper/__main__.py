@@ -1,5 +1,6 @@
-"""The experiments of the MiSS paper (arXiv 2409.15371), each one command that writes a table, a plot and its
-figures.
+"""Run the experiments of the MiSS paper (arXiv 2409.15371).
+
+Each is one command that writes a table, a plot and its figures.
 
     python -m benchmarks.paper NAME [--tiny] [--out docs/results] [options of the experiment]
 
