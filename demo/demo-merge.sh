@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Merge an adapter into its base: the result is a plain .pth for any RWKV runtime.
+# Merge an adapter into its base. The result is a plain .pth for any RWKV runtime.
 set -euo pipefail
 source "$(dirname "$0")/../scripts/setup.sh" ""
 
-base="demo/rwkv7-reverse.pth"       # the file that the adapter was trained on; another one is refused
+base="demo/rwkv7-reverse.pth"       # the file that the adapter was trained on. Another one is refused
 adapter="out/demo/adapter.pth"      # what train.py wrote
 out="out/demo/merged.pth"           # the merged file
-dtype="base"                        # base, or fp16 / fp32 when the report says that rounding lost too much; auto decides
+dtype="base"                        # as the base. fp16 or fp32 if rounding lost too much. auto decides
 
 set -x
 python -m rwkv_miss merge --base "$base" --adapter "$adapter" --out "$out" --dtype "$dtype"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# How demo/rwkv7-reverse.pth was made: RWKV-7 from scratch on strings of letters, about four minutes on 2 CPU cores.
+# Make demo/rwkv7-reverse.pth: train RWKV-7 from scratch on strings of letters.
+# It takes about four minutes on 2 CPU cores.
 set -euo pipefail
 source "$(dirname "$0")/../scripts/setup.sh" ""
 
@@ -7,7 +8,7 @@ proj_dir="out/demo-base"
 data_file="$proj_dir/reverse.jsonl"
 heldout_file="$proj_dir/reverse-heldout.jsonl"
 
-export OMP_NUM_THREADS=1  # the model is so small that a second thread mostly waits
+export OMP_NUM_THREADS=1  # the model is so small that a second thread would mostly wait
 mkdir -p "$proj_dir"
 [ -f "$data_file" ] || python -m demo.task reverse --rows 60000 --out "$data_file" --heldout 500 --heldout_out "$heldout_file"
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Try the CUDA kernels on this machine's GPU and write docs/gpu/CARD-DATE.json, from which scripts/doctor.py says what ran where: the tests
-# that need a GPU, errors against float64, compute-sanitizer, the benchmarks. Less than 10 minutes once .venv is made and the kernels are built.
-# Exit code: 0 all passed, 1 something did not (the file says what), 2 there is no GPU.
+# Check the CUDA kernels on this machine's GPU, and write docs/gpu/CARD-DATE.json.
+# It runs the tests that need a GPU, errors against float64, compute-sanitizer, and the benchmarks.
+# scripts/doctor.py reads the file and says what ran where.
+# It takes less than 10 minutes once .venv is made and the kernels are built.
+# Exit code 0: all passed. 1: something did not, and the file says what. 2: there is no GPU.
 set -euo pipefail
 if ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU 0"; then
     echo "no GPU: nvidia-smi lists none; run this on a machine with an NVIDIA GPU and its driver" >&2
@@ -19,7 +21,8 @@ fi
 logs="$(mktemp -d)"
 trap 'rm -rf "$logs"' EXIT
 
-step() { # step NAME SECONDS COMMAND...: show and keep what it prints, and its exit code; go on whatever that is
+# step NAME SECONDS COMMAND...: show and keep what it prints, and its exit code. Go on whatever that is
+step() {
     local name="$1" limit="$2" code=0
     shift 2
     printf '\n== %s\n' "$name: $*"
@@ -31,13 +34,13 @@ step() { # step NAME SECONDS COMMAND...: show and keep what it prints, and its e
 step build 600 python -c 'from src.ops import native; status = native.status("cuda"); print(status); raise SystemExit(not status.passed)'
 step tests 120 python -m pytest -m gpu
 step numerics 90 python -m scripts.gpu_numerics
-# with torch's cache of memory a write beyond a tensor would land in another tensor's memory, unseen
+# no cache of memory: with it a write beyond a tensor could land in another tensor's memory, unseen
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck; do
     step "$tool" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 --report-api-errors no python -m scripts.gpu_numerics --small
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
-# bf16 is what tensor cores take; token by token under autograd, these shapes would not fit into memory
+# bf16, because tensor cores take it. These shapes do not fit in memory token by token under autograd
 step benchmark 100 python -m benchmarks.wkv --device cuda --dtype bfloat16 --shapes 1,4096,2048 8,4096,2048 --kernels cuda cuda-exact torch
 step training 120 python -m benchmarks.sizes
 

@@ -1,5 +1,6 @@
-# Sourced by the demo and test scripts: goes to the checkout's root and activates .venv there, which it makes on the first call.
-# Usage: source scripts/setup.sh EXTRA      with EXTRA = test, the test tools are installed too; "" for none
+# Sourced by the demo and test scripts. It goes to the checkout's root and activates .venv there.
+# The first call makes .venv and installs into it.
+# Usage: source scripts/setup.sh EXTRA      EXTRA is test for the test tools too, or "" for none
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # for pytest, which does not come through src/common/startup.py

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Runs a command on two machines that are none: network namespaces with a cable between them, and no other network. Needs root and iproute2.
+# Run a command as if on two machines: in two network namespaces, with a cable and no other network.
+# It needs root and iproute2.
 #
 #     bash scripts/two_machines.sh python train.py --num_nodes 2 --strategy deepspeed_stage_2 ...
 #     bash scripts/two_machines.sh bash -c 'torchrun --nnodes 2 --node_rank $NODE_RANK --master_addr $MASTER_ADDR --nproc_per_node 1 train.py ...'
 #
-# The command finds MASTER_ADDR, MASTER_PORT and NODE_RANK (0 or 1) in its environment. The exit code is the first machine's that is not 0.
+# The command finds MASTER_ADDR, MASTER_PORT and NODE_RANK (0 or 1) in its environment.
+# The exit code is the first one that is not 0.
 set -euo pipefail
 
 first="rwkv-$$-0" second="rwkv-$$-1"
