@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from src.config import Config
 from src.model import RWKV
 from src.ops import build, elementwise, elementwise_reference, wkv7
-from src.ops.mix7 import mix7
+from src.ops.mix7 import mix7, mix7_serves
 from src.planning.base_model import build_model
 
 from .conftest import close, make_arch, random_tensors
@@ -337,7 +337,7 @@ def note(kept, t):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("begin", ["zeros", "state", "start", "documents", "documents and start"])
+@pytest.mark.parametrize("begin", ["zeros", "s0", "initial_state", "documents"])
 def test_mix7_is_its_three_functions(dtype, begin, calls):
     """To the last bit, with a gradient of the readout, of the state, or of both; and it keeps what they do
     but for the three inputs of wkv7.
@@ -349,22 +349,24 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
         return torch.randn(sizes, generator=generator)
 
     vectors = [x(1, 1, C), x(1, 1, C), x(heads, C // heads), x(C), x(C)]
-    state, start = ("state" in begin, x(B, heads, 80, 80)), ("start" in begin, x(heads, 80, 80))
-    reset = torch.rand(B, T + 1, generator=generator)[:, 1:] < 0.3 if "documents" in begin else None
-    inputs = [x(B, T, C).to(dtype) for _ in range(6)] + [t for given, t in (state, start) if given]
+    state = {"s0": x(B, heads, 80, 80), "initial_state": x(heads, 80, 80)}.get(begin)
+    reset = torch.rand(B, T + 1, generator=generator)[:, 1:] < 0.3 if begin == "documents" else None
+    inputs = [x(B, T, C).to(dtype) for _ in range(6)] + ([] if state is None else [state])
     dy, dstate = x(B, T, C).to(dtype), x(B, heads, 80, 80)
 
     def beginning(leaves):
-        return leaves[6] if state[0] else None, reset, leaves[6] if start[0] else None
+        return leaves[6] if begin == "s0" else None, reset, leaves[6] if begin == "initial_state" else None
 
     def whole(*leaves):
-        return mix7(*leaves[:6], *vectors, EPS, *beginning(leaves), "cpu", True)
+        s0, reset, initial_state = beginning(leaves)
+        assert mix7_serves(leaves[:6], vectors, reset, initial_state, True)
+        return mix7(leaves[:6], vectors, EPS, s0, reset, initial_state)
 
     def parts(*leaves):
         r, w, k, v, a, g = leaves[:6]
-        k, remove, replace = elementwise.delta_inputs(k, a, *vectors[:2], heads, True)
+        k, alpha, beta = elementwise.delta_inputs(k, a, *vectors[:2], heads, True)
         y, last = wkv7(
-            *(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, remove, replace)),
+            *(t.unflatten(-1, (heads, -1)) for t in (r, w, k, v, alpha, beta)),
             *beginning(leaves)[:2],
             "cpu",
             beginning(leaves)[2],
@@ -386,12 +388,18 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
             found[function] = sum(kept.values()), calls.count("delta_inputs_forward")
     for used in ([0], [1], [0, 1]):
         assert all(map(torch.equal, found[(whole, *used)], found[(parts, *used)]))
-    # documents that start from a state are cut out of their rows, for which the three functions run
-    made_again = begin != "documents and start"
-    assert found[parts][0] - found[whole][0] == made_again * 3 * dy.nbytes and (
-        found[parts][1],
-        found[whole][1],
-    ) == (1, 1 + made_again)
+    assert found[parts][0] - found[whole][0] == 3 * dy.nbytes
+    assert (found[parts][1], found[whole][1]) == (1, 2)
+
+
+def test_mix7_leaves_documents_that_start_from_a_state_to_the_three_functions():
+    """They are cut out of their rows."""
+    activations = [torch.zeros(2, 5, 24)] * 6
+    vectors = [torch.ones(24), torch.ones(24), torch.ones(3, 8), torch.ones(24), torch.ones(24)]
+    reset, initial_state = torch.zeros(2, 5, dtype=torch.bool), torch.zeros(3, 8, 8)
+    assert mix7_serves(activations, vectors, reset, None, True)
+    assert mix7_serves(activations, vectors, None, initial_state, True)
+    assert not mix7_serves(activations, vectors, reset, initial_state, True)
 
 
 @pytest.mark.parametrize(
@@ -404,8 +412,8 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
         ("s0", torch.zeros(2, 3, 8), "s0 is"),
         ("reset", torch.zeros(2, 5, dtype=torch.int64), "reset is torch.int64"),
         ("reset", torch.zeros(2, 4, dtype=torch.bool), r"\(2, 4\)"),
-        ("start", torch.zeros(3, 8, 8, dtype=torch.bfloat16), "start is torch.bfloat16"),
-        ("start", torch.zeros(2, 8, 8), r"\(2, 8, 8\)"),
+        ("initial_state", torch.zeros(3, 8, 8, dtype=torch.bfloat16), "initial_state is torch.bfloat16"),
+        ("initial_state", torch.zeros(2, 8, 8), r"\(2, 8, 8\)"),
         ("w", torch.zeros(2, 4, 24), r"w is torch.float32 \(2, 4, 3, 8\)"),
         ("g", torch.zeros(2, 5, 48), "g is torch.float32"),
     ],
@@ -413,18 +421,16 @@ def test_mix7_is_its_three_functions(dtype, begin, calls):
 def test_mix7_refuses_by_name_what_wkv7_refuses(argument, wrong, found, calls):
     arguments = (
         {name: torch.zeros(2, 5, 24) for name in "rwkvag"}
-        | dict.fromkeys(["s0", "reset", "start"])
+        | dict.fromkeys(["s0", "reset", "initial_state"])
         | {argument: wrong}
     )
     vectors = [torch.ones(24), torch.ones(24), torch.ones(3, 8), torch.ones(24), torch.ones(24)]
     with pytest.raises(ValueError, match=f"wkv7: {argument} is .*expected .* because r is") as error:
         mix7(
-            *(arguments[name] for name in "rwkvag"),
-            *vectors,
+            [arguments[name] for name in "rwkvag"],
+            vectors,
             EPS,
-            *(arguments[name] for name in ("s0", "reset", "start")),
-            "cpu",
-            True,
+            *(arguments[name] for name in ("s0", "reset", "initial_state")),
         )
     assert re.search(found, str(error.value)) and not calls
 

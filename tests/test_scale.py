@@ -99,17 +99,15 @@ def look_inside(rank):
 
     def checked_features(self, *args, **kwargs):
         out = head_of(self, *args, **kwargs)
-        # DeepSpeed leaves smaller ones whole; the model that a run measures its speed with is not DeepSpeed's
-        whole = [
-            name for name, p in self.named_parameters() if p.numel() > 10_000 and hasattr(p, "ds_tensor")
-        ]
+        # the model that a run measures its speed with is not DeepSpeed's
+        whole = [name for name, p in self.named_parameters() if p.numel() and hasattr(p, "ds_tensor")]
         # the head may have been fetched ahead, nothing that was used before may still be there
         assert set(whole) <= {"head.weight"}, f"{whole} are whole after the last layer"
         return out
 
-    src.distributed.deepspeed_strategy.BUCKET = (
-        1000  # as small against this model as the real one is against a real model
-    )
+    # as small against this model as the real ones are against a real model
+    src.distributed.deepspeed_strategy.BUCKET = 1000
+    src.distributed.deepspeed_strategy.KEPT_WHOLE = 0
     src.distributed.deepspeed_strategy.AnywhereDeepSpeed._setup_model = checked_setup
     RWKV.features = checked_features
 

@@ -69,8 +69,8 @@ def inputs(version, B, T, H=2, N=8, dtype=torch.float64):
     }
 
 
-def one_by_one(op, x, s0, reset, start):
-    """Every document in a call of its own, with the reference: what `start` means."""
+def one_by_one(op, x, s0, reset, initial_state):
+    """Every document in a call of its own, with the reference: what `initial_state` means."""
     ys, states = [], []
     for row, resets in enumerate(reset):
         places = [0, *(t for t in range(1, len(resets)) if resets[t]), len(resets)]
@@ -78,7 +78,8 @@ def one_by_one(op, x, s0, reset, start):
         for begin, end in zip(places, places[1:]):
             goes_on = s0 is not None and begin == 0 and not resets[0]
             cut = {name: t if name == "u" else t[row : row + 1, begin:end] for name, t in x.items()}
-            y, state = op(*cut.values(), s0[row : row + 1] if goes_on else start[None], kernel="reference")
+            before = s0[row : row + 1] if goes_on else initial_state[None]
+            y, state = op(*cut.values(), before, kernel="reference")
             parts.append(y)
         ys.append(torch.cat(parts, 1))
         states.append(state)
@@ -111,13 +112,13 @@ def test_every_document_starts_from_the_state_and_gives_it_a_gradient(version, k
             for t in (start, *([s0] if carried else []))
         ]
         y, state = function(
-            *leaves.values(), states[1] if carried else None, RESETS, start=states[0], **kernel
+            *leaves.values(), states[1] if carried else None, RESETS, initial_state=states[0], **kernel
         )
         grads = torch.autograd.grad([y, state], [*leaves.values(), *states], [to(dy), dstate.to(state.dtype)])
         return dict(zip(("y", "state", *leaves, "start", "s0"), (y, state, *grads)))
 
     want = results(
-        lambda *args, start: one_by_one(op, dict(zip(x, args)), *args[len(x) :], start),
+        lambda *args, initial_state: one_by_one(op, dict(zip(x, args)), *args[len(x) :], initial_state),
         lambda t: t.detach().double(),
     )
     got = results(op, lambda t: t.detach().clone(), kernel=kernel)
@@ -146,8 +147,8 @@ def test_documents_are_padded_to_less_than_twice_their_tokens_and_none_is_lost()
 
 def test_a_state_of_another_shape_is_refused():
     x = inputs(7, 1, 3)
-    with pytest.raises(ValueError, match=re.escape("start is torch.float64 (2, 8, 4)")):
-        wkv7(*x.values(), start=torch.zeros(2, 8, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=re.escape("initial_state is torch.float64 (2, 8, 4)")):
+        wkv7(*x.values(), initial_state=torch.zeros(2, 8, 4, dtype=torch.float64))
 
 
 # the model

@@ -29,6 +29,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
+KEPT_WHOLE = 10_000  # elements up to which stage 3 keeps a tensor whole, once it was gathered
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -93,7 +94,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
                 "stage3_prefetch_bucket_size": BUCKET,
                 "stage3_max_live_parameters": BUCKET,
                 "stage3_max_reuse_distance": BUCKET,
-                "stage3_param_persistence_threshold": 10_000,
+                "stage3_param_persistence_threshold": KEPT_WHOLE,
             }
             if "allgather_sequential" in DeepSpeedZeroConfig.model_fields:  # not in the oldest versions
                 zero["stage3_allgather_sequential"] = (
@@ -166,6 +167,10 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def setup(self, trainer) -> None:
         super().setup(trainer)
         if self.stage == 3:
+            for module in self.model.modules():
+                # what a module reads of another one is gathered with what it has itself
+                for p in getattr(module, "external_parameters", list)():
+                    deepspeed.zero.register_external_parameter(module, p)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self._accumulators = [_gather_to_accumulate(p) for p in trained]
 

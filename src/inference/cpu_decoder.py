@@ -305,7 +305,7 @@ class Decoder:
     def _ready(self, part: Tensor | None, layer: int) -> Tensor:
         """A part of a state as the native code reads it; None is the WKV state that documents start from."""
         if part is None:
-            part = self.model.blocks[layer].att.start()
+            part = self.model.blocks[layer].att.initial_state()
         if part is None:
             part = torch.zeros(self.arch.n_head, self.arch.head_size, self.arch.head_size)
         return part.to("cpu", torch.float32).contiguous()

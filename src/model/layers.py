@@ -29,18 +29,21 @@ def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
     return x if wanted is None else x[wanted]
 
 
-def vector(width: int, requires_grad: bool = True) -> nn.Parameter:
-    """A per-channel parameter in the checkpoint's shape (1, 1, width)."""
-    return nn.Parameter(torch.empty(1, 1, width), requires_grad=requires_grad)
+def parameter(*shape: int, requires_grad: bool = True) -> nn.Parameter:
+    """A parameter of this shape, not yet filled."""
+    return nn.Parameter(torch.empty(shape), requires_grad=requires_grad)
 
 
-def initial_state(arch: Arch) -> nn.Parameter | None:
-    """The slot of the state (H, N, N) that a layer's documents start from: zeros where the file has one, None
-    where it has not.
-    """
-    return (
-        nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size)) if arch.initial_state else None
-    )
+def time_state(arch: Arch) -> nn.Parameter | None:
+    """The tuned state (H, N, N) that a layer's documents start from, zero so far; None if it has none."""
+    if not arch.initial_state:
+        return None
+    return nn.Parameter(torch.zeros(arch.n_head, arch.head_size, arch.head_size))
+
+
+def split_heads(heads: int, *activations: Tensor) -> list[Tensor]:
+    """(B, T, H N) -> (B, T, H, N)."""
+    return [x.unflatten(-1, (heads, -1)) for x in activations]
 
 
 def depth_ratios(layer: int, n_layer: int) -> tuple[float, float]:

@@ -1,5 +1,5 @@
 """RWKV-6 "Finch" (x060, arXiv 2404.05892): time mix, channel mix and RWKV-LM's initialisation. Shapes as in
-model.py.
+rwkv.py.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from .layers import (
     Linear,
     chosen,
     depth_ratios,
-    initial_state,
     last_token,
     low_rank,
-    vector,
+    parameter,
+    split_heads,
+    time_state,
 )
-
-MIXES = "wkvrg"  # the order of the rows of time_maa_w2
 
 
 class TimeMix(nn.Module):
@@ -34,100 +33,106 @@ class TimeMix(nn.Module):
         super().__init__()
         self.layer, self.heads = layer, arch.n_head
         self.kernel, self.native = kernel, kernel == "cpu"
-        width, inner, ranks = arch.n_embd, arch.dim_att, arch.ranks
-        for name in ("x", *MIXES):
-            setattr(self, f"time_maa_{name}", vector(width))
-        self.time_maa_w1 = nn.Parameter(torch.empty(width, 5 * ranks["maa"]))
-        self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], width))
-        self.time_decay = vector(inner)
-        self.time_decay_w1 = nn.Parameter(torch.empty(width, ranks["decay"]))
-        self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], inner))
-        self.time_faaaa = nn.Parameter(torch.empty(arch.n_head, arch.head_size))
-        self.receptance = Linear(width, inner, bias=False)
-        self.key = Linear(width, inner, bias=False)
-        self.value = Linear(width, inner, bias=False)
-        self.gate = Linear(width, inner, bias=False)
-        self.output = Linear(inner, width, bias=False)
-        self.ln_x = Readout(arch.n_head, inner, eps=GROUP_NORM_EPS)
-        self.time_state = initial_state(arch)
+        C, A, H, N, rank = arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.ranks
+        self.time_maa_x = parameter(1, 1, C)  # token shift: the share of the token before in what w1 reads,
+        self.time_maa_w = parameter(1, 1, C)  # and in the input of the decay w,
+        self.time_maa_k = parameter(1, 1, C)  # of k,
+        self.time_maa_v = parameter(1, 1, C)  # of v,
+        self.time_maa_r = parameter(1, 1, C)  # of r
+        self.time_maa_g = parameter(1, 1, C)  # and of the gate g, each before what depends on the token
+        self.time_maa_w1 = parameter(C, 5 * rank["maa"])  # (C, 5 Rm), the five in the order w, k, v, r, g
+        self.time_maa_w2 = parameter(5, rank["maa"], C)  # (5, Rm, C), in the same order
+        self.time_decay = parameter(1, 1, A)  # w = time_decay + tanh(x_w time_decay_w1) time_decay_w2
+        self.time_decay_w1 = parameter(C, rank["decay"])  # (C, Rd)
+        self.time_decay_w2 = parameter(rank["decay"], A)  # (Rd, A)
+        self.time_faaaa = parameter(H, N)  # u, the current token's own share
+        self.receptance = Linear(C, A, bias=False)  # (A, C), r
+        self.key = Linear(C, A, bias=False)  # (A, C), k
+        self.value = Linear(C, A, bias=False)  # (A, C), v
+        self.gate = Linear(C, A, bias=False)  # (A, C), g
+        self.output = Linear(A, C, bias=False)  # (C, A)
+        self.ln_x = nn.GroupNorm(H, A, eps=GROUP_NORM_EPS)  # (A), (A), applied in the readout
+        self.time_state = time_state(arch)  # (H, N, N) or None
         self._init_weights(arch)
 
     @torch.no_grad()
     def _init_weights(self, arch: Arch) -> None:
         rho, sigma = depth_ratios(self.layer, arch.n_layer)
         share = torch.arange(arch.n_embd) / arch.n_embd
-        for name in "xwk":
-            getattr(self, f"time_maa_{name}").copy_(1 - share**sigma)
+        self.time_maa_x.copy_(1 - share**sigma)
+        self.time_maa_w.copy_(1 - share**sigma)
+        self.time_maa_k.copy_(1 - share**sigma)
         self.time_maa_v.copy_(1 - (share**sigma + 0.3 * rho))
-        for name in "rg":
-            getattr(self, f"time_maa_{name}").copy_(1 - share ** (0.5 * sigma))
+        self.time_maa_r.copy_(1 - share ** (0.5 * sigma))
+        self.time_maa_g.copy_(1 - share ** (0.5 * sigma))
         channel = torch.arange(arch.dim_att)
         height = channel / max(arch.dim_att - 1, 1)
         self.time_decay.copy_(-6 + 5 * height ** (0.7 + 1.3 * rho))
         self.time_faaaa.copy_((rho * (1 - height) + 0.1 * ((channel + 1) % 3 - 1)).view_as(self.time_faaaa))
-        for name in ("time_maa", "time_decay"):
-            getattr(self, f"{name}_w1").zero_()
-            getattr(self, f"{name}_w2").uniform_(-0.01, 0.01)
-        for linear_map, gain in (
-            (self.receptance, 1.0),
-            (self.key, 0.1),
-            (self.value, 1.0),
-            (self.gate, 0.1),
-        ):
-            nn.init.orthogonal_(linear_map.weight, gain)
+        self.time_maa_w1.zero_()
+        self.time_maa_w2.uniform_(-0.01, 0.01)
+        self.time_decay_w1.zero_()
+        self.time_decay_w2.uniform_(-0.01, 0.01)
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.key.weight, gain=0.1)
+        nn.init.orthogonal_(self.value.weight)
+        nn.init.orthogonal_(self.gate.weight, gain=0.1)
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
-    def start(self) -> Tensor | None:
+    def initial_state(self) -> Tensor | None:
         """The state [key, value] that documents start from; files have it as [value, key]. None is zero."""
         return None if self.time_state is None else self.time_state.mT
 
-    def forward(
-        self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None
-    ):
-        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first untouched, last z (B, C), wkv
-        state).
-        """
-        r, k, v, w, g = self.project(z, last, reset)
-        heads = (x.unflatten(-1, (self.heads, -1)) for x in (r, k, v, w))
-        y, wkv = wkv6(*heads, self.time_faaaa.to(z.dtype), wkv, reset, self.kernel, self.start())
-        return self.output(self.ln_x(y.flatten(-2), g, self.native)), v_first, last_token(z), wkv
+    def external_parameters(self) -> list[nn.Parameter]:
+        """What forward() reads of a module that it does not call: ZeRO-3 gathers them, too."""
+        return [self.ln_x.weight, self.ln_x.bias]
 
     def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
-        """r, k, v, raw decay w and gate g before silu, all (B, T, A): linear maps of z mixed with its
-        predecessor, in shares that depend on both.
-        """
+        """r, k, v, decay w and gate g, all (B, T, A); w and g are raw, before their exponentials and silu."""
         p = Cast(self, z.dtype)
+        # what the token adds to its shares: m_c = tanh(x time_maa_w1)_c time_maa_w2_c
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
-        q = (
-            torch.tanh(linear(x, p.time_maa_w1, transposed=True))
-            .view(z.shape[0] * z.shape[1], len(MIXES), -1)
-            .transpose(0, 1)
-        )
-        mixes = [getattr(self, f"time_maa_{name}") for name in MIXES]
+        q = torch.tanh(linear(x, p.time_maa_w1, transposed=True))
+        q = q.view(z.shape[0] * z.shape[1], 5, -1).transpose(0, 1)  # (5, B T, Rm)
+        # token shift: the input of c is z_t + (z_{t-1} - z_t) (time_maa_c + m_c)
+        mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
         w = low_rank(x_w, p.time_decay_w1, p.time_decay_w2, p.time_decay, torch.tanh)
-        return self.receptance(x_r), self.key(x_k), self.value(x_v), w, self.gate(x_g)
+        r = self.receptance(x_r)
+        k = self.key(x_k)
+        v = self.value(x_v)
+        g = self.gate(x_g)
+        return r, k, v, w, g
 
-
-class Readout(nn.GroupNorm):
-    """ln_x and the gate: group_norm(y) silu(g)."""
-
-    def forward(self, y: Tensor, g: Tensor, native: bool) -> Tensor:
-        return readout6(y, g, self.weight, self.bias, self.num_groups, self.eps, native)
+    def forward(
+        self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """z (B, T, C) after ln1, v_first of RWKV-7 only, last (B, C) the z before, state (B, H, N, N), reset
+        (B, T) -> output (B, T, C), v_first as given, last z (B, C), state.
+        """
+        r, k, v, w, g = self.project(z, last, reset)
+        # y = r (S + u k^T v),  S <- diag(decay) S + k^T v
+        heads, u = split_heads(self.heads, r, k, v, w), self.time_faaaa.to(z.dtype)
+        y, state = wkv6(*heads, u, state, reset, self.kernel, self.initial_state())
+        # readout: ln_x(y) silu(g)
+        norm = self.ln_x.weight, self.ln_x.bias, self.heads, self.ln_x.eps
+        y = readout6(y.flatten(-2), g, *norm, self.native)
+        return self.output(y), v_first, last_token(z), state
 
 
 class ChannelMix(nn.Module):
-    """sigmoid(receptance(mixed x)) * value(relu(key(mixed x))^2)."""
+    """sigmoid(receptance(x_r)) * value(relu(key(x_k))^2), with x_r and x_k the token-shifted inputs."""
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
         self.native = kernel == "cpu"
-        self.time_maa_k = vector(arch.n_embd)
-        self.time_maa_r = vector(arch.n_embd)
-        self.key = Linear(arch.n_embd, arch.dim_ffn, bias=False)
-        self.receptance = Linear(arch.n_embd, arch.n_embd, bias=False)
-        self.value = Linear(arch.dim_ffn, arch.n_embd, bias=False)
+        C, F = arch.n_embd, arch.dim_ffn
+        self.time_maa_k = parameter(1, 1, C)  # token shift: the share of the token before in x_k
+        self.time_maa_r = parameter(1, 1, C)  # and in x_r
+        self.key = Linear(C, F, bias=False)  # (F, C)
+        self.receptance = Linear(C, C, bias=False)  # (C, C)
+        self.value = Linear(F, C, bias=False)  # (C, F)
         self._init_weights(arch, layer)
 
     @torch.no_grad()
@@ -143,8 +148,8 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`;
-        last z (B, C)).
+        """z (B, T, C) after ln2, last (B, C) the z before, reset (B, T) -> output (B, T, C), or of the
+        wanted tokens only (see `chosen`), and last z (B, C).
         """
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)

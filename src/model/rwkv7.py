@@ -1,5 +1,5 @@
 """RWKV-7 "Goose" (x070, arXiv 2503.14456): time mix, channel mix and RWKV-LM's initialisation. Shapes as in
-model.py.
+rwkv.py.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from torch import Tensor, nn
 
 from rwkv_miss.files.checkpoint import Arch
 
-from ..ops.elementwise import relu_squared, shift_mix, value_residual
-from ..ops.mix7 import mix7
+from ..ops import wkv7
+from ..ops.elementwise import delta_inputs, readout7, relu_squared, shift_mix, value_residual
+from ..ops.mix7 import mix7, mix7_serves
 from .layers import (
     GROUP_NORM_EPS,
     Cast,
     Linear,
     chosen,
     depth_ratios,
-    initial_state,
     last_token,
     low_rank,
-    vector,
+    parameter,
+    split_heads,
+    time_state,
 )
 
 
@@ -33,112 +35,139 @@ class TimeMix(nn.Module):
         super().__init__()
         self.layer, self.heads = layer, arch.n_head
         self.kernel, self.native = kernel, kernel == "cpu"
-        width, ranks = arch.n_embd, arch.ranks
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "w0", "a0"):
-            setattr(self, name, vector(width))
-        self.r_k = nn.Parameter(torch.empty(arch.n_head, arch.head_size))
-        for name in "wag":
-            setattr(self, f"{name}1", nn.Parameter(torch.empty(width, ranks[name])))
-            setattr(self, f"{name}2", nn.Parameter(torch.empty(ranks[name], width)))
+        C, H, N, rank = arch.n_embd, arch.n_head, arch.head_size, arch.ranks
+        self.x_r = parameter(1, 1, C)  # token shift: the share of the token before in the input of r,
+        self.x_w = parameter(1, 1, C)  # of the decay w,
+        self.x_k = parameter(1, 1, C)  # of k,
+        self.x_v = parameter(1, 1, C)  # of v,
+        self.x_a = parameter(1, 1, C)  # of the in-context learning rate a
+        self.x_g = parameter(1, 1, C)  # and of the gate g
+        self.k_k = parameter(1, 1, C)  # kappa = normalised k * k_k
+        self.k_a = parameter(1, 1, C)  # how much of k is multiplied by a
+        self.w0 = parameter(1, 1, C)  # w = w0 + tanh(x_w w1) w2
+        self.a0 = parameter(1, 1, C)  # a = sigmoid(a0 + x_a a1 a2)
+        self.r_k = parameter(H, N)  # the current token's own share in the readout
+        self.w1 = parameter(C, rank["w"])  # (C, Rw)
+        self.w2 = parameter(rank["w"], C)  # (Rw, C)
+        self.a1 = parameter(C, rank["a"])  # (C, Ra)
+        self.a2 = parameter(rank["a"], C)  # (Ra, C)
+        self.g1 = parameter(C, rank["g"])  # (C, Rg), g = sigmoid(x_g g1) g2
+        self.g2 = parameter(rank["g"], C)  # (Rg, C)
         if layer > 0 or arch.layer0_value_residual:
-            # layer 0 never reads v0, v1, v2: they are kept for the file only, and must not wait for a
-            # gradient
+            # layer 0 never reads them: they are kept for the file only, and must not wait for a gradient
             used = layer > 0
-            self.v0 = vector(width, used)
-            self.v1 = nn.Parameter(torch.empty(width, ranks["v"]), requires_grad=used)
-            self.v2 = nn.Parameter(torch.empty(ranks["v"], width), requires_grad=used)
-        self.receptance = Linear(width, width, bias=False)
-        self.key = Linear(width, width, bias=False)
-        self.value = Linear(width, width, bias=False)
-        self.output = Linear(width, width, bias=False)
-        self.ln_x = Mix(arch.n_head, width, eps=GROUP_NORM_EPS)
-        self.time_state = initial_state(arch)
+            self.v0 = parameter(1, 1, C, requires_grad=used)  # v += (v_first - v) sigmoid(v0 + x_v v1 v2)
+            self.v1 = parameter(C, rank["v"], requires_grad=used)  # (C, Rv)
+            self.v2 = parameter(rank["v"], C, requires_grad=used)  # (Rv, C)
+        self.receptance = Linear(C, C, bias=False)  # (C, C), r
+        self.key = Linear(C, C, bias=False)  # (C, C), k
+        self.value = Linear(C, C, bias=False)  # (C, C), v
+        self.output = Linear(C, C, bias=False)  # (C, C)
+        self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)  # (C), (C), applied in the readout
+        self.time_state = time_state(arch)  # (H, N, N) or None
         self._init_weights(arch)
 
     @torch.no_grad()
     def _init_weights(self, arch: Arch) -> None:
-        width = arch.n_embd
+        C, N = arch.n_embd, arch.head_size
         rho, sigma = depth_ratios(self.layer, arch.n_layer)
-        channel = torch.arange(width)
-        share, linear = channel / width, channel / max(width - 1, 1) - 0.5
-        centre = (arch.head_size - 1) / 2
-        zigzag = (channel % arch.head_size - centre) / max(centre, 1)
+        channel = torch.arange(C)
+        share, linear = channel / C, channel / max(C - 1, 1) - 0.5
+        centre = (N - 1) / 2
+        zigzag = (channel % N - centre) / max(centre, 1)
         zigzag = zigzag * zigzag.abs()
-        for names, power in (("rg", 0.2), ("wa", 0.9), ("kv", 0.7)):
-            for name in names:
-                getattr(self, f"x_{name}").copy_(1 - share ** (power * sigma))
-        self.w0.copy_(-6 + 6 * (channel / max(width - 1, 1)) ** (1 + rho**0.3) + 0.5 + 2.5 * zigzag)
-        self.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * linear)
+        self.x_r.copy_(1 - share ** (0.2 * sigma))
+        self.x_w.copy_(1 - share ** (0.9 * sigma))
+        self.x_k.copy_(1 - share ** (0.7 * sigma))
+        self.x_v.copy_(1 - share ** (0.7 * sigma))
+        self.x_a.copy_(1 - share ** (0.9 * sigma))
+        self.x_g.copy_(1 - share ** (0.2 * sigma))
         self.k_k.copy_(0.71 - 0.1 * linear)
         self.k_a.fill_(1.02)
+        self.w0.copy_(-6 + 6 * (channel / max(C - 1, 1)) ** (1 + rho**0.3) + 0.5 + 2.5 * zigzag)
+        self.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * linear)
         self.r_k.fill_(-0.04)
+        low_rank_init(self.w1, self.w2)
+        low_rank_init(self.a1, self.a2)
         if hasattr(self, "v0"):
             self.v0.copy_(0.73 - 0.4 * linear)
-        for name in "wavg":
-            if hasattr(self, f"{name}1"):
-                getattr(self, f"{name}1").zero_()
-                second = getattr(self, f"{name}2")
-                nn.init.orthogonal_(second, gain=0.1 * max(1.0, second.shape[0] / second.shape[1]) ** 0.5)
-        for linear_map, gain in ((self.receptance, 1.0), (self.key, 0.1), (self.value, 1.0)):
-            nn.init.orthogonal_(linear_map.weight, gain)
+            low_rank_init(self.v1, self.v2)
+        low_rank_init(self.g1, self.g2)
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.key.weight, gain=0.1)
+        nn.init.orthogonal_(self.value.weight)
         self.output.weight.zero_()
         self.ln_x.weight.fill_(((1 + self.layer) / arch.n_layer) ** 0.7)
 
-    def start(self) -> Tensor | None:
+    def initial_state(self) -> Tensor | None:
         """The state [value, key] that documents start from, as files have it; None is zero."""
         return self.time_state
 
-    def forward(
-        self, z: Tensor, v_first: Tensor | None, last: Tensor, wkv: Tensor | None, reset: Tensor | None
-    ):
-        """z (B, T, C) after ln1, reset (B, T) -> (output (B, T, C), v_first (B, T, C), last z (B, C), wkv
-        state).
-        """
-        r, w, k, v, a, g = self.project(z, v_first, last, reset)
-        if self.layer == 0:
-            v_first = v
-        y, wkv = self.ln_x(
-            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, wkv, reset, self.start(), self.kernel, self.native
-        )
-        return self.output(y), v_first, last_token(z), wkv
+    def external_parameters(self) -> list[nn.Parameter]:
+        """What forward() reads of a module that it does not call: ZeRO-3 gathers them, too."""
+        return [self.ln_x.weight, self.ln_x.bias]
 
     def project(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """r, raw decay w, k, v, raw learning rate a and gate g, all (B, T, C): linear maps of z mixed with
-        its predecessor.
-        """
+        """r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before their sigmoid."""
         p = Cast(self, z.dtype)
-        x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(
-            z, last, reset, [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g], self.native
-        )
+        # token shift: the input of c is z_t + (z_{t-1} - z_t) x_c
+        mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
+        x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(z, last, reset, mixes, self.native)
         v = self.value(x_v)
         if self.layer > 0:
             v = value_residual(v, v_first, low_rank(x_v, p.v1, p.v2, p.v0), self.native)
         w = low_rank(x_w, p.w1, p.w2, p.w0, torch.tanh)
         a = low_rank(x_a, p.a1, p.a2, p.a0)
         g = low_rank(x_g, p.g1, p.g2, act=torch.sigmoid)
-        return self.receptance(x_r), w, self.key(x_k), v, a, g
+        r = self.receptance(x_r)
+        k = self.key(x_k)
+        return r, w, k, v, a, g
+
+    def forward(
+        self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z (B, T, C) after ln1, v_first (B, T, C), last (B, C) the z before, state (B, H, N, N), reset
+        (B, T) -> output (B, T, C), v_first, last z (B, C), state.
+        """
+        r, w, k, v, a, g = self.project(z, v_first, last, reset)
+        if self.layer == 0:
+            v_first = v
+        activations, initial_state = (r, w, k, v, a, g), self.initial_state()
+        vectors = self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias
+        if mix7_serves(activations, vectors, reset, initial_state, self.native):
+            # the three steps below in one native function, which keeps less for the backward
+            y, state = mix7(activations, vectors, self.ln_x.eps, state, reset, initial_state)
+        else:
+            # delta inputs: kappa = normalised k * k_k
+            # alpha = -kappa,  beta = kappa a,  k <- k (1 + (a - 1) k_a)
+            k, alpha, beta = delta_inputs(k, a, self.k_k, self.k_a, self.heads, self.native)
+            # S <- S diag(decay) + (S alpha) beta^T + v k^T,  y = S r
+            heads = split_heads(self.heads, r, w, k, v, alpha, beta)
+            y, state = wkv7(*heads, state, reset, self.kernel, initial_state)
+            # readout: (ln_x(y) + (r . k r_k) v) g
+            norm = self.ln_x.weight, self.ln_x.bias, self.ln_x.eps
+            y = readout7(y.flatten(-2), r, k, v, g, self.r_k, *norm, self.native)
+        return self.output(y), v_first, last_token(z), state
 
 
-class Mix(nn.GroupNorm):
-    """mix7, with the parameters of ln_x: ZeRO-3 has parameters at hand while the module that they belong to
-    is called, and then only.
-    """
-
-    def forward(self, r, w, k, v, a, g, k_k, k_a, r_k, *state_and_kernel) -> tuple[Tensor, Tensor]:
-        return mix7(r, w, k, v, a, g, k_k, k_a, r_k, self.weight, self.bias, self.eps, *state_and_kernel)
+def low_rank_init(first: Tensor, second: Tensor) -> None:
+    """A low-rank map that begins as zero."""
+    first.zero_()
+    nn.init.orthogonal_(second, gain=0.1 * max(1.0, second.shape[0] / second.shape[1]) ** 0.5)
 
 
 class ChannelMix(nn.Module):
-    """value(relu(key(mixed x))^2)."""
+    """value(relu(key(x_k))^2), with x_k the token-shifted input."""
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
         super().__init__()
         self.native = kernel == "cpu"
-        self.x_k = vector(arch.n_embd)
-        self.key = Linear(arch.n_embd, arch.dim_ffn, bias=False)
-        self.value = Linear(arch.dim_ffn, arch.n_embd, bias=False)
+        C, F = arch.n_embd, arch.dim_ffn
+        self.x_k = parameter(1, 1, C)  # token shift: the share of the token before
+        self.key = Linear(C, F, bias=False)  # (F, C)
+        self.value = Linear(F, C, bias=False)  # (C, F)
         self._init_weights(arch, layer)
 
     @torch.no_grad()
@@ -151,11 +180,12 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, reset (B, T) -> (output (B, T, C), or of the wanted tokens, see `chosen`;
-        last z (B, C)).
+        """z (B, T, C) after ln2, last (B, C) the z before, reset (B, T) -> output (B, T, C), or of the
+        wanted tokens only (see `chosen`), and last z (B, C).
         """
         (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
-        return self.value(relu_squared(self.key(chosen(x_k, wanted)), self.native)), last_token(z)
+        k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
+        return self.value(k), last_token(z)
 
 
 def default_sizes(n_embd: int) -> tuple[int, dict[str, int]]:

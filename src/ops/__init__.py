@@ -2,8 +2,8 @@
 
 Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package.
 Where `reset` (B, T), bool, is set, a document starts with that token: neither state nor gradient crosses from
-the tokens before. `start` (H, N, N) is the state that documents start from; None is zero. It is also the
-state before the first token, unless `s0` (B, H, N, N) gives what the rows go on from.
+the tokens before. `initial_state` (H, N, N) is the state that documents start from; None is zero. It is also
+the state before the first token, unless `s0` (B, H, N, N) gives what the rows go on from.
 
 Arithmetic is fp32 whatever the dtype of the activations, also under autocast, and float64 when r is float64;
 tensor cores multiply in bf16 and add in fp32. Gradients flow to and through every argument. A NaN in an
@@ -86,7 +86,7 @@ def wkv6(
     s0: Tensor | None = None,
     reset: Tensor | None = None,
     kernel: str = "torch",
-    start: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype,
     final state.
@@ -94,7 +94,7 @@ def wkv6(
     w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters
     through u. Raises ValueError.
     """
-    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset, start)
+    return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset, initial_state)
 
 
 def wkv7(
@@ -107,7 +107,7 @@ def wkv7(
     s0: Tensor | None = None,
     reset: Tensor | None = None,
     kernel: str = "torch",
-    start: Tensor | None = None,
+    initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype,
     final state.
@@ -115,7 +115,7 @@ def wkv7(
     w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context
     learning rate. y_t reads the state after the update. Raises ValueError.
     """
-    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset, start)
+    return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset, initial_state)
 
 
 def _run(
@@ -124,23 +124,31 @@ def _run(
     inputs: dict[str, Tensor],
     s0: Tensor | None,
     reset: Tensor | None,
-    start: Tensor | None,
+    initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The arguments checked, then made what the kernel takes."""
     if kernel not in KERNELS:
         raise ValueError(f"wkv{version}: no kernel {kernel!r}; expected one of {', '.join(KERNELS)}")
-    check(version, inputs, s0, reset, start)
-    if start is not None and reset is not None:
+    check(version, inputs, s0, reset, initial_state)
+    if initial_state is not None and reset is not None:
         return by_document(
-            lambda parts, state: _compute(version, kernel, parts, state, None), inputs, s0, reset, start
+            lambda parts, state: _compute(version, kernel, parts, state, None),
+            inputs,
+            s0,
+            reset,
+            initial_state,
         )
-    if start is not None and s0 is None:
-        s0 = start.expand(len(inputs["r"]), *start.shape)
+    if initial_state is not None and s0 is None:
+        s0 = initial_state.expand(len(inputs["r"]), *initial_state.shape)
     return _compute(version, kernel, inputs, s0, reset)
 
 
 def check(
-    version: int, inputs: dict[str, Tensor], s0: Tensor | None, reset: Tensor | None, start: Tensor | None
+    version: int,
+    inputs: dict[str, Tensor],
+    s0: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
 ) -> None:
     """Raises ValueError with the first argument whose dtype, shape or device is not what r's make it, or r if
     it has none that is served.
@@ -155,10 +163,14 @@ def check(
     exact = torch.float64 if r.dtype == torch.float64 else torch.float32
     # beside a half-precision r an input may stay in fp32: autocast and fp32 parameters make such mixtures
     allowed = {name: (tuple(r.shape), [exact] if r.dtype == exact else [r.dtype, exact]) for name in inputs}
-    allowed |= {"s0": ((B, H, N, N), [exact]), "reset": ((B, T), [torch.bool]), "start": ((H, N, N), [exact])}
+    allowed |= {
+        "s0": ((B, H, N, N), [exact]),
+        "reset": ((B, T), [torch.bool]),
+        "initial_state": ((H, N, N), [exact]),
+    }
     if version == 6:
         allowed["u"] = ((H, N), allowed["u"][1])
-    for name, x in (inputs | {"s0": s0, "reset": reset, "start": start}).items():
+    for name, x in (inputs | {"s0": s0, "reset": reset, "initial_state": initial_state}).items():
         shape, dtypes = allowed[name]
         if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes or x.device != r.device):
             raise ValueError(

@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
     tokens: Tensor  # (D, L) int64, places in the flattened rows (B * T,); B * T, one past the end, is padding
     rows: Tensor  # (D,) int64, the row of each document
-    starts: Tensor  # (D,) bool; not set for what goes on from the row before its first reset
+    reset: Tensor  # (D,) bool; not set for what goes on from the row before its first reset
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ def layout(reset: Tensor) -> Layout:
     first = begins.flatten().nonzero().flatten()
     length = torch.diff(first, append=torch.tensor([B * T]))
     size = torch.maximum(2 ** torch.ceil(torch.log2(length.double())), torch.tensor(float(SHORTEST)))
-    starts = given.flatten()[first]
+    resets = given.flatten()[first]
     groups, places, order, before = [], torch.empty(B * T, dtype=torch.int64), [], 0
     for one in size.unique():
         chosen = (size == one).nonzero().flatten()
@@ -61,7 +61,7 @@ def layout(reset: Tensor) -> Layout:
         places[tokens[inside]] = before + inside.flatten().nonzero().flatten()
         before += tokens.numel()
         order.append(chosen)
-        groups.append(Group(*(x.to(reset.device) for x in (tokens, first[chosen] // T, starts[chosen]))))
+        groups.append(Group(*(x.to(reset.device) for x in (tokens, first[chosen] // T, resets[chosen]))))
     ends = torch.cat(order).argsort()[(first + length) % T == 0]
     return Layout(groups, places.to(reset.device), ends.to(reset.device))
 
@@ -71,10 +71,10 @@ def by_document(
     inputs: dict[str, Tensor],
     s0: Tensor | None,
     reset: Tensor,
-    start: Tensor,
+    initial_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What `wkv(inputs, state)` gives for rows whose documents start from `start` (H, N, N): y (B, T, H, N)
-    and the state after each row.
+    """What `wkv(inputs, state)` gives for rows whose documents start from `initial_state` (H, N, N): y
+    (B, T, H, N) and the state after each row.
 
     s0 (B, H, N, N) is the state that a row goes on from, None where each row begins with a document.
     """
@@ -87,9 +87,9 @@ def by_document(
     tokens = {name: with_padding(name, x) for name, x in inputs.items() if name != "u"}
     ys, states = [], []
     for group in plan.groups:
-        state = start.expand(len(group.rows), H, N, N)
+        state = initial_state.expand(len(group.rows), H, N, N)
         if s0 is not None:
-            state = torch.where(group.starts[:, None, None, None], state, s0[group.rows])
+            state = torch.where(group.reset[:, None, None, None], state, s0[group.rows])
         index = group.tokens.flatten()
         cut = {name: x.index_select(0, index).view(*group.tokens.shape, H, N) for name, x in tokens.items()}
         y, state = wkv({name: cut.get(name, x) for name, x in inputs.items()}, state)

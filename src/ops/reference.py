@@ -24,14 +24,12 @@ def log_decay7(w):
     return -math.exp(-0.5) * torch.sigmoid(w)
 
 
-def enter(s, start):
-    """The state (B,H,N,N) as a token finds it: zero where a document starts with it; start (B,), bool, or
-    None.
-    """
-    return s if start is None else s.masked_fill(start[:, None, None, None], 0)
+def enter(s, reset):
+    """The state (B,H,N,N) as a token finds it: zero where reset (B,), bool or None, is set for it."""
+    return s if reset is None else s.masked_fill(reset[:, None, None, None], 0)
 
 
-def starts(reset, T):
+def resets(reset, T):
     """reset (B,T) or None -> one (B,) or None for each token."""
     return [None] * T if reset is None else reset.unbind(1)
 
@@ -44,9 +42,9 @@ def recurrent6(r, k, v, w, u, s, reset=None):
     s[i,j] <- delta_t[i] s[i,j] + k_t[i] v_t[j]
     """
     ys = []
-    tokens = zip(starts(reset, r.shape[1]), *(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True)
-    for start, r_t, k_t, v_t, delta_t in tokens:
-        s = enter(s, start)
+    tokens = zip(resets(reset, r.shape[1]), *(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True)
+    for reset_t, r_t, k_t, v_t, delta_t in tokens:
+        s = enter(s, reset_t)
         kv = k_t[..., :, None] * v_t[..., None, :]
         ys.append((r_t[..., None, :] @ (s + u[..., None] * kv)).squeeze(-2))
         s = delta_t[..., None] * s + kv
@@ -62,10 +60,10 @@ def recurrent7(r, w, k, v, a, b, s, reset=None):
     """
     ys = []
     tokens = zip(
-        starts(reset, r.shape[1]), *(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True
+        resets(reset, r.shape[1]), *(x.unbind(1) for x in (r, log_decay7(w).exp(), k, v, a, b)), strict=True
     )
-    for start, r_t, delta_t, k_t, v_t, a_t, b_t in tokens:
-        s = enter(s, start)
+    for reset_t, r_t, delta_t, k_t, v_t, a_t, b_t in tokens:
+        s = enter(s, reset_t)
         s = (
             s * delta_t[..., None, :]
             + (s @ a_t[..., None]) * b_t[..., None, :]
