@@ -30,7 +30,7 @@ with importing():
         answers_to,
         read_questions,
     )
-    from src.evaluation.code_tests import passed, read_problems
+    from src.evaluation.code_scoring import passed, read_problems
     from src.evaluation.guessing import doubt_of_answers
     from src.evaluation.scoring import SCORES
     from src.inference.load import load

@@ -19,7 +19,7 @@ from src import config
 from src.data.formats import read_rows
 from src.data.loss_mask import row_segments
 from src.data.rwkv_template import DEFAULT
-from src.evaluation.code_tests import Problem, code_of, passed, read_problems
+from src.evaluation.code_scoring import Problem, code_of, passed, read_problems
 from src.evaluation.scoring import final_number, normalised, numbers, result, same_number, same_result
 
 from . import program
