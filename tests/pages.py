@@ -9,8 +9,8 @@ from .conftest import ROOT
 # what was true on a day stays as it was written
 HISTORY = {"CHANGELOG.md", "docs/worklog.md"}
 
-# what `python -m` starts that is not ours
-OTHER_MODULES = ("lm_eval", "pip", "pytest")
+# folders of ours that `python -m` starts modules in
+PROGRAMS = ("rwkv_miss", "scripts", "benchmarks", "demo")
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.S | re.M)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -79,11 +79,17 @@ def python_words(words):
     """The words after `python` of a command that starts one of ours, also under a launcher; else None."""
     if words[0] == "rwkv-miss":
         return ["-m", "rwkv_miss", *words[1:]]
-    if words[0] in ("python", "python3"):
-        return None if words[1:2] == ["-m"] and words[2] in OTHER_MODULES else words[1:]
     if words[0] in ("torchrun", "deepspeed", "srun"):
         if "train.py" in words:
             return words[words.index("train.py") :]
-        if "python" in words:
-            return words[words.index("python") + 1 :]
-    return None
+        words = words[words.index("python") :] if "python" in words else words
+    if words[0] not in ("python", "python3") or foreign_module(words):
+        return None
+    return words[1:]
+
+
+def foreign_module(words):
+    """The module of another project that a command starts, or ""."""
+    if words[0] not in ("python", "python3") or words[1:2] != ["-m"]:
+        return ""
+    return "" if words[2].partition(".")[0] in PROGRAMS else words[2]

@@ -106,11 +106,8 @@ def checked(words, complete):
         return f"unknown flags {', '.join(sorted(unknown))}", flags
     if complete and "values" not in seen:
         return errors or "it does not parse", flags
-    try:
-        if complete and words[0] == "train.py":
-            settled(seen["values"])
-    except UserError as error:
-        return str(error), flags
+    if complete and words[0] == "train.py":
+        settled(seen["values"])
     return "", flags
 
 
@@ -119,7 +116,7 @@ def main():
     for words, complete in json.load(sys.stdin):
         try:
             answers.append(checked(words, complete))
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, UserError) as error:
             answers.append([str(error), []])
     print(json.dumps(answers))
 

@@ -1,6 +1,6 @@
 """What the documentation cites is there: commits, commands, flags, files, links and anchors."""
 
-import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -14,7 +14,7 @@ from scripts import flags
 from src.config import FIELDS, legacy
 
 from .conftest import ROOT
-from .pages import HISTORY, anchors, commands, links, pages, python_words, spans
+from .pages import HISTORY, PROGRAMS, anchors, commands, foreign_module, links, pages, python_words, spans
 from .parse_commands import has_parser
 
 # of launchers and other tools that stand in code spans
@@ -131,7 +131,7 @@ def source_of(words):
 def programs():
     """The words after `python` of every program here that reads a command line."""
     yield ["train.py"]
-    for room in ("rwkv_miss", "scripts", "benchmarks", "demo"):
+    for room in PROGRAMS:
         for path in sorted((ROOT / room).rglob("*.py")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
             runs = path.name == "__main__.py" or '__name__ == "__main__"' in path.read_text(encoding="utf-8")
@@ -163,6 +163,8 @@ def test_every_command_starts_a_program_that_is_here():
             written = f"{page}: {shlex.join(words)}"
             if after_python:
                 assert source_of(after_python).is_file(), written
+            elif foreign_module(words):
+                assert importlib.util.find_spec(foreign_module(words)), written
             elif words[0] in ("bash", "source") or "/" in words[0]:
                 script = next(word for word in words if "/" in word)
                 assert script == ".venv/bin/activate" or (ROOT / script).is_file(), written
