@@ -30,7 +30,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How a row becomes tokens. `loss_mask` is that of template.row_segments."""
+    """How a row becomes tokens. `loss_mask` is that of loss_mask.row_segments."""
 
     tokenizer: Tokenizer
     template: Template = DEFAULT

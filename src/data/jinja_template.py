@@ -40,7 +40,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class JinjaTemplate:
-    """A template.Template from Jinja source. Raises UserError, with the line, for source that is wrong or
+    """A chat_template.Template from Jinja source. Raises UserError, with the line, for source that is wrong or
     fails on a trial conversation.
     """
 
@@ -97,7 +97,7 @@ class JinjaTemplate:
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
-        """See template.Template."""
+        """See chat_template.Template."""
         pieces = (
             self._marked(messages, tools, ask) if self.marks else self._by_beginnings(messages, tools, ask)
         )
@@ -119,7 +119,7 @@ class JinjaTemplate:
         return [segment for segment in segments if segment.text]
 
     def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:
-        """See template.Template."""
+        """See chat_template.Template."""
         before, after = self._render(messages), self._render([*messages, *new], True)
         if not (before.endswith(self.turn_end) and after.startswith(before)):
             return None

@@ -1,8 +1,8 @@
 """A model for other programs: GGUF for llama.cpp, a folder for Hugging Face's transformers, safetensors; and
 back to a checkpoint.
 
-A form is one file here. Each keeps a record of the checkpoint (record.py), so that the way back gives the
-same file.
+A form is one file here. Each keeps a record of the checkpoint (provenance.py), so that the way back gives the
+same file. Imports common, config, ops, model and data.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Adapters:
         """From now on the model is its base with these adapters, each times `scale`; without names it is the
         base, bit for bit.
 
-        Whoever keeps copies of the model's tensors (decode.Decoder, graphed.GraphedDecoder) is to be told:
+        Whoever keeps copies of the model's tensors (cpu_decoder.Decoder, cuda_graph.GraphedDecoder) is to be told:
         refresh(). UserError for unknown names.
         """
         for name in names:

@@ -1,0 +1,67 @@
+"""Imports between the rooms of src go one way, and no module is in a circle."""
+
+import ast
+import graphlib
+
+import pytest
+
+from scripts import rooms
+
+# a room imports those before it; docs/architecture.md has the same as a picture
+ORDER = {
+    "common": set(),
+    "config": {"common"},
+    "ops": {"common"},
+    "model": {"common", "config", "ops"},
+    "data": {"common", "config", "ops"},
+    "distributed": {"common", "config"},
+    "planning": {"common", "config", "ops", "model", "data"},
+    "inference": {"common", "config", "ops", "model", "data"},
+    "evaluation": {"common", "config", "ops", "model", "data", "inference"},
+    "export": {"common", "config", "ops", "model", "data"},
+    "training": {
+        "common",
+        "config",
+        "ops",
+        "model",
+        "data",
+        "distributed",
+        "planning",
+        "inference",
+        "evaluation",
+    },
+}
+ALL = {"run": set(ORDER), **ORDER}
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert rooms.between_rooms().keys() == ALL.keys()
+
+
+@pytest.mark.parametrize("room", ALL)
+def test_a_room_imports_only_what_is_below_it(room):
+    assert rooms.between_rooms()[room] <= ALL[room]
+
+
+def test_no_module_is_in_a_circle():
+    assert len(list(graphlib.TopologicalSorter(rooms.imports()).static_order())) == len(rooms.modules())
+
+
+def test_a_circle_is_found():
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_a_room_says_what_lives_there_and_what_it_may_import(room):
+    said = ast.get_docstring(ast.parse((rooms.ROOT / "src" / room / "__init__.py").read_text()))
+    assert said and (room == "ops" or "Imports" in said)
+
+
+def test_imports_are_read_from_the_trees():
+    """From a room's own package, from a file of another room, of a module, and within a function."""
+    found = rooms.imports()
+    assert "src.model.rwkv" in found["src.model"]
+    assert "src.ops" in found["src.planning.job"]
+    assert "src.config.launcher" in found["src.distributed.processes"]
+    assert "src.data.jinja_template" in found["src.data.templates"]
