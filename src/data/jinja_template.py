@@ -40,8 +40,8 @@ class Generation(jinja2.ext.Extension):
 
 
 class JinjaTemplate:
-    """A chat_template.Template from Jinja source. Raises UserError, with the line, for source that is wrong or
-    fails on a trial conversation.
+    """A chat_template.Template from Jinja source. Raises UserError, with the line, for source that is wrong
+    or fails on a trial conversation.
     """
 
     opening = ""

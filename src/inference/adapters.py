@@ -113,8 +113,8 @@ class Adapters:
         """From now on the model is its base with these adapters, each times `scale`; without names it is the
         base, bit for bit.
 
-        Whoever keeps copies of the model's tensors (cpu_decoder.Decoder, cuda_graph.GraphedDecoder) is to be told:
-        refresh(). UserError for unknown names.
+        Whoever keeps copies of the model's tensors (cpu_decoder.Decoder, cuda_graph.GraphedDecoder) is to be
+        told: refresh(). UserError for unknown names.
         """
         for name in names:
             if name not in self.by_name:

@@ -62,8 +62,8 @@ def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:
 def rows_loss(
     model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
 ) -> Tensor:
-    """The sum of the loss over the trained tokens of a batch (see src.data.collate), differentiable in the
-    model's trained parameters.
+    """The sum of the loss over the trained tokens of a batch (see data/batches.collate), differentiable in
+    the model's trained parameters.
 
     `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted, if it is not
     that of the batch: ZeRO-3 needs the same number on every rank, so that of the rank with the longest row.

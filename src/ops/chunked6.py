@@ -4,9 +4,9 @@ in the state.
 With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, where `start` is before and `end` after
 all tokens of the chunk, a chunk with incoming state S gives
 
-    y_t = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i          A[t,i] = sum_n r_t k_i D(i,t),   A[t,t] =
-    sum_n r_t u k_t
-    S'  = D(start,end) * S + sum_i (k_i * D(i,end))^T v_i
+    y_t    = (r_t * D(start,t)) S + sum_{i<=t} A[t,i] v_i
+    S'     = D(start,end) * S + sum_i (k_i * D(i,end))^T v_i
+    A[t,i] = sum_n r_t k_i D(i,t)  for i < t,    A[t,t] = sum_n r_t u k_t
 
 A decay may be an exact 0, so D is never a quotient, nor a difference of logarithms: `scores` multiplies it up
 from single tokens. A token that starts a document reads nothing from before and passes nothing on: its D is

@@ -1,10 +1,11 @@
 """The elementwise parts of a layer as one native function each, forward and backward: torch.library ops
 `rwkv::NAME` for CPU tensors.
 
-Every function here has the formula of its namesake in plain.py, and runs that unless `native` is set and the
-native code has the case: see `serves`. The native backward computes again what it needs from the activations
-that are kept, which are the inputs, of relu_squared the output, and of the token shift with fixed mixes none.
-It gives gradients for activations, not for vectors of the model: those are frozen in most runs.
+Every function here has the formula of its namesake in elementwise_reference.py, and runs that unless `native`
+is set and the native code has the case: see `serves`. The native backward computes again what it needs from
+the activations that are kept, which are the inputs, of relu_squared the output, and of the token shift with
+fixed mixes none. It gives gradients for activations, not for vectors of the model: those are frozen in most
+runs.
 """
 
 from __future__ import annotations

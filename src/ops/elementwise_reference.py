@@ -1,5 +1,5 @@
-"""The elementwise parts of a layer in plain torch: the specification of the native ones in fused.py, and what
-runs wherever those do not.
+"""The elementwise parts of a layer in plain torch: the specification of the native ones in elementwise.py,
+and what runs wherever those do not.
 
 Shapes: activations (B, T, C), one head after the other in the last axis; vectors of the model (C), (1, 1, C)
 or (H, N), H N = C, in any dtype: they are cast to that of the activations. `reset` (B, T) bool is set where a

@@ -81,7 +81,7 @@ class Job:
     tokenizer: Tokenizer
     template: Template
     data: Data
-    evaluated: Documents  # those of data.held_out whose loss is taken
+    evaluated: Documents  # those of Data.held_out whose loss is taken
     schedule: Schedule
     model: RWKV
 

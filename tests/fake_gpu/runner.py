@@ -76,7 +76,7 @@ def model_on(
 
 
 def batch_on(device: str, rows: int, width: int) -> dict:
-    """As src.data.collate makes it, of tokens that are all trained."""
+    """As src.data.batches.collate makes it, of tokens that are all trained."""
     kinds = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}
     batch = {name: torch.zeros(rows, width, dtype=dtype) for name, dtype in kinds.items()}
     batch["mask"].fill_(True)
