@@ -1,4 +1,4 @@
-"""Outputs take the place of their own kind only, and what is given in the place of a checkpoint is named."""
+"""An output replaces only a model or adapter of the kind that it writes; a wrong kind of input is named."""
 
 import pytest
 import torch
