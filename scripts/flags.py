@@ -74,7 +74,9 @@ def default_text(field: dataclasses.Field) -> str:
         return "chosen"
     if field.default in ("", dataclasses.MISSING):
         return "none"
-    return f"`{int(field.default) if isinstance(field.default, bool) else field.default}`"
+    if isinstance(field.default, bool):
+        return f"`{int(field.default)}`"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
 def help_text(field: dataclasses.Field) -> str:

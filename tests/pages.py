@@ -68,7 +68,7 @@ def simple_commands(line):
     reader.commenters = "#"
     found = [[]]
     for word in reader:
-        if set(word) <= set("&|;"):
+        if word and set(word) <= set("&|;"):
             found.append([])
         elif found[-1] or not re.fullmatch(r"[A-Z_]+=\S*", word):
             found[-1].append(word)

@@ -238,9 +238,9 @@ def test_every_link_leads_to_a_file_and_a_heading():
 def test_the_commands_for_a_fresh_machine_are_those_of_ci():
     """So that they are known to work where nothing was set up before."""
     ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    scripts = [words[1] for words in commands(pages()["README.md"]) if words[0] == "bash"]
-    assert "demo/demo-training-miss.sh" in scripts
-    for script in (*scripts, "scripts/test.sh"):
-        assert re.search(rf"^bash {re.escape(script)}\b", ci, re.M), script
+    given = [words for words in commands(pages()["README.md"]) if words[0] in ("bash", "source")]
+    assert ["bash", "demo/demo-training-miss.sh"] in given and ["bash", "scripts/test.sh"] in given
+    for program, script, *_ in given:
+        assert re.search(rf"^[^#\n]*\b{program} {re.escape(script)}(?!\S)", ci, re.M), f"{program} {script}"
     workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
     assert "bash .ci/run" in workflow and "bash .ci/versions" in workflow
