@@ -117,7 +117,7 @@ def greedy(
                 if len(left) < len(going):  # what is complete costs nothing more
                     rows = torch.tensor(left, dtype=torch.int64, device=tokens.device)
                     going, tokens = [going[row] for row in left], tokens[rows]
-                    state = [LayerState(*(part[rows] for part in layer)) for layer in state]
+                    state = _of_rows(state, rows)
                 if not going:
                     break
                 logits, state = model.next_logits(tokens[:, None], state)
@@ -126,6 +126,14 @@ def greedy(
                 text = tokenizer.decode(_before_end(ids, tokenizer.eod))
                 answers[i] = Answer(_before_stop(text, stops), i in going)
     return answers
+
+
+def _of_rows(state: State, rows: torch.Tensor) -> State:
+    """The states of some rows of a batch."""
+    chosen = []
+    for layer in state:
+        chosen.append(LayerState(*(part[rows] for part in layer)))
+    return chosen
 
 
 def _is_over(ids: list[int], tokenizer, stops: Sequence[str], characters: float) -> bool:
