@@ -7,6 +7,7 @@ cannot honour, stops the run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -72,6 +73,11 @@ METHOD_ALIASES = {"bone": "miss", "disha": "miss"}
 
 # before that, one flag for each option of LoRA; the first two stand alone
 LORA_FLAGS = ("lora", "PISSA", "lora_r", "lora_alpha", "lora_dropout", "lora_load", "lora_parts", "svd_niter")
+# the linears of --lora_parts; what else it names is trained whole
+LORA_PARTS = {
+    "att": ["att.receptance", "att.key", "att.value", "att.output"],
+    "ffn": ["ffn.key", "ffn.value"],
+}
 
 # what people type for --peft_config r=N
 RANK_FLAGS = ("rank", "r")
@@ -112,35 +118,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
             "--epoch_steps counts optimizer steps, as in RWKV-LM and in RWKV-PEFT until 2025; that of 2026"
             " trains on so many documents and drops the rest. Without it all data is used"
         )
-    new = [*_method(old, kept, notes), *_train_type(old, kept, notes), *_stage(old, kept, notes)]
-    if _value(kept, "warmup_steps") == "-1":
-        new += ["--warmup_steps", "0"]
-        notes.append("--warmup_steps -1 is --warmup_steps 0")
-    mask = _value(kept, "loss_mask")
-    if mask in LOSS_MASKS and old.get("data_type") == "sft":
-        new += ["--loss_mask", "assistant"]
-        notes.append(
-            f"--loss_mask {mask or repr('')} is ignored with --data_type sft, there as well: the answers are"
-            " trained"
-        )
-    elif mask in LOSS_MASKS:
-        today, meaning = LOSS_MASKS[mask]
-        new += ["--loss_mask", today]
-        other = "; assistant trains the answers alone" if today == "all" else ""
-        notes.append(f"--loss_mask {mask or repr('')} {meaning}: --loss_mask {today}{other}")
-    elif mask == "se":
-        raise UserError(
-            "--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END"
-        )
-    if (quant := _value(kept, "quant")) in QUANTS:
-        if QUANTS[quant] != "none":
-            notes.append(
-                f"--quant {quant}: nf4 is taken instead of fp4, with as many bits and smaller errors"
-            )
-        new += ["--quant", QUANTS[quant]]
-    if _value(kept, "op") in ("fla", "triton"):
-        notes.append(f"--op {_value(kept, 'op')}: there are own kernels instead; auto chooses")
-        new += ["--op", "auto"]
+    new = [word for translated in TRANSLATIONS for word in translated(old, kept, notes)]
     return kept + new, notes
 
 
@@ -187,7 +165,7 @@ def _integer(flags: dict[str, str | None], name: str, default: int) -> int:
         raise UserError(f"--{name} {flags[name]}: expected int") from None
 
 
-def _number(flags: dict[str, str], name: str) -> float | None:
+def _decimal(flags: dict[str, str], name: str) -> float | None:
     try:
         return float(flags[name]) if name in flags else None
     except ValueError:
@@ -195,68 +173,25 @@ def _number(flags: dict[str, str], name: str) -> float | None:
 
 
 def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """--peft and --peft_config of the two older spellings."""
+    """--peft, --peft_config and --train_parts, of every older spelling."""
     named = _value(kept, "peft")
     method = METHOD_ALIASES.get(named, named)
     new: list[str] = []
+    options: dict[str, Any] = {}
+    beside: list[str] = []  # parts that are trained beside the adapter
     if method != named:
         notes.append(f"--peft {named} is --peft {method}, its name today")
-    options: dict[str, Any] = {}
-    beside: list[str] = []
     if "lora" in old or "PISSA" in old:
         method = "pissa" if "PISSA" in old else "lora"
         new += ["--peft", method]
-        notes.append(
-            f"--{'PISSA' if method == 'pissa' else 'lora'} and its flags are --peft {method} with"
-            " --peft_config"
-        )
-        options = {
-            "r": _integer(old, "lora_r", 8),
-            "load": old.get("lora_load"),
-            "dropout": _number(old, "lora_dropout"),
-            **(
-                {"niter": _integer(old, "svd_niter", 4)}
-                if method == "pissa"
-                else {"alpha": _integer(old, "lora_alpha", 32)}
-            ),
-        }
-        if method == "pissa" and "lora_alpha" in old:
-            notes.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
-        parts = old.get("lora_parts", "att,ln,time").split(",")
-        linears = {
-            "att": ["att.receptance", "att.key", "att.value", "att.output"],
-            "ffn": ["ffn.key", "ffn.value"],
-        }
-        if not {"att", "ffn"} <= set(parts):
-            options["targets"] = [
-                target for part, targets in linears.items() if part in parts for target in targets
-            ]
-        beside = [part for part in parts if part not in linears]
+        options, beside = _lora_flags(method, old, notes)
     else:
         notes += [
             f"--{name} is ignored: it belongs to another method than the run's"
             for name in LORA_FLAGS
             if name in old
         ]
-    for name, of in METHOD_CONFIGS.items():
-        if name in old and of != method:
-            notes.append(
-                f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}"
-            )
-        elif name in old:
-            try:
-                options |= {
-                    re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value
-                    for key, value in json.loads(old[name]).items()
-                }
-            except (json.JSONDecodeError, AttributeError):
-                raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
-            notes.append(f"--{name} is --peft_config")
-            if _value(kept, "train_parts") is None:
-                notes.append(
-                    "the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as"
-                    " well; --train_parts time,ln does"
-                )
+    options |= _method_configs(method, old, kept, notes)
     for name in RANK_FLAGS:
         if name in old:
             options["r"] = _integer(old, name, 0)
@@ -272,10 +207,62 @@ def _method(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
         else:
             beside.append("state")
             notes.append("the state is trained beside the adapter: --train_parts state")
+    return [*new, *_train_parts(beside, kept), *_peft_config(options, kept, notes)]
+
+
+def _lora_flags(method: str, old: dict[str, str], notes: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(options, parts beside them) of the flags --lora_*, one for each option."""
+    flag = "PISSA" if method == "pissa" else "lora"
+    notes.append(f"--{flag} and its flags are --peft {method} with --peft_config")
+    options: dict[str, Any] = {
+        "r": _integer(old, "lora_r", 8),
+        "load": old.get("lora_load"),
+        "dropout": _decimal(old, "lora_dropout"),
+    }
+    if method == "pissa":
+        options["niter"] = _integer(old, "svd_niter", 4)
+        if "lora_alpha" in old:
+            notes.append("--lora_alpha is ignored: PiSSA has the factor 1, there as well")
+    else:
+        options["alpha"] = _integer(old, "lora_alpha", 32)
+    parts = old.get("lora_parts", "att,ln,time").split(",")
+    if not set(LORA_PARTS) <= set(parts):
+        adapted = [LORA_PARTS[part] for part in LORA_PARTS if part in parts]
+        options["targets"] = [*itertools.chain(*adapted)]
+    return options, [part for part in parts if part not in LORA_PARTS]
+
+
+def _method_configs(
+    method: str | None, old: dict[str, str], kept: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """The options in --lora_config and its like, without the method's name before each."""
+    options: dict[str, Any] = {}
+    for name, of in METHOD_CONFIGS.items():
+        if name in old and of != method:
+            notes.append(
+                f"--{name} is ignored: it is for --peft {of}, and the run has {method or 'the default'}"
+            )
+        elif name in old:
+            try:
+                given = json.loads(old[name]).items()
+            except (json.JSONDecodeError, AttributeError):
+                raise UserError(f'--{name} {old[name]}: expected JSON such as {{"r": 64}}') from None
+            options |= {re.sub(r"^(miss|disha|bone|lora|pissa)_", "", key): value for key, value in given}
+            notes.append(f"--{name} is --peft_config")
+            if _value(kept, "train_parts") is None:
+                notes.append(
+                    "the tensors whose names contain time or ln stay frozen, where RWKV-PEFT trained them as"
+                    " well; --train_parts time,ln does"
+                )
+    return options
+
+
+def _train_parts(beside: list[str], kept: list[str]) -> list[str]:
+    """--train_parts with the parts that older flags name; "none" was RWKV-PEFT's word for no parts."""
     given = _value(kept, "train_parts") or ""
-    if given == "none" or beside:
-        new += ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
-    return new + _options(options, kept, notes)
+    if given != "none" and not beside:
+        return []
+    return ["--train_parts", ",".join([*([] if given in ("", "none") else [given]), *beside])]
 
 
 def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
@@ -299,7 +286,7 @@ def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
     return ["--chunk_ctx", "0"]
 
 
-def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:
+def _peft_config(options: dict[str, Any], kept: list[str], notes: list[str]) -> list[str]:
     """A method's options in today's names, as --peft_config."""
     if not options:
         return []
@@ -324,41 +311,83 @@ def _options(options: dict[str, Any], kept: list[str], notes: list[str]) -> list
 
 
 def _stage(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    """RWKV-LM's stages: 1 makes a model, the others go on with the newest one; and both projects' rhythm of
-    saving.
-    """
+    """RWKV-LM's stages: 1 makes a model, the others go on with the newest one."""
     new: list[str] = []
-    folder = _value(kept, "proj_dir") or "out"
     stage = old.get("train_stage", "0")
     if stage != "0":
         new += ["--peft", "none", *(["--init_only", "1"] if stage == "1" else ["--resume", "auto"])]
         notes.append(f"--train_stage {stage} is {' '.join(new)}")
     if _value(kept, "load_model") == "0":
-        new += ["--load_model", newest_model(folder)]
+        new += ["--load_model", newest_model(_value(kept, "proj_dir") or "out")]
         notes.append(f"--load_model 0 is the newest model there: --load_model {new[-1]}")
     if _integer(old, "my_exit_tokens", 0):
         notes.append("--my_exit_tokens is the data once: --epoch_count 1")
         new += ["--epoch_count", "1"]
-    epochs = _integer(old, "epoch_save", 0)
-    if epochs and not _value(kept, "save_steps"):
-        now = {
-            name: _value(kept, name)
-            for name in ("micro_bsz", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps")
-        }
-        steps = _integer(now, "epoch_steps", 0)
-        if stage != "0":
-            steps = MINI_EPOCH // math.prod(
-                max(1, _integer(now, name, 1)) for name in now if name != "epoch_steps"
-            )
-        if steps:
-            new += ["--save_steps", str(epochs * steps)]
-            notes.append(
-                f"--epoch_save {epochs} is --save_steps {epochs * steps}: {epochs} x {steps} steps of an"
-                " epoch"
-            )
-        else:
-            notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
     return new
+
+
+def _epoch_save(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    """Both projects save after so many epochs; --save_steps counts steps."""
+    epochs = _integer(old, "epoch_save", 0)
+    if not epochs or _value(kept, "save_steps"):
+        return []
+    steps = _integer({"epoch_steps": _value(kept, "epoch_steps")}, "epoch_steps", 0)
+    if old.get("train_stage", "0") != "0":
+        names = ("micro_bsz", "devices", "num_nodes", "accumulate_grad_batches")
+        given = {name: _value(kept, name) for name in names}
+        steps = MINI_EPOCH // math.prod(max(1, _integer(given, name, 1)) for name in names)
+    if not steps:
+        notes.append("--epoch_save: the run is saved at its end; for more, --save_steps N")
+        return []
+    total = epochs * steps
+    notes.append(f"--epoch_save {epochs} is --save_steps {total}: {epochs} x {steps} steps of an epoch")
+    return ["--save_steps", str(total)]
+
+
+def _warm_up(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    if _value(kept, "warmup_steps") != "-1":
+        return []
+    notes.append("--warmup_steps -1 is --warmup_steps 0")
+    return ["--warmup_steps", "0"]
+
+
+def _loss_mask(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    mask = _value(kept, "loss_mask")
+    if mask == "se":
+        raise UserError(
+            "--loss_mask se marks by token ids; here a mask is told in words: --loss_mask START...END"
+        )
+    if mask not in LOSS_MASKS:
+        return []
+    given = f"--loss_mask {mask or repr('')}"
+    if old.get("data_type") == "sft":
+        notes.append(f"{given} is ignored with --data_type sft, there as well: the answers are trained")
+        return ["--loss_mask", "assistant"]
+    today, meaning = LOSS_MASKS[mask]
+    other = "; assistant trains the answers alone" if today == "all" else ""
+    notes.append(f"{given} {meaning}: --loss_mask {today}{other}")
+    return ["--loss_mask", today]
+
+
+def _quant(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    quant = _value(kept, "quant")
+    if quant not in QUANTS:
+        return []
+    if QUANTS[quant] != "none":
+        notes.append(f"--quant {quant}: nf4 is taken instead of fp4, with as many bits and smaller errors")
+    return ["--quant", QUANTS[quant]]
+
+
+def _kernel(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
+    kernel = _value(kept, "op")
+    if kernel not in ("fla", "triton"):
+        return []
+    notes.append(f"--op {kernel}: there are own kernels instead; auto chooses")
+    return ["--op", "auto"]
+
+
+# each gives flags of today for what it knows of the old and of the other words
+TRANSLATIONS = (_method, _train_type, _stage, _epoch_save, _warm_up, _loss_mask, _quant, _kernel)
 
 
 def newest_model(folder: str) -> str:
