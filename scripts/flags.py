@@ -15,7 +15,7 @@ with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from rwkv_miss.files.output import write_text
     from src.config import FIELDS
-    from src.config.schema import PRESETS
+    from src.config.schema import PRESETS, uncommon_bounds
 
 OUT = "docs/flags.md"
 
@@ -35,7 +35,7 @@ first of these counts:
 4. the default
 
 A mistyped flag is an error that names the nearest one. A flag that takes 0 or 1 may stand alone and then
-means 1. Names after *or* mean the same flag.
+means 1. Names after *or* mean the same flag. A number is 0 or more, unless its line says otherwise.
 
 This page is made by `python -m scripts.flags`. `python train.py --help` prints the same.
 """
@@ -66,7 +66,9 @@ def value_kind(field: dataclasses.Field) -> str:
         return ", ".join(choices)
     if field.default is dataclasses.MISSING:
         return "JSON, or key=value pairs"
-    return {bool: "0 or 1", int: "whole number", float: "number", str: "text"}[type(field.default)]
+    kind = {bool: "0 or 1", int: "whole number", float: "number", str: "text"}[type(field.default)]
+    bounds = uncommon_bounds(field.name)
+    return f"{kind}, {bounds}" if bounds else kind
 
 
 def default_text(field: dataclasses.Field) -> str:

@@ -8,8 +8,8 @@ from rwkv_miss import METHODS, UserError
 from rwkv_miss.__main__ import parse as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
 from src.config import legacy, parse
+from src.config.adapter_options import AdapterOptions
 from src.config.legacy import DROPPED, NAMES, REFUSED, newest_model, translate
-from src.config.validate import adapter_options
 
 REQUIRED = ["--load_model", "base.pth", "--data_file", "rows.jsonl"]
 
@@ -59,14 +59,14 @@ def test_flags_without_a_meaning_here_get_one_note_each(capsys):
 )
 def test_the_ranks_of_three_generations(flags, rank):
     values = read(*flags, "--micro_bsz", "3")
-    assert (values.peft, adapter_options(values), values.micro_bsz) == ("miss", ({"r": rank}, None), 3)
+    assert values.adapter == AdapterOptions("miss", {"r": rank}, None) and values.micro_bsz == 3
 
 
 def test_options_of_another_method_are_named(capsys):
     values = read(
         "--peft", "bone", "--bone_config", '{"bone_r":8}', "--lora_config", '{"lora_r":4}', "--lora_r", "2"
     )
-    assert adapter_options(values) == ({"r": 8}, None)
+    assert values.adapter == AdapterOptions("miss", {"r": 8}, None)
     notes = capsys.readouterr().out
     assert (
         "--lora_config is ignored: it is for --peft lora, and the run has miss" in notes
@@ -81,7 +81,7 @@ def test_the_mode_bat_has_blocks_of_inputs():
         ["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":8}'],
     ):
         values = read(*flags)
-        assert (values.peft, adapter_options(values)) == ("bat", ({"r": 8, "order": "row"}, None))
+        assert values.adapter == AdapterOptions("bat", {"r": 8, "order": "row"}, None)
 
 
 def test_lora_in_json_and_in_the_oldest_spelling(capsys):
@@ -92,7 +92,7 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
         "--lora_config",
         '{"lora_load":"rwkv-0","lora_r":64,"lora_alpha":128,"lora_dropout":0.01}',
     )
-    assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
+    assert values.adapter == AdapterOptions("lora", wanted, None)
     assert "rwkv-0.pth is not there" in capsys.readouterr().out
     values = read(
         "--lora_load",
@@ -106,12 +106,10 @@ def test_lora_in_json_and_in_the_oldest_spelling(capsys):
         "0.01",
         "--lora_parts=att,ffn",
     )
-    assert (values.peft, adapter_options(values)) == ("lora", (wanted, None))
+    assert values.adapter == AdapterOptions("lora", wanted, None)
     values = read("--lora", "--lora_parts=att")
-    assert adapter_options(values) == (
-        {"r": 8, "alpha": 32},
-        ["att.receptance", "att.key", "att.value", "att.output"],
-    )
+    linears = ["att.receptance", "att.key", "att.value", "att.output"]
+    assert values.adapter == AdapterOptions("lora", {"r": 8, "alpha": 32}, linears)
 
 
 def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
@@ -130,15 +128,11 @@ def test_pissa_in_json_and_in_the_oldest_spelling(capsys):
         ],
     ):
         values = read(*flags)
-        options, targets = adapter_options(values)
-        parsed = METHODS["pissa"].Options.parse(options)
-        assert (values.peft, targets) == ("pissa", None) and (parsed.rank, parsed.niter, parsed.scale) == (
-            32,
-            7,
-            1.0,
-        )
+        parsed = METHODS["pissa"].Options.parse(values.adapter.options)
+        assert (values.peft, values.adapter.targets) == ("pissa", None)
+        assert (parsed.rank, parsed.niter, parsed.scale) == (32, 7, 1.0)
     assert "--lora_alpha is ignored: PiSSA has the factor 1" in capsys.readouterr().out
-    assert adapter_options(read("--PISSA", "--lora_parts=att,ffn"))[0] == {"r": 8, "niter": 4}
+    assert read("--PISSA", "--lora_parts=att,ffn").adapter.options == {"r": 8, "niter": 4}
 
 
 def test_an_adapter_of_theirs_is_not_overwritten_by_a_new_one(tmp_path):

@@ -21,8 +21,9 @@ from rwkv_miss.errors import Parser, UserError
 
 from ..common.files import write_text
 from . import legacy
+from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
-from .schema import FIELDS, NAMES, PRESETS, TARGET_NAMES, Config, type_of
+from .schema import FIELDS, NAMES, PRESETS, Config, type_of, uncommon_bounds
 from .validate import validate
 
 
@@ -51,10 +52,10 @@ def flag_parser(prog: str, description: str) -> Parser:
     for field in FIELDS.values():
         default = "" if field.default in ("", dataclasses.MISSING) else f" [{field.default}]"
         names = [f"--{name}" for name in (field.name, *field.metadata["alias"])]
-        help = (field.metadata["help"] + default).replace("%", "%%")
-        alone = (
-            {"nargs": "?", "const": "1"} if type_of(field.name) is bool else {}
-        )  # --verbose is --verbose 1
+        bounds = f"; {text}" if (text := uncommon_bounds(field.name)) else ""
+        help = (field.metadata["help"] + bounds + default).replace("%", "%%")
+        # --verbose is --verbose 1
+        alone = {"nargs": "?", "const": "1"} if type_of(field.name) is bool else {}
         parser.add_argument(*names, dest=field.name, metavar=type_of(field.name).__name__, help=help, **alone)
     return parser
 
@@ -73,22 +74,19 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     layers = [("command line", {name: value for name, value in given.items() if name != "config"})]
     if file:
         layers.append((file, read_yaml(file)))
-    values, origins = _merge(layers)
+    values, origins = _first_of_each(layers)
     if values.get("preset"):
-        values, origins = _merge([*layers, (f"preset {values['preset']}", _preset_values(values))])
+        values, origins = _first_of_each([*layers, (f"preset {values['preset']}", _preset_values(values))])
     return Config(**values), {name: origins.get(name, "default") for name in FIELDS}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
+        if not os.path.isdir(path):
+            raise UserError(f"config file {path} does not exist")
         inside = os.path.join(path, "config.yaml")
         raise UserError(
-            f"config file {path} "
-            + (
-                f"is a folder; give {inside if os.path.isfile(inside) else 'a file'}"
-                if os.path.isdir(path)
-                else "does not exist"
-            )
+            f"config file {path} is a folder; give {inside if os.path.isfile(inside) else 'a file'}"
         )
     with open(path, "rb") as file:
         try:
@@ -106,7 +104,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _merge(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _first_of_each(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
     """Values in order of precedence, converted to their types, and their origins."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -114,7 +112,7 @@ def _merge(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], di
         for name, value in layer.items():
             if NAMES[name] not in values:
                 try:
-                    values[NAMES[name]] = _convert(NAMES[name], value)
+                    values[NAMES[name]] = _typed_value(NAMES[name], value)
                 except UserError as error:
                     raise error if origin == "command line" else UserError(f"{origin}: {error}") from None
                 origins[NAMES[name]] = origin
@@ -131,21 +129,15 @@ def _preset_values(values: dict[str, Any]) -> dict[str, Any]:
     return {**common, "peft_config": by_method[method]}
 
 
-def _convert(name: str, value: Any) -> Any:
+def _typed_value(name: str, value: Any) -> Any:
     """A flag's text or a YAML value in the field's own type."""
     kind = type_of(name)
     if kind is dict:
-        return _parse_options(name, value)
+        return _read_mapping(name, value)
     try:
         if value is None or isinstance(value, (dict, list)):
             raise ValueError
-        if kind is bool:
-            value = {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
-        elif kind is str:
-            value = str(value)
-        else:
-            # two of --grad_cp's values are these
-            value = _number({"true": "1", "false": "0"}.get(str(value).lower(), str(value)), kind)
+        value = _read_scalar(str(value), kind)
     except (ValueError, KeyError):
         raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
     if name == "peft":
@@ -156,7 +148,17 @@ def _convert(name: str, value: Any) -> Any:
     return value
 
 
-def _number(text: str, kind: type) -> int | float:
+def _read_scalar(text: str, kind: type) -> str | bool | int | float:
+    """ValueError or KeyError for a text that is none of this kind."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+    # two of --grad_cp's values may be given as words
+    return _finite_number({"true": "1", "false": "0"}.get(text.lower(), text), kind)
+
+
+def _finite_number(text: str, kind: type) -> int | float:
     """1e3 is an int, too. A ValueError for what is no finite number of this kind."""
     if kind is int:
         with contextlib.suppress(ValueError):
@@ -167,7 +169,7 @@ def _number(text: str, kind: type) -> int | float:
     return kind(number)
 
 
-def _parse_options(name: str, value: Any) -> dict[str, Any]:
+def _read_mapping(name: str, value: Any) -> dict[str, Any]:
     """{"r": 64} as a mapping, as JSON, or as r=64,alpha=32."""
     if isinstance(value, dict):
         return {str(name): given for name, given in value.items()}
@@ -186,11 +188,11 @@ def _parse_options(name: str, value: Any) -> dict[str, Any]:
             raise UserError(f"--{name} {text}: expected JSON or key=value pairs, got {pair!r}")
         if key in options:
             raise UserError(f"--{name} {text}: {key} is given twice; keep one")
-        options[key] = raw.split("+") if key in TARGET_NAMES else _number_or_text(raw)
+        options[key] = raw.split("+") if key in TARGET_NAMES else _json_or_text(raw)
     return options
 
 
-def _number_or_text(text: str) -> Any:
+def _json_or_text(text: str) -> Any:
     try:
         return json.loads({"True": "true", "False": "false"}.get(text, text))
     except json.JSONDecodeError:
@@ -214,13 +216,13 @@ def command(config: Config) -> str:
     for name in FIELDS:
         value = getattr(config, name)
         if name != "resume" and value != getattr(default, name):
-            text = (
-                json.dumps(value)
-                if isinstance(value, dict)
-                else str(int(value))
-                if isinstance(value, bool)
-                else str(value)
-            )
+            text = _flag_text(value)
             # what begins like a flag is none
             words += [f"--{name}={text}"] if text.startswith("-") else [f"--{name}", text]
     return shlex.join(words)
+
+
+def _flag_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(int(value) if isinstance(value, bool) else value)

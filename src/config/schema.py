@@ -12,6 +12,42 @@ from typing import Any
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.quantised import CODES
 
+from .adapter_options import AdapterOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Which numbers a setting takes; None is no bound."""
+
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+
+    def text(self) -> str:
+        """What holds: "at least 0 and below 1"."""
+        sides = {"at least": self.low, "at most": self.high, "below": self.below}
+        return " and ".join(
+            f"{words} {number_text(bound)}" for words, bound in sides.items() if bound is not None
+        )
+
+    def complaint(self, value: float) -> str:
+        """What does not hold for a value: "must be at least 1"; nothing if all does."""
+        if self.high is not None and value > self.high:
+            return f"must not be above {number_text(self.high)}"
+        too_small = self.low is not None and value < self.low
+        if not too_small and (self.below is None or value < self.below):
+            return ""
+        if self.low == 0 and self.below is None:
+            return "must not be negative"
+        return f"must be {self.text()}"
+
+
+def number_text(number: float) -> str:
+    """A large power of two as 2^31."""
+    if isinstance(number, int) and number >= 2**31:
+        return f"2^{number.bit_length() - 1}"
+    return f"{number:g}".replace("e+", "e")
+
 
 def opt(
     default: Any,
@@ -19,13 +55,18 @@ def opt(
     alias: tuple[str, ...] = (),
     choices: tuple[str, ...] = (),
     automatic: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
 
     `automatic`: the default is no value but leaves the choice to the program, which fills it in
-    (src/planning/defaults.py).
+    (src/planning/defaults.py). `low` and `high` are the smallest and the largest number, `below` is the first
+    that is too large.
     """
     meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic}
+    meta["bounds"] = Bounds(low, high, below)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -126,19 +167,20 @@ class Config:
         alias=("my_testing",),
         choices=("", "x060", "x070"),
     )
-    n_layer: int = opt(0, "number of layers; read from the checkpoint")
-    n_embd: int = opt(0, "width; read from the checkpoint")
+    n_layer: int = opt(0, "number of layers; read from the checkpoint", low=0)
+    n_embd: int = opt(0, "width; read from the checkpoint", low=0)
     vocab_size: int = opt(
-        0, "size of the vocabulary; read from the checkpoint, in a new model from the tokenizer"
+        0, "size of the vocabulary; read from the checkpoint, in a new model from the tokenizer", low=0
     )
-    dim_att: int = opt(0, "width of the time mix; read from the checkpoint, in a new model n_embd")
+    dim_att: int = opt(0, "width of the time mix; read from the checkpoint, in a new model n_embd", low=0)
     dim_ffn: int = opt(
         0,
         "width of the channel mix; read from the checkpoint, in a new model 3.5 n_embd (x060) or 4"
         " n_embd (x070)",
+        low=0,
     )
     head_size: int = opt(
-        0, "size of a head; read from the checkpoint, in a new model 64", alias=("head_size_a",)
+        0, "size of a head; read from the checkpoint, in a new model 64", alias=("head_size_a",), low=0
     )
 
     ctx_len: int = opt(
@@ -147,17 +189,20 @@ class Config:
         " the plan says how many. 0: the longest document's length, as a power of two from 256 to"
         " 4096; with --chunk_ctx without these bounds",
         automatic=True,
+        low=0,
     )
     chunk_ctx: int = opt(
         0,
         "run rows in chunks of N tokens, with the exact gradient carried through the state. Memory"
         " holds one chunk, and one state per chunk; the price is one more forward pass. 0: run rows"
         " whole",
+        low=0,
     )
     truncate_ctx: int = opt(
         0,
         "stop the gradient at every N tokens, while the state goes on. N is a multiple of"
         " --chunk_ctx. 0: the gradient is exact",
+        low=0,
     )
     state_cp: bool = opt(
         False,
@@ -173,29 +218,35 @@ class Config:
         "rows in one forward pass of one device. 0: as many as fit the free memory, at most 8",
         alias=("batch_size",),
         automatic=True,
+        low=0,
     )
     accumulate_grad_batches: int = opt(
         0,
         "forward passes in one optimizer step. 0: 1 where micro_bsz is given. Otherwise a step gets 8"
         " rows over all devices, or fewer where the run would have less than 50 steps",
         automatic=True,
+        low=0,
     )
     global_bsz: int = opt(
-        0, "rows in one optimizer step over all devices; sets accumulate_grad_batches. 0: not used"
+        0, "rows in one optimizer step over all devices; sets accumulate_grad_batches. 0: not used", low=0
     )
-    epoch_count: int = opt(1, "number of epochs", alias=("epochs",))
-    epoch_steps: int = opt(0, "optimizer steps in one epoch. 0: one pass over the data")
+    epoch_count: int = opt(1, "number of epochs", alias=("epochs",), low=1)
+    epoch_steps: int = opt(0, "optimizer steps in one epoch. 0: one pass over the data", low=0)
 
     lr_init: float = opt(
         0.0,
         f"learning rate after the warm-up. 0: the method's own ({_own_rates()})",
         alias=("learning_rate",),
         automatic=True,
+        low=0,
+        high=1e30,
     )
     state_lr: float = opt(
         0.0,
         "learning rate of the initial state beside an adapter. 0: its own, 1e-2. With --peft state"
         " use --lr_init",
+        low=0,
+        high=1e30,
     )
     lr_map: dict = opt(
         {},
@@ -203,18 +254,18 @@ class Config:
         ' "blocks.0": 2}\' or ffn=0.5,blocks.0=2. The longest part that fits counts. A tensor that'
         " layers share is named shared.NAME",
     )
-    lr_final: float = opt(-1.0, "learning rate at the last step. -1: a tenth of lr_init")
+    lr_final: float = opt(-1.0, "learning rate at the last step. -1: a tenth of lr_init", high=1e30)
     lr_schedule: str = opt(
         "cos",
         "cos, constant, or wsd: constant, then down to lr_final in a straight line over the last fifth",
         choices=("cos", "constant", "wsd"),
     )
-    warmup_steps: int = opt(0, "optimizer steps of linear warm-up")
-    beta1: float = opt(0.9, "AdamW beta1")
-    beta2: float = opt(0.99, "AdamW beta2")
-    adam_eps: float = opt(1e-8, "AdamW epsilon")
-    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only")
-    grad_clip: float = opt(1.0, "clip gradients to this norm. 0: no clipping")
+    warmup_steps: int = opt(0, "optimizer steps of linear warm-up", low=0)
+    beta1: float = opt(0.9, "AdamW beta1", low=0, below=1)
+    beta2: float = opt(0.99, "AdamW beta2", low=0, below=1)
+    adam_eps: float = opt(1e-8, "AdamW epsilon", low=0, high=1e30)
+    weight_decay: float = opt(0.0, "AdamW weight decay, on matrices only", low=0, high=1e30)
+    grad_clip: float = opt(1.0, "clip gradients to this norm. 0: no clipping", low=0)
     grad_cp: int = opt(
         -1,
         "activation checkpointing: what the backward pass computes again instead of keeping it. 0:"
@@ -223,7 +274,7 @@ class Config:
         " 1",
         automatic=True,
     )
-    random_seed: int = opt(42, "seed of initialisation and data order")
+    random_seed: int = opt(42, "seed of initialisation and data order", low=0, below=2**63)
 
     precision: str = opt(
         "auto",
@@ -254,8 +305,9 @@ class Config:
         1,
         "number of GPUs, or of CPU processes, on each machine. torchrun, deepspeed and srun set it by"
         " themselves",
+        low=1,
     )
-    num_nodes: int = opt(1, "number of machines. torchrun, deepspeed and srun set it by themselves")
+    num_nodes: int = opt(1, "number of machines. torchrun, deepspeed and srun set it by themselves", low=1)
     wkv: str = opt(
         "auto", "WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference", alias=("op",), automatic=True
     )
@@ -276,15 +328,19 @@ class Config:
         "number of held-out documents to evaluate, chosen by a hash of their tokens. 0: as many as"
         " keep all evaluations within a tenth of the run, counted in tokens",
         automatic=True,
+        low=0,
     )
     eval_steps: int = opt(
         0,
         "evaluate every N optimizer steps, and keep the best state as best.pth. 0: only before and"
         " after the training",
+        low=0,
     )
-    eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation")
+    eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation", low=0)
     early_stop: int = opt(
-        0, "end the training after N evaluations in a row that are not better than the best one. 0: never"
+        0,
+        "end the training after N evaluations in a row that are not better than the best one. 0: never",
+        low=0,
     )
     wandb: str = opt(
         "",
@@ -296,20 +352,22 @@ class Config:
         False,
         "1: write a new model to rwkv-init.pth in proj_dir and end. A later run takes it as --load_model",
     )
-    save_steps: int = opt(0, "save the adapter and a checkpoint every N steps. 0: only at the end")
+    save_steps: int = opt(0, "save the adapter and a checkpoint every N steps. 0: only at the end", low=0)
     save_total_limit: int = opt(
-        1, "number of checkpoints to keep. An older one is removed when the new one is complete"
+        1, "number of checkpoints to keep. An older one is removed when the new one is complete", low=1
     )
     rollback_steps: int = opt(
         20,
         "keep the trained tensors and the optimizer in memory every N steps, and go back to them when"
         " a loss or gradient is not finite. With --peft none the run goes back to its newest"
         " checkpoint. 0: stop instead",
+        low=0,
     )
     spike_sigmas: float = opt(
         0.0,
         "also go back when a loss is this many robust standard deviations above the median of the"
         " last 50. 0: never",
+        low=0,
     )
     verbose: bool = opt(
         False, "1: print the plan with all the details that run_card.md has, not only its 14 lines"
@@ -319,6 +377,13 @@ class Config:
         "auto: go on from the newest checkpoint in proj_dir, if there is one. none: start anew",
         choices=("none", "auto"),
     )
+
+    @property
+    def adapter(self) -> AdapterOptions | None:
+        """The adapter that --peft, --peft_config and --train_parts ask for; None in full training."""
+        if self.peft == "none":
+            return None
+        return AdapterOptions.of(self.peft, self.peft_config, self.train_parts)
 
     @property
     def world(self) -> int:
@@ -355,7 +420,10 @@ def type_of(name: str) -> type:
     return dict if default is dataclasses.MISSING else type(default)
 
 
-TARGET_NAMES = ("targets", "target_modules")
+def uncommon_bounds(name: str) -> str:
+    """What a number must be, for help and docs; nothing where it is "not negative", as nearly all are."""
+    bounds = FIELDS[name].metadata["bounds"]
+    return bounds.text() if bounds.low == 1 or bounds.below else ""
 
 
 def is_automatic(config: Config, name: str) -> bool:

@@ -1,92 +1,58 @@
 """Whether settings make sense, alone and together: one place for all rules, asked before anything is
 loaded.
+
+A rule is a function that raises UserError. What depends on the checkpoint or the data is checked where they
+are read.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
 
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from .schema import FIELDS, TARGET_NAMES, Config, accumulation, is_automatic, type_of
+from .schema import FIELDS, Bounds, Config, accumulation, is_automatic, type_of
 
-
-def adapter_options(config: Config) -> tuple[dict[str, Any], list[str] | None]:
-    """(options for inject(), targets or None) out of peft_config."""
-    options = dict(config.peft_config)
-    targets = None
-    for name in TARGET_NAMES:
-        targets = options.pop(name, targets)
-    if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        raise UserError(
-            f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}'
-        )
-    return options, targets
+WHOLE_NUMBERS = Bounds(below=2**31)  # where a setting has no bound of its own
 
 
 def validate(config: Config) -> None:
-    """Rules that concern values and pairs of values; what depends on the checkpoint or the data is checked
-    where they are read.
-    """
-    for part, factor in config.lr_map.items():
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise UserError(
-                f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}"
-            )
-    for name in ("epoch_count", "devices", "num_nodes", "save_total_limit"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    for name in (
-        "n_layer",
-        "n_embd",
-        "vocab_size",
-        "dim_att",
-        "dim_ffn",
-        "head_size",
-        "epoch_steps",
-        "global_bsz",
-        "warmup_steps",
-        "save_steps",
-        "rollback_steps",
-        "ctx_len",
-        "micro_bsz",
-        "accumulate_grad_batches",
-        "chunk_ctx",
-        "truncate_ctx",
-        "spike_sigmas",
-        "lr_init",
-        "state_lr",
-        "weight_decay",
-        "grad_clip",
-        "random_seed",
-        "adam_eps",
-        "eval_docs",
-        "eval_steps",
-        "eval_samples",
-        "early_stop",
-    ):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must not be negative")
-    for name in FIELDS:
-        if type_of(name) is int and name != "random_seed" and getattr(config, name) >= 2**31:
-            raise UserError(f"--{name} {getattr(config, name)}: must be below 2^31")
-    for name in ("lr_init", "lr_final", "state_lr", "weight_decay", "adam_eps"):
-        if getattr(config, name) > 1e30:
-            raise UserError(f"--{name} {getattr(config, name):g}: must not be above 1e30")
-    decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
-    if config.weight_decay and not decays:
+    """All rules."""
+    for rule in RULES:
+        rule(config)
+
+
+def check_bounds(config: Config, names: Iterable[str] = FIELDS) -> None:
+    """A number is within the bounds that its setting has in schema.py."""
+    for name in names:
+        bounds, value = FIELDS[name].metadata["bounds"], getattr(config, name)
+        if type_of(name) not in (int, float):
+            continue
+        complaint = bounds.complaint(value)
+        if type_of(name) is int and bounds.below is None:
+            complaint = complaint or WHOLE_NUMBERS.complaint(value)
+        if complaint:
+            raise UserError(f"--{name} {value}: {complaint}")
+
+
+def check_data(config: Config) -> None:
+    """The rules about the data alone."""
+    check_bounds(config, ["ctx_len"])
+    if not config.data_file:
+        raise UserError("--data_file is missing: the data to train on")
+    if not config.loss_mask.partition("...")[0]:
         raise UserError(
-            f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "
-            "zero are not the base, so they do not decay; drop the flag"
+            f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or"
+            " START...END"
         )
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least 0 and below 1")
-    check_data(config)
+
+
+def check_base(config: Config) -> None:
+    """There is a folder to write, and a base or the sizes of a new model."""
     if not config.proj_dir:
         raise UserError("--proj_dir is empty: give the folder that the run writes into")
     if not config.load_model and config.peft != "none":
@@ -99,12 +65,51 @@ def validate(config: Config) -> None:
         raise UserError(
             f"--init_only makes a new model, but --load_model {config.load_model} was given; drop one of them"
         )
+
+
+def check_adapter(config: Config) -> None:
+    """The options can be taken apart; full training has none."""
+    if config.adapter:
+        return
+    if config.peft_config:
+        raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
+    if split_parts(config.train_parts):
+        raise UserError(
+            f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
+            " choose an adapter, or drop it"
+        )
+
+
+def check_learning_rates(config: Config) -> None:
+    """Every rate that is given is used."""
+    for part, factor in config.lr_map.items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise UserError(
+                f"--lr_map {part}: must be a factor of the learning rate, 0 or more; got {factor!r}"
+            )
     if config.lr_schedule == "constant" and config.lr_final >= 0:
         raise UserError(f"--lr_final {config.lr_final} has no meaning with --lr_schedule constant")
+    if config.state_lr and "state" not in split_parts(config.train_parts):
+        raise UserError(
+            f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"
+            " alone it learns at --lr_init"
+        )
+
+
+def check_weight_decay(config: Config) -> None:
+    """Something that is trained decays."""
+    decays = config.train_parts or config.peft not in METHODS or METHODS[config.peft].decays
+    if config.weight_decay and not decays:
+        raise UserError(
+            f"--weight_decay {config.weight_decay} has no meaning with --peft {config.peft}: its matrices at "
+            "zero are not the base, so they do not decay; drop the flag"
+        )
+
+
+def check_evaluation(config: Config) -> None:
+    """Evaluations have held-out data, from one place."""
     if not (0 <= config.eval_split < 1 or is_automatic(config, "eval_split")):
         raise UserError(f"--eval_split {config.eval_split}: must be a share below 1, such as 0.05")
-    if config.grad_cp not in (-1, 0, 1, 2):
-        raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.eval_file and config.eval_split > 0:
         raise UserError(
             f"--eval_file {config.eval_file} and --eval_split {config.eval_split} were given; drop one of"
@@ -118,20 +123,10 @@ def validate(config: Config) -> None:
             )
     if config.early_stop and not config.eval_steps:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
-    if config.random_seed >= 2**63:
-        raise UserError(f"--random_seed {config.random_seed}: must be below 2^63")
-    if config.peft == "none" and config.peft_config:
-        raise UserError(f"--peft_config {config.peft_config} has no meaning with --peft none")
-    if split_parts(config.train_parts) and config.peft == "none":
-        raise UserError(
-            f"--train_parts {config.train_parts} has no meaning with --peft none, which trains everything;"
-            " choose an adapter, or drop it"
-        )
-    if config.state_lr and "state" not in split_parts(config.train_parts):
-        raise UserError(
-            f"--state_lr {config.state_lr} is for --train_parts state, the initial state beside an adapter;"
-            " alone it learns at --lr_init"
-        )
+
+
+def check_rows_per_step(config: Config) -> None:
+    """The rows of a step are whole forward passes of all devices."""
     given = "micro_bsz" if config.micro_bsz else "accumulate_grad_batches"
     each = max(getattr(config, given), 1) * config.world
     if config.global_bsz % each:
@@ -143,6 +138,10 @@ def validate(config: Config) -> None:
             f"--global_bsz {config.global_bsz} makes accumulate_grad_batches {accumulation(config)}, "
             f"but {config.accumulate_grad_batches} was given; drop one of them"
         )
+
+
+def check_chunks(config: Config) -> None:
+    """Rows that run in chunks are longer than a chunk."""
     if not config.chunk_ctx and (config.truncate_ctx or config.state_cp):
         raise UserError(
             f"--{'truncate_ctx' if config.truncate_ctx else 'state_cp'} works with --chunk_ctx N: rows that"
@@ -159,15 +158,25 @@ def validate(config: Config) -> None:
             " would be nothing to cut; raise --ctx_len to the length that your documents need, or drop"
             " --chunk_ctx"
         )
-    if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
-        raise UserError(
-            "--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter"
-            " into fp16 too"
-        )
+
+
+def check_memory(config: Config) -> None:
+    """What saves memory fits what is trained."""
+    if config.grad_cp not in (-1, 0, 1, 2):
+        raise UserError(f"--grad_cp {config.grad_cp}: expected 0, 1 or 2, or -1 for an automatic choice")
     if config.quant != "none" and config.peft == "none":
         raise UserError(
             f"--quant {config.quant} is for a frozen base; --peft none trains all of it: choose an adapter,"
             " or drop --quant"
+        )
+
+
+def check_strategy(config: Config) -> None:
+    """The strategy can do the precision, the quantisation and several machines."""
+    if config.precision == "fp16" and config.strategy.startswith("deepspeed"):
+        raise UserError(
+            "--precision fp16 works with --strategy auto or ddp: DeepSpeed's fp16 mode would turn the adapter"
+            " into fp16 too"
         )
     if config.quant != "none" and config.strategy.startswith("deepspeed_stage_3"):
         raise UserError(
@@ -178,17 +187,19 @@ def validate(config: Config) -> None:
         raise UserError("--num_nodes needs --strategy deepspeed_stage_1, _2, _3 or ddp")
 
 
-def check_data(config: Config) -> None:
-    """The rules about the data alone."""
-    if config.ctx_len < 0:
-        raise UserError(f"--ctx_len {config.ctx_len}: must not be negative")
-    if not config.data_file:
-        raise UserError("--data_file is missing: the data to train on")
-    if not config.loss_mask.partition("...")[0]:
-        raise UserError(
-            f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or"
-            " START...END"
-        )
+RULES = (
+    check_bounds,
+    check_data,
+    check_base,
+    check_adapter,
+    check_learning_rates,
+    check_weight_decay,
+    check_evaluation,
+    check_rows_per_step,
+    check_chunks,
+    check_memory,
+    check_strategy,
+)
 
 
 def check_sizes(config: Config, arch: Arch) -> None:

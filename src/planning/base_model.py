@@ -8,13 +8,13 @@ import sys
 import torch
 
 import rwkv_miss
-from rwkv_miss.adapter import METHODS, check_parts
+from rwkv_miss.adapter import check_parts
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 
 from ..config import Config
-from ..config.validate import adapter_options, check_sizes
+from ..config.validate import check_sizes
 from ..data.tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from .defaults import choose, own_rank
@@ -34,16 +34,12 @@ def read_base(config: Config, origins: dict[str, str]):
     with torch.device("meta"):
         model = RWKV(arch)
     model.check(tensors, config.load_model)
-    if config.peft != "none":
+    if config.adapter:
         rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
         choose(config, origins, "peft_config", rank, reason)
-        aliases = METHODS[config.peft].Options.aliases
-        if not any(
-            aliases.get(name, name) == "rank" for name in config.peft_config
-        ):  # other options were given
+        if not config.adapter.gives_rank:  # but other options
             config.peft_config = {**rank, **config.peft_config}
-        options, targets = adapter_options(config)
-        rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+        config.adapter.inject(model)
     check_parts(
         "--lr_map",
         config.lr_map,
@@ -83,21 +79,17 @@ def build_model(
     """The model with its adapter, as it was before the first step; `resume_from` is the checkpoint of a run
     that goes on.
     """
-    full = config.peft == "none"
     if config.load_model:
         # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor
         # when it shares it out, quantise() when it has quantised
         mapped = config.strategy.startswith("deepspeed_stage_3") or config.quant != "none"
-        model = RWKV.load(
-            config.load_model, None if mapped else torch.float32 if full else dtype, kernel=kernel
-        )
+        of_weights = dtype if config.adapter else torch.float32
+        model = RWKV.load(config.load_model, None if mapped else of_weights, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
     model.grad_cp = config.grad_cp
-    if not full:
-        options, targets = adapter_options(config)
-        earlier = rwkv_miss.read_checkpoint(resume_from) if resume_from else None
-        rwkv_miss.inject(model, config.peft, targets, config.train_parts, earlier, **options)
+    if config.adapter:
+        config.adapter.inject(model, rwkv_miss.read_checkpoint(resume_from) if resume_from else None)
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     return model

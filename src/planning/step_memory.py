@@ -17,13 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import rwkv_miss
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from ..common.device import DTYPES
 from ..config import Config
-from ..config.validate import adapter_options
 from ..model import RWKV
 from ..model.batch_loss import rows_loss, state_bytes
 from ..model.rwkv import replace_tensors
@@ -52,9 +50,8 @@ def model_on_meta(arch: Arch, config: Config) -> RWKV:
     """The model with what is trained, as shapes alone."""
     with torch.device("meta"):
         model = RWKV(arch)
-        if config.peft != "none":
-            options, targets = adapter_options(config)
-            rwkv_miss.inject(model, config.peft, targets, config.train_parts, **options)
+        if config.adapter:
+            config.adapter.inject(model)
     return model
 
 

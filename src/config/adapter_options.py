@@ -1,0 +1,49 @@
+"""The adapter that a run trains, as one object: --peft, --peft_config and --train_parts, taken apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+import rwkv_miss
+from rwkv_miss.adapter import METHODS
+from rwkv_miss.errors import UserError
+
+TARGET_NAMES = ("targets", "target_modules")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """What inject() takes."""
+
+    method: str
+    options: Mapping[str, Any]  # of the method, under the names that the user gave
+    targets: list[str] | None  # None: those of the paper
+    train_parts: str = ""
+
+    @classmethod
+    def of(cls, method: str, given: Mapping[str, Any], train_parts: str = "") -> AdapterOptions:
+        """From a setting that holds the targets among the options. Raises UserError."""
+        options, targets = dict(given), None
+        for name in TARGET_NAMES:
+            targets = options.pop(name, targets)
+        if targets is not None and not (
+            isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+        ):
+            raise UserError(
+                f'--peft_config targets must be a list of names, such as ["key", "value"]; got {targets!r}'
+            )
+        return cls(method, options, targets, train_parts)
+
+    @property
+    def gives_rank(self) -> bool:
+        """Whether the rank is among the options, under any of its names."""
+        aliases = METHODS[self.method].Options.aliases
+        return any(aliases.get(name, name) == "rank" for name in self.options)
+
+    def inject(self, model: nn.Module, earlier: Mapping[str, Any] | None = None) -> None:
+        """Put the adapter into the model; `earlier` is the checkpoint that a run goes on from."""
+        rwkv_miss.inject(model, self.method, self.targets, self.train_parts, earlier, **self.options)
