@@ -23,7 +23,7 @@ import time
 import torch
 
 from src.common.device import peak_memory
-from src.model.batch_loss import Chunks, rows_loss, state_bytes
+from src.model.batch_loss import Chunks, batch_loss, state_bytes
 
 from .common import report
 from .step import random_model
@@ -47,11 +47,11 @@ def measure(args) -> dict:
         "reset": None,
     }
     warm_up = {name: x if x is None else x[:, :48] for name, x in batch.items()}
-    torch.autograd.grad(rows_loss(model, warm_up, Chunks(16)), parameters)
+    torch.autograd.grad(batch_loss(model, warm_up, Chunks(16)), parameters)
 
     chunks = Chunks() if args.mode == WHOLE else Chunks(args.chunk_ctx, sparse=args.mode == SPARSE)
     before, start = peak_memory(ids.device), time.process_time()
-    loss = rows_loss(model, batch, chunks)
+    loss = batch_loss(model, batch, chunks)
     gradients = torch.autograd.grad(loss / tokens, parameters)
     seconds, peak = time.process_time() - start, peak_memory(ids.device) - before
     torch.save(gradients, args.out)

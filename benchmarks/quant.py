@@ -29,10 +29,10 @@ from demo import task
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import CODES
-from src.common.device import DTYPES
+from src.common.device import PRECISIONS
 from src.config import Config
 from src.model import read_model_file
-from src.model.batch_loss import rows_loss
+from src.model.batch_loss import batch_loss
 from src.ops import native
 from src.planning.base_model import build_model
 from src.planning.step import chunks_of
@@ -132,14 +132,14 @@ def batch(rows: list[tuple[list[int], int]]) -> dict:
 
 
 def loss(model, config: Config, rows: dict) -> torch.Tensor:
-    return rows_loss(model, rows, chunks_of(config)) / rows["mask"].sum()
+    return batch_loss(model, rows, chunks_of(config)) / rows["mask"].sum()
 
 
 def build(base, kind: str, rank: int, precision: str = "fp32"):
     """(settings, model with MiSS on a base of this kind), every time with the same adapter."""
     config = Config(load_model=str(base), peft_config={"r": rank}, quant=kind, precision=precision)
     torch.manual_seed(0)
-    return config, build_model(config, Arch.detect(read_model_file(base)), "cpu", DTYPES[precision])
+    return config, build_model(config, Arch.detect(read_model_file(base)), "cpu", PRECISIONS[precision])
 
 
 def learn(task: dict, kind: str, steps: int, seed: int = 1) -> dict[str, float]:

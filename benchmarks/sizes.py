@@ -18,7 +18,7 @@ import torch
 import rwkv_miss
 from scripts.memory_table import MODELS
 from src import ops
-from src.common.device import DTYPES, peak_memory
+from src.common.device import PRECISIONS, peak_memory
 from src.model import RWKV, default_arch
 from src.model.rwkv import replace_tensors
 from src.training.optimizer import parameter_groups
@@ -69,7 +69,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 def measure(name: str, ctx_len: int, args, rate: float) -> dict:
     version, n_layer, n_embd = SIZES[name]
-    model = random_model(version, n_layer, n_embd, args.device, DTYPES[args.precision], args.grad_cp)
+    model = random_model(version, n_layer, n_embd, args.device, PRECISIONS[args.precision], args.grad_cp)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 0.0))
     ids = torch.randint(model.arch.vocab_size, (1, ctx_len + 1), device=args.device)
     wanted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
@@ -96,11 +96,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=SQUARE)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--ctx_len", nargs="+", type=int, default=[512, 4096])
-    parser.add_argument("--precision", default="bf16", choices=DTYPES)
+    parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
     parser.add_argument("--grad_cp", type=int, default=0, choices=(0, 1, 2))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    rate, rows = product_rate(args.device, DTYPES[args.precision]), []
+    rate, rows = product_rate(args.device, PRECISIONS[args.precision]), []
     for name in args.models:
         for ctx_len in args.ctx_len:
             row = {"model": name, "ctx_len": ctx_len}

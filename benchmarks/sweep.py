@@ -25,7 +25,7 @@ from rwkv_miss.functional import add_expanded_, shard_sum
 from rwkv_miss.gemm import product
 from src import ops
 from src.model import RWKV, default_arch
-from src.model.batch_loss import Chunks, rows_loss
+from src.model.batch_loss import Chunks, batch_loss
 
 from .common import keep_pages, report
 
@@ -88,7 +88,7 @@ def batch(vocabulary: int, rows: int, tokens: int) -> dict:
 def step(model: RWKV, rows: dict, times: int = 1) -> float:
     total = 0.0
     for _ in range(times):
-        loss = rows_loss(model, rows, Chunks())
+        loss = batch_loss(model, rows, Chunks())
         loss.backward()
         model.zero_grad()
         total += float(loss.detach())

@@ -16,7 +16,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from demo.commands import NO_ADAPTER, Chat, check_typed, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
-    from src.common.device import DTYPES
+    from src.common.device import PRECISIONS
     from src.data.rwkv_template import MODES
     from src.data.templates import recorded_template
     from src.inference.conversation import Conversation
@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--precision",
         default="auto",
-        choices=("auto", *DTYPES),
+        choices=("auto", *PRECISIONS),
         help=(
             "of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with"
             " --wkv torch or reference. On a CPU answers are computed in fp32 from bf16 weights, too, but"

@@ -15,7 +15,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.output import require_writable
-    from src.common.device import DTYPES
+    from src.common.device import PRECISIONS
     from src.common.files import write_text
     from src.config import FIELDS
     from src.data.formats import Reading
@@ -197,7 +197,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
             "default %(default)s"
         ),
     )
-    add("--precision", default="fp32", choices=("auto", *DTYPES), help="of the weights; default %(default)s")
+    add(
+        "--precision",
+        default="fp32",
+        choices=("auto", *PRECISIONS),
+        help="of the weights; default %(default)s",
+    )
 
 
 def add_answers(parser: argparse.ArgumentParser) -> None:

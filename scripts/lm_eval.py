@@ -18,7 +18,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from rwkv_miss.files.output import require_writable
-    from src.common.device import DTYPES
+    from src.common.device import PRECISIONS
     from src.common.files import write_text
     from src.data.templates import recorded_template
     from src.inference.load import load
@@ -87,7 +87,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="auto")
     parser.add_argument("--eod", default="")
     parser.add_argument("--template", default="auto")
-    parser.add_argument("--precision", default="fp32", choices=("auto", *DTYPES), help="default %(default)s")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("auto", *PRECISIONS), help="default %(default)s"
+    )
     parser.add_argument("--out", help="JSON file for results and every sample")
     args = parser.parse_args(argv)
     for name, least in (("limit", 1), ("num_fewshot", 0)):

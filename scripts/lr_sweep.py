@@ -27,7 +27,7 @@ with importing():
     from matplotlib.figure import Figure
 
     from rwkv_miss.errors import UserError, one_line_errors
-    from src.common.device import DTYPES
+    from src.common.device import PRECISIONS
     from src.common.files import write_bytes, write_text
     from src.common.formatting import counted
     from src.config import Config, command, settle, validate
@@ -158,7 +158,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
         )
     rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
     torch.manual_seed(config.random_seed)
-    model = build_model(config, arch, device.kernel, DTYPES[config.precision]).to(
+    model = build_model(config, arch, device.kernel, PRECISIONS[config.precision]).to(
         "cuda" if device.accelerator == "gpu" else "cpu"
     )
 

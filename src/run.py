@@ -13,7 +13,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.interrupts import EXIT_CODE
 
 from . import ops
-from .common.device import DTYPES
+from .common.device import PRECISIONS
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
@@ -90,7 +90,7 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
         speed = speed_here(arch, config, schedule)
         cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
     torch.manual_seed(config.random_seed)
-    model = build_model(config, arch, device.kernel, DTYPES[config.precision], resume_from)
+    model = build_model(config, arch, device.kernel, PRECISIONS[config.precision], resume_from)
     job = Job(config, origins, device, tokenizer, template, data, evaluated, schedule, model)
 
     first_step = checkpoint_step(resume_from) if resume_from else 0

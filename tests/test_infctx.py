@@ -13,7 +13,7 @@ import rwkv_miss
 from rwkv_miss.errors import UserError
 from src.config import Config
 from src.model import RWKV
-from src.model.batch_loss import Chunks, rows_loss
+from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum
 from src.planning.job import device_here
 
@@ -51,7 +51,7 @@ def make_batch(lengths, vocab=67, seed=0):
 def results(model, batch, chunks, **options):
     """(loss, gradient of every trained parameter) at a scale that is not 1."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    loss = rows_loss(model, batch, chunks, **options)
+    loss = batch_loss(model, batch, chunks, **options)
     gradients = torch.autograd.grad(loss * 0.37, parameters.values(), allow_unused=True)
     return loss, dict(zip(parameters, gradients, strict=True))
 
@@ -126,13 +126,13 @@ def test_a_chunk_keeps_one_state_and_nothing_else(sparse, states):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: held.append(t.untyped_storage().nbytes()) or t, lambda t: t
     ):
-        loss = rows_loss(model, batch, Chunks(3, sparse=sparse))
+        loss = batch_loss(model, batch, Chunks(3, sparse=sparse))
     assert sum(held) == states * one
     assert Chunks(3, sparse=sparse).states(35) == {False: 11, True: 2 + 3}[sparse], (
         "in the backward a segment has those between too"
     )
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
-        assert torch.equal(rows_loss(model, batch, Chunks(3)), loss)
+        assert torch.equal(batch_loss(model, batch, Chunks(3)), loss)
 
 
 def test_every_parameter_gets_its_gradient_once():
@@ -143,7 +143,7 @@ def test_every_parameter_gets_its_gradient_once():
         model.get_parameter(name).register_post_accumulate_grad_hook(
             lambda _, name=name: times.__setitem__(name, times[name] + 1)
         )
-    rows_loss(model, batch, Chunks(3)).backward()
+    batch_loss(model, batch, Chunks(3)).backward()
     assert set(times.values()) == {1} and model.spare.grad is None
 
 
@@ -172,7 +172,7 @@ def test_random_numbers_are_drawn_again_as_they_were():
             for p, d in zip(parameters, step, strict=True):
                 p.add_(d, alpha=factor)
         torch.manual_seed(seed)
-        loss = rows_loss(model, batch, Chunks(8, sparse=True))
+        loss = batch_loss(model, batch, Chunks(8, sparse=True))
         place = torch.get_rng_state()
         with torch.no_grad():
             for p, d in zip(parameters, step, strict=True):
@@ -194,7 +194,7 @@ def test_random_numbers_are_drawn_again_as_they_were():
 def test_every_chunk_draws_numbers_of_its_own():
     model, batch, drawn = make_model(6), make_batch(ROWS), []
     model.head.register_forward_hook(lambda *_: drawn.append(torch.rand(()).item()))
-    rows_loss(model, batch, Chunks(8)).backward()
+    batch_loss(model, batch, Chunks(8)).backward()
     forward, backward = drawn[:5], drawn[5:]
     assert len(set(forward)) == 5 and backward == forward[::-1]
 

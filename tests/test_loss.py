@@ -27,7 +27,7 @@ def gradients(loss, leaves):
 @pytest.mark.parametrize("rows", [0, 1, 5, 13])
 @pytest.mark.parametrize("trained, native", [(False, False), (True, True), (False, True)])
 def test_value_and_gradients_are_those_of_all_logits(monkeypatch, dtype, rows, trained, native):
-    monkeypatch.setattr(losses, "BLOCK", 5 * 31)  # blocks of 5 rows
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 31)  # blocks of 5 rows
     torch.manual_seed(0)
     x = torch.randn(rows, 11).to(dtype).requires_grad_()
     weight, targets = torch.randn(31, 11).to(dtype).requires_grad_(trained), torch.randint(31, (rows,))
@@ -61,7 +61,7 @@ def test_large_and_equal_logits(native):
 
 
 def test_nothing_but_the_gradient_is_kept_and_nothing_without_grad(monkeypatch):
-    monkeypatch.setattr(losses, "BLOCK", 2 * 31)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * 31)
     head = Head(11, 31, "cpu").requires_grad_(False)
     x, targets, kept = torch.randn(7, 11, requires_grad=True), torch.arange(7), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -117,7 +117,7 @@ def test_a_target_outside_of_the_vocabulary_is_an_error():
 @pytest.mark.parametrize("method", ["miss", "lora"])
 @pytest.mark.parametrize("rows", [0, 1, 13])
 def test_an_adapted_head_has_the_loss_of_its_logits(monkeypatch, method, rows):
-    monkeypatch.setattr(rwkv, "BLOCK", 5 * 67)
+    monkeypatch.setattr(rwkv, "LOGITS_AT_ONCE", 5 * 67)
     torch.manual_seed(0)
     adapted = RWKV(make_arch(7, n_layer=1))
     adapted.load_state_dict(random_tensors(adapted.arch))
@@ -146,7 +146,7 @@ def test_in_bf16_the_gradients_do_not_depend_on_the_blocks(monkeypatch):
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     want = torch.autograd.grad(loss_sum(exact[0] @ exact[1].t(), targets) / 3001, exact)
     for rows in (8, 3001):
-        monkeypatch.setattr(losses, "BLOCK", rows * 31)
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", rows * 31)
         dx, dw = torch.autograd.grad(head_loss(x, weight, targets) / 3001, [x, weight])
         # the share of the gradient that is there
         size = (dx.double() * want[0]).sum() / want[0].square().sum()

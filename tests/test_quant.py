@@ -128,7 +128,7 @@ def test_native_kernels_give_what_plain_torch_does(libraries, device, kind):
     library = native.library("cpu") if device == "cpu" else libraries[7]
     for shape in [*SHAPES, (700, 769), (3, 1024)]:
         quantised = quantise(weights(shape), kind)
-        for dtype in native.TAKES[device]:
+        for dtype in native.ACTIVATION_DTYPES[device]:
             memory = torch.full((quantised.shape[0] * shape[1] + 64,), torch.nan, dtype=dtype)
             weight = memory[:-64].view(shape)
             context = ctypes.c_void_p(3 if shape[0] == 700 else 1) if device == "cpu" else None

@@ -16,7 +16,7 @@ from src.inference.conversation import Conversation
 from src.inference.load import load
 from src.inference.sampling import Sampling
 from src.model import RWKV
-from src.model.batch_loss import Chunks, rows_loss
+from src.model.batch_loss import Chunks, batch_loss
 from src.model.loss import loss_sum
 from src.ops import wkv6, wkv7
 from src.ops.per_document import layout
@@ -235,7 +235,7 @@ def test_long_rows_in_chunks_give_the_state_its_whole_gradient(version, sparse):
 
     def gradients(chunks):
         batch = {"ids": ids, "targets": targets, "mask": torch.ones_like(RESETS), "reset": RESETS}
-        loss = rows_loss(model, batch, chunks)
+        loss = batch_loss(model, batch, chunks)
         return [loss, *torch.autograd.grad(loss, trained)]
 
     for got, want in zip(gradients(Chunks(6, 0, sparse)), gradients(Chunks()), strict=True):
@@ -264,7 +264,7 @@ def test_a_state_alone_is_trained_also_where_chunks_hold_nothing_of_it(version, 
         want = want + loss_sum(model.head(x[0]), targets[0, part])
         state = [type(layer)(*(t.detach() for t in layer)) for layer in state]
     for sparse in (False, True):
-        loss = rows_loss(model, batch, Chunks(6, 12, sparse))
+        loss = batch_loss(model, batch, Chunks(6, 12, sparse))
         for got, expected in zip(
             [loss, *torch.autograd.grad(loss, trained)],
             [want, *torch.autograd.grad(want, trained, retain_graph=True)],

@@ -11,7 +11,7 @@ import torch
 from rwkv_miss.errors import UserError
 
 MOST_PROCESSES = 8  # on a core, where they are slow but come to an end
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_accelerator(asked: str, devices: int = 1) -> str:

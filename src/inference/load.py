@@ -12,7 +12,7 @@ from torch import Tensor
 from rwkv_miss import Arch, UserError, read_metadata
 
 from .. import ops
-from ..common.device import DTYPES, choose_accelerator, choose_precision
+from ..common.device import PRECISIONS, choose_accelerator, choose_precision
 from ..data.tokenizer import Tokenizer, recorded_tokenizer
 from ..model import RWKV, read_model_file
 from .adapters import Adapters
@@ -66,7 +66,7 @@ def load_with(
     if precision == "auto" and kernel == "cpu" and in_bf16(tensors):
         dtype = None
     else:
-        dtype = DTYPES[choose_precision(precision, accelerator)[0]]
+        dtype = PRECISIONS[choose_precision(precision, accelerator)[0]]
     _check_tokenizers(tokenizer, files)
     model = RWKV.load(path, dtype, device, kernel).eval()
     return Adapters(model, files), recorded_tokenizer(

@@ -1,12 +1,12 @@
-"""Long context: rows of any length are run in chunks, with the gradient carried through the recurrent state.
+"""The loss of a batch. Its rows are run whole, or in chunks, so that rows of any length fit into memory.
 
 A chunk is a function (state before, parameters) -> (its share of the loss, state after). The forward keeps
-the state before each chunk and nothing else; the backward walks the chunks from the last to the first,
+the state before each chunk and nothing else. The backward walks the chunks from the last to the first,
 recomputes each from its state, and hands the gradient of that state on to the chunk before. This is the
 gradient of the whole row: the same numbers in the same operations, summed in another order.
 
-For autograd the row is one function of the parameters, which get their gradients once, however many chunks
-there are: what hangs on that moment, DDP's and ZeRO's reductions, takes place once in a backward.
+For autograd the batch is one function of the parameters, which get their gradients once, however many chunks
+there are. So DDP's and ZeRO's reductions take place once in a backward.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Chunks:
         return math.isqrt(count - 1) + 1 if self.sparse else 1
 
 
-def state_bytes(arch: Arch, rows: int, itemsize: int) -> int:
-    """Bytes of the state of so many rows: WKV's in fp32, and the last inputs of both mixes of every layer in
+def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
+    """Bytes of the state of `batch` rows: WKV's in fp32, and the last inputs of both mixes of every layer in
     a dtype of `itemsize` bytes.
     """
-    return rows * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
+    return batch * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
 
-def rows_loss(
+def batch_loss(
     model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
 ) -> Tensor:
     """The sum of the loss over the trained tokens of a batch (see data/batches.collate), differentiable in
@@ -74,7 +74,7 @@ def rows_loss(
     walk = _Walk(model, batch, chunks, count, half, torch.initial_seed())
     if not torch.is_grad_enabled():
         return walk.forward()[0]
-    return _Row.apply(walk, *(p for p in model.parameters() if p.requires_grad))
+    return _BatchLoss.apply(walk, *(p for p in model.parameters() if p.requires_grad))
 
 
 def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
@@ -181,7 +181,7 @@ class _Walk:
         return found[: len(parameters)], list(found[len(parameters) :])
 
 
-class _Row(torch.autograd.Function):
+class _BatchLoss(torch.autograd.Function):
     """The loss of a walk as one function of the trained parameters."""
 
     @staticmethod

@@ -96,8 +96,8 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """The map to the vocabulary: logits, or with targets (rows,) for x (rows, C) their summed loss, without
-    ever holding all logits.
+    """The map to the vocabulary: logits. With targets (tokens,) for x (tokens, C) it is their loss, summed,
+    which never holds all logits.
     """
 
     def __init__(self, width: int, vocab: int, kernel: str):

@@ -1,7 +1,7 @@
 """The training loss: a sum over the trained tokens, with RWKV-LM's L2Wrap.
 
 `loss_sum` says what it is, of logits. `head_loss` is the same of the head's input: the logits exist for a few
-rows at a time, and the gradients of input and weight are made with them, because the loss is one number whose
+tokens at a time. The gradients of input and weight are made with them, because the loss is one number whose
 own gradient only scales them.
 """
 
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_miss.gemm import product, product_into
 
-from ..ops.native import DTYPES, library
+from ..ops.native import DTYPE_CODES, library
 
 L2WRAP = 1e-4
-BLOCK = 1 << 24  # logits at a time: 64 MiB in fp32, enough rows for a fast product
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
 
 
 class _L2Wrap(torch.autograd.Function):
-    """Identity on the loss; adds factor * max(logits) to the gradient at each row's arg-max, so that logits
-    stay small.
+    """Identity on the loss; adds factor * max(logits) to the gradient at each token's arg-max, so that
+    logits stay small.
     """
 
     @staticmethod
@@ -42,11 +42,11 @@ class _L2Wrap(torch.autograd.Function):
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy in nats, summed: logits (rows, V), targets (rows,) int64 -> scalar in at least fp32; 0
-    for no rows.
+    """Cross entropy in nats, summed: logits (tokens, V), targets (tokens,) int64 -> scalar in at least fp32;
+    0 for no tokens.
 
-    The gradient has L2Wrap's term, 1e-4 * max logit at the arg-max of every row. Dividing by the number of
-    rows gives RWKV-LM's mean loss and its factor 1e-4 / (B T).
+    The gradient has L2Wrap's term, 1e-4 * max logit at the arg-max of every token. Dividing by the number of
+    tokens gives RWKV-LM's mean loss and its factor 1e-4 / (B T).
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(exact, targets, reduction="sum")
@@ -54,8 +54,8 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, native: bool = False) -> Tensor:
-    """loss_sum(x W^T, targets): x (rows, C), weight (V, C) of x's dtype, targets (rows,) int64 -> scalar in
-    at least fp32.
+    """loss_sum(x W^T, targets): x (tokens, C), weight (V, C) of x's dtype, targets (tokens,) int64 -> scalar
+    in at least fp32.
 
     Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want
     one. `native`: the softmax by cuda/loss_cpu.cpp, where x is fp32 or bf16 on the CPU.
@@ -75,11 +75,11 @@ class _HeadLoss(torch.autograd.Function):
         exact = torch.promote_types(x.dtype, torch.float32)
         dw = torch.zeros_like(weight, dtype=exact) if need_dw else None
         loss = torch.zeros((), dtype=exact, device=x.device)
-        rows = max(1, BLOCK // len(weight))
-        block = x.new_empty(min(rows, len(x)), len(weight))
+        at_once = max(1, LOGITS_AT_ONCE // len(weight))  # tokens
+        block = x.new_empty(min(at_once, len(x)), len(weight))
         softmax_loss = torch.ops.rwkv.softmax_loss_ if native else softmax_loss_
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
+        for start in range(0, len(x), at_once):
+            part = slice(start, start + at_once)
             logits = product_into(block[: len(x[part])], x[part], weight)
             loss += softmax_loss(logits, targets[part]).sum()
             if need_dx:
@@ -102,8 +102,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row of logits (rows, V), in at least fp32; the logits become its gradient with respect
-    to them, with L2Wrap's term.
+    """The loss of each token of logits (tokens, V), in at least fp32. The logits become its gradient with
+    respect to them, with L2Wrap's term.
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, where = exact.max(-1, keepdim=True)
@@ -117,22 +117,22 @@ def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _native_softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
-    rows, vocab = logits.shape
-    loss = logits.new_empty(rows, dtype=torch.float32)
+    tokens, vocab = logits.shape
+    loss = logits.new_empty(tokens, dtype=torch.float32)
     in_range = (
         targets.dtype == torch.int64
-        and targets.shape == (rows,)
-        and (not rows or 0 <= targets.min() <= targets.max() < vocab)
+        and targets.shape == (tokens,)
+        and (not tokens or 0 <= targets.min() <= targets.max() < vocab)
     )
     if not in_range or not logits.is_contiguous():
         raise ValueError(
             f"softmax_loss_: targets are {targets.dtype} {tuple(targets.shape)}, logits {tuple(logits.shape)}"
-            f" with strides {logits.stride()}; expected contiguous logits, and for each row an int64 target"
+            f" with strides {logits.stride()}; expected contiguous logits, and for each token an int64 target"
             f" from 0 to {vocab - 1}"
         )
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (logits, targets.contiguous(), loss)]
-    sizes = [ctypes.c_int64(rows), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]
-    library("cpu").softmax_loss(*pointers, *sizes, DTYPES[logits.dtype], torch.get_num_threads())
+    sizes = [ctypes.c_int64(tokens), ctypes.c_int64(vocab), ctypes.c_float(L2WRAP)]
+    library("cpu").softmax_loss(*pointers, *sizes, DTYPE_CODES[logits.dtype], torch.get_num_threads())
     return loss
 
 

@@ -25,7 +25,7 @@ from rwkv_miss.quantised import quantise_
 from ..config.launcher import is_first_process
 from . import rwkv6, rwkv7
 from .layers import Head, LayerNorm, chosen
-from .loss import BLOCK, loss_sum
+from .loss import LOGITS_AT_ONCE, loss_sum
 
 VERSIONS = {6: rwkv6, 7: rwkv7}
 
@@ -276,16 +276,16 @@ class RWKV(nn.Module):
         return self.head(x), state
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (rows, C) from features(), targets (rows,) int64 -> their loss, summed (see loss.py), without
+        """x (tokens, C) from features(), targets (tokens,) int64 -> their loss, summed (see loss.py), without
         ever holding all logits.
         """
         if isinstance(self.head, Head):
             return self.head(x, targets)
-        # an adapted head gives logits only: they are made for some rows at a time, and in the backward again
-        rows = max(1, BLOCK // self.arch.vocab_size)
+        # an adapted head gives logits only: some tokens' at a time, which the backward makes again
+        at_once = max(1, LOGITS_AT_ONCE // self.arch.vocab_size)
         parts = [
             checkpoint(self._loss_of, *part, use_reentrant=False)
-            for part in zip(x.split(rows), targets.split(rows), strict=True)
+            for part in zip(x.split(at_once), targets.split(at_once), strict=True)
         ]
         return torch.stack(parts).sum()
 

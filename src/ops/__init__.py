@@ -154,7 +154,7 @@ def check(
     it has none that is served.
     """
     op, r = f"wkv{version}", inputs["r"]
-    if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPES, torch.float64):
+    if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPE_CODES, torch.float64):
         raise ValueError(
             f"{op}: r is {r.dtype} {tuple(r.shape)}; expected float32, bfloat16, float16 or float64 (batch,"
             " tokens, heads, head size), none of them 0"

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.gemm import product
 
 from . import elementwise_reference
-from .native import DTYPES, LARGEST_HEAD, LAYOUT, TAKES, library
+from .native import ACTIVATION_DTYPES, DTYPE_CODES, EXACT_STRIDES, LARGEST_HEAD, library
 
 
 def serves(
@@ -33,7 +33,7 @@ def serves(
     return (
         native
         and x.device.type == "cpu"
-        and x.dtype in TAKES["cpu"]
+        and x.dtype in ACTIVATION_DTYPES["cpu"]
         and all(other.dtype == x.dtype for other in activations)
         and x.shape[-1] % 8 == head_size % 8 == 0
         and head_size <= LARGEST_HEAD
@@ -65,7 +65,7 @@ def call(
         ctypes.c_int64(n) for n in (batch, like.numel() // (batch * like.shape[-1]), like.shape[-1], heads)
     ]
     getattr(library("cpu"), function)(
-        *converted, *sizes, ctypes.c_float(eps), DTYPES[like.dtype], torch.get_num_threads()
+        *converted, *sizes, ctypes.c_float(eps), DTYPE_CODES[like.dtype], torch.get_num_threads()
     )
 
 
@@ -89,7 +89,7 @@ def ready(*activations: Tensor | None) -> list[Tensor | None]:
 def _library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> Callable:
     """rwkv::name(arguments) -> Tensor[] on a CPU, with its shapes for tracing and for the count of memory."""
     # not torch.library.custom_op, whose first use imports torch._dynamo: 0.9 s in every process
-    torch.library.define(f"rwkv::{name}", f"({arguments}) -> Tensor[]", tags=LAYOUT)
+    torch.library.define(f"rwkv::{name}", f"({arguments}) -> Tensor[]", tags=EXACT_STRIDES)
     torch.library.impl(f"rwkv::{name}", "cpu", run)
     torch.library.register_fake(f"rwkv::{name}", shapes)
     return getattr(torch.ops.rwkv, name).default

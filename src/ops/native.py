@@ -26,19 +26,19 @@ from .build import BuildError, cpu_library, cuda_library
 from .reference import recurrent6, recurrent7
 
 INPUTS = {6: ("r", "k", "v", "w", "u"), 7: ("r", "w", "k", "v", "a", "b")}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the C interface numbers them
 # the activations of a device's library
-TAKES = {
+ACTIVATION_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
-    "cuda": tuple(DTYPES),
+    "cuda": tuple(DTYPE_CODES),
 }
 LARGEST_HEAD = 256
-CHUNK = 16
+TENSOR_CORE_CHUNK = 16
 # torch.compile may not change the layout of an argument; older versions of torch have the second of these
 # tags only
-LAYOUT = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
+EXACT_STRIDES = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 # Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
-ALLOWED = {False: 1e-5, True: 2e-2}
+LARGEST_ERROR = {False: 1e-5, True: 2e-2}
 
 
 class Status(NamedTuple):
@@ -102,7 +102,7 @@ def status(device: str) -> Status:
         except RuntimeError as failure:
             errors = dict.fromkeys(forms, math.nan)
             problem = f"do not run on this machine ({' '.join(str(failure).split())})"
-        if not all(errors[chunked] < ALLOWED[chunked] for chunked in forms):  # NaN is not smaller
+        if not all(errors[chunked] < LARGEST_ERROR[chunked] for chunked in forms):  # NaN is not smaller
             reason = f"the {device} kernels {problem}; please report it, and use --wkv torch"
             return Status(True, False, path, time.perf_counter() - started, max(errors.values()), reason)
         error = errors[False]
@@ -164,7 +164,7 @@ def has_tensor_core_form(r: Tensor) -> bool:
     _, T, _, N = r.shape
     return (
         N == 64
-        and T >= CHUNK
+        and T >= TENSOR_CORE_CHUNK
         and r.dtype != torch.float32
         and torch.cuda.get_device_capability(r.device) >= (8, 0)
     )
@@ -177,7 +177,7 @@ def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) ->
     """
     if not chunked:
         return B * T * H * N if version == 7 else 0
-    chunks = -(-T // CHUNK)
+    chunks = -(-T // TENSOR_CORE_CHUNK)
     segment = min(chunks, max(16, 1024 // (B * H)))
     return B * H * (2048 * chunks + (2368 if version == 7 else 1216) * segment)
 
@@ -200,7 +200,7 @@ def call(function: str, like: Tensor, *tensors: Tensor | None) -> int:
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     with torch.cuda.device_of(like):
         return getattr(library(like.device.type), function)(
-            *pointers, *sizes(like), DTYPES[like.dtype], context(like)
+            *pointers, *sizes(like), DTYPE_CODES[like.dtype], context(like)
         )
 
 
@@ -293,7 +293,7 @@ def define(version: int) -> None:
     devices = ("cpu", "cuda")
     name = f"rwkv::wkv{version}"
     torch.library.define(
-        name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)", tags=LAYOUT
+        name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)", tags=EXACT_STRIDES
     )
     torch.library.impl(name, devices, forward)
     torch.library.register_fake(name, lambda *arguments: empty(arguments[0], arguments[-1]))
@@ -303,7 +303,7 @@ def define(version: int) -> None:
     torch.library.define(
         f"{name}_backward",
         f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> ({gradients})",
-        tags=LAYOUT,
+        tags=EXACT_STRIDES,
     )
     torch.library.impl(f"{name}_backward", devices, backward)
     torch.library.register_fake(f"{name}_backward", lambda *arguments: sum_u(empty_gradients(arguments[0])))

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SHORTEST = 16  # documents up to this length share a group
+SHORTEST_GROUP = 16  # documents up to this length share a group
 # the raw decay of a token that keeps the whole state in both versions: exp(-exp(-30)) and exp(-0.6
 # sigmoid(-30)) are 1 in fp32
-KEEP = -30.0
+DECAY_OF_PADDING = -30.0
 
 
 class Group(NamedTuple):
@@ -50,7 +50,7 @@ def layout(reset: Tensor) -> Layout:
     begins[:, 0] = True
     first = begins.flatten().nonzero().flatten()
     length = torch.diff(first, append=torch.tensor([B * T]))
-    size = torch.maximum(2 ** torch.ceil(torch.log2(length.double())), torch.tensor(float(SHORTEST)))
+    size = torch.maximum(2 ** torch.ceil(torch.log2(length.double())), torch.tensor(float(SHORTEST_GROUP)))
     resets = given.flatten()[first]
     groups, places, order, before = [], torch.empty(B * T, dtype=torch.int64), [], 0
     for one in size.unique():
@@ -82,7 +82,7 @@ def by_document(
     plan = layout(reset)
 
     def with_padding(name: str, x: Tensor) -> Tensor:
-        return torch.cat([x.flatten(0, 1), x.new_full((1, H, N), KEEP if name == "w" else 0.0)])
+        return torch.cat([x.flatten(0, 1), x.new_full((1, H, N), DECAY_OF_PADDING if name == "w" else 0.0)])
 
     tokens = {name: with_padding(name, x) for name, x in inputs.items() if name != "u"}
     ys, states = [], []

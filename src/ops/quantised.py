@@ -21,7 +21,7 @@ def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     device = quantised.device.type
     # a GPU loads a scale at once
     as_made = quantised.is_contiguous() and quantised.data_ptr() % SCALE_BYTES == 0
-    if dtype not in native.TAKES[device] or not as_made or not native.status(device).passed:
+    if dtype not in native.ACTIVATION_DTYPES[device] or not as_made or not native.status(device).passed:
         return expand(quantised, width, dtype)
     weight = unfilled(quantised, width, dtype)
     with torch.cuda.device_of(quantised):
@@ -37,7 +37,7 @@ def launch(library: ctypes.CDLL, quantised: Tensor, weight: Tensor, context: cty
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (quantised, pairs, weight)]
     sizes = [ctypes.c_int64(n) for n in weight.shape]
     return getattr(library, f"dequantise_{KINDS[quantised.dtype]}")(
-        *pointers, *sizes, native.DTYPES[weight.dtype], context
+        *pointers, *sizes, native.DTYPE_CODES[weight.dtype], context
     )
 
 

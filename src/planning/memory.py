@@ -25,7 +25,7 @@ from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
 from ..common.available_memory import MIB
-from ..common.device import DTYPES
+from ..common.device import PRECISIONS
 from ..config import Config
 from ..data.batches import Schedule
 from ..model import RWKV
@@ -67,7 +67,7 @@ def memory_parts(
     stage = int(config.strategy[len("deepspeed_stage_")]) if config.strategy.startswith("deepspeed") else 0
     offload = config.strategy.endswith("_offload") and accelerator == "gpu"
     full = config.peft == "none"
-    base_size = 4 if full else DTYPES[precision].itemsize
+    base_size = 4 if full else PRECISIONS[precision].itemsize
 
     def shared(size: float, from_stage: int, away: bool = False) -> float:
         return 0 if away else size / world if from_stage <= stage else size

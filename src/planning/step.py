@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.device import DTYPES
+from ..common.device import PRECISIONS
 from ..config import Config
 from ..model.batch_loss import Chunks
 
@@ -14,6 +14,5 @@ def chunks_of(config: Config) -> Chunks:
 
 def half_of(config: Config) -> torch.dtype | None:
     """The dtype of autocast in full training; None: compute in the parameters' dtypes."""
-    return (
-        DTYPES[config.precision] if config.peft == "none" and config.precision in ("bf16", "fp16") else None
-    )
+    autocast = config.peft == "none" and config.precision in ("bf16", "fp16")
+    return PRECISIONS[config.precision] if autocast else None

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.quantised import empty
 
-from ..common.device import DTYPES
+from ..common.device import PRECISIONS
 from ..config import Config
 from ..model import RWKV
-from ..model.batch_loss import rows_loss, state_bytes
+from ..model.batch_loss import batch_loss, state_bytes
 from ..model.rwkv import replace_tensors
 from .step import chunks_of
 
@@ -75,7 +75,7 @@ def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int
         )
         step = StepBytes(*(b + (b - a) * (arch.n_layer - LAYERS) for a, b in zip(less, more, strict=True)))
     states = (chunks.states(whole) - chunks.states(row)) * state_bytes(
-        arch, config.micro_bsz, DTYPES[precision].itemsize
+        arch, config.micro_bsz, PRECISIONS[precision].itemsize
     )
     return StepBytes(step.activations + states, step.peak + states, step.small + states, step.large)
 
@@ -120,7 +120,7 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         known += [*model.buffers(), *(t for p in model.parameters() for t in (p, p.grad) if t is not None)]
         with Live(known, tensor_cores, targets / (config.micro_bsz * row)) as live:
             activations = live.after(model, "features")
-            rows_loss(model, batch, chunks_of(config), half if full else None).backward()
+            batch_loss(model, batch, chunks_of(config), half if full else None).backward()
     return StepBytes(max(activations), live.peak, live.small, live.large)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rwkv_miss.adapter import adapted_linears
 from rwkv_miss.files.checkpoint import Arch
 
-from ..common.device import DTYPES
+from ..common.device import PRECISIONS
 from ..config import Config
 from ..data.batches import Schedule
 from ..model.layers import Head
@@ -58,7 +58,8 @@ def measured_speed(
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
     model = model_on_meta(small, config)
-    dtype = torch.float32 if config.peft == "none" else DTYPES[precision]
+    autocast = config.peft == "none" and precision != "fp32"
+    dtype = torch.float32 if config.peft == "none" else PRECISIONS[precision]
     noise = torch.empty(NOISE, device=device).normal_(std=0.02)
 
     def random(name: str, tensor: Tensor) -> Tensor:
@@ -86,12 +87,12 @@ def measured_speed(
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
 
     def layers() -> None:
-        with torch.autocast(device, DTYPES[precision], enabled=config.peft == "none" and precision != "fp32"):
+        with torch.autocast(device, PRECISIONS[precision], enabled=autocast):
             features, _ = model.features(ids)
         features.float().square().sum().backward()
 
     def logits() -> None:
-        with torch.autocast(device, DTYPES[precision], enabled=config.peft == "none" and precision != "fp32"):
+        with torch.autocast(device, PRECISIONS[precision], enabled=autocast):
             loss = head(x, ids[0])
         loss.backward()
 

@@ -19,7 +19,7 @@ from ..data.batches import Batches, collate, make_schedule
 from ..data.dataset import Documents
 from ..data.held_out import evaluation_batches
 from ..model import RWKV
-from ..model.batch_loss import rows_loss
+from ..model.batch_loss import batch_loss
 from ..planning.step import chunks_of, half_of
 from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
 
@@ -115,7 +115,7 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
 def _backward(model: RWKV, config: Config, batch: dict, seed: int, accumulate: int) -> float:
     """Add a micro-batch's gradients; its share of the step's loss."""
     torch.manual_seed(seed)
-    loss = rows_loss(
+    loss = batch_loss(
         model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"]
     ) / max(batch["step_targets"], 1)
     penalty = rwkv_miss.penalty(model)
@@ -129,7 +129,7 @@ def held_out_loss(model: RWKV, config: Config, held_out: Documents) -> float:
     model.eval()
     with ops.nan_passes():
         total = sum(
-            float(rows_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
+            float(batch_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
             for batch in progress(evaluation_batches(held_out, config), "validation", unit="batches")
         )
     return total / held_out.targets

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import rwkv_miss
 
-from ..common.device import DTYPES
+from ..common.device import PRECISIONS
 from ..config import Config, accumulation
 from ..config.launcher import launched
 from ..data.batches import Batches, make_schedule
@@ -32,7 +32,7 @@ from ..data.dataset import Documents
 from ..distributed.consistency import agree
 from ..distributed.processes import choose_interface
 from ..model import RWKV
-from ..model.batch_loss import rows_loss
+from ..model.batch_loss import batch_loss
 from ..planning.step import chunks_of, half_of
 from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
 from .resume import inputs
@@ -125,7 +125,7 @@ class FineTuning(pl.LightningModule):
         """The loss over the trained tokens of a batch, summed; its `width` is the length of the longest row
         that any rank has in its batch.
         """
-        return rows_loss(self.model, batch, self.chunks, self.half, batch["width"])
+        return batch_loss(self.model, batch, self.chunks, self.half, batch["width"])
 
     def autocast(self) -> torch.autocast:
         """The context that the model computes in."""
@@ -154,7 +154,9 @@ def make_trainer(
         from ..distributed.deepspeed_strategy import AnywhereDeepSpeed
 
         strategy = AnywhereDeepSpeed(
-            strategy, config.micro_bsz, torch.float32 if config.peft == "none" else DTYPES[config.precision]
+            strategy,
+            config.micro_bsz,
+            torch.float32 if config.peft == "none" else PRECISIONS[config.precision],
         )
     elif strategy == "ddp":
         # every rank derives the same, and a method's may be larger than what it trains

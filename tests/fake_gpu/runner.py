@@ -22,7 +22,7 @@ from src.inference.cuda_graph import GraphedDecoder
 from src.inference.generate import stream
 from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch
-from src.model.batch_loss import rows_loss
+from src.model.batch_loss import batch_loss
 from src.model.rwkv import replace_tensors
 from src.planning.step import chunks_of, half_of
 from src.planning.step_memory import model_on_meta, step_bytes
@@ -105,7 +105,7 @@ def step_on(device: str, method: str, version: int) -> dict:
         model, batch = model_on(device, version, config), batch_on(device, 2, 37)
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 0.01), lr=1e-3)
         gpu.begin()
-        loss = rows_loss(model, batch, chunks_of(config), half_of(config), batch["width"])
+        loss = batch_loss(model, batch, chunks_of(config), half_of(config), batch["width"])
         penalty = rwkv_miss.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -130,7 +130,7 @@ def memory(peft: str, quant: str, grad_cp: int, version: int) -> dict:
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         before = gpu.allocated
-        rows_loss(model, batch, chunks_of(config), half_of(config), 512).backward()
+        batch_loss(model, batch, chunks_of(config), half_of(config), 512).backward()
     peak = gpu.peak - before
     return {"planned KiB": int(planned) // KIB, "KiB": peak // KIB, "ratio": round(peak / planned, 3)}
 
