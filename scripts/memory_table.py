@@ -1,9 +1,9 @@
 """Print tables of the memory that training takes, as scripts.plan counts it.
 
-    python -m scripts.memory_table [--scaling]
+    python -m scripts.memory_table [--cpu | --scaling]
 
-Without a flag: the table of docs/memory.md, for one GPU. --scaling: the table of docs/scaling.md, for several
-GPUs under DeepSpeed.
+Without a flag: the table of docs/memory.md for one GPU. --cpu: its table for a CPU. --scaling: the table of
+docs/scaling.md, for several GPUs under DeepSpeed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ MODELS = {
     "13.3B": (61, 4096),
 }
 ROW = 1024  # tokens, all of them trained
+# columns of the tables for one device: from the fastest run to the one that needs the least memory
+RUNS = [{"grad_cp": 0}, {"grad_cp": 2}, {"grad_cp": 1}, {"grad_cp": 1, "quant": "nf4"}]
 
 
 # columns of the table for several GPUs: method, strategy, number of GPUs
@@ -45,8 +47,12 @@ SCALING = [
 def main() -> None:
     with one_line_errors():
         parser = Parser(prog="python -m scripts.memory_table", description=__doc__.partition("\n\n")[0])
-        parser.add_argument("--scaling", action="store_true", help="for several GPUs")
-        line = scaling_row if parser.parse_args(sys.argv[1:]).scaling else row
+        tables = parser.add_mutually_exclusive_group()
+        tables.add_argument("--cpu", action="store_const", dest="line", const=cpu_row, help="for a CPU")
+        tables.add_argument(
+            "--scaling", action="store_const", dest="line", const=scaling_row, help="for several GPUs"
+        )
+        line = parser.parse_args(sys.argv[1:]).line or row
         for name, (n_layer, n_embd) in MODELS.items():
             print(line(name, n_layer, n_embd), flush=True)
 
@@ -69,9 +75,8 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
     """
     arch = default_arch(7, n_layer, n_embd)
     trainable = model_on_meta(arch, Config()).injection.trainable
-    runs = [{"grad_cp": 0}, {"grad_cp": 2}, {"grad_cp": 1}, {"grad_cp": 1, "quant": "nf4"}]
     kept, *others = (
-        memory_parts(arch, Config(micro_bsz=1, **run), "gpu", "cuda", "bf16", ROW, ROW) for run in runs
+        memory_parts(arch, Config(micro_bsz=1, **run), "gpu", "cuda", "bf16", ROW, ROW) for run in RUNS
     )
     adapter = sum(kept[part] for part in ("trained", "gradients", "Adam"))
     columns = [kept["base"], adapter, *(sum(parts.values()) for parts in (kept, *others))]
@@ -80,6 +85,16 @@ def row(name: str, n_layer: int, n_embd: int) -> str:
         + " | ".join(f"{size / GIB:.1f}" for size in columns)
         + " |"
     )
+
+
+def cpu_row(name: str, n_layer: int, n_embd: int) -> str:
+    """A model's row: GiB on a CPU with MiSS r=64 beside an fp32 base, one row of 1024 tokens at a time."""
+    arch = default_arch(7, n_layer, n_embd)
+    columns = [
+        sum(memory_parts(arch, Config(micro_bsz=1, **run), "cpu", "cpu", "fp32", ROW, ROW).values())
+        for run in RUNS
+    ]
+    return f"| RWKV-7 {name} | " + " | ".join(f"{size / GIB:.1f}" for size in columns) + " |"
 
 
 if __name__ == "__main__":
