@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import rwkv_miss
 from src.model import RWKV
 
 from .conftest import ROOT, make_arch, random_tensors
-from .pages import commands, pages, python_words
+from .pages import commands, pages, python_words, spans
 
 # programs that are tested elsewhere, because here they would take minutes or a network
 ELSEWHERE = {
@@ -56,10 +57,9 @@ class Folder:
         self.run("-m", "rwkv_miss", "convert", "store/adapter.pth", "store/bone.pth", "--to", "rwkv-peft")
 
     def bring(self, kind, name):
-        """A file of a kind under the name that a command uses, unless an earlier command has written it."""
+        """A file of a kind under the name that a command uses. What lies in out/ a command has written."""
         path = self.path / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and not name.startswith("out/"):
             shutil.copy(self.store / kind, path)
 
     def bring_inputs(self, words):
@@ -106,3 +106,15 @@ def test_every_command_of_the_readme_runs(folder):
         folder.run(*words)
         ran.add(words[1] if words[0] == "-m" else words[0])
     assert {"train.py", "rwkv_miss", "demo.chat"} <= ran
+
+
+def test_every_row_of_data_in_the_readme_is_read(folder):
+    """And what the table calls trained is what the preview marks."""
+    shown = [span for span in spans(pages()["README.md"]) if span.startswith("{")]
+    assert len(shown) >= 3
+    for row in shown:
+        (folder.path / "row.jsonl").write_text(f"{row}\n", encoding="utf-8")
+        found = folder.run("-m", "scripts.preview", "--data_file", "row.jsonl", "--tokenizer", "world")
+        last = list(json.loads(row).values())[-1]
+        trained = last[-1]["content"] if isinstance(last, list) else last
+        assert re.search(rf"«\s*{re.escape(trained)}", found), found
