@@ -88,32 +88,42 @@ def status(device: str) -> Status:
         path = library(device).path
     except BuildError as error:
         return Status(False, False, reason=str(error))
-    verdict, error = f"{path}.tested", None
-    with (
-        contextlib.suppress(OSError, ValueError),
-        open(verdict) as file,
-    ):  # a power cut may have left it empty
-        error = json.load(file)["error"]
+    error, problem = read_verdict(path), ""
     if error is None:
-        forms = [False, True] if device == "cuda" and min(map(int, architectures())) >= 80 else [False]
-        try:
-            errors = {chunked: self_test(device, chunked) for chunked in forms}
-            problem = f"are wrong on this machine (errors of the self-test: {errors})"
-        except RuntimeError as failure:
-            errors = dict.fromkeys(forms, math.nan)
-            problem = f"do not run on this machine ({' '.join(str(failure).split())})"
-        if not all(errors[chunked] < LARGEST_ERROR[chunked] for chunked in forms):  # NaN is not smaller
-            reason = f"the {device} kernels {problem}; please report it, and use --wkv torch"
-            return Status(True, False, path, time.perf_counter() - started, max(errors.values()), reason)
-        error = errors[False]
-        with contextlib.suppress(
-            OSError
-        ):  # a cache that others built may be read-only: each process then tests for itself
-            temporary = f"{verdict}.{os.getpid()}"
-            with open(temporary, "w") as file:
-                json.dump({"error": error}, file)
-            os.replace(temporary, verdict)
-    return Status(True, True, path, time.perf_counter() - started, error)
+        error, problem = test_forms(device)
+        if not problem:
+            write_verdict(path, error)
+    seconds = time.perf_counter() - started
+    reason = f"the {device} kernels {problem}; please report it, and use --wkv torch" if problem else ""
+    return Status(True, not problem, path, seconds, error, reason)
+
+
+def test_forms(device: str) -> tuple[float, str]:
+    """(error of the self-test of the kernels of a device, what is wrong with them, or nothing)."""
+    forms = [False, True] if device == "cuda" and min(map(int, architectures())) >= 80 else [False]
+    try:
+        errors = {chunked: self_test(device, chunked) for chunked in forms}
+    except RuntimeError as failure:
+        return math.nan, f"do not run on this machine ({' '.join(str(failure).split())})"
+    if all(errors[chunked] < LARGEST_ERROR[chunked] for chunked in forms):  # NaN is not smaller
+        return errors[False], ""
+    return max(errors.values()), f"are wrong on this machine (errors of the self-test: {errors})"
+
+
+def read_verdict(path: str) -> float | None:
+    """The error of a self-test that this library has passed before. A power cut may have left it empty."""
+    with contextlib.suppress(OSError, ValueError), open(f"{path}.tested") as file:
+        return json.load(file)["error"]
+    return None
+
+
+def write_verdict(path: str, error: float) -> None:
+    """Let later processes know. A cache that others built may be read-only: each process then tests."""
+    temporary = f"{path}.tested.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        with open(temporary, "w") as file:
+            json.dump({"error": error}, file)
+        os.replace(temporary, f"{path}.tested")
 
 
 def self_test(device: str, chunked: bool) -> float:
@@ -216,97 +226,108 @@ def context(like: Tensor) -> ctypes.c_void_p:
 
 
 def scratch(symbol: str, like: Tensor) -> Tensor:
-    function = getattr(library(like.device.type), f"{symbol}_scratch")
+    """The working memory that a function of the C interface asks for."""
+    function = getattr(library(like.device.type), symbol)
     function.restype = ctypes.c_int64
     return like.new_empty(function(*sizes(like), context(like)), dtype=torch.float32)
 
 
-def define(version: int) -> None:
-    """Register rwkv::wkv<version> and rwkv::wkv<version>_backward, with shapes for tracing and the
-    gradient.
+class WkvOp:
+    """rwkv::wkv<version> and rwkv::wkv<version>_backward: what runs them, their shapes and the gradient.
+
+    forward: inputs, s0, reset, chunked -> y, final state, saved, which is what the backward needs beside the
+    arguments. backward: inputs, s0, reset, saved, dy, dstate, chunked -> the gradients of inputs and s0.
     """
-    names = INPUTS[version]
-    given = ", ".join(f"Tensor {name}" for name in names) + ", Tensor? s0, Tensor? reset"
-    keeps = version == 7  # the C interface passes `saved` where there is something to save
-    symbols = {False: f"wkv{version}", True: f"wkv{version}_chunked"}
 
-    def empty(r: Tensor, chunked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def __init__(self, version: int):
+        self.version, self.inputs = version, INPUTS[version]
+        self.op = f"wkv{version}"
+
+    def symbol(self, chunked: bool, part: str) -> str:
+        """The function of the C interface for "forward", "backward" or "scratch"."""
+        return f"{self.op}{'_chunked' * chunked}_{part}"
+
+    def kept(self, saved: Tensor, chunked: bool) -> tuple[Tensor, ...]:
+        """`saved` as the C interface passes it: only where there is something to save."""
+        return (saved,) if chunked or self.version == 7 else ()
+
+    def empty_outputs(self, r: Tensor, chunked: bool) -> tuple[Tensor, Tensor, Tensor]:
         B, T, H, N = r.shape
-        fp32 = functools.partial(r.new_empty, dtype=torch.float32)
-        return torch.empty_like(r), fp32(B, H, N, N), fp32(saved_floats(version, chunked, B, T, H, N))
+        state = r.new_empty(B, H, N, N, dtype=torch.float32)
+        saved = r.new_empty(saved_floats(self.version, chunked, B, T, H, N), dtype=torch.float32)
+        return torch.empty_like(r), state, saved
 
-    def empty_gradients(r: Tensor) -> list[Tensor]:
+    def empty_gradients(self, r: Tensor) -> list[Tensor]:
+        """Of the inputs and of s0; u's has one part for each row."""
         B, _, H, N = r.shape
-        fp32 = functools.partial(r.new_empty, dtype=torch.float32)
-        return [fp32(B, H, N) if name == "u" else torch.empty_like(r) for name in names] + [fp32(B, H, N, N)]
+        of_inputs = [
+            r.new_empty(B, H, N, dtype=torch.float32) if name == "u" else torch.empty_like(r)
+            for name in self.inputs
+        ]
+        return [*of_inputs, r.new_empty(B, H, N, N, dtype=torch.float32)]
 
-    def sum_u(gradients: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(
-            g.sum(0) if name == "u" else g for name, g in zip((*names, "s0"), gradients, strict=True)
-        )
+    def sum_u(self, gradients: list[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients with the parts of u's added up."""
+        names = (*self.inputs, "s0")
+        return tuple(g.sum(0) if name == "u" else g for name, g in zip(names, gradients, strict=True))
 
-    def forward(*arguments):
+    def forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, chunked = arguments
-        y, state, saved = empty(tensors[0], chunked)
-        kept = (saved,) if keeps or chunked else ()
-        code = call(f"{symbols[chunked]}_forward", tensors[0], *tensors, y, state, *kept)
+        r = tensors[0]
+        y, state, saved = self.empty_outputs(r, chunked)
+        code = call(self.symbol(chunked, "forward"), r, *tensors, y, state, *self.kept(saved, chunked))
         if code and y.is_cuda:
-            raise RuntimeError(f"wkv{version}: the CUDA kernel could not be started, error {code}")
+            raise RuntimeError(f"{self.op}: the CUDA kernel could not be started, error {code}")
         if code:
-            require_finite(f"wkv{version}", dict(zip((*names, "s0"), tensors)))
+            require_finite(self.op, dict(zip((*self.inputs, "s0"), tensors)))
         return y, state, saved
 
-    def backward(*arguments):
+    def backward(self, *arguments) -> tuple[Tensor, ...]:
         *tensors, saved, dy, dstate, chunked = arguments
-        kept = (saved,) if keeps or chunked else ()
-        gradients = empty_gradients(tensors[0])
-        symbol = symbols[chunked]
-        code = call(
-            f"{symbol}_backward",
-            tensors[0],
-            *tensors,
-            *kept,
-            dy,
-            dstate,
-            *gradients,
-            scratch(symbol, tensors[0]),
-        )
+        r, gradients = tensors[0], self.empty_gradients(tensors[0])
+        given = (*tensors, *self.kept(saved, chunked), dy, dstate)
+        workspace = scratch(self.symbol(chunked, "scratch"), r)
+        code = call(self.symbol(chunked, "backward"), r, *given, *gradients, workspace)
         if code:
-            raise RuntimeError(f"wkv{version}: the backward kernel could not be started, CUDA error {code}")
-        return sum_u(gradients)
+            raise RuntimeError(f"{self.op}: the backward kernel could not be started, CUDA error {code}")
+        return self.sum_u(gradients)
 
-    def keep(ctx, inputs, output):
+    def save_for_backward(self, ctx, inputs, output) -> None:
         *tensors, ctx.chunked = inputs
         ctx.save_for_backward(*tensors, output[2])
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx, dy, dstate, _):
+    def differentiate(self, ctx, dy: Tensor | None, dstate: Tensor | None, _):
         *tensors, saved = ctx.saved_tensors
+        *_, s0, _ = tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy.contiguous()
         dstate = None if dstate is None else dstate.contiguous()
-        *gradients, ds0 = getattr(torch.ops.rwkv, f"wkv{version}_backward")(
-            *tensors, saved, dy, dstate, ctx.chunked
-        )
-        return *gradients, None if tensors[-2] is None else ds0, None, None
+        backward = getattr(torch.ops.rwkv, f"{self.op}_backward")
+        *gradients, ds0 = backward(*tensors, saved, dy, dstate, ctx.chunked)
+        return *gradients, None if s0 is None else ds0, None, None
 
-    # not torch.library.custom_op, whose first call imports torch._dynamo: 0.9 s in every process
-    devices = ("cpu", "cuda")
-    name = f"rwkv::wkv{version}"
-    torch.library.define(
-        name, f"({given}, bool chunked) -> (Tensor y, Tensor state, Tensor saved)", tags=EXACT_STRIDES
-    )
-    torch.library.impl(name, devices, forward)
-    torch.library.register_fake(name, lambda *arguments: empty(arguments[0], arguments[-1]))
-    torch.library.register_autograd(name, differentiate, setup_context=keep)
+    def fake_forward(self, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+        return self.empty_outputs(arguments[0], arguments[-1])
 
-    gradients = ", ".join(f"Tensor d{name}" for name in (*names, "s0"))
-    torch.library.define(
-        f"{name}_backward",
-        f"({given}, Tensor saved, Tensor dy, Tensor? dstate, bool chunked) -> ({gradients})",
-        tags=EXACT_STRIDES,
-    )
-    torch.library.impl(f"{name}_backward", devices, backward)
-    torch.library.register_fake(f"{name}_backward", lambda *arguments: sum_u(empty_gradients(arguments[0])))
+    def fake_backward(self, *arguments) -> tuple[Tensor, ...]:
+        return self.sum_u(self.empty_gradients(arguments[0]))
+
+    def register(self) -> None:
+        # not torch.library.custom_op, whose first call imports torch._dynamo: 0.9 s in every process
+        name, devices = f"rwkv::{self.op}", ("cpu", "cuda")
+        given = ", ".join(f"Tensor {x}" for x in self.inputs) + ", Tensor? s0, Tensor? reset"
+        outputs = "Tensor y, Tensor state, Tensor saved"
+        torch.library.define(name, f"({given}, bool chunked) -> ({outputs})", tags=EXACT_STRIDES)
+        torch.library.impl(name, devices, self.forward)
+        torch.library.register_fake(name, self.fake_forward)
+        torch.library.register_autograd(name, self.differentiate, setup_context=self.save_for_backward)
+
+        name += "_backward"
+        given += ", Tensor saved, Tensor dy, Tensor? dstate"
+        outputs = ", ".join(f"Tensor d{x}" for x in (*self.inputs, "s0"))
+        torch.library.define(name, f"({given}, bool chunked) -> ({outputs})", tags=EXACT_STRIDES)
+        torch.library.impl(name, devices, self.backward)
+        torch.library.register_fake(name, self.fake_backward)
 
 
 _NAMED = [True]  # whether a NaN on a CPU is an error
@@ -341,4 +362,4 @@ def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
 
 
 for _version in INPUTS:
-    define(_version)
+    WkvOp(_version).register()
