@@ -100,7 +100,7 @@ def main() -> None:
         fill={k: round(v, 4) for k, v in fill.items()},
         trained_tokens_per_s={k: round(v, 1) for k, v in rate.items()},
         tokenise_seconds=round(tokenise_seconds, 2),
-        documents=len(documents.rows),
+        documents=len(documents),
         **{k: v for k, v in vars(args).items() if k != "data"},
     )
 

@@ -144,7 +144,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     data = read_data(
         config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model)
     )
-    if not data.held_out.rows:
+    if not data.held_out:
         raise UserError(
             "rates are compared by the loss on held-out documents, and there are none"
             f" ({origins['eval_split']}); give --eval_file, or --eval_split 0.05"
@@ -166,7 +166,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     print(f"trained    {plan_text.trained(config, model)}")
     print(*data.found.lines(), *plan_text.data(config, data.documents, schedule), sep="\n")
     print(
-        f"held out   {counted(len(data.held_out.rows), 'document')}, loss on"
+        f"held out   {counted(len(data.held_out), 'document')}, loss on"
         f" {counted(data.held_out.targets, 'token')}"
     )
     print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")

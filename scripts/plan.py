@@ -130,7 +130,7 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     print(f"trained    {plan_text.trained(config, model)}")
     print(*data.found.lines(), *plan_text.data(config, documents, schedule), sep="\n")
     print(plan_text.steps(config, schedule, steps))
-    print(plan_text.evaluation(config, len(evaluated.rows), len(data.held_out.rows), steps, cost))
+    print(plan_text.evaluation(config, len(evaluated), len(data.held_out), steps, cost))
     print(
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
@@ -161,13 +161,13 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
                     "memory_there": device.memory,
                     "fits": fix == {},
                     "fix": fix,
-                    "documents": len(documents.rows),
+                    "documents": len(documents),
                     "tokens": int(cost.tokens),
                     "steps": steps,
                     "tokens_per_second": speed.tokens,
                     "seconds": cost.seconds or None,
                     "evaluation_seconds": cost.evaluation_seconds or None,
-                    "evaluated_documents": len(evaluated.rows),
+                    "evaluated_documents": len(evaluated),
                     "speed_from": speed.source,
                 }
             )

@@ -215,13 +215,10 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(overview(config, encoder, figures, lint, report)))
             plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
             for i in np.unique(
-                np.linspace(0, len(documents.rows) - 1, min(args.samples, len(documents.rows))).astype(int)
+                np.linspace(0, len(documents) - 1, min(args.samples, len(documents))).astype(int)
             ):
-                row = documents.rows[int(i)]
-                print(
-                    f"document {i + 1} of {len(documents.rows)}, {len(row.ids)} tokens, {row.targets}"
-                    " trained:"
-                )
+                row = documents[int(i)]
+                print(f"document {i + 1} of {len(documents)}, {len(row.ids)} tokens, {row.targets} trained:")
                 print(plan_text.sample(row, tokenizer, 2000) if plain else coloured(row, tokenizer))
             print(f"looked at everything in {time.perf_counter() - started:.1f} s")
     return int(args.strict and bool(lint.findings))

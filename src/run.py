@@ -162,7 +162,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     )
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     # a checkpoint of a step comes after the step's evaluation
-    watch = [Watch(folder, history, job.evaluated, job.tokenizer, write, report)] if held_out.rows else []
+    watch = [Watch(folder, history, job.evaluated, job.tokenizer, write, report)] if held_out else []
     callbacks = [report, *watch, forgetting, saver]
     trainer = make_trainer(config, job.steps, callbacks, first_step)
     begun = time.perf_counter()

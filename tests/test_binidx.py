@@ -72,7 +72,7 @@ def test_binidx(monkeypatch, code, pieces, boundaries, eod, documents):
         assert report.lines() == [
             f"format     {name}: binidx, {len(documents)} row{'s' * (len(documents) > 1)}"
         ]
-    monkeypatch.setattr(binidx, "CHUNK", 2)
+    monkeypatch.setattr(binidx, "IDS_AT_ONCE", 2)
     assert ids([row for _, row in read_rows("data", eod=eod)]) == documents
 
 

@@ -84,7 +84,7 @@ def marked(row):
 
 
 def test_world_ids_and_mask(load, world):
-    text, chat = load([{"text": "hello"}, {"messages": [user("hi"), assistant("hello")]}], world).rows
+    text, chat = load([{"text": "hello"}, {"messages": [user("hi"), assistant("hello")]}], world)
     assert (
         text.ids.tolist() == [*world.encode("hello"), 0]
         and text.trained.all()
@@ -121,15 +121,15 @@ def test_world_ids_and_mask(load, world):
     ],
 )
 def test_conversations_train_the_assistants_turns_and_their_ends(load, messages, expected):
-    assert marked(load([{"messages": messages}]).rows[0]) == expected
+    assert marked(load([{"messages": messages}])[0]) == expected
 
 
 def test_a_text_is_trained_whole_and_kept_as_it_is(load):
-    assert marked(load([{"text": " a\n\n\nb\r\n", "source": "ignored"}]).rows[0]) == "< a\n\n\nb\r\n$>"
+    assert marked(load([{"text": " a\n\n\nb\r\n", "source": "ignored"}])[0]) == "< a\n\n\nb\r\n$>"
 
 
 def test_the_end_of_utf16_is_a_whole_unit(load):
-    row = load([{"messages": [user("é"), assistant("ab")]}], load_tokenizer("utf16", 256)).rows[0]
+    row = load([{"messages": [user("é"), assistant("ab")]}], load_tokenizer("utf16", 256))[0]
     assert bytes(row.ids.tolist()).decode("utf-16-le") == "User: é\n\nAssistant: ab\0"
     assert row.ids[-2:].tolist() == [0, 0] and row.trained.sum() == 2 * len(" ab\0")
 
@@ -171,14 +171,14 @@ def test_conversations_are_cut_at_ctx_len_targets_and_texts_become_several_docum
     ]
     documents = load(rows, ctx_len=8)
     # 8 inputs with their targets are 9 tokens, the end of document among them
-    assert [marked(row) for row in documents.rows] == [
+    assert [marked(row) for row in documents] == [
         "<12345678$>",
         "<123456789>",
         "<9$>",
         "<1$>",
     ], "the fourth is left out"
     assert (documents.split, documents.cut, documents.cut_tokens, documents.untrained) == (1, 0, 0, 1)
-    assert documents.row_targets.tolist() == [row.targets for row in documents.rows] == [8, 8, 1, 1]
+    assert documents.target_counts.tolist() == [row.targets for row in documents] == [8, 8, 1, 1]
     assert documents.targets == 18 and documents.tokens == 22
 
     config = Config(ctx_len=8)
@@ -247,7 +247,7 @@ def test_files_without_rows_and_rows_without_targets(load, tmp_path):
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_mistake(load):
     documents = load([b'\xef\xbb\xbf{"text": "a"}\r', b'{"text": "b"}\r'])
-    assert [marked(row) for row in documents.rows] == ["<a$>", "<b$>"]
+    assert [marked(row) for row in documents] == ["<a$>", "<b$>"]
 
 
 # the schedule
@@ -347,8 +347,8 @@ def test_batches_begin_at_any_step():
     documents = Documents([make_document(rng, n, lambda n: [True] * n) for n in (2, 3, 4, 5, 6, 7, 8)])
     schedule = Schedule(
         [[i] for i in range(7)],
-        [len(row.ids) - 1 for row in documents.rows],
-        [row.targets for row in documents.rows],
+        [len(row.ids) - 1 for row in documents],
+        [row.targets for row in documents],
         1,
         2,
         2,
@@ -445,7 +445,7 @@ def step_gradients(model, documents, micro_bsz, accumulate, world, padding=0, st
 def test_the_step_does_not_see_how_its_rows_are_cut_up(model, documents):
     whole, gradients = step_gradients(model, documents, 13, 1, 1)
     losses = []
-    for row in documents.rows[1:]:  # each row alone, without padding; the first has no target
+    for row in documents.items[1:]:  # each row alone, without padding; the first has no target
         logits = model(torch.from_numpy(row.ids[None, :-1]).long())[0][0]
         losses.append(
             F.cross_entropy(logits, torch.from_numpy(row.ids[1:]).long(), reduction="none")[

@@ -30,7 +30,7 @@ def document(text, trained=None):
 
 
 def texts(documents):
-    return [bytes(row.ids.tolist()).decode() for row in documents.rows]
+    return [bytes(row.ids.tolist()).decode() for row in documents]
 
 
 def test_a_share_is_held_out_by_content():
@@ -38,7 +38,7 @@ def test_a_share_is_held_out_by_content():
     rows += rows[:50]  # what is there twice is on one side
     config = Config(eval_split=0.1, random_seed=5)
     train, held = hold_out(config, Documents(rows), None)
-    assert len(train.rows) + len(held.rows) == 250 and 25 <= len(held.rows) <= 26
+    assert len(train) + len(held) == 250 and 25 <= len(held) <= 26
     assert not set(texts(train)) & set(texts(held))
     shuffled = random.Random(0).sample(rows, len(rows))
     again = hold_out(config, Documents(shuffled), None)[1]
@@ -47,10 +47,8 @@ def test_a_share_is_held_out_by_content():
     ]
     other = hold_out(dataclasses.replace(config, random_seed=6), Documents(rows), None)[1]
     assert set(texts(other)) != set(texts(held))
-    assert (
-        len(hold_out(dataclasses.replace(config, eval_split=1e-9), Documents(rows[:50]), None)[1].rows) == 1
-    )
-    assert hold_out(Config(), Documents(rows), None)[1].rows == []
+    assert len(hold_out(dataclasses.replace(config, eval_split=1e-9), Documents(rows[:50]), None)[1]) == 1
+    assert not hold_out(Config(), Documents(rows), None)[1]
     for few in (rows[:1], [document("same")] * 4):
         with pytest.raises(UserError, match="nothing is left to train on; .* would be held out$"):
             hold_out(dataclasses.replace(config, eval_split=0.5), Documents(few), None)

@@ -167,11 +167,9 @@ def test_a_training_depends_on_its_seed_and_each_loss_is_that_of_its_rows(monkey
     )
     assert runs.at_rate("letters", "lora", {"rank": 2}, 1e-2) == [first, second]
     rows = runs.tasks["letters"]
-    assert [len(documents.rows) for documents in looked_at] == [7, 7] * 2
-    assert looked_at[0].rows is rows.held_out.rows, "the first look is at what was not trained on"
-    assert [row.ids.tolist() for row in looked_at[1].rows] == [
-        row.ids.tolist() for row in rows.train.rows[:7]
-    ]
+    assert [len(documents) for documents in looked_at] == [7, 7] * 2
+    assert looked_at[0].items is rows.held_out.items, "the first look is at what was not trained on"
+    assert [row.ids.tolist() for row in looked_at[1]] == [row.ids.tolist() for row in rows.train.items[:7]]
     assert first.held_out != first.seen
 
 
@@ -228,11 +226,11 @@ def test_the_real_tasks(data_dir):
         found = load_task(name, str(data_dir), 300, 50, 64)
         assert found.width <= width and found.answers == (name == "digits")
         train, held_out = (
-            {tuple(row.ids.tolist()) for row in rows.rows} for rows in (found.train, found.held_out)
+            {tuple(row.ids.tolist()) for row in rows} for rows in (found.train, found.held_out)
         )
         assert len(held_out) == 50 and not train & held_out
         if name != "digits":
-            assert all(not row.ids[0] and row.trained[1:].all() for row in found.held_out.rows), (
+            assert all(not row.ids[0] and row.trained[1:].all() for row in found.held_out), (
                 "rows begin with the second byte of a character"
             )
     loss, tokens, answers = untouched(found)

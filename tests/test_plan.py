@@ -51,7 +51,7 @@ def counted_in_training(config, rows, kernel):
     module._trainer = type("Trainer", (), {"world_size": 1})()
     place, grouped = 0, []
     for row in rows:
-        grouped.append(documents.rows[place : place + len(row)])
+        grouped.append(documents.items[place : place + len(row)])
         place += len(row)
     batch = collate(grouped, 1) | {"width": 37}
     known = [
@@ -142,7 +142,7 @@ def test_a_long_row_is_counted_by_its_first_chunks_and_the_states_of_the_others(
         Config(peft_config={"r": 5}, micro_bsz=2, chunk_ctx=5, packing=False, state_cp=sparse),
     )
     extrapolated = step_bytes(arch, config, "torch", "fp32", 73, 146)  # 15 chunks
-    monkeypatch.setattr(step_memory, "CHUNKS", 99)
+    monkeypatch.setattr(step_memory, "COUNTED_CHUNKS", 99)
     at_once = step_bytes(arch, config, "torch", "fp32", 73, 146)
     assert dataclasses.astuple(extrapolated) == pytest.approx(dataclasses.astuple(at_once), rel=1e-3)
 

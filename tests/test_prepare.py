@@ -81,7 +81,7 @@ def test_a_bad_row_is_named_with_the_flag_that_leaves_it_out(tmp_path):
     with pytest.raises(UserError, match="rows.jsonl, line 2: .*; --on_bad_row skip leaves such rows out"):
         read_data(config, {}, tokenizer, DEFAULT)
     config.on_bad_row = "skip"
-    assert len(read_data(config, {}, tokenizer, DEFAULT).documents.rows) == 1
+    assert len(read_data(config, {}, tokenizer, DEFAULT).documents) == 1
 
 
 def test_a_package_that_the_strategy_needs_is_asked_for_first(monkeypatch):

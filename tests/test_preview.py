@@ -151,14 +151,14 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
     documents = load_documents(
         str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), 30, loss_mask="all"
     )
-    assert (figures["rows"], figures["documents"]) == (6, len(documents.rows))
+    assert (figures["rows"], figures["documents"]) == (6, len(documents))
     assert (
         (figures["split"], figures["cut"], figures["cut_tokens"])
         == (documents.split, documents.cut, documents.cut_tokens)
         == (2, 2, 85)
     )
     assert figures["fill"] == pytest.approx(
-        (documents.tokens - len(documents.rows)) / (figures["packed_rows"] * 30)
+        (documents.tokens - len(documents)) / (figures["packed_rows"] * 30)
     )
     assert (
         figures["trained"] == figures["tokens"]
@@ -171,10 +171,10 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
         json.loads(output),
         load_documents(f"{path}:2,{path}:0.5", load_tokenizer("bytes", 256), 30, seed=Config.random_seed),
     )
-    assert figures["rows"] == 12 and figures["documents"] == len(documents.rows) > 18
+    assert figures["rows"] == 12 and figures["documents"] == len(documents) > 18
     assert figures["cut_tokens"] == documents.cut_tokens and figures["fill"] * figures[
         "packed_rows"
-    ] * 30 == documents.tokens - len(documents.rows)
+    ] * 30 == documents.tokens - len(documents)
 
 
 def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
@@ -188,7 +188,7 @@ def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
         assert found == {"cut": cut} | ({"no target": 3} if ctx_len < asked else {})
         if ctx_len >= asked:
             documents = load_documents(str(tmp_path / "data.jsonl"), load_tokenizer("bytes", 256), ctx_len)
-            assert documents.cut == cut and documents.row_targets.all()
+            assert documents.cut == cut and documents.target_counts.all()
 
 
 ESCAPE = re.compile(r"\x1b\[([\d;]+)m(.*?)\x1b\[0m")

@@ -222,7 +222,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
     config, origins = Config(micro_bsz=4, ctx_len=64, **settings), {}
     schedule = make_schedule(train, config, 1)
     chosen = choose_evaluation(config, origins, schedule, cut_to_length(held), None)
-    assert config.eval_docs == len(chosen.rows) and origins["eval_docs"].startswith(
+    assert config.eval_docs == len(chosen) and origins["eval_docs"].startswith(
         "chosen: of 300 held-out documents"
     )
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
@@ -240,7 +240,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
     again = choose_evaluation(
         Config(micro_bsz=4, ctx_len=64, **settings), {}, schedule, cut_to_length(held[::-1]), None
     )
-    assert sorted(row.ids.tobytes() for row in chosen.rows) == sorted(row.ids.tobytes() for row in again.rows)
+    assert sorted(row.ids.tobytes() for row in chosen) == sorted(row.ids.tobytes() for row in again)
 
 
 def test_few_held_out_documents_are_all_taken_and_one_always_is():
@@ -248,11 +248,8 @@ def test_few_held_out_documents_are_all_taken_and_one_always_is():
         config, origins = Config(micro_bsz=1, ctx_len=64, epoch_steps=steps, packing=False), {}
         schedule = make_schedule(cut_to_length(documents(400, 0)), config, 1)
         chosen = choose_evaluation(config, origins, schedule, cut_to_length(documents(count, 1)), None)
-        assert len(chosen.rows) == config.eval_docs == taken
-    assert (
-        choose_evaluation(config := Config(), {}, None, Documents([]), None).rows == []
-        and not config.eval_docs
-    )
+        assert len(chosen) == config.eval_docs == taken
+    assert not choose_evaluation(config := Config(), {}, None, Documents([]), None) and not config.eval_docs
 
 
 def test_the_share_is_kept_and_a_run_from_before_it_evaluates_everything(files, tmp_path):

@@ -22,7 +22,7 @@ from rwkv_miss import UserError
 from src.config import Config
 from src.data import batches, dataset
 from src.data import token_cache as module
-from src.data.dataset import Rows, load_documents
+from src.data.dataset import FileDocuments, load_documents
 from src.data.encode import Encoder, Tokens
 from src.data.formats import BINIDX, BY_NAME, Reading, Report, Source, WrongSetting, binidx, sources
 from src.data.formats.text import Position
@@ -121,10 +121,8 @@ def test_a_second_start_maps_the_same_tokens_and_reads_no_row(path, encoder, cac
     documents = load_documents(path, encoder.tokenizer, 50, cache=str(cached))
     monkeypatch.undo()
     plain = load_documents(path, encoder.tokenizer, 50)
-    assert [row.ids.tolist() for row in documents.rows] == [row.ids.tolist() for row in plain.rows] and len(
-        plain.rows
-    ) > 700
-    assert [row.trained.tolist() for row in documents.rows] == [row.trained.tolist() for row in plain.rows]
+    assert [row.ids.tolist() for row in documents] == [row.ids.tolist() for row in plain] and len(plain) > 700
+    assert [row.trained.tolist() for row in documents] == [row.trained.tolist() for row in plain]
 
 
 def test_much_text_is_shared_among_processes_and_ids_are_not(path, encoder, monkeypatch, tmp_path):
@@ -328,7 +326,7 @@ def test_an_interrupt_leaves_no_process_and_no_half_an_entry(path, tmp_path, num
         from src.data import token_cache as module
         from src.data.formats import Report, sources
         from src.data.tokenizer import load_tokenizer
-        module.SMALL = module.LARGE = module.CHUNK_TEXT = 0
+        module.SMALL = module.LARGE = module.CHARACTERS_AT_ONCE = 0
         module.available_cores = lambda: 3
         encode = module.Encoder.encode
         def slow(*args):
@@ -395,7 +393,7 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
     ids = np.arange(sum(lengths), dtype=np.int32)
     tokens = Tokens(ids, ids % 3 > 0, np.cumsum(lengths), texts)
     documents = fit(tokens, ctx_len)
-    seen = list(itertools.chain.from_iterable(row.ids[1:].tolist() for row in documents.rows))
+    seen = list(itertools.chain.from_iterable(row.ids[1:].tolist() for row in documents))
     wanted, cut, lost = [], 0, 0
     for start, length, text in zip(np.cumsum([0, *lengths]).tolist(), lengths, texts):
         kept = length if text else min(length, ctx_len + 1)
@@ -404,10 +402,10 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
     assert seen == wanted and (documents.cut, documents.cut_tokens) == (cut, lost)
     assert documents.split == sum(n > ctx_len + 1 for n, text in zip(lengths, texts) if text)
     assert (
-        documents.lengths.tolist() == [len(row.ids) for row in documents.rows]
+        documents.lengths.tolist() == [len(row.ids) for row in documents]
         and documents.lengths.max() <= ctx_len + 1
     )
-    assert documents.row_targets.tolist() == [row.targets for row in documents.rows]
+    assert documents.target_counts.tolist() == [row.targets for row in documents]
     assert documents.targets == sum(1 for token in seen if token % 3 > 0)
 
 
@@ -416,8 +414,10 @@ def test_rows_of_several_files_in_any_order():
         Tokens(np.arange(9, dtype=np.int32) + 10 * i, np.arange(9) % 2 == i, np.array([9]), np.array([True]))
         for i in range(2)
     ]
-    rows = Rows(files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 1, 2, 1, 1]))
+    rows = FileDocuments(
+        files, np.array([1, 0, 1, 1, 0]), np.array([0, 8, 4, 8, 2]), np.array([9, 1, 2, 1, 1])
+    )
     assert [row.ids.tolist() for row in rows] == [[*range(10, 19)], [8], [14, 15], [18], [2]]
-    assert dataset.Documents(rows).row_targets.tolist() == [row.targets for row in rows] and rows[
+    assert dataset.Documents(rows).target_counts.tolist() == [row.targets for row in rows] and rows[
         -1
     ].ids.tolist() == [2]

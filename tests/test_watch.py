@@ -91,7 +91,7 @@ def validation_lines(proj_dir):
 def exact_loss(path, documents):
     """Document by document, in float64."""
     model, total = RWKV.load(path, torch.float64), 0.0
-    for row in documents.rows:
+    for row in documents:
         ids, trained = torch.from_numpy(row.ids).long(), torch.from_numpy(row.trained)[1:]
         total += float(
             torch.nn.functional.cross_entropy(

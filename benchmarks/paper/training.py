@@ -201,7 +201,7 @@ def _train(run: Run, task: Task) -> Outcome:
     losses = train(model, config, task.train, run.steps)
     looks: list[float | None] = [None] * 4
     if math.isfinite(losses[-1]):
-        seen = task.train.take(np.arange(min(len(task.train.rows), len(task.held_out.rows))))
+        seen = task.train.take(np.arange(min(len(task.train), len(task.held_out))))
         looks = [held_out_loss(model, config, rows) for rows in (task.held_out, seen)] + [
             *(right(model, task.held_out) if task.answers else ())
         ]
@@ -223,7 +223,7 @@ def right(model: RWKV, documents: Documents) -> tuple[float, float]:
     """(share of answer tokens that are the likeliest where all before them are right, share of answers of
     such tokens only): the latter are the right ones among greedy answers.
     """
-    batch = collate([[row] for row in documents.rows], 1)
+    batch = collate([[row] for row in documents], 1)
     with ops.nan_passes():
         hits = model(batch["ids"])[0].argmax(-1) == batch["targets"]
     return float(hits[batch["mask"]].float().mean()), float((hits | ~batch["mask"]).all(1).float().mean())

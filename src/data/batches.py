@@ -158,7 +158,7 @@ class Schedule:
 
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
-    lengths, count = documents.lengths - 1, len(documents.rows)
+    lengths, count = documents.lengths - 1, len(documents)
     rows = (
         pack(lengths, config.ctx_len, config.random_seed)
         if config.packing
@@ -167,7 +167,7 @@ def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     return Schedule(
         rows,
         rows.sums(lengths),
-        rows.sums(documents.row_targets),
+        rows.sums(documents.target_counts),
         config.micro_bsz,
         accumulation(config),
         world,
@@ -225,7 +225,7 @@ class Batches:
             for micro in range(self.schedule.accumulate):
                 rows = self.schedule.micro_rows(step, micro, self.rank)
                 batch = collate(
-                    [[self.documents.rows[i] for i in self.schedule.rows[row]] for row in rows],
+                    [[self.documents[i] for i in self.schedule.rows[row]] for row in rows],
                     self.schedule.step_targets(step),
                 )
                 yield batch | {"width": self.schedule.micro_width(step, micro)}

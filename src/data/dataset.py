@@ -41,8 +41,8 @@ class Document:
 # need and are no objects.
 
 
-class Rows(Sequence):
-    """Documents that are parts of flat arrays, one or several files' worth: row i is `lengths[i]` int32
+class FileDocuments(Sequence):
+    """Documents that are parts of flat arrays, one or several files' worth: document i is `lengths[i]` int32
     tokens of files[of[i]] from `starts[i]` int64 on.
     """
 
@@ -57,26 +57,34 @@ class Rows(Sequence):
         tokens, part = self.files[self.of[i]], slice(start, start + int(self.lengths[i]))
         return Document(tokens.ids[part], tokens.trained[part])
 
-    def take(self, chosen: np.ndarray) -> Rows:
-        return Rows(self.files, self.of[chosen], self.starts[chosen], self.lengths[chosen])
+    def take(self, chosen: np.ndarray) -> FileDocuments:
+        return FileDocuments(self.files, self.of[chosen], self.starts[chosen], self.lengths[chosen])
 
 
 @dataclasses.dataclass
-class Documents:
-    """The encoded data set. `lost` (n,) int32: tokens that were cut off each row, a conversation longer than
-    ctx_len; None: of no row. `text` (n,) int32: the number of the text, longer than ctx_len, that a row is a
-    part of, -1 for a row of its own; None: for all. `untrained`: how many were left out because they have no
-    trained token.
+class Documents(Sequence):
+    """The encoded data set, a sequence of documents. Texts longer than ctx_len are in parts.
+
+    lost: (n,) int32, tokens that were cut off each conversation; None: off none.
+    text: (n,) int32, the number
+    of the long text that a document is a part of, -1 for one of its own; None: -1 for all. untrained: how
+    many documents were left out because they have no trained token.
     """
 
-    rows: Sequence[Document]
+    items: Sequence[Document]
     lost: np.ndarray | None = None
     text: np.ndarray | None = None
     untrained: int = 0
 
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Document:
+        return self.items[i]
+
     @property
     def cut(self) -> int:
-        """Rows that were longer than ctx_len and lost their end."""
+        """Documents that were longer than ctx_len and lost their end."""
         return 0 if self.lost is None else int(np.count_nonzero(self.lost))
 
     @property
@@ -86,35 +94,43 @@ class Documents:
 
     @property
     def split(self) -> int:
-        """Texts that became several rows, of which at least one is here."""
+        """Texts that became several documents, of which at least one is here."""
         return 0 if self.text is None else len(np.unique(self.text[self.text >= 0]))
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, (n,) int32."""
+        """Tokens of each document, (n,) int32."""
         return (
-            self.rows.lengths
-            if isinstance(self.rows, Rows)
-            else np.array([len(row.ids) for row in self.rows], dtype=np.int32)
+            self.items.lengths
+            if isinstance(self.items, FileDocuments)
+            else np.array([len(document.ids) for document in self.items], dtype=np.int32)
         )
 
     @functools.cached_property
-    def row_targets(self) -> np.ndarray:
-        """Trained tokens of each row, (n,) int32."""
-        rows = progress(self.rows, "counting trained tokens", unit="documents", shown=is_first_process())
-        return np.fromiter((row.targets for row in rows), np.int32, len(self.rows))
+    def target_counts(self) -> np.ndarray:
+        """Trained tokens of each document, (n,) int32."""
+        documents = progress(
+            self.items, "counting trained tokens", unit="documents", shown=is_first_process()
+        )
+        return np.fromiter((document.targets for document in documents), np.int32, len(self.items))
 
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
-        rows = self.rows.take(chosen) if isinstance(self.rows, Rows) else [self.rows[i] for i in chosen]
+        items = (
+            self.items.take(chosen)
+            if isinstance(self.items, FileDocuments)
+            else [self.items[i] for i in chosen]
+        )
         return Documents(
-            rows, *(None if part is None else part[chosen] for part in (self.lost, self.text)), self.untrained
+            items,
+            *(None if part is None else part[chosen] for part in (self.lost, self.text)),
+            self.untrained,
         )
 
     def learnable(self) -> Documents:
         """Those with a trained token: a step of others alone would have no loss."""
-        chosen = np.flatnonzero(self.row_targets)
-        left_out = len(self.rows) - len(chosen)
+        chosen = np.flatnonzero(self.target_counts)
+        left_out = len(self.items) - len(chosen)
         return (
             dataclasses.replace(self.take(chosen), untrained=self.untrained + left_out) if left_out else self
         )
@@ -123,9 +139,11 @@ class Documents:
     def digest(self) -> str:
         """SHA-256 of the tokens and masks; every save asks for it."""
         digest = hashlib.sha256()
-        for row in progress(self.rows, "hashing the tokens", unit="documents", shown=is_first_process()):
-            digest.update(row.ids)
-            digest.update(row.trained)
+        for document in progress(
+            self.items, "hashing the tokens", unit="documents", shown=is_first_process()
+        ):
+            digest.update(document.ids)
+            digest.update(document.trained)
         return digest.hexdigest()
 
     @property
@@ -134,7 +152,7 @@ class Documents:
 
     @property
     def targets(self) -> int:
-        return int(self.row_targets.sum(dtype=np.int64))
+        return int(self.target_counts.sum(dtype=np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,13 +254,17 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
         else None
     )
     if not (too_long & texts).any():
-        return Documents(Rows(files, file, starts, np.minimum(lengths, ctx_len + 1).astype(np.int32)), lost)
+        return Documents(
+            FileDocuments(files, file, starts, np.minimum(lengths, ctx_len + 1).astype(np.int32)), lost
+        )
     windows = np.where(too_long & texts, -(-(lengths - 1) // ctx_len), 1)
     of = np.repeat(np.arange(len(lengths)), windows)
     begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
-    rows = Rows(files, file[of], begins, np.minimum(ends[of] - begins, ctx_len + 1).astype(np.int32))
+    parts = FileDocuments(
+        files, file[of], begins, np.minimum(ends[of] - begins, ctx_len + 1).astype(np.int32)
+    )
     return Documents(
-        rows,
+        parts,
         None if lost is None else lost[of],
         np.where(windows > 1, np.arange(len(windows)), -1).astype(np.int32)[of],
     )

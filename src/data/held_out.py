@@ -57,16 +57,16 @@ def hold_out(
             f" {counted(len(keys), 'document')} of {config.data_file} would be held out{others}"
         )
     if not held.targets:
-        raise UserError(f"{source}: none of the {len(held.rows)} held-out documents has a trained token")
+        raise UserError(f"{source}: none of the {len(held)} held-out documents has a trained token")
     return rest, held
 
 
 def _keys(documents: Documents, seed: int) -> np.ndarray:
     """(n,) 16 bytes that stand for each document's text, equal for equal texts and random otherwise."""
     key = seed.to_bytes(8, "little")
-    rows = progress(documents.rows, "choosing held-out documents", unit="documents", shown=is_first_process())
-    digests = (hashlib.blake2b(row.ids, digest_size=16, key=key).digest() for row in rows)
-    return np.fromiter(digests, "S16", len(documents.rows))
+    watched = progress(documents, "choosing held-out documents", unit="documents", shown=is_first_process())
+    digests = (hashlib.blake2b(document.ids, digest_size=16, key=key).digest() for document in watched)
+    return np.fromiter(digests, "S16", len(documents))
 
 
 def evaluations(config: Config, steps: int) -> int:
@@ -76,7 +76,7 @@ def evaluations(config: Config, steps: int) -> int:
 
 def in_hash_order(held_out: Documents, seed: int) -> np.ndarray:
     """The places of the documents with a trained token, in an order that follows from their own content."""
-    places = np.flatnonzero(held_out.row_targets)
+    places = np.flatnonzero(held_out.target_counts)
     return places[np.argsort(_keys(held_out.take(places), seed), kind="stable")]
 
 
@@ -92,7 +92,7 @@ def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
     packed = pack(lengths, config.ctx_len, config.random_seed)
     rows = sorted(packed, key=lambda row: -sum(lengths[i] for i in row))
     return [
-        [[held_out.rows[i] for i in row] for row in rows[at : at + config.micro_bsz]]
+        [[held_out[i] for i in row] for row in rows[at : at + config.micro_bsz]]
         for at in range(0, len(rows), config.micro_bsz)
     ]
 
@@ -110,7 +110,7 @@ def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Que
     is trained as a whole.
     """
     found = []
-    for row in held_out.rows:
+    for row in held_out:
         if len(found) == count:
             break
         ids = row.ids.tolist()

@@ -37,8 +37,8 @@ from .parallel import Converter, Part, available_cores, in_parallel
 SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
 LARGE = 8 << 20  # bytes from which other processes help
 PROCESSES = 16  # at most: one reads for all of them
-CHUNK = 256  # rows that a process gets at a time
-CHUNK_TEXT = 1 << 20  # characters of rows after which it gets no more of them
+RECORDS_AT_ONCE = 256  # rows that a process gets at a time
+CHARACTERS_AT_ONCE = 1 << 20  # characters of rows after which it gets no more of them
 UNUSED_DAYS = 30
 MAKING = ".making-"  # how a folder's name begins that becomes an entry
 ENTRY = re.compile(r"[0-9a-f]{24}")
@@ -152,12 +152,12 @@ def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading)
 
 
 def _chunks(records: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    """The records in lists of at most CHUNK, and of little more than CHUNK_TEXT characters."""
+    """The records in lists, which end at RECORDS_AT_ONCE records or CHARACTERS_AT_ONCE characters."""
     chunk, length = [], 0
     for where, record in records:
         chunk.append((where, record))
         length += len(record) if isinstance(record, str) else 0
-        if len(chunk) == CHUNK or length >= CHUNK_TEXT:
+        if len(chunk) == RECORDS_AT_ONCE or length >= CHARACTERS_AT_ONCE:
             yield chunk
             chunk, length = [], 0
     if chunk:

@@ -17,7 +17,7 @@ from rwkv_miss.errors import UserError
 
 from ..model import RWKV
 
-BLOCK = 16  # tokens whose logits are looked at together
+TOKENS_AT_ONCE = 16  # tokens whose logits are looked at together
 TEXT = pathlib.Path(__file__).with_name("forgetting.txt")
 
 
@@ -72,7 +72,7 @@ def distance(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Distance:
     max_difference = max_logit = 0.0
     kl, same = [], []
     for expected, found in zip(reference, logits, strict=True):
-        for a, b in zip(expected.split(BLOCK), found.split(BLOCK)):
+        for a, b in zip(expected.split(TOKENS_AT_ONCE), found.split(TOKENS_AT_ONCE)):
             a, b = a.double(), b.double()
             max_difference = max(max_difference, float((a - b).abs().max()))
             max_logit = max(max_logit, float(a.abs().max()))

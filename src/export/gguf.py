@@ -30,7 +30,7 @@ FILE_TYPES = {
 }
 # F16 would round the activations too, whose squares in the channel mix can be beyond its range
 DEFAULT_TYPE = "BF16"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 QUANT_ROW = 32  # weights that share a scale
 LN_EPS = 1e-5
 PIECE = 1 << 19  # elements converted at once
@@ -125,8 +125,10 @@ def _pieces(tensor: Tensor, type_) -> Iterator[memoryview]:
     quantise = _package().quants.quantize
     rows = tensor.reshape(-1, tensor.shape[-1])
     for part in rows.split(max(1, PIECE // rows.shape[-1])):
-        if type_.name in DTYPES:
-            yield memoryview(part.to(DTYPES[type_.name]).contiguous().view(torch.uint8).numpy()).cast("B")
+        if type_.name in FLOAT_TYPES:
+            yield memoryview(part.to(FLOAT_TYPES[type_.name]).contiguous().view(torch.uint8).numpy()).cast(
+                "B"
+            )
         else:
             yield memoryview(quantise(part.float().contiguous().numpy(), type_)).cast("B")
 
@@ -154,8 +156,8 @@ def _add_keys(writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, 
 
 def _notes(arch: Arch, kind: str, types: dict[str, object], record: Record) -> list[str]:
     notes: list[str] = []
-    rounded = record.rounded({name: DTYPES.get(type_.name, torch.int8) for name, type_ in types.items()})
-    if rounded and kind in DTYPES:
+    rounded = record.rounded({name: FLOAT_TYPES.get(type_.name, torch.int8) for name, type_ in types.items()})
+    if rounded and kind in FLOAT_TYPES:
         notes.append(
             f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, had to be rounded to {kind}"
             + ("; --type F32 keeps all values" if kind == "BF16" else "")

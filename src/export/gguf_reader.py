@@ -29,7 +29,7 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 UINT64 = 10
-DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+DTYPE_OF_CODE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 LARGEST_COUNT = 1 << 20  # of keys, tensors, and strings in an array
 LARGEST_TEXT = 1 << 24  # bytes
 LARGEST_HEADER = 1 << 25  # bytes of all keys and the list of tensors; World's vocabulary takes 2 MB of it
@@ -125,7 +125,7 @@ class _Reader:
         return name, shape, self.scalar(4), self.scalar(UINT64)
 
     def tensor(self, name: str, shape: tuple[int, ...], type_: int, start: int) -> Tensor:
-        if type_ not in DTYPES:
+        if type_ not in DTYPE_OF_CODE:
             raise UserError(
                 f"{self.path} holds {name[:100]} in GGUF's type {type_}, in which the checkpoint's values are"
                 " lost; the way back is from F32, F16 and BF16 only"
@@ -133,6 +133,8 @@ class _Reader:
         count = 1
         for n in shape:
             count *= n
-        if not 0 < count * DTYPES[type_].itemsize <= len(self.data) - start:
+        if not 0 < count * DTYPE_OF_CODE[type_].itemsize <= len(self.data) - start:
             raise ValueError(f"{name[:100]!r} of {shape} lies outside of the file")
-        return torch.frombuffer(self.data, dtype=DTYPES[type_], count=count, offset=start).reshape(shape)
+        return torch.frombuffer(self.data, dtype=DTYPE_OF_CODE[type_], count=count, offset=start).reshape(
+            shape
+        )

@@ -35,7 +35,7 @@ OUTSIDE = [
     *_norm("output_norm", "ln_out"),
     _row("output", "same", LARGE, "head.weight"),
 ]
-BLOCK = [
+LAYER_TENSORS = [
     *_norm("attn_norm", "ln1"),
     *_norm("attn_norm_2", "ln2"),
     *_norm("time_mix_ln", "att.ln_x"),
@@ -75,7 +75,7 @@ def rows(version: int, n_layer: int) -> list[Row]:
     """The whole table of a model, in GGUF's usual order."""
     return [
         *OUTSIDE[:3],
-        *(row.at(layer, "blk") for layer in range(n_layer) for row in (*BLOCK, *OF_VERSION[version])),
+        *(row.at(layer, "blk") for layer in range(n_layer) for row in (*LAYER_TENSORS, *OF_VERSION[version])),
         *OUTSIDE[3:],
     ]
 

@@ -51,7 +51,7 @@ OUTSIDE = [
     *_norm("model.norm", "ln_out"),
     Row("lm_head.weight", ("head.weight",), "same", LARGE),
 ]
-BLOCK = [
+LAYER_TENSORS = [
     *_norm("attn_norm", "ln1"),
     *_norm("ffn_norm", "ln2"),
     *_norm("attn.g_norm", "att.ln_x"),
@@ -75,7 +75,12 @@ def rows(n_layer: int) -> list[Row]:
     """The whole table; block 0 has no value residual, as nothing reads it."""
     return [
         *OUTSIDE,
-        *(row.at(i, PREFIX) for i in range(n_layer) for row in BLOCK if i or ".v_lora." not in row.stored),
+        *(
+            row.at(i, PREFIX)
+            for i in range(n_layer)
+            for row in LAYER_TENSORS
+            if i or ".v_lora." not in row.stored
+        ),
     ]
 
 

@@ -15,7 +15,7 @@ from ..config import Config, accumulation, is_automatic
 from ..config.schema import FULL_LR, NEW_MODEL_LR
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
-CHUNK = 512  # tokens of a chunk that is suggested
+SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
 # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
 ROWS, STEPS = (
@@ -180,8 +180,8 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
         changes = changes | {"grad_cp": recompute}
         yield changes
     row = min(tokens, config.ctx_len)
-    if config.chunk_ctx == 0 and row > CHUNK:
-        changes = changes | {"chunk_ctx": CHUNK}
+    if config.chunk_ctx == 0 and row > SUGGESTED_CHUNK_CTX:
+        changes = changes | {"chunk_ctx": SUGGESTED_CHUNK_CTX}
         yield changes
     if precision == "fp32" and config.peft != "none":
         changes = changes | {"precision": "bf16"}

@@ -125,7 +125,7 @@ def run_cost(
     """The cost of a run whose settings are filled in."""
     memory = needed(estimate(config, arch, schedule), config, device.accelerator)
     tokens = trained_tokens(config, schedule)
-    times = evaluations(config, steps_of(config, schedule)) if evaluated.rows else 0
+    times = evaluations(config, steps_of(config, schedule)) if evaluated else 0
     read = FORWARD * times * float((evaluated.lengths - 1).sum())
     asked = questions(data.held_out, config.eval_samples, eod) if times else []
     seconds = evaluation_seconds = 0.0
@@ -196,9 +196,9 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     loaded = tokens(config.data_file)
     choose(config, origins, "ctx_len", *row_length(loaded.longest, config.chunk_ctx, loaded.texts))
     documents = loaded.documents(config.ctx_len)
-    choose(config, origins, "eval_split", *held_out_share(config, len(documents.rows)))
+    choose(config, origins, "eval_split", *held_out_share(config, len(documents)))
     train, held_out = hold_out(config, documents, lambda path: tokens(path).documents(config.ctx_len))
-    if config.eval_file and (both := len(documents.rows) - len(train.rows)):
+    if config.eval_file and (both := len(documents) - len(train)):
         found.notes.append(
             f"left out   {counted(both, 'document')} of {config.data_file}, word for word in"
             f" {config.eval_file} too"
@@ -220,7 +220,7 @@ def choose_evaluation(
 ) -> Documents:
     """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the
     run that goes on; one from before there was a choice took all of them."""
-    if not held_out.rows:
+    if not held_out:
         return held_out
     order = in_hash_order(held_out, config.random_seed)
     if before and is_automatic(before, "eval_docs"):
@@ -256,14 +256,16 @@ def plan_steps(
     config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents
 ) -> Schedule:
     """The steps of the run, with the batch filled in."""
-    rows = make_schedule(
+    one_by_one = make_schedule(
         documents,
         dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0),
         config.world,
     )
 
     def bytes_needed(tried: Config) -> float:
-        return needed(estimate(tried, arch, rows), tried, device.accelerator)
+        return needed(estimate(tried, arch, one_by_one), tried, device.accelerator)
 
-    choose_batch(config, origins, len(rows.rows), bytes_needed, USABLE * memory_of(device, config.world))
-    return dataclasses.replace(rows, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+    choose_batch(
+        config, origins, len(one_by_one.rows), bytes_needed, USABLE * memory_of(device, config.world)
+    )
+    return dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))

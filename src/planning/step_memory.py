@@ -31,7 +31,7 @@ from .step import chunks_of
 # when it is freed
 HEAP_LIMIT = 1 << 25
 BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # collate()
-CHUNKS = 4  # with --chunk_ctx, the longest row that is counted
+COUNTED_CHUNKS = 4  # with --chunk_ctx, the longest row that is counted
 MASKED = (torch.ops.aten.index, torch.ops.aten.index_put)
 LAYERS = 4  # a deeper model is this deep in the count; what each of its layers adds is the same
 
@@ -61,8 +61,8 @@ def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int
     """
     chunks = chunks_of(config)
     whole = row
-    if chunks.count(row) > CHUNKS:  # each further chunk adds what infctx keeps of it
-        row = CHUNKS * chunks.size
+    if chunks.count(row) > COUNTED_CHUNKS:  # each further chunk adds what infctx keeps of it
+        row = COUNTED_CHUNKS * chunks.size
         targets = max(1, targets * row // whole)
     count = functools.partial(
         _count, config=config, kernel=kernel, precision=precision, row=row, targets=targets

@@ -14,7 +14,7 @@ from torch import Tensor
 import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
 
-from ..evaluation.kl_divergence import BLOCK, divergence, sections
+from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence, sections
 from .validation import undisturbed
 
 
@@ -52,7 +52,7 @@ class Forgetting(Callback):
                 torch.cat(
                     [
                         divergence(base_head(b), module.model.head(t))
-                        for b, t in zip(base.split(BLOCK), tuned.split(BLOCK), strict=True)
+                        for b, t in zip(base.split(TOKENS_AT_ONCE), tuned.split(TOKENS_AT_ONCE), strict=True)
                     ]
                 )
                 for base, tuned in zip(before, after, strict=True)

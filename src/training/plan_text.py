@@ -49,11 +49,11 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         f"rates      {rates(config, job.steps)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
-        evaluation(config, len(job.evaluated.rows), len(job.data.held_out.rows), job.steps, cost),
+        evaluation(config, len(job.evaluated), len(job.data.held_out), job.steps, cost),
         f"files      in {config.proj_dir}: {output}, {CARD}{watch}",
         *resumed,
         *warnings(job, cost),
-        f"sample     {short_sample(job.data.documents.rows[0], job.tokenizer)}",
+        f"sample     {short_sample(job.data.documents[0], job.tokenizer)}",
     ]
     if len(lines) <= LINES:
         return lines
@@ -67,7 +67,7 @@ def details(job: Job) -> list[str]:
     config, device, schedule, model = job.config, job.device, job.schedule, job.model
     documents, held = job.data.documents, job.data.held_out
     digests = {"base": model.base_fingerprint, "tokens and mask": documents.digest}
-    if held.rows:
+    if held:
         digests["held out"] = held.digest
     return [
         f"adapter    {training(config, model)}",
@@ -88,7 +88,7 @@ def details(job: Job) -> list[str]:
         describe_writers(config),
         f"template   {job.template.name}, loss on {mask(config.loss_mask)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
-        sample(documents.rows[0], job.tokenizer),
+        sample(documents[0], job.tokenizer),
         *chosen(config, job.origins),
         f"hashes     {', '.join(f'{name} {digest}' for name, digest in digests.items())}",
     ]
@@ -104,7 +104,7 @@ def documents_line(config: Config, found: Data, template: str) -> str:
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
     return (
-        f"data       {config.data_file}{described}: {counted(len(documents.rows), 'document')}, "
+        f"data       {config.data_file}{described}: {counted(len(documents), 'document')}, "
         f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
         f"{mask(config.loss_mask)} (template {template})".encode("utf-8", "backslashreplace").decode()
     )
@@ -228,9 +228,8 @@ def training(config: Config, model: RWKV) -> str:
 
 def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
     """Lines of the plan about the data, with a warning where rows are cut or teach nothing."""
-    rows = documents.rows
     lines = [
-        f"data       {counted(len(rows), 'document')}, {counted(documents.tokens, 'token')}, loss on"
+        f"data       {counted(len(documents), 'document')}, {counted(documents.tokens, 'token')}, loss on"
         f" {documents.targets:,}"
     ]
     if config.packing:
@@ -248,7 +247,7 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
 
 def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
     """What --ctx_len takes away."""
-    of_all = f"of {counted(len(documents.rows), 'document')}"
+    of_all = f"of {counted(len(documents), 'document')}"
     if documents.cut:
         lost = counted(documents.cut_tokens, "token")
         yield f"{documents.cut:,} {of_all} cut at --ctx_len {config.ctx_len}: {lost} lost"
@@ -306,12 +305,12 @@ def mask(loss_mask: str) -> str:
 
 def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[str]:
     """Line of the details about the documents that are not trained on, if there are any."""
-    if not held_out.rows:
+    if not held_out:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    source, taken = config.eval_file or config.data_file, counted(len(evaluated.rows), "document")
+    source, taken = config.eval_file or config.data_file, counted(len(evaluated), "document")
     return [
-        f"held out   {counted(len(held_out.rows), 'document')} of {source}{cut}; "
+        f"held out   {counted(len(held_out), 'document')} of {source}{cut}; "
         f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"
     ]
 

@@ -127,7 +127,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
 def inputs(model: RWKV, documents: Documents, held_out: Documents) -> dict[str, str | None]:
     """Hashes of what a resumed run must find unchanged."""
     hashes = {"base file": model.base_fingerprint, "data file": documents.digest}
-    return hashes | ({"held-out data": held_out.digest} if held_out.rows else {})
+    return hashes | ({"held-out data": held_out.digest} if held_out else {})
 
 
 def check_inputs(path: str, inputs: dict[str, str | None], base: Identity | None) -> None:

@@ -24,7 +24,7 @@ from .text import Position
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
 TYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
-CHUNK = 1 << 24  # ids that are searched for the end of document at a time
+IDS_AT_ONCE = 1 << 24  # ids that are searched for the end of document at a time
 
 
 def prefix_of(path: str) -> str | None:
@@ -145,8 +145,8 @@ def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
     multiple of its length.
     """
     size, begin = len(eod), 0
-    for start in range(0, len(ids), CHUNK * size):
-        chunk = ids[start : start + CHUNK * size]
+    for start in range(0, len(ids), IDS_AT_ONCE * size):
+        chunk = ids[start : start + IDS_AT_ONCE * size]
         units = chunk[: len(chunk) // size * size].reshape(-1, size)
         for unit in np.flatnonzero((units == np.asarray(eod)).all(1)).tolist():
             end = start + unit * size
