@@ -27,8 +27,8 @@ from src.inference.sampling import Sampling
 from src.ops import native
 
 from .test_generate import GREEDY, Scripted, letters, mixing_tensors  # noqa: F401  (a fixture)
-from .test_template import CHATML
-from .test_unmerged import train
+from .test_live_adapters import train
+from .test_templates import CHATML
 
 TOKENS = 12
 

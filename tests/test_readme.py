@@ -20,7 +20,7 @@ from .pages import commands, pages, python_words, spans
 # programs that are tested elsewhere, because here they would take minutes or a network
 ELSEWHERE = {
     "scripts.lr_sweep": "test_lr_sweep.py",
-    "scripts.lm_eval": "test_harness.py",
+    "scripts.lm_eval": "test_lm_eval_model.py",
     "demo.picture": "test_picture.py",
 }
 MODELS = ("--load_model", "--base", "--model")

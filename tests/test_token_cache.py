@@ -31,7 +31,7 @@ from src.data.templates import load_template
 from src.data.tokenizer import load_tokenizer
 
 from .test_data import assistant, user
-from .test_template import CHATML
+from .test_templates import CHATML
 
 
 def tokenise(path, encoder, cache="none"):

@@ -16,7 +16,7 @@ from src.inference.sampling import Sampling
 from src.model import RWKV, LayerState
 
 from .conftest import close, make_arch, random_tensors
-from .test_decode import TOLERANCE, one_by_one, some_ids
+from .test_cpu_decoder import TOLERANCE, one_by_one, some_ids
 
 # of the methods' own options those that lead to another form of the change
 VARIANTS = [
