@@ -7,6 +7,7 @@ order of docs/architecture.md.
 from __future__ import annotations
 
 import ast
+import functools
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,6 +27,7 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Module -> the modules of src that it imports."""
     known = modules()
