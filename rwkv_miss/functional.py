@@ -1,16 +1,18 @@
 """The adapters' linear maps as torch operators, each with the smallest set of tensors kept for the backward.
 
-Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out). y
-has the dtype of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's
-dtype, as for torch's own linear; fp64 stays. What is kept of a weight is the parameter itself, where torch
-keeps its cast copy. The frozen weight gets a gradient only when it asks for one; only then x is kept. It may
-be quantised (quantised.py): it is expanded for each product, and what is kept is the quantised one.
+Shapes: x (..., in), weight (out, in), bias (out,) or None, D (r, out), A (r, in), B (out, r), y (..., out).
 
-MiSS (arXiv 2409.15371): dW[o, i] = D[i mod r, o], so x dW^T = S D with the shard sums S[j] = sum of x[i] over
-i = j (mod r). The layout "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o]
-(the paper's equations 2-3). "balanced" shards are sums with alternating signs, so that inputs with a common
-mean, as those after a squared ReLU, do not all have nearly the same S; the mean direction itself is one more
-row of P: x dW^T = S D with S = x P^T of r + 1 numbers, dW = (P^T D)^T.
+Dtypes: y has that of x, and all else is cast to it for the products. Inside torch.autocast that is autocast's
+dtype, as for torch's own linear. fp64 stays.
+
+What is kept of a weight is the parameter itself, where torch keeps its cast copy. The frozen weight gets a
+gradient only when it asks for one; only then x is kept. A quantised weight (quantised.py) is expanded for
+each product, and kept as it is.
+
+MiSS (arXiv 2409.15371): x dW^T = S D with the shard sums S[j] = sum of x[i] over i = j (mod r).
+- "contiguous" sums neighbouring columns instead: dW[o, i] = D[i // ceil(in / r), o] (equations 2-3).
+- "balanced" sums with alternating signs. Inputs with a common mean, such as those after a squared ReLU, would
+  all have nearly the same S otherwise. One more entry of S, with a row of D, is the sum of all / sqrt(in).
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def _in_own_dtypes(function):
     return compute
 
 
-def _define(name: str, arguments: str, forward, shapes, context, backward) -> None:
+def define_operator(name: str, arguments: str, forward, shapes, context, backward) -> None:
     """Register rwkv_miss::name(arguments) -> (y, kept) on every device, with its shapes for tracing and its
     gradient.
 
@@ -141,43 +143,44 @@ def _define(name: str, arguments: str, forward, shapes, context, backward) -> No
     torch.library.register_autograd(name, _in_own_dtypes(backward), setup_context=context)
 
 
-def _rows(x: Tensor) -> Tensor:
+def flat_tokens(x: Tensor) -> Tensor:
+    """(..., n) -> (tokens, n)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _weight_gradients(
+def weight_gradients(
     ctx, dy: Tensor, x: Tensor, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
     dweight = None
     if ctx.needs_input_grad[1]:
-        x = _rows(x)
+        x = flat_tokens(x)
         dweight = product(x.t(), dy.t()) if transposed else product(dy.t(), x.t())
     return dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def _once(dy: Tensor) -> None:
-    """The products of a backward are not differentiated again: that would give nothing, without a word."""
+def first_derivative_only(dy: Tensor) -> None:
+    """RuntimeError where somebody differentiates a backward: its products have no derivative."""
     if torch.is_grad_enabled() and type(dy) is Tensor:  # not while a compiler traces it
         raise RuntimeError("the adapters' operators have no second derivative; leave out create_graph=True")
 
 
-def _matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+def product_matrix(weight: Tensor, width: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """The weight (out, in) in the dtype of a product; `transposed`: it is (in, out)."""
     return weight.t().to(dtype) if transposed else dense(weight, width, dtype).to(dtype)
 
 
-def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def product_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias in the dtype of a product."""
     return None if bias is None else bias.to(dtype)
 
 
 def _linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    matrix = _matrix(weight, x.shape[-1], x.dtype, transposed)
-    return product(_rows(x), matrix, _bias(bias, x.dtype)).view(*x.shape[:-1], matrix.shape[0]), x.new_empty(
-        0
-    )
+    matrix = product_matrix(weight, x.shape[-1], x.dtype, transposed)
+    y = product(flat_tokens(x), matrix, product_bias(bias, x.dtype))
+    return y.view(*x.shape[:-1], matrix.shape[0]), x.new_empty(0)
 
 
 def _linear_shapes(x, weight, bias, transposed):
@@ -194,15 +197,16 @@ def _linear_context(ctx, inputs, output):
 def _linear_backward(ctx, dy, _):
     if dy is None:
         return None, None, None, None
-    _once(dy)
+    first_derivative_only(dy)
     weight, x = ctx.saved_tensors
-    dy, dx = _rows(dy), None
+    dy, dx = flat_tokens(dy), None
     if ctx.needs_input_grad[0]:
-        dx = product(dy, _matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed).t()).view(ctx.x_shape)
-    return dx, *_weight_gradients(ctx, dy, x, ctx.transposed), None
+        matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype, ctx.transposed)
+        dx = product(dy, matrix.t()).view(ctx.x_shape)
+    return dx, *weight_gradients(ctx, dy, x, ctx.transposed), None
 
 
-_define(
+define_operator(
     "linear",
     "Tensor x, Tensor weight, Tensor? bias, bool transposed",
     _linear_forward,
@@ -225,23 +229,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bo
 def _miss_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, contiguous: bool, balanced: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    rows, D, bias = _rows(x), D.to(x.dtype), _bias(bias, x.dtype)
+    tokens, D, bias = flat_tokens(x), D.to(x.dtype), product_bias(bias, x.dtype)
     rank = D.shape[0] - balanced
-    s = shard_sum(rows, rank, contiguous, balanced)
+    s = shard_sum(tokens, rank, contiguous, balanced)
     if scale != 1:
         s[:, :rank].mul_(scale)
-    matrix = _matrix(weight, x.shape[-1], x.dtype)
+    matrix = product_matrix(weight, x.shape[-1], x.dtype)
     if D.shape[1] == len(matrix):
-        y = product_plus(rows, matrix, bias, s, D)
+        y = product_plus(tokens, matrix, bias, s, D)
     else:
         repeated = product(s, D.t()).repeat(1, -(-len(matrix) // D.shape[1]))[:, : len(matrix)]
-        y = product_onto(repeated.contiguous(), rows, matrix, bias)
+        y = product_onto(repeated.contiguous(), tokens, matrix, bias)
     return y.view(*x.shape[:-1], len(matrix)), s
 
 
 def _miss_shapes(x, weight, bias, D, contiguous, balanced, scale):
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, D.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], D.shape[0])
 
 
 def _miss_context(ctx, inputs, output):
@@ -254,25 +257,25 @@ def _miss_context(ctx, inputs, output):
 def _miss_backward(ctx, dy, _ds):
     if dy is None:
         return (None,) * 7
-    _once(dy)
+    first_derivative_only(dy)
     s, weight, D, x = ctx.saved_tensors
     contiguous, balanced, scale = ctx.shards
-    dy, dx, dD = _rows(dy), None, None
+    dy, dx, dD = flat_tokens(dy), None, None
     part = dy if D.shape[1] == dy.shape[1] else shard_sum(dy, D.shape[1])
     if ctx.needs_input_grad[0]:
         ds = product(part, D.to(dy.dtype))
         if scale != 1:
             ds[:, : len(D) - balanced].mul_(scale)
-        dx = product(dy, _matrix(weight, ctx.x_shape[-1], dy.dtype).t())
+        dx = product(dy, product_matrix(weight, ctx.x_shape[-1], dy.dtype).t())
         add_expanded_(dx, ds, contiguous, balanced)
         dx = dx.view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
         # the copy of S is small, and a GEMM without it 10 % slower
         dD = product(s.t().contiguous(), part.t()).to(D.dtype)
-    return dx, *_weight_gradients(ctx, dy, x), dD, None, None, None
+    return dx, *weight_gradients(ctx, dy, x), dD, None, None, None
 
 
-_define(
+define_operator(
     "miss_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool contiguous, bool balanced, float scale",
     _miss_forward,
@@ -334,17 +337,15 @@ def _lora_forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
-    h = product(dropped(rows, dropout, seed), A.to(x.dtype))
-    y = product_plus(
-        rows, _matrix(weight, x.shape[-1], x.dtype), _bias(bias, x.dtype), h, (scale * B).to(x.dtype).t()
-    )
+    tokens = flat_tokens(x)
+    h = product(dropped(tokens, dropout, seed), A.to(x.dtype))
+    matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
+    y = product_plus(tokens, matrix, bias, h, (scale * B).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
 def _lora_shapes(x, weight, bias, A, B, scale, dropout, seed):
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(rows, A.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], A.shape[0])
 
 
 def _lora_context(ctx, inputs, output):
@@ -359,29 +360,26 @@ def _lora_context(ctx, inputs, output):
 def _lora_backward(ctx, dy, _dh):
     if dy is None:
         return (None,) * 8
-    _once(dy)
+    first_derivative_only(dy)
     x, h, weight, A, B, seed = ctx.saved_tensors
-    dy, dx, dA, dB = _rows(dy), None, None, None
+    dy, dx, dA, dB = flat_tokens(dy), None, None, None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
         dh = product(dy, (ctx.scale * B).to(dy.dtype).t())
     if ctx.needs_input_grad[0]:
-        matrix = _matrix(weight, ctx.x_shape[-1], dy.dtype)
+        matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype)
         if seed is None:
             dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype)).view(ctx.x_shape)
         else:
-            dx = (
-                product(dy, matrix.t())
-                .add_(dropped(product(dh, A.to(dy.dtype).t()), ctx.dropout, seed))
-                .view(ctx.x_shape)
-            )
+            through_A = dropped(product(dh, A.to(dy.dtype).t()), ctx.dropout, seed)
+            dx = product(dy, matrix.t()).add_(through_A).view(ctx.x_shape)
     if ctx.needs_input_grad[3]:
-        dA = product(dh.t().contiguous(), dropped(_rows(x), ctx.dropout, seed).t()).to(A.dtype)
+        dA = product(dh.t().contiguous(), dropped(flat_tokens(x), ctx.dropout, seed).t()).to(A.dtype)
     if ctx.needs_input_grad[4]:
         dB = product(dy.t(), h.t()).mul_(ctx.scale).to(B.dtype)
-    return dx, *_weight_gradients(ctx, dy, x), dA, dB, None, None, None
+    return dx, *weight_gradients(ctx, dy, x), dA, dB, None, None, None
 
 
-_define(
+define_operator(
     "lora_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float dropout, Tensor? seed",
     _lora_forward,
@@ -433,16 +431,16 @@ def _columns_context(ctx, inputs, output):
 def _columns_backward(ctx, dy, _):
     if dy is None:
         return None, None, None
-    _once(dy)
+    first_derivative_only(dy)
     (x, factor), dx, dfactor = ctx.saved_tensors, None, None
     if ctx.needs_input_grad[0]:
         dx = (dy * factor).to(dy.dtype)
     if ctx.needs_input_grad[1]:
-        dfactor = _rows(dy * x).sum(0, dtype=factor.dtype)
-    return dx, dfactor, _rows(dy).sum(0) if ctx.needs_input_grad[2] else None
+        dfactor = flat_tokens(dy * x).sum(0, dtype=factor.dtype)
+    return dx, dfactor, flat_tokens(dy).sum(0) if ctx.needs_input_grad[2] else None
 
 
-_define(
+define_operator(
     "times_columns",
     "Tensor x, Tensor factor, Tensor? bias",
     _columns_forward,

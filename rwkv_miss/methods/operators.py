@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from ..functional import (
-    _bias,
-    _define,
-    _matrix,
-    _once,
-    _rows,
-    _weight_gradients,
     add_expanded_,
     add_repeated_,
     autocast,
+    define_operator,
+    first_derivative_only,
+    flat_tokens,
+    product_bias,
+    product_matrix,
     shard_sum,
+    weight_gradients,
 )
 from ..gemm import product, product_onto, product_plus
 
@@ -37,12 +37,13 @@ def output_shard_index(out: int, rank: int, device: torch.device | str | None = 
 
 
 def _expand_forward(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
-    h, y = product(rows, D.to(x.dtype)), rows.new_zeros(len(rows), weight.shape[0])
+    tokens = flat_tokens(x)
+    h = product(tokens, D.to(x.dtype))
+    y = tokens.new_zeros(len(tokens), weight.shape[0])
     shards = _output_shards(y, len(D))
     for shard, part in zip(shards, h.split([s.shape[1] for s in shards], 1), strict=True):
         add_repeated_(shard, part)
-    y = product_onto(y, rows, _matrix(weight, x.shape[-1], x.dtype), bias)
+    y = product_onto(y, tokens, product_matrix(weight, x.shape[-1], x.dtype), bias)
     return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
@@ -59,20 +60,19 @@ def _expand_context(ctx, inputs, output):
 def _expand_backward(ctx, dy, _):
     if dy is None:
         return None, None, None, None
-    _once(dy)
+    first_derivative_only(dy)
     x, weight, D = ctx.saved_tensors
-    dy, dx, dD = _rows(dy), None, None
+    dy, dx, dD = flat_tokens(dy), None, None
     dh = torch.cat([shard.sum(2) for shard in _output_shards(dy, len(D))], 1)
     if ctx.needs_input_grad[0]:
-        dx = product_plus(dy, _matrix(weight, x.shape[-1], dy.dtype).t(), None, dh, D.to(dy.dtype)).view(
-            x.shape
-        )
+        matrix = product_matrix(weight, x.shape[-1], dy.dtype)
+        dx = product_plus(dy, matrix.t(), None, dh, D.to(dy.dtype)).view(x.shape)
     if ctx.needs_input_grad[3]:
-        dD = product(dh.t().contiguous(), _rows(x).t()).to(D.dtype)
-    return dx, *_weight_gradients(ctx, dy, x), dD
+        dD = product(dh.t().contiguous(), flat_tokens(x).t()).to(D.dtype)
+    return dx, *weight_gradients(ctx, dy, x), dD
 
 
-_define(
+define_operator(
     "expand_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor D",
     _expand_forward,
@@ -92,15 +92,10 @@ def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> 
 def _vera_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
-    h = product(rows, A.to(x.dtype).contiguous())
-    y = product_plus(
-        rows,
-        _matrix(weight, x.shape[-1], x.dtype),
-        _bias(bias, x.dtype),
-        h,
-        (b.unsqueeze(1) * B * d).to(x.dtype).t(),
-    )
+    tokens = flat_tokens(x)
+    h = product(tokens, A.to(x.dtype).contiguous())
+    matrix, bias = product_matrix(weight, x.shape[-1], x.dtype), product_bias(bias, x.dtype)
+    y = product_plus(tokens, matrix, bias, h, (b.unsqueeze(1) * B * d).to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
 
@@ -118,18 +113,18 @@ def _vera_context(ctx, inputs, output):
 def _vera_backward(ctx, dy, _dh):
     if dy is None:
         return (None,) * 7
-    _once(dy)
+    first_derivative_only(dy)
     h, weight, A, B, d, b, x = ctx.saved_tensors
-    dy, dx = _rows(dy), None
+    dy, dx = flat_tokens(dy), None
     if ctx.needs_input_grad[0]:
         dh = product(dy, (b.unsqueeze(1) * B * d).to(dy.dtype).t())
-        matrix = _matrix(weight, ctx.x_shape[-1], dy.dtype)
+        matrix = product_matrix(weight, ctx.x_shape[-1], dy.dtype)
         dx = product_plus(dy, matrix.t(), None, dh, A.to(dy.dtype).contiguous()).view(ctx.x_shape)
     by_entry = product(dy.t(), h.t()).to(B.dtype).mul_(B)  # what every entry of B gives to the two vectors
-    return dx, *_weight_gradients(ctx, dy, x), None, None, b @ by_entry, by_entry @ d
+    return dx, *weight_gradients(ctx, dy, x), None, None, b @ by_entry, by_entry @ d
 
 
-_define(
+define_operator(
     "vera_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor d, Tensor b",
     _vera_forward,
@@ -149,22 +144,20 @@ def vera_linear(
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
-    """(N, in) as a batch of the blocks of columns that the matrices of D (in / r, r, r) belong to, a view (in
-    / r, N, r).
-    """
+    """x (N, in) in blocks of columns, one for each matrix of D (in / r, r, r): a view (in / r, N, r)."""
     return x.unflatten(1, D.shape[:2]).transpose(0, 1)
 
 
-def _bat_inputs(rows: Tensor, D: Tensor) -> Tensor:
+def _bat_inputs(tokens: Tensor, D: Tensor) -> Tensor:
     """(N, in): every block of r inputs multiplied by its matrix of D, (in / r, r, r)."""
-    return torch.bmm(_blocks(rows, D), D.transpose(1, 2)).transpose(0, 1).reshape(rows.shape)
+    return torch.bmm(_blocks(tokens, D), D.transpose(1, 2)).transpose(0, 1).reshape(tokens.shape)
 
 
-def _bat_change(weight: Tensor, D: Tensor, start: Tensor | None) -> Tensor:
-    """start + dW for D of (out / r, r, r); start is the weight, or None for dW alone. (out, in)."""
+def _bat_weight(weight: Tensor, D: Tensor, change_only: bool = False) -> Tensor:
+    """W + dW (out, in) for D of (out / r, r, r); `change_only`: dW."""
     rank = D.shape[1]
     blocks = weight.contiguous().view(len(D), -1, rank)  # those of r outputs below each other
-    changed = torch.bmm(blocks, D) if start is None else torch.baddbmm(blocks, blocks, D)
+    changed = torch.bmm(blocks, D) if change_only else torch.baddbmm(blocks, blocks, D)
     changed.view(len(D), rank, -1, rank).add_(D.unsqueeze(2))
     return changed.view(weight.shape)
 
@@ -172,21 +165,20 @@ def _bat_change(weight: Tensor, D: Tensor, start: Tensor | None) -> Tensor:
 def _bat_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool
 ) -> tuple[Tensor, Tensor]:
-    rows, matrix, D = _rows(x), _matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
-    bias = _bias(bias, x.dtype)
-    # in half precision what is small is kept apart: x and W are on the grid that their sums with it would be
-    # rounded to
+    tokens, matrix, D = flat_tokens(x), product_matrix(weight, x.shape[-1], x.dtype), D.to(x.dtype)
+    bias = product_bias(bias, x.dtype)
+    # in half precision x and W are not added to what is small: the sum would be rounded back to them
     half = x.dtype.itemsize < 4
     if by_row:  # the I of (W + I) D repeats the sum of all blocks of inputs over the outputs
-        moved = _bat_inputs(rows, D)
-        y = product(moved if half else rows + moved, matrix, None if half else bias)
+        moved = _bat_inputs(tokens, D)
+        y = product(moved if half else tokens + moved, matrix, None if half else bias)
         add_expanded_(y, shard_sum(moved, D.shape[1]))
         if half:
-            y = product_onto(y, rows, matrix, bias)
+            y = product_onto(y, tokens, matrix, bias)
     elif half:
-        y = product_onto(product(rows, _bat_change(matrix, D, None)), rows, matrix, bias)
+        y = product_onto(product(tokens, _bat_weight(matrix, D, change_only=True)), tokens, matrix, bias)
     else:
-        y = product(rows, _bat_change(matrix, D, matrix), bias)
+        y = product(tokens, _bat_weight(matrix, D), bias)
     return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
@@ -203,22 +195,22 @@ def _bat_context(ctx, inputs, output):
 def _bat_backward(ctx, dy, _):
     if dy is None:
         return (None,) * 5
-    _once(dy)
+    first_derivative_only(dy)
     x, weight, kept = ctx.saved_tensors
-    dy, rows, dx, dweight, dD = _rows(dy), _rows(x), None, None, None
-    matrix, D, rank = _matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
+    dy, tokens, dx, dweight, dD = flat_tokens(dy), flat_tokens(x), None, None, None
+    matrix, D, rank = product_matrix(weight, x.shape[-1], dy.dtype), kept.to(dy.dtype), kept.shape[1]
     if ctx.by_row:
         dx = product(dy, matrix.t())
         moved = dx.clone()  # the gradient of what the blocks were multiplied to
         add_expanded_(moved, shard_sum(dy, rank))
-        dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(rows, D))
+        dD = torch.bmm(_blocks(moved, D).transpose(1, 2), _blocks(tokens, D))
         dx += _bat_inputs(moved, D.transpose(1, 2))
         if ctx.needs_input_grad[1]:
-            dweight = product(dy.t(), (rows + _bat_inputs(rows, D)).t())
+            dweight = product(dy.t(), (tokens + _bat_inputs(tokens, D)).t())
     else:
         if ctx.needs_input_grad[0]:
-            dx = product(dy, _bat_change(matrix, D, matrix).t())
-        whole = product(dy.t(), rows.t())
+            dx = product(dy, _bat_weight(matrix, D).t())
+        whole = product(dy.t(), tokens.t())
         dD = torch.bmm(
             matrix.contiguous().view(len(D), -1, rank).transpose(1, 2), whole.view(len(D), -1, rank)
         )
@@ -234,7 +226,7 @@ def _bat_backward(ctx, dy, _):
     )
 
 
-_define(
+define_operator(
     "bat_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor D, bool by_row",
     _bat_forward,
