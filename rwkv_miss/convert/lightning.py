@@ -23,7 +23,7 @@ from ..adapter import METHODS
 from ..errors import UserError
 from ..files.checkpoint import is_finite, memory, read_metadata, write_checkpoint
 from ..files.output import write_folder, write_text
-from ..methods.miss import Options
+from ..methods.miss_variants import Options
 from .base import adapted_layers, linear_shapes, sha256
 from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source
@@ -281,9 +281,10 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
         if getattr(options, name) != value:
             raise UserError(f"rwkv_lightning's MiSS has no {name}={getattr(options, name)}; {WAY_OUT}")
     with torch.no_grad():
-        return {
-            name: layer.scale * layer.low_rank()[1].contiguous() for name, layer in adapted_layers(adapter)
-        }
+        for name, layer in adapted_layers(adapter):
+            _, D = layer.low_rank()
+            found[name] = options.at(name).shard_scale(layer.in_features) * D.contiguous()
+    return found
 
 
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 
 from ..convert import Hints
 from ..errors import Parser, printable
-from ..methods.miss import CHOICES
+from ..methods.miss_variants import CHOICES
 from .diff import diff_files
 from .merge import DTYPES, merge_file
 from .rounding import ROWS

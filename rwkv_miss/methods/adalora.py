@@ -20,10 +20,12 @@ TRAINED = ("lora_A", "lora_E", "lora_B")
 class Options(ScaledOptions):
     """rank: what is left of the linears' ranks in the mean; with `rank_map` these are added up.
 
-    init_rank: the rank that a linear begins with (0: 1.5 rank), or its smaller width where that is less;
-    alpha / init_rank is the factor. tinit, tfinal: optimizer steps before the first and after the last
-    pruning (-1: 10 and 30 % of all); delta_t: those between two. beta1, beta2: smoothing of sensitivity and
-    of its uncertainty. orth: weight of the penalty on factors that are not orthogonal.
+    init_rank: the rank that a linear begins with, at most its smaller width. 0: 1.5 rank. The factor is
+    alpha / init_rank.
+    tinit, tfinal: optimizer steps before the first and after the last pruning. -1: 10 and 30 % of all.
+    delta_t: optimizer steps between two prunings.
+    beta1, beta2: smoothing of sensitivity and of its uncertainty.
+    orth: weight of the penalty on factors that are not orthogonal.
     """
 
     init_rank: int = 0
@@ -71,8 +73,8 @@ class Options(ScaledOptions):
 
 
 def budget(step: int, total: int, first: int, last: int, options: Options) -> int:
-    """Singular values of all linears that are left after step `step` (1-based) of `total`: cubic from `first`
-    to `last` (equation 12).
+    """How many singular values of all linears are left after step `step` (1-based) of `total`: cubic from
+    `first` to `last` (equation 12).
     """
     begin, end = pruning_steps(total, options)
     if step >= end:
@@ -91,18 +93,18 @@ def pruning_steps(total: int, options: Options) -> tuple[int, int]:
 
 @register("adalora")
 class AdaLoraLinear(LoraLinear):
-    """dW = scale P diag(E) Q with P = `lora_B` (out, r), Q = `lora_A` (r, in), both N(0, 0.02), and the
-    singular values E = `lora_E` (r), zero.
+    """dW = scale P diag(E - offset) Q with P = `lora_B` (out, r), Q = `lora_A` (r, in), E = `lora_E` (r).
+
+    P and Q start as N(0, 0.02), the singular values E at zero; all are fp32.
 
     Every delta_t steps the singular values of the least important triplets become zero, over all linears
-    alike: those of the lowest s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity
-    |w dL/dw| times its smoothed uncertainty (equations 8 to 11). They are trained on, so that a triplet may
-    come back until the last pruning; after that the pruned ones stay zero.
+    alike. Importance: s(E_i) + mean_j s(P_ji) + mean_j s(Q_ij), where s is the smoothed sensitivity |w dL/dw|
+    times its smoothed uncertainty (equations 8 to 11). Pruned triplets are trained on and may come back until
+    the last pruning.
 
-    What is zero is E - `offset`: a pruning sets the offset to E. The optimizer's parameter is not written to:
-    ZeRO and loss scaling keep copies of it, which would write it back. All ranks see the same reduced
-    gradients and make the same offsets and averages, each by itself. The file has E and offset; the averages
-    are buffers that only a run's checkpoint keeps.
+    A pruning sets `offset` (r) to E and does not write to E: ZeRO and loss scaling keep copies of a
+    parameter, which would write it back. All ranks see the same reduced gradients, so each computes the same
+    offsets and averages. The file has E and offset; only a run's checkpoint keeps the averages.
     """
 
     Options = Options
@@ -149,21 +151,15 @@ class AdaLoraLinear(LoraLinear):
             return None
         terms = []
         for layer in layers:
-            # not by their names: ZeRO-3 keeps whole, until the step is over, what is looked up by name
-            # outside of its own layer
+            # not by name: what is looked up so, ZeRO-3 keeps whole until the step is over
             A, _, B = layer.trained().values()
             with gather([A, B]):
-                for rows in (
-                    A.clone(),
-                    B.t().clone(),
-                ):  # the parameters themselves may be shared out when the backward comes
-                    with without_autocast(rows.device):
-                        product = rows @ rows.t()
-                    terms.append(
-                        torch.linalg.matrix_norm(
-                            product - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
-                        )
-                    )
+                # copies: the parameters may be shared out again when the backward comes
+                for factor in (A.clone(), B.t().clone()):  # (r, in) and (r, out)
+                    with without_autocast(factor.device):
+                        product = factor @ factor.t()
+                    identity = torch.eye(len(factor), device=factor.device, dtype=factor.dtype)
+                    terms.append(torch.linalg.matrix_norm(product - identity))
         return options.orth * torch.stack(terms).mean()
 
     @classmethod
@@ -204,13 +200,8 @@ class AdaLoraLinear(LoraLinear):
         if step < end and (step <= begin or step % options.delta_t):
             return
         scores = torch.cat([layer.importance() for layer in layers])
-        left = budget(
-            step,
-            total,
-            len(scores),
-            sum(min(layer.options.rank, len(layer.offset)) for layer in layers),
-            options,
-        )
+        last = sum(min(layer.options.rank, len(layer.offset)) for layer in layers)
+        left = budget(step, total, len(scores), last, options)
         kept = torch.zeros_like(scores, dtype=torch.bool)
         kept[scores.argsort(descending=True, stable=True)[:left]] = True
         for layer, mine in zip(layers, kept.split([len(layer.offset) for layer in layers]), strict=True):

@@ -19,9 +19,10 @@ ORDERS = ("col", "row")
 
 @dataclasses.dataclass(frozen=True)
 class Options(adapter.Options):
-    """rank r, the width of a block, and order: "col", one r x r matrix for every r outputs (HF peft's), or
-    "row", for every r inputs (RWKV-PEFT's, once called Bone). For a square linear the tensors look alike, so
-    an adapter file tells which one it is.
+    """rank r, the width of a block.
+
+    order: "col", one r x r matrix for every r outputs (HF peft's), or "row", one for every r inputs
+    (RWKV-PEFT's, once called Bone). For a square linear the tensors look alike, so the file tells the order.
     """
 
     order: str = "col"
@@ -34,10 +35,10 @@ class Options(adapter.Options):
 
 @register("bat")
 class BatLinear(AdapterLinear):
-    """dW[a, b] = (W[a, b] + I) D[a] for the r x r blocks of W, or D[b] with the order "row". D = `bat`, (out
-    / r, r, r) or (in / r, r, r), fp32, zero at the start.
+    """dW[a, b] = (W[a, b] + I) D[a] for the r x r blocks of W, with D = `bat` (out / r, r, r).
 
-    r out numbers, MiSS's, at the same rank; r in with the order "row".
+    With the order "row" it is D[b], and D is (in / r, r, r). D is fp32 and starts at zero. r out numbers, as
+    MiSS has at the same rank; r in with the order "row".
     """
 
     Options = Options

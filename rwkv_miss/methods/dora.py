@@ -15,13 +15,14 @@ from .lora import LoraLinear, Options
 
 @register("dora")
 class DoraLinear(LoraLinear):
-    """W + dW = m V / ||V|| row by row with V = W + scale B A, m = `magnitude` (out), fp32, the norms of W's
-    rows at the start, and LoRA's A and B.
+    """W + dW = m V / ||V|| row by row, V = W + scale B A, with LoRA's A and B and m = `magnitude` (out).
 
-    The gradient takes the norms for constants (section 4.3). They follow from ||w||^2 + 2 scale <w, b A> +
-    scale^2 ||b A||^2 for the rows w of W and b of B, without V; under a base quantised afterwards ||w||^2 is
-    still that of the file. Kept for the backward: what LoRA keeps, and x V^T. With dropout the left-out
-    numbers are those of A's input, as in LoRA; the norms know nothing of it.
+    m is fp32 and starts as the norms of W's rows. The gradient takes ||V|| for a constant (section 4.3). It
+    follows without V: ||w||^2 + 2 scale <w, b A> + scale^2 ||b A||^2 for the rows w of W and b of B. Where
+    the base is quantised afterwards, ||w||^2 is still that of the file.
+
+    The backward keeps what LoRA keeps, and x V^T. Dropout is that of A's input, as in LoRA; the norms are
+    without it.
     """
 
     # default_lr is LoRA's: A and B begin as there, with the same gradients

@@ -19,14 +19,15 @@ from ..functional import lora_linear
 class ScaledOptions(adapter.Options):
     """rank r and what all methods with factors A and B share.
 
-    alpha: the update is scaled by alpha / r, or with `rslora` by alpha / sqrt(r), which keeps the size of the
-    activations when r grows (arXiv 2312.03732). 0: 2 r, as in the MiSS paper's Table 7; with rslora 16, the
-    same factor at rank 64. dropout: the probability that a number of the adapter's input is left out, in
-    training only.
+    alpha: the update is scaled by alpha / r. 0: 2 r, as in the MiSS paper's Table 7.
 
-    With `rank_map` every linear has the factor alpha / r of the others, whatever its rank; with rslora it has
-    their alpha, and so the factor that belongs to its rank: to fit all ranks is what rsLoRA is for.
-    `alpha_map` gives linears an alpha of their own, by parts of their names.
+    rslora: the update is scaled by alpha / sqrt(r), which keeps the size of the activations when r grows
+    (arXiv 2312.03732). alpha 0 is then 16, the same factor at rank 64.
+
+    dropout: the probability that a number of the adapter's input is left out, in training only.
+
+    alpha_map: linears with an alpha of their own, by parts of their names. A linear of rank_map keeps the
+    factor alpha / r of the others; with rslora it keeps their alpha.
     """
 
     alpha: float = 0.0
@@ -106,14 +107,11 @@ def check_rank(layer: AdapterLinear, rank: int) -> None:
 
 @register("lora")
 class LoraLinear(AdapterLinear):
-    """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; both
-    fp32.
-    """
+    """dW = scale B A with A = `lora_A` (r, in), Kaiming uniform, and B = `lora_B` (out, r), zero; fp32."""
 
     Options = Options
-    default_lr = (
-        2e-4  # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
-    )
+    # ten times MiSS's: at equal rates LoRA moves W by about a tenth as much (arXiv 2602.04998)
+    default_lr = 2e-4
 
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)

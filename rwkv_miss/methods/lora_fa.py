@@ -8,16 +8,14 @@ from .lora import LoraLinear, ScaledOptions
 
 @register("lora_fa")
 class LoraFALinear(LoraLinear):
-    """LoRA whose A = `lora_A` stays what it is at the start. Only B is trained, so that for the backward x
-    A^T is kept and not x.
+    """dW = scale B A as in LoRA. A = `lora_A` (r, in) is frozen, B = `lora_B` (out, r) is trained.
 
-    The file holds A as well: a random matrix that follows from a seed could be another one in another version
-    of torch.
+    The backward keeps x A^T and not x. The file holds A too: from its seed another version of torch could
+    make another A.
     """
 
     Options = ScaledOptions
-    # default_lr is LoRA's: while B is near zero A has no gradient to speak of there either, and B the same
-    # one
+    # default_lr is LoRA's: there, too, A hardly moves while B is near zero
 
     def setup(self, options: ScaledOptions) -> None:
         super().setup(options)

@@ -16,22 +16,21 @@ from ..functional import add_expanded_, miss_linear, shard_index
 
 @register("mora")
 class MoraLinear(AdapterLinear):
-    """dW[o, i] = M[i mod q, o mod q] with the square M = `mora` (q, q), q = floor(sqrt(rank (in + out))),
-    fp32, zero at the start.
+    """dW[o, i] = M[i mod q, o mod q] with M = `mora` (q, q), fp32, zero at the start.
+
+    q = floor(sqrt(rank (in + out))), so that q^2 is LoRA's count at this rank. MiSS's, r out, is reached at
+    rank r out / (in + out).
 
     The paper's sharing form (type 1): the input is folded into q sums, M maps them to q numbers, and these
-    are repeated over the outputs. It is MiSS of rank q with mini_r q. It has LoRA's count at this rank (q^2,
-    rounded down), and MiSS's, r out, at rank r out / (in + out).
+    repeat over the outputs. It is MiSS of rank q with mini_r q.
     """
 
     Options = adapter.Options
     default_lr = 2e-5  # MiSS's: a step of Adam moves every entry of W by the learning rate, as there
 
     def setup(self, options: adapter.Options) -> None:
-        size, smaller = (
-            math.isqrt(options.rank * (self.in_features + self.out_features)),
-            min(self.in_features, self.out_features),
-        )
+        size = math.isqrt(options.rank * (self.in_features + self.out_features))
+        smaller = min(self.in_features, self.out_features)
         if size > smaller:
             most = smaller**2 // (self.in_features + self.out_features)
             raise UserError(
@@ -46,12 +45,8 @@ class MoraLinear(AdapterLinear):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         size = len(self.mora)
-        folds = (
-            F.one_hot(shard_index(self.in_features, size, device=self.mora.device), size)
-            .t()
-            .to(self.mora.dtype)
-        )
-        return folds, self._columns().t()
+        folds = F.one_hot(shard_index(self.in_features, size, device=self.mora.device), size)
+        return folds.t().to(self.mora.dtype), self._columns().t()
 
     def delta(self) -> Tensor:
         return self._columns()[shard_index(self.in_features, len(self.mora), device=self.mora.device)].t()

@@ -15,12 +15,12 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank r of every linear, from as many numbers as LoRA of rank `budget` e would have (0: a quarter of r,
-    at least 1).
+    """rank r of every linear.
 
-    shards: the parts l that a row of A and a column of B are put together from. private: the ranks of the
-    budget that every linear has for itself (-1: a quarter of e); the shards of all others are in pools that
-    all linears of a width draw from.
+    budget e: all linears together have as many numbers as LoRA of this rank. 0: a quarter of r, at least 1.
+    shards l: how many parts a row of A and a column of B are put together from.
+    private: the ranks of the budget that every linear has for itself. -1: a quarter of e. The others are in
+    pools, from which all linears of a width draw.
     """
 
     budget: int = 0
@@ -46,14 +46,16 @@ class Options(ScaledOptions):
 
 @register("mos")
 class MosLinear(LoraLinear):
-    """dW = scale B A. Of A the rows beside the private ones, `mos_A_private` (p, in), are l shards each of
-    the pool `mos_A` (shards, in / l) of all linears with as many inputs, at the places `mos_A_index` (r - p,
-    l); B's columns likewise, at places of their own (the paper's pair dissociation), `mos_B_private` (out,
-    p), `mos_B` (shards, out / l) and `mos_B_index`.
+    """dW = scale B A, with r - p ranks out of shared pools and p private ones. All fp32.
 
-    The places are drawn once, every shard as often as the others; the file has them. A starts Kaiming
-    uniform, B at zero; all are fp32. Where l does not divide a width, the last shard is cut off. All linears
-    together have e (in + out) numbers each: MiSS's, R out, at e = R out / (in + out).
+    A: every shared row is l shards of the pool `mos_A` (shards, in / l), at the places `mos_A_index` (r - p,
+    l). The private rows are `mos_A_private` (p, in). A starts Kaiming uniform.
+    B: likewise its columns, from `mos_B` (shards, out / l) at places of their own, `mos_B_index`, and
+    `mos_B_private` (out, p). B starts at zero.
+
+    The places are drawn once, every shard as often as the others, and are in the file. Where l does not
+    divide a width, the last shard is cut off. e (in + out) numbers a linear: MiSS's, R out, at
+    e = R out / (in + out).
     """
 
     Options = Options

@@ -14,16 +14,16 @@ from ..functional import lora_linear
 from . import lora
 from .lora import LoraLinear
 
-# directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, section 4.2: 5 or
-# 10)
+# directions that a randomised SVD looks at beyond the rank (Halko et al., arXiv 0909.4061, 4.2: 5 or 10)
 OVERSAMPLING = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(lora.Options):
-    """Those of LoRA, with alpha 0 for the factor 1, as in the paper. niter: subspace iterations of a
-    randomised SVD, whose numbers come from torch's generator; 0: the exact SVD, which takes 24 times as long
-    at a width of 2048 (1.8 s on one core), and more the wider the layer.
+    """Those of LoRA. alpha 0 stands for the factor 1, as in the paper.
+
+    niter: subspace iterations of a randomised SVD, whose numbers come from torch's generator. 0: the exact
+    SVD. At a width of 2048 it takes 24 times as long (1.8 s on one core), and more in wider layers.
     """
 
     niter: int = 4
@@ -41,8 +41,9 @@ class Options(lora.Options):
 
 
 def principal_part(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
-    """(B0, A0): their product is the part of `weight` (out, in) fp32 with its `rank` largest singular values,
-    which both have the roots of.
+    """(B0 (out, r), A0 (r, in)): B0 A0 is the part of `weight` with its `rank` largest singular values.
+
+    weight: (out, in) fp32. Both factors have the roots of the singular values.
     """
     if niter:
         u, s, v = torch.svd_lowrank(weight, min(rank + OVERSAMPLING, *weight.shape), niter)
@@ -55,22 +56,21 @@ def principal_part(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tenso
 
 @register("pissa")
 class PissaLinear(LoraLinear):
-    """dW = scale (B A - B0 A0), where scale B0 A0 is the principal part of W, and A = `lora_A` (r, in), B =
-    `lora_B` (out, r) start as A0 and B0.
+    """dW = scale (B A - B0 A0), where scale B0 A0 is the principal part of W.
 
-    W - scale B0 A0 takes the place of the frozen weight, in memory of its own and in W's dtype; so a step
-    costs what LoRA's does. The file keeps A0 and B0 = `initial_A`, `initial_B`, and a merge needs nothing
-    else. In fp32 a fresh adapter changes the output by rounding alone. In bf16 and fp16 the residual is
-    rounded, as W was: the output moves by about the rounding error of W itself, and a merge, which starts
-    from the file's W, does not have it. A base that is quantised afterwards has small residuals in its few
-    bits instead of W (QPiSSA).
+    A = `lora_A` (r, in) and B = `lora_B` (out, r) start as A0 and B0, all fp32. The file keeps A0 and B0 as
+    `initial_A` and `initial_B`; a merge needs nothing else.
+
+    W - scale B0 A0 takes the place of the frozen weight, in memory of its own and in W's dtype. So a step
+    costs what LoRA's does. In bf16 and fp16 this residual is rounded, and a fresh adapter moves the output by
+    about the rounding error of W. A merge starts from the file's W and does not have it. Of a base that is
+    quantised afterwards the residual is quantised, not W (QPiSSA).
     """
 
     Options = Options
     constants = ("initial_A", "initial_B")
     decays = False  # at zero they leave W - B0 A0
-    # the paper's, and Table 7's of the MiSS paper: A and B are large from the start, and both get their whole
-    # gradients
+    # the paper's, and the MiSS paper's (Table 7): A and B are large from the start
     default_lr = 2e-5
 
     def setup(self, options: Options) -> None:

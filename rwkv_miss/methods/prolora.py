@@ -14,8 +14,10 @@ from .lora import LoraLinear, ScaledOptions, check_rank
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """rank r, of which `unshared` ranks are LoRA's (-1: an eighth), and of the others only one of `shares`
-    parts of A and B is trained.
+    """rank r.
+
+    unshared u: how many of the ranks are plain LoRA's. -1: an eighth.
+    shares m: of the other ranks one of m parts of A and B is trained.
     """
 
     unshared: int = -1
@@ -38,13 +40,15 @@ class Options(ScaledOptions):
 
 @register("prolora")
 class ProloraLinear(LoraLinear):
-    """dW = scale B A, where A's shared ranks are the columns of `prolora_A0` (r - u, in / m) m times side by
-    side, each time rotated by (r - u) / m ranks more, B's those of `prolora_B0` (out / m, r - u) below each
-    other, and u ranks stand apart in `prolora_A` (u, in) and `prolora_B` (out, u).
+    """dW = scale B A, where r - u ranks of A and B are m rotated copies of a part. All fp32.
 
-    A starts Kaiming uniform, by the whole input width (the paper's rectified initialisation), B at zero; all
-    are fp32. Where m does not divide a width, the last copy is cut off. (u + (r - u) / m) (in + out) numbers:
-    MiSS's, R out, at u + (r - u) / m = R out / (in + out).
+    A: `prolora_A0` (r - u, in / m) m times side by side, each copy rotated by (r - u) / m ranks more, and the
+    unshared `prolora_A` (u, in). A starts Kaiming uniform, by the whole input width (the paper's rectified
+    initialisation).
+    B: likewise `prolora_B0` (out / m, r - u), below each other, and `prolora_B` (out, u). B starts at zero.
+
+    Where m does not divide a width, the last copy is cut off. (u + (r - u) / m) (in + out) numbers: MiSS's,
+    R out, at u + (r - u) / m = R out / (in + out).
     """
 
     Options = Options
@@ -53,20 +57,14 @@ class ProloraLinear(LoraLinear):
     def setup(self, options: Options) -> None:
         check_rank(self, options.rank)
         self.scale, self.dropout, self.shares = options.scale, options.dropout, options.shares
-        width, out, unshared, shared = (
-            self.in_features,
-            self.out_features,
-            options.unshared,
-            options.rank - options.unshared,
-        )
+        width, out = self.in_features, self.out_features
+        unshared, shared = options.unshared, options.rank - options.unshared
 
         def make(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, device=self.weight.device))
 
-        self.prolora_A0, self.prolora_B0 = (
-            make(shared, -(-width // self.shares)),
-            make(-(-out // self.shares), shared),
-        )
+        self.prolora_A0 = make(shared, -(-width // self.shares))
+        self.prolora_B0 = make(-(-out // self.shares), shared)
         starting = [self.prolora_A0]
         if unshared:
             self.prolora_A, self.prolora_B = make(unshared, width), make(out, unshared)

@@ -20,9 +20,7 @@ class Options(adapter.NoOptions):
 
 @register("state")
 class StateTuning(AdapterMethod):
-    """`blocks.i.att.time_state` (H, N, N), fp32, zero at the start, or what a base with a state brings
-    along.
-    """
+    """S_0 of every layer = `blocks.i.att.time_state` (H, N, N), fp32, zero or the base's own at the start."""
 
     Options = Options
     adapts_linears = False

@@ -23,18 +23,17 @@ class Options(adapter.Options):
 
 @register("vera")
 class VeraLinear(AdapterLinear):
-    """dW = diag(b) B diag(d) A. Trained are d = `vera_lambda_d` (r) and b = `vera_lambda_b` (out), zero at
-    the start, both fp32; A = `vera_A` (r, largest in) and B = `vera_B` (largest out, r) are random and stay,
-    one pair for all linears, which use the first columns and rows.
+    """dW = diag(b) B diag(d) A, where d = `vera_lambda_d` (r) and b = `vera_lambda_b` (out) are trained.
 
-    out + r numbers a linear: MiSS's r out are far beyond any rank, so at its largest useful rank VeRA still
-    has fewer.
+    Both are fp32, and b starts at zero. A = `vera_A` (r, largest in) and B = `vera_B` (largest out, r) are
+    random and frozen. All linears share this pair, and use its first columns and rows.
+
+    out + r numbers a linear. No useful rank has as many as MiSS, r out.
     """
 
     Options = Options
-    default_lr = (
-        4e-3  # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
-    )
+    # the paper's for instruction tuning, ten times its LoRA's: the vectors scale what is random
+    default_lr = 4e-3
     shared = ("vera_A", "vera_B")
 
     @classmethod
