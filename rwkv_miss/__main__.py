@@ -97,7 +97,8 @@ class Version(argparse.Action):
         parser.exit()
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags."""
     parser = Parser("rwkv-miss", description="Merge, convert and inspect RWKV checkpoints and adapters.")
     parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -138,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        args = parse(argv)
+        args = arguments(argv)
         if hasattr(args, "run"):
             args.run(args)
         elif args.command == "convert":

@@ -25,14 +25,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-BLOCK = 64
+BLOCK_SIZE = 64
 SCALE_BYTES = 2
 # bytes of a block without its scale
-CODES = {"int8": BLOCK, "nf4": BLOCK // 2}
-DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-# quantiles of a normal distribution, scaled to -1 and 1, with an exact zero: 8 values below and with it, 8
-# above
+CODES = {"int8": BLOCK_SIZE, "nf4": BLOCK_SIZE // 2}
+CODE_DTYPES = {"int8": torch.int8, "nf4": torch.uint8}
+KINDS = {dtype: kind for kind, dtype in CODE_DTYPES.items()}
+# quantiles of a normal distribution, scaled to -1 and 1: 7 below zero, an exact zero, 8 above
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -51,28 +50,28 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-AT_ONCE = 1 << 18  # weights that are worked on at one time: their fp32 copies take no memory to speak of
+WEIGHTS_AT_ONCE = 1 << 18  # their fp32 copies take a megabyte each
 
 
 def row_bytes(kind: str, width: int) -> int:
-    return -(-width // BLOCK) * (CODES[kind] + SCALE_BYTES)
+    return -(-width // BLOCK_SIZE) * (CODES[kind] + SCALE_BYTES)
 
 
 def empty(kind: str, out: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """The tensor of a quantised weight (out, width), without values."""
-    return torch.empty(out, row_bytes(kind, width), dtype=DTYPES[kind], device=device)
+    return torch.empty(out, row_bytes(kind, width), dtype=CODE_DTYPES[kind], device=device)
 
 
 def quantise(weight: Tensor, kind: str) -> Tensor:
     """A floating-point weight (out, in) -> the quantised one, every weight by its nearest code."""
     out, width = weight.shape
     quantised = empty(kind, out, width, weight.device)
-    rows = max(1, AT_ONCE // width)
-    for part, into in zip(weight.split(rows), quantised.split(rows), strict=True):
+    rows_at_once = max(1, WEIGHTS_AT_ONCE // width)
+    for part, into in zip(weight.split(rows_at_once), quantised.split(rows_at_once), strict=True):
         codes, scales = _codes_and_scales(into)
         scales = scales.view(torch.bfloat16)
-        blocks = nn.functional.pad(part.float(), (0, scales.shape[1] * BLOCK - width)).unflatten(
-            1, (-1, BLOCK)
+        blocks = nn.functional.pad(part.float(), (0, scales.shape[1] * BLOCK_SIZE - width)).unflatten(
+            1, (-1, BLOCK_SIZE)
         )
         largest = blocks.abs().amax(2)
         scales.copy_(largest if kind == "nf4" else largest / 127)
@@ -109,8 +108,8 @@ def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     device.
     """
     weight = unfilled(quantised, width, dtype)
-    rows = max(1, AT_ONCE // width)
-    for part, into in zip(quantised.split(rows), weight.split(rows), strict=True):
+    rows_at_once = max(1, WEIGHTS_AT_ONCE // width)
+    for part, into in zip(quantised.split(rows_at_once), weight.split(rows_at_once), strict=True):
         into.copy_(_expand_rows(part, width, torch.promote_types(dtype, torch.float32)))
     return weight
 
@@ -119,11 +118,11 @@ def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
     codes, scales = _codes_and_scales(quantised)
     # copied, because a part of another tensor may hold them apart or at an odd address
     scales = scales.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
-    if quantised.dtype == DTYPES["nf4"]:
+    if quantised.dtype == CODE_DTYPES["nf4"]:
         pairs = nf4_pairs(quantised.device, exact).index_select(0, codes.int().flatten())
-        values = torch.view_as_real(pairs).view(*scales.shape, BLOCK)
+        values = torch.view_as_real(pairs).view(*scales.shape, BLOCK_SIZE)
     else:
-        values = codes.to(exact).reshape(*scales.shape, BLOCK)
+        values = codes.to(exact).reshape(*scales.shape, BLOCK_SIZE)
     return values.mul_(scales.to(exact).unsqueeze(2)).flatten(1)[:, :width]
 
 
@@ -133,7 +132,7 @@ def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """
     kind = KINDS.get(quantised.dtype)
     if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
-        expected = " or ".join(f"{DTYPES[name]} (out, {row_bytes(name, width)})" for name in CODES)
+        expected = " or ".join(f"{CODE_DTYPES[name]} (out, {row_bytes(name, width)})" for name in CODES)
         raise ValueError(
             f"dequantise: the quantised weight is {quantised.dtype} {tuple(quantised.shape)}; expected"
             f" {expected} for rows of {width} weights, 1 or more"

@@ -518,7 +518,7 @@ def test_other_peoples_files(tmp_path, zipped):
     ],
 )
 def test_check_finite_names_the_tensor(dtype, value):
-    bad = torch.zeros(files.BLOCK + 5)  # in the last element of the second block
+    bad = torch.zeros(files.PIECE + 5)  # in the last element of the second block
     bad[-1] = value
     good = {"good": torch.full((3, 3), 400.0).to(dtype), "int": torch.arange(3), "empty": torch.zeros(0)}
     check_finite(good)

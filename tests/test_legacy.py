@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rwkv_miss import METHODS, UserError
-from rwkv_miss.__main__ import parse as parse_merge
+from rwkv_miss.__main__ import arguments as parse_merge
 from rwkv_miss.methods.whole_tensors import split_parts
 from src.config import legacy, parse
 from src.config.adapter_options import AdapterOptions

@@ -16,7 +16,7 @@ from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear, lora_linear, miss_linear
 from rwkv_miss.inject import adapter_tensors
-from rwkv_miss.quantised import BLOCK, CODES, NF4, dense, empty, expand, quantise
+from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
 from scripts.ptxas_report import compile_report
 from src.config import Config, parse
 from src.model import RWKV, read_model_file
@@ -41,8 +41,8 @@ def weights(shape, seed=0):
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator) * torch.logspace(-6, 3, shape[0]).unsqueeze(1)
-    weight[:, BLOCK:] *= 0.01
-    weight[0, :BLOCK] = 0
+    weight[:, BLOCK_SIZE:] *= 0.01
+    weight[0, :BLOCK_SIZE] = 0
     if shape[0] > 1:
         weight[1] = 1.3e-38 * torch.rand(shape[1], generator=generator)
     return weight
@@ -93,8 +93,13 @@ def test_every_weight_has_its_nearest_code(kind, shape):
     assert quantised.dtype == empty(kind, *shape).dtype and quantised.shape == empty(kind, *shape).shape
     codes, scales = decoded(quantised, shape[1])
     assert np.isfinite(scales).all()
-    largest = torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(2)
-    largest = largest.repeat_interleave(BLOCK, 1)[:, : shape[1]].double().numpy()
+    largest = (
+        torch.nn.functional.pad(weight, (0, -shape[1] % BLOCK_SIZE))
+        .unflatten(1, (-1, BLOCK_SIZE))
+        .abs()
+        .amax(2)
+    )
+    largest = largest.repeat_interleave(BLOCK_SIZE, 1)[:, : shape[1]].double().numpy()
     # of the block, and in bf16
     assert (
         abs(scales * (127 if kind == "int8" else 1) - largest) <= 2.0**-8 * largest + 127 * 2.0**-134

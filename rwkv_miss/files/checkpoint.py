@@ -32,7 +32,7 @@ ARCHIVE = "archive"
 METADATA = "rwkv_miss.json"
 RUN_FORMAT = "rwkv-miss checkpoint"  # what a run goes on from
 ALIGNMENT = 64  # of every tensor in the file, as torch does, so that a mapped tensor can be used in place
-BLOCK = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
+PIECE = 1 << 18  # bytes or elements handled at once, so that a second pass finds them in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,12 +257,12 @@ def _write_record(archive: zipfile.ZipFile, name: str, data: memoryview) -> None
     # zipfile's own rule; the header's length depends on it
     zip64 = info.file_size * 1.05 > zipfile.ZIP64_LIMIT
     # an extra field of type "FB", which torch uses and readers skip, moves the data to the next multiple
-    start = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
-    padding = -start % ALIGNMENT
+    place = archive.fp.tell() + len(info.FileHeader(zip64)) + 4
+    padding = -place % ALIGNMENT
     info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(info, "w") as record:
-        for start in range(0, len(data), BLOCK):
-            record.write(data[start : start + BLOCK])
+        for begin in range(0, len(data), PIECE):
+            record.write(data[begin : begin + PIECE])
 
 
 class _Storage(tuple):
@@ -308,7 +308,7 @@ def memory(tensor: Tensor) -> memoryview:
 
 def blocks(tensor: Tensor) -> Iterator[Tensor]:
     """The elements in order, as 1-D pieces small enough to stay in the cache."""
-    return iter(tensor.reshape(-1).split(BLOCK))
+    return iter(tensor.reshape(-1).split(PIECE))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -59,8 +59,8 @@ def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name!r} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         tensor = tensor.detach().cpu().contiguous()
         data = memory(tensor)
-        for start in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
-            digest.update(data[start : start + SAMPLE])
+        for begin in range(0, len(data), max(SAMPLE, len(data) // SAMPLES)):
+            digest.update(data[begin : begin + SAMPLE])
     return digest.hexdigest()
 
 

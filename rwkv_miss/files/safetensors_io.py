@@ -16,7 +16,7 @@ from .checkpoint import memory
 from .output import whole_file
 from .untrusted import LARGEST_JSON, first_bytes
 
-DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -72,22 +72,21 @@ def write_safetensors(
     """Write tensors bit for bit, whole or not at all, with texts in the header. UserError for a dtype that
     the format lacks.
     """
-    # the wide ones first, so that each is aligned, and by their names, in whose order they are read: a copy
-    # is the same file
+    # the wide ones first, so that each is aligned; then by name, so that a copy is the same file
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise UserError(
                 f"{path} can't be written: {name} is {tensor.dtype}; safetensors has"
-                f" {', '.join(DTYPES.values())}"
+                f" {', '.join(DTYPE_NAMES.values())}"
             )
-        start, end = end, end + tensor.nbytes
+        begin, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)

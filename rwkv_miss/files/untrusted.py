@@ -18,20 +18,17 @@ from torch import Tensor
 
 from ..errors import UserError
 
-# bytes of a pickle; those of real files have a hundred or two for each tensor, and torch takes a second for a
-# megabyte
+# bytes of a pickle: real ones have 100 to 200 for each tensor, and torch takes a second for a megabyte
 LARGEST_INDEX = 1 << 22
 LARGEST_JSON = 1 << 24  # bytes of a JSON record, file or header
-BLOCK = 1 << 18
-# what a pickle of plain tensors names. torch knows more, some of which allocates whatever the file says, such
-# as bytearray and FloatTensor
+READ_AT_ONCE = 1 << 18  # bytes
+# what a pickle of plain tensors names; of what else torch knows, some allocates whatever the file says
 PLAIN = re.compile(
     r"collections OrderedDict|torch (Size|\w+Storage|bool|(u?int|b?float|complex)\d+\w*)|torch\.storage"
     r" UntypedStorage|"
     r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
 )
-# at the start of a file of torch < 1.6: magic number, protocol, the machine's types, the tensors, the keys of
-# their storages
+# in a file of torch < 1.6: magic number, protocol, machine types, the tensors, the keys of their storages
 LEGACY_PICKLES = 5
 
 
@@ -72,9 +69,9 @@ def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
             f"{path} is damaged: its records have more bytes together than the file; download or copy it"
             " again"
         )
+    limits = {".pkl": LARGEST_INDEX, "json": LARGEST_JSON}
     for record in archive.infolist():
-        problem, kind = "", record.filename.lower()[-4:]  # torch finds names in capitals, too
-        limit = LARGEST_INDEX if kind == ".pkl" else LARGEST_JSON if kind == "json" else None
+        problem, limit = "", limits.get(record.filename.lower()[-4:])  # torch finds names in capitals, too
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
             problem = (
                 "is compressed, which no record of a checkpoint is; unpack the archive and save its tensors"
@@ -98,11 +95,11 @@ def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
     try:
         if not zipped:
             with open(path, "rb") as file:
-                start = io.BytesIO(file.read(LARGEST_INDEX))
-            if start.getvalue()[:1] != b"\x80":
+                head = io.BytesIO(file.read(LARGEST_INDEX))
+            if head.getvalue()[:1] != b"\x80":
                 raise ValueError("no pickle of protocol 2")
             for _ in range(LEGACY_PICKLES):
-                _check_pickle(path, start)
+                _check_pickle(path, head)
             return
         with open_archive(path) as archive:
             for record in archive.infolist():
@@ -176,7 +173,7 @@ def check_sums(path: str | os.PathLike[str]) -> None:
         for record in archive.infolist():
             try:
                 with archive.open(record) as file:
-                    while file.read(BLOCK):
+                    while file.read(READ_AT_ONCE):
                         pass
             except (
                 zipfile.BadZipFile,
