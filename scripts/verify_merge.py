@@ -23,7 +23,7 @@ with importing():
     from rwkv_miss.files.checkpoint import Arch, read_checkpoint
     from rwkv_miss.merging.cli import add_adapters, add_hints, add_output, hints
     from rwkv_miss.merging.members import Member
-    from rwkv_miss.merging.rounding import ROWS, percent
+    from rwkv_miss.merging.rounding import TABLE_ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
     from src.data.tokenizer import recorded_tokenizer
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             print(json.dumps(summary(check, rows, tokens, problems)))
         else:
-            for line in [*check.lines(None if args.layers else ROWS), *table(rows, tokens, problems)]:
+            for line in [*check.lines(None if args.layers else TABLE_ROWS), *table(rows, tokens, problems)]:
                 print(printable(line))
         if problems:
             raise SystemExit(1)

@@ -13,8 +13,8 @@ from ..convert import Hints
 from ..errors import Parser, printable
 from ..methods.miss_variants import CHOICES
 from .diff import diff_files
-from .merge import DTYPES, merge_file
-from .rounding import ROWS
+from .merge import DTYPE_NAMES, merge_file
+from .rounding import TABLE_ROWS
 from .unmerge import check_merge
 
 
@@ -31,7 +31,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     merge.add_argument(
         "--dtype",
         default="base",
-        choices=("base", "auto", *DTYPES),
+        choices=("base", "auto", *DTYPE_NAMES),
         help=(
             "base: every tensor keeps its dtype; auto: fp16 or fp32 where that would lose over 5 %% of the"
             " update"
@@ -115,7 +115,7 @@ def add_hints(parser: Parser) -> None:
 
 def add_output(parser: Parser) -> None:
     parser.add_argument(
-        "--layers", action="store_true", help=f"all layers in the table, not the {ROWS} worst"
+        "--layers", action="store_true", help=f"all layers in the table, not the {TABLE_ROWS} worst"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object, for machines")
 
@@ -140,7 +140,7 @@ def show(report: Any, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
-        for line in report.lines(None if args.layers else ROWS):
+        for line in report.lines(None if args.layers else TABLE_ROWS):
             print(printable(line))
 
 

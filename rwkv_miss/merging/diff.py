@@ -28,9 +28,9 @@ from ..functional import shard_index, shard_sum
 from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
 from ..methods.whole_tensors import PARTS, in_parts
 from .merge import read_base
-from .rounding import ROWS, bits, percent
+from .rounding import TABLE_ROWS, bits, percent
 
-PIECE = 1 << 20  # entries of a matrix in float64 at once
+ENTRIES_AT_ONCE = 1 << 20  # entries of a matrix in float64 at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +70,14 @@ class DiffReport:
         total = sum(d.norm**2 for d in self.linears)
         return sum(getattr(d, name) * d.norm**2 for d in self.linears) / total
 
-    def lines(self, rows: int | None = ROWS) -> list[str]:
-        """What the user is told; `rows` tensors of a table (None: all)."""
+    def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
+        """What the user is told; `shown_rows` tensors of a table (None: all)."""
         lines = [
             f"{self.out}: MiSS of rank {self.rank} has {percent(self.share('explained'))} of what"
             f" {len(self.linears)} linears of {self.b} differ by from {self.a}; of a random difference it"
             f" would have {percent(self.share('random'))}"
         ]
-        least = sorted(self.linears, key=lambda d: d.explained)[:rows]
+        least = sorted(self.linears, key=lambda d: d.explained)[:shown_rows]
         width = max(len(d.name) for d in least)
         lines.append(
             f"  {'least of ' + str(len(self.linears)):<{width}}  explained  of a random one  |B - A| / |A|"
@@ -92,7 +92,7 @@ class DiffReport:
                 if self.whole
                 else "ARE LEFT OUT; --whole takes them along"
             )
-            largest = sorted(self.others, key=lambda d: -d.norm)[:rows]
+            largest = sorted(self.others, key=lambda d: -d.norm)[:shown_rows]
             width = max(len(d.name) for d in largest)
             lines.append(
                 f"{'note' if self.whole else 'warning'}: {len(self.others)} other tensors differ and {what}"
@@ -128,17 +128,15 @@ def diff_files(
 ) -> DiffReport:
     """Write the MiSS adapter of checkpoint `a` that comes nearest to checkpoint `b`, as save_adapter() does.
 
-    targets are names as in inject(); None: all linears of the paper. Only linears that differ are adapted.
-    Other tensors that differ are left out, or with `whole` in the file as they are in `b`, with all others of
-    their parts (methods/whole_tensors.py). Where `b` has another dtype, what counts is its difference from
-    `a` rounded to that. UserError before anything is written: other keys or shapes, targets that match
-    nothing or don't differ, a rank beyond a width, NaN; nothing is left of a file that was begun.
+    targets: names as in inject(); None: all linears of the paper. Only linears that differ are adapted.
+    whole: other tensors that differ are in the file as they are in `b`, with all others of their parts
+    (methods/whole_tensors.py). Else they are left out.
+
+    Where `b` has another dtype, what counts is its difference from `a` rounded to that. UserError for other
+    keys or shapes, targets that match nothing or don't differ, a rank beyond a width, and NaN; nothing is
+    left of a file that was begun.
     """
-    for path in (a, b):
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-            raise UserError(f"{out} is an input; choose another --out")
-    require_writable(out)
-    may_replace(out, ADAPTER_FORMAT)
+    _check_out(out, (a, b))
     (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
     _check_alike(a, b, first, second)
     options = described("miss", {"rank": rank, "layout": layout}, [])["options"]
@@ -150,63 +148,79 @@ def diff_files(
             f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears;"
             f" {len(different)} other tensors differ"
         )
-    for name in linears:
-        if rank > (width := first[f"{name}.weight"].shape[1]):
-            raise UserError(f"rank {rank} does not fit {name}: it must be from 1 to the input width, {width}")
+    _check_rank(first, linears, rank)
     adapted = {f"{name}.weight" for name in linears}
     others = [key for key in different if key not in adapted]
-    for key in others:
-        if whole and not second[key].is_floating_point():
-            raise UserError(
-                f"{key} differs and is {second[key].dtype}, which no adapter holds; leave out --whole"
-            )
-    parts = [part for part in PARTS if any(re.fullmatch(PARTS[part], key) for key in others)] if whole else []
-    kept = list(dict.fromkeys(in_parts(second, parts) + others)) if whole else []
+    parts, kept = _taken_along(second, others) if whole else ([], [])
     norms = [_difference(key, first.get(key), second[key]) for key in others]
     report = DiffReport(os.fspath(a), os.fspath(b), os.fspath(out), rank, [], norms, kept, parts)
 
     def items() -> Iterator[tuple[str, Tensor]]:
+        contiguous = options["layout"] == "contiguous"
         for name in linears:
-            D, found = nearest(
-                name,
-                first[f"{name}.weight"],
-                second[f"{name}.weight"],
-                rank,
-                options["layout"] == "contiguous",
-            )
+            key = f"{name}.weight"
+            D, found = nearest(name, first[key], second[key], rank, contiguous)
             report.linears.append(found)
             yield f"{name}.miss", D
         for key in kept:
             yield key, second[key]
 
-    numbers = sum(rank * len(first[f"{name}.weight"]) for name in linears) + sum(
-        second[key].numel() for key in kept
-    )
+    numbers = sum(rank * len(first[f"{name}.weight"]) for name in linears)
+    numbers += sum(second[key].numel() for key in kept)
     require_writable(out, 4 * numbers)
-    said = facts_b if facts_b.get("tokenizer") else facts_a  # an end of document belongs to its tokenizer
-    record = {
+    metadata = described(
+        "miss",
+        options,
+        linears,
+        layout=options["layout"],
+        train_parts=parts,
+        trainable=numbers,
+        arch=_arch(first),
+        base=os.path.basename(a),
+        base_fingerprint=Identity(a, first).fingerprint,
+        difference_to={"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint},
+        **_texts(facts_a, facts_b),
+    )
+    write_checkpoint(out, items(), metadata)
+    return report
+
+
+def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """UserError unless an adapter can be written at `out`."""
+    for path in inputs:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+            raise UserError(f"{out} is an input; choose another --out")
+    require_writable(out)
+    may_replace(out, ADAPTER_FORMAT)
+
+
+def _check_rank(tensors: Mapping[str, Tensor], linears: list[str], rank: int) -> None:
+    """UserError for a rank beyond the input width of a linear."""
+    for name in linears:
+        width = tensors[f"{name}.weight"].shape[1]
+        if rank > width:
+            raise UserError(f"rank {rank} does not fit {name}: it must be from 1 to the input width, {width}")
+
+
+def _taken_along(second: Mapping[str, Tensor], others: list[str]) -> tuple[list[str], list[str]]:
+    """(the parts that these tensors belong to, the tensors of all these parts and the others themselves)."""
+    for key in others:
+        if not second[key].is_floating_point():
+            raise UserError(
+                f"{key} differs and is {second[key].dtype}, which no adapter holds; leave out --whole"
+            )
+    parts = [part for part in PARTS if any(re.fullmatch(PARTS[part], key) for key in others)]
+    return parts, list(dict.fromkeys(in_parts(second, parts) + others))
+
+
+def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokenizer, end of document and template of two files' metadata, the second's where it has them."""
+    said = second if second.get("tokenizer") else first  # an end of document belongs to its tokenizer
+    return {
         "tokenizer": said.get("tokenizer"),
         "eod": said.get("eod"),
-        "template": facts_b.get("template") or facts_a.get("template"),
+        "template": second.get("template") or first.get("template"),
     }
-    write_checkpoint(
-        out,
-        items(),
-        described(
-            "miss",
-            options,
-            linears,
-            layout=options["layout"],
-            train_parts=parts,
-            trainable=numbers,
-            arch=_arch(first),
-            base=os.path.basename(a),
-            base_fingerprint=Identity(a, first).fingerprint,
-            difference_to={"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint},
-            **record,
-        ),
-    )
-    return report
 
 
 def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -270,7 +284,8 @@ def _difference(key: str, first: Tensor | None, second: Tensor) -> Difference:
     norm = base = 0.0
     for x, y in zip(blocks(first), blocks(second)):
         x, y = x.to(y.dtype).double(), y.double()
-        norm, base = norm + float((y - x).square().sum()), base + float(x.square().sum())
+        norm += float((y - x).square().sum())
+        base += float(x.square().sum())
     return _finite(Difference(key, norm**0.5, base**0.5))
 
 
@@ -286,20 +301,20 @@ def _finite(found: Difference) -> Difference:
 def nearest(
     name: str, first: Tensor, second: Tensor, rank: int, contiguous: bool
 ) -> tuple[Tensor, Difference]:
-    """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near. Computed in float64,
-    some rows at a time.
-    """
+    """D (rank, out) fp32 that comes nearest to second - first, (out, in), and how near; in float64 inside."""
     out, width = first.shape
     counts = torch.bincount(shard_index(width, rank, contiguous), minlength=rank).double()
     D = torch.empty(rank, out)
     norm = base = explained = 0.0
-    rows = max(1, PIECE // width)
-    for at in range(0, out, rows):
-        x = first[at : at + rows].to(second.dtype).double()
-        delta = second[at : at + rows].double() - x
+    rows_at_once = max(1, ENTRIES_AT_ONCE // width)
+    for begin in range(0, out, rows_at_once):
+        part = slice(begin, begin + rows_at_once)
+        x = first[part].to(second.dtype).double()
+        delta = second[part].double() - x
         means = shard_sum(delta, rank, contiguous) / counts.clamp(min=1)  # a contiguous shard may be empty
-        D[:, at : at + rows] = means.t()
-        norm, base = norm + float(delta.square().sum()), base + float(x.square().sum())
+        D[:, part] = means.t()
+        norm += float(delta.square().sum())
+        base += float(x.square().sum())
         explained += float((means.square() * counts).sum())
     share = explained / norm if norm else 0.0
     return D, _finite(Difference(name, norm**0.5, base**0.5, share, int((counts > 0).sum()) / width))

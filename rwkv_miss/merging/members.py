@@ -88,7 +88,12 @@ class Member:
         return key in self.by_weight or key in self.whole
 
     def check(self, base: Mapping[str, Tensor]) -> None:
-        """Every adapted linear and every whole tensor must fit the base, else a UserError."""
+        """UserError unless every adapted linear and every whole tensor fits the base."""
+        self._check_linears(base)
+        self._check_states(base)
+        self._check_whole(base)
+
+    def _check_linears(self, base: Mapping[str, Tensor]) -> None:
         for key, name in self.by_weight.items():
             if key not in base:
                 raise UserError(
@@ -101,19 +106,18 @@ class Member:
                     " matrix is expected"
                 )
         for key, name in self.by_weight.items():
+            shape = base[key].shape
             try:
-                # a layer on the meta device has shapes only, so every misfit is found before the first byte
-                # is written
-                with torch.device("meta"):
-                    layer = {
-                        n: torch.empty(t.shape, dtype=t.dtype)
-                        for n, t in self._layer_tensors(key, base[key].shape).items()
-                    }
-                    self.method.merged_weight(torch.empty(base[key].shape), layer, self.options.at(name))
+                with torch.device("meta"):  # shapes alone: no byte is written yet
+                    own = self._layer_tensors(key, shape)
+                    layer = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in own.items()}
+                    self.method.merged_weight(torch.empty(shape), layer, self.options.at(name))
             except UserError as error:
                 raise UserError(
-                    f"the adapter does not fit {name} of the base, {tuple(base[key].shape)}: {error}"
+                    f"the adapter does not fit {name} of the base, {tuple(shape)}: {error}"
                 ) from None
+
+    def _check_states(self, base: Mapping[str, Tensor]) -> None:
         states = {name: tuple(tensor.shape) for name, tensor in self.whole.items() if is_state(name)}
         if states:
             arch = Arch.detect(base)
@@ -126,14 +130,15 @@ class Member:
                     f"the initial state is of {len(states)} layers, {next(iter(states.values()))} each; this"
                     f" base has {arch.describe()}"
                 )
+
+    def _check_whole(self, base: Mapping[str, Tensor]) -> None:
         for key, tensor in self.whole.items():
             if not tensor.is_floating_point():
                 raise UserError(
                     f"{key} is {tensor.dtype} in the adapter; a floating-point tensor is expected"
                 )
-            if (
-                key not in base and "origin" in self.metadata and not is_state(key)
-            ):  # this package's files may bring new tensors, a classifier's
+            # this package's own files may bring new tensors, such as a classifier's
+            if key not in base and "origin" in self.metadata and not is_state(key):
                 raise UserError(
                     f"{self.path} replaces {key}, which the base does not have; merge into the base it was"
                     " trained on"
@@ -304,7 +309,9 @@ def read_members(
             )
     sources = [open_source(path) for path in paths]
     forms = [format_of(source) for source in sources]
-    useful = {hint for name in forms if name for hint in FORMATS[name].hints}  # to one of them at least
+    useful: set[str] = set()  # hints that one of the files can use
+    for name in forms:
+        useful.update(FORMATS[name].hints if name else ())
     for path, name in zip(paths, forms):
         if name:
             check_hints(path, FORMATS[name], hints.without(useful))
@@ -350,12 +357,10 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
                     f"the adapters were trained with different {name}s: {said[0][1]} with {said[0][0]!r},"
                     f" {path} with {value!r}; a merged model has one"
                 )
-        # an end of document belongs to its tokenizer
-        record[name] = (
-            said[0][0]
-            if said
-            else base.get(name)
-            if name != "eod" or record["tokenizer"] == base.get("tokenizer")
-            else None
-        )
+        if said:
+            record[name] = said[0][0]
+        elif name == "eod" and record["tokenizer"] != base.get("tokenizer"):
+            record[name] = None  # the base's belongs to another tokenizer
+        else:
+            record[name] = base.get(name)
     return record

@@ -5,6 +5,7 @@ byte as it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,10 @@ from ..files.output import require_writable
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
 from .members import Combination, Member, common_record, is_state, merged_adapters, read_members
-from .rounding import LOSS_LIMIT, ROWS, Rounding, Scratch, percent, round_into, round_to
+from .rounding import LOSS_LIMIT, TABLE_ROWS, Rounding, Scratch, percent, round_into, round_to
 
 MERGED_FORMAT = "rwkv-miss merged"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclasses.dataclass
@@ -49,25 +50,23 @@ class MergeReport:
     choice: str = ""
     read: list[str] = dataclasses.field(default_factory=list)  # notes of the reading
 
-    def lines(self, rows: int | None = ROWS) -> list[str]:
-        """What the user is told: one line, the `rows` layers that rounding cost most (None: all), and what to
-        take notice of.
+    def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
+        """What the user is told: one line, a table of the layers that rounding cost most, notes and warnings.
+
+        shown_rows: of the table; None: all.
         """
         r = self.rounding
         parts = f" ({', '.join(self.parts)})" if self.parts else ""
         replaced = f" and {self.replaced} whole tensors{parts}" if self.replaced else ""
         several = f" of {len(self.weights)} adapters" if len(self.weights) > 1 else ""
-        times = (
-            f", times {', '.join(f'{w:g}' for w in self.weights)},"
-            if any(w != 1 for w in self.weights)
-            else ""
-        )
+        factors = ", ".join(f"{w:g}" for w in self.weights)
+        times = f", times {factors}," if any(w != 1 for w in self.weights) else ""
         lines = [
             f"merged {self.linears} linears{replaced}{several}{times} into {self.out} ({self.dtype}) in"
             f" {self.seconds:.1f} s; rounding lost {percent(r.lost)} of the update and left"
             f" {percent(r.total.unchanged_share)} of its entries unchanged"
         ]
-        return lines + r.table(rows) + self.notes() + [f"warning: {text}" for text in self.warnings()]
+        return lines + r.table(shown_rows) + self.notes() + [f"warning: {text}" for text in self.warnings()]
 
     def notes(self) -> list[str]:
         notes = [f"note: {note}" for note in self.read] + ([self.choice] if self.choice else [])
@@ -86,9 +85,8 @@ class MergeReport:
                 "the update is zero: nothing was trained in the linears, or the weights make nothing of it"
             )
         if self.rounding.lost > LOSS_LIMIT:
-            finer = (
-                "" if "float16" in self.dtype.split(", ") else "--dtype fp16 (8 times finer than bf16) or "
-            )
+            is_fp16 = "float16" in self.dtype.split(", ")
+            finer = "" if is_fp16 else "--dtype fp16 (8 times finer than bf16) or "
             warnings.append(
                 f"more than {100 * LOSS_LIMIT:.0f} % of what was trained is lost in {self.dtype}; "
                 f"merge with {finer}--dtype fp32"
@@ -180,45 +178,37 @@ def merge_file(
     """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's
     keys, shapes and order.
 
-    Several adapters give W + sum of w_i delta_i(W), where every delta is that of the base's weight, base +
-    sum of w_i (T_i - base) for tensors trained as a whole, and the sum of w_i state_i for initial states;
-    `weights` are 1 each by default, may be negative, and may scale one adapter. An initial state, which is no
-    change of anything in the base, comes after the base's tensors as `blocks.i.att.time_state`. Adapters of
-    other projects are read as by convert(), with the same `hints`.
+    Several adapters give
+    - W + sum of w_i delta_i(W) for an adapted linear, every delta being that of the base's weight,
+    - base + sum of w_i (T_i - base) for a tensor trained as a whole,
+    - sum of w_i state_i for an initial state, which comes last in the file as `blocks.i.att.time_state`.
 
-    dtype: base keeps every tensor's dtype; bf16, fp16, fp32 convert the whole file; auto is base unless that
-    would lose more than 5 % of the update, then fp16, and fp32 if that is not enough. Refused with a
-    UserError before anything is written: a file that is no adapter, another base than an adapter's, a second
-    merge of the same adapter (both allowed by `force`), shapes that do not fit, and adapters that contradict
-    each other in tokenizer, end of document or template. `shown`: a bar on stderr where it takes long.
+    weights: w_i, 1 each by default. They may be negative, and may scale one adapter.
+    hints: for adapters of other projects, as in convert().
+    dtype: "base" keeps every tensor's; "bf16", "fp16", "fp32" convert the whole file. "auto" is base unless
+    that would lose more than 5 % of the update, then fp16, and fp32 if that is not enough.
+    shown: a bar on stderr where it takes long.
+
+    UserError before anything is written: a file that is no adapter, shapes that do not fit, adapters of
+    different tokenizers, ends of document or templates; unless `force`, another base than an adapter's, and a
+    second merge of the same adapter.
     """
     started = time.perf_counter()
-    if dtype not in ("base", "auto", *DTYPES):
-        raise UserError(f"dtype {dtype!r} is unknown; choose one of: base, auto, {', '.join(DTYPES)}")
+    if dtype not in ("base", "auto", *DTYPE_NAMES):
+        raise UserError(f"dtype {dtype!r} is unknown; choose one of: base, auto, {', '.join(DTYPE_NAMES)}")
     paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
-    for path in (base, *paths):
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-            raise UserError(f"{out} is an input of the merge; choose another --out")
-    require_writable(out)
-    may_replace(out, MERGED_FORMAT)
+    _check_out(out, (base, *paths))
     (tensors, before), members = read_base(base), read_members(paths, weights, hints)
     identity = Identity(base, tensors)
     record = _record(base, before, identity.fingerprint, members)
-    earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
     for m in members:
-        if not force and m.recorded_as(earlier):
-            raise UserError(
-                f"{base} is already a merge of {m.path} into {before.get('base')}; --force merges it a second"
-                " time"
-            )
+        if not force:
+            _refuse_second_merge(base, before, m)
         _check_base(base, m, identity, tensors, force)
     adapters = Combination(members)
     adapters.check(tensors)
-    chosen, choice = _choose_dtype(tensors, adapters) if dtype == "auto" else (DTYPES.get(dtype), "")
-    size = sum(
-        t.numel() * (chosen if chosen and t.is_floating_point() else t.dtype).itemsize
-        for t in tensors.values()
-    )
+    chosen, choice = _choose_dtype(tensors, adapters) if dtype == "auto" else (DTYPE_NAMES.get(dtype), "")
+    size = sum(map(functools.partial(_bytes_in, dtype=chosen), tensors.values()))
     require_writable(out, size)
     merger = _Merger(adapters)
     items = _ahead(merger.items(tensors, chosen))
@@ -238,6 +228,30 @@ def merge_file(
         choice,
         [note for m in members for note in m.notes],
     )
+
+
+def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """UserError unless a merged file can be written at `out`."""
+    for path in inputs:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+            raise UserError(f"{out} is an input of the merge; choose another --out")
+    require_writable(out)
+    may_replace(out, MERGED_FORMAT)
+
+
+def _refuse_second_merge(base: str | os.PathLike[str], before: dict[str, Any], adapter: Member) -> None:
+    """UserError where the base is a merge of this adapter already. before: the base's metadata."""
+    earlier = {entry["adapter_fingerprint"] for entry in merged_adapters(before)}
+    if adapter.recorded_as(earlier):
+        raise UserError(
+            f"{base} is already a merge of {adapter.path} into {before.get('base')}; --force merges it a"
+            " second time"
+        )
+
+
+def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """What a tensor takes in a file of this dtype; None, and for integers: in its own."""
+    return tensor.numel() * (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
 def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -301,13 +315,8 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
             before = f"{', '.join(tried)}; " if tried else ""
             return dtype, f"--dtype auto: {before}{loses}, at most {percent(LOSS_LIMIT)} is allowed"
         tried.append(loses)
-    return (
-        torch.float32,
-        (
-            f"--dtype auto: {', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in"
-            " float32"
-        ),
-    )
+    why = f"{', '.join(tried)}; at most {percent(LOSS_LIMIT)} is allowed, so the file is in float32"
+    return torch.float32, f"--dtype auto: {why}"
 
 
 def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..files.checkpoint import blocks, is_finite
 
 LOSS_LIMIT = 0.05  # share of the update that rounding may take before the user is warned
-ROWS = 5  # of the table, where not all are asked for
+TABLE_ROWS = 5  # of the table, where not all are asked for
 
 
 def percent(share: float) -> str:
@@ -91,9 +91,9 @@ class Rounding:
         """The layers, those that lost most first."""
         return sorted(self.layers, key=lambda layer: -layer.lost)
 
-    def table(self, rows: int | None = ROWS) -> list[str]:
-        """Lines for people: the worst `rows` layers (None: all), where anything was lost."""
-        worst = self.worst()[:rows]
+    def table(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
+        """Lines for people: the worst `shown_rows` layers (None: all), where anything was lost."""
+        worst = self.worst()[:shown_rows]
         if not worst or not worst[0].lost:
             return []
         width = max(len(layer.name) for layer in worst)

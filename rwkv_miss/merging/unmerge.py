@@ -19,7 +19,7 @@ from ..files.checkpoint import blocks
 from ..files.identity import Identity
 from .members import LARGEST_WEIGHT, Combination, Member, is_state, merged_adapters, read_members
 from .merge import read_base
-from .rounding import ROWS, Layer, Rounding, Scratch, bits, percent, round_to
+from .rounding import TABLE_ROWS, Layer, Rounding, Scratch, bits, percent, round_to
 
 # of the largest value: what sums of fp32 products may differ by between machines, with a few bits to spare
 SUMS = 2.0**-21
@@ -27,9 +27,11 @@ SUMS = 2.0**-21
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """One tensor that is not the base's, by its key: its entries, how many differ from the base, ||merged -
-    base|| / ||base||, and what adapters make of it: how many entries are not the merge's bit for bit (None
-    without adapters), and how many would not be the base's again if the change were subtracted from them.
+    """One tensor that is not the base's, by its key.
+
+    entries, and how many of them are `differing` from the base. distance: ||merged - base|| / ||base||.
+    apart: entries that are not the merge's, bit for bit; None without adapters. not_undone: entries that
+    would not be the base's again if the change were subtracted from them.
     """
 
     name: str
@@ -64,42 +66,19 @@ class MergeCheck:
         """Share of the changed tensors' entries that a subtraction would not bring back."""
         return sum(c.not_undone for c in self.changed) / max(1, sum(c.entries for c in self.changed))
 
-    def lines(self, rows: int | None = ROWS) -> list[str]:
-        """What the user is told; `rows` tensors of a table (None: all)."""
+    def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
+        """What the user is told; `shown_rows` tensors of a table (None: all)."""
         lines = [
             f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit"
             f" for bit, {len(self.changed)} are not"
         ]
-        if self.adapters:
-            names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
-            apart = sum(c.apart or 0 for c in self.changed)
-            exact = (
-                "bit for bit"
-                if not apart
-                else f"but for the order of sums, {apart:,} entries are rounded the other way"
-            )
-            if self.ok:
-                lines.append(f"those are what the merge of {names} writes, {exact}")
-                total = self.rounding.total
-                lines.append(
-                    f"rounding lost {percent(total.lost)} of the update and left"
-                    f" {percent(total.unchanged_share)} of its entries unchanged"
-                )
-                lines += self.rounding.table(rows)
-        elif self.changed:
-            worst = sorted(self.changed, key=lambda c: -c.distance)[:rows]
-            width = max(len(c.name) for c in worst)
-            lines.append(
-                f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| /"
-                " |base|"
-            )
-            lines += [
-                f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}"
-                for c in worst
-            ]
-        lines += [f"wrong: {problem}" for problem in self.problems[:rows]]
-        if rows and len(self.problems) > rows:
-            lines.append(f"wrong: and {len(self.problems) - rows} more; --layers shows all")
+        if self.adapters and self.ok:
+            lines += self._merge_lines(shown_rows)
+        if not self.adapters and self.changed:
+            lines += self._table_of_changed(shown_rows)
+        lines += [f"wrong: {problem}" for problem in self.problems[:shown_rows]]
+        if shown_rows and len(self.problems) > shown_rows:
+            lines.append(f"wrong: and {len(self.problems) - shown_rows} more; --layers shows all")
         if self.ok and self.changed:
             lines.append(f"the merge is undone by taking {self.base} again")
             if self.adapters:
@@ -110,6 +89,34 @@ class MergeCheck:
         if self.ok and not self.changed:
             lines.append("no tensor differs: nothing is to be undone")
         return lines
+
+    def _merge_lines(self, shown_rows: int | None) -> list[str]:
+        """Of which adapters it is the merge, and what the rounding took."""
+        names = " + ".join(f"{m.weight:g} x {m.path}" if m.weight != 1 else m.path for m in self.adapters)
+        apart = sum(c.apart or 0 for c in self.changed)
+        exact = "bit for bit"
+        if apart:
+            exact = f"but for the order of sums, {apart:,} entries are rounded the other way"
+        total = self.rounding.total
+        return [
+            f"those are what the merge of {names} writes, {exact}",
+            f"rounding lost {percent(total.lost)} of the update and left"
+            f" {percent(total.unchanged_share)} of its entries unchanged",
+            *self.rounding.table(shown_rows),
+        ]
+
+    def _table_of_changed(self, shown_rows: int | None) -> list[str]:
+        """The tensors that are furthest from the base's."""
+        worst = sorted(self.changed, key=lambda c: -c.distance)[:shown_rows]
+        width = max(len(c.name) for c in worst)
+        return [
+            f"  {'largest of ' + str(len(self.changed)):<{width}}  entries that differ  |merged - base| /"
+            " |base|",
+            *(
+                f"  {c.name:<{width}}  {percent(c.differing / max(1, c.entries)):>19}  {c.distance:>24.3g}"
+                for c in worst
+            ),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with every changed tensor."""
@@ -140,57 +147,30 @@ def check_merge(
     weights: Sequence[float] | None = None,
     hints: Hints = NO_HINTS,
 ) -> MergeCheck:
-    """Compare two files tensor by tensor, mapped: which tensors differ, and that all others are the base's,
-    bit for bit, up to the rounding to the merged file's dtype. With adapters, which `hints` are for as in
-    merge_file(), that those which differ are what it writes.
+    """Compare two files tensor by tensor, mapped: which tensors differ, and whether that is a merge.
 
-    Their weights are by default what the merged file records, else 1, and their order is the recorded one.
-    What is found wrong is in `problems`; a UserError is for files that cannot be compared at all: no model,
-    no adapter, an adapter that does not fit the base.
+    Tensors that no adapter changes must be the base's, bit for bit, up to the rounding to the merged file's
+    dtype. With adapters the others must be what merge_file() writes; `hints` are as there. The weights are by
+    default what the merged file records, else 1; the order is the recorded one.
 
-    Bit for bit is asked where two ways to compute the sum, the merge's and W + delta(), agree to the bit.
-    Where they don't (products of matrices, whose sums have another order on other machines) every entry must
-    be within half a step of the file's dtype of the sum.
+    What is wrong is in `problems`. A UserError is for files that cannot be compared at all: no model, no
+    adapter, an adapter that does not fit the base.
+
+    Bit for bit is asked where the merge's sum and W + delta() agree to the bit. Products of matrices may have
+    sums in another order on other machines. There every entry must be within half a step of the file's dtype.
     """
     (tensors, _), (found, record) = read_base(base), read_base(merged)
     recorded = {entry["adapter_fingerprint"]: entry.get("weight", 1) for entry in merged_adapters(record)}
-    members = read_members(adapters, weights, hints)
-    if weights is None:
-        members = [
-            dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members
-        ]
-    places = {name: place for place, name in enumerate(recorded)}
-    # a sum in another order is rounded otherwise
-    members.sort(key=lambda m: places.get(m.recorded_as(places), len(places)))
+    members = _as_recorded(read_members(adapters, weights, hints), recorded, weights is None)
     check = MergeCheck(os.fspath(base), os.fspath(merged), members, len(tensors))
     combination = Combination(members)
     combination.check(tensors)
-    check.problems += _of_the_record(check, record, recorded, Identity(base, tensors)) + _of_the_names(
-        tensors, found, combination
-    )
+    check.problems += _of_the_record(check, record, recorded, Identity(base, tensors))
+    check.problems += _of_the_names(tensors, found, combination)
     scratch = Scratch()
     for key, tensor in tensors.items():
-        if (
-            key not in found
-            or found[key].shape != tensor.shape
-            or not _writable(tensor.dtype, found[key].dtype)
-        ):
-            continue
-        name = combination.name(key)
-        if name != key or key in combination.whole:
-            layer, changed, problem = _expected(key, tensor, found[key], combination, scratch)
-            check.rounding.layers.append(dataclasses.replace(layer, name=name))
-        else:
-            changed, problem = _compare(key, tensor, found[key]), ""
-            if members and changed.differing:
-                problem = (
-                    f"{key} differs from the base in {changed.differing:,} entries, and no adapter changes it"
-                )
-        check.problems += [problem] if problem else []
-        if changed.differing:
-            check.changed.append(changed)
-        else:
-            check.same += 1
+        if key in found and found[key].shape == tensor.shape and _writable(tensor.dtype, found[key].dtype):
+            _check_tensor(check, key, tensor, found[key], combination, scratch)
     for key in combination.added(tensors):
         if key in found and found[key].shape == combination.added_value(key).shape:
             expected = round_to(key, combination.added_value(key), found[key].dtype)
@@ -199,6 +179,39 @@ def check_merge(
     if not members and not check.same and check.changed:
         check.problems.append("no tensor is the base's; a merge changes some and leaves the others")
     return check
+
+
+def _as_recorded(members: list[Member], recorded: Mapping[str, Any], own_weights: bool) -> list[Member]:
+    """The adapters in the order of the merged file's record, `own_weights`: with the weights that it has."""
+    if own_weights:
+        members = [
+            dataclasses.replace(m, weight=_number(recorded.get(m.recorded_as(recorded), 1))) for m in members
+        ]
+    places = {name: place for place, name in enumerate(recorded)}
+    # a sum in another order is rounded otherwise
+    return sorted(members, key=lambda m: places.get(m.recorded_as(places), len(places)))
+
+
+def _check_tensor(
+    check: MergeCheck, key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
+) -> None:
+    """Add to the check what is found of one tensor of the base."""
+    name = combination.name(key)
+    if name != key or key in combination.whole:
+        layer, changed, problem = _expected(key, base, found, combination, scratch)
+        check.rounding.layers.append(dataclasses.replace(layer, name=name))
+    else:
+        changed, problem = _compare(key, base, found), ""
+        if check.adapters and changed.differing:
+            problem = (
+                f"{key} differs from the base in {changed.differing:,} entries, and no adapter changes it"
+            )
+    if problem:
+        check.problems.append(problem)
+    if changed.differing:
+        check.changed.append(changed)
+    else:
+        check.same += 1
 
 
 def _number(weight: Any) -> float:
@@ -292,48 +305,69 @@ def _expected(
     exact = combination.merged(key, base, scratch)
     change = _change(key, base, combination)
     compared = _compare(key, base, found)
-    update = error = excess = gap = size = 0.0
-    changing = unchanged = apart = not_undone = 0
+    sums = _Sums()
+    update = error = 0.0
+    changing = unchanged = not_undone = 0
+    for before, merged, delta, kept in zip(blocks(base), blocks(exact), blocks(change), blocks(found)):
+        sums.add(before.float(), merged.float(), delta, kept)
+        same = before.to(kept.dtype)
+        missing = kept.double() - same.double() - delta
+        update += float(delta.double().square().sum())
+        error += float(missing.square().sum())
+        moves, stays = delta != 0, bits(same) == bits(kept)
+        changing += int(moves.sum())
+        unchanged += int((moves & stays).sum())
+        not_undone += int((bits((kept.float() - delta).to(kept.dtype)) != bits(same)).sum())
     # where every entry is made by itself, there is no order of sums
     of_entries = all(key in m.whole for m in combination.members if m.changes(key))
-    same_way = True
-    for before, wanted, delta, kept in zip(blocks(base), blocks(exact), blocks(change), blocks(found)):
-        same, before, wanted = before.to(kept.dtype), before.float(), wanted.float()
-        stays = bits(same) == bits(kept)
-        by_definition = before + delta
-        same_way = same_way and torch.equal(by_definition, wanted)
-        gap, size = (
-            max(gap, float((by_definition - wanted).abs().max())),
-            max(size, float(by_definition.abs().max())),
-        )
-        missing = kept.double() - same.double() - delta
-        update, error = update + float(delta.double().square().sum()), error + float(missing.square().sum())
-        moves = delta != 0
-        changing, unchanged = changing + int(moves.sum()), unchanged + int((moves & stays).sum())
-        not_undone += int((bits((kept.float() - delta).to(kept.dtype)) != bits(same)).sum())
-        others = bits(wanted.to(kept.dtype)) != bits(kept)
-        if others.any():
-            apart += int(others.sum())
-            reference = before[others].double() + delta[others]
-            allowed = _half_step(reference, kept.dtype) + SUMS * float(by_definition.abs().max())
-            excess = max(
-                excess,
-                float(((kept[others].double() - reference).abs() / allowed).nan_to_num(math.inf).max()),
-            )
-    problem = ""
-    if apart and (of_entries or same_way or excess > 1):
-        problem = f"{key} is not what the merge writes in {apart:,} of {base.numel():,} entries" + (
-            f", by up to {excess:.3g} times the rounding of {str(found.dtype).removeprefix('torch.')}"
-            if excess > 1
-            else ""
-        )
-    elif gap > SUMS * size:
-        problem = (
-            f"{key}: the merge's sum is not the base + delta(), they differ by {gap:.3g}; this is a mistake"
-            " of the package"
-        )
-    changed = dataclasses.replace(compared, apart=apart, not_undone=not_undone)
+    problem = sums.problem(key, found, of_entries)
+    changed = dataclasses.replace(compared, apart=sums.apart, not_undone=not_undone)
     return Layer(key, update, error, changing, unchanged), changed, problem
+
+
+@dataclasses.dataclass
+class _Sums:
+    """A tensor of the file against the merge's sum and against W + delta(), block by block.
+
+    apart: entries that are not the merge's, bit for bit. excess: the most that one of these is away from
+    W + delta(), in units of what the rounding explains. gap: the largest difference of the two sums. size:
+    the largest value. same_way: the two sums agree to the bit.
+    """
+
+    apart: int = 0
+    excess: float = 0.0
+    gap: float = 0.0
+    size: float = 0.0
+    same_way: bool = True
+
+    def add(self, base: Tensor, merged: Tensor, delta: Tensor, kept: Tensor) -> None:
+        """One block: all fp32 but what the file has, `kept`."""
+        by_definition = base + delta
+        self.same_way = self.same_way and torch.equal(by_definition, merged)
+        self.gap = max(self.gap, float((by_definition - merged).abs().max()))
+        self.size = max(self.size, float(by_definition.abs().max()))
+        others = bits(merged.to(kept.dtype)) != bits(kept)
+        if others.any():
+            self.apart += int(others.sum())
+            reference = base[others].double() + delta[others]
+            allowed = _half_step(reference, kept.dtype) + SUMS * float(by_definition.abs().max())
+            away = (kept[others].double() - reference).abs() / allowed
+            self.excess = max(self.excess, float(away.nan_to_num(math.inf).max()))
+
+    def problem(self, key: str, found: Tensor, of_entries: bool) -> str:
+        """What is wrong with the tensor, "" for nothing. of_entries: its entries are no sums of products."""
+        if self.apart and (of_entries or self.same_way or self.excess > 1):
+            problem = f"{key} is not what the merge writes in {self.apart:,} of {found.numel():,} entries"
+            if self.excess > 1:
+                dtype = str(found.dtype).removeprefix("torch.")
+                problem += f", by up to {self.excess:.3g} times the rounding of {dtype}"
+            return problem
+        if self.gap > SUMS * self.size:
+            return (
+                f"{key}: the merge's sum is not the base + delta(), they differ by {self.gap:.3g}; this is a"
+                " mistake of the package"
+            )
+        return ""
 
 
 def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
