@@ -112,9 +112,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        # before argparse looks, because it would complain of a required flag that is only misspelt;
-        # subcommands look for themselves
-        for token in () if self._subparsers else sys.argv[1:] if args is None else args:
+        given = sys.argv[1:] if args is None else args
+        # before argparse looks, because it would complain of a required flag that is only misspelt
+        for token in () if self._subparsers else given:  # subcommands look for themselves
             name = token.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 begun = [flag for flag in self._option_string_actions if flag.startswith(name)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import METHODS, AdapterLinear, adapted_linears, put_linears
+from .adapter import METHODS, AdapterLinear, AdapterMethod, NoOptions, adapted_linears, put_linears
 from .errors import UserError
 from .files.checkpoint import (
     Arch,
@@ -191,17 +191,21 @@ class _SharedMemory:
     @staticmethod
     def _range(tensor: Tensor) -> tuple[int, int]:
         """The first byte of a tensor in its storage, and the one after its last."""
-        start = tensor.storage_offset() * tensor.itemsize
+        first = tensor.storage_offset() * tensor.itemsize
+        if not tensor.numel():
+            return first, first
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        return start, start + (last + 1) * tensor.itemsize if tensor.numel() else start
+        return first, first + (last + 1) * tensor.itemsize
 
     def overlapping(self, name: str, tensor: Tensor) -> list[str]:
         """The other names of memory that a tensor of this name uses."""
-        start, end = self._range(tensor)
-        beside = [
-            (other, *self._range(t)) for other, t in self.tensors[self._storage(tensor)] if other != name
-        ]
-        return [other for other, first, last in beside if first < end and start < last]
+        first, end = self._range(tensor)
+        found = []
+        for other, t in self.tensors[self._storage(tensor)]:
+            others_first, others_end = self._range(t)
+            if other != name and others_first < end and first < others_end:
+                found.append(other)
+        return found
 
 
 def inject(
@@ -222,13 +226,14 @@ def inject(
     same. Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a
     layer.
     """
-    return _attach(model, method, targets, train_parts, options, functools.partial(_start, earlier=earlier))
+    initialise = functools.partial(_start_layers, earlier=earlier)
+    return _attach(model, method, targets, train_parts, options, initialise)
 
 
 @torch.no_grad()
-def _start(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
+def _start_layers(model: nn.Module, earlier: Mapping[str, Tensor] | None) -> None:
     """Give new adapted linears the values that follow from their weights, and the constants of `earlier`."""
-    # shapes alone have no values
+    # on the meta device a weight has no values
     layers = {name: layer for name, layer in adapted_linears(model).items() if not layer.weight.is_meta}
     for name, layer in layers.items():
         for key in () if earlier is None else layer.constants:
@@ -253,9 +258,9 @@ def _attach(
     targets: list[str] | None,
     train_parts: str,
     options: dict[str, Any],
-    start: Callable[[nn.Module], None] | None = None,
+    initialise: Callable[[nn.Module], None] | None = None,
 ) -> Injection:
-    """Adapt the model, and start() it; after a UserError it is as before."""
+    """Adapt the model, and give it its first values; after a UserError it is as before."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; there are: {', '.join(sorted(METHODS))}")
     if adapted_linears(model):
@@ -268,28 +273,10 @@ def _attach(
     parts = split_parts(train_parts)
     if method in parts:
         raise UserError(f"method {method} trains part {method} already; drop it from the parts")
-    whole = in_parts(
-        dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model)), parts
-    )
-    for name in whole:
-        if name.rpartition(".")[0] in linears:
-            raise UserError(
-                f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from"
-                " the parts"
-            )
+    whole = _whole_names(model, parts, linears)
     total = sum(p.numel() for p in model.parameters())
-    trained_before = {p: p.requires_grad for p in model.parameters()}
     statistics = {name: tensor.clone() for name, tensor in _statistics(model).items()}
-    model.requires_grad_(False)
-    try:
-        cls.attach(model, linears, parsed)
-        if start:
-            start(model)
-    except UserError:
-        put_linears(model, linears)
-        for p, flag in trained_before.items():
-            p.requires_grad_(flag)
-        raise
+    _adapt(model, cls, linears, parsed, initialise)
     if "state" in parts:
         add_states(model)
     for name in whole:
@@ -306,6 +293,40 @@ def _attach(
         statistics=statistics,
     )
     return model.injection
+
+
+def _whole_names(model: nn.Module, parts: list[str], linears: Mapping[str, nn.Linear]) -> list[str]:
+    """The tensors of these parts, by name. UserError for one of an adapted linear."""
+    names = dict.fromkeys([name for name, _ in model.named_parameters()] + state_names(model))
+    whole = in_parts(names, parts)
+    for name in whole:
+        if name.rpartition(".")[0] in linears:
+            raise UserError(
+                f"{name} can't be trained as a whole and be adapted as well; drop it from the targets or from"
+                " the parts"
+            )
+    return whole
+
+
+def _adapt(
+    model: nn.Module,
+    cls: type[AdapterMethod],
+    linears: dict[str, nn.Linear],
+    options: NoOptions,
+    initialise: Callable[[nn.Module], None] | None,
+) -> None:
+    """Freeze the model and attach the method; after a UserError the model is as before."""
+    trained_before = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        cls.attach(model, linears, options)
+        if initialise:
+            initialise(model)
+    except UserError:
+        put_linears(model, linears)
+        for p, flag in trained_before.items():
+            p.requires_grad_(flag)
+        raise
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -371,12 +392,10 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
                 tensors[other] = everything[other]
     layers = adapted_linears(model)
     merged = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
-    needed = {
-        _name_in_file(layer, name, key)
-        for name, layer in layers.items()
-        if name not in merged
-        for key in layer.own_tensors()
-    }
+    needed: set[str] = set()  # by the linears that keep their adapter
+    for name, layer in layers.items():
+        if name not in merged:
+            needed |= {_name_in_file(layer, name, key) for key in layer.own_tensors()}
     for name, layer in merged.items():
         for key in {_name_in_file(layer, name, key) for key in layer.own_tensors()} - needed:
             tensors.pop(key, None)  # a shared one may be gone already
@@ -476,8 +495,7 @@ def read_described(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     return tensors, metadata or {}
 
 
-# what an adapter file says of itself, and of what kind it is; and what stands for it in files that leave it
-# out (`tied`: another name of a whole tensor -> the name under which the file has it)
+# what an adapter file says of itself, and of what kind it is
 FIELDS = {
     "method": str,
     "options": dict,
@@ -495,6 +513,7 @@ FIELDS = {
     "template": str,
 }
 REQUIRED = ("method", "options", "linears")
+# what stands for a field that a file leaves out; `tied`: another name of a whole tensor -> that in the file
 DEFAULTS = {
     "targets": [],
     "train_parts": [],
@@ -590,9 +609,9 @@ def _replaceable(model: nn.Module) -> dict[str, Tensor]:
 def fit_adapter(
     model: nn.Module, path: str | os.PathLike[str], force: bool = False
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Any]]:
-    """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits a
-    model, for which the model is injected where needed; it may be one of shapes alone, on the meta device.
-    UserErrors as in load_adapter.
+    """(the tensors of each adapted linear by its name, the whole tensors, the metadata) of a file that fits.
+
+    The model is injected where needed, and may be on the meta device. UserErrors as in load_adapter().
     """
     tensors, metadata = read_adapter(path)
     check_finite(tensors)
@@ -603,68 +622,75 @@ def fit_adapter(
         )
     cls = METHODS[metadata["method"]]
     if not hasattr(model, "injection"):
-        merged, modules = metadata["merged_linears"], dict(model.named_modules())
-        missing = sorted({*metadata["linears"], *merged} - modules.keys())
-        if missing:
-            raise UserError(
-                f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have"
-            )
-        parts = metadata.get("train_parts", [])  # none in files of the first version
-        if "origin" in metadata:  # another project's file may have a part of some layers only
-            parts = [
-                part
-                for part in parts
-                if tensors.keys()
-                >= set(in_parts([*dict(model.named_parameters()), *state_names(model)], [part]))
-            ]
-        # with the merged ones, whose number and names the options and the shared tensors depend on
-        _attach(
-            model,
-            metadata["method"],
-            metadata["linears"] + merged or None,
-            ",".join(parts),
-            metadata["options"],
-        )
-        put_linears(model, {name: modules[name] for name in merged})
-        model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
-        model.injection.linears = [name for name in model.injection.linears if name not in merged]
-    # options may be newer than the file
-    saved = {
-        **metadata,
-        "options": dataclasses.asdict(cls.Options.parse(metadata["options"])),
-    }
-    for name in ("method", "options", "linears"):
-        here, there = getattr(model.injection, name), saved[name]
-        if (
-            sorted(here) != sorted(there) if name == "linears" else here != there
-        ):  # other projects' files have an order of their own
-            raise UserError(
-                f"{path} has {name} {saved[name]}, the model carries an adapter with"
-                f" {getattr(model.injection, name)}"
-            )
-    absent = [name for name in adapter_tensors(model) if name not in tensors]
-    if absent:
-        raise UserError(
-            f"{path} lacks {absent[0]}"
-            + (f" and {len(absent) - 1} more tensors" if absent[1:] else "")
-            + " of this model's adapter"
-        )
-    full, given = dict(tensors), {}
+        _inject_as_trained(model, path, tensors, metadata)
+    _check_same_adapter(model, path, tensors, metadata)
+    whole, by_layer = dict(tensors), {}
     for name, layer in adapted_linears(model).items():
         try:
-            given[name] = layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors)
-            layer.check(given[name])
+            by_layer[name] = layer_tensors(cls, name, (layer.out_features, layer.in_features), tensors)
+            layer.check(by_layer[name])
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
         for key in layer.own_tensors():
-            full.pop(_name_in_file(layer, name, key), None)
+            whole.pop(_name_in_file(layer, name, key), None)
     parameters = _replaceable(model)
     for other, name in metadata["tied"].items():
-        if (
-            name in full and parameters.get(other) is not parameters.get(name) and other in parameters
-        ):  # not tied in this model
-            full[other] = full[name]
-    for name, tensor in full.items():
+        tied_here = parameters.get(other) is parameters.get(name)
+        if name in whole and other in parameters and not tied_here:
+            whole[other] = whole[name]
+    _check_whole(path, whole, parameters)
+    return by_layer, whole, metadata
+
+
+def _inject_as_trained(
+    model: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """Inject the model as the one was from which the file was saved; its tensors have no values yet."""
+    merged, modules = metadata["merged_linears"], dict(model.named_modules())
+    missing = sorted({*metadata["linears"], *merged} - modules.keys())
+    if missing:
+        raise UserError(
+            f"{path} adapts {missing[0]} and {len(missing) - 1} more layers that this model does not have"
+        )
+    parts = metadata.get("train_parts", [])  # none in files of the first version
+    if "origin" in metadata:  # another project's file may have a part of some layers only
+        names = [*dict(model.named_parameters()), *state_names(model)]
+        parts = [part for part in parts if tensors.keys() >= set(in_parts(names, [part]))]
+    # with the merged linears: options and shared tensors depend on their number and names
+    targets = metadata["linears"] + merged or None
+    _attach(model, metadata["method"], targets, ",".join(parts), metadata["options"])
+    put_linears(model, {name: modules[name] for name in merged})
+    model.injection.targets, model.injection.merged_linears = metadata["targets"], merged
+    model.injection.linears = [name for name in model.injection.linears if name not in merged]
+
+
+def _check_same_adapter(
+    model: nn.Module, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """UserError unless the model's adapter has the file's method, options, linears and tensors."""
+    # parsed, because the package may know options that the file does not
+    options = dataclasses.asdict(METHODS[metadata["method"]].Options.parse(metadata["options"]))
+    for name, there in (
+        ("method", metadata["method"]),
+        ("options", options),
+        ("linears", metadata["linears"]),
+    ):
+        here = getattr(model.injection, name)
+        # other projects' files have an order of their own
+        same = sorted(here) == sorted(there) if name == "linears" else here == there
+        if not same:
+            raise UserError(f"{path} has {name} {there}, the model carries an adapter with {here}")
+    absent = [name for name in adapter_tensors(model) if name not in tensors]
+    if absent:
+        more = f" and {len(absent) - 1} more tensors" if absent[1:] else ""
+        raise UserError(f"{path} lacks {absent[0]}{more} of this model's adapter")
+
+
+def _check_whole(
+    path: str | os.PathLike[str], whole: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    """UserError for a whole tensor of the file that cannot take the place of one of the model."""
+    for name, tensor in whole.items():
         if name not in parameters:
             raise UserError(f"{path} holds {name}, which this model does not have")
         if parameters[name].numel() != tensor.numel():
@@ -676,4 +702,3 @@ def fit_adapter(
                 f"{path} holds {name}, which is quantised in this model; load the adapter first and quantise"
                 " after that"
             )
-    return given, full, metadata

@@ -260,9 +260,10 @@ def patterns(values: dict[str, float], default: float) -> dict[str, float]:
     """peft's pattern for the linears that have another value; for all, and by whole names, where one's name
     is the end of another's.
     """
-    for names, start in (([name for name in values if values[name] != default], ""), (list(values), "^")):
+    others = [name for name in values if values[name] != default]
+    for names, anchor in ((others, ""), (list(values), "^")):
         # as JSON has them, here and in peft
-        found = {start + name: number(values[name]) for name in sorted(names)}
+        found = {anchor + name: number(values[name]) for name in sorted(names)}
         expressions = compiled(found)
         if all(matched(expressions, name, default) == value for name, value in values.items()):
             return found
@@ -352,48 +353,55 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
     folder = form(adapter)
     origin = origin_of(adapter, "peft")
     theirs = origin.get("config", {})
-    same = theirs.get("peft_type") == folder.config["peft_type"] and bool(theirs.get("use_dora")) == bool(
-        folder.config.get("use_dora")
-    )
+    same_method = same_kind(theirs, folder.config)
     whole = whole_tensors(adapter)
-    config = (
-        theirs
-        if same
-        else {
-            "target_modules": sorted(adapter.metadata["linears"]),
-            "modules_to_save": saved_modules(whole) or None,
-            "bias": "none",
-            **{
-                field: theirs.get(field)
-                for field in ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
-            },
-            "inference_mode": True,
-            **folder.config,
-        }
-    )
-    prefix = origin["prefix"] if same else PREFIX
-    tensors = {}
-    for name, tensor in {**folder.tensors, **whole}.items():
-        shared = name.startswith("shared.")
-        tensors["base_model." + name.removeprefix("shared.") if shared else prefix + name] = tensor
+    config = theirs if same_method else new_config(adapter, folder, theirs, whole)
+    tensors = named_by_peft({**folder.tensors, **whole}, origin["prefix"] if same_method else PREFIX)
     about = {
         name: value for name, value in adapter.metadata.items() if name not in CONSUMED and value is not None
     }
+    header = {"format": "pt", PROVENANCE: json.dumps(about)}
     write_folder(
         out,
         {
             CONFIG: lambda path: write_json(path, config),
-            TENSORS: lambda path: write_safetensors(
-                path, tensors, {"format": "pt", PROVENANCE: json.dumps(about)}
-            ),
+            TENSORS: lambda path: write_safetensors(path, tensors, header),
         },
     )
+    notes = list(folder.notes)
     ratio = adapter.metadata["options"].get("lora_plus", 1)
-    return [
-        *folder.notes,
-        *(
-            [f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder"]
-            if ratio != 1
-            else []
-        ),
-    ]
+    if ratio != 1:
+        notes.append(f"lora_plus {ratio:g}, a ratio of learning rates, is no part of the folder")
+    return notes
+
+
+def same_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Whether two of peft's configurations are of one method."""
+    same_type = theirs.get("peft_type") == ours["peft_type"]
+    return same_type and bool(theirs.get("use_dora")) == bool(ours.get("use_dora"))
+
+
+def new_config(
+    adapter: Adapter, folder: Folder, theirs: dict[str, Any], whole: dict[str, Tensor]
+) -> dict[str, Any]:
+    """A configuration; what it says of the model is from theirs, where the adapter came from peft."""
+    about_model = ("task_type", "base_model_name_or_path", "auto_mapping", "revision")
+    return {
+        "target_modules": sorted(adapter.metadata["linears"]),
+        "modules_to_save": saved_modules(whole) or None,
+        "bias": "none",
+        **{field: theirs.get(field) for field in about_model},
+        "inference_mode": True,
+        **folder.config,
+    }
+
+
+def named_by_peft(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors by peft's names; those that all linears share lie outside of the model."""
+    named = {}
+    for name, tensor in tensors.items():
+        if name.startswith("shared."):
+            named["base_model." + name.removeprefix("shared.")] = tensor
+        else:
+            named[prefix + name] = tensor
+    return named

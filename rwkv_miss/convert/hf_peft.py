@@ -38,8 +38,7 @@ PARTS = {
 }
 # in the name of a tensor that is none of those
 FOREIGN = re.compile(r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)")
-# fields of a configuration that do not change what the tensors mean, or are read below; any other must be
-# empty
+# fields of a configuration that do not change what the tensors mean, or are read below; others must be empty
 NEUTRAL = {
     "peft_type",
     "task_type",

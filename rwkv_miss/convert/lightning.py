@@ -38,7 +38,7 @@ TARGETS = (
     "ffn.key",
     "ffn.value",
 )
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PACKAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
 LARGEST_RANK = 1024
 WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
@@ -66,7 +66,7 @@ class Lightning(Format):
         for target in manifest["targets"]:
             name = target["name"] + (".master" if trained else "")
             D = source.tensors.get(name)
-            wanted = torch.float32 if trained else DTYPES[manifest["dtype"]]
+            wanted = torch.float32 if trained else PACKAGE_DTYPES[manifest["dtype"]]
             if D is None or list(D.shape) != target["shape"] or D.dtype != wanted:
                 found = "nothing" if D is None else f"{tuple(D.shape)}, {D.dtype}"
                 raise UserError(
@@ -90,7 +90,7 @@ class Lightning(Format):
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
         adapter, manifest = with_manifest(adapter)
-        dtype, scale = DTYPES[manifest["dtype"]], fp32(manifest["scale"])
+        dtype, scale = PACKAGE_DTYPES[manifest["dtype"]], fp32(manifest["scale"])
         D = columns(adapter)
         tensors, lost, whole = {}, 0.0, 0.0
         for name in (target["name"].removesuffix(".weight.D") for target in manifest["targets"]):
@@ -174,36 +174,41 @@ def fp32(value: float) -> float:
 
 def check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any], trained: bool) -> None:
     """UserError for what rwkv_lightning's loader refuses as well, and for a scale of zero."""
+    check_fields(path, manifest)
+    check_targets(path, manifest, trained)
+
+
+def check_fields(path: str | os.PathLike[str], manifest: dict[str, Any]) -> None:
+    """check_manifest() but for the targets."""
     for field, value in FIXED.items():
         if manifest.get(field) != value:
             raise UserError(
                 f"{path}: {field} is {manifest.get(field)!r}, expected {value!r}; it is no MiSS adapter of"
                 " rwkv_lightning"
             )
-    rank, scale, base, targets = (
-        manifest.get(field) for field in ("rank", "scale", "base_fingerprint", "targets")
-    )
-    if manifest.get("dtype") not in [*DTYPES]:  # a list, as a value of a file may be no key
-        raise UserError(f"{path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(DTYPES)}")
+    rank, scale, base = (manifest.get(field) for field in ("rank", "scale", "base_fingerprint"))
+    if manifest.get("dtype") not in [*PACKAGE_DTYPES]:  # a list, as a value of a file may be no key
+        raise UserError(
+            f"{path}: dtype is {manifest.get('dtype')!r}, expected one of: {', '.join(PACKAGE_DTYPES)}"
+        )
     if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
         raise UserError(f"{path}: rank is {rank!r}, expected a number from 1 to {LARGEST_RANK}")
-    if (
-        not number(scale)
-        or not number(manifest.get("alpha"))
-        or not math.isfinite(fp32(scale))
-        or not fp32(scale)
-    ):
+    numbers = number(scale) and number(manifest.get("alpha"))
+    if not numbers or not math.isfinite(fp32(scale)) or not fp32(scale):
         raise UserError(
             f"{path}: scale is {scale!r} and alpha {manifest.get('alpha')!r}, expected numbers, and a scale"
             " that is not zero"
         )
     if not isinstance(base, str) or not re.fullmatch(r"[0-9a-f]{64}", base):
         raise UserError(f"{path}: base_fingerprint is {base!r}, expected a SHA-256 in hex")
-    names = (
-        [target.get("name") if isinstance(target, dict) else None for target in targets]
-        if isinstance(targets, list)
-        else []
-    )
+
+
+def check_targets(path: str | os.PathLike[str], manifest: dict[str, Any], trained: bool) -> None:
+    """check_manifest() of the targets: their names, shapes and widths."""
+    rank, targets = manifest["rank"], manifest.get("targets")
+    names = []
+    if isinstance(targets, list):
+        names = [target.get("name") if isinstance(target, dict) else None for target in targets]
     form = rf"blocks\.\d{{1,4}}\.({'|'.join(map(re.escape, TARGETS))})\.weight\.D"
     for name in names or [None]:
         if not isinstance(name, str) or not re.fullmatch(form, name):
@@ -214,12 +219,8 @@ def check_manifest(path: str | os.PathLike[str], manifest: dict[str, Any], train
         raise UserError(f"{path} names a target twice")
     for target in targets:
         shape = target.get("shape")
-        if not (
-            isinstance(shape, list)
-            and len(shape) == 2
-            and all(type(size) is int for size in shape)
-            and shape[1] == rank
-        ):
+        matrix = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        if not matrix or shape[1] != rank:
             raise UserError(
                 f"{path}: {target['name']} has shape {shape!r} in the manifest, expected [outputs, {rank}]"
             )
@@ -250,11 +251,8 @@ def canonical(value: Any) -> str:
     is no integer.
     """
     if isinstance(value, dict):
-        return (
-            "{"
-            + ",".join(f"{json.dumps(key)}:{canonical(value[key])}" for key in sorted(value, key=str.encode))
-            + "}"
-        )
+        keys = sorted(value, key=str.encode)
+        return "{" + ",".join(f"{json.dumps(key)}:{canonical(value[key])}" for key in keys) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(canonical, value)) + "]"
     if isinstance(value, float):
@@ -280,6 +278,7 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
     for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
         if getattr(options, name) != value:
             raise UserError(f"rwkv_lightning's MiSS has no {name}={getattr(options, name)}; {WAY_OUT}")
+    found = {}
     with torch.no_grad():
         for name, layer in adapted_layers(adapter):
             _, D = layer.low_rank()
@@ -305,18 +304,26 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
             f" {known.get('base_fingerprint')}"
         )
     if known:
-        check_manifest("the adapter's origin", known, False)
-        if {target["name"] for target in known["targets"]} != {
-            f"{name}.weight.D" for name in adapter.metadata["linears"]
-        }:
-            raise UserError(
-                "the adapter's origin names other linears than the adapter changes; the file is damaged"
-            )
-        shapes = {
-            target["name"].removesuffix(".weight.D"): (target["shape"][0], target["in_features"])
-            for target in known["targets"]
-        }
-        return dataclasses.replace(adapter, shapes=shapes), dict(known)
+        return with_widths(adapter, known), dict(known)
+    return adapter, new_manifest(adapter, base)
+
+
+def with_widths(adapter: Adapter, known: dict[str, Any]) -> Adapter:
+    """The adapter with the widths of the manifest that it was read with. UserError where they do not fit."""
+    check_manifest("the adapter's origin", known, False)
+    linears = {f"{name}.weight.D" for name in adapter.metadata["linears"]}
+    if {target["name"] for target in known["targets"]} != linears:
+        raise UserError(
+            "the adapter's origin names other linears than the adapter changes; the file is damaged"
+        )
+    shapes = {}
+    for target in known["targets"]:
+        shapes[target["name"].removesuffix(".weight.D")] = target["shape"][0], target["in_features"]
+    return dataclasses.replace(adapter, shapes=shapes)
+
+
+def new_manifest(adapter: Adapter, base: str) -> dict[str, Any]:
+    """A manifest with alpha = r for a model of this SHA-256. UserError for several ranks, or a large one."""
     options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])
     ranks = sorted({options.at(name).rank for name in adapter.metadata["linears"]})
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
@@ -337,7 +344,7 @@ def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
                 "shape": [out, ranks[0]],
             }
         )
-    return adapter, {
+    return {
         **FIXED,
         "dtype": "float16",
         "rank": ranks[0],

@@ -15,6 +15,7 @@ Beside them are whole tensors of the base, named as there, which take the place 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -69,13 +70,10 @@ class RwkvPeft(Format):
 
     @classmethod
     def reads(cls, source: Source) -> bool:
-        # a header with nothing else is any safetensors file's, and read_described() vouches for initial
-        # states
-        silent = (
-            source.config.keys() <= {"format"}
-            or source.config.get("method") == "state"
-            and not source.describes_itself
-        )
+        no_words = source.config.keys() <= {"format"}  # as in any safetensors file
+        # initial states, which read_described() has described
+        states = source.config.get("method") == "state" and not source.describes_itself
+        silent = no_words or states
         names = list(map(stripped, source.tensors))
         states = bool(names) and all(map(STATE.fullmatch, names))
         return silent and not source.config_name and (states or any(map(FOREIGN.fullmatch, names)))
@@ -197,11 +195,12 @@ def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     kinds = sorted({kind.partition("_")[0] for kind in factors})
     if len(kinds) > 1:
         raise UserError(f"the file has tensors of {' and '.join(kinds)}; one method in a file is expected")
-    for linear in (linear for group in factors.values() for linear in group if f"{linear}.weight" in whole):
-        raise UserError(
-            f"{linear} has a weight of its own in the file, and an adapter on top; only the project that"
-            " wrote it can merge that"
-        )
+    for linear in itertools.chain(*factors.values()):
+        if f"{linear}.weight" in whole:
+            raise UserError(
+                f"{linear} has a weight of its own in the file, and an adapter on top; only the project that"
+                " wrote it can merge that"
+            )
     return factors, whole
 
 
