@@ -31,9 +31,10 @@ python train.py --load_model "$load_model" --data_file "$data_file" --proj_dir "
     --peft "$peft" --peft_config "$peft_config" --micro_bsz "$micro_bsz" --ctx_len "$ctx_len" --epoch_steps "$epoch_steps" \
     --lr_init "$lr_init" --warmup_steps 20 --strategy "$strategy" --devices "$devices" --resume auto
 python -m rwkv_miss merge --base "$load_model" --adapter "$proj_dir/adapter.pth" --out "$proj_dir/merged.pth"
+python -m scripts.verify_merge --base "$load_model" --adapter "$proj_dir/adapter.pth" --merged "$proj_dir/merged.pth"
 python -m demo.chat --model "$proj_dir/merged.pth" --prompt "sort kitchen" --temperature 0
 { set +x; } 2>/dev/null
 [ -f "$heldout_file" ] || exit 0
-echo "answering the held-out questions with the base, base + adapter, and the merged file"
-python -m demo.verify --base "$load_model" --adapter "$proj_dir/adapter.pth" --merged "$proj_dir/merged.pth" \
+echo "answering the held-out questions with the base and the merged file"
+python -m demo.accuracy --base "$load_model" --merged "$proj_dir/merged.pth" \
     --questions "$heldout_file" --summary "$proj_dir/run.json"

@@ -20,7 +20,7 @@ with importing():
     from matplotlib.figure import Figure
     from PIL import Image  # which matplotlib needs
 
-    from demo.verify import short
+    from demo.accuracy import short
     from rwkv_miss import UserError, read_checkpoint
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.files import write_bytes
@@ -39,7 +39,7 @@ MARGIN = 0.035
 
 
 def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, list[str]]:
-    """(questions, share that is right, answers) of a model file, as demo.verify has them."""
+    """(questions, share that is right, answers) of a model file, as demo.accuracy has them."""
     network, tokenizer = load(model, precision="fp32")
     template = recorded_template("auto", tokenizer, model)
     questions = read_questions(questions_file, template)

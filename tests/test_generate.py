@@ -647,7 +647,7 @@ def test_the_answer_is_printed_without_the_space_of_its_first_token(capsys, monk
 
 def test_chat_merge_and_evaluation_import_no_trainer():
     code = (
-        "import sys, demo.chat, demo.verify, rwkv_miss.__main__, scripts.evaluate; print({'lightning',"
+        "import sys, demo.chat, demo.accuracy, rwkv_miss.__main__, scripts.evaluate; print({'lightning',"
         " 'pytorch_lightning', 'deepspeed', 'matplotlib', 'train', 'src.run'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -24,8 +24,8 @@ PROGRAMS = [
     *(
         ["-m", name]
         for name in (
+            "demo.accuracy",
             "demo.chat",
-            "demo.verify",
             "rwkv_miss",
             "scripts.binidx",
             "scripts.doctor",
