@@ -1,4 +1,6 @@
-"""The README's commands do what they say, as they stand there, on small files of the names that they use."""
+"""The README's commands do what they say, as they stand there, on small files of the names that they use. The
+Chinese README keeps step with it, and its table of models with docs/memory.md.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ import rwkv_miss
 from src.model import RWKV
 
 from .conftest import ROOT, make_arch, random_tensors
-from .pages import commands, pages, python_words, spans
+from .pages import FENCE, HEADING, commands, links, pages, prose, python_words, spans
 
 # programs that are tested elsewhere, because here they would take minutes or a network
 ELSEWHERE = {
@@ -25,6 +27,7 @@ ELSEWHERE = {
 }
 MODELS = ("--load_model", "--base", "--model")
 TEXTS = ("--data_file", "--questions", "--eval_file")
+READMES = ("README.md", "README_zh.md")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -108,9 +111,10 @@ def test_every_command_of_the_readme_runs(folder):
     assert {"train.py", "rwkv_miss", "demo.chat"} <= ran
 
 
-def test_every_row_of_data_in_the_readme_is_read(folder):
+@pytest.mark.parametrize("page", READMES)
+def test_every_row_of_data_in_the_readme_is_read(folder, page):
     """And what the table calls trained is what the preview marks."""
-    shown = [span for span in spans(pages()["README.md"]) if span.startswith("{")]
+    shown = [span for span in spans(pages()[page]) if span.startswith("{")]
     assert len(shown) >= 3
     for row in shown:
         (folder.path / "row.jsonl").write_text(f"{row}\n", encoding="utf-8")
@@ -118,3 +122,74 @@ def test_every_row_of_data_in_the_readme_is_read(folder):
         last = list(json.loads(row).values())[-1]
         trained = last[-1]["content"] if isinstance(last, list) else last
         assert re.search(rf"«\s*{re.escape(trained)}", found), found
+
+
+def sections(text):
+    """(level of the heading, text) of each section, the title's first. A # in a block is no heading."""
+    blocks = [found.span() for found in FENCE.finditer(text)]
+    starts = [
+        found.start()
+        for found in HEADING.finditer(text)
+        if not any(begin < found.start() < end for begin, end in blocks)
+    ]
+    parts = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)])]
+    return [(len(part) - len(part.lstrip("#")), part) for part in parts]
+
+
+def numbers(text):
+    """The numbers of a text, also those in names such as fp32."""
+    return set(re.findall(r"\d(?:[\d.,]*\d)?", text))
+
+
+def paths(text):
+    """The paths in a text: methods/, src/run.py."""
+    return re.findall(r"[\w.]+/[\w./]*|\w+\.py\b", text, re.A)
+
+
+def comparable(span):
+    """A code span as it must be in both languages: of a row of data only the keys."""
+    return re.sub(r'(?<=: )"[^"]*"', '""', span) if span.startswith("{") else span
+
+
+def table(text):
+    """The rows of a section's tables, as lists of cells."""
+    return [line.strip("|").split("|") for line in prose(text).splitlines() if line.startswith("|")]
+
+
+def test_the_chinese_readme_keeps_step():
+    """Section by section: the same headings, commands, paths, code spans, links, tables and numbers."""
+    english, chinese = (sections(pages()[page]) for page in READMES)
+    assert [level for level, _ in english] == [level for level, _ in chinese]
+    for (_, ours), (_, theirs) in zip(english, chinese):
+        heading = theirs.partition("\n")[0]
+        assert commands(ours) == commands(theirs), heading
+        assert [paths(block[2]) for block in FENCE.findall(ours)] == [
+            paths(block[2]) for block in FENCE.findall(theirs)
+        ], heading
+        assert sorted(map(comparable, spans(ours))) == sorted(map(comparable, spans(theirs))), heading
+        assert sorted({*links(ours)} - {*READMES}) == sorted({*links(theirs)} - {*READMES}), heading
+        assert numbers(ours) == numbers(theirs), heading
+        assert [[numbers(cell) for cell in row] for row in table(ours)] == [
+            [numbers(cell) for cell in row] for row in table(theirs)
+        ], heading
+
+
+def test_the_models_that_fit_are_those_of_the_page_of_memory():
+    """For each device and each set of flags the largest model that fits, by the tables that scripts print."""
+    tables = [
+        [[cell.strip() for cell in row] for row in table(part) if row[0].startswith(" RWKV-7")]
+        for _, part in sections(pages()["docs/memory.md"])
+    ]
+    gpu, cpu = [rows for rows in tables if rows]
+    (fit,) = [part for _, part in sections(pages()["README.md"]) if "laptop CPU" in part]
+    free = [12, 8, 16, 24]  # GB; of the laptop's 16 GB the system has 4
+    for number, row in enumerate(table(fit)[2:]):
+        for cell, sizes, gigabytes in zip(row[1:], [cpu, gpu, gpu, gpu], free):
+            # the columns from `together` on are for --grad_cp 0, 2, 1, and 1 with nf4
+            column = [-4, -3, -1][number]
+            fitting = [
+                f"{name.removeprefix('RWKV-7 ')} ({each[column]})"
+                for name, *each in sizes
+                if float(each[column]) <= 0.9 * gigabytes * 1e9 / 2**30
+            ]
+            assert cell.strip() == fitting[-1]
