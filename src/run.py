@@ -132,9 +132,8 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
     folder, checkpoints = config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS)
     if is_first_process():
         remove_leftovers(output_path(config), os.path.join(folder, BEST), checkpoints)
-        for name in (
-            () if resume_from else (BEST, VALIDATION)
-        ):  # of a run that was killed before its first checkpoint
+        # of a run that was killed before its first checkpoint
+        for name in () if resume_from else (BEST, VALIDATION):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(folder, name))
         save(config, job.origins, os.path.join(folder, CONFIG))

@@ -659,12 +659,13 @@ def test_names_of_data_sets(read, monkeypatch):
     ):
         list(read_rows("no/such", reading=Reading(split="2")))
     os.mkdir("org")
+    # mistyped paths, for which nothing is downloaded
     for path in (
         "org/some.data",
         "name",
         "org/data.jsonl",
         "other/data.jsonl",
-    ):  # mistyped paths, for which nothing is downloaded
+    ):
         with pytest.raises(UserError, match=f"data file {path} can't be read: No such file"):
             list(read_rows(path))
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -588,10 +588,11 @@ def scalars(folder, tag):
 def test_tensorboard_shows_what_the_files_hold_also_of_a_resumed_run(files, tmp_path):
     proj_dir = tmp_path / "run"
     flags = [*EVAL, str(files / "held.jsonl"), "--save_steps", "2"]
+    # the first run leaves none, the second goes on from step 2, the last as well
     for checkpoint in (
         "step-00000002",
         "step-00000004",
-    ):  # the first run leaves none, the second goes on from step 2, the last as well
+    ):
         code, output = start(
             files,
             proj_dir,

@@ -136,9 +136,8 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
         change, missing = (scratch.get(part, before.shape) for part in ("change", "missing"))
         torch.sub(after, change.copy_(before), out=change)
         missing.copy_(kept).sub_(after)
-        if (
-            before.dtype != kept.dtype
-        ):  # the base is rounded, too, and what that alone changes is not the update's loss
+        # the base is rounded, too, and what that alone changes is not the update's loss
+        if before.dtype != kept.dtype:
             same = before.to(kept.dtype)
             missing += before - same
             before = same

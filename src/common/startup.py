@@ -9,10 +9,7 @@ import sys
 import threading
 
 # as in pyproject.toml; an older one must be able to read this file and the first lines of a program
-OLDEST = (
-    3,
-    10,
-)
+OLDEST = (3, 10)
 OURS = ("rwkv_miss", "src", "scripts", "demo")
 # read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting
 # threads spin unless told not to: small models are then up to thirty times slower as soon as anything else

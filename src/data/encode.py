@@ -70,9 +70,8 @@ class Encoder:
 
     def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = np.array(self.tokenizer.eod, dtype=np.int32)
-        if not np.array_equal(
-            ids[-len(end) :], end
-        ):  # files of tokens, and templates that write it, have it already
+        # files of tokens, and templates that write it, have it already
+        if not np.array_equal(ids[-len(end) :], end):
             ids, trained = (
                 np.concatenate([ids, end]),
                 np.concatenate([trained, np.zeros(len(end), dtype=bool)]),

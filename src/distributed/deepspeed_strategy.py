@@ -191,9 +191,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         for the others yet.
         """
         zero = self.deepspeed_engine.optimizer
-        if (
-            self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment
-        ):  # None: no part of it is on this rank
+        # None: no part of it is on this rank
+        if self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment:
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 

@@ -74,9 +74,8 @@ class GraphedDecoder:
     def _record(self) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            stream
-        ):  # what libraries allocate and choose on their first call must not be in the graph
+        # what libraries allocate and choose on their first call must not be in the graph
+        with torch.cuda.stream(stream):
             self._token()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()

@@ -226,9 +226,8 @@ class RWKV(nn.Module):
         linears = list(self.layer_linears().values())
         quantise_(progress(linears, f"quantising to {kind}", unit="matrices", shown=is_first_process()), kind)
         for name, p in self.named_parameters():
-            if (
-                p.is_floating_point() and not p.requires_grad and not name.endswith("time_state")
-            ):  # states are fp32 everywhere
+            # states are fp32 everywhere
+            if p.is_floating_point() and not p.requires_grad and not name.endswith("time_state"):
                 p.data = p.data.to(dtype)
         self.expands_to = dtype
 
@@ -328,8 +327,9 @@ def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) 
             nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         )
     for owner in module.modules():
+        # which keep their order and what else is registered of them
         for slots in (
             owner._parameters,
             owner._buffers,
-        ):  # which keep their order and what else is registered of them
+        ):
             slots.update({leaf: new[id(old)] for leaf, old in slots.items() if old is not None})

@@ -18,10 +18,7 @@ CHOSEN = "chosen"  # the origin of such a setting begins with it
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
 # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
-ROWS, STEPS = (
-    8,
-    50,
-)
+ROWS, STEPS = (8, 50)
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
 HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
@@ -103,9 +100,8 @@ def choose_batch(
             "--micro_bsz is given",
         )
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
-        if not (
-            name == "accumulate_grad_batches" and config.global_bsz
-        ):  # which makes their number, on however many devices
+        # which makes their number, on however many devices
+        if not (name == "accumulate_grad_batches" and config.global_bsz):
             choose(config, origins, name, getattr(tried, name), reason)
 
 

@@ -39,10 +39,7 @@ from .memory import USABLE, largest_batch, memory_parts, needed
 from .throughput import Speed
 
 # torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
-STAGE_3_CHUNKS = (
-    2,
-    8,
-)
+STAGE_3_CHUNKS = (2, 8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,9 +106,8 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None  # as from the micro-batch before
         model.set_kernel(kernel)
-        if kernel.startswith(
-            "cuda"
-        ):  # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
+        # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
+        if kernel.startswith("cuda"):
             for block in model.blocks:
                 block.att.kernel = "cpu"
         batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}

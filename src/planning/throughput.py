@@ -45,13 +45,7 @@ def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
 
 
 def measured_speed(
-    arch: Arch,
-    config: Config,
-    kernel: str,
-    precision: str,
-    device: str,
-    row: int,
-    trained: float,
+    arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float
 ) -> Speed:
     """That of one process, from the forward and backward of a row of up to `row` tokens, of which the share
     `trained` are targets, and from one token after `eval_samples` prompts."""

@@ -285,16 +285,13 @@ def chosen(config: Config, origins: dict[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, origin in origins.items():
         kind, _, reason = origin.partition(": ")
-        if kind == CHOSEN and name not in (
-            "accelerator",
-            "precision",
-            "wkv",
-        ):  # which have lines of their own
+        # accelerator, precision and kernel have lines of their own
+        if kind == CHOSEN and name not in ("accelerator", "precision", "wkv"):
             by_reason.setdefault(reason, []).append(f"{name} {getattr(config, name)}")
     lines = [f"{', '.join(settings)}: {reason}" for reason, settings in by_reason.items()]
-    return [f"{'chosen' if i == 0 else '':<10} {line}" for i, line in enumerate(lines)] + [
-        f"in full    {command(config)}"
-    ]
+    labels = ["chosen", *[""] * len(lines)]
+    chosen = [f"{label:<10} {line}" for label, line in zip(labels, lines)]
+    return [*chosen, f"in full    {command(config)}"]
 
 
 def mask(loss_mask: str) -> str:
@@ -322,18 +319,14 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
     config = job.config
     if over:
         step = checkpoint_step(path)
-        what = (
-            f"has all {counted(job.steps, 'step')} already"
-            if step >= job.steps
-            else f"ended at step {step} by --early_stop"
-        )
+        what = f"has all {counted(job.steps, 'step')} already"
+        if step < job.steps:
+            what = f"ended at step {step} by --early_stop"
         return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
+    if before is None and config.resume != "auto":
+        return []
     if before is None:
-        return (
-            [f"resume     no checkpoint in {config.proj_dir}: from the beginning"]
-            if config.resume == "auto"
-            else []
-        )
+        return [f"resume     no checkpoint in {config.proj_dir}: from the beginning"]
     lines = [
         f"resume     from {path}; the weights, the optimizer and the order of the data go on where they were"
     ]

@@ -87,9 +87,8 @@ class FakeGpu(TorchDispatchMode):
         if fakes and fakes[0].fake_mode is not self.fake or not fakes and not _is_cuda(kwargs.get("device")):
             return op(*args, **kwargs)  # the CPU's, or the project's own count of memory
         name = op._schema.name.split("::")[1]
-        if (
-            name == "to"
-        ):  # inside one of our operators torch hands it on whole; most of the time it casts nothing
+        # inside one of our operators torch hands it on whole; most of the time it casts nothing
+        if name == "to":
             with self:
                 return op.decompose(*args, **kwargs)
         known = getattr(args[0], "known", None) if args and isinstance(args[0], Tensor) else None

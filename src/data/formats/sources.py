@@ -300,9 +300,8 @@ def _json_format(
         return JSONL if lines > 1 or is_known else JSON
     if first.startswith("["):
         return JSON
-    if first.startswith(
-        "{"
-    ):  # an object over several lines, or a row that is broken or longer than what was looked at
+    # an object over several lines, or a row that is broken or longer than what was looked at
+    if first.startswith("{"):
         is_line = first.endswith("}") or lines == 1 and goes_on
         return JSONL if suffix in JSONL_SUFFIXES or suffix != ".json" and is_line else JSON
     return None
