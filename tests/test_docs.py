@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -14,7 +15,18 @@ from scripts import flags
 from src.config import FIELDS, legacy
 
 from .conftest import ROOT
-from .pages import HISTORY, PROGRAMS, anchors, commands, foreign_module, links, pages, python_words, spans
+from .pages import (
+    HISTORY,
+    PROGRAMS,
+    anchors,
+    commands,
+    foreign_module,
+    links,
+    pages,
+    prose,
+    python_words,
+    spans,
+)
 from .parse_commands import has_parser
 
 # of launchers and other tools that stand in code spans
@@ -233,6 +245,24 @@ def test_every_link_leads_to_a_file_and_a_heading():
             elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
                 broken.append(f"{page}: {link}: no such heading")
     assert not broken, "\n".join(broken)
+
+
+def columns(line):
+    """Columns of a line on a terminal, without the addresses of links and without commands."""
+    line = re.sub(r"\]\([^)]*\)|`[^` ]+ [^`]*`", "", line)
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line)
+
+
+def test_prose_has_at_most_110_columns():
+    """Tables, links and commands may have more, and so may the pages that benchmarks.paper writes."""
+    too_long = [
+        f"{page}: {line}"
+        for page, text in pages().items()
+        if not re.fullmatch(r"docs/results/(?!README).*", page)
+        for line in prose(text).splitlines()
+        if not line.startswith("|") and columns(line) > 110
+    ]
+    assert not too_long, "\n".join(too_long)
 
 
 def test_the_commands_for_a_fresh_machine_are_those_of_ci():
