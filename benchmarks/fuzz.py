@@ -27,7 +27,7 @@ import numpy as np
 
 from rwkv_miss import UserError
 from src.data.encode import Encoder
-from src.data.formats import Report, binidx, read_rows
+from src.data.formats import Report, binidx, read_records
 from src.data.tokenizer import load_tokenizer
 
 from .common import report
@@ -225,7 +225,7 @@ def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
         found = Report(rng.choice(["stop", "skip"]))
         try:
             with limit(SECONDS):
-                for where, row in read_rows(path, found):
+                for where, row in read_records(path, found):
                     assert where.startswith(folder), where
                     check(row)
                     try:

@@ -77,8 +77,9 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def rows(data: list[str], reading: Reading, eod: tuple[int, ...]) -> Iterator[tuple[str, dict]]:
-    """formats.read_rows() of several names. A weight is a UserError: how often a run sees a row is no matter
-    of the file that holds it.
+    """formats.read_records() of several names.
+
+    A weight is a UserError: how often a run sees a record is no matter of the file that holds it.
     """
     for name in data:
         for source in sources(name, reading):

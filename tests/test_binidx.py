@@ -12,7 +12,7 @@ import tokenizers
 
 from rwkv_miss import UserError
 from scripts.binidx import main
-from src.data.formats import Report, binidx, read_rows
+from src.data.formats import Report, binidx, read_records
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,12 @@ def test_binidx(monkeypatch, code, pieces, boundaries, eod, documents):
     write_binidx("data", pieces, boundaries, code)
     for name in ("data", "data.bin", "data.idx"):
         report = Report()
-        assert ids([row for _, row in read_rows(name, report, eod=eod)]) == documents
+        assert ids([row for _, row in read_records(name, report, eod=eod)]) == documents
         assert report.lines() == [
             f"format     {name}: binidx, {len(documents)} row{'s' * (len(documents) > 1)}"
         ]
     monkeypatch.setattr(binidx, "IDS_AT_ONCE", 2)
-    assert ids([row for _, row in read_rows("data", eod=eod)]) == documents
+    assert ids([row for _, row in read_records("data", eod=eod)]) == documents
 
 
 @pytest.mark.parametrize("vocab_size, code", [(256, 8), (65536, 8), (65537, 4)])
@@ -91,7 +91,7 @@ def test_binidx_is_written_as_the_specification_has_it(vocab_size, code):
     writer.add([1])
     writer.discard()
     assert sorted(os.listdir()) == ["ours.bin", "ours.idx", "theirs.bin", "theirs.idx"]
-    assert ids([row for _, row in read_rows("ours")]) == [[5, 6], [vocab_size - 1], [7] * 1000]
+    assert ids([row for _, row in read_records("ours")]) == [[5, 6], [vocab_size - 1], [7] * 1000]
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_damaged_binidx(tmp_path, damage, words):
     for file, content in zip(files, damage(*[file.read_bytes() for file in files])):
         file.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        list(read_rows("data"))
+        list(read_records("data"))
     assert words in str(caught.value)
 
 
 def test_negative_ids_are_a_bad_row():
     write_binidx("data", [[5, -6], [7]], [0, 1, 2], code=4)
     report = Report("skip")
-    assert ids([row for _, row in read_rows("data", report)]) == [[7]]
+    assert ids([row for _, row in read_records("data", report)]) == [[7]]
     assert report.files["data"].reasons == ["data.bin, document 1: an id is negative, -6"]
 
 
@@ -154,7 +154,7 @@ def test_there_and_back(tmp_path, capsys, tokenizer):
     main([str(tmp_path / "back.jsonl"), str(tmp_path / "out.bin"), "--to_jsonl", "--tokenizer", tokenizer])
     back = [json.loads(line)["text"] for line in (tmp_path / "back.jsonl").read_text().splitlines()]
     assert back == [*texts[:3], "User: what?\n\nAssistant: this"]
-    assert len(list(read_rows(tmp_path / "out.idx", eod=(0, 0) if tokenizer == "utf16" else (0,)))) == 4
+    assert len(list(read_records(tmp_path / "out.idx", eod=(0, 0) if tokenizer == "utf16" else (0,)))) == 4
 
 
 def test_a_bad_row_leaves_nothing_behind(tmp_path, capsys):
@@ -193,5 +193,5 @@ def test_tokens_beyond_uint16_and_columns_by_name(tmp_path):
             "this",
         ]
     )
-    [(_, row)] = read_rows(tmp_path / "out.bin", eod=(70_000,))
+    [(_, row)] = read_records(tmp_path / "out.bin", eod=(70_000,))
     assert row["ids"].tolist() == [3, 69_999]

@@ -16,7 +16,7 @@ from rwkv_miss import UserError
 from src.config import Config
 from src.data import token_cache
 from src.data.dataset import load_documents
-from src.data.formats import Found, Reading, Report, read_rows, sample, sources
+from src.data.formats import Found, Reading, Report, read_records, sample, sources
 from src.data.tokenizer import load_tokenizer
 
 from .test_binidx import write_binidx
@@ -43,7 +43,7 @@ def read(tmp_path, monkeypatch):
                 content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
             ).encode()
         (tmp_path / name).write_bytes(content)
-        return [row for _, row in read_rows(name, report, Reading(**reading))]
+        return [row for _, row in read_records(name, report, Reading(**reading))]
 
     return make
 
@@ -576,7 +576,7 @@ def test_parquet_of_pyarrow(read):
     ]
     write_parquet(rows, "rows.parquet")
     report = Report()
-    got = list(read_rows("rows.parquet", report))
+    got = list(read_records("rows.parquet", report))
     assert [row for _, row in got] == [{"messages": CHAT}] * 600 + [{"text": "t"}] and got[599][
         0
     ] == "rows.parquet, row 600"
@@ -604,7 +604,7 @@ def test_tables_of_pandas(read, tmp_path):
     frame.to_json("e.jsonl", orient="records", lines=True)
     frame.to_json("f.json", orient="records", indent=1)
     for name in os.listdir():
-        assert [row for _, row in read_rows(name)] == expected, name
+        assert [row for _, row in read_records(name)] == expected, name
 
 
 def test_data_sets_of_hugging_face(read, monkeypatch):
@@ -614,13 +614,13 @@ def test_data_sets_of_hugging_face(read, monkeypatch):
     train.save_to_disk("one")
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk("two")
     report = Report()
-    rows = list(read_rows("one:2,two", report))
+    rows = list(read_records("one:2,two", report))
     assert [row for _, row in rows] == [{"messages": CHAT}] * 600 and rows[299][0] == "one, row 300"
     assert report.lines() == [
         f"format     {name}: Hugging Face data set, split train, 300 rows, messages; not used: id"
         for name in ("one", "two")
     ]
-    assert [row for _, row in read_rows("two", reading=Reading(split="test"))] == CHATS
+    assert [row for _, row in read_records("two", reading=Reading(split="test"))] == CHATS
     assert all(os.path.isfile(file) for file in sources("two")[0].files) and len(sources("two")[0].files) > 4
     for spec, words in (
         ("two", "two has no split 'dev'; choose one of train, test with --sft_split"),
@@ -629,7 +629,7 @@ def test_data_sets_of_hugging_face(read, monkeypatch):
         os.makedirs("cut", exist_ok=True)
         open("cut/state.json", "w").close()
         with pytest.raises(UserError, match=words):
-            list(read_rows(spec, reading=Reading(split="dev")))
+            list(read_records(spec, reading=Reading(split="dev")))
 
 
 def test_names_of_data_sets(read, monkeypatch):
@@ -647,8 +647,8 @@ def test_names_of_data_sets(read, monkeypatch):
             return {name: [row[name] for row in list(self)[part]] for name in PAIRS[0]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    assert [row for _, row in read_rows("org/some.data", reading=Reading(split="2"))] == CHATS
-    assert [row for _, row in read_rows("org/data/main:2", reading=Reading(split="2"))] == CHATS
+    assert [row for _, row in read_records("org/some.data", reading=Reading(split="2"))] == CHATS
+    assert [row for _, row in read_records("org/data/main:2", reading=Reading(split="2"))] == CHATS
     assert asked == [(("org/some.data",), "2"), (("org/data", "main"), "2")]
     with pytest.raises(
         UserError,
@@ -657,7 +657,7 @@ def test_names_of_data_sets(read, monkeypatch):
             " offline"
         ),
     ):
-        list(read_rows("no/such", reading=Reading(split="2")))
+        list(read_records("no/such", reading=Reading(split="2")))
     os.mkdir("org")
     # mistyped paths, for which nothing is downloaded
     for path in (
@@ -667,12 +667,12 @@ def test_names_of_data_sets(read, monkeypatch):
         "other/data.jsonl",
     ):
         with pytest.raises(UserError, match=f"data file {path} can't be read: No such file"):
-            list(read_rows(path))
+            list(read_records(path))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UserError, match="the data set no/such needs the package datasets: pip install pyarrow datasets"
     ):
-        list(read_rows("no/such"))
+        list(read_records("no/such"))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="x.parquet needs the package pyarrow: pip install pyarrow datasets"):
         read(b"PAR1", "x.parquet")
@@ -691,8 +691,8 @@ def test_several_files_with_weights(read, tmp_path):
         ("d:2", 0.5),
         ("d:2", 1),
     ]
-    assert [row for _, row in read_rows("a.jsonl:3,d:2")] == [{"text": "a.jsonl"}, {"text": "d:2"}]
-    assert len(list(read_rows("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == [
+    assert [row for _, row in read_records("a.jsonl:3,d:2")] == [{"text": "a.jsonl"}, {"text": "d:2"}]
+    assert len(list(read_records("a.jsonl,a.jsonl:0.5", report := Report()))) == 2 and report.lines() == [
         "format     a.jsonl: JSONL, 1 row, text"
     ]
     os.mkfifo("pipe")
@@ -736,7 +736,7 @@ def test_a_folder_is_its_files(read, tmp_path):
             else b'{"text": "in b"}'
         )
     report = Report()
-    assert [row["text"] for _, row in read_rows("all", report)] == ["in a", "in b", "in c"]
+    assert [row["text"] for _, row in read_records("all", report)] == ["in a", "in b", "in c"]
     assert (
         report.lines()[3]
         == "folder     all: 3 data files; left out: README.md, config.json, dataset_info.json, lonely.bin"

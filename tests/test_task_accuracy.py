@@ -16,8 +16,8 @@ from benchmarks.paper import __main__ as paper
 from rwkv_miss import UserError, merge_file, read_metadata
 from scripts import evaluate, lm_eval
 from src import config
-from src.data.formats import read_rows
-from src.data.loss_mask import row_segments
+from src.data.formats import read_records
+from src.data.loss_mask import record_segments
 from src.data.rwkv_template import DEFAULT
 from src.evaluation.code_scoring import Problem, code_of, passed, read_problems
 from src.evaluation.scoring import final_number, normalised, numbers, result, same_number, same_result
@@ -365,7 +365,7 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     ]
     base, data = checkpoint(7, vocab_size=256), tmp_path / "MetaMathQA.json"
     data.write_text(json.dumps([metamath(row) for row in rows]))
-    pieces = row_segments(next(read_rows(data))[1], DEFAULT, "assistant")
+    pieces = record_segments(next(read_records(data))[1], DEFAULT, "assistant")
     prompt = "User: Ann has 3 pens.\nShe buys 4. How many?\n\nAssistant:"
     assert pieces == [(prompt, False), (" 3 + 4 = 7\n#### 7\nThe answer is: 7", True)]
     program.succeed(

@@ -14,7 +14,7 @@ from demo import chat
 from rwkv_miss import UserError
 from src.data.dataset import load_documents
 from src.data.encode import Encoder
-from src.data.loss_mask import marked, row_segments
+from src.data.loss_mask import marked, record_segments
 from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
 from src.data.templates import answer_text, load_template, recorded_template
 from src.data.tokenizer import load_tokenizer
@@ -472,7 +472,7 @@ def test_loss_masks_of_every_kind_of_row():
         "pair": {"prompt": "a ", "completion": "b"},
     }
     masks = {
-        name: {kind: shown(row_segments(row, DEFAULT, name)) for kind, row in rows.items()}
+        name: {kind: shown(record_segments(row, DEFAULT, name)) for kind, row in rows.items()}
         for name in ("assistant", "all", "Assistant:", "a")
     }
     assert masks["assistant"] == {
@@ -530,7 +530,7 @@ def test_a_marker_that_no_row_has_is_an_error(tmp_path):
 
 def test_the_marker_assistant_is_the_mask_of_a_conversation():
     turns = [system("s"), user("a\n\nb"), assistant("c\n\nd"), user("e"), assistant("f"), assistant("g")]
-    assert row_segments({"messages": turns}, DEFAULT, "Assistant:") == DEFAULT.segments(turns)
+    assert record_segments({"messages": turns}, DEFAULT, "Assistant:") == DEFAULT.segments(turns)
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes"])

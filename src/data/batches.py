@@ -36,25 +36,20 @@ class Groups(Sequence):
 
     def sums(self, values: np.ndarray) -> array.array:
         """The sum of the members' values of each list."""
-        return _integers(
-            np.diff(
-                np.cumsum(values[np.asarray(self.members)], dtype=np.int64)[np.asarray(self.ends) - 1],
-                prepend=0,
-            )
-        )
+        totals = np.cumsum(values[np.asarray(self.members)], dtype=np.int64)
+        return _integers(np.diff(totals[np.asarray(self.ends) - 1], prepend=0))
 
 
 def _integers(values: np.ndarray) -> array.array:
-    """As Python's integers, 4 bytes each: those of numpy overflow in a sum, and are no JSON."""
+    """As Python's integers of 4 bytes each: numpy's overflow in a sum and can't be written as JSON."""
     return array.array("i", values.astype(np.int32).tobytes())
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int) -> Groups:
-    """Documents into rows of at most `capacity` tokens, best fit, longest first: each into the fullest row
-    that has room.
+    """Put documents into rows of at most `capacity` tokens: the longest first, each where it fits best.
 
-    Which of two documents of one length comes first is random, so that neighbours in the file do not share
-    rows.
+    Best means the fullest row that has room. Which of two documents of one length comes first is random, so
+    that neighbours in the file do not share rows.
     """
     lengths = np.asarray(lengths)
     order = np.random.default_rng(seed).permutation(len(lengths))
@@ -94,8 +89,9 @@ def _permutation(seed: int, turn: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which rows make up each optimizer step, micro-batch and rank. Every pass over the data is a new
-    permutation of the rows.
+    """Which rows make up each optimizer step, micro-batch and rank.
+
+    Every pass over the data is a new permutation of the rows.
     """
 
     rows: Sequence[list[int]]  # the documents of each row
@@ -121,9 +117,8 @@ class Schedule:
         Sorting inside a step saves padding and changes nothing else: the loss is one sum over the step.
         """
         turn, place = divmod(step, self.steps_per_pass)
-        rows = _permutation(self.seed, turn, len(self.lengths))[
-            place * self.rows_per_step : (place + 1) * self.rows_per_step
-        ]
+        begin = place * self.rows_per_step
+        rows = _permutation(self.seed, turn, len(self.lengths))[begin : begin + self.rows_per_step]
         return sorted(rows.tolist(), key=lambda row: (self.lengths[row], row))
 
     def step_targets(self, step: int) -> int:
@@ -135,17 +130,17 @@ class Schedule:
         return sum(self.lengths[row] for row in self.step_rows(step))
 
     def seed_of(self, step: int, micro: int, rank: int) -> int:
-        """The seed of what is random in a micro-batch (dropout): a function of its place, so that a resumed
-        run draws the same numbers.
+        """The seed of what is random in a micro-batch, such as dropout.
+
+        It is a function of the micro-batch's place, so that a resumed run draws the same numbers.
         """
         return int(np.random.SeedSequence([self.seed, step, micro, rank]).generate_state(1)[0])
 
     def micro_width(self, step: int, micro: int) -> int:
         """Inputs of the longest row of a micro-batch over all ranks, at least 1."""
-        return max(
-            [self.lengths[row] for rank in range(self.world) for row in self.micro_rows(step, micro, rank)]
-            + [1]
-        )
+        ranks = range(self.world)
+        lengths = (self.lengths[row] for rank in ranks for row in self.micro_rows(step, micro, rank))
+        return max([1, *lengths])
 
     def micro_rows(self, step: int, micro: int, rank: int) -> list[int]:
         """Rows of one micro-batch on one rank; fewer than micro_bsz only in a short step."""
@@ -159,35 +154,33 @@ class Schedule:
 def make_schedule(documents: Documents, config: Config, world: int) -> Schedule:
     """The steps of a run over these documents."""
     lengths, count = documents.lengths - 1, len(documents)
-    rows = (
-        pack(lengths, config.ctx_len, config.random_seed)
-        if config.packing
-        else Groups(range(count), range(1, count + 1))
-    )
+    if config.packing:
+        rows = pack(lengths, config.ctx_len, config.random_seed)
+    else:
+        rows = Groups(range(count), range(1, count + 1))
     return Schedule(
         rows,
-        rows.sums(lengths),
-        rows.sums(documents.target_counts),
-        config.micro_bsz,
-        accumulation(config),
-        world,
-        config.random_seed,
+        lengths=rows.sums(lengths),
+        targets=rows.sums(documents.target_counts),
+        micro_bsz=config.micro_bsz,
+        accumulate=accumulation(config),
+        world=world,
+        seed=config.random_seed,
     )
 
 
 def collate(rows: list[list[Document]], step_targets: int) -> dict:
-    """Rows padded on the right to the longest: ids, targets (B, T) int64, mask (B, T) bool, and the step's
-    trained tokens; reset (B, T) bool, set where a document starts inside a row, or None.
+    """The batch of these rows, padded on the right to the longest.
 
-    No rows at all (a short step) gives one fully masked row, so that every rank runs the same operations.
+    ids, targets: (B, T) int64. mask: (B, T) bool, where there is a loss. reset: (B, T) bool, true where a
+    document starts inside a row; None if none does. step_targets: the trained tokens of the whole step.
+    Without rows, which a short step has, it is one masked row, so that every rank runs the same operations.
     """
     width = max([sum(len(document.ids) - 1 for document in row) for row in rows] + [1])
     ids = np.zeros((max(len(rows), 1), width), dtype=np.int64)
-    targets, mask, reset = (
-        np.zeros_like(ids),
-        np.zeros(ids.shape, dtype=bool),
-        np.zeros(ids.shape, dtype=bool),
-    )
+    targets = np.zeros_like(ids)
+    mask = np.zeros(ids.shape, dtype=bool)
+    reset = np.zeros(ids.shape, dtype=bool)
     for i, row in enumerate(rows):
         start = 0
         for document in row:
@@ -196,26 +189,27 @@ def collate(rows: list[list[Document]], step_targets: int) -> dict:
             targets[i, part] = document.ids[1:]
             mask[i, part] = document.trained[1:]
             reset[i, part][:1] = part.start > 0
-    batch = {"ids": ids, "targets": targets, "mask": mask, "reset": reset if reset.any() else None}
-    return {name: None if array is None else torch.from_numpy(array) for name, array in batch.items()} | {
-        "step_targets": step_targets
+    return {
+        "ids": torch.from_numpy(ids),
+        "targets": torch.from_numpy(targets),
+        "mask": torch.from_numpy(mask),
+        "reset": torch.from_numpy(reset) if reset.any() else None,
+        "step_targets": step_targets,
     }
 
 
 class Batches:
-    """The micro-batches of one rank in order, from optimizer step `first_step` (0-based) until before
-    `steps`: what Lightning iterates over.
+    """The micro-batches of one rank in order, which Lightning iterates over.
 
-    `width` of a batch is the length of the longest row that any rank has in this micro-batch.
+    They go from optimizer step `first_step` (0-based) until before `steps`. `width` of a batch is the length
+    of the longest row that any rank has in this micro-batch.
     """
 
     def __init__(self, documents: Documents, schedule: Schedule, steps: int, rank: int, first_step: int = 0):
-        self.documents, self.schedule, self.steps, self.rank = (
-            documents,
-            schedule,
-            range(first_step, steps),
-            rank,
-        )
+        self.documents = documents
+        self.schedule = schedule
+        self.steps = range(first_step, steps)
+        self.rank = rank
 
     def __len__(self) -> int:
         return len(self.steps) * self.schedule.accumulate
@@ -223,9 +217,9 @@ class Batches:
     def __iter__(self):
         for step in self.steps:
             for micro in range(self.schedule.accumulate):
-                rows = self.schedule.micro_rows(step, micro, self.rank)
-                batch = collate(
-                    [[self.documents[i] for i in self.schedule.rows[row]] for row in rows],
-                    self.schedule.step_targets(step),
-                )
+                rows = [self._documents_of(row) for row in self.schedule.micro_rows(step, micro, self.rank)]
+                batch = collate(rows, self.schedule.step_targets(step))
                 yield batch | {"width": self.schedule.micro_width(step, micro)}
+
+    def _documents_of(self, row: int) -> list[Document]:
+        return [self.documents[i] for i in self.schedule.rows[row]]

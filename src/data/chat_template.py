@@ -14,28 +14,26 @@ class Segment(NamedTuple):
 
 
 class Template(Protocol):
-    """`record` is what a checkpoint's metadata keep of it, `name` is for people; `stop` is the text that ends
-    an answer, where the end of document does not; `opening` is what the answer in a chat begins with, though
-    it is not generated.
-    """
+    """Turns a conversation into segments, for training and for a chat."""
 
-    name: str
-    record: str
-    stop: str
-    opening: str
+    name: str  # for people
+    record: str  # what a checkpoint's metadata keep of it
+    stop: str  # the text that ends an answer, where the end of document does not
+    opening: str  # what the answer in a chat begins with, though it is not generated
 
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
-        """The conversation, the assistant's turns trained; `ask`: with the words at its end after which an
-        answer follows.
+        """The conversation, of which the assistant's turns are trained.
 
-        Raises UserError for a conversation that the template has no form for.
+        `ask` adds the words after which an answer follows. Raises UserError for a conversation that the
+        template has no form for.
         """
 
     def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:
-        """The pieces between the last answer in `messages` and the next one, given the turns in between; None
-        where the template changes earlier turns when new ones follow, so that only the whole conversation
+        """The pieces between the last answer in `messages` and the next one; `new` are the turns in between.
+
+        None where the template changes earlier turns when new ones follow. Then only the whole conversation
         will do.
         """
 
@@ -46,9 +44,7 @@ def is_trained(message: dict) -> bool:
 
 
 def clean(text: str) -> str:
-    """What a turn other than the assistant's may hold: no blank line, because that ends a turn; runs of
-    newlines become one.
-    """
+    """A turn that is not the assistant's, without blank lines, because a blank line ends a turn."""
     return re.sub(r"\n{2,}", "\n", text.replace("\r\n", "\n")).strip()
 
 
@@ -57,7 +53,5 @@ def thoughts_of(message: dict) -> tuple[str, str]:
     content = (message.get("content") or "").strip()
     thoughts = (message.get("reasoning_content") or message.get("reasoning") or "").strip()
     if not thoughts and content.startswith("<think>") and "</think>" in content:
-        thoughts, _, content = (
-            part.strip() for part in content.removeprefix("<think>").partition("</think>")
-        )
-    return thoughts, content
+        thoughts, _, content = content.removeprefix("<think>").partition("</think>")
+    return thoughts.strip(), content.strip()

@@ -1,13 +1,11 @@
-"""Data files become documents: tokens and what of them is trained, kept in memory or mapped from the
-cache.
-"""
+"""Data files become documents: tokens, and which of them are trained, in memory or mapped from the cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -25,25 +23,25 @@ from .token_cache import tokenise
 
 @dataclasses.dataclass
 class Document:
-    """ids (n,) int32 and trained (n,) bool: token i is a target where trained[i]. Token 0 is never one,
-    nothing stands before it.
+    """The tokens of a document; token i is a target where trained[i].
+
+    Token 0 is never one, because nothing stands before it.
     """
 
-    ids: np.ndarray
-    trained: np.ndarray
+    ids: np.ndarray  # (n,) int32
+    trained: np.ndarray  # (n,) bool
 
     @property
     def targets(self) -> int:
         return int(np.count_nonzero(self.trained[1:]))
 
 
-# A run keeps what is here for each document, of which there may be 10^8, so that numbers have the bytes they
-# need and are no objects.
-
-
 class FileDocuments(Sequence):
-    """Documents that are parts of flat arrays, one or several files' worth: document i is `lengths[i]` int32
-    tokens of files[of[i]] from `starts[i]` int64 on.
+    """Documents that are parts of flat arrays.
+
+    Document i is lengths[i] tokens of files[of[i]], from starts[i] on. of: (n,) integers. starts: (n,) int64.
+    lengths: (n,) int32. There may be 10^8 documents, so that numbers have the bytes they need and are no
+    objects.
     """
 
     def __init__(self, files: list[Tokens], of: np.ndarray, starts: np.ndarray, lengths: np.ndarray):
@@ -63,18 +61,14 @@ class FileDocuments(Sequence):
 
 @dataclasses.dataclass
 class Documents(Sequence):
-    """The encoded data set, a sequence of documents. Texts longer than ctx_len are in parts.
-
-    lost: (n,) int32, tokens that were cut off each conversation; None: off none.
-    text: (n,) int32, the number
-    of the long text that a document is a part of, -1 for one of its own; None: -1 for all. untrained: how
-    many documents were left out because they have no trained token.
-    """
+    """The encoded data set, a sequence of documents. Texts longer than ctx_len are in parts."""
 
     items: Sequence[Document]
-    lost: np.ndarray | None = None
+    lost: np.ndarray | None = None  # (n,) int32: tokens that were cut off each conversation; None: off none
+    # (n,) int32: the number of the long text that a document is a part of, -1 for a document that is no part;
+    # None: no document is one
     text: np.ndarray | None = None
-    untrained: int = 0
+    untrained: int = 0  # how many documents were left out because they have no trained token
 
     def __len__(self) -> int:
         return len(self.items)
@@ -100,51 +94,45 @@ class Documents(Sequence):
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (n,) int32."""
-        return (
-            self.items.lengths
-            if isinstance(self.items, FileDocuments)
-            else np.array([len(document.ids) for document in self.items], dtype=np.int32)
-        )
+        if isinstance(self.items, FileDocuments):
+            return self.items.lengths
+        return np.array([len(document.ids) for document in self.items], dtype=np.int32)
 
     @functools.cached_property
     def target_counts(self) -> np.ndarray:
         """Trained tokens of each document, (n,) int32."""
-        documents = progress(
-            self.items, "counting trained tokens", unit="documents", shown=is_first_process()
-        )
+        documents = self._watched("counting trained tokens")
         return np.fromiter((document.targets for document in documents), np.int32, len(self.items))
 
     def take(self, chosen: np.ndarray) -> Documents:
         """The documents at these places."""
-        items = (
-            self.items.take(chosen)
-            if isinstance(self.items, FileDocuments)
-            else [self.items[i] for i in chosen]
-        )
-        return Documents(
-            items,
-            *(None if part is None else part[chosen] for part in (self.lost, self.text)),
-            self.untrained,
-        )
+        if isinstance(self.items, FileDocuments):
+            items = self.items.take(chosen)
+        else:
+            items = [self.items[i] for i in chosen]
+        lost = None if self.lost is None else self.lost[chosen]
+        text = None if self.text is None else self.text[chosen]
+        return Documents(items, lost, text, self.untrained)
 
     def learnable(self) -> Documents:
         """Those with a trained token: a step of others alone would have no loss."""
         chosen = np.flatnonzero(self.target_counts)
         left_out = len(self.items) - len(chosen)
-        return (
-            dataclasses.replace(self.take(chosen), untrained=self.untrained + left_out) if left_out else self
-        )
+        if not left_out:
+            return self
+        return dataclasses.replace(self.take(chosen), untrained=self.untrained + left_out)
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the tokens and masks; every save asks for it."""
         digest = hashlib.sha256()
-        for document in progress(
-            self.items, "hashing the tokens", unit="documents", shown=is_first_process()
-        ):
+        for document in self._watched("hashing the tokens"):
             digest.update(document.ids)
             digest.update(document.trained)
         return digest.hexdigest()
+
+    def _watched(self, doing: str) -> Iterable[Document]:
+        return progress(self.items, doing, unit="documents", shown=is_first_process())
 
     @property
     def tokens(self) -> int:
@@ -167,26 +155,25 @@ class Loaded:
     @property
     def longest(self) -> int:
         """Inputs of the longest document."""
-        lengths = [
-            np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in zip(self.files, self.chosen)
-        ]
-        return int(max(length.max(initial=1) for length in lengths)) - 1
+        return int(max(lengths.max(initial=1) for lengths in self._lengths())) - 1
 
     @property
     def texts(self) -> int:
         """Inputs of all documents where all are running text, else 0."""
         if not all(tokens.texts[documents].all() for tokens, documents in zip(self.files, self.chosen)):
             return 0
-        return sum(
-            int(np.diff(tokens.ends, prepend=0)[documents].sum()) - len(documents)
-            for tokens, documents in zip(self.files, self.chosen)
-        )
+        return sum(int(lengths.sum()) - len(lengths) for lengths in self._lengths())
+
+    def _lengths(self) -> list[np.ndarray]:
+        """Tokens of the chosen documents of each file."""
+        pairs = zip(self.files, self.chosen)
+        return [np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in pairs]
 
     def documents(self, ctx_len: int) -> Documents:
         """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
 
-        A longer conversation is cut; a longer text becomes several documents, each beginning with the last
-        token of the one before, so that every token is a target once. Those without a trained token are left
+        A longer conversation is cut. A longer text becomes several documents; each begins with the last token
+        of the one before, so that every token is a target once. Documents without a trained token are left
         out. Raises UserError where nothing is trained.
         """
         documents = fit(self.files, self.chosen, ctx_len)
@@ -195,15 +182,19 @@ class Loaded:
                 f"{self.data_file}: no token is trained; every answer is cut off at --ctx_len {ctx_len},"
                 " raise it"
             )
-        mask, end = self.encoder.loss_mask, len(self.encoder.tokenizer.eod)
-        if trains_by_marker(mask) and all(
-            int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files
-        ):
+        if self._marker_is_absent():
             raise UserError(
-                f"{self.data_file}: no row has anything after the marker {mask!r}; --loss_mask takes"
-                " assistant, all, or a text in the rows"
+                f"{self.data_file}: no row has anything after the marker {self.encoder.loss_mask!r};"
+                " --loss_mask takes assistant, all, or a text in the rows"
             )
         return documents.learnable()
+
+    def _marker_is_absent(self) -> bool:
+        """Whether --loss_mask is a marker and nothing is trained but the ends of documents."""
+        if not trains_by_marker(self.encoder.loss_mask):
+            return False
+        end = len(self.encoder.tokenizer.eod)
+        return all(int(tokens.trained.sum()) == len(tokens.ends) * end for tokens in self.files)
 
 
 def load(
@@ -214,10 +205,10 @@ def load(
     report: Report | None = None,
     seed: int = 0,
 ) -> Loaded:
-    """Read and tokenise. `cache` is that of tokenise(); `seed` decides which rows of a source with a weight
-    are seen.
+    """Read and tokenise the data files.
 
-    Raises UserError for what cannot be read, and for no rows at all.
+    `cache` is that of tokenise(). `seed` decides which records of a source with a weight are seen. Raises
+    UserError for what cannot be read, and for no records at all.
     """
     report = report or Report()
     found = sources(str(data_file), reading, report.notes)
@@ -238,33 +229,25 @@ def load_documents(
 
 def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Documents:
     """Documents of at most ctx_len + 1 tokens, from the chosen documents of each file."""
-    file = np.repeat(
-        np.arange(len(files), dtype=np.min_scalar_type(len(files))), [len(documents) for documents in chosen]
-    )
-    ends = np.concatenate([tokens.ends[documents] for tokens, documents in zip(files, chosen)])
-    starts = np.concatenate(
-        [np.concatenate([[0], tokens.ends[:-1]])[documents] for tokens, documents in zip(files, chosen)]
-    )
-    texts = np.concatenate([tokens.texts[documents] for tokens, documents in zip(files, chosen)])
+    limit = ctx_len + 1
+    pairs = list(zip(files, chosen))
+    numbers = np.arange(len(files), dtype=np.min_scalar_type(len(files)))
+    file = np.repeat(numbers, [len(documents) for documents in chosen])
+    ends = np.concatenate([tokens.ends[documents] for tokens, documents in pairs])
+    starts = np.concatenate([np.append(0, tokens.ends[:-1])[documents] for tokens, documents in pairs])
+    texts = np.concatenate([tokens.texts[documents] for tokens, documents in pairs])
     lengths = ends - starts
-    too_long = lengths > ctx_len + 1
-    lost = (
-        np.where(too_long & ~texts, lengths - (ctx_len + 1), 0).astype(np.int32)
-        if (too_long & ~texts).any()
-        else None
-    )
-    if not (too_long & texts).any():
-        return Documents(
-            FileDocuments(files, file, starts, np.minimum(lengths, ctx_len + 1).astype(np.int32)), lost
-        )
-    windows = np.where(too_long & texts, -(-(lengths - 1) // ctx_len), 1)
-    of = np.repeat(np.arange(len(lengths)), windows)
-    begins = starts[of] + (np.arange(len(of)) - np.repeat(np.cumsum(windows) - windows, windows)) * ctx_len
-    parts = FileDocuments(
-        files, file[of], begins, np.minimum(ends[of] - begins, ctx_len + 1).astype(np.int32)
-    )
-    return Documents(
-        parts,
-        None if lost is None else lost[of],
-        np.where(windows > 1, np.arange(len(windows)), -1).astype(np.int32)[of],
-    )
+    too_long = lengths > limit
+    cut, split = too_long & ~texts, too_long & texts
+    lost = np.where(cut, lengths - limit, 0).astype(np.int32) if cut.any() else None
+    if not split.any():
+        parts = FileDocuments(files, file, starts, np.minimum(lengths, limit).astype(np.int32))
+        return Documents(parts, lost)
+
+    counts = np.where(split, -(-(lengths - 1) // ctx_len), 1)  # of parts
+    of = np.repeat(np.arange(len(lengths)), counts)  # the document that each part comes from
+    number_in_document = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = starts[of] + number_in_document * ctx_len
+    parts = FileDocuments(files, file[of], begins, np.minimum(ends[of] - begins, limit).astype(np.int32))
+    text = np.where(counts > 1, np.arange(len(counts)), -1).astype(np.int32)[of]
+    return Documents(parts, None if lost is None else lost[of], text)

@@ -1,4 +1,4 @@
-"""A row becomes tokens, each of them trained or not."""
+"""A record becomes tokens, each of them trained or not."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from rwkv_miss.errors import UserError
 
 from .chat_template import Segment, Template
 from .formats import WrongSetting
-from .loss_mask import marked_spans, row_segments, trains_by_marker
+from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
 from .tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Documents one after another: ids (N,) int32, trained (N,) bool, ends (n,) int64, and texts (n,) bool,
-    whether a document is running text, of which any part makes sense by itself, and not a conversation.
-    """
+    """n documents one after another, N tokens in all."""
 
-    ids: np.ndarray
-    trained: np.ndarray
-    ends: np.ndarray
-    texts: np.ndarray
+    ids: np.ndarray  # (N,) int32
+    trained: np.ndarray  # (N,) bool
+    ends: np.ndarray  # (n,) int64: where each document ends
+    texts: np.ndarray  # (n,) bool: whether it is running text and not a conversation
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How a row becomes tokens. `loss_mask` is that of loss_mask.row_segments."""
+    """How a record becomes tokens. `loss_mask` is that of record_segments()."""
 
     tokenizer: Tokenizer
     template: Template = DEFAULT
     loss_mask: str = "assistant"
 
-    def encode(self, row: dict) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (n,) int32, trained (n,) bool) with the end of document, always trained, at the end. Raises
-        UserError for a row that the template or the tokenizer cannot express.
+    def encode(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (n,) int32, trained (n,) bool) with the end of document at the end, which is always trained.
+
+        Raises UserError for a record that the template or the tokenizer cannot express.
         """
-        if "ids" in row:
-            ids = np.asarray(row["ids"], dtype=np.int32)
+        if "ids" in record:
+            ids = np.asarray(record["ids"], dtype=np.int32)
             if ids.max(initial=0) >= self.tokenizer.vocab_size:
                 raise WrongSetting(
                     f"id {ids.max()} is not in the vocabulary of tokenizer {self.tokenizer.name}, whose size"
@@ -51,31 +50,25 @@ class Encoder:
                 )
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
             return self._ended(ids, trained)
-        return self.encode_segments(row_segments(row, self.template, self.loss_mask))
+        return self.encode_segments(record_segments(record, self.template, self.loss_mask))
 
-    def is_text(self, row: dict) -> bool:
-        """Whether the row is running text, of which any part makes sense by itself, and not a
-        conversation.
-        """
-        return ("text" in row or "ids" in row) and not trains_by_marker(self.loss_mask)
+    def is_text(self, record: dict) -> bool:
+        """Whether the record is running text, any part of which makes sense by itself, not a conversation."""
+        return ("text" in record or "ids" in record) and not trains_by_marker(self.loss_mask)
 
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """encode() of pieces that are tokenised one by one."""
         pieces = [self.tokenizer.encode(text) for text, _ in segments]
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
-        trained = np.repeat(
-            np.array([trained for _, trained in segments], dtype=bool), [len(piece) for piece in pieces]
-        )
-        return self._ended(ids, trained)
+        is_trained = np.array([trained for _, trained in segments], dtype=bool)
+        return self._ended(ids, np.repeat(is_trained, [len(piece) for piece in pieces]))
 
     def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = np.array(self.tokenizer.eod, dtype=np.int32)
-        # files of tokens, and templates that write it, have it already
+        # files of tokens have it already, and so do templates that write it
         if not np.array_equal(ids[-len(end) :], end):
-            ids, trained = (
-                np.concatenate([ids, end]),
-                np.concatenate([trained, np.zeros(len(end), dtype=bool)]),
-            )
+            ids = np.concatenate([ids, end])
+            trained = np.concatenate([trained, np.zeros(len(end), dtype=bool)])
         trained[-len(end) :] = True
         return ids, trained
 
@@ -90,8 +83,8 @@ class Encoder:
         begins = np.cumsum([0, *map(len, pieces)])[:-1]
         trained = np.zeros(len(ids), dtype=bool)
         # in latin-1 a character is a byte
-        for begin, end in marked_spans(
-            b"".join(pieces).decode("latin-1"), self.loss_mask.encode().decode("latin-1")
-        ):
+        text = b"".join(pieces).decode("latin-1")
+        marker = self.loss_mask.encode().decode("latin-1")
+        for begin, end in marked_spans(text, marker):
             trained |= (begins >= begin) & (begins < end)
         return trained

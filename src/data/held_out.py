@@ -1,6 +1,4 @@
-"""Documents that are not trained on: which ones they are, the loss on them, and the questions that samples
-answer.
-"""
+"""Documents that are not trained on: which ones they are, and the questions that samples answer."""
 
 from __future__ import annotations
 
@@ -20,20 +18,21 @@ from .batches import pack
 from .dataset import Document, Documents
 
 Batch = list[list[Document]]  # rows of documents
-EVALUATION = 0.1  # of a run's time, counted in tokens: what all its evaluations take where nobody says more
-FORWARD = 1 / 3  # what a token takes without a backward, of one that is trained on
-SAMPLE_CHARACTERS = 300  # of a sample answer that are kept
-SAMPLE_TOKENS = 300  # of one at most, where a character takes more than one
-# of one in a plan; SAMPLE_CHARACTERS of English are about 75 World tokens, of Chinese about 200
+EVALUATION = 0.1  # the share of a run's time that all its evaluations may take; time is counted in tokens
+FORWARD = 1 / 3  # the time of a token without a backward pass, as a share of a trained token's time
+SAMPLE_CHARACTERS = 300  # characters of a sample answer that are kept
+SAMPLE_TOKENS = 300  # the most tokens of a sample answer; a character may take more than one
+# tokens of a sample answer that a plan counts with; SAMPLE_CHARACTERS are about 75 World tokens in English
+# and 200 in Chinese
 USUAL_SAMPLE_TOKENS = 100
 
 
 def hold_out(
     config: Config, documents: Documents, load: Callable[[str], Documents]
 ) -> tuple[Documents, Documents]:
-    """(documents to train on, documents held out): those of --eval_file, or the share --eval_split of
-    `documents`; else none.
+    """(documents to train on, documents held out).
 
+    Held out are the documents of --eval_file, or the share --eval_split of `documents`; without either, none.
     A document that is in both, word for word, is held out. The choice depends on the documents' own content
     and the seed, so that it is the same in every process and in a resumed run. Raises UserError where either
     side would be left without a trained token.
@@ -62,7 +61,7 @@ def hold_out(
 
 
 def _keys(documents: Documents, seed: int) -> np.ndarray:
-    """(n,) 16 bytes that stand for each document's text, equal for equal texts and random otherwise."""
+    """(n,) keys of 16 bytes: equal for documents of equal text, and random otherwise."""
     key = seed.to_bytes(8, "little")
     watched = progress(documents, "choosing held-out documents", unit="documents", shown=is_first_process())
     digests = (hashlib.blake2b(document.ids, digest_size=16, key=key).digest() for document in watched)
@@ -75,13 +74,13 @@ def evaluations(config: Config, steps: int) -> int:
 
 
 def in_hash_order(held_out: Documents, seed: int) -> np.ndarray:
-    """The places of the documents with a trained token, in an order that follows from their own content."""
+    """The places of the documents with a trained token, in an order that depends on their content alone."""
     places = np.flatnonzero(held_out.target_counts)
     return places[np.argsort(_keys(held_out.take(places), seed), kind="stable")]
 
 
 def affordable(held_out: Documents, order: np.ndarray, trained_tokens: float, evaluations: int) -> int:
-    """How many documents, from the first in this order, so many evaluations may read; at least one."""
+    """How many documents, from the first in `order`, each of so many evaluations may read; at least one."""
     budget = EVALUATION * trained_tokens / (FORWARD * evaluations)
     return max(1, int(np.searchsorted(np.cumsum(held_out.lengths[order] - 1), budget, side="right")))
 
@@ -91,10 +90,8 @@ def evaluation_batches(held_out: Documents, config: Config) -> list[Batch]:
     lengths = (held_out.lengths - 1).tolist()
     packed = pack(lengths, config.ctx_len, config.random_seed)
     rows = sorted(packed, key=lambda row: -sum(lengths[i] for i in row))
-    return [
-        [[held_out[i] for i in row] for row in rows[at : at + config.micro_bsz]]
-        for at in range(0, len(rows), config.micro_bsz)
-    ]
+    filled = [[held_out[i] for i in row] for row in rows]
+    return [filled[at : at + config.micro_bsz] for at in range(0, len(filled), config.micro_bsz)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +103,21 @@ class Question:
 
 
 def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Question]:
-    """What samples are made for: the first documents, up to their last answer, or the first half of one that
-    is trained as a whole.
+    """What samples are made for: the first `count` documents, up to their last answer.
+
+    Of a document that is trained as a whole, the first half is the prompt.
     """
     found = []
-    for row in held_out:
+    for document in held_out:
         if len(found) == count:
             break
-        ids = row.ids.tolist()
+        ids = document.ids.tolist()
         end = len(ids) - (len(eod) if tuple(ids[-len(eod) :]) == eod else 0)
-        trained = np.flatnonzero(row.trained[:end])
+        trained = np.flatnonzero(document.trained[:end])
         if not len(trained):
             continue
         last = int(trained[-1]) + 1
-        before = np.flatnonzero(~row.trained[:last])
+        before = np.flatnonzero(~document.trained[:last])
         start = int(before[-1]) + 1 if len(before) else last // 2
         if start:
             found.append(Question(ids[:start], ids[start:last]))

@@ -1,9 +1,11 @@
 """The user's own chat template: Jinja, with the conventions of Hugging Face's `chat_template`.
 
-It is given messages, tools, add_generation_prompt, bos_token (always empty: RWKV has none) and eos_token, and
-may call raise_exception() and tojson. `{% generation %}` ... `{% endgeneration %}` tells what is trained.
-Without it the assistant's turns are found by rendering the conversation's beginnings: what an answer adds to
-the beginning before it is the answer with the end of its turn.
+A template is given messages, tools, add_generation_prompt, bos_token and eos_token. bos_token is always
+empty, because RWKV has none. The template may call raise_exception() and tojson.
+
+What is trained stands between `{% generation %}` and `{% endgeneration %}`. Without these blocks the
+conversation is rendered up to each answer, and again with the answer. What the second text adds is the answer
+with the end of its turn.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ class Generation(jinja2.ext.Extension):
 
 
 class JinjaTemplate:
-    """A chat_template.Template from Jinja source. Raises UserError, with the line, for source that is wrong
-    or fails on a trial conversation.
+    """A chat_template.Template from Jinja source.
+
+    Raises UserError, with the line, for source that is wrong or fails on a trial conversation.
     """
 
     opening = ""
@@ -67,18 +70,15 @@ class JinjaTemplate:
         return JinjaTemplate, (self.name, self.record, self.eos)
 
     def _try_out(self) -> None:
-        """Find the end of a turn, and what ends an answer in a chat: that end, where it can be seen, else how
-        the next turn begins.
+        """Find the end of a turn, and what ends an answer in a chat.
+
+        That is the end of the turn. Where it is only space, it is how the next turn begins.
         """
-        question, answer = (
-            {"role": "user", "content": "A question?"},
-            {"role": "assistant", "content": "An answer."},
-        )
-        asked, whole, again = (
-            self._render([question], True),
-            self._render([question, answer]),
-            self._render([question, answer, question]),
-        )
+        question = {"role": "user", "content": "A question?"}
+        answer = {"role": "assistant", "content": "An answer."}
+        asked = self._render([question], True)
+        whole = self._render([question, answer])
+        again = self._render([question, answer, question])
         for text, message in ((asked, question), (whole, answer)):
             if message["content"] not in text:
                 raise UserError(
@@ -98,22 +98,16 @@ class JinjaTemplate:
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
         """See chat_template.Template."""
-        pieces = (
-            self._marked(messages, tools, ask) if self.marks else self._by_beginnings(messages, tools, ask)
-        )
+        pieces_of = self._marked if self.marks else self._by_beginnings
         segments: list[Segment] = []
-        for text, trained in pieces:
-            # the end of a turn is a piece by itself, as in a chat
-            if trained and self.turn_end and text.endswith(self.turn_end):
-                segments += [Segment(text.removesuffix(self.turn_end), True), Segment(self.turn_end, True)]
-            elif (
-                segments
-                and segments[-1].trained
-                and segments[-1].text != self.turn_end
-                and self.turn_end
-                and text.startswith(self.turn_end)
-            ):
-                segments += [Segment(self.turn_end, False), Segment(text.removeprefix(self.turn_end), False)]
+        for text, trained in pieces_of(messages, tools, ask):
+            # the end of a turn is a segment by itself, as in a chat
+            end = self.turn_end
+            after_answer = segments and segments[-1].trained and segments[-1].text != end
+            if end and trained and text.endswith(end):
+                segments += [Segment(text.removesuffix(end), True), Segment(end, True)]
+            elif end and after_answer and text.startswith(end):
+                segments += [Segment(end, False), Segment(text.removeprefix(end), False)]
             else:
                 segments.append(Segment(text, trained))
         return [segment for segment in segments if segment.text]
@@ -149,18 +143,14 @@ class JinjaTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, after = (
-                self._render(messages[:i], True, tools),
-                self._render(messages[: i + 1], False, tools),
-            )
+            before = self._render(messages[:i], True, tools)
+            after = self._render(messages[: i + 1], False, tools)
             if ask and not (whole.startswith(before) and whole.startswith(after)):
                 return [(whole, False)]  # a question for the model needs no mask
             self._check_beginning(whole, before, i)
             self._check_beginning(whole, after, i + 1)
-            pieces += [
-                (whole[place : len(before)], False),
-                (whole[len(before) : len(after)], is_trained(message)),
-            ]
+            pieces.append((whole[place : len(before)], False))
+            pieces.append((whole[len(before) : len(after)], is_trained(message)))
             place = len(after)
         return [*pieces, (whole[place:], False)]
 

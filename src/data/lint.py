@@ -17,7 +17,7 @@ from .rwkv_template import ROLES, TURN_END, RwkvTemplate
 CHAT_FORM = re.compile(r"(?:System|User): ?[^\n]")
 TURN = re.compile(rf"({'|'.join(ROLES.values())}):")
 
-# what is looked for, by name, and what it means
+# the name of each finding, and what it means
 MEANINGS = {
     "bad row": "cannot be used; train.py stops there, or leaves it out with --on_bad_row skip",
     "empty answer": "there are no words to learn",
@@ -47,7 +47,7 @@ MEANINGS = {
 
 @dataclasses.dataclass
 class Finding:
-    """`count` rows that something may be wrong with, and where the first one is."""
+    """`count` records that something may be wrong with, and where the first one is."""
 
     name: str
     count: int
@@ -58,15 +58,13 @@ class Finding:
 
 
 class Lint:
-    """Collects findings row by row; `documents` are the encoded rows (ids, trained) in order, `texts` whether
-    each is running text.
-    """
+    """Collects findings record by record."""
 
     def __init__(self, encoder: Encoder, ctx_len: float):
         self.encoder, self.ctx_len = encoder, ctx_len
         self.found: dict[str, Finding] = {}
-        self.documents: list[tuple[np.ndarray, np.ndarray]] = []
-        self.texts: list[bool] = []
+        self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, trained) of each record, in order
+        self.texts: list[bool] = []  # whether each is running text
         self.seen: set[bytes] = set()
         self.prompts: set[bytes] = set()
 
@@ -74,31 +72,32 @@ class Lint:
         finding = self.found.setdefault(name, Finding(name, 0, where))
         finding.count += count
 
-    def look(self, where: str, row: dict) -> None:
-        """Encode a row and note what is odd about it. Raises UserError for one that cannot be encoded."""
-        ids, trained = self.encoder.encode(row)
+    def look(self, where: str, record: dict) -> None:
+        """Encode a record and note what is odd about it. Raises UserError for one that cannot be encoded."""
+        ids, trained = self.encoder.encode(record)
         self.documents.append((ids, trained))
-        self.texts.append(self.encoder.is_text(row))
-        for name in dict.fromkeys([*_of_row(row, self.encoder), *self._of_tokens(row, ids, trained)]):
+        self.texts.append(self.encoder.is_text(record))
+        names = [*_odd_words(record, self.encoder), *self._odd_tokens(record, ids, trained)]
+        for name in dict.fromkeys(names):
             self.note(name, where)
         self.seen.add(_key(ids))
         self.prompts.add(_prompt_key(ids, trained))
 
-    def _of_tokens(self, row: dict, ids: np.ndarray, trained: np.ndarray) -> Iterator[str]:
+    def _odd_tokens(self, record: dict, ids: np.ndarray, trained: np.ndarray) -> Iterator[str]:
         if "\ufffd" in self.encoder.tokenizer.decode(ids.tolist()):
             yield "broken text"
         if _key(ids) in self.seen:
             yield "duplicate"
         if int(trained.sum()) <= len(self.encoder.tokenizer.eod):
             yield "only the end"
-        if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(row):
+        if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(record):
             yield "cut"
             if not trained[1 : int(self.ctx_len) + 1].any():
                 yield "no target"
 
-    def compare(self, where: str, row: dict) -> None:
-        """Note whether a row of the held-out data is among the rows looked at."""
-        ids, trained = self.encoder.encode(row)
+    def compare(self, where: str, record: dict) -> None:
+        """Note whether a record of the held-out data is among the records looked at."""
+        ids, trained = self.encoder.encode(record)
         if _key(ids) in self.seen:
             self.note("held out", where)
         elif _prompt_key(ids, trained) in self.prompts:
@@ -110,32 +109,41 @@ class Lint:
         return [self.found[name] for name in MEANINGS if name in self.found]
 
 
-def _of_row(row: dict, encoder: Encoder) -> Iterator[str]:
-    """Names of what is odd about the words of a row."""
-    if "prompt" in row and not row["completion"].strip():
+def _odd_words(record: dict, encoder: Encoder) -> Iterator[str]:
+    """Names of what is odd about the words of a record."""
+    if "prompt" in record and not record["completion"].strip():
         yield "empty answer"
-    if "text" in row and CHAT_FORM.match(row["text"]) and f"{TURN_END}{ROLES['assistant']}:" in row["text"]:
-        if encoder.loss_mask == "assistant":
-            yield "trained question"
-        turn = ""
-        for part in row["text"].split(TURN_END):
-            turn = match[1] if (match := TURN.match(part)) else turn
-            if not match and turn != ROLES["assistant"]:
-                yield "blank line in text"
-    for message in row.get("messages", ()):
+    if "text" in record:
+        yield from _odd_text(record["text"], encoder)
+    for message in record.get("messages", ()):
         content = message.get("content") or ""
-        if message["role"] != "assistant":
-            if isinstance(encoder.template, RwkvTemplate) and re.search(
-                r"\n{2,}", content.replace("\r\n", "\n").strip()
-            ):
-                yield "blank line"
-            continue
-        if not content.strip() and not message.get("tool_calls"):
-            yield "empty answer"
-        if "<think>" in content and "</think>" not in content:
-            yield "open thoughts"
-        elif encoder.template.opening.endswith("<think") and not thoughts_of(message)[0]:
-            yield "no thoughts"
+        if message["role"] == "assistant":
+            yield from _odd_answer(message, content, encoder)
+        elif isinstance(encoder.template, RwkvTemplate) and "\n\n" in content.replace("\r\n", "\n").strip():
+            yield "blank line"
+
+
+def _odd_text(text: str, encoder: Encoder) -> Iterator[str]:
+    """What is odd about a text that is written as a chat."""
+    if not CHAT_FORM.match(text) or f"{TURN_END}{ROLES['assistant']}:" not in text:
+        return
+    if encoder.loss_mask == "assistant":
+        yield "trained question"
+    turn = ""
+    for part in text.split(TURN_END):
+        if match := TURN.match(part):
+            turn = match[1]
+        elif turn != ROLES["assistant"]:
+            yield "blank line in text"
+
+
+def _odd_answer(message: dict, content: str, encoder: Encoder) -> Iterator[str]:
+    if not content.strip() and not message.get("tool_calls"):
+        yield "empty answer"
+    if "<think>" in content and "</think>" not in content:
+        yield "open thoughts"
+    elif encoder.template.opening.endswith("<think") and not thoughts_of(message)[0]:
+        yield "no thoughts"
 
 
 def _key(ids: np.ndarray) -> bytes:
@@ -143,6 +151,6 @@ def _key(ids: np.ndarray) -> bytes:
 
 
 def _prompt_key(ids: np.ndarray, trained: np.ndarray) -> bytes:
-    """That of what stands before the first answer; of the whole where there is nothing before it."""
+    """The key of what stands before the first answer, or of the whole where nothing stands before it."""
     first = int(trained.argmax())
     return _key(ids[:first] if first else ids)

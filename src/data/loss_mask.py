@@ -1,4 +1,4 @@
-"""Which pieces of a row carry loss: --loss_mask."""
+"""Which pieces of a record are trained: --loss_mask."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ def trains_by_marker(loss_mask: str) -> bool:
     return loss_mask not in ("assistant", "all")
 
 
-def row_segments(row: dict, template: Template, loss_mask: str) -> list[Segment]:
-    """The pieces of a row {"text"}, {"prompt", "completion"} or {"messages", "tools"}.
+def record_segments(record: dict, template: Template, loss_mask: str) -> list[Segment]:
+    """The segments of a record {"text"}, {"prompt", "completion"} or {"messages", "tools"}.
 
-    `loss_mask`: assistant trains the assistant's turns, completions, and texts as a whole; all trains
-    everything; any other text is a marker, such as `Assistant:`, and trains what follows it until the next
-    turn (see `marked`), in any kind of row.
+    `loss_mask` is one of
+    - assistant: the assistant's turns are trained, completions, and texts as a whole;
+    - all: everything is trained;
+    - any other text: it is a marker, such as `Assistant:`. What follows it is trained until the next turn,
+      in any kind of record (see `marked`).
     """
-    if "messages" in row:
-        segments = template.segments(row["messages"], row.get("tools"))
-    elif "prompt" in row:
-        segments = [Segment(row["prompt"], False), Segment(row["completion"], True)]
+    if "messages" in record:
+        segments = template.segments(record["messages"], record.get("tools"))
+    elif "prompt" in record:
+        segments = [Segment(record["prompt"], False), Segment(record["completion"], True)]
     else:
-        segments = [Segment(row["text"], True)]
+        segments = [Segment(record["text"], True)]
     if loss_mask == "assistant":
         return segments
     if loss_mask == "all":
@@ -35,11 +37,10 @@ def row_segments(row: dict, template: Template, loss_mask: str) -> list[Segment]
 
 
 def marked(text: str, marker: str) -> list[Segment]:
-    """A text cut at a marker: what follows it is trained, until the next `System:`, `User:` or `Tool:` after
-    a blank line, or the next marker.
+    """A text cut at a marker: what follows it is trained until the next turn or the next marker.
 
-    A marker `START...END` has an end of its own instead. The blank line at the end of a turn is a piece by
-    itself, as in a conversation.
+    A turn begins with `System:`, `User:` or `Tool:` after a blank line. A marker `START...END` has an end of
+    its own instead. The blank line at the end of a turn is a segment by itself, as in a conversation.
     """
     segments: list[Segment] = []
     place = 0

@@ -26,11 +26,11 @@ from .formats.report import Kind
 
 @dataclasses.dataclass
 class Part:
-    """What a chunk of records became: tokens, the kinds of its rows, and the bad ones, (where, reason)."""
+    """What a chunk of records became."""
 
     tokens: Tokens
-    kinds: collections.Counter[Kind]
-    bad: list[tuple[str, UserError]]
+    kinds: collections.Counter[Kind]  # how many records of each kind
+    bad: list[tuple[str, UserError]]  # where a bad record stands, and why it is bad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Converter:
     encoder: Encoder
 
     def __getstate__(self) -> dict:
-        # read() is the first process's, and may be one that does not travel
+        # only the first process calls read(), and it may be a function that can't be pickled
         return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}
 
     def __call__(self, records: list[tuple[str, Any]]) -> Part:
         encoded, texts, bad = [], [], []
         kinds: collections.Counter[Kind] = collections.Counter()
-        for where, record in records:
+        for where, raw in records:
             try:
-                kind, row = read_record(record, self.source, self.reading)
+                kind, record = read_record(raw, self.source, self.reading)
                 kinds[kind] += 1
-                encoded.append(self.encoder.encode(row))
+                encoded.append(self.encoder.encode(record))
             except UserError as error:
                 bad.append((where, error))
             else:
-                texts.append(self.encoder.is_text(row))
+                texts.append(self.encoder.is_text(record))
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
         trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
@@ -65,21 +65,24 @@ class Converter:
 
 def available_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes: int) -> Iterator[Part]:
     """work() of each chunk in order; few chunks are ahead of what is asked for.
 
-    The processes are forks where Linux is, as those of torch's DataLoader: they begin at once, where a fresh
-    one imports torch for 3 s, and they run nothing that has threads.
+    On Linux the processes are forks, as those of torch's DataLoader. They begin at once, where a fresh one
+    imports torch for 3 s. Forking is safe here, because they run nothing that has threads.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, _begin, (work, os.getpid())) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for chunk in chunks:
-                with _no_interrupt():  # which a new process would answer with a traceback of its own
+                # a new process would answer Ctrl-C with a traceback of its own
+                with _no_interrupt():
                     waiting.append(pool.submit(_work, chunk))
                 if len(waiting) > 4 * processes:
                     yield waiting.popleft().result()
@@ -96,7 +99,7 @@ def in_parallel(work: Callable[[list], Part], chunks: Iterable[list], processes:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Context in which Ctrl-C waits; a process that starts in it keeps it out for good."""
+    """A context in which Ctrl-C waits. A process that starts in it never sees Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -115,7 +118,7 @@ def _begin(work: Callable[[list], Part], parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the first one is gone, however that ended."""
+    """End this process when the first one is gone, however the first one ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

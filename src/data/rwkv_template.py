@@ -15,16 +15,14 @@ TURN_END = "\n\n"
 
 
 class Mode(NamedTuple):
-    """How RWKV's template asks for an answer: what follows the user's words, and what follows
-    `Assistant:`.
-    """
+    """How RWKV's template asks for an answer."""
 
-    after_user: str
-    opening: str
+    after_user: str  # what follows the user's words
+    opening: str  # what follows `Assistant:`
 
 
-# As the G1 models were trained. The openings stop inside a tag, because what closes it may be a token
-# together with what comes next.
+# As the G1 models were trained. The openings stop inside a tag: the `>` that closes it may be one token with
+# what comes next.
 MODES = {
     "rwkv": Mode("", ""),
     "think": Mode("", " <think"),
@@ -36,12 +34,11 @@ MODES = {
 
 
 class RwkvTemplate:
-    """`User: ...`, blank line, `Assistant: ...`: a blank line ends a turn, so there is none inside a turn
-    that is not the model's own.
+    """`User: ...`, blank line, `Assistant: ...`.
 
-    An assistant's message may carry its thoughts as `reasoning_content`, as `reasoning`, or as
-    `<think>...</think>` before its content, and `tool_calls` as in OpenAI's API. Tools are described in a
-    System turn.
+    A blank line ends a turn, so that only the model's own turns may hold one. An assistant's message may have
+    thoughts: as `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content. It may
+    have `tool_calls` as in OpenAI's API. Tools are described in a System turn.
     """
 
     stop = TURN_END + "User:"
@@ -76,11 +73,13 @@ class RwkvTemplate:
         return [TURN_END, self._turns(new, ask=True)]
 
     def _turns(self, messages: list[dict], ask: bool) -> str:
-        turns = [
-            f"{ROLES[m['role']]}: {clean(m['content'])}{self.after_user if m['role'] == 'user' else ''}"
-            for m in messages
-        ]
-        return TURN_END.join([*turns, f"{ROLES['assistant']}:{self.opening}"] if ask else turns)
+        turns = []
+        for message in messages:
+            after = self.after_user if message["role"] == "user" else ""
+            turns.append(f"{ROLES[message['role']]}: {clean(message['content'])}{after}")
+        if ask:
+            turns.append(f"{ROLES['assistant']}:{self.opening}")
+        return TURN_END.join(turns)
 
     def _answer(self, message: dict) -> str:
         thoughts, content = thoughts_of(message)
@@ -104,10 +103,9 @@ def _call(call: dict) -> str:
     try:
         function = call.get("function", call)
         arguments = function["arguments"]
-        words = {
-            "name": function["name"],
-            "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments,
-        }
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        words = {"name": function["name"], "arguments": arguments}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         raise UserError(
             f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {short(call)}'

@@ -1,9 +1,9 @@
-"""Chat templates: a conversation becomes pieces of text, each tokenised on its own, and each trained or not.
+"""Chat templates: a conversation becomes segments of text, each tokenised on its own, trained or not.
 
-Training, chat and evaluation use one template, RWKV's own or the user's Jinja file, so a model is asked in
-the very tokens it was trained on: what stands before an answer, the answer, and the end of its turn are
-pieces of their own, as in a chat, where the first is read before the second exists. Adapters and merged files
-record their template.
+Training, chat and evaluation use one template: RWKV's own or the user's Jinja file. So a model is asked in
+the very tokens it was trained on. What stands before an answer, the answer, and the end of its turn are
+segments of their own. A chat tokenises them one by one too, because the first is read before the second
+exists. Adapters and merged files record their template.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from .rwkv_template import MODES, RwkvTemplate
 
 
 def load_template(spec: str, eos: str = "") -> Template:
-    """The template `spec`: a name of MODES (auto is rwkv), the path of a Jinja file, or such a file's
-    content, as checkpoints record it.
+    """The template `spec`: a name of MODES, the path of a Jinja file, or such a file's content.
 
-    `eos` is the text of the tokenizer's end of document. Raises UserError for a file that is missing, wrong,
-    or fails on a trial conversation.
+    `auto` is rwkv. Checkpoints record the content. `eos` is the text of the tokenizer's end of document.
+    Raises UserError for a file that is missing, wrong, or fails on a trial conversation.
     """
     if spec in ("auto", *MODES):
         return RwkvTemplate("rwkv" if spec == "auto" else spec)
@@ -36,9 +35,7 @@ def load_template(spec: str, eos: str = "") -> Template:
 
 
 def recorded_template(spec: str, tokenizer, *paths) -> Template:
-    """load_template(), where "auto" is the template that the first of these checkpoint files to name one was
-    trained with.
-    """
+    """load_template(), where "auto" is the template that the first checkpoint with a record names."""
     if spec == "auto":
         records: list[dict[str, Any]] = [read_metadata(path) or {} for path in filter(None, paths)]
         spec = next((record["template"] for record in records if record.get("template")), spec)
@@ -47,7 +44,8 @@ def recorded_template(spec: str, tokenizer, *paths) -> Template:
 
 def answer_text(text: str, template: Template, opening: str) -> str:
     """What a generated answer says: the text up to the end of its turn, without the thoughts before it.
-    `opening` is what the answer begins with though it was not generated.
+
+    `opening` is what the answer begins with, though it was not generated.
     """
     text = opening + (text.partition(template.stop)[0] if template.stop else text)
     return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()

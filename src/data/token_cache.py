@@ -1,9 +1,8 @@
-"""Rows -> tokens: once, in parallel where there is much of it, and kept in a cache that all processes map
-into memory.
+"""Records -> tokens, once: they are kept in a cache that all processes map into memory.
 
-A cache entry is a folder of flat arrays. Its name is a hash of all that decides the tokens: the data's bytes,
-tokenizer, template, loss mask and the code, so a changed file is another entry. It appears in one rename, and
-one process makes it while the others wait.
+Large data are tokenised in parallel. A cache entry is a folder of flat arrays. Its name is a hash of all that
+decides the tokens: the data's bytes, tokenizer, template, loss mask and the code. So a changed file is
+another entry. It appears in one rename, and one process makes it while the others wait.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,24 +33,24 @@ from .encode import Encoder, Tokens
 from .formats import BINIDX, BY_NAME, Found, Reading, Report, Source
 from .parallel import Converter, Part, available_cores, in_parallel
 
-SMALL = 1 << 20  # bytes of data that are tokenised faster than a cache entry is worth
-LARGE = 8 << 20  # bytes from which other processes help
-PROCESSES = 16  # at most: one reads for all of them
-RECORDS_AT_ONCE = 256  # rows that a process gets at a time
-CHARACTERS_AT_ONCE = 1 << 20  # characters of rows after which it gets no more of them
+SMALL = 1 << 20  # fewer bytes of data get no cache entry: tokenising them is quick
+LARGE = 8 << 20  # from so many bytes on several processes tokenise
+PROCESSES = 16  # at most, because one process reads for all of them
+RECORDS_AT_ONCE = 256  # records that a process gets at a time
+CHARACTERS_AT_ONCE = 1 << 20  # a process gets no more records at a time after so many characters
 UNUSED_DAYS = 30
-MAKING = ".making-"  # how a folder's name begins that becomes an entry
+MAKING = ".making-"  # how the name of an unfinished entry begins
 ENTRY = re.compile(r"[0-9a-f]{24}")
 
 
 def tokenise(
     source: Source, encoder: Encoder, report: Report, reading: Reading = BY_NAME, cache: str = "none"
 ) -> Tokens:
-    """The documents of a source, from the cache folder where they are in it ("none": never; "auto": in the
-    user's own cache folder). Where the folder cannot be used, a note says so, and there is no cache.
+    """The documents of a source, from the cache folder where it has them.
 
-    What was found goes to the report, and a row that cannot be read or expressed. Raises UserError for a
-    source without rows.
+    `cache` is a folder, "none" for no cache, or "auto" for the user's own cache folder. Where the folder
+    cannot be used, a note says so, and there is no cache. What was found goes to the report, and so does a
+    record that cannot be used. Raises UserError for a source without records.
     """
     chunks = functools.partial(_encoded, source, encoder, report, reading)
     if cache == "none" or source.size < SMALL:
@@ -63,17 +62,12 @@ def tokenise(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock", "the tokens") if os.name == "posix" else contextlib.nullcontext():
+            # another process may have made it meanwhile
             if (found := _open(entry, source, report)) is not None:
                 return found
             _remove_old(folder)
             begun = time.perf_counter()
-            with tempfile.TemporaryDirectory(dir=folder, prefix=MAKING, ignore_cleanup_errors=True) as work:
-                whole = pathlib.Path(work, "whole")
-                with contextlib.closing(chunks()) as parts:
-                    _write(parts, whole)
-                (whole / "found.json").write_text(json.dumps(report.files[source.path].to_json()))
-                shutil.rmtree(entry, ignore_errors=True)  # one that could not be opened
-                os.rename(whole, entry)
+            _make(entry, chunks, source, report)
             found = _open(entry, source, report)
     except OSError as error:
         if is_first_process():
@@ -89,6 +83,19 @@ def tokenise(
         f"kept in {entry} ({size / 1e6:.1f} MB) for later runs"
     )
     return found
+
+
+def _make(
+    entry: pathlib.Path, chunks: Callable[[], Iterator[Tokens]], source: Source, report: Report
+) -> None:
+    """Write the cache entry beside its place, then rename it."""
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=MAKING, ignore_cleanup_errors=True) as work:
+        whole = pathlib.Path(work, "whole")
+        with contextlib.closing(chunks()) as parts:
+            _write(parts, whole)
+        (whole / "found.json").write_text(json.dumps(report.files[source.path].to_json()))
+        shutil.rmtree(entry, ignore_errors=True)  # one that could not be opened
+        os.rename(whole, entry)
 
 
 def cache_folder(cache: str) -> pathlib.Path:
@@ -130,11 +137,12 @@ def _version(package: str) -> str:
 
 
 def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading) -> Iterator[Tokens]:
-    """The tokens of a source's rows, a chunk of rows at a time."""
+    """The tokens of a source's records, a chunk of records at a time."""
     found = report.begin(source)
     chunks = _chunks(source.watched(encoder.tokenizer.eod, "tokenising"))
     convert = Converter(source, reading, encoder)
-    processes = min(available_cores(), PROCESSES) if source.size >= LARGE and source.format != BINIDX else 1
+    is_large = source.size >= LARGE and source.format != BINIDX
+    processes = min(available_cores(), PROCESSES) if is_large else 1
     documents = 0
     with contextlib.ExitStack() as stack:
         parts: Iterable[Part] = map(convert, chunks)
@@ -146,7 +154,7 @@ def _encoded(source: Source, encoder: Encoder, report: Report, reading: Reading)
             found.kinds.update(part.kinds)
             documents += len(part.tokens.ends)
             yield part.tokens
-    report.require_rows(source)
+    report.require_records(source)
     if not documents:
         raise UserError(f"{source.path}: no row can be used, such as {found.reasons[0]}")
 
@@ -168,15 +176,15 @@ def _joined(parts: list[Tokens]) -> Tokens:
     starts = np.cumsum([0, *(len(part.ids) for part in parts)])
     parts = [dataclasses.replace(part, ends=part.ends + start) for part, start in zip(parts, starts)]
     return Tokens(
-        *(
-            np.concatenate([getattr(part, field.name) for part in parts])
-            for field in dataclasses.fields(Tokens)
-        )
+        ids=np.concatenate([part.ids for part in parts]),
+        trained=np.concatenate([part.trained for part in parts]),
+        ends=np.concatenate([part.ends for part in parts]),
+        texts=np.concatenate([part.texts for part in parts]),
     )
 
 
 def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
-    """A cache entry; no more than one part is in memory at a time."""
+    """Write the arrays of a cache entry; no more than one part is in memory at a time."""
     folder.mkdir()
     length = 0
     with contextlib.ExitStack() as stack:
@@ -190,30 +198,46 @@ def _write(parts: Iterable[Tokens], folder: pathlib.Path) -> None:
 
 
 def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
-    """The arrays of a cache entry, mapped into memory, and what reading found, for the report; None where the
-    entry is absent, or not whole because the machine went down.
+    """The arrays of a cache entry, mapped into memory; what reading found goes to the report.
+
+    None where the entry is absent, or not whole because the machine went down.
     """
     try:
-        kinds = {"ids": np.int32, "trained": np.bool_, "ends": np.int64, "texts": np.bool_}
-        # as plain arrays, which are sliced in a tenth of the time
-        arrays = {name: np.memmap(entry / name, kind, "r").view(np.ndarray) for name, kind in kinds.items()}
-        found = Tokens(**arrays)
-        if not len(found.ids) == len(found.trained) == found.ends[-1] or len(found.ends) != len(found.texts):
+        tokens = Tokens(
+            ids=_mapped(entry / "ids", np.int32),
+            trained=_mapped(entry / "trained", np.bool_),
+            ends=_mapped(entry / "ends", np.int64),
+            texts=_mapped(entry / "texts", np.bool_),
+        )
+        if not len(tokens.ids) == len(tokens.trained) == tokens.ends[-1]:
+            return None
+        if len(tokens.ends) != len(tokens.texts):
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # when it was last used
         report.files[source.path] = Found.from_json(json.loads((entry / "found.json").read_text()))
-        return found
+        return tokens
     except (OSError, ValueError):
         return None
 
 
+def _mapped(path: pathlib.Path, kind: type) -> np.ndarray:
+    """A file as a plain array, which is sliced in a tenth of a memmap's time."""
+    return np.memmap(path, kind, "r").view(np.ndarray)
+
+
 def _remove_old(folder: pathlib.Path) -> None:
-    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left; other things in
-    the folder are not ours.
+    """Delete entries that have not been used for UNUSED_DAYS, and what a killed process left.
+
+    Other things in the folder are not ours.
     """
     for entry in folder.iterdir():
-        days = UNUSED_DAYS if ENTRY.fullmatch(entry.name) else 1 if entry.name.startswith(MAKING) else None
+        if ENTRY.fullmatch(entry.name):
+            days = UNUSED_DAYS
+        elif entry.name.startswith(MAKING):
+            days = 1
+        else:
+            continue
         with contextlib.suppress(OSError):
-            if days and entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86400:
+            if entry.is_dir() and time.time() - entry.stat().st_mtime > days * 86400:
                 shutil.rmtree(entry, ignore_errors=True)

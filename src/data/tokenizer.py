@@ -1,11 +1,11 @@
 """Text to token ids and back: the World vocabulary, raw bytes, UTF-16 bytes, or a file.
 
-World, bytes, utf16 and vocabulary files in World format are one thing, a table id -> bytes; they differ in
+World, bytes, utf16 and vocabulary files in World format are one thing: a table id -> bytes. They differ in
 how a text finds its ids. A tokenizer.json is left to the `tokenizers` package.
 
-encode() loses nothing silently and decode() is its inverse (up to what a tokenizer.json normalises): every id
-gives its own text. So an end of document that no text can spell (World's id 0) gives "", one that a text can
-spell (NUL of bytes and utf16, a file's `</s>`) that text.
+encode() loses nothing silently. decode() is its inverse, up to what a tokenizer.json normalises: every id
+gives its own text. World's end of document, id 0, is in no text and gives "". The others are texts and give
+themselves: NUL of bytes and utf16, a file's `</s>`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from ..config.launcher import is_first_process
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
 END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
-# end of document and encoding; in utf16 the end is the whole unit U+0000, as a lone 0 is the second byte of
-# every ASCII character
+# end of document and encoding; in utf16 the end is two zeros, because one zero is in every ASCII character
 RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}
 BUILT_IN = ("world", *RAW)
 BROKEN = "\ufffd"
@@ -39,12 +38,12 @@ LONG = 1 << 20  # characters of a text that are turned into ids at a time
 
 
 def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
-    """The tokenizer `spec` (auto, world, bytes, utf16 or the path of a file) for a model with `vocab_size`
-    ids.
+    """The tokenizer `spec` for a model with `vocab_size` ids.
 
-    `eod` is the text of the token that ends a document, for a file that does not tell. Raises UserError for a
-    file that is missing, damaged or has no such token, and for a tokenizer with ids that the model lacks; the
-    reverse is a padded model, and fine.
+    `spec` is auto, world, bytes, utf16 or the path of a file. `eod` is the text of the token that ends a
+    document, for a file that does not tell. Raises UserError for a file that is missing, damaged or has no
+    such token, and for a tokenizer with ids that the model lacks. A model may have more ids than the
+    tokenizer, because models are padded.
     """
     if spec == "auto":
         if vocab_size != WORLD_MODEL:
@@ -55,7 +54,12 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
         spec = "world"
     if eod and spec in BUILT_IN:
         raise UserError(f"--eod {eod!r} is for a tokenizer file; {spec} has its own end of document")
-    tokenizer = _world() if spec == "world" else _raw(spec) if spec in RAW else _from_file(spec, eod)
+    if spec == "world":
+        tokenizer = _world()
+    elif spec in RAW:
+        tokenizer = _raw(spec)
+    else:
+        tokenizer = _from_file(spec, eod)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name} has a vocabulary of {tokenizer.vocab_size}, more than the model's"
@@ -66,8 +70,9 @@ def load_tokenizer(spec: str, vocab_size: int, eod: str = "") -> Tokenizer:
 
 
 class Tokenizer:
-    """`name` is for an adapter's metadata, `eod` are the ids that end a document, every id is below
-    `vocab_size`.
+    """`name` is for an adapter's metadata; `eod` are the ids that end a document.
+
+    Every id is below `vocab_size`.
     """
 
     encoding = "utf-8"
@@ -77,15 +82,13 @@ class Tokenizer:
         self.vocab_size = max(self.ids) + 1
 
     def __reduce__(self):
-        # another process reads it again: what is made of it here can't be sent
-        return (
-            load_tokenizer,
-            self.origin,
-        )
+        # another process loads it again, because the packages' own objects can't be pickled
+        return load_tokenizer, self.origin
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with nothing added. Raises UserError for a character that the vocabulary cannot
-        express.
+        """Ids of `text`, with nothing added.
+
+        Raises UserError for a character that the vocabulary cannot express.
         """
         try:
             data = text.encode(self.encoding)
@@ -96,8 +99,9 @@ class Tokenizer:
         return self._encode(text, data)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no text give U+FFFD. Raises UserError for an id outside the
-        vocabulary.
+        """Text of `ids`; bytes that are no text give U+FFFD.
+
+        Raises UserError for an id outside the vocabulary.
         """
         ids = list(ids)
         self.check(ids)
@@ -117,7 +121,7 @@ class Tokenizer:
 
 
 class ByteTokenizer(Tokenizer):
-    """A table id -> bytes. `find(text, bytes of the text)` gives the ids, and ends early where no id fits."""
+    """A table id -> bytes. `find(text, its bytes)` gives the ids, and ends early where no id fits."""
 
     def __init__(
         self,
@@ -135,14 +139,14 @@ class ByteTokenizer(Tokenizer):
         return self._encode_long(text) if len(text) > LONG else self._rest(text, data)
 
     def _encode_long(self, text: str) -> list[int]:
-        """The same ids part by part: which token comes next depends on no more text than the longest token
-        has.
+        """The same ids, found in one part of the text after another.
+
+        The next token depends on no more text than the longest token has.
         """
         ids: list[int] = []
         done, size, beyond = 0, LONG, max(self.sizes.values())  # characters
-        with Progress(
-            "tokenising a long text", len(text) / 1e6, "million characters", is_first_process()
-        ) as bar:
+        millions = len(text) / 1e6
+        with Progress("tokenising a long text", millions, "million characters", is_first_process()) as bar:
             while done + size < len(text):
                 part = text[done : done + size + beyond]
                 data, wanted = part.encode(self.encoding), len(part[:size].encode(self.encoding))
@@ -151,7 +155,8 @@ class ByteTokenizer(Tokenizer):
                 if ends[-1] < wanted:
                     break  # no token fits; the rest says where
                 count = bisect.bisect_right(ends, wanted) - 1
-                while not _is_text(data[: ends[count]], self.encoding):  # a token may end inside a character
+                # a token may end inside a character
+                while not _is_text(data[: ends[count]], self.encoding):
                     count -= 1
                 size = LONG if count else 2 * size
                 ids += found[:count]
@@ -161,7 +166,7 @@ class ByteTokenizer(Tokenizer):
             return ids + self._rest(text, text[done:].encode(self.encoding), done)
 
     def _rest(self, text: str, data: bytes, start: int = 0) -> list[int]:
-        """The ids of the text from a character on, of which `data` are the bytes."""
+        """The ids of the text from character `start` on, whose bytes are `data`."""
         ids = self.find(text[start:], data)
         reached = sum(map(self.sizes.__getitem__, ids))
         if reached < len(data):
@@ -184,10 +189,10 @@ def _is_text(data: bytes, encoding: str) -> bool:
 
 
 class ByteDecoder:
-    """decode() id by id: push() returns the characters that an id completes, flush() U+FFFD for one left
-    incomplete.
+    """decode() id by id: push() returns the characters that an id completes.
 
-    `pending` tells whether part of a character waits for its other ids.
+    flush() returns U+FFFD for a character that is left incomplete. `pending` tells whether part of a
+    character waits for its other ids.
     """
 
     def __init__(self, tokenizer: ByteTokenizer):
@@ -208,9 +213,8 @@ class ByteDecoder:
 
 def _raw(name: str) -> ByteTokenizer:
     eod, encoding = RAW[name]
-    return ByteTokenizer(
-        name, eod, {i: bytes([i]) for i in range(256)}, lambda text, data: list(data), encoding
-    )
+    table = {i: bytes([i]) for i in range(256)}
+    return ByteTokenizer(name, eod, table, lambda text, data: list(data), encoding)
 
 
 def _world() -> ByteTokenizer:
@@ -228,22 +232,17 @@ def _from_file(path: str, eod: str) -> Tokenizer:
 
 
 def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
-    """A vocabulary in World format: lines `id literal length`, the literal a Python str or bytes, the length
-    in bytes.
+    """A vocabulary in World format, with lines `id literal length`.
+
+    The literal is a Python str or bytes; the length is in bytes.
     """
     table: dict[int, bytes] = {}
-    owners: dict[bytes, int] = {}
+    owners: dict[bytes, int] = {}  # the id of each text
     for number, line in enumerate(content.rstrip("\n").split("\n"), 1):
-        try:
-            token, rest = line.split(" ", 1)
-            literal, length = rest.rsplit(" ", 1)
-            token, piece = int(token), ast.literal_eval(literal)
-            piece = piece.encode() if isinstance(piece, str) else piece
-            good = token >= 0 and isinstance(piece, bytes) and 0 < len(piece) == int(length)
-        except (ValueError, SyntaxError, TypeError):
-            good = False
-        if not good:
+        parsed = _parse_line(line)
+        if parsed is None:
             raise UserError(f"{name}, line {number}: expected `id 'text' length in bytes`, got {line[:80]!r}")
+        token, piece = parsed
         if token in table or piece in owners:
             raise UserError(
                 f"{name}, line {number}: id {token} or its text {piece!r} stands in an earlier line too"
@@ -264,11 +263,26 @@ def _from_vocabulary(name: str, content: str, eod: str) -> ByteTokenizer:
     return ByteTokenizer(name, (end,), table, find, "utf-8")
 
 
+def _parse_line(line: str) -> tuple[int, bytes] | None:
+    """(id, bytes) of a line of a vocabulary; None where it is wrong."""
+    try:
+        number, rest = line.split(" ", 1)
+        literal, length = rest.rsplit(" ", 1)
+        token, piece = int(number), ast.literal_eval(literal)
+        if isinstance(piece, str):
+            piece = piece.encode()
+        if token >= 0 and isinstance(piece, bytes) and 0 < len(piece) == int(length):
+            return token, piece
+    except (ValueError, SyntaxError, TypeError):
+        pass
+    return None
+
+
 def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes], list[int]]:
     """Greedy longest match in Rust; ends early, without a word, where no token fits.
 
-    The package reads only files, misreads bytes literals that hold a readable character, takes id 0 for no
-    token and has 16 bits for an id. So it gets a copy of the table in pure hex with ids from 1, which are
+    The package reads only files. It misreads bytes literals that hold a readable character, takes id 0 for no
+    token, and has 16 bits for an id. So it gets a copy of the table in pure hex with ids from 1, which are
     mapped back.
     """
     import pyrwkv_tokenizer
@@ -279,9 +293,8 @@ def _longest_match(name: str, table: dict[int, bytes]) -> Callable[[str, bytes],
         )
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "vocabulary.txt")
-        copy.write_text(
-            "".join(f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1))
-        )
+        lines = [f"{n} b'{piece.hex()}' {len(piece)}\n" for n, piece in enumerate(table.values(), 1)]
+        copy.write_text("".join(lines))
         trie = pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(copy))
     ids = [-1, *table]
     return lambda text, data: list(map(ids.__getitem__, trie.encode(text)))
@@ -294,8 +307,7 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            # a post-processor adds tokens and trims offsets, truncation loses text, padding adds some:
-            # encode() wants none of it
+            # these three add tokens, trim offsets or lose text
             described = json.loads(content) | {"post_processor": None, "truncation": None, "padding": None}
             self.inner = tokenizers.Tokenizer.from_str(json.dumps(described))
         except Exception as error:  # `tokenizers` raises nothing narrower
@@ -319,7 +331,7 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str, data: bytes) -> list[int]:
         try:
             found = self.inner.encode(text, add_special_tokens=False)
-        except Exception:  # WordLevel without an unknown token; it does not say where
+        except Exception:  # WordLevel without an unknown token, which does not say where it failed
             missing = "".join(sorted(set(text).difference(*self.inner.get_vocab())))
             raise UserError(f"tokenizer {self.name} has no token for {missing or text[:80]!r}") from None
         back = self._decode(found.ids)
@@ -328,8 +340,9 @@ class JsonTokenizer(Tokenizer):
         return found.ids
 
     def _check_covered(self, text: str, found) -> None:
-        """Not every decoder gives the very text back, but each character must be in a token: BPE, for one,
-        drops what it does not know.
+        """Raise UserError for a character that is in no token: BPE, for one, drops what it does not know.
+
+        A comparison of texts would not do, because not every decoder gives the very text back.
         """
         reached = 0
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
@@ -347,17 +360,18 @@ class JsonTokenizer(Tokenizer):
 
 
 class WindowDecoder:
-    """ByteDecoder for a tokenizer.json, whose bytes are not at hand: it decodes a short window and returns
-    what later ids cannot change.
+    """ByteDecoder for a tokenizer.json: it decodes a short window and returns what later ids cannot change.
 
-    The window is the ids of the last piece, since an id may decode differently at the start of a text, and
-    those after it. U+FFFD at its end may be half a character and waits for what follows, or for flush().
+    The bytes of an id are not at hand. The window has the ids of the last piece too, because an id may decode
+    differently at the start of a text. U+FFFD at its end may be half a character. It waits for what follows,
+    or for flush().
     """
 
     def __init__(self, tokenizer: JsonTokenizer):
         self.tokenizer = tokenizer
         self.window: list[int] = []
-        self.context = self.shown = 0  # ids of the last piece, characters already returned
+        self.context = 0  # ids of the last piece
+        self.shown = 0  # characters of the window that were returned
         self.pending = False
 
     def push(self, token: int) -> str:
@@ -378,22 +392,22 @@ class WindowDecoder:
 
 
 def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenizer:
-    """load_tokenizer(), where "auto" is the tokenizer that the first of these checkpoint files to name one
-    was trained with. Another one than that is warned of, on stderr.
+    """load_tokenizer(), where "auto" is the tokenizer that the first checkpoint with a record names.
+
+    It is the one that the checkpoint was trained with. Another one gives a warning on stderr.
     """
-    records = ((path, read_metadata(path) or {}) for path in filter(None, paths))
-    path, record = next(((path, record) for path, record in records if record.get("tokenizer")), (None, {}))
-    recorded = record.get("tokenizer")
+    path, recorded, recorded_eod = None, None, ""
+    for path in filter(None, paths):
+        metadata = read_metadata(path) or {}
+        recorded, recorded_eod = metadata.get("tokenizer"), metadata.get("eod") or ""
+        if recorded:
+            break
     if recorded and spec == "auto":
-        return load_tokenizer(recorded, vocab_size, eod or record.get("eod") or "")
+        return load_tokenizer(recorded, vocab_size, eod or recorded_eod)
     tokenizer = load_tokenizer(spec, vocab_size, eod)
-    # two files of other names may hold the same tokenizer
-    if (
-        recorded
-        and recorded != tokenizer.name
-        and {recorded, tokenizer.name} & set(BUILT_IN)
-        and is_first_process()
-    ):
+    # two files of different names may hold the same tokenizer
+    is_certain = bool({recorded, tokenizer.name} & set(BUILT_IN))
+    if recorded and recorded != tokenizer.name and is_certain and is_first_process():
         print(
             f"WARNING: {path} was trained with the tokenizer {recorded}, {tokenizer.name} is another one; "
             "leave --tokenizer out to use the recorded one",

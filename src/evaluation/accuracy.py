@@ -14,7 +14,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
 from ..data.chat_template import Template, thoughts_of
-from ..data.formats import BY_NAME, Reading, read_rows
+from ..data.formats import BY_NAME, Reading, read_records
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
 from ..model import RWKV, LayerState, State
@@ -59,7 +59,7 @@ def read_questions(path, template: Template = DEFAULT, reading: Reading = BY_NAM
     Raises UserError for data that cannot be read, and for a row that has no answer.
     """
     questions = []
-    for where, row in read_rows(path, reading=reading):
+    for where, row in read_records(path, reading=reading):
         if "prompt" in row:
             questions.append(_of_prompt(row))
         elif "messages" in row:

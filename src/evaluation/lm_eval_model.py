@@ -14,7 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Template
-from ..data.formats import read_rows
+from ..data.formats import read_records
 from ..data.rwkv_template import DEFAULT
 from ..model import RWKV
 from .accuracy import greedy
@@ -111,7 +111,7 @@ class Lambada(ConfigurableTask):
     NAME = "lambada_local"
 
     def __init__(self, data_file: str):
-        self.rows = [{"text": row["text"]} for _, row in read_rows(data_file) if "text" in row]
+        self.rows = [{"text": row["text"]} for _, row in read_records(data_file) if "text" in row]
         if not self.rows:
             raise UserError(f'--data_file {data_file} has no row {{"text": ...}}, which LAMBADA consists of')
         super().__init__(

@@ -1,12 +1,15 @@
-"""Data files of any layout -> rows: ("FILE, line N", row).
+"""Data files of any layout -> ("FILE, line N", record).
 
-A row has one of these forms, whatever the file looked like: {"text": str}, {"messages": [{"role": "system" |
-"user" | "assistant" | "tool", "content": str, ...}, ...]}, {"prompt": str, "completion": str} (a text, of
-which the completion is trained), {"ids": int32 array} (n,), a document without its end.
+A record has one of these forms, whatever the file looked like:
+
+    {"text": str}
+    {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]}
+    {"prompt": str, "completion": str}    a text, of which the completion is trained
+    {"ids": int32 array (n,)}             the tokens of a document without its end
 """
 
+from .records import read_record, read_records, read_source
 from .report import Found, Report, WrongSetting
-from .rows import read_record, read_rows, read_source
 from .sources import BINIDX, BY_NAME, Reading, Source, sample, sources
 
 __all__ = [
@@ -18,7 +21,7 @@ __all__ = [
     "Source",
     "WrongSetting",
     "read_record",
-    "read_rows",
+    "read_records",
     "read_source",
     "sample",
     "sources",

@@ -1,11 +1,17 @@
-"""Tokenised data as RWKV-LM has it: PREFIX.bin, the token ids, and PREFIX.idx, where each piece of it lies
-(Megatron's MMapIndexedDataset).
+"""Tokenised data as RWKV-LM has it (Megatron's MMapIndexedDataset).
 
-PREFIX.idx, little endian: magic "MMIDIDX\\0\\0"; version, uint64 1; code of the ids' type, uint8 (8 uint16, 4
-int32); number of pieces, uint64; number of document boundaries, uint64; size of each piece in ids, int32; its
-place in PREFIX.bin in bytes, int64; the boundaries, int64: document i is the pieces from boundary i to
-boundary i + 1. json2binidx_tool and make_data.py write a piece for each document, with its end of document in
-it.
+PREFIX.bin has the token ids in pieces. PREFIX.idx says where each piece lies, little endian:
+
+    magic               "MMIDIDX\\0\\0"
+    version             uint64  1
+    type of the ids     uint8   8: uint16, 4: int32
+    number of pieces    uint64
+    number of document boundaries  uint64
+    size of each piece  int32   in ids
+    place of each piece int64   in bytes of PREFIX.bin
+    boundaries          int64   document i is the pieces from boundary i to boundary i + 1
+
+json2binidx_tool and make_data.py write a piece for each document, with its end of document in it.
 """
 
 from __future__ import annotations
@@ -28,39 +34,37 @@ IDS_AT_ONCE = 1 << 24  # ids that are searched for the end of document at a time
 
 
 def prefix_of(path: str) -> str | None:
-    """PREFIX of a binidx data set that is named with or without one of its suffixes; None if there is
-    none.
-    """
+    """PREFIX of a binidx data set, which `path` names with a suffix or without; None if there is none."""
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     return prefix if os.path.isfile(prefix + ".bin") and os.path.isfile(prefix + ".idx") else None
 
 
 class BinIdx:
-    """PREFIX.bin and PREFIX.idx, memory mapped: `ids` (all of them), `sizes` and `starts` of the pieces in
-    ids, `boundaries` of documents.
+    """PREFIX.bin and PREFIX.idx, memory mapped.
 
-    Raises UserError for files that are damaged, of another kind, or do not belong together.
+    ids: all of them. sizes, starts: of the pieces, in ids. boundaries: of documents, in pieces. Raises
+    UserError for files that are damaged, of another kind, or do not belong together.
     """
 
     def __init__(self, prefix: str):
         self.prefix = prefix
         try:
             size = os.path.getsize(prefix + ".bin")
-            index = (
-                np.memmap(prefix + ".idx", np.uint8, "r")
-                if os.path.getsize(prefix + ".idx")
-                else np.zeros(0, np.uint8)
-            )
+            index = _mapped(prefix + ".idx", np.dtype(np.uint8), os.path.getsize(prefix + ".idx"))
         except OSError as error:
             raise UserError(
                 f"data file {error.filename or prefix + '.idx'} can't be read: {error.strerror}"
             ) from None
-        self.type, pieces, documents = self._header(index)
-        parts = np.split(index[HEADER.size :], [4 * pieces, 12 * pieces])
-        self.sizes, places, self.boundaries = (
-            part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8"))
-        )
-        width = self.type.itemsize
+        self.type, pieces = self._header(index)
+        sizes, places, boundaries = np.split(index[HEADER.size :], [4 * pieces, 12 * pieces])
+        self.sizes, places, self.boundaries = sizes.view("<i4"), places.view("<i8"), boundaries.view("<i8")
+        self._check(places, size)
+        self.starts = places // self.type.itemsize
+        self.ids = _mapped(prefix + ".bin", self.type, size // self.type.itemsize)
+
+    def _check(self, places: np.ndarray, size: int) -> None:
+        """UserError for pieces or boundaries that do not fit; PREFIX.bin has `size` bytes."""
+        pieces, width = len(self.sizes), self.type.itemsize
         ends = places + self.sizes.astype(np.int64) * width
         if pieces and (
             self.sizes.min() < 0
@@ -70,23 +74,18 @@ class BinIdx:
             or (ends < places).any()
         ):
             raise UserError(
-                f"{prefix}.idx points outside of {prefix}.bin, which has {size} bytes; they do not belong"
-                " together, or one is truncated"
+                f"{self.prefix}.idx points outside of {self.prefix}.bin, which has {size} bytes; they do not"
+                " belong together, or one is truncated"
             )
-        inner = self.boundaries
-        if len(inner) and (inner[0] < 0 or inner[-1] > pieces or (np.diff(inner) < 0).any()):
+        bounds = self.boundaries
+        if len(bounds) and (bounds[0] < 0 or bounds[-1] > pieces or (np.diff(bounds) < 0).any()):
             raise UserError(
-                f"{prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces, up to"
-                f" {pieces}"
+                f"{self.prefix}.idx is damaged: its document boundaries are not ascending numbers of pieces,"
+                f" up to {pieces}"
             )
-        self.starts = places // width
-        self.ids = (
-            np.memmap(prefix + ".bin", self.type, "r", shape=(size // width,))
-            if size >= width
-            else np.zeros(0, self.type)
-        )
 
-    def _header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
+    def _header(self, index: np.ndarray) -> tuple[np.dtype, int]:
+        """(type of the ids, number of pieces)."""
         path = self.prefix + ".idx"
         if len(index) < HEADER.size or index[:9].tobytes() != MAGIC:
             raise UserError(
@@ -105,12 +104,10 @@ class BinIdx:
                 f"{path} has {len(index)} bytes, expected {wanted} for {pieces} pieces and {documents}"
                 " boundaries; is it truncated?"
             )
-        return TYPES[code], pieces, documents
+        return TYPES[code], pieces
 
     def spans(self) -> Iterator[np.ndarray]:
-        """The ids of each document: of the pieces between two boundaries, or of each piece where there are no
-        boundaries.
-        """
+        """The ids of each document: the pieces between two boundaries, or one piece without boundaries."""
         bounds = self.boundaries if len(self.boundaries) > 1 else np.arange(len(self.sizes) + 1)
         if bounds[0] > 0 or bounds[-1] < len(self.sizes):
             # what is outside of all documents is data too
@@ -123,10 +120,16 @@ class BinIdx:
                 yield np.concatenate(pieces)
 
 
+def _mapped(path: str, kind: np.dtype, count: int) -> np.ndarray:
+    """`count` items of a file; an empty file can't be mapped."""
+    return np.memmap(path, kind, "r", shape=(count,)) if count else np.zeros(0, kind)
+
+
 def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[tuple[str, dict | UserError]]:
-    """(place, {"ids": int32 array}) of every document that is not empty. `eod`, the ids that end a document,
-    end one wherever they stand, and are left out: whoever encodes documents puts them back, as for any other
-    row.
+    """(place, {"ids": int32 array}) of every document that is not empty.
+
+    `eod` are the ids that end a document. They end one wherever they stand, and are left out: the encoder
+    puts them back, as for any other record.
     """
     number = read = 0
     data = BinIdx(prefix)
@@ -141,8 +144,9 @@ def documents(prefix: str, eod: Sequence[int], position: Position) -> Iterator[t
 
 
 def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
-    """The parts of `ids` between ends of document, without empty ones. An end of several ids stands at a
-    multiple of its length.
+    """The parts of `ids` between ends of document, without empty ones.
+
+    An end of several ids stands at a multiple of its length.
     """
     size, begin = len(eod), 0
     for start in range(0, len(ids), IDS_AT_ONCE * size):
@@ -158,8 +162,9 @@ def split(ids: np.ndarray, eod: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 class Writer:
-    """Writes PREFIX.bin and PREFIX.idx: add() for each document, then close(). Until then both have temporary
-    names; discard() removes them.
+    """Writes PREFIX.bin and PREFIX.idx: add() for each document, then close().
+
+    Until then both have temporary names; discard() removes them.
     """
 
     def __init__(self, prefix: str, vocab_size: int):
@@ -175,11 +180,7 @@ class Writer:
 
     def close(self) -> None:
         sizes = np.asarray(self.sizes, "<i4")
-        places = (
-            np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]) * TYPES[self.code].itemsize
-            if len(sizes)
-            else sizes
-        )
+        places = (np.cumsum(sizes, dtype=np.int64) - sizes) * TYPES[self.code].itemsize
         with self.file:
             os.fsync(self.file.fileno())
         with open(self.paths[1] + ".tmp", "wb") as file:

@@ -29,7 +29,7 @@ def _constant(name: str) -> None:
     raise UserError(f"not valid JSON ({name}; write null)")
 
 
-# Python's own would take the last of two equal keys, and NaN
+# Python's own decoder would take NaN, and the last of two equal keys
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
@@ -37,7 +37,8 @@ def jsonl(path: str, position: Position) -> Iterator[tuple[str, str]]:
     """(place, line) of a file with one JSON object a line, for parse_line(); blank lines are left out."""
     with open_text(path, position) as file:
         for number, line in enumerate(file, 1):
-            line = line.rstrip().lstrip(BOM)  # files with a mark may have been put one after the other
+            # files that begin with a mark may have been put one after the other
+            line = line.rstrip().lstrip(BOM)
             if line:
                 yield f"{path}, line {number}", line
 
@@ -66,7 +67,7 @@ def _wrong(error: Exception) -> UserError:
 
 
 def json_file(path: str, position: Position) -> Iterator[Record]:
-    """An array of objects, an object with one such array in it, or a single row."""
+    """An array of objects, an object with one such array in it, or a single record."""
     scanner = _Scanner(whole_text(path))
     position.share = lambda: scanner.place / len(scanner.text)
     try:
@@ -86,11 +87,7 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
         return
     members = list(scanner.items("{}"))
     end = scanner.place
-    arrays = {
-        name: place
-        for name, place, value in members
-        if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
-    }
+    arrays = {name: place for name, place, value in members if _is_list_of_objects(value)}
     if len(arrays) != 1 or has_layout(name for name, _, _ in members):
         yield start, _object([(name, value) for name, _, value in members])
         return
@@ -100,9 +97,14 @@ def _records(scanner: _Scanner) -> Iterator[tuple[int, Any]]:
     scanner.place = end
 
 
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 class _Scanner:
-    """Walks over the outermost level of a JSON text, so that each row is known with its place, and only one
-    is built at a time.
+    """Walks over the outermost level of a JSON text.
+
+    So the place of each record is known, and only one record is built at a time.
     """
 
     def __init__(self, text: str):
@@ -116,7 +118,7 @@ class _Scanner:
         return self.text[self.place : self.place + 1]
 
     def line(self, place: int) -> int:
-        """The number of the line of a place, which is not before that of the last call."""
+        """The number of the line of a place, which must not be before the place of the last call."""
         self.lines += self.text.count("\n", self.counted, place)
         self.counted = place
         return self.lines
@@ -126,9 +128,8 @@ class _Scanner:
 
     def expect(self, character: str) -> None:
         if self.next != character:
-            raise json.JSONDecodeError(
-                f"Expecting {character!r}" if character else "Extra data", self.text, self.place
-            )
+            problem = f"Expecting {character!r}" if character else "Extra data"
+            raise json.JSONDecodeError(problem, self.text, self.place)
         self._skip(1)
 
     def value(self) -> Any:
@@ -137,8 +138,9 @@ class _Scanner:
         return value
 
     def items(self, brackets: str) -> Iterator[tuple[str, int, Any]]:
-        """(name, place, value) of each member of the object ("{}") or item of the array ("[]", without names)
-        that starts here.
+        """(name, place, value) of each member of the object ("{}") that starts here.
+
+        Or of each item of the array ("[]"); its name is "".
         """
         self.expect(brackets[0])
         name = ""

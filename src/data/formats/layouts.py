@@ -1,6 +1,4 @@
-"""What the columns of a row mean: the names that data sets use, turned into one of the row forms of this
-package.
-"""
+"""What the columns of a record mean: data sets' names for them, turned into the forms of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from rwkv_miss.errors import UserError
 from ...common.formatting import short
 
 ROLES = ("system", "user", "assistant", "tool")
-# what ShareGPT and others call the roles
+# the names that ShareGPT and others have for the roles
 ROLE_NAMES = {
     **{role: role for role in ROLES},
     "developer": "system",
@@ -40,36 +38,35 @@ EXPECTED = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the rows with certain columns are read: `name` for the plan, the columns that are used, and record
-    -> row form.
-    """
+    """How records with certain columns are read."""
 
-    name: str
-    used: tuple[str, ...]
-    convert: Callable[[dict[str, Any]], dict[str, Any]]
+    name: str  # for the plan
+    used: tuple[str, ...]  # the columns that are used
+    convert: Callable[[dict[str, Any]], dict[str, Any]]  # a record as the file has it -> one of the forms
 
 
-TOKENS = Layout("", ("ids",), dict)  # of data that are no text any more
+TOKENS = Layout("", ("ids",), dict)  # of data that were tokenised before
 
 
 def canonical(record: dict[str, Any], fields: tuple[str, ...] = ()) -> tuple[Layout, dict[str, Any]]:
-    """(layout, row form) of a record as a file has it. A column with null counts as absent.
+    """(layout, record in one of the forms) of a record as a file has it. A column with null counts as absent.
 
-    `fields` are the columns to use where the names do not tell: a text or conversation; question and answer;
-    instruction, input, output. Raises UserError that says what is wrong with the record, without its place.
+    `fields` are the columns to use where the names do not tell: one with a text or conversation; question and
+    answer; or instruction, input, output. Raises UserError that says what is wrong with the record, without
+    its place.
     """
     if not isinstance(record, dict):
         raise UserError(f"{EXPECTED}; got {type(record).__name__}")
-    layout = find_layout(
-        tuple(name for name, value in record.items() if value is not None), fields, tuple(record)
-    )
+    present = tuple(name for name, value in record.items() if value is not None)
+    layout = find_layout(present, fields, tuple(record))
     return layout, layout.convert(record)
 
 
 @functools.lru_cache(maxsize=1024)
 def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tuple[str, ...]) -> Layout:
-    """The layout of a record with these columns, of which `present` hold a value. Names are compared without
-    case.
+    """The layout of a record with these columns, of which `present` hold a value.
+
+    Names are compared without case.
     """
     if fields:
         missing = [name for name in fields if name not in columns]
@@ -78,7 +75,7 @@ def find_layout(present: tuple[str, ...], fields: tuple[str, ...], columns: tupl
                 f"--sft_field {','.join(fields)}: no column {missing[0]!r}; got keys {_shown(columns)}"
             )
         return _chosen(fields)
-    # the second for a null where a value is needed, which convert() then names
+    # with all columns a null is found where a value is needed, and convert() names it
     found = _candidates(present) or _candidates(columns)
     if not found:
         raise UserError(f"{EXPECTED}; got keys {_shown(columns)}")
@@ -108,34 +105,31 @@ def _candidates(columns: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Layout:
-    """The layout that these columns make by their number: 1 text or conversation, 2 question and answer, 3
-    with an input between.
+    """The layout that these columns make by their number.
 
-    A system prompt, earlier turns and tools are taken from the other columns.
+    1 is a text or conversation, 2 are question and answer, 3 have an input between them. A system prompt,
+    earlier turns and tools are taken from the other columns.
     """
     beside = {name.strip().lower(): name for name in others}
     system = next((beside[name] for name in SYSTEMS if name in beside), None)
     history, tools = beside.get("history"), beside.get("tools")
     lower = tuple(name.strip().lower() for name in names)
     if lower == ("text",):
-        return Layout(
-            f"{names[0]}", names, functools.partial(_whole, column=names[0], system=None, tools=None)
-        )
+        convert = functools.partial(_whole, column=names[0], system=None, tools=None)
+        return Layout(names[0], names, convert)
     if len(names) == 1:
         used = (*names, *filter(None, (system, tools)))
-        return Layout(
-            " + ".join(used), used, functools.partial(_whole, column=names[0], system=system, tools=tools)
-        )
+        convert = functools.partial(_whole, column=names[0], system=system, tools=tools)
+        return Layout(" + ".join(used), used, convert)
     if lower == ("prompt", "completion"):
-        return Layout(
-            " + ".join(names), names, functools.partial(_continuation, prompt=names[0], completion=names[1])
-        )
+        convert = functools.partial(_continuation, prompt=names[0], completion=names[1])
+        return Layout(" + ".join(names), names, convert)
     if len(names) in (2, 3):
-        used = (*names, *filter(None, (system, history)))
-        named = f"{' + '.join(names[:-1])} -> {names[-1]}" + "".join(
-            f", {name}" for name in used[len(names) :]
-        )
-        return Layout(named, used, functools.partial(_question, names=names, system=system, history=history))
+        *questions, answer = names
+        extra = tuple(filter(None, (system, history)))
+        named = ", ".join([f"{' + '.join(questions)} -> {answer}", *extra])
+        convert = functools.partial(_question, names=names, system=system, history=history)
+        return Layout(named, (*names, *extra), convert)
     raise UserError(
         f"--sft_field {','.join(names)}: expected 1 column (text or messages), 2 (question, answer) or 3"
         " (instruction, input, output)"
@@ -150,7 +144,9 @@ def _whole(record: dict, column: str, system: str | None, tools: str | None) -> 
     turns = messages(value, column)
     if system and record[system] and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": text(record[system], system)})
-    return {"messages": turns, **({"tools": _tools(record[tools], tools)} if tools and record[tools] else {})}
+    if tools and record[tools]:
+        return {"messages": turns, "tools": _tools(record[tools], tools)}
+    return {"messages": turns}
 
 
 def _tools(value: Any, column: str) -> list[dict[str, Any]]:
@@ -168,7 +164,8 @@ def _tools(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
-    if isinstance(record[prompt], list) and isinstance(record[completion], list):  # turns on both sides
+    # turns on both sides
+    if isinstance(record[prompt], list) and isinstance(record[completion], list):
         return {"messages": messages([*record[prompt], *record[completion]], f"{prompt} + {completion}")}
     return {"prompt": text(record[prompt], prompt), "completion": text(record[completion], completion)}
 
@@ -204,8 +201,9 @@ def _pairs(value: Any, column: str) -> list[dict[str, str]]:
 
 
 def messages(value: Any, column: str) -> list[dict[str, Any]]:
-    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings; what else a turn has
-    stays in it.
+    """Turns as {"role": ..., "content": text} from OpenAI's and ShareGPT's spellings.
+
+    What else a turn has stays in it.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{column} must be a non-empty list, got {short(value)}")
@@ -219,18 +217,14 @@ def messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _turns(item: Any) -> list[dict[str, Any]]:
     """One message, or two where a pair {"human": ..., "assistant": ...} stands for them."""
-    if (
-        isinstance(item, dict)
-        and isinstance(item.get("human"), str)
-        and isinstance(item.get("assistant"), str)
-    ):
+    given = {}
+    if isinstance(item, dict):
+        given = {name: value for name, value in item.items() if value is not None}
+    if isinstance(given.get("human"), str) and isinstance(given.get("assistant"), str):
         return [
             {"role": "user", "content": text(item["human"], "human", True)},
             {"role": "assistant", "content": text(item["assistant"], "assistant", True)},
         ]
-    given = (
-        {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {}
-    )
     for name in given.keys() & {"reasoning_content", "reasoning"}:
         text(given[name], name, True)
     if not isinstance(given.get("tool_calls", []), list):

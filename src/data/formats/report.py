@@ -1,4 +1,4 @@
-"""What reading found: formats, columns, and the rows that were left out."""
+"""What reading found: formats, columns, and the records that were left out."""
 
 from __future__ import annotations
 
@@ -14,46 +14,44 @@ if TYPE_CHECKING:
     from .sources import Source
 
 Kind = tuple[str, tuple[str, ...], tuple[str, ...]]  # name of the layout, columns used, all columns
-SHOWN = 3  # reasons in the plan, and files with a line of their own
+SHOWN = 3  # so many reasons are in the plan, and so many files have a line of their own
 
 
 class WrongSetting(UserError):
-    """A row is right by itself, and a setting does not suit the data: leaving the row out would mend
-    nothing.
-    """
+    """A setting does not suit the data. The record itself is right, so leaving it out would mend nothing."""
 
 
 @dataclasses.dataclass
 class Found:
-    """What reading one source found. `kinds` counts the rows of each kind; `reasons` are the first ones."""
+    """What reading one source found."""
 
     format: str
     kinds: collections.Counter[Kind] = dataclasses.field(default_factory=collections.Counter)
-    bad: int = 0
-    reasons: list[str] = dataclasses.field(default_factory=list)
+    bad: int = 0  # records that can't be used
+    reasons: list[str] = dataclasses.field(default_factory=list)  # of the first bad ones
 
     def refuse(self, reason: str) -> None:
         self.bad += 1
         self.reasons = [*self.reasons, reason][:SHOWN]
 
     def describe(self) -> str:
+        shown = f"{self.format}, {counted(self.kinds.total(), 'row')}"
+        if layouts := self._layouts():
+            shown += f", {', '.join(layouts)}"
+        used = {name for _, columns, _ in self.kinds for name in columns}
+        # a dict keeps the order of the columns
+        columns = dict.fromkeys(name for _, _, columns in self.kinds for name in columns)
+        if unused := [name for name in columns if name not in used]:
+            shown += f"; not used: {', '.join(unused[:12])}{' ...' if len(unused) > 12 else ''}"
+        return shown
+
+    def _layouts(self) -> list[str]:
+        """The usual layouts, with their counts where there are several."""
         layouts: collections.Counter[str] = collections.Counter()
         for (name, _, _), count in self.kinds.items():
             layouts[name] += count
-        named = ", ".join(
-            f"{name} ({count})" if len(layouts) > 1 else name
-            for name, count in layouts.most_common(SHOWN)
-            if name
-        )
-        used = {name for _, columns, _ in self.kinds for name in columns}
-        unused = list(
-            dict.fromkeys(name for _, _, columns in self.kinds for name in columns if name not in used)
-        )
-        return (
-            f"{self.format}, {counted(self.kinds.total(), 'row')}"
-            + (f", {named}" if named else "")
-            + (f"; not used: {', '.join(unused[:12])}{' ...' if len(unused) > 12 else ''}" if unused else "")
-        )
+        usual = [(name, count) for name, count in layouts.most_common(SHOWN) if name]
+        return [f"{name} ({count})" if len(layouts) > 1 else name for name, count in usual]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,20 +63,18 @@ class Found:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Found:
-        kinds = collections.Counter(
-            {(name, tuple(used), tuple(columns)): count for name, used, columns, count in record["kinds"]}
-        )
+        kinds: collections.Counter[Kind] = collections.Counter()
+        for name, used, columns, count in record["kinds"]:
+            kinds[name, tuple(used), tuple(columns)] = count
         return cls(record["format"], kinds, record["bad"], record["reasons"])
 
 
 @dataclasses.dataclass
 class Report:
-    """Collects what reading finds, source by source. `on_bad_row`: stop, a bad row is an error, or skip, it
-    is counted.
-    """
+    """Collects what reading finds, source by source."""
 
-    on_bad_row: str = "stop"
-    hint: str = ""  # ends an error that leaving out the row would avoid
+    on_bad_row: str = "stop"  # a bad record is an error; "skip": it is counted
+    hint: str = ""  # ends an error that leaving out the record would avoid
     files: dict[str, Found] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -87,21 +83,20 @@ class Report:
         self.files[source.path] = Found(source.format)
         return self.files[source.path]
 
-    def require_rows(self, source: Source) -> None:
-        """A UserError where reading the source has found no row."""
+    def require_records(self, source: Source) -> None:
+        """A UserError where reading the source has found no record."""
         found = self.files[source.path]
         if not found.kinds:
-            what = (
-                f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}" if found.bad else ""
-            )
+            what = ""
+            if found.bad:
+                what = f" that can be used: all {found.bad} are bad, such as {found.reasons[0]}"
             raise UserError(f"{source.path} ({source.format}) holds no rows{what}")
 
     def refuse(self, path: str, where: str, reason: object) -> None:
-        """A row of the source `path` that cannot be used, at reading or later: a UserError, or one more
-        skipped.
-        """
+        """A record of the source `path` cannot be used: a UserError, or one more that is skipped."""
         if self.on_bad_row == "stop":
-            raise UserError(f"{where}: {reason}{'' if isinstance(reason, WrongSetting) else self.hint}")
+            hint = "" if isinstance(reason, WrongSetting) else self.hint
+            raise UserError(f"{where}: {reason}{hint}")
         self.files[path].refuse(f"{where}: {reason}")
 
     @property
@@ -113,10 +108,8 @@ class Report:
         lines = [f"format     {path}: {found.describe()}" for path, found in list(self.files.items())[:SHOWN]]
         if len(self.files) > SHOWN:
             formats = collections.Counter(found.format for found in self.files.values())
-            lines.append(
-                f"format     {len(self.files)} files in all:"
-                f" {', '.join(f'{count} {name}' for name, count in formats.items())}"
-            )
+            named = ", ".join(f"{count} {name}" for name, count in formats.items())
+            lines.append(f"format     {len(self.files)} files in all: {named}")
         lines += self.notes
         if self.bad:
             be = "is" if self.bad == 1 else "are"
@@ -125,5 +118,5 @@ class Report:
                 " such as:"
             )
             lines += [f"    {reason}" for found in self.files.values() for reason in found.reasons][:SHOWN]
-        # a key of JSON and a file's name may hold halves of surrogate pairs, which print() refuses
+        # a key of JSON or a file's name may hold half a surrogate pair, which print() refuses
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]

@@ -20,9 +20,9 @@ from . import binidx, json_text, tables, text
 from .layouts import has_layout
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".bin")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without rows
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "config.json")  # of a data set, without records
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-BINIDX = "binidx"  # whose rows are tokens already
+BINIDX = "binidx"  # the format whose records are tokens already
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with ;"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")
@@ -33,16 +33,15 @@ SAMPLE = 1 << 20  # characters of a file that its format is told from
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How data are read: the columns to use where their names do not tell (--sft_field), and the split of
-    data sets that have several.
-    """
+    """How data are read."""
 
-    fields: tuple[str, ...] = ()
-    split: str = "train"
+    fields: tuple[str, ...] = ()  # --sft_field: the columns to use where their names do not tell
+    split: str = "train"  # --sft_split: of data sets that have several
 
     @classmethod
     def of(cls, config) -> Reading:
-        return cls(tuple(filter(None, map(str.strip, config.sft_field.split(",")))), config.sft_split)
+        names = [name.strip() for name in config.sft_field.split(",")]
+        return cls(tuple(filter(None, names)), config.sft_split)
 
 
 BY_NAME = Reading()
@@ -53,12 +52,11 @@ def _as_it_is(record: Any) -> Any:
 
 
 class Format(NamedTuple):
-    """How a file of text is read: path -> (place, what stands there), of which parse() makes the record, in
-    another process perhaps."""
+    """How a file of text is read."""
 
     name: str
-    read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]
-    parse: Callable[[Any], Any] = _as_it_is
+    read: Callable[[str, text.Position], Iterator[tuple[str, Any]]]  # path -> (place, what stands there)
+    parse: Callable[[Any], Any] = _as_it_is  # what stands there -> record, perhaps in another process
 
 
 JSONL = Format("JSONL", json_text.jsonl, json_text.parse_line)
@@ -67,15 +65,16 @@ JSON = Format("JSON", json_text.json_file)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file, folder or data set: `weight` is how often its rows are seen in one pass over the data. `read`
-    and `parse` are a Format's, except that `read` takes the ids that end a document instead of the path.
+    """A file, folder or data set.
+
+    `read` and `parse` are a Format's, but `read` takes the ids that end a document instead of the path.
     """
 
     path: str
     format: str
-    weight: float
+    weight: float  # how often its records are seen in one pass over the data
     read: Callable[[Sequence[int], text.Position], Iterator[tuple[str, Any]]]
-    files: tuple[str, ...]  # what its content is in; () for a data set of the hub
+    files: tuple[str, ...]  # that hold its content; () for a data set of the hub
     parse: Callable[[Any], Any] = _as_it_is
 
     @property
@@ -100,18 +99,16 @@ class Source:
 
 
 def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None = None) -> list[Source]:
-    """What --data_file names: a file, a folder (all data files in it), a data set of the hub (OWNER/NAME, if
-    there is no such path), or several of them between commas, each with a weight after a colon if it is not
-    1: a.jsonl:2,b.jsonl:0.5.
+    """What --data_file names: a file, all data files of a folder, a data set of the hub, or several of these.
 
-    `notes` gets lines for the plan. Raises UserError for what is not there or not recognised.
+    A data set of the hub is OWNER/NAME, if there is no such path. Several names have commas between them,
+    each with a weight after a colon if it is not 1: a.jsonl:2,b.jsonl:0.5. `notes` gets lines for the plan.
+    Raises UserError for what is not there or not recognised.
     """
+    notes = [] if notes is None else notes
     found: list[Source] = []
     for path, weight in parse(data_file):
-        found += [
-            dataclasses.replace(source, weight=weight)
-            for source in _find(path, reading, [] if notes is None else notes)
-        ]
+        found += [dataclasses.replace(source, weight=weight) for source in _find(path, reading, notes)]
     return found
 
 
@@ -126,11 +123,8 @@ def _weighted(part: str, data_file: str) -> tuple[str, float]:
     path, colon, number = part.rpartition(":")
     if not part:
         raise UserError(f"--data_file {data_file}: a name is missing between the commas")
-    if (
-        _exists(part)
-        or not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|nan|inf", number, re.IGNORECASE)
-        or not colon
-    ):
+    is_number = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|nan|inf", number, re.IGNORECASE)
+    if _exists(part) or not colon or not is_number:
         return part, 1.0
     try:
         weight = float(number)
@@ -153,61 +147,57 @@ def _find(path: str, reading: Reading, notes: list[str]) -> list[Source]:
     if os.path.isdir(path) and not tables.is_saved_dataset(path):
         return [detect(file, fields) for file in _folder(path, split, notes)]
     if os.path.isdir(path):
-        files = tuple(
-            sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-        )
         described = f"Hugging Face data set, split {split}"
+        files = tuple(_files_in(path))
         return [Source(path, described, 1.0, lambda eod, at: tables.saved_dataset(path, split, at), files)]
-    if (
-        HUB_NAME.fullmatch(path)
-        and not _exists(path)
-        and not os.path.exists(path.split("/")[0])
-        and not path.endswith(SUFFIXES)
-    ):
+    if _is_hub_name(path):
         described = f"data set of the Hugging Face hub, split {split}"
         return [Source(path, described, 1.0, lambda eod, at: tables.named_dataset(path, split, at), ())]
     return [detect(path, fields)]
 
 
+def _is_hub_name(path: str) -> bool:
+    """Whether it can be OWNER/NAME of the hub, and is no path that was mistyped."""
+    if not HUB_NAME.fullmatch(path) or path.endswith(SUFFIXES):
+        return False
+    return not _exists(path) and not os.path.exists(path.split("/")[0])
+
+
+def _files_in(path: str) -> list[str]:
+    """All files of a folder and of the folders in it, sorted."""
+    return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+
+
 def _folder(path: str, split: str, notes: list[str]) -> list[str]:
-    """The data files of a folder, in order of their names; files that are named for another split than
-    `split` are left out.
-    """
-    files = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if not _hidden(os.path.relpath(folder, path), name)
-    ]
-    data = [
-        file
-        for file in sorted(files)
-        if _suffix(file) in SUFFIXES
-        and os.path.basename(file) not in DESCRIPTIONS
-        and (_suffix(file) != ".bin" or binidx.prefix_of(file))
-    ]
+    """The data files of a folder, in order of their names, without those of other splits than `split`."""
+    files = [file for file in _files_in(path) if not _hidden(os.path.relpath(file, path))]
+    data = [file for file in files if _may_have_records(file)]
     splits = {file: _split_of(os.path.relpath(file, path)) for file in data}
     chosen = [file for file in data if splits[file] in (None, split)]
     if not chosen:
-        others = ", ".join(sorted({name for name in splits.values() if name}))
-        expected = (
-            f"has none for the split {split}, but for {others}: choose with --sft_split"
-            if others
-            else f"expected {', '.join(SUFFIXES)}"
-        )
+        expected = f"expected {', '.join(SUFFIXES)}"
+        if others := sorted({name for name in splits.values() if name}):
+            expected = f"has none for the split {split}, but for {', '.join(others)}: choose with --sft_split"
         raise UserError(f"folder {path} has no data file; {expected}")
-    left = [
-        os.path.relpath(file, path)
-        for file in sorted(files)
-        if file not in chosen and not file.endswith(".idx")
-    ]
-    shown = f"; left out: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}" if left else ""
+    rest = [file for file in files if file not in chosen and not file.endswith(".idx")]
+    shown = ""
+    if rest:
+        named = ", ".join(os.path.relpath(file, path) for file in rest[:5])
+        shown = f"; left out: {named}{' ...' if len(rest) > 5 else ''}"
     notes.append(f"folder     {path}: {len(chosen)} data files{shown}")
     return chosen
 
 
-def _hidden(folder: str, name: str) -> bool:
-    return any(part.startswith(".") and part != "." for part in (*folder.split(os.sep), name))
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split(os.sep))
+
+
+def _may_have_records(file: str) -> bool:
+    """Whether the file's name is one of a data file."""
+    if os.path.basename(file) in DESCRIPTIONS:
+        return False
+    suffix = _suffix(file)
+    return suffix in SUFFIXES and (suffix != ".bin" or binidx.prefix_of(file) is not None)
 
 
 def _split_of(path: str) -> str | None:
@@ -248,13 +238,11 @@ def detect(path: str, fields: tuple[str, ...] = ()) -> Source:
 
 
 def _no_file(path: str) -> str:
-    """What a name stands for that a person takes for a file's."""
+    """Why a path can't be that of a data file, if it is one that people try; else ""."""
+    if os.path.isfile(path):
+        return ""
     if os.path.exists(path):
-        return (
-            ""
-            if os.path.isfile(path)
-            else "it is no regular file; data are read more than once, so save them as one"
-        )
+        return "it is no regular file; data are read more than once, so save them as one"
     if "://" in path:
         return (
             "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging"
@@ -266,7 +254,7 @@ def _no_file(path: str) -> str:
 
 
 def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -> Format:
-    """By the beginning of the file, and by its suffix where that does not tell."""
+    """The format of a file, by its beginning `sample`, and by its suffix where that does not tell."""
     lines = [line for line in sample.lstrip(text.BOM).split("\n", 1000) if line.strip()]
     first = lines[0].strip() if lines else ""
     if found := _json_format(first, len(lines), suffix, len(sample) == SAMPLE, fields):
@@ -288,20 +276,21 @@ def _text_format(path: str, suffix: str, sample: str, fields: tuple[str, ...]) -
 def _json_format(
     first: str, lines: int, suffix: str, goes_on: bool, fields: tuple[str, ...]
 ) -> Format | None:
-    """JSONL or JSON, or None for neither, by the first of `lines` lines, which are all that there are unless
-    the file `goes_on`.
+    """JSONL or JSON by the first line of the file; None for neither.
+
+    `lines` were looked at, and they are all that there are unless the file `goes_on`.
     """
     record = json_text.parse(first) if first.startswith("{") else None
-    is_row = isinstance(record, dict)
-    is_known = is_row and bool(fields or has_layout(record))
+    is_object = isinstance(record, dict)
+    is_known = is_object and bool(fields or has_layout(record))
     if suffix == ".txt" and not is_known:  # a text may begin with a bracket
         return None
-    if is_row:
+    if is_object:
         return JSONL if lines > 1 or is_known else JSON
     if first.startswith("["):
         return JSON
-    # an object over several lines, or a row that is broken or longer than what was looked at
     if first.startswith("{"):
+        # an object over several lines, or a line that is broken or longer than what was looked at
         is_line = first.endswith("}") or lines == 1 and goes_on
         return JSONL if suffix in JSONL_SUFFIXES or suffix != ".json" and is_line else JSON
     return None
@@ -310,15 +299,17 @@ def _json_format(
 def _delimiter(header: str, suffix: str, fields: tuple[str, ...]) -> str | None:
     """What stands between the columns of a file whose first line is `header`; None if it is no such file."""
     split = {mark: _names(header, mark) for mark in DELIMITERS}
-    known = [
-        mark for mark, names in split.items() if (set(fields) <= set(names) if fields else has_layout(names))
-    ]
+
+    def is_known(names: list[str]) -> bool:
+        return set(fields) <= set(names) if fields else has_layout(names)
+
+    known = [mark for mark, names in split.items() if is_known(names)]
     if suffix in (".csv", ".tsv"):
-        return (
-            max(known or DELIMITERS, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t"))
-            if header
-            else ","
-        )
+        if not header:
+            return ","
+        # the mark that gives the most columns; of several, the tab for a .tsv
+        marks = known or list(DELIMITERS)
+        return max(marks, key=lambda mark: (len(split[mark]), suffix == ".tsv" and mark == "\t"))
     known = [mark for mark in known if len(split[mark]) > 1 and (mark == "\t" or suffix != ".txt")]
     return known[0] if known else None
 
@@ -331,14 +322,12 @@ def _names(header: str, mark: str) -> list[str]:
 
 
 def sample(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Which of a source's `count` rows one pass over the data sees, ascending, some of them several times:
-    each `weight` times on average.
+    """Which of a source's `count` records one pass over the data sees: each `weight` times on average.
 
-    Of a weight's fraction the rows are drawn without repetition, by `seed` and the source's `number`; at
-    least one row is seen.
+    They are ascending, and some come several times. For the fraction of a weight, records are drawn without
+    repetition, by `seed` and the source's `number`. At least one record is seen.
     """
     whole = int(weight)
-    drawn = np.random.default_rng([seed, number]).permutation(count)[
-        : max(round((weight - whole) * count), 0 if whole else 1)
-    ]
+    more = max(round((weight - whole) * count), 0 if whole else 1)
+    drawn = np.random.default_rng([seed, number]).permutation(count)[:more]
     return np.sort(np.concatenate([np.tile(np.arange(count), whole), drawn]))

@@ -1,5 +1,6 @@
-"""Parquet files (through pyarrow) and Hugging Face data sets (through datasets), both of the optional extra
-`data` -> (place, record).
+"""Parquet files, through pyarrow, and Hugging Face data sets, through datasets -> (place, record).
+
+Both packages are in the optional extra `data`.
 """
 
 from __future__ import annotations
@@ -57,16 +58,15 @@ def saved_dataset(path: str, split: str, position: Position) -> Iterator[Record]
 
 
 def named_dataset(name: str, split: str, position: Position) -> Iterator[Record]:
-    """The rows of a data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME/CONFIG; datasets downloads it,
-    or takes it from its cache.
+    """The rows of a data set of the Hugging Face hub, OWNER/NAME or OWNER/NAME/CONFIG.
+
+    The package datasets downloads it, or takes it from its cache.
     """
     module = _needed("datasets", f"the data set {name}")
     owner, short, *config = name.split("/")
     try:
         data = module.load_dataset(f"{owner}/{short}", *config, split=split)
-    except (
-        Exception
-    ) as error:  # no network, no such data set, split or configuration: datasets raises many kinds
+    except Exception as error:  # datasets raises many kinds: no network, no such data set, split or CONFIG
         raise UserError(
             f"{name} is no file or folder here, and datasets can't load a data set of this name, split"
             f" {split!r} (--sft_split): {_first_line(error)}"

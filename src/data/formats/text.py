@@ -1,7 +1,7 @@
 """Files of text, plain or gzipped, whatever their encoding; CSV and plain text.
 
-Readers give (place, record): a record is a dict, or the UserError that says why there is none, after which
-the reader goes on. What makes the rest of a file unreadable is raised. How far they are stands in a Position.
+Readers give (place, record). A record is a dict, or a UserError that says why there is none; then the reader
+goes on. What makes the rest of a file unreadable is raised. A Position says how far a reader is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from rwkv_miss.errors import UserError
 from ...common.formatting import short
 
 Record = tuple[str, "dict[str, Any] | UserError"]
-OTHERS = {
+# the first bytes of files that are packed, and by what
+PACKED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
@@ -32,7 +33,7 @@ OTHERS = {
     b"Rar!": "rar",
 }
 MODELS = (".pth", ".pt", ".ckpt", ".bin")  # a checkpoint of torch is a zip file
-# the longer ones first
+# byte order marks; the longer ones first, because the shorter ones begin them
 BOMS = {
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -41,7 +42,7 @@ BOMS = {
 }
 BOM = "\ufeff"
 FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
-STRANGE = re.compile("[\udc80-\udcff]")  # how bytes that are not UTF-8 are read
+STRANGE = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8 become these characters
 
 
 @dataclasses.dataclass
@@ -53,11 +54,11 @@ class Position:
 
 @contextlib.contextmanager
 def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIOBase]:
-    """The file as text with its line ends as they are. UTF-8, or what its byte order mark says; bytes that
-    are not UTF-8 are surrogates.
+    """The file as text, with its line ends as they are.
 
-    Raises UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by
-    anything but gzip.
+    It is read as UTF-8, or as its byte order mark says. Bytes that are not UTF-8 become surrogates. Raises
+    UserError, also while the file is read, for one that cannot be read, is damaged, or is packed by anything
+    but gzip.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -72,7 +73,7 @@ def open_text(path: str, position: Position | None = None) -> Iterator[io.TextIO
                     f"{path} is a model or an adapter, no data; a model goes to --load_model, "
                     "--data_file takes text, such as JSONL"
                 )
-            for magic, name in OTHERS.items():
+            for magic, name in PACKED.items():
                 if head.startswith(magic):
                     raise UserError(f"{path} is packed ({name}); unpack it, or pack it with gzip")
             encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8-sig")
@@ -115,8 +116,9 @@ def _other_encoding(data: bytes) -> str:
 
 
 def whole_text(path: str) -> str:
-    """The content of a file that is no use in part. Raises UserError with the line where it stops being
-    text.
+    """The content of a file that is no use in part.
+
+    Raises UserError with the line where it stops being text.
     """
     with open_text(path) as file:
         content = file.read()
@@ -135,8 +137,9 @@ def plain(path: str, position: Position) -> Iterator[Record]:
 
 
 def delimited(path: str, position: Position, delimiter: str) -> Iterator[Record]:
-    """CSV with a header line. A cell may hold line breaks between double quotes; an empty cell counts as
-    absent.
+    """CSV with a header line.
+
+    A cell may hold line breaks between double quotes. An empty cell counts as absent.
     """
     csv.field_size_limit(FIELD_LIMIT)
     header: list[str] = []

@@ -1,4 +1,4 @@
-"""Data files -> rows."""
+"""Data files -> records."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .report import Kind, Report
 from .sources import BINIDX, BY_NAME, Reading, Source, sources
 
 
-def read_rows(
+def read_records(
     data_file, report: Report | None = None, reading: Reading = BY_NAME, eod: Sequence[int] = (0,)
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE, line N", row) of every row that --data_file names, each once, whatever its weight.
+    """("FILE, line N", record) of every record that --data_file names, each once, whatever its weight.
 
     `eod` are the ids that end a document of binidx data. Raises UserError for a file that cannot be read or
-    has no rows; what becomes of a bad row is the report's to say, an error if there is none.
+    has no records. The report says what becomes of a bad record; without one it is an error.
     """
     report = report or Report()
     for source in sources(str(data_file), reading, report.notes):
@@ -28,25 +28,26 @@ def read_rows(
 def read_source(
     source: Source, report: Report, reading: Reading, eod: Sequence[int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """read_rows() of one source."""
+    """read_records() of one source."""
     found = report.begin(source)
-    for where, record in source.watched(eod, "reading"):
+    for where, raw in source.watched(eod, "reading"):
         try:
-            kind, row = read_record(record, source, reading)
+            kind, record = read_record(raw, source, reading)
         except UserError as error:
             report.refuse(source.path, where, error)
             continue
         found.kinds[kind] += 1
-        yield where, row
-    report.require_rows(source)
+        yield where, record
+    report.require_records(source)
 
 
-def read_record(record: Any, source: Source, reading: Reading) -> tuple[Kind, dict[str, Any]]:
-    """(what Found counts, the row) of something that source.read() gave. Raises UserError that says what is
-    wrong with it.
+def read_record(raw: Any, source: Source, reading: Reading) -> tuple[Kind, dict[str, Any]]:
+    """(what Found counts, the record) of something that source.read() gave.
+
+    Raises UserError that says what is wrong with it.
     """
-    record = source.parse(record)
-    if isinstance(record, UserError):
-        raise record
-    layout, row = (TOKENS, record) if source.format == BINIDX else canonical(record, reading.fields)
-    return (layout.name, layout.used, tuple(record)), row
+    parsed = source.parse(raw)
+    if isinstance(parsed, UserError):
+        raise parsed
+    layout, record = (TOKENS, parsed) if source.format == BINIDX else canonical(parsed, reading.fields)
+    return (layout.name, layout.used, tuple(parsed)), record
