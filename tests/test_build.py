@@ -16,13 +16,14 @@ import pytest
 
 from src.ops import build
 
+from .conftest import ROOT
+
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 TITLE = "the test kernels"
-# build.py is imported alone, without torch, as the processes of this file do nothing else
 CALL = """
 import pathlib, sys
-sys.path.insert(0, {module!r})
-import build
+sys.path.insert(0, {root!r})
+from src.ops import build
 try:
     sources, headers = [pathlib.Path({source!r})], [pathlib.Path({header!r})]
     print(build.build("test", {title!r}, 1, sources, headers, {command!r}))
@@ -64,7 +65,7 @@ class Project:
     def start(self):
         """The same call in another process."""
         code = CALL.format(
-            module=os.path.dirname(build.__file__),
+            root=str(ROOT),
             title=TITLE,
             source=str(self.source),
             header=str(self.header),
@@ -482,8 +483,7 @@ def test_other_systems(monkeypatch):
 
 def test_the_import_does_nothing(tmp_path):
     code = (
-        f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {os.path.dirname(build.__file__)!r});"
-        " import build"
+        f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {str(ROOT)!r}); import src.ops.build"
     )
     environment = {"PATH": "", "RWKV_KERNEL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
