@@ -122,34 +122,67 @@ def put_best_back(config: Config, history: list[dict]) -> None:
 
 def train(job: Job, plan: list[str], started: float, history: list[dict], resume_from: str | None) -> None:
     """Do the steps and write the files. `history` has the evaluations so far, and gets those to come."""
-    from .training.callbacks import Saver, StepReport
     from .training.forgetting import Forgetting
-    from .training.rollback import LastGood
-    from .training.trainer import FineTuning, make_trainer, naming_the_killed
-    from .training.validation import Watch
+    from .training.trainer import FineTuning, make_trainer
 
-    config, model, held_out = job.config, job.model, job.data.held_out
-    folder, checkpoints = config.proj_dir, os.path.join(config.proj_dir, CHECKPOINTS)
+    config = job.config
     if is_first_process():
-        remove_leftovers(output_path(config), os.path.join(folder, BEST), checkpoints)
-        # of a run that was killed before its first checkpoint
-        for name in () if resume_from else (BEST, VALIDATION):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, name))
-        save(config, job.origins, os.path.join(folder, CONFIG))
+        prepare_folder(job, resume_from)
 
     def complete(step: int) -> bool:
         return step >= job.steps or is_over(history, config.early_stop)
 
     first_step = checkpoint_step(resume_from) if resume_from else 0
-    module = FineTuning(model, config, job.data.documents, held_out, job.steps, first_step)
+    module = FineTuning(job.model, config, job.data.documents, job.data.held_out, job.steps, first_step)
+    report, *watch, saver = reporters(job, started, history, resume_from)
+    forgetting = Forgetting(job.tokenizer, config.load_model, complete)
+    trainer = make_trainer(config, job.steps, [report, *watch, forgetting, saver], first_step)
+    begun = time.perf_counter()
+    do_steps(trainer, module, report)
+    if trainer.is_global_zero:
+        measured = {
+            "fit_seconds": time.perf_counter() - begun,
+            "command_to_first_step_seconds": report.first_step_seconds,
+            "peak_memory_bytes": report.peak_memory,
+        }
+        if forgetting.result is not None:
+            measured["forgetting"] = forgetting.result
+        finish(config, plan, trainer.global_step, job.steps, measured)
+    if not complete(trainer.global_step):
+        sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
+
+
+def prepare_folder(job: Job, resume_from: str | None) -> None:
+    """Remove what a killed run left, and write the settings."""
+    config, folder = job.config, job.config.proj_dir
+    best_file = os.path.join(folder, BEST)
+    remove_leftovers(output_path(config), best_file, os.path.join(folder, CHECKPOINTS))
+    if not resume_from:  # of a run that was killed before its first checkpoint
+        for path in (best_file, os.path.join(folder, VALIDATION)):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+    save(config, job.origins, os.path.join(folder, CONFIG))
+
+
+def reporters(job: Job, started: float, history: list[dict], resume_from: str | None) -> list:
+    """The callbacks that write: the StepReport, a Watch where documents are held out, and the Saver. A
+    checkpoint of a step comes after the step's evaluation.
+    """
+    from .training.callbacks import Saver, StepReport
+    from .training.rollback import LastGood
+    from .training.validation import Watch
+
+    config, folder = job.config, job.config.proj_dir
+    checkpoints = os.path.join(folder, CHECKPOINTS)
     last_good = LastGood(
         config.rollback_steps, config.spike_sigmas, checkpoints if config.peft == "none" else None
     )
+    first_step = checkpoint_step(resume_from) if resume_from else 0
     writers = open_writers(config, first_step) if is_first_process() else []
     trained_with = job.tokenizer if config.load_model else None
     report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
-    write = writer(config, model, job.tokenizer, job.template)
+    write = writer(config, job.model, job.tokenizer, job.template)
+    watch = Watch(folder, history, job.evaluated, job.tokenizer, write, report)
     saver = Saver(
         checkpoints,
         output_path(config),
@@ -159,12 +192,13 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         last_good,
         resume_from,
     )
-    forgetting = Forgetting(job.tokenizer, config.load_model, complete)
-    # a checkpoint of a step comes after the step's evaluation
-    watch = [Watch(folder, history, job.evaluated, job.tokenizer, write, report)] if held_out else []
-    callbacks = [report, *watch, forgetting, saver]
-    trainer = make_trainer(config, job.steps, callbacks, first_step)
-    begun = time.perf_counter()
+    return [report, *([watch] if job.data.held_out else []), saver]
+
+
+def do_steps(trainer, module, report) -> None:
+    """Trainer.fit, with its ways to end told in our words."""
+    from .training.trainer import naming_the_killed
+
     try:
         # NaN passes, as LastGood judges the steps
         with ops.nan_passes(), naming_the_killed(trainer), report.answering_signals():
@@ -176,21 +210,6 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
             "the GPU's memory ran out; lower --micro_bsz, then set --grad_cp 2 or 1, then --quant nf4, which"
             " adapters can do with, then lower --ctx_len"
         ) from None
-    if trainer.is_global_zero:
-        measured = {
-            "fit_seconds": time.perf_counter() - begun,
-            "command_to_first_step_seconds": report.first_step_seconds,
-            "peak_memory_bytes": report.peak_memory,
-        }
-        finish(
-            config,
-            plan,
-            trainer.global_step,
-            job.steps,
-            measured | ({} if forgetting.result is None else {"forgetting": forgetting.result}),
-        )
-    if not complete(trainer.global_step):
-        sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 
 
 def process_start() -> float:

@@ -482,9 +482,7 @@ def test_other_systems(monkeypatch):
 
 
 def test_the_import_does_nothing(tmp_path):
-    code = (
-        f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {str(ROOT)!r}); import src.ops.build"
-    )
+    code = f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {str(ROOT)!r}); import src.ops.build"
     environment = {"PATH": "", "RWKV_KERNEL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not (tmp_path / "cache").exists()

@@ -139,15 +139,7 @@ def check_world(config: Config) -> int:
             f"NODE_RANK is {env['NODE_RANK']} in the environment, but --num_nodes is {config.num_nodes}; the"
             " machines count from 0"
         )
-    needed = (
-        ()
-        if world == 1 or launch and launch.by == "srun"
-        else PER_MACHINE[:2]
-        if launch
-        else PER_MACHINE
-        if config.num_nodes > 1
-        else ()
-    )
+    needed = _needed_variables(config, launch)
     missing = [name for name in needed if name not in env]
     if missing:
         raise UserError(
@@ -157,6 +149,17 @@ def check_world(config: Config) -> int:
             " use torchrun, deepspeed or srun, which set them"
         )
     return world
+
+
+def _needed_variables(config: Config, launch: Launch | None) -> tuple[str, ...]:
+    """What the environment must say so that the processes find each other."""
+    if config.world == 1:
+        return ()
+    if launch is None:
+        return PER_MACHINE if config.num_nodes > 1 else ()
+    if launch.by == "srun":
+        return ()
+    return PER_MACHINE[:2]
 
 
 # set by torchrun and deepspeed, by Lightning's own launcher (NODE_RANK, and on each machine LOCAL_RANK), and

@@ -126,6 +126,15 @@ class Decoder:
         ]
         for name, matrix, (_, low_rank) in zip(self.names, self.matrices, self.sources, strict=True):
             self._put_beside(name, matrix, low_rank)
+        library = native.library("cpu")
+        self.handle = self._open(library)
+        self.fresh = True
+        self.run, self.replace = library.decode_step, library.decode_replace
+        self.close_native = library.decode_close
+
+    def _open(self, library: ctypes.CDLL) -> ctypes.c_void_p:
+        """What the native code knows the model by."""
+        arch = self.arch
         sizes = (
             arch.n_layer,
             arch.n_embd,
@@ -135,28 +144,20 @@ class Decoder:
             arch.dim_ffn,
             arch.vocab_size,
         )
-        library = native.library("cpu")
         library.decode_open.restype = ctypes.c_void_p
-        self.handle = ctypes.c_void_p(
-            library.decode_open(
-                ctypes.c_int64(arch.version),
-                (ctypes.c_int64 * len(sizes))(*sizes),
-                (Matrix * len(self.names))(*self.matrices),
-                ctypes.c_int64(len(self.names)),
-                ctypes.c_int64(self.threads),
-            )
+        handle = library.decode_open(
+            ctypes.c_int64(arch.version),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (Matrix * len(self.names))(*self.matrices),
+            ctypes.c_int64(len(self.names)),
+            ctypes.c_int64(self.threads),
         )
-        if not self.handle:
+        if not handle:
             raise RuntimeError(
                 f"decode_open takes no {len(self.names)} matrices for {arch.describe()}: LAYER is not that of"
                 " cuda/decode_cpu.cpp"
             )
-        self.fresh = True
-        self.run, self.replace, self.close_native = (
-            library.decode_step,
-            library.decode_replace,
-            library.decode_close,
-        )
+        return ctypes.c_void_p(handle)
 
     @property
     def reading(self) -> torch.dtype:

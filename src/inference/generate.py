@@ -4,6 +4,7 @@ alike.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 
 import torch
@@ -33,24 +34,16 @@ def stream(
     The answer ends before the end of document, before the text `stop`, or after max_tokens. What is not
     yielded, be it half a character, is not left in the state either.
     """
-    device = model.emb.weight.device
-
-    def feed(tokens: list[int], before: State | None) -> tuple[Tensor, State]:
-        with nan_passes():  # a model that overflows is named by its logits
-            logits, after = model.next_logits(torch.tensor([tokens], device=device), before)
-        return logits[0, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
-
+    feed = functools.partial(_feed, model, tokenizer)
     logits, state = feed(ids, state)
-    decoder, seen = tokenizer.decoder(), {}
+    decoder, states, seen = tokenizer.decoder(), _States(state), {}
     text, emitted = "", 0
     produced: list[int] = []
-    states = {0: state}  # characters -> the state right after them: what the end of the answer goes back to
 
     for _ in range(max_tokens):
         token = sample(logits, sampling, seen, generator)
         produced.append(token)
-        end = len(tokenizer.eod)
-        if len(produced) % end == 0 and tuple(produced[-end:]) == tokenizer.eod:
+        if _ends_document(produced, tokenizer.eod):
             break
         seen = {i: count * sampling.penalty_decay for i, count in seen.items()}
         seen[token] = seen.get(token, 0.0) + 1
@@ -65,14 +58,42 @@ def stream(
             emitted = safe
         logits, state = feed([token], state)
         if not decoder.pending:
-            states[len(text)] = state
-        oldest = max(length for length in states if length <= emitted)
-        states = {length: kept for length, kept in states.items() if length >= oldest}
+            states.after[len(text)] = state
+        states.forget_before(emitted)
     if emitted < len(text):
         yield text[emitted:]
-    start = max(length for length in states if length <= len(text))
+    start = states.newest(len(text))
     rest = tokenizer.encode(text[start:])
-    return feed(rest, states[start])[1] if rest else states[start]
+    return feed(rest, states.after[start])[1] if rest else states.after[start]
+
+
+def _feed(model: RWKV | Decoder, tokenizer, tokens: list[int], before: State | None) -> tuple[Tensor, State]:
+    """(logits of the token after these, the state after them)."""
+    ids = torch.tensor([tokens], device=model.emb.weight.device)
+    with nan_passes():  # a model that overflows is named by its logits
+        logits, after = model.next_logits(ids, before)
+    return logits[0, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
+
+
+class _States:
+    """`after`: characters of the answer -> the state right after them. Its end goes back to one of these."""
+
+    def __init__(self, first: State):
+        self.after = {0: first}
+
+    def newest(self, length: int) -> int:
+        """The most characters, of at most `length`, whose state is known."""
+        return max(known for known in self.after if known <= length)
+
+    def forget_before(self, length: int) -> None:
+        """Drop what an answer of at least this length does not go back to."""
+        oldest = self.newest(length)
+        self.after = {known: state for known, state in self.after.items() if known >= oldest}
+
+
+def _ends_document(tokens: list[int], eod: tuple[int, ...]) -> bool:
+    """Whether the last tokens are the end of document, which begins at a multiple of its length."""
+    return len(tokens) % len(eod) == 0 and tuple(tokens[-len(eod) :]) == eod
 
 
 def _overlap(text: str, stop: str) -> int:

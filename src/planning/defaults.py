@@ -18,7 +18,7 @@ CHOSEN = "chosen"  # the origin of such a setting begins with it
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
 # rows in a step, and the steps that a run has at least, if need be with fewer rows in each
-ROWS, STEPS = (8, 50)
+ROWS, STEPS = 8, 50
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
 HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
@@ -46,10 +46,9 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
     """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded.
     `texts` are the inputs of all where they are running text, which loses nothing when it is cut.
     """
-    length, reason = (
-        max(SHORTEST, 1 << max(longest - 1, 0).bit_length()),
-        f"the longest document has {counted(longest, 'token')}",
-    )
+    length, reason = SHORTEST, f"the longest document has {counted(longest, 'token')}"
+    while length < longest:
+        length *= 2
     if length > LONGEST and not chunk_ctx:
         length, reason = LONGEST, f"{reason}, more than is chosen without --chunk_ctx"
     shorter = length

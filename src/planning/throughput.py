@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from rwkv_miss.files.checkpoint import Arch
 from ..common.device import PRECISIONS
 from ..config import Config
 from ..data.batches import Schedule
+from ..model import RWKV
 from ..model.layers import Head
 from ..model.rwkv import replace_tensors
 from .step_memory import model_on_meta
@@ -50,43 +52,22 @@ def measured_speed(
     """That of one process, from the forward and backward of a row of up to `row` tokens, of which the share
     `trained` are targets, and from one token after `eval_samples` prompts."""
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
+    full = config.peft == "none"
+    dtype = torch.float32 if full else PRECISIONS[precision]
+    random = _random_tensors(dtype, device)
     small = dataclasses.replace(arch, n_layer=min(LAYERS, arch.n_layer), vocab_size=16)
-    model = model_on_meta(small, config)
-    autocast = config.peft == "none" and precision != "fp32"
-    dtype = torch.float32 if config.peft == "none" else PRECISIONS[precision]
-    noise = torch.empty(NOISE, device=device).normal_(std=0.02)
-
-    def random(name: str, tensor: Tensor) -> Tensor:
-        of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        new = torch.zeros(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
-        if new.is_floating_point():
-            # the same numbers over and over: to draw new ones takes seconds for a large model
-            for part in new.view(-1).split(NOISE):
-                part.copy_(noise[: len(part)])
-        return new
-
-    replace_tensors(model, random)
-    with torch.no_grad():
-        for layer in adapted_linears(model).values():
-            layer.prepare()  # norms that are no norms would make NaN
-    if config.quant != "none":
-        model.quantise(config.quant, dtype)
-    model.grad_cp = config.grad_cp
-    model.set_kernel(kernel)
+    model = _random_model(small, config, kernel, dtype, random)
+    head = _random_head(arch, kernel, dtype, full, random)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    with torch.device("meta"):
-        head = Head(arch.n_embd, arch.vocab_size, kernel)
-    weight = random("head.weight", head.weight).to(dtype)
-    head.weight = nn.Parameter(weight, requires_grad=config.peft == "none")
     x = torch.empty(tokens, arch.n_embd, dtype=dtype, device=device).normal_().requires_grad_()
 
     def layers() -> None:
-        with torch.autocast(device, PRECISIONS[precision], enabled=autocast):
+        with torch.autocast(device, PRECISIONS[precision], enabled=full and precision != "fp32"):
             features, _ = model.features(ids)
         features.float().square().sum().backward()
 
     def logits() -> None:
-        with torch.autocast(device, PRECISIONS[precision], enabled=autocast):
+        with torch.autocast(device, PRECISIONS[precision], enabled=full and precision != "fp32"):
             loss = head(x, ids[0])
         loss.backward()
 
@@ -105,6 +86,45 @@ def measured_speed(
         answer = _fastest(next_token, device) * depth + _fastest(next_logits, device)
     source = "two layers and the head were timed here just now, on random numbers"
     return Speed(tokens / seconds, answer, f"{source}; loading, saving and the optimizer are not in it")
+
+
+def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], Tensor]:
+    """A function of a tensor without memory and its name, that gives one with numbers; those of the base have
+    this dtype.
+    """
+    noise = torch.empty(NOISE, device=device).normal_(std=0.02)
+
+    def random(name: str, tensor: Tensor) -> Tensor:
+        of_base = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        new = torch.zeros(tensor.shape, dtype=dtype if of_base else tensor.dtype, device=device)
+        if new.is_floating_point():
+            # the same numbers over and over: to draw new ones takes seconds for a large model
+            for part in new.view(-1).split(NOISE):
+                part.copy_(noise[: len(part)])
+        return new
+
+    return random
+
+
+def _random_model(arch: Arch, config: Config, kernel: str, dtype: torch.dtype, random: Callable) -> RWKV:
+    """The model of a run, adapter and quantisation included, with random numbers."""
+    model = model_on_meta(arch, config)
+    replace_tensors(model, random)
+    with torch.no_grad():
+        for layer in adapted_linears(model).values():
+            layer.prepare()  # norms that are no norms would make NaN
+    if config.quant != "none":
+        model.quantise(config.quant, dtype)
+    model.grad_cp = config.grad_cp
+    model.set_kernel(kernel)
+    return model
+
+
+def _random_head(arch: Arch, kernel: str, dtype: torch.dtype, trained: bool, random: Callable) -> Head:
+    with torch.device("meta"):
+        head = Head(arch.n_embd, arch.vocab_size, kernel)
+    head.weight = nn.Parameter(random("head.weight", head.weight).to(dtype), requires_grad=trained)
+    return head
 
 
 def _fastest(work, device: str) -> float:

@@ -46,14 +46,8 @@ class StepReport(Callback):
         writers: list[Writer],
         tokenizer: Tokenizer | None = None,
     ):
-        self.path, self.total, self.started, self.last_good, self.writers = (
-            path,
-            total,
-            started,
-            last_good,
-            writers,
-        )
-        self.tokenizer = tokenizer
+        self.path, self.total, self.started = path, total, started
+        self.last_good, self.writers, self.tokenizer = last_good, writers, tokenizer
         self.training = self.stop = False
         self.first_step_seconds: float | None = None
         self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
@@ -131,9 +125,8 @@ class StepReport(Callback):
             torch.tensor(mine, device=module.device), reduce_op="sum"
         ).tolist()
         module.step_loss = 0.0
-        targets = module.schedule.step_targets(step - 1)
         back = None
-        if targets:
+        if module.schedule.step_targets(step - 1):
             rwkv_miss.after_step(module.model, step, self.total, module.gather)
             back = self.last_good.after_step(trainer, loss, norm)
         now = time.perf_counter()
@@ -141,43 +134,52 @@ class StepReport(Callback):
         if self.first_step_seconds is None:
             self.first_step_seconds = time.time() - self.started
         if self.rank_zero:
-            tokens = module.schedule.step_tokens(step - 1)
-            line = {
-                "step": step,
-                "loss": loss if targets and math.isfinite(loss) else None,
-                "lr": module.lr * module.lr_factor(step - 1),
-                "tokens": tokens,
-                "trained_tokens": targets,
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-            }
+            line = self._line(module, step, loss, seconds)
             if back is not None:
                 line["rolled_back_to"] = back
             append_line(self.path, line)
-            if not targets:
-                say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
-            elif step == 1 and self.tokenizer and (doubt := worse_than_guessing(loss, self.tokenizer)):
-                say(doubt)
+            self._remark(line, loss)
+            shown = ("loss", "lr", "tokens_per_second")
+            numbers = {f"train/{name}": line[name] for name in shown if line[name] is not None}
             for writer in self.writers:
-                writer.numbers(
-                    step,
-                    {
-                        f"train/{name}": line[name]
-                        for name in ("loss", "lr", "tokens_per_second")
-                        if line[name] is not None
-                    },
-                )
-            shown = f"loss {loss:.4f}" if targets else "no loss"
-            said = f"{shown}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
-            self.bar.update(1, said)
-            self.steps_here += 1
-            due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))
-            if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):
-                self.last_line = now
-                left = (now - self.begun) / self.steps_here * (self.total - step)
-                print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
+                writer.numbers(step, numbers)
+            self._show(line, loss, now)
         # not self.stop, which a signal may just have set on this rank alone
         trainer.should_stop = trainer.should_stop or bool(stop)
+
+    def _line(self, module, step: int, loss: float, seconds: float) -> dict:
+        """A step's line of metrics.jsonl."""
+        tokens, targets = module.schedule.step_tokens(step - 1), module.schedule.step_targets(step - 1)
+        return {
+            "step": step,
+            "loss": loss if targets and math.isfinite(loss) else None,
+            "lr": module.lr * module.lr_factor(step - 1),
+            "tokens": tokens,
+            "trained_tokens": targets,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+
+    def _remark(self, line: dict, loss: float) -> None:
+        """Say what is odd about a step."""
+        step = line["step"]
+        if not line["trained_tokens"]:
+            say(f"note: step {step} has no trained token; it has no loss, and no weight moved")
+        elif step == 1 and self.tokenizer and (doubt := worse_than_guessing(loss, self.tokenizer)):
+            say(doubt)
+
+    def _show(self, line: dict, loss: float, now: float) -> None:
+        """The bar, and now and then a line where there is none."""
+        step = line["step"]
+        shown = f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"
+        said = f"{shown}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+        self.bar.update(1, said)
+        self.steps_here += 1
+        due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))
+        if not sys.stderr.isatty() and (due or step % max(1, self.total // 20) == 0 or step == 1):
+            self.last_line = now
+            left = (now - self.begun) / self.steps_here * (self.total - step)
+            print(f"step {step}/{self.total} {said}, {duration_text(left)} left", flush=True)
 
     def on_train_end(self, trainer, module) -> None:
         self.bar.close()

@@ -47,15 +47,8 @@ class Forgetting(Callback):
                 with rwkv_miss.disabled(module.model):
                     before = self._features(module)
             base_head, after = self._base_head(module), self._features(module)
-            # a few tokens at a time: the logits of all of them would be the most memory that many a run needs
             moved = [
-                torch.cat(
-                    [
-                        divergence(base_head(b), module.model.head(t))
-                        for b, t in zip(base.split(TOKENS_AT_ONCE), tuned.split(TOKENS_AT_ONCE), strict=True)
-                    ]
-                )
-                for base, tuned in zip(before, after, strict=True)
+                _divergences(base_head, module.model.head, *pair) for pair in zip(before, after, strict=True)
             ]
         self.result = {name: float(part.mean()) for name, part in zip(self.sections, moved, strict=True)}
         if moved:
@@ -83,3 +76,10 @@ class Forgetting(Callback):
             module.device, module.model.dtype
         )
         return lambda x: F.linear(x, weight)
+
+
+def _divergences(base_head: Callable, head: Callable, before: Tensor, after: Tensor) -> Tensor:
+    """(T,) KL(base || tuned), from what the two heads get of a section."""
+    # a few tokens at a time: the logits of all of them would be the most memory that many a run needs
+    blocks = zip(before.split(TOKENS_AT_ONCE), after.split(TOKENS_AT_ONCE), strict=True)
+    return torch.cat([divergence(base_head(base), head(tuned)) for base, tuned in blocks])

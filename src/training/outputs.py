@@ -24,6 +24,8 @@ from .run_card import CARD, CURVE, card, draw_losses
 from .run_folder import MERGED, METRICS, NEW_MODEL, SUMMARY, output_path
 from .validation_log import BEST, VALIDATION, answers_as_before, is_over, loss_text
 
+STOPPED = "stopped, go on with --resume auto"
+
 
 def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
     """--init_only: the initialisation as a file."""
@@ -124,55 +126,68 @@ def finish(
         "train_seconds": sum(line["seconds"] for line in metrics),
         **(measured or {}),
         "output": output_path(config),
+        **_validation_summary(config, history),
     }
+    state = _state(config, step, total_steps, history)
+    if state != STOPPED:
+        write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
+    # the last file: what is_summed_up() looks at
+    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
+    print("\n".join(_last_words(config, state, summary, history)))
+
+
+def _validation_summary(config: Config, history: list[dict]) -> dict:
+    """What run.json says of the held-out documents and of best.pth."""
+    summary = {}
     if history:
-        summary |= {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
+        summary = {"validation_first": history[0]["loss"], "validation_last": history[-1]["loss"]}
     top = os.path.join(config.proj_dir, BEST)
     if os.path.exists(top):
         kept = rwkv_miss.read_metadata(top)
         summary |= {"best": top, "best_step": kept["step"], "validation_best": kept["validation_loss"]}
-    over = is_over(history, config.early_stop)
-    if step >= total_steps or over:
-        write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
-    # the last file: what is_summed_up() looks at
-    write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
-    early = f"ended early, after {config.early_stop} evaluations that were no better than the best one"
-    state = "done" if step >= total_steps else early if over else "stopped, go on with --resume auto"
-    first = (measured or {}).get("command_to_first_step_seconds")
+    return summary
+
+
+def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> str:
+    """How the run ended."""
+    if step >= total_steps:
+        return "done"
+    if is_over(history, config.early_stop):
+        return f"ended early, after {config.early_stop} evaluations that were no better than the best one"
+    return STOPPED
+
+
+def _last_words(config: Config, state: str, summary: dict, history: list[dict]) -> list[str]:
+    """What a run prints at its end: what came of it, and the next command."""
+    first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
-    print(
-        f"{state}: step {step} of {total_steps}, loss {summary['loss_first']:.4f} to"
+    lines = [
+        f"{state}: step {summary['steps']} of {summary['planned_steps']}, loss {summary['loss_first']:.4f} to"
         f" {summary['loss_last']:.4f}; {start}wrote {summary['output']}"
-    )
-    if step >= total_steps or over:
-        print(f"read it:   {os.path.join(config.proj_dir, CARD)}")
+    ]
+    if state != STOPPED:
+        lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
     if history and answers_as_before(history):
-        print(
+        lines.append(
             "note:      the sample answers are those of before the training; --lr_init above"
             f" {config.lr_init:g} or more than --epoch_count {config.epoch_count} moves the model further"
         )
     chosen = summary["output"]
     if "best" in summary:
-        print(
-            f"best:      {top}, step {summary['best_step']}, validation loss"
+        lines.append(
+            f"best:      {summary['best']}, step {summary['best_step']}, validation loss"
             f" {summary['validation_best']:.4f}; before training {loss_text(history[0])}, at the end"
             f" {loss_text(history[-1])}"
         )
-        chosen = top if summary["best_step"] < step else chosen
+        if summary["best_step"] < summary["steps"]:
+            chosen = summary["best"]
+    return [*lines, _next_command(config, chosen)]
+
+
+def _next_command(config: Config, trained: str) -> str:
+    """What to do with the file of trained tensors: chat with a model, merge an adapter."""
     if config.peft == "none":
-        print(f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', chosen])}")
-    else:
-        out = os.path.join(config.proj_dir, MERGED)
-        words = [
-            "python",
-            "-m",
-            "rwkv_miss",
-            "merge",
-            "--base",
-            config.load_model,
-            "--adapter",
-            chosen,
-            "--out",
-            out,
-        ]
-        print(f"merge it:  {shlex.join(words)}")
+        return f"try it:    {shlex.join(['python', '-m', 'demo.chat', '--model', trained])}"
+    files = {"base": config.load_model, "adapter": trained, "out": os.path.join(config.proj_dir, MERGED)}
+    flags = [word for name, path in files.items() for word in (f"--{name}", path)]
+    return f"merge it:  {shlex.join(['python', '-m', 'rwkv_miss', 'merge', *flags])}"

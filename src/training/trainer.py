@@ -182,10 +182,14 @@ def make_trainer(
         num_sanity_val_steps=0,
         benchmark=False,
     )
-    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = (
-        first_step  # trainer.global_step
-    )
+    set_global_step(trainer, first_step)
     return trainer
+
+
+def set_global_step(trainer: pl.Trainer, step: int) -> None:
+    """Have trainer.global_step, which has no setter, go on from this step."""
+    progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+    progress.optimizer.step.total.completed = step
 
 
 def cluster_environment(num_nodes: int) -> ClusterEnvironment:
