@@ -1,5 +1,6 @@
-// The most fused multiply-adds that a core issues: independent chains in registers, nothing else. For benchmarks/wkv.py.
-// How many chains are fastest differs between CPUs, and not only by latency times width: every count is tried.
+// The most fused multiply-adds that a core issues: independent chains in registers, nothing else. For
+// benchmarks/wkv.py. How many chains are fastest differs between CPUs, and not only by latency times width:
+// every count is tried.
 #include "../cuda/cpu.h"
 
 #if defined(__aarch64__)

@@ -1,15 +1,22 @@
-// What wkv6_chunked.cu and wkv7_chunked.cu share: the walk from chunk to chunk, and how activations, documents and states meet the tiles.
+// What wkv6_chunked.cu and wkv7_chunked.cu share: the walk from chunk to chunk, and how activations,
+// documents and states meet the tiles.
 //
-// Head size 64, chunks of 16 tokens, a block of 4 warps for a chunk, each with 16 of the 64 channels. Each version has three kernels:
-//   prepare    each chunk by itself: Factors, which make a chunk linear in the state M = [key, value] before it and in V (16 x 64):
-//                U = W M + Q V       Y = G M + L V       M <- F M + Be^T U + Ke^T V         (without the delta rule there is no U)
-//   scan       from chunk to chunk, M in fp32 registers, a warp for 16 of the 64 values, which never meet; writes Y, and in bf16 the state
-//              before each chunk. The backward has this form too, in the gradient D of the state after the chunk, dY and dV.
+// Head size 64, chunks of 16 tokens, a block of 4 warps for a chunk, each with 16 of the 64 channels. Each
+// version has three kernels:
+//   prepare    each chunk by itself: Factors, which make a chunk linear in the state M = [key, value] before
+//              it and in V (16 x 64):
+//                U = W M + Q V       Y = G M + L V       M <- F M + Be^T U + Ke^T V
+//              (without the delta rule there is no U)
+//   scan       from chunk to chunk, M in fp32 registers, a warp for 16 of the 64 values, which never meet;
+//              writes Y, and in bf16 the state before each chunk. The backward has this form too, in the
+//              gradient D of the state after the chunk, dY and dV.
 //   gradients  each chunk by itself: all but dV, out of the inputs, dY, M and D
-// Time goes in segments, so that `scan` and `gradients` find factors and D in L2, and no memory but the states grows with T.
+// Time goes in segments, so that `scan` and `gradients` find factors and D in L2, and no memory but the
+// states grows with T.
 //
-// Layouts: activations (B, T, H, 64), aligned to 16 bytes. In a 16 x 16 tile, column 8j + 2q + e stands for channel 4q + 2j + e, so that a
-// lane's four channels are neighbours in memory; products do not care. Tokens after the last one are zeros with decay 1.
+// Layouts: activations (B, T, H, 64), aligned to 16 bytes. In a 16 x 16 tile, column 8j + 2q + e stands for
+// channel 4q + 2j + e, so that a lane's four channels are neighbours in memory; products do not care. Tokens
+// after the last one are zeros with decay 1.
 #pragma once
 #include "mma.h"
 
@@ -19,7 +26,8 @@
 namespace {
 
 constexpr int N = 64, CHUNK = 16, WARPS = 4, STAGES = 4;
-// 1024 chunks of one head have 16 MB of factors and D; with fewer than 16 chunks of time, launches would cost more than L2 saves.
+// 1024 chunks of one head have 16 MB of factors and D; with fewer than 16 chunks of time, launches would cost
+// more than L2 saves.
 constexpr int64_t SEGMENT_HEADS = 1024, SEGMENT_CHUNKS = 16;
 
 // the state before a chunk, by value tile and key tile
@@ -36,8 +44,8 @@ typedef SharedTile Matrix[4];  // 16 tokens x 64 channels
 __device__ __forceinline__ uint4 words(const Tile& t) { return {t.x[0], t.x[1], t.x[2], t.x[3]}; }
 __device__ __forceinline__ Tile tile(const uint4& w) { return {{w.x, w.y, w.z, w.w}}; }
 
-// Element i of a Sum whose rows are tokens belongs to this token of the chunk and to this one of the lane's four channels; if columns are
-// tokens too, to this one.
+// Element i of a Sum whose rows are tokens belongs to this token of the chunk and to this one of the lane's
+// four channels; if columns are tokens too, to this one.
 __device__ __forceinline__ int token(int i) { return lane_id() / 4 + (i & 2) * 4; }
 __device__ __forceinline__ int channel(int i) { return (i >> 2) * 2 + (i & 1); }
 __device__ __forceinline__ int column(int i) { return (i >> 2) * 8 + lane_id() % 4 * 2 + (i & 1); }
@@ -47,7 +55,9 @@ struct Place {
     int64_t offset;  // of its first channel in the chunk's first token
     int stride;      // from token to token
     int left;        // tokens to the end of the sequence
-    __device__ Place after(int chunks) const { return {offset + (int64_t)chunks * CHUNK * stride, stride, left - chunks * CHUNK}; }
+    __device__ Place after(int chunks) const {
+        return {offset + (int64_t)chunks * CHUNK * stride, stride, left - chunks * CHUNK};
+    }
 };
 __device__ __forceinline__ Place place(const Segment& s, int64_t head, int chunk, int warp) {
     int64_t t = (int64_t)(s.begin + chunk) * CHUNK, row = (head / s.H * s.T + t) * s.H + head % s.H;
@@ -75,23 +85,29 @@ template <class T> __device__ __forceinline__ Tile to_bf16(const Tile& t) {
 }
 
 // Bit t: a document starts at token t of the chunk.
-__device__ __forceinline__ uint32_t find_resets(const uint8_t* reset, const Segment& s, int64_t head, int chunk) {
+__device__ __forceinline__ uint32_t find_resets(
+    const uint8_t* reset, const Segment& s, int64_t head, int chunk) {
     if (!reset) return 0;
     int64_t t = (int64_t)(s.begin + chunk) * CHUNK + lane_id();
     uint32_t bits = lane_id() < CHUNK && t < s.T && reset[head / s.H * s.T + t] ? 1u << lane_id() : 0;
     for (int step = 1; step < 32; step *= 2) bits |= __shfl_xor_sync(~0u, bits, step);
     return bits;
 }
-// Whether no document starts after token i, up to and including token t. The incoming state is before all tokens.
+// Whether no document starts after token i, up to and including token t. The incoming state is before all
+// tokens.
 constexpr int START = -1, END = CHUNK - 1;
-__device__ __forceinline__ bool linked(uint32_t resets, int i, int t) { return ((resets & ((2u << t) - 1)) >> (i + 1)) == 0; }
+__device__ __forceinline__ bool linked(uint32_t resets, int i, int t) {
+    return ((resets & ((2u << t) - 1)) >> (i + 1)) == 0;
+}
 
 // X Y^T of tokens against tokens, lower triangle, within documents.
-template <bool strict> __device__ __forceinline__ Sum score(const Matrix& x, const Matrix& y, uint32_t resets) {
+template <bool strict>
+__device__ __forceinline__ Sum score(const Matrix& x, const Matrix& y, uint32_t resets) {
     Sum s = {};
     for (int i = 0; i < 4; i++) mma(s, get(x[i]), get(y[i]));
     for (int i = 0; i < 8; i++)
-        if (column(i) > token(i) || (strict && column(i) == token(i)) || !linked(resets, column(i), token(i))) s.x[i] = 0;
+        if (column(i) > token(i) || (strict && column(i) == token(i)) || !linked(resets, column(i), token(i)))
+            s.x[i] = 0;
     return s;
 }
 
@@ -118,7 +134,8 @@ template <bool after> __device__ __forceinline__ Sum running_sum(Sum s) {
 
 // v and y are dy and dv in the backward, where time runs backwards too.
 template <class T, class Factors, bool backward> __global__ void __launch_bounds__(32 * WARPS)
-scan(const Factors* factors, const T* v, T* y, const float* from, float* to, State* states, int64_t states_stride, Segment segment) {
+    scan(const Factors* factors, const T* v, T* y, const float* from, float* to, State* states,
+        int64_t states_stride, Segment segment) {
     struct Values { uint2 of[CHUNK][4]; };  // 16 tokens x 16 values
     DYNAMIC_SHARED(unsigned char, shared);
     auto* ring = (Factors*)shared;
@@ -134,7 +151,8 @@ scan(const Factors* factors, const T* v, T* y, const float* from, float* to, Sta
         if (step < segment.count) {
             auto* global = (const uint4*)&factors[head * segment.count + chunk(step)];
             auto* local = (uint4*)&ring[step % STAGES];
-            for (int i = threadIdx.x; i < (int)(sizeof(Factors) / 16); i += blockDim.x) copy_async(local + i, global + i, true);
+            for (int i = threadIdx.x; i < (int)(sizeof(Factors) / 16); i += blockDim.x)
+                copy_async(local + i, global + i, true);
             const Place at = first.after(chunk(step));
             bool valid = l / 2 < at.left;
             const T* row = v + at.offset - q * 4 + (valid ? (int64_t)(l / 2) * at.stride : 0);
@@ -156,7 +174,9 @@ scan(const Factors* factors, const T* v, T* y, const float* from, float* to, Sta
     for (int step = 0; step < STAGES - 1; step++) fetch(step);
     for (int step = 0; step < segment.count; step++) {
         copy_wait<STAGES - 2>();
-        __syncthreads();  // this step's stage has arrived for all, and all have left the stage of the step before, which is next to fill
+        // this step's stage has arrived for all, and all have left the stage of the step before, which is
+        // next to fill
+        __syncthreads();
         fetch(step + STAGES - 1);
         const Factors& f = ring[step % STAGES];
         Tile V;
@@ -195,25 +215,34 @@ scan(const Factors* factors, const T* v, T* y, const float* from, float* to, Sta
 struct Sizes {
     int64_t T, H, heads, chunks, segment;
     Sizes(int64_t B, int64_t T, int64_t H)
-        : T(T), H(H), heads(B * H), chunks((T + CHUNK - 1) / CHUNK), segment(std::min(chunks, std::max(SEGMENT_CHUNKS, SEGMENT_HEADS / heads))) {}
-    Segment at(int64_t begin) const { return {T, (int)H, (int)begin, (int)std::min(segment, chunks - begin)}; }
+        : T(T),
+          H(H),
+          heads(B * H),
+          chunks((T + CHUNK - 1) / CHUNK),
+          segment(std::min(chunks, std::max(SEGMENT_CHUNKS, SEGMENT_HEADS / heads))) {}
+    Segment at(int64_t begin) const {
+        return {T, (int)H, (int)begin, (int)std::min(segment, chunks - begin)};
+    }
     int64_t last() const { return (chunks - 1) / segment * segment; }
 };
 
-template <class T, bool backward, class Factors>
-void run_scan(const Sizes& sizes, const Segment& segment, const Factors* factors, const void* v, void* y, const float* from, float* to,
-              State* states, int64_t states_stride, void* stream) {
-    // few heads: a block for each warp, to reach more multiprocessors; many: factors are fetched once for four warps
+template <class T, bool backward, class Factors> void run_scan(const Sizes& sizes, const Segment& segment,
+    const Factors* factors, const void* v, void* y, const float* from, float* to, State* states,
+    int64_t states_stride, void* stream) {
+    // few heads: a block for each warp, to reach more multiprocessors; many: factors are fetched once for
+    // four warps
     int warps = sizes.heads >= 128 ? 4 : sizes.heads >= 64 ? 2 : 1;
     auto kernel = scan<T, Factors, backward>;
-    LAUNCH(kernel, sizes.heads * (WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512), stream, factors, (const T*)v, (T*)y,
-           from, to, states, states_stride, segment);
+    LAUNCH(kernel, sizes.heads * (WARPS / warps), 32 * warps, STAGES * (sizeof(Factors) + warps * 512),
+        stream, factors, (const T*)v, (T*)y, from, to, states, states_stride, segment);
 }
 
-bool valid(int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, std::initializer_list<const void*> pointers) {
+bool valid(int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype,
+    std::initializer_list<const void*> pointers) {
     uintptr_t bits = 0;
     for (const void* p : pointers) bits |= (uintptr_t)p;
-    return B > 0 && T > 0 && H > 0 && head_size == N && (dtype == kBFloat16 || dtype == kFloat16) && bits % 16 == 0;
+    return B > 0 && T > 0 && H > 0 && head_size == N && (dtype == kBFloat16 || dtype == kFloat16) &&
+           bits % 16 == 0;
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the CPU kernels share: vectors of W fp32 lanes by the compiler's vector extensions (one source for AVX-512, AVX2 and NEON),
-// exp, transposes, rows of fp32 or bf16, and threads.
+// What the CPU kernels share: vectors of W fp32 lanes by the compiler's vector extensions (one source for
+// AVX-512, AVX2 and NEON), exp, transposes, rows of fp32 or bf16, and threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -42,11 +42,15 @@ template <int W> inline Vec<W> load(const float* p) {
 template <int W> inline void store(float* p, Vec<W> x) { memcpy(p, &x, sizeof x); }
 template <int W> inline Vec<W> fill(float x) { return Vec<W>{} + x; }
 
-template <int W> inline Vec<W> choose(typename Lanes<W>::I mask, Vec<W> yes, Vec<W> no) { return mask ? yes : no; }
+template <int W> inline Vec<W> choose(typename Lanes<W>::I mask, Vec<W> yes, Vec<W> no) {
+    return mask ? yes : no;
+}
 
 template <int W> inline typename Lanes<W>::U zero_extend(typename Lanes<W>::H half) {
 #if defined(__AVX512F__)
-    if constexpr (W == 16) return reinterpret_cast<typename Lanes<W>::U>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half)));  // else four instructions of gcc 12
+    // else four instructions of gcc 12
+    if constexpr (W == 16)
+        return reinterpret_cast<typename Lanes<W>::U>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(half)));
 #endif
     return __builtin_convertvector(half, typename Lanes<W>::U);
 }
@@ -78,8 +82,10 @@ template <int W> inline void write(uint16_t* p, Vec<W> x) { narrow<W>(p, x); }
 template <int W> inline Vec<W> exponential(Vec<W> x) {
     typedef Vec<W> V;
     typedef typename Lanes<W>::I I;
-    const float shift = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-    V low = fill<W>(-87.3f), clamped = choose<W>(x < low, low, choose<W>(x > fill<W>(88.f), fill<W>(88.f), x));
+    // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+    const float shift = 12582912.f;
+    V low = fill<W>(-87.3f),
+      clamped = choose<W>(x < low, low, choose<W>(x > fill<W>(88.f), fill<W>(88.f), x));
     V shifted = clamped * 1.44269504f + shift, n = shifted - shift;
     V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
     V p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
@@ -107,15 +113,16 @@ template <int W> inline float sum(Vec<W> x) {
         return sum<W / 2>(half[0] + half[1]);
     }
 }
-// NaN if a number of x is not finite; lane by lane, because by halves gcc 12 moved more through memory in wkv7's forward, 1.05 times its time
+// NaN if a number of x is not finite; lane by lane, because by halves gcc 12 moved more through memory in
+// wkv7's forward, 1.05 times its time
 template <int W> inline float poison(Vec<W> x) {
     float total = 0;
     for (int l = 0; l < W; l++) total += x[l] * 0.f;
     return total;
 }
 
-// mean and 1 / standard deviation of n numbers, n a multiple of W; where the squares overflow NaN, as in torch, so that a run that diverges is
-// noticed
+// mean and 1 / standard deviation of n numbers, n a multiple of W; where the squares overflow NaN, as in
+// torch, so that a run that diverges is noticed
 template <int W, class Number> inline std::pair<float, float> moments(const Number* x, long n, float eps) {
     Vec<W> total = {}, squares = {};
     for (long i = 0; i < n; i += W) total += read<W>(x + i);
@@ -130,7 +137,8 @@ template <int W, class Number> inline std::pair<float, float> moments(const Numb
 
 // lane l of the result is lane index(l) of x and y put side by side
 #if defined(__clang__)
-template <int W, class Index, int... L> inline Vec<W> shuffle_lanes(Vec<W> x, Vec<W> y, Index, std::integer_sequence<int, L...>) {
+template <int W, class Index, int... L>
+inline Vec<W> shuffle_lanes(Vec<W> x, Vec<W> y, Index, std::integer_sequence<int, L...>) {
     return __builtin_shufflevector(x, y, Index{}(L)...);
 }
 template <int W, class Index> inline Vec<W> shuffle(Vec<W> x, Vec<W> y, Index index) {
@@ -144,7 +152,8 @@ template <int W, class Index> inline Vec<W> shuffle(Vec<W> x, Vec<W> y, Index in
 }
 #endif
 
-// where bit D of the lane is clear, x, else y; each either in place (own) or from the lane D further on or back (other)
+// where bit D of the lane is clear, x, else y; each either in place (own) or from the lane D further on or
+// back (other)
 template <int W, int D> struct Own {
     constexpr int operator()(int l) const { return l & D ? W + l : l; }
 };
@@ -180,7 +189,8 @@ template <int W, int D = W / 2> inline void transpose(Vec<W>* rows) {
 }
 
 // to[j][i] = from[i][j] for i < rows, j < columns, both multiples of W
-template <int W> inline void transpose(float* to, long to_stride, const float* from, long from_stride, long rows, long columns) {
+template <int W> inline void transpose(
+    float* to, long to_stride, const float* from, long from_stride, long rows, long columns) {
     for (long i = 0; i < rows; i += W)
         for (long j = 0; j < columns; j += W) {
             Vec<W> block[W];
@@ -190,15 +200,17 @@ template <int W> inline void transpose(float* to, long to_stride, const float* f
         }
 }
 
-// One vector of N numbers per token, fp32: a view of a tensor (B, T, H, N) for one batch row and head, or of a buffer (T, N).
+// One vector of N numbers per token, fp32: a view of a tensor (B, T, H, N) for one batch row and head, or of
+// a buffer (T, N).
 struct Rows {
     float* data;
     long stride;
     float* operator[](long t) const { return data + t * stride; }
 };
 
-// Asks the memory for token t of some vectors, two tokens before their use: a head's rows lie H * N numbers apart, which no hardware
-// prefetcher follows, and the work on a token is longer than what a core looks ahead.
+// Asks the memory for token t of some vectors, two tokens before their use: a head's rows lie H * N numbers
+// apart, which no hardware prefetcher follows, and the work on a token is longer than what a core looks
+// ahead.
 constexpr int AHEAD = 2;
 template <class... Vectors> inline void prefetch(long t, long T, long N, const Vectors&... vectors) {
     if (t < 0 || t >= T) return;
@@ -207,17 +219,21 @@ template <class... Vectors> inline void prefetch(long t, long T, long N, const V
 
 // Memory on a boundary of cache lines, not initialised.
 struct Buffer {
-    explicit Buffer(long floats) : data(static_cast<float*>(operator new(sizeof(float) * floats, std::align_val_t(64)))) {}
+    explicit Buffer(long floats)
+        : data(static_cast<float*>(operator new(sizeof(float) * floats, std::align_val_t(64)))) {}
     ~Buffer() { operator delete(data, std::align_val_t(64)); }
     Buffer(const Buffer&) = delete;
     float* data;
 };
 
-// One copy of the work for every thread: in two the compiler may contract products and sums differently, and the last bit of a number would
-// depend on the thread that got to it first.
-template <class Work> __attribute__((noinline)) void do_item(const Work& work, long item, int thread) { work(item, thread); }
+// One copy of the work for every thread: in two the compiler may contract products and sums differently, and
+// the last bit of a number would depend on the thread that got to it first.
+template <class Work> __attribute__((noinline)) void do_item(const Work& work, long item, int thread) {
+    work(item, thread);
+}
 
-// work(item, thread) for every item below `items`, by `threads` threads that take the next item whenever they are free
+// work(item, thread) for every item below `items`, by `threads` threads that take the next item whenever they
+// are free
 template <class Work> inline void parallel(long items, int threads, Work work) {
     std::atomic<long> next{0};
     auto run = [&](int thread) {
@@ -229,7 +245,8 @@ template <class Work> inline void parallel(long items, int threads, Work work) {
     for (auto& other : others) other.join();
 }
 
-// What every call has, and how the work on it is divided: a head, or the same part of the value rows of every head, is one item.
+// What every call has, and how the work on it is divided: a head, or the same part of the value rows of every
+// head, is one item.
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
 
 struct Call {
@@ -252,19 +269,22 @@ struct Call {
         return parts;
     }
 
-    // buffers of a backward: one for each thread, or one for each part, since the last part of a head reads those of the others
+    // buffers of a backward: one for each thread, or one for each part, since the last part of a head reads
+    // those of the others
     long slots() const { return parts() == 1 ? threads : B * H * parts(); }
 
     // fp32 activations are used where they lie, bf16 ones through a buffer (T, N)
     template <int W> Rows input(const void* tensor, long head, float* buffer) const {
-        if (dtype == kFloat32) return {const_cast<float*>(static_cast<const float*>(tensor)) + offset(head), stride()};
+        if (dtype == kFloat32)
+            return {const_cast<float*>(static_cast<const float*>(tensor)) + offset(head), stride()};
         const uint16_t* from = static_cast<const uint16_t*>(tensor) + offset(head);
         for (long t = 0; t < T; t++)
             for (long n = 0; n < N; n += W) ::store<W>(buffer + t * N + n, widen<W>(from + t * stride() + n));
         return {buffer, N};
     }
     Rows output(void* tensor, long head, float* buffer) const {
-        return dtype == kFloat32 ? Rows{static_cast<float*>(tensor) + offset(head), stride()} : Rows{buffer, N};
+        return dtype == kFloat32 ? Rows{static_cast<float*>(tensor) + offset(head), stride()}
+                                 : Rows{buffer, N};
     }
     // W numbers of token t, from n on, rounded to the dtype
     template <int W> void store(void* tensor, long head, long t, long n, Vec<W> x) const {
@@ -279,9 +299,10 @@ struct Call {
     }
 };
 
-// work(head, first, last, buffer) -> Head for every part [first, last) of the value rows of every head, and once all parts of a head are
-// there, on the thread of the last one, finish(parts, head)
-template <class Head, class Work, class Finish> inline void in_parts(const Call& call, float* scratch, long slot_floats, Work work, Finish finish) {
+// work(head, first, last, buffer) -> Head for every part [first, last) of the value rows of every head, and
+// once all parts of a head are there, on the thread of the last one, finish(parts, head)
+template <class Head, class Work, class Finish>
+inline void in_parts(const Call& call, float* scratch, long slot_floats, Work work, Finish finish) {
     const long parts = call.parts(), rows = call.N / parts, heads = call.B * call.H;
     std::vector<std::vector<Head>> done(heads, std::vector<Head>(parts));
     std::vector<std::atomic<long>> left(heads);
@@ -294,13 +315,15 @@ template <class Head, class Work, class Finish> inline void in_parts(const Call&
 }
 
 // the sum over the parts of a head of one of its vectors, W numbers from n on
-template <int W, class Head> inline Vec<W> total(const std::vector<Head>& parts, Rows Head::*vector, long t, long n) {
+template <int W, class Head>
+inline Vec<W> total(const std::vector<Head>& parts, Rows Head::* vector, long t, long n) {
     Vec<W> sum = load<W>((parts[0].*vector)[t] + n);
     for (size_t p = 1; p < parts.size(); p++) sum += load<W>((parts[p].*vector)[t] + n);
     return sum;
 }
 
-// step(C, n) for n from 0 to N, in steps of C = 4, 2 or 1 vectors: the widest that fit into the registers and into what is left
+// step(C, n) for n from 0 to N, in steps of C = 4, 2 or 1 vectors: the widest that fit into the registers and
+// into what is left
 template <int W, class Step> inline void in_vectors(long N, Step step) {
     for (long n = 0; n < N;) {
         if (N - n >= 4 * W && REGISTERS == 32) step(std::integral_constant<int, 4>(), n), n += 4 * W;
@@ -309,7 +332,8 @@ template <int W, class Step> inline void in_vectors(long N, Step step) {
     }
 }
 
-// A sum over many tokens that is as good as one in double: the second word holds what rounding took from the first.
+// A sum over many tokens that is as good as one in double: the second word holds what rounding took from the
+// first.
 template <int W> struct LongSum {
     Vec<W> high = {}, low = {};
     void add(Vec<W> x) {
@@ -320,7 +344,9 @@ template <int W> struct LongSum {
     Vec<W> value() const { return high + low; }
 };
 
-template <int W> inline void add_or_store(float* p, Vec<W> x, bool add) { store<W>(p, add ? load<W>(p) + x : x); }
+template <int W> inline void add_or_store(float* p, Vec<W> x, bool add) {
+    store<W>(p, add ? load<W>(p) + x : x);
+}
 
 alignas(64) static const float ZEROS[256] = {};
 

@@ -1,16 +1,21 @@
-// One token through a whole RWKV-6 or RWKV-7 on a CPU: weights in fp32, bf16 or int8 where they lie, everything else in fp32.
+// One token through a whole RWKV-6 or RWKV-7 on a CPU: weights in fp32, bf16 or int8 where they lie,
+// everything else in fp32.
 //
-// A layer is a few products with matrices and little else, and the products are bound by the memory. Every thread takes its own rows of each
-// matrix, or its own heads; what all of them need (norms, mixes) each works out for itself; between two products they wait for each other, 5
-// times in a layer of v7, 7 times in one of v6, and before each product that an adapter has a part in, of whose A x they have made rows each.
-// No sum depends on the number of threads.
+// A layer is a few products with matrices and little else, and the products are bound by the memory. Every
+// thread takes its own rows of each matrix, or its own heads; what all of them need (norms, mixes) each works
+// out for itself; between two products they wait for each other, 5 times in a layer of v7, 7 times in one of
+// v6, and before each product that an adapter has a part in, of whose A x they have made rows each. No sum
+// depends on the number of threads.
 //
-// State of a layer, as in src/model/rwkv.py: att_x (C), wkv (H, N, N), v6 [key, value], v7 [value, key], ffn_x (C). It is read in one place and
-// written in another, so that the caller may keep what there was.
+// State of a layer, as in src/model/rwkv.py: att_x (C), wkv (H, N, N), v6 [key, value], v7 [value, key],
+// ffn_x (C). It is read in one place and written in another, so that the caller may keep what there was.
 //
-//   decode_open(version, sizes, matrices, count, threads)    sizes: L, C, A, H, N, F, V; matrices: Model, then Layer6 or Layer7 for every layer
-//   decode_step(decoder, token, before, after, logits)       before, after: att_x, wkv, ffn_x of every layer; 1 if a logit is not finite
-//   decode_replace(decoder, place, matrix)                   the matrix at that place of `matrices` is another one from now on
+//   decode_open(version, sizes, matrices, count, threads)
+//       sizes: L, C, A, H, N, F, V; matrices: Model, then Layer6 or Layer7 for every layer
+//   decode_step(decoder, token, before, after, logits)
+//       before, after: att_x, wkv, ffn_x of every layer; 1 if a logit is not finite
+//   decode_replace(decoder, place, matrix)
+//       the matrix at that place of `matrices` is another one from now on
 //   decode_close(decoder)
 #include "decode_cpu.h"
 
@@ -18,17 +23,21 @@ namespace {
 
 constexpr float RATE = 0.60653066f;       // exp(-1/2)
 constexpr float LAYER_EPS = 1e-5f, GROUP_EPS = 64e-5f;  // src/model/layers.py
-constexpr long CHANNELS = 256;            // of an input of a low-rank map, whose products are added up in this order by any number of threads
+// of an input of a low-rank map, whose products are added up in this order by any number of threads
+constexpr long CHANNELS = 256;
 
 struct Model {
     Matrix emb, ln0_weight, ln0_bias, ln_out_weight, ln_out_bias, head;
 };
 struct Layer6 {
-    Matrix ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias, maa_x, maa[5], decay, bonus, ffn_maa_k, ffn_maa_r;
-    Matrix maa_w1, maa_w2, decay_w1, decay_w2, receptance, key, value, gate, output, ffn_key, ffn_receptance, ffn_value;
+    Matrix ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias, maa_x, maa[5], decay, bonus,
+        ffn_maa_k, ffn_maa_r;
+    Matrix maa_w1, maa_w2, decay_w1, decay_w2, receptance, key, value, gate, output, ffn_key, ffn_receptance,
+        ffn_value;
 };
 struct Layer7 {
-    Matrix ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias, x_r, x_w, x_k, x_v, x_a, x_g, k_k, k_a, r_k, w0, a0, v0, ffn_x_k;
+    Matrix ln1_weight, ln1_bias, ln2_weight, ln2_bias, ln_x_weight, ln_x_bias, x_r, x_w, x_k, x_v, x_a, x_g,
+        k_k, k_a, r_k, w0, a0, v0, ffn_x_k;
     Matrix w1, w2, a1, a2, v1, v2, g1, g2, receptance, key, value, output, ffn_key, ffn_value;
 };
 
@@ -50,7 +59,8 @@ inline void layer_norm(const float* x, long n, const Matrix& weight, const Matri
     const auto [mean, scale] = n % WIDTH ? moments<1>(x, n, LAYER_EPS) : moments<WIDTH>(x, n, LAYER_EPS);
     const float m = mean, s = scale;
     each(n, [&](long i) {
-        store<WIDTH>(out + i, (load<WIDTH>(x + i) - m) * s * load<WIDTH>(weight.vector() + i) + load<WIDTH>(bias.vector() + i));
+        store<WIDTH>(out + i,
+            (load<WIDTH>(x + i) - m) * s * load<WIDTH>(weight.vector() + i) + load<WIDTH>(bias.vector() + i));
     });
 }
 
@@ -58,12 +68,13 @@ inline void layer_norm(const float* x, long n, const Matrix& weight, const Matri
 template <int W> inline void group_norm(float* y, long N, const float* weight, const float* bias) {
     const auto [mean, scale] = moments<W>(y, N, GROUP_EPS);
     const float m = mean, s = scale;
-    each<W>(N, [&](long n) { store<W>(y + n, (load<W>(y + n) - m) * s * load<W>(weight + n) + load<W>(bias + n)); });
+    each<W>(N,
+        [&](long n) { store<W>(y + n, (load<W>(y + n) - m) * s * load<W>(weight + n) + load<W>(bias + n)); });
 }
 
 // One head of v6: k, w, r, v (N) and the bonus u; y, and the state after the token.
-template <int W> void recur6(const float* r, const float* k, const float* v, const float* decay, const float* u, const float* before, float* after,
-                             float* y, long N) {
+template <int W> void recur6(const float* r, const float* k, const float* v, const float* decay,
+    const float* u, const float* before, float* after, float* y, long N) {
     each<W>(N, [&](long i) { store<W>(y + i, Vec<W>{}); });
     for (long j = 0; j < N; j++) {
         const float d = decay[j], rj = r[j], kj = k[j], now = u[j] * k[j];
@@ -75,9 +86,10 @@ template <int W> void recur6(const float* r, const float* k, const float* v, con
     }
 }
 
-// One head of v7, whose rows are values: their sums over the keys, sa = S a and y = S r, are made for W rows at a time.
-template <int W> void recur7(const float* r, const float* d, const float* k, const float* v, const float* a, const float* b, const float* before,
-                             float* after, float* y, long N) {
+// One head of v7, whose rows are values: their sums over the keys, sa = S a and y = S r, are made for W rows
+// at a time.
+template <int W> void recur7(const float* r, const float* d, const float* k, const float* v, const float* a,
+    const float* b, const float* before, float* after, float* y, long N) {
     for (long i = 0; i < N; i += W) {
         Vec<W> sums[W] = {};
         for (int n = 0; n < W; n++)
@@ -86,7 +98,8 @@ template <int W> void recur7(const float* r, const float* d, const float* k, con
         Vec<W> out[W] = {};
         for (int n = 0; n < W; n++)
             each<W>(N, [&](long j) {
-                const Vec<W> s = load<W>(before + (i + n) * N + j) * load<W>(d + j) + sa[n] * load<W>(b + j) + v[i + n] * load<W>(k + j);
+                const Vec<W> s = load<W>(before + (i + n) * N + j) * load<W>(d + j) + sa[n] * load<W>(b + j) +
+                                 v[i + n] * load<W>(k + j);
                 store<W>(after + (i + n) * N + j, s);
                 out[n] += s * load<W>(r + j);
             });
@@ -96,20 +109,31 @@ template <int W> void recur7(const float* r, const float* d, const float* k, con
 
 struct Decoder {
     Decoder(long version, const int64_t* sizes, const Matrix* matrices, int threads)
-        : version(version), L(sizes[0]), C(sizes[1]), A(sizes[2]), H(sizes[3]), N(sizes[4]), F(sizes[5]), V(sizes[6]), pool(threads) {
+        : version(version),
+          L(sizes[0]),
+          C(sizes[1]),
+          A(sizes[2]),
+          H(sizes[3]),
+          N(sizes[4]),
+          F(sizes[5]),
+          V(sizes[6]),
+          pool(threads) {
         memcpy(&model, matrices, sizeof model);
         const Matrix* own = matrices + sizeof model / sizeof(Matrix);
         if (version == 6) layers6.resize(L), memcpy(layers6.data(), own, sizeof(Layer6) * L);
         else layers7.resize(L), memcpy(layers7.data(), own, sizeof(Layer7) * L);
         for (auto& layer : layers6) rank = std::max({rank, layer.maa_w1.columns, layer.decay_w1.columns});
-        for (auto& layer : layers7) rank = std::max({rank, layer.w1.columns, layer.a1.columns, layer.v1.columns, layer.g1.columns});
+        for (auto& layer : layers7)
+            rank = std::max({rank, layer.w1.columns, layer.a1.columns, layer.v1.columns, layer.g1.columns});
         parts = (C + CHANNELS - 1) / CHANNELS;
         auto vector = [&](long n) { return buffer(padded(n)); };
-        x = vector(C), r = vector(A), k = vector(A), v = vector(A), g = vector(A), first = vector(A), w = vector(A), p = vector(A), q = vector(A);
+        x = vector(C), r = vector(A), k = vector(A), v = vector(A), g = vector(A), first = vector(A),
+        w = vector(A), p = vector(A), q = vector(A);
         y = vector(A), h = vector(F), gates = vector(C), partial = buffer(5 * parts * padded(rank));
         for (auto& m : mixed) m = vector(C);
         for (int t = 0; t < threads; t++)
-            own_.push_back({vector(C), vector(C), vector(C), vector(std::max({C, A, F})), buffer(5 * padded(rank))});
+            own_.push_back(
+                {vector(C), vector(C), vector(C), vector(std::max({C, A, F})), buffer(5 * padded(rank))});
     }
 
     void replace(long place, const Matrix& matrix) {
@@ -134,15 +158,16 @@ struct Decoder {
             layer_norm(x, C, model.ln_out_weight, model.ln_out_bias, own.z);
             if (narrow(model.head, own.z, thread)) pool.barrier();
             float bad = 0;
-            rows(model.head, own.z, C, own, thread, [&](long row, float logit) { logits[row] = logit, bad += logit * 0.f; });
+            rows(model.head, own.z, C, own, thread,
+                [&](long row, float logit) { logits[row] = logit, bad += logit * 0.f; });
             if (bad != 0) finite = false;
         });
         return finite ? 0 : 1;
     }
 
 private:
-    // What a thread has for itself: the input of the layer's half, the one of the token before, a mix of the two, one in the order of the
-    // weights, and the inner activations of the low-rank maps
+    // What a thread has for itself: the input of the layer's half, the one of the token before, a mix of the
+    // two, one in the order of the weights, and the inner activations of the low-rank maps
     struct Own {
         float *z, *last, *mix, *spread, *inner;
     };
@@ -160,11 +185,14 @@ private:
     void embed(long token) {
         float* z = own_[0].z;
         for (long c = 0; c < C; c++)
-            z[c] = model.emb.type == kFp32 ? model.emb.vector()[token * C + c] : value(static_cast<const uint16_t*>(model.emb.data) + token * C + c);
+            z[c] = model.emb.type == kFp32
+                       ? model.emb.vector()[token * C + c]
+                       : value(static_cast<const uint16_t*>(model.emb.data) + token * C + c);
         layer_norm(z, C, model.ln0_weight, model.ln0_bias, x);
     }
 
-    // A x of the adapter beside a matrix, if there is one, whose rows the threads share out: they wait for each other before rows()
+    // A x of the adapter beside a matrix, if there is one, whose rows the threads share out: they wait for
+    // each other before rows()
     bool narrow(const Matrix& matrix, const float* input, int thread) {
         if (!matrix.rank) return false;
         const auto [begin, end] = share(matrix.rank, thread, pool.threads);
@@ -172,7 +200,8 @@ private:
         return true;
     }
     // emit(row, product) for the thread's rows of a matrix with a vector of n numbers
-    template <class Emit> void rows(const Matrix& matrix, const float* input, long n, const Own& own, int thread, Emit emit) {
+    template <class Emit>
+    void rows(const Matrix& matrix, const float* input, long n, const Own& own, int thread, Emit emit) {
         spread(matrix.type, input, n, own.spread);
         const auto [begin, end] = share(matrix.rows, thread, pool.threads);
         multiply_rows(matrix, own.spread, begin, end, emit);
@@ -182,7 +211,8 @@ private:
     }
 
     // x after its norm, the state it leaves, and the one that the token before left
-    void enter(const Matrix& weight, const Matrix& bias, const float* before, float* after, const Own& own, int thread) {
+    void enter(const Matrix& weight, const Matrix& bias, const float* before, float* after, const Own& own,
+        int thread) {
         layer_norm(x, C, weight, bias, own.z);
         memcpy(own.last, before, sizeof(float) * C);
         if (thread == 0) memcpy(after, own.z, sizeof(float) * C);
@@ -195,7 +225,8 @@ private:
         return own.mix;
     }
 
-    // The first half of low-rank map `map` of `maps`, input() @ matrix: parts of the sum over the channels, which the threads share out
+    // The first half of low-rank map `map` of `maps`, input() @ matrix: parts of the sum over the channels,
+    // which the threads share out
     template <class Input> void shrink(const Matrix& matrix, int map, int maps, Input input, int thread) {
         const auto [begin, end] = share(maps * parts, thread, pool.threads);
         const long from = std::max(begin, map * parts), to = std::min(end, (map + 1) * parts);
@@ -209,17 +240,20 @@ private:
         }
     }
     // ... and the parts added up, through the activation between the halves
-    template <class Activation> const float* inner(int map, long width, const Own& own, Activation activation) {
+    template <class Activation>
+    const float* inner(int map, long width, const Own& own, Activation activation) {
         float* out = own.inner + map * padded(rank);
         each(width, [&](long i) {
             Vec<WIDTH> sum = {};
-            for (long part = map * parts; part < (map + 1) * parts; part++) sum += load<WIDTH>(partial + part * padded(rank) + i);
+            for (long part = map * parts; part < (map + 1) * parts; part++)
+                sum += load<WIDTH>(partial + part * padded(rank) + i);
             store<WIDTH>(out + i, activation(sum));
         });
         return out;
     }
     // The second half for channels [from, to): base + inner @ matrix
-    void widen_out(const Matrix& matrix, const float* inner, const float* base, long from, long to, float* out) {
+    void widen_out(
+        const Matrix& matrix, const float* inner, const float* base, long from, long to, float* out) {
         for (long c = from; c < to; c++) out[c] = base ? base[c] : 0.f;
         add_columns(matrix, inner, 0, matrix.rows, from, to, out);
     }
@@ -235,7 +269,8 @@ private:
         pool.barrier();
     }
     void relu_squared(const Matrix& matrix, const float* input, const Own& own, int thread) {
-        rows(matrix, input, C, own, thread, [this](long row, float product) { h[row] = product > 0 ? product * product : product * 0.f; });
+        rows(matrix, input, C, own, thread,
+            [this](long row, float product) { h[row] = product > 0 ? product * product : product * 0.f; });
     }
 
     void layer7(const Layer7& layer, long l, State state, const Own& own, int thread) {
@@ -257,7 +292,8 @@ private:
         const auto [begin, end] = share(H, thread, pool.threads);
         const long from = begin * N, to = end * N;
         auto plain = [](Vec<WIDTH> s) { return s; };
-        widen_out(layer.w2, inner(0, layer.w1.columns, own, hyperbolic_tangent<WIDTH>), layer.w0.vector(), from, to, w);
+        widen_out(layer.w2, inner(0, layer.w1.columns, own, hyperbolic_tangent<WIDTH>), layer.w0.vector(),
+            from, to, w);
         widen_out(layer.a2, inner(1, layer.a1.columns, own, plain), layer.a0.vector(), from, to, p);
         widen_out(layer.g2, inner(2, layer.g1.columns, own, sigmoid<WIDTH>), nullptr, from, to, g);
         if (l) widen_out(layer.v2, inner(3, layer.v1.columns, own, plain), layer.v0.vector(), from, to, q);
@@ -284,7 +320,8 @@ private:
             auto at = [&](const float* t) { return load<W>(t + c + n); };
             if (l) store<W>(v + c + n, at(v) + (at(first) - at(v)) * sigmoid<W>(at(q)));
             else store<W>(first + c + n, at(v));
-            const Vec<W> kappa = at(k) * at(layer.k_k.vector()), a = sigmoid<W>(at(p)), key = at(k) * (1.f + (a - 1.f) * at(layer.k_a.vector()));
+            const Vec<W> kappa = at(k) * at(layer.k_k.vector()), a = sigmoid<W>(at(p)),
+                         key = at(k) * (1.f + (a - 1.f) * at(layer.k_a.vector()));
             square += kappa * kappa;
             bonus += at(r) * key * at(layer.r_k.vector());
             store<W>(minus + n, -kappa);
@@ -293,8 +330,11 @@ private:
             store<W>(k + c + n, key);
         });
         const float scale = 1.f / std::max(std::sqrt(sum<W>(square)), 1e-12f), weight = sum<W>(bonus);
-        each<W>(N, [&](long n) { store<W>(minus + n, load<W>(minus + n) * scale), store<W>(b + n, load<W>(b + n) * scale); });
-        recur7<W>(r + c, decay, k + c, v + c, minus, b, state.before[1] + c * N, state.after[1] + c * N, y + c, N);
+        each<W>(N, [&](long n) {
+            store<W>(minus + n, load<W>(minus + n) * scale), store<W>(b + n, load<W>(b + n) * scale);
+        });
+        recur7<W>(
+            r + c, decay, k + c, v + c, minus, b, state.before[1] + c * N, state.after[1] + c * N, y + c, N);
         group_norm<W>(y + c, N, layer.ln_x_weight.vector() + c, layer.ln_x_bias.vector() + c);
         each<W>(N, [&](long n) {
             auto at = [&](const float* t) { return load<W>(t + c + n); };
@@ -332,7 +372,8 @@ private:
         pool.barrier();
 
         const auto [head, last] = share(H, thread, pool.threads);
-        widen_out(layer.decay_w2, inner(0, layer.decay_w1.columns, own, hyperbolic_tangent<WIDTH>), layer.decay.vector(), head * N, last * N, w);
+        widen_out(layer.decay_w2, inner(0, layer.decay_w1.columns, own, hyperbolic_tangent<WIDTH>),
+            layer.decay.vector(), head * N, last * N, w);
         for (long c = head * N; c < last * N; c += N) {
             if (N % WIDTH) head6<NARROW>(layer, c, state);
             else head6<WIDTH>(layer, c, state);
@@ -349,14 +390,16 @@ private:
         pool.barrier();
         each(C, [&](long c) { store<WIDTH>(own.mix + c, sigmoid<WIDTH>(load<WIDTH>(gates + c))); });
         if (narrow(layer.ffn_value, h, thread)) pool.barrier();
-        rows(layer.ffn_value, h, F, own, thread, [&](long row, float product) { x[row] += own.mix[row] * product; });
+        rows(layer.ffn_value, h, F, own, thread,
+            [&](long row, float product) { x[row] += own.mix[row] * product; });
         pool.barrier();
     }
 
     template <int W> void head6(const Layer6& layer, long c, State state) {
         float decay[256];
         each<W>(N, [&](long n) { store<W>(decay + n, exponential<W>(-exponential<W>(load<W>(w + c + n)))); });
-        recur6<W>(r + c, k + c, v + c, decay, layer.bonus.vector() + c, state.before[1] + c * N, state.after[1] + c * N, y + c, N);
+        recur6<W>(r + c, k + c, v + c, decay, layer.bonus.vector() + c, state.before[1] + c * N,
+            state.after[1] + c * N, y + c, N);
         group_norm<W>(y + c, N, layer.ln_x_weight.vector() + c, layer.ln_x_bias.vector() + c);
         each<W>(N, [&](long n) {
             const Vec<W> gate = load<W>(g + c + n);
@@ -370,7 +413,8 @@ private:
     std::vector<Layer6> layers6;
     std::vector<Layer7> layers7;
     std::vector<std::unique_ptr<Buffer>> buffers;
-    // of all threads: the residual stream, the vectors of the time mix, the channel mix's, and the parts of the low-rank maps
+    // of all threads: the residual stream, the vectors of the time mix, the channel mix's, and the parts of
+    // the low-rank maps
     float *x, *r, *k, *v, *g, *first, *w, *p, *q, *y, *h, *gates, *partial, *mixed[5];
     std::vector<Own> own_;
     std::mutex busy;
@@ -381,17 +425,23 @@ private:
 
 extern "C" {
 
-void* decode_open(int64_t version, const int64_t* sizes, const Matrix* matrices, int64_t count, int64_t threads) {
+void* decode_open(
+    int64_t version, const int64_t* sizes, const Matrix* matrices, int64_t count, int64_t threads) {
     const int64_t layer = version == 6 ? sizeof(Layer6) : sizeof(Layer7);
-    if (count * static_cast<int64_t>(sizeof(Matrix)) != static_cast<int64_t>(sizeof(Model)) + sizes[0] * layer) return nullptr;
+    if (count * static_cast<int64_t>(sizeof(Matrix)) !=
+        static_cast<int64_t>(sizeof(Model)) + sizes[0] * layer)
+        return nullptr;
     return new Decoder(version, sizes, matrices, static_cast<int>(threads));
 }
 
-int decode_step(void* decoder, int64_t token, const float* const* before, float* const* after, float* logits) {
+int decode_step(
+    void* decoder, int64_t token, const float* const* before, float* const* after, float* logits) {
     return static_cast<Decoder*>(decoder)->step(token, before, after, logits);
 }
 
-void decode_replace(void* decoder, int64_t place, const Matrix* matrix) { static_cast<Decoder*>(decoder)->replace(place, *matrix); }
+void decode_replace(void* decoder, int64_t place, const Matrix* matrix) {
+    static_cast<Decoder*>(decoder)->replace(place, *matrix);
+}
 
 void decode_close(void* decoder) { delete static_cast<Decoder*>(decoder); }
 

@@ -1,8 +1,9 @@
-// What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its outputs once, and a backward
-// makes again from the inputs what it needs. src/ops/elementwise_reference.py has the formulas; arithmetic is fp32 here whatever the dtype.
+// What lies between the matrix products of a layer, on a CPU: each function reads its inputs and writes its
+// outputs once, and a backward makes again from the inputs what it needs. src/ops/elementwise_reference.py
+// has the formulas; arithmetic is fp32 here whatever the dtype.
 //
-// The C interface: activations are contiguous (B, T, C) of one dtype; C and the head size are multiples of 8, a head has at most 256
-// channels; vectors of the model are fp32 (C). No pointer need be aligned.
+// The C interface: activations are contiguous (B, T, C) of one dtype; C and the head size are multiples of 8,
+// a head has at most 256 channels; vectors of the model are fp32 (C). No pointer need be aligned.
 #include "cpu.h"
 
 namespace {
@@ -26,13 +27,14 @@ template <class Run> inline void typed(long width, int dtype, Run run) {
     width % WIDTH ? with(std::integral_constant<int, NARROW>()) : with(std::integral_constant<int, WIDTH>());
 }
 
-// work(first, last) over parts of `total`, each a multiple of `unit`, by as many threads as have GRAIN numbers each: starting one takes as long
-// as the work on about that many (20 us)
+// work(first, last) over parts of `total`, each a multiple of `unit`, by as many threads as have GRAIN
+// numbers each: starting one takes as long as the work on about that many (20 us)
 constexpr long GRAIN = 1 << 17;
 template <class Work> inline void shared_out(long total, long unit, long numbers, int threads, Work work) {
     threads = std::max(1L, std::min<long>(threads, numbers / GRAIN));
     const long units = total / unit, parts = std::min<long>(units, threads == 1 ? 1 : 4 * threads);
-    parallel(parts, threads, [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
+    parallel(parts, threads,
+        [&](long part, int) { work(units * part / parts * unit, units * (part + 1) / parts * unit); });
 }
 
 // run(lanes, number, index) for every vector of an elementwise function of the whole tensor
@@ -45,7 +47,8 @@ template <class Run> inline void each(const Shape& s, Run run) {
     });
 }
 
-// run(lanes, number, row, head) for every head of every token; both are offsets, into activations and into vectors of the model
+// run(lanes, number, row, head) for every head of every token; both are offsets, into activations and into
+// vectors of the model
 template <class Run> inline void each_head(const Shape& s, Run run) {
     typed(s.N(), s.dtype, [&](auto lanes, auto number) {
         shared_out(s.B * s.T, 1, s.numbers(), s.threads, [&](long first, long last) {
@@ -55,7 +58,8 @@ template <class Run> inline void each_head(const Shape& s, Run run) {
     });
 }
 
-// ---- token shift: out_i = z + (z_before - z) mix_i, with mix_i (C), or for every token mix_i + m_i, m_i (B, T, C) ----
+// ---- token shift: out_i = z + (z_before - z) mix_i, with mix_i (C), or for every token mix_i + m_i, m_i (B,
+// T, C) ----
 
 constexpr long TOKENS = 8;
 
@@ -67,11 +71,13 @@ struct Shift {
     bool starts(const Shape& s, long b, long t) const { return reset && reset[b * s.T + t]; }
 };
 
-// run(lanes, number, b, first, last): columns of one row of the batch, all tokens; so many tensors are written or read
+// run(lanes, number, b, first, last): columns of one row of the batch, all tokens; so many tensors are
+// written or read
 template <class Run> inline void each_column(const Shape& s, long tensors, Run run) {
     typed(s.C, s.dtype, [&](auto lanes, auto number) {
         for (long b = 0; b < s.B; b++)
-            shared_out(s.C, lanes, s.T * s.C * tensors, s.threads, [&](long first, long last) { run(lanes, number, b, first, last); });
+            shared_out(s.C, lanes, s.T * s.C * tensors, s.threads,
+                [&](long first, long last) { run(lanes, number, b, first, last); });
     });
 }
 
@@ -79,7 +85,8 @@ template <bool PER_TOKEN> void shift_forward(const Shift& in, void* const* out, 
     each_column(s, in.count, [&](auto lanes, auto number, long b, long first, long last) {
         constexpr int W = lanes;
         typedef decltype(number) Number;
-        // some tokens of one output before those of the next: longer runs of stores, and z stays in the L1 cache
+        // some tokens of one output before those of the next: longer runs of stores, and z stays in the L1
+        // cache
         for (long block = 0; block < s.T; block += TOKENS)
             for (int i = 0; i < in.count; i++)
                 for (long t = block; t < std::min(block + TOKENS, s.T); t++) {
@@ -98,8 +105,8 @@ template <bool PER_TOKEN> void shift_forward(const Shift& in, void* const* out, 
     });
 }
 
-template <bool PER_TOKEN>
-void shift_backward(const Shift& in, void* const* m, const void* const* dout, void* dz, void* dlast, const Shape& s) {
+template <bool PER_TOKEN> void shift_backward(
+    const Shift& in, void* const* m, const void* const* dout, void* dz, void* dlast, const Shape& s) {
     each_column(s, in.count, [&](auto lanes, auto number, long b, long first, long last) {
         constexpr int W = lanes;
         typedef decltype(number) Number;
@@ -149,22 +156,25 @@ template <int W> struct HeadVectors {
 
 extern "C" {
 
-void shift_mix_forward(const void* z, const void* last, const uint8_t* reset, const float* mix, void* const* out, int count, SIZES) {
+void shift_mix_forward(const void* z, const void* last, const uint8_t* reset, const float* mix,
+    void* const* out, int count, SIZES) {
     shift_forward<false>({z, last, reset, mix, count}, out, SHAPE);
 }
 
-void shift_mix_backward(const uint8_t* reset, const float* mix, const void* const* dout, void* dz, void* dlast, int count, SIZES) {
+void shift_mix_backward(const uint8_t* reset, const float* mix, const void* const* dout, void* dz,
+    void* dlast, int count, SIZES) {
     shift_backward<false>({nullptr, nullptr, reset, mix, count}, nullptr, dout, dz, dlast, SHAPE);
 }
 
 // m becomes out, in place
-void shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset, const float* mix, void* const* m, int count, SIZES) {
+void shift_mix_token_forward(const void* z, const void* last, const uint8_t* reset, const float* mix,
+    void* const* m, int count, SIZES) {
     shift_forward<true>({z, last, reset, mix, count}, m, SHAPE);
 }
 
 // m becomes its gradient, in place
-void shift_mix_token_backward(const void* z, const void* last, const uint8_t* reset, const float* mix, void* const* m, const void* const* dout,
-                              void* dz, void* dlast, int count, SIZES) {
+void shift_mix_token_backward(const void* z, const void* last, const uint8_t* reset, const float* mix,
+    void* const* m, const void* const* dout, void* dz, void* dlast, int count, SIZES) {
     shift_backward<true>({z, last, reset, mix, count}, m, dout, dz, dlast, SHAPE);
 }
 
@@ -191,7 +201,8 @@ void value_residual_forward(const void* v, const void* first, const void* gate, 
     });
 }
 
-void value_residual_backward(const void* v, const void* first, const void* gate, const void* dy, void* dv, void* dfirst, void* dgate, SIZES) {
+void value_residual_backward(const void* v, const void* first, const void* gate, const void* dy, void* dv,
+    void* dfirst, void* dgate, SIZES) {
     each(SHAPE, [=](auto lanes, auto number, long i) {
         constexpr int W = lanes;
         const auto s = sigmoid<W>(read<W>(IN(gate) + i)), g = read<W>(IN(dy) + i), d = g * s;
@@ -202,7 +213,8 @@ void value_residual_backward(const void* v, const void* first, const void* gate,
 }
 
 // kappa = normalize(k k_k), s = sigmoid(a): k (1 + (s - 1) k_a), -kappa, kappa s
-void delta_inputs_forward(const void* k, const void* a, const float* k_k, const float* k_a, void* key, void* remove, void* replace, SIZES) {
+void delta_inputs_forward(const void* k, const void* a, const float* k_k, const float* k_a, void* key,
+    void* remove, void* replace, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -214,7 +226,8 @@ void delta_inputs_forward(const void* k, const void* a, const float* k_k, const 
         }
         const float scale = 1.f / std::max(std::sqrt(sum<W>(squares)), 1e-12f);
         for (long c = 0; c < N; c += W) {
-            const auto own = read<W>(IN(k) + row + c), s = sigmoid<W>(read<W>(IN(a) + row + c)), kappa = own * load<W>(k_k + head + c) * scale;
+            const auto own = read<W>(IN(k) + row + c), s = sigmoid<W>(read<W>(IN(a) + row + c)),
+                       kappa = own * load<W>(k_k + head + c) * scale;
             write<W>(OUT(key) + row + c, own * (1.f + (s - 1.f) * load<W>(k_a + head + c)));
             write<W>(OUT(remove) + row + c, -kappa);
             write<W>(OUT(replace) + row + c, kappa * s);
@@ -222,8 +235,8 @@ void delta_inputs_forward(const void* k, const void* a, const float* k_k, const 
     });
 }
 
-void delta_inputs_backward(const void* k, const void* a, const float* k_k, const float* k_a, const void* dkey, const void* dremove,
-                           const void* dreplace, void* dk, void* da, SIZES) {
+void delta_inputs_backward(const void* k, const void* a, const float* k_k, const float* k_a, const void* dkey,
+    const void* dremove, const void* dreplace, void* dk, void* da, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -238,35 +251,42 @@ void delta_inputs_backward(const void* k, const void* a, const float* k_k, const
             dots += u * dkappa[c];
         }
         const float norm = std::sqrt(sum<W>(squares)), scale = 1.f / std::max(norm, 1e-12f);
-        const float along = norm > 1e-12f ? sum<W>(dots) * scale * scale : 0.f;  // a norm that is held at its least has no gradient
+        // a norm that is held at its least has no gradient
+        const float along = norm > 1e-12f ? sum<W>(dots) * scale * scale : 0.f;
         for (long c = 0; c < N; c += W) {
-            const auto own = read<W>(IN(k) + row + c), kk = load<W>(k_k + head + c), ka = load<W>(k_a + head + c), u = own * kk;
-            const auto g = read<W>(IN(dkey) + row + c), ds = read<W>(IN(dreplace) + row + c) * u * scale + g * own * ka;
+            const auto own = read<W>(IN(k) + row + c), kk = load<W>(k_k + head + c),
+                       ka = load<W>(k_a + head + c), u = own * kk;
+            const auto g = read<W>(IN(dkey) + row + c),
+                       ds = read<W>(IN(dreplace) + row + c) * u * scale + g * own * ka;
             write<W>(OUT(dk) + row + c, (dkappa[c] - u * along) * scale * kk + g * (1.f + (s[c] - 1.f) * ka));
             write<W>(OUT(da) + row + c, ds * s[c] * (1.f - s[c]));
         }
     });
 }
 
-void readout7_forward(const void* y, const void* r, const void* k, const void* v, const void* g, const float* r_k, const float* weight,
-                      const float* bias, void* out, SIZES) {
+void readout7_forward(const void* y, const void* r, const void* k, const void* v, const void* g,
+    const float* r_k, const float* weight, const float* bias, void* out, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
         const long N = shape.N();
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         Vec<W> products = {};
-        for (long c = 0; c < N; c += W) products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
+        for (long c = 0; c < N; c += W)
+            products += read<W>(IN(r) + row + c) * read<W>(IN(k) + row + c) * load<W>(r_k + head + c);
         const float bonus = sum<W>(products);
         for (long c = 0; c < N; c += W) {
-            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) + load<W>(bias + head + c);
-            write<W>(OUT(out) + row + c, (normed + bonus * read<W>(IN(v) + row + c)) * read<W>(IN(g) + row + c));
+            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) +
+                                load<W>(bias + head + c);
+            write<W>(
+                OUT(out) + row + c, (normed + bonus * read<W>(IN(v) + row + c)) * read<W>(IN(g) + row + c));
         }
     });
 }
 
-void readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g, const float* r_k, const float* weight,
-                       const float* bias, const void* dout, void* dy, void* dr, void* dk, void* dv, void* dg, SIZES) {
+void readout7_backward(const void* y, const void* r, const void* k, const void* v, const void* g,
+    const float* r_k, const float* weight, const float* bias, const void* dout, void* dy, void* dr, void* dk,
+    void* dv, void* dg, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -283,10 +303,12 @@ void readout7_backward(const void* y, const void* r, const void* k, const void* 
             sums += dnormed[c];
             dots += dnormed[c] * normed[c];
         }
-        const float bonus = sum<W>(products), dbonus = sum<W>(dproducts), mean_d = sum<W>(sums) / N, mean_dot = sum<W>(dots) / N;
+        const float bonus = sum<W>(products), dbonus = sum<W>(dproducts), mean_d = sum<W>(sums) / N,
+                    mean_dot = sum<W>(dots) / N;
         for (long c = 0; c < N; c += W) {
             const auto value = read<W>(IN(v) + row + c), rk = dbonus * load<W>(r_k + head + c);
-            const auto gated = normed[c] * load<W>(weight + head + c) + load<W>(bias + head + c) + bonus * value;
+            const auto gated =
+                normed[c] * load<W>(weight + head + c) + load<W>(bias + head + c) + bonus * value;
             const auto receptance = read<W>(IN(r) + row + c), key = read<W>(IN(k) + row + c);
             write<W>(OUT(dg) + row + c, read<W>(IN(dout) + row + c) * gated);
             write<W>(OUT(dv) + row + c, bonus * d[c]);
@@ -297,21 +319,24 @@ void readout7_backward(const void* y, const void* r, const void* k, const void* 
     });
 }
 
-void readout6_forward(const void* y, const void* g, const float* weight, const float* bias, void* out, SIZES) {
+void readout6_forward(
+    const void* y, const void* g, const float* weight, const float* bias, void* out, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
         const long N = shape.N();
         const auto [mean, scale] = moments<W>(IN(y) + row, N, eps);
         for (long c = 0; c < N; c += W) {
-            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) + load<W>(bias + head + c);
+            const auto normed = (read<W>(IN(y) + row + c) - mean) * scale * load<W>(weight + head + c) +
+                                load<W>(bias + head + c);
             const auto gate = read<W>(IN(g) + row + c);
             write<W>(OUT(out) + row + c, normed * gate * sigmoid<W>(gate));
         }
     });
 }
 
-void readout6_backward(const void* y, const void* g, const float* weight, const float* bias, const void* dout, void* dy, void* dg, SIZES) {
+void readout6_backward(const void* y, const void* g, const float* weight, const float* bias, const void* dout,
+    void* dy, void* dg, SIZES) {
     const Shape shape = SHAPE;
     each_head(shape, [=](auto lanes, auto number, long row, long head) {
         constexpr int W = lanes;
@@ -320,16 +345,18 @@ void readout6_backward(const void* y, const void* g, const float* weight, const 
         HeadVectors<W> normed, dnormed;
         Vec<W> sums = {}, dots = {};
         for (long c = 0; c < N; c += W) {
-            const auto gate = read<W>(IN(g) + row + c), s = sigmoid<W>(gate), d = read<W>(IN(dout) + row + c), w = load<W>(weight + head + c);
+            const auto gate = read<W>(IN(g) + row + c), s = sigmoid<W>(gate), d = read<W>(IN(dout) + row + c),
+                       w = load<W>(weight + head + c);
             normed[c] = (read<W>(IN(y) + row + c) - mean) * scale;
-            write<W>(OUT(dg) + row + c, d * (normed[c] * w + load<W>(bias + head + c)) * s * (1.f + gate * (1.f - s)));
+            write<W>(OUT(dg) + row + c,
+                d * (normed[c] * w + load<W>(bias + head + c)) * s * (1.f + gate * (1.f - s)));
             dnormed[c] = d * gate * s * w;
             sums += dnormed[c];
             dots += dnormed[c] * normed[c];
         }
         const float mean_d = sum<W>(sums) / N, mean_dot = sum<W>(dots) / N;
-        for (long c = 0; c < N; c += W) write<W>(OUT(dy) + row + c, scale * (dnormed[c] - mean_d - normed[c] * mean_dot));
+        for (long c = 0; c < N; c += W)
+            write<W>(OUT(dy) + row + c, scale * (dnormed[c] - mean_d - normed[c] * mean_dot));
     });
 }
-
 }

@@ -1,9 +1,11 @@
-// CUDA on a CPU, for tests: g++ -x c++ compiles a .cu file against this header and runs it, slowly and deterministically.
+// CUDA on a CPU, for tests: g++ -x c++ compiles a .cu file against this header and runs it, slowly and
+// deterministically.
 //
-// Every CUDA thread is a fiber with its own stack. The fibers of a block share one OS thread and hand over to each other, round robin, at
-// __syncthreads (within the block) and at __syncwarp, shuffles and mma (within the warp); blocks are spread over OpenMP threads. Between
-// two barriers a fiber runs alone, so a missing barrier shows as a wrong result in at least one of the two orders of emulate_order().
-// Not modelled: time, memory spaces, bank conflicts, barriers in divergent code, and how wide a real warp's lockstep is.
+// Every CUDA thread is a fiber with its own stack. The fibers of a block share one OS thread and hand over to
+// each other, round robin, at __syncthreads (within the block) and at __syncwarp, shuffles and mma (within
+// the warp); blocks are spread over OpenMP threads. Between two barriers a fiber runs alone, so a missing
+// barrier shows as a wrong result in at least one of the two orders of emulate_order(). Not modelled: time,
+// memory spaces, bank conflicts, barriers in divergent code, and how wide a real warp's lockstep is.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -118,11 +120,13 @@ cu_switch:
 
 inline void run(int i) {
     Block* b = B;
-    b->thread = dim3(i % b->block_size.x, i / b->block_size.x % b->block_size.y, i / (b->block_size.x * b->block_size.y));
+    b->thread = dim3(
+        i % b->block_size.x, i / b->block_size.x % b->block_size.y, i / (b->block_size.x * b->block_size.y));
     b->current = i;
 }
 
-// the next fiber of [first, last) that is not done, from `from` on in the order at hand; `from` itself if there is no other
+// the next fiber of [first, last) that is not done, from `from` on in the order at hand; `from` itself if
+// there is no other
 inline int next(int from, int first, int last) {
     int i = from;
     do {
@@ -202,14 +206,17 @@ template <class F> void launch(dim3 grid, dim3 block, size_t shared_bytes, F ker
         // garbage, as on a GPU: NaN in every dtype
         memset(b->dynamic, 0xff, sizeof b->dynamic);
 #pragma omp for schedule(dynamic)
-        for (long i = 0; i < blocks; i++) run_block(*b, dim3(i % grid.x, i / grid.x % grid.y, i / ((long)grid.x * grid.y)));
+        for (long i = 0; i < blocks; i++)
+            run_block(*b, dim3(i % grid.x, i / grid.x % grid.y, i / ((long)grid.x * grid.y)));
     }
 }
 
 }  // namespace cu
 
 // 0: fibers take turns from the first to the last; 1: from the last to the first
-extern "C" inline __attribute__((used, visibility("default"))) void emulate_order(int reversed) { cu::reversed = reversed; }
+extern "C" inline __attribute__((used, visibility("default"))) void emulate_order(int reversed) {
+    cu::reversed = reversed;
+}
 
 #define threadIdx (cu::B->thread)
 #define blockIdx (cu::B->block)
@@ -217,5 +224,6 @@ extern "C" inline __attribute__((used, visibility("default"))) void emulate_orde
 #define gridDim (cu::B->grid_size)
 #define __shfl_sync(mask, value, lane, ...) cu::shfl((value), (lane))
 #define __shfl_xor_sync(mask, value, lanes, ...) cu::shfl((value), (cu::B->current & 31) ^ (lanes))
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) cu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+    cu::launch((grid), (block), (shared_bytes), [=] { kernel(__VA_ARGS__); })
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(cu::B->dynamic)

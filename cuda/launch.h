@@ -1,15 +1,16 @@
-// The one include of every .cu file here. Under nvcc it is CUDA; under g++ (-x c++) it is the emulation in emulate.h, so that each kernel
-// can be run, and compared with float64, on a machine without a GPU.
+// The one include of every .cu file here. Under nvcc it is CUDA; under g++ (-x c++) it is the emulation in
+// emulate.h, so that each kernel can be run, and compared with float64, on a machine without a GPU.
 //
 //   LAUNCH(kernel<...>, grid, block, shared_bytes, stream, arguments...)     instead of kernel<<<...>>>(...)
-//   DYNAMIC_SHARED(type, name)                                               instead of extern __shared__ type name[]
+//   DYNAMIC_SHARED(type, name)      instead of extern __shared__ type name[]
 #pragma once
 #include <cstdint>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) kernel<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+    kernel<<<(grid), (block), (shared_bytes), (cudaStream_t)(stream)>>>(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                            \
     extern __shared__ __align__(16) unsigned char name##_[];  \
     type* name = reinterpret_cast<type*>(name##_)

@@ -1,8 +1,9 @@
-// The cross entropy of a block of logits and its gradient in their place, on a CPU: a row is read three times while it is in the cache, for
-// its largest logit, for the sum of the exponentials and for the gradient, which takes them again. Arithmetic is fp32. src/model/loss.py has the
-// formula in plain torch.
+// The cross entropy of a block of logits and its gradient in their place, on a CPU: a row is read three times
+// while it is in the cache, for its largest logit, for the sum of the exponentials and for the gradient,
+// which takes them again. Arithmetic is fp32. src/model/loss.py has the formula in plain torch.
 //
-// The C interface: logits (rows, V), contiguous, dtype 0 fp32 or 1 bf16; targets (rows) int64, each below V; loss (rows) fp32.
+// The C interface: logits (rows, V), contiguous, dtype 0 fp32 or 1 bf16; targets (rows) int64, each below V;
+// loss (rows) fp32.
 #include "cpu.h"
 
 namespace {
@@ -44,7 +45,9 @@ template <class Number> float row_loss(Number* row, long V, long target, float l
         else
             for (long l = 0; l < V - i; l++) write<1>(row + i + l, Vec<1>{x[l]});
     }
-    auto add = [&](long i, float logit, float more) { write<1>(row + i, exponential<1>(Vec<1>{logit - most}) * (1.f / all) + more); };
+    auto add = [&](long i, float logit, float more) {
+        write<1>(row + i, exponential<1>(Vec<1>{logit - most}) * (1.f / all) + more);
+    };
     const float pull = l2wrap * most;
     add(first, most, first == target ? pull - 1.f : pull);
     if (first != target) add(target, own, -1.f);
@@ -53,7 +56,8 @@ template <class Number> float row_loss(Number* row, long V, long target, float l
 
 }  // namespace
 
-extern "C" void softmax_loss(void* logits, const int64_t* targets, float* loss, int64_t rows, int64_t V, float l2wrap, int dtype, int threads) {
+extern "C" void softmax_loss(void* logits, const int64_t* targets, float* loss, int64_t rows, int64_t V,
+    float l2wrap, int dtype, int threads) {
     parallel(rows, threads, [&](long i, int) {
         if (dtype == kFloat32) loss[i] = row_loss(static_cast<float*>(logits) + i * V, V, targets[i], l2wrap);
         else loss[i] = row_loss(static_cast<uint16_t*>(logits) + i * V, V, targets[i], l2wrap);

@@ -1,11 +1,13 @@
-// Tensor cores as an algebra of 16x16 tiles, D += X Y^T with X, Y in bf16 and D in fp32, out of PTX instructions of sm_80 and later; each
-// instruction has an emulation with the same fragments.
+// Tensor cores as an algebra of 16x16 tiles, D += X Y^T with X, Y in bf16 and D in fp32, out of PTX
+// instructions of sm_80 and later; each instruction has an emulation with the same fragments.
 //
-// Lane l = 4 g + q holds row g and columns 2q, 2q+1 of each 8x8 quarter of a tile, the quarters in the order top left, bottom left, top
-// right, bottom right:
-//   Tile.x[0..3]   in bf16, 32 bits a pair, low half first. As it stands this is operand A of mma.m16n8k16, and operand B of X Y^T.
+// Lane l = 4 g + q holds row g and columns 2q, 2q+1 of each 8x8 quarter of a tile, the quarters in the order
+// top left, bottom left, top right, bottom right:
+//   Tile.x[0..3]   in bf16, 32 bits a pair, low half first. As it stands this is operand A of mma.m16n8k16,
+//       and operand B of X Y^T.
 //                  (Activations on their way to or from memory may be tiles of fp16.)
-//   Sum.x[0..7]    in fp32, operand D: element i is row g + 8 (i/2 % 2), column 8 (i/4) + 2q + i%2. A sum becomes a tile in its own lane.
+//   Sum.x[0..7]    in fp32, operand D: element i is row g + 8 (i/2 % 2), column 8 (i/4) + 2q + i%2. A sum
+//       becomes a tile in its own lane.
 #pragma once
 #include "launch.h"
 
@@ -15,7 +17,8 @@
 
 struct Tile { uint32_t x[4]; };
 struct Sum { float x[8]; };
-// the quarters one after the other, each as 8 rows of 16 bytes: no bank conflicts, neither for rows nor for columns
+// the quarters one after the other, each as 8 rows of 16 bytes: no bank conflicts, neither for rows nor for
+// columns
 struct __align__(16) SharedTile { uint32_t words[128]; };
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
@@ -55,9 +58,10 @@ template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, f
 
 // d (16x8, four elements of a Sum) += A (16x16) B (16x8)
 __device__ __forceinline__ void mma_16816(float* d, const Tile& a, uint32_t b0, uint32_t b1) {
-    PTX("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+    PTX("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};" : "+f"(d[0]),
+        "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0),
+        "r"(b1));
 }
 
 // an 8x8 quarter transposed
@@ -67,8 +71,9 @@ __device__ __forceinline__ uint32_t movmatrix(uint32_t x) {
     return y;
 }
 
-// Four quarters; lane l gives the address of row l % 8 of quarter l / 8. What is read here must be separated by a barrier from what writes
-// it, as for any other warp: the compiler is not told that this reads memory, so that it may move other loads ahead of it.
+// Four quarters; lane l gives the address of row l % 8 of quarter l / 8. What is read here must be separated
+// by a barrier from what writes it, as for any other warp: the compiler is not told that this reads memory,
+// so that it may move other loads ahead of it.
 template <bool transposed> __device__ __forceinline__ Tile ldmatrix(const uint32_t* row) {
     Tile t = {};
     uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
@@ -81,14 +86,18 @@ template <bool transposed> __device__ __forceinline__ Tile ldmatrix(const uint32
     return t;
 }
 
-// 16 bytes of global memory to shared memory without waiting, zeros if !valid; the copies up to a commit are a group
+// 16 bytes of global memory to shared memory without waiting, zeros if !valid; the copies up to a commit are
+// a group
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-    PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0)
-        : "memory");
+    PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+        "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { PTX("cp.async.commit_group;" ::: "memory"); }
-// until at most `pending` of this thread's groups are on their way; other threads see the copies after a barrier only
-template <int pending> __device__ __forceinline__ void copy_wait() { PTX("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+// until at most `pending` of this thread's groups are on their way; other threads see the copies after a
+// barrier only
+template <int pending> __device__ __forceinline__ void copy_wait() {
+    PTX("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
 
 #else
 
@@ -118,7 +127,9 @@ inline uint32_t movmatrix(uint32_t x) {
     uint64_t* words = cu::B->exchange + (me & ~31);
     words[me & 31] = x;
     cu::warp_sync();
-    auto element = [&](int row, int column) { return (uint32_t)words[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff; };
+    auto element = [&](int row, int column) {
+        return (uint32_t)words[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff;
+    };
     uint32_t y = element(2 * q, g) | element(2 * q + 1, g) << 16;
     cu::warp_sync();
     return y;
@@ -131,14 +142,18 @@ template <bool transposed> Tile ldmatrix(const uint32_t* row) {
     cu::warp_sync();
     Tile t;
     for (int i = 0; i < 4; i++) {
-        auto element = [&](int r, int column) { return (uint32_t)((const uint16_t*)rows[8 * i + r])[column]; };
-        t.x[i] = transposed ? element(2 * q, g) | element(2 * q + 1, g) << 16 : element(g, 2 * q) | element(g, 2 * q + 1) << 16;
+        auto element = [&](int r, int column) {
+            return (uint32_t)((const uint16_t*)rows[8 * i + r])[column];
+        };
+        t.x[i] = transposed ? element(2 * q, g) | element(2 * q + 1, g) << 16
+                            : element(g, 2 * q) | element(g, 2 * q + 1) << 16;
     }
     cu::warp_sync();
     return t;
 }
 
-// Between a copy's start and its wait there is garbage: a missing wait shows, and so does a copy that starts too early.
+// Between a copy's start and its wait there is garbage: a missing wait shows, and so does a copy that starts
+// too early.
 namespace cu {
 struct Copy { void* to; const void* from; };
 struct Copies { std::vector<Copy> open; std::deque<std::vector<Copy>> groups; };
@@ -156,7 +171,8 @@ inline void copy_commit() {
 template <int pending> void copy_wait() {
     cu::Copies& c = cu::copies[cu::B->current];
     for (; c.groups.size() > pending; c.groups.pop_front())
-        for (cu::Copy& copy : c.groups.front()) copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        for (cu::Copy& copy : c.groups.front())
+            copy.from ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
 }
 
 #endif
@@ -195,5 +211,6 @@ __device__ __forceinline__ Tile get(const SharedTile& s) { return ldmatrix<false
 
 __device__ __forceinline__ Tile get_transposed(const SharedTile& s) {
     int l = lane_id();
-    return ldmatrix<true>(s.words + (l & 8) * 8 + (l & 16) * 2 + (l & 7) * 4);  // the two off-diagonal quarters change places
+    // the two off-diagonal quarters change places
+    return ldmatrix<true>(s.words + (l & 8) * 8 + (l & 16) * 2 + (l & 7) * 4);
 }

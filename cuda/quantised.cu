@@ -1,9 +1,12 @@
-// Quantised weights (rwkv_miss/quantised.py has the format) expanded to matrices on a GPU: one pass, and no memory beside the result.
+// Quantised weights (rwkv_miss/quantised.py has the format) expanded to matrices on a GPU: one pass, and no
+// memory beside the result.
 //
-// A warp takes a block of 64 weights: lane l the two numbers 2 l and 2 l + 1, which in nf4 are the halves of byte l. What is read and written lies
-// side by side, so that the time is that of the memory: half a byte or one, and the result.
+// A warp takes a block of 64 weights: lane l the two numbers 2 l and 2 l + 1, which in nf4 are the halves of
+// byte l. What is read and written lies side by side, so that the time is that of the memory: half a byte or
+// one, and the result.
 //
-// C interface: quantised (out, bytes of a row), pairs (256, 2) the two numbers of every byte of nf4, weight (out, width); `stream` is CUDA's.
+// C interface: quantised (out, bytes of a row), pairs (256, 2) the two numbers of every byte of nf4, weight
+// (out, width); `stream` is CUDA's.
 #include "launch.h"
 
 namespace {
@@ -30,7 +33,8 @@ template <class Kind, class Number> struct Layout : Kind {
 };
 
 // blocks of the grid: (rows, groups of WARPS blocks of a row)
-template <class Layout> __global__ void expand(const uint8_t* quantised, const float* pairs, void* weight, int64_t width, int64_t blocks) {
+template <class Layout> __global__ void expand(
+    const uint8_t* quantised, const float* pairs, void* weight, int64_t width, int64_t blocks) {
     using T = typename Layout::T;
     const int64_t row = blockIdx.x, block = (int64_t)blockIdx.y * WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
@@ -44,17 +48,20 @@ template <class Layout> __global__ void expand(const uint8_t* quantised, const f
     if (column + 1 < width) store(to + 1, x.y * scale);
 }
 
-template <class Layout> int launch(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, void* stream) {
+template <class Layout> int launch(
+    const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, void* stream) {
     const int64_t blocks = (width + BLOCK - 1) / BLOCK;
     const dim3 grid((unsigned)out, (unsigned)((blocks + WARPS - 1) / WARPS));
     LAUNCH(expand<Layout>, grid, THREADS, 0, stream, quantised, pairs, weight, width, blocks);
     return cudaGetLastError();
 }
 
-template <class Kind> int run(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, int dtype, void* stream) {
+template <class Kind> int run(const uint8_t* quantised, const float* pairs, void* weight, int64_t out,
+    int64_t width, int dtype, void* stream) {
     switch (dtype) {
         case kFloat32: return launch<Layout<Kind, float>>(quantised, pairs, weight, out, width, stream);
-        case kBFloat16: return launch<Layout<Kind, __nv_bfloat16>>(quantised, pairs, weight, out, width, stream);
+        case kBFloat16:
+            return launch<Layout<Kind, __nv_bfloat16>>(quantised, pairs, weight, out, width, stream);
         case kFloat16: return launch<Layout<Kind, __half>>(quantised, pairs, weight, out, width, stream);
         default: return cudaErrorInvalidValue;
     }
@@ -62,10 +69,12 @@ template <class Kind> int run(const uint8_t* quantised, const float* pairs, void
 
 }  // namespace
 
-extern "C" int dequantise_int8(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, int dtype, void* stream) {
+extern "C" int dequantise_int8(const uint8_t* quantised, const float* pairs, void* weight, int64_t out,
+    int64_t width, int dtype, void* stream) {
     return run<Int8>(quantised, pairs, weight, out, width, dtype, stream);
 }
 
-extern "C" int dequantise_nf4(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, int dtype, void* stream) {
+extern "C" int dequantise_nf4(const uint8_t* quantised, const float* pairs, void* weight, int64_t out,
+    int64_t width, int dtype, void* stream) {
     return run<Nf4>(quantised, pairs, weight, out, width, dtype, stream);
 }

@@ -1,9 +1,12 @@
-// Quantised weights (rwkv_miss/quantised.py has the format) expanded to matrices on a CPU: one pass, and no memory beside the result.
+// Quantised weights (rwkv_miss/quantised.py has the format) expanded to matrices on a CPU: one pass, and no
+// memory beside the result.
 //
-// A row is the codes of its blocks of 64 weights, 64 bytes each in int8 and 32 in nf4, then their scales in bf16. The codes become fp32 numbers,
-// of nf4 two with one look-up, and are multiplied by their scales in vectors and rounded once. That is done to several blocks in turn, because a
-// vector that is loaded right after its parts were stored waits for them: with one block at a time nf4 took 1.45 times as long. To permute a
-// register of 16 values instead takes 0.8 times as long where there is AVX-512, twice where there is not.
+// A row is the codes of its blocks of 64 weights, 64 bytes each in int8 and 32 in nf4, then their scales in
+// bf16. The codes become fp32 numbers, of nf4 two with one look-up, and are multiplied by their scales in
+// vectors and rounded once. That is done to several blocks in turn, because a vector that is loaded right
+// after its parts were stored waits for them: with one block at a time nf4 took 1.45 times as long. To
+// permute a register of 16 values instead takes 0.8 times as long where there is AVX-512, twice where there
+// is not.
 //
 // The C interface is that of quantised.cu, in fp32 and bf16; `context` is the number of threads.
 #include "cpu.h"
@@ -11,7 +14,8 @@
 namespace {
 
 constexpr int BLOCK = 64, TOGETHER = 8;
-constexpr int64_t AT_ONCE = 1 << 19;  // weights that a thread takes at a time; fewer are done before another one has started
+// weights that a thread takes at a time; fewer are done before another one has started
+constexpr int64_t AT_ONCE = 1 << 19;
 
 struct Int8 {
     static constexpr int BYTES = BLOCK;
@@ -38,7 +42,8 @@ inline float bf16(const uint8_t* p) {
     return x;
 }
 
-template <class Kind, class T> void expand_row(const uint8_t* row, const float* pairs, T* weight, int64_t width) {
+template <class Kind, class T>
+void expand_row(const uint8_t* row, const float* pairs, T* weight, int64_t width) {
     const int64_t blocks = (width + BLOCK - 1) / BLOCK;
     float numbers[TOGETHER * BLOCK];
     T last[BLOCK];
@@ -49,21 +54,25 @@ template <class Kind, class T> void expand_row(const uint8_t* row, const float* 
             const float scale = bf16(row + blocks * Kind::BYTES + 2 * b);
             const int64_t left = width - b * BLOCK;
             T* to = left < BLOCK ? last : weight + b * BLOCK;
-            for (int n = 0; n < BLOCK; n += WIDTH) put(to + n, load<WIDTH>(numbers + (b - first) * BLOCK + n) * scale);
+            for (int n = 0; n < BLOCK; n += WIDTH)
+                put(to + n, load<WIDTH>(numbers + (b - first) * BLOCK + n) * scale);
             if (left < BLOCK) memcpy(weight + b * BLOCK, last, left * sizeof(T));
         }
     }
 }
 
-template <class Kind, class T> void expand(const uint8_t* quantised, const float* pairs, T* weight, int64_t out, int64_t width, int threads) {
-    const int64_t bytes = (width + BLOCK - 1) / BLOCK * (Kind::BYTES + 2), rows = std::max<int64_t>(1, AT_ONCE / width);
+template <class Kind, class T> void expand(
+    const uint8_t* quantised, const float* pairs, T* weight, int64_t out, int64_t width, int threads) {
+    const int64_t bytes = (width + BLOCK - 1) / BLOCK * (Kind::BYTES + 2),
+                  rows = std::max<int64_t>(1, AT_ONCE / width);
     parallel((out + rows - 1) / rows, threads, [&](long item, int) {
         for (int64_t i = item * rows; i < std::min(out, (item + 1) * rows); i++)
             expand_row<Kind>(quantised + i * bytes, pairs, weight + i * width, width);
     });
 }
 
-template <class Kind> int run(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, int dtype, void* context) {
+template <class Kind> int run(const uint8_t* quantised, const float* pairs, void* weight, int64_t out,
+    int64_t width, int dtype, void* context) {
     const int threads = (int)(intptr_t)context;
     if (dtype == kFloat32) expand<Kind>(quantised, pairs, static_cast<float*>(weight), out, width, threads);
     else expand<Kind>(quantised, pairs, static_cast<uint16_t*>(weight), out, width, threads);
@@ -74,12 +83,13 @@ template <class Kind> int run(const uint8_t* quantised, const float* pairs, void
 
 extern "C" {
 
-int dequantise_int8(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, int dtype, void* context) {
+int dequantise_int8(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width,
+    int dtype, void* context) {
     return run<Int8>(quantised, pairs, weight, out, width, dtype, context);
 }
 
-int dequantise_nf4(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width, int dtype, void* context) {
+int dequantise_nf4(const uint8_t* quantised, const float* pairs, void* weight, int64_t out, int64_t width,
+    int dtype, void* context) {
     return run<Nf4>(quantised, pairs, weight, out, width, dtype, context);
 }
-
 }

@@ -1,19 +1,24 @@
-// RWKV-6's WKV, forward and backward, token by token in fp32: exact for every decay, also an exact 0, and every T.
+// RWKV-6's WKV, forward and backward, token by token in fp32: exact for every decay, also an exact 0, and
+// every T.
 //
-//     y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)      S_t = diag(delta_t) S_{t-1} + k_t v_t^T      delta = exp(-exp(w))
+//     y_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T)      S_t = diag(delta_t) S_{t-1} + k_t v_t^T
+//     delta = exp(-exp(w))
 //
-// r, k, v, w, y (B, T, H, N) in fp32, bf16 or fp16, u fp32 (H, N), states fp32 (B, H, N, N) [key, value], N a multiple of 8 up to 256.
-// reset (B, T) uint8 or null: not 0 where a document starts. Nothing is saved; the backward goes over time twice:
+// r, k, v, w, y (B, T, H, N) in fp32, bf16 or fp16, u fp32 (H, N), states fp32 (B, H, N, N) [key, value], N a
+// multiple of 8 up to 256. reset (B, T) uint8 or null: not 0 where a document starts. Nothing is saved; the
+// backward goes over time twice:
 //     down, with dS:  dk' = dS v, dv = dS^T k + dy (r . u k);  dS = diag(delta) dS + r dy^T
 //     up, with S:     dr' = S_{t-1} dy
-// With c = v . dy: dk = dk' + c u r, dr = dr' + c u k, du = sum over t of c r k. And d log delta comes from these: y does not change when the
-// rows of S_t are scaled by some g_t and r', k, delta by what undoes it, so
+// With c = v . dy: dk = dk' + c u r, dr = dr' + c u k, du = sum over t of c r k. And d log delta comes from
+// these: y does not change when the rows of S_t are scaled by some g_t and r', k, delta by what undoes it, so
 //     D_t = D_{t+1} + r_{t+1} dr'_{t+1} - k_t dk'_t
-// Where delta < 2e-9, D is taken as 0 and starts anew, because dw = -exp(w) D enlarges its rounding error. In the test's decays near 0, T = 4096,
-// this makes the error of dw 9e-6; with a new start at exact zeros only it is 8e-5, and with one at delta < 6e-4 already, 4e-3.
-// recurrence.cuh says how this is laid out on the machine; its rows are the values, its columns the keys, as for RWKV-7.
+// Where delta < 2e-9, D is taken as 0 and starts anew, because dw = -exp(w) D enlarges its rounding error. In
+// the test's decays near 0, T = 4096, this makes the error of dw 9e-6; with a new start at exact zeros only
+// it is 8e-5, and with one at delta < 6e-4 already, 4e-3. recurrence.cuh says how this is laid out on the
+// machine; its rows are the values, its columns the keys, as for RWKV-7.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6.cu -o wkv6.so        or, to run it without a GPU (see emulate.h):
+//     nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6.cu -o wkv6.so
+// or, to run it without a GPU (see emulate.h):
 //     g++ -x c++ -std=c++17 -O2 -march=native -fopenmp -fPIC -shared wkv6.cu -o wkv6.so
 #include "recurrence.cuh"
 
@@ -27,7 +32,8 @@ struct Rwkv6 {
 };
 
 // this thread's columns of u
-template <class Layout> __device__ void read_bonus(float (&x)[Layout::COLUMNS], const float* u, const Place<Layout>& place) {
+template <class Layout>
+__device__ void read_bonus(float (&x)[Layout::COLUMNS], const float* u, const Place<Layout>& place) {
 #pragma unroll
     for (int e = 0; e < Layout::COLUMNS; e++) {
         int n = place.column_of(place.column, e);
@@ -35,16 +41,17 @@ template <class Layout> __device__ void read_bonus(float (&x)[Layout::COLUMNS], 
     }
 }
 // this thread's part of r . u k
-template <int COLUMNS> __device__ float bonus(const float (&r)[COLUMNS], const float (&u)[COLUMNS], const float (&k)[COLUMNS]) {
+template <int COLUMNS>
+__device__ float bonus(const float (&r)[COLUMNS], const float (&u)[COLUMNS], const float (&k)[COLUMNS]) {
     float uk[COLUMNS];
 #pragma unroll
     for (int e = 0; e < COLUMNS; e++) uk[e] = u[e] * k[e];
     return dot<COLUMNS>(r, uk);
 }
 
-template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward(
-    const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset, void* y, float* sT,
-    Task task) {
+template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    forward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0,
+        const uint8_t* reset, void* y, float* sT, Task task) {
     constexpr int ROWS = Layout::ROWS_EACH, COLUMNS = Layout::COLUMNS;
     __shared__ Inputs<Layout, 3, 1> in;
     __shared__ RowResults<Layout, 1> results;
@@ -82,10 +89,11 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) f
     place.template write_state<true>(S, sT);
 }
 
-// dS: (B, H, N, N), from the gradient of the state after the slice to that of the state before; `dS_in` is null for zeros
-template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward_down(
-    const void* r, const void* k, const void* v, const void* w, const float* u, const uint8_t* reset, const void* dy, const float* dS_in,
-    float* dS_out, void* dv, float* partial, Task task) {
+// dS: (B, H, N, N), from the gradient of the state after the slice to that of the state before; `dS_in` is
+// null for zeros
+template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward_down(const void* r,
+    const void* k, const void* v, const void* w, const float* u, const uint8_t* reset, const void* dy,
+    const float* dS_in, float* dS_out, void* dv, float* partial, Task task) {
     constexpr int ROWS = Layout::ROWS_EACH, COLUMNS = Layout::COLUMNS;
     __shared__ Inputs<Layout, 3, 2> in;
     __shared__ RowResults<Layout, 1> results;
@@ -131,8 +139,9 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) b
     place.template write_state<true>(dS, dS_out);
 }
 
-template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward_up(
-    const void* k, const void* v, const void* w, const uint8_t* reset, const void* dy, const float* S_in, float* S_out, float* partial, Task task) {
+template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    backward_up(const void* k, const void* v, const void* w, const uint8_t* reset, const void* dy,
+        const float* S_in, float* S_out, float* partial, Task task) {
     constexpr int ROWS = Layout::ROWS_EACH, COLUMNS = Layout::COLUMNS;
     __shared__ Inputs<Layout, 2, 2> in;
     __shared__ ColumnSums<Layout, 1> sums;
@@ -169,19 +178,23 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) b
     place.template write_state<true>(S, S_out);
 }
 
-// dk or dr from partial sums and the current token's own part, and the term of D; a warp has one token of one head.
+// dk or dr from partial sums and the current token's own part, and the term of D; a warp has one token of one
+// head.
 enum Direction { DOWN, UP };
 constexpr int HEADS_A_BLOCK = 8;
-template <Direction DIRECTION> __global__ void finish(
-    const void* r, const void* k, const void* v, const float* u, const void* dy, const float* partial, int parts, void* dr, void* dk,
-    float* v_dy, float* here, float* before, Task task) {
-    const int span = task.last - task.first, b = blockIdx.x / span, t = task.first + blockIdx.x % span, N = task.N;
+template <Direction DIRECTION> __global__ void finish(const void* r, const void* k, const void* v,
+    const float* u, const void* dy, const float* partial, int parts, void* dr, void* dk, float* v_dy,
+    float* here, float* before, Task task) {
+    const int span = task.last - task.first, b = blockIdx.x / span, t = task.first + blockIdx.x % span,
+              N = task.N;
     const int h = blockIdx.y * HEADS_A_BLOCK + threadIdx.y;
     if (h >= task.H) return;
-    const int64_t token = ((int64_t)b * task.T + t) * task.H + h, i = task.at(b, t, h, 0), from = task.slice_at(b, t, h, 0);
+    const int64_t token = ((int64_t)b * task.T + t) * task.H + h, i = task.at(b, t, h, 0),
+                  from = task.slice_at(b, t, h, 0);
     float c = 0;
     if (DIRECTION == DOWN) {
-        for (int n = threadIdx.x; n < N; n += 32) c += load(v, i + n, task.dtype) * load(dy, i + n, task.dtype);
+        for (int n = threadIdx.x; n < N; n += 32)
+            c += load(v, i + n, task.dtype) * load(dy, i + n, task.dtype);
         for (int lane = 1; lane < 32; lane *= 2) c += __shfl_xor_sync(0xffffffff, c, lane);
         if (threadIdx.x == 0) v_dy[token] = c;
     } else {
@@ -201,7 +214,8 @@ template <Direction DIRECTION> __global__ void finish(
 }
 
 // du, (B, H, N): 32 columns of a head, and 32 warps that share its tokens
-__global__ void __launch_bounds__(1024) bonus_gradient(const void* r, const void* k, const float* v_dy, float* du, Task task) {
+__global__ void __launch_bounds__(1024)
+    bonus_gradient(const void* r, const void* k, const float* v_dy, float* du, Task task) {
     __shared__ float sums[32][32];
     const int blocks = (task.N + 31) / 32, head = blockIdx.x / blocks, b = head / task.H, h = head % task.H;
     const int n = blockIdx.x % blocks * 32 + threadIdx.x;
@@ -209,7 +223,8 @@ __global__ void __launch_bounds__(1024) bonus_gradient(const void* r, const void
     if (n < task.N)
         for (int t = threadIdx.y; t < task.T; t += 32) {
             int64_t i = task.at(b, t, h, n);
-            sum += v_dy[((int64_t)b * task.T + t) * task.H + h] * (load(r, i, task.dtype) * load(k, i, task.dtype));
+            sum += v_dy[((int64_t)b * task.T + t) * task.H + h] *
+                   (load(r, i, task.dtype) * load(k, i, task.dtype));
         }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
@@ -225,12 +240,14 @@ extern "C" int64_t wkv6_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void
     Task task(B, T, H, N, kFloat32);
     return with_layout(task, [&](auto layout) {
         Task slice = task.slice(0, T < SLICE ? T : SLICE);
-        return 2 * task.size() + task.state_size() + B * T * H + blocks_a_head<decltype(layout)>(N) * slice.slice_size();
+        return 2 * task.size() + task.state_size() + B * T * H +
+               blocks_a_head<decltype(layout)>(N) * slice.slice_size();
     });
 }
 
-extern "C" int wkv6_forward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset,
-                            void* y, float* sT, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
+extern "C" int wkv6_forward(const void* r, const void* k, const void* v, const void* w, const float* u,
+    const float* s0, const uint8_t* reset, void* y, float* sT, int64_t B, int64_t T, int64_t H, int64_t N,
+    int dtype, void* stream) {
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
     with_layout(task, [&](auto layout) {
@@ -242,12 +259,14 @@ extern "C" int wkv6_forward(const void* r, const void* k, const void* v, const v
     return cudaGetLastError();
 }
 
-extern "C" int wkv6_backward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0, const uint8_t* reset,
-                             const void* dy, const float* dsT, void* dr, void* dk, void* dv, void* dw, float* du, float* ds0, float* scratch,
-                             int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
+extern "C" int wkv6_backward(const void* r, const void* k, const void* v, const void* w, const float* u,
+    const float* s0, const uint8_t* reset, const void* dy, const float* dsT, void* dr, void* dk, void* dv,
+    void* dw, float* du, float* ds0, float* scratch, int64_t B, int64_t T, int64_t H, int64_t N, int dtype,
+    void* stream) {
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
-    float *here = scratch, *before = here + task.size(), *state = before + task.size(), *v_dy = state + task.state_size();
+    float *here = scratch, *before = here + task.size(), *state = before + task.size(),
+          *v_dy = state + task.state_size();
     float* partial = v_dy + B * T * H;
     with_layout(task, [&](auto layout) {
         using Layout = decltype(layout);
@@ -258,15 +277,19 @@ extern "C" int wkv6_backward(const void* r, const void* k, const void* v, const 
             Task slice = task.slice(first, min(first + SLICE, task.T));
             const dim3 grid(B * (slice.last - first), (H + HEADS_A_BLOCK - 1) / HEADS_A_BLOCK);
             const float* dS = slice.last == T ? dsT : ds0;
-            LAUNCH(backward_down<Layout>, blocks, THREADS, 0, stream, r, k, v, w, u, reset, dy, dS, ds0, dv, partial, slice);
-            LAUNCH(finish<DOWN>, grid, warps, 0, stream, r, k, v, u, dy, partial, parts, dr, dk, v_dy, here, before, slice);
+            LAUNCH(backward_down<Layout>, blocks, THREADS, 0, stream, r, k, v, w, u, reset, dy, dS, ds0, dv,
+                partial, slice);
+            LAUNCH(finish<DOWN>, grid, warps, 0, stream, r, k, v, u, dy, partial, parts, dr, dk, v_dy, here,
+                before, slice);
         }
         for (int first = 0; first < T; first += SLICE) {
             Task slice = task.slice(first, min(first + SLICE, task.T));
             const dim3 grid(B * (slice.last - first), (H + HEADS_A_BLOCK - 1) / HEADS_A_BLOCK);
             const float* S = first == 0 ? s0 : state;
-            LAUNCH(backward_up<Layout>, blocks, THREADS, 0, stream, k, v, w, reset, dy, S, state, partial, slice);
-            LAUNCH(finish<UP>, grid, warps, 0, stream, r, k, v, u, dy, partial, parts, dr, dk, v_dy, here, before, slice);
+            LAUNCH(backward_up<Layout>, blocks, THREADS, 0, stream, k, v, w, reset, dy, S, state, partial,
+                slice);
+            LAUNCH(finish<UP>, grid, warps, 0, stream, r, k, v, u, dy, partial, parts, dr, dk, v_dy, here,
+                before, slice);
         }
         return 0;
     });

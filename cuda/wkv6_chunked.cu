@@ -1,41 +1,51 @@
-// WKV-6, head size 64, forward and backward, in chunks of 16 tokens on tensor cores (sm_80 and later). bf16 or fp16 in and out.
+// WKV-6, head size 64, forward and backward, in chunks of 16 tokens on tensor cores (sm_80 and later). bf16
+// or fp16 in and out.
 //
-// M is the state [key, value], all other matrices have the 16 tokens of a chunk as rows. A decay may be an exact 0, so nothing is divided by
-// one: with D(i,t) = prod_{i<s<t} delta_s, start before and end after all tokens of the chunk,
-//   G = r D(start,t)    Ke = k D(t,end)    F = D(start,end)    L[t,i] = sum_n r_t D(i,t) k_i for i < t, sum_n r_t u k_t on the diagonal
+// M is the state [key, value], all other matrices have the 16 tokens of a chunk as rows. A decay may be an
+// exact 0, so nothing is divided by one: with D(i,t) = prod_{i<s<t} delta_s, start before and end after all
+// tokens of the chunk,
+//   G = r D(start,t)    Ke = k D(t,end)    F = D(start,end)
+//   L[t,i] = sum_n r_t D(i,t) k_i for i < t, sum_n r_t u k_t on the diagonal
 //   Y = G M + L V       M <- F M + Ke^T V
-//   dV = Ke D + L^T dY  D <- F D + G^T dY                      with the gradient D of the state after the chunk
-// D(i,t) is a product of two factors at the boundary between the largest aligned block of 1, 2, 4 or 8 tokens that has i and not t and the
-// next one, which has t: for each of these four sizes, `level`s, R = r D(start of block,t) for tokens in second blocks, K = k D(i,end of
-// block) in first ones, zeros elsewhere, and L is the sum of R K^T, each kept where both tokens are in one block of twice the size.
+//   dV = Ke D + L^T dY  D <- F D + G^T dY              with the gradient D of the state after the chunk
+// D(i,t) is a product of two factors at the boundary between the largest aligned block of 1, 2, 4 or 8 tokens
+// that has i and not t and the next one, which has t: for each of these four sizes, `level`s, R = r D(start
+// of block,t) for tokens in second blocks, K = k D(i,end of block) in first ones, zeros elsewhere, and L is
+// the sum of R K^T, each kept where both tokens are in one block of twice the size.
 //
-// prepare, scan: the factors G, Ke, L, F, and the walk with them from chunk to chunk, forwards and backwards, for which see chunked.cuh
-// gradients: dr, dk, dw and parts of du of each chunk by itself, with c_t = v_t . dy_t and drk = tril-(dY V^T), of which each level takes
-// its pairs
+// prepare, scan: the factors G, Ke, L, F, and the walk with them from chunk to chunk, forwards and backwards,
+// for which see chunked.cuh
+// gradients: dr, dk, dw and parts of du of each chunk by itself, with c_t = v_t . dy_t and
+// drk = tril-(dY V^T), of which each level takes its pairs
 //   dr = D(start,t) dG + sum over levels of D(start of block,t) drk K + c u k       dG = dY M^T
-//   dk = D(t,end) dKe + sum over levels of D(t,end of block) drk^T R + c u r        dKe = V D^T       du = sum_t c r k
+//   dk = D(t,end) dKe + sum over levels of D(t,end of block) drk^T R + c u r        dKe = V D^T
+//   du = sum_t c r k
 //   d log delta_t = F <M, D> + sum_{s>t} (G dG + R drk K) - sum_{s>=t} K drk^T R + sum_{s<t} Ke dKe
 // The last line counts the pairs of tokens (or states) that t lies between.
 //
-// A document that starts inside a chunk parts what is before it from the rest: masked are L and drk, the rows of G and dG from the first
-// start on, the rows of Ke before the last one, and F.
+// A document that starts inside a chunk parts what is before it from the rest: masked are L and drk, the rows
+// of G and dG from the first start on, the rows of Ke before the last one, and F.
 //
-// Precision: operands of products are bf16 (also of fp16 inputs); sums, decays and the state of `scan` are fp32. Relative L2 error against
-// float64 on the same bf16 inputs, T = 4096, any decay: at most 3e-3; writing y in bf16 alone makes 1.7e-3.
+// Precision: operands of products are bf16 (also of fp16 inputs); sums, decays and the state of `scan` are
+// fp32. Relative L2 error against float64 on the same bf16 inputs, T = 4096, any decay: at most 3e-3; writing
+// y in bf16 alone makes 1.7e-3.
 //
-// KB for a chunk of a head, where an input has 2: forward 6 read and 5 written, 7 and 10; backward 6 and 5, 7 and 10, 26 and 6. Of these
-// 87, 35 are factors and D, which L2 may keep: 3.5 to 5.9 GB for B, T, H = 8, 4096, 32, of which inputs and results are 1.9. No GPU has run
-// this yet.
+// KB for a chunk of a head, where an input has 2: forward 6 read and 5 written, 7 and 10; backward 6 and 5, 7
+// and 10, 26 and 6. Of these 87, 35 are factors and D, which L2 may keep: 3.5 to 5.9 GB for B, T, H = 8,
+// 4096, 32, of which inputs and results are 1.9. No GPU has run this yet.
 //
-// u is fp32 (H, 64), du fp32 (B, H, 64), states fp32 (B, H, 64 keys, 64 values); the other layouts are in chunked.cuh.
+// u is fp32 (H, 64), du fp32 (B, H, 64), states fp32 (B, H, 64 keys, 64 values); the other layouts are in
+// chunked.cuh.
 //
-// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6_chunked.cu -o wkv6_chunked.so; for a CPU see emulate.h
+// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv6_chunked.cu -o wkv6_chunked.so; for a
+// CPU see emulate.h
 #include "chunked.cuh"
 
 namespace {
 
 constexpr int LEVELS = 4;
-constexpr float FORGETS = 3;  // from this w on delta < 2e-9, and dw, which has the factor exp(w), would be rounding error only
+// from this w on delta < 2e-9, and dw, which has the factor exp(w), would be rounding error only
+constexpr float FORGETS = 3;
 
 // What `prepare` leaves for `scan`, in the names of the forward, as the 32 lanes of a warp hold it.
 struct Factors {
@@ -102,7 +112,8 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     const int64_t head = blockIdx.x / segment.count;
     const Place at = place(segment, head, chunk, n);
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
-    const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), r = to_sum<T>(load_tile(in.r, at)), k = to_sum<T>(load_tile(in.k, at));
+    const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), r = to_sum<T>(load_tile(in.r, at)),
+              k = to_sum<T>(load_tile(in.k, at));
     const float4 u4 = bonus(in.u, head, segment.H, n);
     const float u[4] = {u4.x, u4.y, u4.z, u4.w};
 
@@ -152,8 +163,8 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
     }
 }
 
-template <class T> __global__ void __launch_bounds__(32 * WARPS, 3)
-gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const State* Ds, T* dr, T* dk, T* dw, float4* du, Segment segment) {
+template <class T> __global__ void __launch_bounds__(32 * WARPS, 3) gradients(Inputs<T> in, const T* dy,
+    const State* Ms, int64_t Ms_stride, const State* Ds, T* dr, T* dk, T* dw, float4* du, Segment segment) {
     __shared__ Matrix V, dY;
     __shared__ SharedTile drk[LEVELS];
     __shared__ float own[CHUNK];  // c
@@ -163,7 +174,8 @@ gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const S
     const uint32_t resets = find_resets(in.reset, segment, head, chunk);
     const State& M = Ms[head * Ms_stride + chunk];
     const State& D = Ds[head * segment.count + chunk];
-    const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), r = to_sum<T>(load_tile(in.r, at)), k = to_sum<T>(load_tile(in.k, at));
+    const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), r = to_sum<T>(load_tile(in.r, at)),
+              k = to_sum<T>(load_tile(in.k, at));
     put(V[n], to_bf16<T>(load_tile(in.v, at)));
     put(dY[n], to_bf16<T>(load_tile(dy, at)));
     __syncthreads();
@@ -185,7 +197,8 @@ gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const S
     cut(dG, resets);
     __syncthreads();
 
-    // `after`, `before`: the sums of d log delta over later and earlier tokens, with the token's `self` that is not in them
+    // `after`, `before`: the sums of d log delta over later and earlier tokens, with the token's `self` that
+    // is not in them
     Sum drs = {}, dks = {}, after = {}, before, self = {};
     Block block(w);
     for (int level = 0; level < LEVELS; level++) {
@@ -226,7 +239,8 @@ gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const S
             MD[c] += __shfl_xor_sync(~0u, MD[c], step);
             sum[c] += __shfl_xor_sync(~0u, sum[c], step);
         }
-    if (l < 4) du[(head * Ms_stride + chunk) * (N / 4) + n * 4 + l] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    if (l < 4)
+        du[(head * Ms_stride + chunk) * (N / 4) + n * 4 + l] = make_float4(sum[0], sum[1], sum[2], sum[3]);
     Sum dW;
     for (int i = 0; i < 8; i++) {
         float whole = linked(resets, START, END) ? block.all.x[i] * MD[channel(i)] : 0;
@@ -247,41 +261,43 @@ __global__ void __launch_bounds__(4 * N) sum_bonus(const float* parts, float* du
     if (first == 0) du[blockIdx.x * (int64_t)N + n] = sums[0][n] + sums[1][n] + sums[2][n] + sums[3][n];
 }
 
-template <class T, bool backward>
-void run_prepare(const Sizes& sizes, const Segment& segment, const Inputs<T>& in, Factors* factors, void* stream) {
+template <class T, bool backward> void run_prepare(
+    const Sizes& sizes, const Segment& segment, const Inputs<T>& in, Factors* factors, void* stream) {
     auto kernel = prepare<T, backward>;
     LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, factors, segment);
 }
 
-template <class T>
-void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT, State* states, void* stream) {
+template <class T> void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT,
+    State* states, void* stream) {
     auto* factors = (Factors*)(states + sizes.heads * sizes.chunks);
     for (int64_t begin = 0; begin < sizes.chunks; begin += sizes.segment) {
         Segment segment = sizes.at(begin);
         run_prepare<T, false>(sizes, segment, in, factors, stream);
-        run_scan<T, false>(sizes, segment, factors, in.v, y, begin ? sT : s0, sT, states + begin, sizes.chunks, stream);
+        run_scan<T, false>(
+            sizes, segment, factors, in.v, y, begin ? sT : s0, sT, states + begin, sizes.chunks, stream);
     }
 }
 
-template <class T>
-void backward(const Sizes& sizes, const Inputs<T>& in, const State* states, const void* dy, const float* dsT, void* dr, void* dk, void* dv,
-              void* dw, float* du, float* ds0, Factors* factors, void* stream) {
+template <class T> void backward(const Sizes& sizes, const Inputs<T>& in, const State* states, const void* dy,
+    const float* dsT, void* dr, void* dk, void* dv, void* dw, float* du, float* ds0, Factors* factors,
+    void* stream) {
     auto* Ds = (State*)(factors + sizes.heads * sizes.segment);
     auto* parts = (float*)(Ds + sizes.heads * sizes.segment);
     for (int64_t begin = sizes.last(); begin >= 0; begin -= sizes.segment) {
         Segment segment = sizes.at(begin);
         run_prepare<T, true>(sizes, segment, in, factors, stream);
-        run_scan<T, true>(sizes, segment, factors, dy, dv, begin == sizes.last() ? dsT : ds0, ds0, Ds, segment.count, stream);
+        run_scan<T, true>(sizes, segment, factors, dy, dv, begin == sizes.last() ? dsT : ds0, ds0, Ds,
+            segment.count, stream);
         auto kernel = gradients<T>;
-        LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, (const T*)dy, states + begin, sizes.chunks, Ds, (T*)dr, (T*)dk,
-               (T*)dw, (float4*)(parts + begin * N), segment);
+        LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, (const T*)dy, states + begin,
+            sizes.chunks, Ds, (T*)dr, (T*)dk, (T*)dw, (float4*)(parts + begin * N), segment);
     }
     LAUNCH(sum_bonus, sizes.heads, 4 * N, 0, stream, parts, du, sizes.chunks);
 }
 
 // f(Inputs) for the element type
-template <class F>
-void with_inputs(int dtype, const void* r, const void* k, const void* v, const void* w, const float* u, const uint8_t* reset, F f) {
+template <class F> void with_inputs(int dtype, const void* r, const void* k, const void* v, const void* w,
+    const float* u, const uint8_t* reset, F f) {
     auto call = [&](auto* type) {
         typedef decltype(type) P;
         f(Inputs<std::remove_const_t<std::remove_pointer_t<P>>>{(P)r, (P)k, (P)v, (P)w, u, reset});
@@ -302,21 +318,24 @@ extern "C" int64_t wkv6_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t
     return sizes.heads * (sizes.segment * (sizeof(State) + sizeof(Factors)) / 4 + sizes.chunks * N);
 }
 
-extern "C" int wkv6_chunked_forward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0,
-                                    const uint8_t* reset, void* y, float* sT, float* saved, int64_t B, int64_t T, int64_t H,
-                                    int64_t head_size, int dtype, void* stream) {
+extern "C" int wkv6_chunked_forward(const void* r, const void* k, const void* v, const void* w,
+    const float* u, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
+    int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
     if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, s0, y, sT, saved})) return cudaErrorInvalidValue;
-    with_inputs(dtype, r, k, v, w, u, reset, [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
+    with_inputs(dtype, r, k, v, w, u, reset,
+        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
     return cudaGetLastError();
 }
 
-extern "C" int wkv6_chunked_backward(const void* r, const void* k, const void* v, const void* w, const float* u, const float* s0,
-                                     const uint8_t* reset, const float* saved, const void* dy, const float* dsT, void* dr, void* dk, void* dv,
-                                     void* dw, float* du, float* ds0, float* scratch, int64_t B, int64_t T, int64_t H, int64_t head_size,
-                                     int dtype, void* stream) {
-    if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, saved, dy, dsT, dr, dk, dv, dw, du, ds0, scratch})) return cudaErrorInvalidValue;
+extern "C" int wkv6_chunked_backward(const void* r, const void* k, const void* v, const void* w,
+    const float* u, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
+    const float* dsT, void* dr, void* dk, void* dv, void* dw, float* du, float* ds0, float* scratch,
+    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
+    if (!valid(B, T, H, head_size, dtype, {r, k, v, w, u, saved, dy, dsT, dr, dk, dv, dw, du, ds0, scratch}))
+        return cudaErrorInvalidValue;
     with_inputs(dtype, r, k, v, w, u, reset, [&](auto in) {
-        backward(Sizes(B, T, H), in, (const State*)saved, dy, dsT, dr, dk, dv, dw, du, ds0, (Factors*)scratch, stream);
+        backward(Sizes(B, T, H), in, (const State*)saved, dy, dsT, dr, dk, dv, dw, du, ds0, (Factors*)scratch,
+            stream);
     });
     return cudaGetLastError();
 }

@@ -1,16 +1,22 @@
-// RWKV-7's WKV, forward and backward, token by token in fp32: exact for every decay and every T, the backward without saved states.
+// RWKV-7's WKV, forward and backward, token by token in fp32: exact for every decay and every T, the backward
+// without saved states.
 //
-//     S_t = S_{t-1} diag(delta_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T      y_t = S_t r_t      log delta = -exp(-1/2) sigmoid(w)
+//     S_t = S_{t-1} diag(delta_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T      y_t = S_t r_t
+//     log delta = -exp(-1/2) sigmoid(w)
 //
-// r, w, k, v, a, b, y (B, T, H, N) in fp32, bf16 or fp16, states fp32 (B, H, N, N) [value, key], N a multiple of 8 up to 256. reset (B, T)
-// uint8 or null: not 0 where a document starts. The forward saves q_t = S_{t-1} a_t in fp32. The backward goes over time twice:
-//     down, with dS:  dS += dy r^T;  dk = dS^T v, db = dS^T q, dv = dS k, e = dS b;  dS = dS diag(delta) + e a^T
+// r, w, k, v, a, b, y (B, T, H, N) in fp32, bf16 or fp16, states fp32 (B, H, N, N) [value, key], N a multiple
+// of 8 up to 256. reset (B, T) uint8 or null: not 0 where a document starts. The forward saves q_t = S_{t-1}
+// a_t in fp32. The backward goes over time twice:
+//     down, with dS:  dS += dy r^T;  dk = dS^T v, db = dS^T q, dv = dS k, e = dS b;
+//                     dS = dS diag(delta) + e a^T
 //     up, with S again, which needs no sum now that q is known:  da_t = S_{t-1}^T e_t, dr_t = S_t^T dy_t
-// d log delta comes from these: y does not change when the columns of S_t are scaled by some g_t and r, k, b, a, delta by what undoes it, so
+// d log delta comes from these: y does not change when the columns of S_t are scaled by some g_t and r, k, b,
+// a, delta by what undoes it, so
 //     D_t = D_{t+1} + a_{t+1} da_{t+1} + r_t dr_t - k_t dk_t - b_t db_t
 // No decay is divided by, so none is too small. recurrence.cuh says how this is laid out on the machine.
 //
-//     nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7.cu -o wkv7.so        or, to run it without a GPU (see emulate.h):
+//     nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7.cu -o wkv7.so
+// or, to run it without a GPU (see emulate.h):
 //     g++ -x c++ -std=c++17 -O2 -march=native -fopenmp -fPIC -shared wkv7.cu -o wkv7.so
 #include "recurrence.cuh"
 
@@ -70,16 +76,19 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) f
     place.template write_state<false>(S, sT);
 }
 
-// dS: (B, H, N, N), from the gradient of the state after the slice to that of the state before; `dS_in` is null for zeros
-template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward_down(
-    const void* r, const void* w, const void* k, const void* v, const void* a, const void* b, const uint8_t* reset, const float* saved,
-    const void* dy, const float* dS_in, float* dS_out, void* dv, float* e, float* partial, Task task) {
+// dS: (B, H, N, N), from the gradient of the state after the slice to that of the state before; `dS_in` is
+// null for zeros
+template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    backward_down(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
+        const uint8_t* reset, const float* saved, const void* dy, const float* dS_in, float* dS_out, void* dv,
+        float* e, float* partial, Task task) {
     constexpr int ROWS = Layout::ROWS_EACH, COLUMNS = Layout::COLUMNS;
     __shared__ Inputs<Layout, 5, 3> in;
     __shared__ RowResults<Layout, 2> results;
     __shared__ ColumnSums<Layout, 2> sums;
     const Place<Layout> place(task);
-    Prefetch<Layout, 5, 3> next = {{w, r, k, a, b}, {v, dy, saved}, {task.dtype, task.dtype, kFloat32}, reset};
+    Prefetch<Layout, 5, 3> next = {
+        {w, r, k, a, b}, {v, dy, saved}, {task.dtype, task.dtype, kFloat32}, reset};
     float dS[ROWS][COLUMNS];
     place.template read_state<false>(dS, dS_in);
 
@@ -91,7 +100,8 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) b
         if (group > task.first) next.fetch(place, group - Layout::TOKENS);
 #pragma unroll Layout::UNROLL
         for (int t = Layout::TOKENS - 1; t >= 0; t--) {
-            float delta[COLUMNS], r[COLUMNS], k[COLUMNS], a[COLUMNS], b[COLUMNS], v[ROWS], dy[ROWS], q[ROWS], dv[ROWS], e[ROWS];
+            float delta[COLUMNS], r[COLUMNS], k[COLUMNS], a[COLUMNS], b[COLUMNS], v[ROWS], dy[ROWS], q[ROWS],
+                dv[ROWS], e[ROWS];
             in.read_columns(r, 1, t, place);
             in.read_columns(b, 4, t, place);
             in.read_columns(k, 2, t, place);
@@ -128,14 +138,15 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) b
     place.template write_state<false>(dS, dS_out);
 }
 
-template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward_up(
-    const void* w, const void* k, const void* v, const void* b, const uint8_t* reset, const float* saved, const void* dy, const float* e,
-    const float* S_in, float* S_out, float* partial, Task task) {
+template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward_up(const void* w,
+    const void* k, const void* v, const void* b, const uint8_t* reset, const float* saved, const void* dy,
+    const float* e, const float* S_in, float* S_out, float* partial, Task task) {
     constexpr int ROWS = Layout::ROWS_EACH, COLUMNS = Layout::COLUMNS;
     __shared__ Inputs<Layout, 3, 4> in;
     __shared__ ColumnSums<Layout, 2> sums;
     const Place<Layout> place(task);
-    Prefetch<Layout, 3, 4> next = {{w, k, b}, {v, saved, dy, e}, {task.dtype, kFloat32, task.dtype, kFloat32}, reset};
+    Prefetch<Layout, 3, 4> next = {
+        {w, k, b}, {v, saved, dy, e}, {task.dtype, kFloat32, task.dtype, kFloat32}, reset};
     float S[ROWS][COLUMNS];
     place.template read_state<false>(S, S_in);
 
@@ -173,16 +184,18 @@ template <class Layout> __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) b
     place.template write_state<false>(S, S_out);
 }
 
-// dk and db, or dr and da, from their partial sums, and what they contribute to D. A block has the tokens of one row of the grid.
+// dk and db, or dr and da, from their partial sums, and what they contribute to D. A block has the tokens of
+// one row of the grid.
 enum Direction { DOWN, UP };
 constexpr int FINISH_THREADS = 256;
-template <Direction DIRECTION> __global__ void finish(
-    const void* x0, const void* x1, const float* partial, int parts, void* dx0, void* dx1, float* here, float* before, Task task) {
+template <Direction DIRECTION> __global__ void finish(const void* x0, const void* x1, const float* partial,
+    int parts, void* dx0, void* dx1, float* here, float* before, Task task) {
     int span = task.last - task.first, b = blockIdx.x / span, t = task.first + blockIdx.x % span;
     int n = blockIdx.y * FINISH_THREADS + threadIdx.x;
     if (n >= task.H * task.N) return;
     int64_t i = task.at(b, t, 0, n), from = task.slice_at(b, t, 0, n);
-    float d0 = sum_parts(partial, 0, parts, task.slice_size(), from), d1 = sum_parts(partial, 1, parts, task.slice_size(), from);
+    float d0 = sum_parts(partial, 0, parts, task.slice_size(), from),
+          d1 = sum_parts(partial, 1, parts, task.slice_size(), from);
     store(dx0, i, d0, task.dtype);
     store(dx1, i, d1, task.dtype);
     float term0 = load(x0, i, task.dtype) * d0, term1 = load(x1, i, task.dtype) * d1;
@@ -193,10 +206,11 @@ template <Direction DIRECTION> __global__ void finish(
         before[i] = term1;
     }
 }
-template <Direction DIRECTION> void launch_finish(const void* x0, const void* x1, const float* partial, int parts, void* dx0, void* dx1,
-                                                  float* here, float* before, const Task& task, void* stream) {
+template <Direction DIRECTION> void launch_finish(const void* x0, const void* x1, const float* partial,
+    int parts, void* dx0, void* dx1, float* here, float* before, const Task& task, void* stream) {
     dim3 grid(task.B * (task.last - task.first), (task.H * task.N + FINISH_THREADS - 1) / FINISH_THREADS);
-    LAUNCH(finish<DIRECTION>, grid, FINISH_THREADS, 0, stream, x0, x1, partial, parts, dx0, dx1, here, before, task);
+    LAUNCH(finish<DIRECTION>, grid, FINISH_THREADS, 0, stream, x0, x1, partial, parts, dx0, dx1, here, before,
+        task);
 }
 
 }  // namespace
@@ -208,13 +222,14 @@ extern "C" int64_t wkv7_scratch(int64_t B, int64_t T, int64_t H, int64_t N, void
     Task task(B, T, H, N, kFloat32);
     return with_layout(task, [&](auto layout) {
         Task slice = task.slice(0, T < SLICE ? T : SLICE);
-        return 2 * task.size() + task.state_size() + 2 * blocks_a_head<decltype(layout)>(N) * slice.slice_size();
+        return 2 * task.size() + task.state_size() +
+               2 * blocks_a_head<decltype(layout)>(N) * slice.slice_size();
     });
 }
 
-extern "C" int wkv7_forward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
-                            const float* s0, const uint8_t* reset, void* y, float* sT, float* saved,
-                            int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
+extern "C" int wkv7_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
+    const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
+    int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
     with_layout(task, [&](auto layout) {
@@ -226,13 +241,14 @@ extern "C" int wkv7_forward(const void* r, const void* w, const void* k, const v
     return cudaGetLastError();
 }
 
-extern "C" int wkv7_backward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
-                             const float* s0, const uint8_t* reset, const float* saved, const void* dy, const float* dsT,
-                             void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
-                             int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
+extern "C" int wkv7_backward(const void* r, const void* w, const void* k, const void* v, const void* a,
+    const void* b, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
+    const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
+    int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream) {
     Task task(B, T, H, N, dtype);
     if (!task.valid()) return cudaErrorInvalidValue;
-    float *e = scratch, *before = e, *here = e + task.size(), *state = here + task.size(), *partial = state + task.state_size();
+    float *e = scratch, *before = e, *here = e + task.size(), *state = here + task.size(),
+          *partial = state + task.state_size();
     with_layout(task, [&](auto layout) {
         using Layout = decltype(layout);
         const int parts = blocks_a_head<Layout>(N);
@@ -240,13 +256,15 @@ extern "C" int wkv7_backward(const void* r, const void* w, const void* k, const 
         for (int first = (T - 1) / SLICE * SLICE; first >= 0; first -= SLICE) {
             Task slice = task.slice(first, min(first + SLICE, task.T));
             const float* dS = slice.last == T ? dsT : ds0;
-            LAUNCH(backward_down<Layout>, blocks, THREADS, 0, stream, r, w, k, v, a, b, reset, saved, dy, dS, ds0, dv, e, partial, slice);
+            LAUNCH(backward_down<Layout>, blocks, THREADS, 0, stream, r, w, k, v, a, b, reset, saved, dy, dS,
+                ds0, dv, e, partial, slice);
             launch_finish<DOWN>(k, b, partial, parts, dk, db, here, before, slice, stream);
         }
         for (int first = 0; first < T; first += SLICE) {
             Task slice = task.slice(first, min(first + SLICE, task.T));
             const float* S = first == 0 ? s0 : state;
-            LAUNCH(backward_up<Layout>, blocks, THREADS, 0, stream, w, k, v, b, reset, saved, dy, e, S, state, partial, slice);
+            LAUNCH(backward_up<Layout>, blocks, THREADS, 0, stream, w, k, v, b, reset, saved, dy, e, S, state,
+                partial, slice);
             launch_finish<UP>(r, a, partial, parts, dr, da, here, before, slice, stream);
         }
         return 0;

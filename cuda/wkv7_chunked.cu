@@ -1,42 +1,47 @@
-// WKV-7, head size 64, forward and backward, in chunks of 16 tokens on tensor cores (sm_80 and later). bf16 or fp16 in and out.
+// WKV-7, head size 64, forward and backward, in chunks of 16 tokens on tensor cores (sm_80 and later). bf16
+// or fp16 in and out.
 //
-// M is the state [key, value], the transpose of the interface's, all other matrices have the 16 tokens of a chunk as rows. With
-// P_t = sum_{s<=t} log delta_s inside the chunk, and tril- strictly lower:
-//   A = a e^{P - log delta}    B = b e^{-P}    K = k e^{-P}    R = r e^{P}    Be = b e^{P_end - P}    Ke = k e^{P_end - P}    F = e^{P_end}
+// M is the state [key, value], the transpose of the interface's, all other matrices have the 16 tokens of a
+// chunk as rows. With P_t = sum_{s<=t} log delta_s inside the chunk, and tril- strictly lower:
+//   A = a e^{P - log delta}    B = b e^{-P}              K = k e^{-P}              R = r e^{P}
+//                              Be = b e^{P_end - P}      Ke = k e^{P_end - P}      F = e^{P_end}
 //   ab = tril-(A B^T)    ak = tril-(A K^T)    rb = tril(R B^T)    rk = tril(R K^T)    I = (1 - ab)^-1
 // A chunk is linear in its incoming state M and in V:
-//   U = W M + Q V       W = I A           Q = I ak                 U_t = S_{t-1} a_t, what the delta rule reads
+//   U = W M + Q V       W = I A           Q = I ak      U_t = S_{t-1} a_t, what the delta rule reads
 //   Y = G M + L V       G = R + rb I A    L = rk + rb I ak
 //   M <- F M + Be^T U + Ke^T V
 // and so is its adjoint, out of the same factors, in dY and the gradient D of the outgoing state:
 //   E = Be D            dV = (Ke + Q^T Be) D + L^T dY
 //   D <- F D + W^T E + G^T dY
 //
-// prepare, scan: the factors above, and the walk with them from chunk to chunk, forwards and backwards, for which see chunked.cuh
+// prepare, scan: the factors above, and the walk with them from chunk to chunk, forwards and backwards, for
+// which see chunked.cuh
 // gradients: dr, dw, dk, da, db of each chunk by itself
 //   X = A M + ak V      U = I X           dU = rb^T dY + Be D      Z = I^T dU
 //   dab = tril-(Z U^T)  dak = tril-(Z V^T)    drb = tril(dY U^T)   drk = tril(dY V^T)
 //   dR = dY M^T + drb B + drk K               dA = Z M^T + dab B + dak K
 //   dB = dab^T A + drb^T R    dBe = U D^T     dK = dak^T A + drk^T R    dKe = V D^T
 //   d log delta_t = F <M, D> + sum_{s>=t} (R dR - B dB - K dK) + sum_{s>t} A dA + sum_{s<t} (Be dBe + Ke dKe)
-// The last line counts the pairs of tokens (or states) that t lies between. No decay is divided by that another has not multiplied:
-// e^{-P} <= e^{0.6065 * 16} = 1.6e4.
+// The last line counts the pairs of tokens (or states) that t lies between. No decay is divided by that
+// another has not multiplied: e^{-P} <= e^{0.6065 * 16} = 1.6e4.
 //
-// A document that starts inside a chunk parts what is before it from the rest: masked are the four score matrices and their gradients, the
-// rows of W, G, A M, dY M^T, Z M^T from the first start on, the rows of Be and Ke before the last one, and F. After the last token of a
-// sequence r = k = v = a = b = log delta = 0.
+// A document that starts inside a chunk parts what is before it from the rest: masked are the four score
+// matrices and their gradients, the rows of W, G, A M, dY M^T, Z M^T from the first start on, the rows of Be
+// and Ke before the last one, and F. After the last token of a sequence r = k = v = a = b = log delta = 0.
 //
-// Precision: operands of products are bf16 (also of fp16 inputs); sums, decays, the inverse and the state of `scan` are fp32. Relative L2
-// error against float64 on the same bf16 inputs, T = 4096, any decay: y 3.6e-3, gradients 2.9e-3 to 4.8e-3; writing y in bf16 alone makes
-// 1.7e-3. Where much is written and removed again (alike keys, learning rates and decays near 1), da and db have 1e-2.
+// Precision: operands of products are bf16 (also of fp16 inputs); sums, decays, the inverse and the state of
+// `scan` are fp32. Relative L2 error against float64 on the same bf16 inputs, T = 4096, any decay: y 3.6e-3,
+// gradients 2.9e-3 to 4.8e-3; writing y in bf16 alone makes 1.7e-3. Where much is written and removed again
+// (alike keys, learning rates and decays near 1), da and db have 1e-2.
 //
-// KB for a chunk of a head, where an input has 2: forward 10 read and 9 written, 11 and 10; backward 10 and 9, 11 and 10, 30 and 10. Of
-// these 120, 53 are factors and D, which L2 may keep: 4.5 to 8 GB for B, T, H = 8, 4096, 32, of which inputs and results are 2.7. No GPU
-// has run this yet.
+// KB for a chunk of a head, where an input has 2: forward 10 read and 9 written, 11 and 10; backward 10 and
+// 9, 11 and 10, 30 and 10. Of these 120, 53 are factors and D, which L2 may keep: 4.5 to 8 GB for B, T, H =
+// 8, 4096, 32, of which inputs and results are 2.7. No GPU has run this yet.
 //
 // States are fp32 (B, H, 64 values, 64 keys); the other layouts are in chunked.cuh.
 //
-// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7_chunked.cu -o wkv7_chunked.so; for a CPU see emulate.h
+// Alone: nvcc -O3 -std=c++17 -arch=sm_90 -Xcompiler -fPIC -shared wkv7_chunked.cu -o wkv7_chunked.so; for a
+// CPU see emulate.h
 #include "chunked.cuh"
 
 namespace {
@@ -66,7 +71,8 @@ struct Scaled {
 };
 template <class T> __device__ __forceinline__ Scaled scale(const Inputs<T>& in, const Place& at) {
     const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY));
-    Scaled s = {to_sum<T>(load_tile(in.a, at)), to_sum<T>(load_tile(in.b, at)), to_sum<T>(load_tile(in.k, at)), to_sum<T>(load_tile(in.r, at))};
+    Scaled s = {to_sum<T>(load_tile(in.a, at)), to_sum<T>(load_tile(in.b, at)),
+        to_sum<T>(load_tile(in.k, at)), to_sum<T>(load_tile(in.r, at))};
     for (int i = 0; i < 8; i++) s.P.x[i] = log_delta(w.x[i]);
     s.P = running_sum<false>(s.P);
     for (int i = 0; i < 8; i++) {
@@ -156,12 +162,13 @@ __global__ void __launch_bounds__(32 * WARPS, 6) prepare(Inputs<T> in, Factors* 
         f.Ket[n][l] = words(transpose(to_tile(Ke)));
         if (n == 0) f.Q[l] = words(to_tile(Q)), f.L[l] = words(to_tile(L));
     }
-    if (l < 4) f.F[n * 4 + l] = linked(resets, START, END) ? make_float4(s.F[0], s.F[1], s.F[2], s.F[3]) : make_float4(0, 0, 0, 0);
+    if (l < 4)
+        f.F[n * 4 + l] = linked(resets, START, END) ? make_float4(s.F[0], s.F[1], s.F[2], s.F[3])
+                                                    : make_float4(0, 0, 0, 0);
 }
 
-template <class T> __global__ void __launch_bounds__(32 * WARPS, 4)
-gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const State* Ds, T* dr, T* dw, T* dk, T* da, T* db,
-          Segment segment) {
+template <class T> __global__ void __launch_bounds__(32 * WARPS, 4) gradients(Inputs<T> in, const T* dy,
+    const State* Ms, int64_t Ms_stride, const State* Ds, T* dr, T* dw, T* dk, T* da, T* db, Segment segment) {
     __shared__ Matrix A, B, K, R, Be, V, dY, U, Z;
     __shared__ SharedTile ak, rb, inverse, dab, dak, drb, drk;
     __shared__ __align__(16) float columns[CHUNK][CHUNK];
@@ -213,7 +220,8 @@ gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const S
     float MD[4] = {};  // <M, D> over values
 #pragma unroll 1  // four at once would take more registers than four blocks a multiprocessor leave
     for (int i = 0; i < 4; i++) {
-        const Tile Mi = tile(M.tile[i][n][l]), Di = tile(D.tile[i][n][l]), Mt = transpose(Mi), Dt = transpose(Di);
+        const Tile Mi = tile(M.tile[i][n][l]), Di = tile(D.tile[i][n][l]), Mt = transpose(Mi),
+                   Dt = transpose(Di);
         for (int e = 0; e < 8; e++) MD[channel(e)] += to_sum(Mi).x[e] * to_sum(Di).x[e];
         mma(dR, get(dY[i]), Mt);
         mma(dA, get(Z[i]), Mt);
@@ -229,7 +237,8 @@ gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const S
     mma(dA, get(dab), get_transposed(B[n]));
     mma(dA, get(dak), get_transposed(K[n]));
     const Sum w = to_sum<T>(load_tile(in.w, at, -INFINITY)), As = to_sum(get(A[n])), Rs = to_sum(get(R[n]));
-    // the three sums of d log delta: pairs that end at this token or after, that begin there, that begin before
+    // the three sums of d log delta: pairs that end at this token or after, that begin there, that begin
+    // before
     Sum after, own, before;
     for (int i = 0; i < 8; i++) {
         own.x[i] = As.x[i] * dA.x[i];
@@ -265,46 +274,49 @@ gradients(Inputs<T> in, const T* dy, const State* Ms, int64_t Ms_stride, const S
     }
     Sum dW;
     for (int i = 0; i < 8; i++) {
-        float tail = __expf(-fabsf(w.x[i]));  // the derivative of the sigmoid, without the cancellation in 1 - sigmoid
-        dW.x[i] = (MD[channel(i)] + after.x[i] + before.x[i] - own.x[i]) * -LOWEST * __fdividef(tail, (1 + tail) * (1 + tail));
+        // the derivative of the sigmoid, without the cancellation in 1 - sigmoid
+        float tail = __expf(-fabsf(w.x[i]));
+        dW.x[i] = (MD[channel(i)] + after.x[i] + before.x[i] - own.x[i]) * -LOWEST *
+                  __fdividef(tail, (1 + tail) * (1 + tail));
     }
     store_tile(dw, at, to_tile<T>(dW));
 }
 
-template <class T, bool backward>
-void run_prepare(const Sizes& sizes, const Segment& segment, const Inputs<T>& in, Factors* factors, void* stream) {
+template <class T, bool backward> void run_prepare(
+    const Sizes& sizes, const Segment& segment, const Inputs<T>& in, Factors* factors, void* stream) {
     auto kernel = prepare<T, backward>;
     LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, factors, segment);
 }
 
-template <class T>
-void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT, State* states, void* stream) {
+template <class T> void forward(const Sizes& sizes, const Inputs<T>& in, const float* s0, void* y, float* sT,
+    State* states, void* stream) {
     auto* factors = (Factors*)(states + sizes.heads * sizes.chunks);
     for (int64_t begin = 0; begin < sizes.chunks; begin += sizes.segment) {
         Segment segment = sizes.at(begin);
         run_prepare<T, false>(sizes, segment, in, factors, stream);
-        run_scan<T, false>(sizes, segment, factors, in.v, y, begin ? sT : s0, sT, states + begin, sizes.chunks, stream);
+        run_scan<T, false>(
+            sizes, segment, factors, in.v, y, begin ? sT : s0, sT, states + begin, sizes.chunks, stream);
     }
 }
 
-template <class T>
-void backward(const Sizes& sizes, const Inputs<T>& in, const State* states, const void* dy, const float* dsT, void* dr, void* dw, void* dk,
-              void* dv, void* da, void* db, float* ds0, Factors* factors, void* stream) {
+template <class T> void backward(const Sizes& sizes, const Inputs<T>& in, const State* states, const void* dy,
+    const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0,
+    Factors* factors, void* stream) {
     auto* Ds = (State*)(factors + sizes.heads * sizes.segment);
     for (int64_t begin = sizes.last(); begin >= 0; begin -= sizes.segment) {
         Segment segment = sizes.at(begin);
         run_prepare<T, true>(sizes, segment, in, factors, stream);
-        run_scan<T, true>(sizes, segment, factors, dy, dv, begin == sizes.last() ? dsT : ds0, ds0, Ds, segment.count, stream);
+        run_scan<T, true>(sizes, segment, factors, dy, dv, begin == sizes.last() ? dsT : ds0, ds0, Ds,
+            segment.count, stream);
         auto kernel = gradients<T>;
-        LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, (const T*)dy, states + begin, sizes.chunks, Ds, (T*)dr,
-               (T*)dw, (T*)dk, (T*)da, (T*)db, segment);
+        LAUNCH(kernel, sizes.heads * segment.count, 32 * WARPS, 0, stream, in, (const T*)dy, states + begin,
+            sizes.chunks, Ds, (T*)dr, (T*)dw, (T*)dk, (T*)da, (T*)db, segment);
     }
 }
 
 // f(Inputs) for the element type
-template <class F>
-void with_inputs(int dtype, const void* r, const void* w, const void* k, const void* v, const void* a, const void* b, const uint8_t* reset,
-                 F f) {
+template <class F> void with_inputs(int dtype, const void* r, const void* w, const void* k, const void* v,
+    const void* a, const void* b, const uint8_t* reset, F f) {
     auto call = [&](auto* type) {
         typedef decltype(type) P;
         f(Inputs<std::remove_const_t<std::remove_pointer_t<P>>>{(P)r, (P)w, (P)k, (P)v, (P)a, (P)b, reset});
@@ -324,21 +336,25 @@ extern "C" int64_t wkv7_chunked_scratch(int64_t B, int64_t T, int64_t H, int64_t
     return sizes.heads * sizes.segment * (sizeof(State) + sizeof(Factors)) / 4;
 }
 
-extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
-                                    const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B, int64_t T, int64_t H,
-                                    int64_t head_size, int dtype, void* stream) {
+extern "C" int wkv7_chunked_forward(const void* r, const void* w, const void* k, const void* v, const void* a,
+    const void* b, const float* s0, const uint8_t* reset, void* y, float* sT, float* saved, int64_t B,
+    int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
     if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, s0, y, sT, saved})) return cudaErrorInvalidValue;
-    with_inputs(dtype, r, w, k, v, a, b, reset, [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
+    with_inputs(dtype, r, w, k, v, a, b, reset,
+        [&](auto in) { forward(Sizes(B, T, H), in, s0, y, sT, (State*)saved, stream); });
     return cudaGetLastError();
 }
 
-extern "C" int wkv7_chunked_backward(const void* r, const void* w, const void* k, const void* v, const void* a, const void* b,
-                                     const float* s0, const uint8_t* reset, const float* saved, const void* dy, const float* dsT, void* dr,
-                                     void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch, int64_t B, int64_t T,
-                                     int64_t H, int64_t head_size, int dtype, void* stream) {
-    if (!valid(B, T, H, head_size, dtype, {r, w, k, v, a, b, saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, scratch})) return cudaErrorInvalidValue;
+extern "C" int wkv7_chunked_backward(const void* r, const void* w, const void* k, const void* v,
+    const void* a, const void* b, const float* s0, const uint8_t* reset, const float* saved, const void* dy,
+    const float* dsT, void* dr, void* dw, void* dk, void* dv, void* da, void* db, float* ds0, float* scratch,
+    int64_t B, int64_t T, int64_t H, int64_t head_size, int dtype, void* stream) {
+    if (!valid(B, T, H, head_size, dtype,
+            {r, w, k, v, a, b, saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, scratch}))
+        return cudaErrorInvalidValue;
     with_inputs(dtype, r, w, k, v, a, b, reset, [&](auto in) {
-        backward(Sizes(B, T, H), in, (const State*)saved, dy, dsT, dr, dw, dk, dv, da, db, ds0, (Factors*)scratch, stream);
+        backward(Sizes(B, T, H), in, (const State*)saved, dy, dsT, dr, dw, dk, dv, da, db, ds0,
+            (Factors*)scratch, stream);
     });
     return cudaGetLastError();
 }

@@ -1,6 +1,6 @@
-// Two CUDA devices that have no memory and run nothing. The autograd engine asks the device guard for devices,
-// streams and events; torch asks the hooks whether there is an accelerator. Loaded before torch is imported, these
-// answer in the place of libtorch_cuda.
+// Two CUDA devices that have no memory and run nothing. The autograd engine asks the device guard for
+// devices, streams and events; torch asks the hooks whether there is an accelerator. Loaded before torch is
+// imported, these answer in the place of libtorch_cuda.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
