@@ -34,9 +34,7 @@ class LayerState(NamedTuple):
     """What a layer carries from one token to the next."""
 
     att_x: Tensor  # (B, C), the last input of the time mix, after ln1
-    # (B, H, N, N) fp32; v6 [key, value], v7 [value, key]; None before the first token: what documents start
-    # from
-    wkv: Tensor | None
+    wkv: Tensor | None  # (B, H, N, N) fp32, v6 [key, value], v7 [value, key]; None: the initial state
     ffn_x: Tensor  # (B, C), the last input of the channel mix, after ln2
 
 
@@ -116,9 +114,7 @@ class RWKV(nn.Module):
         super().__init__()
         self.arch = arch
         self.grad_cp = 0  # what is recomputed in the backward: 0 nothing, 1 whole layers, 2 their time mixes
-        self.expands_to: torch.dtype | None = (
-            None  # that of the products, where the linears are quantised and do not tell
-        )
+        self.expands_to: torch.dtype | None = None  # the products' dtype, where the linears are quantised
         self.base_name: str | None = None
         self.base_identity: Identity | None = None
         self.emb = nn.Embedding(arch.vocab_size, arch.n_embd)
@@ -226,14 +222,14 @@ class RWKV(nn.Module):
         linears = list(self.layer_linears().values())
         quantise_(progress(linears, f"quantising to {kind}", unit="matrices", shown=is_first_process()), kind)
         for name, p in self.named_parameters():
-            # states are fp32 everywhere
-            if p.is_floating_point() and not p.requires_grad and not name.endswith("time_state"):
+            is_state = name.endswith("time_state")  # states are fp32 everywhere
+            if p.is_floating_point() and not p.requires_grad and not is_state:
                 p.data = p.data.to(dtype)
         self.expands_to = dtype
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token of `batch` sequences: zeros, and no WKV state, for which each
-        layer has its own beginning.
+        """The state before the first token of `batch` rows: zeros, and no WKV state, since each layer has its
+        own initial state.
         """
         zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd, dtype=self.dtype)
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
@@ -327,9 +323,6 @@ def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) 
             nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         )
     for owner in module.modules():
-        # which keep their order and what else is registered of them
-        for slots in (
-            owner._parameters,
-            owner._buffers,
-        ):
+        # they keep their order and what else is registered of them
+        for slots in (owner._parameters, owner._buffers):
             slots.update({leaf: new[id(old)] for leaf, old in slots.items() if old is not None})

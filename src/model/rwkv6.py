@@ -1,5 +1,7 @@
-"""RWKV-6 "Finch" (x060, arXiv 2404.05892): time mix, channel mix and RWKV-LM's initialisation. Shapes as in
-rwkv.py.
+"""RWKV-6 "Finch" (x060, arXiv 2404.05892): time mix, channel mix and RWKV-LM's initialisation.
+
+Names are the checkpoint's, shapes as in rwkv.py: C n_embd, A dim_att = H heads of N channels, F dim_ffn. A
+linear's weight is (out, in), a low-rank map (in, rank) and (rank, out).
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ class TimeMix(nn.Module):
         self.layer, self.heads = layer, arch.n_head
         self.kernel, self.native = kernel, kernel == "cpu"
         C, A, H, N, rank = arch.n_embd, arch.dim_att, arch.n_head, arch.head_size, arch.ranks
-        self.time_maa_x = parameter(1, 1, C)  # token shift: the share of the token before in what w1 reads,
-        self.time_maa_w = parameter(1, 1, C)  # and in the input of the decay w,
-        self.time_maa_k = parameter(1, 1, C)  # of k,
-        self.time_maa_v = parameter(1, 1, C)  # of v,
-        self.time_maa_r = parameter(1, 1, C)  # of r
-        self.time_maa_g = parameter(1, 1, C)  # and of the gate g, each before what depends on the token
-        self.time_maa_w1 = parameter(C, 5 * rank["maa"])  # (C, 5 Rm), the five in the order w, k, v, r, g
-        self.time_maa_w2 = parameter(5, rank["maa"], C)  # (5, Rm, C), in the same order
+        self.time_maa_x = parameter(1, 1, C)  # token shift of x: z_t + (z_{t-1} - z_t) time_maa_x
+        self.time_maa_w = parameter(1, 1, C)  # token shift of the decay w: its share is time_maa_w + m_w
+        self.time_maa_k = parameter(1, 1, C)  # token shift of k
+        self.time_maa_v = parameter(1, 1, C)  # token shift of v
+        self.time_maa_r = parameter(1, 1, C)  # token shift of r
+        self.time_maa_g = parameter(1, 1, C)  # token shift of the gate g
+        self.time_maa_w1 = parameter(C, 5 * rank["maa"])  # (C, 5 Rm), q = tanh(x time_maa_w1), five parts
+        self.time_maa_w2 = parameter(5, rank["maa"], C)  # (5, Rm, C), m_w = q_w time_maa_w2_w; k, v, r, g
         self.time_decay = parameter(1, 1, A)  # w = time_decay + tanh(x_w time_decay_w1) time_decay_w2
         self.time_decay_w1 = parameter(C, rank["decay"])  # (C, Rd)
         self.time_decay_w2 = parameter(rank["decay"], A)  # (Rd, A)
-        self.time_faaaa = parameter(H, N)  # u, the current token's own share
+        self.time_faaaa = parameter(H, N)  # u of the WKV: what the current token adds to its own y
         self.receptance = Linear(C, A, bias=False)  # (A, C), r
         self.key = Linear(C, A, bias=False)  # (A, C), k
         self.value = Linear(C, A, bias=False)  # (A, C), v
@@ -91,11 +93,11 @@ class TimeMix(nn.Module):
     def project(self, z: Tensor, last: Tensor, reset: Tensor | None) -> tuple[Tensor, ...]:
         """r, k, v, decay w and gate g, all (B, T, A); w and g are raw, before their exponentials and silu."""
         p = Cast(self, z.dtype)
-        # what the token adds to its shares: m_c = tanh(x time_maa_w1)_c time_maa_w2_c
+        # what every token adds to its own shares: m_c = q_c time_maa_w2_c, q = tanh(x time_maa_w1)
         (x,) = shift_mix(z, last, reset, [self.time_maa_x], self.native)
         q = torch.tanh(linear(x, p.time_maa_w1, transposed=True))
         q = q.view(z.shape[0] * z.shape[1], 5, -1).transpose(0, 1)  # (5, B T, Rm)
-        # token shift: the input of c is z_t + (z_{t-1} - z_t) (time_maa_c + m_c)
+        # token shift: the input of c is z_t + (z_{t-1} - z_t) (time_maa_c + m_c), for w, k, v, r and g
         mixes = [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         x_w, x_k, x_v, x_r, x_g = shift_mix_low_rank(z, last, reset, mixes, q, self.time_maa_w2, self.native)
         w = low_rank(x_w, p.time_decay_w1, p.time_decay_w2, p.time_decay, torch.tanh)
@@ -112,7 +114,7 @@ class TimeMix(nn.Module):
         (B, T) -> output (B, T, C), v_first as given, last z (B, C), state.
         """
         r, k, v, w, g = self.project(z, last, reset)
-        # y = r (S + u k^T v),  S <- diag(decay) S + k^T v
+        # WKV: y = r (S + u k^T v),  S <- diag(delta) S + k^T v,  delta the decay of w
         heads, u = split_heads(self.heads, r, k, v, w), self.time_faaaa.to(z.dtype)
         y, state = wkv6(*heads, u, state, reset, self.kernel, self.initial_state())
         # readout: ln_x(y) silu(g)

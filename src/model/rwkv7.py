@@ -1,5 +1,7 @@
-"""RWKV-7 "Goose" (x070, arXiv 2503.14456): time mix, channel mix and RWKV-LM's initialisation. Shapes as in
-rwkv.py.
+"""RWKV-7 "Goose" (x070, arXiv 2503.14456): time mix, channel mix and RWKV-LM's initialisation.
+
+Names are the checkpoint's, shapes as in rwkv.py: C n_embd, H heads of N channels, F dim_ffn. A linear's
+weight is (out, in), a low-rank map (in, rank) and (rank, out).
 """
 
 from __future__ import annotations
@@ -36,17 +38,17 @@ class TimeMix(nn.Module):
         self.layer, self.heads = layer, arch.n_head
         self.kernel, self.native = kernel, kernel == "cpu"
         C, H, N, rank = arch.n_embd, arch.n_head, arch.head_size, arch.ranks
-        self.x_r = parameter(1, 1, C)  # token shift: the share of the token before in the input of r,
-        self.x_w = parameter(1, 1, C)  # of the decay w,
-        self.x_k = parameter(1, 1, C)  # of k,
-        self.x_v = parameter(1, 1, C)  # of v,
-        self.x_a = parameter(1, 1, C)  # of the in-context learning rate a
-        self.x_g = parameter(1, 1, C)  # and of the gate g
-        self.k_k = parameter(1, 1, C)  # kappa = normalised k * k_k
-        self.k_a = parameter(1, 1, C)  # how much of k is multiplied by a
+        self.x_r = parameter(1, 1, C)  # token shift of r: its input is z_t + (z_{t-1} - z_t) x_r
+        self.x_w = parameter(1, 1, C)  # token shift of the decay w
+        self.x_k = parameter(1, 1, C)  # token shift of k
+        self.x_v = parameter(1, 1, C)  # token shift of v
+        self.x_a = parameter(1, 1, C)  # token shift of the in-context learning rate a
+        self.x_g = parameter(1, 1, C)  # token shift of the gate g
+        self.k_k = parameter(1, 1, C)  # kappa = normalise(k k_k), in every head
+        self.k_a = parameter(1, 1, C)  # k <- k (1 + (a - 1) k_a)
         self.w0 = parameter(1, 1, C)  # w = w0 + tanh(x_w w1) w2
         self.a0 = parameter(1, 1, C)  # a = sigmoid(a0 + x_a a1 a2)
-        self.r_k = parameter(H, N)  # the current token's own share in the readout
+        self.r_k = parameter(H, N)  # readout: the current token adds (r . k r_k) v
         self.w1 = parameter(C, rank["w"])  # (C, Rw)
         self.w2 = parameter(rank["w"], C)  # (Rw, C)
         self.a1 = parameter(C, rank["a"])  # (C, Ra)
@@ -112,7 +114,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, ...]:
         """r, decay w, k, v, learning rate a, gate g, all (B, T, C); w and a are raw, before their sigmoid."""
         p = Cast(self, z.dtype)
-        # token shift: the input of c is z_t + (z_{t-1} - z_t) x_c
+        # token shift, then a linear or a low-rank map of each
         mixes = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         x_r, x_w, x_k, x_v, x_a, x_g = shift_mix(z, last, reset, mixes, self.native)
         v = self.value(x_v)
@@ -140,10 +142,10 @@ class TimeMix(nn.Module):
             # the three steps below in one native function, which keeps less for the backward
             y, state = mix7(activations, vectors, self.ln_x.eps, state, reset, initial_state)
         else:
-            # delta inputs: kappa = normalised k * k_k
-            # alpha = -kappa,  beta = kappa a,  k <- k (1 + (a - 1) k_a)
+            # delta inputs, a after its sigmoid: kappa = normalise(k k_k), alpha = -kappa, beta = kappa a,
+            # k <- k (1 + (a - 1) k_a)
             k, alpha, beta = delta_inputs(k, a, self.k_k, self.k_a, self.heads, self.native)
-            # S <- S diag(decay) + (S alpha) beta^T + v k^T,  y = S r
+            # WKV: S <- S diag(delta) + (S alpha) beta^T + v k^T,  y = S r,  delta the decay of w
             heads = split_heads(self.heads, r, w, k, v, alpha, beta)
             y, state = wkv7(*heads, state, reset, self.kernel, initial_state)
             # readout: (ln_x(y) + (r . k r_k) v) g
