@@ -1,35 +1,25 @@
-"""What every benchmark needs: the machine, the last line, and memory above the start."""
+"""What every benchmark needs: flags, contenders that take turns, memory above the start, the last line."""
 
+import argparse
 import ctypes
 import json
 import os
 import platform
 import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 
 import torch
 
 from rwkv_miss import write_checkpoint
 from src.model import RWKV, default_arch
 
-# what decides which kernels run: x86's names in /proc/cpuinfo, then ARM's (asimd is NEON)
-INSTRUCTIONS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "avx_vnni",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "asimddp",
-    "bf16",
-    "i8mm",
-    "sve",
-    "sve2",
-)
+# what decides which kernels run, as /proc/cpuinfo names it (asimd is NEON)
+X86 = "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_bf16 amx_int8"
+ARM = "asimd asimddp bf16 i8mm sve sve2"
+INSTRUCTIONS = f"{X86} {ARM}".split()
 
 
 def cpu(path: str = "/proc/cpuinfo") -> dict[str, object]:
@@ -79,6 +69,68 @@ def report(benchmark: str, **figures) -> None:
     """The last lines of a benchmark's output: the machine for people, and JSON with all of it."""
     print(f"measured on {machine_line()}")
     print(json.dumps({"benchmark": benchmark, **figures, **environment()}))
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with the first paragraph of the benchmark's docstring."""
+    return argparse.ArgumentParser(description=doc.partition("\n\n")[0], allow_abbrev=False)
+
+
+def add_integers(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """A flag for each number, with its default."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+
+
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    names = ["float32", "bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", default=names, choices=names)
+
+
+def settings_without(args: argparse.Namespace, *names: str) -> dict[str, object]:
+    """The flags' values for the JSON line, but for those of these names."""
+    return {name: value for name, value in vars(args).items() if name not in names}
+
+
+def as_flags(**values: object) -> list[str]:
+    """Flags of a command line: as_flags(micro_bsz=2) is ["--micro_bsz", "2"]."""
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def same_flags(args: argparse.Namespace, *names: str) -> list[str]:
+    """The flags of these names with the values that this process has."""
+    return as_flags(**{name: getattr(args, name) for name in names})
+
+
+def json_of_process(module: str, *flags: str) -> object:
+    """What a module prints in a process of its own, whose memory nothing has touched."""
+    command = [sys.executable, "-m", module, *flags]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def clock_name(threads: int) -> str:
+    """Which time timed() measures."""
+    return "CPU time" if threads == 1 else "wall time"
+
+
+def timed(work: Callable[[], object], threads: int | None = None) -> float:
+    """Seconds of work(): CPU time of one thread, wall time of several. The number is torch's by default."""
+    one_thread = (threads or torch.get_num_threads()) == 1
+    clock = time.process_time if one_thread else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
+def fastest_by_turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest round of each. They take turns, so that a slow minute of the machine slows all.
+    There is a round more, because the first one warms up.
+    """
+    seconds = dict.fromkeys(works, float("inf"))
+    for _ in range(rounds + 1):
+        for name, work in works.items():
+            seconds[name] = min(seconds[name], timed(work))
+    return seconds
 
 
 def write_random_base(path, version: int, n_layer: int, n_embd: int, tokenizer: str = "bytes") -> int:

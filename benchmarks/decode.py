@@ -22,12 +22,12 @@ FOLDER holds llama.cpp's libraries, which `python -m benchmarks.llama` fetches t
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import os
 import pathlib
 import tempfile
-import time
 
 import torch
 
@@ -42,7 +42,7 @@ from src.model import RWKV, default_arch
 from src.ops import build
 
 from . import llama
-from .common import report
+from .common import add_integers, argument_parser, report, timed
 
 TOKENS = 10  # of a round
 
@@ -57,8 +57,10 @@ def write_base(path, version: int, layers: int, width: int) -> None:
             p = noise
         elif p.squeeze().dim() < 2:
             p = p + 0.05 * noise
+        elif name.endswith(".weight"):
+            p = noise / p.shape[-1] ** 0.5
         else:
-            p = noise / p.shape[-1] ** 0.5 if name.endswith(".weight") else p + 0.1 * noise
+            p = p + 0.1 * noise
         tensors[name] = p.bfloat16()
     write_checkpoint(path, tensors.items())
 
@@ -67,15 +69,11 @@ class Ours:
     def __init__(self, path, dtype: torch.dtype, int8: bool = False):
         self.model = RWKV.load(path, dtype, kernel=ops.choose("cpu", "cpu")[0]).eval()
         self.int8, self.decoders = int8, {}
-        sizes = {
-            name: (p.numel(), p.element_size())
-            for name, p in self.model.named_parameters()
-            if name != "emb.weight"
-        }
-        self.bytes = sum(
-            count * (1 if int8 and name.endswith(".weight") and count > 1e5 else size)
-            for name, (count, size) in sizes.items()
-        )
+        self.bytes = 0
+        for name, p in self.model.named_parameters():
+            quantised = int8 and name.endswith(".weight") and p.numel() > 1e5
+            if name != "emb.weight":
+                self.bytes += p.numel() if quantised else p.nbytes
 
     def start(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -150,13 +148,6 @@ def native() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def seconds(work, threads: int) -> float:
-    clock = time.process_time if threads == 1 else time.perf_counter
-    start = clock()
-    work()
-    return clock() - start
-
-
 def one_by_one(contender, ids: list[int]) -> list[torch.Tensor]:
     """Logits after every token."""
     contender.start(1)
@@ -187,14 +178,13 @@ def divergences(contender, exact: list[torch.Tensor], ids: list[int]) -> dict[st
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+def arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
     parser.add_argument("--version", type=int, default=7, choices=(6, 7))
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
+    add_integers(parser, layers=12, width=768)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
-    parser.add_argument("--rounds", type=int, default=8)
+    add_integers(parser, rounds=8)
     parser.add_argument(
         "--miss", type=int, help="rank of a MiSS adapter, which is measured beside the base and merged"
     )
@@ -204,41 +194,134 @@ def main() -> None:
         type=pathlib.Path,
         help="folder of llama.cpp's libraries [%(default)s]",
     )
-    args = parser.parse_args()
-    library = native()
-    buffer = torch.ones(300_000_000 // 4)
+    return parser.parse_args()
 
+
+def make_contenders(path: pathlib.Path, args) -> dict:
+    """All that can run here, on the same weights; what is absent is said."""
+    contenders = {
+        "ours fp32": Ours(path, torch.float32),
+        "ours bf16": Ours(path, torch.bfloat16),
+        "ours int8": Ours(path, torch.bfloat16, True),
+    }
+    if args.miss:
+        adapter = str(path.with_name("adapter.pth"))
+        write_adapter(adapter, path, args.miss)
+        contenders["bf16 + miss"] = Adapted(path, adapter, merged=False)
+        contenders["merged fp32"] = Adapted(path, adapter, merged=True)
+    if importlib.util.find_spec("rwkv"):
+        for kind in ("fp32", "bf16"):
+            contenders[f"rwkv {kind}"] = Package(path, f"cpu {kind}", args.version)
+    else:
+        print("the package rwkv is absent: not measured")
+    if args.llama.exists():
+        llama_cpp = llama.load_library(args.llama)
+        for kind in ("F32", "BF16", "Q8_0"):
+            file = str(path.with_name(f"{kind}.gguf"))
+            export(path, file, "gguf", kind, tokenizer="none")
+            contenders[f"llama {kind}"] = llama.Llama(llama_cpp, file)
+    else:
+        print(f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it")
+    return contenders
+
+
+def all_divergences(contenders: dict, ids: list[int]) -> dict[str, dict[str, float]]:
+    """Of every contender, from the fp32 form of the weights that it has."""
+    exact, found = {}, {}
+    for name, contender in contenders.items():
+        reference = "merged fp32" if isinstance(contender, Adapted) else "ours fp32"
+        if reference not in exact:
+            exact[reference] = one_by_one(contenders[reference], ids)
+        found[name] = divergences(contender, exact[reference], ids)
+    return found
+
+
+class Memory:
+    """Reading a large buffer, as a bound for the decoders: they read every weight for every token."""
+
+    def __init__(self):
+        self.buffer = torch.ones(300_000_000 // 4)
+        self.library = native()
+
+    def read_seconds(self, threads: int) -> float:
+        pointer, size = ctypes.c_void_p(self.buffer.data_ptr()), ctypes.c_int64(self.buffer.nbytes)
+        return timed(lambda: self.library.read_bytes(pointer, size, ctypes.c_int64(threads)), threads)
+
+
+def feed_each(contender, tokens: list[int]) -> None:
+    for token in tokens:
+        contender.feed([token])
+
+
+@dataclasses.dataclass
+class Fastest:
+    """Seconds of the fastest round: reading the memory, a token and the prompt of each contender."""
+
+    read: float
+    token: dict[str, float]
+    prompt: dict[str, float]
+
+
+def fastest(contenders: dict, memory: Memory, threads: int, prompt: list[int], rounds: int) -> Fastest:
+    never = float("inf")
+    found = Fastest(never, dict.fromkeys(contenders, never), dict.fromkeys(contenders, never))
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            found.read = min(found.read, memory.read_seconds(threads))
+            contender.start(threads)
+            whole = timed(functools.partial(contender.feed, prompt), threads)
+            tokens = timed(functools.partial(feed_each, contender, prompt[:TOKENS]), threads)
+            found.prompt[name] = min(found.prompt[name], whole)
+            found.token[name] = min(found.token[name], tokens / TOKENS)
+    return found
+
+
+def share_of_bandwidth(contender, seconds: float, bandwidth: float) -> float | None:
+    """None for a contender that does not tell the bytes of its weights."""
+    size = getattr(contender, "bytes", 0)
+    return round(size / seconds / bandwidth, 3) if size else None
+
+
+def show(row: dict) -> None:
+    print(
+        f"{row['name']:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} "
+        f"{row['prompt_tokens_per_second']:9d} {row['kl']:9.1e} {row['kl_prompt']:11.1e}"
+    )
+
+
+def measure(contenders: dict, memory: Memory, args) -> list[dict]:
+    prompt = torch.randint(65536, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    divergence = all_divergences(contenders, prompt[:128])
+    rows = []
+    for threads in args.threads:
+        found = fastest(contenders, memory, threads, prompt, args.rounds)
+        bandwidth = memory.buffer.nbytes / found.read
+        print(f"\n{threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+        print(f"{'':<12} {'tokens/s':>9} {'of bandwidth':>12} {'prompt/s':>9} {'KL':>9} {'KL, prompt':>11}")
+        for name, contender in contenders.items():
+            row = {
+                "threads": threads,
+                "name": name,
+                "tokens_per_second": round(1 / found.token[name], 1),
+                "of_bandwidth": share_of_bandwidth(contender, found.token[name], bandwidth),
+                "prompt_tokens_per_second": round(args.prompt / found.prompt[name]),
+                **divergence[name],
+                "read_gb_per_second": round(bandwidth / 1e9, 1),
+            }
+            rows.append(row)
+            show(row)
+    return rows
+
+
+def main() -> None:
+    args = arguments()
+    memory = Memory()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = pathlib.Path(folder, "base.pth")
         write_base(path, args.version, args.layers, args.width)
-        contenders = {
-            "ours fp32": Ours(path, torch.float32),
-            "ours bf16": Ours(path, torch.bfloat16),
-            "ours int8": Ours(path, torch.bfloat16, True),
-        }
+        contenders = make_contenders(path, args)
         vocabulary = contenders["ours fp32"].model.arch.vocab_size
-        if args.miss:
-            write_adapter(f"{folder}/adapter.pth", path, args.miss)
-            contenders |= {
-                name: Adapted(path, f"{folder}/adapter.pth", merged)
-                for name, merged in (("bf16 + miss", False), ("merged fp32", True))
-            }
-        if importlib.util.find_spec("rwkv"):
-            contenders |= {
-                f"rwkv {kind}": Package(path, f"cpu {kind}", args.version) for kind in ("fp32", "bf16")
-            }
-        else:
-            print("the package rwkv is absent: not measured")
-        if args.llama.exists():
-            llama_cpp = llama.load_library(args.llama)
-            for kind in ("F32", "BF16", "Q8_0"):
-                export(path, f"{folder}/{kind}.gguf", "gguf", kind, tokenizer="none")
-                contenders[f"llama {kind}"] = llama.Llama(llama_cpp, f"{folder}/{kind}.gguf")
-        else:
-            print(
-                f"llama.cpp is not measured: {args.llama} is not there; python -m benchmarks.llama fetches it"
-            )
-        rows = measure(contenders, buffer, library, args)
+        rows = measure(contenders, memory, args)
     report(
         "decode",
         rows=rows,
@@ -247,67 +330,6 @@ def main() -> None:
         prompt=args.prompt,
         rounds=args.rounds,
     )
-
-
-def measure(contenders: dict, buffer: torch.Tensor, library: ctypes.CDLL, args) -> list[dict]:
-    prompt = torch.randint(65536, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    ids = prompt[:128]
-    exact, divergence = {}, {}
-    for name, contender in contenders.items():
-        reference = "merged fp32" if isinstance(contender, Adapted) else "ours fp32"
-        if reference not in exact:
-            exact[reference] = one_by_one(contenders[reference], ids)
-        divergence[name] = divergences(contender, exact[reference], ids)
-    rows = []
-    for threads in args.threads:
-        read, decode, prefill = (
-            [float("inf")],
-            dict.fromkeys(contenders, float("inf")),
-            dict.fromkeys(contenders, float("inf")),
-        )
-
-        def read_once(threads=threads, read=read) -> None:
-            pointer, size = ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.nbytes)
-            work = functools.partial(library.read_bytes, pointer, size, ctypes.c_int64(threads))
-            read[0] = min(read[0], seconds(work, threads))
-
-        for _ in range(args.rounds):
-            for name, contender in contenders.items():
-                read_once()
-                contender.start(threads)
-                prefill[name] = min(
-                    prefill[name], seconds(lambda contender=contender: contender.feed(prompt), threads)
-                )
-
-                def tokens(contender=contender) -> None:
-                    for token in prompt[:TOKENS]:
-                        contender.feed([token])
-
-                decode[name] = min(decode[name], seconds(tokens, threads) / TOKENS)
-        bandwidth = buffer.nbytes / read[0]
-        print(f"\n{threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
-        print(f"{'':<12} {'tokens/s':>9} {'of bandwidth':>12} {'prompt/s':>9} {'KL':>9} {'KL, prompt':>11}")
-        for name in contenders:
-            share = (
-                contenders[name].bytes / decode[name] / bandwidth
-                if getattr(contenders[name], "bytes", 0)
-                else None
-            )
-            row = {
-                "threads": threads,
-                "name": name,
-                "tokens_per_second": round(1 / decode[name], 1),
-                "of_bandwidth": share and round(share, 3),
-                "prompt_tokens_per_second": round(args.prompt / prefill[name]),
-                **divergence[name],
-                "read_gb_per_second": round(bandwidth / 1e9, 1),
-            }
-            rows.append(row)
-            print(
-                f"{name:<12} {row['tokens_per_second']:9.1f} {row['of_bandwidth'] or '':>12} "
-                f"{row['prompt_tokens_per_second']:9d} {row['kl']:9.1e} {row['kl_prompt']:11.1e}"
-            )
-    return rows
 
 
 if __name__ == "__main__":

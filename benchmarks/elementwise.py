@@ -7,15 +7,13 @@ counts. The bytes are those that the activations and gradients of a function hav
 the copy reads and writes one activation. relu_squared has four times the width. The last line is JSON.
 """
 
-import argparse
 import functools
-import time
 
 import torch
 
 from src.ops import elementwise
 
-from .common import keep_pages, report
+from .common import add_dtypes, add_integers, argument_parser, fastest_by_turns, keep_pages, report
 
 HEAD, RANK = 64, 32  # channels of a head, rank of RWKV-6's mixes
 
@@ -72,38 +70,33 @@ def cases(shape: tuple[int, int, int], dtype: torch.dtype) -> dict:
     }
 
 
-def seconds(run, activations, gradients) -> float:
-    """CPU time of one forward and backward."""
-    start = time.process_time()
-    out = run()
-    torch.autograd.grad(out, activations, gradients)
-    return time.process_time() - start
+def forward_and_backward(run, activations, gradients) -> None:
+    torch.autograd.grad(run(), activations, gradients)
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> list[dict]:
     rows, activation = [], torch.randn(shape).to(dtype)
     copy = torch.empty_like(activation)
     for name, (function, inputs, moved) in cases(shape, dtype).items():
-        forms = {native: functools.partial(function, *inputs, native) for native in (True, False)}
-        out = forms[True]()
+        native, plain = (functools.partial(function, *inputs, native) for native in (True, False))
+        out = native()
         gradients = [torch.randn_like(y) for y in (out if isinstance(out, (list, tuple)) else [out])]
-        best = dict.fromkeys([True, False, "copy"], float("inf"))
-        for _ in range(rounds + 1):
-            for native, run in forms.items():
-                best[native] = min(best[native], seconds(run, inputs, gradients))
-            start = time.process_time()
-            copy.copy_(activation)
-            best["copy"] = min(best["copy"], time.process_time() - start)
+        works = {
+            "native": functools.partial(forward_and_backward, native, inputs, gradients),
+            "plain": functools.partial(forward_and_backward, plain, inputs, gradients),
+            "copy": lambda: copy.copy_(activation),
+        }
+        best = fastest_by_turns(works, rounds)
         size = activation.nbytes
         rows.append(
             {
                 "function": name,
                 "shape": shape,
                 "dtype": str(dtype).removeprefix("torch."),
-                "native_ms": round(1e3 * best[True], 3),
-                "plain_ms": round(1e3 * best[False], 3),
-                "times_faster": round(best[False] / best[True], 2),
-                "gb_per_s": round(moved * size / best[True] / 1e9, 1),
+                "native_ms": round(1e3 * best["native"], 3),
+                "plain_ms": round(1e3 * best["plain"], 3),
+                "times_faster": round(best["plain"] / best["native"], 2),
+                "gb_per_s": round(moved * size / best["native"] / 1e9, 1),
                 "copy_gb_per_s": round(2 * size / best["copy"] / 1e9, 1),
             }
         )
@@ -111,23 +104,19 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["1,512,768", "1,512,2048"], help="B,T,C")
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
-    )
-    parser.add_argument("--rounds", type=int, default=30)
+    add_dtypes(parser)
+    add_integers(parser, rounds=30)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kept, rows = keep_pages(), []
+    note = "" if keep_pages() else "; memory is not kept between rounds"
+    rows = []
     for text in args.shapes:
         for dtype in args.dtypes:
             shape = tuple(map(int, text.split(",")))
-            print(
-                f"{shape} {dtype}: forward and backward"
-                + ("" if kept else "; memory is not kept between rounds")
-            )
+            print(f"{shape} {dtype}: forward and backward{note}")
             for row in measure(shape, getattr(torch, dtype), args.rounds):
                 print(
                     f"  {row['function']:<20} {row['native_ms']:8.3f} ms   plain {row['plain_ms']:8.3f} ms"

@@ -9,7 +9,6 @@ GB of its own. Seconds are CPU time, the fastest of the rounds, in which the for
 highest RssAnon above the start. The last line is JSON.
 """
 
-import argparse
 import os
 import pathlib
 import shutil
@@ -18,7 +17,7 @@ import time
 
 from src.export import export
 
-from .common import peak_above_start, release_freed, report, write_random_base
+from .common import add_integers, argument_parser, peak_above_start, release_freed, report, write_random_base
 
 FORMS = [("gguf", kind) for kind in ("F32", "BF16", "Q8_0", "Q4_0")] + [("hf", ""), ("safetensors", "")]
 
@@ -37,57 +36,62 @@ def measured(work) -> tuple[float, int]:
     return time.process_time() - started, peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--version", type=int, default=7, choices=(6, 7))
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    rows: dict[str, dict[str, float]] = {}
+class Figures:
+    """What was measured, by name: the fastest round, the highest peak."""
 
-    def note(name: str, seconds: float, peak: int, size: int) -> None:
-        before = rows.get(name, {"seconds": seconds, "peak_mb": 0.0})
-        rows[name] = {
+    def __init__(self):
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def note(self, name: str, seconds: float, peak: int, size: int) -> None:
+        before = self.rows.get(name, {"seconds": seconds, "peak_mb": 0.0})
+        self.rows[name] = {
             "seconds": round(min(seconds, before["seconds"]), 2),
             "peak_mb": round(max(peak / 1e6, before["peak_mb"]), 1),
             "bytes": size,
         }
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        base, back = folder / "base.pth", folder / "back.pth"
+
+def size_of(out: pathlib.Path) -> int:
+    """Bytes of a file, or of a folder's files."""
+    return sum(path.stat().st_size for path in out.iterdir()) if out.is_dir() else out.stat().st_size
+
+
+def there_and_back(figures: Figures, base: pathlib.Path, to: str, kind: str) -> None:
+    """Export the base, and read it back where the form keeps every bit."""
+    out, back = base.with_name(f"out-{to}"), base.with_name("back.pth")
+    remove(out)
+    language = {"tokenizer": "none"} if to != "safetensors" else {}
+    there = measured(lambda: export(base, out, to, kind, **language))
+    figures.note(f"to {to} {kind}", *there, size_of(out))
+    if kind.startswith("Q"):
+        return
+    remove(back)  # an export does not replace a model
+    read = measured(lambda: export(out, back, "pth"))
+    figures.note(f"from {to} {kind}", *read, os.path.getsize(back))
+    if back.read_bytes() != base.read_bytes():
+        raise RuntimeError(f"from {to} {kind} came another file")
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--version", type=int, default=7, choices=(6, 7))
+    add_integers(parser, layers=12, width=768, rounds=3)
+    args = parser.parse_args()
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        base, copy = pathlib.Path(folder, "base.pth"), pathlib.Path(folder, "back.pth")
         parameters = write_random_base(base, args.version, args.layers, args.width)
         for _ in range(args.rounds):
-            note("plain copy", *measured(lambda: shutil.copyfile(base, back)), os.path.getsize(base))
+            figures.note("plain copy", *measured(lambda: shutil.copyfile(base, copy)), os.path.getsize(base))
             for to, kind in FORMS:
-                if (to, args.version) == ("hf", 6):
-                    continue
-                out = folder / f"out-{to}"
-                remove(out)
-                language = {"tokenizer": "none"} if to != "safetensors" else {}
-                there = measured(
-                    lambda to=to, kind=kind, out=out, language=language: export(
-                        base, out, to, kind, **language
-                    )
-                )
-                size = sum(p.stat().st_size for p in out.iterdir()) if out.is_dir() else out.stat().st_size
-                note(f"to {to} {kind}", *there, size)
-                if not kind.startswith("Q"):
-                    remove(back)  # an export does not replace a model
-                    note(
-                        f"from {to} {kind}",
-                        *measured(lambda out=out: export(out, back, "pth")),
-                        os.path.getsize(back),
-                    )
-                    if back.read_bytes() != base.read_bytes():
-                        raise RuntimeError(f"from {to} {kind} came another file")
+                if (to, args.version) != ("hf", 6):
+                    there_and_back(figures, base, to, kind)
     print(f"{'':<20} {'bytes':>14} {'CPU s':>7} {'peak MB':>8}")
-    for name, row in rows.items():
+    for name, row in figures.rows.items():
         print(f"{name:<20} {row['bytes']:>14,} {row['seconds']:7.2f} {row['peak_mb']:8.1f}")
     report(
         "export",
-        rows=rows,
+        rows=figures.rows,
         version=args.version,
         parameters=parameters,
         shapes={"layers": args.layers, "width": args.width, "vocabulary": 65536},

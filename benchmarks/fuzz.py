@@ -10,7 +10,6 @@ half with stop. Rows that are read must have one of the forms of src/formats, an
 is JSON. An input that fails is kept, and its number and seed are printed.
 """
 
-import argparse
 import collections
 import contextlib
 import gzip
@@ -30,7 +29,7 @@ from src.data.encode import Encoder
 from src.data.formats import Report, binidx, read_records
 from src.data.tokenizer import load_tokenizer
 
-from .common import report
+from .common import add_integers, argument_parser, report
 
 SECONDS = (
     10  # for one input, on a machine that is busy with other things; the slowest takes some milliseconds
@@ -116,7 +115,8 @@ def sound_files(folder: str) -> dict[str, dict[str, bytes]]:
     with contextlib.suppress(ImportError):
         import pyarrow.parquet
 
-        names = dict.fromkeys(name for row in (*PAIRS, *ROWS) for name in row if name != "history")
+        names = dict.fromkeys(name for row in (*PAIRS, *ROWS) for name in row)
+        del names["history"]  # a list of pairs
         rows = [{name: row.get(name) for name in names} for row in (*PAIRS, ROWS[0], ROWS[2], ROWS[5])]
         for name, compression in (("parquet", "snappy"), ("parquet, plain", "none")):
             pyarrow.parquet.write_table(
@@ -249,9 +249,9 @@ def fuzz(folder: str, seed: int, numbers: range) -> collections.Counter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--inputs", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    add_integers(parser, seed=0)
     args = parser.parse_args()
     start = time.perf_counter()
     ends = fuzz(tempfile.mkdtemp(prefix="fuzz-"), args.seed, range(args.inputs))

@@ -11,7 +11,6 @@ RssAnon over all inputs of a reader above the one at its start. The last line is
 kept, and its number and seed are printed.
 """
 
-import argparse
 import collections
 import copy
 import dataclasses
@@ -43,7 +42,7 @@ from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch, read_model_file
 
 from . import fuzz
-from .common import peak_above_start, report
+from .common import add_integers, argument_parser, peak_above_start, report
 
 Files = dict[str, bytes]
 SECONDS = 10
@@ -465,9 +464,8 @@ def fuzz_reader(name: str, folder: pathlib.Path, seed: int, numbers: range) -> c
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--inputs", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser(__doc__)
+    add_integers(parser, inputs=5000, seed=0)
     parser.add_argument("--readers", nargs="+", default=list(READERS), choices=list(READERS))
     args = parser.parse_args()
     figures = {}

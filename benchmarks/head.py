@@ -10,16 +10,23 @@ a process for each. The last line is JSON.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 
 import torch
 
 from src.model.loss import head_loss, loss_sum
 
-from .common import peak_above_start, report
-from .step import timed
+from .common import (
+    add_dtypes,
+    add_integers,
+    argument_parser,
+    clock_name,
+    fastest_by_turns,
+    json_of_process,
+    peak_above_start,
+    report,
+    same_flags,
+    settings_without,
+)
 
 FORMS = {
     "all logits": lambda x, weight, targets: loss_sum(torch.nn.functional.linear(x, weight), targets),
@@ -41,19 +48,39 @@ def make(form: str, args, dtype: str):
     return work
 
 
+def peaks_of(args, dtype: str) -> dict[str, int]:
+    """Bytes above the start of every form, each in a process of its own."""
+    sizes = same_flags(args, "tokens", "n_embd", "vocab_size", "threads")
+    flags = [*sizes, "--dtypes", dtype, "--peak"]
+    return {form: json_of_process("benchmarks.head", *flags, form) for form in FORMS}
+
+
+def measure(args, dtype: str) -> list[dict]:
+    seconds = fastest_by_turns({form: make(form, args, dtype) for form in FORMS}, args.rounds)
+    peaks = peaks_of(args, dtype)
+    return [
+        {
+            "form": form,
+            "dtype": dtype,
+            "seconds": round(seconds[form], 4),
+            "peak_MB": round(peaks[form] / 1e6),
+            "time_of_all_logits": round(seconds[form] / seconds["all logits"], 3),
+            "peak_of_all_logits": round(peaks[form] / peaks["all logits"], 3),
+        }
+        for form in FORMS
+    ]
+
+
+def show(row: dict) -> None:
+    time = f"{row['seconds']:8.3f} s {row['time_of_all_logits']:6.3f} of all logits"
+    memory = f"{row['peak_MB']:6} MB {row['peak_of_all_logits']:6.3f}"
+    print(f"{row['dtype']:<9} {row['form']:<22} {time}   {memory}", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    for name, default in (
-        ("tokens", 2048),
-        ("n_embd", 768),
-        ("vocab_size", 65536),
-        ("threads", 1),
-        ("rounds", 3),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
-    )
+    parser = argument_parser(__doc__)
+    add_integers(parser, tokens=2048, n_embd=768, vocab_size=65536, threads=1, rounds=3)
+    add_dtypes(parser)
     parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -62,45 +89,15 @@ def main() -> None:
         return
     rows = []
     for dtype in args.dtypes:
-        works = {form: make(form, args, dtype) for form in FORMS}
-        seconds = dict.fromkeys(works, float("inf"))
-        for _ in range(args.rounds + 1):
-            for form, work in works.items():
-                seconds[form] = min(seconds[form], timed(work))
-        del works
-        peaks = {}
-        for form in FORMS:
-            sizes = [
-                str(part)
-                for name in ("tokens", "n_embd", "vocab_size", "threads")
-                for part in (f"--{name}", getattr(args, name))
-            ]
-            command = [sys.executable, "-m", "benchmarks.head", *sizes, "--dtypes", dtype, "--peak", form]
-            peaks[form] = json.loads(
-                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            )
-        for form in FORMS:
-            rows.append(
-                {
-                    "form": form,
-                    "dtype": dtype,
-                    "seconds": round(seconds[form], 4),
-                    "peak_MB": round(peaks[form] / 1e6),
-                    "time_of_all_logits": round(seconds[form] / seconds["all logits"], 3),
-                    "peak_of_all_logits": round(peaks[form] / peaks["all logits"], 3),
-                }
-            )
-            row = rows[-1]
-            print(
-                f"{dtype:<9} {form:<22} {row['seconds']:8.3f} s {row['time_of_all_logits']:6.3f} of all"
-                f" logits   {row['peak_MB']:6} MB {row['peak_of_all_logits']:6.3f}",
-                flush=True,
-            )
+        found = measure(args, dtype)
+        for row in found:
+            show(row)
+        rows += found
     report(
         "head",
         rows=rows,
-        clock="CPU time" if args.threads == 1 else "wall time",
-        **{k: v for k, v in vars(args).items() if k not in ("peak", "dtypes")},
+        clock=clock_name(args.threads),
+        **settings_without(args, "peak", "dtypes"),
     )
 
 

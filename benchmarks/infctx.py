@@ -19,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 
 import torch
 
 from src.common.device import peak_memory
 from src.model.batch_loss import Chunks, batch_loss, state_bytes
 
-from .common import report
+from .common import add_integers, argument_parser, as_flags, report, same_flags, settings_without
 from .step import random_model
 
 WHOLE, CHUNKS, SPARSE = "whole", "chunks", "chunks, state_cp"
@@ -70,65 +71,57 @@ def measure(args) -> dict:
 def in_a_process(args, mode: str, tokens: int) -> tuple[dict, list[torch.Tensor]]:
     """measure() in a fresh process, whose memory nothing has touched."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as out:
-        sizes = [
-            f"--{name}={getattr(args, name)}"
-            for name in ("chunk_ctx", "version", "n_layer", "n_embd", "vocab_size", "rank")
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.infctx",
-            "--mode",
-            mode,
-            "--tokens",
-            str(tokens),
-            "--out",
-            out.name,
-            *sizes,
-        ]
+        sizes = same_flags(args, "chunk_ctx", "version", "n_layer", "n_embd", "vocab_size", "rank")
+        flags = as_flags(mode=mode, tokens=tokens, out=out.name)
+        command = [sys.executable, "-m", "benchmarks.infctx", *flags, *sizes]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         return json.loads(done.stdout), torch.load(out.name, weights_only=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+def arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536, 262144, 1048576])
     parser.add_argument("--whole", type=int, nargs="+", default=[16384, 65536])
-    for name, default in (
-        ("chunk_ctx", 1024),
-        ("version", 7),
-        ("n_layer", 2),
-        ("n_embd", 64),
-        ("vocab_size", 256),
-        ("rank", 16),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_integers(parser, chunk_ctx=1024, version=7, n_layer=2, n_embd=64, vocab_size=256, rank=16)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def show(row: dict) -> None:
+    tokens, seconds = row["tokens"], row["cpu_seconds"]
+    print(
+        f"{tokens:>9,} tokens  {row['mode']:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB  "
+        f" {seconds:7.2f} s   {tokens / seconds:9,.0f} tokens/s   loss {row['loss']:.6f}",
+        flush=True,
+    )
+
+
+def difference(got: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> float:
+    """The largest relative error (rms) of a gradient."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True))
+
+
+def main() -> None:
+    args = arguments()
     if args.mode:
         print(json.dumps(measure(args)))
         return
 
     rows, errors, times = [], {}, {}
     for tokens in sorted({*args.tokens, *args.whole}):
-        found = {}
-        for mode in (WHOLE, CHUNKS, SPARSE)[tokens not in args.whole :]:
-            row, gradients = in_a_process(args, mode, tokens)
+        gradients, seconds = {}, {}
+        modes = (WHOLE, CHUNKS, SPARSE) if tokens in args.whole else (CHUNKS, SPARSE)
+        for mode in modes:
+            row, gradients[mode] = in_a_process(args, mode, tokens)
+            seconds[mode] = row["cpu_seconds"]
             rows.append(row)
-            found[mode] = row["cpu_seconds"], gradients
-            print(
-                f"{tokens:>9,} tokens  {mode:<17} {row['chunks']:>5} chunks  peak {row['peak_mb']:9,.1f} MB  "
-                f" {row['cpu_seconds']:7.2f} s   {tokens / row['cpu_seconds']:9,.0f} tokens/s   loss"
-                f" {row['loss']:.6f}",
-                flush=True,
-            )
+            show(row)
         if tokens in args.whole:
-            (whole_seconds, whole), (seconds, ours) = found[WHOLE], found[CHUNKS]
-            errors[tokens] = max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, whole, strict=True))
-            times[tokens] = round(seconds / whole_seconds, 2)
+            errors[tokens] = difference(gradients[CHUNKS], gradients[WHOLE])
+            times[tokens] = round(seconds[CHUNKS] / seconds[WHOLE], 2)
             print(
                 f"{tokens:>9,} tokens  gradients differ by {errors[tokens]:.1e} at most, time"
                 f" {times[tokens]:.2f} of the whole row's",
@@ -145,7 +138,7 @@ def main() -> None:
         bytes_per_chunk=round(growth),
         state_bytes=long["state_bytes"],
         dtype="float32",
-        **{k: v for k, v in vars(args).items() if k not in ("tokens", "whole", "mode", "out")},
+        **settings_without(args, "tokens", "whole", "mode", "out"),
     )
 
 

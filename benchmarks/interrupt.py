@@ -10,7 +10,6 @@ terminal sends it.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import pathlib
@@ -25,7 +24,7 @@ from collections.abc import Iterable
 
 from demo import task
 
-from .common import report
+from .common import add_integers, argument_parser, report
 
 BASE = "demo/rwkv7-reverse.pth"
 PROGRAMS = {
@@ -129,12 +128,11 @@ def interrupt_all(arguments: list[str], moments: Iterable[float]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--tries", type=int, default=200)
+    parser = argument_parser(__doc__)
+    add_integers(parser, tries=200)
     parser.add_argument("--program", default="train", choices=["train", *PROGRAMS])
     parser.add_argument("--strategy", default="auto")
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    add_integers(parser, devices=1, seed=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,6 @@ and with autocast_adapter_dtype=False, in one dtype. Our adapters are fp32 and a
 products.
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +23,8 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.functional import linear
 
-from .common import report
+from .common import add_dtypes, add_integers, argument_parser, clock_name, report, timed
 from .paper.methods import systems
-from .step import timed
 
 SHAPES = [
     "2048,2048,2048,64",
@@ -62,10 +59,10 @@ def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str
     named = systems(lora, width, out)
     for name, (method, options) in named.items():
         if name in ("miss", *labels) or "all" in labels:
+            if name == "miss":
+                options = options | {"rank": rank}
             found[name] = frozen()
-            rwkv_miss.inject(
-                found[name], method, targets=["0"], **options | ({"rank": rank} if name == "miss" else {})
-            )
+            rwkv_miss.inject(found[name], method, targets=["0"], **options)
     configs = {
         "miss": peft.MissConfig(r=rank),
         "lora": peft.LoraConfig(r=lora, lora_alpha=lora),
@@ -75,7 +72,8 @@ def layers(width: int, out: int, rank: int, dtype: torch.dtype, labels: list[str
     }
     for name, settings in configs.items():
         if name in found:
-            settings.target_modules, settings.r = ["0"], named[name][1]["rank"] if name != "miss" else rank
+            settings.target_modules = ["0"]
+            settings.r = rank if name == "miss" else named[name][1]["rank"]
             found[f"peft {name}"] = peft.get_peft_model(frozen(), settings, autocast_adapter_dtype=False)
             if dtype != torch.float32:
                 found[f"peft {name}, fp32"] = peft.get_peft_model(frozen(), settings)
@@ -94,9 +92,9 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
         lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
     ):
         y = model(x)
-    rows = [
-        t for place, t in kept.items() if place not in parameters and y.requires_grad and t.shape[0] == len(x)
-    ]
+    if not y.requires_grad:
+        return 0
+    rows = [t for place, t in kept.items() if place not in parameters and t.shape[0] == len(x)]
     return sum(t.numel() * t.element_size() for t in rows)
 
 
@@ -106,10 +104,9 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
     x, dy = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, out).to(dtype)
     models = layers(width, out, rank, dtype, labels)
     if dtype == torch.float32:
-        close = (
-            models["miss"](x) - F.linear(x, models["frozen, torch"][0].weight + models["miss"][0].delta())
-        ).norm()
-        assert close < 1e-5 * models["miss"](x).norm(), float(close)
+        y, merged = models["miss"](x), models["frozen, torch"][0].weight + models["miss"][0].delta()
+        difference = (y - F.linear(x, merged)).norm()
+        assert difference < 1e-5 * y.norm(), float(difference)
     seconds = dict.fromkeys(models, float("inf"))
     for _ in range(rounds + 1):
         for name, model in models.items():
@@ -128,13 +125,11 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
         }
         for name, s in seconds.items()
     }
-    ratios = {
-        f"{other}_overhead_of_ours": round(
-            (seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base), 2
-        )
-        for other in ("peft miss", "peft lora", "peft miss, fp32", "peft lora, fp32")
-        if other in seconds
-    }
+    ratios = {}
+    for other in ("peft miss", "peft lora", "peft miss, fp32", "peft lora, fp32"):
+        if other in seconds:
+            overhead = (seconds[other] - seconds["frozen, torch"]) / (seconds["miss"] - base)
+            ratios[f"{other}_overhead_of_ours"] = round(overhead, 2)
     print(f"{shape} {dtype}")
     for name, row in rows.items():
         print(
@@ -147,26 +142,20 @@ def measure(shape: str, dtype: torch.dtype, rounds: int, labels: list[str]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
-    )
+    add_dtypes(parser)
     parser.add_argument(
         "--systems", nargs="+", default=["miss", "lora"], help=f"of {', '.join(systems(1))}; or all"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    add_integers(parser, threads=1, rounds=9)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = [
-        measure(shape, getattr(torch, dtype), args.rounds, args.systems)
-        for dtype in args.dtypes
-        for shape in args.shapes
-    ]
-    report(
-        "linear", results=results, clock="CPU time" if args.threads == 1 else "wall time", rounds=args.rounds
-    )
+    results = []
+    for dtype in args.dtypes:
+        for shape in args.shapes:
+            results.append(measure(shape, getattr(torch, dtype), args.rounds, args.systems))
+    report("linear", results=results, clock=clock_name(args.threads), rounds=args.rounds)
 
 
 if __name__ == "__main__":

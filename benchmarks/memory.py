@@ -11,7 +11,6 @@ beforehand, the libraries' share included; of two processes it is the larger one
 one. The last line is JSON.
 """
 
-import argparse
 import json
 import pathlib
 import random
@@ -24,42 +23,22 @@ from src.config import Config
 from src.model import default_arch
 from src.planning.memory import LIBRARIES, memory_parts
 
-from .common import report, write_random_base
+from .common import add_integers, argument_parser, as_flags, report, write_random_base
 
 # two steps of two micro-batches before the copies that --rollback_steps keeps, and four after: the heap is as
 # large as it gets
-COMMON = [
-    "--accelerator",
-    "cpu",
-    "--accumulate_grad_batches",
-    "2",
-    "--epoch_steps",
-    "4",
-    "--rollback_steps",
-    "2",
-]
+COMMON = as_flags(accelerator="cpu", accumulate_grad_batches=2, epoch_steps=4, rollback_steps=2)
 CONFIGURATIONS = {
-    "v7": (7, ["--precision", "fp32", "--micro_bsz", "2", "--ctx_len", "512"]),
-    "v6-bf16": (6, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "1024"]),
-    "v7-grad_cp": (7, ["--precision", "fp32", "--micro_bsz", "8", "--ctx_len", "160", "--grad_cp", "1"]),
-    "v7-grad_cp2": (7, ["--precision", "bf16", "--micro_bsz", "4", "--ctx_len", "512", "--grad_cp", "2"]),
-    "v7-nf4": (7, ["--precision", "bf16", "--micro_bsz", "1", "--ctx_len", "512", "--quant", "nf4"]),
-    "v6-lora": (6, ["--precision", "fp32", "--micro_bsz", "3", "--ctx_len", "256", "--peft", "lora"]),
+    "v7": (7, as_flags(precision="fp32", micro_bsz=2, ctx_len=512)),
+    "v6-bf16": (6, as_flags(precision="bf16", micro_bsz=1, ctx_len=1024)),
+    "v7-grad_cp": (7, as_flags(precision="fp32", micro_bsz=8, ctx_len=160, grad_cp=1)),
+    "v7-grad_cp2": (7, as_flags(precision="bf16", micro_bsz=4, ctx_len=512, grad_cp=2)),
+    "v7-nf4": (7, as_flags(precision="bf16", micro_bsz=1, ctx_len=512, quant="nf4")),
+    "v6-lora": (6, as_flags(precision="fp32", micro_bsz=3, ctx_len=256, peft="lora")),
     **{
         f"v7-zero{n}": (
             7,
-            [
-                "--precision",
-                "fp32",
-                "--micro_bsz",
-                "1",
-                "--ctx_len",
-                "512",
-                "--devices",
-                "2",
-                "--strategy",
-                f"deepspeed_stage_{n}",
-            ],
+            as_flags(precision="fp32", micro_bsz=1, ctx_len=512, devices=2, strategy=f"deepspeed_stage_{n}"),
         )
         for n in "123"
     },
@@ -95,16 +74,8 @@ def peak_resident(command: list[str]) -> int:
 
 def compare(base: pathlib.Path, data: pathlib.Path, flags: list[str], folder: pathlib.Path) -> dict:
     """Predicted and measured bytes of one run."""
-    settings = [
-        "--load_model",
-        str(base),
-        "--data_file",
-        str(data),
-        "--proj_dir",
-        str(folder / "run"),
-        *COMMON,
-        *flags,
-    ]
+    files = as_flags(load_model=base, data_file=data, proj_dir=folder / "run")
+    settings = [*files, *COMMON, *flags]
     planned = subprocess.run(
         [sys.executable, "-m", "scripts.plan", "--json", "--tokens_per_second", "1", *settings],
         capture_output=True,
@@ -145,9 +116,8 @@ def shapes() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--n_layer", type=int, default=12)
-    parser.add_argument("--n_embd", type=int, default=768)
+    parser = argument_parser(__doc__)
+    add_integers(parser, n_layer=12, n_embd=768)
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--shapes", action="store_true")
     args = parser.parse_args()

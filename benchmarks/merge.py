@@ -10,12 +10,12 @@ tensor. --n_embd 2048 is a file of 3 GB, of which three copies are on the disk a
 is written.
 """
 
-import argparse
 import os
 import pathlib
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -25,7 +25,7 @@ from rwkv_miss.inject import ADAPTER_FORMAT
 from rwkv_miss.merging.diff import diff_files
 from rwkv_miss.merging.unmerge import check_merge
 
-from .common import peak_above_start, release_freed, report
+from .common import add_integers, argument_parser, peak_above_start, release_freed, report
 
 VOCABULARY, RANK = 65536, 64
 LINEARS = {
@@ -44,11 +44,8 @@ def base_file(path: pathlib.Path, layers: int, width: int) -> int:
     """
     shapes = {"emb.weight": (VOCABULARY, width)}
     for layer in range(layers):
-        shapes |= {
-            f"blocks.{layer}.{norm}.{part}": (width,)
-            for norm in ("ln1", "ln2", "att.ln_x")
-            for part in ("weight", "bias")
-        }
+        for norm in ("ln1", "ln2", "att.ln_x"):
+            shapes |= {f"blocks.{layer}.{norm}.{part}": (width,) for part in ("weight", "bias")}
         shapes |= {f"blocks.{layer}.att.x_{name}": (1, 1, width) for name in "rwkvag"}
         shapes |= {
             f"blocks.{layer}.{name}.weight": (out * width, into * width)
@@ -100,40 +97,58 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
+def works_in(folder: str, args) -> tuple[dict[str, Callable], int, int]:
+    """(what is measured, bytes of the base, bytes of its largest tensor); the files are made here"""
+    names = ("base", "a", "b", "merged", "copy", "diff")
+    base, first, second, out, copied, found = (pathlib.Path(folder, f"{name}.pth") for name in names)
+    largest = base_file(base, args.n_layer, args.n_embd)
+    for adapter in (first, second):
+        adapter_file(adapter, base, args.n_layer)
+    works = {
+        "copy": lambda: copy(base, copied),
+        "merge": lambda: merge_file(base, first, out),
+        "merge of two": lambda: merge_file(base, [first, second], out, weights=[0.7, 0.3]),
+        "unmerge": lambda: check_merge(base, out),
+        "unmerge --adapter": lambda: check_merge(base, out, [first, second]),
+        "diff": lambda: diff_files(base, out, found, RANK),
+    }
+    return works, base.stat().st_size, largest
+
+
+def peaks_of(works: dict[str, Callable]) -> dict[str, int]:
+    """Bytes above the start of each, which is its warm-up, too."""
+    peaks = {}
+    for name, work in works.items():
+        release_freed()
+        peaks[name] = peak_above_start(work)
+    return peaks
+
+
+def fastest(works: dict[str, Callable], rounds: int) -> dict[str, tuple[float, float]]:
+    """The fewest (wall, CPU) seconds of each; those that write a file as large as the base take turns."""
+    writing = [name for name in works if name.startswith(("copy", "merge"))]
+    taken = {name: [] for name in works}
+    for _ in range(rounds):
+        for name in writing:
+            taken[name].append(times(works[name]))
+    for name in works:
+        if name not in writing:
+            taken[name].append(times(works[name]))
+    return {name: tuple(map(min, zip(*found))) for name, found in taken.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", help="where the files are made; a temporary folder by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--n_layer", type=int, default=24)
+    add_integers(parser, rounds=5, n_layer=24)
     parser.add_argument("--n_embd", type=int, default=768, help="default %(default)s, a file of 0.5 GB")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # as the command does
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        base, first, second, out, copied, found = (
-            pathlib.Path(folder, f"{name}.pth") for name in ("base", "a", "b", "merged", "copy", "diff")
-        )
-        largest = base_file(base, args.n_layer, args.n_embd)
-        for adapter in (first, second):
-            adapter_file(adapter, base, args.n_layer)
-        size = base.stat().st_size
-        works = {
-            "copy": lambda: copy(base, copied),
-            "merge": lambda: merge_file(base, first, out),
-            "merge of two": lambda: merge_file(base, [first, second], out, weights=[0.7, 0.3]),
-            "unmerge": lambda: check_merge(base, out),
-            "unmerge --adapter": lambda: check_merge(base, out, [first, second]),
-            "diff": lambda: diff_files(base, out, found, RANK),
-        }
-        peaks = {}
-        for name, work in works.items():  # the first round of each is a warm-up
-            release_freed()
-            peaks[name] = peak_above_start(work) / largest
-        timed = [name for name in works if name.startswith(("copy", "merge"))]
-        rounds = [{name: times(works[name]) for name in timed} for _ in range(args.rounds)]
-        for name in works:
-            if name not in timed:
-                rounds[0][name] = times(works[name])
+        works, size, largest = works_in(folder, args)
+        peaks = peaks_of(works)
+        seconds = fastest(works, args.rounds)
 
     print(
         f"{size / 1e9:.2f} GB bf16, RWKV-7 {args.n_layer} x {args.n_embd}, {args.n_layer * len(LINEARS)}"
@@ -141,12 +156,11 @@ def main() -> None:
     )
     print(f"{'':<18}  wall s  copy's speed   CPU s  peak / largest")
     figures = {}
-    for name in works:
-        wall, cpu = (min(row[name][i] for row in rounds if name in row) for i in (0, 1))
-        speed = min(row["copy"][0] for row in rounds) / wall
-        measured = {"wall_s": wall, "of_copys_speed": speed, "cpu_s": cpu, "peak_over_largest": peaks[name]}
+    for name, (wall, cpu) in seconds.items():
+        speed, peak = seconds["copy"][0] / wall, peaks[name] / largest
+        measured = {"wall_s": wall, "of_copys_speed": speed, "cpu_s": cpu, "peak_over_largest": peak}
         figures[name] = {figure: round(value, 3) for figure, value in measured.items()}
-        print(f"{name:<18}  {wall:6.2f}  {speed:12.2f}  {cpu:6.2f}  {peaks[name]:14.2f}")
+        print(f"{name:<18}  {wall:6.2f}  {speed:12.2f}  {cpu:6.2f}  {peak:14.2f}")
     report(
         "merge",
         works=figures,

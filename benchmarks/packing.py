@@ -11,20 +11,22 @@ and to ctx_len with the head on every position, as trainers have it that mask th
 line is JSON.
 """
 
-import argparse
 import time
+from collections.abc import Iterator
 
 import torch
 
 from src.config import Config
-from src.data.batches import Batches, make_schedule
+from src.data.batches import Batches, Schedule, make_schedule
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
-from .common import report
+from .common import add_integers, argument_parser, report, settings_without
 from .step import random_model
+
+FORMS = ("packed", "padded to the longest", "padded to ctx_len", "padded to ctx_len, head on all")
 
 
 def to_ctx_len(batch: dict, ctx_len: int) -> dict:
@@ -47,61 +49,64 @@ def train_step(model, optimizer, batch, every_position: bool) -> tuple[int, floa
     return batch["step_targets"], time.perf_counter() - start
 
 
+def share_filled(form: str, schedule: Schedule, ctx_len: int) -> float:
+    """Tokens of the documents over positions of the rows."""
+    room = 0
+    for step in range(schedule.steps_per_pass):
+        rows = schedule.step_rows(step)
+        width = max(schedule.lengths[row] for row in rows) if "longest" in form else ctx_len
+        room += len(rows) * width
+    return sum(schedule.lengths) / room
+
+
+def trained_tokens_per_second(model, batches: dict[str, Iterator[dict]], args) -> dict[str, float]:
+    """Of every form, which take turns; the first step of each is the warm-up."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
+    tokens, seconds = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0.0)
+    for step in range(args.steps + 1):
+        for form, source in batches.items():
+            batch = next(source)
+            if "ctx_len" in form:
+                batch = to_ctx_len(batch, args.ctx_len)
+            trained, spent = train_step(model, optimizer, batch, "head on all" in form)
+            if step:
+                tokens[form] += trained
+                seconds[form] += spent
+    return {form: tokens[form] / seconds[form] for form in batches}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("data")
-    for name, default in (("ctx_len", 512), ("micro_bsz", 2), ("steps", 4), ("n_layer", 12), ("n_embd", 768)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_integers(parser, ctx_len=512, micro_bsz=2, steps=4, n_layer=12, n_embd=768)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = random_model(7, args.n_layer, args.n_embd, 65536, 64)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 0.0))
 
     start = time.perf_counter()
     documents = load_documents(args.data, load_tokenizer("world", 65536), args.ctx_len)
     tokenise_seconds = time.perf_counter() - start
     batches, fill = {}, {}
-    for title in ("packed", "padded to the longest", "padded to ctx_len", "padded to ctx_len, head on all"):
-        schedule = make_schedule(
-            documents, Config(packing=title == "packed", ctx_len=args.ctx_len, micro_bsz=args.micro_bsz), 1
-        )
-        batches[title] = iter(Batches(documents, schedule, args.steps + 1, 0))
-        steps = range(schedule.steps_per_pass)
-        widths = (
-            {step: max(schedule.lengths[row] for row in schedule.step_rows(step)) for step in steps}
-            if "longest" in title
-            else {}
-        )
-        room = sum(len(schedule.step_rows(step)) * widths.get(step, args.ctx_len) for step in steps)
-        fill[title] = sum(schedule.lengths) / room
+    for form in FORMS:
+        config = Config(packing=form == "packed", ctx_len=args.ctx_len, micro_bsz=args.micro_bsz)
+        schedule = make_schedule(documents, config, 1)
+        batches[form] = iter(Batches(documents, schedule, args.steps + 1, 0))
+        fill[form] = share_filled(form, schedule, args.ctx_len)
 
-    tokens, seconds = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0.0)
-    for step in range(args.steps + 1):
-        for title, source in batches.items():
-            batch = next(source)
-            trained, spent = train_step(
-                model,
-                optimizer,
-                to_ctx_len(batch, args.ctx_len) if "ctx_len" in title else batch,
-                "head on all" in title,
-            )
-            if step:  # the first is the warm-up
-                tokens[title] += trained
-                seconds[title] += spent
-    rate = {title: tokens[title] / seconds[title] for title in batches}
-    for title in batches:
-        times = rate["packed"] / rate[title]
+    rate = trained_tokens_per_second(model, batches, args)
+    for form in FORMS:
+        times = rate["packed"] / rate[form]
         print(
-            f"{title:<30} {fill[title]:6.1%} full   {rate[title]:8.1f} trained tokens/s   packed is"
+            f"{form:<30} {fill[form]:6.1%} full   {rate[form]:8.1f} trained tokens/s   packed is"
             f" {times:.2f} times as fast"
         )
     report(
         "packing",
-        fill={k: round(v, 4) for k, v in fill.items()},
-        trained_tokens_per_s={k: round(v, 1) for k, v in rate.items()},
+        fill={form: round(share, 4) for form, share in fill.items()},
+        trained_tokens_per_s={form: round(speed, 1) for form, speed in rate.items()},
         tokenise_seconds=round(tokenise_seconds, 2),
         documents=len(documents),
-        **{k: v for k, v in vars(args).items() if k != "data"},
+        **settings_without(args, "data"),
     )
 
 

@@ -15,7 +15,6 @@ taking turns, the fastest of the rounds; what a whole run takes is in benchmarks
 JSON.
 """
 
-import argparse
 import contextlib
 import pathlib
 import random
@@ -37,7 +36,7 @@ from src.ops import native
 from src.planning.base_model import build_model
 from src.planning.step import chunks_of
 
-from .common import report, write_random_base
+from .common import add_integers, argument_parser, report, settings_without, write_random_base
 
 ROOT = pathlib.Path(__file__).parent.parent
 KINDS = ("none", *CODES)
@@ -243,30 +242,20 @@ def cost(base, args, precision: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", type=pathlib.Path)
-    for name, default in (
-        ("steps", 200),
-        ("seeds", 3),
-        ("n_layer", 12),
-        ("n_embd", 768),
-        ("ctx_len", 512),
-        ("threads", 1),
-        ("rounds", 5),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_integers(parser, steps=200, seeds=3, n_layer=12, n_embd=768, ctx_len=512, threads=1, rounds=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    learned = (
-        [result for name, chosen in tasks(args.data).items() for result in compare(name, chosen, args)]
-        if args.steps
-        else []
-    )
+    learned = []
+    if args.steps:
+        for name, chosen in tasks(args.data).items():
+            learned += compare(name, chosen, args)
     with tempfile.TemporaryDirectory() as folder:
         base = pathlib.Path(folder, "base.pth")
         write_random_base(base, 7, args.n_layer, args.n_embd)
         costs = [figure for precision in ("fp32", "bf16") for figure in cost(base, args, precision)]
-    report("quant", learned=learned, costs=costs, **{k: v for k, v in vars(args).items() if k != "data"})
+    report("quant", learned=learned, costs=costs, **settings_without(args, "data"))
 
 
 if __name__ == "__main__":

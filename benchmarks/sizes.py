@@ -10,7 +10,6 @@ beside that of a product of two square matrices in the same run. Memory is the m
 GPU, or the process' peak. A model that does not fit is said so. The last line is JSON.
 """
 
-import argparse
 import time
 
 import torch
@@ -23,7 +22,7 @@ from src.model import RWKV, default_arch
 from src.model.rwkv import replace_tensors
 from src.training.optimizer import parameter_groups
 
-from .common import report
+from .common import add_integers, argument_parser, report
 from .step import flops
 
 SIZES = {name: (7, *sizes) for name, sizes in MODELS.items() if name != "13.3B"} | {"v6-3B": (6, 32, 2560)}
@@ -92,13 +91,13 @@ def measure(name: str, ctx_len: int, args, rate: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=SQUARE)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--ctx_len", nargs="+", type=int, default=[512, 4096])
     parser.add_argument("--precision", default="bf16", choices=PRECISIONS)
     parser.add_argument("--grad_cp", type=int, default=0, choices=(0, 1, 2))
-    parser.add_argument("--rounds", type=int, default=5)
+    add_integers(parser, rounds=5)
     args = parser.parse_args()
     rate, rows = product_rate(args.device, PRECISIONS[args.precision]), []
     for name in args.models:

@@ -6,7 +6,6 @@ step.
 python -m benchmarks.startup [--rounds 7]
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-from .common import report
+from .common import add_integers, argument_parser, as_flags, report
 
 IMPORT = """
 import time
@@ -25,38 +24,32 @@ print(1000 * (time.perf_counter() - start))
 """
 
 
+def import_milliseconds() -> float:
+    done = subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
 def first_step_seconds(strategy: str) -> float:
     """From the start of the process to the end of the first step, on the demo's base."""
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder, "data.jsonl")
         data.write_text('{"text": "sort cab"}\n')
-        flags = [
-            "--load_model",
-            "demo/rwkv7-reverse.pth",
-            "--data_file",
-            str(data),
-            "--proj_dir",
-            f"{folder}/run",
-            "--peft_config",
-            "r=8",
-        ]
-        subprocess.run(
-            [sys.executable, "train.py", *flags, "--strategy", strategy], check=True, capture_output=True
+        flags = as_flags(
+            load_model="demo/rwkv7-reverse.pth",
+            data_file=data,
+            proj_dir=f"{folder}/run",
+            peft_config="r=8",
+            strategy=strategy,
         )
+        subprocess.run([sys.executable, "train.py", *flags], check=True, capture_output=True)
         return json.loads(pathlib.Path(folder, "run/run.json").read_text())["command_to_first_step_seconds"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argument_parser(__doc__)
+    add_integers(parser, rounds=7)
     rounds = parser.parse_args().rounds
-    runs = [
-        float(
-            subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True).stdout
-        )
-        for _ in range(rounds)
-    ]
-    milliseconds = statistics.median(runs)
+    milliseconds = statistics.median(import_milliseconds() for _ in range(rounds))
     print(f"import rwkv_miss after torch: {milliseconds:.0f} ms, median of {rounds} processes")
     seconds = {
         strategy: statistics.median(first_step_seconds(strategy) for _ in range(3))

@@ -11,10 +11,6 @@ two steps of each took in a process of their own. The last line is JSON.
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -27,7 +23,17 @@ from src.model import RWKV, default_arch
 from src.model.loss import loss_sum
 from src.training.optimizer import parameter_groups
 
-from .common import peak_above_start, report
+from .common import (
+    add_integers,
+    argument_parser,
+    clock_name,
+    fastest_by_turns,
+    json_of_process,
+    peak_above_start,
+    report,
+    same_flags,
+    settings_without,
+)
 from .wkv import make, ours
 from .wkv import step as wkv_step
 
@@ -88,9 +94,10 @@ def add_peft(model: RWKV, variant: str, rank: int) -> None:
     """HF peft's MiSS, or its LoRA with half of the rank, on the paper's linears, in place."""
     import peft
 
-    settings = (
-        peft.LoraConfig(r=rank // 2, lora_alpha=rank) if variant == "peft lora" else peft.MissConfig(r=rank)
-    )
+    if variant == "peft lora":
+        settings = peft.LoraConfig(r=rank // 2, lora_alpha=rank)
+    else:
+        settings = peft.MissConfig(r=rank)
     settings.target_modules = [name for name in TARGETS if name in str(model.state_dict().keys())]
     peft.get_peft_model(model, settings)
 
@@ -119,22 +126,28 @@ def training_step(
     return step
 
 
+def is_multiplied(name: str, p: torch.Tensor) -> bool:
+    """Whether a token is multiplied with this parameter of the base, as with a matrix."""
+    if p.requires_grad or p.dim() < 2 or p.shape[0] == 1:
+        return False
+    if name == "emb.weight" or name.endswith(("r_k", "time_faaaa", "time_state")):
+        return False
+    # layer 0 has no value residual
+    return not (name.startswith("blocks.0.att.v") and name[-1] in "012")
+
+
 def matrices(base: RWKV) -> list[torch.Tensor]:
     """The frozen weights that a token is multiplied with, (out, in)."""
     found = []
     for name, p in base.named_parameters():
-        # layer 0 has no value residual
-        unused = name == "emb.weight" or name.startswith("blocks.0.att.v") and name[-1] in "012"
-        if (
-            p.requires_grad
-            or p.dim() < 2
-            or p.shape[0] == 1
-            or unused
-            or name.endswith(("r_k", "time_faaaa", "time_state"))
-        ):
+        if not is_multiplied(name, p):
             continue
-        # v6's five maps are in one tensor
-        found += [p] if name.endswith("weight") else [part.t() for part in (p if p.dim() == 3 else [p])]
+        if name.endswith("weight"):
+            found.append(p)
+        elif p.dim() == 3:  # v6's five maps are in one tensor
+            found += [part.t() for part in p]
+        else:
+            found.append(p.t())
     return found
 
 
@@ -151,7 +164,8 @@ def make_gemms(base: RWKV, rank: int, tokens: int, multiply: Callable) -> Callab
     dy W, of each adapter S D, dy D^T and S^T dy. `multiply(x, W)` is x W^T.
     """
     weights, all_D = matrices(base), adapters(base, rank)
-    x = {width: torch.randn(tokens, width) for width in {n for w in weights for n in w.shape} | {rank}}
+    widths = {rank}.union(*(w.shape for w in weights))
+    x = {width: torch.randn(tokens, width) for width in widths}
 
     def gemms() -> None:
         for w in weights:
@@ -172,47 +186,16 @@ def flops(base: RWKV, rank: int, tokens: int) -> int:
     )
 
 
-def timed(work: Callable[[], None]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    work()
-    return clock() - start
-
-
 def peak(args, variant: str) -> int:
     """Bytes of the most memory above the model of two steps, in a process of its own."""
-    sizes = [
-        str(part)
-        for name in ("version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank")
-        for part in (f"--{name}", getattr(args, name))
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.step",
-        *sizes,
-        "--threads",
-        "1",
-        "--variants",
-        variant,
-        "--peak",
-    ]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    sizes = same_flags(args, "version", "n_layer", "n_embd", "vocab_size", "ctx_len", "rank")
+    return json_of_process("benchmarks.step", *sizes, "--threads", "1", "--variants", variant, "--peak")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    for name, default in (
-        ("version", 7),
-        ("n_layer", 12),
-        ("n_embd", 768),
-        ("vocab_size", 65536),
-        ("ctx_len", 512),
-        ("rank", 64),
-        ("threads", 1),
-        ("rounds", 5),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
+def arguments() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    add_integers(parser, version=7, n_layer=12, n_embd=768, vocab_size=65536, ctx_len=512, rank=64)
+    add_integers(parser, threads=1, rounds=5)
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -221,7 +204,36 @@ def main() -> None:
     )
     parser.add_argument("--memory", action="store_true", help="measure the memory of every variant, too")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def bare_parts(base: RWKV, args) -> dict[str, Callable[[], None]]:
+    """What a step is compared with: its matrix products in torch and here, and its WKV."""
+    inputs, dy = make(args.version, (1, args.ctx_len, args.n_embd), 64, torch.float32)
+    run = ours(args.version, "cpu")
+
+    def wkv_of_all_layers() -> None:
+        for _ in range(args.n_layer):
+            wkv_step(run, inputs, dy)
+
+    return {
+        "bare GEMMs, torch": make_gemms(base, args.rank, args.ctx_len, F.linear),
+        "bare GEMMs, ours": make_gemms(base, args.rank, args.ctx_len, product),
+        "WKV alone": wkv_of_all_layers,
+    }
+
+
+def show(name: str, row: dict, tokens: int) -> None:
+    print(
+        f"{name:<18} {row['seconds']:8.3f} s {tokens / row['seconds']:8.1f} tokens/s"
+        f" {row['of_bare_torch_gemms']:6.2f} of bare GEMMs {row.get('of_miss', 0):6.2f} of miss"
+        f" {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     base = random_base(args.version, args.n_layer, args.n_embd, args.vocab_size)
@@ -230,37 +242,23 @@ def main() -> None:
     if args.peak:
         print(peak_above_start(lambda: [step() for step in (*steps.values(), *steps.values())]))
         return
-    steps["bare GEMMs, torch"] = make_gemms(base, args.rank, args.ctx_len, F.linear)
-    steps["bare GEMMs, ours"] = make_gemms(base, args.rank, args.ctx_len, product)
-    inputs, dy = make(args.version, (1, args.ctx_len, args.n_embd), 64, torch.float32)
-    steps["WKV alone"] = lambda: [
-        wkv_step(ours(args.version, "cpu"), inputs, dy) for _ in range(args.n_layer)
-    ]
-
-    seconds = dict.fromkeys(steps, float("inf"))
-    for _ in range(args.rounds + 1):
-        for name, step in steps.items():
-            seconds[name] = min(seconds[name], timed(step))
-    rows = {
-        name: {"seconds": round(s, 4), "of_bare_torch_gemms": round(s / seconds["bare GEMMs, torch"], 3)}
-        for name, s in seconds.items()
-    }
-    for name, row in rows.items():
+    seconds = fastest_by_turns(steps | bare_parts(base, args), args.rounds)
+    rows = {}
+    for name, s in seconds.items():
+        row = rows[name] = {
+            "seconds": round(s, 4),
+            "of_bare_torch_gemms": round(s / seconds["bare GEMMs, torch"], 3),
+        }
         if "miss" in seconds:
-            row["of_miss"] = round(seconds[name] / seconds["miss"], 3)
+            row["of_miss"] = round(s / seconds["miss"], 3)
         if args.memory and name in VARIANTS:
             row["peak_MB"] = round(peak(args, name) / 1e6)
-        print(
-            f"{name:<18} {row['seconds']:8.3f} s {args.ctx_len / row['seconds']:8.1f} tokens/s"
-            f" {row['of_bare_torch_gemms']:6.2f} of bare GEMMs {row.get('of_miss', 0):6.2f} of miss"
-            f" {row.get('peak_MB', '')}  {VARIANTS.get(name, '')}",
-            flush=True,
-        )
+        show(name, row, args.ctx_len)
     report(
         "step",
         rows=rows,
-        clock="CPU time" if args.threads == 1 else "wall time",
-        **{k: v for k, v in vars(args).items() if k not in ("peak", "variants", "memory")},
+        clock=clock_name(args.threads),
+        **settings_without(args, "peak", "variants", "memory"),
     )
 
 

@@ -13,7 +13,6 @@ layers. Memory for activations is K times as large. Shown are CPU seconds of for
 of the rounds, taken by turns. The last line is JSON.
 """
 
-import argparse
 import time
 
 import torch
@@ -27,7 +26,7 @@ from src import ops
 from src.model import RWKV, default_arch
 from src.model.batch_loss import Chunks, batch_loss
 
-from .common import keep_pages, report
+from .common import add_integers, argument_parser, keep_pages, report
 
 RANK = 16
 
@@ -95,6 +94,12 @@ def step(model: RWKV, rows: dict, times: int = 1) -> float:
     return total
 
 
+def cpu_seconds(run) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def compare(shape: str, adapters: int, rounds: int) -> dict:
     """CPU seconds of both ways."""
     *sizes, form = shape.split(":")
@@ -110,9 +115,7 @@ def compare(shape: str, adapters: int, rounds: int) -> dict:
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, run in ways.items():
-            start = time.process_time()
-            run()
-            seconds[name] = min(seconds[name], time.process_time() - start)
+            seconds[name] = min(seconds[name], cpu_seconds(run))
     ratio = seconds["together"] / seconds["in turn"]
     print(
         f"{shape:<24} {adapters} adapters: in turn {seconds['in turn']:.4f} s, together"
@@ -123,14 +126,13 @@ def compare(shape: str, adapters: int, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--shapes",
         nargs="+",
         default=["6:12:128:256:8x128", "6:12:128:256:1x128", "7:4:32:12:16x24", "7:12:768:65536:1x512"],
     )
-    for name, default in (("adapters", 4), ("rounds", 5), ("threads", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_integers(parser, adapters=4, rounds=5, threads=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_pages()

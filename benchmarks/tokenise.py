@@ -16,7 +16,6 @@ empty cache, then from it. What it has in its second step is its own memory (Rss
 The last line is JSON.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import itertools
@@ -34,7 +33,7 @@ from src.data.encode import Encoder, Tokens
 from src.data.formats import BY_NAME, Report, sources
 from src.data.tokenizer import load_tokenizer
 
-from .common import release_freed, report, write_random_base
+from .common import add_integers, argument_parser, as_flags, release_freed, report, write_random_base
 
 
 def timed(work) -> float:
@@ -65,24 +64,16 @@ def loading_share(path: str, folder: str, steps: int) -> dict[str, float]:
             yield batch
 
     Batches.__iter__ = watched
-    flags = [
-        "--load_model",
-        "demo/rwkv7-reverse.pth",
-        "--data_file",
-        path,
-        "--proj_dir",
-        f"{folder}/run",
-        "--peft_config",
-        "r=12",
-        "--micro_bsz",
-        "16",
-        "--ctx_len",
-        "128",
-        "--epoch_steps",
-        str(steps),
-        "--data_cache",
-        "none",
-    ]
+    flags = as_flags(
+        load_model="demo/rwkv7-reverse.pth",
+        data_file=path,
+        proj_dir=f"{folder}/run",
+        peft_config="r=12",
+        micro_bsz=16,
+        ctx_len=128,
+        epoch_steps=steps,
+        data_cache="none",
+    )
     with contextlib.redirect_stdout(None):
         run.main(*config.parse(flags))
     metrics = pathlib.Path(folder, "run/metrics.jsonl").read_text().splitlines()
@@ -109,37 +100,23 @@ def resident(path: str, cache: str, folder: str) -> dict[str, int]:
     def look(number: int) -> None:
         release_freed()
         with open("/proc/self/status") as status:
-            found.update(
-                {
-                    line.split(":")[0]: int(line.split()[1]) << 10
-                    for line in status
-                    if line.startswith(("RssAnon", "RssFile"))
-                }
-            )
+            for line in status:
+                if line.startswith(("RssAnon", "RssFile")):
+                    found[line.split(":")[0]] = int(line.split()[1]) << 10
 
     watch_batches(look)
-    flags = [
-        "--load_model",
-        f"{folder}/base.pth",
-        "--tokenizer",
-        "world",
-        "--data_file",
-        path,
-        "--proj_dir",
-        f"{path}.{cache}",
-        "--micro_bsz",
-        "1",
-        "--ctx_len",
-        "512",
-        "--epoch_steps",
-        "2",
-        "--eval_split",
-        "1e-4",
-        "--eval_samples",
-        "0",
-        "--data_cache",
-        f"{folder}/cache",
-    ]
+    flags = as_flags(
+        load_model=f"{folder}/base.pth",
+        tokenizer="world",
+        data_file=path,
+        proj_dir=f"{path}.{cache}",
+        micro_bsz=1,
+        ctx_len=512,
+        epoch_steps=2,
+        eval_split="1e-4",
+        eval_samples=0,
+        data_cache=f"{folder}/cache",
+    )
     with contextlib.redirect_stdout(None):
         run.main(*config.parse(flags))
     return found
@@ -183,10 +160,9 @@ def kept_memory(data: str, sizes: list[int], folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = argument_parser(__doc__)
     parser.add_argument("data")
-    parser.add_argument("--repeat", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=60)
+    add_integers(parser, repeat=16, steps=60)
     parser.add_argument(
         "--memory", type=int, nargs="+", metavar="MB", help="the memory that runs keep, instead of times"
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from .common import report, write_random_base
+from .common import add_integers, as_flags, report, write_random_base
 
 PROCESSES = 2
 MIB = 2**20
@@ -86,7 +86,7 @@ def run(flags: list[str]) -> dict[str, int]:
     return {name: max(peak[name] for peak in peaks.values()) for name in peaks[0]}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -97,66 +97,58 @@ def main() -> None:
         help="the last one's memory over the first one's is the ratio",
     )
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=3)
+    add_integers(parser, layers=24, width=1024, steps=3)
     parser.add_argument("--tokens", type=int, default=64, help="in the row that each process has in a step")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure(base: str, data: str, proj_dir: str, strategy: str, args) -> tuple[dict[str, int], float]:
+    """(peaks, seconds of the last step) of a run."""
+    peaks = run(
+        as_flags(
+            load_model=base,
+            data_file=data,
+            proj_dir=proj_dir,
+            accelerator="cpu",
+            devices=PROCESSES,
+            strategy=strategy,
+            precision=args.precision,
+            packing=0,
+            ctx_len=args.tokens,
+            micro_bsz=1,
+            peft_config="r=16",
+        )
+    )
+    last = Path(proj_dir, "metrics.jsonl").read_text().splitlines()[-1]
+    return peaks, json.loads(last)["seconds"]
+
+
+def table(peaks: dict[str, dict[str, int]], seconds: dict[str, float]) -> str:
+    """A row for every strategy, in Markdown."""
+    lines = ["| strategy | own memory | mapped pages | both at once | s a step |", "|---|---|---|---|---|"]
+    for strategy, peak in peaks.items():
+        sizes = " | ".join(f"{size / MIB:.0f}" for size in peak.values())
+        lines.append(f"| {strategy} | {sizes} | {seconds[strategy]:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = arguments()
+    peaks, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         base, data = f"{folder}/base.pth", f"{folder}/rows.jsonl"
         parameters = write_random_base(base, 7, args.layers, args.width)
-        Path(data).write_text(
-            "".join(json.dumps({"text": "x" * args.tokens}) + "\n" for _ in range(PROCESSES * args.steps))
-        )
+        row = json.dumps({"text": "x" * args.tokens}) + "\n"
+        Path(data).write_text(row * PROCESSES * args.steps)
         print(
             f"{parameters / 1e6:.0f} M parameters, base in {args.precision}, {PROCESSES} processes,"
             f" {args.steps} steps; MiB above the start, of the process that has more"
         )
-        table, peaks, seconds = (
-            ["| strategy | own memory | mapped pages | both at once | s a step |\n|---|---|---|---|---|"],
-            {},
-            {},
-        )
         for strategy in args.strategies:
-            proj_dir = f"{folder}/{strategy}"
-            peak = run(
-                [
-                    "--load_model",
-                    base,
-                    "--data_file",
-                    data,
-                    "--proj_dir",
-                    proj_dir,
-                    "--accelerator",
-                    "cpu",
-                    "--devices",
-                    str(PROCESSES),
-                    "--strategy",
-                    strategy,
-                    "--precision",
-                    args.precision,
-                    "--packing",
-                    "0",
-                    "--ctx_len",
-                    str(args.tokens),
-                    "--micro_bsz",
-                    "1",
-                    "--peft_config",
-                    "r=16",
-                ]
-            )
-            peaks[strategy], seconds[strategy] = (
-                peak,
-                json.loads(Path(proj_dir, "metrics.jsonl").read_text().splitlines()[-1])["seconds"],
-            )
-            table.append(
-                f"| {strategy} | "
-                + " | ".join(f"{size / MIB:.0f}" for size in peak.values())
-                + f" | {seconds[strategy]:.2f} |"
-            )
+            peaks[strategy], seconds[strategy] = measure(base, data, f"{folder}/{strategy}", strategy, args)
     first, last = (peaks[args.strategies[i]] for i in (0, -1))
     ratio = {name: round(last[name] / max(first[name], 1), 3) for name in first}
-    print("\n".join(table))
+    print(table(peaks, seconds))
     print(
         f"{args.strategies[-1]} over {args.strategies[0]}: {ratio['own']} of the process's own memory,"
         f" {ratio['together']} with mapped pages"

@@ -136,11 +136,10 @@ def train(model: nn.Module, tokenizer: Any, rows: Sequence[Row], training: Train
 def predict(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int) -> list[int]:
     """The likeliest class of each row."""
     model.eval()
-    return [
-        c
-        for inputs, _ in _batches(rows, tokenizer, batch, model.device)
-        for c in model(**inputs).logits.argmax(-1).tolist()
-    ]
+    classes = []
+    for inputs, _ in _batches(rows, tokenizer, batch, model.device):
+        classes += model(**inputs).logits.argmax(-1).tolist()
+    return classes
 
 
 def _batches(

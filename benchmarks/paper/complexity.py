@@ -8,6 +8,7 @@ for its backward beside parameters and buffers.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -242,24 +243,17 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         found = [getattr(cost[label], count) / getattr(cost[to], count) for cost in costs]
         return min(found), max(found)
 
-    wrong = sorted(
-        {row["system"] for rows in measured.values() for row in rows if row["cost"] != row["formula"]}
-    )
+    every = itertools.chain.from_iterable(measured.values())
+    wrong = sorted({row["system"] for row in every if row["cost"] != row["formula"]})
+    counted = "counted exactly, as are the FLOPs and what is kept for the backward"
+    if wrong:
+        counted = f"the counts of {', '.join(wrong)} are others than the formulas'"
     flops, saved = ratios("flops", "miss", "lora"), ratios("saved", "lora", "miss")
-    by_output, kept_by_output = (
-        ratios("flops", "miss, expand", "miss"),
-        ratios("saved", "miss, expand", "miss"),
-    )
+    saved_fa = ratios("saved", "lora_fa", "miss")
+    by_output = ratios("flops", "miss, expand", "miss")
+    kept_by_output = ratios("saved", "miss, expand", "miss")
     return [
-        Claim(
-            "rank r costs r d parameters, where LoRA's costs r (d + k)",
-            (
-                "counted exactly, as are the FLOPs and what is kept for the backward"
-                if not wrong
-                else f"the counts of {', '.join(wrong)} are others than the formulas'"
-            ),
-            not wrong,
-        ),
+        Claim("rank r costs r d parameters, where LoRA's costs r (d + k)", counted, not wrong),
         Claim(
             "MiSS computes less than LoRA",
             f"at equal rank, not at equal parameters: {flops[0]:.3f} to {flops[1]:.3f} of LoRA's FLOPs"
@@ -268,16 +262,14 @@ def claims(measured: dict[str, list[dict[str, Any]]]) -> list[Claim]:
         ),
         Claim(
             "MiSS needs less memory than LoRA",
-            "LoRA keeps {:.0f} to {:.0f} times as much for the backward: its input, where MiSS keeps the"
-            " shard sums. LoRA-FA keeps {:.2f} to {:.2f} times MiSS's".format(
-                *saved, *ratios("saved", "lora_fa", "miss")
-            ),
+            f"LoRA keeps {saved[0]:.0f} to {saved[1]:.0f} times as much for the backward: its input, where"
+            f" MiSS keeps the shard sums. LoRA-FA keeps {saved_fa[0]:.2f} to {saved_fa[1]:.2f} times MiSS's",
             saved[0] > 1,
         ),
         Claim(
             "shards of inputs (equations 2-3) are cheaper than shards of outputs (equation 1)",
-            "in memory: equation 1 keeps {2:.0f} to {3:.0f} "
-            "times as much, with {0:.2f} to {1:.2f} of the FLOPs".format(*by_output, *kept_by_output),
+            f"in memory: equation 1 keeps {kept_by_output[0]:.0f} to {kept_by_output[1]:.0f} times as much,"
+            f" with {by_output[0]:.2f} to {by_output[1]:.2f} of the FLOPs",
             kept_by_output[0] > 1,
         ),
     ]
@@ -287,15 +279,12 @@ def draw(shape: str, measured: list[dict[str, Any]], figure) -> None:
     """Three bars a system: FLOPs, saved and parameters, formulas as marks."""
     names = [row["system"] for row in measured]
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, (title, read) in zip(
-        axes,
-        (
-            ("FLOPs (forward + backward)", lambda c: c.flops),
-            ("numbers kept for the backward", lambda c: c.saved),
-            ("parameters", lambda c: c.parameters),
-        ),
-        strict=True,
-    ):
+    parts = (
+        ("FLOPs (forward + backward)", lambda c: c.flops),
+        ("numbers kept for the backward", lambda c: c.saved),
+        ("parameters", lambda c: c.parameters),
+    )
+    for axis, (title, read) in zip(axes, parts, strict=True):
         axis.barh(names, [read(row["cost"]) for row in measured], color="#4c78a8")
         known = [row for row in measured if row["formula"]]
         axis.plot(

@@ -128,14 +128,25 @@ class Case:
         kinds: dict[str, list[str]] = {}
         for name in self.gradients:
             kinds.setdefault(".".join(name.split(".")[-2:]), []).append(name)
-        first = self.found[label, rank]
-        return {
-            kind: (
-                math.hypot(*(first.by_linear[name] for name in names))
-                / norm(self.gradients[name] for name in names)
-            )
-            for kind, names in kinds.items()
-        }
+        first, ratios = self.found[label, rank], {}
+        for kind, names in kinds.items():
+            adapters = math.hypot(*(first.by_linear[name] for name in names))
+            ratios[kind] = adapters / norm(self.gradients[name] for name in names)
+        return ratios
+
+    def ranks(self, label: str) -> list[int]:
+        """The ranks of this system that fit the model."""
+        return [rank for other, rank in self.found if other == label]
+
+    def pairs(self, read: Callable[[First], float]) -> list[tuple[float, float]]:
+        """(MiSS's, LoRA's) at every rank."""
+        return [
+            (read(self.found["miss", rank]), read(self.found["lora", rank])) for rank in self.ranks("miss")
+        ]
+
+    def norm_ratios(self) -> list[tuple[float, float]]:
+        """pairs() of the norm over full fine-tuning's."""
+        return self.pairs(lambda first: first.norm / self.full)
 
 
 def measure(model: nn.Module, gradients: dict[str, Tensor], ranks: tuple[int, ...]) -> Case:
@@ -164,74 +175,76 @@ def cases(settings: Settings) -> dict[str, Case]:
     return found
 
 
+def labels_of(found: dict[str, Case]) -> list[str]:
+    """The systems that fit a model, each once."""
+    return list(dict.fromkeys(label for case in found.values() for label, _ in case.found))
+
+
 def table(caption: str, found: dict[str, Case], read: Callable[[Case, str, int], float]) -> Table:
-    labels = list(dict.fromkeys(label for case in found.values() for label, _ in case.found))
-    rows = [
-        (
-            f"{name}, r = {rank}",
-            *(read(case, label, rank) if (label, rank) in case.found else None for label in labels),
-        )
-        for name, case in found.items()
-        for rank in dict.fromkeys(rank for _, rank in case.found)
-    ]
+    labels = labels_of(found)
+    rows = []
+    for name, case in found.items():
+        for rank in dict.fromkeys(rank for _, rank in case.found):
+            cells = [read(case, label, rank) if (label, rank) in case.found else None for label in labels]
+            rows.append((f"{name}, r = {rank}", *cells))
     return Table(caption, ("gradients", *labels), rows)
 
 
 def claims(found: dict[str, Case]) -> list[Claim]:
-    def both(case: Case, read: Callable[[First], float]) -> list[tuple[float, float]]:
-        """(MiSS's, LoRA's) at every rank."""
-        return [
-            (read(case.found["miss", rank]), read(case.found["lora", rank]))
-            for label, rank in case.found
-            if label == "miss"
-        ]
+    real = {name: case for name, case in found.items() if name not in RANDOM}
+    return [norms_alike(real), norms_of_lora(real), direction(real, found["random"]), balanced_shards(real)]
 
-    real = [case for name, case in found.items() if name not in RANDOM]
-    miss, lora = zip(*(pair for case in real for pair in both(case, lambda first: first.norm / case.full)))  # noqa: B023
-    balanced = [
-        first.norm / case.full
-        for case in real
-        for (label, _), first in case.found.items()
-        if label == "miss, balanced"
-    ]
-    random = [ratio for ratio, _ in both(found["random"], lambda first: first.norm / found["random"].full)]
-    cosines = [pair for case in real for pair in both(case, lambda first: first.cosine)]
-    # of neighbouring ranks, on every model
-    steps = [
-        b[1] > a[1] for case in real for a, b in itertools.pairwise(both(case, lambda first: first.norm))
-    ]
-    by_kind = [
-        case.by_leaf("miss", max(rank for label, rank in case.found if label == "miss")) for case in real
-    ]
+
+def norms_alike(real: dict[str, Case]) -> Claim:
+    miss = [of_miss for case in real.values() for of_miss, _ in case.norm_ratios()]
+    by_kind = [case.by_leaf("miss", max(case.ranks("miss"))) for case in real.values()]
     loudest = {max(ratios, key=ratios.get) for ratios in by_kind}
+    return Claim(
+        "MiSS's first gradient is about as large as full fine-tuning's, at every rank",
+        f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at"
+        f" {' and '.join(sorted(loudest))}",
+        1 / ALIKE < min(miss) and max(miss) < ALIKE,
+    )
+
+
+def norms_of_lora(real: dict[str, Case]) -> Claim:
+    pairs = [pair for case in real.values() for pair in case.norm_ratios()]
+    lora = [of_lora for _, of_lora in pairs]
+    smaller = [of_miss > of_lora for of_miss, of_lora in pairs]
+    grows = []  # of neighbouring ranks, on every model
+    for case in real.values():
+        norms = [of_lora for _, of_lora in case.pairs(lambda first: first.norm)]
+        grows += [b > a for a, b in itertools.pairwise(norms)]
+    return Claim(
+        "LoRA's is smaller, and grows with the rank",
+        f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at"
+        f" {sum(smaller)} of {len(smaller)} ranks and models, larger with the next"
+        f" rank at {sum(grows)} of {len(grows)}; 2 sqrt(r / 3 k) for independent columns",
+        all(smaller) and all(grows),
+    )
+
+
+def direction(real: dict[str, Case], random: Case) -> Claim:
+    scales = [of_miss for of_miss, _ in random.norm_ratios()]
+    cosines = [pair for case in real.values() for pair in case.pairs(lambda first: first.cosine)]
     ahead = sum(of_miss > of_lora for of_miss, of_lora in cosines)
-    return [
-        Claim(
-            "MiSS's first gradient is about as large as full fine-tuning's, at every rank",
-            f"{min(miss):.2f} to {max(miss):.2f} of it; at the highest rank the most at"
-            f" {' and '.join(sorted(loudest))}",
-            1 / ALIKE < min(miss) and max(miss) < ALIKE,
-        ),
-        Claim(
-            "LoRA's is smaller, and grows with the rank",
-            f"{min(lora):.2f} to {max(lora):.2f} of it, smaller than MiSS's at"
-            f" {sum(a > b for a, b in zip(miss, lora))} of {len(miss)} ranks and models, larger with the next"
-            f" rank at {sum(steps)} of {len(steps)}; 2 sqrt(r / 3 k) for independent columns",
-            all(a > b for a, b in zip(miss, lora)) and all(steps),
-        ),
-        Claim(
-            "so MiSS is closer to full fine-tuning",
-            f"it is a scale: random gradients give {min(random):.2f} to {max(random):.2f} at every rank. In"
-            " its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at"
-            f" {ahead} of {len(cosines)}",
-            ahead == len(cosines),
-        ),
-        Claim(
-            "(balanced shards are not the paper's)",
-            f"every other block of columns subtracted: {min(balanced):.2f} to {max(balanced):.2f} of full "
-            "fine-tuning's norm",
-        ),
-    ]
+    return Claim(
+        "so MiSS is closer to full fine-tuning",
+        f"it is a scale: random gradients give {min(scales):.2f} to {max(scales):.2f} at every rank. In"
+        " its direction the first SGD step of MiSS is nearer to full fine-tuning's than LoRA's at"
+        f" {ahead} of {len(cosines)}",
+        ahead == len(cosines),
+    )
+
+
+def balanced_shards(real: dict[str, Case]) -> Claim:
+    label = "miss, balanced"
+    ratios = [case.ratio(label, rank) for case in real.values() for rank in case.ranks(label)]
+    return Claim(
+        "(balanced shards are not the paper's)",
+        f"every other block of columns subtracted: {min(ratios):.2f} to {max(ratios):.2f} of full "
+        "fine-tuning's norm",
+    )
 
 
 def draw(found: dict[str, Case], figure) -> None:
@@ -239,11 +252,10 @@ def draw(found: dict[str, Case], figure) -> None:
     columns, rows = 3, len(found) // 3 + 1
     figure.set_size_inches(15, 4.5 * rows)
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    labels = labels_of(found)
     for axis, (name, case) in zip(axes, found.items()):
-        for number, label in enumerate(
-            dict.fromkeys(label for each in found.values() for label, _ in each.found)
-        ):
-            ranks = [rank for other, rank in case.found if other == label]
+        for number, label in enumerate(labels):
+            ranks = case.ranks(label)
             axis.plot(
                 ranks,
                 [case.ratio(label, rank) for rank in ranks],
@@ -264,16 +276,15 @@ def run(settings: Settings) -> Result:
     torch.set_num_threads(1)  # a second one costs such small models more than it brings
     found = cases(settings)
     rank = settings.ranks[-1]
+    rows = []
+    for name, case in found.items():
+        if ("miss", rank) in case.found:
+            rows += [(name, kind, ratio) for kind, ratio in case.by_leaf("miss", rank).items()]
     kinds = Table(
         f"The same by kind of linear, MiSS, r = {rank}: more where inputs have a mean (behind relu^2,"
         " ffn.value), since columns of G are then alike",
         ("gradients", "linears", "norm / full"),
-        [
-            (name, kind, ratio)
-            for name, case in found.items()
-            if ("miss", rank) in case.found
-            for kind, ratio in case.by_leaf("miss", rank).items()
-        ],
+        rows,
     )
     return Result(
         "The first gradient: its norm against full fine-tuning's (Section 5.4, Fig. 4 right)",

@@ -266,11 +266,10 @@ def write_sentences(folder: str) -> str:
     returns the folder.
     """
     draw = random.Random(0)
-    rows = [
-        f"{' '.join(words)}\t{label}\n"
-        for label, grammar in enumerate(WORDS)
-        for words in draw.sample([*itertools.product(*grammar)], 200)
-    ]
+    rows = []
+    for label, grammar in enumerate(WORDS):
+        sentences = draw.sample([*itertools.product(*grammar)], 200)
+        rows += [f"{' '.join(words)}\t{label}\n" for words in sentences]
     draw.shuffle(rows)
     task = pathlib.Path(folder, SENTENCES.name)
     task.mkdir()

@@ -29,8 +29,8 @@ from rwkv_miss.inject import find_linears
 from src import ops
 from src.model import RWKV
 
-from ..common import peak_above_start, release_freed
-from ..step import add_peft, random_base, timed, training_step
+from ..common import peak_above_start, release_freed, timed
+from ..step import add_peft, random_base, training_step
 from .methods import systems
 from .metrics import median_and_interval
 from .results import Claim, Result, Table, require_package

@@ -263,11 +263,11 @@ class Spread:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
 
     def __str__(self) -> str:
-        return (
-            "-"
-            if math.isnan(self.mean)
-            else f"{self.mean:.4f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.4f}")
-        )
+        if math.isnan(self.mean):
+            return "-"
+        if math.isnan(self.sd):
+            return f"{self.mean:.4f}"
+        return f"{self.mean:.4f} ± {self.sd:.4f}"
 
 
 def below(a: list[Outcome], b: list[Outcome]) -> bool | None:
