@@ -32,9 +32,22 @@ with importing():
     from src.common.formatting import counted
     from src.config import Config, command, settle, validate
     from src.config.parse import flag_parser, read_flags
+    from src.data.batches import Schedule
+    from src.data.dataset import Documents
     from src.data.templates import recorded_template
+    from src.data.tokenizer import Tokenizer
+    from src.model import RWKV
     from src.planning.base_model import build_model, read_base
-    from src.planning.job import check_data_files, choose_device, device_here, plan_steps, read_data, steps_of
+    from src.planning.job import (
+        Data,
+        Device,
+        check_data_files,
+        choose_device,
+        device_here,
+        plan_steps,
+        read_data,
+        steps_of,
+    )
     from src.training import plan_text
     from src.training.optimizer import state_learning_rate
     from src.training.run_folder import require_folder
@@ -44,15 +57,7 @@ OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 100
 # of the rate that would be taken: small models want far more than the large ones it is for
-FACTORS = (
-    0.1,
-    0.3,
-    1,
-    3,
-    10,
-    30,
-    100,
-)
+FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100)
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
@@ -140,51 +145,21 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
             "the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device"
             " has it"
         )
-    check_data_files(config)
-    data = read_data(
-        config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model)
-    )
-    if not data.held_out:
-        raise UserError(
-            "rates are compared by the loss on held-out documents, and there are none"
-            f" ({origins['eval_split']}); give --eval_file, or --eval_split 0.05"
-        )
+    data = data_to_compare(config, origins, tokenizer)
     schedule = plan_steps(config, origins, arch, device, data.documents)
-    steps = ours.steps or min(steps_of(config, schedule), STEPS)
-    if config.warmup_steps >= steps:
-        raise UserError(
-            f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
-            " its full rate; raise --steps, or drop the warm-up"
-        )
+    steps = steps_of_a_training(ours, config, schedule)
     rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
     torch.manual_seed(config.random_seed)
     model = build_model(config, arch, device.kernel, PRECISIONS[config.precision]).to(
         "cuda" if device.accelerator == "gpu" else "cpu"
     )
-
-    print(plan_text.base(config, arch, plan_text.frozen_bytes(model)))
-    print(f"trained    {plan_text.trained(config, model)}")
-    print(*data.found.lines(), *plan_text.data(config, data.documents, schedule), sep="\n")
-    print(
-        f"held out   {counted(len(data.held_out), 'document')}, loss on"
-        f" {counted(data.held_out.targets, 'token')}"
-    )
-    print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
+    show_plan(config, model, data, schedule, device)
     print(
         f"sweep      {ours.setting} at {counted(len(rates), 'rate')}, {counted(steps, 'step')} of"
         f" {counted(schedule.rows_per_step, 'row')} each"
     )
-    before = held_out_loss(model, config, data.held_out)
-    if not math.isfinite(before):
-        raise UserError(
-            f"the loss on the held-out documents is {before} before any training; the base, or --precision"
-            f" {config.precision}, gives numbers that are not finite"
-        )
-    print(
-        f"{ours.setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last:"
-        " mean of the last tenth of the steps"
-    )
-    print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
+    before = loss_before(model, config, data.held_out)
+    show_header(ours.setting, before)
     done = []
     for trial in trials(model, config, data.documents, data.held_out, steps, ours.setting, rates):
         done.append(trial)
@@ -193,6 +168,60 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     if shortened:
         given = dataclasses.replace(given, epoch_steps=0)
     return conclude(ours.setting, given, before, done, steps, shortened)
+
+
+def data_to_compare(config: Config, origins: dict[str, str], tokenizer: Tokenizer) -> Data:
+    """The run's data; UserError without held-out documents."""
+    check_data_files(config)
+    template = recorded_template(config.template, tokenizer, config.load_model)
+    data = read_data(config, origins, tokenizer, template)
+    if not data.held_out:
+        raise UserError(
+            "rates are compared by the loss on held-out documents, and there are none"
+            f" ({origins['eval_split']}); give --eval_file, or --eval_split 0.05"
+        )
+    return data
+
+
+def steps_of_a_training(ours: argparse.Namespace, config: Config, schedule: Schedule) -> int:
+    """Steps at every rate; UserError where the warm-up takes all of them."""
+    steps = ours.steps or min(steps_of(config, schedule), STEPS)
+    if config.warmup_steps >= steps:
+        raise UserError(
+            f"--warmup_steps {config.warmup_steps} leaves a training of {counted(steps, 'step')} no step at"
+            " its full rate; raise --steps, or drop the warm-up"
+        )
+    return steps
+
+
+def show_plan(config: Config, model: RWKV, data: Data, schedule: Schedule, device: Device) -> None:
+    print(plan_text.base(config, model.arch, plan_text.frozen_bytes(model)))
+    print(f"trained    {plan_text.trained(config, model)}")
+    print(*data.found.lines(), *plan_text.data(config, data.documents, schedule), sep="\n")
+    print(
+        f"held out   {counted(len(data.held_out), 'document')}, loss on"
+        f" {counted(data.held_out.targets, 'token')}"
+    )
+    print(f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}")
+
+
+def loss_before(model: RWKV, config: Config, held_out: Documents) -> float:
+    """The held-out loss before any training; UserError where it is not finite."""
+    before = held_out_loss(model, config, held_out)
+    if not math.isfinite(before):
+        raise UserError(
+            f"the loss on the held-out documents is {before} before any training; the base, or --precision"
+            f" {config.precision}, gives numbers that are not finite"
+        )
+    return before
+
+
+def show_header(setting: str, before: float) -> None:
+    print(
+        f"{setting:>10} {'first':>9} {'last':>9} {'held out':>9}    loss per trained token, nats; last:"
+        " mean of the last tenth of the steps"
+    )
+    print(f"{'none':>10} {'':>9} {'':>9} {before:9.4f}", flush=True)
 
 
 def line(trial: Trial, before: float) -> str:

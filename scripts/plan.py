@@ -30,11 +30,14 @@ with importing():
     from src.config import Config, settle, validate
     from src.config.parse import flag_parser, read_flags
     from src.data.batches import Schedule
+    from src.data.dataset import Documents
     from src.data.templates import recorded_template
+    from src.model import RWKV
     from src.planning.base_model import read_base
     from src.planning.defaults import CHOSEN, cheapest_fix
     from src.planning.job import (
         Cost,
+        Data,
         Device,
         choose_device,
         choose_evaluation,
@@ -98,6 +101,31 @@ def main() -> None:
 
 def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Print the plan; 0 if the run fits, else 1."""
+    found = count(ours, config, origins)
+    show(found, config, origins)
+    if ours.json:
+        print(json.dumps(for_machines(found)))
+    return 0 if found.fix == {} else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs. `fix`: the flags that make it fit, {} where it does, None where none is known."""
+
+    device: Device
+    data: Data
+    schedule: Schedule
+    steps: int
+    evaluated: Documents
+    model: RWKV  # without memory
+    memory: dict[str, int]
+    fix: dict[str, object] | None
+    speed: Speed
+    cost: Cost
+
+
+def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> Plan:
+    """The plan of a run. What is not given is chosen in config, as the run chooses it."""
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
@@ -105,74 +133,69 @@ def plan(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> i
     arch, tokenizer = read_base(config, origins)
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)
-    data = read_data(
-        config, origins, tokenizer, recorded_template(config.template, tokenizer, config.load_model)
-    )
-    documents = data.documents
+    template = recorded_template(config.template, tokenizer, config.load_model)
+    data = read_data(config, origins, tokenizer, template)
     device = dataclasses.replace(device, memory=memory_of(device, config.world))  # once: what is free changes
-    schedule = plan_steps(config, origins, arch, device, documents)
+    schedule = plan_steps(config, origins, arch, device, data.documents)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
-    steps = steps_of(config, schedule)
 
     def fits(changed: Config) -> bool:
-        return (
-            needed(estimate(changed, arch, schedule), changed, device.accelerator) <= USABLE * device.memory
-        )
+        size = needed(estimate(changed, arch, schedule), changed, device.accelerator)
+        return size <= USABLE * device.memory
 
-    parts = estimate(config, arch, schedule)
+    memory = estimate(config, arch, schedule)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
         fix["ctx_len"] = config.ctx_len  # chunks would have it chosen without a bound
     speed = find_speed(ours, config, arch, device, schedule)
     cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
-    model = model_on_meta(arch, config)
-    print(plan_text.base(config, arch, parts["base"]))
-    print(f"trained    {plan_text.trained(config, model)}")
-    print(*data.found.lines(), *plan_text.data(config, documents, schedule), sep="\n")
-    print(plan_text.steps(config, schedule, steps))
-    print(plan_text.evaluation(config, len(evaluated), len(data.held_out), steps, cost))
+    model, steps = model_on_meta(arch, config), steps_of(config, schedule)
+    return Plan(device, data, schedule, steps, evaluated, model, memory, fix, speed, cost)
+
+
+def show(found: Plan, config: Config, origins: dict[str, str]) -> None:
+    device, data, cost = found.device, found.data, found.cost
+    print(plan_text.base(config, found.model.arch, found.memory["base"]))
+    print(f"trained    {plan_text.trained(config, found.model)}")
+    print(*data.found.lines(), *plan_text.data(config, data.documents, found.schedule), sep="\n")
+    print(plan_text.steps(config, found.schedule, found.steps))
+    print(plan_text.evaluation(config, len(found.evaluated), len(data.held_out), found.steps, cost))
     print(
         f"device     {device.accelerator}, {device.precision}, wkv kernel {device.kernel}, strategy"
         f" {config.strategy}"
     )
     print(*plan_text.chosen(config, origins), sep="\n")
-    print(
-        "memory     of one process, estimated"
-        if device.accelerator == "cpu"
-        else "memory     of one GPU, estimated"
-    )
-    for name, size in parts.items():
+    print(f"memory     of one {'process' if device.accelerator == 'cpu' else 'GPU'}, estimated")
+    for name, size in found.memory.items():
         print(f"           {name:<12} {size_text(size):>10}")
     print(
         f"           together     {size_text(cost.memory):>10}; there are {size_text(device.memory)}, of"
         f" which {USABLE:.0%} count"
     )
-    print(f"time       {describe_time(cost, speed)}")
-    print(f"verdict    {describe_fix(fix, config)}")
-    if ours.json:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(
-            json.dumps(
-                {
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "trained_parameters": trained,
-                    "memory": {k: int(v) for k, v in parts.items()},
-                    "memory_together": int(cost.memory),
-                    "memory_there": device.memory,
-                    "fits": fix == {},
-                    "fix": fix,
-                    "documents": len(documents),
-                    "tokens": int(cost.tokens),
-                    "steps": steps,
-                    "tokens_per_second": speed.tokens,
-                    "seconds": cost.seconds or None,
-                    "evaluation_seconds": cost.evaluation_seconds or None,
-                    "evaluated_documents": len(evaluated),
-                    "speed_from": speed.source,
-                }
-            )
-        )
-    return 0 if fix == {} else 1
+    print(f"time       {describe_time(cost, found.speed)}")
+    print(f"verdict    {describe_fix(found.fix, config)}")
+
+
+def for_machines(found: Plan) -> dict[str, object]:
+    """What --json prints."""
+    parameters = list(found.model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "memory": {name: int(size) for name, size in found.memory.items()},
+        "memory_together": int(found.cost.memory),
+        "memory_there": found.device.memory,
+        "fits": found.fix == {},
+        "fix": found.fix,
+        "documents": len(found.data.documents),
+        "tokens": int(found.cost.tokens),
+        "steps": found.steps,
+        "tokens_per_second": found.speed.tokens,
+        "seconds": found.cost.seconds or None,
+        "evaluation_seconds": found.cost.evaluation_seconds or None,
+        "evaluated_documents": len(found.evaluated),
+        "speed_from": found.speed.source,
+    }
 
 
 def planned_device(memory: str, config: Config, head_size: int) -> Device:
@@ -182,7 +205,9 @@ def planned_device(memory: str, config: Config, head_size: int) -> Device:
     size = parse_size(memory) if memory else 0
     if not size or config.accelerator != "gpu":
         return dataclasses.replace(device_here(config, head_size), memory=size)
-    kernel = config.wkv if config.wkv != "auto" else "torch" if ops.head_size_problem(head_size) else "cuda"
+    kernel = config.wkv
+    if kernel == "auto":
+        kernel = "torch" if ops.head_size_problem(head_size) else "cuda"
     precision = "bf16" if config.precision == "auto" else config.precision
     return Device("gpu", precision, "a GPU of today", kernel, "the fastest kernel", size, here=False)
 

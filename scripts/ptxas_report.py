@@ -124,12 +124,10 @@ def main() -> None:
         nvcc = build.find_nvcc()
     except build.BuildError as error:
         raise SystemExit(f"ptxas_report: {error}") from None
-    rows = [
-        row
-        for source in args.sources
-        for row in compile_report(source, args.arch, args.quick)
-        if args.kernels in row["kernel"]
-    ]
+    rows = []
+    for source in args.sources:
+        compiled = compile_report(source, args.arch, args.quick)
+        rows += [row for row in compiled if args.kernels in row["kernel"]]
     print(table(rows))
     print(json.dumps({"report": "ptxas", "nvcc": version(nvcc.path), "kernels": rows}))
 
