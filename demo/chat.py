@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import sys
+from collections.abc import Callable
 
 from src.common.startup import importing, naming_missing_packages
 
@@ -28,17 +29,26 @@ with importing():
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m demo.chat", description=__doc__)
-    add = parser.add_argument
+    add_files(parser.add_argument)
+    add_text(parser.add_argument)
+    add_sampling(parser.add_argument)
+    add_device(parser.add_argument)
+    args = parser.parse_args(argv)
+    args.adapter = named(args.adapter)
+    check(args)
+    return args
+
+
+def add_files(add: Callable) -> None:
+    """What answers, and where a conversation goes on."""
     add("--model", required=True, help="base or merged .pth")
     add(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help=(
-            "adapter .pth trained on that base, by its file's name unless NAME is given; the first of several"
-            " answers, /adapter NAME chooses"
-        ),
+        help="adapter .pth trained on that base, by its file's name unless NAME is given; the first of"
+        " several answers, /adapter NAME chooses",
     )
     add(
         "--scale",
@@ -52,6 +62,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="answer --prompt with the base and with the adapter, side by side; in a chat: /compare TEXT",
     )
     add("--load_state", metavar="FILE", help="go on with a conversation that /save wrote")
+
+
+def add_text(add: Callable) -> None:
+    """From a prompt to tokens."""
     add(
         "--tokenizer",
         default="auto",
@@ -66,64 +80,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     add("--system", default="", help="text of a System: turn before the chat")
+
+
+def add_sampling(add: Callable) -> None:
+    """How the answer's tokens are drawn, and how many."""
     add("--max_tokens", type=int, default=512, help="the longest answer, in tokens; default %(default)s")
-    add(
-        "--temperature",
-        type=float,
-        default=Sampling.temperature,
-        help="how freely tokens are drawn; 0: always the likeliest one; default %(default)s",
-    )
-    add(
-        "--top_p",
-        type=float,
-        default=Sampling.top_p,
-        help=(
-            "draw among the likeliest tokens that have this share together; 1: among all; default %(default)s"
-        ),
-    )
-    add(
-        "--top_k",
-        type=int,
-        default=Sampling.top_k,
-        help="draw among so many of the likeliest tokens; 0: among all; default %(default)s",
-    )
-    add(
-        "--presence_penalty",
-        type=float,
-        default=Sampling.presence_penalty,
-        help="lowers the logit of a token that the answer holds already; default %(default)s",
-    )
-    add(
-        "--frequency_penalty",
-        type=float,
-        default=Sampling.frequency_penalty,
-        help="lowers it once for each time that the answer holds the token; default %(default)s",
-    )
+    helps = {
+        "temperature": "how freely tokens are drawn; 0: always the likeliest one",
+        "top_p": "draw among the likeliest tokens that have this share together; 1: among all",
+        "top_k": "draw among so many of the likeliest tokens; 0: among all",
+        "presence_penalty": "lowers the logit of a token that the answer holds already",
+        "frequency_penalty": "lowers it once for each time that the answer holds the token",
+    }
+    for name, text in helps.items():
+        default = getattr(Sampling, name)
+        add(f"--{name}", type=type(default), default=default, help=f"{text}; default %(default)s")
     add("--seed", type=int, default=0, help="of the random numbers; default %(default)s")
+
+
+def add_device(add: Callable) -> None:
+    """Where it is computed, in which numbers."""
     add("--accelerator", default="auto", choices=("auto", "cpu", "gpu"))
     add(
         "--precision",
         default="auto",
         choices=("auto", *PRECISIONS),
-        help=(
-            "of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32 with"
-            " --wkv torch or reference. On a CPU answers are computed in fp32 from bf16 weights, too, but"
-            " their prompts are read in bf16 where the CPU has instructions for it: faster, with logits about"
-            " 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32"
-        ),
+        help="of the weights. auto: bf16 on a GPU that has it; on a CPU bf16 if the file has it, but fp32"
+        " with --wkv torch or reference. On a CPU answers are computed in fp32 from bf16 weights, too, but"
+        " their prompts are read in bf16 where the CPU has instructions for it: faster, with logits about"
+        " 1e-3 off; fp32 avoids that. What an --adapter adds is computed beside them, in fp32",
     )
     add(
         "--quant",
         default="none",
         choices=("none", "int8"),
-        help=(
-            "int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read with"
-            " those of --precision. It is not the int8 of train.py's --quant, which has a scale for each 64"
-            " weights"
-        ),
+        help="int8: answer from weights of one byte with a scale for each row, on a CPU; prompts are read"
+        " with those of --precision. It is not the int8 of train.py's --quant, which has a scale for each 64"
+        " weights",
     )
     add("--wkv", default="auto", help="WKV kernel: auto, cuda, cuda-exact, cpu, torch or reference")
-    args = parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for values and pairs of flags that make no sense."""
     if args.max_tokens < 1:
         raise UserError(f"--max_tokens {args.max_tokens}: expected 1 or more")
     sampling_of(args).check()
@@ -135,7 +134,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--prompt is empty")
     if args.raw and not args.prompt:
         raise UserError("--raw needs --prompt")
-    args.adapter = named(args.adapter)
     for flag, given in (("--scale", args.scale != 1), ("--compare", args.compare)):
         if given and not args.adapter:
             raise UserError(f"{flag} is about an --adapter; give one")
@@ -145,7 +143,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--load_state goes on with a conversation, --raw has none; drop one of the two")
     for text in (args.prompt, args.system):
         check_typed(text or "")
-    return args
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -393,9 +393,9 @@ def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> s
 
 def cells(text: str) -> int:
     """The columns of a terminal that a text takes."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    visible = [c for c in text if not unicodedata.combining(c)]
+    wide = [c for c in visible if unicodedata.east_asian_width(c) in "WF"]
+    return len(visible) + len(wide)
 
 
 def wrapped(text: str, width: int) -> list[str]:

@@ -49,12 +49,9 @@ def main() -> None:
     if args.rows < 1 or args.heldout < 1:
         parser.error(f"--rows {args.rows} and --heldout {args.heldout}: there must be at least 1 of each")
     heldout = rows(args.task, args.heldout, args.seed)
-    questions = {
-        message["content"].split()[-1]
-        for row in heldout
-        for message in row["messages"]
-        if message["role"] == "user"
-    }
+    questions = set()
+    for row in heldout:
+        questions |= {turn["content"].split()[-1] for turn in row["messages"] if turn["role"] == "user"}
     try:
         write(args.heldout_out, heldout)
         write(args.out, rows(args.task, args.rows, args.seed + 1, questions))
