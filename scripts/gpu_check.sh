@@ -33,11 +33,11 @@ step() {
 # built here, so that no later step waits for the compiler
 step build 600 python -c 'from src.ops import native; status = native.status("cuda"); print(status); raise SystemExit(not status.passed)'
 step tests 120 python -m pytest -m gpu
-step numerics 90 python -m scripts.gpu_numerics
+step numerics 90 python -m benchmarks.gpu_numerics
 # no cache of memory: with it a write beyond a tensor could land in another tensor's memory, unseen
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck; do
-    step "$tool" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 --report-api-errors no python -m scripts.gpu_numerics --small
+    step "$tool" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 --report-api-errors no python -m benchmarks.gpu_numerics --small
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 # bf16, because tensor cores take it. These shapes do not fit in memory token by token under autograd

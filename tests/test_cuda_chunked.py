@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from scripts.ptxas_report import compile_report, table
+from benchmarks.ptxas_report import compile_report, table
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 
 from .conftest import ROOT

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from scripts.ptxas_report import compile_report, table
+from benchmarks.ptxas_report import compile_report, table
 from src.ops import native
 from src.ops.build import ARCHITECTURES, BuildError, find_nvcc
 

@@ -11,7 +11,8 @@ import types
 
 import pytest
 
-from scripts import doctor, gpu_numerics, gpu_record
+from benchmarks import gpu_numerics
+from scripts import doctor, gpu_record
 from src.ops import build, native
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -423,7 +424,7 @@ def test_gpu_check_goes_through_all_steps_and_records_them(checkout, tmp_path):
     benchmark = "-m benchmarks.wkv --device cuda --dtype bfloat16"
     for call in (
         "-m pytest -m gpu",
-        "-m scripts.gpu_numerics\n",
+        "-m benchmarks.gpu_numerics\n",
         "--tool memcheck",
         "--tool racecheck",
         benchmark,

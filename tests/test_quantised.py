@@ -11,13 +11,13 @@ from torch import nn
 
 import rwkv_miss
 from benchmarks import quant as benchmark
+from benchmarks.ptxas_report import compile_report
 from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata
 from rwkv_miss.adapter import AdapterLinear
 from rwkv_miss.files.checkpoint import Arch
 from rwkv_miss.functional import linear, lora_linear, miss_linear
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.quantised import BLOCK_SIZE, CODES, NF4, dense, empty, expand, quantise
-from scripts.ptxas_report import compile_report
 from src.config import Config, parse
 from src.model import RWKV, read_model_file
 from src.ops import native

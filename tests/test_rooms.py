@@ -58,6 +58,27 @@ def test_a_room_says_what_lives_there_and_what_it_may_import(room):
     assert said and (room == "ops" or "Imports" in said)
 
 
+# what may be imported of the folders with programs; benchmarks take the sizes of released models from scripts
+PROGRAMS = {
+    "demo": {"demo"},
+    "scripts": {"scripts"},
+    "benchmarks": {"benchmarks", "demo", "scripts", "train"},
+}
+
+
+@pytest.mark.parametrize("folder", ["src", "rwkv_miss", *PROGRAMS])
+def test_programs_keep_apart(folder):
+    programs = {"train", *PROGRAMS}
+    found = set()
+    for file in (rooms.ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    assert found & programs <= PROGRAMS.get(folder, set())
+
+
 def test_imports_are_read_from_the_trees():
     """From a room's own package, from a file of another room, of a module, and within a function."""
     found = rooms.imports()

@@ -1,6 +1,6 @@
 """Show what nvcc makes of the CUDA kernels: registers, spilled bytes and shared memory.
 
-    python -m scripts.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
+    python -m benchmarks.ptxas_report [cuda/wkv7.cu ...] [--arch 75 80 ...] [--quick] [--kernels backward]
 
 It lists every kernel on every architecture. It needs nvcc and no GPU. The last line is JSON.
 

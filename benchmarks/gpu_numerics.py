@@ -1,6 +1,6 @@
 """Compare the CUDA kernels on this GPU with the reference in float64 on the CPU.
 
-    python -m scripts.gpu_numerics [--small]
+    python -m benchmarks.gpu_numerics [--small]
 
 For each operation, kernel and dtype it prints the worst relative error (rms) of y, the final state and each
 gradient. The cases are lengths around the kernels' chunks, head sizes, documents that start inside a row, and
@@ -113,21 +113,14 @@ def main() -> None:
         for dtype in DTYPES:
             found = worst_errors(version, dtype, args.kernels, SMALL if args.small else SHAPES, args.device)
             for kernel, errors in found.items():
-                title, allowed = (
-                    f"wkv{version} {kernel}",
-                    (TENSOR_CORES if kernel == "cuda" else EXACT)[dtype],
-                )
-                print(
-                    f"{title:<15} {dtype:<8} "
-                    + "  ".join(f"{name} {value:.1e}" for name, value in errors.items()),
-                    flush=True,
-                )
+                title = f"wkv{version} {kernel}"
+                allowed = (TENSOR_CORES if kernel == "cuda" else EXACT)[dtype]
+                shown = "  ".join(f"{name} {value:.1e}" for name, value in errors.items())
+                print(f"{title:<15} {dtype:<8} {shown}", flush=True)
                 worst.setdefault(title, {})[dtype] = max(errors.values())
-                failures += [
-                    f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}"
-                    for name, value in errors.items()
-                    if value > allowed
-                ]
+                for name, value in errors.items():
+                    if value > allowed:
+                        failures.append(f"{title} {dtype} {name}: {value:.1e}, allowed {allowed:.0e}")
     for failure in failures:
         print("FAILED", failure)
     print(json.dumps({"errors": worst, "failures": failures}))
