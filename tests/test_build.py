@@ -3,6 +3,7 @@ cannot be done.
 """
 
 import ctypes
+import errno
 import os
 import pathlib
 import re
@@ -300,6 +301,19 @@ def test_a_full_cache(project):
     message = failure(project.build)
     assert f"the kernel cache {project.cache} cannot be used" in message and "No space left" in message
     assert project.temporary() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_cache_on_a_file_system_without_locks(project, monkeypatch, number):
+    """No lock is better than one that outlives its process."""
+
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    message = failure(project.build)
+    assert f"the kernel cache {project.cache} cannot be used" in message
+    assert os.strerror(number) in message and project.runs() == 0
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):

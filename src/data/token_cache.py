@@ -61,7 +61,7 @@ def tokenise(
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock", "the tokens") if os.name == "posix" else contextlib.nullcontext():
+        with locked(folder / "lock", "the tokens"):
             # another process may have made it meanwhile
             if (found := _open(entry, source, report)) is not None:
                 return found

@@ -289,18 +289,22 @@ def cuda_sources() -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, title: str) -> Iterator[None]:
-    """Hold the lock of a file. The kernel gives it back when its process dies, so there is no such thing as a
+    """Hold the lock of a file. The system gives it back when its process dies, so there is no such thing as a
     stale one.
     """
-    import fcntl  # not on Windows, where this module must import
+    import filelock  # here, as it takes 0.1 s and most processes find what they need
 
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            announce(f"waiting for another process that builds {title}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    # its lock for file systems without any is a file, which would outlive a killed process
+    lock = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        announce(f"waiting for another process that builds {title}")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def make(
