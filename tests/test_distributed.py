@@ -139,6 +139,15 @@ def test_every_stage_trains_the_same_adapter_into_the_same_file(files, tmp_path,
     assert metadata[0] == metadata[1]
 
 
+def test_stage_3_trains_a_whole_model_as_one_process_does(files, tmp_path):
+    """What a layer reads of a module that it does not call, ln_x, is whole while it runs."""
+    full = ["--peft", "none", "--peft_config", "{}", "--lr_init", "1e-4"]
+    succeed(program.run(flags_of(files, tmp_path / "one", *full)))
+    two = flags_of(files, tmp_path / "two", *TWO, "deepspeed_stage_3", *full)
+    succeed(program.run(two, look_inside))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def two_machines():
     """Runs a command line on both machines of scripts/two_machines.sh."""
