@@ -1,4 +1,4 @@
-"""What a device has of memory, and how much of it is free for this process, cgroups included."""
+"""How much memory a device has, and how much of it is free for this process, cgroups included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def free_memory(accelerator: str) -> int:
 
 
 def all_memory(accelerator: str) -> int:
-    """Bytes of one device, whatever is in use: a number that the processes of a run find alike."""
+    """Bytes of one device, in use or not: all processes of a run find the same number."""
     if accelerator == "gpu":
         return torch.cuda.get_device_properties(0).total_memory
     return min(_total(), _cgroup_limit(left=False))
@@ -32,7 +32,9 @@ def _status(path: str, name: str) -> int:
 
 
 def _total() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
+    if not hasattr(os, "sysconf"):
+        return 8 * GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _available() -> int:
@@ -51,26 +53,23 @@ def _resident() -> int:
 
 
 def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
-    """A container's limit, version 2 or 1, or what of it is left; files that the kernel would drop from its
-    cache count as free.
+    """A container's limit, by cgroups of version 2 or 1, or what is left of it.
+
+    Files that the kernel would drop from its cache count as free.
     """
-    for limit, usage, stat, key in (
-        (f"{root}/memory.max", f"{root}/memory.current", f"{root}/memory.stat", "inactive_file"),
-        (
-            f"{root}/memory/memory.limit_in_bytes",
-            f"{root}/memory/memory.usage_in_bytes",
-            f"{root}/memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
+    versions = [
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ]
+    for folder, limit, usage, key in versions:
         try:
-            with open(limit) as file:
+            with open(f"{folder}/{limit}") as file:
                 most = file.read().strip()
             if most == "max":
                 continue
             if not left:
                 return int(most)
-            with open(usage) as used, open(stat) as file:
+            with open(f"{folder}/{usage}") as used, open(f"{folder}/memory.stat") as file:
                 dropped = next((int(line.split()[1]) for line in file if line.split()[0] == key), 0)
                 return int(most) - int(used.read()) + dropped
         except (OSError, ValueError):
@@ -79,15 +78,17 @@ def _cgroup_limit(root: str = "/sys/fs/cgroup", left: bool = True) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "24GB", "24GiB", "800MB" or a number. GPUs are sold in GiB that are called GB, so both mean
-    2^30.
+    """Bytes of "24GB", "24GiB", "800MB" or a number.
+
+    GPUs are sold in GiB that are called GB, so both mean 2^30.
     """
     units = {"": 1, "K": 1 << 10, "M": MIB, "G": GIB, "T": 1 << 40}
     number = text.strip().upper().removesuffix("B").removesuffix("I")
     unit = number[-1:] if number[-1:] in units else ""
     try:
         size = float(number.removesuffix(unit)) * units[unit]
-        if not MIB <= size < 1 << 60:  # no device has less: the unit was forgotten
+        # no device has less than a MiB: the unit was forgotten
+        if not MIB <= size < 1 << 60:
             raise ValueError
     except ValueError:
         raise UserError(f"--memory {text}: expected a size such as 24GB or 800MB") from None

@@ -10,7 +10,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 
-MOST_PROCESSES = 8  # on a core, where they are slow but come to an end
+MOST_PROCESSES = 8  # on one core; so many are slow, but they come to an end
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -18,7 +18,8 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
     """cpu or gpu; a UserError when fewer GPUs are there than asked for."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cpu" or asked == "auto" and not gpus:
-        if devices > MOST_PROCESSES * (cores := os.cpu_count() or 1):
+        cores = os.cpu_count() or 1
+        if devices > MOST_PROCESSES * cores:
             raise UserError(
                 f"--devices {devices}: this machine has no GPU for them and {cores} cores, of which a process"
                 " wants at least one"
@@ -33,14 +34,18 @@ def choose_accelerator(asked: str, devices: int = 1) -> str:
 
 
 def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
-    """(fp32, bf16 or fp16; why). fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts
-    the adapter too.
+    """(fp32, bf16 or fp16; why).
+
+    fp16 needs loss scaling, which DeepSpeed offers only in a mode that casts the adapter too.
     """
     if asked != "auto":
-        slow = asked == "bf16" and accelerator == "cpu" and not multiplies_bf16()
-        return asked, "as asked" + "; this CPU has no products in it, and is slower than in fp32" * slow
+        if asked == "bf16" and accelerator == "cpu" and not multiplies_bf16():
+            return asked, "as asked; this CPU has no products in it, and is slower than in fp32"
+        return asked, "as asked"
     if accelerator == "cpu":
-        return "fp32", "auto: a CPU" + "; --precision bf16 is faster on this one" * multiplies_bf16()
+        if multiplies_bf16():
+            return "fp32", "auto: a CPU; --precision bf16 is faster on this one"
+        return "fp32", "auto: a CPU"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "auto: the GPU has bf16"
     if strategy.startswith("deepspeed"):
@@ -49,15 +54,14 @@ def choose_precision(asked: str, accelerator: str, strategy: str = "auto") -> tu
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products in bf16; without them torch is slower in it than in
-    fp32.
-    """
+    """Whether this CPU has instructions for products in bf16. Without them torch is slower than in fp32."""
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features().split())
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had at once: of the GPU, or of main memory; 0 where the system
-    does not tell.
+    """The most bytes of the GPU, or of main memory, that this process has had at once.
+
+    0 where the system does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -69,8 +73,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def cpu_features() -> str:
-    """What -march=native depends on: a home folder, and the cache in it, may be shared by machines with
-    different CPUs.
+    """The CPU's features, on which code compiled with -march=native depends.
+
+    Machines with different CPUs may share a home folder, and so the kernel cache.
     """
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
         return next((line for line in info if line.startswith(("flags", "Features"))), "")

@@ -12,9 +12,10 @@ LARGEST_TEXT = 1 << 26  # bytes
 
 
 def read_text(path: str, purpose: str, otherwise: str) -> str:
-    """A small UTF-8 file whole. UserError for another encoding, and for what is no regular file or far too
-    large for its purpose: a path may come out of a checkpoint's metadata. `otherwise` says what else the user
-    may give.
+    """The whole of a small UTF-8 file. `otherwise` says what else the user may give.
+
+    UserError for another encoding, for what is no regular file, and for what is far too large for its
+    purpose: a path may come out of a checkpoint's metadata.
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
@@ -34,7 +35,7 @@ def write_text(path: str, text: str) -> None:
 
 def write_bytes(path: str, content: bytes) -> None:
     """Write a file under a temporary name, then rename it; a full or read-only disk is a UserError."""
-    temporary = f"{path}.tmp"  # no random name: what a killed run leaves, the next one takes over
+    temporary = f"{path}.tmp"  # no random name, so that the next run replaces what a killed run left
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -50,7 +51,10 @@ def write_bytes(path: str, content: bytes) -> None:
 
 
 def read_lines(path: str, last_step: int) -> list[dict]:
-    """The JSON lines of a run's record up to a step; what a crash cut off ends them, no file is no lines."""
+    """The JSON lines of a run's log up to a step.
+
+    They end at a line that a crash cut off. Without a file there are none.
+    """
     lines = []
     with (
         contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError),
@@ -64,7 +68,7 @@ def read_lines(path: str, last_step: int) -> list[dict]:
 
 
 def write_lines(path: str, lines: list[dict]) -> None:
-    """The record anew, whole or not at all."""
+    """Write the log anew, whole or not at all."""
     write_text(path, "".join(map(_json_line, lines)))
 
 

@@ -11,22 +11,18 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes in the unit that leaves one to three digits before the point, three digits in all: "31.4 MiB",
-    "1.27 GiB".
-    """
+    """Bytes with three digits, in the unit that leaves one to three before the point: "31.4 MiB"."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 999.5 and len(units) > 1:
         size /= 1024
         units.pop(0)
     if units[0] == "bytes":
         return counted(round(size), "byte")
-    return (
-        f"{size:.2f} {units[0]}"
-        if size < 9.995
-        else f"{size:.1f} {units[0]}"
-        if size < 99.95
-        else f"{size:,.0f} {units[0]}"
-    )
+    if size < 9.995:
+        return f"{size:.2f} {units[0]}"
+    if size < 99.95:
+        return f"{size:.1f} {units[0]}"
+    return f"{size:,.0f} {units[0]}"
 
 
 def short(value: Any) -> str:

@@ -8,13 +8,13 @@ import signal
 import sys
 import threading
 
-# as in pyproject.toml; an older one must be able to read this file and the first lines of a program
+# as in pyproject.toml; an older Python must be able to read this file and the first lines of a program
 OLDEST = (3, 10)
 OURS = ("rwkv_miss", "src", "scripts", "demo")
-# read by torch's libraries when it is loaded, and left alone where the user has set them. OpenMP's waiting
-# threads spin unless told not to: small models are then up to thirty times slower as soon as anything else
-# runs. What oneDNN has prepared for a shape, 0.4 MB, is kept for 1024 shapes, by itself and by torch, and the
-# number of trained tokens is another one in every step
+# Torch's libraries read these when torch is loaded. What the user has set stays. OpenMP's waiting threads
+# spin unless told not to. Then small models are up to thirty times slower as soon as anything else runs.
+# oneDNN and torch each keep what was prepared for the last 1024 shapes, 0.4 MB a shape. Nearly every step has
+# a new shape, because the number of trained tokens differs.
 LIBRARY_SETTINGS = {
     "OMP_WAIT_POLICY": "passive",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
@@ -24,11 +24,11 @@ LIBRARY_SETTINGS = {
 
 @contextlib.contextmanager
 def importing():
-    """Around a program's first imports: an old Python and a missing package are named, Ctrl-C ends it at
-    once, and torch's libraries get LIBRARY_SETTINGS.
+    """A context around a program's first imports.
 
-    An exception from Ctrl-C in the middle of an import may meet C++ that is half loaded, leave a traceback or
-    be lost. From one_line_errors() on, rwkv_miss.interrupts answers.
+    An old Python and a missing package are named. Torch's libraries get LIBRARY_SETTINGS. Ctrl-C ends the
+    program at once, because an exception in the middle of an import may meet C++ that is half loaded, leave a
+    traceback or be lost. From one_line_errors() on, rwkv_miss.interrupts answers to Ctrl-C.
     """
     if sys.version_info < OLDEST:
         major, minor = sys.version_info[:2]
@@ -53,7 +53,7 @@ def importing():
 
 
 def _end_at_once(signum, frame) -> None:
-    """That of rwkv_miss.interrupts, which can't be imported before torch is."""
+    """As rwkv_miss.interrupts does it, which can't be imported before torch is."""
     if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0":
         os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
     os._exit(130)
@@ -61,8 +61,9 @@ def _end_at_once(signum, frame) -> None:
 
 @contextlib.contextmanager
 def naming_missing_packages():
-    """Around all of a program, as much is imported when it is needed: a package that is not installed is one
-    line, with exit code 2.
+    """A context in which a package that is not installed is one line of error, with exit code 2.
+
+    It is around all of a program, because much is imported only when it is needed.
     """
     try:
         yield

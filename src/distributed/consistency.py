@@ -1,5 +1,6 @@
-"""Ranks compare what they run before the first step: machines with other settings, data, bases or code would
-train something else together.
+"""Ranks compare what they run before the first step.
+
+Machines with different settings, data, bases or code would train together, and something else than was asked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rwkv_miss.errors import UserError
 
 from ..config import FIELDS, Config
 
-# paths, whose contents are compared, and what each machine may have in its own way
+# settings that may differ between machines; of the paths among them the contents are compared
 OF_A_MACHINE = {
     "load_model",
     "data_file",
@@ -31,8 +32,9 @@ OF_A_MACHINE = {
 
 
 def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> None:
-    """A UserError on all ranks that names the first rank and field that are not those of rank 0. Needs the
-    process group, if there is one.
+    """A UserError on all ranks, which names the first rank and field that differ from rank 0.
+
+    With several processes, their process group must be there.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -47,12 +49,10 @@ def agree(config: Config, inputs: dict[str, str | None], first_step: int) -> Non
         for name in first | theirs:
             ours, other = first.get(name), theirs.get(name)
             if ours != other:
-                # what was chosen for a machine, such as --micro_bsz for its memory, ends with a flag
-                advice = (
-                    f"give {name} on every machine"
-                    if name.startswith("--")
-                    else "make them the same on every machine"
-                )
+                advice = "make them the same on every machine"
+                # a machine may have chosen the value by itself, such as --micro_bsz for its memory
+                if name.startswith("--"):
+                    advice = f"give {name} on every machine"
                 raise UserError(
                     f"rank {rank} ({host}) does not run what rank 0 ({first_host}) runs: {name} is {other},"
                     f" on rank 0 it is {ours}; {advice}"
@@ -63,6 +63,6 @@ def code_digest() -> str:
     """Hash of the sources that a step is computed by."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("src", "rwkv_miss") for path in (root / folder).rglob("*.py")):
+    for path in sorted([*(root / "src").rglob("*.py"), *(root / "rwkv_miss").rglob("*.py")]):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,6 +1,4 @@
-"""Lightning's DeepSpeed strategy, also on a CPU-only machine (gloo), with the model's dtypes left as they
-are.
-"""
+"""Lightning's DeepSpeed strategy, also on a machine with only CPUs (gloo), with the model's own dtypes."""
 
 from __future__ import annotations
 
@@ -29,11 +27,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
-KEPT_WHOLE = 10_000  # elements up to which stage 3 keeps a tensor whole, once it was gathered
+KEPT_WHOLE = 10_000  # stage 3 keeps tensors of up to so many elements whole, once they were gathered
 
 
 class KeepDtypes(DeepSpeedPrecision):
-    """A bf16 base beside fp32 adapters: Lightning's modes would cast both to one dtype."""
+    """Leaves a bf16 base beside fp32 adapters; Lightning's modes would cast both to one dtype."""
 
     def __init__(self):
         super().__init__("32-true")
@@ -45,8 +43,8 @@ class KeepDtypes(DeepSpeedPrecision):
         return data
 
     def backward(self, tensor, model, optimizer, *args, **kwargs) -> None:
-        # Lightning has divided the loss by the number of micro-batches already; DeepSpeed would do it again,
-        # which Adam hides and gradient clipping does not
+        # Lightning has divided the loss by the number of micro-batches already. DeepSpeed would do it again.
+        # Adam hides that, but gradient clipping does not.
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
@@ -62,8 +60,9 @@ class Works:
 
 
 def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
-    """DeepSpeed's all-gather of a parameter. gloo's own one needs the memory of `whole` a second time, and
-    three times as long.
+    """DeepSpeed's all-gather of a parameter, by broadcasts.
+
+    gloo's own all-gather needs the memory of `whole` a second time, and three times as long.
     """
     parts = whole.chunk(dist.get_world_size(group))
     parts[dist.get_rank(group)].copy_(share)
@@ -71,53 +70,25 @@ def gather_by_broadcasts(share: Tensor, whole: Tensor, group=None) -> Works:
 
 
 class AnywhereDeepSpeed(DeepSpeedStrategy):
-    """`DeepSpeedStrategy` that also accepts the CPU accelerator. `name` is deepspeed_stage_1, _2 or _3, with
-    _offload after it or not.
+    """`DeepSpeedStrategy` that also accepts the CPU accelerator.
 
-    Under stage 3 the model may come as it lies in its file, mapped and in the file's dtypes: each process
-    keeps its share of every tensor, with what is frozen in `dtype`, and never holds more than one whole
-    tensor beside the shares.
+    `name` is deepspeed_stage_1, _2 or _3, with _offload after it or not. Under stage 3 the model may come as
+    it lies in its file, mapped and in the file's dtypes. Each process keeps its share of every tensor, with
+    what is frozen in `dtype`. It never holds more than one whole tensor beside the shares.
     """
 
     def __init__(self, name: str, micro_bsz: int, dtype: torch.dtype):
         self.stage, self.dtype = int(name.removesuffix("_offload")[-1]), dtype
-        # small buckets: with the defaults, 5e8 elements, stage 3 gathers a whole frozen base at once
-        zero = {
-            "stage": self.stage,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
+        config = {
+            "zero_optimization": _zero_settings(self.stage, name.endswith("_offload")),
+            "zero_allow_untested_optimizer": True,
+            # torch's AdamW runs on the CPU too, and needs no compiler
+            "zero_force_ds_cpu_optimizer": False,
+            "train_micro_batch_size_per_gpu": micro_bsz,
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
         }
-        if self.stage == 3:
-            zero |= {
-                "stage3_prefetch_bucket_size": BUCKET,
-                "stage3_max_live_parameters": BUCKET,
-                "stage3_max_reuse_distance": BUCKET,
-                "stage3_param_persistence_threshold": KEPT_WHOLE,
-            }
-            if "allgather_sequential" in DeepSpeedZeroConfig.model_fields:  # not in the oldest versions
-                zero["stage3_allgather_sequential"] = (
-                    True  # a tensor comes into its place, not into a bucket and then into its place
-                )
-        if name.endswith("_offload"):
-            zero |= {
-                part: {"device": "cpu"}
-                for part in ("offload_optimizer", "offload_param")[: 2 if self.stage == 3 else 1]
-            }
-        super().__init__(
-            config={
-                "zero_optimization": zero,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": (
-                    False
-                ),  # torch's AdamW runs on the CPU, too, and needs no compiler
-                "train_micro_batch_size_per_gpu": micro_bsz,
-                "steps_per_print": 10**9,
-                "wall_clock_breakdown": False,
-            },
-            precision_plugin=KeepDtypes(),
-        )
+        super().__init__(config=config, precision_plugin=KeepDtypes())
 
     @property
     def _on_cpu(self) -> bool:
@@ -126,8 +97,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         if not self._on_cpu:
             return super().setup_environment()
-        # DeepSpeed would JIT-build a shared-memory all-reduce (about a minute, needs a compiler); gloo is
-        # enough
+        # gloo is enough; DeepSpeed would compile a shared-memory all-reduce, for about a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         partition_parameters._dist_allgather_fn = gather_by_broadcasts
         super(DeepSpeedStrategy, self).setup_environment()  # skips only the CUDA-only check
@@ -145,8 +115,9 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         return torch.device("cpu", 0) if self._on_cpu else super().root_device
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        """Stage 3: share out the model, tensor by tensor, before DeepSpeed would put all of it on every
-        device.
+        """Stage 3: share out the model, tensor by tensor.
+
+        Later DeepSpeed would put all of it on every device.
         """
         if self.stage < 3:
             return model
@@ -156,8 +127,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         # again instead of keeping it
         shares = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
         for p in model.parameters():
-            # a copy in any case: DeepSpeed sends it around, and what is written to a mapped file is memory
-            # for good
+            # a copy in any case: DeepSpeed writes to it, and pages of a mapped file that are written to stay
+            # in memory
             p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype, copy=True)
             shares._convert_to_zero_parameters([p])
         for buffer in model.buffers():
@@ -168,31 +139,31 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         super().setup(trainer)
         if self.stage == 3:
             for module in self.model.modules():
-                # what a module reads of another one is gathered with what it has itself
+                # a parameter of another module that this one reads is gathered with its own
                 for p in getattr(module, "external_parameters", list)():
                     deepspeed.zero.register_external_parameter(module, p)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self._accumulators = [_gather_to_accumulate(p) for p in trained]
 
     def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """This rank's share of the trained parameters as flat fp32 tensors, each with what the optimizer
-        keeps for it.
-        """
+        """This rank's share of the trained parameters, as flat fp32 tensors, each with its optimizer state."""
         zero = self.deepspeed_engine.optimizer
-        pieces = (
-            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        )
+        if self.stage == 3:
+            pieces = zero.fp32_partitioned_groups_flat
+        else:
+            pieces = zero.single_partition_of_fp32_groups
         return [(piece, zero.optimizer.state[piece]) for piece in pieces]
 
     def _link(self, p: nn.Parameter) -> None:
         """Let a parameter find what the optimizer keeps for it under stage 1 and 2.
 
-        DeepSpeed does that once, after the step of the first parameter group, when the optimizer has nothing
+        DeepSpeed does that once, after the step of the first parameter group. Then the optimizer has nothing
         for the others yet.
         """
         zero = self.deepspeed_engine.optimizer
-        # None: no part of it is on this rank
-        if self.stage < 3 and p._hp_mapping is not None and not p._hp_mapping.optim_fragment:
+        if self.stage == 3 or p._hp_mapping is None:  # None: no part of it is on this rank
+            return
+        if not p._hp_mapping.optim_fragment:
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
@@ -204,15 +175,15 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         """(parameter, what the optimizer keeps for it), gathered on every rank."""
         _, state = self._pieces()[0]
         self._link(p)
-        kept = {
-            key: safe_get_full_optimizer_state(p, key) if value.dim() else value
-            for key, value in state.items()
-        }
+        kept = {}
+        for key, value in state.items():
+            kept[key] = safe_get_full_optimizer_state(p, key) if value.dim() else value
         return safe_get_full_fp32_param(p), kept
 
     def write_whole(self, p: nn.Parameter, whole: Tensor, kept: dict[str, Tensor]) -> None:
         """The inverse of read_whole(). What is absent from `kept` becomes zero, as before the first step."""
-        for piece, state in self._pieces():  # none yet in a process that has not done a step
+        for piece, state in self._pieces():
+            # a process that has not done a step yet has no state
             for key, value in kept.items():
                 if not value.dim():
                     state[key] = value.clone()
@@ -222,17 +193,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
                 state[key].zero_()
         moments = {key: value for key, value in kept.items() if value.dim()}
         if self.stage == 3:
-            size = p.ds_tensor.numel()
-
-            def share(tensor: Tensor) -> Tensor:
-                padded = F.pad(tensor.flatten(), (0, size * self.world_size - tensor.numel()))
-                return padded[size * self.global_rank :][:size]
-
-            safe_set_local_fp32_param(p, share(whole))
-            for key, value in moments.items():
-                safe_set_local_optimizer_state(p, share(value), key)
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                p.copy_(whole)
+            self._write_shares(p, whole, moments)
             return
         p.copy_(whole)
         safe_set_full_fp32_param(p, whole)
@@ -241,14 +202,56 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         for key, value in moments.items():
             safe_set_full_optimizer_state(p, value, key)
 
+    def _write_shares(self, p: nn.Parameter, whole: Tensor, moments: dict[str, Tensor]) -> None:
+        """write_whole() under stage 3, where each rank has a share of p."""
+        size = p.ds_tensor.numel()
+
+        def share(tensor: Tensor) -> Tensor:
+            padded = F.pad(tensor.flatten(), (0, size * self.world_size - tensor.numel()))
+            return padded[size * self.global_rank :][:size]
+
+        safe_set_local_fp32_param(p, share(whole))
+        for key, value in moments.items():
+            safe_set_local_optimizer_state(p, share(value), key)
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.copy_(whole)
+
+
+def _zero_settings(stage: int, offload: bool) -> dict[str, object]:
+    """ZeRO's settings, with small buckets.
+
+    With the default of 5e8 elements stage 3 gathers a whole frozen base at once.
+    """
+    zero: dict[str, object] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": BUCKET,
+            "stage3_max_reuse_distance": BUCKET,
+            "stage3_param_persistence_threshold": KEPT_WHOLE,
+        }
+        # not in the oldest versions; with it a tensor comes into its place without a bucket between
+        if "allgather_sequential" in DeepSpeedZeroConfig.model_fields:
+            zero["stage3_allgather_sequential"] = True
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return zero
+
 
 def _gather_to_accumulate(p: nn.Parameter):
-    """The node of autograd that adds to p.grad, which from now on finds p whole, also when its gradient comes
-    while p is shared out.
+    """The node of autograd that adds to p.grad. It gathers p first, where p is shared out.
 
     Stage 3 has a parameter whole only while its module runs. The gradient of a row in chunks
-    (src/model/batch_loss.py) comes after that, and autograd compares its shape with the parameter's: with
-    that of a node's making, which is kept for this, and when it adds.
+    (src/model/batch_loss.py) comes after that. Autograd compares its shape with the parameter's twice: with
+    the shape when the node was made, so that the node is kept, and with the shape when it adds.
     """
     missing = []
 
@@ -270,13 +273,14 @@ def _gather_to_accumulate(p: nn.Parameter):
 
 
 def _return_large_blocks() -> None:
-    """Have glibc give blocks of 1 MiB and more back to the system when they are freed; its own limit grows to
-    32 MiB with use, and what it then keeps of gathered parameters is a tenth of the base.
+    """Have glibc give blocks of 1 MiB and more back to the system when they are freed.
+
+    Its own limit grows to 32 MiB with use. It then keeps freed parameters worth a tenth of the base.
     """
     mmap_threshold = -3
     getattr(ctypes.CDLL(None), "mallopt", lambda name, value: 0)(mmap_threshold, 1 << 20)
 
 
 def gathered(parameters: list[nn.Parameter]):
-    """Context in which every rank sees these parameters whole, whatever the stage."""
+    """A context in which every rank sees these parameters whole, whatever the stage."""
     return deepspeed.zero.GatheredParameters(parameters)

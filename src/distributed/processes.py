@@ -19,17 +19,16 @@ with contextlib.suppress(ImportError):
 
 
 def choose_interface(master: str) -> None:
-    """Have gloo meet the other machines on the network interface over which this one is known or the first
-    one is reached.
+    """Have gloo meet the other machines on the network interface from which the first machine is reached.
 
-    By itself gloo takes the address of the host's name, which on many systems is that of the loopback,
-    127.0.1.1.
+    By itself gloo takes the address of the host's name. On many systems that is the loopback's, 127.0.1.1.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
         return
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))  # nothing is sent: it tells the address from which something would be
+            # nothing is sent; the socket then has the address from which something would be sent
+            probe.connect((master, 9))
             mine = probe.getsockname()[0]
             names = [name for _, name in socket.if_nameindex() if _address_of(name, probe) == mine]
     except OSError as error:
@@ -49,31 +48,26 @@ def _address_of(interface: str, probe: socket.socket) -> str:
     """IPv4 address of a network interface; empty where it has none."""
     get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h: struct ifreq, the address at byte 20
     try:
-        return socket.inet_ntoa(
-            fcntl.ioctl(probe, get_address, struct.pack("256s", interface.encode()))[20:24]
-        )
+        request = struct.pack("256s", interface.encode())
+        return socket.inet_ntoa(fcntl.ioctl(probe, get_address, request)[20:24])
     except OSError:
         return ""
 
 
 def watch_launcher() -> None:
-    """End this process when the one that started it is gone: it would wait for ranks that never come, and
-    keep its memory.
+    """End this process when the one that started it is gone.
 
-    For a child of torchrun, of deepspeed, and of Lightning; a process that was started from a shell may
-    outlive that.
+    It would wait for ranks that never come, and keep its memory. This is for a child of torchrun, of
+    deepspeed, and of Lightning. A process that was started from a shell may outlive the shell.
     """
     launch = launched()
     by_lightning = launch is None and whole_number("LOCAL_RANK") > 0
-    if (
-        sys.platform == "win32"
-        or not by_lightning
-        and (launch is None or launch.by not in ("torchrun", "deepspeed"))
-    ):
+    by_launcher = launch is not None and launch.by in ("torchrun", "deepspeed")
+    if sys.platform == "win32" or not (by_lightning or by_launcher):
         return
     parent = os.getppid()
-    # Lightning starts its children in its own process group; another one's parent has taken over an orphan
-    # already
+    # Lightning starts its children in its own process group; a parent of another group has taken over an
+    # orphan
     if by_lightning and os.getpgid(parent) != os.getpgrp():
         _end_as_orphan()
 

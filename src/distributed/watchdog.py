@@ -1,10 +1,9 @@
-"""Processes of several machines, or of a launcher, end together: each holds a connection to rank 0, which
-breaks when its process ends.
+"""Processes of several machines, or of a launcher, end together.
 
-A launcher looks after its own machine only. gloo tells that a peer is gone when the next collective begins,
-NCCL perhaps after half an hour, and before the process group exists nobody tells: a rank that fails while it
-reads its data would leave the others waiting. What Lightning starts on one machine needs none of this: see
-processes.watch_launcher().
+Each holds a connection to rank 0, which breaks when its process ends. A launcher looks after its own machine
+only. gloo tells that a peer is gone when the next collective begins, NCCL perhaps after half an hour. Before
+the process group exists nobody tells: a rank that fails while it reads its data would leave the others
+waiting. What Lightning starts on one machine needs none of this: see processes.watch_launcher().
 """
 
 from __future__ import annotations
@@ -27,38 +26,38 @@ from ..config import Config
 from ..config.launcher import check_world, launched
 
 BYE = "bye"
-MEET_MINUTES = 30  # for which a machine waits for the first one, as torch does for a process group
+MEET_MINUTES = 30  # a machine waits so long for the first one, as torch does for a process group
 BRIEFLY = 0.5  # seconds in which two ends of a connection hear of each other
-GRACE = (
-    5.0  # seconds in which a process may end by itself, with its own traceback, once another one has ended
-)
-PATIENCE = 30.0  # seconds before it is said for whom a process waits
-LATECOMERS = 10.0  # seconds for which a failing rank 0 waits for those that are still starting
+# seconds in which a process may end by itself, with its own traceback, once another one has ended
+GRACE = 5.0
+PATIENCE = 30.0  # seconds before a process says for whom it waits
+LATECOMERS = 10.0  # seconds that a failing rank 0 waits for ranks that are still starting
 
 
 def lifeline(config: Config) -> contextlib.AbstractContextManager:
-    """Context of the whole run in this process; nothing where one machine's processes have another
-    guardian.
+    """The context of the whole run in this process.
+
+    It does nothing in a process that Lightning started, and on one machine without a launcher.
     """
     world, launch, env = check_world(config), launched(), os.environ
     if launch and world > 1:
         if launch.by == "srun":
-            # it knows how SLURM writes lists of machines
+            # Lightning knows how SLURM writes lists of machines
             from lightning.fabric.plugins.environments import SLURMEnvironment
 
             slurm = SLURMEnvironment(auto_requeue=False)
             return Lifeline(slurm.global_rank(), world, slurm.main_address, slurm.main_port)
         return Lifeline(int(env["RANK"]), world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
     if config.num_nodes > 1 and "LOCAL_RANK" not in env:
-        return Lifeline(
-            int(env["NODE_RANK"]), config.num_nodes, env["MASTER_ADDR"], int(env["MASTER_PORT"]), "machine"
-        )
+        number, address, port = int(env["NODE_RANK"]), env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        return Lifeline(number, config.num_nodes, address, port, "machine")
     return contextlib.nullcontext()
 
 
 class Lifeline:
-    """`number` counts the members from 0, the one that they all meet at `address`; torch's own store at
-    `port` tells them where there.
+    """The connections between the members of a run, which are numbered from 0.
+
+    They all meet number 0 at `address`. Torch's own store at `port` tells them the port of the connections.
     """
 
     def __init__(self, number: int, members: int, address: str, port: int, kind: str = "rank"):
@@ -73,43 +72,22 @@ class Lifeline:
         reminder = threading.Timer(PATIENCE, self._remind)
         reminder.daemon = True
         reminder.start()
-        # torchrun has the store already; else it is the one that the process group will use later: the server
-        # is shared
-        host = self.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # torchrun has the store already; else the process group will share this one
+        is_host = self.number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
             self.store = TCPStore(
                 self.address,
                 self.port,
-                is_master=host,
+                is_master=is_host,
                 wait_for_workers=False,
                 multi_tenant=True,
                 timeout=datetime.timedelta(minutes=MEET_MINUTES),
             )
-            if self.number == 0:
-                dual = socket.has_dualstack_ipv6()
-                server = socket.create_server(
-                    ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
-                )
-                key = secrets.token_hex(16)  # whoever else calls at the port is no member
-                self.store.set("lifeline", f"{server.getsockname()[1]} {key}")
-                self._start(self._accept, server, key)
-            else:
-                place, _, key = self.store.get("lifeline").decode().partition(" ")
-                line = socket.create_connection((self.address, int(place)), timeout=60)
-                line.settimeout(None)
-                line.sendall(f"{key} {self.name}\n".encode())
-                self._hold(line)
-                self._start(
-                    self._listen,
-                    line.makefile(encoding="utf-8", errors="replace"),
-                    self.name.partition(" ")[0] + " 0",
-                )
+            key = self._serve() if self.number == 0 else self._connect()
         except (DistError, OSError) as error:
-            what = (
-                f"{self.name} can't open port {self.port}"
-                if host
-                else f"{self.name} does not reach the first one at {self.address}:{self.port}"
-            )
+            what = f"{self.name} does not reach the first one at {self.address}:{self.port}"
+            if is_host:
+                what = f"{self.name} can't open port {self.port}"
             raise UserError(
                 f"{what} ({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT must be the first"
                 " machine's address in a network of all machines and a free port there, and no firewall may"
@@ -117,6 +95,27 @@ class Lifeline:
             ) from None
         self.folder_key = f"folder {key}"
         return self
+
+    def _serve(self) -> str:
+        """Number 0: open a port for the others; returns the key, without which a caller is no member."""
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        key = secrets.token_hex(16)
+        self.store.set("lifeline", f"{server.getsockname()[1]} {key}")
+        self._start(self._accept, server, key)
+        return key
+
+    def _connect(self) -> str:
+        """Any other: connect to number 0; returns the key."""
+        port, _, key = self.store.get("lifeline").decode().partition(" ")
+        line = socket.create_connection((self.address, int(port)), timeout=60)
+        line.settimeout(None)
+        line.sendall(f"{key} {self.name}\n".encode())
+        self._hold(line)
+        first = self.name.partition(" ")[0] + " 0"
+        self._start(self._listen, line.makefile(encoding="utf-8", errors="replace"), first)
+        return key
 
     def tell_folder_is_held(self) -> None:
         """Number 0: the others may look into the run's folder now."""
@@ -143,9 +142,13 @@ class Lifeline:
         self._tell()
 
     def _remind(self) -> None:
-        missing = self.members - 1 - len(self.lines) if self.number == 0 else not self.lines
+        if self.number == 0:
+            missing = self.members - 1 - len(self.lines)
+            whom = f"{missing} of {self.members - 1} others"
+        else:
+            missing = not self.lines
+            whom = "the first one"
         if missing and not self.over:
-            whom = f"{missing} of {self.members - 1} others" if self.number == 0 else "the first one"
             print(
                 f"note: {self.name} waits for {whom}, to meet at {self.address}:{self.port}",
                 file=sys.stderr,
@@ -168,7 +171,7 @@ class Lifeline:
             self._listen(file, name)
 
     def _hold(self, line: socket.socket) -> None:
-        # a machine without power or network says nothing, but does not answer either
+        # a machine that lost its power or network closes no connection; keepalive notices it
         line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
@@ -197,14 +200,17 @@ class Lifeline:
         """Tell the others; False where that was done already."""
         with self.lock:
             first, self.over = not self.over, True
-        for line in self.lines if first else ():
+        if not first:
+            return False
+        for line in self.lines:
             with contextlib.suppress(OSError):
                 line.sendall(f"{_one_line(word)}\n".encode())
-        return first
+        return True
 
     def _tell(self) -> None:
-        """Print once why another one ended, unless this one ends for the same reason, as all do where the
-        command is wrong.
+        """Print once why another one ended, unless this one ends for the same reason.
+
+        All end for the same reason where the command is wrong.
         """
         with self.lock:
             reason, self.reason = self.reason, ""
