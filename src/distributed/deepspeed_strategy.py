@@ -146,7 +146,7 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
             self._accumulators = [_gather_to_accumulate(p) for p in trained]
 
     def _pieces(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """This rank's share of the trained parameters, as flat fp32 tensors, each with its optimizer state."""
+        """This rank's share of the trained parameters: flat fp32 tensors, each with its optimizer state."""
         zero = self.deepspeed_engine.optimizer
         if self.stage == 3:
             pieces = zero.fp32_partitioned_groups_flat
