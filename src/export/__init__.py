@@ -1,8 +1,7 @@
-"""A model for other programs: GGUF for llama.cpp, a folder for Hugging Face's transformers, safetensors; and
-back to a checkpoint.
+"""A model for other programs, and back: GGUF, a folder for Hugging Face's transformers, safetensors.
 
-A form is one file here. Each keeps a record of the checkpoint (provenance.py), so that the way back gives the
-same file. Imports common, config, ops, model and data.
+Each form is one file here. It keeps a record of the checkpoint (provenance.py), so that the way back gives
+the same file. Imports common, config, ops, model and data.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ..data.templates import load_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
 from . import gguf, hugging_face
-from .provenance import Record, check_dtypes
+from .provenance import Provenance, check_dtypes
 from .to_checkpoint import form_of, to_checkpoint
 from .vocabulary import vocabulary_of
 
@@ -42,28 +41,26 @@ TARGETS = tuple(NAMES)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A checked model: `tensors` by the checkpoint's names, mapped from the file, and its metadata, None
-    where it has none.
-    """
+    """A checked model."""
 
     path: str
     arch: Arch
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any] | None
+    tensors: dict[str, Tensor]  # by the checkpoint's names, mapped from the file
+    metadata: dict[str, Any] | None  # None where the file has none
 
-    def record(self) -> Record:
-        return Record.of(self.tensors, self.metadata)
+    def provenance(self) -> Provenance:
+        return Provenance.of(self.tensors, self.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What export() wrote; `notes` is what the user should know of it."""
+    """What export() wrote."""
 
     out: str
     to: str
     model: str
     bytes: int
-    notes: list[str]
+    notes: list[str]  # what the user should know of it
 
     def lines(self) -> list[str]:
         """What the user is told."""
@@ -92,13 +89,7 @@ def export(
     wrongly, and for a missing package.
     """
     _check_flags(to, kind, (tokenizer, eod, template, drop_state))
-    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
-        raise UserError(f"{out} is the input; choose another name")
-    if to == "hf":
-        check_folder(out, [])
-    else:
-        require_writable(out)
-        may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
+    _check_output(path, out, to)
     found = form_of(path)
     if found == to:
         raise UserError(f"{path} is {NAMES[to]} already")
@@ -108,25 +99,51 @@ def export(
     if found != "pth":
         raise UserError(f"{path} is {NAMES[found]}; make a checkpoint of it first, with --to pth")
     model = read_model(path)
+    written, notes = to, []
     if to == "safetensors":
         check_finite(model.tensors)
-        write_safetensors(out, model.tensors, model.record().header())
-        return Exported(os.fspath(out), to, model.arch.describe(), _size(out), [])
-    model, notes = _without_state(model, to, drop_state)
+        write_safetensors(out, model.tensors, model.provenance().header())
+    else:
+        model, notes = _without_state(model, to, drop_state)
+        if to == "hf":
+            written = "Hugging Face folder"
+            notes += _write_folder(model, out, tokenizer, eod, template)
+        else:
+            kind = kind or gguf.DEFAULT_TYPE
+            written = f"GGUF {kind}"
+            notes += _write_gguf(model, out, kind, tokenizer, eod, template)
+    return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes)
+
+
+def _check_output(path, out, to: str) -> None:
+    """UserError where `out` is the input, can't be written, or is a file of another kind."""
+    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+        raise UserError(f"{out} is the input; choose another name")
     if to == "hf":
-        hugging_face.check(model.arch)
-        words, chosen = _language(model, tokenizer, eod, template)
-        check_finite(model.tensors)
-        notes += hugging_face.write(out, model.tensors, model.arch, words, chosen, model.record())
-        return Exported(os.fspath(out), "Hugging Face folder", model.arch.describe(), _size(out), notes)
-    kind = kind or gguf.DEFAULT_TYPE
-    notes += gguf.check(model.arch, kind)
+        check_folder(out, [])
+    else:
+        require_writable(out)
+        may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
+
+
+def _write_folder(model: Model, out, tokenizer: str, eod: str, template: str) -> list[str]:
+    """Check the model and write it for Hugging Face; returns notes."""
+    hugging_face.check(model.arch)
+    chosen_tokenizer, chosen_template = _language(model, tokenizer, eod, template)
+    check_finite(model.tensors)
+    return hugging_face.write(
+        out, model.tensors, model.arch, chosen_tokenizer, chosen_template, model.provenance()
+    )
+
+
+def _write_gguf(model: Model, out, kind: str, tokenizer: str, eod: str, template: str) -> list[str]:
+    """Check the model and write it for llama.cpp; returns notes."""
+    notes = gguf.check(model.arch, kind)
     vocabulary = vocabulary_of(*_language(model, tokenizer, eod, template), model.arch.vocab_size)
     check_finite(model.tensors)
-    notes += vocabulary.notes + gguf.write(
-        out, model.tensors, model.arch, kind, Path(path).stem, vocabulary, model.record()
-    )
-    return Exported(os.fspath(out), f"GGUF {kind}", model.arch.describe(), _size(out), notes)
+    name = Path(model.path).stem
+    left_out = gguf.write(out, model.tensors, model.arch, kind, name, vocabulary, model.provenance())
+    return notes + vocabulary.notes + left_out
 
 
 def _check_flags(to: str, kind: str, language: tuple[str, str, str, bool]) -> None:
@@ -142,11 +159,9 @@ def _check_flags(to: str, kind: str, language: tuple[str, str, str, bool]) -> No
 
 
 def _size(path) -> int:
-    return (
-        sum(file.stat().st_size for file in Path(path).iterdir())
-        if os.path.isdir(path)
-        else os.path.getsize(path)
-    )
+    if os.path.isdir(path):
+        return sum(file.stat().st_size for file in Path(path).iterdir())
+    return os.path.getsize(path)
 
 
 def read_model(path) -> Model:
@@ -160,7 +175,7 @@ def read_model(path) -> Model:
 
 
 def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]:
-    """UserError for an initial state that would get lost without a word."""
+    """(the model without its initial state, notes); UserError where the user has not asked for that."""
     if not model.arch.initial_state:
         return model, []
     if not drop:
@@ -171,9 +186,8 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
         )
     tensors = {name: tensor for name, tensor in model.tensors.items() if not name.endswith(".att.time_state")}
     lost = counted(len(model.tensors) - len(tensors), "initial state")
-    return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [
-        f"{lost} left out: the model answers as without its state tuning"
-    ]
+    note = f"{lost} left out: the model answers as without its state tuning"
+    return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [note]
 
 
 def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Template]:

@@ -1,8 +1,7 @@
-"""Chat templates in Jinja, as GGUF and Hugging Face folders carry them; RWKV's own one is written here as
-src/data/templates.py renders it.
+"""Chat templates in Jinja, as GGUF and Hugging Face folders carry them.
 
-For other programs, which know nothing of RWKV's: llama.cpp's falls back to the name "rwkv-world", which Jinja
-renders as just these words.
+Other programs know nothing of RWKV's template, so it is written here in Jinja; src/data/rwkv_template.py
+renders the same. Without it llama.cpp would take the name "rwkv-world", which Jinja renders as just these words.
 """
 
 from __future__ import annotations
@@ -57,9 +56,7 @@ NO_THOUGHTS = """\
 
 
 def jinja(template: Template) -> str:
-    """Jinja source that gives what the template does, for programs without its parts that are for
-    training.
-    """
+    """Jinja source that gives what the template does, for other programs; without what only training needs."""
     if isinstance(template, RwkvTemplate):
         return rwkv_jinja(template.name)
     # {% generation %} tells what is trained; not every engine knows it
@@ -83,11 +80,9 @@ def rwkv_jinja(name: str) -> str:
     else:
         head, check = "", UNCLOSED + NO_THOUGHTS
         answer = "{{- '>\\n' + answer.text -}}\n"
-    user = (
-        f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n"
-        if after_user
-        else ""
-    )
+    user = ""
+    if after_user:
+        user = f"{{%- if message['role'] == 'user' -%}}{{{{- '{after_user}' -}}}}{{%- endif -%}}\n"
     parts = {
         "HEAD": head,
         "CHECK": check,
@@ -99,11 +94,7 @@ def rwkv_jinja(name: str) -> str:
 
 
 def thinks_aloud(template: Template) -> bool:
-    """Whether the answers that the template asks for begin with thoughts, in which a blank line ends
-    nothing.
-    """
-    return (
-        isinstance(template, RwkvTemplate)
-        and "<think" in template.opening
-        and "</think" not in template.opening
-    )
+    """Whether the template asks for answers that begin with thoughts, in which a blank line ends nothing."""
+    if not isinstance(template, RwkvTemplate):
+        return False
+    return "<think" in template.opening and "</think" not in template.opening

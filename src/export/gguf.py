@@ -1,5 +1,6 @@
-"""GGUF files, which llama.cpp reads (docs/gguf.md of ggml-org/ggml): written piece by piece, through the
-package gguf.
+"""GGUF files, which llama.cpp reads, written piece by piece through the package gguf.
+
+The format is described in docs/gguf.md of ggml-org/ggml.
 """
 
 from __future__ import annotations
@@ -17,18 +18,13 @@ from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
 from . import gguf_table
-from .provenance import KEY, Record
-from .tensor_map import LARGE, MAP
+from .provenance import KEY, Provenance
+from .tensor_map import LARGE, LOW_RANK
 from .vocabulary import Vocabulary
 
-# of large matrices, with GGUF's number for a file of mostly these
-FILE_TYPES = {
-    "F32": 0,
-    "BF16": 32,
-    "Q8_0": 7,
-    "Q4_0": 2,
-}
-# F16 would round the activations too, whose squares in the channel mix can be beyond its range
+# types of the large matrices, with GGUF's number for a file of mostly these
+FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
+# F16 would round the activations too, and their squares in the channel mix can be beyond its range
 DEFAULT_TYPE = "BF16"
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 QUANT_ROW = 32  # weights that share a scale
@@ -37,8 +33,9 @@ PIECE = 1 << 19  # elements converted at once
 
 
 def check(arch: Arch, kind: str) -> list[str]:
-    """UserError for a model that llama.cpp does not run, or computes something else of, and where the package
-    is absent; notes on what not all of its backends run.
+    """UserError for a model that llama.cpp does not run or computes wrongly, and for a missing package.
+
+    Returns notes on what not all of llama.cpp's backends run.
     """
     _package()
     if arch.dim_att != arch.n_embd:
@@ -74,16 +71,16 @@ def write(
     kind: str,
     name: str,
     vocabulary: Vocabulary,
-    record: Record,
+    provenance: Provenance,
 ) -> list[str]:
-    """Write a checked model, whole or not at all; large matrices get the type `kind`, low-rank maps F32 with
-    F32, else BF16, vectors F32.
+    """Write a checked model, whole or not at all. Returns notes: what of the checkpoint is not in the file.
 
-    A piece of one tensor is in memory at a time. Returns notes: what of the checkpoint is not in the file.
+    Large matrices get the type `kind`. Low-rank maps are BF16, or F32 where `kind` is F32. Vectors are F32. A
+    piece of one tensor is in memory at a time.
     """
     gguf = _package()
     types = gguf.GGMLQuantizationType
-    kinds = {LARGE: types[kind], MAP: types["F32" if kind == "F32" else "BF16"]}
+    kinds = {LARGE: types[kind], LOW_RANK: types["F32" if kind == "F32" else "BF16"]}
     tensors = gguf_table.fill_block_0(tensors, arch)
     table = [(row, kinds.get(row.kind, types.F32)) for row in gguf_table.rows(arch.version, arch.n_layer)]
     infos = [(row, type_, row.store(tensors).shape) for row, type_ in table]
@@ -91,7 +88,7 @@ def write(
     with whole_file(path, sum(nbytes)) as whole:
         writer = gguf.GGUFWriter(whole.name, f"rwkv{arch.version}")
         try:
-            _add_keys(writer, arch, kind, name, vocabulary, record)
+            _add_keys(writer, arch, kind, name, vocabulary, provenance)
             for (row, type_, shape), size in zip(infos, nbytes):
                 writer.add_tensor_info(row.stored, shape, np.dtype(np.float32), size, raw_dtype=type_)
             writer.write_header_to_file()
@@ -105,7 +102,7 @@ def write(
             writer.write_padding(file, file.tell())
         finally:
             writer.close()
-    return _notes(arch, kind, {name: type_ for row, type_ in table for name in row.names}, record)
+    return _notes(arch, kind, {name: type_ for row, type_ in table for name in row.names}, provenance)
 
 
 def _package():
@@ -126,14 +123,15 @@ def _pieces(tensor: Tensor, type_) -> Iterator[memoryview]:
     rows = tensor.reshape(-1, tensor.shape[-1])
     for part in rows.split(max(1, PIECE // rows.shape[-1])):
         if type_.name in FLOAT_TYPES:
-            yield memoryview(part.to(FLOAT_TYPES[type_.name]).contiguous().view(torch.uint8).numpy()).cast(
-                "B"
-            )
+            array = part.to(FLOAT_TYPES[type_.name]).contiguous().view(torch.uint8).numpy()
         else:
-            yield memoryview(quantise(part.float().contiguous().numpy(), type_)).cast("B")
+            array = quantise(part.float().contiguous().numpy(), type_)
+        yield memoryview(array).cast("B")
 
 
-def _add_keys(writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, record: Record) -> None:
+def _add_keys(
+    writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, provenance: Provenance
+) -> None:
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[kind])
     for key, value in gguf_table.keys(arch).items():
@@ -151,18 +149,19 @@ def _add_keys(writer, arch: Arch, kind: str, name: str, vocabulary: Vocabulary, 
         writer.add_chat_template(vocabulary.chat_template)
     else:
         writer.add_uint32(f"{writer.arch}.vocab_size", arch.vocab_size)
-    writer.add_string(KEY, record.text())
+    writer.add_string(KEY, provenance.text())
 
 
-def _notes(arch: Arch, kind: str, types: dict[str, object], record: Record) -> list[str]:
+def _notes(arch: Arch, kind: str, types: dict[str, object], provenance: Provenance) -> list[str]:
     notes: list[str] = []
-    rounded = record.rounded({name: FLOAT_TYPES.get(type_.name, torch.int8) for name, type_ in types.items()})
+    rounded = provenance.rounded(
+        {name: FLOAT_TYPES.get(type_.name, torch.int8) for name, type_ in types.items()}
+    )
     if rounded and kind in FLOAT_TYPES:
-        notes.append(
-            f"{counted(len(rounded), 'tensor')}, {rounded[0]} first, had to be rounded to {kind}"
-            + ("; --type F32 keeps all values" if kind == "BF16" else "")
-        )
-    if arch.layer0_value_residual and record.entries["blocks.0.att.v1"].shape[1] > arch.ranks["a"]:
+        better = "; --type F32 keeps all values" if kind == "BF16" else ""
+        tensors = counted(len(rounded), "tensor")
+        notes.append(f"{tensors}, {rounded[0]} first, had to be rounded to {kind}{better}")
+    if arch.layer0_value_residual and provenance.entries["blocks.0.att.v1"].shape[1] > arch.ranks["a"]:
         notes.append(
             "the value residual of block 0, which no runtime reads, is cut to a's rank; the way back gives"
             " zeros in its place"

@@ -14,19 +14,7 @@ from rwkv_miss.errors import UserError
 
 MAGIC = b"GGUF"
 # type -> struct's letter
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 UINT64 = 10
 DTYPE_OF_CODE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -37,12 +25,13 @@ ALIGNMENT = 32
 
 
 def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(keys, tensors of F32, F16 or BF16 by their names) of a file of version 2 or 3. UserError for a damaged
-    file, and for other types.
+    """(keys, tensors by their names) of a file of version 2 or 3, with tensors of F32, F16 or BF16.
+
+    UserError for a damaged file, and for other types.
     """
     try:
         with open(path, "rb") as file:
-            # private, as torch's tensors can be written to
+            # private, because torch's tensors can be written to
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return _Reader(path, data).read()
     except OSError as error:
@@ -54,7 +43,7 @@ def read(path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class _Reader:
-    """Reads on from `at`; a ValueError is damage."""
+    """Reads the header from the place `at` on; a ValueError means damage."""
 
     def __init__(self, path, data: mmap.mmap):
         self.path, self.data, self.at = os.fspath(path), data, 0
@@ -69,9 +58,9 @@ class _Reader:
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
             raise ValueError(f"an alignment of {alignment}")
         start = -(-self.at // alignment) * alignment
-        found = {
-            name: self.tensor(name, shape, type_, start + offset) for name, shape, type_, offset in infos
-        }
+        found = {}
+        for name, shape, type_, offset in infos:
+            found[name] = self.tensor(name, shape, type_, start + offset)
         if len(found) != len(infos) or sum(tensor.nbytes for tensor in found.values()) > len(self.data):
             raise ValueError("tensors come twice, or lie over each other")
         return fields, found
@@ -135,6 +124,5 @@ class _Reader:
             count *= n
         if not 0 < count * DTYPE_OF_CODE[type_].itemsize <= len(self.data) - start:
             raise ValueError(f"{name[:100]!r} of {shape} lies outside of the file")
-        return torch.frombuffer(self.data, dtype=DTYPE_OF_CODE[type_], count=count, offset=start).reshape(
-            shape
-        )
+        flat = torch.frombuffer(self.data, dtype=DTYPE_OF_CODE[type_], count=count, offset=start)
+        return flat.reshape(shape)

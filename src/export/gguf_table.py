@@ -1,7 +1,7 @@
-"""GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions (llama.cpp, src/llama-arch.cpp
-and its models rwkv6, rwkv7).
+"""GGUF's tensors of RWKV-6 and RWKV-7 and the checkpoint's, in both directions.
 
-GGUF lists shapes reversed. What is not in the table is in neither file, but for block 0's value residual.
+GGUF's names are those of llama.cpp's src/llama-arch.cpp and of its models rwkv6 and rwkv7. GGUF lists shapes
+reversed. A tensor that is not in the table is in neither file. The exception is block 0's value residual.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from rwkv_miss.files.checkpoint import Arch
 
-from .tensor_map import LARGE, MAP, VECTOR, Row
+from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, Row
 
 
 def _norm(gguf: str, name: str) -> list[Row]:
@@ -29,9 +29,11 @@ def _row(gguf: str, form: str, kind: str, *names: str) -> Row:
     return Row(f"{gguf}.weight", names, form, kind)
 
 
-OUTSIDE = [
+BEFORE_LAYERS = [
     _row("token_embd", "same", LARGE, "emb.weight"),
     *_norm("token_embd_norm", "blocks.0.ln0"),
+]
+AFTER_LAYERS = [
     *_norm("output_norm", "ln_out"),
     _row("output", "same", LARGE, "head.weight"),
 ]
@@ -48,24 +50,17 @@ OF_VERSION = {
         *_linears("channel_mix", "ffn", "receptance"),
         _row("time_mix_lerp_x", "flat", VECTOR, "att.time_maa_x"),
         _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.time_maa_{name}" for name in "wkvrg")),
-        *(_row(f"time_mix_w{i}", "transposed", MAP, f"att.time_maa_w{i}") for i in (1, 2)),
+        *(_row(f"time_mix_w{i}", "transposed", LOW_RANK, f"att.time_maa_w{i}") for i in (1, 2)),
         _row("time_mix_decay", "flat", VECTOR, "att.time_decay"),
-        *(_row(f"time_mix_decay_w{i}", "transposed", MAP, f"att.time_decay_w{i}") for i in (1, 2)),
+        *(_row(f"time_mix_decay_w{i}", "transposed", LOW_RANK, f"att.time_decay_w{i}") for i in (1, 2)),
         _row("time_mix_first", "same", VECTOR, "att.time_faaaa"),
         *(_row(f"channel_mix_lerp_{name}", "flat", VECTOR, f"ffn.time_maa_{name}") for name in "kr"),
     ],
     7: [
         _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.x_{name}" for name in "rwkvag")),
-        *(
-            _row(f"time_mix_{name}", "flat", VECTOR, f"att.{name}")
-            for name in ("w0", "a0", "v0", "k_k", "k_a")
-        ),
+        *(_row(f"time_mix_{n}", "flat", VECTOR, f"att.{n}") for n in ("w0", "a0", "v0", "k_k", "k_a")),
         _row("time_mix_r_k", "heads", VECTOR, "att.r_k"),
-        *(
-            _row(f"time_mix_{name}{i}", "transposed", MAP, f"att.{name}{i}")
-            for name in "wavg"
-            for i in (1, 2)
-        ),
+        *(_row(f"time_mix_{n}{i}", "transposed", LOW_RANK, f"att.{n}{i}") for n in "wavg" for i in (1, 2)),
         _row("channel_mix_lerp_k", "flat", VECTOR, "ffn.x_k"),
     ],
 }
@@ -73,11 +68,9 @@ OF_VERSION = {
 
 def rows(version: int, n_layer: int) -> list[Row]:
     """The whole table of a model, in GGUF's usual order."""
-    return [
-        *OUTSIDE[:3],
-        *(row.at(layer, "blk") for layer in range(n_layer) for row in (*LAYER_TENSORS, *OF_VERSION[version])),
-        *OUTSIDE[3:],
-    ]
+    of_layer = LAYER_TENSORS + OF_VERSION[version]
+    layers = [row.at(layer, "blk") for layer in range(n_layer) for row in of_layer]
+    return BEFORE_LAYERS + layers + AFTER_LAYERS
 
 
 def keys(arch: Arch) -> dict[str, int]:
@@ -101,30 +94,29 @@ def keys(arch: Arch) -> dict[str, int]:
 
 
 def fill_block_0(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
-    """The tensors with a value residual in block 0, which RWKV-7 in llama.cpp has to have there, of a's rank,
-    though nothing reads it: the checkpoint's own, with columns of zeros or, where its rank is above a's,
-    without the last ones.
+    """The tensors with a value residual in block 0, of the rank that `a` has.
+
+    llama.cpp wants it there in RWKV-7, though nothing reads it. Where the checkpoint has none, it is zeros.
+    The checkpoint's own gets columns of zeros, or loses its last columns where its rank is larger.
     """
     if arch.version == 6:
         return dict(tensors)
-    names = [f"blocks.0.att.v{i}" for i in range(3)]
-    if not arch.layer0_value_residual:
-        return {
-            **tensors,
-            **{name: torch.zeros_like(tensors[name.replace("att.v", "att.a")]) for name in names},
-        }
-    return {**tensors, **dict(zip(names, _with_rank([tensors[name] for name in names], arch.ranks["a"])))}
+    if arch.layer0_value_residual:
+        residual = _with_rank([tensors[name] for name in VALUE_RESIDUAL], arch.ranks["a"])
+    else:
+        residual = [torch.zeros_like(tensors[name.replace("att.v", "att.a")]) for name in VALUE_RESIDUAL]
+    return {**tensors, **dict(zip(VALUE_RESIDUAL, residual))}
 
 
 def restore_block_0(tensors: Mapping[str, Tensor], rank: int | None) -> dict[str, Tensor]:
-    """The inverse: the value residual of block 0 with the rank that it had, or None, without it."""
-    names = [f"blocks.0.att.v{i}" for i in range(3)]
+    """The inverse: the value residual of block 0 has the rank `rank`; None removes it."""
     if rank is None:
-        return {name: tensor for name, tensor in tensors.items() if name not in names}
-    return {**tensors, **dict(zip(names, _with_rank([tensors[name] for name in names], rank)))}
+        return {name: tensor for name, tensor in tensors.items() if name not in VALUE_RESIDUAL}
+    residual = _with_rank([tensors[name] for name in VALUE_RESIDUAL], rank)
+    return {**tensors, **dict(zip(VALUE_RESIDUAL, residual))}
 
 
 def _with_rank(residual: list[Tensor], rank: int) -> list[Tensor]:
     v0, v1, v2 = residual
-    more = rank - v1.shape[1]  # pad() takes away what is negative
+    more = rank - v1.shape[1]  # where it is negative, pad() takes columns away
     return [v0, pad(v1, (0, more)), pad(v2, (0, 0, 0, more))]

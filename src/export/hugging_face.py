@@ -1,6 +1,4 @@
-"""Folders of Hugging Face's transformers, as RWKV-7 is loaded from them by the packages rwkv7-hf and
-flash-linear-attention.
-"""
+"""Folders for Hugging Face's transformers; rwkv7-hf and flash-linear-attention load RWKV-7 from them."""
 
 from __future__ import annotations
 
@@ -18,14 +16,13 @@ from ..data.chat_template import Template
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from .chat_template import rwkv_jinja
-from .provenance import Record
-from .tensor_map import LARGE, MAP, VECTOR, Row
+from .provenance import Provenance
+from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, Row
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-UNREAD = "block_0_value_residual.safetensors"  # which no loader knows; for the way back
-VOCABULARY = "rwkv_vocab_v20230424.txt"  # the name that rwkv7-hf looks for, whatever the vocabulary
+UNREAD = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
+VOCABULARY = "rwkv_vocab_v20230424.txt"  # rwkv7-hf looks for this name, whatever the vocabulary
 PREFIX = "model.layers"
-# the linears' names, and those of the low-rank maps, whose base is a bias
 PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 END, PADDING = "<|endoftext|>", "<|padding|>"
 
@@ -35,14 +32,15 @@ def _norm(stored: str, name: str) -> list[Row]:
 
 
 def _low_rank(name: str) -> list[Row]:
-    base = [Row(f"attn.{name}_lora.lora.2.bias", (f"att.{name}0",), "flat", VECTOR)] if name != "g" else []
-    return [
-        *base,
-        *(
-            Row(f"attn.{name}_lora.lora.{2 * i - 2}.weight", (f"att.{name}{i}",), "transposed", MAP)
-            for i in (1, 2)
-        ),
+    """A low-rank map: two matrices, and a bias, which g has not."""
+    stored = f"attn.{name}_lora.lora"
+    rows = [
+        Row(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
+        Row(f"{stored}.2.weight", (f"att.{name}2",), "transposed", LOW_RANK),
     ]
+    if name == "g":
+        return rows
+    return [Row(f"{stored}.2.bias", (f"att.{name}0",), "flat", VECTOR), *rows]
 
 
 OUTSIDE = [
@@ -55,10 +53,7 @@ LAYER_TENSORS = [
     *_norm("attn_norm", "ln1"),
     *_norm("ffn_norm", "ln2"),
     *_norm("attn.g_norm", "att.ln_x"),
-    *(
-        Row(f"attn.{stored}.weight", (f"att.{name}.weight",), "same", LARGE)
-        for name, stored in PROJECTIONS.items()
-    ),
+    *(Row(f"attn.{to}.weight", (f"att.{name}.weight",), "same", LARGE) for name, to in PROJECTIONS.items()),
     *(Row(f"ffn.{name}.weight", (f"ffn.{name}.weight",), "same", LARGE) for name in ("key", "value")),
     *(Row(f"attn.x_{name}", (f"att.x_{name}",), "wide", VECTOR) for name in "rwkvag"),
     *(Row(f"attn.{name}", (f"att.{name}",), "flat", VECTOR) for name in ("k_k", "k_a")),
@@ -72,20 +67,13 @@ LAYER_TENSORS = [
 
 
 def rows(n_layer: int) -> list[Row]:
-    """The whole table; block 0 has no value residual, as nothing reads it."""
-    return [
-        *OUTSIDE,
-        *(
-            row.at(i, PREFIX)
-            for i in range(n_layer)
-            for row in LAYER_TENSORS
-            if i or ".v_lora." not in row.stored
-        ),
-    ]
+    """The whole table; block 0 has no value residual, because nothing reads it."""
+    layers = [row.at(i, PREFIX) for i in range(n_layer) for row in LAYER_TENSORS]
+    return OUTSIDE + [row for row in layers if not row.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
 
 
 def check(arch: Arch) -> None:
-    """UserError for a model that the loaders would compute something else of."""
+    """UserError for a model that the loaders would compute wrongly."""
     if arch.version == 6:
         raise UserError(
             "Hugging Face: the loader of RWKV-6 folders, flash-linear-attention, normalises the heads with"
@@ -138,18 +126,16 @@ def write(
     arch: Arch,
     tokenizer: Tokenizer | None,
     template: Template,
-    record: Record,
+    provenance: Provenance,
 ) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
     stored = {row.stored: row.store(tensors) for row in rows(arch.n_layer)}
-    unread = {
-        name: tensor for name, tensor in tensors.items() if name in [f"blocks.0.att.v{i}" for i in range(3)]
-    }
+    unread = {name: tensor for name, tensor in tensors.items() if name in VALUE_RESIDUAL}
     writers: dict[str, Callable[[str], None]] = {
-        WEIGHTS: lambda path: write_safetensors(path, stored, record.header())
+        WEIGHTS: lambda path: write_safetensors(path, stored, provenance.header())
     }
     if unread:
-        writers[UNREAD] = lambda path: write_safetensors(path, unread, Record.of(unread, {}).header())
+        writers[UNREAD] = lambda path: write_safetensors(path, unread, Provenance.of(unread, {}).header())
     writers[CONFIG] = lambda path: write_json(path, config(arch, tensors))
     of_tokenizer, notes = _tokenizer_files(tokenizer, template, arch.vocab_size)
     write_folder(out, writers | of_tokenizer)
@@ -176,15 +162,12 @@ def _tokenizer_files(
             "errors": "replace",
             "split_special_tokens": True,  # what a user types is text, also END
         }
+        pieces = [(token, piece) for token, piece in sorted(tokenizer.table.items()) if piece]
         table = VOCABULARY
-        content = "".join(
-            f"{token} {piece!r} {len(piece)}\n" for token, piece in sorted(tokenizer.table.items()) if piece
-        ).encode()
+        content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in pieces).encode()
     else:
-        return {}, [
-            "no tokenizer is in the folder: "
-            + (f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for")
-        ]
+        reason = f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for"
+        return {}, [f"no tokenizer is in the folder: {reason}"]
     described["chat_template"] = jinja
     return {
         table: lambda path: write_bytes(path, content),

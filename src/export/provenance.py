@@ -1,6 +1,7 @@
-"""What an export says of the checkpoint that it was made from, so that the way back gives the same file:
-names in their order, dtypes, shapes, and the metadata. One JSON text under KEY, in the header of safetensors
-and among the keys of GGUF.
+"""What an export says of the checkpoint that it was made from, so that the way back gives the same file.
+
+These are the names in their order, dtypes, shapes, and the metadata. They are one JSON text under KEY: in the
+header of safetensors, and among the keys of GGUF.
 """
 
 from __future__ import annotations
@@ -17,27 +18,28 @@ from rwkv_miss.errors import UserError
 
 KEY = "rwkv_miss.checkpoint"
 FLOATS = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
 }
-# dtype -> those that hold all its values
+# dtype -> wider dtypes that hold all its values
 WITHIN = {
     torch.float32: (torch.float64,),
     torch.bfloat16: (torch.float32, torch.float64),
     torch.float16: (torch.float32, torch.float64),
 }
 
-LARGEST_SIZE = 1 << 40  # numbers beyond, of thousands of digits each, take hours to multiply
+# of a dimension; without a bound, numbers of thousands of digits take hours to multiply
+LARGEST_SIZE = 1 << 40
 
 
 def check_dtypes(tensors: Mapping[str, Tensor], path) -> None:
     """UserError for a model whose tensors are not all of FLOATS."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
-            raise UserError(
-                f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of"
-                f" {', '.join(FLOATS)}"
-            )
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {name} is {dtype}; expected one of {', '.join(FLOATS)}")
 
 
 class Entry(NamedTuple):
@@ -45,21 +47,20 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Record(NamedTuple):
+class Provenance(NamedTuple):
     """`entries` in the checkpoint's order; `metadata` as read_metadata() gives them."""
 
     entries: dict[str, Entry]
     metadata: dict[str, Any] | None
 
     @staticmethod
-    def of(tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None) -> Record:
-        return Record({name: Entry(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
+    def of(tensors: Mapping[str, Tensor], metadata: dict[str, Any] | None) -> Provenance:
+        return Provenance({name: Entry(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
 
     def text(self) -> str:
-        tensors = {
-            name: [str(entry.dtype).removeprefix("torch."), *entry.shape]
-            for name, entry in self.entries.items()
-        }
+        tensors = {}
+        for name, (dtype, shape) in self.entries.items():
+            tensors[name] = [str(dtype).removeprefix("torch."), *shape]
         return json.dumps({"tensors": tensors, "metadata": self.metadata}, separators=(",", ":"))
 
     def header(self) -> dict[str, str]:
@@ -67,25 +68,21 @@ class Record(NamedTuple):
         return {"format": "pt", KEY: self.text()}
 
     @staticmethod
-    def parse(text: str, path) -> Record:
+    def parse(text: str, path) -> Provenance:
         """UserError for what text() did not write."""
         try:
             told = json.loads(text)
-            entries = {
-                name: Entry(FLOATS[dtype], tuple(map(int, shape)))
-                for name, (dtype, *shape) in told["tensors"].items()
-            }
+            entries = {}
+            for name, (dtype, *shape) in told["tensors"].items():
+                entries[name] = Entry(FLOATS[dtype], tuple(map(int, shape)))
             metadata = None if told["metadata"] is None else dict(told["metadata"])
-            if not all(
-                len(entry.shape) <= 4 and all(0 <= n < LARGEST_SIZE for n in entry.shape)
-                for entry in entries.values()
-            ):
+            if not all(_is_possible(entry.shape) for entry in entries.values()):
                 raise ValueError("a size that no tensor has")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{path} is damaged: its {KEY} can't be read ({type(error).__name__}: {str(error)[:100]})"
             ) from None
-        return Record(entries, metadata)
+        return Provenance(entries, metadata)
 
     def check(self, tensors: Mapping[str, Tensor], path) -> None:
         """UserError unless the tensors are those of the record, up to their shapes and dtypes."""
@@ -109,5 +106,9 @@ class Record(NamedTuple):
         return [
             name
             for name, (dtype, _) in self.entries.items()
-            if dtypes[name] != dtype and dtypes[name] not in WITHIN.get(dtype, ())
+            if dtypes[name] not in (dtype, *WITHIN.get(dtype, ()))
         ]
+
+
+def _is_possible(shape: tuple[int, ...]) -> bool:
+    return len(shape) <= 4 and all(0 <= size < LARGEST_SIZE for size in shape)

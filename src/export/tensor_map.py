@@ -1,5 +1,6 @@
-"""What a tensor of another form is made of: rows of a table that is read in both directions. Shapes as torch
-has them.
+"""What a tensor of another form is made of: rows of a table that is read in both directions.
+
+Shapes are as torch has them.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGE, MAP, VECTOR = "large matrix", "low-rank map", "vector"
+LARGE, LOW_RANK, VECTOR = "large matrix", "low-rank map", "vector"
+VALUE_RESIDUAL = [f"blocks.0.att.v{i}" for i in range(3)]  # RWKV-7's, which nothing reads in block 0
 
 
 class Form(NamedTuple):
-    """`store` makes the stored tensor of the checkpoint's; `restore`, given the head size, is its inverse, up
-    to the shapes (C) and (1, 1, C).
-    """
+    """How a stored tensor is made of the checkpoint's; the inverse, up to the shapes (C) and (1, 1, C)."""
 
     store: Callable[[list[Tensor]], Tensor]
-    restore: Callable[[Tensor, int], list[Tensor]]
+    restore: Callable[[Tensor, int], list[Tensor]]  # given the head size too
 
 
 FORMS = {
@@ -37,14 +37,12 @@ FORMS = {
 
 
 class Row(NamedTuple):
-    """The name of a stored tensor, those of the checkpoint's tensors in it, their form, and LARGE, MAP or
-    VECTOR.
-    """
+    """A stored tensor and the checkpoint's tensors in it."""
 
-    stored: str
-    names: tuple[str, ...]
-    form: str
-    kind: str
+    stored: str  # its name
+    names: tuple[str, ...]  # of the checkpoint's tensors
+    form: str  # of FORMS
+    kind: str  # LARGE, LOW_RANK or VECTOR
 
     def at(self, layer: int, prefix: str) -> Row:
         return self._replace(
@@ -53,14 +51,13 @@ class Row(NamedTuple):
         )
 
     def store(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The stored tensor; without a copy but for vectors in one."""
+        """The stored tensor; only a form that joins several tensors makes a copy."""
         return FORMS[self.form].store([tensors[name] for name in self.names])
 
 
 def restore(rows: Iterable[Row], stored: Mapping[str, Tensor], head_size: int) -> dict[str, Tensor]:
     """The checkpoint's tensors, views of the stored ones."""
-    return {
-        name: tensor
-        for row in rows
-        for name, tensor in zip(row.names, FORMS[row.form].restore(stored[row.stored], head_size))
-    }
+    restored = {}
+    for row in rows:
+        restored |= zip(row.names, FORMS[row.form].restore(stored[row.stored], head_size))
+    return restored
