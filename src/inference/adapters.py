@@ -1,10 +1,9 @@
-"""Adapters that run beside their base, any of them chosen and left again in milliseconds: y = W x + scale B
-(A x), with W as it was.
+"""Adapters that run beside their base: y = W x + scale B (A x). Choosing others takes milliseconds.
 
-The methods whose change of a weight has a rank (MiSS, LoRA, PiSSA, VeRA and most others) keep their two
-factors here, in fp32, by AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the
-tensors of their file, and the weights that these change are made in fp32 when the adapter is chosen. Tensors
-trained as a whole and initial states T stand for base + scale (T - base).
+Most methods change a weight by a matrix of low rank: MiSS, LoRA, PiSSA, VeRA and others. Their two factors
+are kept here in fp32, by AdapterLinear.low_rank(). The others (DoRA, Bat, MiSS with a magnitude) keep the
+tensors of their file. The weights that these change are merged in fp32 when the adapter is chosen. A tensor T
+that was trained as a whole, or an initial state, stands for base + scale (T - base).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ..model.layers import Linear
 class LowRank(NamedTuple):
     """What is added to a weight (out, in): scale B A."""
 
-    # (r, in) fp32; None for MiSS, whose A x are the sums of strided shards, x[j] + x[j + r] + ...
+    # (r, in) fp32; None for MiSS: its A x is the sums of strided shards, x[j] + x[j + r] + ...
     A: Tensor | None
     B: Tensor  # (out, r) fp32
     scale: float
@@ -52,92 +51,85 @@ class UnmergedLinear(Linear):
             return super().forward(x)
         weight = self.weight.to(x.dtype) if self.weight.is_floating_point() else self.weight
         A, B, scale = self.low_rank
-        return (
-            miss_linear(x, weight, None, B.t(), scale=scale)
-            if A is None
-            else lora_linear(x, weight, None, A, B, scale)
-        )
+        if A is None:
+            return miss_linear(x, weight, None, B.t(), scale=scale)
+        return lora_linear(x, weight, None, A, B, scale)
 
 
 @dataclasses.dataclass
 class Adapter:
-    """An adapter file that fits the model: the factors of linears, the file's tensors of those that have
-    none, and whole tensors.
-    """
+    """An adapter file that fits the model."""
 
     path: Any
     identity: Identity
     metadata: dict[str, Any]
-    factors: dict[str, LowRank]
-    merging: dict[str, dict[str, Tensor]]
-    whole: dict[str, Tensor]
+    factors: dict[str, LowRank]  # of linears
+    merging: dict[str, dict[str, Tensor]]  # the file's tensors of linears that have no factors
+    whole: dict[str, Tensor]  # tensors that were trained as a whole
 
     def replaced(self) -> list[str]:
         """The names of the model's tensors that have another value with it."""
         return [*(f"{name}.weight" for name in self.merging), *self.whole]
 
     def value(self, name: str, base: Tensor) -> Tensor:
-        """That of one of replaced(), fp32, given the base's."""
+        """The value of one of replaced(), in fp32, given the base's."""
+        exact = torch.promote_types(base.dtype, torch.float32)
         if name in self.whole:
-            return (
-                self.whole[name]
-                .to(base.device, torch.promote_types(base.dtype, torch.float32))
-                .reshape(base.shape)
-            )
+            return self.whole[name].to(base.device, exact).reshape(base.shape)
         linear = name.removesuffix(".weight")
         cls, options = method_of(self.metadata)
-        weight = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        weight = base.to(exact, copy=True)
         return cls.merged_weight(weight, self.merging[linear], options.at(linear))
 
 
 class Adapters:
-    """A model in the place of its linears, with adapters by name; `use` chooses. None is in use at first.
+    """A model with adapters by name; `use` chooses some of them. None is in use at first.
 
-    Every file is read and checked here, as by load_adapter: a UserError for one that does not fit the model,
-    before anything is changed.
+    The model's linears are replaced. Every file is read and checked here, as by load_adapter: a UserError for
+    one that does not fit the model, before anything is changed.
     """
 
     def __init__(self, model: RWKV, files: Mapping[str, Any]):
         self.model, self.scale, self.used = model, 1.0, ()
         shared: dict[Any, Tensor] = {}
         self.by_name = {name: read(model, path, shared) for name, path in files.items()}
-        self.base = {
-            name: find(model, name) for adapter in self.by_name.values() for name in adapter.replaced()
-        }
-        names = {name for adapter in self.by_name.values() for name in adapter.factors}
+        adapters = self.by_name.values()
+        # the base's tensors, for when no adapter replaces them
+        self.base = {name: find(model, name) for adapter in adapters for name in adapter.replaced()}
+        names = {name for adapter in adapters for name in adapter.factors}
         self.linears = {name: UnmergedLinear(model.get_submodule(name)) for name in names}
         put_linears(model, self.linears)
 
     @torch.no_grad()
     def use(self, names: Sequence[str] = (), scale: float = 1.0) -> None:
-        """From now on the model is its base with these adapters, each times `scale`; without names it is the
-        base, bit for bit.
+        """Make the model its base with these adapters, each times `scale`.
 
-        Whoever keeps copies of the model's tensors (cpu_decoder.Decoder, cuda_graph.GraphedDecoder) is to be
-        told: refresh(). UserError for unknown names.
+        Without names it is the base, bit for bit. Decoders keep copies of the model's tensors: call their
+        refresh() after this. UserError for unknown names.
         """
         for name in names:
             if name not in self.by_name:
                 raise UserError(
                     f"there is no adapter {name!r}; there are: {', '.join(self.by_name) or 'none'}"
                 )
-        self._leave()  # at first, so that two merged weights never take memory at once
+        self._leave()  # first, so that two merged weights never take memory at once
         try:
             self._enter([self.by_name[name] for name in names], float(scale))
-        except BaseException:  # Ctrl-C, or memory that ran out, in the middle of the merged weights
+        except BaseException:  # Ctrl-C, or memory ran out, with some of the weights merged
             self._leave()
             raise
         self.used, self.scale = tuple(names), float(scale)
 
     def identity(self, rule: str = "fingerprint") -> dict[str, Any]:
-        """What the model is beside its base, the same for the same adapter files at the same scale, by a rule
-        of Identity.
+        """What the model is beside its base, by a rule of Identity.
+
+        It is the same for the same adapter files at the same scale.
         """
         names = sorted(getattr(self.by_name[name].identity, rule) for name in self.used)
         return {"adapters": names, "scale": self.scale if self.used else 1.0}
 
     def is_recorded(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a record is of the adapters in use, whatever its rule."""
+        """Whether this is the identity() of the adapters in use, whatever its rule."""
         return any(identity == self.identity(rule) for rule in ("fingerprint", "sampled"))
 
     def _leave(self) -> None:
@@ -149,36 +141,26 @@ class Adapters:
 
     def _enter(self, chosen: list[Adapter], scale: float) -> None:
         for name, linear in self.linears.items():
-            linear.low_rank = together(
-                [adapter.factors[name] for adapter in chosen if name in adapter.factors],
-                linear.in_features,
-                scale,
-            )
+            factors = [adapter.factors[name] for adapter in chosen if name in adapter.factors]
+            linear.low_rank = together(factors, linear.in_features, scale)
         for name, tensor in self.base.items():
             changing = [adapter for adapter in chosen if name in adapter.replaced()]
             if changing:
-                put(
-                    self.model,
-                    name,
-                    moved(
-                        zeros_of(self.model, name) if tensor is None else tensor.detach(),
-                        name,
-                        changing,
-                        scale,
-                    ),
-                )
+                base = zeros_of(self.model, name) if tensor is None else tensor.detach()
+                put(self.model, name, moved(base, name, changing, scale))
 
 
 def method_of(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(class, options) of the method that an adapter file is of."""
+    """(class, options) of the method of an adapter file."""
     cls = METHODS[metadata["method"]]
     return cls, cls.Options.parse(metadata["options"])
 
 
 @torch.no_grad()
 def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
-    """An adapter file for a model, its factors on the model's device. Equal factors A, as all of VeRA's of
-    one width, are kept once in `shared`. UserErrors of load_adapter.
+    """An adapter file for a model, with its factors on the model's device. UserErrors of load_adapter.
+
+    Equal factors A are kept once, in `shared`; all of VeRA's of one width are equal.
     """
     with torch.device("meta"):
         shapes = RWKV(model.arch)
@@ -196,14 +178,13 @@ def read(model: RWKV, path, shared: dict[Any, Tensor]) -> Adapter:
             adapter.merging[name] = own
             continue
         A, B = (factor.detach().float().contiguous() for factor in factors)
-        adapter.factors[name] = LowRank(
-            None if torch.equal(A, strided_shards(*A.shape, A.device)) else kept_once(A, shared), B, 1.0
-        )
+        is_miss = torch.equal(A, strided_shards(*A.shape, A.device))
+        adapter.factors[name] = LowRank(None if is_miss else kept_once(A, shared), B, 1.0)
     return adapter
 
 
 def strided_shards(rank: int, width: int, device) -> Tensor:
-    """The A (r, in) of MiSS, of ones and zeros."""
+    """MiSS's A (r, in), of ones and zeros."""
     return F.one_hot(shard_index(width, rank, device=device), rank).t().float()
 
 
@@ -215,18 +196,21 @@ def kept_once(A: Tensor, shared: dict[Any, Tensor]) -> Tensor:
 
 def together(changes: list[LowRank], width: int, scale: float) -> LowRank | None:
     """What several adapters add to a weight (out, in = width), times `scale`."""
-    if len(changes) < 2:
-        return changes[0]._replace(scale=scale) if changes else None
-    A = [
-        strided_shards(change.B.shape[1], width, change.B.device) if change.A is None else change.A
-        for change in changes
-    ]
+    if not changes:
+        return None
+    if len(changes) == 1:
+        return changes[0]._replace(scale=scale)
+    A = []
+    for change in changes:
+        rank = change.B.shape[1]
+        A.append(strided_shards(rank, width, change.B.device) if change.A is None else change.A)
     return LowRank(torch.cat(A), torch.cat([change.B for change in changes], 1), scale)
 
 
 def moved(base: Tensor, name: str, adapters: list[Adapter], scale: float) -> Tensor:
-    """base + scale times the sum of (value - base) over the adapters, in fp32; with one of them and scale 1
-    it is exactly its value.
+    """base + scale times the sum of (value - base) over the adapters, in fp32.
+
+    With one adapter and scale 1 it is exactly the adapter's value.
     """
     exact = base.to(torch.promote_types(base.dtype, torch.float32))
     first, *others = adapters
@@ -244,12 +228,9 @@ def find(model: RWKV, name: str) -> nn.Parameter | None:
 
 def put(model: RWKV, name: str, tensor: Tensor | None) -> None:
     owner, _, leaf = name.rpartition(".")
-    new = (
-        tensor
-        if tensor is None or isinstance(tensor, nn.Parameter)
-        else nn.Parameter(tensor, requires_grad=False)
-    )
-    setattr(model.get_submodule(owner), leaf, new)
+    if tensor is not None and not isinstance(tensor, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(model.get_submodule(owner), leaf, tensor)
 
 
 def zeros_of(model: RWKV, name: str) -> Tensor:

@@ -1,6 +1,4 @@
-"""Base + adapters with weights as a live model: every adapter's own forward, as in training, and no merged
-weight.
-"""
+"""A base with weighted adapters as a live model: every adapter's own forward, as in training, none merged."""
 
 from __future__ import annotations
 
@@ -19,10 +17,10 @@ from .adapters import find, put, zeros_of
 
 
 class BlendedLinear(nn.Module):
-    """y = V x + sum of w_i (f_i(x) - W x) with the forward f_i of each adapter's layer; f(x) itself for one
-    adapter of weight 1.
+    """y = V x + sum of w_i (f_i(x) - W x), with the forward f_i of each adapter's layer.
 
-    V is the base's weight W, unless another adapter has trained that as a whole (`moved`).
+    For one adapter of weight 1 it is f(x) itself. V is the base's weight W, unless another adapter has
+    trained it as a whole (`moved`).
     """
 
     def __init__(self, linear: nn.Linear, layers: list[tuple[AdapterLinear, float]], moved: bool):
@@ -42,9 +40,8 @@ class BlendedLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """V + sum of w_i delta_i, (out, in) fp32."""
-        weight = self.linear.weight.to(
-            torch.promote_types(self.linear.weight.dtype, torch.float32), copy=True
-        )
+        exact = torch.promote_types(self.linear.weight.dtype, torch.float32)
+        weight = self.linear.weight.to(exact, copy=True)
         for layer, factor in zip(self.layers, self.weights):
             weight.add_(layer.delta(), alpha=factor)
         return weight
@@ -52,9 +49,10 @@ class BlendedLinear(nn.Module):
 
 @torch.no_grad()
 def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
-    """Put adapters with their weights onto a model, in place, whichever base they name; returns the changed
-    linears by name. UserError for those that do not fit. Whole tensors T become base + sum of w_i (T_i -
-    base), fp32, as they are in training.
+    """Put adapters with their weights onto a model, in place; returns the changed linears by name.
+
+    The base that they name does not matter. Tensors T that were trained as a whole become base + sum of w_i
+    (T_i - base), in fp32 as in training. UserError for adapters that do not fit.
     """
     linears: dict[str, list[tuple[AdapterLinear, float]]] = {}
     whole: dict[str, list[tuple[Tensor, float]]] = {}
@@ -63,7 +61,7 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
         for key, name in m.by_weight.items():
             if not isinstance(modules.get(name), nn.Linear):
                 raise UserError(f"{m.path} adapts {name}, which is no linear of this model")
-            # with a parameter of its own, as PiSSA gives it another value
+            # detached, because PiSSA gives its layer another weight
             layer = m.layer(key, modules[name].weight.detach()).eval()
             layer.prepare()
             linears.setdefault(name, []).append((layer, m.weight))
@@ -72,25 +70,23 @@ def blend(model: RWKV, members: Sequence[Member]) -> dict[str, BlendedLinear]:
                 raise UserError(f"{m.path} holds {name}, which this model does not have")
             whole.setdefault(name, []).append((tensor, m.weight))
     for name, values in whole.items():
-        base = find(model, name)
-        base = (
-            zeros_of(model, name)
-            if base is None
-            else base.detach().to(torch.promote_types(base.dtype, torch.float32))
-        )
+        found = find(model, name)
+        if found is None:
+            base = zeros_of(model, name)
+        else:
+            base = found.detach().to(torch.promote_types(found.dtype, torch.float32))
         change = sum(weight * (tensor.to(base.dtype).reshape(base.shape) - base) for tensor, weight in values)
         put(model, name, base + change)
-    blended = {
-        name: BlendedLinear(modules[name], layers, f"{name}.weight" in whole)
-        for name, layers in linears.items()
-    }
+    blended = {}
+    for name, layers in linears.items():
+        blended[name] = BlendedLinear(modules[name], layers, f"{name}.weight" in whole)
     put_linears(model, blended)
     return blended
 
 
 @torch.no_grad()
 def merge_blended(model: RWKV, blended: dict[str, BlendedLinear]) -> None:
-    """The linears of a blended model become plain ones, of V + sum of w_i delta_i in fp32 and not rounded."""
+    """Make the linears of a blended model plain ones, of V + sum of w_i delta_i in fp32."""
     for name, layer in blended.items():
         layer.linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
         put_linears(model, {name: layer.linear})

@@ -22,16 +22,16 @@ class Turn(NamedTuple):
     """A user's words with the answer to them."""
 
     messages: list[dict]
-    pieces: list[str]  # what is read of them, each tokenised on its own
-    # whether the pieces are the conversation from its beginning, which the first turn's are, and those that a
-    # template wrote anew
+    pieces: list[str]  # what the model reads of them, each tokenised on its own
+    # whether the pieces are the conversation from its beginning; so it is for the first turn, and where a
+    # template wrote the conversation anew
     whole: bool
 
 
 class Conversation:
     """A chat whose state is kept between turns, so that every turn costs only its own tokens.
 
-    `state` is the one after the first `read` of the `turns`; what is not in it yet is read before the next
+    `state` is the state after the first `read` of the `turns`. The other turns are read before the next
     answer.
     """
 
@@ -50,17 +50,15 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """As at the beginning, but for the random numbers."""
+        """Begin anew; only the random numbers go on."""
         self.turns: list[Turn] = []
         self.read_again()
 
     def read_again(self) -> None:
-        """Forget the state, as of a model with other weights: all turns are read again before the next
-        answer.
-        """
+        """Forget the state, because the model's weights changed: the next answer reads all turns again."""
         self.state: State | None = None
         self.read = 0
-        self.earlier: tuple[State | None, int] = None, 0  # state and read of before the last answer
+        self.earlier: tuple[State | None, int] = None, 0  # `state` and `read` before the last answer
 
     @property
     def messages(self) -> list[dict]:
@@ -78,7 +76,7 @@ class Conversation:
             self.earlier = None, 0
 
     def twin(self, seed: int) -> Conversation:
-        """The same conversation with random numbers of its own; what is said in it is not said here."""
+        """A copy of the conversation with its own random numbers; what is said in it is not said here."""
         other = copy.copy(self)
         other.turns, other.generator = list(self.turns), torch.Generator().manual_seed(seed)
         return other
@@ -90,8 +88,9 @@ class Conversation:
         return state, [piece for turn in self.turns[start:] for piece in turn.pieces]
 
     def answer(self, text: str, max_tokens: int = 512) -> Generator[str, None, None]:
-        """The model's answer to a user turn, in pieces. If it is interrupted or closed, what was said until
-        then is the answer.
+        """The model's answer to a user turn, in pieces.
+
+        If it is interrupted or closed, what was said until then is the answer.
         """
         new = [{"role": "user", "content": text}]
         pieces = self.template.next_turn(self.messages, new) if self.turns else None

@@ -1,10 +1,11 @@
-"""A conversation as a file: what was said, the state after it, and the random numbers to come, so that it
-goes on as if it had not stopped.
+"""A conversation as a file, so that it goes on as if it had not stopped.
 
-The file is a checkpoint of the tensors blocks.i.att_x, blocks.i.wkv and blocks.i.ffn_x, the parts of the
-state (model.LayerState), and `generator`, with everything else as metadata. A state belongs to the weights
-that computed it: it is used by a model of the same base with the same adapters at the same scale; with other
-adapters the turns are read again, and with another base the file is refused.
+It holds what was said, the state after it, and the random numbers to come. The file is a checkpoint. Its
+tensors are the parts of the state (model.LayerState), blocks.i.att_x, blocks.i.wkv and blocks.i.ffn_x, and
+`generator`. All else is metadata.
+
+A state belongs to the weights that computed it: to a base with certain adapters at a certain scale. With
+other adapters the turns are read again. With another base the file is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .conversation import Conversation, Turn
 from .cpu_decoder import Decoder
 
 CHAT_FORMAT = "rwkv-miss chat"
-# of the metadata, beside format and format_version
+# the metadata beside format and format_version
 KINDS = {
     "base": str,
     "base_fingerprint": str,
@@ -41,41 +42,37 @@ KINDS = {
 
 
 def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
-    """Write the conversation, atomically. UserError where the file can't be written, or is there and no saved
-    chat.
+    """Write the conversation, whole or not at all.
+
+    UserError where the file can't be written, or is there already and is no saved chat.
     """
     if os.path.exists(path) and (not os.path.isfile(path) or _format(path) != CHAT_FORMAT):
         raise UserError(f"{path} is there already and is no saved chat; choose another name")
     model = adapters.model
     tensors = {"generator": conversation.generator.get_state()}
     for layer, parts in enumerate(conversation.state or ()):
-        tensors |= {
-            f"blocks.{layer}.{name}": part for name, part in zip(LayerState._fields, parts, strict=True)
-        }
-    write_checkpoint(
-        path,
-        tensors.items(),
-        {
-            "format": CHAT_FORMAT,
-            "format_version": 1,
-            "base": model.base_name,
-            "base_fingerprint": model.base_fingerprint,
-            "weights": adapters.identity(),
-            "tokenizer": os.path.basename(conversation.tokenizer.name),
-            "template": conversation.template.record,
-            "system": conversation.system,
-            "turns": [turn._asdict() for turn in conversation.turns],
-            "read": conversation.read,
-        },
-    )
+        for name, part in parts._asdict().items():
+            tensors[f"blocks.{layer}.{name}"] = part
+    metadata = {
+        "format": CHAT_FORMAT,
+        "format_version": 1,
+        "base": model.base_name,
+        "base_fingerprint": model.base_fingerprint,
+        "weights": adapters.identity(),
+        "tokenizer": os.path.basename(conversation.tokenizer.name),
+        "template": conversation.template.record,
+        "system": conversation.system,
+        "turns": [turn._asdict() for turn in conversation.turns],
+        "read": conversation.read,
+    }
+    write_checkpoint(path, tensors.items(), metadata)
 
 
 def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
-    """Put a saved conversation in the place of this one; returns whether its state is used, else its turns
-    are read again.
+    """Replace this conversation by a saved one; returns whether its state is used. Else its turns are read.
 
-    UserError for a file that is damaged, no saved chat, or of another base, tokenizer or size; the
-    conversation is then as it was.
+    UserError for a file that is damaged, no saved chat, or of another base, tokenizer or size. Then the
+    conversation stays as it was.
     """
     metadata = _read_metadata(path)
     model, tokenizer = adapters.model, conversation.tokenizer
@@ -93,31 +90,24 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     tensors = read_checkpoint(path)
     generator = _generator(path, tensors.pop("generator", None))
     state = _state(path, tensors, adapters) if metadata["read"] else None
-    if (
-        not 0 <= metadata["read"] <= len(turns)
-        or bool(tensors) != bool(metadata["read"])
-        or turns
-        and not turns[0].whole
-    ):
-        raise _damaged(
-            path, f"{len(tensors)} tensors of a state after {metadata['read']} of {len(turns)} turns"
-        )
+    read = metadata["read"]
+    begins = not turns or turns[0].whole
+    if not (0 <= read <= len(turns) and bool(tensors) == bool(read) and begins):
+        raise _damaged(path, f"{len(tensors)} tensors of a state after {read} of {len(turns)} turns")
     template = load_template(_record(path, metadata["template"]), tokenizer.decode(tokenizer.eod))
 
-    conversation.system, conversation.template, conversation.generator = (
-        metadata["system"],
-        template,
-        generator,
-    )
+    conversation.system = metadata["system"]
+    conversation.template = template
+    conversation.generator = generator
     conversation.reset()
     conversation.turns = turns
     if state is None or not adapters.is_recorded(metadata["weights"]):
         return False
-    like = torch.float32 if isinstance(conversation.model, Decoder) else model.dtype
+    dtype = torch.float32 if isinstance(conversation.model, Decoder) else model.dtype
     conversation.state = [
-        LayerState(layer.att_x.to(like), layer.wkv, layer.ffn_x.to(like)) for layer in state
+        layer._replace(att_x=layer.att_x.to(dtype), ffn_x=layer.ffn_x.to(dtype)) for layer in state
     ]
-    conversation.read = metadata["read"]
+    conversation.read = read
     return True
 
 
@@ -149,25 +139,24 @@ def _read_metadata(path) -> dict[str, Any]:
 
 
 def _turn(path, turn: Any) -> Turn:
-    if not (
-        isinstance(turn, dict)
-        and turn.keys() == {*Turn._fields}
-        and type(turn["whole"]) is bool
-        and isinstance(turn["pieces"], list)
-        and all(isinstance(piece, str) for piece in turn["pieces"])
-        and isinstance(turn["messages"], list)
-        and all(_is_message(message) for message in turn["messages"])
-    ):
+    if not _is_turn(turn):
         raise _damaged(path, f"a turn is {str(turn)[:60]!r}")
     return Turn(**turn)
 
 
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, dict) or turn.keys() != {*Turn._fields}:
+        return False
+    messages, pieces, whole = turn["messages"], turn["pieces"], turn["whole"]
+    if type(whole) is not bool or not isinstance(pieces, list) or not isinstance(messages, list):
+        return False
+    return all(isinstance(piece, str) for piece in pieces) and all(map(_is_message, messages))
+
+
 def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.keys() == {"role", "content"}
-        and all(isinstance(text, str) for text in message.values())
-    )
+    if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+        return False
+    return all(isinstance(text, str) for text in message.values())
 
 
 def _generator(path, state: Tensor | None) -> torch.Generator:
@@ -182,25 +171,18 @@ def _state(path, tensors: dict[str, Tensor], adapters: Adapters) -> State:
     """The state of a file's tensors, on the model's device."""
     arch, device = adapters.model.arch, adapters.model.emb.weight.device
     shapes = LayerState((1, arch.n_embd), (1, arch.n_head, arch.head_size, arch.head_size), (1, arch.n_embd))
-    wanted = {
-        f"blocks.{i}.{name}": shape
-        for i in range(arch.n_layer)
-        for name, shape in zip(LayerState._fields, shapes, strict=True)
-    }
+    layers = range(arch.n_layer)
+    wanted = {f"blocks.{i}.{name}": shape for i in layers for name, shape in shapes._asdict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != wanted or not all(tensor.is_floating_point() for tensor in tensors.values()):
-        wrong = next(
-            (name for name in {**wanted, **found} if found.get(name) != wanted.get(name)),
-            "a tensor that is no number",
-        )
+        different = (name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+        wrong = next(different, "a tensor that is no number")
         raise _damaged(
             path, f"{wrong} is {found.get(wrong)}, expected {wanted.get(wrong)} for {arch.describe()}"
         )
     check_finite(tensors)
-    return [
-        LayerState(*(tensors[f"blocks.{i}.{name}"].clone().to(device) for name in LayerState._fields))
-        for i in range(arch.n_layer)
-    ]
+    own = {name: tensor.clone().to(device) for name, tensor in tensors.items()}
+    return [LayerState(*(own[f"blocks.{i}.{name}"] for name in LayerState._fields)) for i in layers]
 
 
 def _record(path, record: str) -> str:

@@ -1,12 +1,13 @@
-"""One token after another on the CPU: `Decoder`, a model whose single tokens run in one native call each
-(cuda/decode_cpu.cpp).
+"""One token after another on the CPU: a `Decoder` runs each single token in one native call.
 
-It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its states are the
-model's, so that a prompt is read with matrix products and the answer is written by the native code. Weights
-in fp32 and bf16 are used where the model has them, without a copy; int8 ones are the decoder's own. What an
-adapter (adapters.py) adds is computed beside them, in fp32. Activations and states of single tokens are fp32
-whatever the weights are, so that bf16 weights, as released files have them, give what fp32 ones do. A longer
-prompt is read in bf16 where the CPU multiplies in it and the weights have it.
+The native code is cuda/decode_cpu.cpp. A decoder is called as the model is, `logits, state =
+decoder.next_logits(ids, state)`, and its states are the model's. So a prompt is read with matrix products,
+and the answer is written by the native code.
+
+Weights in fp32 and bf16 are the model's, without a copy; int8 ones are the decoder's own. What an adapter
+(adapters.py) adds is computed beside them, in fp32. Activations and states of single tokens are fp32. So bf16
+weights, as released files have them, give what fp32 ones do. A longer prompt is read in bf16 where the
+weights are bf16 and the CPU multiplies in it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ LAYER = {
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ADVICE = "; the file may be damaged, or an adapter's scale too large"
-LANES = 16  # vectors are read in whole lanes of any CPU
+LANES = 16  # vectors are padded to a multiple of this, a whole number of any CPU's SIMD lanes
 
 
 class Matrix(ctypes.Structure):
@@ -89,8 +90,9 @@ class Int8Rows(NamedTuple):
 
 
 def int8_rows(weight: Tensor) -> Int8Rows:
-    """Symmetric int8 with a scale for each row, its largest magnitude / 127; rwkv_miss/quantised.py has one
-    for each 64 weights.
+    """Symmetric int8 with one scale for each row: the row's largest magnitude / 127.
+
+    rwkv_miss/quantised.py has a scale for each 64 weights.
     """
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
@@ -161,15 +163,15 @@ class Decoder:
 
     @property
     def reading(self) -> torch.dtype:
-        """That of the activations of a prompt."""
-        return torch.bfloat16 if self.model.dtype == torch.bfloat16 and multiplies_bf16() else torch.float32
+        """The dtype of a prompt's activations."""
+        in_bf16 = self.model.dtype == torch.bfloat16 and multiplies_bf16()
+        return torch.bfloat16 if in_bf16 else torch.float32
 
     def refresh(self) -> None:
-        """Take over the tensors of the model that are others than they were; what stayed the same costs
-        nothing.
-        """
+        """Take over those of the model's tensors that changed; what stayed the same costs nothing."""
         self._check_open()
-        self.fresh = False  # until the end: stopped on the way, it is done again before the next token
+        # where this is interrupted, it is done again before the next token
+        self.fresh = False
         for place, (name, before) in enumerate(zip(self.names, self.sources, strict=True)):
             tensor, low_rank = self._source(name)
             if tensor is before[0] and low_rank is before[1]:
@@ -201,7 +203,7 @@ class Decoder:
         return getattr(module, leaf, None), getattr(module, "low_rank", None) if leaf == "weight" else None
 
     def _matrix(self, name: str, tensor: Tensor | None) -> Matrix:
-        """A parameter as the native code reads it; all zero where this model has none of that name."""
+        """A parameter as the native code reads it; all zero where the model has none of that name."""
         if tensor is None:
             return Matrix()
         leaf = name.rpartition(".")[2]
@@ -235,11 +237,10 @@ class Decoder:
 
     @torch.no_grad()
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state; one given to it stays
-        as it is.
+        """ids (1, T) int64 -> logits (1, V) fp32 after the last token, and the state after it.
 
-        Raises ValueError for other shapes and after close(), UserError where logits are not finite,
-        IndexError for a token that is not in the vocabulary.
+        The given state stays as it is. Raises ValueError for other shapes and after close(), UserError where
+        logits are not finite, IndexError for a token that is not in the vocabulary.
         """
         if state is None:
             state = self.model.initial_state(1)
@@ -247,14 +248,11 @@ class Decoder:
         if not self.fresh:
             self.refresh()
         if ids.shape[1] > 1:
-            state = [
-                LayerState(layer.att_x.to(self.reading), layer.wkv, layer.ffn_x.to(self.reading))
-                for layer in state
-            ]
-            # the last token is the native code's, and of the others only the state is wanted
-            _, state = self.model.features(
-                ids[:, :-1], state, wanted=torch.zeros_like(ids[:, :-1], dtype=torch.bool)
-            )
+            to = self.reading
+            state = [layer._replace(att_x=layer.att_x.to(to), ffn_x=layer.ffn_x.to(to)) for layer in state]
+            # the native code does the last token; of the others only the state is wanted
+            prompt = ids[:, :-1]
+            _, state = self.model.features(prompt, state, wanted=torch.zeros_like(prompt, dtype=torch.bool))
         return self._step(int(ids[0, -1]), state)
 
     def _check_open(self) -> None:
@@ -313,7 +311,7 @@ class Decoder:
 
 
 def problem(model: RWKV) -> str:
-    """Why the model's tokens do not go through the native code, or nothing."""
+    """Why the native code can't do this model's tokens; "" where it can."""
     if model.emb.weight.device.type != "cpu":
         return f"the model is on {model.emb.weight.device}"
     if (kernel := model.blocks[0].att.kernel) != "cpu":
@@ -328,8 +326,9 @@ def problem(model: RWKV) -> str:
 
 
 def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDecoder, str]:
-    """(what answers in the model's place, in words): its decoder where it has one, else the model itself.
-    UserError if int8 is asked of that.
+    """(the fastest that answers for the model, what it is in words): a decoder, or the model itself.
+
+    UserError if int8 is asked for where the CPU's decoder does not run.
     """
     if found := problem(model):
         if int8:
@@ -343,16 +342,11 @@ def fastest(model: RWKV, int8: bool = False) -> tuple[RWKV | Decoder | GraphedDe
                 found = f"a CUDA graph does not work: {' '.join(str(error).split())}"
         return model, f"token by token in torch, as {found}"
     decoder = Decoder(model, int8)
-    dtypes = {
-        str(p.dtype).removeprefix("torch.")
-        for name, p in model.named_parameters()
-        if name.endswith(".weight") and p.dim() == 2
-    }
-    weights = "int8" if int8 else " and ".join(sorted(dtypes))
-    return (
-        decoder,
-        (
-            f"{weights} weights, prompts in {str(decoder.reading).removeprefix('torch.')},"
-            f" {counted(decoder.threads, 'thread')}"
-        ),
-    )
+    weights = "int8" if int8 else " and ".join(_dtypes_of_matrices(model))
+    reading = str(decoder.reading).removeprefix("torch.")
+    return decoder, f"{weights} weights, prompts in {reading}, {counted(decoder.threads, 'thread')}"
+
+
+def _dtypes_of_matrices(model: RWKV) -> list[str]:
+    matrices = [p for name, p in model.named_parameters() if name.endswith(".weight") and p.dim() == 2]
+    return sorted({str(p.dtype).removeprefix("torch.") for p in matrices})

@@ -1,9 +1,8 @@
-"""One token after another on a GPU: `GraphedDecoder`, which records the launches of a single token once and
-replays them (a CUDA graph).
+"""One token after another on a GPU: a `GraphedDecoder` records a token's launches once and replays them.
 
-A token of a small model is hundreds of launches of a few microseconds each, which the CPU cannot make as fast
-as the GPU runs them. It is asked as the model is, `logits, state = decoder.next_logits(ids, state)`, and its
-states are the model's. Not run on a GPU yet.
+This is a CUDA graph. A token of a small model is hundreds of launches of a few microseconds each. The CPU
+cannot launch them as fast as the GPU runs them. A decoder is called as the model is, `logits, state =
+decoder.next_logits(ids, state)`, and its states are the model's. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from torch import Tensor
 
 from ..model import RWKV, LayerState, State
 
-ALLOWED = 1e-2  # of the largest logit: the graph has the same operations, which may add in another order
+# error, as a share of the largest logit; the graph has the same operations, but may add in another order
+ALLOWED = 1e-2
 
 
 class GraphedDecoder:
-    """A model on a GPU that reads prompts as before and replays a recorded graph for every single token, one
-    sequence at a time.
+    """A model on a GPU that reads prompts as before and replays a recorded graph for every single token.
 
-    The graph holds the addresses of the weights: where the model gets other tensors, as from Adapters.use,
-    refresh() has it recorded again.
+    It works on one sequence at a time. The graph holds the addresses of the weights. When the model gets
+    other tensors, as from Adapters.use, refresh() has the graph recorded again.
     """
 
     def __init__(self, model: RWKV):
@@ -30,9 +29,7 @@ class GraphedDecoder:
         self.refresh()
 
     def refresh(self) -> None:
-        """The next single token records the graph, as the model is then; until then no weight of an earlier
-        one is held by it.
-        """
+        """Drop the graph, and with it the weights that it holds; the next single token records another."""
         arch, weight = self.model.arch, self.model.emb.weight
         width = torch.zeros(arch.n_layer, 1, arch.n_embd, dtype=self.model.dtype, device=weight.device)
         wkv = torch.zeros(arch.n_layer, 1, arch.n_head, arch.head_size, arch.head_size, device=weight.device)
@@ -45,8 +42,9 @@ class GraphedDecoder:
 
     @torch.no_grad()
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (1, T) int64 -> logits (1, V) after the last token, and the state; one given to it stays as it
-        is.
+        """ids (1, T) int64 -> logits (1, V) after the last token, and the state after it.
+
+        The given state stays as it is.
         """
         if ids.shape != (1, 1) or state is None:
             return self.model.next_logits(ids, state)
@@ -61,9 +59,7 @@ class GraphedDecoder:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Records the graph, and raises RuntimeError where that fails or its first token is not the
-        model's.
-        """
+        """Record the graph; RuntimeError where that fails, or where its logits are not the model's."""
         first = torch.ones_like(self.ids)
         _, state = self.model.next_logits(self.ids.clone())
         want, got = self.model.next_logits(first, state)[0].float(), self.next_logits(first, state)[0].float()

@@ -28,9 +28,8 @@ def load(
     wkv: str = "auto",
 ) -> tuple[RWKV, Tokenizer]:
     """(model, tokenizer): those of load_with(), with the adapter in use if there is one."""
-    adapters, tokenizer = load_with(
-        path, {"adapter": adapter} if adapter else {}, tokenizer, eod, accelerator, precision, wkv
-    )
+    files = {"adapter": adapter} if adapter else {}
+    adapters, tokenizer = load_with(path, files, tokenizer, eod, accelerator, precision, wkv)
     adapters.use(list(adapters.by_name))
     return adapters.model, tokenizer
 
@@ -44,15 +43,17 @@ def load_with(
     precision: str = "auto",
     wkv: str = "auto",
 ) -> tuple[Adapters, Tokenizer]:
-    """(model with the adapter files, none of them in use yet; tokenizer). "auto" is the GPU where there is
-    one, bf16 on it, and the tokenizer that the files record.
+    """(model with the adapter files, none of them in use yet; tokenizer).
 
-    On a CPU with its native kernels "auto" leaves a bf16 file as it is, mapped; other files, and other
-    kernels there, are taken in fp32. The decoder computes single tokens in fp32 from bf16 weights, too, and
-    loses nothing. Prompts are read with activations in bf16 then, if the CPU has instructions for it: after 2
-    to 96 tokens the logits of a real v6 model are off by 6e-4 in the mean and 4e-3 at most (7e-8 and 2e-7
-    with "fp32"; |error| / |logits|), a KL of 1e-5, at most 9e-5. An adapter never changes the weights,
-    whatever their precision (adapters.py).
+    "auto" is the GPU where there is one, bf16 on it, and the tokenizer that the files record. On a CPU with
+    its native kernels "auto" leaves a bf16 file as it is, mapped. Other files are taken in fp32, and so are
+    all with other kernels.
+
+    From bf16 weights too the decoder computes single tokens in fp32, and loses nothing. Prompts are then read
+    with activations in bf16, if the CPU has instructions for it. After 2 to 96 tokens of a real v6 model the
+    relative error of the logits, |error| / |logits|, is 6e-4 in the mean and 4e-3 at most. With "fp32" it is
+    7e-8 and 2e-7. The KL divergence is 1e-5 in the mean and 9e-5 at most. An adapter never changes the
+    weights, whatever their precision (adapters.py).
     """
     for folder in filter(os.path.isdir, files.values()):
         raise UserError(
@@ -69,9 +70,8 @@ def load_with(
         dtype = PRECISIONS[choose_precision(precision, accelerator)[0]]
     _check_tokenizers(tokenizer, files)
     model = RWKV.load(path, dtype, device, kernel).eval()
-    return Adapters(model, files), recorded_tokenizer(
-        tokenizer, eod, model.arch.vocab_size, *files.values(), path
-    )
+    adapters = Adapters(model, files)
+    return adapters, recorded_tokenizer(tokenizer, eod, model.arch.vocab_size, *files.values(), path)
 
 
 def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
@@ -79,17 +79,14 @@ def _check_tokenizers(asked: str, files: Mapping[str, Any]) -> None:
     records = {name: (read_metadata(path) or {}).get("tokenizer") for name, path in files.items()}
     different = {record for record in records.values() if record}
     if asked == "auto" and len(different) > 1:
+        named = ", ".join(f"{name}: {record}" for name, record in records.items())
         raise UserError(
-            "the adapters were trained with different tokenizers"
-            f" ({', '.join(f'{n}: {r}' for n, r in records.items())}); give --tokenizer, or chat with them"
-            " one by one"
+            f"the adapters were trained with different tokenizers ({named}); give --tokenizer, or chat with"
+            " them one by one"
         )
 
 
 def in_bf16(tensors: dict[str, Tensor]) -> bool:
     """Whether all large matrices of a model are bf16."""
-    return all(
-        tensor.dtype == torch.bfloat16
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.dim() == 2
-    )
+    matrices = [tensor for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2]
+    return all(matrix.dtype == torch.bfloat16 for matrix in matrices)

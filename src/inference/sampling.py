@@ -16,11 +16,11 @@ from .cpu_decoder import ADVICE
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 (below 1e-5) is greedy; top_k 0 and top_p 1 leave the
-    distribution whole.
+    """How the next token is chosen.
 
-    The penalties lower the logit of a token that the answer holds already: presence once, frequency per
-    occurrence; an occurrence fades by `penalty_decay` with every token.
+    temperature 0 (below 1e-5) is greedy. top_k 0 and top_p 1 leave the distribution whole. The penalties
+    lower the logit of a token that the answer holds already: presence once, frequency per occurrence. An
+    occurrence fades by `penalty_decay` with every token.
     """
 
     temperature: float = 1.0
@@ -46,18 +46,17 @@ class Sampling:
 def sample(
     logits: Tensor, sampling: Sampling, seen: dict[int, float], generator: torch.Generator | None = None
 ) -> int:
-    """One token id from logits (V,); `seen` holds the faded number of occurrences of each token of the
-    answer. UserError if a logit is NaN or infinite upwards.
+    """One token id from logits (V,); UserError if a logit is NaN or +inf.
 
-    It is NumPy's work, which stays in the calling thread: torch's other threads, once woken, spin for a while
-    on the cores that the decoder needs.
+    `seen` holds the faded number of occurrences of each token of the answer. NumPy is used, because it stays
+    in the calling thread: torch's other threads, once woken, spin for a while on the cores that the decoder
+    needs.
     """
     values = logits.detach().float().cpu().numpy()
     if seen and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = np.array(list(seen.values()), dtype=np.float32)
         values = values.copy()
-        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * np.array(
-            list(seen.values()), dtype=np.float32
-        )
+        values[list(seen)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     if not np.isfinite(values.max()):
         raise UserError(
             f"the largest logit is {values.max()}, expected a finite number: the model overflows{ADVICE}"
@@ -66,18 +65,17 @@ def sample(
         return int(values.argmax())
     order, probabilities = _likeliest(values, sampling)
     # the smallest set of tokens whose probability reaches top_p; the first one always stays
-    kept = order[
-        : max(1, int((probabilities.cumsum(dtype=np.float64) - probabilities < sampling.top_p).sum()))
-    ]
+    before = probabilities.cumsum(dtype=np.float64) - probabilities
+    kept = order[: max(1, int((before < sampling.top_p).sum()))]
     shares = np.exp((values[kept] - values[kept[0]]).astype(np.float64) / sampling.temperature).cumsum()
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * shares[-1]
     return int(kept[np.searchsorted(shares, drawn, side="right")])
 
 
 def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and probabilities of the likeliest tokens in their order: top_k of them, else enough to reach
-    top_p. Of 65536 tokens 256 are most often enough, and sorting them all takes longer than making the logits
-    of a small model.
+    """Ids and probabilities of the likeliest tokens in their order: top_k, or enough to reach top_p.
+
+    Of 65536 tokens 256 are most often enough. Sorting all takes longer than computing a small model's logits.
     """
     if sampling.top_k:
         order = _largest(logits, sampling.top_k)
@@ -95,5 +93,7 @@ def _likeliest(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` largest values, or of all, the largest first."""
-    found = np.argpartition(values, -count)[-count:] if count < len(values) else np.arange(len(values))
+    found = np.arange(len(values))
+    if count < len(values):
+        found = np.argpartition(values, -count)[-count:]
     return found[np.argsort(-values[found])]
