@@ -23,8 +23,7 @@ from .defaults import choose, own_rank
 def read_base(config: Config, origins: dict[str, str]):
     """(Arch, tokenizer) from the checkpoint's header, or from the size flags of a new model.
 
-    No weight is read yet, but names, shapes, adapter options and targets are checked against them, on a model
-    without memory.
+    No weight is read yet. Names, shapes, adapter options and targets are checked on a model without memory.
     """
     if not config.load_model:
         return new_arch(config)
@@ -37,20 +36,19 @@ def read_base(config: Config, origins: dict[str, str]):
     if config.adapter:
         rank, reason = own_rank(config.peft, min(arch.n_embd, arch.dim_att))
         choose(config, origins, "peft_config", rank, reason)
-        if not config.adapter.gives_rank:  # but other options
+        # --peft_config may give other options only
+        if not config.adapter.gives_rank:
             config.peft_config = {**rank, **config.peft_config}
         config.adapter.inject(model)
-    check_parts(
-        "--lr_map",
-        config.lr_map,
-        [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad],
-    )
+    trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
+    check_parts("--lr_map", config.lr_map, trained)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
 
 
 def new_arch(config: Config):
-    """(Arch, tokenizer) of a new model: RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's
-    vocabulary.
+    """(Arch, tokenizer) of a new model.
+
+    It has RWKV-LM's sizes for --n_layer and --n_embd, and the tokenizer's vocabulary.
     """
     vocab = config.vocab_size
     if config.tokenizer in ("auto", "world"):
@@ -62,29 +60,23 @@ def new_arch(config: Config):
         raise UserError(f"the width of the time mix, {inner}, is not a multiple of --head_size {head_size}")
     if config.version == "x070" and inner != config.n_embd:
         raise UserError(f"--dim_att {inner} differs from --n_embd {config.n_embd}; RWKV-7 has them equal")
-    arch = default_arch(
-        int(config.version[2]), config.n_layer, config.n_embd, vocab or tokenizer.vocab_size, head_size
-    )
-    return (
-        dataclasses.replace(
-            arch, n_head=inner // head_size, dim_att=inner, dim_ffn=config.dim_ffn or arch.dim_ffn
-        ),
-        tokenizer,
-    )
+    version = int(config.version[2])
+    arch = default_arch(version, config.n_layer, config.n_embd, vocab or tokenizer.vocab_size, head_size)
+    ffn = config.dim_ffn or arch.dim_ffn
+    return dataclasses.replace(arch, n_head=inner // head_size, dim_att=inner, dim_ffn=ffn), tokenizer
 
 
 def build_model(
     config: Config, arch: Arch, kernel: str, dtype: torch.dtype, resume_from: str | None = None
 ) -> RWKV:
-    """The model with its adapter, as it was before the first step; `resume_from` is the checkpoint of a run
-    that goes on.
-    """
+    """The model with its adapter, before the first step. `resume_from` is the checkpoint to go on from."""
     if config.load_model:
-        # what is trained stays fp32, and in full training that is everything; ZeRO-3 converts each tensor
-        # when it shares it out, quantise() when it has quantised
-        mapped = config.strategy.startswith("deepspeed_stage_3") or config.quant != "none"
-        of_weights = dtype if config.adapter else torch.float32
-        model = RWKV.load(config.load_model, None if mapped else of_weights, kernel=kernel)
+        # full training keeps fp32, because everything is trained
+        base_dtype = dtype if config.adapter else torch.float32
+        # as in the file: ZeRO-3 converts each tensor when it shares it out, and quantise() what it leaves
+        if config.strategy.startswith("deepspeed_stage_3") or config.quant != "none":
+            base_dtype = None
+        model = RWKV.load(config.load_model, base_dtype, kernel=kernel)
     else:
         model = RWKV(arch, kernel)
     model.grad_cp = config.grad_cp

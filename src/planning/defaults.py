@@ -1,6 +1,4 @@
-"""What is chosen for the user, as pure functions of sizes: of the settings, the model, the data and the free
-memory.
-"""
+"""What is chosen for the user: pure functions of the settings, the model, the data and the free memory."""
 
 from __future__ import annotations
 
@@ -16,12 +14,13 @@ from ..config.schema import FULL_LR, NEW_MODEL_LR
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
-SHORTEST, LONGEST = 256, 4096  # rows that are chosen; the longer, the more documents share one
-# rows in a step, and the steps that a run has at least, if need be with fewer rows in each
-ROWS, STEPS = 8, 50
+SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
+ROWS = 8  # rows in a step
+STEPS = 50  # a run has at least so many steps, if need be with fewer rows in each
 RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
-RANK_SHARE = 8  # of the width, for models that are too narrow for a rank of 64
-HELD_OUT, FEW = 100, 0.05  # documents, and the share of them, that are held out at most
+RANK_SHARE = 8  # a model that is too narrow for a rank of 64 gets this part of its width
+HELD_OUT = 100  # documents that are held out
+FEW = 0.05  # the largest share of the documents that is held out
 
 
 def choose(config: Config, origins: dict[str, str], name: str, value: object, reason: str) -> None:
@@ -32,19 +31,20 @@ def choose(config: Config, origins: dict[str, str], name: str, value: object, re
 
 
 def own_rank(method: str, width: int) -> tuple[dict[str, int], str]:
-    """(peft_config, why): the method's own rank, less in a narrow model; nothing for a method without one."""
+    """(peft_config, why): the method's own rank, less in a narrow model; {} for a method without a rank."""
     own = getattr(METHODS[method].Options(), "rank", 0)
     if not own:
         return {}, "there is nothing to choose"
     rank = max(min(own, width // RANK_SHARE), 1)
-    return {"rank": rank}, (
-        f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
-    )
+    reason = f"the rank of --peft {method}" if rank == own else f"1/{RANK_SHARE} of the width, {width}"
+    return {"rank": rank}, reason
 
 
 def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
-    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, which chunks leave unbounded.
-    `texts` are the inputs of all where they are running text, which loses nothing when it is cut.
+    """(ctx_len, why) for documents of at most `longest` inputs: a power of two, unbounded with chunks.
+
+    `texts` are the inputs of all documents where they are running text, which loses nothing when it is cut;
+    else 0.
     """
     length, reason = SHORTEST, f"the longest document has {counted(longest, 'token')}"
     while length < longest:
@@ -55,11 +55,8 @@ def row_length(longest: int, chunk_ctx: int, texts: int = 0) -> tuple[int, str]:
     while texts and not chunk_ctx and shorter > SHORTEST and texts < STEPS * shorter:
         shorter //= 2
     if shorter < length:
-        return (
-            shorter,
-            f"longer rows of {counted(texts, 'token')} of running text would be fewer than {STEPS}",
-        )
-    return length, reason
+        reason = f"longer rows of {counted(texts, 'token')} of running text would be fewer than {STEPS}"
+    return shorter, reason
 
 
 def longest_uncut(config: Config) -> float:
@@ -68,7 +65,7 @@ def longest_uncut(config: Config) -> float:
 
 
 def held_out_share(config: Config, documents: int) -> tuple[float, str]:
-    """(eval_split, why): two digits, so that it can be given as a flag."""
+    """(eval_split, why). The share has two digits, so that it can be given as a flag."""
     if config.eval_file:
         return 0.0, "--eval_file is given"
     if documents < HELD_OUT and not config.eval_steps:
@@ -80,10 +77,9 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
 def choose_batch(
     config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float
 ) -> None:
-    """Fill in micro_bsz, accumulate_grad_batches (unless --global_bsz tells) and grad_cp for data of `rows`
-    rows.
+    """Fill in micro_bsz, accumulate_grad_batches and grad_cp for data of `rows` rows.
 
-    `needed` gives the bytes that a run of some settings needs, of which there are `room`. Where nothing fits,
+    `needed` gives the bytes that a run of some settings needs; `room` is what there is. Where nothing fits,
     the smallest is taken, because an estimate may be wrong.
     """
     if is_automatic(config, "micro_bsz"):
@@ -94,28 +90,24 @@ def choose_batch(
         if not (config.global_bsz or config.accumulate_grad_batches) and _rows_of_a_step(config, rows) < ROWS:
             reason += f"; with more rows in a step there would be less than {STEPS} steps"
     else:
-        tried, reason = (
-            dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0),
-            "--micro_bsz is given",
-        )
+        tried = dataclasses.replace(config, accumulate_grad_batches=accumulation(config), grad_cp=0)
+        reason = "--micro_bsz is given"
     for name in ("micro_bsz", "accumulate_grad_batches", "grad_cp"):
-        # which makes their number, on however many devices
+        # --global_bsz makes the number of passes, on however many devices
         if not (name == "accumulate_grad_batches" and config.global_bsz):
             choose(config, origins, name, getattr(tried, name), reason)
 
 
 def _batches(config: Config, rows: int) -> Iterator[Config]:
-    """The ways to do a step that choose_batch() has, the fastest first."""
+    """The ways to do a step, the fastest first."""
     most = _rows_of_a_process(config, rows)
     sizes = [n for n in range(min(most, ROWS), 0, -1) if most % n == 0]
     if config.global_bsz and config.accumulate_grad_batches:
         sizes = [most]
-    for recompute in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
+    for grad_cp in RECOMPUTE if is_automatic(config, "grad_cp") else (config.grad_cp,):
         for size in sizes:
             passes = config.accumulate_grad_batches or most // size
-            yield dataclasses.replace(
-                config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=recompute
-            )
+            yield dataclasses.replace(config, micro_bsz=size, accumulate_grad_batches=passes, grad_cp=grad_cp)
 
 
 def _rows_of_a_process(config: Config, rows: int) -> int:
@@ -136,23 +128,21 @@ def _rows_of_a_step(config: Config, rows: int) -> int:
 def cheapest_fix(
     config: Config, precision: str, tokens: int, fits: Callable[[Config], bool]
 ) -> dict[str, object] | None:
-    """The settings to change so that a run fits, the cheapest first; {} where it fits as it is, None where
-    nothing helps.
+    """The settings to change so that a run fits; {} where it fits as it is, None where nothing helps.
 
-    Fewer rows at once with more passes in a step cost nothing, so they are tried with every other remedy.
-    `precision` is that of the base, `tokens` the longest row.
+    The cheapest change is tried first. Fewer rows at once with more passes in a step cost nothing, so they
+    are tried with every other remedy. `precision` is that of the base, `tokens` the longest row.
     """
     for changes in _remedies(config, precision, tokens):
         changed = dataclasses.replace(config, **changes)
         for rows, passes in _halvings(changed):
-            if fits(dataclasses.replace(changed, micro_bsz=rows, accumulate_grad_batches=passes)):
-                fewer = {} if rows == config.micro_bsz else {"micro_bsz": rows}
-                # --global_bsz makes the number of passes by itself
-                return (
-                    fewer
-                    | ({"accumulate_grad_batches": passes} if fewer and not config.global_bsz else {})
-                    | changes
-                )
+            if not fits(dataclasses.replace(changed, micro_bsz=rows, accumulate_grad_batches=passes)):
+                continue
+            if rows == config.micro_bsz:
+                return changes
+            if config.global_bsz:  # it makes the number of passes by itself
+                return {"micro_bsz": rows} | changes
+            return {"micro_bsz": rows, "accumulate_grad_batches": passes} | changes
     return None
 
 
@@ -166,8 +156,9 @@ def _halvings(config: Config) -> Iterator[tuple[int, int]]:
 
 
 def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str, object]]:
-    """Changes beside micro_bsz, each with those before it: recomputing costs up to a forward, chunks another,
-    bf16 and nf4 digits, sharing speed.
+    """Changes beside micro_bsz, the cheapest first, each with those before it.
+
+    Recomputing costs up to a forward, and chunks another. bf16 and nf4 cost digits. ZeRO-3 costs speed.
     """
     changes: dict[str, object] = {}
     yield changes

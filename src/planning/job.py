@@ -1,6 +1,4 @@
-"""What is known of a run before its weights are read: where it runs, the data, and the choices that follow
-from both.
-"""
+"""What is known of a run before its weights are read: the device, the data, and what is chosen from both."""
 
 from __future__ import annotations
 
@@ -38,32 +36,28 @@ from .defaults import choose, choose_batch, held_out_share, method_rate, row_len
 from .memory import USABLE, largest_batch, memory_parts, needed
 from .throughput import Speed
 
-# torch for rows in chunks under stage 3: 2.7 fails, 2.13 does it, between them nothing was tried
+# the oldest torch for rows in chunks under stage 3; 2.7 fails, 2.13 works, none between them was tried
 STAGE_3_CHUNKS = (2, 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where a run is: accelerator, precision and kernel with the reasons for the latter two. `here` is False
-    for one that is only described, with `memory` bytes; 0 is what memory_of() finds.
-    """
+    """Where a run is, with the reasons for the precision and the kernel."""
 
     accelerator: str
     precision: str
     precision_reason: str
     kernel: str
     kernel_reason: str
-    memory: int = 0
-    here: bool = True
+    memory: int = 0  # bytes; 0: what memory_of() finds
+    here: bool = True  # False for a device that is only described
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The documents of a run, those to train on and those held out, and what was found while they were
-    read.
-    """
+    """The documents of a run, and what was found while they were read."""
 
-    documents: Documents
+    documents: Documents  # to train on
     held_out: Documents
     found: Report
 
@@ -95,18 +89,14 @@ def steps_of(config: Config, schedule: Schedule) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a run takes, estimated: `memory` of `room` bytes, and `tokens` to train on, with repeated ones.
+    """What a run takes, as an estimate."""
 
-    `evaluation` is the share of that which all evaluations are worth, sample answers not counted. `seconds`
-    of the whole run, and those of the evaluations with their answers, are 0 where no speed is known.
-    """
-
-    memory: float
-    room: float
-    tokens: float
-    evaluation: float
-    seconds: float
-    evaluation_seconds: float
+    memory: float  # bytes that it needs
+    room: float  # bytes that it may use
+    tokens: float  # to train on, repeated ones included
+    evaluation: float  # the time of all evaluations without sample answers, as a share of the training's
+    seconds: float  # of the whole run; 0 where no speed is known
+    evaluation_seconds: float  # of these, what the evaluations take with sample answers
 
 
 def run_cost(
@@ -144,19 +134,17 @@ def device_here(config: Config, head_size: int) -> Device:
 
 
 def check_packages(config: Config) -> None:
-    """A UserError where DeepSpeed is asked for and absent, and for chunks under stage 3 with a torch that
-    lacks what their one backward needs of its gradient accumulators.
+    """A UserError where DeepSpeed is absent, and where torch is too old for chunks under stage 3.
+
+    The one backward of a row in chunks needs gradient accumulators that older versions lack.
     """
     if config.strategy.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"--strategy {config.strategy} needs the package deepspeed, which runs on Linux; pip install"
             " deepspeed, or use auto or ddp"
         )
-    if (
-        config.chunk_ctx
-        and config.strategy.startswith("deepspeed_stage_3")
-        and torch.__version__ < STAGE_3_CHUNKS
-    ):
+    stage_3 = config.strategy.startswith("deepspeed_stage_3")
+    if config.chunk_ctx and stage_3 and torch.__version__ < STAGE_3_CHUNKS:
         needed = ".".join(map(str, STAGE_3_CHUNKS))
         raise UserError(
             f"--chunk_ctx with --strategy {config.strategy} needs torch {needed} or newer, here it is"
@@ -174,9 +162,7 @@ def choose_device(config: Config, origins: dict[str, str], device: Device) -> No
 
 
 def check_data_files(config: Config) -> None:
-    """A UserError for data that are not there or of no known format: a look at the files' beginnings, before
-    they are read.
-    """
+    """A UserError for data that are not there or of no known format; only the files' beginnings are read."""
     for path in filter(None, (config.data_file, config.eval_file)):
         sources(path, Reading.of(config))
 
@@ -215,11 +201,14 @@ def choose_evaluation(
     held_out: Documents,
     before: Config | None = None,
 ) -> Documents:
-    """The held-out documents whose loss is taken, with their number filled in. `before`: the settings of the
-    run that goes on; one from before there was a choice took all of them."""
+    """The held-out documents whose loss is taken, with their number filled in.
+
+    `before` are the settings of a run that goes on.
+    """
     if not held_out:
         return held_out
     order = in_hash_order(held_out, config.random_seed)
+    # a run of an older release, which had no such choice, took all of them
     if before and is_automatic(before, "eval_docs"):
         choose(config, origins, "eval_docs", len(order), "as the run has it so far")
     times = evaluations(config, steps_of(config, schedule))
@@ -234,35 +223,32 @@ def choose_evaluation(
 
 
 def estimate(config: Config, arch: Arch, schedule: Schedule) -> dict[str, float]:
-    """Bytes by part on one device, with settings that may differ from those of the schedule in the size of a
-    batch.
-    """
-    return memory_parts(
-        arch, config, config.accelerator, config.wkv, config.precision, *largest_batch(schedule, config)
-    )
+    """Bytes by part on one device. The batch's size is that of `config`, not of the schedule."""
+    row, targets = largest_batch(schedule, config)
+    return memory_parts(arch, config, config.accelerator, config.wkv, config.precision, row, targets)
 
 
 def memory_of(device: Device, world: int) -> int:
-    """Bytes that a run of `world` processes may use on its device. Several processes choose alike, each by
-    itself, so that they do not ask what is free, which they would find different.
+    """Bytes that a run of `world` processes may use on its device.
+
+    Several processes must choose alike, each by itself. What is free differs between them, so they take all
+    of the device's memory.
     """
-    return device.memory or (free_memory if world == 1 else all_memory)(device.accelerator)
+    if device.memory:
+        return device.memory
+    return free_memory(device.accelerator) if world == 1 else all_memory(device.accelerator)
 
 
 def plan_steps(
     config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents
 ) -> Schedule:
     """The steps of the run, with the batch filled in."""
-    one_by_one = make_schedule(
-        documents,
-        dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0),
-        config.world,
-    )
+    single_rows = dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0)
+    one_by_one = make_schedule(documents, single_rows, config.world)
 
     def bytes_needed(tried: Config) -> float:
         return needed(estimate(tried, arch, one_by_one), tried, device.accelerator)
 
-    choose_batch(
-        config, origins, len(one_by_one.rows), bytes_needed, USABLE * memory_of(device, config.world)
-    )
+    room = USABLE * memory_of(device, config.world)
+    choose_batch(config, origins, len(one_by_one.rows), bytes_needed, room)
     return dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))

@@ -13,8 +13,8 @@
 | allocator   | memory that is not in use and not given back                   | HEAP_WASTE, CACHE_WASTE
 | libraries   | Python, torch, Lightning, CUDA's context                       | LIBRARIES, measured
 
-ZeRO divides by the number of processes: stage 1 Adam and the master copy, stage 2 also gradients, stage 3
-also base and trained.
+ZeRO divides some of these by the number of processes. Stage 1: Adam and the master copy. Stage 2: gradients
+too. Stage 3: base and trained too.
 """
 
 from __future__ import annotations
@@ -31,23 +31,21 @@ from ..data.batches import Schedule
 from ..model import RWKV
 from .step_memory import StepBytes, model_on_meta, step_bytes
 
-# glibc's heap stays as large as it ever was, with holes: beside the most that live in blocks of up to 32 MiB,
-# 0.4 to 0.9 of that were seen with glibc 2.41 (benchmarks/memory.py)
+# glibc's heap has holes, and stays as large as it ever was. They are a share of the most that live in blocks
+# of up to 32 MiB: 0.4 to 0.9 was seen with glibc 2.41 (benchmarks/memory.py).
 HEAP_WASTE = 0.6
-# of torch's CUDA allocator: an assumption, this project has not run on a GPU
+# the share that torch's CUDA allocator wastes: an assumption, because this project has not run on a GPU
 CACHE_WASTE = 0.1
-# what a process of train.py holds before the model: seen on a CPU; on a GPU the context and cuBLAS's
-# workspace are an assumption
+# what a process of train.py holds before the model: seen on a CPU; CUDA's context and cuBLAS's workspace are
+# an assumption
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
-BUCKET = 10_000_000  # numbers that DeepSpeed reduces or gathers at once, as AnywhereDeepSpeed sets it
-USABLE = 0.9  # of what is free, the rest is for what no part foresees
+BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once, as AnywhereDeepSpeed sets it
+USABLE = 0.9  # the share of the free memory that a plan uses; the rest is for what no part foresees
 
 
 def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
-    """(tokens of the longest row, most targets in micro_bsz rows): no micro-batch is larger, whichever rows
-    meet in it.
-    """
+    """(tokens of the longest row, most targets in micro_bsz rows); no micro-batch is larger."""
     most = heapq.nlargest(config.micro_bsz, schedule.targets)
     row = min(max(schedule.lengths), config.ctx_len)
     return row, max(1, min(sum(most), row * config.micro_bsz))
@@ -56,8 +54,9 @@ def largest_batch(schedule: Schedule, config: Config) -> tuple[int, int]:
 def memory_parts(
     arch: Arch, config: Config, accelerator: str, kernel: str, precision: str, row: int, targets: int
 ) -> dict[str, float]:
-    """Bytes by part on one device: rows of `row` tokens, `targets` of them trained in a micro-batch.
-    `precision` is not auto.
+    """Bytes by part on one device, for rows of `row` tokens. `precision` is not auto.
+
+    `targets` are the trained tokens of a micro-batch.
     """
     model = model_on_meta(arch, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -69,13 +68,15 @@ def memory_parts(
     full = config.peft == "none"
     base_size = 4 if full else PRECISIONS[precision].itemsize
 
-    def shared(size: float, from_stage: int, away: bool = False) -> float:
-        return 0 if away else size / world if from_stage <= stage else size
+    def shared(size: float, from_stage: int, offloaded: bool = False) -> float:
+        """What one process has on its device of something that ZeRO shares out from a stage on."""
+        if offloaded:
+            return 0
+        return size / world if from_stage <= stage else size
 
+    base = base_size * frozen - saved_by_quant(model, config.quant, base_size)
     parts = {
-        "base": shared(
-            base_size * frozen - saved_by_quant(model, config.quant, base_size), 3, offload and stage == 3
-        ),
+        "base": shared(base, 3, offload and stage == 3),
         "trained": shared(4 * trained, 3, offload and stage == 3) + buffers,
         "gradients": shared(4 * trained, 2, offload),
         "Adam": shared(8 * trained, 1, offload),
@@ -83,8 +84,8 @@ def memory_parts(
     if stage:
         parts["DeepSpeed"] = shared(4 * trained, 1, offload) + 4 * min(BUCKET, trained)
         if stage == 3 and (world > 1 or offload):
-            # whole at one time: a bucket of parameters, or one that is larger by itself, such as the head,
-            # and a bucket that is fetched ahead
+            # whole at one time are a bucket of parameters and a bucket that is fetched ahead; a parameter
+            # that is larger than a bucket, such as the head, is whole too
             largest = max(p.numel() for p in model.parameters())
             parts["DeepSpeed"] += base_size * min(max(BUCKET, largest) + BUCKET, frozen + trained)
     if accelerator == "cpu" and config.rollback_steps and not full:
@@ -102,7 +103,7 @@ def memory_parts(
 
 
 def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
-    """Bytes that quantised weights of the layers take less than those of `size` bytes each."""
+    """Bytes by which quantised weights of the layers are smaller than weights of `size` bytes each."""
     if quant == "none":
         return 0
     weights = [linear.weight for linear in model.layer_linears().values()]
@@ -110,15 +111,15 @@ def saved_by_quant(model: RWKV, quant: str, size: int) -> int:
 
 
 def needed(parts: dict[str, float], config: Config, accelerator: str) -> float:
-    """Bytes that the memory behind free_memory() must have: the processes of a CPU share it."""
+    """Bytes that a machine's memory or a GPU's must have; the processes of a CPU share its memory."""
     return sum(parts.values()) * (config.devices if accelerator == "cpu" else 1)
 
 
 def allocator_waste(step: StepBytes, accelerator: str) -> float:
     """Memory that the allocator holds beyond the most that tensors use at one time.
 
-    glibc gives large blocks back and keeps the heap of the small ones at its highest, so that on a CPU the
-    most of both adds up.
+    glibc gives large blocks back, and keeps the heap of the small ones at its highest. So on a CPU the most
+    of both adds up.
     """
     if accelerator == "gpu":
         return CACHE_WASTE * step.peak

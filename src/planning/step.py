@@ -1,3 +1,5 @@
+"""The settings of a step as the model takes them: rows in chunks, and the dtype of autocast."""
+
 from __future__ import annotations
 
 import torch
@@ -8,7 +10,7 @@ from ..model.batch_loss import Chunks
 
 
 def chunks_of(config: Config) -> Chunks:
-    """How the settings have rows run."""
+    """How rows are cut into chunks."""
     return Chunks(config.chunk_ctx, config.truncate_ctx, config.state_cp)
 
 

@@ -8,7 +8,6 @@ storage that comes and goes is added up.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 
 import torch
@@ -27,13 +26,13 @@ from ..model.batch_loss import batch_loss, state_bytes
 from ..model.rwkv import replace_tensors
 from .step import chunks_of
 
-# glibc's largest mmap threshold on 64 bits (mallopt(3)): a larger block is mapped by itself, and given back
+# glibc's largest mmap threshold on 64 bits, see mallopt(3): a larger block is mapped by itself and given back
 # when it is freed
 HEAP_LIMIT = 1 << 25
-BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # collate()
-COUNTED_CHUNKS = 4  # with --chunk_ctx, the longest row that is counted
+BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # of collate()
+COUNTED_CHUNKS = 4  # a row of more chunks is counted with so many; each further chunk adds the same
 MASKED = (torch.ops.aten.index, torch.ops.aten.index_put)
-LAYERS = 4  # a deeper model is this deep in the count; what each of its layers adds is the same
+LAYERS = 4  # a deeper model is counted with so many layers; each further layer adds the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +55,27 @@ def model_on_meta(arch: Arch, config: Config) -> RWKV:
 
 
 def step_bytes(arch: Arch, config: Config, kernel: str, precision: str, row: int, targets: int) -> StepBytes:
-    """One micro-batch of micro_bsz rows of `row` tokens, `targets` of which are trained in all; `kernel` and
-    `precision` are not auto.
+    """The bytes of one micro-batch: micro_bsz rows of `row` tokens, with `targets` trained tokens in all.
+
+    `kernel` and `precision` are not auto.
     """
     chunks = chunks_of(config)
     whole = row
-    if chunks.count(row) > COUNTED_CHUNKS:  # each further chunk adds what infctx keeps of it
+    if chunks.count(row) > COUNTED_CHUNKS:
         row = COUNTED_CHUNKS * chunks.size
         targets = max(1, targets * row // whole)
-    count = functools.partial(
-        _count, config=config, kernel=kernel, precision=precision, row=row, targets=targets
-    )
-    if arch.n_layer <= LAYERS:
-        step = count(arch)
-    else:
-        less, more = (
-            dataclasses.astuple(count(dataclasses.replace(arch, n_layer=n))) for n in (LAYERS - 1, LAYERS)
-        )
-        step = StepBytes(*(b + (b - a) * (arch.n_layer - LAYERS) for a, b in zip(less, more, strict=True)))
-    states = (chunks.states(whole) - chunks.states(row)) * state_bytes(
-        arch, config.micro_bsz, PRECISIONS[precision].itemsize
-    )
+
+    def count(layers: int) -> StepBytes:
+        return _count(dataclasses.replace(arch, n_layer=layers), config, kernel, precision, row, targets)
+
+    step = count(min(arch.n_layer, LAYERS))
+    if arch.n_layer > LAYERS:
+        fewer, further = dataclasses.astuple(count(LAYERS - 1)), arch.n_layer - LAYERS
+        pairs = zip(dataclasses.astuple(step), fewer, strict=True)
+        step = StepBytes(*(many + (many - few) * further for many, few in pairs))
+    # a chunk that was not counted keeps a state
+    size = state_bytes(arch, config.micro_bsz, PRECISIONS[precision].itemsize)
+    states = (chunks.states(whole) - chunks.states(row)) * size
     return StepBytes(step.activations + states, step.peak + states, step.small + states, step.large)
 
 
@@ -90,11 +89,9 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
     model.grad_cp = config.grad_cp
     quantised = set()
     if config.quant != "none":
-        quantised, model.expands_to = (
-            {f"{name}.weight" for name in model.layer_linears()},
-            half or torch.float32,
-        )
-    with FakeTensorMode():  # imports torch._dynamo, a second
+        quantised = {f"{name}.weight" for name in model.layer_linears()}
+        model.expands_to = half or torch.float32
+    with FakeTensorMode():  # it imports torch._dynamo, which takes a second
 
         def fake(name: str, tensor: Tensor) -> Tensor:
             if name in quantised:
@@ -106,17 +103,18 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None  # as from the micro-batch before
         model.set_kernel(kernel)
-        # of the two native WKV libraries the CPU's is the one that runs here; a GPU has no more than that
+        # only the CPU's native WKV runs here; the GPU's takes no more memory
         if kernel.startswith("cuda"):
             for block in model.blocks:
                 block.att.kernel = "cpu"
         batch = {name: torch.zeros(config.micro_bsz, row, dtype=dtype) for name, dtype in BATCH.items()}
-        # documents with an initial state are cut out of their rows by the values of reset (ops.documents),
-        # which nobody knows here: they are counted as whole rows, without the copies and the padding of that
+        # Documents with an initial state are cut out of their rows where reset is true (ops/per_document.py).
+        # These places are not known here, so whole rows are counted, without the copies and the padding.
         if not config.packing or any(name.endswith(".time_state") for name, _ in model.named_parameters()):
             batch["reset"] = None
-        known = [t for t in batch.values() if t is not None]
-        known += [*model.buffers(), *(t for p in model.parameters() for t in (p, p.grad) if t is not None)]
+        known = [*batch.values(), *model.buffers(), *model.parameters()]
+        known += [p.grad for p in model.parameters()]
+        known = [t for t in known if t is not None]
         with Live(known, tensor_cores, targets / (config.micro_bsz * row)) as live:
             activations = live.after(model, "features")
             batch_loss(model, batch, chunks_of(config), half if full else None).backward()
@@ -125,10 +123,9 @@ def _count(arch: Arch, config: Config, kernel: str, precision: str, row: int, ta
 
 class Live(TorchDispatchMode):
     """Counts the bytes of storages while they live: `now`, and the most at one time, `peak`, also by size.
-    Those of `known` are left out.
 
-    Where tensors have no values, the share `true` of a mask is set, and `tensor_cores` stands for the GPU
-    that is not here.
+    Storages of `known` are left out. Tensors have no values, so a mask counts as true in the share `true` of
+    its places. `tensor_cores` stands for the GPU that is not here.
     """
 
     def __init__(self, known: list[Tensor], tensor_cores: bool = False, true: float = 1.0):
@@ -155,7 +152,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.aten._local_scalar_dense.default:
-            return True  # the plain kernels ask whether all is finite
+            return True  # to the plain kernels, which ask whether all is finite
         if op.namespace == "rwkv" and self.tensor_cores and not op._opname.endswith("_backward"):
             args = (*args[:-1], True)  # `chunked`, which decides what is saved
         if op.overloadpacket in MASKED:
@@ -170,9 +167,8 @@ class Live(TorchDispatchMode):
         """One index for every dimension of a mask without values; any other index as it is."""
         if not isinstance(index, FakeTensor) or index.dtype != torch.bool:
             return [index]
-        return [
-            index.new_empty(max(1, round(self.true * index.numel())), dtype=torch.int64) for _ in index.shape
-        ]
+        count = max(1, round(self.true * index.numel()))
+        return [index.new_empty(count, dtype=torch.int64) for _ in index.shape]
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -191,8 +187,6 @@ class Live(TorchDispatchMode):
             self.now_large += sign * size
         else:
             self.now_small += sign * size
-        self.peak, self.small, self.large = (
-            max(self.peak, self.now),
-            max(self.small, self.now_small),
-            max(self.large, self.now_large),
-        )
+        self.peak = max(self.peak, self.now)
+        self.small = max(self.small, self.now_small)
+        self.large = max(self.large, self.now_large)

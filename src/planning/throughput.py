@@ -21,9 +21,9 @@ from ..model.rwkv import replace_tensors
 from .step_memory import model_on_meta
 
 LAYERS = 2  # the fewest in which RWKV-7's value residual takes part
-TOKENS = {False: 256, True: 64}  # of one row; fewer in a model of at least 2048 channels, which is slow
-WIDE = 2048
-SECONDS = 1.0  # after which nothing is timed a second time
+WIDE = 2048  # channels from which a model is so slow that a shorter row is timed
+TOKENS = {False: 256, True: 64}  # of one row, in a narrow model and in a wide one
+SECONDS = 1.0  # after so much time nothing is timed again
 NOISE = 99_991  # random numbers that weights are made of; a prime, so that no two rows of a matrix are alike
 
 
@@ -37,7 +37,7 @@ class Speed:
 
 
 def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
-    """That of a whole run of these settings, which are filled in, on this machine."""
+    """The speed of a whole run with these settings, which are filled in, on this machine."""
     device = "cuda" if config.accelerator == "gpu" else "cpu"
     trained = sum(schedule.targets) / sum(schedule.lengths)
     one = measured_speed(arch, config, config.wkv, config.precision, device, max(schedule.lengths), trained)
@@ -49,8 +49,11 @@ def speed_here(arch: Arch, config: Config, schedule: Schedule) -> Speed:
 def measured_speed(
     arch: Arch, config: Config, kernel: str, precision: str, device: str, row: int, trained: float
 ) -> Speed:
-    """That of one process, from the forward and backward of a row of up to `row` tokens, of which the share
-    `trained` are targets, and from one token after `eval_samples` prompts."""
+    """The speed of one process, timed with a row of at most `row` tokens, forward and backward.
+
+    The share `trained` of its tokens are targets. An answer is timed with one token after `eval_samples`
+    prompts.
+    """
     tokens = min(row, TOKENS[arch.n_embd >= WIDE])
     full = config.peft == "none"
     dtype = torch.float32 if full else PRECISIONS[precision]
@@ -89,8 +92,9 @@ def measured_speed(
 
 
 def _random_tensors(dtype: torch.dtype, device: str) -> Callable[[str, Tensor], Tensor]:
-    """A function of a tensor without memory and its name, that gives one with numbers; those of the base have
-    this dtype.
+    """A function that makes a tensor without memory, given its name, one with numbers.
+
+    Tensors of the base get this dtype.
     """
     noise = torch.empty(NOISE, device=device).normal_(std=0.02)
 
@@ -112,7 +116,7 @@ def _random_model(arch: Arch, config: Config, kernel: str, dtype: torch.dtype, r
     replace_tensors(model, random)
     with torch.no_grad():
         for layer in adapted_linears(model).values():
-            layer.prepare()  # norms that are no norms would make NaN
+            layer.prepare()  # else stored norms are random numbers, and give NaN
     if config.quant != "none":
         model.quantise(config.quant, dtype)
     model.grad_cp = config.grad_cp
