@@ -134,7 +134,7 @@ def test_quantised_files_are_no_way_back(tmp_path):
 def test_a_file_of_another_program_becomes_a_checkpoint(tmp_path, monkeypatch, version):
     """Without the record: the canonical order and shapes."""
     tensors = saved(tmp_path / "m.pth", released(version), torch.bfloat16)
-    for module in ("gguf", "record"):
+    for module in ("gguf", "provenance"):
         monkeypatch.setattr(f"src.export.{module}.KEY", "another.key")
     for to in ["gguf", "safetensors"] + ["hf"] * (version == 7):
         export(tmp_path / "m.pth", tmp_path / to, to, tokenizer="auto" if to == "safetensors" else "none")
