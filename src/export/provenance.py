@@ -103,11 +103,11 @@ class Provenance(NamedTuple):
 
     def rounded(self, dtypes: Mapping[str, torch.dtype]) -> list[str]:
         """Names of the tensors whose values these dtypes cannot all hold."""
-        return [
-            name
-            for name, (dtype, _) in self.entries.items()
-            if dtypes[name] not in (dtype, *WITHIN.get(dtype, ()))
-        ]
+        names = []
+        for name, (dtype, _) in self.entries.items():
+            if dtypes[name] != dtype and dtypes[name] not in WITHIN.get(dtype, ()):
+                names.append(name)
+        return names
 
 
 def _is_possible(shape: tuple[int, ...]) -> bool:

@@ -100,12 +100,12 @@ def int8_rows(weight: Tensor) -> Int8Rows:
 
 
 class Decoder:
-    """A model that reads prompts as before and takes single tokens through the native code. `int8`: there
-    with its large matrices quantised.
+    """A model that reads prompts as before, and runs single tokens in the native code.
 
-    It works on one token at a time, with as many threads as torch has. Of the model's matrices some are
-    shared with it and some, like all vectors, are copies made here: where the model gets other tensors, as
-    from Adapters.use, refresh() takes these over. Raises ValueError where `problem` has one.
+    `int8`: single tokens use the large matrices quantised. It works on one token at a time, with as many
+    threads as torch has. Some of the model's matrices are shared with it. Others, and all vectors, are copies
+    that are made here. So when the model gets other tensors, as from Adapters.use, refresh() must be called.
+    Raises ValueError where problem() finds one.
     """
 
     def __init__(self, model: RWKV, int8: bool = False):
@@ -121,13 +121,14 @@ class Decoder:
             *(f"blocks.{i}.{name}" for i in range(arch.n_layer) for name in LAYER[arch.version]),
         ]
         self.sources = [self._source(name) for name in self.names]
-        self.kept: dict[str, list[Tensor]] = {}  # what the native code points to
-        self.beside: dict[str, list[Tensor]] = {}  # and of adapters
-        self.matrices = [
-            self._matrix(name, tensor) for name, (tensor, _) in zip(self.names, self.sources, strict=True)
-        ]
-        for name, matrix, (_, low_rank) in zip(self.names, self.matrices, self.sources, strict=True):
+        # the tensors that the native code points to, of the model and of adapters
+        self.kept: dict[str, list[Tensor]] = {}
+        self.beside: dict[str, list[Tensor]] = {}
+        self.matrices: list[Matrix] = []
+        for name, (tensor, low_rank) in zip(self.names, self.sources, strict=True):
+            matrix = self._matrix(name, tensor)
             self._put_beside(name, matrix, low_rank)
+            self.matrices.append(matrix)
         library = native.library("cpu")
         self.handle = self._open(library)
         self.fresh = True

@@ -1,6 +1,4 @@
-"""Streaming an answer, token by token, from a model or its decoder (cpu_decoder.py), which are asked
-alike.
-"""
+"""Streaming an answer, token by token, from a model or its decoder (cpu_decoder.py)."""
 
 from __future__ import annotations
 
@@ -28,11 +26,10 @@ def stream(
     stop: str = DEFAULT.stop,
     generator: torch.Generator | None = None,
 ) -> Generator[str, None, State]:
-    """Feed `ids`, then yield the answer in pieces of whole characters; the generator's return value is the
-    state after it.
+    """Feed `ids`, then yield the answer in pieces of whole characters; return the state after it.
 
     The answer ends before the end of document, before the text `stop`, or after max_tokens. What is not
-    yielded, be it half a character, is not left in the state either.
+    yielded, such as half a character, is not in the state either.
     """
     feed = functools.partial(_feed, model, tokenizer)
     logits, state = feed(ids, state)
@@ -70,13 +67,18 @@ def stream(
 def _feed(model: RWKV | Decoder, tokenizer, tokens: list[int], before: State | None) -> tuple[Tensor, State]:
     """(logits of the token after these, the state after them)."""
     ids = torch.tensor([tokens], device=model.emb.weight.device)
-    with nan_passes():  # a model that overflows is named by its logits
+    # sample() names a model that overflows, by its logits
+    with nan_passes():
         logits, after = model.next_logits(ids, before)
-    return logits[0, : tokenizer.vocab_size], after  # a padded model has ids that no text stands for
+    # a padded model has ids that no text stands for
+    return logits[0, : tokenizer.vocab_size], after
 
 
 class _States:
-    """`after`: characters of the answer -> the state right after them. Its end goes back to one of these."""
+    """The states that the end of the answer may go back to.
+
+    `after`: number of characters of the answer -> the state right after them.
+    """
 
     def __init__(self, first: State):
         self.after = {0: first}

@@ -193,11 +193,11 @@ def _pairs(value: Any, column: str) -> list[dict[str, str]]:
     """Earlier turns as [[question, answer], ...]."""
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise UserError(f"{column} must be a list of [question, answer] pairs, got {short(value)}")
-    return [
-        {"role": role, "content": text(part, column)}
-        for pair in value
-        for role, part in zip(("user", "assistant"), pair)
-    ]
+    turns = []
+    for question, answer in value:
+        turns.append({"role": "user", "content": text(question, column)})
+        turns.append({"role": "assistant", "content": text(answer, column)})
+    return turns
 
 
 def messages(value: Any, column: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Parquet files, through pyarrow, and Hugging Face data sets, through datasets -> (place, record).
+"""Parquet files and Hugging Face data sets -> (place, record).
 
-Both packages are in the optional extra `data`.
+They are read by pyarrow and datasets, which are in the optional extra `data`.
 """
 
 from __future__ import annotations
