@@ -1,5 +1,6 @@
-"""MiSS and other adapters for RWKV checkpoints: inject, train, save, merge. Needs torch and the standard
-library only.
+"""MiSS and other adapters for RWKV checkpoints: inject, train, save, merge.
+
+Needs torch and the standard library only.
 """
 
 # ruff: noqa: E402  (torch is imported after the first call)

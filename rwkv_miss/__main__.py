@@ -22,8 +22,9 @@ EMPTY = (None, "", [], {})
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a base, merged or adapter file, or the checkpoint of a run, is, as plain values; an adapter may be
-    another project's.
+    """What a file is, as plain values: a base, a merged file, an adapter, the checkpoint of a run.
+
+    An adapter may be another project's.
     """
     source = open_source(path)
     tensors, metadata = source.tensors, source.config

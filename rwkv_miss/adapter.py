@@ -41,17 +41,16 @@ def register(name: str) -> Callable[[Class], Class]:
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-    """What a user may set for a method; subclasses add fields. `aliases` maps the names of neighbouring
-    projects to fields.
+    """What a user may set for a method; subclasses add fields.
+
+    `aliases` maps the names of neighbouring projects to fields.
     """
 
     aliases: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> NoOptions:
-        """Options from a dictionary; an unknown key or a value of the wrong kind is a UserError that lists
-        what exists.
-        """
+        """Options from a dictionary. UserError for an unknown key or a value of the wrong kind."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         default = cls()
         known: dict[str, Any] = {}
@@ -70,11 +69,10 @@ class NoOptions:
                     f"adapter option {name} is given twice, by two of its names; drop one of them"
                 )
             kind = type(getattr(default, name))
-            known[name] = (
-                _by_name(key, value, fields[name].metadata["of"])
-                if kind is dict
-                else _scalar(key, value, kind)
-            )
+            if kind is dict:
+                known[name] = _by_name(key, value, fields[name].metadata["of"])
+            else:
+                known[name] = _scalar(key, value, kind)
         return cls(**known)
 
     def at(self, name: str) -> NoOptions:
@@ -84,16 +82,13 @@ class NoOptions:
 
 def _scalar(key: str, value: Any, kind: type) -> Any:
     """An option's value in its own kind; 0 and 1 stand for false and true."""
-    fits = {bool: isinstance(value, bool) or value in (0, 1), float: isinstance(value, (int, float))}.get(
-        kind, isinstance(value, kind)
-    )
-    if (
-        not fits
-        or isinstance(value, bool)
-        and kind is not bool
-        or isinstance(value, float)
-        and not math.isfinite(value)
-    ):
+    if kind is bool:
+        fits = isinstance(value, bool) or value in (0, 1)
+    elif kind is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"adapter option {key} must be {kind.__name__}, got {value!r}")
     return kind(value)
 
@@ -117,8 +112,9 @@ def names_with(of: str) -> Any:
 
 
 def most_specific(by_name: dict[str, Any], name: str, default: Any) -> Any:
-    """What a map from parts of dotted names, such as "ffn", "att.key" or "blocks.0", says of one name: its
-    longest part that is in it.
+    """What a map from parts of dotted names says of one name: its longest part that is in the name.
+
+    Parts are such as "ffn", "att.key" or "blocks.0".
     """
     found = [part for part in by_name if f".{part}." in f".{name}."]
     return by_name[max(found, key=len)] if found else default
@@ -158,8 +154,9 @@ class Options(NoOptions):
 
 
 class AdapterMethod:
-    """What inject(), the trainer and the merge ask of a method. Methods that adapt linears derive from
-    AdapterLinear.
+    """What inject(), the trainer and the merge ask of a method.
+
+    Methods that adapt linears derive from AdapterLinear.
     """
 
     method: ClassVar[str]
@@ -167,14 +164,13 @@ class AdapterMethod:
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
     shared: ClassVar[tuple[str, ...]] = ()
-    decays: ClassVar[bool] = (
-        True  # weight decay of its matrices pulls towards the base, because they are the base at zero
-    )
+    decays: ClassVar[bool] = True  # weight decay pulls towards the base, which the method is at zero
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Options) -> None:
-        """Add the method's trainable parameters to a frozen model. `linears` maps dotted names to the chosen
-        layers.
+        """Add the method's trainable parameters to a frozen model.
+
+        linears: the chosen layers by their dotted names.
         """
         raise NotImplementedError
 
@@ -195,21 +191,24 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def make_shared(
         cls, shapes: dict[str, tuple[int, int]], options: Options, device: torch.device
     ) -> dict[str, Tensor]:
-        """The tensors of `shared`, for linears of these (out, in) shapes, by their dotted names: parameters
-        to train, or tensors that stay.
+        """The tensors of `shared` by name, for linears of these (out, in) shapes.
+
+        A parameter is trained, a plain tensor stays.
         """
         return {}
 
     @classmethod
     def shared_names(cls, out: int, width: int) -> dict[str, str]:
-        """Of the shared tensors that a linear (out, in) uses: the name in the layer -> that of make_shared()
-        and the file. A method whose tensors differ with the widths overrides it.
+        """Which shared tensors a linear (out, in) uses: name in the layer -> name in make_shared().
+
+        A method whose tensors differ with the widths overrides it.
         """
         return {name: name for name in cls.shared}
 
     def setup(self, options: Options) -> None:
-        """Register the layer's parameters (fp32) and buffers, with initial values where these need no weight;
-        the shared ones are there.
+        """Register the layer's parameters (fp32) and buffers; the shared ones are there.
+
+        They get first values where these need no weight.
 
         What prepare() only derives is a buffer with persistent=False: it is not saved.
         """
@@ -219,9 +218,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         """Give a new adapter those initial values that follow from the frozen weight."""
 
     def prepare(self) -> None:
-        """Called when the layer's tensors have their values: derive what forward() needs, or change the
-        frozen weight (PiSSA).
-        """
+        """Derive what forward() needs from the layer's tensors, or change the frozen weight (PiSSA)."""
 
     def revert(self) -> None:
         """Give the frozen weight back as it was before prepare()."""
@@ -231,14 +228,13 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         raise NotImplementedError
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """(A (r, in), B (out, r)), fp32, with B A = delta(); None where the change of the weight has no such
-        form.
-        """
+        """(A (r, in), B (out, r)), fp32, with B A = delta(). None where there is no such form."""
         return None
 
     def base_weight(self) -> Tensor:
-        """The weight of the base file, (out, in), fp32 or float64. A method that changes the frozen weight
-        overrides it.
+        """The weight of the base file, (out, in), fp32 or float64.
+
+        A method that changes the frozen weight overrides it.
         """
         weight = dense(self.weight, self.in_features, torch.float32)
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -260,8 +256,10 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
     @classmethod
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
-        """A scalar to add to the loss, or None. Inside gather(parameters) they are whole, also where ZeRO-3
-        shares them out; outside, and in the backward, they may not be.
+        """A scalar to add to the loss, or None.
+
+        The parameters may be shared out by ZeRO-3. They are whole inside gather(parameters), but not in the
+        backward.
         """
         return None
 
@@ -269,14 +267,17 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     def before_step(
         cls, layers: list[AdapterLinear], step: int, total: int, gradient_of: GradientOf, gather: Gather
     ) -> None:
-        """Called before optimizer step `step` (1-based) of `total`. gradient_of(parameter) is that of the
-        whole step, the same on all ranks, which ask for them in the same order; None where there is none.
+        """Called before optimizer step `step` (1-based) of `total`.
+
+        gradient_of(parameter): the gradient of the whole step, the same on all ranks, or None. All ranks ask
+        for them in the same order.
         """
 
     @classmethod
     def after_step(cls, layers: list[AdapterLinear], step: int, total: int, gather: Gather) -> None:
-        """Called after optimizer step `step` (1-based) of `total`. What is written into a trained parameter
-        here would be lost under ZeRO.
+        """Called after optimizer step `step` (1-based) of `total`.
+
+        It must not write into a trained parameter: under ZeRO that would be lost.
         """
 
     def rate_factor(self, name: str) -> float:
@@ -288,7 +289,8 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         cls, weight: nn.Parameter, bias: nn.Parameter | None, options: Options, shared: dict[str, Tensor]
     ) -> AdapterLinear:
         """The adapted layer, set up, that takes over a linear's weight (out, in) and bias without a copy.
-        `options` are its own, `shared` has its shared tensors.
+
+        options: those of this linear. shared: its shared tensors.
         """
         adapted = cls.__new__(cls)
         nn.Module.__init__(adapted)  # not nn.Linear's, which would make a weight and initialise it
@@ -335,9 +337,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
         return self
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Everything of the method that a file keeps of this layer: its parameters and buffers without the
-        base's weight and bias.
-        """
+        """What a file keeps of this layer: all saved tensors but the base's weight and bias."""
         buffers = {
             name: t
             for name, t in self.named_buffers(recurse=False)
@@ -349,8 +349,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def merged_weight(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
-        """Base weight (out, in) fp32 + the layer's adapter tensors and options -> merged weight (out, in)
-        fp32, in the memory of `weight`.
+        """Base weight (out, in) fp32 -> merged weight, in the same memory.
+
+        tensors, options: the layer's, out of an adapter file.
         """
         cls.of_file(weight, tensors, options).add_delta_to(weight)
         return weight
@@ -358,8 +359,9 @@ class AdapterLinear(AdapterMethod, nn.Linear):
     @classmethod
     @torch.no_grad()
     def of_file(cls, weight: Tensor, tensors: dict[str, Tensor], options: Options) -> AdapterLinear:
-        """The adapted layer of a base weight (out, in) fp32, which is not copied, with the layer's tensors of
-        an adapter file and its options.
+        """The adapted layer of a base weight (out, in) fp32, which is not copied.
+
+        tensors, options: the layer's, out of an adapter file.
         """
         shared = {name: tensors[name].to(weight.dtype) for name in cls.shared}
         adapted = cls.wrap(nn.Parameter(weight, requires_grad=False), None, options, shared)
@@ -397,9 +399,7 @@ class AdapterLinear(AdapterMethod, nn.Linear):
 
 @torch.no_grad()
 def prepare_again(layer: AdapterLinear, _: Any) -> None:
-    """Hook after load_state_dict() for a layer that keeps what it derives from the frozen weight, which may
-    be another one now.
-    """
+    """Hook after load_state_dict(), for a layer that derives tensors from the frozen weight."""
     layer.prepare()
 
 
@@ -433,9 +433,7 @@ def before_step(
     gradient_of: GradientOf = operator.attrgetter("grad"),
     gather: Gather = whole,
 ) -> None:
-    """Show the method the gradients of optimizer step `step` (1-based) of `total`, before the optimizer uses
-    them.
-    """
+    """Show the method the gradients of optimizer step `step` (1-based) of `total`, before they are used."""
     layers = list(adapted_linears(model).values())
     if layers:
         type(layers[0]).before_step(layers, step, total, gradient_of, gather)
@@ -456,8 +454,7 @@ def only_linears_change(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Context in which the model is its base: adapted linears compute without their adapter, which is as
-    before afterwards.
+    """Context in which the model is its base: adapted linears compute without their adapter.
 
     Raises UserError where tensors of the base itself are trained, or an initial state is: their first values
     are not in the model.

@@ -1,6 +1,4 @@
-"""The one exception for the user's mistakes, the doorway that turns it into one line and exit code 2, and
-flags that raise it.
-"""
+"""The one exception for the user's mistakes, its way to one line and exit code 2, and flags that raise it."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ LONGEST = 2000  # characters of a message
 
 
 def printable(text: str) -> str:
-    """A text on one line, cut where it is very long, whose control characters are shown as escapes: names in
-    a file could otherwise rewrite what the terminal shows.
+    """A text on one line, cut where it is very long, with control characters shown as escapes.
+
+    Names in a file could otherwise rewrite what the terminal shows.
     """
     text = " ".join(text.splitlines())
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
@@ -38,8 +37,9 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a UserError, or what the machine refuses, memory included, as `error: ...` on stderr and exit
-    with code 2; any other exception is a bug and keeps its traceback.
+    """Print a UserError as `error: ...` on stderr and exit with code 2.
+
+    The same for what the machine refuses, such as memory. Another exception is a bug and keeps its traceback.
 
     Where nobody reads stdout any more (`| head`) the program ends without a word, with the code that shells
     have for it, 141. What the terminal's encoding has no character for is shown as an escape.
@@ -86,9 +86,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _ran_out(error: Exception) -> bool:
-    """Whether memory did: Python's and numpy's, a GPU's (torch.OutOfMemoryError), or a CPU's, for which torch
-    has no class of its own.
-    """
+    """Whether memory did: Python's, numpy's, a GPU's, or a CPU's, for which torch has no class of its own."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -97,9 +95,7 @@ def _ran_out(error: Exception) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors, and which answers a mistyped flag with the nearest
-    one.
-    """
+    """A command line whose mistakes are UserErrors; it answers a mistyped flag with the nearest one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})

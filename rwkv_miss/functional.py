@@ -29,8 +29,9 @@ from .quantised import dense
 
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
-    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank); the input is padded with zeros when
-    rank does not divide it.
+    """Sums of `rank` shards of the last axis, (..., in) -> (..., rank).
+
+    Where rank does not divide the width, some shards have fewer columns.
 
     `balanced`: every other column of a shard is subtracted, and one more number, the last, is the sum of all
     columns / sqrt(in).
@@ -74,8 +75,9 @@ def add_repeated_(x: Tensor, values: Tensor) -> None:
 
 
 def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bool = False) -> None:
-    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n]. dx (N, in), ds (N, r), or
-    (N, r + 1) if balanced.
+    """The transpose of shard_sum, in place: dx[n, i] += what column i has in ds[n].
+
+    dx (N, in), ds (N, r), or (N, r + 1) if balanced.
     """
     width, rank = dx.shape[1], ds.shape[1] - balanced
     parts = [(slice(None), ds)]
@@ -96,8 +98,9 @@ def add_expanded_(dx: Tensor, ds: Tensor, contiguous: bool = False, balanced: bo
 
 
 def in_autocast(device: torch.device) -> bool:
-    """Whether somebody's torch.autocast holds for a device. torch.is_autocast_enabled() fails for types that
-    have none, such as meta.
+    """Whether somebody's torch.autocast holds for a device.
+
+    torch.is_autocast_enabled() fails for types that have none, such as meta.
     """
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
@@ -115,8 +118,9 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def _in_own_dtypes(function):
-    """Decorator for an operator's forward or backward: no autocast reaches its products, also where
-    backward() is called inside of one.
+    """Decorator for an operator's forward or backward: no autocast reaches its products.
+
+    backward() may be called inside of one.
     """
 
     @functools.wraps(function)
@@ -131,8 +135,7 @@ def _in_own_dtypes(function):
 
 
 def define_operator(name: str, arguments: str, forward, shapes, context, backward) -> None:
-    """Register rwkv_miss::name(arguments) -> (y, kept) on every device, with its shapes for tracing and its
-    gradient.
+    """Register rwkv_miss::name(arguments) -> (y, kept) with its shapes for tracing and its gradient.
 
     Not torch.library.custom_op: its first call imports torch._dynamo, 0.9 s in every process.
     """
@@ -217,8 +220,9 @@ define_operator(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out). Kept for the backward: the weight, and x
-    only where the weight wants a gradient.
+    """y = x W^T + bias; `transposed`: the weight is W^T, (in, out).
+
+    Kept for the backward: the weight, and x only where the weight wants a gradient.
 
     A view of the weight will not do for W^T: it is what would be kept, and under ZeRO-3 the whole parameter
     with it.
@@ -294,8 +298,9 @@ def miss_linear(
     balanced: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """y = x W^T + bias + S(x) D. Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters
-    themselves.
+    """y = x W^T + bias + S(x) D.
+
+    Kept for the backward: S, (tokens, r) in x's dtype, beside the parameters themselves.
 
     `balanced`: S and D have one row more, that of the mean. `scale` multiplies the shard sums, not the mean.
     D of shape (r, m) with m < out stands for its columns over and over, D[:, o mod m]; the last ones are cut
@@ -319,8 +324,9 @@ torch.library.register_fake("rwkv_miss::drop", lambda x, dropout, seed: torch.em
 
 
 def dropped(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """x (N, in) with each number 0 with probability `dropout`, else divided by 1 - dropout; a seed (0-dim,
-    int64) always drops the same places.
+    """x (N, in) with each number 0 with probability `dropout`, else divided by 1 - dropout.
+
+    A seed (0-dim, int64) always drops the same places.
 
     x itself without a seed. Not differentiable: the operators that use it have their own backward.
     """
@@ -399,8 +405,9 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed). Kept for the backward: x' A^T,
-    and x unless A is frozen.
+    """y = x W^T + bias + scale x' A^T B^T with x' = dropped(x, dropout, seed).
+
+    Kept for the backward: x' A^T, and x unless A is frozen.
 
     The dropped places are drawn again in the backward, which takes less time than to read them from memory
     and no room.

@@ -1,5 +1,6 @@
-"""Matrix products for the adapters' operators, without autograd. x (N, in), weight (out, in), bias (out,),
-all of one dtype -> (N, out).
+"""Matrix products for the adapters' operators, without autograd.
+
+x (N, in), weight (out, in), bias (out,), all of one dtype -> (N, out).
 
 In fp32 on a CPU they are oneDNN's, where torch's own are MKL's: those took 2.1 times as long on one AMD CPU
 with AVX-512, and 1.1 times on another, of family 25 model 17 (docs/speed.md). The operator that leads there
@@ -73,8 +74,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product_into(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, written to `out` (N, out): for a result so large that new memory for it would take as long as
-    the product's tenth part.
+    """x W^T, written to `out` (N, out).
+
+    For results so large that new memory would take a tenth of the product's time.
     """
     if not _use_onednn(x, weight):
         return torch.mm(x, weight.t(), out=out)

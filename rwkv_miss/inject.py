@@ -31,6 +31,17 @@ ADAPTER_FORMAT = "rwkv-miss adapter"
 
 # the linears of the paper's parameter counts; v7 has no gate and no ffn.receptance
 DEFAULT_TARGETS = ("receptance", "key", "value", "gate", "output")
+# where torch keeps a module's hooks
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 @dataclasses.dataclass
@@ -50,9 +61,7 @@ class Injection:
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     def line(self) -> str:
-        """One line for the user: linears, whole tensors, trainable parameters, and their share of the
-        base.
-        """
+        """One line for the user: linears, whole tensors, trainable parameters and their share of the base."""
         share = 100 * self.trainable / self.total
         parts = [f"{len(self.linears)} linears"] if self.linears else []
         parts += [f"{self.whole} whole tensors ({', '.join(self.train_parts)})"] if self.whole else []
@@ -68,8 +77,7 @@ def _short(count: int) -> str:
 
 
 def find_linears(model: nn.Module, targets: list[str] | None) -> dict[str, nn.Linear]:
-    """Dotted name -> linear for every target, which is a leaf name (`key`), a suffix (`att.key`) or a whole
-    name.
+    """Dotted name -> linear for every target: a leaf (`key`), a suffix (`att.key`) or a whole name.
 
     None means the linears of RWKV that the paper adapts, and is for such models only. Raises UserError, with
     the names that exist, for that, for a target that matches nothing, and for a linear whose change would
@@ -145,34 +153,22 @@ def _more_than_linear(linear: nn.Linear) -> str:
     """What a linear does or has beyond y = x W^T + bias; "" where that is all."""
     children, own = [name for name, _ in linear.named_children()], {"weight", "bias"}
     tensors = [name for name in (*linear._parameters, *linear._buffers) if name not in own]
-    hooks = any(
-        getattr(linear, kind, None)
-        for kind in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-            "_state_dict_hooks",
-            "_state_dict_pre_hooks",
-            "_load_state_dict_pre_hooks",
-            "_load_state_dict_post_hooks",
-        )
-    )
-    own_forward = type(linear).forward is not nn.Linear.forward and not getattr(
-        type(linear), "is_linear", False
-    )
+    hooks = any(getattr(linear, name, None) for name in HOOKS)
+    kind = type(linear)
+    own_forward = kind.forward is not nn.Linear.forward and not getattr(kind, "is_linear", False)
     found = {
         f"it has modules of its own ({', '.join(children)}), as a parametrization has": children,
         f"it has tensors of its own ({', '.join(tensors)}), as weight_norm has": tensors,
         "hooks are registered on it": hooks,
-        f"{type(linear).__name__} has a forward of its own": own_forward or "forward" in vars(linear),
+        f"{kind.__name__} has a forward of its own": own_forward or "forward" in vars(linear),
     }
     return next((what for what, holds in found.items() if holds), "")
 
 
 class _SharedMemory:
-    """Which parameters and buffers of a model, under all their names, lie in the same memory: tied ones, and
-    views of each other.
+    """Which parameters and buffers of a model lie in the same memory: tied ones, and views of each other.
+
+    Each has all its names.
     """
 
     def __init__(self, model: nn.Module):
@@ -216,15 +212,16 @@ def inject(
     earlier: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Injection:
-    """Freeze the model and add the trainable parameters of a method, in place: `inject(model, "miss",
-    rank=64)`.
+    """Freeze the model and add a method's trainable parameters, in place: `inject(model, "miss", rank=64)`.
 
-    The tensors of `train_parts`, such as "ln,time" (see methods/whole_tensors.py), are trained as a whole
-    beside it: each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for
-    afterwards (`model.classifier.requires_grad_(True)`) and saved as well. `earlier` has the tensors of a
-    training that goes on, by their names in the model: the weights that the method changes (PiSSA) become the
-    same. Raises UserError for an unknown method, option, target or part, and for a rank that does not fit a
-    layer.
+    train_parts: parts such as "ln,time" (methods/whole_tensors.py), whose tensors are trained as a whole.
+    Each becomes an fp32 parameter. What else should be trained, such as a classifier, is asked for afterwards
+    (`model.classifier.requires_grad_(True)`) and saved as well.
+
+    earlier: the tensors of a training that goes on, by their names in the model. The weights that the method
+    changes (PiSSA) become the same.
+
+    UserError for an unknown method, option, target or part, and for a rank that does not fit a layer.
     """
     initialise = functools.partial(_start_layers, earlier=earlier)
     return _attach(model, method, targets, train_parts, options, initialise)
@@ -330,8 +327,9 @@ def _adapt(
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds: all that the method added, `shared.NAME` for tensors in common, and every
-    other trained parameter.
+    """What an adapter file holds: what the method added, and every other trained parameter.
+
+    What linears have in common is `shared.NAME`.
     """
     tensors: dict[str, Tensor] = {}
     own: set[int] = set()
@@ -344,8 +342,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a model's state and that training may move without a gradient, such as
-    BatchNorm's means and variances.
+    """The buffers that training may move without a gradient, such as BatchNorm's means and variances.
 
     Not its count of batches, an integer: answers do not depend on it.
     """
@@ -371,8 +368,7 @@ def _moved_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
-    """(the tensors of an adapter file, the linears that have an adapter there, the other names of tensors
-    that are tied).
+    """(the tensors of an adapter file, the linears that have an adapter there, other names of tied tensors).
 
     A linear whose own weight is trained beside its adapter is in the file as a whole, with the sum of both.
     What shares memory with a trained tensor has changed with it.
@@ -416,8 +412,9 @@ def _name_in_file(layer: AdapterLinear, name: str, key: str) -> str:
 def layer_tensors(
     cls: type[AdapterLinear], name: str, shape: tuple[int, int], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of one adapted linear (out, in) out of an adapter file, by their names inside the layer,
-    the shared ones included.
+    """The tensors of one adapted linear (out, in) out of an adapter file, by their names in the layer.
+
+    The shared ones are included.
     """
     own = {
         key.removeprefix(f"{name}."): t
@@ -438,8 +435,9 @@ def layer_tensors(
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any) -> None:
-    """Write the trained tensors and the metadata that load and merge need, atomically; keywords (step,
-    tokenizer, ...) are added to it.
+    """Write the trained tensors and the metadata that load and merge need, whole or not at all.
+
+    metadata: keywords such as step and tokenizer, which are added.
 
     UserError where `path` is a model: its place is not taken.
     """
@@ -593,9 +591,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], force: bool = F
 
 
 def _is_base(model: nn.Module, recorded: str, path) -> bool:
-    """Whether a model is the one that an adapter file was trained on, as far as the model knows what it
-    is.
-    """
+    """Whether a model is the base of an adapter file, as far as the model knows what it is."""
     if identity := getattr(model, "base_identity", None):
         return identity.is_recorded(recorded, path)
     return getattr(model, "base_fingerprint", None) in (None, recorded)

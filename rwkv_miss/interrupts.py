@@ -19,8 +19,9 @@ EXIT_CODE = 130  # as shells have it for a program that Ctrl-C ended
 
 
 def say_interrupted() -> None:
-    """The line, from the first of a run's processes; the system's own call, as print() may be what was
-    interrupted.
+    """Say so, from the first of a run's processes.
+
+    By the system's own call, as print() may be what was interrupted.
     """
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     if rank == "0":
@@ -28,9 +29,7 @@ def say_interrupted() -> None:
 
 
 def end_at_once(signum: int = signal.SIGINT, frame: FrameType | None = None) -> None:
-    """Handler of a signal: one line, and the end, with neither exceptions nor the interpreter's own
-    tidying.
-    """
+    """Handler of a signal: one line, and the end, without exceptions or the interpreter's tidying."""
     say_interrupted()
     os._exit(EXIT_CODE)
 
@@ -46,8 +45,9 @@ def answer(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C, unless that is
-    ignored, as under nohup.
+    """Around a program that catches KeyboardInterrupt: `answer` is the handler of Ctrl-C.
+
+    Not where that is ignored, as under nohup.
 
     An interrupt in the destructor of an object or in a callback from C, which Python would only print, ends
     the process, too.
@@ -72,8 +72,9 @@ def answered() -> Iterator[None]:
 
 
 def end_program_at_once() -> None:
-    """Have Ctrl-C end the process at once where this package is the program: its imports precede its first
-    line.
+    """Have Ctrl-C end the process at once where this package is the program.
+
+    Its imports precede its first line.
     """
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
     # what runpy puts there while it looks for the module

@@ -104,9 +104,7 @@ def nf4_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def expand(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means, on every
-    device.
-    """
+    """The weight (out, width) of a quantised one, in plain torch: what rwkv_miss::dequantise means."""
     weight = unfilled(quantised, width, dtype)
     rows_at_once = max(1, WEIGHTS_AT_ONCE // width)
     for part, into in zip(quantised.split(rows_at_once), weight.split(rows_at_once), strict=True):
@@ -127,8 +125,9 @@ def _expand_rows(quantised: Tensor, width: int, exact: torch.dtype) -> Tensor:
 
 
 def unfilled(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The memory for the weight (out, width) of a quantised one. Raises ValueError where its rows are not
-    those of `width` weights.
+    """The memory for the weight (out, width) of a quantised one.
+
+    ValueError where its rows are not those of `width` weights.
     """
     kind = KINDS.get(quantised.dtype)
     if kind is None or quantised.dim() != 2 or width < 1 or quantised.shape[1] != row_bytes(kind, width):
@@ -147,17 +146,16 @@ torch.library.register_fake("rwkv_miss::dequantise", unfilled)
 
 
 def dense(weight: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """A quantised weight as a matrix (out, width) in `dtype`, rounded once; a floating-point weight as it
-    is.
-    """
+    """A quantised weight as a matrix (out, width) in `dtype`, rounded once. Other weights stay."""
     if weight.is_floating_point():
         return weight
     return torch.ops.rwkv_miss.dequantise(weight, width, dtype)
 
 
 def quantise_(linears: Iterable[nn.Linear], kind: str) -> None:
-    """Replace the weights of linears by quantised, frozen ones, one after the other: what it takes beside
-    them is a few rows.
+    """Replace the weights of linears by quantised, frozen ones, one after the other.
+
+    It takes the memory of a few rows beside them.
 
     Their forward must multiply by functional.linear, miss_linear or lora_linear, as that of every adapted
     linear does.

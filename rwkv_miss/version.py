@@ -10,9 +10,7 @@ VERSION = "0.1.0"  # pyproject.toml takes it from here
 
 
 def commit() -> str:
-    """The commit of the checkout, "4ad1e2f" or, with changes of its own, "4ad1e2f-dirty"; "" outside of
-    one.
-    """
+    """The commit of the checkout, such as "4ad1e2f", or "4ad1e2f-dirty" with changes; "" outside of one."""
     root = pathlib.Path(__file__).parents[1]
     if not (root / ".git").exists():  # another project's, around the environment that this is installed in
         return ""

@@ -1,5 +1,6 @@
-"""Adapter files of every project, read into this package's form and written from it: `rwkv-miss convert IN
-OUT --to FORMAT`.
+"""Adapter files of every project, read into this package's form and written from it.
+
+`rwkv-miss convert IN OUT --to FORMAT`
 
 Between reading and writing an adapter is what save_adapter() puts into a file: tensors by their names in the
 model, and metadata. A format is one file here with one class.
@@ -65,8 +66,9 @@ def format_of(source: Source) -> str | None:
 
 
 def read_any(path: str | os.PathLike[str], hints: Hints = NO_HINTS) -> tuple[str, Adapter]:
-    """(name of the format, the adapter) of a file or folder of any project. UserError for what no format
-    knows, and for what a file alone cannot tell and the hints do not.
+    """(name of the format, the adapter) of a file or folder of any project.
+
+    UserError for what no format knows, and for what neither the file nor the hints tell.
     """
     source = open_source(path)
     if name := format_of(source):

@@ -32,8 +32,9 @@ RWKV_LINEARS = {
 
 
 def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
-    """The adapter with a model file as its base. UserError where the file is not the one that the adapter
-    names, or lacks one of its linears.
+    """The adapter with a model file as its base.
+
+    UserError where the file is not the one that the adapter names, or lacks one of its linears.
     """
     tensors, _ = read_described(path)
     known, identity = adapter.metadata.get("base_fingerprint"), Identity(path, tensors)
@@ -60,8 +61,10 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
 
 
 def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(out, in) of each adapted linear: from the base, the sizes that the adapter's file names, or its own
-    tensors where these have both widths. UserError where none of them tells.
+    """(out, in) of each adapted linear.
+
+    From the base, the sizes that the adapter's file names, or its own tensors where these have both widths.
+    UserError where none of them tells.
     """
     if adapter.shapes:
         return adapter.shapes
@@ -84,8 +87,9 @@ def linear_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
 
 
 def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
-    """Each adapted linear by its name, with the adapter's tensors in fp32 and without a weight: for
-    low_rank() of methods that need none.
+    """Each adapted linear by its name, with the adapter's tensors in fp32 and without a weight.
+
+    For low_rank() of methods that need no weight.
     """
     cls = METHODS[adapter.metadata["method"]]
     options = cls.Options.parse(adapter.metadata["options"])

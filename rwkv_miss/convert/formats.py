@@ -75,8 +75,9 @@ def origins(*names: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Tensors and metadata as save_adapter() writes them: `blocks.0.att.key.miss`, and under "method",
-    "options", "linears" what they mean.
+    """Tensors and metadata as save_adapter() writes them.
+
+    Tensors are such as `blocks.0.att.key.miss`. What they mean is under "method", "options", "linears".
 
     metadata["origin"] keeps what a foreign file said beyond that, so that writing its format again gives the
     same file. `notes` is what the user should know of the reading. With a base (Hints.base) `base` is its
@@ -102,8 +103,9 @@ def register(name: str) -> Callable[[Class], Class]:
 
 
 class Format:
-    """One layout of adapter files. A format that is only read leaves `writes` False and does not override
-    write().
+    """One layout of adapter files.
+
+    A format that is only read leaves `writes` False and does not override write().
     """
 
     name: ClassVar[str]
@@ -125,15 +127,17 @@ class Format:
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-        """Write the adapter, whole or not at all; returns notes for the user. UserError, before anything is
-        written, for a method or an option that the format has no form for.
+        """Write the adapter, whole or not at all; returns notes for the user.
+
+        UserError, before anything is written, for a method or an option that the format has no form for.
         """
         raise NotImplementedError
 
 
 def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
-    """UserError for what only this package's own files can say of a model that is no RWKV: a trained tensor
-    of two names, and a trained bias of an adapted linear.
+    """UserError for what only this package's own files can say of a model that is no RWKV.
+
+    That is a trained tensor of two names, and a trained bias of an adapted linear.
     """
     way = (
         f"which --to {to} has no form for; merge the adapter into its base (rwkv-miss merge), or keep its own"
@@ -147,8 +151,9 @@ def refuse_what_would_be_lost(adapter: Adapter, to: str) -> None:
 
 
 def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
-    """What a reader of this format kept of its file, {} for another format's. UserError where it is not
-    whole: a native file may be anybody's.
+    """What a reader of this format kept of its file, {} for another format's.
+
+    UserError where it is not whole: a native file may be anybody's.
     """
     origin = adapter.metadata.get("origin")
     if not isinstance(origin, dict) or origin.get("format") != name:
@@ -165,8 +170,9 @@ def origin_of(adapter: Adapter, name: str) -> dict[str, Any]:
 
 
 def described(method: str, options: dict[str, Any], linears: list[str], **metadata: Any) -> dict[str, Any]:
-    """The metadata of an adapter that another project wrote: its base is not known. Options are checked, and
-    completed with the defaults.
+    """The metadata of an adapter that another project wrote: its base is not known.
+
+    Options are checked, and completed with the defaults.
     """
     parsed = METHODS[method].Options.parse(options)
     return {
@@ -188,8 +194,6 @@ def described(method: str, options: dict[str, Any], linears: list[str], **metada
 
 
 def rank_options(ranks: dict[str, int]) -> dict[str, Any]:
-    """Linear -> rank as the options `rank`, the most frequent one, and `rank_map`, the linears that have
-    another.
-    """
+    """Linear -> rank, as options: `rank`, the most frequent one, and `rank_map` for the other linears."""
     common = collections.Counter(ranks.values()).most_common(1)[0][0]
     return {"rank": common, "rank_map": {name: rank for name, rank in ranks.items() if rank != common}}

@@ -1,5 +1,4 @@
-"""Folders that Hugging Face peft loads: `PeftModel.from_pretrained(model, folder)` gives the outputs of this
-package's adapter.
+"""Folders that Hugging Face peft loads: PeftModel.from_pretrained(model, folder) gives our outputs.
 
 `--to peft` keeps the method, where peft has it; `--to lora` makes a LoRA of every method whose change of a
 weight is a product of two factors, which is what servers of adapters take. Read again by hf_peft.py.
@@ -53,8 +52,10 @@ MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
 
 @dataclasses.dataclass
 class Folder:
-    """What is written: the configuration without its common fields, the tensors by their names in the model,
-    and notes for the user.
+    """What is written.
+
+    config: without the fields that all methods have. tensors: by their names in the model. notes: for the
+    user.
     """
 
     config: dict[str, Any]
@@ -79,8 +80,9 @@ class Lora(Format):
 
 
 def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-    """The adapter as the same method of peft; of PiSSA, whose base peft would change when it loads it, the
-    LoRA of twice the rank.
+    """The adapter as the same method of peft.
+
+    PiSSA becomes the LoRA of twice the rank: peft would change the base when it loads a PiSSA.
     """
     method = adapter.metadata["method"]
     if method not in FORMS:
@@ -190,8 +192,9 @@ def own_factors(adapter: Adapter) -> Folder:
 
 
 def as_lora(adapter: Adapter) -> Folder:
-    """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1. For
-    MiSS A has zeros and ones, and B is D^T.
+    """The product of two factors that the change of each weight is, with alpha = rank: a factor of 1.
+
+    For MiSS A has zeros and ones, and B is D^T.
     """
     method = adapter.metadata["method"]
     tensors, ranks = {}, {}
@@ -221,8 +224,9 @@ def as_lora(adapter: Adapter) -> Folder:
 def lora_config(
     ranks: dict[str, int], alphas: dict[str, float], options: ScaledOptions, use_dora: bool = False
 ) -> dict[str, Any]:
-    """peft's fields for each linear's rank and alpha: r and lora_alpha, which most have, and patterns for the
-    others.
+    """peft's fields for each linear's rank and alpha.
+
+    r and lora_alpha are what most linears have; the others have patterns.
     """
     if not all(map(math.isfinite, alphas.values())):
         raise UserError("an alpha of the adapter is infinite; the file is damaged")
@@ -257,8 +261,9 @@ def matched(patterns: list[tuple[re.Pattern, Any]], name: str, default: Any) -> 
 
 
 def patterns(values: dict[str, float], default: float) -> dict[str, float]:
-    """peft's pattern for the linears that have another value; for all, and by whole names, where one's name
-    is the end of another's.
+    """peft's patterns for the linears that have another value.
+
+    Where one's name is the end of another's, they are for all linears, by whole names.
     """
     others = [name for name in values if values[name] != default]
     for names, anchor in ((others, ""), (list(values), "^")):
@@ -324,8 +329,9 @@ def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def saved_modules(whole: dict[str, Tensor]) -> list[str]:
-    """The modules of these tensors, of which peft keeps a trained copy each. UserError for a tensor of no
-    such module.
+    """The modules of these tensors, of which peft keeps a trained copy each.
+
+    UserError for a tensor of no such module.
     """
     modules: dict[str, set[str]] = {}
     for name in whole:
@@ -342,8 +348,9 @@ def saved_modules(whole: dict[str, Tensor]) -> list[str]:
 
 
 def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | os.PathLike[str]) -> list[str]:
-    """Write the folder; returns the notes. One that came from peft and stays the same method keeps its
-    configuration.
+    """Write the folder; returns the notes.
+
+    An adapter that came from peft and stays the same method keeps its configuration.
     """
     if not adapter.metadata["linears"]:
         refuse(adapter, f"{adapter.metadata['method']} of no linear is nothing that peft has")

@@ -96,18 +96,14 @@ READ = {
 }
 INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
 # that take the adapter's first product out of the frozen weight
-MOVED_BASES = (
-    "pissa",
-    "olora",
-    "corda",
-    "lora_ga",
-)
+MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")
 
 
 @register("peft")
 class Peft(Format):
-    """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA, and PiSSA with the folder that was saved
-    before its training (Hints.init).
+    """MiSS, Bat, mini, Bone, LoRA, rsLoRA, DoRA, AdaLoRA and VeRA.
+
+    PiSSA too, with the folder that was saved before its training (Hints.init).
     """
 
     writes = True
@@ -176,8 +172,9 @@ def provenance(source: Source) -> dict[str, Any]:
 
 
 def split(source: Source) -> tuple[str, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(prefix, linear -> its tensors by our names, whole tensors by their names in the model). UserError for
-    tensors that are neither.
+    """(prefix, linear -> its tensors by our names, whole tensors by their names in the model).
+
+    UserError for tensors that are neither.
     """
     prefix = PREFIX if all(key.startswith("base_model.") for key in source.tensors) else ""
     linears: dict[str, dict[str, Tensor]] = {}
@@ -319,8 +316,9 @@ def read_lora(
 
 
 def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """Ranks, alphas and dropout of a LoRA. UserError where the configuration's ranks are not those of the
-    tensors.
+    """Ranks, alphas and dropout of a LoRA.
+
+    UserError where the configuration's ranks are not those of the tensors.
     """
     config = source.config
     ranks, alphas = {}, {}
@@ -328,10 +326,8 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
     alpha, alpha_of = number(source, "lora_alpha", 8, float), patterns(source, "alpha_pattern")
     for name, own in linears.items():
         A, B = own["lora_A"], own["lora_B"]
-        ranks[name], alphas[name] = (
-            hf_export.matched(rank_of, name, rank),
-            hf_export.matched(alpha_of, name, alpha),
-        )
+        ranks[name] = hf_export.matched(rank_of, name, rank)
+        alphas[name] = hf_export.matched(alpha_of, name, alpha)
         if A.dim() != 2 or B.dim() != 2 or not len(A) == B.shape[1] == ranks[name]:
             shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
             raise UserError(f"{source.path}: {name} has {shapes}; the configuration says rank {ranks[name]}")
@@ -353,8 +349,9 @@ def lora_options(source: Source, linears: dict[str, dict[str, Tensor]]) -> dict[
 
 
 def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: Any) -> dict[str, Any]:
-    """Each linear's rank and alpha as options of the LoRA family; linears that have the most frequent ones
-    are not named.
+    """Each linear's rank and alpha as options of the LoRA family.
+
+    Linears that have the most frequent ones are not named.
     """
     options = {
         **rank_options(ranks),
@@ -370,8 +367,9 @@ def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: An
 
 
 def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
-    """The patterns in a field. UserError for expressions of which a stranger could make some that take for
-    ever: groups, and many wildcards.
+    """The patterns in a field.
+
+    UserError for groups and for many wildcards: such an expression may take for ever.
     """
     given = source.config.get(field) or {}
     if not isinstance(given, dict):
@@ -393,8 +391,9 @@ def patterns(source: Source, field: str) -> list[tuple[re.Pattern, Any]]:
 def read_adalora(
     source: Source, linears: dict[str, dict[str, Tensor]], whole: dict[str, Tensor], hints: Hints
 ) -> Reading:
-    """AdaLoRA as the LoRA that it has become: B times the singular values, and peft's factor alpha / (init_r
-    + 1e-5).
+    """AdaLoRA as the LoRA that it has become: B times the singular values.
+
+    peft's factor is alpha / (init_r + 1e-5).
     """
     expect(source, linears, "lora_A", "lora_B", "lora_E")
     alpha, first = number(source, "lora_alpha", 8, float), number(source, "init_r", 12)

@@ -1,5 +1,6 @@
-"""MiSS adapters of rwkv_lightning_cuda: D is (out, r) in half precision, and the weight changes by scale D P
-with scale = alpha / r.
+"""MiSS adapters of rwkv_lightning_cuda.
+
+D is (out, r) in half precision, and the weight changes by scale D P with scale = alpha / r.
 
 An adapter is a folder, adapter.json (the manifest) beside adapter.pth; or one .pth with the manifest in the
 record archive/miss.json; or a checkpoint of a training, whose `.D.master` is in fp32. Its loader wants the
@@ -30,14 +31,7 @@ from .source import Source
 
 CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
 # of each block, in the order of its packages
-TARGETS = (
-    "att.receptance",
-    "att.key",
-    "att.value",
-    "att.output",
-    "ffn.key",
-    "ffn.value",
-)
+TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 PACKAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}
 LARGEST_RANK = 1024
@@ -46,8 +40,9 @@ WAY_OUT = "merge the adapter into its base (rwkv-miss merge) and serve that"
 
 @register("rwkv-lightning")
 class Lightning(Format):
-    """Read with the scale multiplied into D; the manifest is kept, and gives the same bits when the package
-    is written again.
+    """Read with the scale multiplied into D.
+
+    The manifest is kept. A package that is written again has the same bits.
     """
 
     writes = True
@@ -124,8 +119,9 @@ class Lightning(Format):
 
 
 def manifest_of(source: Source) -> tuple[dict[str, Any], bool]:
-    """(the manifest, whether the tensors are those of a training). A checkpoint's is made of its
-    configuration where none is embedded.
+    """(the manifest, whether the tensors are those of a training).
+
+    A checkpoint's is made of its configuration where none is embedded.
     """
     if source.config_name == CONFIG:
         return source.config, False
@@ -247,8 +243,9 @@ def check_content(source: Source, manifest: dict[str, Any]) -> None:
 
 
 def canonical(value: Any) -> str:
-    """JSON as jsoncpp writes it without indentation: keys in order, 17 significant digits, and a dot in what
-    is no integer.
+    """JSON as jsoncpp writes it without indentation.
+
+    Keys are in order, numbers have 17 significant digits, and a dot where they are no integers.
     """
     if isinstance(value, dict):
         keys = sorted(value, key=str.encode)
@@ -271,8 +268,9 @@ def digest(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def columns(adapter: Adapter) -> dict[str, Tensor]:
-    """Each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r]. UserError for a MiSS of another
-    layout.
+    """Each linear's D, (out, r) fp32, so that dW[o, i] = D[o, i mod r].
+
+    UserError for a MiSS of another layout.
     """
     options = Options.parse(adapter.metadata["options"])
     for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
@@ -287,8 +285,10 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def with_manifest(adapter: Adapter) -> tuple[Adapter, dict[str, Any]]:
-    """(the adapter with its widths, the manifest without its digest): the manifest that the adapter was read
-    with, or a new one with alpha = r. UserError for what a package can't hold, and without a known base.
+    """(the adapter with its widths, the manifest without its digest).
+
+    The manifest is the one that the adapter was read with, or a new one with alpha = r. UserError for what a
+    package can't hold, and without a known base.
     """
     known = origin_of(adapter, "rwkv-lightning").get("manifest")
     check_linears(adapter)

@@ -1,5 +1,6 @@
-"""The layer profiles of RWKV-LM-RLHF: a table with the rank and alpha of each layer's LoRA, of which the
-adapter's file keeps the ranks only.
+"""The layer profiles of RWKV-LM-RLHF: a table with the rank and alpha of each layer's LoRA.
+
+The adapter's file keeps the ranks only.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ LARGEST = 1 << 20  # bytes
 
 
 def read_alphas(path: str | os.PathLike[str], ranks: dict[str, int]) -> dict[str, float]:
-    """Linear -> alpha, of the linears with these ranks. UserError for a file that is no profile, or of
-    another training.
+    """Linear -> alpha, of the linears with these ranks.
+
+    UserError for a file that is no profile, or of another training.
     """
     rows = {row["Layer"]: row for row in read_rows(path)}
     alphas: dict[str, float] = {}

@@ -1,5 +1,6 @@
-"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code: flat dicts
-without a word about what they are.
+"""Files of RWKV-PEFT in all its generations, and of RWKV-LM-RLHF, which began with its code.
+
+They are flat dicts without a word about what they are.
 
 | tensor | shape | written by | here |
 |---|---|---|---|
@@ -61,8 +62,9 @@ FOREIGN = re.compile("|".join([FACTOR.pattern, *REFUSED]))
 
 @register("rwkv-peft")
 class RwkvPeft(Format):
-    """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and the merge scripts of the former take: a .pth
-    file, with PiSSA two of them.
+    """What RWKV-PEFT's and RWKV-LM-RLHF's trainers save, and RWKV-PEFT's merge scripts take.
+
+    A .pth file, with PiSSA two of them.
     """
 
     writes = True
@@ -155,8 +157,9 @@ def stripped(name: str) -> str:
 
 
 def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under their names in the base, and a note where those were others. UserError for two of one
-    name.
+    """The tensors under their names in the base, and a note where those were others.
+
+    UserError for two of one name.
     """
     plain = {stripped(name): tensor for name, tensor in tensors.items()}
     if len(plain) < len(tensors):
@@ -170,8 +173,9 @@ def plain_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
 
 
 def sort_out(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name). UserError for what has no
-    form here, by name.
+    """(bone, disha, lora_A and lora_B -> linear -> tensor, whole tensors by name).
+
+    UserError that names what has no form here.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -230,8 +234,9 @@ def check_use(kind: str, states: bool, hints: Hints) -> None:
 def read_blocks(
     tensors: dict[str, Tensor], blocks: dict[str, Tensor], kind: str, hint: str
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """(method, options, linears) of .bone or .disha tensors. Those of the first Bone with two dimensions get
-    their three, in `tensors`.
+    """(method, options, linears) of .bone or .disha tensors.
+
+    Those of the first Bone with two dimensions get their three, in `tensors`.
     """
     dims = {tensor.dim() for tensor in blocks.values()}
     for linear, tensor in blocks.items():
@@ -344,14 +349,12 @@ def turn_states(tensors: dict[str, Tensor], origin: str) -> list[str]:
             "the initial states were (heads, key, value) and are transposed; without --fla 1 they would not"
             " be: --origin rwkv-peft"
         ]
-    return (
-        []
-        if origin
-        else [
-            "the initial states are taken as (heads, value, key), as released ones are; those of"
-            f" RWKV-LM-RLHF may be others: {origins('openmose')}"
-        ]
-    )
+    if origin:
+        return []
+    return [
+        "the initial states are taken as (heads, value, key), as released ones are; those of"
+        f" RWKV-LM-RLHF may be others: {origins('openmose')}"
+    ]
 
 
 def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
@@ -404,8 +407,9 @@ def check_form(method: str, options: Any, linears: list[str]) -> list[str]:
 
 
 def write_beside(out: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
-    """Write PiSSA's factors at the start beside `out`; returns where. A file that is there is never written
-    over.
+    """Write PiSSA's factors at the start beside `out`; returns where.
+
+    A file that is there is never written over.
     """
     require_writable(out)
     path = Path(out).with_name(f"{Path(out).stem}.init_pissa.pth")

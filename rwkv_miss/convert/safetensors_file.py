@@ -1,6 +1,4 @@
-"""This package's adapters as one safetensors file: the same tensors, and the metadata as JSON in the
-header.
-"""
+"""This package's adapters as one safetensors file: the same tensors, the metadata as JSON in the header."""
 
 from __future__ import annotations
 

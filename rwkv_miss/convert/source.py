@@ -23,9 +23,11 @@ FOLDERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`tensors` are mapped from the file. `config` is what its header or the JSON file beside it says, {}
-    where nothing does; `config_name` is that file's name, or "" for a header. `header` is what the header of
-    the tensors' file in a folder says.
+    """A file or a folder.
+
+    tensors: mapped from the file. config: what its header or the JSON file beside it says, {} where nothing
+    does. config_name: that file's name, "" for a header. header: what the header of the tensors' file in a
+    folder says.
     """
 
     path: str
@@ -36,8 +38,9 @@ class Source:
 
     @property
     def describes_itself(self) -> bool:
-        """Whether this package wrote the file. What read_described() says of a file of initial states has no
-        version.
+        """Whether this package wrote the file.
+
+        What read_described() says of a file of initial states has no version.
         """
         return (
             not self.config_name
@@ -47,8 +50,9 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration. Runs no code
-    of the file. UserError for the rest.
+    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration.
+
+    Runs no code of the file. UserError for the rest.
     """
     path = os.fspath(path)
     if not os.path.isdir(path):

@@ -1,6 +1,4 @@
-"""What the shapes of a file's tensors say of the linears that they belong to, where the file does not say
-what they are.
-"""
+"""What the shapes of a file's tensors say of their linears, where the file does not say what they are."""
 
 from __future__ import annotations
 
@@ -12,16 +10,18 @@ from .formats import origins
 
 
 def sides(name: str) -> tuple[str, str]:
-    """The names of a linear's (outputs, inputs), which RWKV's linears share; those of an unknown one are its
-    own.
+    """The names of a linear's (outputs, inputs), which RWKV's linears share.
+
+    Those of an unknown linear are its own.
     """
     known = (pair for end, pair in RWKV_LINEARS.items() if f".{name}".endswith(f".{end}"))
     return next(known, (f"{name} outputs", f"{name} inputs"))
 
 
 def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int | None]:
-    """(rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin, None for the
-    width that it does not tell.
+    """(rank, outputs, inputs) of a linear whose tensor has this shape in a file of this origin.
+
+    None for a width that the shape does not tell.
     """
     if len(shape) == 3:
         width = shape[0] * shape[1]
@@ -31,9 +31,7 @@ def blocks_of(origin: str, shape: tuple[int, ...]) -> tuple[int, int | None, int
 
 
 def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether linears with tensors of these shapes can be those of one model, if the file is of this
-    origin.
-    """
+    """Whether linears with tensors of these shapes can be one model's, if the file is of this origin."""
     widths: dict[str, int] = {}
     ranks: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -55,8 +53,9 @@ def fits(origin: str, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def origin_of_blocks(tensors: dict[str, Tensor], hint: str) -> str:
-    """ "rwkv-peft" or "bone-v0": whose the blocks of these linears are. UserError where they can be of both
-    and the hint does not say, or of neither.
+    """ "rwkv-peft" or "bone-v0": whose the blocks of these linears are.
+
+    UserError where they can be of both and the hint does not say, or of neither.
     """
     names = "rwkv-peft", "openmose", "bone-v0"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

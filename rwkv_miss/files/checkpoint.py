@@ -1,5 +1,4 @@
-"""Checkpoint files: what they are (Arch), reading them safely, and writing them as a stream without
-half-written results.
+"""Checkpoint files: what they are (Arch), reading them safely, and writing them as a stream.
 
 A checkpoint is torch's zip format around a flat dict, name -> tensor. What this package has to say about a
 file goes into one more zip record, `rwkv_miss.json`, which other readers skip.
@@ -37,8 +36,9 @@ PIECE = 1 << 18  # bytes or elements handled at once, so that a second pass find
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-    """Version and sizes of an RWKV-6 or RWKV-7 checkpoint, in elements. `ranks` are those of the built-in
-    low-rank maps.
+    """Version and sizes of an RWKV-6 or RWKV-7 checkpoint, in elements.
+
+    ranks: those of the built-in low-rank maps.
     """
 
     version: int
@@ -55,8 +55,9 @@ class Arch:
 
     @staticmethod
     def detect(tensors: Mapping[str, Any]) -> Arch:
-        """Read everything from names and shapes (values need only a `.shape`); a UserError names the key that
-        decides otherwise.
+        """Read everything from names and shapes; the values need only a `.shape`.
+
+        UserError that names the key which decides otherwise.
         """
         version = _version(tensors)
 
@@ -189,8 +190,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[str, Any] | None:
-    """What write_checkpoint() was told about the file, or None for any other file; with another name, the
-    JSON record that another project adds.
+    """What write_checkpoint() was told about the file, or None for any other file.
+
+    name: another one gives the JSON record that another project adds.
     """
     if first_bytes(path, 4) != b"PK\x03\x04":
         return None
@@ -204,8 +206,9 @@ def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[st
 
 
 def run_output(path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> str:
-    """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat: beside the
-    folder of its checkpoints.
+    """Where the run that wrote this checkpoint keeps its trained tensors for merge and chat.
+
+    That is beside the folder of its checkpoints.
     """
     name = os.path.basename(str(metadata.get("output", "adapter.pth")))
     output = os.path.normpath(os.path.join(os.path.dirname(path), os.pardir, name))
@@ -224,8 +227,9 @@ def refuse_run_checkpoint(path: str | os.PathLike[str], metadata: Mapping[str, A
 def write_checkpoint(
     path: str | os.PathLike[str], items: Iterable[tuple[str, Tensor]], metadata: dict[str, Any] | None = None
 ) -> None:
-    """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict, holding one tensor at a
-    time.
+    """Write (name, tensor) pairs as a file that torch.load() reads as a plain dict.
+
+    One tensor is in memory at a time.
 
     The file appears under its name only when it is complete and on the disk; until then, and after any
     failure, what was there stays. UserError when the folder can't be written or has no room.

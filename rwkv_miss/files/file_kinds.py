@@ -13,9 +13,7 @@ GGUF, SAFETENSORS, CHECKPOINT, OTHER = "a GGUF file", "a safetensors file", "a c
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """GGUF, SAFETENSORS, the format that a checkpoint's metadata name, CHECKPOINT for one without, or
-    OTHER.
-    """
+    """GGUF, SAFETENSORS, CHECKPOINT, OTHER, or the format that a checkpoint's metadata name."""
     head = first_bytes(path, 4)
     if head == b"GGUF":
         return GGUF
@@ -32,8 +30,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def may_replace(out: str | os.PathLike[str], *kinds: str) -> None:
-    """UserError where `out` is a model, an adapter or the like of another kind than these: they are easily
-    lost under the name of an output.
+    """UserError where `out` is a model, an adapter or the like of another kind than these.
+
+    They are easily lost under the name of an output.
     """
     if os.path.isfile(out) and os.path.getsize(out) and (found := kind_of(out)) not in (*kinds, OTHER):
         raise UserError(

@@ -1,5 +1,4 @@
-"""Who a checkpoint is: a digest of every byte of its tensors, recorded by adapters, merged files, runs and
-chats.
+"""Who a checkpoint is: a digest of every byte of its tensors, which adapters, merged files and runs record.
 
 fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's
 cache folder, by the file's size, times and inode. Records name their digest, "blake2b:..."; a record without
@@ -51,8 +50,9 @@ def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> s
 
 
 def sampled_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The rule of records without a name: sha256, in hex, over names, shapes, dtypes and 256 bytes at 14
-    places of each tensor at most, so that another tensor may have the same.
+    """The rule of records without a name: sha256, in hex, over names, shapes, dtypes and a few bytes.
+
+    These are 256 bytes at 14 places of each tensor at most, so that another tensor may have the same.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

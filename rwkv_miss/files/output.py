@@ -41,6 +41,7 @@ def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[BinaryIO]:
     """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk.
+
     What was there before stays until then, and after any failure. UserError where it can't be written, `size`
     bytes are not free, or the disk runs full.
     """
@@ -84,8 +85,9 @@ def write_json(path: str | os.PathLike[str], content: dict) -> None:
 
 
 def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
-    """UserError unless a folder of these files can be made at `out`: nothing is there, or a folder with no
-    other files, which is replaced.
+    """UserError unless a folder of these files can be made at `out`.
+
+    It can where nothing is, or a folder with no other files, which is replaced.
     """
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is a file, expected the name of a folder to write")
@@ -101,9 +103,10 @@ def check_folder(out: str | os.PathLike[str], names: list[str]) -> None:
 
 
 def write_folder(out: str | os.PathLike[str], writers: dict[str, Callable[[str], None]]) -> None:
-    """A folder of files, each made by a function of its path. It appears under its name when all are
-    complete; a folder that is there is replaced if it has no other files (check_folder), and stays as it was
-    after a failure.
+    """A folder of files, each made by a function of its path. It appears when all are complete.
+
+    A folder that is there is replaced if it has no other files (check_folder). After a failure it is as it
+    was.
     """
     check_folder(out, list(writers))
     out = os.path.realpath(out)

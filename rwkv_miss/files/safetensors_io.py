@@ -1,6 +1,4 @@
-"""safetensors files: read by the package of that name, and written as a stream, which it has no function
-for.
-"""
+"""safetensors files: read by the package of that name, written as a stream, for which it has no function."""
 
 from __future__ import annotations
 
@@ -43,8 +41,9 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the file, and the metadata of its header. UserError for a damaged file, or without
-    the package.
+    """Tensors, mapped from the file, and the metadata of its header.
+
+    UserError for a damaged file, or without the package.
     """
     try:
         import safetensors
@@ -69,8 +68,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors bit for bit, whole or not at all, with texts in the header. UserError for a dtype that
-    the format lacks.
+    """Write tensors bit for bit, whole or not at all, with texts in the header.
+
+    UserError for a dtype that the format lacks.
     """
     # the wide ones first, so that each is aligned; then by name, so that a copy is the same file
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))

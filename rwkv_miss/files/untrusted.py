@@ -1,5 +1,6 @@
-"""What is asked of a file before and after it is read: nobody knows who wrote it. SECURITY.md says what
-follows from it for the user.
+"""What is asked of a file before and after it is read: nobody knows who wrote it.
+
+SECURITY.md says what follows from it for the user.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ def first_bytes(path: str | os.PathLike[str], count: int) -> bytes:
 
 
 def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
-    """A checkpoint's zip archive. UserError for a truncated one, for compressed records, which torch never
-    writes and would map as if they were not, for an index so large that unpickling it could fill the memory,
-    and for records that lie over each other: to sum them up takes for ever.
+    """A checkpoint's zip archive. UserError for
+    - a truncated one,
+    - compressed records: torch never writes them, and would map them as if they were not,
+    - an index so large that unpickling it could fill the memory,
+    - records that lie over each other: to sum them up takes for ever.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -89,8 +92,9 @@ def open_archive(path: str | os.PathLike[str]) -> zipfile.ZipFile:
 
 
 def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
-    """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice: one
-    that holds another twice, and so on, is small, and to hash or to print it takes for ever.
+    """UserError for a checkpoint whose pickles ask for anything but plain tensors, or hold a tuple twice.
+
+    A tuple that holds another twice, and so on, is small, and to hash or to print it takes for ever.
     """
     try:
         if not zipped:
@@ -164,8 +168,9 @@ def parse_json(path: str | os.PathLike[str], content: bytes) -> dict[str, Any]:
 
 
 def check_sums(path: str | os.PathLike[str]) -> None:
-    """UserError unless every record of a checkpoint has the checksum that was written with it; files of torch
-    < 1.6 have none. It reads all.
+    """UserError unless every record of a checkpoint has the checksum that was written with it. It reads all.
+
+    Files of torch < 1.6 have none.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -187,8 +192,9 @@ def check_sums(path: str | os.PathLike[str]) -> None:
 
 
 def check_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """UserError for tensors that are not plain numbers in this file: sparse, quantised or complex ones, and
-    shapes that claim more than is there.
+    """UserError for tensors that are not plain numbers in this file.
+
+    These are sparse, quantised or complex ones, and shapes that claim more than is there.
     """
     together = 0
     for name, tensor in tensors.items():

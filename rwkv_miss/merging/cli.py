@@ -19,9 +19,16 @@ from .unmerge import check_merge
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add them to the subparsers of the program; the parsed arguments have the function that does the work as
-    `run`.
+    """Add them to the subparsers of the program.
+
+    The parsed arguments have the function that does the work as `run`.
     """
+    add_merge(commands)
+    add_unmerge(commands)
+    add_diff(commands)
+
+
+def add_merge(commands: argparse._SubParsersAction) -> None:
     merge = commands.add_parser("merge", help="base + adapters -> one .pth for any RWKV runtime")
     # the other names are those of RWKV-PEFT's merge scripts
     merge.add_argument("--base", "--base_model", required=True)
@@ -42,6 +49,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     add_output(merge)
     merge.set_defaults(run=run_merge)
+
+
+def add_unmerge(commands: argparse._SubParsersAction) -> None:
     unmerge = commands.add_parser(
         "unmerge", help="whether a file is a merge into a base, bit for bit: the base is then what undoes it"
     )
@@ -51,6 +61,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_hints(unmerge)
     add_output(unmerge)
     unmerge.set_defaults(run=run_unmerge)
+
+
+def add_diff(commands: argparse._SubParsersAction) -> None:
     diff = commands.add_parser("diff", help="the MiSS adapter of A that comes nearest to B")
     diff.add_argument("a", metavar="A", help="the checkpoint that is to be the base")
     diff.add_argument("b", metavar="B", help="what became of it")

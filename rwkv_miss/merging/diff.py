@@ -1,5 +1,6 @@
-"""The MiSS adapter that comes nearest to the difference of two checkpoints: `rwkv-miss diff A.pth B.pth
---rank r --out adapter.pth`.
+"""The MiSS adapter that comes nearest to the difference of two checkpoints.
+
+`rwkv-miss diff A.pth B.pth --rank r --out adapter.pth`
 
 For a matrix dW = B - A and shards S_j of its columns the nearest D, in the sense of least squares, has the
 means of the shards: D[j, o] is the mean of dW[o, i] over i in S_j. So ||dW - D^T P||^2 = ||dW||^2 - sum over
@@ -35,8 +36,10 @@ ENTRIES_AT_ONCE = 1 << 20  # entries of a matrix in float64 at once
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One tensor that differs: ||B - A||, ||A||, and of a linear the share of ||B - A||^2 that the adapter
-    has, beside what it would have of a random matrix: r / in.
+    """One tensor that differs: ||B - A|| and ||A||.
+
+    Of a linear also the share of ||B - A||^2 that the adapter has (`explained`), and what it would have of a
+    random matrix: r / in.
     """
 
     name: str
@@ -52,8 +55,9 @@ class Difference:
 
 @dataclasses.dataclass
 class DiffReport:
-    """What diff_files() found: linears with their shares, other tensors that differ, and those of them that
-    the file has as a whole.
+    """What diff_files() found: linears with their shares, and other tensors that differ.
+
+    whole: those of the others that the file has.
     """
 
     a: str
@@ -140,26 +144,21 @@ def diff_files(
     (first, facts_a), (second, facts_b) = read_base(a), read_base(b)
     _check_alike(a, b, first, second)
     options = described("miss", {"rank": rank, "layout": layout}, [])["options"]
-    candidates = find_targets(first, targets)
-    different = [key for key in second if key not in first or not _same(first[key], second[key])]
-    linears = [name for name in candidates if f"{name}.weight" in different]
+    linears, others = _what_differs(first, second, targets)
     if not linears:
         raise UserError(
             f"{b} has the same {', '.join(targets or DEFAULT_TARGETS)} as {a}, and MiSS is for linears;"
-            f" {len(different)} other tensors differ"
+            f" {len(others)} other tensors differ"
         )
     _check_rank(first, linears, rank)
-    adapted = {f"{name}.weight" for name in linears}
-    others = [key for key in different if key not in adapted]
     parts, kept = _taken_along(second, others) if whole else ([], [])
     norms = [_difference(key, first.get(key), second[key]) for key in others]
     report = DiffReport(os.fspath(a), os.fspath(b), os.fspath(out), rank, [], norms, kept, parts)
 
     def items() -> Iterator[tuple[str, Tensor]]:
-        contiguous = options["layout"] == "contiguous"
         for name in linears:
             key = f"{name}.weight"
-            D, found = nearest(name, first[key], second[key], rank, contiguous)
+            D, found = nearest(name, first[key], second[key], rank, options["layout"] == "contiguous")
             report.linears.append(found)
             yield f"{name}.miss", D
         for key in kept:
@@ -168,21 +167,31 @@ def diff_files(
     numbers = sum(rank * len(first[f"{name}.weight"]) for name in linears)
     numbers += sum(second[key].numel() for key in kept)
     require_writable(out, 4 * numbers)
-    metadata = described(
-        "miss",
-        options,
-        linears,
-        layout=options["layout"],
-        train_parts=parts,
-        trainable=numbers,
-        arch=_arch(first),
-        base=os.path.basename(a),
-        base_fingerprint=Identity(a, first).fingerprint,
-        difference_to={"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint},
-        **_texts(facts_a, facts_b),
-    )
-    write_checkpoint(out, items(), metadata)
+    counted = {"layout": options["layout"], "train_parts": parts, "trainable": numbers}
+    facts = {**counted, **_files(a, b, first, second), **_texts(facts_a, facts_b)}
+    write_checkpoint(out, items(), described("miss", options, linears, **facts))
     return report
+
+
+def _files(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the adapter records of the two checkpoints."""
+    return {
+        "arch": _arch(first),
+        "base": os.path.basename(a),
+        "base_fingerprint": Identity(a, first).fingerprint,
+        "difference_to": {"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint},
+    }
+
+
+def _what_differs(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], targets: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """(the linears among the targets that differ, the keys of all other tensors that do)."""
+    candidates = find_targets(first, targets)
+    different = [key for key in second if key not in first or not _same(first[key], second[key])]
+    linears = [name for name in candidates if f"{name}.weight" in different]
+    adapted = {f"{name}.weight" for name in linears}
+    return linears, [key for key in different if key not in adapted]
 
 
 def _check_out(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
@@ -232,8 +241,9 @@ def _arch(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 
 def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """UserError that names the first keys, or the shape, that the two checkpoints do not have in common; the
-    second may add initial states.
+    """UserError that names the first keys, or the shape, that two checkpoints do not have in common.
+
+    The second may add initial states.
     """
     for path, missing in (
         (b, [key for key in first if key not in second]),
@@ -253,8 +263,9 @@ def _check_alike(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
 
 
 def find_targets(tensors: Mapping[str, Tensor], targets: Sequence[str] | None) -> list[str]:
-    """The names of linears that targets mean, as in inject(), by a checkpoint's matrices. UserError for one
-    that matches nothing.
+    """The names of linears that targets mean, as in inject(), by a checkpoint's matrices.
+
+    UserError for one that matches nothing.
     """
     names = [
         key.removesuffix(".weight")

@@ -1,5 +1,6 @@
-"""What adapters do to the tensors of a base: W + sum of w_i delta_i(W) in fp32, with every delta that of the
-base's weight.
+"""What adapters do to the tensors of a base: W + sum of w_i delta_i(W) in fp32.
+
+Every delta is that of the base's weight.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ RECORDED = ("tokenizer", "eod", "template")  # what readers of a merged file tak
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One adapter file, and the factor of its change: delta(W) of a linear's weight, T - base for a whole
-    tensor T.
+    """One adapter file, and the factor of its change.
+
+    The change is delta(W) of a linear's weight, T - base of a whole tensor T.
     """
 
     path: str
@@ -67,7 +69,7 @@ class Member:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Other name of a whole tensor -> the name under which the file has it; a base may have either, or
+        """Other name of a whole tensor -> the name under which the file has it. A base may have either, or
         both.
         """
         return self.metadata["tied"]
@@ -224,8 +226,9 @@ class Combination:
 
     @torch.no_grad()
     def change(self, key: str, weight: Tensor, scratch: Scratch) -> Tensor:
-        """sum of w_i delta_i for a tensor that is the weight of a linear for some, fp32. weight: the base's,
-        fp32.
+        """sum of w_i delta_i, fp32, for a tensor that some adapter changes as the weight of a linear.
+
+        weight: the base's, fp32.
         """
         total = None
         for m in self.members:
@@ -242,8 +245,9 @@ class Combination:
 
     @torch.no_grad()
     def merged(self, key: str, base: Tensor, scratch: Scratch, out: Tensor | None = None) -> Tensor:
-        """One tensor of the base with its changes, before rounding: in `out` or in the scratch memory, fp32,
-        or as it is in an adapter's file.
+        """One tensor of the base with its changes, before rounding.
+
+        It is in `out` or in the scratch memory, fp32, or as it is in an adapter's file.
         """
         concerned = [m for m in self.members if m.changes(key)]
         alone = [m.weight for m in concerned] == [1]
@@ -259,9 +263,7 @@ class Combination:
         return weight
 
     def added_value(self, key: str) -> Tensor:
-        """A tensor that the base does not have: the sum of w_i T_i, fp32, or as it is in an adapter's
-        file.
-        """
+        """A tensor that the base does not have: the sum of w_i T_i, fp32, or as an adapter's file has it."""
         values = [(m.whole[key], m.weight) for m in self.members if key in m.whole]
         if [weight for _, weight in values] == [1]:
             return values[0][0]
@@ -277,7 +279,8 @@ def _mix(base: Tensor, values: list[tuple[Tensor, float]]) -> Tensor:
 
 def read_foreign(source: Source, name: str | None, hints: Hints) -> Adapter:
     """An adapter file of this project, or, by the name of its format, a file or folder of another one.
-    UserError for all else, and for what it does not say, nor the hints.
+
+    UserError for all else, and for what neither it nor the hints say.
     """
     if name in (None, "native"):
         return Adapter(*read_adapter(source.path))  # which says what else it is
@@ -292,8 +295,10 @@ def read_members(
     weights: Sequence[float] | None = None,
     hints: Hints = NO_HINTS,
 ) -> list[Member]:
-    """Adapter files with their factors, 1 each by default; `hints` are for those of other projects. UserError
-    for a file that is no adapter or holds NaN, for a factor that is no number, and for other numbers of them.
+    """Adapter files with their factors, 1 each by default; `hints` are for those of other projects.
+
+    UserError for a file that is no adapter or holds NaN, a factor that is no number, and another number of
+    factors than of files.
     """
     paths = [os.fspath(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
     weights = [1.0] * len(paths) if weights is None else list(weights)
@@ -333,9 +338,7 @@ def read_members(
 
 
 def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a merged file's metadata say of its adapters, [] for any other file and for what makes no
-    sense.
-    """
+    """What a merged file's metadata say of its adapters. [] for any other file, and for nonsense."""
     entries = metadata["adapters"] if isinstance(metadata.get("adapters"), list) else [metadata]
     return [
         dict(entry)
@@ -346,7 +349,8 @@ def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
     """Tokenizer, end of document and template: what the adapters record, or where they don't, the base.
-    UserError where two contradict.
+
+    UserError where two adapters contradict each other.
     """
     record = {}
     for name in RECORDED:

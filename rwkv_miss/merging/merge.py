@@ -1,5 +1,6 @@
-"""Base + adapters -> merged `.pth`, tensor by tensor: fp32 addition, one rounding, everything else byte for
-byte as it was.
+"""Base + adapters -> merged `.pth`, tensor by tensor: fp32 addition and one rounding.
+
+Everything else is byte for byte as it was.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ DTYPE_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 @dataclasses.dataclass
 class MergeReport:
-    """What merge_file did. `record` is the metadata of the merged file, `choice` says why --dtype auto chose
-    the dtype, "" without it.
+    """What merge_file did.
+
+    record: the metadata of the merged file. choice: why --dtype auto chose the dtype, "" without it.
     """
 
     out: str
@@ -135,8 +137,9 @@ class _Merger:
         self.turn = 0
 
     def merged(self, key: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """The value of one tensor of the merged file, in `dtype`, with its account; valid until the next but
-        one is made.
+        """The value of one tensor of the merged file, in `dtype`, with its account.
+
+        It is valid until the next but one is made.
         """
         self.turn = 1 - self.turn
         out = self.scratch.get(f"out {self.turn}", base.shape, dtype)
@@ -145,8 +148,9 @@ class _Merger:
         return out
 
     def items(self, base: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The merged file: the base's tensors in its order, then the adapters' new ones. dtype None keeps
-        each tensor's own.
+        """The merged file: the base's tensors in its order, then the adapters' new ones.
+
+        dtype: None keeps each tensor's own.
         """
         changed = set(self.adapters.changed(base))
         for key, tensor in base.items():
@@ -175,8 +179,7 @@ def merge_file(
     hints: Hints = NO_HINTS,
     shown: bool = False,
 ) -> MergeReport:
-    """Merge an adapter file, or a list of them, into a base file and write `out`, with exactly the base's
-    keys, shapes and order.
+    """Merge adapter files into a base file and write `out`, with the base's keys, shapes and order.
 
     Several adapters give
     - W + sum of w_i delta_i(W) for an adapted linear, every delta being that of the base's weight,
@@ -213,20 +216,30 @@ def merge_file(
     merger = _Merger(adapters)
     items = _ahead(merger.items(tensors, chosen))
     write_checkpoint(out, tensors_with_progress(items, "merging", size, shown), record)
+    report = _report(out, record, merger, _dtypes(tensors, adapters, chosen), choice)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _report(
+    out: str | os.PathLike[str], record: dict[str, Any], merger: _Merger, dtypes: str, choice: str
+) -> MergeReport:
+    """The report of a file that is written."""
+    adapters = merger.adapters
     return MergeReport(
-        os.fspath(out),
-        len(adapters.linears),
-        len(adapters.whole),
-        sum(map(is_state, adapters.whole)),
-        _dtypes(tensors, adapters, chosen),
-        merger.rounding,
-        time.perf_counter() - started,
-        os.path.getsize(out),
-        record,
-        adapters.parts,
-        [m.weight for m in members],
-        choice,
-        [note for m in members for note in m.notes],
+        out=os.fspath(out),
+        linears=len(adapters.linears),
+        replaced=len(adapters.whole),
+        states=sum(map(is_state, adapters.whole)),
+        dtype=dtypes,
+        rounding=merger.rounding,
+        seconds=0.0,
+        bytes=os.path.getsize(out),
+        record=record,
+        parts=adapters.parts,
+        weights=[m.weight for m in adapters.members],
+        choice=choice,
+        read=[note for m in adapters.members for note in m.notes],
     )
 
 
@@ -255,8 +268,9 @@ def _bytes_in(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 
 def read_base(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of the file to merge into; an adapter or the checkpoint of a run is a
-    UserError.
+    """Tensors and metadata of the file to merge into.
+
+    UserError for an adapter or the checkpoint of a run.
     """
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
@@ -273,9 +287,7 @@ def fingerprint_of_file(path: str | os.PathLike[str]) -> str:
 
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:
-    """The metadata of the merged file: what readers take from it, and its adapters, by itself where there is
-    one.
-    """
+    """The metadata of the merged file: what readers take from it, and its adapters."""
     head = {"format": MERGED_FORMAT, "base": os.path.basename(base), "base_fingerprint": base_fingerprint}
     common = common_record(members, before)
     if len(members) == 1:
@@ -320,8 +332,9 @@ def _choose_dtype(tensors: dict[str, Tensor], adapters: Combination) -> tuple[to
 
 
 def _check_base(base, adapter: Member, identity: Identity, tensors: dict[str, Tensor], force: bool) -> None:
-    """Refuse a base that is not the adapter's, and say where the two differ when their sizes do; other widths
-    never fit.
+    """Refuse a base that is not the adapter's, and say where the sizes of the two differ.
+
+    Another width never fits, also with `force`.
     """
     differs, misfit = "", False
     metadata = adapter.metadata

@@ -1,5 +1,6 @@
-"""What rounding takes from an update: the account of a merge, tensor by tensor, kept while the tensors are in
-the cache anyway.
+"""What rounding takes from an update: the account of a merge, tensor by tensor.
+
+It is made while the tensors are in the cache anyway.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ def percent(share: float) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers of their size, whose comparison is that of bytes, and 3 times as fast as that
-    of bf16.
+    """The elements as integers of their size. To compare them is to compare bytes, and 3 times as fast as
+    bf16.
     """
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One changed tensor: squared norms of the update and of what the rounded file lacks of it, the number of
-    entries that were to change, and of those that the rounding left as they were.
+    """One changed tensor.
+
+    update, error: squared norms of the update, and of what the rounded file lacks of it. changing, unchanged:
+    how many entries were to change, and how many of them the rounding left as they were.
     """
 
     name: str
@@ -106,8 +109,9 @@ class Rounding:
 
 
 class Scratch:
-    """Memory that is used again by those who ask under the same name: to get new pages from the system takes
-    as long as the arithmetic.
+    """Memory that is used again by those who ask under the same name.
+
+    To get new pages from the system takes as long as the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -149,11 +153,8 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
             )
         update += size
         error += float(missing.dot(missing))
-        moved += int(
-            torch.sub(
-                bits(kept), bits(before), out=bits(scratch.get("moved", kept.shape, kept.dtype))
-            ).count_nonzero()
-        )
+        difference = bits(scratch.get("moved", kept.shape, kept.dtype))
+        moved += int(torch.sub(bits(kept), bits(before), out=difference).count_nonzero())
         ones = change.sign_()  # whose sum of squares is exact, and takes less time than count_nonzero()
         changing += int(ones.dot(ones))
     # where a -0 became 0, moved counts one too many
@@ -161,8 +162,9 @@ def round_into(out: Tensor, key: str, name: str, base: Tensor, merged: Tensor, s
 
 
 def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
-    """UserError for a value that fp16 has no room for; one that was infinite or NaN before is the file's own
-    affair.
+    """UserError for a value that fp16 has no room for.
+
+    One that was infinite or NaN before is the file's own affair.
     """
     if (
         rounded.dtype == torch.float16
@@ -173,8 +175,9 @@ def check_room(key: str, exact: Tensor, rounded: Tensor) -> None:
 
 
 def round_to(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the file in the file's dtype; integers stay. UserError for a value that fp16 has no room
-    for.
+    """A tensor of the file in the file's dtype; integers stay.
+
+    UserError for a value that fp16 has no room for.
     """
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor

@@ -1,6 +1,4 @@
-"""Is a file the merge of adapters into a base? Found from the files alone, tensor by tensor, whoever wrote
-them.
-"""
+"""Is a file the merge of adapters into a base? Found from the files alone, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -44,8 +42,9 @@ class Changed:
 
 @dataclasses.dataclass
 class MergeCheck:
-    """What check_merge() found: `problems` says why it is no such merge, and `rounding` has the account of
-    the adapters' changes.
+    """What check_merge() found.
+
+    problems: why it is no such merge. rounding: the account of the adapters' changes.
     """
 
     base: str
@@ -299,8 +298,9 @@ def _compare(key: str, base: Tensor, found: Tensor) -> Changed:
 def _expected(
     key: str, base: Tensor, found: Tensor, combination: Combination, scratch: Scratch
 ) -> tuple[Layer, Changed, str]:
-    """A tensor that adapters change against what the merge writes: its account, computed from delta() and the
-    files, and what is wrong with it.
+    """A tensor that adapters change against what the merge writes: its account, and what is wrong with it.
+
+    The account is computed from delta() and the files.
     """
     exact = combination.merged(key, base, scratch)
     change = _change(key, base, combination)
@@ -371,9 +371,7 @@ class _Sums:
 
 
 def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
-    """sum of w_i delta_i from the methods' definitions, delta(), not from the faster ways that the merge has;
-    fp32.
-    """
+    """sum of w_i delta_i, fp32, by the methods' definitions, delta(), not by the merge's faster ways."""
     weight = base.to(torch.float32, copy=True)
     total = torch.zeros_like(weight)
     for m in combination.members:
@@ -385,8 +383,9 @@ def _change(key: str, base: Tensor, combination: Combination) -> Tensor:
 
 
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbouring numbers of a dtype at float64 values: the most that one rounding
-    changes.
+    """Half the distance between neighbouring numbers of a dtype at float64 values.
+
+    That is the most that one rounding changes.
     """
     facts = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=facts.smallest_normal))

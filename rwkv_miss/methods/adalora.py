@@ -73,8 +73,9 @@ class Options(ScaledOptions):
 
 
 def budget(step: int, total: int, first: int, last: int, options: Options) -> int:
-    """How many singular values of all linears are left after step `step` (1-based) of `total`: cubic from
-    `first` to `last` (equation 12).
+    """How many singular values of all linears are left after step `step` (1-based) of `total`.
+
+    Cubic from `first` to `last` (equation 12).
     """
     begin, end = pruning_steps(total, options)
     if step >= end:
@@ -143,8 +144,9 @@ class AdaLoraLinear(LoraLinear):
 
     @classmethod
     def penalty(cls, layers: list[AdapterLinear], gather: Gather) -> Tensor | None:
-        """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears, as in the
-        authors' code and HF peft.
+        """orth times the mean of ||P^T P - I|| and ||Q Q^T - I|| (Frobenius) over all linears.
+
+        The mean as in the authors' code and HF peft.
         """
         options = layers[0].options
         if not options.orth:

@@ -1,5 +1,6 @@
-"""Bat, Block Affine Transformation: MiSS's sibling with an update that goes through the frozen weight (Kang
-and Yin, arXiv 2409.15371).
+"""Bat, Block Affine Transformation: MiSS's sibling, whose update depends on the frozen weight.
+
+Kang and Yin, arXiv 2409.15371.
 """
 
 from __future__ import annotations

@@ -80,8 +80,10 @@ class ScaledOptions(adapter.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Options(ScaledOptions):
-    """lora_plus: the learning rate of B is so many times that of A (LoRA+, arXiv 2402.12354, which recommends
-    about 16).
+    """Those of all methods with factors A and B, and
+
+    lora_plus: the learning rate of B is so many times that of A. LoRA+ recommends about 16 (arXiv
+    2402.12354).
     """
 
     lora_plus: float = 1.0

@@ -165,8 +165,9 @@ class ShardedMiss(AdapterLinear):
 
 
 class MissWithMagnitude(ShardedMiss):
-    """W + dW = m V / ||V|| row by row, V = W + D^T P, m = `magnitude` (out), fp32, the norms of W's rows at
-    the start.
+    """W + dW = m V / ||V|| row by row, V = W + D^T P, with m = `magnitude` (out), fp32.
+
+    m starts as the norms of W's rows.
 
     The gradient takes the norms for constants, as DoRA's does. They follow in O(r out), without V, from
     ||w||^2, W P^T, and the diagonal and the last row of P P^T, which prepare() derives.

@@ -21,8 +21,9 @@ from ..gemm import product, product_onto, product_plus
 
 
 def _output_shards(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(N, out) as `rank` shards of neighbouring columns: those that are one longer, (N, shards, size + 1),
-    and the others, (N, shards, size).
+    """y (N, out) as `rank` shards of neighbouring columns.
+
+    Returns those that are one longer, (N, shards, size + 1), and the others, (N, shards, size).
     """
     size, longer = y.shape[1] // rank, y.shape[1] % rank  # not divmod: tracing has no such thing
     first, rest = y.split((longer * (size + 1), (rank - longer) * size), 1)
@@ -83,8 +84,9 @@ define_operator(
 
 
 def expand_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor) -> Tensor:
-    """y = x W^T + bias + expand(x D^T): D (r, in), and each of the r numbers counts for one shard of
-    neighbouring outputs. Kept: x.
+    """y = x W^T + bias + expand(x D^T), D (r, in): each of the r numbers counts for one shard of outputs.
+
+    A shard has neighbouring outputs. Kept for the backward: x.
     """
     return torch.ops.rwkv_miss.expand_linear(autocast(x), weight, bias, D)[0]
 
@@ -137,8 +139,9 @@ define_operator(
 def vera_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, d: Tensor, b: Tensor
 ) -> Tensor:
-    """y = x W^T + bias + b * ((d * (x A^T)) B^T): A (r, in) and B (out, r) without gradients, d (r), b (out).
-    Kept: x A^T.
+    """y = x W^T + bias + b * ((d * (x A^T)) B^T).
+
+    A (r, in) and B (out, r) have no gradients; d (r), b (out). Kept for the backward: x A^T.
     """
     return torch.ops.rwkv_miss.vera_linear(autocast(x), weight, bias, A, B, d, b)[0]
 
@@ -237,8 +240,9 @@ define_operator(
 
 
 def bat_linear(x: Tensor, weight: Tensor, bias: Tensor | None, D: Tensor, by_row: bool) -> Tensor:
-    """y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r, r), or
-    with `by_row` (W[a, b] + I) D[b], D (in / r, r, r). Kept: x.
+    """y = x (W + dW)^T + bias, where the r x r blocks of dW are (W[a, b] + I) D[a], D (out / r, r, r).
+
+    `by_row`: they are (W[a, b] + I) D[b], D (in / r, r, r). Kept for the backward: x.
 
     By row dW is never formed: every block of inputs is multiplied by its matrix first, at the cost of a LoRA.
     By column W + dW is formed for each product, and the gradient of the whole weight with it: 1.5 times the

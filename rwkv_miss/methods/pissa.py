@@ -95,8 +95,9 @@ class PissaLinear(LoraLinear):
         self._add_to_weight(self.scale)
 
     def _add_to_weight(self, factor: float) -> None:
-        """The frozen weight + factor B0 A0, computed in fp32, in new memory: the old one may be that of a
-        file, or another model's.
+        """The frozen weight + factor B0 A0, computed in fp32, in new memory.
+
+        The old memory may be that of a file, or another model's.
         """
         if not self.initial_B.any():
             return

@@ -42,8 +42,9 @@ def split_parts(text: str) -> list[str]:
 
 
 def in_parts(names: Iterable[str], parts: list[str]) -> list[str]:
-    """The tensors among `names` that belong to these parts, in their order. A part without any is a
-    UserError.
+    """The tensors among `names` that belong to these parts, in their order.
+
+    UserError for a part without any.
     """
     names = list(names)
     patterns = {part: re.compile(PARTS[part]) for part in parts}
@@ -69,8 +70,9 @@ def state_names(model: nn.Module) -> list[str]:
 
 
 def add_states(model: nn.Module) -> None:
-    """Give every layer that takes an initial state and has none a frozen one of zeros, fp32, which changes
-    nothing.
+    """Give every layer that takes an initial state and has none a frozen one of zeros, fp32.
+
+    It changes nothing.
     """
     for name in state_names(model):
         layer = model.get_submodule(name.rpartition(".")[0])
