@@ -91,8 +91,7 @@ def adapted_layers(adapter: Adapter) -> Iterator[tuple[str, AdapterLinear]]:
 
     For low_rank() of methods that need no weight.
     """
-    cls = METHODS[adapter.metadata["method"]]
-    options = cls.Options.parse(adapter.metadata["options"])
+    cls, options = METHODS[adapter.method], adapter.options
     for name, shape in linear_shapes(adapter).items():
         tensors = layer_tensors(cls, name, shape, adapter.tensors)
         weight = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)  # one number in memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..adapter import METHODS
+from ..adapter import METHODS, NoOptions
 from ..errors import UserError
 from ..inject import ADAPTER_FORMAT
 from .source import Source
@@ -89,6 +90,19 @@ class Adapter:
     notes: list[str] = dataclasses.field(default_factory=list)
     base: str = ""
     shapes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return self.metadata["method"]
+
+    @functools.cached_property
+    def options(self) -> NoOptions:
+        """The method's options. UserError for one that it does not have."""
+        return METHODS[self.method].Options.parse(self.metadata["options"])
+
+    def options_by_linear(self) -> dict[str, NoOptions]:
+        """Linear -> its options."""
+        return {name: self.options.at(name) for name in self.metadata["linears"]}
 
 
 def register(name: str) -> Callable[[Class], Class]:

@@ -75,7 +75,7 @@ class Lora(Format):
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-        own = adapter.metadata["method"] in ("lora", "lora_fa")
+        own = adapter.method in ("lora", "lora_fa")
         return write_peft(adapter, own_factors if own else as_lora, out)
 
 
@@ -84,7 +84,7 @@ def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
 
     PiSSA becomes the LoRA of twice the rank: peft would change the base when it loads a PiSSA.
     """
-    method = adapter.metadata["method"]
+    method = adapter.method
     if method not in FORMS:
         refuse(adapter, f"peft has no {method}")
     return write_peft(adapter, FORMS[method], out)
@@ -92,7 +92,7 @@ def write(adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
 
 def refuse(adapter: Adapter, why: str) -> None:
     """UserError that names the nearest way out."""
-    method = adapter.metadata["method"]
+    method = adapter.method
     if METHODS[method].adapts_linears and not (
         method == "bat" or adapter.metadata["options"].get("magnitude")
     ):
@@ -100,20 +100,14 @@ def refuse(adapter: Adapter, why: str) -> None:
     raise UserError(f"{why}; merge the adapter into its base (rwkv-miss merge), or keep its own file")
 
 
-def own_options(adapter: Adapter) -> dict[str, Any]:
-    """Linear -> its options."""
-    options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])
-    return {name: options.at(name) for name in adapter.metadata["linears"]}
-
-
 def one_rank(adapter: Adapter) -> int:
     """The rank of all linears. UserError where they differ."""
-    ranks = {options.rank for options in own_options(adapter).values()}
+    ranks = {options.rank for options in adapter.options_by_linear().values()}
     if len(ranks) > 1:
         found = ", ".join(map(str, sorted(ranks)))
         refuse(
             adapter,
-            f"peft's {adapter.metadata['method']} has one rank for all linears, and this adapter has {found}",
+            f"peft's {adapter.method} has one rank for all linears, and this adapter has {found}",
         )
     return ranks.pop()
 
@@ -130,15 +124,14 @@ def renamed(adapter: Adapter, names: dict[str, str]) -> dict[str, Tensor]:
 def tensor_of(adapter: Adapter, name: str) -> Tensor:
     if name not in adapter.tensors:
         raise UserError(
-            f"the adapter has no {name}, which its method, {adapter.metadata['method']}, needs; the file is"
-            " damaged"
+            f"the adapter has no {name}, which its method, {adapter.method}, needs; the file is damaged"
         )
     return adapter.tensors[name]
 
 
 def as_miss(adapter: Adapter) -> Folder:
     """D as it is: peft's layout is "stride", its sums are plain."""
-    options = next(iter(own_options(adapter).values()))
+    options = next(iter(adapter.options_by_linear().values()))
     for name, value in {
         "layout": "stride",
         "shards": "plain",
@@ -161,7 +154,7 @@ def as_miss(adapter: Adapter) -> Folder:
 
 def as_bat(adapter: Adapter) -> Folder:
     """D by output blocks, peft's order."""
-    order = next(iter(own_options(adapter).values())).order
+    order = next(iter(adapter.options_by_linear().values())).order
     if order != "col":
         refuse(
             adapter,
@@ -179,7 +172,7 @@ def as_bat(adapter: Adapter) -> Folder:
 
 def own_factors(adapter: Adapter) -> Folder:
     """LoRA, LoRA-FA and DoRA with their own A, B and alpha."""
-    method, options = adapter.metadata["method"], own_options(adapter)
+    method, options = adapter.method, adapter.options_by_linear()
     names = {ours: theirs for ours, theirs in LORA.items() if method == "dora" or ours != "magnitude"}
     config = lora_config(
         {name: own.rank for name, own in options.items()},
@@ -196,7 +189,7 @@ def as_lora(adapter: Adapter) -> Folder:
 
     For MiSS A has zeros and ones, and B is D^T.
     """
-    method = adapter.metadata["method"]
+    method = adapter.method
     tensors, ranks = {}, {}
     for name, layer in adapted_layers(adapter):
         with torch.no_grad():
@@ -280,7 +273,7 @@ def patterns(values: dict[str, float], default: float) -> dict[str, float]:
 
 def as_vera(adapter: Adapter) -> Folder:
     """The vectors and the random pair, which peft takes from the folder."""
-    options = next(iter(own_options(adapter).values()))
+    options = next(iter(adapter.options_by_linear().values()))
     config = {
         "peft_type": "VERA",
         "r": one_rank(adapter),
@@ -353,7 +346,7 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
     An adapter that came from peft and stays the same method keeps its configuration.
     """
     if not adapter.metadata["linears"]:
-        refuse(adapter, f"{adapter.metadata['method']} of no linear is nothing that peft has")
+        refuse(adapter, f"{adapter.method} of no linear is nothing that peft has")
     if adapter.shapes or adapter.metadata.get("arch"):
         for _ in adapted_layers(adapter):  # which checks every shape
             pass

@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import METHODS
 from ..errors import UserError
 from ..files.checkpoint import is_finite, memory, read_metadata, write_checkpoint
 from ..files.output import write_folder, write_text
-from ..methods.miss_variants import Options
 from .base import adapted_layers, linear_shapes, sha256
 from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source
@@ -272,7 +270,7 @@ def columns(adapter: Adapter) -> dict[str, Tensor]:
 
     UserError for a MiSS of another layout.
     """
-    options = Options.parse(adapter.metadata["options"])
+    options = adapter.options
     for name, value in {"layout": "stride", "shards": "plain", "magnitude": False, "expand": False}.items():
         if getattr(options, name) != value:
             raise UserError(f"rwkv_lightning's MiSS has no {name}={getattr(options, name)}; {WAY_OUT}")
@@ -324,8 +322,7 @@ def with_widths(adapter: Adapter, known: dict[str, Any]) -> Adapter:
 
 def new_manifest(adapter: Adapter, base: str) -> dict[str, Any]:
     """A manifest with alpha = r for a model of this SHA-256. UserError for several ranks, or a large one."""
-    options = METHODS[adapter.metadata["method"]].Options.parse(adapter.metadata["options"])
-    ranks = sorted({options.at(name).rank for name in adapter.metadata["linears"]})
+    ranks = sorted({options.rank for options in adapter.options_by_linear().values()})
     if len(ranks) > 1 or ranks[0] > LARGEST_RANK:
         found = ", ".join(map(str, ranks))
         raise UserError(

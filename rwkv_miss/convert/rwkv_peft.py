@@ -118,8 +118,7 @@ class RwkvPeft(Format):
 
     @classmethod
     def write(cls, adapter: Adapter, out: str | os.PathLike[str]) -> list[str]:
-        method = adapter.metadata["method"]
-        options = METHODS[method].Options.parse(adapter.metadata["options"])
+        method, options = adapter.method, adapter.options
         notes = check_form(method, options, adapter.metadata["linears"])
         tensors = dict(adapter.tensors)
         if method in ("miss", "bat"):

@@ -1,10 +1,13 @@
 """MiSS, Matrix Shard Sharing (Kang and Yin, arXiv 2409.15371).
 
-    S[j] = sum of x[i] over i = j (mod r)       the input x (in) in r shards
+    S[j] = sum of x[i] over i = j (mod r)       the input x (in), summed in r shards
     y    = W x + D^T S                          so dW[o, i] = D[i mod r, o]
 
 W (out, in) is frozen. D (r, out) is trained and starts at zero. r is the rank of dW at most. Where r does not
 divide `in`, some shards have one column less.
+
+These are the shards of the paper's code and of every released file. Its equations 2 and 3 sum neighbouring
+columns: layout "contiguous" in miss_variants.py, which has all that the options ask for beyond plain MiSS.
 """
 
 from __future__ import annotations
@@ -30,9 +33,11 @@ class MissLinear(AdapterLinear):
         self.miss = nn.Parameter(torch.zeros(options.rank, self.out_features, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + S(x) D + bias, x (..., in) -> (..., out)."""
         return miss_linear(x, self.weight, self.bias, self.miss)
 
     def delta(self) -> Tensor:
+        """dW (out, in): column i is row i mod r of D."""
         return self.miss.t()[:, self._shard_of_column()]
 
     def add_delta_to(self, weight: Tensor) -> None:
