@@ -20,7 +20,8 @@ import pytest
 import torch
 
 import rwkv_miss
-from rwkv_miss import read_checkpoint, read_metadata
+from rwkv_miss import UserError, read_checkpoint, read_metadata
+from src.common.files import write_text
 from src.training import rollback, trainer
 from src.training.rollback import LastGood
 from src.training.run_folder import alone_in, list_checkpoints, remove_old
@@ -325,6 +326,25 @@ def test_killed_at_every_kind_of_moment(run, tmp_path):
     }
     assert os.listdir(proj_dir / "checkpoints") == ["step-00000006.pth"]
     assert json.loads((proj_dir / "run.json").read_text())["steps"] == STEPS
+
+
+def test_a_small_file_takes_over_what_a_killed_run_left(tmp_path):
+    (tmp_path / "run.json.tmp").write_text("a half that is longer")
+    write_text(str(tmp_path / "run.json"), "{}")
+    assert os.listdir(tmp_path) == ["run.json"] and (tmp_path / "run.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_small_file_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, number):
+    def fail(file):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "run.json"
+    path.write_text("before")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=rf"run\.json .* written.*{os.strerror(number)}"):
+        write_text(str(path), "after")
+    assert os.listdir(tmp_path) == ["run.json"] and path.read_text() == "before"
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(run, tmp_path):

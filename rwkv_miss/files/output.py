@@ -39,18 +39,21 @@ def require_writable(path: str | os.PathLike[str], size: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str], size: int = 0) -> Iterator[BinaryIO]:
+def whole_file(path: str | os.PathLike[str], size: int = 0, temporary: str = "") -> Iterator[BinaryIO]:
     """A new file, under a temporary name, which becomes `path` when the block ends and it is on the disk.
 
     What was there before stays until then, and after any failure. UserError where it can't be written, `size`
     bytes are not free, or the disk runs full.
+
+    The temporary name is a random one, as others may write the same file. One that is given is written over.
     """
     require_writable(path, size)
     place = os.path.realpath(path)  # the file behind a link is replaced, not the link
-    temporary, written = f"{place}.{secrets.token_hex(4)}.tmp", 0
+    mode = "wb" if temporary else "xb"
+    temporary, written = temporary or f"{place}.{secrets.token_hex(4)}.tmp", 0
     try:
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, mode) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -7,6 +7,7 @@ import json
 import os
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.output import whole_file
 
 LARGEST_TEXT = 1 << 26  # bytes
 
@@ -34,17 +35,12 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it; a full or read-only disk is a UserError."""
-    temporary = f"{path}.tmp"  # no random name, so that the next run replaces what a killed run left
+    """Write a file of a run, whole or not at all; a full or read-only disk is a UserError."""
     try:
-        with open(temporary, "wb") as file:
+        # no random name, so that the next run replaces what a killed run left
+        with whole_file(path, len(content), temporary=f"{path}.tmp") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
         raise UserError(
             f"{path} could not be written ({error.strerror}); what was there before is unchanged"
         ) from None
