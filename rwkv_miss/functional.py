@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from torch import Tensor
 
 from .gemm import product, product_onto, product_plus
 from .quantised import dense
+
+Function = Callable[..., Any]
 
 
 def shard_sum(x: Tensor, rank: int, contiguous: bool = False, balanced: bool = False) -> Tensor:
@@ -134,8 +138,13 @@ def _in_own_dtypes(function):
     return compute
 
 
-def define_operator(name: str, arguments: str, forward, shapes, context, backward) -> None:
+def define_operator(
+    name: str, arguments: str, forward: Function, shapes: Function, context: Function, backward: Function
+) -> None:
     """Register rwkv_miss::name(arguments) -> (y, kept) with its shapes for tracing and its gradient.
+
+    forward(*arguments) computes it, shapes(*arguments) gives empty results, context(ctx, arguments, results)
+    keeps what backward(ctx, dy, _) needs.
 
     Not torch.library.custom_op: its first call imports torch._dynamo, 0.9 s in every process.
     """
@@ -152,7 +161,7 @@ def flat_tokens(x: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    ctx, dy: Tensor, x: Tensor, transposed: bool = False
+    ctx: Any, dy: Tensor, x: Tensor, transposed: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dweight, dbias) where they are asked for, as arguments 1 and 2 of the operator."""
     dweight = None
