@@ -75,9 +75,8 @@ def refused(folder, words, *args, **options):
     ],
 )
 def test_it_is_the_least_squares_solution(pair, monkeypatch, version, a, b, rank, layout):
-    monkeypatch.setattr(
-        "rwkv_miss.merging.diff.ENTRIES_AT_ONCE", 7 * 40
-    )  # 7 rows of 40 columns at once, or one of 160
+    # 7 rows of 40 columns at once, or one of 160
+    monkeypatch.setattr("rwkv_miss.merging.diff.ENTRIES_AT_ONCE", 7 * 40)
     folder = pair(version, a, b)
     report = diff(folder, rank, layout=layout)
     first, second, found = (read_checkpoint(folder / f"{name}.pth") for name in "abd")
