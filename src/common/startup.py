@@ -53,7 +53,7 @@ def importing():
 
 
 def _end_at_once(signum, frame) -> None:
-    """As rwkv_miss.interrupts does it, which can't be imported before torch is."""
+    """What rwkv_miss.interrupts does, which can't be imported before torch."""
     if (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0":
         os.write(2, b"\r\x1b[Kinterrupted\n" if os.isatty(2) else b"interrupted\n")
     os._exit(130)

@@ -41,7 +41,7 @@ class Groups(Sequence):
 
 
 def _integers(values: np.ndarray) -> array.array:
-    """As Python's integers of 4 bytes each: numpy's overflow in a sum and can't be written as JSON."""
+    """Python's integers, of 4 bytes each: numpy's overflow in a sum and can't be written as JSON."""
     return array.array("i", values.astype(np.int32).tobytes())
 
 

@@ -115,7 +115,7 @@ class Documents(Sequence):
         return Documents(items, lost, text, self.untrained)
 
     def learnable(self) -> Documents:
-        """Those with a trained token: a step of others alone would have no loss."""
+        """The documents with a trained token: a step without one would have no loss."""
         chosen = np.flatnonzero(self.target_counts)
         left_out = len(self.items) - len(chosen)
         if not left_out:
@@ -170,7 +170,7 @@ class Loaded:
         return [np.diff(tokens.ends, prepend=0)[documents] for tokens, documents in pairs]
 
     def documents(self, ctx_len: int) -> Documents:
-        """As documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
+        """Documents of at most ctx_len + 1 tokens: ctx_len inputs with their targets.
 
         A longer conversation is cut. A longer text becomes several documents; each begins with the last token
         of the one before, so that every token is a target once. Documents without a trained token are left

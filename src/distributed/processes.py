@@ -1,4 +1,4 @@
-"""That no process outlives its launcher, and on which network interface the machines meet."""
+"""No process outlives its launcher, and machines meet on the right network interface."""
 
 from __future__ import annotations
 

@@ -82,27 +82,28 @@ def write(
     types = gguf.GGMLQuantizationType
     kinds = {LARGE: types[kind], LOW_RANK: types["F32" if kind == "F32" else "BF16"]}
     tensors = gguf_table.fill_block_0(tensors, arch)
-    table = [(row, kinds.get(row.kind, types.F32)) for row in gguf_table.rows(arch.version, arch.n_layer)]
-    infos = [(row, type_, row.store(tensors).shape) for row, type_ in table]
+    table = gguf_table.table(arch.version, arch.n_layer)
+    infos = [(mapped, kinds.get(mapped.kind, types.F32), mapped.store(tensors).shape) for mapped in table]
     nbytes = [_nbytes(shape, *gguf.GGML_QUANT_SIZES[type_]) for _, type_, shape in infos]
     with whole_file(path, sum(nbytes)) as whole:
         writer = gguf.GGUFWriter(whole.name, f"rwkv{arch.version}")
         try:
             _add_keys(writer, arch, kind, name, vocabulary, provenance)
-            for (row, type_, shape), size in zip(infos, nbytes):
-                writer.add_tensor_info(row.stored, shape, np.dtype(np.float32), size, raw_dtype=type_)
+            for (mapped, type_, shape), size in zip(infos, nbytes):
+                writer.add_tensor_info(mapped.stored, shape, np.dtype(np.float32), size, raw_dtype=type_)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             file = writer.fout[0]
-            for row, type_, _ in progress(infos, "writing GGUF", unit="tensors"):
+            for mapped, type_, _ in progress(infos, "writing GGUF", unit="tensors"):
                 writer.write_padding(file, file.tell())
-                for piece in _pieces(row.store(tensors), type_):
+                for piece in _pieces(mapped.store(tensors), type_):
                     file.write(piece)
             writer.write_padding(file, file.tell())
         finally:
             writer.close()
-    return _notes(arch, kind, {name: type_ for row, type_ in table for name in row.names}, provenance)
+    type_of = {name: type_ for mapped, type_, _ in infos for name in mapped.names}
+    return _notes(arch, kind, type_of, provenance)
 
 
 def _package():

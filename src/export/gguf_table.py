@@ -14,28 +14,31 @@ from torch.nn.functional import pad
 
 from rwkv_miss.files.checkpoint import Arch
 
-from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, Row
+from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, TensorMap
 
 
-def _norm(gguf: str, name: str) -> list[Row]:
-    return [Row(f"{gguf}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
+def _norm(gguf: str, name: str) -> list[TensorMap]:
+    return [TensorMap(f"{gguf}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
 
 
-def _linears(gguf: str, part: str, names: str) -> list[Row]:
-    return [Row(f"{gguf}_{name}.weight", (f"{part}.{name}.weight",), "same", LARGE) for name in names.split()]
+def _linears(gguf: str, part: str, names: str) -> list[TensorMap]:
+    return [
+        TensorMap(f"{gguf}_{name}.weight", (f"{part}.{name}.weight",), "same", LARGE)
+        for name in names.split()
+    ]
 
 
-def _row(gguf: str, form: str, kind: str, *names: str) -> Row:
-    return Row(f"{gguf}.weight", names, form, kind)
+def _tensor(gguf: str, form: str, kind: str, *names: str) -> TensorMap:
+    return TensorMap(f"{gguf}.weight", names, form, kind)
 
 
 BEFORE_LAYERS = [
-    _row("token_embd", "same", LARGE, "emb.weight"),
+    _tensor("token_embd", "same", LARGE, "emb.weight"),
     *_norm("token_embd_norm", "blocks.0.ln0"),
 ]
 AFTER_LAYERS = [
     *_norm("output_norm", "ln_out"),
-    _row("output", "same", LARGE, "head.weight"),
+    _tensor("output", "same", LARGE, "head.weight"),
 ]
 LAYER_TENSORS = [
     *_norm("attn_norm", "ln1"),
@@ -48,28 +51,28 @@ OF_VERSION = {
     6: [
         *_linears("time_mix", "att", "gate"),
         *_linears("channel_mix", "ffn", "receptance"),
-        _row("time_mix_lerp_x", "flat", VECTOR, "att.time_maa_x"),
-        _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.time_maa_{name}" for name in "wkvrg")),
-        *(_row(f"time_mix_w{i}", "transposed", LOW_RANK, f"att.time_maa_w{i}") for i in (1, 2)),
-        _row("time_mix_decay", "flat", VECTOR, "att.time_decay"),
-        *(_row(f"time_mix_decay_w{i}", "transposed", LOW_RANK, f"att.time_decay_w{i}") for i in (1, 2)),
-        _row("time_mix_first", "same", VECTOR, "att.time_faaaa"),
-        *(_row(f"channel_mix_lerp_{name}", "flat", VECTOR, f"ffn.time_maa_{name}") for name in "kr"),
+        _tensor("time_mix_lerp_x", "flat", VECTOR, "att.time_maa_x"),
+        _tensor("time_mix_lerp_fused", "fused", VECTOR, *(f"att.time_maa_{name}" for name in "wkvrg")),
+        *(_tensor(f"time_mix_w{i}", "transposed", LOW_RANK, f"att.time_maa_w{i}") for i in (1, 2)),
+        _tensor("time_mix_decay", "flat", VECTOR, "att.time_decay"),
+        *(_tensor(f"time_mix_decay_w{i}", "transposed", LOW_RANK, f"att.time_decay_w{i}") for i in (1, 2)),
+        _tensor("time_mix_first", "same", VECTOR, "att.time_faaaa"),
+        *(_tensor(f"channel_mix_lerp_{name}", "flat", VECTOR, f"ffn.time_maa_{name}") for name in "kr"),
     ],
     7: [
-        _row("time_mix_lerp_fused", "fused", VECTOR, *(f"att.x_{name}" for name in "rwkvag")),
-        *(_row(f"time_mix_{n}", "flat", VECTOR, f"att.{n}") for n in ("w0", "a0", "v0", "k_k", "k_a")),
-        _row("time_mix_r_k", "heads", VECTOR, "att.r_k"),
-        *(_row(f"time_mix_{n}{i}", "transposed", LOW_RANK, f"att.{n}{i}") for n in "wavg" for i in (1, 2)),
-        _row("channel_mix_lerp_k", "flat", VECTOR, "ffn.x_k"),
+        _tensor("time_mix_lerp_fused", "fused", VECTOR, *(f"att.x_{name}" for name in "rwkvag")),
+        *(_tensor(f"time_mix_{n}", "flat", VECTOR, f"att.{n}") for n in ("w0", "a0", "v0", "k_k", "k_a")),
+        _tensor("time_mix_r_k", "heads", VECTOR, "att.r_k"),
+        *(_tensor(f"time_mix_{n}{i}", "transposed", LOW_RANK, f"att.{n}{i}") for n in "wavg" for i in (1, 2)),
+        _tensor("channel_mix_lerp_k", "flat", VECTOR, "ffn.x_k"),
     ],
 }
 
 
-def rows(version: int, n_layer: int) -> list[Row]:
+def table(version: int, n_layer: int) -> list[TensorMap]:
     """The whole table of a model, in GGUF's usual order."""
     of_layer = LAYER_TENSORS + OF_VERSION[version]
-    layers = [row.at(layer, "blk") for layer in range(n_layer) for row in of_layer]
+    layers = [mapped.at(layer, "blk") for layer in range(n_layer) for mapped in of_layer]
     return BEFORE_LAYERS + layers + AFTER_LAYERS
 
 

@@ -17,7 +17,7 @@ from ..data.rwkv_template import RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from .chat_template import rwkv_jinja
 from .provenance import Provenance
-from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, Row
+from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, TensorMap
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 UNREAD = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
@@ -27,38 +27,41 @@ PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "outp
 END, PADDING = "<|endoftext|>", "<|padding|>"
 
 
-def _norm(stored: str, name: str) -> list[Row]:
-    return [Row(f"{stored}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
+def _norm(stored: str, name: str) -> list[TensorMap]:
+    return [TensorMap(f"{stored}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
 
 
-def _low_rank(name: str) -> list[Row]:
+def _low_rank(name: str) -> list[TensorMap]:
     """A low-rank map: two matrices, and a bias, which g has not."""
     stored = f"attn.{name}_lora.lora"
-    rows = [
-        Row(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
-        Row(f"{stored}.2.weight", (f"att.{name}2",), "transposed", LOW_RANK),
+    matrices = [
+        TensorMap(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
+        TensorMap(f"{stored}.2.weight", (f"att.{name}2",), "transposed", LOW_RANK),
     ]
     if name == "g":
-        return rows
-    return [Row(f"{stored}.2.bias", (f"att.{name}0",), "flat", VECTOR), *rows]
+        return matrices
+    return [TensorMap(f"{stored}.2.bias", (f"att.{name}0",), "flat", VECTOR), *matrices]
 
 
 OUTSIDE = [
-    Row("model.embeddings.weight", ("emb.weight",), "same", LARGE),
+    TensorMap("model.embeddings.weight", ("emb.weight",), "same", LARGE),
     *_norm(f"{PREFIX}.0.pre_norm", "blocks.0.ln0"),
     *_norm("model.norm", "ln_out"),
-    Row("lm_head.weight", ("head.weight",), "same", LARGE),
+    TensorMap("lm_head.weight", ("head.weight",), "same", LARGE),
 ]
 LAYER_TENSORS = [
     *_norm("attn_norm", "ln1"),
     *_norm("ffn_norm", "ln2"),
     *_norm("attn.g_norm", "att.ln_x"),
-    *(Row(f"attn.{to}.weight", (f"att.{name}.weight",), "same", LARGE) for name, to in PROJECTIONS.items()),
-    *(Row(f"ffn.{name}.weight", (f"ffn.{name}.weight",), "same", LARGE) for name in ("key", "value")),
-    *(Row(f"attn.x_{name}", (f"att.x_{name}",), "wide", VECTOR) for name in "rwkvag"),
-    *(Row(f"attn.{name}", (f"att.{name}",), "flat", VECTOR) for name in ("k_k", "k_a")),
-    Row("attn.r_k", ("att.r_k",), "same", VECTOR),
-    Row("ffn.x_k", ("ffn.x_k",), "flat", VECTOR),
+    *(
+        TensorMap(f"attn.{to}.weight", (f"att.{name}.weight",), "same", LARGE)
+        for name, to in PROJECTIONS.items()
+    ),
+    *(TensorMap(f"ffn.{name}.weight", (f"ffn.{name}.weight",), "same", LARGE) for name in ("key", "value")),
+    *(TensorMap(f"attn.x_{name}", (f"att.x_{name}",), "wide", VECTOR) for name in "rwkvag"),
+    *(TensorMap(f"attn.{name}", (f"att.{name}",), "flat", VECTOR) for name in ("k_k", "k_a")),
+    TensorMap("attn.r_k", ("att.r_k",), "same", VECTOR),
+    TensorMap("ffn.x_k", ("ffn.x_k",), "flat", VECTOR),
     *_low_rank("w"),
     *_low_rank("a"),
     *_low_rank("g"),
@@ -66,10 +69,10 @@ LAYER_TENSORS = [
 ]
 
 
-def rows(n_layer: int) -> list[Row]:
+def table(n_layer: int) -> list[TensorMap]:
     """The whole table; block 0 has no value residual, because nothing reads it."""
-    layers = [row.at(i, PREFIX) for i in range(n_layer) for row in LAYER_TENSORS]
-    return OUTSIDE + [row for row in layers if not row.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
+    layers = [mapped.at(i, PREFIX) for i in range(n_layer) for mapped in LAYER_TENSORS]
+    return OUTSIDE + [mapped for mapped in layers if not mapped.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
 
 
 def check(arch: Arch) -> None:
@@ -129,7 +132,7 @@ def write(
     provenance: Provenance,
 ) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
-    stored = {row.stored: row.store(tensors) for row in rows(arch.n_layer)}
+    stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}
     unread = {name: tensor for name, tensor in tensors.items() if name in VALUE_RESIDUAL}
     writers: dict[str, Callable[[str], None]] = {
         WEIGHTS: lambda path: write_safetensors(path, stored, provenance.header())

@@ -1,4 +1,4 @@
-"""What a tensor of another form is made of: rows of a table that is read in both directions.
+"""What a tensor of another form is made of. A list of TensorMaps is a table that is read in both directions.
 
 Shapes are as torch has them.
 """
@@ -36,7 +36,7 @@ FORMS = {
 }
 
 
-class Row(NamedTuple):
+class TensorMap(NamedTuple):
     """A stored tensor and the checkpoint's tensors in it."""
 
     stored: str  # its name
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     form: str  # of FORMS
     kind: str  # LARGE, LOW_RANK or VECTOR
 
-    def at(self, layer: int, prefix: str) -> Row:
+    def at(self, layer: int, prefix: str) -> TensorMap:
         return self._replace(
             stored=f"{prefix}.{layer}.{self.stored}",
             names=tuple(f"blocks.{layer}.{name}" for name in self.names),
@@ -55,9 +55,9 @@ class Row(NamedTuple):
         return FORMS[self.form].store([tensors[name] for name in self.names])
 
 
-def restore(rows: Iterable[Row], stored: Mapping[str, Tensor], head_size: int) -> dict[str, Tensor]:
+def restore(table: Iterable[TensorMap], stored: Mapping[str, Tensor], head_size: int) -> dict[str, Tensor]:
     """The checkpoint's tensors, views of the stored ones."""
     restored = {}
-    for row in rows:
-        restored |= zip(row.names, FORMS[row.form].restore(stored[row.stored], head_size))
+    for mapped in table:
+        restored |= zip(mapped.names, FORMS[mapped.form].restore(stored[mapped.stored], head_size))
     return restored

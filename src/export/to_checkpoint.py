@@ -27,7 +27,7 @@ from ..model import RWKV
 from . import gguf_reader, gguf_table, hugging_face
 from .gguf import LN_EPS
 from .provenance import KEY, Entry, Provenance, check_dtypes
-from .tensor_map import VALUE_RESIDUAL, Row, restore
+from .tensor_map import VALUE_RESIDUAL, TensorMap, restore
 
 LARGEST_DEPTH = 1 << 12  # layers
 INDEX = "model.safetensors.index.json"
@@ -111,7 +111,7 @@ def _from_gguf(path) -> Stored:
             " compute something else"
         )
     provenance = Provenance.parse(keys[KEY], path) if KEY in keys else None
-    tensors = _restored(path, gguf_table.rows(version, n_layer), stored, head_size)
+    tensors = _restored(path, gguf_table.table(version, n_layer), stored, head_size)
     notes = []
     if version == 7:
         tensors, notes = _without_filling(tensors, provenance)
@@ -174,7 +174,7 @@ def _from_folder(path) -> Stored:
         found, header = read_safetensors(folder / name)
         stored |= found
     provenance = Provenance.parse(header[KEY], path) if KEY in header else None
-    tensors = _restored(path, hugging_face.rows(n_layer), stored, head_size)
+    tensors = _restored(path, hugging_face.table(n_layer), stored, head_size)
     if provenance is None or VALUE_RESIDUAL[0] not in provenance.entries:
         return Stored("Hugging Face", tensors, provenance, [])
     if (folder / hugging_face.UNREAD).exists():
@@ -219,14 +219,14 @@ def _number(path, keys: Mapping[str, Any], key: str, least: int = 1, default: in
     return value
 
 
-def _restored(path, rows: list[Row], stored: dict[str, Tensor], head_size: int) -> dict[str, Tensor]:
-    expected = {row.stored for row in rows}
+def _restored(path, table: list[TensorMap], stored: dict[str, Tensor], head_size: int) -> dict[str, Tensor]:
+    expected = {mapped.stored for mapped in table}
     for kind, names in (("lacks", expected - stored.keys()), ("has the unknown", stored.keys() - expected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{path} {kind} {min(names)[:100]}{more}")
     try:
-        return restore(rows, stored, head_size)
+        return restore(table, stored, head_size)
     except (RuntimeError, IndexError, ValueError) as error:  # torch's, for shapes that do not fit
         raise UserError(f"{path} is damaged: its shapes do not fit ({str(error)[:100]})") from None
 
