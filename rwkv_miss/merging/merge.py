@@ -116,15 +116,16 @@ class MergeReport:
             "base": self.record["base"],
             "base_fingerprint": self.record["base_fingerprint"],
             "fingerprint": fingerprint_of_file(self.out),
-            "adapters": [
-                {
-                    name: entry.get(name)
-                    for name in ("adapter_fingerprint", "method", "options", "train_parts", "step")
-                }
-                | {"weight": weight}
-                for entry, weight in zip(merged_adapters(self.record), self.weights)
-            ],
+            "adapters": self._adapters(),
         }
+
+    def _adapters(self) -> list[dict[str, Any]]:
+        """What the record says of each adapter, with its weight."""
+        fields = "adapter_fingerprint", "method", "options", "train_parts", "step"
+        found = []
+        for entry, weight in zip(merged_adapters(self.record), self.weights):
+            found.append({**{name: entry.get(name) for name in fields}, "weight": weight})
+        return found
 
 
 class _Merger:
