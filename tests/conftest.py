@@ -146,72 +146,78 @@ ADAPTER_OPTIONS = {
 }
 
 
+def bat_delta(weight, bat, rank):
+    """Bat's formula, square by square."""
+    result = torch.empty_like(weight)
+    for a in range(weight.shape[0] // rank):
+        for b in range(weight.shape[1] // rank):
+            place = slice(a * rank, a * rank + rank), slice(b * rank, b * rank + rank)
+            result[place] = weight[place] @ bat[a] + bat[a]
+    return result
+
+
+class MergingFiles:
+    """A base and its adapters in a folder, of random numbers; what merges them, and what they come to."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, version=7, dtype=torch.float32, **metadata):
+        self.tensors = random_tensors(make_arch(version, n_embd=40, head_size=8), dtype)
+        write_checkpoint(self.folder / "base.pth", self.tensors.items(), metadata or None)
+        return self.folder
+
+    def adapter(self, name, method="miss", seed=1, std=1e-2, targets=None, parts="", **metadata):
+        model = RWKV.load(self.folder / "base.pth", torch.float32)
+        rwkv_miss.inject(model, method, targets, parts, **ADAPTER_OPTIONS.get(method, {}))
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data += std * torch.randn_like(p)
+        rwkv_miss.save_adapter(model, self.folder / name, **metadata)
+        return self.folder / name
+
+    def delta(self, name, linear):
+        """The papers' formulas in float64, (out, in)."""
+        stored = read_checkpoint(self.folder / name)
+        t = {key.removeprefix(f"{linear}."): value.double() for key, value in stored.items()}
+        options, method = (read_metadata(self.folder / name)[key] for key in ("options", "method"))
+        weight = self.tensors[f"{linear}.weight"].double()
+        if method == "miss":
+            return t["miss"].t()[:, [i % options["rank"] for i in range(weight.shape[1])]]
+        if method == "bat":
+            return bat_delta(weight, t["bat"], options["rank"])
+        if method == "pissa":
+            return t["lora_B"] @ t["lora_A"] - t["initial_B"] @ t["initial_A"]
+        low_rank = options["alpha"] / options["rank"] * (t["lora_B"] @ t["lora_A"])
+        if method == "lora":
+            return low_rank
+        V = weight + low_rank
+        return t["magnitude"].unsqueeze(1) * V / V.norm(dim=1, keepdim=True) - weight
+
+    def merge(self, adapters, weights=None, dtype="base", out="merged.pth", **options):
+        return merge_file(
+            self.folder / "base.pth",
+            [self.folder / name for name in adapters],
+            self.folder / out,
+            dtype,
+            weights=weights,
+            **options,
+        )
+
+    def refused(self, words, *args, **options):
+        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        with pytest.raises(UserError, match=words):
+            self.merge(*args, **options)
+        assert {path.name: path.read_bytes() for path in self.folder.iterdir()} == before
+
+
 @pytest.fixture
 def merging(tmp_path):
     """merging(version, dtype) makes base.pth in merging.folder; merging.adapter(name, method, ...) an adapter
     of it, of random numbers.
     """
-
-    class Files:
-        folder = tmp_path
-
-        def __call__(self, version=7, dtype=torch.float32, **metadata):
-            self.tensors = random_tensors(make_arch(version, n_embd=40, head_size=8), dtype)
-            write_checkpoint(tmp_path / "base.pth", self.tensors.items(), metadata or None)
-            return tmp_path
-
-        def adapter(self, name, method="miss", seed=1, std=1e-2, targets=None, parts="", **metadata):
-            model = RWKV.load(tmp_path / "base.pth", torch.float32)
-            rwkv_miss.inject(model, method, targets, parts, **ADAPTER_OPTIONS.get(method, {}))
-            torch.manual_seed(seed)
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.data += std * torch.randn_like(p)
-            rwkv_miss.save_adapter(model, tmp_path / name, **metadata)
-            return tmp_path / name
-
-        def delta(self, name, linear):
-            """The papers' formulas in float64, (out, in)."""
-            t = {
-                key.removeprefix(f"{linear}."): value.double()
-                for key, value in read_checkpoint(tmp_path / name).items()
-            }
-            options, method = (read_metadata(tmp_path / name)[key] for key in ("options", "method"))
-            weight = self.tensors[f"{linear}.weight"].double()
-            if method == "miss":
-                return t["miss"].t()[:, [i % options["rank"] for i in range(weight.shape[1])]]
-            if method == "bat":
-                rank, result = options["rank"], torch.empty_like(weight)
-                for a in range(weight.shape[0] // rank):
-                    for b in range(weight.shape[1] // rank):
-                        place = slice(a * rank, a * rank + rank), slice(b * rank, b * rank + rank)
-                        result[place] = weight[place] @ t["bat"][a] + t["bat"][a]
-                return result
-            if method == "pissa":
-                return t["lora_B"] @ t["lora_A"] - t["initial_B"] @ t["initial_A"]
-            low_rank = options["alpha"] / options["rank"] * (t["lora_B"] @ t["lora_A"])
-            if method == "lora":
-                return low_rank
-            V = weight + low_rank
-            return t["magnitude"].unsqueeze(1) * V / V.norm(dim=1, keepdim=True) - weight
-
-        def merge(self, adapters, weights=None, dtype="base", out="merged.pth", **options):
-            return merge_file(
-                tmp_path / "base.pth",
-                [tmp_path / name for name in adapters],
-                tmp_path / out,
-                dtype,
-                weights=weights,
-                **options,
-            )
-
-        def refused(self, words, *args, **options):
-            before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-            with pytest.raises(UserError, match=words):
-                self.merge(*args, **options)
-            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-    return Files()
+    return MergingFiles(tmp_path)
 
 
 def close(name, got, want, ratio):
@@ -254,9 +260,8 @@ def pypi_rwkv(path):
         if state is None and version == 7:
             state = model.generate_zero_state()
         ids = list(ids)
-        logits, state = model.forward(
-            ids if len(ids) > 1 else ids[0] if version == 7 else ids, state, full_output=True
-        )
+        given = ids[0] if version == 7 and len(ids) == 1 else ids
+        logits, state = model.forward(given, state, full_output=True)
         return logits.reshape(len(ids), -1), state
 
     return run

@@ -276,14 +276,8 @@ def test_our_file_comes_back_bit_for_bit(tmp_path, method, options, parts, dtype
         "lora": ["the file does not hold alpha: merge/merge_lora.py 7.25 there, --alpha 7.25 here"],
         "pissa": [f"the factors that the training began with are in {init}: --lora_init there, --init here"],
     }.get(method, [])
-    hints = (
-        Hints(alpha=7.25)
-        if method == "lora"
-        else Hints(init=str(init))
-        if method == "pissa"
-        else Hints(origin="rwkv-peft")
-    )
-    ours(tmp_path, hints)
+    hints = {"lora": Hints(alpha=7.25), "pissa": Hints(init=str(init))}
+    ours(tmp_path, hints.get(method, Hints(origin="rwkv-peft")))
     before, after = read_checkpoint(tmp_path / "a.pth"), read_checkpoint(tmp_path / "ours.pth")
     assert before.keys() == after.keys() and all(
         t.dtype == after[name].dtype and torch.equal(t, after[name]) for name, t in before.items()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common import as_flags
 from rwkv_miss import load_adapter, read_checkpoint, read_metadata, write_checkpoint
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
@@ -89,42 +90,19 @@ def product(request):
         )
         write_checkpoint(base, product_tensors(arch))
         data.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
+        files = as_flags(load_model=base, data_file=data, proj_dir=run)
         log = command(
-            "train.py",
-            "--load_model",
-            base,
-            "--data_file",
-            data,
-            "--proj_dir",
-            run,
-            "--precision",
-            precision,
-            "--micro_bsz",
-            2,
-            "--ctx_len",
-            64,
-            "--lr_init",
-            3e-4,
+            "train.py", *files, *as_flags(precision=precision, micro_bsz=2, ctx_len=64, lr_init=3e-4)
         )
-        report = command(
-            "-m",
-            "rwkv_miss",
-            "merge",
-            "--base",
-            base,
-            "--adapter",
-            run / "adapter.pth",
-            "--out",
-            merged,
-            "--dtype",
-            "fp32",
-        )
+        adapter = run / "adapter.pth"
+        flags = as_flags(base=base, adapter=adapter, out=merged, dtype="fp32")
+        report = command("-m", "rwkv_miss", "merge", *flags)
         yield types.SimpleNamespace(
             version=version,
             precision=precision,
             base=base,
             run=run,
-            adapter=run / "adapter.pth",
+            adapter=adapter,
             merged=merged,
             log=log,
             report=report,

@@ -728,13 +728,12 @@ def test_a_folder_is_its_files(read, tmp_path):
     ):
         path = tmp_path / "all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(
-            gzip.compress(b"in c")
-            if name.endswith("gz")
-            else b"text\nin a"
-            if name.endswith("csv")
-            else b'{"text": "in b"}'
-        )
+        if name.endswith("gz"):
+            path.write_bytes(gzip.compress(b"in c"))
+        elif name.endswith("csv"):
+            path.write_bytes(b"text\nin a")
+        else:
+            path.write_bytes(b'{"text": "in b"}')
     report = Report()
     assert [row["text"] for _, row in read_records("all", report)] == ["in a", "in b", "in c"]
     assert (

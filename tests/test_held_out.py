@@ -3,6 +3,7 @@ model leaves no trace.
 """
 
 import dataclasses
+import itertools
 import json
 import random
 import types
@@ -115,9 +116,9 @@ def test_a_question_is_what_stands_before_the_last_answer(text, trained, prompt,
 def test_every_document_is_evaluated_once_the_longest_first():
     held = Documents([document(str(i) * (1 + 7 * i % 23)) for i in range(10, 40)])
     batches = evaluation_batches(held, Config(ctx_len=50, micro_bsz=3))
-    assert sorted(texts(Documents([row for rows in batches for row_ in rows for row in row_]))) == sorted(
-        texts(held)
-    )
+    rows = itertools.chain.from_iterable(batches)
+    evaluated = Documents([*itertools.chain.from_iterable(rows)])
+    assert sorted(texts(evaluated)) == sorted(texts(held))
     widths = [sum(len(row.ids) - 1 for row in documents) for rows in batches for documents in rows]
     assert (
         widths == sorted(widths, reverse=True)

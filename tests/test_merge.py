@@ -56,19 +56,15 @@ def case(tmp_path, bases):
     ):
         tensors = base or bases(version, dtype)
         torch.manual_seed(1)
-        changes, options = (
-            {},
-            {"rank": rank} | ({"layout": layout} if method == "miss" else {"alpha": 3.0 * rank}),
-        )
+        options = {"rank": rank} | ({"layout": layout} if method == "miss" else {"alpha": 3.0 * rank})
+        changes = {}
         for name in LINEARS:
             out, into = tensors[f"{name}.weight"].shape
             if method == "miss":
                 changes[f"{name}.miss"] = std * torch.randn(rank, out)
             else:
-                changes |= {
-                    f"{name}.lora_A": torch.randn(rank, into),
-                    f"{name}.lora_B": std * torch.randn(out, rank),
-                }
+                changes[f"{name}.lora_A"] = torch.randn(rank, into)
+                changes[f"{name}.lora_B"] = std * torch.randn(out, rank)
         write_checkpoint(tmp_path / "base.pth", tensors.items())
         write_checkpoint(
             tmp_path / "adapter.pth",
