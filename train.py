@@ -1,5 +1,6 @@
-"""Fine-tune an RWKV-6/7 checkpoint: python train.py --load_model base.pth --data_file data.jsonl --proj_dir
-out/run
+"""Fine-tune an RWKV-6 or RWKV-7 checkpoint.
+
+python train.py --load_model base.pth --data_file data.jsonl --proj_dir out/run
 """
 
 import sys
