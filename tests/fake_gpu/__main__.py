@@ -40,16 +40,12 @@ def main() -> None:
         print(f"{name}\n{error}")
     if arguments.write and not failed:
         write(found, TABLE)
-    changes = [
-        line
-        for name, record in found["cases"].items()
-        if name not in failed
-        for line in differences(name, record, read(TABLE))
-    ]
-    print(
-        "\n".join(changes)
-        or f"{len(found['cases']) - len(failed)} cases are as {TABLE.name} has them, {len(failed)} failed"
-    )
+    changes = []
+    for name, record in found["cases"].items():
+        if name not in failed:
+            changes += differences(name, record, read(TABLE))
+    good = len(found["cases"]) - len(failed)
+    print("\n".join(changes) or f"{good} cases are as {TABLE.name} has them, {len(failed)} failed")
     sys.exit(bool(failed or changes))
 
 

@@ -183,68 +183,60 @@ def likelihood(version: int) -> dict:
 READING = {"decode": decode, "chat": chat, "evaluation": evaluation, "likelihood": likelihood}
 
 
-def train(flags: str) -> dict:
-    """train.py to its end with Lightning's CUDA accelerator; counted from the second step to the third."""
+def write_files(folder: pathlib.Path) -> list[str]:
+    """A small base and questions for it; returns the flags that name them and the run's folder."""
+    base, data = folder / "base.pth", folder / "data.jsonl"
+    model = RWKV(default_arch(7, 2, 64, 256, 64))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)
+    torch.save({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, base)
+    lines = []
+    for word in ("kitchen", "house", "garden", "flower", "tree") * 30:
+        question = {"role": "user", "content": f"sort {word * 5}"}
+        answer = {"role": "assistant", "content": word}
+        lines.append(json.dumps({"messages": [question, answer]}))
+    data.write_text("\n".join(lines))
+    return ["--load_model", str(base), "--data_file", str(data), "--proj_dir", str(folder / "out")]
+
+
+@contextlib.contextmanager
+def counted_steps(gpu: FakeGpu):
+    """Context; yields the list of the counts at the beginning of each training step."""
     seen = []
     begin = FineTuning.on_train_batch_start
 
+    def begin_counted(module, batch, index):
+        seen.append(gpu.counts())
+        begin(module, batch, index)
+
+    FineTuning.on_train_batch_start = begin_counted
+    try:
+        yield seen
+    finally:
+        FineTuning.on_train_batch_start = begin
+
+
+def run_quietly(flags: list[str]) -> str:
+    """train.py with these flags; what it prints is returned, and shown where it fails."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            run.main(*configuration.parse(flags))
+    except BaseException:
+        print(output.getvalue()[-2000:])
+        raise
+    return output.getvalue()
+
+
+def train(flags: str) -> dict:
+    """train.py to its end with Lightning's CUDA accelerator; counted from the second step to the third."""
     with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
-        work = pathlib.Path(folder)
-        model = RWKV(default_arch(7, 2, 64, 256, 64))
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.02)
-        torch.save(
-            {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, work / "base.pth"
-        )
-        words = ("kitchen", "house", "garden", "flower", "tree") * 30
-        questions = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"sort {word * 5}"},
-                    {"role": "assistant", "content": word},
-                ]
-            }
-            for word in words
-        ]
-        (work / "data.jsonl").write_text("\n".join(map(json.dumps, questions)))
-
-        def begin_counted(module, batch, index):
-            seen.append(gpu.counts())
-            begin(module, batch, index)
-
-        FineTuning.on_train_batch_start = begin_counted
-        paths = [
-            "--load_model",
-            work / "base.pth",
-            "--data_file",
-            work / "data.jsonl",
-            "--proj_dir",
-            work / "out",
-        ]
-        output = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                run.main(
-                    *configuration.parse(
-                        [
-                            *map(str, paths),
-                            "--tokenizer",
-                            "bytes",
-                            "--epoch_steps",
-                            "3",
-                            "--micro_bsz",
-                            "2",
-                            *flags.split(),
-                        ]
-                    )
-                )
-        except BaseException:
-            print(output.getvalue()[-2000:])
-            raise
-        finally:
-            FineTuning.on_train_batch_start = begin
-        steps = len((work / "out/metrics.jsonl").read_text().splitlines())
-        assert steps == 3, output.getvalue()
+        files = write_files(pathlib.Path(folder))
+        with counted_steps(gpu) as seen:
+            sizes = ["--tokenizer", "bytes", "--epoch_steps", "3", "--micro_bsz", "2"]
+            output = run_quietly([*files, *sizes, *flags.split()])
+        steps = len(pathlib.Path(folder, "out/metrics.jsonl").read_text().splitlines())
+        assert steps == 3, output
     second, third = seen[1:]
     counts = {name: _difference(third[name], second[name]) for name in ("waits", "copies", "native")}
     return {
