@@ -1,3 +1,4 @@
 """Programs that measure: time, memory, errors, and what is left after damaged files, kills and Ctrl-C.
-They import src, rwkv_miss and demo; of scripts only the table of released sizes, of which there is one.
+
+They import src, rwkv_miss and demo. From scripts they import only the table of released model sizes.
 """

@@ -1,12 +1,13 @@
-"""llama.cpp through its C interface, without a compiler or its headers: an independent reading of the GGUF
-files that scripts.export writes.
+"""Read the GGUF files that scripts.export writes with llama.cpp itself, an independent program.
 
-    python -m benchmarks.llama        # fetch its libraries into this environment, PREFIX/llama, with npm: 11
-    MB, some seconds; Linux on x86-64
+    python -m benchmarks.llama        # fetch its libraries with npm into this environment, PREFIX/llama
 
-The structures that llama.cpp takes and returns by value are opaque here, blocks larger than any of them: on
-x86-64 and ARM-64 a function that expects less than it is given reads the beginning. The only fields set are
-the first three of the context's parameters, and it is asked afterwards whether it took them.
+The download is 11 MB. It takes some seconds, and is for Linux on x86-64.
+
+llama.cpp is called through its C interface, without a compiler or its headers. The structures that it takes
+and returns by value are opaque here, blocks larger than any of them: on x86-64 and ARM-64 a function that
+expects less than it is given reads the beginning. The only fields set are the first three of the context's
+parameters, and it is asked afterwards whether it took them.
 """
 
 from __future__ import annotations

@@ -28,8 +28,7 @@ def main() -> None:
         path = pathlib.Path(folder, "base.pth")
         write_random_base(path, 7, LAYERS, WIDTH)
         size = path.stat().st_size
-        # a new process, because this one has imported parts of torch and has memory to spare from making the
-        # file
+        # a new process, because this one has more of torch, and freed memory from making the file
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak, seconds = pool.apply(measure, (str(path),))
     print(

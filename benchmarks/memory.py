@@ -1,14 +1,15 @@
 """The plan's memory against what real runs take on a CPU.
 
     python -m benchmarks.memory [--n_layer 12] [--n_embd 768] [--configurations v7 v6-bf16 v7-grad_cp]
-    python -m benchmarks.memory --shapes        # the plan alone, by part, for RWKV-7 of 0.1B to 7.2B: 1 x 512
-    tokens in bf16 on a CPU
+    python -m benchmarks.memory --shapes
 
-Each configuration is a run of train.py in its own process, on a random model with the World vocabulary and
-rows that are full and trained as a whole. Measured is the most that the process ever had resident (ru_maxrss:
-its own memory and the mapped files that it touched), predicted what `python -m scripts.plan --json` says
-beforehand, the libraries' share included; of two processes it is the larger one's peak, against the plan for
-one. The last line is JSON.
+--shapes prints the plan alone, by part, for RWKV-7 of 0.1B to 7.2B: 1 x 512 tokens in bf16 on a CPU.
+
+Otherwise each configuration is a run of train.py in its own process, on a random model with the World
+vocabulary. Its rows are full, and trained as a whole. Measured is the most that the process ever had resident
+(ru_maxrss: its own memory, and the mapped files that it touched). Of two processes the larger one's peak
+counts. Predicted is what `python -m scripts.plan --json` says beforehand for one process, libraries included.
+The last line is JSON.
 """
 
 import json

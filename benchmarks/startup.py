@@ -1,7 +1,4 @@
-"""Measure what starting costs.
-
-That is `import rwkv_miss` on top of `import torch`, and the time from the command to the first training
-step.
+"""Measure what a start costs: `import rwkv_miss` after torch, and the time to the first training step.
 
 python -m benchmarks.startup [--rounds 7]
 """

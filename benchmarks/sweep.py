@@ -2,8 +2,8 @@
 
 They stand against K passes one after the other.
 
-    python -m benchmarks.sweep [--adapters 4] [--shapes 6:12:128:256:8x128 7:12:768:65536:1x512 ...] [--rounds
-    5] [--threads 1]
+    python -m benchmarks.sweep [--adapters 4] [--shapes 6:12:128:256:8x128 7:12:768:65536:1x512 ...]
+    [--rounds 5] [--threads 1]
 
 A shape is RWKV version:layers:width:vocabulary:rows x tokens. The batched pass has K times the rows; a linear
 multiplies all of them by W, and each adapter's rows' shard sums by its own D: y_k = x_k W^T + S(x_k) D_k.

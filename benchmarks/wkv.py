@@ -3,13 +3,12 @@
 All forms run together; errors are against float64.
 
     python -m benchmarks.wkv [--shapes 1,512,768 1,1024,2048] [--head_size 64] [--dtype float32] [--rounds 10]
-    [--device cpu|cuda]
-                             [--kernels cpu torch reference] [--peers]
+    [--device cpu|cuda] [--kernels cpu torch reference] [--peers]
 
 On a CPU: CPU time of one thread, the native kernel's share of the limit that multiply-adds set (their peak is
 measured between its rounds), and its gain from a second thread in wall time, from paired runs. On a GPU: time
 between events. The fastest round counts. Errors are of the first row of the batch. --peers adds
-flash-linear-attention (pip install "rwkv-miss[bench]"), which runs on GPUs only. The last line is JSON.
+flash-linear-attention (pip install -e '.[bench]'), which runs on GPUs only. The last line is JSON.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
 It runs on the CPU, with a random RWKV-7 base of 0.45 B parameters.
 
-python -m benchmarks.zero [--strategies deepspeed_stage_2 deepspeed_stage_3] [--precision fp32] [--layers 24
---width 1024] [--steps 3]
+python -m benchmarks.zero [--strategies deepspeed_stage_2 deepspeed_stage_3] [--precision fp32]
+[--layers 24] [--width 1024] [--steps 3]
 
-What counts is the highest resident memory above that of the process before it looks at the base, everything
-imported: the process's own (RssAnon) apart from mapped pages of files (RssFile), which the processes of a
-machine share and the system can take back, and both at once. Seconds are those of the last step.
+What counts is the highest resident memory, above that of the process when all is imported and the base not
+yet read. It is shown in three columns: the process's own (RssAnon), mapped pages of files (RssFile), and the
+most of both at once. The processes of a machine share mapped pages, and the system can take them back.
+Seconds are those of the last step.
 """
 
 from __future__ import annotations
