@@ -76,7 +76,7 @@ class Chat:
             template,
         )
         self.max_tokens, self.seed = max_tokens, seed
-        self.scale = adapters.scale  # that of the next adapter, too
+        self.scale = adapters.scale  # the next adapter gets it, too
         self.over = False
         self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
 
@@ -134,7 +134,7 @@ class Chat:
         before = self.adapters.used, self.adapters.scale
         try:
             self.adapters.use(names, scale)
-        finally:  # it may have been stopped, and without any since
+        finally:  # Ctrl-C may have stopped the change and left no adapter in use
             if (self.adapters.used, self.adapters.scale) != before:
                 self.conversation.read_again()
                 if isinstance(self.conversation.model, (Decoder, GraphedDecoder)):
@@ -307,7 +307,7 @@ class Chat:
         kept = conversation.state, conversation.read, conversation.earlier
         answers = []
         try:
-            for weights in (names, ()):  # the adapter's has its state, the base reads the conversation first
+            for weights in (names, ()):  # the base has no state yet, and reads the conversation first
                 if weights != names:
                     self.use(weights, 1.0)
                 twin = conversation.twin(self.seed)

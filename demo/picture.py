@@ -18,7 +18,7 @@ with importing():
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image  # which matplotlib needs
+    from PIL import Image  # comes with matplotlib
 
     from demo.accuracy import short
     from rwkv_miss import UserError, read_checkpoint
@@ -86,7 +86,7 @@ def draw_answers(
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.axis("off")
     columns = (0.0, 0.455, 0.76)
-    top = 0.74  # of the rows
+    top = 0.74  # where the rows begin
     axes.text(0, 0.845, f"right answers to\n{questions} held-out questions", size=20, color=GREY, va="center")
     for x, title, share, colour in zip(columns[1:], ("before", "after"), accuracies, (WRONG, RIGHT)):
         axes.text(x, 1, title, size=24, color=GREY, va="top")

@@ -51,7 +51,7 @@ def one_line_errors() -> Iterator[None]:
             with answered():
                 yield
         except BaseException:
-            clear()  # of a bar that was being drawn
+            clear()  # a bar may be half drawn
             raise
         finally:
             sys.stdout.flush()

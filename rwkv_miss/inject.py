@@ -56,8 +56,8 @@ class Injection:
     total: int
     train_parts: list[str] = dataclasses.field(default_factory=list)
     whole: int = 0
-    merged_linears: list[str] = dataclasses.field(default_factory=list)  # in the file as whole tensors
-    # what they were before
+    merged_linears: list[str] = dataclasses.field(default_factory=list)  # whole tensors in the file
+    # a model's own buffers, such as BatchNorm's averages, as they were before the training
     statistics: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     def line(self) -> str:
@@ -388,7 +388,7 @@ def _file_content(model: nn.Module) -> tuple[dict[str, Tensor], list[str], dict[
                 tensors[other] = everything[other]
     layers = adapted_linears(model)
     merged = {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
-    needed: set[str] = set()  # by the linears that keep their adapter
+    needed: set[str] = set()  # tensors of the linears that keep their adapter
     for name, layer in layers.items():
         if name not in merged:
             needed |= {_name_in_file(layer, name, key) for key in layer.own_tensors()}
@@ -445,7 +445,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     if injection is None:
         raise UserError("the model carries no adapter; call inject() first")
     may_replace(path, ADAPTER_FORMAT)
-    arch = getattr(model, "arch", None)  # of other people's models it may be anything
+    arch = getattr(model, "arch", None)  # in a model of other people it may be anything
     tensors, linears, tied = _file_content(model)
     described = {
         "format": ADAPTER_FORMAT,
@@ -493,7 +493,7 @@ def read_described(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dic
     return tensors, metadata or {}
 
 
-# what an adapter file says of itself, and of what kind it is
+# the fields of an adapter file's metadata, and their types
 FIELDS = {
     "method": str,
     "options": dict,
@@ -511,7 +511,7 @@ FIELDS = {
     "template": str,
 }
 REQUIRED = ("method", "options", "linears")
-# what stands for a field that a file leaves out; `tied`: another name of a whole tensor -> that in the file
+# the value of a field that a file leaves out; `tied`: another name of a whole tensor -> its name in the file
 DEFAULTS = {
     "targets": [],
     "train_parts": [],

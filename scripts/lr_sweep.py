@@ -56,7 +56,7 @@ with importing():
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 100
-# of the rate that would be taken: small models want far more than the large ones it is for
+# rates to try, as factors of the default: it is for large models, and small ones need far more
 FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100)
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
@@ -133,7 +133,7 @@ def main() -> None:
 
 def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
-    # before anything is chosen: the command leaves the same to the program
+    # copied before anything is chosen, so that the printed command leaves the same to train.py
     given = dataclasses.replace(config)
     config.strategy = "auto"  # one process, whatever the run will have
     require_folder(config.proj_dir)

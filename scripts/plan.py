@@ -117,7 +117,7 @@ class Plan:
     schedule: Schedule
     steps: int
     evaluated: Documents
-    model: RWKV  # without memory
+    model: RWKV  # on the meta device
     memory: dict[str, int]
     fix: dict[str, object] | None
     speed: Speed
@@ -135,7 +135,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     choose_device(config, origins, device)
     template = recorded_template(config.template, tokenizer, config.load_model)
     data = read_data(config, origins, tokenizer, template)
-    device = dataclasses.replace(device, memory=memory_of(device, config.world))  # once: what is free changes
+    device = dataclasses.replace(device, memory=memory_of(device, config.world))  # read once: it changes
     schedule = plan_steps(config, origins, arch, device, data.documents)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
 
@@ -146,7 +146,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     memory = estimate(config, arch, schedule)
     fix = cheapest_fix(config, config.precision, max(schedule.lengths), fits)
     if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
-        fix["ctx_len"] = config.ctx_len  # chunks would have it chosen without a bound
+        fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
     speed = find_speed(ours, config, arch, device, schedule)
     cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
     model, steps = model_on_meta(arch, config), steps_of(config, schedule)

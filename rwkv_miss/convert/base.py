@@ -51,7 +51,7 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
             )
     try:
         arch = Arch.detect(tensors).to_dict()
-    except UserError:  # no RWKV model: its widths are those of its tensors
+    except UserError:  # not RWKV: the widths are read from its tensors
         arch = None
     about = {"base": os.path.basename(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}

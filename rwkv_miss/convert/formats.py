@@ -127,7 +127,7 @@ class Format:
     keeps_all: ClassVar[bool] = False  # has room for all that save_adapter() writes
     # kinds of files (files/file_kinds.py) whose place an output may take; folders have a rule of their own
     replaces: ClassVar[tuple[str, ...]] = ()
-    hints: ClassVar[tuple[str, ...]] = ()  # those that read() has a use for
+    hints: ClassVar[tuple[str, ...]] = ()  # the flags, such as --alpha, that read() uses
 
     @classmethod
     def reads(cls, source: Source) -> bool:

@@ -44,7 +44,7 @@ CONSUMED = {
     "origin",
 }
 PREFIX = "base_model.model."
-# ours inside a linear -> peft's
+# our name of a tensor inside a linear -> peft's
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # modules of RWKV that peft can keep a copy of, and their tensors
 MODULES = {"emb": ("weight",), "head": ("weight",), "ln": ("weight", "bias")}
@@ -348,7 +348,7 @@ def write_peft(adapter: Adapter, form: Callable[[Adapter], Folder], out: str | o
     if not adapter.metadata["linears"]:
         refuse(adapter, f"{adapter.method} of no linear is nothing that peft has")
     if adapter.shapes or adapter.metadata.get("arch"):
-        for _ in adapted_layers(adapter):  # which checks every shape
+        for _ in adapted_layers(adapter):  # the loop alone checks every shape
             pass
     folder = form(adapter)
     origin = origin_of(adapter, "peft")

@@ -36,7 +36,7 @@ PARTS = {
     "vera_lambda_b": "vera_lambda_b",
     "vera_lambda_d": "vera_lambda_d",
 }
-# in the name of a tensor that is none of those
+# a tensor with such a name belongs to an adapter, but is not one of PARTS
 FOREIGN = re.compile(r"(^|\.)(miss_|bone_|lora_|vera_|token_adapter)")
 # fields of a configuration that do not change what the tensors mean, or are read below; others must be empty
 NEUTRAL = {
@@ -57,7 +57,7 @@ NEUTRAL = {
     "init_weights",
     "init_lora_weights",
 }
-# of how a LoRA begins or runs
+# fields about how a LoRA starts or runs
 STARTS = {
     "loftq_config",
     "eva_config",
@@ -94,8 +94,9 @@ READ = {
     ),
     "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial"},
 }
-INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # that leave the base as it is
-# that take the adapter's first product out of the frozen weight
+# initialisations that leave the base as it is
+INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+# initialisations that subtract the adapter's first product from the frozen weight
 MOVED_BASES = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -231,7 +232,7 @@ def number(source: Source, field: str, default: Any, kind: type = int) -> Any:
     return value
 
 
-# method, its options, and the tensors of each linear
+# (method, its options, the tensors of each linear)
 Reading = tuple[str, dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
@@ -362,7 +363,7 @@ def scaled_options(ranks: dict[str, int], alphas: dict[str, float], **others: An
     options["alpha_map"] = {name: alpha for name, alpha in alphas.items() if parsed.at(name).alpha != alpha}
     parsed = ScaledOptions.parse(options)
     if any((parsed.at(name).rank, parsed.at(name).alpha) != (ranks[name], alphas[name]) for name in ranks):
-        options |= {"rank_map": ranks, "alpha_map": alphas}  # a name that is the end of another one's
+        options |= {"rank_map": ranks, "alpha_map": alphas}  # one name is the end of another one
     return options
 
 
@@ -407,7 +408,7 @@ def read_adalora(
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in own.items())
             raise UserError(f"{source.path}: {name} has {shapes}, which are of several ranks")
         if len(A) == 0:
-            continue  # nothing is left of it
+            continue  # all of its ranks were pruned
         ranks[name] = len(A)
         alphas[name] = scale * len(A)
         merged[name] = {"lora_A": A.float(), "lora_B": B.float() * E.float().flatten()}

@@ -28,7 +28,7 @@ from .formats import Adapter, Format, Hints, described, origin_of, register
 from .source import Source
 
 CONFIG, TENSORS, CHECKPOINT, EMBEDDED = "adapter.json", "adapter.pth", "checkpoint.json", "miss.json"
-# of each block, in the order of its packages
+# the linears of a block, in the order of rwkv_lightning's packages
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 PACKAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 FIXED = {"format_version": 1, "kind": "inference_adapter", "method": "miss", "layout": "modulo_rank_zero_pad"}

@@ -33,7 +33,7 @@ except ImportError:  # Windows
 DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for that
 REMEMBERED = 1 << 24  # bytes of a file from which its digest is remembered
 SETTLED = 2_000_000_000  # ns from a file's last change until it is remembered: two changes may have one time
-SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes at a place, places of a tensor
+SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes of a sample, samples of a tensor
 
 
 def fingerprint(tensors: Mapping[str, Tensor], bar: Progress | None = None) -> str:
@@ -122,7 +122,7 @@ class Identity:
         if self.given is not None:
             return self.given
         tensors = read_checkpoint(self.path)
-        # a change of the name or the rights is none of the content
+        # a new name or other rights do not change the content
         if _state(self.path)[:3] != self.state[:3]:
             raise UserError(f"{self.path} is another file than the one that was read; start again")
         return tensors
@@ -190,7 +190,8 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
                 return known["fingerprint"]
         value = compute()
         if _state(path) == state and time.time_ns() - max(state[1], state[3]) > SETTLED:
-            with contextlib.suppress(OSError):  # a full disk: half an entry is none
+            # a full disk: what is half written is not JSON, and the next reader ignores it
+            with contextlib.suppress(OSError):
                 file.truncate(0)
                 file.write(json.dumps({"file": place, "state": state, "fingerprint": value}).encode())
         return value

@@ -39,7 +39,7 @@ class Member:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     weight: float = 1.0
-    notes: Sequence[str] = ()  # of the reading
+    notes: Sequence[str] = ()  # what was noticed while the file was read
 
     @functools.cached_property
     def method(self) -> type[AdapterLinear]:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files.checkpoint import blocks, is_finite
 
 LOSS_LIMIT = 0.05  # share of the update that rounding may take before the user is warned
-TABLE_ROWS = 5  # of the table, where not all are asked for
+TABLE_ROWS = 5  # unless --layers asks for all
 
 
 def percent(share: float) -> str:
@@ -121,7 +121,7 @@ class Scratch:
         """Uninitialised, contiguous."""
         size = shape.numel() * dtype.itemsize
         if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers.pop(name, None)  # before the larger one is there
+            self.buffers.pop(name, None)  # freed first, so that both are never in memory
             self.buffers[name] = torch.empty(size, dtype=torch.uint8)
         return self.buffers[name][:size].view(dtype).view(shape)
 

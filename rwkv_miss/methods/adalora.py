@@ -153,7 +153,7 @@ class AdaLoraLinear(LoraLinear):
             return None
         terms = []
         for layer in layers:
-            # not by name: what is looked up so, ZeRO-3 keeps whole until the step is over
+            # not by attribute: ZeRO-3 would keep them whole until the step is over
             A, _, B = layer.trained().values()
             with gather([A, B]):
                 # copies: the parameters may be shared out again when the backward comes

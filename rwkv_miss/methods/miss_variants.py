@@ -27,7 +27,8 @@ from ..functional import (
 from .operators import expand_linear, output_shard_index
 
 CHOICES = {"layout": ("stride", "contiguous"), "shards": ("plain", "balanced"), "scale": ("sum", "sqrt")}
-OF_INPUT_SHARDS = ("layout", "shards", "scale", "mini_r", "magnitude")  # which `expand` goes with none of
+# options that `expand` cannot be combined with
+OF_INPUT_SHARDS = ("layout", "shards", "scale", "mini_r", "magnitude")
 
 
 @dataclasses.dataclass(frozen=True)

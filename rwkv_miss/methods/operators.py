@@ -159,7 +159,7 @@ def _bat_inputs(tokens: Tensor, D: Tensor) -> Tensor:
 def _bat_weight(weight: Tensor, D: Tensor, change_only: bool = False) -> Tensor:
     """W + dW (out, in) for D of (out / r, r, r); `change_only`: dW."""
     rank = D.shape[1]
-    blocks = weight.contiguous().view(len(D), -1, rank)  # those of r outputs below each other
+    blocks = weight.contiguous().view(len(D), -1, rank)  # a block: the rows of r outputs, in pieces of r
     changed = torch.bmm(blocks, D) if change_only else torch.baddbmm(blocks, blocks, D)
     changed.view(len(D), rank, -1, rank).add_(D.unsqueeze(2))
     return changed.view(weight.shape)

@@ -69,7 +69,7 @@ class PissaLinear(LoraLinear):
 
     Options = Options
     constants = ("initial_A", "initial_B")
-    decays = False  # at zero they leave W - B0 A0
+    decays = False  # with A and B at zero the weight is W - B0 A0, not W
     # the paper's, and the MiSS paper's (Table 7): A and B are large from the start
     default_lr = 2e-5
 
@@ -81,7 +81,7 @@ class PissaLinear(LoraLinear):
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B.detach()))
 
     def start(self) -> None:
-        if not self.initial_B.any():  # else they are those of an earlier start
+        if not self.initial_B.any():  # a run that goes on has those of its start
             B, A = principal_part(self.base_weight(), len(self.lora_A), self.niter)
             self.initial_A.copy_(A / self.scale**0.5)
             self.initial_B.copy_(B / self.scale**0.5)
