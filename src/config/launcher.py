@@ -28,18 +28,17 @@ PER_MACHINE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launcher that starts all processes of a run, and their numbers; `on_machine` is 0 where it does not
-    tell.
-    """
+    """A launcher that starts all processes of a run, and how many it starts."""
 
     by: str  # torchrun, deepspeed, srun, or "the launcher" for any other that sets RANK
-    world: int
-    on_machine: int
+    world: int  # processes of the run
+    on_machine: int  # of these on this machine; 0 where the launcher does not tell
 
 
 def launched() -> Launch | None:
-    """What started this process beside all others, or None where `python` did, or Lightning as one of
-    --devices.
+    """What started this process beside all others.
+
+    None where `python` started it, or Lightning as one of --devices.
     """
     env = os.environ
     if "RANK" in env:
@@ -50,18 +49,14 @@ def launched() -> Launch | None:
                 f" {', '.join(PER_PROCESS)}, MASTER_ADDR and MASTER_PORT for every process; set them all, or"
                 " unset RANK"
             )
-        by = (
-            "torchrun"
-            if "TORCHELASTIC_RUN_ID" in env
-            else "deepspeed"
-            if "CROSS_SIZE" in env
-            else "the launcher"
-        )
-        return Launch(
-            by, whole_number("WORLD_SIZE"), whole_number("LOCAL_WORLD_SIZE") or whole_number("LOCAL_SIZE")
-        )
-    # within `sbatch` and `salloc` SLURM_NTASKS is set without srun, too, and a step of one task may be a
-    # shell
+        by = "the launcher"
+        if "TORCHELASTIC_RUN_ID" in env:
+            by = "torchrun"
+        elif "CROSS_SIZE" in env:
+            by = "deepspeed"
+        on_machine = whole_number("LOCAL_WORLD_SIZE") or whole_number("LOCAL_SIZE")
+        return Launch(by, whole_number("WORLD_SIZE"), on_machine)
+    # SLURM_NTASKS is set without srun, too, within `sbatch` and `salloc`. A step of one task may be a shell.
     if (tasks := whole_number("SLURM_STEP_NUM_TASKS")) > 1:
         if "SLURM_NTASKS_PER_NODE" not in env:
             raise UserError(
@@ -86,10 +81,10 @@ def whole_number(name: str) -> int:
 
 
 def drop_local_rank(argv: list[str]) -> list[str]:
-    """The flags without the `--local_rank=N` that `deepspeed` puts before them: LOCAL_RANK says the same, so
-    there is no such setting.
+    """The flags without the `--local_rank=N` that `deepspeed` puts before them.
 
-    Without LOCAL_RANK it stays, and is refused like any flag that does not exist.
+    LOCAL_RANK says the same, so there is no such setting. Without LOCAL_RANK the flag stays, and is refused
+    like any flag that does not exist.
     """
     return [
         word
@@ -99,8 +94,9 @@ def drop_local_rank(argv: list[str]) -> list[str]:
 
 
 def follow_launcher(config: Config, origins: dict[str, str]) -> None:
-    """Take --devices and --num_nodes from the launcher where they were not given; a contradiction is a
-    UserError.
+    """Take --devices and --num_nodes from the launcher where they were not given.
+
+    UserError where one was given and contradicts the launcher.
     """
     launch = launched()
     if launch is None:
@@ -126,7 +122,7 @@ def follow_launcher(config: Config, origins: dict[str, str]) -> None:
 
 
 def check_world(config: Config) -> int:
-    """Number of processes of the run. A UserError where the environment does not fit to it."""
+    """Number of processes of the run. UserError where the environment contradicts it."""
     world = config.world
     launch, env = launched(), os.environ
     if launch is None and "WORLD_SIZE" in env and whole_number("WORLD_SIZE") != world:
@@ -162,8 +158,7 @@ def _needed_variables(config: Config, launch: Launch | None) -> tuple[str, ...]:
     return PER_MACHINE[:2]
 
 
-# set by torchrun and deepspeed, by Lightning's own launcher (NODE_RANK, and on each machine LOCAL_RANK), and
-# by srun
+# torchrun and deepspeed set RANK, Lightning's own launcher NODE_RANK and LOCAL_RANK, srun SLURM_PROCID
 RANK_VARIABLES = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 

@@ -49,8 +49,8 @@ REFUSED = {
     "optimizer": (("none", "", "adam", "adamw"), "the optimizer is AdamW; drop the flag"),
 }
 
-# RWKV-PEFT's masks, and what each of them trains there; with --data_type sft it reads none, and trains the
-# answers
+# RWKV-PEFT's masks, and what each of them trains there. With --data_type sft it reads none, and trains the
+# answers.
 LOSS_MASKS = {
     "none": ("all", "trains every token; padding, which is trained there, is not"),
     "": ("all", "trains every token; padding, which is trained there, is not"),
@@ -101,8 +101,9 @@ MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
-    """(the command line in today's flags, notes for the user). Raises UserError where a flag cannot be
-    honoured.
+    """(the command line in today's flags, notes for the user).
+
+    Raises UserError where a flag cannot be honoured.
     """
     old, kept = _split(argv)
     for name, (harmless, reason) in REFUSED.items():
@@ -391,9 +392,7 @@ TRANSLATIONS = (_method, _train_type, _stage, _epoch_save, _warm_up, _loss_mask,
 
 
 def newest_model(folder: str) -> str:
-    """RWKV-LM's `--load_model 0`: of rwkv-init.pth and rwkv-N.pth in the folder the one with the highest
-    N.
-    """
+    """RWKV-LM's `--load_model 0`: the rwkv-N.pth with the highest N in the folder, else rwkv-init.pth."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [match for name in names if (match := re.fullmatch(r"rwkv-(init|\d+)\.pth", name))]
     numbered = {

@@ -1,5 +1,6 @@
-"""Reading the settings: flags, YAML files, presets and launchers, in this order of precedence after the
-flags, and writing them: config.yaml and the full command.
+"""Reading the settings, and writing them as config.yaml and as the full command.
+
+A flag comes before the YAML file, the file before the preset. A launcher fills in what none of them gives.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from .validate import validate
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
-    """Config from the command line, and where each value came from: "command line", "FILE.yaml", "preset
-    NAME", a launcher, or "default".
+    """Config from the command line, and the origin of each value.
+
+    An origin is "command line", "FILE.yaml", "preset NAME", the name of a launcher, or "default".
     """
     config, origins = settle(
         read_flags(

@@ -1,7 +1,7 @@
-"""Every setting of a run: one dataclass field is the flag, the YAML key, the help line and the row in the
-docs.
+"""Every setting of a run.
 
-RWKV-LM's and RWKV-PEFT's names are kept.
+One dataclass field is the flag, the YAML key, the help line and the row in the docs. RWKV-LM's and
+RWKV-PEFT's names are kept.
 """
 
 from __future__ import annotations

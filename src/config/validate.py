@@ -1,5 +1,4 @@
-"""Whether settings make sense, alone and together: one place for all rules, asked before anything is
-loaded.
+"""Whether settings make sense, alone and together: all rules, checked before anything is loaded.
 
 A rule is a function that raises UserError. What depends on the checkpoint or the data is checked where they
 are read.
@@ -203,9 +202,7 @@ RULES = (
 
 
 def check_sizes(config: Config, arch: Arch) -> None:
-    """A size given by hand is an assertion about the checkpoint; a contradiction is a UserError that shows
-    both.
-    """
+    """A size given by hand must be the checkpoint's; else a UserError shows both."""
     in_file = {
         "version": f"x0{arch.version}0",
         "n_layer": arch.n_layer,
