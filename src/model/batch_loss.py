@@ -53,8 +53,9 @@ class Chunks:
 
 
 def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
-    """Bytes of the state of `batch` rows: WKV's in fp32, and the last inputs of both mixes of every layer in
-    a dtype of `itemsize` bytes.
+    """Bytes of the state of `batch` rows.
+
+    The WKV state is fp32. The last inputs of both mixes of every layer have `itemsize` bytes a number.
     """
     return batch * arch.n_layer * (4 * arch.dim_att * arch.head_size + 2 * arch.n_embd * itemsize)
 
@@ -62,11 +63,11 @@ def state_bytes(arch: Arch, batch: int, itemsize: int) -> int:
 def batch_loss(
     model: RWKV, batch: dict, chunks: Chunks, half: torch.dtype | None = None, width: int = 0
 ) -> Tensor:
-    """The sum of the loss over the trained tokens of a batch (see data/batches.collate), differentiable in
-    the model's trained parameters.
+    """The loss over the trained tokens of a batch, summed; `batch` is what data/batches.collate() makes.
 
-    `half` is the autocast dtype, or None. `width` is the length by which the chunks are counted, if it is not
-    that of the batch: ZeRO-3 needs the same number on every rank, so that of the rank with the longest row.
+    It is differentiable in the model's trained parameters. `half` is the autocast dtype, or None. `width` is
+    the length by which the chunks are counted, if it is not that of the batch. ZeRO-3 needs as many chunks on
+    every rank, so it is the longest row of all ranks.
     """
     count = chunks.count(width or batch["ids"].shape[1])
     if count == 1:
@@ -78,8 +79,9 @@ def batch_loss(
 
 
 def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | None) -> tuple[Tensor, State]:
-    """(loss summed over the trained tokens of a part of the rows, state after it); `state` is the one before,
-    None where the rows begin.
+    """(loss over the trained tokens of a part of the rows, summed; state after the part).
+
+    `state` is the state before the part, None where the rows begin.
     """
     with torch.autocast(part["ids"].device.type, half, enabled=half is not None):
         # the head, and what of the last layer only it reads, run on the tokens that carry loss
@@ -88,15 +90,13 @@ def part_loss(model: RWKV, part: dict, state: State | None, half: torch.dtype | 
 
 
 def cut(batch: dict, start: int, stop: int) -> dict:
-    """Tokens start to stop of every row. Behind the end of the rows, which are longer on another rank: one
-    token without loss.
+    """Tokens start to stop of every row.
+
+    Where these rows have ended and those of another rank have not, it is one token without loss.
     """
-    part = {
-        name: None if batch[name] is None else batch[name][:, start:stop]
-        for name in ("ids", "targets", "mask", "reset")
-    }
-    if part["ids"].shape[1]:
-        return part
+    if start < batch["ids"].shape[1]:
+        tensors = {name: batch[name] for name in ("ids", "targets", "mask", "reset")}
+        return {name: None if x is None else x[:, start:stop] for name, x in tensors.items()}
     ids = batch["ids"][:, :1]
     return {"ids": ids, "targets": ids, "mask": torch.zeros_like(ids, dtype=torch.bool), "reset": None}
 
@@ -148,9 +148,7 @@ class _Walk:
                 states.append(_own(self.run(i, states[-1])[1]))
             for i in reversed(range(first, first + len(states))):
                 new, dstate = self.chunk_backward(i, states.pop(), parameters, dloss, dstate)
-                gradients = [
-                    a if b is None else b if a is None else a + b for a, b in zip(gradients, new, strict=True)
-                ]
+                gradients = [_added(a, b) for a, b in zip(gradients, new, strict=True)]
         return gradients
 
     def chunk_backward(
@@ -161,8 +159,9 @@ class _Walk:
         dloss: Tensor,
         dafter: list[Tensor | None],
     ):
-        """(gradients of the parameters by chunk i, gradient of the state before it: empty where nothing
-        crosses).
+        """(gradients of the parameters by chunk i, gradient of the state before it).
+
+        `dafter` is the gradient of the state after it. Each is empty where no gradient crosses.
         """
         crosses = i > 0 and not (self.chunks.truncate and i * self.chunks.size % self.chunks.truncate == 0)
         before = [] if state is None else [t.detach().requires_grad_(crosses) for t in _flat(state)]
@@ -195,6 +194,13 @@ class _BatchLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor):
         return None, *ctx.walk.backward(ctx.saved_tensors, ctx.parameters, dloss)
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b of two gradients, where None is no gradient."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
 def _flat(state: State) -> list[Tensor]:
