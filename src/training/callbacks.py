@@ -82,8 +82,9 @@ class StepReport(Callback):
         return {number: signal.signal(number, self._ask_to_stop) for number in numbers}
 
     def _ask_to_stop(self, signum, frame) -> None:
-        """The first signal ends the run after its current step and saves. The second one ends it now, and so
-        does one before the first step.
+        """The first signal ends the run after its current step and saves.
+
+        The second one ends it now, and so does one before the first step.
         """
         if not self.training:  # nothing of ours is there to be put away
             self._tell(b"\ninterrupted before the first step\n")
@@ -198,12 +199,11 @@ class StepReport(Callback):
 
 
 class Saver(Callback):
-    """Every save_steps, at the end and when asked to stop: the trained tensors, and a checkpoint to resume
-    from.
+    """Saves the trained tensors, and a checkpoint to resume from.
 
-    `write` puts the trained tensors into the file `output`; it is called on every rank, inside which rank 0
-    writes. A run that goes on from `resume_from` gets its state back before its first step. The newest `keep`
-    checkpoints stay.
+    It does so every `every` steps, at the end, and when the run is asked to stop. `write` puts the trained
+    tensors into the file `output`; it is called on every rank, and rank 0 writes. A run that goes on from
+    `resume_from` gets its state back before its first step. The newest `keep` checkpoints stay.
     """
 
     def __init__(
@@ -237,8 +237,9 @@ class Saver(Callback):
             self.save(trainer)
 
     def save(self, trainer) -> None:
-        """The output, then the checkpoint, each whole under its name or not at all; older checkpoints go only
-        after that.
+        """Write the output, then the checkpoint, each whole under its name or not at all.
+
+        Older checkpoints go only after that.
         """
         step, module = trainer.global_step, trainer.lightning_module
         if step == self.saved:

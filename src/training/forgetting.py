@@ -1,6 +1,4 @@
-"""What a run forgets: how far the tuned model has moved from its base on text that no training data have to
-do with.
-"""
+"""What a run forgets: how far the tuned model has moved from its base on a fixed text."""
 
 from __future__ import annotations
 
@@ -19,12 +17,14 @@ from .validation import undisturbed
 
 
 class Forgetting(Callback):
-    """`result` at the end: section, and "all" -> mean KL(base || tuned); empty where the tokenizer has no
-    tokens for the text. None for a new model, which has no base file, and for a run that was interrupted.
+    """Measures mean KL(base || tuned) at the end of a run, of each section of the text and of "all".
+
+    They are in `result`, which is empty where the tokenizer has no tokens for the text. It is None for a new
+    model, which has no base file, and for a run that was interrupted.
 
     With an adapter on linears alone the base is there at the end, under disabled(). Otherwise what its head
-    gets is taken before the first step, and before a resumed run gets its state back, so this callback stands
-    before the Saver; its head is in its file.
+    gets is taken before the first step, and its head is read from its file. A resumed run must not have its
+    state back by then, so this callback stands before the Saver.
     """
 
     def __init__(self, tokenizer, base_file: str, is_complete):
@@ -55,8 +55,9 @@ class Forgetting(Callback):
             self.result["all"] = float(torch.cat(moved).mean())
 
     def _features(self, module) -> list[Tensor]:
-        """What the head gets of each section, (T, C); all ranks take part, because ZeRO-3 gathers the model
-        on the way.
+        """What the head gets of each section, (T, C).
+
+        All ranks take part, because ZeRO-3 gathers the model on the way.
         """
         return [
             module.model.features(torch.tensor([ids], device=module.device))[0][0]

@@ -1,5 +1,6 @@
-"""Where a run's numbers go besides its own files: to TensorBoard where it is installed, to Weights & Biases
-where it is asked for.
+"""Where a run's numbers go besides its own files.
+
+To TensorBoard where it is installed, to Weights & Biases where it is asked for.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ class TensorBoard:
             raise UserError(f"{self.folder} could not be written ({error.strerror})") from None
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        # four spaces are Markdown for text as it is
-        text = "\n\n".join(
-            f"{name}\n\n" + "\n".join(f"    {line}" for line in value.splitlines())
-            for s in samples
-            for name, value in s.items()
-        )
-        self.writer.add_text("validation/samples", text, step)
+        parts = []
+        for sample in samples:
+            for name, value in sample.items():
+                # four spaces are Markdown for text as it is
+                parts += [name, "\n".join(f"    {line}" for line in value.splitlines())]
+        self.writer.add_text("validation/samples", "\n\n".join(parts), step)
 
     def close(self, failed: bool) -> None:
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """One run of a project, with which a resumed run goes on. The key, and staying offline, are wandb's own
-    settings.
+    """One run of a project, which a resumed run goes on with.
+
+    The key, and staying offline, are wandb's own settings.
     """
 
     def __init__(self, config: Config, first_step: int):
@@ -89,14 +90,8 @@ class WeightsAndBiases:
         self.run.log(values, step=step)
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        self.run.log(
-            {
-                "validation/samples": self.table(
-                    columns=list(samples[0]), data=[list(s.values()) for s in samples]
-                )
-            },
-            step=step,
-        )
+        table = self.table(columns=list(samples[0]), data=[list(sample.values()) for sample in samples])
+        self.run.log({"validation/samples": table}, step=step)
 
     def close(self, failed: bool) -> None:
         self.run.finish(int(failed))
@@ -117,8 +112,9 @@ def check_wandb(project: str) -> None:
 
 
 def tensorboard_problem() -> str | None:
-    """Why there is no TensorBoard, or None. Nobody asked for it, so a broken installation is no reason to end
-    a run.
+    """Why there is no TensorBoard, or None.
+
+    Nobody asked for it, so a broken installation is no reason to end a run.
     """
     if importlib.util.find_spec("tensorboard") is None:
         return "not installed (pip install tensorboard)"
@@ -137,12 +133,12 @@ def open_writers(config: Config, first_step: int) -> list[Writer]:
 
 def places_to_watch(config: Config) -> list[str]:
     """Where the numbers can be seen while they come."""
-    board = (
-        []
-        if tensorboard_problem()
-        else [f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}"]
-    )
-    return board + ([f"Weights & Biases, project {config.wandb}"] if config.wandb else [])
+    places = []
+    if not tensorboard_problem():
+        places.append(f"tensorboard --logdir {os.path.join(config.proj_dir, TENSORBOARD)}")
+    if config.wandb:
+        places.append(f"Weights & Biases, project {config.wandb}")
+    return places
 
 
 def describe_writers(config: Config) -> str:

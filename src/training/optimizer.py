@@ -14,8 +14,9 @@ from ..config import Config
 
 
 def state_learning_rate(config: Config) -> float | None:
-    """The rate of an initial state beside an adapter; None where it is not trained, or is all that is, at
-    lr_init.
+    """The rate of an initial state that is trained beside an adapter; else None.
+
+    An initial state that is trained alone has the rate lr_init.
     """
     if "state" not in split_parts(config.train_parts):
         return None
@@ -23,8 +24,9 @@ def state_learning_rate(config: Config) -> float | None:
 
 
 def learning_rate_factor(config: Config, total: int):
-    """Factor of lr_init at optimizer step `step` (0-based): linear warm-up, then cos, constant or wsd down to
-    lr_final.
+    """A function that gives the factor of lr_init at an optimizer step, counted from 0.
+
+    It is a linear warm-up, then cos, constant, or wsd down to lr_final.
     """
     final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
 
@@ -50,12 +52,14 @@ def parameter_groups(
 ) -> list[dict]:
     """RWKV-LM's optimizer groups over the trainable parameters; each carries `lr` and `weight_decay`.
 
-    The base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at `state_lr`
-    where it is given, and an adapter's tensors at what the method makes of it (LoRA+). `lr_map` multiplies
-    the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}; what layers share is called shared.NAME, as in
-    the adapter file. Weight decay acts on matrices named `.weight` and on the adapter's matrices, where it
-    pulls towards the base (PiSSA's, whose zero is not the base, have none); vectors, initial states and the
-    low-rank maps of the model have none.
+    Rates: the base decay (v7 `att.w0`, v6 `att.time_decay`) learns at twice the rate, initial states at
+    `state_lr` where it is given, and an adapter's tensors at what the method makes of it (LoRA+). `lr_map`
+    multiplies the rates by parts of names: {"ffn": 0.5, "blocks.0": 2}. What layers share is called
+    shared.NAME, as in the adapter file.
+
+    Weight decay acts on matrices named `.weight`, and on the adapter's matrices, where it pulls towards the
+    base. PiSSA's have none, because their zero is not the base. Vectors, initial states and the low-rank maps
+    of the model have none.
     """
     groups: dict[tuple[float, float], list] = {}
     factors: dict[int, float] = {}

@@ -39,8 +39,9 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
 
 
 def writer(config: Config, model: RWKV, tokenizer, template: Template):
-    """The function that is called on every rank to write the trained tensors or, in full training, the whole
-    model; keywords become metadata.
+    """A function that writes the trained tensors or, in full training, the whole model.
+
+    It is called on every rank. Its keywords become metadata.
     """
     from .trainer import whole_parameters  # lightning, which merge and chat need not pay
 
@@ -75,10 +76,10 @@ def writer(config: Config, model: RWKV, tokenizer, template: Template):
 
 
 def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
-    """(name, tensor) of a fully trained model, one in memory at a time: the base's key order, shapes and
-    dtypes, or bf16 for a new model.
+    """(name, tensor) of a fully trained model, one in memory at a time.
 
-    Inside `gather(parameter)` the parameter is whole; all ranks must walk through.
+    Order, shapes and dtypes are the base's; a new model is bf16. Inside `gather(parameter)` the parameter is
+    whole, so all ranks must walk through.
     """
     trained = dict(model.named_parameters())
     like = read_checkpoint(config.load_model) if config.load_model else dict.fromkeys(trained)
@@ -89,8 +90,9 @@ def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
 
 
 def is_summed_up(config: Config, step: int) -> bool:
-    """Whether the end of the run at this step has been written down. A run that was stopped there has no
-    card, and may end there all the same: with other settings.
+    """Whether the end of the run at this step has been written down.
+
+    A run that was stopped there has no card. With other settings it may end there all the same.
     """
     path = os.path.join(config.proj_dir, SUMMARY)
     if not (os.path.exists(path) and os.path.exists(os.path.join(config.proj_dir, CARD))):

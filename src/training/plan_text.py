@@ -30,8 +30,9 @@ SAMPLE = 80  # characters of each part of the first sample, in the plan
 
 
 def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
-    """What the run trains, on what, how, where and for how long, in at most LINES lines. `resumed` are the
-    lines of resume().
+    """What the run trains, on what, how, where and for how long, in at most LINES lines.
+
+    `resumed` are the lines of resume().
     """
     config, device = job.config, job.device
     processes = ""
@@ -267,8 +268,9 @@ def steps(config: Config, schedule: Schedule, total: int) -> str:
 
 
 def chunks(chunks: Chunks, width: int, each: int) -> list[str]:
-    """The line of the plan about rows in chunks, of which the longest has `width` tokens and a state of a
-    micro-batch has `each` bytes.
+    """The line of the plan about rows in chunks.
+
+    The longest row has `width` tokens. A state of a micro-batch has `each` bytes.
     """
     if not chunks.size:
         return []
@@ -313,9 +315,7 @@ def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[
 
 
 def resume(job: Job, before: Config | None, path: str | None, over: bool) -> list[str]:
-    """Lines of the plan about a run that goes on from a checkpoint: from where, and what is different from
-    here.
-    """
+    """Lines of the plan about a run that goes on: from which checkpoint, and what is different now."""
     config = job.config
     if over:
         step = checkpoint_step(path)
@@ -357,8 +357,9 @@ def sample(row: Document, tokenizer, limit: int = 600) -> str:
 
 
 def short_sample(row: Document, tokenizer) -> str:
-    """A document's beginning, up to its first trained part, on one line: of each part SAMPLE characters next
-    to the mark between them.
+    """A document's beginning and its first trained part, on one line with a mark between them.
+
+    Of each it shows the SAMPLE characters that are next to the mark.
     """
     shown = ""
     for part, trained in parts_of(row, tokenizer):

@@ -1,6 +1,4 @@
-"""Going on with a run: which checkpoint, whether the settings are still those of the run, and how many rows a
-step has.
-"""
+"""Going on with a run: from which checkpoint, with which settings, and with how many rows in a step."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from ..planning.defaults import choose
 from .run_folder import CHECKPOINTS, CONFIG, SUMMARY, list_checkpoints, output_path
 from .validation_log import BEST
 
-# settings that a resumed run may change without becoming another run: how a step is computed, how many there
-# are, what is kept
+# Settings that a resumed run may change without becoming another run. They say how a step is computed, how
+# many steps there are, and what is kept.
 MAY_CHANGE = {
     "proj_dir",
     "resume",
@@ -68,8 +66,10 @@ def earlier_settings(config: Config) -> Config | None:
 
 
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
-    """Fill in what was chosen for the run so far; of what may change only the batch, where the processes are
-    as many and no other was given.
+    """Fill in what was chosen for the run so far.
+
+    Settings that may change are left out. The batch is an exception: it stays where the processes are as many
+    as before and no other batch was given.
     """
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
@@ -87,14 +87,9 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
     """
     paths = list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
     if not before:
-        # without its summary the output comes from a run that was killed before its first checkpoint was
-        # complete
+        # an output without a summary is of a run that was killed before its first checkpoint was complete
         cut_off = config.resume == "auto" and not os.path.exists(os.path.join(config.proj_dir, SUMMARY))
-        outputs = [
-            path
-            for path in (os.path.join(config.proj_dir, BEST), output_path(config))
-            if os.path.exists(path)
-        ]
+        outputs = list(filter(os.path.exists, (os.path.join(config.proj_dir, BEST), output_path(config))))
         if is_first_process() and not cut_off and (paths or outputs):
             raise UserError(
                 f"{config.proj_dir} holds a run already ({os.path.basename((paths or outputs)[-1])}); "

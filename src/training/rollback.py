@@ -1,6 +1,4 @@
-"""A loss that is not finite, or jumps: the run goes back to the last state that is known to be good and goes
-on with the next step.
-"""
+"""Going back to the last good state when a loss is not finite, or jumps, and on with the next step."""
 
 from __future__ import annotations
 
@@ -62,10 +60,10 @@ class LastGood:
         return None
 
     def after_step(self, trainer: pl.Trainer, loss: float, norm: float) -> int | None:
-        """Judge the step that was just done, on every rank alike; the step whose state is back in place, or
-        None where all is well.
+        """Judge the step that was just done, on every rank alike.
 
-        UserError when there is nothing to go back to, or going back did not help.
+        Returns the step whose state is back in place, None where all is well. UserError when there is nothing
+        to go back to, or going back did not help.
         """
         fault, step = self.fault(loss), trainer.global_step
         if fault is None:

@@ -20,7 +20,8 @@ def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], hi
     wrote.
     """
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
-    tokens, trained = (sum(line[name] for line in metrics) / seconds for name in ("tokens", "trained_tokens"))
+    tokens = sum(line["tokens"] for line in metrics) / seconds
+    trained = sum(line["trained_tokens"] for line in metrics) / seconds
     figures = {
         "steps": f"{summary['steps']} of {summary['planned_steps']}",
         "training loss": f"{summary['loss_first']:.4f} to {summary['loss_last']:.4f}",
@@ -136,10 +137,8 @@ def draw_losses(metrics: list[dict], history: list[dict], path: str) -> None:
 
     losses = [line["loss"] for line in metrics]
     window = max(1, len(losses) // 20)
-    mean = [
-        sum(losses[max(0, i + 1 - window) : i + 1]) / len(losses[max(0, i + 1 - window) : i + 1])
-        for i in range(len(losses))
-    ]
+    windows = [losses[max(0, end - window) : end] for end in range(1, len(losses) + 1)]
+    mean = [sum(part) / len(part) for part in windows]
     figure, axes = plt.subplots(figsize=(7, 4))
     steps = [line["step"] for line in metrics]
     axes.plot(steps, losses, alpha=0.35, label="loss")

@@ -21,10 +21,21 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+ADAPTER = "adapter.pth"
+MODEL = "model.pth"  # of full training
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+SUMMARY = "run.json"
+MERGED = "merged.pth"  # what the merge that is suggested writes
+NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = f"step-{'[0-9]' * 8}.pth"  # the pattern of checkpoint_name()
+
 
 def require_folder(folder: str) -> None:
-    """UserError unless files can be made in the folder, which need not be there yet: call it before work that
-    would be lost.
+    """UserError unless files can be made in the folder, which need not be there yet.
+
+    Call it before work that would be lost.
     """
     there = existing_part(folder)
     try:
@@ -43,9 +54,10 @@ def existing_part(folder: str) -> str:
 
 @contextlib.contextmanager
 def folder_of_run(folder: str, others: Lifeline | None) -> Iterator[None]:
-    """In each process of a run, all that it does with its folder: the first one holds it, and the others,
-    which only read, look into it after that. `others` is the connection to them where they are not started by
-    the first one.
+    """The context in which a process of a run uses the run's folder.
+
+    The first process holds the folder. The others, which only read, look into it after that. `others` is the
+    connection to them where the first one does not start them.
     """
     if is_first_process():
         with alone_in(folder):
@@ -60,11 +72,10 @@ def folder_of_run(folder: str, others: Lifeline | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: str) -> Iterator[None]:
-    """Hold the folder for one run; a second one is a UserError. It is made, and removed if it is empty at the
-    end.
+    """Hold the folder for one run; a second one is a UserError.
 
-    The system gives the folder back when the process dies. Windows and some network file systems have no such
-    lock; there nothing is held.
+    The folder is made, and removed if it is empty at the end. The system gives it back when the process dies.
+    Windows and some network file systems have no such lock; there nothing is held.
     """
     require_folder(folder)
     there = existing_part(folder)
@@ -112,9 +123,6 @@ def _remove_empty(folder: str, there: str) -> None:
             folder = os.path.dirname(folder)
 
 
-CHECKPOINT = f"step-{'[0-9]' * 8}.pth"  # the pattern of checkpoint_name()
-
-
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}.pth"
 
@@ -124,8 +132,9 @@ def checkpoint_step(path: str) -> int:
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """Paths of the checkpoints in a folder, oldest first. Each is whole: a file gets its name when it is
-    complete.
+    """Paths of the checkpoints in a folder, oldest first.
+
+    Each is whole, because a file gets its name when it is complete.
     """
     return sorted(glob.glob(os.path.join(glob.escape(folder), CHECKPOINT)))
 
@@ -137,8 +146,10 @@ def remove_old(folder: str, keep: int) -> None:
 
 
 def remove_leftovers(*paths: str) -> None:
-    """Remove what a killed process was writing as one of these files, or as a checkpoint in one of these
-    folders, under the temporary names of rwkv_miss.files.output.whole_file. Others may write beside them."""
+    """Remove what a killed process left of one of these files, or of a checkpoint in one of these folders.
+
+    It has a temporary name of rwkv_miss.files.output.whole_file(). Others may write beside it.
+    """
     for path in paths:
         written = os.path.join(glob.escape(path), CHECKPOINT) if os.path.isdir(path) else glob.escape(path)
         for leftover in glob.glob(f"{written}.{'[0-9a-f]' * 8}.tmp"):
@@ -146,17 +157,21 @@ def remove_leftovers(*paths: str) -> None:
 
 
 def keep_best(path: str, folder: str) -> None:
-    """Keep best.pth at `path` with the newest checkpoint in a folder, as it is now and by its own name: the
-    next best.pth may be of a step that a run which goes on from here does not come to."""
+    """Keep best.pth at `path`, as it is now, in the folder of checkpoints too.
+
+    The next best.pth may be of a step that a run which goes on from this checkpoint does not come to.
+    """
     kept = os.path.join(folder, os.path.basename(path))
     if os.path.exists(path) and _evaluation(path) != _evaluation(kept):
         _link(path, kept)
 
 
 def restore_best(path: str, folder: str, wanted: dict | None) -> str:
-    """Have best.pth at `path` be the state of the evaluation `wanted`, the best one up to the step that a run
-    goes on from, or be absent where there is none or it is lost. Returns what the user should know, "" for
-    nothing."""
+    """Have best.pth at `path` be the state of the evaluation `wanted`.
+
+    That is the best one up to the step that a run goes on from. Where there is none, or its state is lost,
+    best.pth is removed. Returns what the user should know, "" for nothing.
+    """
     found = _evaluation(path)
     best = (wanted["step"], wanted["loss"]) if wanted else None
     if found in (None, best):
@@ -189,18 +204,6 @@ def _link(path: str, other: str) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
-
-
-ADAPTER, MODEL, METRICS, CONFIG, SUMMARY = (
-    "adapter.pth",
-    "model.pth",
-    "metrics.jsonl",
-    "config.yaml",
-    "run.json",
-)
-MERGED = "merged.pth"  # what the merge that is suggested writes
-NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name
-CHECKPOINTS = "checkpoints"
 
 
 def output_path(config: Config) -> str:

@@ -1,5 +1,6 @@
-"""Short trainings of one model, each from the same start and on the same batches, without a trainer around
-them: what a learning rate is worth.
+"""Short trainings of one model, which show what a learning rate is worth.
+
+Each has the same start and the same batches. There is no trainer around them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,11 @@ from .optimizer import learning_rate_factor, parameter_groups, state_learning_ra
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A training at one rate. `losses`: of each step, nats per trained token, up to the first that is not
-    finite. `held_out`: the loss on other documents after the last step; None where that was not reached, or
-    left the model without a finite one.
-    """
+    """A training at one rate."""
 
     rate: float
-    losses: list[float]
+    losses: list[float]  # of each step, nats per trained token, up to the first that is not finite
+    # on other documents after the last step; None where that was not reached, or this loss is not finite
     held_out: float | None
 
     @property
@@ -66,16 +65,18 @@ def trials(
 
 
 def _changing(model: RWKV) -> dict[str, torch.Tensor]:
-    """What a training may change, without its gradients: the trained parameters, and the buffers in which
-    methods keep what they derive.
+    """What a training may change, without its gradients.
+
+    That is the trained parameters, and the buffers in which methods keep what they derive.
     """
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {**trained, **dict(model.named_buffers())}
 
 
 def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list[float]:
-    """The losses of train.py's optimizer steps with these settings, in this process; they end with one that
-    is not finite.
+    """The losses of train.py's optimizer steps with these settings, in this process.
+
+    They end with the first that is not finite.
     """
     schedule = make_schedule(documents, config, 1)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -92,14 +93,11 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
     with ops.nan_passes():
         for step in progress(range(steps), f"training at {config.lr_init:g}", unit="steps"):
             optimizer.zero_grad()
-            losses.append(
-                sum(
-                    _backward(
-                        model, config, next(batches), schedule.seed_of(step, micro, 0), schedule.accumulate
-                    )
-                    for micro in range(schedule.accumulate)
-                )
-            )
+            loss = 0.0
+            for micro in range(schedule.accumulate):
+                seed = schedule.seed_of(step, micro, 0)
+                loss += _backward(model, config, next(batches), seed, schedule.accumulate)
+            losses.append(loss)
             if not math.isfinite(losses[-1]):
                 break
             rwkv_miss.before_step(model, step + 1, steps)

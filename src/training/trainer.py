@@ -39,13 +39,10 @@ from .resume import inputs
 
 
 class ScaledFp16(MixedPrecision):
-    """Loss scaling alone: the frozen base is fp16 already, the adapter is fp32 and stays so, nothing is
-    autocast.
-    """
+    """Loss scaling without autocast: the frozen base is fp16 already, the adapter is fp32 and stays so."""
 
     def __init__(self, device: str):
-        # from 1024 instead of 65536: the first steps of a short run would otherwise be spent on finding a
-        # scale that fits
+        # from 65536 a short run would spend its first steps on finding a scale that fits
         super().__init__("16-mixed", device, torch.amp.GradScaler(device, init_scale=1024.0))
 
     def forward_context(self):
@@ -53,8 +50,9 @@ class ScaledFp16(MixedPrecision):
 
 
 class FineTuning(pl.LightningModule):
-    """One optimizer step = loss over all its trained tokens / their number, however they fall into
-    micro-batches and ranks.
+    """The loss of an optimizer step is the mean over all its trained tokens.
+
+    It does not depend on how they fall into micro-batches and ranks.
     """
 
     def __init__(
@@ -104,8 +102,9 @@ class FineTuning(pl.LightningModule):
         )
 
     def training_step(self, batch: dict, index: int) -> Tensor:
-        """The micro-batch's share of the step's loss, scaled so that the mean over ranks and micro-batches is
-        the step's loss.
+        """The micro-batch's share of the step's loss.
+
+        It is scaled so that the mean over ranks and micro-batches is the step's loss.
         """
         loss = self.batch_loss(batch)
         self.step_loss += loss.detach() / max(batch["step_targets"], 1)
@@ -118,12 +117,13 @@ class FineTuning(pl.LightningModule):
         return whole_parameters(self.trainer, parameters)
 
     def validation_step(self, batch: dict, index: int) -> Tensor:
-        """The loss over a batch of held-out rows, summed; src/data/held_out.py calls it."""
+        """The loss over a batch of held-out rows, summed; validation.validation_loss() asks for it."""
         return self.batch_loss(batch)
 
     def batch_loss(self, batch: dict) -> Tensor:
-        """The loss over the trained tokens of a batch, summed; its `width` is the length of the longest row
-        that any rank has in its batch.
+        """The loss over the trained tokens of a batch, summed.
+
+        The batch's `width` is the length of the longest row that any rank has in its batch.
         """
         return batch_loss(self.model, batch, self.chunks, self.half, batch["width"])
 
@@ -148,16 +148,12 @@ def make_trainer(
     strategy = config.strategy
     if strategy.startswith("deepspeed"):
         if config.accelerator == "cpu":
-            os.environ["DS_ACCELERATOR"] = (
-                "cpu"  # read by deepspeed's import, which would choose a GPU if it saw one
-            )
+            # read by deepspeed's import, which would choose a GPU if it saw one
+            os.environ["DS_ACCELERATOR"] = "cpu"
         from ..distributed.deepspeed_strategy import AnywhereDeepSpeed
 
-        strategy = AnywhereDeepSpeed(
-            strategy,
-            config.micro_bsz,
-            torch.float32 if config.peft == "none" else PRECISIONS[config.precision],
-        )
+        dtype = torch.float32 if config.peft == "none" else PRECISIONS[config.precision]
+        strategy = AnywhereDeepSpeed(strategy, config.micro_bsz, dtype)
     elif strategy == "ddp":
         # every rank derives the same, and a method's may be larger than what it trains
         strategy = DDPStrategy(broadcast_buffers=False)
@@ -193,8 +189,9 @@ def set_global_step(trainer: pl.Trainer, step: int) -> None:
 
 
 def cluster_environment(num_nodes: int) -> ClusterEnvironment:
-    """Where Lightning reads ranks: by itself it would take what `deepspeed` starts for processes of its own,
-    and requeue jobs of SLURM.
+    """Where Lightning reads ranks.
+
+    By itself it would take what `deepspeed` starts for processes of its own, and requeue jobs of SLURM.
     """
     launch = launched()
     if launch is None:
@@ -206,8 +203,9 @@ def cluster_environment(num_nodes: int) -> ClusterEnvironment:
 
 @contextlib.contextmanager
 def naming_the_killed(trainer: pl.Trainer):
-    """Around Trainer.fit: of the processes that Lightning started, say which one was killed, where all that
-    the others see is a lost connection.
+    """Around Trainer.fit: say which of the processes that Lightning started was killed.
+
+    All that the others see is a lost connection.
     """
     try:
         yield
@@ -228,9 +226,7 @@ def naming_the_killed(trainer: pl.Trainer):
 
 @contextlib.contextmanager
 def whole_parameters(trainer: pl.Trainer, parameters: list[nn.Parameter]):
-    """Context in which every rank sees the parameters whole, also under ZeRO-3, which keeps a share on each
-    rank.
-    """
+    """Context in which every rank sees the parameters whole; under ZeRO-3 a rank has a share of each."""
     if not hasattr(trainer.strategy, "deepspeed_engine"):
         yield
         return

@@ -1,6 +1,6 @@
-"""What a run goes on from: the trained tensors and what the optimizer keeps for them, whole, the same under
-every strategy.
+"""What a run goes on from: the trained tensors, and what the optimizer keeps for them.
 
+They are whole, and the same under every strategy.
 The order of the data, the learning rate and the random numbers are functions of the step, so they need no
 keeping, and a checkpoint does not depend on how many processes wrote it.
 """
@@ -15,8 +15,7 @@ from torch import Tensor
 
 
 def read_state(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter under its name, its optimizer's tensors under `NAME:exp_avg` and so on, and the
-    buffers.
+    """Every trained parameter as NAME, the optimizer's tensors for it as NAME:exp_avg and so on, and buffers.
 
     All ranks must walk through it, because ZeRO gathers on the way; all of them see whole tensors, one at a
     time.
@@ -71,8 +70,9 @@ def _write(trainer: pl.Trainer, p: torch.nn.Parameter, whole: Tensor, kept: dict
 
 
 def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:
-    """The gradient of the step that is about to be made, before clipping: over all micro-batches and ranks,
-    whole, the same on every rank.
+    """The gradient of the step that is about to be made, over all micro-batches and ranks, before clipping.
+
+    It is whole, and the same on every rank.
     """
     if hasattr(trainer.strategy, "deepspeed_engine"):
         return trainer.strategy.whole_gradient(p)
@@ -80,8 +80,9 @@ def whole_gradient(trainer: pl.Trainer, p: torch.nn.Parameter) -> Tensor | None:
 
 
 def gradient_norm(trainer: pl.Trainer) -> float:
-    """Norm of the gradient that the step just used; not finite where the gradient was not. 0 where loss
-    scaling looks after that itself.
+    """Norm of the gradient that the step just used; not finite where the gradient was not.
+
+    0 where loss scaling looks after that itself.
     """
     if hasattr(trainer.strategy, "deepspeed_engine"):
         return float(trainer.strategy.deepspeed_engine.get_global_grad_norm())

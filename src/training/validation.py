@@ -1,10 +1,9 @@
-"""Watching a run: what the model makes of held-out documents as it learns, its best state so far, and when to
-stop.
-"""
+"""Evaluations during a run: the loss on held-out documents, sample answers, and the best state so far."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -66,8 +65,9 @@ class Watch(Callback):
                 trainer.should_stop = True
 
     def _evaluate(self, trainer, module) -> bool:
-        """Whether it was done: a run that is asked to stop leaves it to the one that goes on, except after
-        its last step.
+        """Whether it was done.
+
+        A run that is asked to stop leaves it to the run that goes on, except after its last step.
         """
         step = trainer.global_step
         with undisturbed(trainer):
@@ -127,8 +127,9 @@ class Watch(Callback):
 
 @contextlib.contextmanager
 def undisturbed(trainer):
-    """Context for a look at the model in the middle of its training: no dropout, no gradient, and all as
-    before afterwards.
+    """Context for a look at the model during its training: without dropout and gradients.
+
+    Afterwards everything is as before, the random numbers too.
     """
     modes = {module: module.training for module in trainer.strategy.model.modules()}
     gpus = [trainer.strategy.root_device] if trainer.strategy.root_device.type == "cuda" else []
@@ -145,17 +146,18 @@ def undisturbed(trainer):
 def validation_loss(
     trainer, batches: list[Batch], is_stopped: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Loss over all trained tokens of the batches / their number, nats: every rank takes part and gets the
-    same number. None where on some rank is_stopped() between two batches.
+    """The mean loss over all trained tokens of the batches, in nats.
 
-    Packing and the number of processes do not change it: rows don't see each other, each batch is computed by
-    one process, and float64 has room enough for fp32 sums to be added without rounding, in any order.
+    Every rank takes part and gets the same number. None where on some rank is_stopped() between two batches.
+    Packing and the number of processes do not change the result: rows don't see each other, each batch is
+    computed by one process, and float64 has room enough for fp32 sums to be added without rounding, in any
+    order.
     """
     strategy, world = trainer.strategy, trainer.world_size
-    count = sum(document.targets for rows in batches for row in rows for document in row)
+    documents = [document for rows in batches for document in itertools.chain(*rows)]
+    count = sum(document.targets for document in documents)
     total = torch.zeros((), dtype=torch.float64, device=strategy.root_device)
-    documents = sum(len(row) for rows in batches for row in rows)
-    with Progress("validation", documents, "documents", is_first_process()) as bar:
+    with Progress("validation", len(documents), "documents", is_first_process()) as bar:
         for first in range(0, len(batches), world):
             stopped = torch.tensor(float(is_stopped()), device=strategy.root_device)
             if strategy.reduce(stopped, reduce_op="sum"):

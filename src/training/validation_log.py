@@ -1,6 +1,4 @@
-"""The evaluations of a run, as validation.jsonl has them: which is the best one, and whether it is time to
-stop.
-"""
+"""The evaluations of a run, as validation.jsonl has them: which is the best, and when to stop."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ VALIDATION, BEST = "validation.jsonl", "best.pth"
 
 
 def best(history: list[dict]) -> dict | None:
-    """The evaluation of a trained state with the lowest loss, of equal ones the first; None before there is
-    one.
+    """The evaluation of a trained state with the lowest loss, of equal ones the first.
+
+    None before a trained state was evaluated.
     """
     return min(
         (line for line in history if line["step"] and line["loss"] is not None),
@@ -26,23 +25,23 @@ def is_over(history: list[dict], early_stop: int) -> bool:
 
 
 def answers_as_before(history: list[dict]) -> bool:
-    """Whether the newest sample answers are, word for word, those of before the training: it has taught
-    little that shows.
-    """
-    before, after = ([sample["answer"] for sample in line["samples"]] for line in (history[0], history[-1]))
+    """Whether the newest sample answers are, word for word, those of before the training."""
+    before, after = _answers(history[0]), _answers(history[-1])
     return len(history) > 1 and bool(before) and before == after
+
+
+def _answers(line: dict) -> list[str]:
+    return [sample["answer"] for sample in line["samples"]]
 
 
 def describe(history: list[dict], total: int) -> list[str]:
     """The newest evaluation for the user: the loss beside the best one, and the samples, a line each."""
     line, top = history[-1], best(history)
-    beside = (
-        ""
-        if top is None
-        else ", the best so far"
-        if top is line
-        else f", best {top['loss']:.4f} at step {top['step']}"
-    )
+    beside = ""
+    if top is line:
+        beside = ", the best so far"
+    elif top is not None:
+        beside = f", best {top['loss']:.4f} at step {top['step']}"
     return [
         f"step {line['step']}/{total} validation loss {loss_text(line)}{beside}",
         *(f"    | {_end(sample['prompt'])!r} -> {sample['answer'][:100]!r}" for sample in line["samples"]),
