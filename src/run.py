@@ -56,16 +56,21 @@ from .training.validation_log import BEST, VALIDATION, best, is_over
 
 
 def main(config: Config, origins: dict[str, str]) -> None:
-    """Run the settings in this process, which may be one of several. It looks into the folder only when that
-    is held."""
+    """Run the settings in this process, which may be one of several.
+
+    It looks into the run's folder only when that is held.
+    """
     started = process_start()
     with lifeline(config) as others, folder_of_run(config.proj_dir, others):
         run(config, origins, started)
 
 
 def run(config: Config, origins: dict[str, str], started: float) -> None:
-    """All of main() in the held folder. Everything that can be wrong with the settings is found before the
-    first step and before a file is written."""
+    """All of main() in the held folder.
+
+    Everything that can be wrong with the settings is found before the first step, and before a file is
+    written.
+    """
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
@@ -86,7 +91,8 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     data = read_data(config, origins, tokenizer, template)
     schedule = plan_steps(config, origins, arch, device, data.documents)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
-    if is_first_process():  # before the model is there: what is timed shall not count among the run's memory
+    # before the model is there: what is timed shall not count among the run's memory
+    if is_first_process():
         speed = speed_here(arch, config, schedule)
         cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
     torch.manual_seed(config.random_seed)
@@ -113,7 +119,7 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
 
 
 def put_best_back(config: Config, history: list[dict]) -> None:
-    """Have best.pth be that of the history: it may be of a step after the one that the run goes on from."""
+    """Have best.pth be that of the history: it may be of a step that the run has yet to do again."""
     folder = config.proj_dir
     note = restore_best(os.path.join(folder, BEST), os.path.join(folder, CHECKPOINTS), best(history))
     if note:
@@ -165,8 +171,9 @@ def prepare_folder(job: Job, resume_from: str | None) -> None:
 
 
 def reporters(job: Job, started: float, history: list[dict], resume_from: str | None) -> list:
-    """The callbacks that write: the StepReport, a Watch where documents are held out, and the Saver. A
-    checkpoint of a step comes after the step's evaluation.
+    """The callbacks that write: the StepReport, a Watch where documents are held out, and the Saver.
+
+    The Saver is last, so that the checkpoint of a step comes after the step's evaluation.
     """
     from .training.callbacks import Saver, StepReport
     from .training.rollback import LastGood
