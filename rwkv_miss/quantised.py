@@ -1,12 +1,12 @@
 """Frozen weights in 8 or 4 bits, which a linear multiplies with and never trains.
 
-A quantised weight (out, in) is one integer tensor, a row of bytes for each output, so that it moves between
-devices, is broadcast and is saved for a backward like any other tensor:
+A quantised weight (out, in) is one integer tensor with a row of bytes for each output. So it moves between
+devices, is broadcast and is saved for a backward like any other tensor. A row is cut into blocks of 64
+weights:
 
-| kind | dtype | blocks of 64 weights in a row                                               | bits a weight
-|------|-------|-----------------------------------------------------------------------------|--------------
-| int8 | int8  | 64 codes from -127 to 127, then a scale                                     | 8.25
-| nf4  | uint8 | 32 bytes of two codes, the earlier one in the high half, then a scale       | 4.25
+    kind   dtype   a block                                                                 bits a weight
+    int8   int8    64 codes from -127 to 127, then a scale                                 8.25
+    nf4    uint8   32 bytes of two codes, the earlier one in the high half, then a scale   4.25
 
 weight = value of the code x scale of its block. The value of an int8 code is the code itself, that of an nf4
 code its entry in NF4. A scale is bf16: the largest weight of the block for nf4, which a bf16 file has
