@@ -32,16 +32,16 @@ from .native import nan_passes  # noqa: F401  (for a training's own use)
 from .per_document import by_document
 from .reference import recurrent6, recurrent7
 
-# functions of tensors of one dtype, fp32 or float64, contiguous or not, then the state and the resets -> (y,
-# state)
+# (tensors of one dtype, fp32 or float64, contiguous or not; then state and resets) -> (y, state)
 PLAIN = {"torch": {6: chunked6, 7: chunked7}, "reference": {6: recurrent6, 7: recurrent7}}
 NATIVE = {"cuda": "cuda", "cuda-exact": "cuda", "cpu": "cpu"}  # the device type of a native kernel
 KERNELS = (*NATIVE, *PLAIN)
 
 
 def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
-    """(kernel, the reason in words) for `--wkv name` on "cpu" or "cuda". A native kernel is built and tested
-    here, if it has not been.
+    """(kernel, the reason in words) for `--wkv name` on "cpu" or "cuda".
+
+    A native kernel is built and tested here, if it has not been.
     """
     if name != "auto" and name not in KERNELS:
         raise UserError(f"--wkv {name}: expected one of auto, {', '.join(KERNELS)}")
@@ -57,11 +57,10 @@ def choose(name: str, device: str, head_size: int = 64) -> tuple[str, str]:
         status = native.status(device)
         problem = status.reason
     if not problem:
-        why = "as asked" if name != "auto" else "auto: the native kernel of this device"
-        return (
-            device if name == "auto" else name,
-            f"{why}; self-test error {status.error:.0e}, library {status.path}",
-        )
+        details = f"self-test error {status.error:.0e}, library {status.path}"
+        if name == "auto":
+            return device, f"auto: the native kernel of this device; {details}"
+        return name, f"as asked; {details}"
     if name != "auto":
         raise UserError(f"--wkv {name}: {problem}")
     return "torch", f"auto: the chunked form in plain torch, because {problem}"
@@ -88,11 +87,11 @@ def wkv6(
     kernel: str = "torch",
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-6: r, k, v, w (B, T, H, N), u (H, N), s0 (B, H, N, N) [key, value] -> y (B, T, H, N) in r's dtype,
-    final state.
+    """RWKV-6's recurrence: (y (B, T, H, N) in r's dtype, the final state).
 
-    w is the raw decay, delta = exp(-exp(w)). y_t reads the state before the decay, the current token enters
-    through u. Raises ValueError.
+    r, k, v and w are (B, T, H, N), u (H, N), s0 and the final state (B, H, N, N) [key, value]. w is the raw
+    decay, delta = exp(-exp(w)). y_t reads the state before the decay; the current token enters through u.
+    Raises ValueError.
     """
     return _run(6, kernel, {"r": r, "k": k, "v": v, "w": w, "u": u}, s0, reset, initial_state)
 
@@ -109,11 +108,11 @@ def wkv7(
     kernel: str = "torch",
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RWKV-7: r, w, k, v, a, b (B, T, H, N), s0 (B, H, N, N) [value, key] -> y (B, T, H, N) in r's dtype,
-    final state.
+    """RWKV-7's recurrence: (y (B, T, H, N) in r's dtype, the final state).
 
-    w is the raw decay omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context
-    learning rate. y_t reads the state after the update. Raises ValueError.
+    r, w, k, v, a and b are (B, T, H, N), s0 and the final state (B, H, N, N) [value, key]. w is the raw decay
+    omega, log delta = -exp(-1/2) sigmoid(omega). a = -kappa, b = kappa * in-context learning rate. y_t reads
+    the state after the update. Raises ValueError.
     """
     return _run(7, kernel, {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, s0, reset, initial_state)
 
@@ -150,8 +149,9 @@ def check(
     reset: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    """Raises ValueError with the first argument whose dtype, shape or device is not what r's make it, or r if
-    it has none that is served.
+    """Raises ValueError with the first argument that does not fit r in dtype, shape and device.
+
+    It is r itself where no kernel takes its dtype or shape.
     """
     op, r = f"wkv{version}", inputs["r"]
     if r.dim() != 4 or 0 in r.shape or r.dtype not in (*native.DTYPE_CODES, torch.float64):

@@ -31,15 +31,7 @@ from ..common.device import cpu_features
 
 CUDA = pathlib.Path(__file__).parents[2] / "cuda"
 # what the sources are written for; a build has the ones at hand only
-ARCHITECTURES = (
-    75,
-    80,
-    86,
-    89,
-    90,
-    100,
-    120,
-)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TOOLKITS = "/usr/local/cuda*/bin"
 FALLBACK = "or use --wkv torch, which needs no compiler"
 
@@ -85,9 +77,8 @@ def cpu_library() -> pathlib.Path:
 
 def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
     """The shared library of cuda/*.cu for GPUs of these compute capabilities, "90" for 9.0, built if need be.
-    Raises BuildError.
 
-    One that is built for all ARCHITECTURES serves any of them.
+    One that is built for all ARCHITECTURES serves any of them. Raises BuildError.
     """
     require_unix()
     architectures = sorted(set(architectures), key=lambda arch: (len(arch), arch))
@@ -98,8 +89,7 @@ def cuda_library(architectures: Sequence[str]) -> pathlib.Path:
                 " torch"
             )
     nvcc = find_nvcc()
-    # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another one than the
-    # default
+    # nvcc hands the host's part to a C++ compiler; NVCC_CCBIN is its own variable for another compiler
     host = os.environ.get("NVCC_CCBIN") or find_cxx()
     link = ["-ccbin", host, "-cudart", "static", *nvcc.link_flags]
 
@@ -197,8 +187,8 @@ def find_nvcc() -> Nvcc:
     ]
     for part in reversed(parts):
         if path := shutil.which("nvcc", path=str(part / "bin")):
-            # its own settings miss the wheels' lib; and an environment on top of another has two folders of
-            # one name, each with a share
+            # Its own settings miss the wheels' lib. An environment on top of another has two folders of one
+            # name, each with a share of the files.
             shares = [other for other in parts if other.name == part.name]
             return Nvcc(
                 path,
@@ -221,9 +211,10 @@ def build(
     link: Sequence[str] = (),
     machine: str = "",
 ) -> pathlib.Path:
-    """The shared library made of the sources: `command` is the compiler and its flags, `link` more flags for
-    the last step, `seconds` what the user is told it will take, `machine` anything else that the result
-    depends on. Raises BuildError.
+    """The shared library made of the sources.
+
+    `command` is the compiler and its flags, `link` more flags for the last step. `seconds` is what the user
+    is told it will take. `machine` is anything else that the result depends on. Raises BuildError.
     """
     folder = cache_folder()
     library = library_path(name, fingerprint(name, sources, headers, command, link, machine))
@@ -262,8 +253,9 @@ def build(
 def fingerprint(
     name: str, sources, headers, command: Sequence[str], link: Sequence[str], machine: str
 ) -> str:
-    """A hash of all that decides the library. The compiler counts as its file: asking it for its version
-    would start a process each time.
+    """A hash of all that decides the library.
+
+    The compiler counts as its file: asking it for its version would start a process each time.
     """
     compiler = os.path.realpath(command[0])
     status = os.stat(compiler)
@@ -289,8 +281,9 @@ def cuda_sources() -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, title: str) -> Iterator[None]:
-    """Hold the lock of a file. The system gives it back when its process dies, so there is no such thing as a
-    stale one.
+    """Hold the lock of a file.
+
+    The system gives it back when its process dies, so a lock never outlives the process that held it.
     """
     import filelock  # here, as it takes 0.1 s and most processes find what they need
 
@@ -314,8 +307,9 @@ def make(
     command: Sequence[str],
     link: Sequence[str],
 ) -> str | None:
-    """Compile and link in a folder beside the library, the sources in parallel. None, or what was printed if
-    that failed.
+    """Compile and link in a folder beside the library, the sources in parallel.
+
+    Returns None, or what was printed if that failed.
     """
     objects = [f"{source.name}.o" for source in sources]
     lines = ["rule run", "  command = $words"]

@@ -1,5 +1,6 @@
-"""WKV-6 in chunks, plain torch and plain autograd: the tokens of a chunk meet in a score matrix, chunks meet
-in the state.
+"""WKV-6 in chunks, plain torch and plain autograd.
+
+The tokens of a chunk meet in a score matrix, chunks meet in the state.
 
 With D(i,t) = prod_{i<s<t} delta_s, elementwise over the key channels, where `start` is before and `end` after
 all tokens of the chunk, a chunk with incoming state S gives
@@ -9,8 +10,8 @@ all tokens of the chunk, a chunk with incoming state S gives
     A[t,i] = sum_n r_t k_i D(i,t)  for i < t,    A[t,t] = sum_n r_t u k_t
 
 A decay may be an exact 0, so D is never a quotient, nor a difference of logarithms: `scores` multiplies it up
-from single tokens. A token that starts a document reads nothing from before and passes nothing on: its D is
-0.
+from single tokens. A token that starts a document reads nothing from before and passes nothing on: its D
+is 0.
 """
 
 import torch
@@ -32,16 +33,15 @@ def split_reset(reset, n, C, H):
 
 
 def join(y, n, B, T):
-    """The inverse of `split`: (n*B*H, C, N) -> (B, T, H, N), without the tokens that filled the last
-    chunk.
-    """
+    """The inverse of `split`: (n*B*H, C, N) -> (B, T, H, N), without what filled the last chunk."""
     return y.unflatten(0, (n, B, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
 
 
 def scores(r, k, delta, u, inside):
-    """What happens inside chunks: r, k, delta (G,C,N), u (G,1,N), inside (G,C,1) 0 where a document starts,
-    else 1, C a power of two -> A (G,C,C), r_t * D(start,t) (G,C,N), k_i * D(i,end) (G,C,N), D(start,end)
-    (G,1,N).
+    """What happens inside chunks: A (G,C,C), r_t * D(start,t), k_i * D(i,end) and D(start,end).
+
+    r, k and delta are (G,C,N), u (G,1,N), C a power of two. inside (G,C,1) is 0 where a document starts,
+    else 1. Of the results the second and the third are (G,C,N), the last (G,1,N).
 
     These four describe a block of any size, of one token to begin with, and two neighbours make the block of
     both: for i in the first and t in the second, D(i,t) = D(i,end of first) D(start of second,t), which k_i
@@ -58,8 +58,9 @@ def scores(r, k, delta, u, inside):
 
 
 def chunked6(r, k, v, w, u, s, reset=None, chunk=32):
-    """The same function as `recurrent6`; chunk is a power of two, and 32 is as fast as 16 with half the
-    states kept for the backward.
+    """The same function as `recurrent6`; `chunk` is a power of two.
+
+    32 is as fast as 16, with half the states kept for the backward.
     """
     B, T, H, N = r.shape
     if T == 1:
@@ -71,8 +72,8 @@ def chunked6(r, k, v, w, u, s, reset=None, chunk=32):
     inside = delta.new_ones(()) if reset is None else 1 - split_reset(reset, n, C, H).to(delta.dtype)
     A, r, k, d = scores(r, k, delta, u.repeat(n * B, 1)[:, None], inside)
     s, ys = s.reshape(B * H, N, N), []
-    # Everything above is batched over chunks; the loop holds only what needs the state, so that no (n, N, N)
-    # tensor is formed.
+    # Everything above is batched over chunks. The loop has only what needs the state, so that there is no
+    # (n, N, N) tensor.
     for y_c, r_c, k_c, v_c, d_c in zip(
         *(x.unflatten(0, (n, B * H)).unbind() for x in (A @ v, r, k.mT, v, d.mT)), strict=True
     ):

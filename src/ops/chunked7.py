@@ -19,8 +19,10 @@ from .reference import log_decay7, recurrent7
 
 
 def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
-    """The same function as `recurrent7`. e^{-P} <= e^{0.6065 chunk} is 1.6e4 at 16; 32 is no faster and up to
-    1.7x less exact.
+    """The same function as `recurrent7`.
+
+    e^{-P} <= e^{0.6065 chunk} is 1.6e4 for chunks of 16. Chunks of 32 are no faster and up to 1.7x less
+    exact.
     """
     B, T, H, N = r.shape
     if T == 1:
@@ -44,7 +46,7 @@ def chunked7(r, w, k, v, a, b, s, reset=None, chunk=16):
     inverse = torch.linalg.solve_triangular(
         -ab, torch.eye(C, dtype=r.dtype, device=r.device), upper=False, unitriangular=True
     )
-    # U = u + a S with the inverse applied to both. All this is batched over chunks; the loop holds only what
+    # U = u + a S, with the inverse applied to both. All this is batched over chunks. The loop has only what
     # needs the state.
     u, a = inverse @ (ak @ v), inverse @ (a * first)
     parts = (

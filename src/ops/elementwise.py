@@ -1,11 +1,12 @@
-"""The elementwise parts of a layer as one native function each, forward and backward: torch.library ops
-`rwkv::NAME` for CPU tensors.
+"""The elementwise parts of a layer as one native function each, forward and backward.
 
-Every function here has the formula of its namesake in elementwise_reference.py, and runs that unless `native`
-is set and the native code has the case: see `serves`. The native backward computes again what it needs from
-the activations that are kept, which are the inputs, of relu_squared the output, and of the token shift with
-fixed mixes none. It gives gradients for activations, not for vectors of the model: those are frozen in most
-runs.
+They are torch.library ops, `rwkv::NAME`, for CPU tensors. Every function here has the formula of its namesake
+in elementwise_reference.py, and runs that unless `native` is set and the native code has the case: see
+`serves`.
+
+The native backward computes again what it needs from the activations that are kept. These are the inputs, of
+relu_squared the output, and of the token shift with fixed mixes none. It gives gradients for activations, not
+for vectors of the model, which are frozen in most runs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from .native import ACTIVATION_DTYPES, DTYPE_CODES, EXACT_STRIDES, LARGEST_HEAD,
 def serves(
     native: bool, activations: Sequence[Tensor], vectors: Sequence[Tensor] = (), head_size: int = 8
 ) -> bool:
-    """Whether the native code computes this: on the CPU in fp32 or bf16, in multiples of 8 channels, without
-    gradients for vectors.
+    """Whether the native code computes this.
+
+    It does on the CPU in fp32 or bf16, in multiples of 8 channels, without gradients for vectors.
     """
     x = activations[0]
     return (
@@ -49,8 +51,9 @@ def call(
     heads: int = 1,
     eps: float = 0.0,
 ) -> None:
-    """A function of cuda/elementwise_cpu.cpp; sizes and dtype are those of `like`, (B, T, C) or (tokens,
-    C).
+    """Run a function of cuda/elementwise_cpu.cpp with the sizes and the dtype of `like`.
+
+    `like` is (B, T, C) or (tokens, C).
     """
     for x in arguments:
         for t in x if isinstance(x, list) else [x]:
@@ -96,11 +99,11 @@ def _library_op(name: str, arguments: str, run: Callable, shapes: Callable) -> C
 
 
 def _differentiable(forward: Callable, backward: Callable, keep: Callable) -> Callable:
-    """forward(*arguments) -> outputs, whose gradients backward(kept, gradients) makes those of the first
-    arguments; kept = keep(arguments, outputs).
+    """forward(*arguments) -> outputs, as a function that autograd knows.
 
-    A Function around two ops, not torch.library.register_autograd, which takes half of the 43 us of a call
-    (torch 2.13).
+    backward(kept, gradients of the outputs) gives the gradients of the first arguments, with kept =
+    keep(arguments, outputs). It is a Function around two ops, not torch.library.register_autograd, which
+    takes half of the 43 us of a call (torch 2.13).
     """
 
     class Differentiable(torch.autograd.Function):
@@ -126,11 +129,10 @@ def _differentiable(forward: Callable, backward: Callable, keep: Callable) -> Ca
 
 
 def _define(name: str, activations: int, outputs: int = 1, keeps_output: bool = False) -> Callable:
-    """The function (activations of one shape, vectors of the model, heads, eps) -> outputs, with the ops
-    rwkv::name and rwkv::name_backward.
+    """The function (activations of one shape, vectors of the model, heads, eps) -> outputs.
 
-    Their C functions have the arguments in this order: inputs, outputs; for the backward what is kept, the
-    outputs' gradients, the inputs'.
+    It is made of two ops, rwkv::name and rwkv::name_backward. Their C functions have the arguments in this
+    order: inputs, outputs; for the backward what is kept, the outputs' gradients, the inputs'.
     """
 
     def op(name: str, symbol: str, results: int) -> Callable:
@@ -168,11 +170,9 @@ _readout7 = _define("readout7", 5)
 
 
 def relu_squared(x: Tensor, native: bool) -> Tensor:
-    return (
-        _relu_squared(x.contiguous(), 1, 0.0)[0]
-        if serves(native, [x])
-        else elementwise_reference.relu_squared(x)
-    )
+    if serves(native, [x]):
+        return _relu_squared(x.contiguous(), 1, 0.0)[0]
+    return elementwise_reference.relu_squared(x)
 
 
 def value_residual(v: Tensor, v_first: Tensor, gate: Tensor, native: bool) -> Tensor:
@@ -215,8 +215,7 @@ def readout7(
     return elementwise_reference.readout7(y, r, k, v, g, r_k, weight, bias, eps)
 
 
-# The token shift has one output for each mix, none of them a part of another: what keeps one does not keep
-# all.
+# The token shift's outputs are tensors of their own, one for each mix: what keeps one does not keep all.
 
 
 def _shift_shapes(z, last, reset, mix):

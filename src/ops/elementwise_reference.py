@@ -1,5 +1,6 @@
-"""The elementwise parts of a layer in plain torch: the specification of the native ones in elementwise.py,
-and what runs wherever those do not.
+"""The elementwise parts of a layer in plain torch: the specification of elementwise.py.
+
+They run wherever its native ones do not.
 
 Shapes: activations (B, T, C), one head after the other in the last axis; vectors of the model (C), (1, 1, C)
 or (H, N), H N = C, in any dtype: they are cast to that of the activations. `reset` (B, T) bool is set where a
@@ -39,8 +40,9 @@ def value_residual(v: Tensor, v_first: Tensor, gate: Tensor) -> Tensor:
 
 
 def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """k (1 + (s - 1) k_a), -kappa and kappa s, with s = sigmoid(a) and kappa = k k_k, of length 1 in every
-    head.
+    """k (1 + (s - 1) k_a), -kappa and kappa s, with s = sigmoid(a).
+
+    kappa is k k_k, normalised to length 1 in every head.
     """
     s, k_k, k_a = torch.sigmoid(a), k_k.to(k.dtype).view(-1), k_a.to(k.dtype).view(-1)
     kappa = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1).flatten(-2)
@@ -49,9 +51,8 @@ def delta_inputs(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, heads: int) -> 
 
 def group_norm(y: Tensor, weight: Tensor, bias: Tensor, heads: int, eps: float) -> Tensor:
     """Every head of every token normalised by itself."""
-    return F.group_norm(y.reshape(-1, y.shape[-1]), heads, weight.to(y.dtype), bias.to(y.dtype), eps).view(
-        y.shape
-    )
+    tokens = y.reshape(-1, y.shape[-1])
+    return F.group_norm(tokens, heads, weight.to(y.dtype), bias.to(y.dtype), eps).view(y.shape)
 
 
 def readout7(

@@ -23,8 +23,9 @@ def mix7_serves(
     initial_state: Tensor | None,
     native: bool,
 ) -> bool:
-    """Whether mix7 computes this. Documents that start from a given state are cut out of their rows, for
-    which the three functions run.
+    """Whether mix7 computes this.
+
+    Documents that start from a given state are cut out of their rows. For these the three functions run.
     """
     _, _, r_k, *_ = vectors
     cut_out = initial_state is not None and reset is not None
@@ -39,11 +40,11 @@ def mix7(
     reset: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """activations r, raw decay w, k, v, raw learning rate a and gate g, (B, T, C); vectors k_k, k_a, r_k and
-    weight and bias of ln_x -> readout (B, T, C), final state.
+    """(readout (B, T, C), final state) of a time mix.
 
-    Vectors as in elementwise_reference; s0, reset and initial_state as in wkv7. Raises
-    ValueError.
+    activations: r, raw decay w, k, v, raw learning rate a and gate g, each (B, T, C). vectors: k_k, k_a, r_k,
+    weight and bias of ln_x, with shapes as in elementwise_reference. s0, reset and initial_state are as in
+    wkv7. Raises ValueError.
     """
     _, _, r_k, *_ = vectors
     heads = len(r_k)

@@ -1,11 +1,10 @@
-"""The native WKV kernels as torch.library ops, `rwkv::wkv6` and `rwkv::wkv7`, for CPU and CUDA tensors: the
-device picks the library.
+"""The native WKV kernels as torch.library ops, `rwkv::wkv6` and `rwkv::wkv7`, for CPU and CUDA tensors.
 
-Both libraries have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw pointers of contiguous
-tensors and no torch in it. Activations (B, T, H, N) share one dtype; u, states and what a forward saves for
-its backward are fp32; reset is uint8 (B, T). `chunked` asks for the tensor-core form, which only a GPU has.
-`src.ops` checks the arguments and makes them so; here only what is not where a pointer may be followed is
-refused.
+There is a library for each device. Both have the C interface that cuda/wkv6.cu and cuda/wkv7.cu describe: raw
+pointers of contiguous tensors and no torch in it. Activations (B, T, H, N) share one dtype; u, states and
+what a forward saves for its backward are fp32; reset is uint8 (B, T). `chunked` asks for the tensor-core
+form, which only a GPU has. `src.ops` checks the arguments and makes them so; here only what is not where a
+pointer may be followed is refused.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ ACTIVATION_DTYPES = {
 }
 LARGEST_HEAD = 256
 TENSOR_CORE_CHUNK = 16
-# torch.compile may not change the layout of an argument; older versions of torch have the second of these
-# tags only
+# torch.compile may not change the layout of an argument; older versions of torch have the second tag only
 EXACT_STRIDES = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 # Largest relative error that a self-test lets pass: rounding in fp32, and bf16 operands of tensor cores
 LARGEST_ERROR = {False: 1e-5, True: 2e-2}
@@ -54,11 +52,9 @@ class Status(NamedTuple):
 
 def architectures() -> list[str]:
     """Of the GPUs that torch sees: "90" for compute capability 9.0."""
-    found = (
-        {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        if torch.cuda.is_available()
-        else set()
-    )
+    if not torch.cuda.is_available():
+        return []
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return sorted(f"{major}{minor}" for major, minor in found)
 
 
@@ -80,8 +76,9 @@ def library(device: str) -> ctypes.CDLL:
 
 @functools.cache
 def status(device: str) -> Status:
-    """Build the kernels of "cpu" or "cuda" and compare them with the reference, each once in the life of a
-    library file.
+    """Build the kernels of "cpu" or "cuda" and compare them with the reference.
+
+    Each is done once in the life of a library file.
     """
     started = time.perf_counter()
     try:
@@ -127,9 +124,10 @@ def write_verdict(path: str, error: float) -> None:
 
 
 def self_test(device: str, chunked: bool) -> float:
-    """The largest relative error (rms) of outputs and gradients of both versions against the reference in
-    float64: 37 tokens with a document that starts among them, two heads of 64, initial state and gradient of
-    the final one.
+    """The largest relative error (rms) of outputs and gradients of both versions, against the reference.
+
+    The reference computes in float64. Both get 37 tokens with a document that starts among them, two heads of
+    64, an initial state and the gradient of the final one.
     """
     return max(self_error(version, device, chunked) for version in INPUTS)
 
@@ -152,15 +150,12 @@ def self_error(version: int, device: str, chunked: bool) -> float:
     def results(function, move) -> list[Tensor]:
         leaves = [move(t).requires_grad_() for t in x.values()]
         y, state = function(*leaves)
-        return [
-            t.detach().cpu().double()
-            for t in (y, state, *torch.autograd.grad([y, state], leaves, [move(dy), move(dstate)]))
-        ]
+        gradients = torch.autograd.grad([y, state], leaves, [move(dy), move(dstate)])
+        return [t.detach().cpu().double() for t in (y, state, *gradients)]
 
     def kernel(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        y, state, _ = getattr(torch.ops.rwkv, f"wkv{version}")(
-            *leaves, reset.to(device, torch.uint8).contiguous(), chunked
-        )
+        starts = reset.to(device, torch.uint8).contiguous()
+        y, state, _ = getattr(torch.ops.rwkv, f"wkv{version}")(*leaves, starts, chunked)
         return y, state
 
     reference = {6: recurrent6, 7: recurrent7}[version]
@@ -181,9 +176,11 @@ def has_tensor_core_form(r: Tensor) -> bool:
 
 
 def saved_floats(version: int, chunked: bool, B: int, T: int, H: int, N: int) -> int:
-    """What a forward keeps for its backward: nothing for v6, sa_t = S_{t-1} a_t for v7; the tensor-core form
-    (N = 64) keeps the state before every chunk in bf16 and the factors of one segment of chunks, as
-    wkv*_chunked_saved count them.
+    """How many fp32 numbers a forward keeps for its backward.
+
+    The recurrence keeps nothing for v6, and sa_t = S_{t-1} a_t for v7. The tensor-core form (N = 64) keeps
+    the state before every chunk in bf16 and the factors of one segment of chunks, as wkv*_chunked_saved in
+    cuda/ count them.
     """
     if not chunked:
         return B * T * H * N if version == 7 else 0
@@ -335,8 +332,9 @@ _NAMED = [True]  # whether a NaN on a CPU is an error
 
 @contextlib.contextmanager
 def nan_passes():
-    """Context in which a NaN flows on into the outputs, as on a GPU: for a training that judges every step by
-    its loss and goes back.
+    """Context in which a NaN flows on into the outputs, as on a GPU.
+
+    It is for a training that judges every step by its loss and goes back.
     """
     before, _NAMED[0] = _NAMED[0], False
     try:
@@ -346,8 +344,9 @@ def nan_passes():
 
 
 def require_finite(op: str, inputs: dict[str, Tensor | None]) -> None:
-    """Raises ValueError with the first argument that holds a NaN; an infinity may be a raw decay, or an
-    overflow of the arithmetic.
+    """Raises ValueError with the first argument that holds a NaN.
+
+    An infinity is none: it may be a raw decay, or an overflow of the arithmetic.
     """
     if not _NAMED[0]:
         return

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 SHORTEST_GROUP = 16  # documents up to this length share a group
-# the raw decay of a token that keeps the whole state in both versions: exp(-exp(-30)) and exp(-0.6
-# sigmoid(-30)) are 1 in fp32
+# The raw decay of a token that keeps the whole state, in both versions: exp(-exp(-30)) and
+# exp(-0.6 sigmoid(-30)) are 1 in fp32.
 DECAY_OF_PADDING = -30.0
 
 
@@ -41,8 +41,9 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=1)  # every layer asks for the same resets, which are hashed by identity
 def layout(reset: Tensor) -> Layout:
-    """reset (B, T) bool, set where a document starts; token 0 of a row begins one in any case, a new one or
-    the rest of one.
+    """The layout of rows whose documents start where `reset` (B, T) bool is set.
+
+    Token 0 of a row begins a document in any case, a new one or the rest of one.
     """
     B, T = reset.shape
     given = reset.cpu()
@@ -73,10 +74,10 @@ def by_document(
     reset: Tensor,
     initial_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What `wkv(inputs, state)` gives for rows whose documents start from `initial_state` (H, N, N): y
-    (B, T, H, N) and the state after each row.
+    """y (B, T, H, N) and the state after each row, where documents start from `initial_state` (H, N, N).
 
-    s0 (B, H, N, N) is the state that a row goes on from, None where each row begins with a document.
+    `wkv(inputs, state)` computes rows of one document. s0 (B, H, N, N) is the state that a row goes on from,
+    None where each row begins with a document.
     """
     B, T, H, N = inputs["r"].shape
     plan = layout(reset)
@@ -95,6 +96,5 @@ def by_document(
         y, state = wkv({name: cut.get(name, x) for name, x in inputs.items()}, state)
         ys.append(y.flatten(0, 1))
         states.append(state)
-    return torch.cat(ys).index_select(0, plan.places).view(B, T, H, N), torch.cat(states).index_select(
-        0, plan.last
-    )
+    y = torch.cat(ys).index_select(0, plan.places).view(B, T, H, N)
+    return y, torch.cat(states).index_select(0, plan.last)

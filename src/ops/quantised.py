@@ -1,5 +1,6 @@
-"""The native kernels of rwkv_miss::dequantise, which expand a quantised weight to a matrix: cuda/quantised.cu
-and quantised_cpu.cpp.
+"""The native kernels of rwkv_miss::dequantise, which expand a quantised weight to a matrix.
+
+They are cuda/quantised.cu and cuda/quantised_cpu.cpp.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from . import native
 
 
 def dequantise(quantised: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """quantised (out, bytes) -> (out, width): natively where the kernels of its device are built and have the
-    dtype, else in plain torch.
+    """quantised (out, bytes) -> (out, width).
+
+    It is native where the kernels of the device are built and have the dtype, else in plain torch.
     """
     device = quantised.device.type
     # a GPU loads a scale at once

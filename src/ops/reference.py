@@ -1,5 +1,6 @@
-"""WKV token by token in plain torch: the specification, the oracle of the tests, the decode step and the last
-fallback.
+"""WKV token by token in plain torch: the specification.
+
+It is also the oracle of the tests, the step of a decoder, and the last fallback.
 
 B batch, T tokens, H heads, N head size. All tensors of a call share one dtype, float32 or float64, which is
 the dtype of the arithmetic; `src.ops` checks and casts before. The state `s` is (B, H, N, N), and is returned
@@ -14,8 +15,8 @@ import torch
 
 def decay6(w):
     """delta = exp(-exp(w)), in [0, 1]: RWKV-6 has no floor, a large w gives an exact 0 and -inf gives 1."""
-    # Above w = 6.7 delta is an exact 0 in float64 too: the clamp changes no value, it keeps 0 * inf out of
-    # the backward.
+    # The clamp keeps 0 * inf out of the backward. It changes no value: above w = 6.7 delta is an exact 0 in
+    # float64 too.
     return torch.exp(-torch.exp(w.clamp(max=7)))
 
 
@@ -37,9 +38,10 @@ def resets(reset, T):
 def recurrent6(r, k, v, w, u, s, reset=None):
     """RWKV-6: r, k, v, w (B,T,H,N), u (H,N), s [key i, value j] -> y (B,T,H,N), s.
 
-    y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])        s before the decay; the current token enters
-            through u only
+    y_t[j]  = sum_i r_t[i] (s[i,j] + u[i] k_t[i] v_t[j])
     s[i,j] <- delta_t[i] s[i,j] + k_t[i] v_t[j]
+
+    y_t reads the state before the decay. The current token enters it through u only.
     """
     ys = []
     tokens = zip(resets(reset, r.shape[1]), *(x.unbind(1) for x in (r, k, v, decay6(w))), strict=True)
@@ -54,9 +56,10 @@ def recurrent6(r, k, v, w, u, s, reset=None):
 def recurrent7(r, w, k, v, a, b, s, reset=None):
     """RWKV-7: r, w, k, v, a, b (B,T,H,N), s [value i, key j] -> y (B,T,H,N), s.
 
-    s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T            s a_t reads the state before the decay
-    y_t = s r_t                                                  reads the state after the update, unlike
-    RWKV-6
+    s  <- s diag(delta_t) + (s a_t) b_t^T + v_t k_t^T
+    y_t = s r_t
+
+    s a_t reads the state before the decay. Unlike in RWKV-6, y_t reads the state after the update.
     """
     ys = []
     tokens = zip(
