@@ -23,9 +23,7 @@ def last_token(z: Tensor) -> Tensor:
 
 
 def chosen(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """x (B, T, C) at the tokens where `wanted` (B, T) bool is set, (their number, C); x itself if it is
-    None.
-    """
+    """x (B, T, C) at the tokens where `wanted` (B, T) bool is set: (their number, C). None wants all of x."""
     return x if wanted is None else x[wanted]
 
 
@@ -64,8 +62,9 @@ def low_rank(
 
 
 class Cast:
-    """A module's parameters in the dtype of its input: what is trained is fp32, in a base of any dtype.
-    `Cast(module, dtype).NAME`
+    """A module's parameters in the dtype of its input: `Cast(module, dtype).NAME`.
+
+    What is trained is fp32, in a base of any dtype.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -85,8 +84,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the dtype of its input, whatever that of its weight, which may be quantised, by the
-    fastest product of the device.
+    """nn.Linear in the dtype of its input, by the fastest product of the device.
+
+    The weight may have another dtype, and may be quantised.
     """
 
     is_linear = True  # an adapter may take its place
@@ -96,8 +96,9 @@ class Linear(nn.Linear):
 
 
 class Head(Linear):
-    """The map to the vocabulary: logits. With targets (tokens,) for x (tokens, C) it is their loss, summed,
-    which never holds all logits.
+    """The map to the vocabulary: logits.
+
+    With targets (tokens,) for x (tokens, C) it is their loss, summed, which never holds all logits.
     """
 
     def __init__(self, width: int, vocab: int, kernel: str):

@@ -23,8 +23,9 @@ LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32, of enough tokens for a fast product
 
 
 class _L2Wrap(torch.autograd.Function):
-    """Identity on the loss; adds factor * max(logits) to the gradient at each token's arg-max, so that
-    logits stay small.
+    """Identity on the loss, which adds L2WRAP * max(logits) to the gradient at each token's arg-max.
+
+    So logits stay small.
     """
 
     @staticmethod
@@ -42,11 +43,11 @@ class _L2Wrap(torch.autograd.Function):
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy in nats, summed: logits (tokens, V), targets (tokens,) int64 -> scalar in at least fp32;
-    0 for no tokens.
+    """Cross entropy in nats, summed: logits (tokens, V), targets (tokens,) int64 -> scalar.
 
-    The gradient has L2Wrap's term, 1e-4 * max logit at the arg-max of every token. Dividing by the number of
-    tokens gives RWKV-LM's mean loss and its factor 1e-4 / (B T).
+    It is computed in fp32, or in float64 for such logits, and is 0 for no tokens. The gradient has L2Wrap's
+    term, 1e-4 * max logit at the arg-max of every token. Dividing by the number of tokens gives RWKV-LM's
+    mean loss and its factor 1e-4 / (B T).
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(exact, targets, reduction="sum")
@@ -54,17 +55,16 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, native: bool = False) -> Tensor:
-    """loss_sum(x W^T, targets): x (tokens, C), weight (V, C) of x's dtype, targets (tokens,) int64 -> scalar
-    in at least fp32.
+    """loss_sum(x W^T, targets): x (tokens, C), weight (V, C), targets (tokens,) int64 -> scalar.
 
-    Kept for the backward: the gradients, in the shapes of x and of the weight, for those of the two that want
-    one. `native`: the softmax by cuda/loss_cpu.cpp, where x is fp32 or bf16 on the CPU.
+    x and the weight have one dtype; the result is in at least fp32. Kept for the backward are the gradients
+    of x and of the weight, of those that want one. `native`: the softmax by cuda/loss_cpu.cpp, where x is
+    fp32 or bf16 on the CPU.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()
-    return _HeadLoss.apply(
-        x, weight, targets, native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    )
+    native = native and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return _HeadLoss.apply(x, weight, targets, native)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -94,16 +94,14 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor):
         # in the loss's own dtype: 1 / tokens in bf16 would be off by up to 0.2 %
-        return (
-            *(None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors),
-            None,
-            None,
-        )
+        dx, dw = (None if d is None else (d.to(dloss.dtype) * dloss).to(ctx.dtype) for d in ctx.saved_tensors)
+        return dx, dw, None, None
 
 
 def softmax_loss_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each token of logits (tokens, V), in at least fp32. The logits become its gradient with
-    respect to them, with L2Wrap's term.
+    """The loss of each token of logits (tokens, V), in at least fp32.
+
+    In place, the logits become the gradient of the loss with respect to them, with L2Wrap's term.
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, where = exact.max(-1, keepdim=True)

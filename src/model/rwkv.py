@@ -61,8 +61,9 @@ def default_arch(
 
 
 class Block(nn.Module):
-    """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)). The first one also normalises the embedding
-    (ln0).
+    """One layer: x += time mix(ln1(x)); x += channel mix(ln2(x)).
+
+    The first one also normalises the embedding (ln0).
     """
 
     def __init__(self, arch: Arch, layer: int, kernel: str):
@@ -84,16 +85,17 @@ class Block(nn.Module):
         wanted: Tensor | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C); v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With
-        `wanted` (B, T) bool the channel mix is computed for these tokens only, and the new x is theirs,
-        (their number, C); the state is whole. With `recompute` nothing of the time mix is kept for the
-        backward but its input.
+        """x (B, T, C), v_first and the state after the layer.
+
+        v_first (B, T, A) is layer 0's value in v7, None before layer 0 and in v6. With `wanted` (B, T) bool
+        the channel mix is computed for these tokens only, and the new x is theirs, (their number, C); the
+        state is whole. With `recompute` nothing of the time mix is kept for the backward but its input.
         """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        run = (
-            functools.partial(checkpoint, self.time_mix, use_reentrant=False) if recompute else self.time_mix
-        )
+        run = self.time_mix
+        if recompute:
+            run = functools.partial(checkpoint, self.time_mix, use_reentrant=False)
         mixed, v_first, att_x, wkv = run(x, v_first, state.att_x, state.wkv, reset)
         x = x + mixed
         mixed, ffn_x = self.ffn(self.ln2(x), state.ffn_x, reset, wanted)
@@ -104,10 +106,10 @@ class Block(nn.Module):
 
 
 class RWKV(nn.Module):
-    """The language model. `arch` gives version and sizes, `kernel` names the WKV implementation (see
-    src.ops).
+    """The language model.
 
-    `RWKV(arch)` has RWKV-LM's from-scratch initialisation; `RWKV.load(path)` reads a checkpoint.
+    `arch` gives version and sizes, `kernel` names the WKV implementation (see src.ops). `RWKV(arch)` has
+    RWKV-LM's from-scratch initialisation; `RWKV.load(path)` reads a checkpoint.
     """
 
     def __init__(self, arch: Arch, kernel: str = "torch"):
@@ -125,20 +127,17 @@ class RWKV(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """RWKV-LM's initialisation (rwkv-lm train_temp): emb uniform +-1e-4, head orthogonal; the layers
-        initialise themselves.
-        """
+        """RWKV-LM's initialisation: emb uniform +-1e-4, head orthogonal. The layers initialise themselves."""
         vocab, width = self.arch.vocab_size, self.arch.n_embd
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab / width) ** 0.5)
 
     @classmethod
     def load(cls, path, dtype: torch.dtype | None = None, device="cpu", kernel: str = "torch") -> RWKV:
-        """The model of a `.pth`, in the file's dtypes or all in `dtype`. On the CPU without `dtype` the file
-        stays mapped: no copy.
+        """The model of a `.pth`, in the file's dtypes or all in `dtype`.
 
-        Raises UserError for a file that is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds
-        NaN.
+        On the CPU without `dtype` the file stays mapped: there is no copy. Raises UserError for a file that
+        is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds NaN.
         """
         tensors = read_model_file(path)
         arch = Arch.detect(tensors)
@@ -165,18 +164,18 @@ class RWKV(nn.Module):
         return self.base_identity and self.base_identity.fingerprint
 
     def check(self, tensors: dict[str, Tensor], path) -> None:
-        """Every key must land, with its shape; vectors may be squeezed, (C) for (1, 1, C), as some converters
-        write them.
+        """UserError unless these are exactly the model's tensors, with their shapes.
+
+        Vectors may be squeezed, (C) for (1, 1, C), as some converters write them.
         """
         expected = {name: p.shape for name, p in self.named_parameters()}
         missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
         for kind, names in (("lacks", missing), ("has the unknown", extra)):
             if names:
-                shown = ", ".join(sorted(names)[:5]) + (
-                    f" and {len(names) - 5} more" if len(names) > 5 else ""
-                )
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 raise UserError(
-                    f"{path} {kind} {shown}; expected exactly the tensors of {self.arch.describe()}"
+                    f"{path} {kind} {', '.join(sorted(names)[:5])}{more}; expected exactly the tensors of"
+                    f" {self.arch.describe()}"
                 )
         for name, shape in expected.items():
             got = tensors[name].shape
@@ -186,8 +185,9 @@ class RWKV(nn.Module):
                 )
 
     def set_kernel(self, kernel: str) -> None:
-        """Name another WKV implementation; "cpu" also means the native elementwise functions of
-        src.ops.elementwise.
+        """Use another WKV implementation.
+
+        "cpu" also means the native elementwise functions of src.ops.elementwise.
         """
         for block in self.blocks:
             block.att.kernel = kernel
@@ -204,8 +204,9 @@ class RWKV(nn.Module):
         return next(self.blocks[0].att.output.parameters())
 
     def layer_linears(self) -> dict[str, nn.Linear]:
-        """Name -> linear, adapted or not, of the matrices of all layers: most of the model, without emb, head
-        and low-rank maps.
+        """The linears of all layers by name, adapted or not.
+
+        They are most of the model: all but emb, head, low-rank maps and vectors.
         """
         return {
             f"blocks.{name}": module
@@ -214,10 +215,10 @@ class RWKV(nn.Module):
         }
 
     def quantise(self, kind: str, dtype: torch.dtype) -> None:
-        """Hold the frozen layer_linears() in 8 or 4 bits (rwkv_miss/quantised.py) and what else is frozen in
-        `dtype`, which is that of the products.
+        """Hold the frozen layer_linears() in 8 or 4 bits, as rwkv_miss/quantised.py describes.
 
-        Mapped weights are read one after the other, so that no dense copy of the model is made.
+        What else is frozen is held in `dtype`, which is the dtype of the products. Mapped weights are read
+        one after the other, so that no dense copy of the model is made.
         """
         linears = list(self.layer_linears().values())
         quantise_(progress(linears, f"quantising to {kind}", unit="matrices", shown=is_first_process()), kind)
@@ -228,8 +229,9 @@ class RWKV(nn.Module):
         self.expands_to = dtype
 
     def initial_state(self, batch: int) -> State:
-        """The state before the first token of `batch` rows: zeros, and no WKV state, since each layer has its
-        own initial state.
+        """The state before the first token of `batch` rows: zeros.
+
+        It has no WKV state, since each layer has its own initial one.
         """
         zeros = self._linear_weight().new_zeros(batch, self.arch.n_embd, dtype=self.dtype)
         return [LayerState(zeros, None, zeros)] * self.arch.n_layer
@@ -264,15 +266,17 @@ class RWKV(nn.Module):
     def forward(
         self, ids: Tensor, state: State | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token;
-        `reset` as in features.
+        """ids (B, T) int64 -> logits (B, T, V) in the model's dtype, and the state after the last token.
+
+        `reset` is that of features().
         """
         x, state = self.features(ids, state, reset)
         return self.head(x), state
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (tokens, C) from features(), targets (tokens,) int64 -> their loss, summed (see loss.py), without
-        ever holding all logits.
+        """x (tokens, C) from features(), targets (tokens,) int64 -> their loss, summed as in loss.py.
+
+        It never holds all logits.
         """
         if isinstance(self.head, Head):
             return self.head(x, targets)
@@ -288,8 +292,9 @@ class RWKV(nn.Module):
         return loss_sum(self.head(x), targets)
 
     def next_logits(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """ids (B, T) int64 -> logits (B, V) after the last token only, and the state: what generation needs
-        of a prompt.
+        """ids (B, T) int64 -> logits (B, V) after the last token only, and the state.
+
+        That is what generation needs of a prompt.
         """
         last = torch.zeros_like(ids, dtype=torch.bool)
         last[:, -1] = True
@@ -298,8 +303,9 @@ class RWKV(nn.Module):
 
 
 def read_model_file(path) -> dict[str, Tensor]:
-    """The tensors of a base or merged file; an adapter or the checkpoint of a run given in its place is a
-    UserError.
+    """The tensors of a base or merged file.
+
+    UserError where an adapter, or the checkpoint of a run, was given in its place.
     """
     tensors, metadata = read_described(path)
     refuse_run_checkpoint(path, metadata)
@@ -313,15 +319,16 @@ def read_model_file(path) -> dict[str, Tensor]:
 
 
 def replace_tensors(module: nn.Module, values: Callable[[str, Tensor], Tensor]) -> None:
-    """Put values(name, tensor) in the place of every parameter and buffer of a module; one that several
-    layers share stays shared.
+    """Put values(name, tensor) in the place of every parameter and buffer of a module.
+
+    A tensor that several layers share stays shared.
     """
     new: dict[int, Tensor] = {}
     for name, old in [*module.named_parameters(), *module.named_buffers()]:
         tensor = values(name, old)
-        new[id(old)] = (
-            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        )
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        new[id(old)] = tensor
     for owner in module.modules():
         # they keep their order and what else is registered of them
         for slots in (owner._parameters, owner._buffers):

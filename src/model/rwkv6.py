@@ -110,8 +110,10 @@ class TimeMix(nn.Module):
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """z (B, T, C) after ln1, v_first of RWKV-7 only, last (B, C) the z before, state (B, H, N, N), reset
-        (B, T) -> output (B, T, C), v_first as given, last z (B, C), state.
+        """(output (B, T, C), v_first as given, the last z (B, C), the state after it).
+
+        z (B, T, C) is the input after ln1, v_first is RWKV-7's, last (B, C) the z before,
+        state (B, H, N, N), reset (B, T).
         """
         r, k, v, w, g = self.project(z, last, reset)
         # WKV: y = r (S + u k^T v),  S <- diag(delta) S + k^T v,  delta the decay of w
@@ -150,8 +152,9 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, last (B, C) the z before, reset (B, T) -> output (B, T, C), or of the
-        wanted tokens only (see `chosen`), and last z (B, C).
+        """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
+
+        z (B, T, C) is the input after ln2, last (B, C) the z before, reset (B, T).
         """
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)

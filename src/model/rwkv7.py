@@ -130,8 +130,10 @@ class TimeMix(nn.Module):
     def forward(
         self, z: Tensor, v_first: Tensor | None, last: Tensor, state: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z (B, T, C) after ln1, v_first (B, T, C), last (B, C) the z before, state (B, H, N, N), reset
-        (B, T) -> output (B, T, C), v_first, last z (B, C), state.
+        """(output (B, T, C), v_first, the last z (B, C), the state after it).
+
+        z (B, T, C) is the input after ln1, v_first (B, T, C) layer 0's value, last (B, C) the z before,
+        state (B, H, N, N), reset (B, T).
         """
         r, w, k, v, a, g = self.project(z, v_first, last, reset)
         if self.layer == 0:
@@ -182,8 +184,9 @@ class ChannelMix(nn.Module):
     def forward(
         self, z: Tensor, last: Tensor, reset: Tensor | None, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z (B, T, C) after ln2, last (B, C) the z before, reset (B, T) -> output (B, T, C), or of the
-        wanted tokens only (see `chosen`), and last z (B, C).
+        """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
+
+        z (B, T, C) is the input after ln2, last (B, C) the z before, reset (B, T).
         """
         (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)
