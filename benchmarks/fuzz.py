@@ -6,8 +6,8 @@ Reading must give rows, or a message that names the file. It must give nothing e
 
 Each input is a sound file that was mutated one to six times: bytes changed, cut out, doubled, swapped, put
 in; numbers made huge; another file's part taken over. Half of the inputs are read with --on_bad_row skip,
-half with stop. Rows that are read must have one of the forms of src/formats, and are tokenised. The last line
-is JSON. An input that fails is kept, and its number and seed are printed.
+half with stop. Rows that are read must have one of the forms of src/data/formats, and are tokenised. The last
+line is JSON. An input that fails is kept, and its number and seed are printed.
 """
 
 import collections
@@ -163,7 +163,7 @@ def mutate(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 def check(row: dict) -> None:
-    """That a row has one of the forms that src/formats promises."""
+    """That a row has one of the forms that src/data/formats promises."""
     if "ids" in row:
         assert (
             row["ids"].dtype == np.int32

@@ -22,8 +22,8 @@ EVALUATION = 0.1  # the share of a run's time that all its evaluations may take;
 FORWARD = 1 / 3  # the time of a token without a backward pass, as a share of a trained token's time
 SAMPLE_CHARACTERS = 300  # characters of a sample answer that are kept
 SAMPLE_TOKENS = 300  # the most tokens of a sample answer; a character may take more than one
-# tokens of a sample answer that a plan counts with; SAMPLE_CHARACTERS are about 75 World tokens in English
-# and 200 in Chinese
+# Tokens of a sample answer that a plan counts with. SAMPLE_CHARACTERS are about 75 World tokens in English
+# and 200 in Chinese.
 USUAL_SAMPLE_TOKENS = 100
 
 

@@ -127,8 +127,8 @@ class AnywhereDeepSpeed(DeepSpeedStrategy):
         # again instead of keeping it
         shares = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=self.config)
         for p in model.parameters():
-            # a copy in any case: DeepSpeed writes to it, and pages of a mapped file that are written to stay
-            # in memory
+            # A copy in any case: DeepSpeed writes to it. Pages of a mapped file that are written to stay in
+            # memory.
             p.data = p.data.to(torch.float32 if p.requires_grad else self.dtype, copy=True)
             shares._convert_to_zero_parameters([p])
         for buffer in model.buffers():

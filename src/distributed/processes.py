@@ -66,8 +66,8 @@ def watch_launcher() -> None:
     if sys.platform == "win32" or not (by_lightning or by_launcher):
         return
     parent = os.getppid()
-    # Lightning starts its children in its own process group; a parent of another group has taken over an
-    # orphan
+    # Lightning starts its children in its own process group. A parent of another group has taken over an
+    # orphan.
     if by_lightning and os.getpgid(parent) != os.getpgrp():
         _end_as_orphan()
 

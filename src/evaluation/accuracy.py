@@ -166,8 +166,9 @@ def shortened(text: str, characters: int) -> str:
 
 
 def _read(model: RWKV, prompts: list[list[int]], bar: Progress) -> tuple[torch.Tensor, State]:
-    """Logits (B, V) after each prompt, and the states: prompts of one length are read together, without
-    padding.
+    """Logits (B, V) after each prompt, and the states.
+
+    Prompts of one length are read together, without padding.
     """
     device = model.emb.weight.device
     read = []

@@ -119,8 +119,9 @@ def _of_humaneval(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _of_mbpp(row: dict[str, Any]) -> Problem:
-    """A row of MBPP, or of its sanitized version: `prompt` and `test_imports` there are `text` and
-    `test_setup_code` here.
+    """A row of MBPP, or of its sanitized version, which has `prompt` and `test_imports`.
+
+    In MBPP itself they are `text` and `test_setup_code`.
     """
     text = row.get("text") or row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])

@@ -1,5 +1,6 @@
-"""A model that knows less of a text than a guess over the tokenizer's ids: most often the tokenizer is
-another one than it was trained with.
+"""The warning about a model that predicts a text worse than a guess over the tokenizer's ids.
+
+Most often the model was trained with another tokenizer.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ ENOUGH = 32  # tokens that can tell
 
 
 def worse_than_guessing(loss: float, tokenizer: Tokenizer) -> str | None:
-    """The warning about a loss (nats a token) of a trained model that is above guessing, ln(vocabulary), by
-    more than MARGIN; else None.
+    """The warning about a trained model whose loss, in nats a token, is above that of guessing; else None.
+
+    Guessing has ln(vocabulary). The loss may be above it by MARGIN.
     """
     guess = math.log(tokenizer.vocab_size)
     if loss <= guess + MARGIN:

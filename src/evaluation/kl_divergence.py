@@ -1,5 +1,6 @@
-"""How far one model's predictions are from another's on the same tokens, and a fixed text in four kinds to
-compare them on.
+"""How far one model's predictions are from another's on the same tokens.
+
+forgetting.txt is a fixed text in four sections to compare them on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A model of this project as one of EleutherAI's lm-evaluation-harness (the optional extra lm-eval). Only
-scripts/lm_eval.py imports it.
+"""A model of this project as one of EleutherAI's lm-evaluation-harness, the optional extra lm-eval.
+
+Only scripts/lm_eval.py imports it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class HarnessModel(LM):
         return [total for total, _ in log_likelihoods(self.model, pairs)]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The greedy answer to each request (context, {"until": texts, "max_gen_toks": number}), without the
-        text that ended it.
+        """The greedy answer to each request, without the text that ended it.
+
+        A request is (context, {"until": texts, "max_gen_toks": number}).
         """
         # requests with the same stops and the same limit are answered together
         groups: dict[tuple[tuple[str, ...], int], list[int]] = {}

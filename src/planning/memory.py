@@ -36,8 +36,8 @@ from .step_memory import StepBytes, model_on_meta, step_bytes
 HEAP_WASTE = 0.6
 # the share that torch's CUDA allocator wastes: an assumption, because this project has not run on a GPU
 CACHE_WASTE = 0.1
-# what a process of train.py holds before the model: seen on a CPU; CUDA's context and cuBLAS's workspace are
-# an assumption
+# What a process of train.py holds before the model. It was seen on a CPU; CUDA's context and cuBLAS's
+# workspace are an assumption.
 LIBRARIES = {"cpu": 380 * MIB, "gpu": 700 * MIB}
 DEEPSPEED_LIBRARY = 150 * MIB  # on the CPU
 BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once, as AnywhereDeepSpeed sets it

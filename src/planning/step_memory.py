@@ -26,8 +26,8 @@ from ..model.batch_loss import batch_loss, state_bytes
 from ..model.rwkv import replace_tensors
 from .step import chunks_of
 
-# glibc's largest mmap threshold on 64 bits, see mallopt(3): a larger block is mapped by itself and given back
-# when it is freed
+# glibc's largest mmap threshold on 64 bits, see mallopt(3). A larger block is mapped by itself, and is given
+# back when it is freed.
 HEAP_LIMIT = 1 << 25
 BATCH = {"ids": torch.int64, "targets": torch.int64, "mask": torch.bool, "reset": torch.bool}  # of collate()
 COUNTED_CHUNKS = 4  # a row of more chunks is counted with so many; each further chunk adds the same
