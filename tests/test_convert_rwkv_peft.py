@@ -77,8 +77,7 @@ def pissa_forward(x, W, A, B, A0, B0):
     return x @ (W - B0 @ A0).T + x @ A.T @ B.T
 
 
-# generation -> (tensor, forward, its shape for a linear (out, inputs) and a rank, what the converter makes of
-# it)
+# generation -> (tensor, forward, its shape for a linear (out, inputs) and a rank, our method and its options)
 GENERATIONS = {
     "v0 flat": ("bone", flat_forward, lambda out, inputs, r: (out, r), ("bat", "col")),
     "v0 col": ("bone", col_forward, lambda out, inputs, r: (out // r, r, r), ("bat", "col")),

@@ -89,8 +89,7 @@ def same_run(one, other, exact=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-# what is done to a run, beside what is in program.py; each is called in its processes before the program
-# starts
+# what is done to a run, beside what is in program.py. Each is called in its processes, before it starts
 
 
 def hang_up():

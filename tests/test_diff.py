@@ -109,8 +109,7 @@ def test_noise_is_explained_as_a_random_matrix_is(pair):
         sum(8 / w * d.norm**2 for d, w in zip(report.linears, [40] * 5 + [160] + [40] * 5 + [160]))
         / sum(d.norm**2 for d in report.linears)
     )
-    # 12 matrices of 40 rows and more: the share of a row has a standard deviation of about sqrt(2 / 40) of
-    # itself
+    # 12 matrices of 40 rows and more; the share of one row has a relative deviation of sqrt(2 / 40)
     assert report.share("explained") == pytest.approx(report.share("random"), rel=0.05)
 
 

@@ -21,8 +21,7 @@ from src.model import RWKV
 
 from .conftest import make_arch, pypi_rwkv, random_tensors
 
-# the harness is imported by the tests that need it: it takes three seconds, also where these tests are only
-# collected
+# the tests that need the harness import it: it takes three seconds, also where tests are only collected
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"),
     reason="lm-evaluation-harness IS ABSENT: pip install 'lm_eval>=0.4.12'",

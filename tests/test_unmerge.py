@@ -83,8 +83,7 @@ def test_a_merge_is_one(merging, source, dtype, methods, weights):
     linears = [layer.name for layer in report.rounding.layers]
     assert [changed.name for changed in found.changed] == [f"{name}.weight" for name in linears]
     assert found.same == found.tensors - len(linears) and sum(changed.apart for changed in found.changed) == 0
-    # the account from the merging is that of the merge, where fp32, in which the merge counts, holds the
-    # update
+    # the account that the check makes is the merge's, where fp32, in which a merge counts, is exact enough
     assert [layer.name for layer in found.rounding.layers] == linears
     for layer, other in zip(found.rounding.layers, report.rounding.layers, strict=True):
         assert layer.update == pytest.approx(other.update, rel=1e-4) and layer.lost == pytest.approx(

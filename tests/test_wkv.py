@@ -260,8 +260,7 @@ def test_half_precision_rounds_inputs_and_outputs_only(version, kernel, dtype):
     for name, t in want.items():
         assert torch.equal(got[name], t.to(got[name].dtype)), name
         assert got[name].dtype == (torch.float32 if name in ("sT", "ds0") else dtype), name
-    # fp32 parameters beside half activations, as autocast makes them; and autocast does not reach the
-    # arithmetic
+    # fp32 parameters beside half activations, as autocast makes them; it does not reach the arithmetic
     mixed = half | {name: half[name].float() for name in ("w", "u", "k") if name in half}
     with torch.autocast("cpu", torch.bfloat16):
         y, sT = OPS[version](**mixed, kernel=kernel)
