@@ -45,10 +45,10 @@ def jsonl(path: str, position: Position) -> Iterator[tuple[str, str]]:
 
 def parse_line(line: str) -> Any:
     """The record of a line of jsonl()."""
-    return undecoded(line) or parse(line)
+    return undecoded(line) or parse_json(line)
 
 
-def parse(line: str) -> Any:
+def parse_json(line: str) -> Any:
     """The value of a JSON text, or the UserError that says what is wrong with it."""
     try:
         return DECODER.decode(line)

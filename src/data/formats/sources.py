@@ -107,12 +107,12 @@ def sources(data_file: str, reading: Reading = BY_NAME, notes: list[str] | None 
     """
     notes = [] if notes is None else notes
     found: list[Source] = []
-    for path, weight in parse(data_file):
+    for path, weight in weighted_paths(data_file):
         found += [dataclasses.replace(source, weight=weight) for source in _find(path, reading, notes)]
     return found
 
 
-def parse(data_file: str) -> list[tuple[str, float]]:
+def weighted_paths(data_file: str) -> list[tuple[str, float]]:
     """(path, weight) of each part; a path that exists is taken as it is, commas and colons included."""
     if _exists(data_file):
         return [(data_file, 1.0)]
@@ -280,7 +280,7 @@ def _json_format(
 
     `lines` were looked at, and they are all that there are unless the file `goes_on`.
     """
-    record = json_text.parse(first) if first.startswith("{") else None
+    record = json_text.parse_json(first) if first.startswith("{") else None
     is_object = isinstance(record, dict)
     is_known = is_object and bool(fields or has_layout(record))
     if suffix == ".txt" and not is_known:  # a text may begin with a bracket
