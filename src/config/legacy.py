@@ -96,7 +96,7 @@ NAMES = {
     "emb",
     "state_tune",
 }
-CHUNK = 512  # RWKV-PEFT's chunk_ctx
+USUAL_CHUNK_CTX = 512  # that of RWKV-PEFT
 MINI_EPOCH = 40320  # rows in an epoch of RWKV-LM, whatever the data
 
 
@@ -274,10 +274,9 @@ def _train_type(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
     if kind not in ("none", "infctx", "state", ""):
         raise UserError(f"--train_type {kind}: expected none, infctx or state")
     if kind == "infctx":
-        notes.append(
-            f"--train_type infctx is --chunk_ctx {chunk or CHUNK}: rows run in chunks of so many tokens"
-        )
-        return ["--chunk_ctx", str(CHUNK)] if chunk is None else []
+        size = chunk or USUAL_CHUNK_CTX
+        notes.append(f"--train_type infctx is --chunk_ctx {size}: rows run in chunks of so many tokens")
+        return ["--chunk_ctx", str(USUAL_CHUNK_CTX)] if chunk is None else []
     if chunk is None:
         return []
     notes.append(
