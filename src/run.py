@@ -68,8 +68,7 @@ def main(config: Config, origins: dict[str, str]) -> None:
 def run(config: Config, origins: dict[str, str], started: float) -> None:
     """All of main() in the held folder.
 
-    Everything that can be wrong with the settings is found before the first step, and before a file is
-    written.
+    What can be wrong with the settings is found before the first step, and before a file is written.
     """
     before = earlier_settings(config)
     if before:

@@ -180,11 +180,8 @@ def find_nvcc() -> Nvcc:
     if path := shutil.which("nvcc", path=os.pathsep.join(filter(None, folders))):
         return Nvcc(path)
     spec = importlib.util.find_spec("nvidia")
-    parts = [
-        part
-        for place in (spec.submodule_search_locations if spec else ())
-        for part in sorted(pathlib.Path(place).iterdir())
-    ]
+    places = spec.submodule_search_locations if spec else ()
+    parts = [part for place in places for part in sorted(pathlib.Path(place).iterdir())]
     for part in reversed(parts):
         if path := shutil.which("nvcc", path=str(part / "bin")):
             # Its own settings miss the wheels' lib. An environment on top of another has two folders of one

@@ -16,9 +16,7 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"
 
 
 def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], history: list[dict]) -> str:
-    """run_card.md: what was run, what came of it, and what it changed, from what the run printed and
-    wrote.
-    """
+    """The text of run_card.md: what was run, what came of it, and what it changed."""
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
     trained = sum(line["trained_tokens"] for line in metrics) / seconds
