@@ -112,8 +112,8 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(output (B, T, C), v_first as given, the last z (B, C), the state after it).
 
-        z (B, T, C) is the input after ln1, v_first is RWKV-7's, last (B, C) the z before,
-        state (B, H, N, N), reset (B, T).
+        z (B, T, C): the input, after ln1. v_first: for RWKV-7 only. last (B, C): the z before the first one.
+        state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
         """
         r, k, v, w, g = self.project(z, last, reset)
         # WKV: y = r (S + u k^T v),  S <- diag(delta) S + k^T v,  delta the decay of w
@@ -154,7 +154,8 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
 
-        z (B, T, C) is the input after ln2, last (B, C) the z before, reset (B, T).
+        z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
+        documents start. wanted (B, T) bool: as for chosen().
         """
         x_k, x_r = shift_mix(z, last, reset, [self.time_maa_k, self.time_maa_r], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)

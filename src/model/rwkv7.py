@@ -132,8 +132,8 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(output (B, T, C), v_first, the last z (B, C), the state after it).
 
-        z (B, T, C) is the input after ln1, v_first (B, T, C) layer 0's value, last (B, C) the z before,
-        state (B, H, N, N), reset (B, T).
+        z (B, T, C): the input, after ln1. v_first (B, T, C): layer 0's value. last (B, C): the z before the
+        first one. state (B, H, N, N): the WKV state there. reset (B, T) bool: where documents start.
         """
         r, w, k, v, a, g = self.project(z, v_first, last, reset)
         if self.layer == 0:
@@ -186,7 +186,8 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(output (B, T, C), or of the wanted tokens only, as chosen() gives them; the last z (B, C)).
 
-        z (B, T, C) is the input after ln2, last (B, C) the z before, reset (B, T).
+        z (B, T, C): the input, after ln2. last (B, C): the z before the first one. reset (B, T) bool: where
+        documents start. wanted (B, T) bool: as for chosen().
         """
         (x_k,) = shift_mix(z, last, reset, [self.x_k], self.native)
         k = relu_squared(self.key(chosen(x_k, wanted)), self.native)

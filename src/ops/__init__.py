@@ -1,5 +1,7 @@
 """The WKV recurrences, `wkv6` and `wkv7`, and the choice of the code that runs them.
 
+Imports common only. reference.py has the equations, elementwise.py what else a layer computes.
+
 Shapes: B batch, T tokens >= 1, H heads, N head size. States are fp32 in the layout of the `rwkv` package.
 Where `reset` (B, T), bool, is set, a document starts with that token: neither state nor gradient crosses from
 the tokens before. `initial_state` (H, N, N) is the state that documents start from; None is zero. It is also
