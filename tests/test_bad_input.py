@@ -486,7 +486,7 @@ FULL = (
     LIMITED
     + """
 import train
-from src import callbacks
+from src.training import callbacks
 size, save = int(sys.argv.pop(1)), callbacks.Saver.save
 def save_until_full(self, trainer):
     if trainer.global_step > 1:
