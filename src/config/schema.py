@@ -374,7 +374,8 @@ class Config:
     )
     resume: str = opt(
         "none",
-        "auto: go on from the newest checkpoint in proj_dir, if there is one. none: start anew",
+        "auto: go on from the newest checkpoint in proj_dir, if there is one. none: begin a new run; a folder"
+        " that holds one is refused",
         choices=("none", "auto"),
     )
 
