@@ -38,7 +38,7 @@ def pytest_report_header(config):
         if DATA.is_dir()
         else "GOLDEN FILES ABSENT (../shared/data): the tests that need them are skipped"
     )
-    return [files, "all tests take about 10 minutes on two idle cores"]
+    return [files, "all tests take about 13 minutes on two idle cores"]
 
 
 def pytest_collection_modifyitems(items):
