@@ -6,6 +6,7 @@ order of docs/architecture.md.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import pathlib
@@ -61,6 +62,10 @@ def between_rooms() -> dict[str, set[str]]:
 
 
 def main() -> None:
+    about = __doc__.partition("\n\n")[0]
+    argparse.ArgumentParser(
+        prog="python -m scripts.rooms", description=about, allow_abbrev=False
+    ).parse_args()
     found = between_rooms()
     for name in sorted(found, key=lambda name: (len(found[name]), name)):
         print(f"{name:12} imports {', '.join(sorted(found[name])) or 'nothing of src'}")
