@@ -146,7 +146,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
             " has it"
         )
     data = data_to_compare(config, origins, tokenizer)
-    schedule = plan_steps(config, origins, arch, device, data.documents)
+    schedule = plan_steps(config, origins, arch, device, data)
     steps = steps_of_a_training(ours, config, schedule)
     rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
     torch.manual_seed(config.random_seed)

@@ -136,7 +136,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     template = recorded_template(config.template, tokenizer, config.load_model)
     data = read_data(config, origins, tokenizer, template)
     device = dataclasses.replace(device, memory=memory_of(device, config.world))  # read once: it changes
-    schedule = plan_steps(config, origins, arch, device, data.documents)
+    schedule = plan_steps(config, origins, arch, device, data)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
 
     def fits(changed: Config) -> bool:

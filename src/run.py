@@ -88,7 +88,7 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     if before:
         keep_rows_per_step(config, before)
     data = read_data(config, origins, tokenizer, template)
-    schedule = plan_steps(config, origins, arch, device, data.documents)
+    schedule = plan_steps(config, origins, arch, device, data)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
     # before the model is there: what is timed shall not count among the run's memory
     if is_first_process():

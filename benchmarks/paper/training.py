@@ -194,6 +194,7 @@ def _train(run: Run, task: Task) -> Outcome:
         ctx_len=task.width,
         packing=False,
         lr_init=run.lr,
+        warmup_steps=0,
         random_seed=run.seed,
     )
     torch.manual_seed(run.seed)

@@ -230,7 +230,14 @@ class Config:
     global_bsz: int = opt(
         0, "rows in one optimizer step over all devices; sets accumulate_grad_batches. 0: not used", low=0
     )
-    epoch_count: int = opt(1, "number of epochs", alias=("epochs",), low=1)
+    epoch_count: int = opt(
+        0,
+        "number of epochs. 0: 1; where one pass over the data makes less than 200 steps and documents are held"
+        " out, up to 5, until the loss on them rises",
+        alias=("epochs",),
+        automatic=True,
+        low=0,
+    )
     epoch_steps: int = opt(0, "optimizer steps in one epoch. 0: one pass over the data", low=0)
 
     lr_init: float = opt(
@@ -260,7 +267,9 @@ class Config:
         "cos, constant, or wsd: constant, then down to lr_final in a straight line over the last fifth",
         choices=("cos", "constant", "wsd"),
     )
-    warmup_steps: int = opt(0, "optimizer steps of linear warm-up", low=0)
+    warmup_steps: int = opt(
+        -1, "optimizer steps of linear warm-up. -1: 5 % of the run", automatic=True, low=-1
+    )
     beta1: float = opt(0.9, "AdamW beta1", low=0, below=1)
     beta2: float = opt(0.99, "AdamW beta2", low=0, below=1)
     adam_eps: float = opt(1e-8, "AdamW epsilon", low=0, high=1e30)
@@ -333,13 +342,16 @@ class Config:
     eval_steps: int = opt(
         0,
         "evaluate every N optimizer steps, and keep the best state as best.pth. 0: only before and"
-        " after the training",
+        " after the training; where several passes are chosen, after each of them",
+        automatic=True,
         low=0,
     )
     eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation", low=0)
     early_stop: int = opt(
         0,
-        "end the training after N evaluations in a row that are not better than the best one. 0: never",
+        "end the training after N evaluations in a row that are not better than the best one. 0: never;"
+        " where several passes are chosen, after the first",
+        automatic=True,
         low=0,
     )
     wandb: str = opt(

@@ -21,6 +21,9 @@ RECOMPUTE = (0, 2, 1)  # --grad_cp, from the fastest to the smallest
 RANK_SHARE = 8  # a model that is too narrow for a rank of 64 gets this part of its width
 HELD_OUT = 100  # documents that are held out
 FEW = 0.05  # the largest share of the documents that is held out
+ENOUGH = 200  # steps; data that make less in one pass are read again
+PASSES = 5  # at most, where they are chosen
+WARM_UP = 0.05  # of a run's steps
 
 
 def choose(config: Config, origins: dict[str, str], name: str, value: object, reason: str) -> None:
@@ -74,6 +77,31 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     return share, f"{counted(max(1, round(share * documents)), 'document')} of {documents:,}"
 
 
+def passes(steps: int, held_out: bool) -> tuple[int, str]:
+    """(epoch_count, why) for data that make so many steps in one pass."""
+    reason = f"one pass makes {counted(steps, 'step')}"
+    if steps >= ENOUGH:
+        return 1, reason
+    if not held_out:
+        return 1, f"{reason}; nothing is held out that would tell when to stop"
+    return min(-(-ENOUGH // steps), PASSES), f"{reason}, and {ENOUGH} are enough to learn from"
+
+
+def choose_length(config: Config, origins: dict[str, str], steps_per_pass: int, held_out: bool) -> None:
+    """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps."""
+    if is_automatic(config, "epoch_count"):
+        reason = "--epoch_steps is given"
+        count = 1
+        if not config.epoch_steps:
+            count, reason = passes(steps_per_pass, held_out)
+        choose(config, origins, "epoch_count", count, reason)
+        if count > 1 and is_automatic(config, "eval_steps"):
+            choose(config, origins, "eval_steps", steps_per_pass, "after each pass")
+            choose(config, origins, "early_stop", 1, "the held-out loss rises when a further pass does harm")
+    steps = config.epoch_count * (config.epoch_steps or steps_per_pass)
+    choose(config, origins, "warmup_steps", int(WARM_UP * steps), f"{WARM_UP:.0%} of the run")
+
+
 def choose_batch(
     config: Config, origins: dict[str, str], rows: int, needed: Callable[[Config], float], room: float
 ) -> None:
@@ -121,7 +149,7 @@ def _rows_of_a_process(config: Config, rows: int) -> int:
 
 def _rows_of_a_step(config: Config, rows: int) -> int:
     """A power of two up to ROWS with which the run has STEPS steps, if it can."""
-    enough = ROWS if config.epoch_steps else rows * config.epoch_count // STEPS
+    enough = ROWS if config.epoch_steps else rows * max(config.epoch_count, 1) // STEPS
     return 1 << max(min(enough, ROWS), 1).bit_length() - 1
 
 

@@ -32,7 +32,7 @@ from ..data.held_out import (
 )
 from ..data.tokenizer import Tokenizer
 from ..model import RWKV
-from .defaults import choose, choose_batch, held_out_share, method_rate, row_length
+from .defaults import choose, choose_batch, choose_length, held_out_share, method_rate, row_length
 from .memory import USABLE, largest_batch, memory_parts, needed
 from .throughput import Speed
 
@@ -239,16 +239,16 @@ def memory_of(device: Device, world: int) -> int:
     return free_memory(device.accelerator) if world == 1 else all_memory(device.accelerator)
 
 
-def plan_steps(
-    config: Config, origins: dict[str, str], arch: Arch, device: Device, documents: Documents
-) -> Schedule:
-    """The steps of the run, with the batch filled in."""
+def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Device, data: Data) -> Schedule:
+    """The steps of the run, with the batch and the length filled in."""
     single_rows = dataclasses.replace(config, micro_bsz=1, accumulate_grad_batches=1, global_bsz=0)
-    one_by_one = make_schedule(documents, single_rows, config.world)
+    one_by_one = make_schedule(data.documents, single_rows, config.world)
 
     def bytes_needed(tried: Config) -> float:
         return needed(estimate(tried, arch, one_by_one), tried, device.accelerator)
 
     room = USABLE * memory_of(device, config.world)
     choose_batch(config, origins, len(one_by_one.rows), bytes_needed, room)
-    return dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+    schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
+    choose_length(config, origins, schedule.steps_per_pass, bool(data.held_out))
+    return schedule

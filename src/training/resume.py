@@ -48,6 +48,8 @@ MAY_CHANGE = {
 }
 
 
+# what may change, and is not chosen anew
+LENGTH = ("epoch_count", "eval_steps", "early_stop")
 # what a step does at once; its results are equal to rounding
 BATCH = ("micro_bsz", "accumulate_grad_batches", "grad_cp")
 
@@ -68,15 +70,19 @@ def earlier_settings(config: Config) -> Config | None:
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     """Fill in what was chosen for the run so far.
 
-    Settings that may change are left out. The batch is an exception: it stays where the processes are as many
-    as before and no other batch was given.
+    Settings that may change are left out. The length is an exception, and so is the batch: it stays where the
+    processes are as many as before and no other batch was given.
     """
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in FIELDS:
         # options of another method; find_checkpoint() says that it is another
         foreign = name == "peft_config" and config.peft != before.peft
-        if (name not in MAY_CHANGE or name in batch) and not is_automatic(before, name) and not foreign:
+        if (
+            (name not in MAY_CHANGE or name in (*LENGTH, *batch))
+            and not is_automatic(before, name)
+            and not foreign
+        ):
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
 
 
