@@ -3,10 +3,10 @@
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
     [--seeds 0 1 2] [--out out/first-run]
 
-Every training is a whole run of train.py's settings with --load_model, --data_file, --peft and --random_seed,
-and for large tasks the sizes that keep them short. First the learning rate is given: seven rates for the first
-seed, of which the best and its neighbours are trained with the others, and the method's published rate. Then
-it is left to the program, and last it is the first guess, without a search.
+Every training is a whole run of train.py's settings with --load_model, --data_file, --peft and
+--random_seed, and for large tasks the sizes that keep them short. First the learning rate is given: seven
+rates for the first seed, of which the best and its neighbours are trained with the others, and the method's
+published rate. Then it is left to the program, and last it is the first guess, without a search.
 
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import shutil

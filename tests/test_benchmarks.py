@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 
-from benchmarks import first_run
+from benchmarks import laptop
 from benchmarks.common import cpu, environment, machine_line
 
 from .conftest import ROOT
@@ -47,7 +47,7 @@ def test_a_cpu_is_named_by_what_decides_its_speed(tmp_path):
 
 
 def test_a_first_runs_rows_are_as_long_as_gsm8ks(tmp_path):
-    first_run.write_rows(tmp_path / "rows.jsonl", 1000)
+    laptop.write_rows(tmp_path / "rows.jsonl", 1000)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     rows = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
     questions, answers = ([len(text.split()) for text in texts] for texts in zip(*rows, strict=True))
@@ -64,15 +64,15 @@ def test_a_first_runs_rows_are_as_long_as_gsm8ks(tmp_path):
 
 
 def test_a_first_run_has_the_steps_of_a_whole_pass(tmp_path):
-    first_run.write_rows(tmp_path / "rows.jsonl", 1000)
+    laptop.write_rows(tmp_path / "rows.jsonl", 1000)
     base = ROOT / "demo/rwkv7-reverse.pth"
     settings = ["--load_model", str(base), "--data_file", str(tmp_path / "rows.jsonl")]
-    plan, sizes = first_run.whole_pass(settings)
+    plan, sizes = laptop.whole_pass(settings)
     rows = int(sizes[1]) * int(sizes[3])
     packed = int(
         re.search(
             r"packing +(\d+) rows",
-            first_run.run(["-m", "scripts.plan", "--tokens_per_second", "1", *settings]),
+            laptop.run(["-m", "scripts.plan", "--tokens_per_second", "1", *settings]),
         )[1]
     )
     assert sizes[::2] == ["--micro_bsz", "--accumulate_grad_batches"]
@@ -83,7 +83,7 @@ def test_a_first_runs_figures_leave_out_the_first_step():
     metrics = [{"seconds": s, "tokens_per_second": 100 / s} for s in (50.0, 2.0, 4.0, 3.0)]
     summary = {"command_to_first_step_seconds": 60.04, "peak_memory_bytes": 5}
     plan = {"steps": 40, "tokens": 4000, "seconds": 200, "evaluation_seconds": 10}
-    assert first_run.figures(metrics, summary, plan) == {
+    assert laptop.figures(metrics, summary, plan) == {
         "tokens_per_second": 33.3,
         "seconds_per_step": 3.0,
         "tokens": 4000,

@@ -232,8 +232,8 @@ class Config:
     )
     epoch_count: int = opt(
         0,
-        "number of epochs. 0: 1; where one pass over the data makes less than 200 steps and documents are held"
-        " out, up to 5, until the loss on them rises",
+        "number of epochs. 0: one. Where one pass over the data makes less than 200 steps and documents are"
+        " held out, up to 5, until the loss on them rises",
         alias=("epochs",),
         automatic=True,
         low=0,
