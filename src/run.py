@@ -112,7 +112,7 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
             put_best_back(config, history)
     if over:
         if is_first_process() and not is_summed_up(config, first_step):  # killed after its last step
-            finish(config, plan, first_step, job.steps)
+            finish(config, origins, plan, first_step, job.steps)
         return
     train(job, plan, started, history, resume_from)
 
@@ -152,7 +152,7 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         }
         if forgetting.result is not None:
             measured["forgetting"] = forgetting.result
-        finish(config, plan, trainer.global_step, job.steps, measured)
+        finish(config, job.origins, plan, trainer.global_step, job.steps, measured)
     if not complete(trainer.global_step):
         sys.exit(EXIT_CODE)  # so that a script does not go on with a half-trained adapter
 

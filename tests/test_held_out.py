@@ -20,7 +20,6 @@ from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.planning.job import read_data
 from src.training.validation import undisturbed
-from src.training.validation_log import answers_as_before
 
 BYTES = load_tokenizer("bytes", 256, "")
 
@@ -150,12 +149,3 @@ def test_a_look_at_the_model_leaves_no_trace():
         and torch.equal(torch.get_rng_state(), state)
         and torch.is_grad_enabled()
     )
-
-
-def test_answers_that_are_those_of_before_are_noticed():
-    def line(*answers):
-        return {"samples": [{"answer": answer} for answer in answers]}
-
-    assert answers_as_before([line("a", "b"), line("c", "b"), line("a", "b")])
-    for history in ([line("a", "b")], [line("a", "b"), line("a", "c")], [line(), line()]):
-        assert not answers_as_before(history)

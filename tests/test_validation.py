@@ -311,6 +311,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     ], output
     output = succeed(start(files, proj_dir, *more, sabotage=script))
     assert "done: step 6 of 6" in output and "best.pth, step 6, validation loss 3.0000" in output
+    assert f"--adapter {proj_dir}/adapter.pth" in output, "the last state is the best one"
     succeed(start(files, whole, *flags, "--early_stop", "4", sabotage=script))
     seconds = [json.loads(line)["seconds"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert max(seconds) < 3600, "an evaluation is no part of a step"
@@ -525,7 +526,7 @@ def test_the_card_has_each_answer_before_and_after_and_nothing_that_spoils_a_ter
         "output": "out/adapter.pth",
         "forgetting": {},
     }
-    text = card(Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, metrics, history)
+    text = card(Config(load_model="m.pth", data_file="d.jsonl"), ["a plan"], summary, metrics, history, None)
     for words in (
         (
             "### Sample 1\n\nprompt:\n\n    q␛[1m\n    \n    # q\n\nright:\n\n    ```\n\nbefore:\n\n   "

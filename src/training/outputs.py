@@ -21,8 +21,9 @@ from ..config import Config
 from ..data.chat_template import Template
 from ..model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses
-from .run_folder import MERGED, METRICS, NEW_MODEL, SUMMARY, output_path
-from .validation_log import BEST, VALIDATION, answers_as_before, is_over, loss_text
+from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
+from .validation_log import BEST, VALIDATION, is_over, loss_text
+from .verdict import Doubt, doubt
 
 STOPPED = "stopped, go on with --resume auto"
 
@@ -102,7 +103,12 @@ def is_summed_up(config: Config, step: int) -> bool:
 
 
 def finish(
-    config: Config, plan: list[str], step: int, total_steps: int, measured: dict | None = None
+    config: Config,
+    origins: dict[str, str],
+    plan: list[str],
+    step: int,
+    total_steps: int,
+    measured: dict | None = None,
 ) -> None:
     """The loss curve, run.json, at the end of the training run_card.md, and the next command.
 
@@ -131,11 +137,16 @@ def finish(
         **_validation_summary(config, history),
     }
     state = _state(config, step, total_steps, history)
+    doubted = None
     if state != STOPPED:
-        write_text(os.path.join(config.proj_dir, CARD), card(config, plan, summary, metrics, history))
+        _, kept_step = _recommended(summary)
+        searched = os.path.exists(os.path.join(config.proj_dir, RATE_SEARCH))
+        doubted = doubt(config, origins["lr_init"], searched, kept_step, metrics, history)
+        text = card(config, plan, summary, metrics, history, doubted)
+        write_text(os.path.join(config.proj_dir, CARD), text)
     # the last file: what is_summed_up() looks at
     write_text(os.path.join(config.proj_dir, SUMMARY), json.dumps(summary, indent=1))
-    print("\n".join(_last_words(config, state, summary, history)))
+    print("\n".join(_last_words(config, state, summary, history, doubted)))
 
 
 def _validation_summary(config: Config, history: list[dict]) -> dict:
@@ -159,7 +170,16 @@ def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> 
     return STOPPED
 
 
-def _last_words(config: Config, state: str, summary: dict, history: list[dict]) -> list[str]:
+def _recommended(summary: dict) -> tuple[str, int]:
+    """(file, step) of the state to go on with: best.pth where the steps after it made it no better."""
+    if summary.get("best_step", summary["steps"]) < summary["steps"]:
+        return summary["best"], summary["best_step"]
+    return summary["output"], summary["steps"]
+
+
+def _last_words(
+    config: Config, state: str, summary: dict, history: list[dict], doubted: Doubt | None
+) -> list[str]:
     """What a run prints at its end: what came of it, and the next command."""
     first = summary.get("command_to_first_step_seconds")
     start = f"first step {first:.1f} s after the command; " if first else ""
@@ -169,21 +189,16 @@ def _last_words(config: Config, state: str, summary: dict, history: list[dict]) 
     ]
     if state != STOPPED:
         lines.append(f"read it:   {os.path.join(config.proj_dir, CARD)}")
-    if history and answers_as_before(history):
-        lines.append(
-            "note:      the sample answers are those of before the training; --lr_init above"
-            f" {config.lr_init:g} or more than --epoch_count {config.epoch_count} moves the model further"
-        )
-    chosen = summary["output"]
+    if doubted:
+        lines += [*(f"note:      {sentence}" for sentence in doubted.known), f"try next:  {doubted.advice}"]
     if "best" in summary:
         lines.append(
             f"best:      {summary['best']}, step {summary['best_step']}, validation loss"
             f" {summary['validation_best']:.4f}; before training {loss_text(history[0])}, at the end"
             f" {loss_text(history[-1])}"
         )
-        if summary["best_step"] < summary["steps"]:
-            chosen = summary["best"]
-    return [*lines, _next_command(config, chosen)]
+    trained, _ = _recommended(summary)
+    return [*lines, _next_command(config, trained)]
 
 
 def _next_command(config: Config, trained: str) -> str:

@@ -9,13 +9,21 @@ import os
 from ..common.files import write_bytes
 from ..config import Config, command
 from .validation_log import best, loss_text
+from .verdict import Doubt
 
 CARD, CURVE = "run_card.md", "loss.png"
 NOT_MEASURED = "not measured: the run was killed after its last step"
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
-def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], history: list[dict]) -> str:
+def card(
+    config: Config,
+    plan: list[str],
+    summary: dict,
+    metrics: list[dict],
+    history: list[dict],
+    doubted: Doubt | None,
+) -> str:
     """The text of run_card.md: what was run, what came of it, and what it changed."""
     seconds, memory = sum(line["seconds"] for line in metrics), summary.get("peak_memory_bytes")
     tokens = sum(line["tokens"] for line in metrics) / seconds
@@ -33,6 +41,7 @@ def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], hi
     parts = [
         f"# Run card: {os.path.basename(os.path.abspath(config.proj_dir))}",
         _table(["", ""], [[name, value] for name, value in figures.items()]),
+        *_has_not_learnt(doubted),
         "## Command",
         _as_it_is(command(config)),
         "## Plan",
@@ -45,6 +54,13 @@ def card(config: Config, plan: list[str], summary: dict, metrics: list[dict], hi
         *_forgetting(config, summary),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _has_not_learnt(doubted: Doubt | None) -> list[str]:
+    if doubted is None:
+        return []
+    lines = [*doubted.known, f"try next: {doubted.advice}"]
+    return ["## Has it learnt?", "\n".join(f"- {line}" for line in lines)]
 
 
 def _validation(summary: dict, history: list[dict]) -> list[str]:

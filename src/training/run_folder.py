@@ -25,6 +25,7 @@ ADAPTER = "adapter.pth"
 MODEL = "model.pth"  # of full training
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
+RATE_SEARCH = "learning_rate.json"
 SUMMARY = "run.json"
 MERGED = "merged.pth"  # what the merge that is suggested writes
 NEW_MODEL = "rwkv-init.pth"  # RWKV-LM's name

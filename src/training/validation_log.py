@@ -24,14 +24,16 @@ def is_over(history: list[dict], early_stop: int) -> bool:
     return bool(early_stop) and since >= early_stop
 
 
-def answers_as_before(history: list[dict]) -> bool:
-    """Whether the newest sample answers are, word for word, those of before the training."""
-    before, after = _answers(history[0]), _answers(history[-1])
-    return len(history) > 1 and bool(before) and before == after
+def evaluation_at(history: list[dict], step: int) -> dict | None:
+    """The evaluation of the state of a step; None where that was not evaluated."""
+    return next((line for line in history if line["step"] == step), None)
 
 
-def _answers(line: dict) -> list[str]:
-    return [sample["answer"] for sample in line["samples"]]
+def answers_as_before(before: dict, after: dict) -> bool:
+    """Whether the sample answers of two evaluations are the same word for word, and not all of them right."""
+    answers = [[sample["answer"] for sample in line["samples"]] for line in (before, after)]
+    right = [sample["right"] for sample in before["samples"]]
+    return answers[0] == answers[1] != right
 
 
 def describe(history: list[dict], total: int) -> list[str]:

@@ -1,0 +1,141 @@
+"""Whether a run has learnt, and what to try where it has not: pure functions of its logs and settings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..config import Config
+from ..planning.defaults import CHOSEN
+from .validation_log import answers_as_before, evaluation_at, loss_text
+
+LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
+
+
+class Doubt(NamedTuple):
+    """Why a run counts as one that has not learnt."""
+
+    known: list[str]  # a sentence each
+    advice: str  # what to try next
+
+
+def doubt(
+    config: Config, origin: str, searched: bool, step: int, metrics: list[dict], history: list[dict]
+) -> Doubt | None:
+    """What speaks against a run; None for one that has learnt.
+
+    `origin` is that of the learning rate, and `searched` whether the run searched for it. `step` is that of
+    the state which the run recommends.
+    """
+    improving = True
+    if history:
+        before, after = evaluation_at(history, 0), evaluation_at(history, step)
+        if not (before and after):
+            return None
+        known = of_evaluations(before, after)
+        improving = step == history[-1]["step"] and not is_worse(before, after)
+        fell = _fall(*first_and_last(metrics))
+        if is_worse(before, after) and fell >= LITTLE:
+            known.append(
+                f"the training loss fell by {_percent(fell)}: what was learnt is no help on other documents"
+            )
+    else:
+        known = of_training(metrics)
+    if not known:
+        return None
+    advice = other_settings(config, improving) if searched else other_rate(config, origin)
+    if not history:
+        advice += "; --eval_split 0.1 holds documents out, which tell more"
+    return Doubt(known, advice)
+
+
+def of_evaluations(before: dict, after: dict) -> list[str]:
+    """What two evaluations say against a run: the loss, and the sample answers."""
+    said = []
+    losses = f"from {loss_text(before)} to {loss_text(after)}"
+    fell = _fall(before["loss"], after["loss"]) if before["loss"] and after["loss"] else 0.0
+    if after["loss"] is None:
+        said.append("the run has not learnt: the loss on held-out documents is not finite")
+    elif is_worse(before, after):
+        said.append(f"the run has not learnt: the loss on held-out documents rose {losses}")
+    elif before["loss"] is not None and fell < LITTLE:
+        said.append(
+            f"the run has learnt next to nothing: the loss on held-out documents fell by {_percent(fell)},"
+            f" {losses}"
+        )
+    if answers_as_before(before, after):
+        loss = f", although the loss on held-out documents fell by {_percent(fell)}" if fell >= LITTLE else ""
+        said.append(f"the sample answers are those of before the training{loss}")
+    return said
+
+
+def is_worse(before: dict, after: dict) -> bool:
+    """Whether the held-out loss rose, or is not finite."""
+    if after["loss"] is None:
+        return True
+    return before["loss"] is not None and after["loss"] > before["loss"]
+
+
+def of_training(metrics: list[dict]) -> list[str]:
+    """What the losses of the steps say against a run of which nothing was held out.
+
+    Their rows differ, so it is less than held-out documents would say.
+    """
+    first, last = first_and_last(metrics)
+    fell = _fall(first, last)
+    if fell >= LITTLE:
+        return []
+    part = max(1, len(metrics) // 10)
+    steps = f"{part} steps" if part > 1 else "step"
+    change = f"fell by {_percent(fell)}" if fell >= 0 else f"rose by {_percent(-fell)}"
+    return [
+        f"the run may have learnt nothing: the training loss {change}, from {first:.4f} in the first {steps}"
+        f" to {last:.4f} in the last; no documents were held out, so no more is known"
+    ]
+
+
+def first_and_last(metrics: list[dict]) -> tuple[float, float]:
+    """The mean training loss of the first tenth of the steps and of the last one."""
+    part = max(1, len(metrics) // 10)
+    losses = [line["loss"] for line in metrics]
+    return sum(losses[:part]) / part, sum(losses[-part:]) / part
+
+
+def other_rate(config: Config, origin: str) -> str:
+    """What may help a run that did not search for its learning rate."""
+    rate = f"{config.lr_init:g}"
+    if f"rate of --peft {config.peft}" in origin:
+        return (
+            f"--lr_init auto, which searches for the learning rate; {rate} is the published one of --peft"
+            f" {config.peft}, and small models need more"
+        )
+    if origin.startswith(CHOSEN):
+        why = origin.removeprefix(f"{CHOSEN}: ")
+        return (
+            f"more passes (--epoch_count above {config.epoch_count}), or another --lr_init, which"
+            f" python -m scripts.lr_sweep finds; {rate} was chosen: {why}"
+        )
+    return f"--lr_init auto, which searches for the learning rate; {rate} was given"
+
+
+def other_settings(config: Config, improving: bool) -> str:
+    """What may help a run that did. `improving`: its end was its best, as far as is known."""
+    tries = [f"more passes (--epoch_count above {config.epoch_count})"] if improving else []
+    tries.append("more data")
+    if config.peft == "none":
+        tries.append("an adapter (--peft miss)")
+    elif config.adapter.gives_rank:
+        tries.append("another rank (--peft_config) or method (--peft)")
+    else:
+        tries.append("another method (--peft)")
+    if config.load_model:
+        tries.append("a base that knows more of the task")
+    return f"{', or '.join(tries)}; the learning rate was searched for already"
+
+
+def _fall(first: float, last: float) -> float:
+    """By which share of itself a loss fell; negative where it rose."""
+    return (first - last) / first if first else 0.0
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
