@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -78,6 +79,7 @@ def start(files, proj_dir, *flags, sabotage=None):
         "--peft_config",
         "r=5",
         *([] if "--micro_bsz" in flags else ["--micro_bsz", "4"]),
+        *([] if "--epoch_count" in flags else ["--epoch_count", "1"]),
         *flags,
     ]
     return program.run(flags, sabotage)
@@ -153,6 +155,8 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
         "evaluation loss on 11 of 11 held-out documents and 2 sample answers, 3 times: before the training,"
         " every 4 steps and at its end; "
     )
+    # an evaluation has its line, and a step line repeats none of before
+    assert re.search(r"^step 6/6 loss \d\.\d+ lr ", output, re.MULTILINE)
     assert said in output and f"step 0/6 validation loss {lines[0]['loss']:.4f}\n    | 'User: held" in output
     assert (
         f"best.pth, step 6, validation loss {lines[2]['loss']:.4f}; before training {lines[0]['loss']:.4f}"

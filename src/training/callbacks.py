@@ -51,7 +51,6 @@ class StepReport(Callback):
         self.training = self.stop = False
         self.first_step_seconds: float | None = None
         self.peak_memory = 0  # of the rank that had most, in bytes; 0 where the system does not tell
-        self.validation = ""  # what the bar says of the newest evaluation
 
     def on_train_start(self, trainer, module) -> None:
         self.rank_zero = trainer.is_global_zero
@@ -173,7 +172,7 @@ class StepReport(Callback):
         """The bar, and now and then a line where there is none."""
         step = line["step"]
         shown = f"loss {loss:.4f}" if line["trained_tokens"] else "no loss"
-        said = f"{shown}{self.validation} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
+        said = f"{shown} lr {line['lr']:.2e} {line['tokens_per_second']:.0f} tokens/s"
         self.bar.update(1, said)
         self.steps_here += 1
         due = now - self.last_line > max(LINE, LINE_SHARE * (now - self.begun))

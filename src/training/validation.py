@@ -110,7 +110,6 @@ class Watch(Callback):
                     writer.numbers(step, {"validation/loss": loss})
                 if samples:
                     writer.samples(step, samples)
-            self.report.validation = f" validation {loss:.4f}"
             say("\n".join(describe(self.history, module.total_steps)))
         return True
 
