@@ -320,6 +320,20 @@ def test_rows_of_several_layouts(read):
     assert again == report.files["rows.jsonl"]
 
 
+def test_a_number_that_is_asked_or_answered_is_its_text(tmp_path):
+    rows = {
+        '{"instruction": "2+2?", "output": 4}': ("2+2?", "4"),
+        '{"instruction": "Halve it.", "input": 5, "output": 2.5}': ("Halve it.\n5", "2.5"),
+        '{"question": 0, "answer": -12345678901234567890}': ("0", "-12345678901234567890"),
+    }
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    read = [record["messages"] for _, record in read_records(tmp_path / "rows.jsonl")]
+    assert [tuple(turn["content"] for turn in turns) for turns in read] == list(rows.values())
+    (tmp_path / "rows.jsonl").write_text('{"prompt": 7, "completion": 49}')
+    [(_, record)] = read_records(tmp_path / "rows.jsonl")
+    assert record == {"prompt": "7", "completion": "49"}
+
+
 # mistakes
 
 
@@ -357,11 +371,13 @@ def test_rows_of_several_layouts(read):
         ("{}", "got keys []"),
         ('{"question": "a"}', "expected one of"),
         ('{"question": "a", "answer": null}', "answer must be a non-empty string, got None"),
-        ('{"question": "a", "answer": 42}', "got 42"),
+        ('{"question": "a", "answer": true}', "got True"),
+        ('{"question": "a", "answer": 1e400}', "got inf"),
+        ('{"question": "a", "answer": [4]}', "got [4]"),
         ('{"question": "", "answer": "a"}', "question must be a non-empty string"),
         ('{"question": "a", "answer": "b", "response": "c"}', "several layouts"),
         ('{"prompt": "a", "completion": [1]}', "completion must be"),
-        ('{"instruction": "a", "input": 0, "output": "b"}', "input must be a non-empty string, got 0"),
+        ('{"instruction": "a", "input": [0], "output": "b"}', "input must be a non-empty string, got [0]"),
         (
             '{"question": "a", "answer": "b", "history": [["a"]]}',
             "history must be a list of [question, answer] pairs",

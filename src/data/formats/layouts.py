@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -167,20 +168,20 @@ def _continuation(record: dict, prompt: str, completion: str) -> dict[str, Any]:
     # turns on both sides
     if isinstance(record[prompt], list) and isinstance(record[completion], list):
         return {"messages": messages([*record[prompt], *record[completion]], f"{prompt} + {completion}")}
-    return {"prompt": text(record[prompt], prompt), "completion": text(record[completion], completion)}
+    return {"prompt": said(record[prompt], prompt), "completion": said(record[completion], completion)}
 
 
 def _question(
     record: dict, names: tuple[str, ...], system: str | None, history: str | None
 ) -> dict[str, Any]:
     question, *context, answer = names
-    asked = text(record[question], question)
+    asked = said(record[question], question)
     for column in context:
         if record[column] not in (None, ""):
-            asked += "\n" + text(record[column], column)
+            asked += "\n" + said(record[column], column)
     turns = [
         {"role": "user", "content": asked},
-        {"role": "assistant", "content": text(record[answer], answer)},
+        {"role": "assistant", "content": said(record[answer], answer)},
     ]
     if history and record[history]:
         turns = _pairs(record[history], history) + turns
@@ -255,6 +256,13 @@ def _joined(parts: list) -> str:
                 f" {short(kind)}"
             )
     return "".join(part["text"] for part in parts)
+
+
+def said(value: Any, column: str) -> str:
+    """text() of what is asked or answered, which may also be a number; as text that is 4, 2.5 or 1e+22."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return repr(value)
+    return text(value, column)
 
 
 def text(value: Any, column: str, may_be_empty: bool = False) -> str:
