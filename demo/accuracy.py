@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m demo.accuracy")
+
 from src.common.startup import importing
 
 with importing():

@@ -12,6 +12,9 @@ import os
 import sys
 from collections.abc import Callable
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m demo.chat")
+
 from src.common.startup import importing, naming_missing_packages
 
 with importing():

@@ -12,6 +12,9 @@ import io
 import json
 import os
 
+if not __package__:  # started by its path, from which src is not found
+    raise SystemExit("error: run this from the repository's folder as python -m demo.picture")
+
 from src.common.startup import importing
 
 with importing():

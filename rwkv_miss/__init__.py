@@ -9,12 +9,14 @@ from .interrupts import end_program_at_once
 
 end_program_at_once()
 
-from . import methods  # noqa: F401  (registers the methods)
-from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register
-from .errors import UserError
-from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
-from .inject import inject, load_adapter, save_adapter
-from .merging.merge import merge_file
+from .errors import UserError, naming_missing_torch
+
+with naming_missing_torch():
+    from . import methods  # noqa: F401  (registers the methods)
+    from .adapter import METHODS, AdapterLinear, after_step, before_step, disabled, penalty, register
+    from .files.checkpoint import Arch, read_checkpoint, read_metadata, write_checkpoint
+    from .inject import inject, load_adapter, save_adapter
+    from .merging.merge import merge_file
 
 __all__ = [
     "METHODS",

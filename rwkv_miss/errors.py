@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from .interrupts import EXIT_CODE, answered, say_interrupted
+from .interrupts import EXIT_CODE, answered, is_program, say_interrupted
 from .progress import clear
 
 # what a machine refuses whoever asks: no mistake of the program
@@ -20,6 +20,22 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 class UserError(ValueError):
     """A mistake in the user's input: what was seen, what was expected, what to do."""
+
+
+@contextlib.contextmanager
+def naming_missing_torch() -> Iterator[None]:
+    """Around the first imports: where this package is the program, an absent torch is one line of error."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "torch" or not is_program():
+            raise
+        print(
+            f"error: the package torch is not installed for {sys.executable}; activate the environment that"
+            " has it (source .venv/bin/activate), or: pip install torch",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 LONGEST = 2000  # characters of a message

@@ -71,15 +71,18 @@ def answered() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+def is_program() -> bool:
+    """Whether this package is the program that runs, seen while it is imported."""
+    started = os.path.basename(sys.argv[0]) if sys.argv else ""
+    # what runpy puts there while it looks for the module
+    as_module = started == "-m" and "rwkv_miss" in sys.orig_argv
+    return as_module or started.startswith("rwkv-miss")
+
+
 def end_program_at_once() -> None:
     """Have Ctrl-C end the process at once where this package is the program.
 
     Its imports precede its first line.
     """
-    started = os.path.basename(sys.argv[0]) if sys.argv else ""
-    # what runpy puts there while it looks for the module
-    as_module = started == "-m" and "rwkv_miss" in sys.orig_argv
-    if (as_module or started.startswith("rwkv-miss")) and signal.getsignal(
-        signal.SIGINT
-    ) is signal.default_int_handler:
+    if is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)

@@ -116,7 +116,7 @@ def test_ctrl_c_at_any_moment_of_a_start(tmp_path):
 
 @pytest.mark.parametrize(
     "program",
-    [program for program in PROGRAMS if not {"scripts.doctor", "rwkv_miss"} & {*program}],
+    [program for program in PROGRAMS if "scripts.doctor" not in program],
     ids=" ".join,
 )
 def test_without_torch(program, tmp_path):
@@ -132,6 +132,20 @@ def test_without_torch(program, tmp_path):
     )
     done = run(program, env=with_torch(tmp_path, "import src.absent"), stdout=subprocess.DEVNULL)
     assert "Traceback" in done.stderr  # that would be a mistake of this project
+
+
+def test_the_library_without_torch_leaves_the_error_to_its_user(tmp_path):
+    environment = with_torch(tmp_path, "raise ModuleNotFoundError(name='torch')")
+    code = "try: import rwkv_miss\nexcept ModuleNotFoundError as error: print(error.name)"
+    assert run(["-c", code], env=environment, stdout=subprocess.PIPE).stdout == "torch\n"
+
+
+@pytest.mark.parametrize("name", ["accuracy", "chat", "picture"])
+def test_a_program_of_the_demo_that_is_started_by_its_path(name):
+    done = run([f"demo/{name}.py", "--model", "m.pth"])
+    assert done.returncode and done.stderr == (
+        f"error: run this from the repository's folder as python -m demo.{name}\n"
+    )
 
 
 def test_ctrl_c_is_ignored_where_it_was(tmp_path):
