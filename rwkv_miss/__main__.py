@@ -12,12 +12,17 @@ from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
 from .files.identity import Identity
+from .files.safetensors_io import is_safetensors
 from .inject import ADAPTER_FORMAT
 from .merging.cli import add_commands
 from .merging.members import merged_adapters
 from .version import version_line
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
+SAFETENSORS_MODEL = "model in safetensors"
+EXPORTED = (
+    "rwkv_miss.checkpoint"  # what src/export/provenance.py keeps in a header: all of the .pth but its values
+)
 EMPTY = (None, "", [], {})
 
 
@@ -31,6 +36,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     written_as = metadata.get("format", "checkpoint")
     if (read_as := format_of(source)) not in (None, "native") and written_as != ADAPTER_FORMAT:
         written_as, metadata = ADAPTER_FORMAT, foreign(source, read_as)
+    elif not os.path.isdir(path) and is_safetensors(path):
+        # the "format" of such a header is the framework that it was written with, "pt"
+        written_as = SAFETENSORS_MODEL
     dtypes = collections.Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
     arch = None if written_as in KINDS else Arch.detect(tensors)
     # src/training/training_state.py names what the optimizer keeps NAME:exp_avg and so on
@@ -86,6 +94,8 @@ def show(facts: dict[str, Any]) -> None:
             )
         if name == "recent_losses" and value:
             value = f"{len(value)}, the last is {value[-1]:.4f}"
+        if name == EXPORTED:
+            value = "python -m scripts.export --to pth gives the .pth back, with its metadata"
         if value not in EMPTY:
             print(f"  {printable(str(name)):<12} {printable(str(value))}")
 

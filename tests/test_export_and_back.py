@@ -14,10 +14,11 @@ import torch
 
 from benchmarks.common import peak_above_start
 from rwkv_miss import UserError
+from rwkv_miss.__main__ import EXPORTED, describe, show
 from rwkv_miss.files.checkpoint import read_checkpoint, read_metadata, write_checkpoint
 from src import export as forms
 from src.data.tokenizer import load_tokenizer
-from src.export import gguf_reader
+from src.export import gguf_reader, provenance
 from src.export.chat_template import rwkv_jinja
 
 from .conftest import close, make_arch, random_tensors
@@ -165,6 +166,16 @@ def test_safetensors_are_read_by_the_package(tmp_path):
         )
     export(tmp_path / "m.safetensors", tmp_path / "back.pth", "pth")
     assert (tmp_path / "back.pth").read_bytes() == (tmp_path / "m.pth").read_bytes()
+
+
+def test_inspect_says_what_an_exported_file_is(tmp_path, capsys):
+    saved(tmp_path / "m.pth", arch_of(7), metadata=METADATA)
+    export(tmp_path / "m.pth", tmp_path / "m.safetensors", "safetensors")
+    assert provenance.KEY == EXPORTED
+    show(describe(tmp_path / "m.safetensors"))
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{tmp_path / 'm.safetensors'}: model in safetensors, ")
+    assert "scripts.export --to pth gives the .pth back" in shown and len(shown) < 1000
 
 
 # Hugging Face
