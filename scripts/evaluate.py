@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         cut = None
         if all(answer.cut is not None for answer in answers):
             cut = sum(answer.cut for answer in answers)
-            tell_cut(cut, len(answers), limit)
         if args.score == "code" and not args.run_code:
+            tell_cut(cut, len(answers), limit)
             print(
                 f"{len(answers)} answers are in {args.save}, not scored: --answers {args.save} --score code"
                 " --run_code runs them"
@@ -62,8 +62,11 @@ def main(argv: list[str] | None = None) -> None:
             if not is_right:
                 expected = ", fails the tests" if args.score == "code" else f", right is {question.right!r}"
             print(f"{question.prompt!r} -> {text!r}{expected}")
+        tell_cut(cut, len(answers), limit)
+        accuracy = sum(right) / len(right)
+        print(f"score: {accuracy:.1%}, {sum(right):,} of {len(right):,} answers are right")
         summary = {
-            "accuracy": sum(right) / len(right),
+            "accuracy": accuracy,
             "score": args.score,
             "questions": len(questions),
             "model": args.model,
@@ -111,8 +114,13 @@ def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int],
         return []
 
 
-def tell_cut(cut: int, count: int, limit: int | None) -> None:
-    """Say how many of `count` answers reached the limit of tokens, and warn where they are many."""
+def tell_cut(cut: int | None, count: int, limit: int | None) -> None:
+    """Say how many of `count` answers reached the limit of tokens, and warn where they are many.
+
+    None: it is not known.
+    """
+    if cut is None:
+        return
     share = cut / count
     tokens = f"{limit:,} tokens" if limit else "tokens"
     print(f"{cut:,} answers ({share:.1%}) reach the limit of {tokens}")

@@ -417,11 +417,12 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     told = capsys.readouterr()
     assert "4 answers (100.0%) reach the limit of 9 tokens" in told.out
     assert "warning: 100.0% of the answers were cut" in told.err and "--max_tokens N" in told.err
-    assert json.loads(told.out.splitlines()[-1])["cut"] == 4
+    *_, cut, score, last = told.out.splitlines()
+    assert "limit" in cut and score == "score: 0.0%, 0 of 4 answers are right", "the score is beside the JSON"
+    assert json.loads(last)["cut"] == 4
     assert evaluated(capsys, "--answers", kept, *flags[:4])[0]["cut"] == 4
     kept.write_text("".join(json.dumps({"answer": row["answer"]}) + "\n" for row in saved))
     evaluate.main(["--answers", str(kept), "--show", "0", *map(str, flags[:4])])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and json.loads(lines[0])["cut"] is None, (
-        "of answers made elsewhere it is not known"
-    )
+    assert lines[:-1] == ["score: 75.0%, 3 of 4 answers are right"]
+    assert json.loads(lines[-1])["cut"] is None, "of answers made elsewhere it is not known"
