@@ -30,6 +30,7 @@ from src.inference.sampling import Sampling
 from src.model import RWKV
 from src.training import callbacks, run_card, validation
 from src.training.forgetting import sections
+from src.training.plan_text import LINES
 from src.training.run_card import card, draw_losses
 
 from . import program
@@ -275,7 +276,7 @@ def test_the_best_state_is_kept_and_a_run_that_gets_no_better_ends(files, tmp_pa
     script = functools.partial(scripted, LOSSES)
 
     output = succeed(start(files, proj_dir, *flags, "--early_stop", "2", sabotage=script))
-    assert "ended early, after 2 evaluations that were no better than the best one: step 4 of 6" in output
+    assert "ended early, as the held-out loss fell no further in 2 evaluations: step 4 of 6" in output
     assert (
         f"{proj_dir}/best.pth, step 2, validation loss 4.0000; before training 9.0000, at the end not finite"
         in output
@@ -412,12 +413,86 @@ def test_a_run_that_turns_out_to_be_over_when_it_goes_on(files, tmp_path):
     output = succeed(
         start(files, proj_dir, *flags, "--epoch_count", "2", "--resume", "auto", sabotage=script)
     )
-    assert "ended early, after 1 evaluations that were no better than the best one: step 6 of 12" in output
+    assert "ended early, as the held-out loss fell no further: step 6 of 12" in output
     assert summary(proj_dir)["best_step"] == 3 and (proj_dir / "run_card.md").exists()
     assert "has all 6 steps already" in succeed(
         start(files, shorter, *flags, "--resume", "auto", sabotage=script)
     )
     assert (shorter / "run_card.md").exists()
+
+
+def length(proj_dir):
+    saved = read_yaml(str(proj_dir / "config.yaml"))
+    return [saved[name] for name in ("epoch_count", "eval_steps", "early_stop", "warmup_steps")]
+
+
+def test_passes_that_were_chosen_end_when_the_held_out_loss_rises(files, tmp_path):
+    """What is held out is unlike what is trained, and gets worse with every pass."""
+    proj_dir, other = tmp_path / "run", tmp_path / "other.jsonl"
+    rows = [{"prompt": f"{n}?", "completion": "ca" * 3} for n in range(5)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = succeed(
+        start(files, proj_dir, "--epoch_count", "0", "--eval_samples", "0", "--eval_file", str(other))
+    )
+    assert (
+        "30 steps of 4 rows (micro_bsz 4 x accumulate 1 x devices 1), 5 passes over the data: one pass makes"
+        " 6 steps; ends early when the held-out loss rises; rows of" in output
+    )
+    assert len(output.partition("\nstep 0/30")[0].splitlines()) <= LINES and length(proj_dir) == [5, 6, 1, 1]
+    assert "ended early, as the held-out loss fell no further: step 12 of 30, loss " in output
+    (_, _), (once, best_loss), (twice, later) = [
+        (line["step"], line["loss"]) for line in validation_lines(proj_dir)
+    ]
+    assert (once, twice) == (6, 12) and later > best_loss and len(losses(proj_dir)) == 12
+    kept = read_metadata(proj_dir / "best.pth")
+    assert (kept["step"], kept["validation_loss"]) == (6, best_loss)
+    merge = next(line for line in output.splitlines() if line.startswith("merge it:"))
+    assert f"--adapter {proj_dir}/best.pth" in merge
+
+
+def test_passes_that_were_chosen_go_on_after_a_stop(files, tmp_path):
+    whole, proj_dir = tmp_path / "whole", tmp_path / "run"
+    flags = ["--epoch_count", "0", "--eval_samples", "0", *ALL, "--eval_file", str(files / "held.jsonl")]
+    # better up to step 18
+    script = functools.partial(scripted, [10.0 - step // 6 for step in range(24)] + [9.0] * 7)
+    succeed(start(files, whole, *flags, sabotage=script))
+    stop = functools.partial(at_file, "metrics.jsonl", 9, proj_dir, interrupt)  # in the second pass
+    code, output = start(files, proj_dir, *flags, sabotage=functools.partial(in_turn, script, stop))
+    assert code == 130 and "stopped, go on with --resume auto: step " in output and "of 30" in output
+    succeed(start(files, proj_dir, *flags, "--resume", "auto", sabotage=script))
+    assert [line["step"] for line in validation_lines(proj_dir)] == [0, 6, 12, 18, 24]
+    assert losses(proj_dir) == losses(whole) and length(proj_dir) == length(whole) == [5, 6, 1, 1]
+    assert validation_lines(proj_dir) == validation_lines(whole)
+    for name in ("adapter.pth", "best.pth"):
+        assert same_tensors(proj_dir / name, whole / name)
+
+
+def test_a_run_from_before_passes_were_chosen_keeps_its_length(files, tmp_path):
+    """An older release wrote one pass, no warm-up and no evaluations on the way."""
+    whole, proj_dir = tmp_path / "whole", tmp_path / "run"
+    held = ["--eval_samples", "0", "--eval_file", str(files / "held.jsonl")]
+    older = [*held, "--epoch_count", "1", "--warmup_steps", "0"]
+    succeed(start(files, whole, *older))
+    stop = functools.partial(at_file, "metrics.jsonl", 4, proj_dir, interrupt)
+    assert start(files, proj_dir, *older, sabotage=stop)[0] == 130
+    assert length(proj_dir) == [1, 0, 0, 0]
+    output = succeed(start(files, proj_dir, *held, "--epoch_count", "0", "--resume", "auto"))
+    assert "6 steps of 4 rows" in output and "done: step 6 of 6" in output
+    assert length(proj_dir) == [1, 0, 0, 0] and losses(proj_dir) == losses(whole)
+    assert same_tensors(proj_dir / "adapter.pth", whole / "adapter.pth")
+
+
+def test_a_run_that_is_asked_for_less_than_it_has_done_says_so(files, tmp_path):
+    proj_dir = tmp_path / "run"
+    stop = functools.partial(at_file, "metrics.jsonl", 9, proj_dir, interrupt)
+    code, _ = start(files, proj_dir, "--epoch_count", "2", sabotage=stop)
+    step = summary(proj_dir)["steps"]
+    assert code == 130 and 6 < step < 12
+    output = succeed(start(files, proj_dir, "--epoch_count", "1", "--resume", "auto"))
+    assert f"has {step} steps, more than the 6 that are asked for; nothing to train" in output
+    assert f"done: step {step} of {step}, loss " in output and f"step {step} of 6" not in output
+    assert summary(proj_dir)["steps"] == summary(proj_dir)["planned_steps"] == step
+    assert (proj_dir / "run_card.md").exists()
 
 
 def test_in_full_training_the_best_model_is_kept(files, tmp_path):

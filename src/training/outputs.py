@@ -128,7 +128,7 @@ def finish(
         "version": VERSION,
         "commit": commit() or None,
         "steps": step,
-        "planned_steps": total_steps,
+        "planned_steps": max(total_steps, step),  # a run that goes on may be asked for less than is done
         "loss_first": metrics[0]["loss"],
         "loss_last": metrics[-1]["loss"],
         "train_seconds": sum(line["seconds"] for line in metrics),
@@ -166,7 +166,8 @@ def _state(config: Config, step: int, total_steps: int, history: list[dict]) -> 
     if step >= total_steps:
         return "done"
     if is_over(history, config.early_stop):
-        return f"ended early, after {config.early_stop} evaluations that were no better than the best one"
+        count = "" if config.early_stop == 1 else f" in {config.early_stop} evaluations"
+        return f"ended early, as the held-out loss fell no further{count}"
     return STOPPED
 
 

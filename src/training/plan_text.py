@@ -260,10 +260,15 @@ def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
 def steps(config: Config, schedule: Schedule, total: int) -> str:
     """The line of the plan about its optimizer steps."""
     passes = total / schedule.steps_per_pass
+    length = ""
+    if config.epoch_count > 1 and not config.epoch_steps:
+        length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
+    if config.early_stop:
+        length += "; ends early when the held-out loss rises"
     return (
         f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} "
         f"(micro_bsz {config.micro_bsz} x accumulate {schedule.accumulate} x devices {config.world}), "
-        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data"
+        f"{passes:.3g} {'pass' if passes == 1 else 'passes'} over the data{length}"
     )
 
 
@@ -322,6 +327,8 @@ def resume(job: Job, before: Config | None, path: str | None, over: bool) -> lis
         what = f"has all {counted(job.steps, 'step')} already"
         if step < job.steps:
             what = f"ended at step {step} by --early_stop"
+        if step > job.steps:
+            what = f"has {counted(step, 'step')}, more than the {job.steps:,} that are asked for"
         return [f"resume     {path} {what}; nothing to train. Output: {output_path(config)}"]
     if before is None and config.resume != "auto":
         return []
