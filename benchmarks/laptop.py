@@ -72,7 +72,8 @@ def whole_pass(settings: list[str]) -> tuple[dict, list[str]]:
     """(the plan of a run over all rows, the flags for a step of as many rows as it has). A short run would
     choose more.
     """
-    *lines, last = run(["-m", "scripts.plan", "--json", "--tokens_per_second", "1", *settings]).splitlines()
+    once = ["--epoch_count", "1", "--tokens_per_second", "1"]
+    *lines, last = run(["-m", "scripts.plan", "--json", *once, *settings]).splitlines()
     sizes = re.search(r"micro_bsz (\d+) x accumulate (\d+)", "\n".join(lines))
     return json.loads(last), ["--micro_bsz", sizes[1], "--accumulate_grad_batches", sizes[2]]
 

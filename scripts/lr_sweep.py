@@ -147,6 +147,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
         )
     data = data_to_compare(config, origins, tokenizer)
     schedule = plan_steps(config, origins, arch, device, data)
+    config.warmup_steps = given.warmup_steps  # a chosen one is a share of each training, not of the run
     steps = steps_of_a_training(ours, config, schedule)
     rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
     torch.manual_seed(config.random_seed)
@@ -164,7 +165,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     for trial in trials(model, config, data.documents, data.held_out, steps, ours.setting, rates):
         done.append(trial)
         print(line(trial, before), flush=True)
-    shortened = given.epoch_steps if not ours.steps and given.epoch_steps * given.epoch_count <= STEPS else 0
+    shortened = given.epoch_steps if not ours.steps and steps_of(config, schedule) <= STEPS else 0
     if shortened:
         given = dataclasses.replace(given, epoch_steps=0)
     return conclude(ours.setting, given, before, done, steps, shortened)

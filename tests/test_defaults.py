@@ -16,8 +16,9 @@ from src.common.formatting import size_text
 from src.config import FIELDS, Config, accumulation, is_automatic, parse, validate
 from src.config.parse import read_yaml
 from src.planning import defaults
-from src.planning.defaults import choose_batch, held_out_share, own_rank, row_length
+from src.planning.defaults import choose_batch, choose_length, held_out_share, own_rank, row_length
 from src.training import resume
+from src.training.optimizer import learning_rate_factor
 from src.training.resume import inherit, keep_rows_per_step
 
 from . import program
@@ -148,6 +149,58 @@ def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_fro
     assert ("less than 50 steps" in origins["micro_bsz"]) == few
 
 
+@pytest.mark.parametrize(
+    "steps, held_out, settings, length",
+    [
+        # (epoch_count, eval_steps, early_stop, warmup_steps)
+        (200, True, {}, (1, 0, 0, 10)),
+        (199, True, {}, (2, 199, 1, 19)),
+        (60, True, {}, (4, 60, 1, 12)),
+        (3, True, {}, (5, 3, 1, 0)),
+        (60, False, {}, (1, 0, 0, 3)),
+        (60, True, {"epoch_steps": 30}, (1, 0, 0, 1)),
+        # what is given stays, and brings nothing that was not asked for
+        (60, True, {"epoch_count": 1}, (1, 0, 0, 3)),
+        (60, True, {"epoch_count": 7}, (7, 0, 0, 21)),
+        (60, False, {"epoch_count": 2}, (2, 0, 0, 6)),
+        (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, 0, 0, 3)),
+        (60, True, {"warmup_steps": 0}, (4, 60, 1, 0)),
+        # the run ends after a pass without a better evaluation
+        (60, True, {"eval_steps": 20}, (4, 20, 3, 12)),
+        (60, True, {"eval_steps": 25}, (4, 25, 3, 12)),
+        (60, True, {"eval_steps": 20, "early_stop": 5}, (4, 20, 5, 12)),
+    ],
+)
+def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
+    config, origins = Config(**settings), {}
+    choose_length(config, origins, steps, held_out)
+    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
+    assert not origins.keys() & settings.keys()
+
+
+@pytest.mark.parametrize(
+    "steps, held_out, settings, reason",
+    [
+        (60, True, {}, "one pass makes 60 steps, and 200 are enough to learn from"),
+        (200, True, {}, "one pass makes 200 steps"),
+        (60, False, {}, "one pass makes 60 steps; nothing is held out that would tell when to stop"),
+        (60, True, {"epoch_steps": 30}, "--epoch_steps is given"),
+    ],
+)
+def test_the_number_of_passes_has_its_reason(steps, held_out, settings, reason):
+    origins = {}
+    choose_length(Config(**settings), origins, steps, held_out)
+    assert origins["epoch_count"] == f"chosen: {reason}"
+
+
+def test_the_warm_up_is_a_share_of_whatever_is_trained():
+    """Also where it was not chosen before, as in a short training of a sweep."""
+    rising = [learning_rate_factor(Config(), 60)(step) for step in range(4)]
+    assert rising[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rising[3] <= 1
+    assert learning_rate_factor(Config(), 10)(0) == 1
+    assert rising == [learning_rate_factor(Config(warmup_steps=3), 60)(step) for step in range(4)]
+
+
 def test_a_batch_that_was_given_is_kept_and_nothing_is_estimated():
     config, origins = Config(micro_bsz=3), {}
     choose_batch(config, origins, 999, None, 0)
@@ -186,7 +239,33 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
     config = going_on()
     changed = {name for name in FIELDS if getattr(config, name) != getattr(BEFORE, name)}
     assert changed == {"wkv", "accelerator"}, "what depends on the machine alone is chosen again"
-    assert set(resume.BATCH) <= resume.MAY_CHANGE
+    assert {*resume.BATCH, *resume.LENGTH} <= resume.MAY_CHANGE
+
+
+@pytest.mark.parametrize(
+    "settings, length",
+    [
+        # (epoch_count, eval_steps, early_stop, warmup_steps)
+        ({}, (4, 60, 1, 12)),
+        ({"epoch_count": 6}, (6, 60, 1, 12)),
+        ({"early_stop": 3}, (4, 60, 3, 12)),
+        ({"epoch_steps": 30}, (1, 0, 0, 12)),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
+    before = dataclasses.replace(BEFORE, epoch_count=4, eval_steps=60, early_stop=1, warmup_steps=12)
+    config = Config(**FILES, **settings)
+    inherit(config, {}, before)
+    choose_length(config, {}, 60, True)
+    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
+
+
+def test_a_run_of_an_older_release_keeps_its_one_pass_without_warm_up():
+    before = dataclasses.replace(BEFORE, epoch_count=1, eval_steps=0, early_stop=0, warmup_steps=0)
+    config = Config(**FILES)
+    inherit(config, {}, before)
+    choose_length(config, {}, 60, True)
+    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == (1, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,30 @@ from src.common import device
 from src.config import Config
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
+from src.data.formats import Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
 from src.planning import job
-from src.planning.job import Device, check_data_files, device_here, memory_of, plan_steps, read_data, steps_of
+from src.planning.job import (
+    Data,
+    Device,
+    check_data_files,
+    device_here,
+    memory_of,
+    plan_steps,
+    read_data,
+    steps_of,
+)
 
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
 
 
 def documents(count, length=9):
     return Documents([Document(np.arange(length + 1), np.ones(length + 1, bool)) for _ in range(count)])
+
+
+def data(count, held_out=0):
+    return Data(documents(count), documents(held_out) if held_out else Documents([]), Report())
 
 
 def test_several_processes_do_not_ask_what_is_free(monkeypatch):
@@ -50,16 +64,37 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     monkeypatch.setattr(job, "needed", lambda size, *_: size)
     monkeypatch.setattr(job, "memory_of", lambda device, world: memory)
     config = Config(**settings, packing=False, ctx_len=256, grad_cp=0)
-    schedule = plan_steps(config, {}, None, DEVICE, documents(401))
+    schedule = plan_steps(config, {}, None, DEVICE, data(401))
     assert (schedule.micro_bsz, schedule.accumulate, schedule.world, schedule.steps_per_pass) == batch
     assert schedule == make_schedule(documents(401), config, batch[2]), (
         "what the trainer makes of the settings"
     )
 
 
+@pytest.mark.parametrize(
+    "rows, held_out, settings, length",
+    [
+        # (epoch_count, eval_steps, early_stop, warmup_steps)
+        (400, 20, {}, (4, 50, 1, 10)),
+        (400, 0, {}, (1, 0, 0, 2)),
+        (1600, 20, {}, (1, 0, 0, 10)),
+        (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, 0, 5)),
+    ],
+)
+def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_out, settings, length):
+    """A step has 8 rows, as all of them fit."""
+    monkeypatch.setattr(job, "estimate", lambda *_: 0)
+    monkeypatch.setattr(job, "needed", lambda *_: 0)
+    config = Config(**settings, packing=False, ctx_len=256)
+    schedule = plan_steps(config, origins := {}, None, DEVICE, data(rows, held_out))
+    assert (config.epoch_count, config.eval_steps, config.early_stop, config.warmup_steps) == length
+    assert steps_of(config, schedule) == length[0] * rows / 8
+    assert origins["warmup_steps"] == "chosen: 5% of the run"
+
+
 def test_an_epoch_is_the_data_once_or_so_many_steps():
     schedule = make_schedule(documents(10), Config(packing=False, ctx_len=256, micro_bsz=4), 1)
-    assert steps_of(Config(), schedule) == 3 and steps_of(Config(epoch_count=2), schedule) == 6
+    assert steps_of(Config(epoch_count=1), schedule) == 3 and steps_of(Config(epoch_count=2), schedule) == 6
     assert steps_of(Config(epoch_count=2, epoch_steps=5), schedule) == 10
 
 

@@ -231,7 +231,7 @@ def test_masks_train_what_they_train_there(mask, today, words, capsys):
             ["--epoch_steps", "10", "--epoch_save", "1"],
             "--epoch_save 1 is --save_steps 10: 1 x 10 steps of an epoch",
         ),
-        (["--warmup_steps", "-1"], "--warmup_steps -1 is --warmup_steps 0"),
+        (["--epoch_begin", "0", "--warmup_steps", "-1"], "--warmup_steps -1 is --warmup_steps 0"),
         (["--rank", "8"], "--rank 8 is --peft_config r=8"),
         (["--peft", "bone", "--bone_config", '{"bone_r":8}'], "--bone_config is --peft_config"),
         (["--lora", "--lora_parts", "att,ffn"], "--lora and its flags are --peft lora with --peft_config"),

@@ -16,6 +16,7 @@ from src.config import Config
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
+from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
 
 from . import program
@@ -141,6 +142,35 @@ def test_every_rate_starts_from_the_same_adapter(files, method):
         and together[0].losses[0] == alone.losses[0]
         and together[0].losses[1:] != alone.losses[1:]
     )
+
+
+@pytest.mark.parametrize(
+    "more, steps, factor",
+    [
+        (["--steps", "40"], 40, 1 / 2),
+        (["--steps", "10"], 10, 1),
+        (["--steps", "40", "--warmup_steps", "4"], 40, 1 / 4),
+        # 5 passes of 2 steps, as a run would make
+        ([], 10, 1),
+        (["--epoch_steps", "101"], 100, 1 / 5),
+    ],
+)
+def test_the_warm_up_is_a_share_of_each_training_and_the_command_leaves_it_to_the_run(
+    files, tmp_path, monkeypatch, more, steps, factor
+):
+    trained = []
+
+    def no_training(model, config, documents, held_out, count, setting, rates):
+        trained.append((count, learning_rate_factor(config, count)(0)))
+        return [Trial(rate, [3.0, 2.0], 0.1) for rate in rates]
+
+    monkeypatch.setattr(lr_sweep, "trials", no_training)
+    assert sweep(*flags(files, tmp_path, "--peft_config", "r=7", "--rates", "1e-3", *more)) == 0
+    assert trained == [(steps, pytest.approx(factor))]
+    command = results(tmp_path)["command"]
+    given = [flag for flag in more if flag.startswith("--") and flag != "--steps"]
+    told = ("--warmup_steps", "--epoch_count", "--epoch_steps", "--eval_steps", "--early_stop")
+    assert [flag for flag in told if flag in command] == given
 
 
 def test_a_rate_that_diverges_is_said_and_not_chosen(files, tmp_path, capsys):

@@ -75,6 +75,7 @@ def flags_of(files, proj_dir, *more):
         "4",
         "--accumulate_grad_batches",
         "2",
+        *([] if "--epoch_count" in more else ["--epoch_count", "1"]),
         *more,
     ]
 
@@ -219,7 +220,8 @@ def cut_to_length(rows):
 )
 def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(settings):
     train, held = cut_to_length(documents(400, 0)), documents(300, 1) + documents(20, 2, trained=False)
-    config, origins = Config(micro_bsz=4, ctx_len=64, **settings), {}
+    settings = {"epoch_count": 1, "micro_bsz": 4, "ctx_len": 64, **settings}
+    config, origins = Config(**settings), {}
     schedule = make_schedule(train, config, 1)
     chosen = choose_evaluation(config, origins, schedule, cut_to_length(held), None)
     assert config.eval_docs == len(chosen) and origins["eval_docs"].startswith(
@@ -237,15 +239,14 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
 
     assert share(sum(chosen.lengths - 1)) <= 0.1 < share(sum(chosen.lengths - 1) + 60)
     # in any order of the file the same documents
-    again = choose_evaluation(
-        Config(micro_bsz=4, ctx_len=64, **settings), {}, schedule, cut_to_length(held[::-1]), None
-    )
+    again = choose_evaluation(Config(**settings), {}, schedule, cut_to_length(held[::-1]), None)
     assert sorted(row.ids.tobytes() for row in chosen) == sorted(row.ids.tobytes() for row in again)
 
 
 def test_few_held_out_documents_are_all_taken_and_one_always_is():
     for count, steps, taken in ((3, 0, 3), (300, 1, 1)):
-        config, origins = Config(micro_bsz=1, ctx_len=64, epoch_steps=steps, packing=False), {}
+        settings = {"epoch_count": 1, "epoch_steps": steps, "micro_bsz": 1, "packing": False}
+        config, origins = Config(ctx_len=64, **settings), {}
         schedule = make_schedule(cut_to_length(documents(400, 0)), config, 1)
         chosen = choose_evaluation(config, origins, schedule, cut_to_length(documents(count, 1)), None)
         assert len(chosen) == config.eval_docs == taken

@@ -345,7 +345,7 @@ def _epoch_save(old: dict[str, str], kept: list[str], notes: list[str]) -> list[
 
 
 def _warm_up(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]:
-    if _value(kept, "warmup_steps") != "-1":
+    if not old or _value(kept, "warmup_steps") != "-1":  # among today's flags it is an automatic choice
         return []
     notes.append("--warmup_steps -1 is --warmup_steps 0")
     return ["--warmup_steps", "0"]

@@ -232,7 +232,7 @@ class Config:
     )
     epoch_count: int = opt(
         0,
-        "number of epochs. 0: one. Where one pass over the data makes less than 200 steps and documents are"
+        "number of epochs. 0: one. Where one pass over the data makes fewer than 200 steps and documents are"
         " held out, up to 5, until the loss on them rises",
         alias=("epochs",),
         automatic=True,
@@ -350,7 +350,7 @@ class Config:
     early_stop: int = opt(
         0,
         "end the training after N evaluations in a row that are not better than the best one. 0: never;"
-        " where several passes are chosen, after the first",
+        " where several passes are chosen, after a pass without a better one",
         automatic=True,
         low=0,
     )

@@ -90,16 +90,21 @@ def passes(steps: int, held_out: bool) -> tuple[int, str]:
 def choose_length(config: Config, origins: dict[str, str], steps_per_pass: int, held_out: bool) -> None:
     """Fill in epoch_count, and the evaluations that end chosen passes early; warmup_steps."""
     if is_automatic(config, "epoch_count"):
-        reason = "--epoch_steps is given"
-        count = 1
+        count, reason = 1, "--epoch_steps is given"
         if not config.epoch_steps:
             count, reason = passes(steps_per_pass, held_out)
         choose(config, origins, "epoch_count", count, reason)
-        if count > 1 and is_automatic(config, "eval_steps"):
+        if count > 1:
             choose(config, origins, "eval_steps", steps_per_pass, "after each pass")
-            choose(config, origins, "early_stop", 1, "the held-out loss rises when a further pass does harm")
+            a_pass = -(-steps_per_pass // config.eval_steps)  # evaluations in it
+            choose(config, origins, "early_stop", a_pass, "a pass without a better evaluation ends the run")
     steps = config.epoch_count * (config.epoch_steps or steps_per_pass)
-    choose(config, origins, "warmup_steps", int(WARM_UP * steps), f"{WARM_UP:.0%} of the run")
+    choose(config, origins, "warmup_steps", warm_up(steps), f"{WARM_UP:.0%} of the run")
+
+
+def warm_up(steps: int) -> int:
+    """The steps of the warm-up in a run of so many steps."""
+    return int(WARM_UP * steps)
 
 
 def choose_batch(

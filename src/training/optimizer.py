@@ -10,7 +10,8 @@ from rwkv_miss.adapter import METHODS, adapted_linears, most_specific
 from rwkv_miss.inject import adapter_tensors
 from rwkv_miss.methods.whole_tensors import split_parts
 
-from ..config import Config
+from ..config import Config, is_automatic
+from ..planning.defaults import warm_up
 
 
 def state_learning_rate(config: Config) -> float | None:
@@ -28,12 +29,13 @@ def learning_rate_factor(config: Config, total: int):
 
     It is a linear warm-up, then cos, constant, or wsd down to lr_final.
     """
+    warmup = warm_up(total) if is_automatic(config, "warmup_steps") else config.warmup_steps
     final = 0.1 if config.lr_final < 0 else config.lr_final / config.lr_init
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        progress = min((step - config.warmup_steps) / max(total - 1 - config.warmup_steps, 1), 1.0)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
         if config.lr_schedule == "cos":
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if config.lr_schedule == "wsd":

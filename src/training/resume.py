@@ -70,19 +70,17 @@ def earlier_settings(config: Config) -> Config | None:
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     """Fill in what was chosen for the run so far.
 
-    Settings that may change are left out. The length is an exception, and so is the batch: it stays where the
-    processes are as many as before and no other batch was given.
+    Settings that may change are left out. The length is an exception where no other --epoch_steps was given,
+    and so is the batch where the processes are as many as before and no other batch was given.
     """
+    length = LENGTH if config.epoch_steps in (0, before.epoch_steps) else ()
     as_before = config.accumulate_grad_batches in (0, accumulation(before))
     batch = BATCH if config.world == before.world and is_automatic(config, "micro_bsz") and as_before else ()
     for name in FIELDS:
         # options of another method; find_checkpoint() says that it is another
         foreign = name == "peft_config" and config.peft != before.peft
-        if (
-            (name not in MAY_CHANGE or name in (*LENGTH, *batch))
-            and not is_automatic(before, name)
-            and not foreign
-        ):
+        kept = name not in MAY_CHANGE or name in (*length, *batch)
+        if kept and not is_automatic(before, name) and not foreign:
             choose(config, origins, name, getattr(before, name), "as the run has it so far")
 
 
