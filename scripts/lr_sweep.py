@@ -5,7 +5,8 @@
 
 Every rate trains the same model from the same start, with the same batches and its own whole schedule. Then
 its loss on held-out documents is measured. Table and curves go to lr_sweep.json and lr_sweep.png in
---proj_dir. The last line is the command that trains at the best rate.
+--proj_dir, `out` where it is not given; a run in that folder stays as it is. The last line is the command
+that trains at the best rate.
 
 Exit code 0: there is a best rate. 1: no rate is better than not training. 2: the settings are wrong.
 """
@@ -50,8 +51,9 @@ with importing():
     )
     from src.training import plan_text
     from src.training.optimizer import state_learning_rate
-    from src.training.run_folder import require_folder
+    from src.training.run_folder import CHECKPOINTS, list_checkpoints, output_path, require_folder
     from src.training.short_runs import Trial, held_out_loss, trials
+    from src.training.validation_log import BEST
 
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
@@ -291,8 +293,21 @@ def conclude(
             f"note       --epoch_steps {shortened} made the sweep short; "
             "the command is that of a run over the whole data"
         )
+    if holds_run(given):
+        print(
+            f"note       {given.proj_dir} holds a run already, which stays as it is; give the command another"
+            " --proj_dir"
+        )
     print(best_command)
     return 0
+
+
+def holds_run(config: Config) -> bool:
+    """Whether train.py would refuse to begin a run in the folder."""
+    files = (output_path(config), os.path.join(config.proj_dir, BEST))
+    return any(map(os.path.exists, files)) or bool(
+        list_checkpoints(os.path.join(config.proj_dir, CHECKPOINTS))
+    )
 
 
 def finite(value):

@@ -104,7 +104,8 @@ def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, cap
     assert sweep(*flags(files, run, *more, "--epoch_steps", "5", "--rates", "1e-3,1e-5")) == 0
     found = results(run)
     assert found["steps"] == 5 and [trial["rate"] for trial in found["trials"]] == [1e-5, 1e-3]
-    *_, note, shortened, command = capsys.readouterr().out.splitlines()
+    *_, note, shortened, command = (printed := capsys.readouterr().out).splitlines()
+    assert "holds a run already" not in printed
     assert "highest rate tried" in note and "1e-3" not in command and command == found["command"]
     # the command is that of a whole run, whatever made the sweep short
     assert "--epoch_steps 5 made the sweep short" in shortened and "epoch_steps" not in command
@@ -112,6 +113,15 @@ def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, cap
     assert words[:2] == ["python", "train.py"] and found["best"] == 1e-3
     output = program.succeed(program.run([*words[2:], "--eval_docs", "99"]))
     best = found["trials"][1]
+
+    # a sweep beside a run leaves it alone, and says that the command needs another folder
+    def times():
+        files = [path for path in run.rglob("*") if path.is_file() and "lr_sweep" not in path.name]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    assert sweep(*flags(files, run, *more, "--epoch_steps", "5", "--rates", "1e-3")) == 0
+    assert f"note       {run} holds a run already" in capsys.readouterr().out and times() == before
     # of one kind of machine; where the held-out rows fall into other batches only the order of a sum differs
     assert losses(run) == pytest.approx(best["losses"], rel=1e-6), output
     validation = [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]
