@@ -35,7 +35,7 @@ with importing():
 TOLERANCE = 1e-4
 # what is compared; live is the base with its adapters beside it, as in training
 EFFECT = "what the adapters do: base -> live"
-UNROUNDED = "live -> their sum, not rounded"
+UNROUNDED = "live -> merged, not rounded"
 MERGED = "live -> merged file"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -172,8 +172,8 @@ def probe_problems(rows: list[Row]) -> list[str]:
         # `not <=`, so that a NaN is a problem, too
         if row.what == UNROUNDED and not found.max_logit_difference <= allowed:
             problems.append(
-                f"the adapters' sum is not the live model: logits differ by {found.max_logit_difference:.3g},"
-                f" {allowed:.3g} is allowed"
+                "merging is not the same as having the adapters beside the base: the logits differ by"
+                f" {found.max_logit_difference:.3g}, and {allowed:.3g} is allowed"
             )
     return problems
 
@@ -181,9 +181,9 @@ def probe_problems(rows: list[Row]) -> list[str]:
 def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
     """The comparisons for people, and what they mean."""
     if not rows:
-        return ["the logits are not compared: the file is no model of the base's sizes"]
+        return ["the logits were not compared, because the merged file has other tensors than the base"]
     lines = [
-        f"logits on {tokens} tokens; live is base + adapters, unmerged, as in training",
+        f"logits on {tokens} tokens; live is the base with its adapters beside it, as in training",
         f"  {'':<36}  {'in':<5}  max |dlogit|   mean KL    max KL  same top-1",
     ]
     for row in rows:
@@ -194,15 +194,16 @@ def table(rows: list[Row], tokens: int, problems: list[str]) -> list[str]:
         )
     effect, exact, merged = (row.distance for row in rows[:3])
     lines += [f"wrong: {problem}" for problem in problems if problem in probe_problems(rows)]
-    if not problems:
-        share = ""
-        if effect.mean_kl:
-            share = f", by mean KL {percent(merged.mean_kl / effect.mean_kl)} of what the adapters do"
-        within = exact.max_logit_difference / exact.max_logit
-        lines.append(
-            f"the file holds what was trained: not rounded it has the live logits within {within:.1g} of the"
-            f" largest one, so that what parts it from them is the rounding alone{share}"
-        )
+    if problems:
+        return [*lines, "the merged file is not right: see the lines that begin with wrong"]
+    within = exact.max_logit_difference / exact.max_logit
+    lines += [
+        "the merged file is right: it is what was trained, rounded once",
+        f"  before the rounding its logits are the live ones, to {within:.1g} of the largest",
+    ]
+    if effect.mean_kl:
+        share = percent(merged.mean_kl / effect.mean_kl)
+        lines.append(f"  the rounding changes the answers by {share} of what the adapters do, by mean KL")
     return lines
 
 

@@ -10,6 +10,7 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, wri
 from rwkv_miss.__main__ import main
 from rwkv_miss.adapter import METHODS
 from rwkv_miss.files.identity import fingerprint
+from rwkv_miss.merging.rounding import percent
 from rwkv_miss.merging.unmerge import check_merge
 
 from .conftest import make_arch, random_tensors
@@ -200,8 +201,8 @@ def test_subtraction_does_not_undo(merging):
         entries += base.numel()
     assert found.not_undone == pytest.approx(wrong / entries) and found.not_undone > 0.01
     assert (
-        found.lines()[-1].startswith("the merge is undone by taking ")
-        and "other than the base's" in found.lines()[-1]
+        found.lines()[-1].startswith("  subtracting the adapters instead would")
+        and f"not give back {percent(found.not_undone)} of the entries" in found.lines()[-1]
     )
 
 
@@ -307,7 +308,7 @@ def test_the_base_itself(merging):
         assert (
             found.ok
             and not found.changed
-            and found.lines()[-1] == "no tensor differs: nothing is to be undone"
+            and found.lines()[-1] == "no tensor differs, so there is nothing to undo"
         )
 
 
@@ -320,10 +321,10 @@ def test_the_command(merging, capsys):
     flags = ["unmerge", str(merged), "--base", str(base)]
     main(flags)
     text = capsys.readouterr().out
-    assert "tensors are the base's, bit for bit, 12 are not" in text and "largest of 12" in text
+    assert "base.pth, bit for bit; 12 differ" in text and "largest of 12" in text
     main([*flags, "--adapter", str(a)])
     text = capsys.readouterr().out
-    assert f"those are what the merge of {a} writes, bit for bit" in text and "worst of 12" in text
+    assert f"these are what merging {a} gives, bit for bit" in text and "worst of 12" in text
     main([*flags, "--adapter", str(a), "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["ok"] and len(facts["changed"]) == len(facts["layers"]) == 12

@@ -227,7 +227,7 @@ def test_a_sum_that_is_not_the_live_model_ends_with_1(merging, verify, monkeypat
         code == 1
         and facts["files"]["ok"]
         and len(facts["problems"]) == 1
-        and "the adapters' sum is not the live model" in facts["problems"][0]
+        and "merging is not the same as having the adapters beside the base" in facts["problems"][0]
     )
 
 
@@ -273,15 +273,20 @@ def test_for_people(merging, capsys):
     )
     text = capsys.readouterr().out
     assert (
-        f"those are what the merge of {a} writes, bit for bit" in text
+        f"these are what merging {a} gives, bit for bit" in text
         and "worst of 12" in text
         and "max |dlogit|   mean KL" in text
     )
     assert (
         text.count("live -> merged file") == 2
-        and "the file holds what was trained" in text
-        and "of what the adapters do" in text
+        and "the merged file is right: it is what was trained" in text
+        and "of what the adapters do, by mean KL" in text
     )
+    base = str(merging.folder / "base.pth")
+    with pytest.raises(SystemExit, match="1"):
+        main(["--base", base, "--adapter", str(a), "--merged", base])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "the merged file is not right: see the lines that begin with wrong"
 
 
 def test_files_that_do_not_fit(merging):

@@ -68,8 +68,8 @@ class MergeCheck:
     def lines(self, shown_rows: int | None = TABLE_ROWS) -> list[str]:
         """What the user is told; `shown_rows` tensors of a table (None: all)."""
         lines = [
-            f"{self.merged} against {self.base}: {self.same} of {self.tensors} tensors are the base's, bit"
-            f" for bit, {len(self.changed)} are not"
+            f"{self.merged}: {self.same} of {self.tensors} tensors are those of {self.base}, bit for bit;"
+            f" {len(self.changed)} differ"
         ]
         if self.adapters and self.ok:
             lines += self._merge_lines(shown_rows)
@@ -79,14 +79,14 @@ class MergeCheck:
         if shown_rows and len(self.problems) > shown_rows:
             lines.append(f"wrong: and {len(self.problems) - shown_rows} more; --layers shows all")
         if self.ok and self.changed:
-            lines.append(f"the merge is undone by taking {self.base} again")
+            lines.append(f"to undo the merge, take {self.base} again")
             if self.adapters:
-                lines[-1] += (
-                    f": to subtract the update would leave {percent(self.not_undone)} of these entries other"
-                    " than the base's"
+                lines.append(
+                    "  subtracting the adapters instead would not give back"
+                    f" {percent(self.not_undone)} of the entries of these tensors"
                 )
         if self.ok and not self.changed:
-            lines.append("no tensor differs: nothing is to be undone")
+            lines.append("no tensor differs, so there is nothing to undo")
         return lines
 
     def _merge_lines(self, shown_rows: int | None) -> list[str]:
@@ -95,10 +95,10 @@ class MergeCheck:
         apart = sum(c.apart or 0 for c in self.changed)
         exact = "bit for bit"
         if apart:
-            exact = f"but for the order of sums, {apart:,} entries are rounded the other way"
+            exact = f"but for the order of sums: {apart:,} entries are rounded the other way"
         total = self.rounding.total
         return [
-            f"those are what the merge of {names} writes, {exact}",
+            f"these are what merging {names} gives, {exact}",
             f"rounding lost {percent(total.lost)} of the update and left"
             f" {percent(total.unchanged_share)} of its entries unchanged",
             *self.rounding.table(shown_rows),
