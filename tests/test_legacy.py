@@ -222,6 +222,12 @@ def test_masks_train_what_they_train_there(mask, today, words, capsys):
     )
 
 
+def test_todays_flags_stay_as_they_are():
+    """--warmup_steps -1 is an automatic choice, which other projects do not have."""
+    flags = ["--peft", "miss", "--warmup_steps", "-1", "--epoch_count", "0"]
+    assert translate(flags) == (flags, [])
+
+
 @pytest.mark.parametrize(
     "flags, note",
     [

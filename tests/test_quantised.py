@@ -515,6 +515,8 @@ def test_runs_under_any_strategy_are_one_and_their_merge_takes_the_unquantised_f
             "0",
             "--eval_split",
             "0.1",
+            "--epoch_count",
+            "1",
             "--accelerator",
             "cpu",
             *more,
