@@ -90,6 +90,13 @@ def test_sample_answers_of_before_are_told_beside_a_loss_that_fell():
     assert len(both) == 2 and both[1] == "the sample answers are those of before the training"
 
 
+def test_a_base_that_knows_the_task_is_told():
+    history = [evaluation(0, 0.05, ("4",)), evaluation(5, 0.06, ("4",))]
+    _, sentence = doubted(history).known
+    assert "right before the training, so the base may know the task already" in sentence
+    assert len(doubted([evaluation(0, 4.0, ()), evaluation(5, 4.0, ())]).known) == 1, "no samples, no word"
+
+
 def test_rows_that_were_learnt_by_heart_are_told():
     known = doubted(evaluations(4.0, 4.2), metrics=steps(4.0, 1.0)).known
     assert known[1].startswith("the training loss fell by 75.00 %")
@@ -151,6 +158,8 @@ def test_what_to_try_next_is_what_was_not_tried(origin, settings, advice):
 def test_more_passes_are_no_advice_where_the_last_ones_did_harm():
     for history, step in ((evaluations(4.0, 3.99, 4.5), 1), (evaluations(4.0, 4.5), 1)):
         assert doubted(history, step, origin=SEARCHED).advice.startswith("more data, or")
+        guessed = doubted(history, step, origin="chosen: a first guess; no search: too short")
+        assert guessed.advice.startswith("another --lr_init, which")
 
 
 # runs

@@ -32,8 +32,12 @@ def evaluation_at(history: list[dict], step: int) -> dict | None:
 def answers_as_before(before: dict, after: dict) -> bool:
     """Whether the sample answers of two evaluations are the same word for word, and not all of them right."""
     answers = [[sample["answer"] for sample in line["samples"]] for line in (before, after)]
-    right = [sample["right"] for sample in before["samples"]]
-    return answers[0] == answers[1] != right
+    return bool(answers[0]) and answers[0] == answers[1] and not all_right(before)
+
+
+def all_right(line: dict) -> bool:
+    """Whether an evaluation has sample answers, and all of them are right."""
+    return bool(line["samples"]) and all(sample["answer"] == sample["right"] for sample in line["samples"])
 
 
 def describe(history: list[dict], total: int) -> list[str]:

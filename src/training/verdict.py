@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..config import Config
 from ..planning.defaults import CHOSEN
-from .validation_log import answers_as_before, evaluation_at, loss_text
+from .validation_log import all_right, answers_as_before, evaluation_at, loss_text
 
 LITTLE = 0.02  # a loss that falls by a smaller share has not fallen
 
@@ -42,7 +42,7 @@ def doubt(
         known = of_training(metrics)
     if not known:
         return None
-    advice = other_settings(config, improving) if searched else other_rate(config, origin)
+    advice = other_settings(config, improving) if searched else other_rate(config, origin, improving)
     if not history:
         advice += "; --eval_split 0.1 holds documents out, which tell more"
     return Doubt(known, advice)
@@ -65,6 +65,10 @@ def of_evaluations(before: dict, after: dict) -> list[str]:
     if answers_as_before(before, after):
         loss = f", although the loss on held-out documents fell by {_percent(fell)}" if fell >= LITTLE else ""
         said.append(f"the sample answers are those of before the training{loss}")
+    elif said and all_right(before):
+        said.append(
+            "the sample answers were right before the training, so the base may know the task already"
+        )
     return said
 
 
@@ -100,8 +104,11 @@ def first_and_last(metrics: list[dict]) -> tuple[float, float]:
     return sum(losses[:part]) / part, sum(losses[-part:]) / part
 
 
-def other_rate(config: Config, origin: str) -> str:
-    """What may help a run that did not search for its learning rate."""
+def other_rate(config: Config, origin: str, improving: bool) -> str:
+    """What may help a run that did not search for its learning rate.
+
+    `improving`: the run's end was its best, as far as is known.
+    """
     rate = f"{config.lr_init:g}"
     if f"rate of --peft {config.peft}" in origin:
         return (
@@ -110,15 +117,13 @@ def other_rate(config: Config, origin: str) -> str:
         )
     if origin.startswith(CHOSEN):
         why = origin.removeprefix(f"{CHOSEN}: ")
-        return (
-            f"more passes (--epoch_count above {config.epoch_count}), or another --lr_init, which"
-            f" python -m scripts.lr_sweep finds; {rate} was chosen: {why}"
-        )
+        passes = f"more passes (--epoch_count above {config.epoch_count}), or " if improving else ""
+        return f"{passes}another --lr_init, which python -m scripts.lr_sweep finds; {rate} was chosen: {why}"
     return f"--lr_init auto, which searches for the learning rate; {rate} was given"
 
 
 def other_settings(config: Config, improving: bool) -> str:
-    """What may help a run that did. `improving`: its end was its best, as far as is known."""
+    """What may help a run that did; `improving` as above."""
     tries = [f"more passes (--epoch_count above {config.epoch_count})"] if improving else []
     tries.append("more data")
     if config.peft == "none":
