@@ -3,10 +3,11 @@
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
     [--seeds 0 1 2] [--out out/first-run]
 
-Every training is a whole run of train.py's settings with --load_model, --data_file, --peft and
---random_seed, and for large tasks the sizes that keep them short. First the learning rate is given: seven
-rates for the first seed, of which the best and its neighbours are trained with the others, and the method's
-published rate. Then it is left to the program, and last it is the first guess, without a search.
+Every training is a whole run of train.py with --load_model, --data_file, --peft and --random_seed, and with
+sizes that keep it short. The learning rate is first given: of seven rates for the method those around the
+best one, found with the first seed, from the middle outwards. Each seed trains at the best one. Then the rate
+is left to the program, with each seed. At last it is the first guess, and the method's published rate, with
+the first seed.
 
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import random
 import shutil
@@ -37,23 +39,18 @@ from src.data.formats import Reading, Report
 from src.data.templates import recorded_template
 from src.evaluation.accuracy import answer_limit, exact_accuracy, read_questions
 from src.inference.load import load
+from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss
 
-from .common import argument_parser, report
+from .common import argument_parser, as_flags, report
 from .quant import DIGITS, digits
 
 ROOT = pathlib.Path(__file__).parent.parent
 METHODS = ("miss", "lora", "pissa", "state", "none")
-# the rates of the first seed; more are tried beyond an end that is the best one
-RATES = {
-    "miss": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    "pissa": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "state": (1e-2, 3e-2, 1e-1, 3e-1, 1e0, 3e0, 1e1),
-    "none": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-}
-QUESTIONS, TEXTS = 500, 60  # to judge by
-SHORT = 300  # characters of GSM8K's question and answer; longer ones would cost too much
+# the middle one of the seven rates, from which a sweep goes to the better side
+RATES = {"miss": 3e-3, "lora": 3e-3, "pissa": 1e-3, "state": 1.0, "none": 3e-4}
+QUESTIONS, TEXTS = 400, 40  # to judge by
+SHORT = 250  # characters of GSM8K's question and answer; longer ones would cost too much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,11 @@ class Task:
         return ["--load_model", str(self.base), "--data_file", str(self.train), *self.flags]
 
 
+def sizes(**given: int) -> list[str]:
+    """Flags that keep a run short."""
+    return as_flags(**given, eval_samples=0)
+
+
 def write_rows(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -87,9 +89,9 @@ def sort(folder: pathlib.Path, data: pathlib.Path) -> Task:
     asked = {turn["content"].split()[-1] for row in held_out for turn in row["messages"][::2]}
     return Task(
         ROOT / "demo/rwkv7-reverse.pth",
-        write_rows(folder / "train.jsonl", demo_task.rows("sort", 10000, 2, asked)),
+        write_rows(folder / "train.jsonl", demo_task.rows("sort", 12000, 2, asked)),
         write_rows(folder / "test.jsonl", held_out),
-        ["--eval_samples", "0"],
+        sizes(ctx_len=128, micro_bsz=8, epoch_steps=240),
         True,
     )
 
@@ -110,7 +112,7 @@ def digits_plus_one(folder: pathlib.Path, data: pathlib.Path) -> Task:
         data / "real/rwkv7-reverse.pth",
         written("train", 24000, 1),
         written("test", QUESTIONS, 0),
-        ["--tokenizer", str(vocabulary), "--eod", "#", "--eval_samples", "0"],
+        ["--tokenizer", str(vocabulary), "--eod", "#", *sizes(ctx_len=128, micro_bsz=8, epoch_steps=240)],
         True,
     )
 
@@ -127,7 +129,7 @@ def gsm8k(folder: pathlib.Path, data: pathlib.Path) -> Task:
         data / "real/rwkv6-3m-utf16.pth",
         write_rows(folder / "train.jsonl", gsm8k_rows(data, "train")),
         write_rows(folder / "test.jsonl", gsm8k_rows(data, "test")[:TEXTS]),
-        "--tokenizer utf16 --ctx_len 640 --micro_bsz 1 --epoch_steps 200 --eval_samples 0".split(),
+        ["--tokenizer", "utf16", *sizes(ctx_len=640, micro_bsz=1, epoch_steps=160, eval_docs=20)],
         False,
     )
 
@@ -141,7 +143,7 @@ def few_rows(folder: pathlib.Path, data: pathlib.Path) -> Task:
         data / "real/rwkv6-3m-utf16.pth",
         write_rows(folder / "train.jsonl", rows[:100]),
         write_rows(folder / "test.jsonl", rows[100 : 100 + TEXTS]),
-        "--tokenizer utf16 --ctx_len 512 --eval_samples 0".split(),
+        ["--tokenizer", "utf16", *sizes(ctx_len=512)],
         False,
     )
 
@@ -156,7 +158,7 @@ def shakespeare(folder: pathlib.Path, data: pathlib.Path) -> Task:
         data / "real/rwkv6-3m-utf16.pth",
         folder / "train.txt",
         folder / "test.txt",
-        "--tokenizer utf16 --ctx_len 160 --micro_bsz 2 --epoch_steps 200 --eval_samples 0".split(),
+        ["--tokenizer", "utf16", *sizes(ctx_len=128, micro_bsz=2, epoch_steps=160, eval_docs=40)],
         False,
     )
 
@@ -193,6 +195,13 @@ class Trainings:
             self.done[seed, rate] = line
         return self.done[seed, rate]
 
+    def loss(self, rate: float | str, seed: int) -> float:
+        """What is the lower, the better."""
+        figure = self.at(rate, seed)["figure"]
+        if figure is None or math.isnan(figure):
+            return math.inf
+        return -figure if self.task.counted else figure
+
     def _train(self, rate: float | str, seed: int) -> dict:
         """Of a run: the figure it is judged by, None for one that diverged, and the CPU time."""
         folder = self.folder / f"{self.method}-{seed}-{rate}"
@@ -209,11 +218,14 @@ class Trainings:
         summary = json.loads((folder / "run.json").read_text())
         early = summary.get("best_step", summary["steps"]) < summary["steps"]
         figure = judge(self.task, self.method, summary["best"] if early else summary["output"])
+        found = {"figure": figure, "seconds": round(seconds, 1), "steps": summary["steps"]}
+        search = recorded_search(str(folder))
+        if search:
+            tried = {trial["rate"]: trial["loss"] for trial in search["trials"]}
+            own = {name: search[name] for name in ("guess", "before", "steps", "seconds")}
+            found |= {"found": search["rate"], "search": {**own, "tried": tried}}
         shutil.rmtree(folder)
-        kept = ("steps", "validation_first", "validation_best", "lr_init", "search")
-        return {"figure": figure, "seconds": round(seconds, 1)} | {
-            name: summary[name] for name in kept if name in summary
-        }
+        return found
 
 
 def judge(task: Task, method: str, trained: str) -> float:
@@ -236,25 +248,9 @@ def test_loss(task: Task, model, tokenizer, template: Template) -> float:
     return held_out_loss(model, config, tokens.documents(config.ctx_len))
 
 
-def sweep(trainings: Trainings, counted: bool, seeds: list[int]) -> None:
-    """Train at the method's rates, and with every other seed near the best of them."""
-    sign = -1 if counted else 1
-
-    def figure(rate: float, seed: int) -> float:
-        found = trainings.at(rate, seed)["figure"]
-        return float("inf") if found is None or found != found else sign * found
-
-    rates = list(RATES[trainings.method])
-    for seed in seeds:
-        tried = {rate: figure(rate, seed) for rate in rates}
-        while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
-            beyond = float(f"{best * (10**0.5 if best == max(tried) else 10**-0.5):.0e}")
-            tried[beyond] = figure(beyond, seed)
-            if tried[beyond] > tried[best]:
-                break
-        near = sorted(tried)
-        at = near.index(best)
-        rates = near[max(at - 1, 0) : at + 2]
+def best_rate(trainings: Trainings, seed: int) -> float:
+    """The rate of the best training with this seed, whose neighbours have been tried too."""
+    return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=12))
 
 
 def main() -> None:
@@ -269,10 +265,13 @@ def main() -> None:
     for name in args.tasks:
         for method in args.methods:
             trainings = Trainings(name, method, args.out, args.data)
-            sweep(trainings, trainings.task.counted, args.seeds)
-            print(
-                name, method, {k: (v["figure"], v["seconds"]) for k, v in trainings.done.items()}, flush=True
-            )
+            first, *others = args.seeds
+            best = best_rate(trainings, first)
+            for rate, seeds in ((best, others), ("auto", args.seeds), ("paper", [first])):
+                for seed in seeds:
+                    trainings.at(rate, seed)
+            trainings.at(trainings.at("auto", first)["search"]["guess"], first)
+            print(f"{name} {method}: done", flush=True)
     report("first_run")
 
 

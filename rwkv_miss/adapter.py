@@ -153,6 +153,12 @@ class Options(NoOptions):
         return dataclasses.replace(self, rank=rank, rank_map={}, **others)
 
 
+# What a first step shall move. One number for all methods: it fits the best rates of small models
+# (docs/results/first-run.md), and gives the published ones for 7B within a factor of 2.
+FIRST_MOVE = 0.65
+LONG_RUN = 0.7  # the best rate of a run, as a part of the best one of a few steps (the same page)
+
+
 class AdapterMethod:
     """What inject(), the trainer and the merge ask of a method.
 
@@ -163,6 +169,7 @@ class AdapterMethod:
     Options: ClassVar[type[NoOptions]] = Options
     adapts_linears: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1e-4
+    long_run: ClassVar[float] = LONG_RUN
     shared: ClassVar[tuple[str, ...]] = ()
     decays: ClassVar[bool] = True  # weight decay pulls towards the base, which the method is at zero
 
@@ -173,6 +180,23 @@ class AdapterMethod:
         linears: the chosen layers by their dotted names.
         """
         raise NotImplementedError
+
+    @classmethod
+    def first_rate(cls, layers: int, width: int, options: Options) -> float:
+        """A first guess at the learning rate for a model with so many layers, each `width` wide.
+
+        One step of Adam shall move the outputs of all layers together by FIRST_MOVE of their size.
+        """
+        return FIRST_MOVE / (layers * cls.step_reach(width, options))
+
+    @classmethod
+    def step_reach(cls, width: int, options: Options) -> float:
+        """How far one step of Adam at rate 1 moves an output of a linear with `width` inputs of size 1.
+
+        Adam's first step moves every number by the rate, with the sign that the gradient gives it. The
+        default is MiSS's: each of the rank's shard sums has a size of sqrt(width / rank), and they add up.
+        """
+        return math.sqrt(width * options.rank)
 
 
 class AdapterLinear(AdapterMethod, nn.Linear):

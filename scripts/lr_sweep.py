@@ -39,6 +39,7 @@ with importing():
     from src.data.tokenizer import Tokenizer
     from src.model import RWKV
     from src.planning.base_model import build_model, read_base
+    from src.planning.defaults import first_guess
     from src.planning.job import (
         Data,
         Device,
@@ -58,8 +59,7 @@ with importing():
 OWN = ("rates", "steps", "setting")
 SETTINGS = ("lr_init", "state_lr")
 STEPS = 100
-# rates to try, as factors of the default: it is for large models, and small ones need far more
-FACTORS = (0.1, 0.3, 1, 3, 10, 30, 100)
+FACTORS = (0.03, 0.1, 0.3, 1, 3, 10, 30)  # of --lr_init or of the first guess: the rates that are tried
 RESULTS, CURVES = "lr_sweep.json", "lr_sweep.png"
 
 
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Config, dict[str, str]]:
         "--rates",
         default="",
         metavar="R,R,...",
-        help="learning rates to try [0.1 to 100 times --lr_init, or the method's own rate]",
+        help="learning rates to try [0.03 to 30 times --lr_init, or the first guess]",
     )
     own.add_argument(
         "--steps",
@@ -142,16 +142,13 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
-    if config.precision == "fp16":
-        raise UserError(
-            "the sweep has no loss scaling, which fp16 needs; give --precision fp32, or bf16 where the device"
-            " has it"
-        )
     data = data_to_compare(config, origins, tokenizer)
     schedule = plan_steps(config, origins, arch, device, data)
     config.warmup_steps = given.warmup_steps  # a chosen one is a share of each training, not of the run
     steps = steps_of_a_training(ours, config, schedule)
-    rates = ours.rates or grid(config.lr_init if ours.setting == "lr_init" else state_learning_rate(config))
+    centre = state_learning_rate(config) if ours.setting == "state_lr" else config.lr_init
+    rates = ours.rates or grid(centre or first_guess(config, arch))
+    config.lr_init = config.lr_init or first_guess(config, arch)  # where another setting is swept
     torch.manual_seed(config.random_seed)
     model = build_model(config, arch, device.kernel, PRECISIONS[config.precision]).to(
         "cuda" if device.accelerator == "gpu" else "cpu"

@@ -41,6 +41,7 @@ with importing():
         Device,
         choose_device,
         choose_evaluation,
+        choose_rate,
         device_here,
         estimate,
         memory_of,
@@ -138,6 +139,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     device = dataclasses.replace(device, memory=memory_of(device, config.world))  # read once: it changes
     schedule = plan_steps(config, origins, arch, device, data)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
+    choose_rate(config, origins, arch, device, schedule)
 
     def fits(changed: Config) -> bool:
         size = needed(estimate(changed, arch, schedule), changed, device.accelerator)

@@ -25,6 +25,7 @@ from .planning.job import (
     check_data_files,
     choose_device,
     choose_evaluation,
+    choose_rate,
     device_here,
     plan_steps,
     read_data,
@@ -34,6 +35,7 @@ from .planning.throughput import speed_here
 from .training import plan_text
 from .training.loggers import check_wandb, open_writers
 from .training.outputs import finish, is_summed_up, write_new_model, writer
+from .training.rate_search import RateSearch, recorded_search, search_table
 from .training.resume import (
     check_inputs,
     earlier_settings,
@@ -46,6 +48,7 @@ from .training.run_folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    RATE_SEARCH,
     checkpoint_step,
     folder_of_run,
     output_path,
@@ -90,6 +93,7 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     data = read_data(config, origins, tokenizer, template)
     schedule = plan_steps(config, origins, arch, device, data)
     evaluated = choose_evaluation(config, origins, schedule, data.held_out, before)
+    choose_rate(config, origins, arch, device, schedule)
     # before the model is there: what is timed shall not count among the run's memory
     if is_first_process():
         speed = speed_here(arch, config, schedule)
@@ -138,7 +142,9 @@ def train(job: Job, plan: list[str], started: float, history: list[dict], resume
         return step >= job.steps or is_over(history, config.early_stop)
 
     first_step = checkpoint_step(resume_from) if resume_from else 0
-    module = FineTuning(job.model, config, job.data.documents, job.data.held_out, job.steps, first_step)
+    module = FineTuning(
+        job.model, config, job.data.documents, job.data.held_out, job.steps, first_step, RateSearch(job).run
+    )
     report, *watch, saver = reporters(job, started, history, resume_from)
     forgetting = Forgetting(job.tokenizer, config.load_model, complete)
     trainer = make_trainer(config, job.steps, [report, *watch, forgetting, saver], first_step)
@@ -163,10 +169,10 @@ def prepare_folder(job: Job, resume_from: str | None) -> None:
     best_file = os.path.join(folder, BEST)
     remove_leftovers(output_path(config), best_file, os.path.join(folder, CHECKPOINTS))
     if not resume_from:  # of a run that was killed before its first checkpoint
-        for path in (best_file, os.path.join(folder, VALIDATION)):
+        for name in (BEST, VALIDATION, RATE_SEARCH):
             with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-    save(config, job.origins, os.path.join(folder, CONFIG))
+                os.remove(os.path.join(folder, name))
+    save(config, job.origins, os.path.join(folder, CONFIG), search_table(recorded_search(folder)))
 
 
 def reporters(job: Job, started: float, history: list[dict], resume_from: str | None) -> list:

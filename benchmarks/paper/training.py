@@ -199,7 +199,7 @@ def _train(run: Run, task: Task) -> Outcome:
     )
     torch.manual_seed(run.seed)
     model = build_model(config, task.arch, ops.choose("auto", "cpu", task.arch.head_size)[0], torch.float32)
-    losses = train(model, config, task.train, run.steps)
+    losses = list(train(model, config, task.train, run.steps))
     looks: list[float | None] = [None] * 4
     if math.isfinite(losses[-1]):
         seen = task.train.take(np.arange(min(len(task.train), len(task.held_out))))

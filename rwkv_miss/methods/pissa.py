@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..adapter import register
+from ..adapter import AdapterLinear, register
 from ..errors import UserError
 from ..functional import lora_linear
 from . import lora
@@ -72,6 +72,7 @@ class PissaLinear(LoraLinear):
     decays = False  # with A and B at zero the weight is W - B0 A0, not W
     # the paper's, and the MiSS paper's (Table 7): A and B are large from the start
     default_lr = 2e-5
+    step_reach = AdapterLinear.step_reach  # MiSS's: A and B both move, and begin as large as W
 
     def setup(self, options: Options) -> None:
         super().setup(options)

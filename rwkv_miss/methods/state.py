@@ -25,6 +25,12 @@ class StateTuning(AdapterMethod):
     Options = Options
     adapts_linears = False
     default_lr = 1e-2
+    long_run = 2.0  # a state's effect fades along a text: text liked 300 where a few steps liked 16
+
+    @classmethod
+    def first_rate(cls, layers: int, width: int, options: Any) -> float:
+        """The WKV's output is normalised, so that sizes do not matter."""
+        return 1.0
 
     @classmethod
     def attach(cls, model: nn.Module, linears: dict[str, nn.Linear], options: Any) -> None:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -24,7 +25,7 @@ from ..common.files import write_text
 from . import legacy
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
-from .schema import FIELDS, NAMES, PRESETS, Config, type_of, uncommon_bounds
+from .schema import FIELDS, NAMES, PAPER, PRESETS, Config, type_of, uncommon_bounds
 from .validate import validate
 
 
@@ -79,7 +80,11 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     values, origins = _first_of_each(layers)
     if values.get("preset"):
         values, origins = _first_of_each([*layers, (f"preset {values['preset']}", _preset_values(values))])
-    return Config(**values), {name: origins.get(name, "default") for name in FIELDS}
+    config = Config(**values)
+    if config.lr_init == PAPER:
+        config.lr_init = config.published_rate
+        origins["lr_init"] += f": the published rate of --peft {config.peft}"
+    return config, {name: origins.get(name, "default") for name in FIELDS}
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -136,12 +141,15 @@ def _typed_value(name: str, value: Any) -> Any:
     kind = type_of(name)
     if kind is dict:
         return _read_mapping(name, value)
+    words = FIELDS[name].metadata["words"]
     try:
         if value is None or isinstance(value, (dict, list)):
             raise ValueError
-        value = _read_scalar(str(value), kind)
+        text = str(value)
+        value = words[text.lower()] if text.lower() in words else _read_scalar(text, kind)
     except (ValueError, KeyError):
-        raise UserError(f"--{name} {value}: expected {'0 or 1' if kind is bool else kind.__name__}") from None
+        expected = "0 or 1" if kind is bool else " or ".join([kind.__name__, *words])
+        raise UserError(f"--{name} {value}: expected {expected}") from None
     if name == "peft":
         value = legacy.METHOD_ALIASES.get(value, value)
     choices = (*sorted(METHODS), "none") if name == "peft" else FIELDS[name].metadata["choices"]
@@ -156,8 +164,7 @@ def _read_scalar(text: str, kind: type) -> str | bool | int | float:
         return text
     if kind is bool:
         return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-    # two of --grad_cp's values may be given as words
-    return _finite_number({"true": "1", "false": "0"}.get(text.lower(), text), kind)
+    return _finite_number(text, kind)
 
 
 def _finite_number(text: str, kind: type) -> int | float:
@@ -201,13 +208,17 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def save(config: Config, origins: dict[str, str], path: str) -> None:
-    """Write the resolved settings as YAML, each with its origin; the file works as --config."""
+def save(config: Config, origins: dict[str, str], path: str, remarks: Sequence[str] = ()) -> None:
+    """Write the resolved settings as YAML, each with its origin, and `remarks` as comments at the end.
+
+    The file works as --config.
+    """
     lines = [
         f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}"
         f"  # {origin}"
         for name, origin in origins.items()
     ]
+    lines += [f"# {remark}" for remark in remarks]
     write_text(path, "\n".join(lines) + "\n")
 
 

@@ -7,6 +7,7 @@ RWKV-PEFT's names are kept.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from rwkv_miss.adapter import METHODS
@@ -58,14 +59,15 @@ def opt(
     low: float | None = None,
     high: float | None = None,
     below: float | None = None,
+    words: dict[str, Any] | None = None,
 ) -> Any:
     """A setting with its help text, the names that neighbouring projects use for it, and its allowed values.
 
     `automatic`: the default is no value but leaves the choice to the program, which fills it in
     (src/planning/defaults.py). `low` and `high` are the smallest and the largest number, `below` is the first
-    that is too large.
+    that is too large. `words` are values that may be given as a word.
     """
-    meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic}
+    meta = {"help": help, "alias": alias, "choices": choices, "automatic": automatic, "words": words or {}}
     meta["bounds"] = Bounds(low, high, below)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=meta)
@@ -74,9 +76,10 @@ def opt(
 
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
+PAPER = math.inf  # --lr_init paper, until the method is known; no number that can be given
 
 
-def _own_rates() -> str:
+def _published_rates() -> str:
     rates = {name: METHODS[name].default_lr for name in sorted(METHODS)} | {
         "full": FULL_LR,
         "new model": NEW_MODEL_LR,
@@ -242,9 +245,12 @@ class Config:
 
     lr_init: float = opt(
         0.0,
-        f"learning rate after the warm-up. 0: the method's own ({_own_rates()})",
+        "learning rate after the warm-up. auto: short trials before the first step look for it; a run of less"
+        " than 100 steps takes a first guess from method, rank and widths. paper: the method's published rate"
+        f" ({_published_rates()})",
         alias=("learning_rate",),
         automatic=True,
+        words={"auto": 0.0, "paper": PAPER},
         low=0,
         high=1e30,
     )
@@ -282,6 +288,7 @@ class Config:
         " layers, which takes the least memory and is slower. -1: 0; if one row does not fit, 2, then"
         " 1",
         automatic=True,
+        words={"true": 1, "false": 0},
     )
     random_seed: int = opt(42, "seed of initialisation and data order", low=0, below=2**63)
 
@@ -397,6 +404,13 @@ class Config:
         if self.peft == "none":
             return None
         return AdapterOptions.of(self.peft, self.peft_config, self.train_parts)
+
+    @property
+    def published_rate(self) -> float:
+        """The learning rate that was published for what is trained."""
+        if self.peft != "none":
+            return METHODS[self.peft].default_lr
+        return FULL_LR if self.load_model else NEW_MODEL_LR
 
     @property
     def world(self) -> int:

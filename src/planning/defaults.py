@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from rwkv_miss.adapter import METHODS
+from rwkv_miss.adapter import FIRST_MOVE, METHODS
+from rwkv_miss.files.checkpoint import Arch
 
 from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
-from ..config.schema import FULL_LR, NEW_MODEL_LR
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
+GUESSED = "a first guess from method, rank and widths"  # so does the reason of a rate that was not searched
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
 ROWS = 8  # rows in a step
@@ -24,6 +25,10 @@ FEW = 0.05  # the largest share of the documents that is held out
 ENOUGH = 200  # steps; data that make less in one pass are read again
 PASSES = 5  # at most, where they are chosen
 WARM_UP = 0.05  # of a run's steps
+# the search for a learning rate: steps of a trial and of all of them, and the run's part that these may be
+TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 4
+FEWEST_TRIALS = 5  # which are shorter in a short run
+SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 
 def choose(config: Config, origins: dict[str, str], name: str, value: object, reason: str) -> None:
@@ -212,8 +217,31 @@ def _remedies(config: Config, precision: str, tokens: int) -> Iterator[dict[str,
         yield changes | {"strategy": "deepspeed_stage_3"}
 
 
-def method_rate(config: Config) -> float:
-    """The learning rate that belongs to what is trained."""
+@dataclasses.dataclass(frozen=True)
+class SearchSize:
+    """How many trials a search for the learning rate has at most, and how many steps each of them."""
+
+    trials: int
+    steps: int
+
+
+def search_size(steps: int) -> SearchSize | None:
+    """The search before a run of so many steps; None where the run is too short for one."""
+    if steps < SHORTEST_SEARCHED:
+        return None
+    most = min(SEARCH_STEPS, steps // SEARCH_SHARE)
+    each = min(TRIAL_STEPS, most // FEWEST_TRIALS)
+    return SearchSize(most // each, each)
+
+
+def first_guess(config: Config, arch: Arch) -> float:
+    """A learning rate of two digits from method, rank and widths. A new model gets the published one."""
     if config.peft != "none":
-        return METHODS[config.peft].default_lr
-    return FULL_LR if config.load_model else NEW_MODEL_LR
+        method = METHODS[config.peft]
+        options = method.Options.parse(dict(config.adapter.options))
+        rate = method.first_rate(arch.n_layer, arch.n_embd, options)
+    elif config.load_model:
+        rate = FIRST_MOVE / (arch.n_layer * arch.n_embd)  # a step moves an output by the sum of its inputs
+    else:
+        rate = config.published_rate
+    return float(f"{rate:.2g}")

@@ -14,7 +14,7 @@ from rwkv_miss.files.checkpoint import Arch
 from .. import ops
 from ..common.available_memory import all_memory, free_memory
 from ..common.device import choose_accelerator, choose_precision
-from ..common.formatting import counted
+from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
 from ..data.batches import Schedule, make_schedule
 from ..data.chat_template import Template
@@ -22,6 +22,7 @@ from ..data.dataset import Documents, load
 from ..data.encode import Encoder
 from ..data.formats import Reading, Report, sources
 from ..data.held_out import (
+    EVALUATION,
     FORWARD,
     USUAL_SAMPLE_TOKENS,
     affordable,
@@ -32,7 +33,16 @@ from ..data.held_out import (
 )
 from ..data.tokenizer import Tokenizer
 from ..model import RWKV
-from .defaults import choose, choose_batch, choose_length, held_out_share, method_rate, row_length
+from .defaults import (
+    GUESSED,
+    choose,
+    choose_batch,
+    choose_length,
+    first_guess,
+    held_out_share,
+    row_length,
+    search_size,
+)
 from .memory import USABLE, largest_batch, memory_parts, needed
 from .throughput import Speed
 
@@ -97,6 +107,7 @@ class Cost:
     evaluation: float  # the time of all evaluations without sample answers, as a share of the training's
     seconds: float  # of the whole run; 0 where no speed is known
     evaluation_seconds: float  # of these, what the evaluations take with sample answers
+    search_seconds: float  # of these, what the search for a learning rate takes at most
 
 
 def run_cost(
@@ -115,14 +126,18 @@ def run_cost(
     times = evaluations(config, steps_of(config, schedule)) if evaluated else 0
     read = FORWARD * times * float((evaluated.lengths - 1).sum())
     asked = questions(data.held_out, config.eval_samples, eod) if times else []
-    seconds = evaluation_seconds = 0.0
+    seconds = evaluation_seconds = search_seconds = 0.0
     if speed.tokens:
         prompts = FORWARD * times * sum(len(question.prompt) for question in asked)
         answers = times * USUAL_SAMPLE_TOKENS * speed.answer if asked else 0.0
         evaluation_seconds = (read + prompts) / speed.tokens + answers
-        seconds = tokens / speed.tokens + evaluation_seconds
+        if is_automatic(config, "lr_init"):
+            size, steps = search_size(steps_of(config, schedule)), steps_of(config, schedule)
+            share = size.trials * size.steps / steps
+            search_seconds = (1 + EVALUATION) * share * tokens / speed.tokens
+        seconds = tokens / speed.tokens + evaluation_seconds + search_seconds
     room = USABLE * memory_of(device, config.world)
-    return Cost(memory, room, tokens, read / tokens, seconds, evaluation_seconds)
+    return Cost(memory, room, tokens, read / tokens, seconds, evaluation_seconds, search_seconds)
 
 
 def device_here(config: Config, head_size: int) -> Device:
@@ -158,7 +173,6 @@ def choose_device(config: Config, origins: dict[str, str], device: Device) -> No
     choose(config, origins, "accelerator", device.accelerator, "the device at hand")
     choose(config, origins, "precision", device.precision, device.precision_reason.removeprefix("auto: "))
     choose(config, origins, "wkv", device.kernel, device.kernel_reason.removeprefix("auto: "))
-    choose(config, origins, "lr_init", method_rate(config), f"the rate of --peft {config.peft}")
 
 
 def check_data_files(config: Config) -> None:
@@ -252,3 +266,35 @@ def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Devi
     schedule = dataclasses.replace(one_by_one, micro_bsz=config.micro_bsz, accumulate=accumulation(config))
     choose_length(config, origins, schedule.steps_per_pass, bool(data.held_out))
     return schedule
+
+
+def choose_rate(
+    config: Config, origins: dict[str, str], arch: Arch, device: Device, schedule: Schedule
+) -> None:
+    """Fill in the first guess where no search for the learning rate is possible; else it stays open."""
+    if is_automatic(config, "lr_init") and (obstacle := no_search(config, arch, device, schedule)):
+        reason = f"{GUESSED}; no search: {obstacle}"
+        choose(config, origins, "lr_init", first_guess(config, arch), reason)
+
+
+def no_search(config: Config, arch: Arch, device: Device, schedule: Schedule) -> str:
+    """Why a run can't have a search for its learning rate; nothing where it can.
+
+    In a trial every process trains the whole model by itself, without ZeRO.
+    """
+    steps = steps_of(config, schedule)
+    if search_size(steps) is None:
+        return f"{counted(steps, 'step')} are too few to try rates in"
+    deepspeed = config.strategy.startswith("deepspeed")
+    if config.strategy.startswith("deepspeed_stage_3"):
+        return f"under --strategy {config.strategy} no process has the whole model"
+    if config.peft == "none" or deepspeed:
+        alone = dataclasses.replace(config, strategy="auto")
+        parts = estimate(alone, arch, schedule)
+        # beside an adapter the run has more copies than this later, for --rollback_steps
+        copy = parts["trained"] if config.peft == "none" and device.accelerator == "cpu" else 0.0
+        size = needed(parts | {"copy": copy}, alone, device.accelerator)
+        room = USABLE * memory_of(device, config.world)
+        if size > room:
+            return f"a trial needs {size_text(size)} of memory, and {size_text(room)} may be used"
+    return ""

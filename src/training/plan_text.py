@@ -16,7 +16,7 @@ from ..data.dataset import Document, Documents
 from ..data.held_out import evaluations
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
-from ..planning.defaults import CHOSEN
+from ..planning.defaults import CHOSEN, search_size
 from ..planning.job import Cost, Data, Job, steps_of
 from ..planning.step import chunks_of
 from .loggers import describe_writers, places_to_watch
@@ -47,7 +47,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
         documents_line(config, job.data, job.template.name),
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
         f"trained    {trained(config, job.model)}",
-        f"rates      {rates(config, job.steps)}",
+        f"rates      {rates(config, job.steps, job.origins)}",
         f"device     {device.accelerator}, {device.precision} ({reason}){processes}",
         needs(cost, " on each GPU" if device.accelerator == "gpu" else ""),
         evaluation(config, len(job.evaluated), len(job.data.held_out), job.steps, cost),
@@ -80,7 +80,7 @@ def details(job: Job) -> list[str]:
             state_bytes(model.arch, config.micro_bsz, model.head.weight.itemsize),
         ),
         *held_out(config, held, job.evaluated),
-        f"optimizer  AdamW, {rates(config, job.steps)}, clip {config.grad_clip:g}",
+        f"optimizer  AdamW, {rates(config, job.steps, job.origins)}, clip {config.grad_clip:g}",
         (
             f"device     {device.accelerator}, {device.precision} ({device.precision_reason}), strategy"
             f" {config.strategy}"
@@ -150,13 +150,19 @@ def method(config: Config, model: RWKV) -> str:
     return f"{config.peft}{described}{where}"
 
 
-def rates(config: Config, total: int) -> str:
+def rates(config: Config, total: int, origins: dict[str, str]) -> str:
     """The learning rates."""
+    if not config.lr_init:
+        size = search_size(total)
+        most = f"in at most {size.trials} trials of {counted(size.steps, 'step')}"
+        return f"searched for before step 1, {most}; then {config.lr_schedule}, warm-up {config.warmup_steps}"
     final = config.lr_init * learning_rate_factor(config, total)(total - 1)
     state_rate = state_learning_rate(config)
     shape = f"{config.lr_schedule}, warm-up {config.warmup_steps}"
     of_states = f", initial state {state_rate:g}" if state_rate else ""
-    return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}"
+    kind, _, reason = origins["lr_init"].partition(": ")
+    why = f"; {reason}" if kind == CHOSEN else ""
+    return f"lr {config.lr_init:g} to {final:g} ({shape}){of_states}{why}"
 
 
 def needs(cost: Cost, where: str) -> str:
@@ -164,9 +170,9 @@ def needs(cost: Cost, where: str) -> str:
     memory = f"about {size_text(cost.memory)} of memory{where}, of {size_text(cost.room)} that may be used"
     if not cost.seconds:
         return f"needs      {memory}"
-    of_that = ""
-    if cost.evaluation_seconds:
-        of_that = f", of which {duration_text(cost.evaluation_seconds)} are evaluation"
+    parts = {"evaluation": cost.evaluation_seconds, "the search for the rate": cost.search_seconds}
+    named = [f"{duration_text(seconds)} for {part}" for part, seconds in parts.items() if seconds]
+    of_that = f", of which {' and '.join(named)}" if named else ""
     return f"needs      {memory}; about {duration_text(cost.seconds)}{of_that}"
 
 

@@ -8,6 +8,7 @@ import os
 
 from ..common.files import write_bytes
 from ..config import Config, command
+from .rate_search import recorded_search, search_table
 from .validation_log import best, loss_text
 from .verdict import Doubt
 
@@ -46,6 +47,7 @@ def card(
         _as_it_is(command(config)),
         "## Plan",
         _as_it_is("\n".join(plan)),
+        *_rate_search(config),
         "## Curves",
         f"![training and validation loss over the steps]({CURVE})",
         "## Held-out documents",
@@ -61,6 +63,11 @@ def _has_not_learnt(doubted: Doubt | None) -> list[str]:
         return []
     lines = [*doubted.known, f"try next: {doubted.advice}"]
     return ["## Has it learnt?", "\n".join(f"- {line}" for line in lines)]
+
+
+def _rate_search(config: Config) -> list[str]:
+    lines = search_table(recorded_search(config.proj_dir))
+    return ["## Learning rate", _as_it_is("\n".join(lines))] if lines else []
 
 
 def _validation(summary: dict, history: list[dict]) -> list[str]:

@@ -1,15 +1,18 @@
 """Short trainings of one model, which show what a learning rate is worth.
 
-Each has the same start and the same batches. There is no trainer around them.
+Each has the same start and the same batches. There is no trainer around them. Several processes may share a
+step's rows, as in a run; then each has the whole model, and all get the same numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 import rwkv_miss
 from rwkv_miss.progress import progress
@@ -23,6 +26,20 @@ from ..model import RWKV
 from ..model.batch_loss import batch_loss
 from ..planning.step import chunks_of, half_of
 from .optimizer import learning_rate_factor, parameter_groups, state_learning_rate
+
+INITIAL_SCALE = 1024.0  # of losses in fp16: from 65536 a short run would spend its first steps on a search
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Those that share the rows: their number, which of them this is, and the sum of a tensor over all."""
+
+    world: int = 1
+    rank: int = 0
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+ALONE = Processes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +70,45 @@ def trials(
     """A training of so many steps for each rate, which is the value of `setting`, "lr_init" or "state_lr".
     The model ends as it began.
     """
-    start = {name: tensor.clone() for name, tensor in _changing(model).items()}
     for rate in rates:
+        tried = dataclasses.replace(config, **{setting: rate})
+        with put_back(model):
+            watched = progress(train(model, tried, documents, steps), f"training at {rate:g}", steps, "steps")
+            trial = judged(model, tried, rate, list(watched), held_out)
+        yield trial
+
+
+def judged(
+    model: RWKV,
+    config: Config,
+    rate: float,
+    losses: list[float],
+    held_out: Documents,
+    processes: Processes = ALONE,
+) -> Trial:
+    """What the training with these losses is worth, whose end the model is in."""
+    held = held_out_loss(model, config, held_out, processes) if math.isfinite(losses[-1]) else math.nan
+    return Trial(rate, losses, held if math.isfinite(held) else None)
+
+
+@contextlib.contextmanager
+def put_back(model: RWKV):
+    """Context for a training of which the model keeps nothing, nor the random numbers."""
+    # in main memory: a GPU that is full with a run has no room for it
+    start = {name: tensor.to("cpu", copy=True) for name, tensor in _changing(model).items()}
+    device = model.emb.weight.device
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
-            losses = train(model, dataclasses.replace(config, **{setting: rate}), documents, steps)
-            held = held_out_loss(model, config, held_out) if math.isfinite(losses[-1]) else math.nan
+            yield
         finally:
             for name, tensor in _changing(model).items():
                 tensor.copy_(start[name])
-        yield Trial(rate, losses, held if math.isfinite(held) else None)
+            for module, mode in modes.items():
+                module.training = mode
 
 
-def _changing(model: RWKV) -> dict[str, torch.Tensor]:
+def _changing(model: RWKV) -> dict[str, Tensor]:
     """What a training may change, without its gradients.
 
     That is the trained parameters, and the buffers in which methods keep what they derive.
@@ -73,12 +117,11 @@ def _changing(model: RWKV) -> dict[str, torch.Tensor]:
     return {**trained, **dict(model.named_buffers())}
 
 
-def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list[float]:
-    """The losses of train.py's optimizer steps with these settings, in this process.
-
-    They end with the first that is not finite.
-    """
-    schedule = make_schedule(documents, config, 1)
+def train(
+    model: RWKV, config: Config, documents: Documents, steps: int, processes: Processes = ALONE
+) -> Iterator[float]:
+    """Do train.py's optimizer steps with these settings; the loss of each, up to the first not finite."""
+    schedule = make_schedule(documents, config, processes.world)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(
         model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
@@ -87,50 +130,58 @@ def train(model: RWKV, config: Config, documents: Documents, steps: int) -> list
         groups, lr=config.lr_init, betas=(config.beta1, config.beta2), eps=config.adam_eps
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, steps))
-    batches = iter(Batches(documents, schedule, steps, 0))
-    losses: list[float] = []
+    device = model.emb.weight.device
+    scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.precision == "fp16")
+    batches = iter(Batches(documents, schedule, steps, processes.rank))
     model.train()
     with ops.nan_passes():
-        for step in progress(range(steps), f"training at {config.lr_init:g}", unit="steps"):
+        for step in range(steps):
             optimizer.zero_grad()
-            loss = 0.0
+            mine = 0.0
             for micro in range(schedule.accumulate):
-                seed = schedule.seed_of(step, micro, 0)
-                loss += _backward(model, config, next(batches), seed, schedule.accumulate)
-            losses.append(loss)
-            if not math.isfinite(losses[-1]):
+                torch.manual_seed(schedule.seed_of(step, micro, processes.rank))
+                mine += _backward(model, config, next(batches), schedule.accumulate * processes.world, scaler)
+            loss = float(processes.total(torch.tensor(mine, dtype=torch.float64, device=device)))
+            if not math.isfinite(loss):
+                yield loss
                 break
+            for p in trained:
+                if p.grad is not None:
+                    p.grad = processes.total(p.grad)
+            scaler.unscale_(optimizer)
             rwkv_miss.before_step(model, step + 1, steps)
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             rate.step()
             rwkv_miss.after_step(model, step + 1, steps)
+            yield loss
     optimizer.zero_grad()
-    return losses
 
 
-def _backward(model: RWKV, config: Config, batch: dict, seed: int, accumulate: int) -> float:
-    """Add a micro-batch's gradients; its share of the step's loss."""
-    torch.manual_seed(seed)
+def _backward(model: RWKV, config: Config, batch: dict, shares: int, scaler: torch.amp.GradScaler) -> float:
+    """Add a micro-batch's gradients; its share of the step's loss, which has so many shares."""
     loss = batch_loss(
         model, _on_device(batch, model), chunks_of(config), half_of(config), batch["width"]
     ) / max(batch["step_targets"], 1)
     penalty = rwkv_miss.penalty(model)
-    (loss if penalty is None else loss + penalty / accumulate).backward()
+    scaler.scale(loss if penalty is None else loss + penalty / shares).backward()
     return float(loss.detach())
 
 
 @torch.no_grad()
-def held_out_loss(model: RWKV, config: Config, held_out: Documents) -> float:
+def held_out_loss(model: RWKV, config: Config, held_out: Documents, processes: Processes = ALONE) -> float:
     """The loss over the trained tokens of the documents, nats per token."""
     model.eval()
+    batches = evaluation_batches(held_out, config)[processes.rank :: processes.world]
     with ops.nan_passes():
-        total = sum(
+        mine = sum(
             float(batch_loss(model, _on_device(collate(batch, 1), model), chunks_of(config), half_of(config)))
-            for batch in progress(evaluation_batches(held_out, config), "validation", unit="batches")
+            for batch in progress(batches, "validation", unit="batches", shown=processes.world == 1)
         )
-    return total / held_out.targets
+    total = processes.total(torch.tensor(mine, dtype=torch.float64, device=model.emb.weight.device))
+    return float(total) / held_out.targets
 
 
 def _on_device(batch: dict, model: RWKV) -> dict:

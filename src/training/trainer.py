@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import rwkv_miss
 
 from ..common.device import PRECISIONS
-from ..config import Config, accumulation
+from ..config import Config, accumulation, is_automatic
 from ..config.launcher import launched
 from ..data.batches import Batches, make_schedule
 from ..data.dataset import Documents
@@ -52,7 +53,8 @@ class ScaledFp16(MixedPrecision):
 class FineTuning(pl.LightningModule):
     """The loss of an optimizer step is the mean over all its trained tokens.
 
-    It does not depend on how they fall into micro-batches and ranks.
+    It does not depend on how they fall into micro-batches and ranks. `find_rate` fills in config.lr_init
+    where that is open. Then the processes know each other, and each has the whole model.
     """
 
     def __init__(
@@ -63,16 +65,12 @@ class FineTuning(pl.LightningModule):
         held_out: Documents,
         total_steps: int,
         first_step: int = 0,
+        find_rate: Callable[[FineTuning], None] | None = None,
     ):
         super().__init__()
-        self.model, self.config, self.lr = model, config, config.lr_init
+        self.model, self.config, self.find_rate = model, config, find_rate
         self.documents, self.held_out = documents, held_out
         self.total_steps, self.first_step = total_steps, first_step  # first_step are done already
-        # now, while every parameter has its shape: ZeRO-3 takes it away
-        self.groups = parameter_groups(
-            model, config.lr_init, config.weight_decay, state_learning_rate(config), config.lr_map
-        )
-        self.lr_factor = learning_rate_factor(config, total_steps)
         self.chunks = chunks_of(config)
         self.half = half_of(config)
         self.step_loss = 0.0
@@ -82,6 +80,14 @@ class FineTuning(pl.LightningModule):
         # here, and not earlier, the number of processes is known
         self.accumulate = accumulation(self.config)
         self.schedule = make_schedule(self.documents, self.config, self.trainer.world_size)
+        config = self.config
+        if self.find_rate and is_automatic(config, "lr_init"):
+            self.find_rate(self)
+        self.lr, self.lr_factor = config.lr_init, learning_rate_factor(config, self.total_steps)
+        # now, while every parameter has its shape: ZeRO-3 takes it away
+        self.groups = parameter_groups(
+            self.model, self.lr, config.weight_decay, state_learning_rate(config), config.lr_map
+        )
 
     def train_dataloader(self) -> Batches:
         return Batches(

@@ -1,0 +1,235 @@
+"""The search for a learning rate before the first step.
+
+Trials of a few steps train from the run's own start on the run's own first rows, each at one rate. They begin
+near the first guess and go to the better side until the best rate has a worse one on both sides. Afterwards
+the model, its random numbers and the order of the data are as if there had been no search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from rwkv_miss.adapter import LONG_RUN, METHODS
+from rwkv_miss.progress import Progress, say
+
+from ..common.files import write_text
+from ..common.formatting import counted
+from ..config import save
+from ..data.dataset import Documents
+from ..data.held_out import affordable, in_hash_order
+from ..planning.defaults import CHOSEN, first_guess, search_size
+from ..planning.job import Job
+from .run_folder import CONFIG, RATE_SEARCH
+from .short_runs import Processes, Trial, judged, put_back, train
+
+BAR = 20  # characters of the longest bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A search that is done."""
+
+    guess: float  # the rate that it began near
+    part: float  # what is taken of the best rate, as a long run likes another than a short one
+    rate: float  # that is taken
+    before: float  # the loss before any training
+    steps: int  # of each trial
+    seconds: float  # of the whole search
+    judged: str  # which loss it is
+    trials: list[Trial]  # in the order of their rates
+
+
+def enclose(loss_at: Callable[[float], float], first: float, most: int) -> dict[float, float]:
+    """Loss by rate of at most so many rates, from the one next to `first` to the better side.
+
+    The rates are 1 and 3 of every decade. They end when the best one has a worse one on both sides. A loss is
+    infinite where a training diverged.
+    """
+    low = high = round(2 * math.log10(first))
+    tried = {rung(low): loss_at(rung(low))}
+    while len(tried) < most:
+        best = best_of(tried)
+        if best == rung(high):
+            high += 1
+        elif best == rung(low):
+            low -= 1
+        else:
+            break
+        new = rung(high) if rung(high) not in tried else rung(low)
+        tried[new] = loss_at(new)
+    return dict(sorted(tried.items()))
+
+
+def rung(k: int) -> float:
+    """The rate number k: 0.001 for -6, 0.003 for -5, 0.01 for -4."""
+    decade, half = divmod(k, 2)
+    return float(f"{3 if half else 1}e{decade}")
+
+
+def best_of(tried: dict[float, float]) -> float:
+    """The rate with the lowest loss, of equal ones the lowest rate."""
+    return min(tried, key=lambda rate: (tried[rate], rate))
+
+
+def bottom_of(tried: dict[float, float]) -> float:
+    """The rate at the bottom of the valley, of losses by rate in rising order.
+
+    It is that of the parabola through the best one and its two neighbours, over the logarithm. It is the best
+    one itself where a neighbour diverged or was not tried.
+    """
+    rates = list(tried)
+    at = rates.index(best_of(tried))
+    bottom = math.log(rates[at])
+    around = rates[at - 1 : at + 2] if at else []
+    if len(around) == 3 and all(math.isfinite(tried[rate]) for rate in around):
+        (x0, x1, x2), (y0, y1, y2) = map(math.log, around), (tried[rate] for rate in around)
+        left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+        # the slope is left in the middle of the first two and right in that of the others
+        if right > left:
+            bottom = (x0 + x1) / 2 - left * ((x2 - x0) / 2) / (right - left)
+    return math.exp(bottom)
+
+
+class RateSearch:
+    """Finds the rate of a run inside its trainer, when its processes know each other.
+
+    The loss on held-out documents decides. Where none are held out, it is that of the rows of the step after
+    a trial's last one.
+    """
+
+    def __init__(self, job: Job):
+        self.config, self.origins, self.evaluated = job.config, job.origins, job.evaluated
+        self.guess = first_guess(job.config, job.model.arch)
+        self.size = search_size(job.steps)
+        self.part = METHODS[self.config.peft].long_run if self.config.adapter else LONG_RUN
+
+    def run(self, module) -> None:
+        """Fill in config.lr_init. All ranks take part, and find the same."""
+        trainer = module.trainer
+        if trainer.strategy.root_device.type == "cuda":
+            module.model.to(trainer.strategy.root_device)
+        processes = Processes(trainer.world_size, trainer.global_rank, total(trainer.strategy))
+        found = self._search(module, processes, trainer.is_global_zero)
+        self.config.lr_init = trainer.strategy.broadcast(found.rate)
+        self.origins["lr_init"] = f"{CHOSEN}: {reason(found)}"
+        if trainer.is_global_zero:
+            folder = self.config.proj_dir
+            lines = search_table(as_json(found))
+            write_text(os.path.join(folder, RATE_SEARCH), json.dumps(as_json(found), indent=1))
+            save(self.config, self.origins, os.path.join(folder, CONFIG), lines)
+            say("\n".join(lines))
+
+    def _search(self, module, processes: Processes, shown: bool) -> Found:
+        """Do the trials."""
+        model, config, size = module.model, self.config, self.size
+        documents, name = self._deciding(module), "held-out" if self.evaluated else "training"
+        done: list[Trial] = []
+        begun = time.perf_counter()
+        with Progress("searching the learning rate", size.trials * size.steps, "steps", shown) as bar:
+
+            def loss_at(rate: float) -> float:
+                tried = dataclasses.replace(config, lr_init=rate, warmup_steps=0)
+                losses = []
+                with put_back(model):
+                    for loss in train(model, tried, module.documents, size.steps, processes):
+                        losses.append(loss)
+                        bar.update(1, f"rate {rate:g}, loss {loss:.4f}")
+                    done.append(judged(model, tried, rate, losses, documents, processes))
+                if config.verbose and shown:
+                    say(trial_text(done[-1], name))
+                return math.inf if done[-1].held_out is None else done[-1].held_out
+
+            with put_back(model):
+                before = judged(model, config, 0.0, [0.0], documents, processes).held_out
+            tried = enclose(loss_at, self.guess, size.trials)
+        trials = sorted(done, key=lambda trial: trial.rate)
+        seconds = time.perf_counter() - begun
+        return Found(
+            self.guess,
+            self.part,
+            float(f"{self.part * bottom_of(tried):.2g}"),
+            before,
+            size.steps,
+            seconds,
+            name,
+            trials,
+        )
+
+    def _deciding(self, module) -> Documents:
+        """The documents whose loss is taken after each trial; reading them takes a tenth of the search."""
+        schedule, size = module.schedule, self.size
+        if not self.evaluated:
+            rows = [schedule.rows[row] for row in schedule.step_rows(size.steps)]
+            return module.documents.take(np.sort([i for row in rows for i in row]))
+        tokens = sum(schedule.step_tokens(step) for step in range(size.steps)) * size.trials
+        order = in_hash_order(self.evaluated, self.config.random_seed)
+        count = affordable(self.evaluated, order, tokens, size.trials + 1)
+        return self.evaluated.take(np.sort(order[:count]))
+
+
+def total(strategy) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The sum of a tensor over all processes of a strategy."""
+    return lambda tensor: strategy.reduce(tensor, reduce_op="sum")
+
+
+def as_json(found: Found) -> dict:
+    """The search as it is kept in the run's folder; a loss that is not finite is null."""
+    trials = [
+        {
+            "rate": trial.rate,
+            "losses": [loss if math.isfinite(loss) else None for loss in trial.losses],
+            "loss": trial.held_out,
+        }
+        for trial in found.trials
+    ]
+    return {**dataclasses.asdict(found), "trials": trials}
+
+
+def recorded_search(folder: str) -> dict | None:
+    """The search of the run in a folder; None for a run whose rate was not searched for."""
+    try:
+        with open(os.path.join(folder, RATE_SEARCH), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
+def reason(found: Found) -> str:
+    """Why this rate is taken."""
+    return f"{found.part:g} times the best of {counted(len(found.trials), 'trial')} before step 1"
+
+
+def search_table(search: dict | None) -> list[str]:
+    """The trials as lines with bars that show how far the loss fell; nothing without a search."""
+    if search is None:
+        return []
+    before, trials = search["before"], search["trials"]
+    losses = [trial["loss"] for trial in trials]
+    most = max([before - loss for loss in losses if loss is not None] + [0.0])
+    head = (
+        f"lr {search['rate']:g}, {search['part']:g} times the best rate of short trials;"
+        f" {search['judged']} loss {before:.4f} before, and after {counted(search['steps'], 'step')} at"
+    )
+    lines = [head]
+    for trial, loss in zip(trials, losses, strict=True):
+        if loss is None:
+            lines.append(f"{trial['rate']:>10g}  diverged")
+            continue
+        bar = "#" * round(BAR * max(before - loss, 0.0) / most) if most else ""
+        lines.append(f"{trial['rate']:>10g}  {loss:.4f}  {bar}".rstrip())
+    return lines
+
+
+def trial_text(trial: Trial, judged: str) -> str:
+    """A trial with the loss of each step, for --verbose."""
+    steps = " ".join(f"{loss:.4f}" for loss in trial.losses)
+    end = "diverged" if trial.held_out is None else f"{judged} loss {trial.held_out:.4f}"
+    return f"trial      rate {trial.rate:g}: {steps}; {end}"

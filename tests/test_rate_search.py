@@ -1,0 +1,279 @@
+"""The search for a learning rate: it finds the valley, and it changes nothing of the run."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from rwkv_miss import METHODS, UserError
+from src.config import Config, parse
+from src.planning import job
+from src.planning.defaults import first_guess, search_size
+from src.planning.job import Device, no_search
+from src.training.rate_search import bottom_of, enclose, rung, search_table
+
+from . import program
+from .conftest import ROOT, make_arch, random_tensors
+from .program import losses, succeed
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A random base over bytes, and conversations to train on."""
+    folder = tmp_path_factory.mktemp("search")
+    torch.save(random_tensors(make_arch(7, vocab_size=256)), folder / "base.pth")
+    rows = [{"instruction": f"q{n}", "output": "ab c" * (1 + n % 3)} for n in range(120)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(files, proj_dir, *more):
+    """A run of 100 steps, the shortest that has a search."""
+    return [
+        *("--load_model", str(files / "base.pth"), "--data_file", str(files / "data.jsonl")),
+        *("--proj_dir", str(proj_dir), "--tokenizer", "bytes", "--data_cache", "none"),
+        *("--accelerator", "cpu", "--ctx_len", "64", "--epoch_steps", "100", "--eval_samples", "0"),
+        *more,
+    ]
+
+
+def train(files, proj_dir, *more):
+    return succeed(program.run(flags(files, proj_dir, "--global_bsz", "2", *more)))
+
+
+def search(proj_dir):
+    return json.loads((proj_dir / "learning_rate.json").read_text())
+
+
+def settings(proj_dir):
+    return yaml.safe_load((proj_dir / "config.yaml").read_text())
+
+
+def valley(bottom):
+    """A loss over the logarithm of the rate that is lowest at `bottom`."""
+    return lambda rate: (math.log10(rate) - math.log10(bottom)) ** 2
+
+
+def test_the_rates_are_1_and_3_of_every_decade():
+    assert [rung(k) for k in range(-7, 3)] == [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10]
+
+
+@pytest.mark.parametrize(
+    "bottom, first, tried",
+    [
+        (1e-3, 1.1e-3, [3e-4, 1e-3, 3e-3]),
+        (1e-3, 3e-3, [3e-4, 1e-3, 3e-3, 1e-2]),
+        (3e-2, 2.8e-3, [3e-3, 1e-2, 3e-2, 0.1]),
+        (1e-5, 1e-2, [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2][1:]),  # 7 are the most
+        (10.0, 1e-2, [1e-2, 3e-2, 0.1, 0.3, 1, 3, 10]),
+    ],
+)
+def test_the_trials_go_to_the_better_side_until_the_best_is_enclosed(bottom, first, tried):
+    assert list(enclose(valley(bottom), first, 7)) == tried
+
+
+def test_a_side_where_all_diverge_is_left():
+    def diverges(rate):
+        return math.inf if rate > 1e-4 else valley(3e-5)(rate)
+
+    assert list(enclose(diverges, 1e-3, 7)) == [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def test_the_bottom_is_that_of_the_parabola_through_the_best_three():
+    for bottom in (0.7e-3, 1e-3, 1.6e-3):
+        found = bottom_of({rate: valley(bottom)(rate) for rate in (3e-4, 1e-3, 3e-3)})
+        assert found == pytest.approx(bottom, rel=1e-6)
+    assert bottom_of({1e-3: 2.0, 3e-3: 1.0, 1e-2: math.inf}) == pytest.approx(3e-3)
+    assert bottom_of({1e-3: 1.0, 3e-3: 2.0}) == pytest.approx(1e-3)
+    assert bottom_of({1e-3: 2.0, 3e-3: 2.0, 1e-2: 2.0}) == pytest.approx(1e-3)
+
+
+def test_a_search_takes_at_most_70_steps_and_a_quarter_of_the_run():
+    assert search_size(99) is None
+    for steps in range(100, 1000):
+        size = search_size(steps)
+        assert 5 <= size.trials <= 7 and 5 <= size.steps <= 10
+        assert size.trials * size.steps <= min(70, steps / 4)
+    assert search_size(280).steps == 10 and search_size(280).trials == 7
+
+
+@pytest.mark.parametrize(
+    "method, published", [("miss", 2e-5), ("lora", 2e-4), ("pissa", 2e-5), ("dora", 2e-4), ("none", 1e-5)]
+)
+def test_the_first_guess_is_near_the_published_rate_for_the_models_that_it_was_published_for(
+    method, published
+):
+    """7B: 32 layers of 4096. Within a factor of 2.5, as the ones for small models were fitted."""
+    config, _ = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
+    if method != "none":
+        config.peft_config = {"rank": 64}
+    large = first_guess(config, make_arch(7, n_layer=32, n_embd=4096, head_size=64))
+    assert published / 2.5 < large < published * 2.5
+    assert first_guess(config, make_arch(7, n_layer=12, n_embd=768, head_size=64)) > 2 * large
+
+
+@pytest.mark.parametrize("method", [*METHODS, "none"])
+def test_every_method_has_a_first_guess(method):
+    config, _ = parse(["--load_model", "x", "--data_file", "x", "--peft", method])
+    assert 1e-4 < first_guess(config, make_arch(7)) <= 1
+
+
+def test_a_new_model_gets_the_published_rate():
+    config = Config(peft="none", n_layer=2, n_embd=64, version="x070")
+    assert first_guess(config, make_arch(7)) == config.published_rate == 6e-4
+
+
+class Rows:
+    """A schedule of so many steps."""
+
+    def __init__(self, steps_per_pass):
+        self.steps_per_pass = steps_per_pass
+
+
+@pytest.mark.parametrize(
+    "settings, steps, memory, words",
+    [
+        ({}, 99, 100, "99 steps are too few"),
+        ({}, 100, 1, ""),
+        ({"strategy": "deepspeed_stage_3", "devices": 2}, 100, 100, "no process has the whole model"),
+        ({"strategy": "deepspeed_stage_2_offload"}, 100, 70, "a trial needs 77 bytes"),
+        ({"strategy": "deepspeed_stage_2_offload"}, 100, 100, ""),
+        ({"peft": "none"}, 100, 100, "a trial needs 117 bytes"),
+        ({"peft": "none"}, 100, 200, ""),
+    ],
+)
+def test_where_no_search_is_possible_it_is_said_why(monkeypatch, settings, steps, memory, words):
+    monkeypatch.setattr(job, "estimate", lambda config, *_: {"trained": 40.0, config.strategy: 37.0})
+    monkeypatch.setattr(job, "memory_of", lambda device, world: memory)
+    monkeypatch.setattr(job, "USABLE", 1.0)
+    monkeypatch.setattr(job, "size_text", lambda size: f"{size:g} bytes")
+    config = Config(**settings, epoch_count=1)
+    found = no_search(config, None, Device("cpu", "fp32", "", "cpu", ""), Rows(steps))
+    assert words in found and bool(words) == bool(found)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--peft_config", "r=7", "--train_parts", "ln,state", "--accumulate_grad_batches", "2"],
+        ["--peft", "lora", "--peft_config", "r=4,dropout=0.2", "--weight_decay", "0.1"],
+        ["--peft", "adalora", "--peft_config", "r=4"],
+        ["--peft", "state", "--chunk_ctx", "16"],
+        ["--peft", "none", "--precision", "bf16"],
+        ["--peft", "pissa", "--peft_config", "r=4", "--eval_split", "0", "--quant", "nf4"],
+    ],
+    ids=lambda more: " ".join(more[:2]),
+)
+def test_the_run_equals_one_that_was_given_the_rate(files, tmp_path, more):
+    """Digit for digit: losses and everything that is written of the trained tensors."""
+    found, given = tmp_path / "found", tmp_path / "given"
+    output = train(files, found, *more)
+    rate = settings(found)["lr_init"]
+    assert (
+        search(found)["rate"] == rate
+        and f"lr {rate:g}, {search(found)['part']:g} times the best rate" in output
+    )
+    train(files, given, *more, "--lr_init", str(rate))
+    assert not (given / "learning_rate.json").exists()
+    assert losses(found) == losses(given) and len(losses(found)) == 100
+    name = "model.pth" if "none" in more else "adapter.pth"
+    trained = [torch.load(folder / name, weights_only=True) for folder in (found, given)]
+    assert trained[0].keys() == trained[1].keys()
+    for key, tensor in trained[0].items():
+        if torch.is_tensor(tensor):
+            assert torch.equal(tensor, trained[1][key]), key
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_several_processes_find_the_same_rate(files, tmp_path, strategy):
+    """The rank that did not would end the run: the ranks train with the rate that rank 0 broadcasts."""
+    output = train(files, tmp_path / "two", "--devices", "2", "--strategy", strategy, "--micro_bsz", "1")
+    train(files, tmp_path / "one", "--micro_bsz", "2")
+    two, one = search(tmp_path / "two"), search(tmp_path / "one")
+    assert output.count("times the best rate of short trials") == 1
+    assert [trial["rate"] for trial in two["trials"]] == [trial["rate"] for trial in one["trials"]]
+    for mine, theirs in zip(two["trials"], one["trials"], strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    assert two["rate"] == pytest.approx(one["rate"], rel=0.1)
+    assert settings(tmp_path / "two")["lr_init"] == two["rate"]
+
+
+def test_a_resumed_run_searches_never_again(files, tmp_path):
+    run = tmp_path / "run"
+    train(files, run)
+    before, card = search(run), (run / "run_card.md").read_text()
+    output = train(files, run, "--epoch_steps", "110", "--resume", "auto")
+    assert "short trials" not in output and search(run) == before and len(losses(run)) == 110
+    assert settings(run)["lr_init"] == before["rate"]
+    table = search_table(before)
+    for text in (card, (run / "run_card.md").read_text(), (run / "config.yaml").read_text()):
+        assert all(line in text for line in table)
+
+
+def test_the_table_has_at_most_8_lines_and_says_what_diverged():
+    trials = [
+        {"rate": rung(k), "losses": [], "loss": loss} for k, loss in enumerate((3, 2, 1.5, 1, 2, 3.5, None))
+    ]
+    table = search_table(
+        {"rate": 0.02, "part": 0.7, "before": 3.0, "judged": "held-out", "steps": 10, "trials": trials}
+    )
+    assert len(table) == 8 and "held-out loss 3.0000 before" in table[0]
+    assert [line.count("#") for line in table[1:]] == [0, 10, 15, 20, 10, 0, 0]
+    assert "diverged" in table[-1] and search_table(None) == []
+
+
+def test_nothing_held_out_leaves_the_training_loss_to_decide(files, tmp_path):
+    output = train(files, tmp_path, "--eval_split", "0", "--verbose")
+    assert search(tmp_path)["judged"] == "training" and "training loss" in output
+    assert output.count("\ntrial      rate ") == len(search(tmp_path)["trials"])
+
+
+def test_a_short_run_takes_the_first_guess_and_says_so(files, tmp_path):
+    output = train(files, tmp_path, "--epoch_steps", "5")
+    config, _ = parse(flags(files, tmp_path))
+    config.peft_config = {"rank": 6}
+    guess = first_guess(config, make_arch(7, vocab_size=256))
+    assert settings(tmp_path)["lr_init"] == guess and f"lr {guess:g} to" in output
+    assert "first guess from method, rank and widths" in output and "5 steps are too few" in output
+    assert not (tmp_path / "learning_rate.json").exists()
+
+
+def test_ctrl_c_ends_a_search_at_once(files, tmp_path):
+    words = [sys.executable, "train.py", *flags(files, tmp_path, "--micro_bsz", "64", "--verbose")]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("trial"):
+            break
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    rest = process.stdout.read()
+    assert process.wait(60) == 130, "".join(seen) + rest
+    assert time.monotonic() - asked < 10 and "interrupted before the first step" in rest
+    assert not any((tmp_path / name).exists() for name in ("adapter.pth", "learning_rate.json", "run.json"))
+
+
+def test_words_for_rates():
+    base = ["--load_model", "x", "--data_file", "x"]
+    for more, rate, origin in (
+        ([], 0.0, "default"),
+        (["--lr_init", "auto"], 0.0, "command line"),
+        (["--lr_init", "paper"], 2e-5, "command line: the published rate of --peft miss"),
+        (["--lr_init", "paper", "--peft", "lora"], 2e-4, "command line: the published rate of --peft lora"),
+        (["--lr_init", "paper", "--peft", "none"], 1e-5, "command line: the published rate of --peft none"),
+        (["--preset", "paper-table7"], 2e-5, "preset paper-table7"),
+        (["--lr_init", "3e-4"], 3e-4, "command line"),
+    ):
+        config, origins = parse([*base, *more])
+        assert (config.lr_init, origins["lr_init"]) == (rate, origin)
+    with pytest.raises(UserError, match="--lr_init much: expected float or auto or paper"):
+        parse([*base, "--lr_init", "much"])
+    with pytest.raises(UserError, match="--lr_init -1"):
+        parse([*base, "--lr_init", "-1"])
