@@ -1,7 +1,7 @@
 """Whether a run without settings learns as much as one with the best learning rate.
 
     python -m benchmarks.first_run [--data ../shared/data] [--tasks sort ...] [--methods miss ...]
-    [--seeds 0 1 2] [--out out/first-run]
+    [--seeds 0 1 2] [--out out/first-run] [--report docs/results]
 
 Every training is a whole run of train.py with --load_model, --data_file, --peft and --random_seed, and with
 sizes that keep it short. The learning rate is first given: of seven rates for the method those around the
@@ -11,7 +11,8 @@ the first seed.
 
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
-The last line is JSON.
+With --cost a random RWKV-7 of 12 layers of 768 is trained for 100 steps: what its search takes of the run.
+--report FOLDER gets first-run.md, .png and .json. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from demo import task as demo_task
 from rwkv_miss import UserError
 from src import run
-from src.common.files import append_line
+from src.common.files import append_line, write_bytes, write_text
 from src.config import Config, parse
 from src.data.chat_template import Template
 from src.data.dataset import load as load_documents
@@ -42,7 +43,9 @@ from src.inference.load import load
 from src.training.rate_search import best_of, enclose, recorded_search
 from src.training.short_runs import held_out_loss
 
-from .common import argument_parser, as_flags, report
+from .common import argument_parser, as_flags, environment, report, write_random_base
+from .first_run_table import Case, case, draw, table
+from .paper.results import Table, plot
 from .quant import DIGITS, digits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -112,7 +115,7 @@ def digits_plus_one(folder: pathlib.Path, data: pathlib.Path) -> Task:
         data / "real/rwkv7-reverse.pth",
         written("train", 24000, 1),
         written("test", QUESTIONS, 0),
-        ["--tokenizer", str(vocabulary), "--eod", "#", *sizes(ctx_len=128, micro_bsz=8, epoch_steps=240)],
+        ["--tokenizer", str(vocabulary), "--eod", "#", *sizes(ctx_len=128, micro_bsz=8, epoch_steps=800)],
         True,
     )
 
@@ -253,26 +256,93 @@ def best_rate(trainings: Trainings, seed: int) -> float:
     return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=12))
 
 
+def compared(name: str, method: str, seeds: list[int], folder: pathlib.Path, data: pathlib.Path) -> Case:
+    """All trainings of a case, those that are not done yet first."""
+    trainings = Trainings(name, method, folder, data)
+    first, *others = seeds
+    best = best_rate(trainings, first)
+    for rate, wanted in ((best, others), ("auto", seeds), ("paper", [first])):
+        for seed in wanted:
+            trainings.at(rate, seed)
+    trainings.at(trainings.at("auto", first)["search"]["guess"], first)
+    return case(name, method, trainings.task.counted, seeds, trainings.done, best)
+
+
+def cost(folder: pathlib.Path, data: pathlib.Path) -> dict:
+    """Seconds of the search and of the steps of a run of 100 steps of a random model, rows of 256 tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = folder / "random.pth"
+    write_random_base(base, 7, 12, 768, tokenizer="")
+    rows = write_rows(folder / "train.jsonl", gsm8k_rows(data, "train"))
+    run_folder = folder / "run"
+    shutil.rmtree(run_folder, ignore_errors=True)
+    words = as_flags(load_model=base, data_file=rows, proj_dir=run_folder)
+    words += sizes(ctx_len=256, micro_bsz=1, epoch_steps=100)
+    with open(folder / "log", "w") as log, contextlib.redirect_stdout(log):
+        run.main(*parse(words))
+    search, summary = recorded_search(str(run_folder)), json.loads((run_folder / "run.json").read_text())
+    return {
+        "search_seconds": round(search["seconds"], 1),
+        "train_seconds": round(summary["train_seconds"], 1),
+        "search_steps": search["steps"] * len(search["trials"]),
+        "steps": summary["steps"],
+    }
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--one_seed", nargs="*", choices=TASKS, default=[], help="tasks with the first alone")
+    parser.add_argument("--cost", action="store_true", help="measure what a search takes, too")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/first-run"))
+    parser.add_argument("--report", type=pathlib.Path, help="folder for the table, the plot and JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    cases = []
     for name in args.tasks:
+        seeds = args.seeds[:1] if name in args.one_seed else args.seeds
         for method in args.methods:
-            trainings = Trainings(name, method, args.out, args.data)
-            first, *others = args.seeds
-            best = best_rate(trainings, first)
-            for rate, seeds in ((best, others), ("auto", args.seeds), ("paper", [first])):
-                for seed in seeds:
-                    trainings.at(rate, seed)
-            trainings.at(trainings.at("auto", first)["search"]["guess"], first)
-            print(f"{name} {method}: done", flush=True)
-    report("first_run")
+            cases.append(compared(name, method, seeds, args.out, args.data))
+            print(f"{name} {method}: best {cases[-1].best:.4f}, found {cases[-1].found:.4f}", flush=True)
+    costs = cost(args.out / "cost", args.data) if args.cost else None
+    found = table(cases)
+    print(found.markdown())
+    missed = [f"{one.task} {one.method}" for one in cases if one.is_missed]
+    worse = [f"{one.task} {one.method}" for one in cases if one.is_worse_than_published]
+    summary = {"cases": len(cases), "missed": missed, "worse_than_published": worse, "cost": costs}
+    if args.report:
+        everything = {
+            f"{name} {method}": finished(args.out / name / f"{method}.jsonl")
+            for name in args.tasks
+            for method in args.methods
+        }
+        write_report(args.report, cases, found, summary, everything)
+    report("first_run", **summary)
+
+
+def write_report(
+    folder: pathlib.Path, cases: list[Case], found: Table, summary: dict, everything: dict
+) -> None:
+    """first-run.md, .png and .json."""
+    facts = environment()
+    counts = f"{len(cases) - len(summary['missed'])} of {len(cases)}"
+    parts = [
+        "# A first run beside the best learning rate",
+        f"{counts} cases are within 2 points of right answers or 3 % of the loss. Missed:"
+        f" {', '.join(summary['missed']) or 'none'}. Worse than with the published rate:"
+        f" {', '.join(summary['worse_than_published']) or 'none'}.",
+        "![How much worse than the best rate](first-run.png)",
+        found.markdown(),
+        "Again: `python -m benchmarks.first_run --cost --report docs/results`",
+        f"{facts['machine']}, 1 thread, torch {facts['versions']['torch']}, put together at commit {facts['commit']}.",
+    ]
+    write_bytes(str(folder / "first-run.png"), plot(draw(cases)))
+    write_text(str(folder / "first-run.md"), "\n\n".join(parts) + "\n")
+    content = {**summary, **facts, "table": found.records(), "trainings": everything}
+    write_text(str(folder / "first-run.json"), json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
