@@ -337,7 +337,8 @@ def write_report(
         "![How much worse than the best rate](first-run.png)",
         found.markdown(),
         "Again: `python -m benchmarks.first_run --cost --report docs/results`",
-        f"{facts['machine']}, 1 thread, torch {facts['versions']['torch']}, put together at commit {facts['commit']}.",
+        f"{facts['machine']}, 1 thread, torch {facts['versions']['torch']}. Put together at commit"
+        f" {facts['commit']}.",
     ]
     write_bytes(str(folder / "first-run.png"), plot(draw(cases)))
     write_text(str(folder / "first-run.md"), "\n\n".join(parts) + "\n")

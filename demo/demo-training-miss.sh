@@ -16,7 +16,7 @@ peft_config='{"r": 12}'                 # its options. r is the rank: here width
 micro_bsz=16                            # rows in one forward pass. Lower it first when memory runs out
 ctx_len=128                             # tokens in a row, which short documents share. Real data: 512 to 4096
 epoch_steps=300                         # optimizer steps. 0: the whole data once
-lr_init=5e-3                            # learning rate. For another model: python -m scripts.lr_sweep
+lr_init="auto"                          # learning rate. auto: short trials before the first step look for it
 strategy="deepspeed_stage_1"            # auto, ddp, deepspeed_stage_1, _2 or _3
 devices=1                               # number of GPUs, or of CPU processes
 threads=1                               # CPU threads for this tiny model; for a real one delete the export
@@ -29,7 +29,7 @@ mkdir -p "$proj_dir"
 set -x
 python train.py --load_model "$load_model" --data_file "$data_file" --proj_dir "$proj_dir" --tokenizer "$tokenizer" \
     --peft "$peft" --peft_config "$peft_config" --micro_bsz "$micro_bsz" --ctx_len "$ctx_len" --epoch_steps "$epoch_steps" \
-    --lr_init "$lr_init" --warmup_steps 20 --strategy "$strategy" --devices "$devices" --resume auto
+    --lr_init "$lr_init" --strategy "$strategy" --devices "$devices" --resume auto
 python -m rwkv_miss merge --base "$load_model" --adapter "$proj_dir/adapter.pth" --out "$proj_dir/merged.pth"
 python -m scripts.verify_merge --base "$load_model" --adapter "$proj_dir/adapter.pth" --merged "$proj_dir/merged.pth"
 python -m demo.chat --model "$proj_dir/merged.pth" --prompt "sort kitchen" --temperature 0

@@ -223,7 +223,7 @@ def test_the_table_has_at_most_8_lines_and_says_what_diverged():
     table = search_table(
         {"rate": 0.02, "part": 0.7, "before": 3.0, "judged": "held-out", "steps": 10, "trials": trials}
     )
-    assert len(table) == 8 and "held-out loss 3.0000 before" in table[0]
+    assert len(table) == 8 and "held-out loss 3.0000, after 10 steps" in table[0]
     assert [line.count("#") for line in table[1:]] == [0, 10, 15, 20, 10, 0, 0]
     assert "diverged" in table[-1] and search_table(None) == []
 

@@ -216,7 +216,7 @@ def search_table(search: dict | None) -> list[str]:
     most = max([before - loss for loss in losses if loss is not None] + [0.0])
     head = (
         f"lr {search['rate']:g}, {search['part']:g} times the best rate of short trials;"
-        f" {search['judged']} loss {before:.4f} before, and after {counted(search['steps'], 'step')} at"
+        f" {search['judged']} loss {before:.4f}, after {counted(search['steps'], 'step')} at each rate:"
     )
     lines = [head]
     for trial, loss in zip(trials, losses, strict=True):
