@@ -34,9 +34,8 @@ class Case:
 
     def gap(self, figure: float, best: float) -> float:
         """How much worse than the best a figure is, as a part of what is allowed; above 1 it is a miss."""
-        if self.counted:
-            return (best - figure) / POINTS
-        return (figure / best - 1) / SHARE
+        gap = (best - figure) / POINTS if self.counted else (figure / best - 1) / SHARE
+        return round(gap, 6)  # 0.995 - 0.975 is above 0.02
 
     @property
     def is_missed(self) -> bool:

@@ -4,8 +4,11 @@ import json
 import re
 import statistics
 
+import pytest
+
 from benchmarks import laptop
 from benchmarks.common import cpu, environment, machine_line
+from benchmarks.first_run_table import case, table
 
 from .conftest import ROOT
 
@@ -93,3 +96,30 @@ def test_a_first_runs_figures_leave_out_the_first_step():
         "first_step_seconds": 60.0,
         "peak_memory_bytes": 5,
     }
+
+
+def trainings(best, found, guess=None, published=None):
+    """Those of two seeds, the best at the rate 0.01."""
+    search = {"guess": 0.02, "tried": {"0.01": 1.0, "0.03": 2.0}}
+    done = {(seed, 0.01): {"figure": figure} for seed, figure in enumerate(best)}
+    done |= {
+        (seed, "auto"): {"figure": figure, "found": 0.007, "search": search}
+        for seed, figure in enumerate(found)
+    }
+    return done | {(0, 0.02): {"figure": guess}, (0, "paper"): {"figure": published}}
+
+
+@pytest.mark.parametrize(
+    "counted, best, found, published, missed, worse",
+    [
+        (True, (0.995, 0.995), (0.975, 0.975), 0.5, False, False),  # 2 points
+        (True, (0.99, 0.99), (0.96, 0.975), 0.97, True, True),
+        (False, (1.0, 1.1), (1.02, 1.14), 1.5, False, False),  # 2.9 %
+        (False, (1.0, 1.1), (1.03, 1.14), None, True, False),  # 3.3 %; the published rate diverged
+    ],
+)
+def test_a_first_run_is_compared_with_the_best_rate(counted, best, found, published, missed, worse):
+    one = case("sort", "miss", counted, [0, 1], trainings(best, found, 0.9, published), 0.01)
+    assert (one.is_missed, one.is_worse_than_published) == (missed, worse)
+    (row,) = table([one]).rows
+    assert row[:3] == ("sort", "miss", "0.01") and row[4] == "0.007 0.007" and ("missed" in row[6]) == missed
