@@ -16,6 +16,7 @@ from src.config import Config
 from src.data.dataset import load_documents
 from src.data.tokenizer import load_tokenizer
 from src.model import RWKV
+from src.planning.defaults import first_guess
 from src.training.optimizer import learning_rate_factor
 from src.training.short_runs import Trial, train, trials
 
@@ -97,6 +98,7 @@ def results(proj_dir):
             "ffn=3",
         ],
         ["--peft", "none", "--chunk_ctx", "16", "--grad_clip", "0.1"],
+        ["--precision", "fp16", "--peft_config", "r=7"],
     ],
 )
 def test_the_command_it_prints_gives_the_losses_that_it_saw(files, tmp_path, capsys, more):
@@ -252,8 +254,10 @@ def test_the_rate_of_the_initial_state_alone(files, tmp_path):
 
 
 def test_the_grid_is_around_the_rate_that_a_run_would_take(files, tmp_path):
-    assert lr_sweep.grid(2e-5) == [2e-6, 6e-6, 2e-5, 6e-5, 2e-4, 6e-4, 2e-3]
-    for more, centre in (([], 2e-5), (["--lr_init", "1e-4"], 1e-4)):
+    assert lr_sweep.grid(2e-5) == [6e-7, 2e-6, 6e-6, 2e-5, 6e-5, 2e-4, 6e-4]
+    guess = first_guess(Config(load_model="base.pth", peft_config={"rank": 2}), make_arch(7, vocab_size=256))
+    given = (["--lr_init", "1e-4"], 1e-4), (["--lr_init", "paper"], 2e-5)
+    for more, centre in (([], guess), *given):
         sweep(*flags(files, tmp_path, *more, "--peft_config", "r=2", "--steps", "1"))
         assert [trial["rate"] for trial in results(tmp_path)["trials"]] == lr_sweep.grid(centre)
 
@@ -269,7 +273,6 @@ def test_the_grid_is_around_the_rate_that_a_run_would_take(files, tmp_path):
         (["--devices", "2"], "one process"),
         (["--eval_split", "0", "--eval_file", ""], "there are none"),
         (["--warmup_steps", "5", "--steps", "5"], "no step at its full rate"),
-        (["--precision", "fp16"], "no loss scaling"),
         (["--load_model", "absent.pth"], "absent.pth"),
         (["--rate", "1"], "unknown flag --rate"),
     ],
@@ -287,7 +290,9 @@ def test_a_training_ends_at_a_loss_that_is_not_finite(files):
     documents = load_documents(files / "data.jsonl", load_tokenizer("bytes", 256), 64)
     with torch.no_grad():
         model.ln_out.weight.fill_(float("nan"))
-    assert len(train(model, Config(micro_bsz=4, ctx_len=64), documents, 5)) == 1
+    config = Config(micro_bsz=4, ctx_len=64, lr_init=1e-3)
+    losses = list(train(model, config, documents, 5))
+    assert len(losses) == 1 and math.isnan(losses[0])
 
 
 def test_a_base_that_gives_no_finite_loss_is_refused(files, tmp_path):
