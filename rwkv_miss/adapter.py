@@ -168,7 +168,7 @@ class AdapterMethod:
     method: ClassVar[str]
     Options: ClassVar[type[NoOptions]] = Options
     adapts_linears: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 1e-4
+    default_lr: ClassVar[float] = 1e-4  # the published rate: train.py's --lr_init paper
     long_run: ClassVar[float] = LONG_RUN
     shared: ClassVar[tuple[str, ...]] = ()
     decays: ClassVar[bool] = True  # weight decay pulls towards the base, which the method is at zero

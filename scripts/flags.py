@@ -21,8 +21,8 @@ OUT = "docs/flags.md"
 
 INTRODUCTION = """# Flags
 
-With these flags you set up a run of `python train.py`. Four are enough to begin with: `--load_model`,
-`--data_file`, `--proj_dir` and `--lr_init`. Where the default is *chosen*, the run works it out from your
+With these flags you set up a run of `python train.py`. Three are enough to begin with: `--load_model`,
+`--data_file` and `--proj_dir`. Where the default is *chosen*, the run works it out from your
 model, your data and your machine.
 
 Every flag is also a line in a YAML file, without the dashes: `micro_bsz: 4`. Give that file with
