@@ -246,8 +246,8 @@ class Config:
     lr_init: float = opt(
         0.0,
         "learning rate after the warm-up. auto: short trials before the first step look for it; a run of"
-        " fewer than 100 steps takes a first guess from method, rank and widths. paper: the method's published"
-        f" rate ({_published_rates()})",
+        " fewer than 100 steps takes a first guess from method, rank and widths. paper: the method's own"
+        f" published rate ({_published_rates()})",
         alias=("learning_rate",),
         automatic=True,
         words={"auto": 0.0, "paper": PAPER},
