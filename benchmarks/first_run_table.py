@@ -124,7 +124,7 @@ def draw(cases: Sequence[Case]):
             shown = [min(max(gap, -2.0), 8.0) for gap in gaps]
             axes.plot(places, shown, mark, label=name)
         axes.axhline(1, color="grey", linestyle=":", label="allowed: 2 points, or 3 % of the loss")
-        axes.set(ylabel="worse than the best rate, 1 = as allowed (at most 8 shown)")
+        axes.set(ylabel="gap to the best rate, 1: as allowed\n(above 8 shown as 8)")
         names = [f"{one.task} {one.method}" for one in cases]
         axes.set_xticks(list(places), names, rotation=75, fontsize="small")
         axes.legend(fontsize="small")
