@@ -486,6 +486,8 @@ def train(files, proj_dir, *flags, version=7):
                 "bytes",
                 "--accelerator",
                 "cpu",
+                "--lr_init",
+                "paper",
                 "--lr_schedule",
                 "constant",
                 "--micro_bsz",
