@@ -277,11 +277,12 @@ def test_its_run_goes_on(earlier):
         "2",
     ]
 
+    as_it_was = ["--lr_schedule", "constant", "--lr_init", "paper"]
     here = functools.partial(in_folder, earlier)
     output = succeed(program.run([*flags, "--proj_dir", "run", "--resume", "auto"], here))
     checkpoint = "run/checkpoints/step-00000001.pth"
     assert f"note: {checkpoint} is of an earlier version" in output
-    succeed(program.run([*flags, "--proj_dir", "new", "--lr_schedule", "constant"], here))
+    succeed(program.run([*flags, "--proj_dir", "new", *as_it_was], here))
     assert losses(earlier / "run") == pytest.approx(losses(earlier / "new"), rel=1e-5)
     inputs = read_metadata(earlier / "run/checkpoints/step-00000002.pth")["inputs"]
     assert inputs["base file"] == fingerprint(read_checkpoint(earlier / "base.pth"))
