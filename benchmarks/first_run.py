@@ -4,10 +4,10 @@
     [--seeds 0 1 2] [--out out/first-run] [--report docs/results]
 
 Every training is a whole run of train.py with --load_model, --data_file, --peft and --random_seed, and with
-sizes that keep it short. The learning rate is first given: of seven rates for the method those around the
-best one, found with the first seed, from the middle outwards. Each seed trains at the best one. Then the rate
-is left to the program, with each seed. At last it is the first guess, and the method's published rate, with
-the first seed.
+sizes that keep it short. First the learning rate is given: with the first seed up to seven rates, from a
+middle one to the better side, until the best has a worse one on both sides. The other seeds train at that
+best rate. Then the rate is left to the program, with each seed. At last it is the first guess, and the
+method's published rate, with the first seed.
 
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
@@ -267,7 +267,7 @@ def test_loss(task: Task, model, tokenizer, template: Template) -> float:
 
 def best_rate(trainings: Trainings, seed: int) -> float:
     """The rate of the best training with this seed, whose neighbours have been tried too."""
-    return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=12))
+    return best_of(enclose(lambda rate: trainings.loss(rate, seed), RATES[trainings.method], most=7))
 
 
 def compared(trainings: Trainings, name: str, seeds: list[int]) -> Case:
