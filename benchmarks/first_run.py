@@ -9,6 +9,9 @@ middle one to the better side, until the best has a worse one on both sides. The
 best rate. Then the rate is left to the program, with each seed. At last it is the first guess, and the
 method's published rate, with the first seed.
 
+--data has the bases and texts of all tasks but sort: real/rwkv6-3m-utf16.pth, real/rwkv7-reverse.pth,
+gsm8k_train.jsonl, gsm8k_test.jsonl and tinyshakespeare.txt. They are not part of the repository.
+
 What counts is the file that the run's merge command names: its loss on texts, or its right answers to
 questions, none of which is in the training data. A finished training is kept in --out, and is not repeated.
 With --cost a random RWKV-7 of 12 layers of 768 is trained for 100 steps: what its search takes of the run.
@@ -30,6 +33,7 @@ import torch
 
 from demo import task as demo_task
 from rwkv_miss import UserError
+from rwkv_miss.version import commit
 from src import run
 from src.common.files import append_line, write_bytes, write_text
 from src.config import Config, parse
@@ -56,6 +60,10 @@ QUESTIONS, TEXTS = 400, 40  # to judge by
 SEEDS = 3
 # under the counts of the report
 NOTE = (
+    "Given rates were tried with the first seed, from a middle one of seven to the better side, until the"
+    " best had a worse one on both sides. The other seeds trained at that best rate. So a found rate may come"
+    " out better than the best given one. The published rate has the passes and the warm-up of today, too."
+    "\n\n"
     "The base of `digits` was made for another task: it begins with a loss of 15, where guessing has 2.5."
     " After 10 steps the loss of MiSS is lowest at 0.01, and rises at 0.03, where the whole run is best."
     " There a short trial says little about a long run."
@@ -220,29 +228,31 @@ class Trainings:
         return -figure if self.task.counted else figure
 
     def _train(self, rate: float | str, seed: int) -> dict:
-        """Of a run: the figure it is judged by, None for one that diverged, and the CPU time."""
+        """Of a run: its figure, None if it diverged; CPU time; and what its search found."""
         folder = self.folder / f"{self.method}-{seed}-{rate}"
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--peft", self.method, "--random_seed", str(seed), "--lr_init", str(rate)]
         begun = time.process_time()
+        failed = False
         with open(self.folder / f"{self.method}.log", "a") as log, contextlib.redirect_stdout(log):
             try:
                 run.main(*parse([*self.task.words, *flags, "--proj_dir", str(folder)]))
             except UserError as error:
                 print(f"error: {error}")
-                return {"figure": None, "seconds": time.process_time() - begun}
-        seconds = time.process_time() - begun
-        summary = json.loads((folder / "run.json").read_text())
-        early = summary.get("best_step", summary["steps"]) < summary["steps"]
-        figure = judge(self.task, self.method, summary["best"] if early else summary["output"])
-        found = {"figure": figure, "seconds": round(seconds, 1), "steps": summary["steps"]}
+                failed = True
+        done = {"figure": None, "cpu_seconds": round(time.process_time() - begun, 1), "commit": commit()}
         search = recorded_search(str(folder))
         if search:
             tried = {trial["rate"]: trial["loss"] for trial in search["trials"]}
-            own = {name: search[name] for name in ("guess", "before", "steps", "seconds")}
-            found |= {"found": search["rate"], "search": {**own, "tried": tried}}
-        shutil.rmtree(folder)
-        return found
+            own = {name: search[name] for name in ("before", "steps", "seconds")}
+            done |= {"found": search["rate"], "guess": search["guess"], "search": {**own, "tried": tried}}
+        if not failed:
+            summary = json.loads((folder / "run.json").read_text())
+            early = summary.get("best_step", summary["steps"]) < summary["steps"]
+            trained = summary["best"] if early else summary["output"]
+            done |= {"steps": summary["steps"], "figure": judge(self.task, self.method, trained)}
+        shutil.rmtree(folder, ignore_errors=True)
+        return done
 
 
 def judge(task: Task, method: str, trained: str) -> float:
@@ -277,7 +287,7 @@ def compared(trainings: Trainings, name: str, seeds: list[int]) -> Case:
     for rate, wanted in ((best, others), ("auto", seeds), ("paper", [first])):
         for seed in wanted:
             trainings.at(rate, seed)
-    trainings.at(trainings.at("auto", first)["search"]["guess"], first)
+    trainings.at(trainings.at("auto", first)["guess"], first)
     return case(name, trainings.method, trainings.task.counted, seeds, trainings.done, best)
 
 
@@ -351,6 +361,7 @@ def write_report(
 ) -> None:
     """first-run.md, .png and .json."""
     facts = environment()
+    again = f" --one_seed {' '.join(one_seed)}" if one_seed else ""
     counts = f"{len(cases) - len(summary['missed'])} of {len(cases)}"
     parts = [
         "# A first run beside the best learning rate",
@@ -363,7 +374,8 @@ def write_report(
         *cost_line(summary["cost"]),
         "![How much worse than the best rate](first-run.png)",
         found.markdown(),
-        "Again: `python -m benchmarks.first_run --cost --report docs/results`",
+        f"Again: `python -m benchmarks.first_run --cost --report docs/results{again}`, with the models and"
+        " texts that `--data` names, which are not part of the repository.",
         f"{facts['machine']}, 1 thread, torch {facts['versions']['torch']}. Put together at commit"
         f" {facts['commit']}.",
     ]

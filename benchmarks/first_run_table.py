@@ -15,7 +15,10 @@ Done = Mapping[tuple[int, float | str], dict]  # trainings by (seed, rate)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A task and a method. Figures are shares of right answers where `counted`, else losses."""
+    """A task and a method. Figures are shares of right answers where `counted`, else losses.
+
+    NaN is the figure of a run that diverged.
+    """
 
     task: str
     method: str
@@ -30,7 +33,6 @@ class Case:
     guess: float
     published: float
     found_first: float
-    trials: list[int]  # of each seed
 
     def gap(self, figure: float, best: float) -> float:
         """How much worse than the best a figure is, as a part of what is allowed; above 1 it is a miss."""
@@ -39,11 +41,13 @@ class Case:
 
     @property
     def is_missed(self) -> bool:
-        return self.gap(self.found, self.best) > 1
+        return not self.gap(self.found, self.best) <= 1  # so that NaN is a miss
 
     @property
     def is_worse_than_published(self) -> bool:
-        return self.gap(self.found_first, self.published) > 0
+        if math.isnan(self.published):
+            return False
+        return not self.gap(self.found_first, self.published) <= 0
 
 
 def case(task: str, method: str, counted: bool, seeds: Sequence[int], done: Done, best_rate: float) -> Case:
@@ -54,7 +58,7 @@ def case(task: str, method: str, counted: bool, seeds: Sequence[int], done: Done
         return math.nan if found is None else found
 
     first, own = seeds[0], [done[seed, "auto"] for seed in seeds]
-    guess = own[0]["search"]["guess"]
+    guess = own[0]["guess"]
     return Case(
         task,
         method,
@@ -63,13 +67,12 @@ def case(task: str, method: str, counted: bool, seeds: Sequence[int], done: Done
         best_rate,
         statistics.mean(figure(best_rate, seed) for seed in seeds),
         [line["found"] for line in own],
-        statistics.mean(line["figure"] for line in own),
+        statistics.mean(figure("auto", seed) for seed in seeds),
         figure(best_rate, first),
         guess,
         figure(guess, first),
         figure("paper", first),
         figure("auto", first),
-        [len(line["search"]["tried"]) for line in own],
     )
 
 

@@ -154,7 +154,7 @@ class Options(NoOptions):
 
 
 # What a first step shall move. One number for all methods: it fits the best rates of small models
-# (docs/results/first-run.md), and gives the published ones for 7B within a factor of 2.
+# (docs/results/first-run.md), and gives the published ones for 7B within a factor of 2.5.
 FIRST_MOVE = 0.65
 LONG_RUN = 0.7  # the best rate of a run, as a part of the best one of a few steps (the same page)
 

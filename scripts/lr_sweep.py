@@ -226,7 +226,7 @@ def show_header(setting: str, before: float) -> None:
 
 def line(trial: Trial, before: float) -> str:
     """A row of the table."""
-    held = f"{trial.held_out:9.4f}" if trial.held_out is not None else f"{'-':>9}"
+    held = f"{trial.deciding_loss:9.4f}" if trial.deciding_loss is not None else f"{'-':>9}"
     numbers = f"{trial.rate:>10g} {trial.losses[0]:9.4f} {trial.last:9.4f} {held}"
     return f"{numbers}    {verdict(trial, before)}".rstrip()
 
@@ -235,9 +235,9 @@ def verdict(trial: Trial, before: float) -> str:
     """What is wrong with a training, if anything is: it diverged, or it has only made the held-out loss
     worse.
     """
-    if trial.held_out is None:
+    if trial.deciding_loss is None:
         return f"diverged: not finite after {counted(len(trial.losses), 'step')}"
-    if trial.held_out < before:
+    if trial.deciding_loss < before:
         return ""
     return "diverged: both losses rose" if trial.last > trial.losses[0] else "worse than before"
 
@@ -249,7 +249,7 @@ def conclude(
     the --epoch_steps that made the sweep short, else 0."""
     best = min(
         (trial for trial in done if not verdict(trial, before)),
-        key=lambda trial: trial.held_out,
+        key=lambda trial: trial.deciding_loss,
         default=None,
     )
     best_command = command(dataclasses.replace(given, **{setting: best.rate})) if best else None
@@ -264,7 +264,7 @@ def conclude(
                 "rate": trial.rate,
                 "first": trial.losses[0],
                 "last": trial.last,
-                "held_out": trial.held_out,
+                "held_out": trial.deciding_loss,
                 "diverged": verdict(trial, before).startswith("diverged"),
                 "losses": trial.losses,
             }
@@ -278,7 +278,7 @@ def conclude(
     if best is None:
         print(f"no rate is better than not training; try lower ones: --rates {further(done[0].rate, -1)}")
         return 1
-    print(f"best       {setting} {best.rate:g}: held-out loss {before:.4f} to {best.held_out:.4f}")
+    print(f"best       {setting} {best.rate:g}: held-out loss {before:.4f} to {best.deciding_loss:.4f}")
     for end, step, word in ((done[0], -1, "lowest"), (done[-1], 1, "highest")):
         if best is end:
             print(
@@ -325,8 +325,10 @@ def draw(setting: str, before: float, done: list[Trial], path: str) -> None:
     """A PNG: the losses at the end over the rates, and every training's running mean over its steps."""
     figure = Figure(figsize=(11, 4))
     left, right = figure.subplots(1, 2)
-    ended = [trial for trial in done if trial.held_out is not None]
-    left.plot([trial.rate for trial in ended], [trial.held_out for trial in ended], "o-", label="held out")
+    ended = [trial for trial in done if trial.deciding_loss is not None]
+    left.plot(
+        [trial.rate for trial in ended], [trial.deciding_loss for trial in ended], "o-", label="held out"
+    )
     left.plot(
         [trial.rate for trial in ended],
         [trial.last for trial in ended],

@@ -100,11 +100,9 @@ def test_a_first_runs_figures_leave_out_the_first_step():
 
 def trainings(best, found, guess=None, published=None):
     """Those of two seeds, the best at the rate 0.01."""
-    search = {"guess": 0.02, "tried": {"0.01": 1.0, "0.03": 2.0}}
     done = {(seed, 0.01): {"figure": figure} for seed, figure in enumerate(best)}
     done |= {
-        (seed, "auto"): {"figure": figure, "found": 0.007, "search": search}
-        for seed, figure in enumerate(found)
+        (seed, "auto"): {"figure": figure, "found": 0.007, "guess": 0.02} for seed, figure in enumerate(found)
     }
     return done | {(0, 0.02): {"figure": guess}, (0, "paper"): {"figure": published}}
 
@@ -116,6 +114,7 @@ def trainings(best, found, guess=None, published=None):
         (True, (0.99, 0.99), (0.96, 0.975), 0.97, True, True),
         (False, (1.0, 1.1), (1.02, 1.14), 1.5, False, False),  # 2.9 %
         (False, (1.0, 1.1), (1.03, 1.14), None, True, False),  # 3.3 %; the published rate diverged
+        (False, (1.0, 1.1), (None, 1.1), 1.5, True, True),  # the found rate diverged
     ],
 )
 def test_a_first_run_is_compared_with_the_best_rate(counted, best, found, published, missed, worse):

@@ -153,22 +153,24 @@ def test_few_rows_in_a_step_are_explained_by_the_data_only_where_they_follow_fro
     "steps, held_out, settings, length",
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
-        (200, True, {}, (1, 0, 0, 10)),
+        (200, True, {}, (1, -1, -1, 10)),
         (199, True, {}, (2, 199, 1, 19)),
         (60, True, {}, (4, 60, 1, 12)),
         (3, True, {}, (5, 3, 1, 0)),
-        (60, False, {}, (1, 0, 0, 3)),
-        (60, True, {"epoch_steps": 30}, (1, 0, 0, 1)),
+        (60, False, {}, (1, -1, -1, 3)),
+        (60, True, {"epoch_steps": 30}, (1, -1, -1, 1)),
         # what is given stays, and brings nothing that was not asked for
-        (60, True, {"epoch_count": 1}, (1, 0, 0, 3)),
-        (60, True, {"epoch_count": 7}, (7, 0, 0, 21)),
-        (60, False, {"epoch_count": 2}, (2, 0, 0, 6)),
-        (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, 0, 0, 3)),
+        (60, True, {"epoch_count": 1}, (1, -1, -1, 3)),
+        (60, True, {"epoch_count": 7}, (7, -1, -1, 21)),
+        (60, False, {"epoch_count": 2}, (2, -1, -1, 6)),
+        (60, True, {"epoch_count": 2, "epoch_steps": 30}, (2, -1, -1, 3)),
         (60, True, {"warmup_steps": 0}, (4, 60, 1, 0)),
         # the run ends after a pass without a better evaluation
         (60, True, {"eval_steps": 20}, (4, 20, 3, 12)),
         (60, True, {"eval_steps": 25}, (4, 25, 3, 12)),
         (60, True, {"eval_steps": 20, "early_stop": 5}, (4, 20, 5, 12)),
+        (60, True, {"early_stop": 0}, (4, 60, 0, 12)),
+        (60, True, {"eval_steps": 0}, (4, 0, -1, 12)),
     ],
 )
 def test_a_short_pass_is_repeated_while_the_held_out_loss_falls(steps, held_out, settings, length):
@@ -249,7 +251,8 @@ def test_a_run_that_goes_on_keeps_what_was_chosen_for_it():
         ({}, (4, 60, 1, 12)),
         ({"epoch_count": 6}, (6, 60, 1, 12)),
         ({"early_stop": 3}, (4, 60, 3, 12)),
-        ({"epoch_steps": 30}, (1, 0, 0, 12)),
+        ({"epoch_steps": 30}, (1, -1, -1, 12)),
+        ({"early_stop": 0}, (4, 60, 0, 12)),
     ],
 )
 def test_a_run_that_goes_on_keeps_its_length_and_its_warm_up(settings, length):
@@ -353,7 +356,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
     output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"]))
     assert "chosen     ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.05: 6 documents of 120" in output
-    assert "times the best rate of short trials" in output
+    assert "have the lowest loss" in output
     # 24 rows of 256 tokens make less than 50 steps, with one row each
     assert "micro_bsz 1, accumulate_grad_batches 1, grad_cp 0: needs " in output
     saved = Config(**read_yaml(str(tmp_path / "first/config.yaml")))

@@ -76,9 +76,9 @@ def test_the_steps_have_the_batch_that_fits_into_nine_tenths(monkeypatch, settin
     [
         # (epoch_count, eval_steps, early_stop, warmup_steps)
         (400, 20, {}, (4, 50, 1, 10)),
-        (400, 0, {}, (1, 0, 0, 2)),
-        (1600, 20, {}, (1, 0, 0, 10)),
-        (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, 0, 5)),
+        (400, 0, {}, (1, -1, -1, 2)),
+        (1600, 20, {}, (1, -1, -1, 10)),
+        (400, 20, {"eval_steps": 20, "epoch_count": 2}, (2, 20, -1, 5)),
     ],
 )
 def test_the_length_follows_from_the_steps_of_one_pass(monkeypatch, rows, held_out, settings, length):

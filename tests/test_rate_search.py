@@ -1,5 +1,6 @@
 """The search for a learning rate: it finds the valley, and it changes nothing of the run."""
 
+import functools
 import json
 import math
 import signal
@@ -16,11 +17,20 @@ from src.config import Config, parse
 from src.planning import job
 from src.planning.defaults import first_guess, search_size
 from src.planning.job import Device, no_search
-from src.training.rate_search import bottom_of, enclose, rung, search_table
+from src.training import rate_search
+from src.training.rate_search import as_json, bottom_of, enclose, found_of, reason, rung, search_table
+from src.training.short_runs import Trial
 
 from . import program
 from .conftest import ROOT, make_arch, random_tensors
 from .program import losses, succeed
+
+WRITTEN = (
+    "adapter.pth",
+    "learning_rate.json",
+    "run.json",
+    "checkpoints",
+)  # what a search without end leaves out
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,7 @@ def test_the_rates_are_1_and_3_of_every_decade():
         (1e-3, 1.1e-3, [3e-4, 1e-3, 3e-3]),
         (1e-3, 3e-3, [3e-4, 1e-3, 3e-3, 1e-2]),
         (3e-2, 2.8e-3, [3e-3, 1e-2, 3e-2, 0.1]),
-        (1e-5, 1e-2, [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2][1:]),  # 7 are the most
+        (1e-5, 1e-2, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]),  # 7 are the most
         (10.0, 1e-2, [1e-2, 3e-2, 0.1, 0.3, 1, 3, 10]),
     ],
 )
@@ -175,10 +185,7 @@ def test_the_run_equals_one_that_was_given_the_rate(files, tmp_path, more):
     found, given = tmp_path / "found", tmp_path / "given"
     output = train(files, found, *more)
     rate = settings(found)["lr_init"]
-    assert (
-        search(found)["rate"] == rate
-        and f"lr {rate:g}, {search(found)['part']:g} times the best rate" in output
-    )
+    assert search(found)["rate"] == rate and f"lr {rate:g}: {search(found)['reason']}" in output
     train(files, given, *more, "--lr_init", str(rate))
     assert not (given / "learning_rate.json").exists()
     assert losses(found) == losses(given) and len(losses(found)) == 100
@@ -190,13 +197,28 @@ def test_the_run_equals_one_that_was_given_the_rate(files, tmp_path, more):
             assert torch.equal(tensor, trained[1][key]), key
 
 
+def note_own_rate(folder, rank):
+    """Have this rank write down the rate that it finds by itself, before rank 0's is taken."""
+    found_by_all = rate_search.found_of
+
+    def noted(*args):
+        result = found_by_all(*args)
+        (folder / f"rank-{rank}").write_text(repr(result.rate))
+        return result
+
+    rate_search.found_of = noted
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
 def test_several_processes_find_the_same_rate(files, tmp_path, strategy):
-    """The rank that did not would end the run: the ranks train with the rate that rank 0 broadcasts."""
-    output = train(files, tmp_path / "two", "--devices", "2", "--strategy", strategy, "--micro_bsz", "1")
+    """Each by itself; and the losses of their trials are those of one process."""
+    more = ["--global_bsz", "2", "--devices", "2", "--strategy", strategy, "--micro_bsz", "1"]
+    sabotage = functools.partial(note_own_rate, tmp_path)
+    output = succeed(program.run(flags(files, tmp_path / "two", *more), sabotage))
     train(files, tmp_path / "one", "--micro_bsz", "2")
     two, one = search(tmp_path / "two"), search(tmp_path / "one")
-    assert output.count("times the best rate of short trials") == 1
+    assert output.count(two["reason"]) == 1
+    assert [float((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1)] == [two["rate"]] * 2
     assert [trial["rate"] for trial in two["trials"]] == [trial["rate"] for trial in one["trials"]]
     for mine, theirs in zip(two["trials"], one["trials"], strict=True):
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
@@ -209,28 +231,51 @@ def test_a_resumed_run_searches_never_again(files, tmp_path):
     train(files, run)
     before, card = search(run), (run / "run_card.md").read_text()
     output = train(files, run, "--epoch_steps", "110", "--resume", "auto")
-    assert "short trials" not in output and search(run) == before and len(losses(run)) == 110
+    assert "have the lowest loss" not in output and search(run) == before and len(losses(run)) == 110
     assert settings(run)["lr_init"] == before["rate"]
     table = search_table(before)
     for text in (card, (run / "run_card.md").read_text(), (run / "config.yaml").read_text()):
         assert all(line in text for line in table)
 
 
+def found(losses, before=3.0):
+    """What a search comes to whose trials at 1, 3, 10, ... end with these losses."""
+    done = [Trial(rung(k), [3.0], loss) for k, loss in enumerate(losses)]
+    tried = {one.rate: math.inf if one.deciding_loss is None else one.deciding_loss for one in done}
+    return found_of(tried, done, 1.0, 0.7, before, 10, 5.0, "held-out")
+
+
 def test_the_table_has_at_most_8_lines_and_says_what_diverged():
-    trials = [
-        {"rate": rung(k), "losses": [], "loss": loss} for k, loss in enumerate((3, 2, 1.5, 1, 2, 3.5, None))
-    ]
-    table = search_table(
-        {"rate": 0.02, "part": 0.7, "before": 3.0, "judged": "held-out", "steps": 10, "trials": trials}
-    )
-    assert len(table) == 8 and "held-out loss 3.0000, after 10 steps" in table[0]
+    table = search_table(as_json(found((3, 2, 1.5, 1, 2, 3.5, None))))
+    assert len(table) == 8 and "Held-out loss 3.0000, after 10 steps" in table[0]
     assert [line.count("#") for line in table[1:]] == [0, 10, 15, 20, 10, 0, 0]
     assert "diverged" in table[-1] and search_table(None) == []
 
 
+def test_the_reason_names_the_bottom_and_a_valley_that_is_not_enclosed():
+    inside, at_end = found((3.0, 1.0, 3.0)), found((3.0, 2.0, 1.0))
+    assert inside.rate == pytest.approx(0.7 * inside.bottom, rel=0.05) and at_end.bottom == 10
+    assert f"0.7 times {inside.bottom:g}, where 3 trials" in reason(inside) and "beyond" not in reason(inside)
+    assert reason(at_end).endswith("the best is the last rate that was tried, and one beyond may be better")
+
+
+def test_a_loss_before_the_training_that_is_not_finite_is_said():
+    table = search_table(as_json(found((3.0, 1.0, 3.0), before=None)))
+    assert "Held-out loss not finite" in table[0] and "#" not in "".join(table[1:])
+
+
+def test_a_run_whose_trials_all_diverge_ends_before_its_first_step(files, tmp_path):
+    tensors = torch.load(files / "base.pth")
+    tensors["head.weight"].fill_(1e38)  # finite itself
+    torch.save(tensors, tmp_path / "broken.pth")
+    code, output = program.run(flags(files, tmp_path / "run", "--load_model", str(tmp_path / "broken.pth")))
+    assert code == 2 and "no rate from " in output and "has a finite loss after 5 steps" in output, output
+    assert not any((tmp_path / "run" / name).exists() for name in WRITTEN)
+
+
 def test_nothing_held_out_leaves_the_training_loss_to_decide(files, tmp_path):
     output = train(files, tmp_path, "--eval_split", "0", "--verbose")
-    assert search(tmp_path)["judged"] == "training" and "training loss" in output
+    assert search(tmp_path)["loss_of"] == "training" and "Training loss" in output
     assert output.count("\ntrial      rate ") == len(search(tmp_path)["trials"])
 
 
@@ -257,7 +302,7 @@ def test_ctrl_c_ends_a_search_at_once(files, tmp_path):
     rest = process.stdout.read()
     assert process.wait(60) == 130, "".join(seen) + rest
     assert time.monotonic() - asked < 10 and "interrupted before the first step" in rest
-    assert not any((tmp_path / name).exists() for name in ("adapter.pth", "learning_rate.json", "run.json"))
+    assert not any((tmp_path / name).exists() for name in WRITTEN)
 
 
 def test_words_for_rates():

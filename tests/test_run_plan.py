@@ -229,7 +229,7 @@ def test_all_evaluations_take_a_tenth_of_the_run_and_everybody_chooses_alike(set
     )
     steps = config.epoch_count * (config.epoch_steps or schedule.steps_per_pass)
     evaluations = sum(
-        step in (0, steps) or bool(config.eval_steps) and step % config.eval_steps == 0
+        step in (0, steps) or config.eval_steps > 0 and step % config.eval_steps == 0
         for step in range(steps + 1)
     )
     assert evaluations == held_out.evaluations(config, steps)

@@ -471,7 +471,7 @@ def test_a_run_from_before_passes_were_chosen_keeps_its_length(files, tmp_path):
     """An older release wrote one pass, no warm-up and no evaluations on the way."""
     whole, proj_dir = tmp_path / "whole", tmp_path / "run"
     held = ["--eval_samples", "0", "--eval_file", str(files / "held.jsonl")]
-    older = [*held, "--epoch_count", "1", "--warmup_steps", "0"]
+    older = [*held, "--epoch_count", "1", "--warmup_steps", "0", "--eval_steps", "0", "--early_stop", "0"]
     succeed(start(files, whole, *older))
     stop = functools.partial(at_file, "metrics.jsonl", 4, proj_dir, interrupt)
     assert start(files, proj_dir, *older, sabotage=stop)[0] == 130

@@ -7,7 +7,10 @@ import random
 import pytest
 import torch
 
-from src.config import Config
+from src.config import Config, parse
+from src.planning.defaults import CHOSEN, GUESSED
+from src.training.rate_search import found_of, reason
+from src.training.short_runs import Trial
 from src.training.validation_log import answers_as_before
 from src.training.verdict import doubt
 
@@ -15,7 +18,13 @@ from . import program
 from .conftest import make_arch, random_tensors
 from .program import at_file, interrupt, succeed
 
-GIVEN, SEARCHED = "command line", "chosen: half of 0.003, the best of 7 trials before step 1"
+GIVEN = "command line"
+_, ORIGINS = parse(["--load_model", "base.pth", "--data_file", "x", "--lr_init", "paper"])
+PAPER = ORIGINS["lr_init"]
+GUESS = f"{CHOSEN}: {GUESSED}; no search: 60 steps are too few to try rates in"
+TRIALS = [Trial(rate, [3.0], loss) for rate, loss in ((1e-3, 3.0), (3e-3, 1.0), (1e-2, 2.0))]
+FOUND = found_of({one.rate: one.deciding_loss for one in TRIALS}, TRIALS, 3e-3, 0.7, 3.0, 10, 5.0, "held-out")
+SEARCHED = f"{CHOSEN}: {reason(FOUND)}"
 MISS = {"load_model": "base.pth", "peft_config": {"r": 8}}
 
 
@@ -120,16 +129,16 @@ def test_without_held_out_documents_only_the_training_loss_is_known():
     [
         (GIVEN, {}, "--lr_init auto, which searches for the learning rate; 0.0001 was given"),
         (
-            "chosen: the rate of --peft miss",
+            PAPER,
             {"lr_init": 2e-5},
             "--lr_init auto, which searches for the learning rate; 2e-05 is the published one of --peft miss,"
             " and small models need more",
         ),
         (
-            "chosen: the first guess; no search: 60 steps are too few to try rates in",
+            GUESS,
             {},
             "more passes (--epoch_count above 2), or another --lr_init, which python -m scripts.lr_sweep"
-            " finds; 0.0001 was chosen: the first guess; no search: 60 steps are too few to try rates in",
+            f" finds; 0.0001 was {GUESS}",
         ),
         (
             SEARCHED,

@@ -25,7 +25,7 @@ from ..common.files import write_text
 from . import legacy
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
-from .schema import FIELDS, NAMES, PAPER, PRESETS, Config, type_of, uncommon_bounds
+from .schema import FIELDS, NAMES, PAPER, PRESETS, PUBLISHED, Config, type_of, uncommon_bounds
 from .validate import validate
 
 
@@ -83,7 +83,7 @@ def settle(given: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     config = Config(**values)
     if config.lr_init == PAPER:
         config.lr_init = config.published_rate
-        origins["lr_init"] += f": the published rate of --peft {config.peft}"
+        origins["lr_init"] += f": {PUBLISHED} {config.peft}"
     return config, {name: origins.get(name, "default") for name in FIELDS}
 
 

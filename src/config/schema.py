@@ -76,6 +76,7 @@ def opt(
 
 # RWKV-LM's usual rates; every adapter method has its own
 FULL_LR, NEW_MODEL_LR = 1e-5, 6e-4
+PUBLISHED = "the published rate of --peft"  # begins the reason of such a rate
 PAPER = math.inf  # --lr_init paper, until the method is known; no number that can be given
 
 
@@ -347,19 +348,19 @@ class Config:
         low=0,
     )
     eval_steps: int = opt(
-        0,
+        -1,
         "evaluate every N optimizer steps, and keep the best state as best.pth. 0: only before and"
-        " after the training; where several passes are chosen, after each of them",
+        " after the training. -1: 0; where several passes are chosen, after each of them",
         automatic=True,
-        low=0,
+        low=-1,
     )
     eval_samples: int = opt(3, "number of held-out questions to answer, greedily, at every evaluation", low=0)
     early_stop: int = opt(
-        0,
-        "end the training after N evaluations in a row that are not better than the best one. 0: never;"
-        " where several passes are chosen, after a pass without a better one",
+        -1,
+        "end the training after N evaluations in a row that are not better than the best one. 0: never. -1:"
+        " 0; where several passes are chosen, after a pass without a better one",
         automatic=True,
-        low=0,
+        low=-1,
     )
     wandb: str = opt(
         "",

@@ -115,12 +115,12 @@ def check_evaluation(config: Config) -> None:
             " them"
         )
     for name in ("eval_steps", "eval_docs"):
-        if getattr(config, name) and not (config.eval_file or config.eval_split):
+        if getattr(config, name) > 0 and not (config.eval_file or config.eval_split):
             raise UserError(
                 f"--{name} {getattr(config, name)} needs held-out data; give --eval_file, "
                 "or --eval_split 0.05"
             )
-    if config.early_stop and not config.eval_steps:
+    if config.early_stop > 0 and config.eval_steps <= 0:
         raise UserError(f"--early_stop {config.early_stop} counts evaluations; give --eval_steps, too")
 
 

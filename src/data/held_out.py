@@ -70,7 +70,7 @@ def _keys(documents: Documents, seed: int) -> np.ndarray:
 
 def evaluations(config: Config, steps: int) -> int:
     """How often a run of so many steps evaluates: before the first, every eval_steps, and after the last."""
-    return 2 + ((steps - 1) // config.eval_steps if config.eval_steps else 0)
+    return 2 + ((steps - 1) // config.eval_steps if config.eval_steps > 0 else 0)
 
 
 def in_hash_order(held_out: Documents, seed: int) -> np.ndarray:

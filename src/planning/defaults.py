@@ -13,7 +13,8 @@ from ..common.formatting import counted, size_text
 from ..config import Config, accumulation, is_automatic
 
 CHOSEN = "chosen"  # the origin of such a setting begins with it
-GUESSED = "a first guess from method, rank and widths"  # so does the reason of a rate that was not searched
+# how the reason of a rate begins that no search has found
+GUESSED = "a first guess from method, rank and widths"
 SUGGESTED_CHUNK_CTX = 512  # tokens of a chunk that is suggested
 SHORTEST, LONGEST = 256, 4096  # tokens of the rows that are chosen
 ROWS = 8  # rows in a step
@@ -26,8 +27,8 @@ ENOUGH = 200  # steps; data that make less in one pass are read again
 PASSES = 5  # at most, where they are chosen
 WARM_UP = 0.05  # of a run's steps
 # the search for a learning rate: steps of a trial and of all of them, and the run's part that these may be
-TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 4
-FEWEST_TRIALS = 5  # which are shorter in a short run
+TRIAL_STEPS, SEARCH_STEPS, SEARCH_SHARE = 10, 70, 1 / 4
+FEWEST_TRIALS = 5  # in a short run the trials are shorter, not fewer
 SHORTEST_SEARCHED = 100  # steps of a run that has a search
 
 
@@ -76,7 +77,7 @@ def held_out_share(config: Config, documents: int) -> tuple[float, str]:
     """(eval_split, why). The share has two digits, so that it can be given as a flag."""
     if config.eval_file:
         return 0.0, "--eval_file is given"
-    if documents < HELD_OUT and not config.eval_steps:
+    if documents < HELD_OUT and config.eval_steps <= 0:
         return 0.0, f"{counted(documents, 'document')}, too few to leave some out"
     share = float(f"{min(FEW, HELD_OUT / max(documents, 1)):.2g}")
     return share, f"{counted(max(1, round(share * documents)), 'document')} of {documents:,}"
@@ -101,6 +102,7 @@ def choose_length(config: Config, origins: dict[str, str], steps_per_pass: int, 
         choose(config, origins, "epoch_count", count, reason)
         if count > 1:
             choose(config, origins, "eval_steps", steps_per_pass, "after each pass")
+        if count > 1 and config.eval_steps > 0:
             a_pass = -(-steps_per_pass // config.eval_steps)  # evaluations in it
             choose(config, origins, "early_stop", a_pass, "a pass without a better evaluation ends the run")
     steps = config.epoch_count * (config.epoch_steps or steps_per_pass)
@@ -229,7 +231,7 @@ def search_size(steps: int) -> SearchSize | None:
     """The search before a run of so many steps; None where the run is too short for one."""
     if steps < SHORTEST_SEARCHED:
         return None
-    most = min(SEARCH_STEPS, steps // SEARCH_SHARE)
+    most = min(SEARCH_STEPS, int(SEARCH_SHARE * steps))
     each = min(TRIAL_STEPS, most // FEWEST_TRIALS)
     return SearchSize(most // each, each)
 

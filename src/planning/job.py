@@ -271,7 +271,10 @@ def plan_steps(config: Config, origins: dict[str, str], arch: Arch, device: Devi
 def choose_rate(
     config: Config, origins: dict[str, str], arch: Arch, device: Device, schedule: Schedule
 ) -> None:
-    """Fill in the first guess where no search for the learning rate is possible; else it stays open."""
+    """Fill in the first guess where no search for the learning rate is possible; else it stays open.
+
+    run_cost() and the plan come after it: to them an open rate means a search.
+    """
     if is_automatic(config, "lr_init") and (obstacle := no_search(config, arch, device, schedule)):
         reason = f"{GUESSED}; no search: {obstacle}"
         choose(config, origins, "lr_init", first_guess(config, arch), reason)

@@ -183,9 +183,9 @@ def evaluation(config: Config, evaluated: int, held: int, total: int, cost: Cost
             "evaluation none: no documents are held out (--eval_file FILE or --eval_split 0.05 would tell"
             " what the run is worth)"
         )
-    every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps else ""
+    every = f", every {counted(config.eval_steps, 'step')}" if config.eval_steps > 0 else ""
     stop = ""
-    if config.early_stop:
+    if config.early_stop > 0:
         stop = f"; early stop after {counted(config.early_stop, 'evaluation')} without a better one"
     asked = f" and {counted(config.eval_samples, 'sample answer')}" if config.eval_samples else ""
     return (
@@ -269,7 +269,7 @@ def steps(config: Config, schedule: Schedule, total: int) -> str:
     length = ""
     if config.epoch_count > 1 and not config.epoch_steps:
         length = f": one pass makes {counted(schedule.steps_per_pass, 'step')}"
-    if config.early_stop:
+    if config.early_stop > 0:
         length += "; ends early when the held-out loss rises"
     return (
         f"steps      {counted(total, 'step')} of {counted(schedule.rows_per_step, 'row')} "

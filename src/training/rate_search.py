@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from rwkv_miss.adapter import LONG_RUN, METHODS
+from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress, say
 
 from ..common.files import write_text
@@ -28,7 +29,7 @@ from ..data.held_out import affordable, in_hash_order
 from ..planning.defaults import CHOSEN, first_guess, search_size
 from ..planning.job import Job
 from .run_folder import CONFIG, RATE_SEARCH
-from .short_runs import Processes, Trial, judged, put_back, train
+from .short_runs import Processes, Trial, put_back, train, trial_of
 
 BAR = 20  # characters of the longest bar
 
@@ -38,12 +39,14 @@ class Found:
     """A search that is done."""
 
     guess: float  # the rate that it began near
-    part: float  # what is taken of the best rate, as a long run likes another than a short one
+    bottom: float  # the rate at the bottom of the valley
+    part: float  # what is taken of it, as a long run likes another rate than a short one
     rate: float  # that is taken
-    before: float  # the loss before any training
+    at_end: bool  # whether the best rate is the first or the last one that was tried
+    before: float | None  # the loss before any training; None where it is not finite
     steps: int  # of each trial
     seconds: float  # of the whole search
-    judged: str  # which loss it is
+    loss_of: str  # "held-out" documents, or "training" rows
     trials: list[Trial]  # in the order of their rates
 
 
@@ -98,6 +101,30 @@ def bottom_of(tried: dict[float, float]) -> float:
     return math.exp(bottom)
 
 
+def found_of(
+    tried: dict[float, float],
+    done: list[Trial],
+    guess: float,
+    part: float,
+    before: float | None,
+    steps: int,
+    seconds: float,
+    loss_of: str,
+) -> Found:
+    """What the losses by rate come to. UserError where every trial diverged."""
+    best = best_of(tried)
+    if math.isinf(tried[best]):
+        raise UserError(
+            f"no rate from {min(tried):g} to {max(tried):g} has a finite loss after {counted(steps, 'step')};"
+            " look for what is odd in the data or the base, or give a rate as --lr_init"
+        )
+    bottom = float(f"{bottom_of(tried):.2g}")
+    rate = float(f"{part * bottom:.2g}")
+    trials = sorted(done, key=lambda trial: trial.rate)
+    at_end = best in (min(tried), max(tried))
+    return Found(guess, bottom, part, rate, at_end, before, steps, seconds, loss_of, trials)
+
+
 class RateSearch:
     """Finds the rate of a run inside its trainer, when its processes know each other.
 
@@ -130,7 +157,7 @@ class RateSearch:
     def _search(self, module, processes: Processes, shown: bool) -> Found:
         """Do the trials."""
         model, config, size = module.model, self.config, self.size
-        documents, name = self._deciding(module), "held-out" if self.evaluated else "training"
+        documents, loss_of = self._deciding(module), "held-out" if self.evaluated else "training"
         done: list[Trial] = []
         begun = time.perf_counter()
         with Progress("searching the learning rate", size.trials * size.steps, "steps", shown) as bar:
@@ -142,26 +169,16 @@ class RateSearch:
                     for loss in train(model, tried, module.documents, size.steps, processes):
                         losses.append(loss)
                         bar.update(1, f"rate {rate:g}, loss {loss:.4f}")
-                    done.append(judged(model, tried, rate, losses, documents, processes))
+                    done.append(trial_of(model, tried, rate, losses, documents, processes))
                 if config.verbose and shown:
-                    say(trial_text(done[-1], name))
-                return math.inf if done[-1].held_out is None else done[-1].held_out
+                    say(trial_text(done[-1], loss_of))
+                return math.inf if done[-1].deciding_loss is None else done[-1].deciding_loss
 
             with put_back(model):
-                before = judged(model, config, 0.0, [0.0], documents, processes).held_out
+                before = trial_of(model, config, 0.0, [0.0], documents, processes).deciding_loss
             tried = enclose(loss_at, self.guess, size.trials)
-        trials = sorted(done, key=lambda trial: trial.rate)
         seconds = time.perf_counter() - begun
-        return Found(
-            self.guess,
-            self.part,
-            float(f"{self.part * bottom_of(tried):.2g}"),
-            before,
-            size.steps,
-            seconds,
-            name,
-            trials,
-        )
+        return found_of(tried, done, self.guess, self.part, before, size.steps, seconds, loss_of)
 
     def _deciding(self, module) -> Documents:
         """The documents whose loss is taken after each trial; reading them takes a tenth of the search."""
@@ -186,11 +203,11 @@ def as_json(found: Found) -> dict:
         {
             "rate": trial.rate,
             "losses": [loss if math.isfinite(loss) else None for loss in trial.losses],
-            "loss": trial.held_out,
+            "loss": trial.deciding_loss,
         }
         for trial in found.trials
     ]
-    return {**dataclasses.asdict(found), "trials": trials}
+    return {**dataclasses.asdict(found), "reason": reason(found), "trials": trials}
 
 
 def recorded_search(folder: str) -> dict | None:
@@ -204,7 +221,9 @@ def recorded_search(folder: str) -> dict | None:
 
 def reason(found: Found) -> str:
     """Why this rate is taken."""
-    return f"{found.part:g} times the best of {counted(len(found.trials), 'trial')} before step 1"
+    trials = counted(len(found.trials), "trial")
+    end = "; the best is the last rate that was tried, and one beyond may be better" if found.at_end else ""
+    return f"{found.part:g} times {found.bottom:g}, where {trials} before step 1 have the lowest loss{end}"
 
 
 def search_table(search: dict | None) -> list[str]:
@@ -213,23 +232,22 @@ def search_table(search: dict | None) -> list[str]:
         return []
     before, trials = search["before"], search["trials"]
     losses = [trial["loss"] for trial in trials]
-    most = max([before - loss for loss in losses if loss is not None] + [0.0])
-    head = (
-        f"lr {search['rate']:g}, {search['part']:g} times the best rate of short trials;"
-        f" {search['judged']} loss {before:.4f}, after {counted(search['steps'], 'step')} at each rate:"
-    )
-    lines = [head]
+    start = "not finite" if before is None else f"{before:.4f}"
+    after = f"after {counted(search['steps'], 'step')} at each rate:"
+    what = search["loss_of"].capitalize()
+    lines = [f"lr {search['rate']:g}: {search['reason']}. {what} loss {start}, {after}"]
+    fallen = [before - loss for loss in losses if None not in (before, loss)]
+    most = max(fallen, default=0.0)
     for trial, loss in zip(trials, losses, strict=True):
-        if loss is None:
-            lines.append(f"{trial['rate']:>10g}  diverged")
-            continue
-        bar = "#" * round(BAR * max(before - loss, 0.0) / most) if most else ""
-        lines.append(f"{trial['rate']:>10g}  {loss:.4f}  {bar}".rstrip())
+        line = f"{trial['rate']:>10g}  {'diverged' if loss is None else f'{loss:.4f}'}"
+        if most > 0 and loss is not None:
+            line += f"  {'#' * round(BAR * max(before - loss, 0.0) / most)}"
+        lines.append(line.rstrip())
     return lines
 
 
-def trial_text(trial: Trial, judged: str) -> str:
+def trial_text(trial: Trial, loss_of: str) -> str:
     """A trial with the loss of each step, for --verbose."""
     steps = " ".join(f"{loss:.4f}" for loss in trial.losses)
-    end = "diverged" if trial.held_out is None else f"{judged} loss {trial.held_out:.4f}"
+    end = "diverged" if trial.deciding_loss is None else f"{loss_of} loss {trial.deciding_loss:.4f}"
     return f"trial      rate {trial.rate:g}: {steps}; {end}"

@@ -114,7 +114,7 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             f" {os.path.join(config.proj_dir, CONFIG)} --resume auto, or choose another --proj_dir"
         )
     # when the command was checked, a share might have been chosen yet
-    if config.eval_steps and not (config.eval_file or config.eval_split):
+    if config.eval_steps > 0 and not (config.eval_file or config.eval_split):
         raise UserError(
             f"--resume auto: the run in {config.proj_dir} holds no documents out, so that --eval_steps"
             f" {config.eval_steps} has none to evaluate; drop it, or choose another --proj_dir"

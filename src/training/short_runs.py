@@ -48,8 +48,9 @@ class Trial:
 
     rate: float
     losses: list[float]  # of each step, nats per trained token, up to the first that is not finite
-    # on other documents after the last step; None where that was not reached, or this loss is not finite
-    held_out: float | None
+    # after the last step, on the documents that decide between rates. None: that step was not reached, or the
+    # loss is not finite
+    deciding_loss: float | None
 
     @property
     def last(self) -> float:
@@ -74,21 +75,21 @@ def trials(
         tried = dataclasses.replace(config, **{setting: rate})
         with put_back(model):
             watched = progress(train(model, tried, documents, steps), f"training at {rate:g}", steps, "steps")
-            trial = judged(model, tried, rate, list(watched), held_out)
+            trial = trial_of(model, tried, rate, list(watched), held_out)
         yield trial
 
 
-def judged(
+def trial_of(
     model: RWKV,
     config: Config,
     rate: float,
     losses: list[float],
-    held_out: Documents,
+    documents: Documents,
     processes: Processes = ALONE,
 ) -> Trial:
-    """What the training with these losses is worth, whose end the model is in."""
-    held = held_out_loss(model, config, held_out, processes) if math.isfinite(losses[-1]) else math.nan
-    return Trial(rate, losses, held if math.isfinite(held) else None)
+    """The training with these losses, whose end the model is in. Its loss on `documents` decides."""
+    loss = held_out_loss(model, config, documents, processes) if math.isfinite(losses[-1]) else math.nan
+    return Trial(rate, losses, loss if math.isfinite(loss) else None)
 
 
 @contextlib.contextmanager

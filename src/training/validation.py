@@ -56,7 +56,7 @@ class Watch(Callback):
 
     def _if_due(self, trainer, module) -> None:
         step, every = trainer.global_step, module.config.eval_steps
-        due = step in (0, module.total_steps) or every and step % every == 0
+        due = step in (0, module.total_steps) or every > 0 and step % every == 0
         if due and not any(line["step"] == step for line in self.history):
             started = time.perf_counter()
             stopped = not self._evaluate(trainer, module)

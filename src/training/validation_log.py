@@ -21,7 +21,7 @@ def is_over(history: list[dict], early_stop: int) -> bool:
     """Whether the last `early_stop` evaluations were no better than the best one before (0: never)."""
     top = best(history)
     since = sum(line["step"] > (top["step"] if top else 0) for line in history)
-    return bool(early_stop) and since >= early_stop
+    return 0 < early_stop <= since
 
 
 def evaluation_at(history: list[dict], step: int) -> dict | None:

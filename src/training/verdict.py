@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..config import Config
+from ..config.schema import PUBLISHED
 from ..planning.defaults import CHOSEN
 from .validation_log import all_right, answers_as_before, evaluation_at, loss_text
 
@@ -110,7 +111,7 @@ def other_rate(config: Config, origin: str, improving: bool) -> str:
     `improving`: the run's end was its best, as far as is known.
     """
     rate = f"{config.lr_init:g}"
-    if f"rate of --peft {config.peft}" in origin:
+    if PUBLISHED in origin:
         return (
             f"--lr_init auto, which searches for the learning rate; {rate} is the published one of --peft"
             f" {config.peft}, and small models need more"
