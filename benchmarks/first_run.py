@@ -195,6 +195,10 @@ def finished(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+class NotDone(Exception):
+    """A training is missing, and none shall be done."""
+
+
 class Trainings:
     """The trainings of a task, each done once: what is finished stands in TASK/METHOD.jsonl of the folder."""
 
@@ -210,11 +214,11 @@ class Trainings:
     def at(self, rate: float | str, seed: int) -> dict:
         """The line of the training at a rate, which may be auto, with a seed of adapter and order.
 
-        LookupError where it is not done and shall not be.
+        NotDone where it is not done and shall not be.
         """
         if (seed, rate) not in self.done:
             if self.only_finished:
-                raise LookupError(f"seed {seed} at {rate} is not done")
+                raise NotDone
             line = {"seed": seed, "rate": rate, **self._train(rate, seed)}
             append_line(self.path, line)
             self.done[seed, rate] = line
@@ -238,6 +242,8 @@ class Trainings:
             try:
                 run.main(*parse([*self.task.words, *flags, "--proj_dir", str(folder)]))
             except UserError as error:
+                if not (folder / "metrics.jsonl").exists():
+                    raise  # it is no divergence
                 print(f"error: {error}")
                 failed = True
         done = {"figure": None, "cpu_seconds": round(time.process_time() - begun, 1), "commit": commit()}
@@ -324,6 +330,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/first-run"))
     parser.add_argument("--report", type=pathlib.Path, help="folder for the table, the plot and JSON")
     args = parser.parse_args()
+    if not (args.data / "real").is_dir() and args.tasks != ["sort"]:
+        parser.error(f"--data {args.data} has no folder real/; give the folder that has it, or --tasks sort")
     torch.set_num_threads(1)
     cases, unfinished = [], []
     for name in args.tasks:
@@ -332,7 +340,7 @@ def main() -> None:
             trainings = Trainings(name, method, args.out, args.data, args.only_finished)
             try:
                 cases.append(compared(trainings, name, seeds))
-            except LookupError:
+            except NotDone:
                 unfinished.append(f"{name} {method}")
                 continue
             print(f"{name} {method}: best {cases[-1].best:.4f}, found {cases[-1].found:.4f}", flush=True)

@@ -18,7 +18,16 @@ from src.planning import job
 from src.planning.defaults import first_guess, search_size
 from src.planning.job import Device, no_search
 from src.training import rate_search
-from src.training.rate_search import as_json, bottom_of, enclose, found_of, reason, rung, search_table
+from src.training.rate_search import (
+    as_json,
+    bottom_of,
+    enclose,
+    found_of,
+    reason,
+    recorded_search,
+    rung,
+    search_table,
+)
 from src.training.short_runs import Trial
 
 from . import program
@@ -271,6 +280,13 @@ def test_a_run_whose_trials_all_diverge_ends_before_its_first_step(files, tmp_pa
     code, output = program.run(flags(files, tmp_path / "run", "--load_model", str(tmp_path / "broken.pth")))
     assert code == 2 and "no rate from " in output and "has a finite loss after 5 steps" in output, output
     assert not any((tmp_path / "run" / name).exists() for name in WRITTEN)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "learning_rate.json").write_text('{"trials": [')
+    with pytest.raises(UserError, match=r"learning_rate.json is damaged .*; remove it"):
+        recorded_search(str(tmp_path))
+    assert recorded_search(str(tmp_path / "absent")) is None
 
 
 def test_nothing_held_out_leaves_the_training_loss_to_decide(files, tmp_path):

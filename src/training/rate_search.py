@@ -211,12 +211,18 @@ def as_json(found: Found) -> dict:
 
 
 def recorded_search(folder: str) -> dict | None:
-    """The search of the run in a folder; None for a run whose rate was not searched for."""
+    """The search of the run in a folder; None for a run whose rate was not searched for.
+
+    UserError for a file that is damaged.
+    """
+    path = os.path.join(folder, RATE_SEARCH)
     try:
-        with open(os.path.join(folder, RATE_SEARCH), encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, as only the run card needs it") from None
 
 
 def reason(found: Found) -> str:
