@@ -32,6 +32,7 @@ from src.training import callbacks, run_card, validation
 from src.training.forgetting import sections
 from src.training.plan_text import LINES
 from src.training.run_card import card, draw_losses
+from src.training.validation_log import is_over
 
 from . import program
 from .conftest import make_arch, random_tensors
@@ -871,3 +872,9 @@ def test_a_kl_has_words_beside_it():
         "the loss fell by 0.7500 nats per token",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize("early_stop, over", [(-1, False), (0, False), (1, True), (2, True), (3, False)])
+def test_a_run_is_over_after_so_many_evaluations_without_a_better_one(early_stop, over):
+    history = [{"step": step, "loss": loss} for step, loss in enumerate((3.0, 2.0, 2.5, 2.1))]
+    assert is_over(history, early_stop) == over
