@@ -118,8 +118,8 @@ def found_of(
             f"no rate from {min(tried):g} to {max(tried):g} has a finite loss after {counted(steps, 'step')};"
             " look for what is odd in the data or the base, or give a rate as --lr_init"
         )
-    bottom = float(f"{bottom_of(tried):.2g}")
-    rate = float(f"{part * bottom:.2g}")
+    exact = bottom_of(tried)
+    bottom, rate = float(f"{exact:.2g}"), float(f"{part * exact:.2g}")
     trials = sorted(done, key=lambda trial: trial.rate)
     at_end = best in (min(tried), max(tried))
     return Found(guess, bottom, part, rate, at_end, before, steps, seconds, loss_of, trials)
