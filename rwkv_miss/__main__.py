@@ -12,6 +12,7 @@ from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
 from .files.identity import Identity
+from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
 from .inject import ADAPTER_FORMAT
 from .merging.cli import add_commands
@@ -20,9 +21,6 @@ from .version import version_line
 
 KINDS = {ADAPTER_FORMAT: "adapter", RUN_FORMAT: "checkpoint of a run"}
 SAFETENSORS_MODEL = "model in safetensors"
-EXPORTED = (
-    "rwkv_miss.checkpoint"  # what src/export/provenance.py keeps in a header: all of the .pth but its values
-)
 EMPTY = (None, "", [], {})
 
 
@@ -94,7 +92,7 @@ def show(facts: dict[str, Any]) -> None:
             )
         if name == "recent_losses" and value:
             value = f"{len(value)}, the last is {value[-1]:.4f}"
-        if name == EXPORTED:
+        if name == KEY:
             value = "python -m scripts.export --to pth gives the .pth back, with its metadata"
         if value not in EMPTY:
             print(f"  {printable(str(name)):<12} {printable(str(value))}")

@@ -1,7 +1,7 @@
 """A model for other programs, and back: GGUF, a folder for Hugging Face's transformers, safetensors.
 
-Each form is one file here. It keeps a record of the checkpoint (provenance.py), so that the way back gives
-the same file. Imports common, config, ops, model and data.
+Each form is one file here. It keeps a record of the checkpoint (rwkv_miss/files/provenance.py), so that the
+way back gives the same file. Imports common, config, ops, model and data.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite, read_metadata
 from rwkv_miss.files.file_kinds import GGUF, SAFETENSORS, may_replace
 from rwkv_miss.files.output import check_folder, require_writable
+from rwkv_miss.files.provenance import Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..common.formatting import counted, size_text
@@ -26,7 +27,6 @@ from ..data.templates import load_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
 from . import gguf, hugging_face
-from .provenance import Provenance, check_dtypes
 from .to_checkpoint import form_of, to_checkpoint
 from .vocabulary import vocabulary_of
 

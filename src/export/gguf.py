@@ -13,13 +13,14 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hf_folder import LN_EPS
 from rwkv_miss.files.output import whole_file
+from rwkv_miss.files.provenance import KEY, Provenance
+from rwkv_miss.files.tensor_map import LARGE, LOW_RANK
 from rwkv_miss.progress import progress
 
 from ..common.formatting import counted
 from . import gguf_table
-from .provenance import KEY, Provenance
-from .tensor_map import LARGE, LOW_RANK
 from .vocabulary import Vocabulary
 
 # types of the large matrices, with GGUF's number for a file of mostly these
@@ -28,7 +29,6 @@ FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
 DEFAULT_TYPE = "BF16"
 FLOAT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 QUANT_ROW = 32  # weights that share a scale
-LN_EPS = 1e-5
 PIECE = 1 << 19  # elements converted at once
 
 

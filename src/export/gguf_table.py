@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rwkv_miss.files.checkpoint import Arch
-
-from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, TensorMap
+from rwkv_miss.files.tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, TensorMap
 
 
 def _norm(gguf: str, name: str) -> list[TensorMap]:

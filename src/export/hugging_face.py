@@ -9,70 +9,19 @@ from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
+from rwkv_miss.files.hf_names import CONFIG, UNREAD, WEIGHTS, table
 from rwkv_miss.files.output import write_bytes, write_folder, write_json
+from rwkv_miss.files.provenance import Provenance
 from rwkv_miss.files.safetensors_io import write_safetensors
+from rwkv_miss.files.tensor_map import VALUE_RESIDUAL
 
 from ..data.chat_template import Template
 from ..data.rwkv_template import RwkvTemplate
 from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from .chat_template import rwkv_jinja
-from .provenance import Provenance
-from .tensor_map import LARGE, LOW_RANK, VALUE_RESIDUAL, VECTOR, TensorMap
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-UNREAD = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
 VOCABULARY = "rwkv_vocab_v20230424.txt"  # rwkv7-hf looks for this name, whatever the vocabulary
-PREFIX = "model.layers"
-PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 END, PADDING = "<|endoftext|>", "<|padding|>"
-
-
-def _norm(stored: str, name: str) -> list[TensorMap]:
-    return [TensorMap(f"{stored}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
-
-
-def _low_rank(name: str) -> list[TensorMap]:
-    """A low-rank map: two matrices, and a bias, which g has not."""
-    stored = f"attn.{name}_lora.lora"
-    matrices = [
-        TensorMap(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
-        TensorMap(f"{stored}.2.weight", (f"att.{name}2",), "transposed", LOW_RANK),
-    ]
-    if name == "g":
-        return matrices
-    return [TensorMap(f"{stored}.2.bias", (f"att.{name}0",), "flat", VECTOR), *matrices]
-
-
-OUTSIDE = [
-    TensorMap("model.embeddings.weight", ("emb.weight",), "same", LARGE),
-    *_norm(f"{PREFIX}.0.pre_norm", "blocks.0.ln0"),
-    *_norm("model.norm", "ln_out"),
-    TensorMap("lm_head.weight", ("head.weight",), "same", LARGE),
-]
-LAYER_TENSORS = [
-    *_norm("attn_norm", "ln1"),
-    *_norm("ffn_norm", "ln2"),
-    *_norm("attn.g_norm", "att.ln_x"),
-    *(
-        TensorMap(f"attn.{to}.weight", (f"att.{name}.weight",), "same", LARGE)
-        for name, to in PROJECTIONS.items()
-    ),
-    *(TensorMap(f"ffn.{name}.weight", (f"ffn.{name}.weight",), "same", LARGE) for name in ("key", "value")),
-    *(TensorMap(f"attn.x_{name}", (f"att.x_{name}",), "wide", VECTOR) for name in "rwkvag"),
-    *(TensorMap(f"attn.{name}", (f"att.{name}",), "flat", VECTOR) for name in ("k_k", "k_a")),
-    TensorMap("attn.r_k", ("att.r_k",), "same", VECTOR),
-    TensorMap("ffn.x_k", ("ffn.x_k",), "flat", VECTOR),
-    *_low_rank("w"),
-    *_low_rank("a"),
-    *_low_rank("g"),
-    *_low_rank("v"),
-]
-
-
-def table(n_layer: int) -> list[TensorMap]:
-    """The whole table; block 0 has no value residual, because nothing reads it."""
-    layers = [mapped.at(i, PREFIX) for i in range(n_layer) for mapped in LAYER_TENSORS]
-    return OUTSIDE + [mapped for mapped in layers if not mapped.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
 
 
 def check(arch: Arch) -> None:

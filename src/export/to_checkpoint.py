@@ -6,31 +6,24 @@ RWKV's usual one.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite, write_checkpoint
+from rwkv_miss.files.hf_folder import LN_EPS, number, read_folder, restored
 from rwkv_miss.files.output import require_writable
+from rwkv_miss.files.provenance import KEY, Entry, Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import is_safetensors, read_safetensors
-from rwkv_miss.files.untrusted import first_bytes, read_json
+from rwkv_miss.files.untrusted import first_bytes
 from rwkv_miss.progress import tensors_with_progress
 
 from ..common.formatting import counted
 from ..model import RWKV
-from . import gguf_reader, gguf_table, hugging_face
-from .gguf import LN_EPS
-from .provenance import KEY, Entry, Provenance, check_dtypes
-from .tensor_map import VALUE_RESIDUAL, TensorMap, restore
-
-LARGEST_DEPTH = 1 << 12  # layers
-INDEX = "model.safetensors.index.json"
+from . import gguf_reader, gguf_table
 
 
 class Stored(NamedTuple):
@@ -85,8 +78,8 @@ def to_checkpoint(path, out) -> tuple[str, Arch, list[str]]:
         entry.dtype.itemsize * stored.tensors[name].numel() for name, entry in provenance.entries.items()
     )
     require_writable(out, size)
-    restored = tensors_with_progress(provenance.restored(stored.tensors), "writing the checkpoint", size)
-    write_checkpoint(out, restored, provenance.metadata)
+    written = tensors_with_progress(provenance.restored(stored.tensors), "writing the checkpoint", size)
+    write_checkpoint(out, written, provenance.metadata)
     return stored.form, arch, notes
 
 
@@ -96,9 +89,9 @@ def _from_gguf(path) -> Stored:
     if name not in ("rwkv6", "rwkv7"):
         raise UserError(f"{path} is a GGUF file of {str(name)[:60]!r}, expected rwkv6 or rwkv7")
     version = int(name[-1])
-    n_layer = _number(path, keys, f"{name}.block_count")
-    head_size = _number(path, keys, f"{name}.wkv.head_size")
-    halved = _number(path, keys, f"{name}.rescale_every_n_layers", least=0, default=0)
+    n_layer = number(path, keys, f"{name}.block_count")
+    head_size = number(path, keys, f"{name}.wkv.head_size")
+    halved = number(path, keys, f"{name}.rescale_every_n_layers", least=0, default=0)
     if halved:
         raise UserError(
             f"{path} has weights that were halved every {halved} layers for fp16 (rescale_every_n_layers),"
@@ -111,7 +104,7 @@ def _from_gguf(path) -> Stored:
             " compute something else"
         )
     provenance = Provenance.parse(keys[KEY], path) if KEY in keys else None
-    tensors = _restored(path, gguf_table.table(version, n_layer), stored, head_size)
+    tensors = restored(path, gguf_table.table(version, n_layer), stored, head_size)
     notes = []
     if version == 7:
         tensors, notes = _without_filling(tensors, provenance)
@@ -153,82 +146,8 @@ def _from_safetensors(path) -> Stored:
 
 
 def _from_folder(path) -> Stored:
-    folder = Path(path)
-    if not (folder / hugging_face.CONFIG).exists():
-        raise UserError(
-            f"{path} is a folder without {hugging_face.CONFIG}; give a model's file, or a Hugging Face folder"
-        )
-    config = read_json(folder / hugging_face.CONFIG)
-    if config.get("model_type") != "rwkv7":
-        raise UserError(f"{path} is a folder of {str(config.get('model_type'))[:60]!r}, expected rwkv7")
-    n_layer = _number(path, config, "num_hidden_layers")
-    head_size = _number(path, config, "head_dim")
-    if (head_size, config.get("norm_eps", LN_EPS)) != (64, LN_EPS):
-        raise UserError(
-            f"{path} has heads of {head_size} and an eps of {str(config.get('norm_eps'))[:60]}: its ln_x has"
-            f" their product; RWKV's is 64 * {LN_EPS:g}, so a checkpoint would compute something else"
-        )
-    stored: dict[str, Tensor] = {}
-    header: dict[str, str] = {}
-    for name in _weight_files(folder):
-        found, header = read_safetensors(folder / name)
-        stored |= found
-    provenance = Provenance.parse(header[KEY], path) if KEY in header else None
-    tensors = _restored(path, hugging_face.table(n_layer), stored, head_size)
-    if provenance is None or VALUE_RESIDUAL[0] not in provenance.entries:
-        return Stored("Hugging Face", tensors, provenance, [])
-    if (folder / hugging_face.UNREAD).exists():
-        return Stored(
-            "Hugging Face", tensors | read_safetensors(folder / hugging_face.UNREAD)[0], provenance, []
-        )
-    notes = [f"{hugging_face.UNREAD} is absent: the value residual of block 0, which nothing reads, is zero"]
-    return Stored("Hugging Face", tensors | _zeros(path, provenance, tensors), provenance, notes)
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """The one file of weights, or those that an index names; they must be files of this folder."""
-    if (folder / hugging_face.WEIGHTS).exists():
-        return [hugging_face.WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise UserError(f"{folder} has neither {hugging_face.WEIGHTS} nor {INDEX}")
-    named = read_json(folder / INDEX).get("weight_map")
-    files = []
-    if isinstance(named, dict) and all(isinstance(name, str) for name in named.values()):
-        files = sorted(set(named.values()))
-    if not files or any(os.path.basename(name) != name for name in files):
-        raise UserError(f"{folder / INDEX} is damaged: its weight_map is no table of files in this folder")
-    return files
-
-
-def _zeros(path, provenance: Provenance, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    entries = {name: provenance.entries[name] for name in VALUE_RESIDUAL if name in provenance.entries}
-    largest = tensors["blocks.0.att.key.weight"].numel()
-    if any(math.prod(entry.shape) > largest for entry in entries.values()):
-        raise UserError(
-            f"{path} is damaged: its {KEY} gives block 0 a value residual that is larger than its matrices"
-        )
-    return {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-
-
-def _number(path, keys: Mapping[str, Any], key: str, least: int = 1, default: int | None = None) -> int:
-    value = keys.get(key, default)
-    if type(value) is not int or not least <= value <= LARGEST_DEPTH:
-        raise UserError(
-            f"{path}: its {key} is {str(value)[:60]}, expected a number from {least} to {LARGEST_DEPTH}"
-        )
-    return value
-
-
-def _restored(path, table: list[TensorMap], stored: dict[str, Tensor], head_size: int) -> dict[str, Tensor]:
-    expected = {mapped.stored for mapped in table}
-    for kind, names in (("lacks", expected - stored.keys()), ("has the unknown", stored.keys() - expected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {kind} {min(names)[:100]}{more}")
-    try:
-        return restore(table, stored, head_size)
-    except (RuntimeError, IndexError, ValueError) as error:  # torch's, for shapes that do not fit
-        raise UserError(f"{path} is damaged: its shapes do not fit ({str(error)[:100]})") from None
+    found = read_folder(path)
+    return Stored("Hugging Face", found.tensors, found.provenance, found.notes)
 
 
 READERS = {"gguf": _from_gguf, "hf": _from_folder, "safetensors": _from_safetensors}

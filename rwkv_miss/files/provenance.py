@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_miss.errors import UserError
+from ..errors import UserError
 
 KEY = "rwkv_miss.checkpoint"
 FLOATS = {

@@ -1,0 +1,204 @@
+"""Hugging Face folders of RWKV-7, read as they are: mapped, in one file or in several.
+
+There are two layouts with the same `model_type`; the names of the tensors tell which one it is. The official
+one has the checkpoint's names and shapes behind `rwkv7.`. flash-linear-attention's has names of its own and
+turns the low-rank maps around, so that they come back as views.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .hf_names import CONFIG, FLA_SIGN, INDEX, OFFICIAL, UNREAD, WEIGHTS, plain_name, table
+from .provenance import KEY, Entry, Provenance
+from .safetensors_io import read_safetensors
+from .tensor_map import VALUE_RESIDUAL, TensorMap, restore
+from .untrusted import read_json
+
+LARGEST_DEPTH = 1 << 12  # layers
+LN_EPS = 1e-5
+# what configurations call the eps of a norm, and RWKV's value
+EPS = {
+    "norm_eps": LN_EPS,
+    "layer_norm_eps": LN_EPS,
+    "layer_norm_epsilon": LN_EPS,
+    "group_norm_eps": 64 * LN_EPS,
+    "group_norm_epsilon": 64 * LN_EPS,
+}
+
+
+class HfFolder(NamedTuple):
+    """A model in a folder, as it was found."""
+
+    layout: str  # official or fla
+    tensors: dict[str, Tensor]  # the checkpoint's, views of the mapped files
+    provenance: Provenance | None  # that came with them
+    notes: list[str]  # what the user should know
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder that says what model is in it."""
+    return os.path.isdir(path) and os.path.exists(os.path.join(path, CONFIG))
+
+
+def read_folder(path: str | os.PathLike[str]) -> HfFolder:
+    """The model in a folder, its low-rank maps transposed where the layout has them turned around.
+
+    UserError for a folder of another model, with a file missing, truncated or outside of it, and for settings
+    with which a checkpoint would compute something else.
+    """
+    path = os.fspath(path)
+    config = read_config(path)
+    stored, header = _stored(path)
+    provenance = Provenance.parse(header[KEY], path) if KEY in header else None
+    if any(name.startswith(OFFICIAL) for name in stored):
+        layout, tensors = "official", _official(path, config, stored)
+    elif FLA_SIGN in stored:
+        layout, tensors = "fla", _fla(path, config, stored)
+    else:
+        raise UserError(
+            f"{path} has tensors such as {min(stored)[:100]!r}; expected are the names of the official layout"
+            f" ({OFFICIAL}emb.weight) or of flash-linear-attention's ({FLA_SIGN})"
+        )
+    tensors, notes = _with_value_residual(path, tensors, provenance)
+    return HfFolder(layout, tensors, provenance, notes)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A folder's config.json. UserError where it is absent or of another model."""
+    if not os.path.exists(os.path.join(path, CONFIG)):
+        raise UserError(f"{path} is a folder without {CONFIG}; give a model's file, or a Hugging Face folder")
+    config = read_json(os.path.join(path, CONFIG))
+    if config.get("model_type") != "rwkv7":
+        raise UserError(f"{path} is a folder of {str(config.get('model_type'))[:60]!r}, expected rwkv7")
+    return config
+
+
+def weight_files(path: str) -> list[str]:
+    """Names of the files with the weights: the one file, or those that an index names, all of this folder.
+
+    UserError for no such file, and for an index that names anything else.
+    """
+    if os.path.lexists(os.path.join(path, WEIGHTS)):
+        return [WEIGHTS]
+    index = os.path.join(path, INDEX)
+    if not os.path.exists(index):
+        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}")
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    """Tensor -> file, of an index."""
+    named = read_json(index).get("weight_map")
+    sound = isinstance(named, dict) and named and all(isinstance(name, str) for name in named.values())
+    if not sound or any(os.path.basename(name) != name or name in ("", ".", "..") for name in named.values()):
+        raise UserError(f"{index} is damaged: its weight_map is no table of files in this folder")
+    return named
+
+
+def _stored(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a folder under their own names, and the header of the last file."""
+    stored: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    files = weight_files(path)
+    for name in files:
+        file = os.path.join(path, name)
+        if not os.path.lexists(file):
+            raise UserError(
+                f"{file} is missing: {INDEX} names {len(files)} files of weights; download or copy the whole"
+                " folder"
+            )
+        found, header = read_safetensors(file)
+        if twice := stored.keys() & found.keys():
+            raise UserError(f"{path} is damaged: {min(twice)[:100]} is in two of its files")
+        stored |= found
+    if not stored:
+        raise UserError(f"{path} has no tensors")
+    return stored, header
+
+
+def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the official layout. Which ones there must be is for the model to say."""
+    for name, eps in EPS.items():
+        if (found := config.get(name, eps)) != eps:
+            raise UserError(
+                f"{path} has {name} {str(found)[:60]}; RWKV's is {eps:g}, so a checkpoint would compute"
+                " something else"
+            )
+    tensors = {plain_name(name): tensor for name, tensor in stored.items()}
+    if len(tensors) < len(stored):
+        raise UserError(f"{path} is damaged: some tensors have the same name with and without {OFFICIAL}")
+    layers = 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")), default=-1)
+    if config.get("num_hidden_layers", layers) != layers:
+        raise UserError(
+            f"{path} has {layers} layers, and its {CONFIG} says num_hidden_layers"
+            f" {str(config['num_hidden_layers'])[:60]}; a file is missing or of another model"
+        )
+    return tensors
+
+
+def _fla(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of flash-linear-attention's layout."""
+    n_layer = number(path, config, "num_hidden_layers")
+    head_size = number(path, config, "head_dim")
+    if (head_size, config.get("norm_eps", LN_EPS)) != (64, LN_EPS):
+        raise UserError(
+            f"{path} has heads of {head_size} and an eps of {str(config.get('norm_eps'))[:60]}: its ln_x has"
+            f" their product; RWKV's is 64 * {LN_EPS:g}, so a checkpoint would compute something else"
+        )
+    return restored(path, table(n_layer), stored, head_size)
+
+
+def number(path, keys: Mapping[str, Any], key: str, least: int = 1, default: int | None = None) -> int:
+    """A number of a model's description; UserError for anything else, or one that no model has."""
+    value = keys.get(key, default)
+    if type(value) is not int or not least <= value <= LARGEST_DEPTH:
+        raise UserError(
+            f"{path}: its {key} is {str(value)[:60]}, expected a number from {least} to {LARGEST_DEPTH}"
+        )
+    return value
+
+
+def restored(
+    path, table: Iterable[TensorMap], stored: Mapping[str, Tensor], head_size: int
+) -> dict[str, Tensor]:
+    """The checkpoint's tensors by a table that names all of the stored ones; UserError where it does not."""
+    table = list(table)
+    expected = {mapped.stored for mapped in table}
+    for kind, names in (("lacks", expected - stored.keys()), ("has the unknown", stored.keys() - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} {kind} {min(names)[:100]}{more}")
+    try:
+        return restore(table, stored, head_size)
+    except (RuntimeError, IndexError, ValueError) as error:  # torch's, for shapes that do not fit
+        raise UserError(f"{path} is damaged: its shapes do not fit ({str(error)[:100]})") from None
+
+
+def _with_value_residual(
+    path: str, tensors: dict[str, Tensor], provenance: Provenance | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Block 0's value residual, which nothing reads, for a checkpoint that had one; and notes."""
+    if provenance is None or VALUE_RESIDUAL[0] not in provenance.entries or VALUE_RESIDUAL[0] in tensors:
+        return tensors, []
+    if os.path.exists(os.path.join(path, UNREAD)):
+        return tensors | read_safetensors(os.path.join(path, UNREAD))[0], []
+    note = f"{UNREAD} is absent: the value residual of block 0, which nothing reads, is zero"
+    return tensors | _zeros(path, provenance.entries, tensors), [note]
+
+
+def _zeros(path: str, entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    entries = {name: entries[name] for name in VALUE_RESIDUAL if name in entries}
+    largest = tensors["blocks.0.att.key.weight"].numel()
+    if any(math.prod(entry.shape) > largest for entry in entries.values()):
+        raise UserError(
+            f"{path} is damaged: its {KEY} gives block 0 a value residual that is larger than its matrices"
+        )
+    return {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}

@@ -1,0 +1,71 @@
+"""Names of tensors and files in Hugging Face folders of RWKV-7, official and flash-linear-attention's."""
+
+from __future__ import annotations
+
+from .tensor_map import LARGE, LOW_RANK, VECTOR, TensorMap
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = "model.safetensors.index.json"  # which file of several has which tensor
+UNREAD = "block_0_value_residual.safetensors"  # no loader knows it; it is for the way back
+OFFICIAL = "rwkv7."  # before the checkpoint's names, but not before head.weight
+PREFIX = "model.layers"  # in flash-linear-attention's layout
+FLA_SIGN = "model.embeddings.weight"  # is in that layout and in no other
+PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+
+
+def _norm(stored: str, name: str) -> list[TensorMap]:
+    return [TensorMap(f"{stored}.{part}", (f"{name}.{part}",), "same", VECTOR) for part in ("weight", "bias")]
+
+
+def _low_rank(name: str) -> list[TensorMap]:
+    """A low-rank map: two matrices, and a bias, which g has not."""
+    stored = f"attn.{name}_lora.lora"
+    matrices = [
+        TensorMap(f"{stored}.0.weight", (f"att.{name}1",), "transposed", LOW_RANK),
+        TensorMap(f"{stored}.2.weight", (f"att.{name}2",), "transposed", LOW_RANK),
+    ]
+    if name == "g":
+        return matrices
+    return [TensorMap(f"{stored}.2.bias", (f"att.{name}0",), "flat", VECTOR), *matrices]
+
+
+OUTSIDE = [
+    TensorMap("model.embeddings.weight", ("emb.weight",), "same", LARGE),
+    *_norm(f"{PREFIX}.0.pre_norm", "blocks.0.ln0"),
+    *_norm("model.norm", "ln_out"),
+    TensorMap("lm_head.weight", ("head.weight",), "same", LARGE),
+]
+LAYER_TENSORS = [
+    *_norm("attn_norm", "ln1"),
+    *_norm("ffn_norm", "ln2"),
+    *_norm("attn.g_norm", "att.ln_x"),
+    *(
+        TensorMap(f"attn.{to}.weight", (f"att.{name}.weight",), "same", LARGE)
+        for name, to in PROJECTIONS.items()
+    ),
+    *(TensorMap(f"ffn.{name}.weight", (f"ffn.{name}.weight",), "same", LARGE) for name in ("key", "value")),
+    *(TensorMap(f"attn.x_{name}", (f"att.x_{name}",), "wide", VECTOR) for name in "rwkvag"),
+    *(TensorMap(f"attn.{name}", (f"att.{name}",), "flat", VECTOR) for name in ("k_k", "k_a")),
+    TensorMap("attn.r_k", ("att.r_k",), "same", VECTOR),
+    TensorMap("ffn.x_k", ("ffn.x_k",), "flat", VECTOR),
+    *_low_rank("w"),
+    *_low_rank("a"),
+    *_low_rank("g"),
+    *_low_rank("v"),
+]
+
+
+def table(n_layer: int) -> list[TensorMap]:
+    """flash-linear-attention's whole table; block 0 has no value residual, because nothing reads it."""
+    layers = [mapped.at(i, PREFIX) for i in range(n_layer) for mapped in LAYER_TENSORS]
+    return OUTSIDE + [mapped for mapped in layers if not mapped.stored.startswith(f"{PREFIX}.0.attn.v_lora.")]
+
+
+def official_name(name: str) -> str:
+    """The official layout's name of a checkpoint's tensor."""
+    return name if name == "head.weight" else OFFICIAL + name
+
+
+def plain_name(name: str) -> str:
+    """The inverse of official_name()."""
+    return name.removeprefix(OFFICIAL)
