@@ -1,0 +1,323 @@
+"""How tools, their calls and their results are written: --tool_style.
+
+Tools and calls come as OpenAI's API has them. A tool is {"type": "function", "function": FUNCTION} or
+FUNCTION itself, {"name", "description", "parameters": JSON schema of an object}. A call is {"function":
+{"name", "arguments": an object, or its JSON as text}}.
+
+A style writes only words. The template puts them into turns: the tools into a System turn, the calls at the
+end of an answer, a result into a turn of its own. docs/templates.md shows all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rwkv_miss.errors import UserError
+
+from ..common.formatting import short
+from .chat_template import clean
+
+ONLY_A_CALL = "Return only a JSON function call."
+KEYS = ("name", "description", "parameters", "strict", "type")  # of a function
+SIMPLE_TYPES = ("string", "number", "integer", "boolean", "null")
+# of a JSON schema: what a signature has no words for
+UNWRITABLE = (
+    "properties",
+    "additionalProperties",
+    "patternProperties",
+    "prefixItems",
+    "$ref",
+    "oneOf",
+    "allOf",
+    "not",
+)
+# in a signature these would end a name
+WORD = re.compile(r"[^\s(),:?|`\"]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolStyle:
+    """One way to write them. Every method raises UserError for tools or calls that it has no form for."""
+
+    name: str
+    describe: Callable[[list[dict]], str]  # tools -> the words of the System turn
+    dump: Callable[[Any], str]  # a call -> JSON
+    before_call: str
+    after_call: str
+    result_role: str  # user or tool
+    before_result: str = ""
+    after_result: str = ""
+
+    def calls(self, tool_calls: list[dict]) -> str:
+        """The end of an answer with these calls."""
+        return "\n".join(
+            f"{self.before_call}{self.dump(read_call(call))}{self.after_call}" for call in tool_calls
+        )
+
+    def result(self, content: str) -> tuple[str, str]:
+        """(the role whose turn it is, its words) of what a call gave."""
+        return self.result_role, f"{self.before_result}{clean(content)}{self.after_result}"
+
+    def parse(self, text: str) -> tuple[str, list[dict]]:
+        """(content, tool_calls) of an answer without its thoughts: the inverse of calls().
+
+        Calls are read from the end of an answer, with "arguments" as JSON text. What is no valid call stays
+        in the content.
+        """
+        begin, end = (
+            re.compile(r"\s*".join(map(re.escape, words.split())))
+            for words in (self.before_call, self.after_call)
+        )
+        for match in begin.finditer(text):
+            if calls := _calls_to_the_end(text, match.start(), begin, end):
+                return text[: match.start()].strip(), calls
+        return text, []
+
+
+def _calls_to_the_end(text: str, place: int, begin: re.Pattern, end: re.Pattern) -> list[dict]:
+    """The calls that a text consists of from `place` on; none where anything else stands there."""
+    calls = []
+    while place < len(text):
+        match = begin.match(text, place)
+        if not match:
+            return []
+        try:
+            value, place = DECODER.raw_decode(text, _after_space(text, match.end()))
+            call = read_call(value)
+        except (ValueError, RecursionError, UserError):
+            return []
+        calls.append({"type": "function", "function": {**call, "arguments": _dumps(call["arguments"])}})
+        place = _after_space(text, place)
+        # many models leave the closing words out
+        if closed := end.match(text, place):
+            place = _after_space(text, closed.end())
+    return calls
+
+
+def _after_space(text: str, place: int) -> int:
+    return re.compile(r"\s*").match(text, place).end()
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def read_call(call: Any) -> dict[str, Any]:
+    """{"name", "arguments": object} of a call. UserError for any other value."""
+    try:
+        function = call.get("function", call)
+        name, arguments = function["name"], function["arguments"]
+        if isinstance(arguments, str):
+            arguments = DECODER.decode(arguments)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        name = arguments = None
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        raise UserError(
+            'a tool call must be {"function": {"name": text, "arguments": object, or its JSON as text}}, got'
+            f" {short(call)}"
+        )
+    return {"name": name, "arguments": arguments}
+
+
+def read_function(tool: Any) -> dict[str, Any]:
+    """The function of a tool, which has a name. UserError for any other value."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    description = function.get("description") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name or not isinstance(description, (str, type(None))):
+        raise UserError(
+            'a tool must be {"type": "function", "function": {"name": text, "description": text,'
+            f' "parameters": JSON schema}}}}, got {short(tool)}'
+        )
+    return function
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's parameters. UserError where it is none of an object."""
+    name, schema = function["name"], _without_nulls(function.get("parameters"))
+    if schema is None:
+        if others := [key for key in function if key not in KEYS]:
+            raise UserError(
+                f'tool {name}: its arguments are described by "parameters", not by {short(others[0])}'
+            )
+        return {"type": "object", "properties": {}}
+    properties = schema.get("properties", {}) if isinstance(schema, dict) else None
+    required = schema.get("required", []) if isinstance(schema, dict) else None
+    if (
+        not isinstance(properties, dict)
+        or not all(isinstance(value, dict) for value in properties.values())
+        or not isinstance(required, list)
+        or schema.get("type", "object") != "object"
+    ):
+        raise UserError(
+            f'tool {name}: "parameters" must be the JSON schema of an object, {{"type": "object",'
+            f' "properties": {{"a": {{"type": "string"}}, ...}}, "required": ["a"]}}, got {short(schema)}'
+        )
+    return schema
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A JSON schema without what is null, which a table has where another row's tools have a value."""
+    if isinstance(schema, list):
+        return [_without_nulls(value) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in ("enum", "const", "default") else _without_nulls(value)
+        for key, value in schema.items()
+        if value is not None or key in ("const", "default")
+    }
+
+
+def _as_json(tools: list[dict]) -> str:
+    lines = []
+    for function in map(read_function, tools):
+        words = {"name": function["name"]}
+        if function.get("description"):
+            words["description"] = function["description"]
+        lines.append(_compact({**words, "arguments": _parameters(function).get("properties", {})}))
+    return "\n".join(["Tools:", "[", ",\n".join(lines), "]", ONLY_A_CALL])
+
+
+def _as_signatures(tools: list[dict]) -> str:
+    return "\n".join(["Tools:", *(f"- {signature(read_function(tool))}" for tool in tools), ONLY_A_CALL])
+
+
+def signature(function: dict[str, Any]) -> str:
+    """`name(a: string, b?: integer)`; what is not required has a question mark.
+
+    UserError for what can't be written so, such as an object within the parameters.
+    """
+    schema = _parameters(function)
+    required = schema.get("required", [])
+    parameters = []
+    for name, kind in schema.get("properties", {}).items():
+        try:
+            if not WORD.fullmatch(name):
+                raise UserError(f"the name {short(name)}")
+            parameters.append(f"{name}{'' if name in required else '?'}: {_type(kind)}")
+        except UserError as error:
+            raise UserError(
+                f"tool {function['name']}, parameter {name}: a signature can't write {error};"
+                " --tool_style json can"
+            ) from None
+    if not WORD.fullmatch(function["name"]):
+        raise UserError(f"tool {function['name']}: a signature can't write this name; --tool_style json can")
+    return f"{function['name']}({', '.join(parameters)})"
+
+
+def _type(schema: Any) -> str:
+    """`string`, `string[]`, `"a" | "b"` of a parameter's JSON schema. UserError, with what it is about."""
+    if not isinstance(schema, dict) or any(key in schema for key in UNWRITABLE):
+        raise UserError(short(schema))
+    if "const" in schema:
+        return _literals([schema["const"]])
+    if "enum" in schema:
+        return _literals(schema["enum"])
+    if isinstance(schema.get("anyOf"), list) and schema["anyOf"]:
+        return " | ".join(_type(one) for one in schema["anyOf"])
+    kinds = schema.get("type")
+    if isinstance(kinds, list) and kinds:
+        return " | ".join(_type({**schema, "type": kind}) for kind in kinds)
+    if kinds == "array":
+        if "items" not in schema:
+            return "array"
+        items = _type(schema["items"])
+        return f"({items})[]" if " | " in items else f"{items}[]"
+    if kinds not in SIMPLE_TYPES:
+        raise UserError(short(schema))
+    return kinds
+
+
+def _literals(values: Any) -> str:
+    if not isinstance(values, list) or not values or any(isinstance(value, (dict, list)) for value in values):
+        raise UserError(short(values))
+    return " | ".join(map(_dumps, values))
+
+
+def _as_markdown(tools: list[dict]) -> str:
+    parts = []
+    for function in map(read_function, tools):
+        description = clean(function.get("description") or "")
+        parts.append(
+            f"### `{function['name']}`\n**Description:** {description}\n**Parameters:**\n"
+            f"```json\n{_indented(_parameters(function))}\n```"
+        )
+    return "\n\n".join(parts)
+
+
+def _as_xml(tools: list[dict]) -> str:
+    for tool in tools:
+        read_function(tool)
+    return "\n".join(["<tools>", *map(_dumps, tools), "</tools>"])
+
+
+FENCE = ("```json\n", "\n```")
+STYLES = {
+    style.name: style
+    for style in (
+        ToolStyle("json", _as_json, _compact, *FENCE, "user", "Function output:\n"),
+        ToolStyle("signatures", _as_signatures, _compact, *FENCE, "user", "Function output:\n"),
+        ToolStyle(
+            "markdown", _as_markdown, _indented, f"**Tool Call:**\n{FENCE[0]}", FENCE[1], "tool", *FENCE
+        ),
+        ToolStyle("hermes", _as_xml, _dumps, "<tool_call>\n", "\n</tool_call>", "tool"),
+    )
+}
+
+
+def in_order_of_calls(messages: list[dict]) -> list[dict]:
+    """The messages, with the results after each answer in the order of its calls.
+
+    The texts have no ids, so the order says which result is whose. UserError for a `tool_call_id` that no
+    call has. Results or calls without ids stay as they are.
+    """
+    ordered: list[dict] = []
+    ids: list[str] = []  # of the last answer's calls
+    results: list[dict] = []
+
+    for message in messages:
+        if message["role"] == "tool":
+            wanted = message.get("tool_call_id")
+            if ids and wanted is not None and wanted not in ids:
+                raise UserError(
+                    f"tool_call_id {short(wanted)} is of no call in the answer before; it has"
+                    f" {', '.join(map(short, ids))}"
+                )
+            results.append(message)
+            continue
+        ordered += [*_sorted(results, ids), message]
+        results, ids = [], _ids(message)
+    return ordered + _sorted(results, ids)
+
+
+def _ids(message: dict) -> list[str]:
+    """The ids of an answer's calls; none where one has none."""
+    calls = message.get("tool_calls") or []
+    ids = [call["id"] for call in calls if isinstance(call, dict) and isinstance(call.get("id"), str)]
+    return ids if len(ids) == len(calls) else []
+
+
+def _sorted(results: list[dict], ids: list[str]) -> list[dict]:
+    if not all(result.get("tool_call_id") in ids for result in results):
+        return results
+    return sorted(results, key=lambda result: ids.index(result["tool_call_id"]))

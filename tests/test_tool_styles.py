@@ -1,0 +1,331 @@
+"""Tools, calls and results as text, and calls read back from answers."""
+
+import json
+import random
+
+import pytest
+
+from rwkv_miss import UserError
+from src.data.tool_styles import STYLES, in_order_of_calls
+
+TICKS = "```"
+
+
+def call(name, arguments):
+    return {
+        "type": "function",
+        "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+    }
+
+
+def tool(name, properties=None, required=(), description="Does it."):
+    parameters = {"type": "object", "properties": properties or {}, "required": [*required]}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
+
+
+WEATHER = tool(
+    "get_weather",
+    {
+        "location": {"type": "string", "description": "A town.\n\nAny."},
+        "unit": {"enum": ["celsius", "fahrenheit"]},
+    },
+    ["location"],
+    'Says "hot"\n\nor cold.',
+)
+TWO_TOOLS = [WEATHER, {"name": "now", "description": "L'heure: é"}]
+
+
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        (
+            "json",
+            "Tools:\n[\n"
+            r'{"name":"get_weather","description":"Says \"hot\"\n\nor cold.","arguments":{"location":'
+            r'{"type":"string","description":"A town.\n\nAny."},"unit":{"enum":["celsius","fahrenheit"]}}},'
+            '\n{"name":"now","description":"L\'heure: é","arguments":{}}\n]\n'
+            "Return only a JSON function call.",
+        ),
+        (
+            "signatures",
+            'Tools:\n- get_weather(location: string, unit?: "celsius" | "fahrenheit")\n- now()\n'
+            "Return only a JSON function call.",
+        ),
+        (
+            "markdown",
+            '### `get_weather`\n**Description:** Says "hot"\nor cold.\n**Parameters:**\n```json\n'
+            + json.dumps(WEATHER["function"]["parameters"], indent=2)
+            + "\n```\n\n### `now`\n**Description:** L'heure: é\n**Parameters:**\n```json\n{\n"
+            '  "type": "object",\n  "properties": {}\n}\n```',
+        ),
+        (
+            "hermes",
+            f'<tools>\n{json.dumps(WEATHER)}\n{{"name": "now", "description": "L\'heure: é"}}\n</tools>',
+        ),
+    ],
+)
+def test_a_description_of_tools(style, expected):
+    assert STYLES[style].describe(TWO_TOOLS) == expected
+
+
+CALLS = [call("f", {"x": "é\n```", "y": [1, 2.5, None, True]}), call("g", {})]
+
+
+@pytest.mark.parametrize(
+    "style, expected",
+    [
+        (
+            "json",
+            '```json\n{"name":"f","arguments":{"x":"é\\n```","y":[1,2.5,null,true]}}\n```\n'
+            '```json\n{"name":"g","arguments":{}}\n```',
+        ),
+        (
+            "markdown",
+            '**Tool Call:**\n```json\n{\n  "name": "f",\n  "arguments": {\n    "x": "é\\n```",\n    "y": [\n'
+            "      1,\n      2.5,\n      null,\n      true\n    ]\n  }\n}\n```\n**Tool Call:**\n```json\n{\n"
+            '  "name": "g",\n  "arguments": {}\n}\n```',
+        ),
+        (
+            "hermes",
+            '<tool_call>\n{"name": "f", "arguments": {"x": "é\\n```", "y": [1, 2.5, null, true]}}\n'
+            '</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+        ),
+    ],
+)
+def test_calls(style, expected):
+    assert STYLES[style].calls(CALLS) == expected
+    assert style != "json" or STYLES["signatures"].calls(CALLS) == expected
+    # OpenAI's text of the arguments, the arguments themselves, and the function alone
+    spelt = [
+        {"id": "1", **CALLS[0]},
+        {"name": "g", "arguments": {}},
+    ]
+    assert STYLES[style].calls(spelt) == expected
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_results(style):
+    user = ("user", 'Function output:\n{"a": 1}\nb')
+    expected = {
+        "json": user,
+        "signatures": user,
+        "markdown": ("tool", '```json\n{"a": 1}\nb\n```'),
+        "hermes": ("tool", '{"a": 1}\nb'),
+    }
+    assert STYLES[style].result(' {"a": 1}\r\n\r\n\nb\n') == expected[style]
+
+
+def made_up(rng, depth=0):
+    """Any JSON, with what a style might take for its own marks."""
+    words = [
+        "",
+        "é你🙂",
+        TICKS,
+        f"\n{TICKS}\n",
+        "</tool_call>",
+        "<tool_call>\n",
+        "**Tool Call:**",
+        '"\\',
+        "\u2028",
+        "a b",
+    ]
+    kind = rng.randrange(7 if depth < 3 else 5)
+    if kind == 5:
+        return [made_up(rng, depth + 1) for _ in range(rng.randrange(3))]
+    if kind == 6:
+        return {rng.choice(words): made_up(rng, depth + 1) for _ in range(rng.randrange(3))}
+    return [rng.choice(words) + rng.choice(words), rng.randrange(-9, 10**20), rng.random(), None, True][kind]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_what_was_written_is_read(style):
+    rng = random.Random(style)
+    contents = [
+        "",
+        "Let me look.",
+        f"Run\n{TICKS}json\n{{}}\n{TICKS}\nand see",
+        f"{TICKS}bash\nls\n{TICKS}",
+        "a\n\nb",
+    ]
+    for _ in range(300):
+        calls = [
+            call(
+                rng.choice(["f", "get_weather", "é.b-c"]),
+                {f"k{i}": made_up(rng) for i in range(rng.randrange(4))},
+            )
+            for _ in range(rng.randrange(1, 4))
+        ]
+        content = rng.choice(contents)
+        text = "\n".join(filter(None, [content, STYLES[style].calls(calls)]))
+        assert STYLES[style].parse(text) == (content, calls)
+        assert STYLES[style].parse(content) == (content, [])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_answers_with_calls_that_are_none(style):
+    before, after = STYLES[style].before_call, STYLES[style].after_call
+    for words in (
+        "",
+        "{",
+        '{"name": "f"}',
+        '{"name": "f", "arguments": {}',
+        '{"name": "f", "arguments": 3}',
+        '{"name": "f", "arguments": "no JSON"}',
+        '{"name": "f", "arguments": {"x": NaN}}',
+        '{"name": "", "arguments": {}}',
+        '{"name": ["f"], "arguments": {}}',
+        "{'name': 'f', 'arguments': {}}",
+        '["f"]',
+        "null",
+        "[" * 10**5,
+        '{"name": "f", "arguments": {}} more',
+    ):
+        text = f"So: {before}{words}{after}"
+        assert STYLES[style].parse(text) == (text, [])
+    good = f'{before}{{"name": "f", "arguments": {{}}}}'
+    # words after a call are the answer, and the call is an example in it
+    assert STYLES[style].parse(f"{good}{after} is how") == (f"{good}{after} is how", [])
+    # the end of document may come in place of the closing words, and space may be anywhere
+    for text in (
+        good,
+        f"{good} \n",
+        f"{good.replace('json', 'json ')}{after}\n\n",
+        good.replace("\n", "\n\n"),
+    ):
+        assert STYLES[style].parse(text) == ("", [call("f", {})])
+    # of two calls the first is broken
+    assert STYLES[style].parse(f"{before}{{{after}\n{good}{after}") == (f"{before}{{{after}", [call("f", {})])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("f", "a tool must be"),
+        ({"type": "function"}, "a tool must be"),
+        ({"type": "function", "function": "f"}, "a tool must be"),
+        ({"name": ""}, "a tool must be"),
+        ({"name": "f", "description": 3}, "a tool must be"),
+    ],
+)
+def test_tools_that_are_none(style, wrong, words):
+    with pytest.raises(UserError, match=words):
+        STYLES[style].describe([WEATHER, wrong])
+
+
+@pytest.mark.parametrize("style", ["json", "signatures", "markdown"])
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ([], 'tool f: "parameters" must be the JSON schema of an object'),
+        ({"type": "string"}, "must be the JSON schema of an object"),
+        ({"properties": []}, "must be the JSON schema of an object"),
+        ({"properties": {"a": "string"}}, "must be the JSON schema of an object"),
+        ({"properties": {}, "required": "a"}, "must be the JSON schema of an object"),
+    ],
+)
+def test_parameters_that_are_no_schema(style, parameters, words):
+    with pytest.raises(UserError, match=words):
+        STYLES[style].describe([{"name": "f", "parameters": parameters}])
+
+
+def test_nulls_of_a_table_are_no_part_of_a_schema():
+    """In a column of structs each tool has the parameters of all."""
+    x = {"type": "string", "enum": None, "items": None, "default": None}
+    nulls = {"type": "object", "properties": {"x": x, "y": None}, "required": None}
+    described = STYLES["json"].describe([{"name": "f", "parameters": nulls}])
+    assert '"arguments":{"x":{"type":"string","default":null}}}' in described
+    assert "- f(x?: string)" in STYLES["signatures"].describe([{"name": "f", "parameters": nulls}])
+
+
+def test_parameters_under_another_name_are_not_lost():
+    with pytest.raises(
+        UserError, match="tool f: its arguments are described by \"parameters\", not by 'input_schema'"
+    ):
+        STYLES["json"].describe([{"name": "f", "input_schema": {"type": "object"}}])
+
+
+@pytest.mark.parametrize(
+    "schema, expected",
+    [
+        ({"type": "string", "description": "d", "default": "x", "minLength": 1}, "string"),
+        ({"type": "integer"}, "integer"),
+        ({"type": "number", "minimum": 0}, "number"),
+        ({"type": "boolean"}, "boolean"),
+        ({"type": ["string", "null"]}, "string | null"),
+        ({"anyOf": [{"type": "integer"}, {"enum": ["a", 1]}]}, 'integer | "a" | 1'),
+        ({"type": "string", "enum": ["é", '"']}, '"é" | "\\""'),
+        ({"const": True}, "true"),
+        ({"type": "array"}, "array"),
+        ({"type": "array", "items": {"type": "string"}}, "string[]"),
+        ({"type": "array", "items": {"enum": ["a", "b"]}}, '("a" | "b")[]'),
+        ({"type": "array", "items": {"type": "array", "items": {"type": "number"}}}, "number[][]"),
+        ({}, None),
+        ({"type": "object"}, None),
+        ({"type": "string", "properties": {}}, None),
+        ({"type": "object", "properties": {"x": {"type": "string"}}}, None),
+        ({"type": "array", "items": {"type": "object"}}, None),
+        ({"type": "array", "prefixItems": [{"type": "string"}]}, None),
+        ({"$ref": "#/x"}, None),
+        ({"oneOf": [{"type": "string"}]}, None),
+        ({"enum": []}, None),
+        ({"enum": [{"a": 1}]}, None),
+        ({"type": "date"}, None),
+        ({"type": []}, None),
+    ],
+)
+def test_the_type_of_a_parameter_in_a_signature(schema, expected):
+    tools = [tool("f", {"a": {"type": "string"}, "p": schema}, ["p"])]
+    if expected is None:
+        with pytest.raises(
+            UserError, match="tool f, parameter p: a signature can't write .*; --tool_style json can"
+        ):
+            STYLES["signatures"].describe(tools)
+        STYLES["json"].describe(tools)
+    else:
+        assert f"\n- f(a?: string, p: {expected})\n" in STYLES["signatures"].describe(tools)
+
+
+def test_names_that_a_signature_has_no_place_for():
+    for tools in ([tool("f(x")], [tool("f", {"a: b": {"type": "string"}})]):
+        with pytest.raises(UserError, match="--tool_style json can"):
+            STYLES["signatures"].describe(tools)
+
+
+def test_results_come_in_the_order_of_the_calls():
+    def result(content, of=None):
+        return {"role": "tool", "content": content, **({"tool_call_id": of} if of else {})}
+
+    answer = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "x", **CALLS[0]}, {"id": "y", **CALLS[1]}],
+    }
+    asked = {"role": "user", "content": "?"}
+    turns = [
+        asked,
+        answer,
+        result("2", "y"),
+        result("1", "x"),
+        answer,
+        result("3", "x"),
+        result("4", "y"),
+        asked,
+    ]
+    shown = "".join(turn["content"] for turn in in_order_of_calls(turns))
+    assert shown == "?1234?"
+    for unordered in ([answer, result("2", "y"), result("1")], [asked, result("2", "y"), result("1", "x")]):
+        assert in_order_of_calls(unordered) == unordered
+    no_ids = [
+        {**answer, "tool_calls": [CALLS[0], {"id": "y", **CALLS[1]}]},
+        result("2", "y"),
+        result("1", "x"),
+    ]
+    assert in_order_of_calls(no_ids) == no_ids
+    with pytest.raises(
+        UserError, match="tool_call_id 'z' is of no call in the answer before; it has 'x', 'y'"
+    ):
+        in_order_of_calls([answer, result("1", "x"), result("2", "z")])
