@@ -21,6 +21,7 @@ with importing():
     from demo.commands import NO_ADAPTER, Chat, check_typed, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.common.device import PRECISIONS
+    from src.common.hub import local_path
     from src.data.rwkv_template import MODES
     from src.data.templates import recorded_template
     from src.inference.conversation import Conversation
@@ -44,14 +45,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def add_files(add: Callable) -> None:
     """What answers, and where a conversation goes on."""
-    add("--model", required=True, help="base or merged .pth")
+    add("--model", required=True, help="base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
     add(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]FILE",
-        help="adapter .pth trained on that base, by its file's name unless NAME is given; the first of"
-        " several answers, /adapter NAME chooses",
+        help="adapter .pth trained on that base, or a name of the hub as above, by its file's name"
+        " unless NAME is given; the first of several answers, /adapter NAME chooses",
     )
     add(
         "--scale",
@@ -176,6 +177,8 @@ def named(given: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = parse(argv)
+        args.model = local_path(args.model)
+        args.adapter = {name: local_path(path) for name, path in args.adapter.items()}
         adapters, tokenizer = load_with(
             args.model, args.adapter, args.tokenizer, args.eod, args.accelerator, args.precision, args.wkv
         )

@@ -17,6 +17,7 @@ with importing():
     from rwkv_miss.files.output import require_writable
     from src.common.device import PRECISIONS
     from src.common.files import write_text
+    from src.common.hub import DATA, local_path, recorded
     from src.config import FIELDS
     from src.data.formats import Reading
     from src.data.rwkv_template import MODES
@@ -42,6 +43,7 @@ WARN_CUT = 0.01  # the user is warned if this share of the answers reaches the l
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
+        fetch(args)
         questions, answers, limit = ask_model(args) if args.model else read_answered(args)
         if args.save:
             write_answers(args.save, questions, answers)
@@ -69,13 +71,21 @@ def main(argv: list[str] | None = None) -> None:
             "accuracy": accuracy,
             "score": args.score,
             "questions": len(questions),
-            "model": args.model,
-            "adapter": args.adapter,
+            "model": recorded(args.model),
+            "adapter": recorded(args.adapter),
             "answers": args.answers,
             "max_tokens": limit,
             "cut": cut,
         }
         print(json.dumps(summary))
+
+
+def fetch(args: argparse.Namespace) -> None:
+    """Have the flags name local files."""
+    args.questions = local_path(args.questions, DATA)
+    for name in ("model", "adapter"):
+        if given := getattr(args, name):
+            setattr(args, name, local_path(given))
 
 
 class Answered(NamedTuple):
@@ -179,7 +189,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="the model that answers: base or merged .pth")
+    add("--model", help="the model that answers: base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
     add("--adapter", help="an adapter .pth of that base, used beside it; default: none")
     add(
         "--tokenizer",

@@ -12,6 +12,7 @@ from src.common.startup import importing, naming_missing_packages
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
+    from src.common.hub import local_path
     from src.export import TARGETS, export
     from src.export.gguf import DEFAULT_TYPE, FILE_TYPES
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             help="leave out an initial state, for which no other program has a place",
         )
         args = parser.parse_args(argv)
+        args.model = local_path(args.model)
         for line in export(
             args.model, args.out, args.to, args.type, args.tokenizer, args.eod, args.template, args.drop_state
         ).lines():

@@ -20,6 +20,7 @@ with importing():
     from rwkv_miss.files.output import require_writable
     from src.common.device import PRECISIONS
     from src.common.files import write_text
+    from src.common.hub import local_path, recorded
     from src.data.templates import recorded_template
     from src.inference.load import load
 
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     from src.evaluation.lm_eval_model import HarnessModel
 
     manager, tasks = load_tasks(args)
+    args.model, args.adapter = local_path(args.model), args.adapter and local_path(args.adapter)
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(args.template, tokenizer, args.adapter, args.model)
     results = lm_eval.simple_evaluate(
@@ -55,8 +57,8 @@ def main(argv: list[str]) -> None:
         details = {"results": figures, "samples": results["samples"]}
         write_text(args.out, json.dumps(details, default=str, indent=1) + "\n")
     summary = {
-        "model": args.model,
-        "adapter": args.adapter,
+        "model": recorded(args.model),
+        "adapter": recorded(args.adapter),
         "precision": args.precision,
         "lm_eval": lm_eval.__version__,
         "results": figures,
@@ -72,7 +74,7 @@ def numbers_of(scores: dict[str, Any]) -> dict[str, float]:
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(prog="python -m scripts.lm_eval", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--model", required=True, help="base or merged .pth")
+    parser.add_argument("--model", required=True, help="base or merged .pth, or hf://OWNER/NAME[/FILE]")
     parser.add_argument("--adapter", help="adapter of that base")
     parser.add_argument(
         "--tasks", required=True, help="tasks or groups of the harness between commas, or lambada_local"

@@ -35,6 +35,7 @@ with importing():
     from src.config.parse import flag_parser, read_flags
     from src.data.batches import Schedule
     from src.data.dataset import Documents
+    from src.data.fetch import fetch_inputs
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer
     from src.model import RWKV
@@ -135,6 +136,7 @@ def main() -> None:
 
 def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> int:
     """Train at every rate, print and write what comes of it; 0 if one is worth it, else 1."""
+    fetch_inputs(config)
     # copied before anything is chosen, so that the printed command leaves the same to train.py
     given = dataclasses.replace(config)
     config.strategy = "auto"  # one process, whatever the run will have

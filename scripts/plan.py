@@ -31,6 +31,7 @@ with importing():
     from src.config.parse import flag_parser, read_flags
     from src.data.batches import Schedule
     from src.data.dataset import Documents
+    from src.data.fetch import fetch_inputs
     from src.data.templates import recorded_template
     from src.model import RWKV
     from src.planning.base_model import read_base
@@ -131,6 +132,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     if before:
         inherit(config, origins, before)
         keep_rows_per_step(config, before)
+    fetch_inputs(config, before)
     arch, tokenizer = read_base(config, origins)
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)

@@ -32,6 +32,7 @@ with importing():
     from src.data.batches import pack
     from src.data.dataset import Document, Documents, Loaded, fit
     from src.data.encode import Encoder, Tokens
+    from src.data.fetch import fetch_inputs
     from src.data.formats import Reading, Report, read_source, sample, sources
     from src.data.lint import Lint
     from src.data.templates import recorded_template
@@ -195,6 +196,7 @@ def coloured(row: Document, tokenizer: Tokenizer) -> str:
 def main(argv: list[str] | None = None) -> int:
     with one_line_errors(), naming_missing_packages():
         args, config = parse(argv)
+        fetch_inputs(config)
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)
         encoder = Encoder(

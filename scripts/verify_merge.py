@@ -26,6 +26,7 @@ with importing():
     from rwkv_miss.merging.rounding import TABLE_ROWS, percent
     from rwkv_miss.merging.unmerge import MergeCheck, check_merge
     from src import ops
+    from src.common.hub import local_path
     from src.data.tokenizer import recorded_tokenizer
     from src.evaluation.kl_divergence import Distance, distance, logits_of, sections
     from src.inference.blended_adapters import blend, merge_blended
@@ -52,6 +53,8 @@ class Row:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
+        args.base, args.merged = local_path(args.base), local_path(args.merged)
+        args.adapter = [local_path(adapter) for adapter in args.adapter]
         check = check_merge(args.base, args.merged, args.adapter, args.weights, hints(args))
         texts = probe_texts(args)
         rows = compare(args.base, args.merged, check.adapters, texts) if comparable(check) else []

@@ -17,8 +17,9 @@ from .common.device import PRECISIONS
 from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
+from .data.fetch import fetch, pinned_names
 from .data.templates import recorded_template
-from .distributed.watchdog import lifeline
+from .distributed.watchdog import Lifeline, lifeline
 from .planning.base_model import build_model, read_base
 from .planning.job import (
     Job,
@@ -43,6 +44,7 @@ from .training.resume import (
     inherit,
     inputs,
     keep_rows_per_step,
+    settings_of_first_process,
 )
 from .training.run_folder import (
     CHECKPOINTS,
@@ -65,10 +67,10 @@ def main(config: Config, origins: dict[str, str]) -> None:
     """
     started = process_start()
     with lifeline(config) as others, folder_of_run(config.proj_dir, others):
-        run(config, origins, started)
+        run(config, origins, started, others)
 
 
-def run(config: Config, origins: dict[str, str], started: float) -> None:
+def run(config: Config, origins: dict[str, str], started: float, others: Lifeline | None) -> None:
     """All of main() in the held folder.
 
     What can be wrong with the settings is found before the first step, and before a file is written.
@@ -76,6 +78,7 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
     before = earlier_settings(config)
     if before:
         inherit(config, origins, before)
+    fetch(config, names_of_hub(config, before, others), is_first_process())
     arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
@@ -119,6 +122,16 @@ def run(config: Config, origins: dict[str, str], started: float) -> None:
             finish(config, origins, plan, first_step, job.steps)
         return
     train(job, plan, started, history, resume_from)
+
+
+def names_of_hub(config: Config, before: Config | None, others: Lifeline | None) -> dict[str, str]:
+    """The settings that name files of the hub, with the same commits in every process."""
+    if others and not is_first_process():
+        return others.wait_for_names()
+    names = pinned_names(config, before or settings_of_first_process(config))
+    if others:
+        others.tell_names(names)
+    return names
 
 
 def put_best_back(config: Config, history: list[dict]) -> None:

@@ -22,6 +22,7 @@ from rwkv_miss.adapter import METHODS
 from rwkv_miss.errors import Parser, UserError
 
 from ..common.files import write_text
+from ..common.hub import recorded
 from . import legacy
 from .adapter_options import TARGET_NAMES
 from .launcher import drop_local_rank, follow_launcher, is_first_process
@@ -214,9 +215,9 @@ def save(config: Config, origins: dict[str, str], path: str, remarks: Sequence[s
     The file works as --config.
     """
     lines = [
-        f"{yaml.safe_dump({name: getattr(config, name)}, default_flow_style=True, width=10**6).strip()[1:-1]}"
-        f"  # {origin}"
+        f"{yaml.safe_dump({name: value}, default_flow_style=True, width=10**6).strip()[1:-1]}  # {origin}"
         for name, origin in origins.items()
+        for value in [recorded(getattr(config, name))]
     ]
     lines += [f"# {remark}" for remark in remarks]
     write_text(path, "\n".join(lines) + "\n")
@@ -227,7 +228,7 @@ def command(config: Config) -> str:
     words = ["python", "train.py"]
     default = Config()
     for name in FIELDS:
-        value = getattr(config, name)
+        value = recorded(getattr(config, name))
         if name != "resume" and value != getattr(default, name):
             text = _flag_text(value)
             # what begins like a flag is none

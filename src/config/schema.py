@@ -93,13 +93,15 @@ class Config:
     """The settings of a training run."""
 
     load_model: str = opt(
-        "", "the base .pth. Empty: a new model with the sizes of --version, --n_layer and --n_embd"
+        "",
+        "the base .pth, or hf://OWNER/NAME[/FILE][@REVISION] of the Hugging Face hub. Empty: a new"
+        " model with the sizes of --version, --n_layer and --n_embd",
     )
     data_file: str = opt(
         "",
-        "the training data: JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files, or"
-        " OWNER/NAME of a Hugging Face data set. Several files with weights: a.jsonl:2,b.csv:0.5 reads"
-        " every row of a.jsonl twice and half of b.csv",
+        "the training data: JSONL, JSON, CSV, TSV, parquet, .txt, binidx, a folder of such files,"
+        " OWNER/NAME of a Hugging Face data set, or hf://OWNER/NAME/FILE of one. Several files with weights:"
+        " a.jsonl:2,b.csv:0.5 reads every row of a.jsonl twice and half of b.csv",
     )
     sft_field: str = opt(
         "",

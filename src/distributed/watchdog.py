@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import secrets
 import socket
@@ -93,7 +94,7 @@ class Lifeline:
                 " machine's address in a network of all machines and a free port there, and no firewall may"
                 " be between them"
             ) from None
-        self.folder_key = f"folder {key}"
+        self.folder_key, self.names_key = f"folder {key}", f"names {key}"
         return self
 
     def _serve(self) -> str:
@@ -127,6 +128,17 @@ class Lifeline:
             self.store.get(self.folder_key)
         except DistError:
             raise UserError("the first process ended before it held --proj_dir") from None
+
+    def tell_names(self, names: dict[str, str]) -> None:
+        """Number 0: which commits of the hub's files this run has."""
+        self.store.set(self.names_key, json.dumps(names))
+
+    def wait_for_names(self) -> dict[str, str]:
+        """Any other: the commits, as number 0 has found them."""
+        try:
+            return json.loads(self.store.get(self.names_key))
+        except DistError:
+            raise UserError("the first process ended before it knew its files") from None
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None or issubclass(kind, SystemExit):

@@ -10,6 +10,7 @@ from rwkv_miss.progress import duration_text
 from rwkv_miss.version import version_line
 
 from ..common.formatting import counted, size_text
+from ..common.hub import recorded
 from ..config import Config, command
 from ..data.batches import Schedule
 from ..data.dataset import Document, Documents
@@ -105,7 +106,7 @@ def documents_line(config: Config, found: Data, template: str) -> str:
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
     return (
-        f"data       {config.data_file}{described}: {counted(len(documents), 'document')}, "
+        f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}, "
         f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
         f"{mask(config.loss_mask)} (template {template})".encode("utf-8", "backslashreplace").decode()
     )
@@ -217,7 +218,7 @@ def warnings(job: Job, cost: Cost) -> list[str]:
 def base(config: Config, arch: Arch, held: float) -> str:
     """The line of the plan about the base, of which `held` bytes are frozen."""
     quantised = f"; its layers in {config.quant}, {size_text(held)} in all" if config.quant != "none" else ""
-    return f"model      {config.load_model or 'new model'}: {arch.describe()}{quantised}"
+    return f"model      {recorded(config.load_model) or 'new model'}: {arch.describe()}{quantised}"
 
 
 def training(config: Config, model: RWKV) -> str:
@@ -318,7 +319,7 @@ def held_out(config: Config, held_out: Documents, evaluated: Documents) -> list[
     if not held_out:
         return []
     cut = f", {held_out.cut:,} of them cut" if held_out.cut else ""
-    source, taken = config.eval_file or config.data_file, counted(len(evaluated), "document")
+    source, taken = recorded(config.eval_file or config.data_file), counted(len(evaluated), "document")
     return [
         f"held out   {counted(len(held_out), 'document')} of {source}{cut}; "
         f"the loss is on {counted(evaluated.targets, 'token')} of {taken}"

@@ -9,8 +9,9 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.identity import Identity
 
+from ..common.hub import recorded
 from ..config import FIELDS, Config, accumulation, is_automatic, settle
-from ..config.launcher import is_first_process
+from ..config.launcher import is_first_process, launched, whole_number
 from ..data.dataset import Documents
 from ..model import RWKV
 from ..planning.defaults import choose
@@ -67,6 +68,13 @@ def earlier_settings(config: Config) -> Config | None:
     return settle({"config": file})[0]
 
 
+def settings_of_first_process(config: Config) -> Config | None:
+    """What the first process has written, in one that Lightning started after that; else None."""
+    file = os.path.join(config.proj_dir, CONFIG)
+    by_lightning = launched() is None and whole_number("LOCAL_RANK") > 0
+    return settle({"config": file})[0] if by_lightning and os.path.exists(file) else None
+
+
 def inherit(config: Config, origins: dict[str, str], before: Config) -> None:
     """Fill in what was chosen for the run so far.
 
@@ -102,11 +110,11 @@ def find_checkpoint(config: Config, before: Config | None) -> str | None:
             )
         return None
     changed = [
-        f"{name} {getattr(before, name)}, now it is {getattr(config, name)}"
+        f"{name} {getattr(before, name)}, now it is {recorded(getattr(config, name))}"
         for name in FIELDS
         if name not in MAY_CHANGE
         and not is_automatic(before, name)
-        and getattr(before, name) != getattr(config, name)
+        and getattr(before, name) != recorded(getattr(config, name))
     ]
     if changed:
         raise UserError(

@@ -246,7 +246,7 @@ def _no_file(path: str) -> str:
     if "://" in path:
         return (
             "no address is downloaded from; fetch it first, or give OWNER/NAME of a data set of the Hugging"
-            " Face hub"
+            " Face hub, or hf://OWNER/NAME/FILE of a file there"
         )
     if re.search(r"[*?]|\[.*\]", path):
         return "no pattern is expanded; give the folder, or files with commas between them"

@@ -1,0 +1,464 @@
+"""hf://OWNER/NAME[/FILE][@REVISION] -> a local path, by the package huggingface_hub.
+
+A program calls local_path() on what its user typed, before anything else reads it; what comes after that sees
+a local path. A name that stands in a file is never asked for here.
+
+Cache, token, endpoint and offline mode are huggingface_hub's (HF_HOME, HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE). Its second version begins a download anew after each start of the program. So the bytes are
+fetched here, into the place that the cache has for them, and a later start goes on from what has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.progress import Progress
+
+from .formatting import size_text
+
+HUB = "hf://"
+MODEL, DATA = "model", "dataset"  # huggingface_hub's names of the kinds of repositories
+PREFIXES = {"models/": MODEL, "datasets/": DATA}
+FORM = "hf://OWNER/NAME/FILE@REVISION, of which /FILE and @REVISION may be absent"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+REFERENCE = re.compile(r"refs/(pr|convert)/[^/]+")  # a revision with slashes that may stand before a file
+DESCRIPTIONS = ("config.json", "adapter_config.json")  # of a folder of a model, and of an adapter
+READ = (".json", ".txt", ".jinja", ".safetensors")  # what is read of a folder; code never is
+SHOWN = 20  # files in an error
+CHUNK = 1 << 20  # bytes
+
+
+class Fetched(str):
+    """A local path of what came from the hub. `name` is what a record of it has: hf://...@COMMIT."""
+
+    name: str
+
+    def __new__(cls, path: str, name: str) -> Fetched:
+        made = super().__new__(cls, path)
+        made.name = name
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # for pickle and copy
+        return str(self), self.name
+
+
+def recorded(value: Any) -> Any:
+    """What a record has for a setting: the name and commit of what came from the hub, else the value."""
+    return value.name if isinstance(value, Fetched) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class HubName:
+    """A name, taken apart. Without a file it is the repository, or the folder that it is."""
+
+    repo: str
+    file: str = ""
+    revision: str = ""
+    repo_type: str = MODEL
+    prefix: str = ""  # models/ or datasets/, where it was typed
+
+    def __str__(self) -> str:
+        file, revision = self.file and f"/{self.file}", self.revision and f"@{self.revision}"
+        return f"{HUB}{self.prefix}{self.repo}{file}{revision}"
+
+    @property
+    def has_commit(self) -> bool:
+        return bool(COMMIT.fullmatch(self.revision))
+
+    @property
+    def kind(self) -> str:
+        return "data set" if self.repo_type == DATA else "model repository"
+
+    def at(self, commit: str, file: str | None = None) -> HubName:
+        """The same at a commit, and perhaps of another file."""
+        return dataclasses.replace(self, revision=commit, file=self.file if file is None else file)
+
+
+def is_hub_name(text: str) -> bool:
+    return text.startswith(HUB)
+
+
+def parse(text: str, repo_type: str = MODEL) -> HubName:
+    """A name taken apart; `repo_type` is that of a name without models/ or datasets/. UserError otherwise.
+
+    huggingface_hub's own order, OWNER/NAME@REVISION/FILE, is read, too.
+    """
+    rest, prefix = text.removeprefix(HUB), ""
+    for known in PREFIXES:
+        if rest.startswith(known):
+            prefix, rest, repo_type = known, rest.removeprefix(known), PREFIXES[known]
+    owner, _, rest = rest.partition("/")
+    name, slash, file = rest.partition("/")
+    name, at, revision = name.partition("@")
+    if at and slash:
+        long = REFERENCE.match(f"{revision}/{file}")
+        whole = long[0] if long else revision
+        revision, file = whole, f"{revision}/{file}".removeprefix(whole).lstrip("/")
+    elif not at:
+        file, at, revision = file.rpartition("@") if "@" in file else (file, "", "")
+    parts = [owner, name, *(file.split("/") if file or slash and not at else ())]
+    fits = all(re.fullmatch(r"[\w.-]+", part) for part in parts[:2])
+    inside = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+    known_revision = re.fullmatch(r"[\w./+-]+", revision) if at else True
+    if not fits or not inside or not known_revision or ".." in revision:
+        raise UserError(f"{text} is no name of the Hugging Face hub; expected {FORM}")
+    return HubName(f"{owner}/{name}", file, revision, repo_type, prefix)
+
+
+def local_path(text: str, repo_type: str = MODEL) -> str:
+    """A name of the hub as a local path, downloaded where the cache has it not; any other text as it is."""
+    return fetch(pin(parse(text, repo_type))) if is_hub_name(text) else text
+
+
+def pin(name: HubName, shown: bool = True) -> HubName:
+    """The name with the commit that its revision is now, and its file.
+
+    It stays without a file where it is a folder with config.json and safetensors. What the hub can't be asked
+    comes from the cache, which `shown` says on stderr.
+    """
+    if name.file and name.has_commit:
+        return name
+    hub = _package(name)
+    with explained(name):
+        try:
+            if name.file:
+                commit = _metadata(hub, name).commit_hash
+            else:
+                told = hub.HfApi().repo_info(
+                    name.repo, repo_type=name.repo_type, revision=name.revision or None
+                )
+                commit = told.sha
+                name = dataclasses.replace(name, file=_choose(name, [one.rfilename for one in told.siblings]))
+        except Exception as error:
+            if not _is_unreachable(error):
+                raise
+            found = _from_cache(hub, name)
+            if found is None:
+                raise
+            if shown:
+                print(f"note: {_why_unreachable(hub, error)}; the cache has {found}", file=sys.stderr)
+            return found
+        _keep_revision(hub, name, commit)
+    return name.at(commit)
+
+
+def fetch(name: HubName, shown: bool = True) -> Fetched:
+    """The local path of what pin() gave. Of several processes one has its bar `shown`."""
+    hub = _package(name)
+    with explained(name):
+        if name.file:
+            return Fetched(_file(hub, name, shown), str(name))
+        folder = os.path.join(_storage(hub, name), "snapshots", name.revision)
+        if not _is_whole(folder):
+            told = hub.HfApi().repo_info(name.repo, repo_type=name.repo_type, revision=name.revision)
+            names = [one.rfilename for one in told.siblings if "/" not in one.rfilename]
+            # the weights last: where they all are, everything is
+            for file in sorted(filter(_is_read, names), key=lambda file: (file.endswith(READ[-1]), file)):
+                _file(hub, name.at(name.revision, file), shown)
+        return Fetched(folder, str(name))
+
+
+def _package(name: HubName) -> Any:
+    """huggingface_hub, which is imported when a name is there to be asked for."""
+    try:
+        importlib.import_module("huggingface_hub.file_download")
+        importlib.import_module("huggingface_hub.errors")
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs the package huggingface_hub: pip install huggingface_hub ({error})"
+        ) from None
+
+
+def _is_read(file: str) -> bool:
+    return file.endswith(READ)
+
+
+def _choose(name: HubName, files: list[str]) -> str:
+    """Which file of a repository is meant where none is named; "" for a folder of a model.
+
+    UserError where that is open.
+    """
+    checkpoints = [file for file in files if file.endswith(".pth")]
+    weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+    if name.repo_type == MODEL and len(checkpoints) == 1:
+        return checkpoints[0]
+    if name.repo_type == MODEL and not checkpoints and weights and any(d in files for d in DESCRIPTIONS):
+        return ""
+    shown = [file for file in files if not file.rpartition("/")[2].startswith(".")]
+    shown = [file for file in shown if file != "README.md"]
+    if not shown:
+        raise UserError(f"{name}: the {name.kind} has no files")
+    named = dataclasses.replace(name, file=(checkpoints or shown)[0])
+    whole = f"; {name.repo} without hf:// reads the data set through the package datasets"
+    raise UserError(
+        f"{name} names no file, and it has {_listed(checkpoints or shown)}; name one, such as {named}"
+        f"{whole if name.repo_type == DATA else ''}"
+    )
+
+
+def _listed(files: list[str]) -> str:
+    rest = len(files) - SHOWN
+    return ", ".join(files[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _metadata(hub: Any, name: HubName) -> Any:
+    """What the hub says of a file: commit_hash, etag, location, size."""
+    told = hub.get_hf_file_metadata(_address(hub, name))
+    if not told.commit_hash or not told.etag:
+        raise UserError(
+            f"{name}: {hub.constants.ENDPOINT} answers, but not as a hub does; look at HF_ENDPOINT and at"
+            " proxies"
+        )
+    return told
+
+
+def _address(hub: Any, name: HubName) -> str:
+    return hub.hf_hub_url(name.repo, name.file, repo_type=name.repo_type, revision=name.revision or None)
+
+
+def _storage(hub: Any, name: HubName) -> str:
+    """The folder that the cache has for a repository, of which huggingface_hub documents the layout."""
+    folder = hub.file_download.repo_folder_name(repo_id=name.repo, repo_type=name.repo_type)
+    return os.path.join(hub.constants.HF_HUB_CACHE, folder)
+
+
+def _keep_revision(hub: Any, name: HubName, commit: str) -> None:
+    """Have the cache know which commit a revision was, for a later start without the hub."""
+    if name.has_commit:
+        return
+    path = os.path.join(_storage(hub, name), "refs", name.revision or "main")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(commit)
+
+
+def _from_cache(hub: Any, name: HubName) -> HubName | None:
+    """pin() by what the cache has; None where it has not all of it."""
+    storage, commit = _storage(hub, name), name.revision
+    if not name.has_commit:
+        try:
+            with open(os.path.join(storage, "refs", name.revision or "main"), encoding="utf-8") as file:
+                commit = file.read().strip()
+        except OSError:
+            return None
+    folder = os.path.join(storage, "snapshots", commit)
+    if name.file:
+        return name.at(commit) if os.path.isfile(os.path.join(folder, name.file)) else None
+    files = [
+        os.path.relpath(os.path.join(place, file), folder).replace(os.sep, "/")
+        for place, _, names in os.walk(folder)
+        for file in names
+    ]
+    if not files:
+        return None
+    chosen = name.at(commit, _choose(name, sorted(files)))
+    return chosen if chosen.file or _is_whole(folder) else None
+
+
+def _is_whole(folder: str) -> bool:
+    """Whether the cache has all of a folder with safetensors: its weights, which come last."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    weights = {name for name in names if name.endswith(".safetensors")}
+    for index in (name for name in names if name.endswith(".safetensors.index.json")):
+        with open(os.path.join(folder, index), encoding="utf-8") as file:
+            weights_named = {*json.load(file).get("weight_map", {}).values()}
+        if not weights_named <= weights:
+            return False
+    return bool(weights)
+
+
+def _file(hub: Any, name: HubName, shown: bool) -> str:
+    """The path of a file at a commit, in the cache."""
+    found = os.path.join(_storage(hub, name), "snapshots", name.revision, *name.file.split("/"))
+    if os.path.isfile(found):
+        return found
+    _complete(hub, name, shown)
+    # it finds the bytes, and gives them their name in the cache
+    return hub.hf_hub_download(name.repo, name.file, repo_type=name.repo_type, revision=name.revision)
+
+
+class _Counted:
+    """A file whose writing moves a bar."""
+
+    def __init__(self, file: Any, bar: Progress):
+        self.file, self.bar = file, bar
+        self.tell, self.seek, self.truncate = file.tell, file.seek, file.truncate
+
+    def write(self, chunk: bytes) -> int:
+        self.bar.update(len(chunk) / 1e6)
+        return self.file.write(chunk)
+
+
+def _complete(hub: Any, name: HubName, shown: bool) -> None:
+    """Have the cache hold the bytes of a file, going on from those that it has.
+
+    Other processes wait for the one that downloads.
+    """
+    told, storage = _metadata(hub, name), _storage(hub, name)
+    blob = os.path.join(storage, "blobs", told.etag)
+    lock = os.path.join(hub.constants.HF_HUB_CACHE, ".locks", os.path.basename(storage), f"{told.etag}.lock")
+    for path in (blob, lock):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    headers = hub.utils.build_hf_headers()
+    if urlsplit(told.location).netloc != urlsplit(_address(hub, name)).netloc:
+        headers.pop("authorization", None)  # a token is for the hub, not for where it keeps large files
+    headers["Accept-Encoding"] = "identity"  # or the sizes would be of something else
+    partial = f"{blob}.incomplete"  # the name that huggingface_hub gave it before version 2
+    with hub.utils.WeakFileLock(lock):
+        if os.path.exists(blob):
+            return
+        with open(partial, "ab") as file:
+            if told.size is not None and file.tell() > told.size:
+                file.truncate(0)
+            begun = file.seek(0, os.SEEK_END)
+            _require_room(hub, name, (told.size or 0) - begun)
+            total = told.size and told.size / 1e6
+            with Progress(f"downloading {name.file}", total, "MB", shown, begun / 1e6) as bar, _quiet(hub):
+                hub.file_download.http_get(
+                    told.location,
+                    _Counted(file, bar),
+                    resume_size=begun,
+                    headers=headers,
+                    expected_size=told.size,
+                )
+        _check_sum(name, partial, told.etag, shown)
+        os.replace(partial, blob)
+
+
+@contextlib.contextmanager
+def _quiet(hub: Any) -> Iterator[None]:
+    """Without huggingface_hub's own bar."""
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
+
+
+def _require_room(hub: Any, name: HubName, size: int) -> None:
+    """UserError where the disk of the cache has not so many bytes."""
+    cache = hub.constants.HF_HUB_CACHE
+    if (free := shutil.disk_usage(cache).free) < size:
+        raise UserError(
+            f"{name}: {size_text(size)} are to be downloaded, and {cache} has {size_text(free)} left; free"
+            " some, or set HF_HOME to a folder on another disk"
+        )
+
+
+def _check_sum(name: HubName, path: str, etag: str, shown: bool) -> None:
+    """UserError, and no file, where the hub names a file by its hash and this is another one."""
+    if not SHA256.fullmatch(etag):
+        return
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, Progress("checking", os.path.getsize(path) / 1e6, "MB", shown) as bar:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk) / 1e6)
+    if digest.hexdigest() != etag:
+        os.remove(path)
+        raise UserError(f"{name} arrived damaged, and was removed; give the same command again")
+
+
+@contextlib.contextmanager
+def explained(name: HubName) -> Iterator[None]:
+    """A context in which what huggingface_hub raises becomes a UserError of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_reason(name, error)) from None
+
+
+def _reason(name: HubName, error: Exception) -> str:
+    hub = _package(name)
+    errors, cache = hub.errors, hub.constants.HF_HUB_CACHE
+    page = f"{hub.constants.ENDPOINT}/{'datasets/' if name.repo_type == DATA else ''}{name.repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} is gated: accept its terms at {page}, then log in with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        other = "models/" if name.repo_type == DATA else "datasets/"
+        return (
+            f"{name}: the hub has no {name.kind} {name.repo}, or it is private; check the spelling, log in"
+            f" with: hf auth login, or write {HUB}{other}{name.repo} if it is no {name.kind}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        near = _asked(lambda: _revisions(hub, name))
+        return (
+            f"{name}: {name.repo} has no revision {name.revision}"
+            + (f", but {_listed(near)}" if near else "")
+            + f"; expected {FORM}"
+        )
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        files = _asked(lambda: _files(hub, name))
+        near = difflib.get_close_matches(name.file, files, SHOWN, 0.5) or files
+        return f"{name}: {name.repo} has no file {name.file}" + (f"; it has {_listed(near)}" if near else "")
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status in (401, 403):
+        return f"{name}: the hub refuses it to you ({status}); log in with: hf auth login"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{name}: the disk of {cache} is full; free some, or set HF_HOME to a folder on another disk;"
+            " what has arrived is kept"
+        )
+    if _is_unreachable(error):
+        return (
+            f"{name}: {_why_unreachable(hub, error)}, and the cache {cache} has not all of it; give the same"
+            " command again later, which goes on from what has arrived, or give a local path"
+        )
+    return f"{name}: {_first_line(error)}; give the same command again, which goes on from what has arrived"
+
+
+def _asked(question: Callable[[], list[str]]) -> list[str]:
+    """What more the hub says for an error's text; nothing where it says nothing."""
+    with contextlib.suppress(Exception):
+        return question()
+    return []
+
+
+def _revisions(hub: Any, name: HubName) -> list[str]:
+    told = hub.HfApi().list_repo_refs(name.repo, repo_type=name.repo_type)
+    names = [one.name for one in (*told.branches, *told.tags)]
+    return difflib.get_close_matches(name.revision, names, SHOWN, 0.5) or names
+
+
+def _files(hub: Any, name: HubName) -> list[str]:
+    return hub.HfApi().list_repo_files(name.repo, repo_type=name.repo_type, revision=name.revision or None)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the hub was not asked, did not answer, or can't answer now."""
+    # requests or httpx, as huggingface_hub has it; its own errors are of answers
+    package = type(error).__module__.partition(".")[0]
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if package == "huggingface_hub" and not isinstance(error, ConnectionError):
+        return status >= 500
+    return package in ("requests", "urllib3", "httpx", "httpx2") or isinstance(
+        error, (ConnectionError, TimeoutError)
+    )
+
+
+def _why_unreachable(hub: Any, error: Exception) -> str:
+    if hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    return f"the hub at {hub.constants.ENDPOINT} can't be reached ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

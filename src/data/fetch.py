@@ -1,0 +1,77 @@
+"""The settings that may name files of the Hugging Face hub, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rwkv_miss.errors import UserError
+
+from ..common import hub
+from ..config import Config
+from .formats.sources import weighted_paths
+
+KINDS = {"load_model": hub.MODEL, "data_file": hub.DATA, "eval_file": hub.DATA}
+
+
+def fetch_inputs(config: Config, recorded: Config | None = None) -> None:
+    """Have the settings name local files. `recorded` are the settings that a run began with, if it did."""
+    fetch(config, pinned_names(config, recorded))
+
+
+def pinned_names(config: Config, recorded: Config | None = None) -> dict[str, str]:
+    """setting -> its text with a commit in every name of the hub; settings without such a name are not in it.
+
+    A name keeps the commit that it has in `recorded`, whatever branch it names.
+    """
+    pinned = {}
+    for setting, kind in KINDS.items():
+        text = getattr(config, setting)
+        if hub.HUB not in text:
+            continue
+        began = _names(setting, getattr(recorded, setting), kind) if recorded else []
+        parts = []
+        for path, weight in _parts(setting, text):
+            if hub.is_hub_name(path):
+                path = str(_pinned(setting, hub.parse(path, kind), began))
+            parts.append((path, weight))
+        pinned[setting] = _joined(parts)
+    return pinned
+
+
+def _pinned(setting: str, name: hub.HubName, began: list[hub.HubName]) -> hub.HubName:
+    """A name with its commit: that which a run began with, unless another commit was given."""
+    for one in began:
+        same = (one.repo, one.repo_type) == (name.repo, name.repo_type) and name.file in ("", one.file)
+        if same and not name.has_commit:
+            if name.revision:
+                print(f"note: --{setting} {name}: the run goes on with the commit that it began with, {one}")
+            return one
+    return hub.pin(name)
+
+
+def fetch(config: Config, names: Mapping[str, str], shown: bool = True) -> None:
+    """Download what pinned_names() gave, and have the settings name the local files."""
+    for setting, text in names.items():
+        parts = []
+        for path, weight in _parts(setting, text):
+            if hub.is_hub_name(path):
+                path = str(hub.fetch(hub.parse(path, KINDS[setting]), shown))
+                if "," in path and KINDS[setting] == hub.DATA:
+                    raise UserError(
+                        f"--{setting} {text}: the hub's cache has a comma in its path, {path}; set HF_HOME to"
+                        " a folder without one"
+                    )
+            parts.append((path, weight))
+        setattr(config, setting, hub.Fetched(_joined(parts), text))
+
+
+def _parts(setting: str, text: str) -> list[tuple[str, float]]:
+    return weighted_paths(text) if KINDS[setting] == hub.DATA else [(text, 1.0)]
+
+
+def _names(setting: str, text: str, kind: str) -> list[hub.HubName]:
+    return [hub.parse(path, kind) for path, _ in _parts(setting, text) if hub.is_hub_name(path)]
+
+
+def _joined(parts: list[tuple[str, float]]) -> str:
+    return ",".join(path if weight == 1 else f"{path}:{weight!r}".removesuffix(".0") for path, weight in parts)

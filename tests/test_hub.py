@@ -1,0 +1,281 @@
+"""hf:// names, against a stand-in of the hub: downloads, what is resumed and kept, and every refusal."""
+
+import copy
+import dataclasses
+import os
+import pickle
+import shutil
+import time
+
+import huggingface_hub.file_download  # noqa: F401
+import pytest
+from huggingface_hub import constants
+
+from rwkv_miss import UserError
+from src.common import hub as names
+from src.common.hub import DATA, HubName, local_path, parse, pin
+from src.config import Config
+from src.data.fetch import fetch_inputs, pinned_names
+from src.data.formats import sources
+
+from .hub_server import serving
+
+MODEL = bytes(range(256)) * 1201 + b"!"
+CLOSED = "http://127.0.0.1:9"  # the port `discard`, where nobody listens
+
+
+def point_at(endpoint, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with a model and data; the cache is empty, nobody is logged in."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+    with serving() as hub:
+        point_at(hub.endpoint, monkeypatch)
+        hub.commit = hub.add("o/n", {"README.md": "a", "m.pth": MODEL, "config.json": "{}"})
+        hub.add("o/d", {"a.jsonl": '{"text": "a"}\n', "b/b.jsonl": '{"text": "b"}\n'}, "datasets")
+        yield hub
+
+
+def refused(text, repo_type=names.MODEL):
+    with pytest.raises(UserError) as error:
+        local_path(text, repo_type)
+    said = str(error.value)
+    assert said.startswith(text) and "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    {
+        "hf://o/n": HubName("o/n"),
+        "hf://o/n/m.pth": HubName("o/n", "m.pth"),
+        "hf://o/n/sub/m.pth@v1.0": HubName("o/n", "sub/m.pth", "v1.0"),
+        "hf://o/n/m.pth@refs/pr/3": HubName("o/n", "m.pth", "refs/pr/3"),
+        "hf://o/n@main": HubName("o/n", "", "main"),
+        "hf://o/n@refs/pr/3": HubName("o/n", "", "refs/pr/3"),
+        # as huggingface_hub writes them
+        "hf://o/n@v1.0/sub/m.pth": HubName("o/n", "sub/m.pth", "v1.0"),
+        "hf://o/n@refs/pr/3/m.pth": HubName("o/n", "m.pth", "refs/pr/3"),
+        "hf://datasets/o/n/a.jsonl": HubName("o/n", "a.jsonl", "", DATA, "datasets/"),
+        "hf://models/o/n/a.jsonl": HubName("o/n", "a.jsonl", "", names.MODEL, "models/"),
+    }.items(),
+)
+def test_a_name_is_taken_apart_and_written_again(text, expected):
+    assert parse(text) == expected
+    assert parse(str(expected)) == expected
+
+
+def test_a_name_without_a_kind_is_of_the_kind_that_is_read():
+    assert parse("hf://o/n/a", DATA).repo_type == DATA
+    assert parse("hf://models/o/n/a", DATA).repo_type == names.MODEL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://",
+        "hf://o",
+        "hf://o/",
+        "hf://o/n/",
+        "hf://o/n//a",
+        "hf://o/n/../a",
+        "hf://o/n/a@",
+        "hf://o/n@",
+        "hf://../n/a",
+        "hf://o/n/a@../b",
+        "hf://o n/m",
+        "hf://o/n/a\\b",
+        "hf://datasets/o",
+    ],
+)
+def test_what_is_no_name_is_refused(text):
+    assert "expected hf://OWNER/NAME/FILE@REVISION" in refused(text)
+
+
+def test_any_other_text_stays_as_it_is():
+    for text in ("", "a.pth", "/tmp/hf:/a", "o/n"):
+        assert local_path(text) is text
+
+
+def test_a_file_is_downloaded_once(hub):
+    path = local_path("hf://o/n/m.pth")
+    assert open(path, "rb").read() == MODEL
+    assert path.name == f"hf://o/n/m.pth@{hub.commit}"
+    asked = len(hub.log)
+    assert local_path(path.name) == path
+    assert len(hub.log) == asked  # a commit never changes
+    assert local_path("hf://o/n/m.pth@main") == path
+    assert len(hub.asked("GET", "/")) == len([one for one in hub.log[:asked] if one[1] == "GET"])
+
+
+def test_the_only_pth_of_a_repository_needs_no_name(hub):
+    assert local_path("hf://o/n").name == f"hf://o/n/m.pth@{hub.commit}"
+
+
+def test_the_path_keeps_its_name_when_it_is_copied(hub):
+    path = local_path("hf://o/n")
+    for other in (copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
+        assert (other, other.name) == (path, path.name)
+    assert dataclasses.replace(Config(load_model=path)).load_model.name == path.name
+
+
+def test_a_folder_with_shards(hub):
+    index = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    files = {
+        "config.json": "{}",
+        "model.safetensors.index.json": index,
+        "model-1.safetensors": b"1" * 99,
+        "model-2.safetensors": b"2" * 99,
+        "modeling.py": "raise SystemExit",
+        "onnx/a.json": "{}",
+    }
+    commit = hub.add("o/folder", files)
+    folder = local_path("hf://o/folder")
+    assert folder.name == f"hf://o/folder@{commit}"
+    assert set(os.listdir(folder)) == {*files} - {"modeling.py", "onnx/a.json"}
+    asked = len(hub.log)
+    assert local_path(folder.name) == folder
+    os.remove(os.path.join(folder, "model-2.safetensors"))
+    assert os.path.exists(os.path.join(local_path(folder.name), "model-2.safetensors"))
+    assert len(hub.log) > asked
+
+
+def test_a_repository_with_several_files_lists_them(hub):
+    hub.add("o/two", {"a.pth": b"a", "b.pth": b"b", "notes.txt": "c"})
+    assert "it has a.pth, b.pth; name one, such as hf://o/two/a.pth" in refused("hf://o/two")
+    said = refused("hf://o/d", DATA)
+    assert "a.jsonl, b/b.jsonl; name one, such as hf://o/d/a.jsonl; o/d without hf://" in said
+    assert not hub.asked("GET", "resolve")
+
+
+def test_wrong_names(hub):
+    assert "no model repository o/m, or it is private" in refused("hf://o/m/m.pth")
+    assert "or write hf://datasets/o/d if" in refused("hf://o/d/a.jsonl")
+    assert "no data set o/n, or it" in refused("hf://o/n/m.pth", DATA)
+    assert "has no file zzz; it has README.md, m.pth, config.json" in refused("hf://o/n/zzz")
+    assert refused("hf://o/n/conifg.json").endswith("has no file conifg.json; it has config.json")
+    assert "o/n has no revision mian, but main" in refused("hf://o/n/m.pth@mian")
+    assert "has no revision v2" in refused("hf://o/n@v2")
+
+
+def test_what_may_not_be_read(hub, monkeypatch):
+    hub.private["o/n"] = "hf_right"
+    assert "hf auth login" in refused("hf://o/n/m.pth")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "hf auth login" in refused("hf://o/n/m.pth")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert open(local_path("hf://o/n/m.pth"), "rb").read() == MODEL
+    tokens = {
+        server: {one[3].get("authorization") for one in hub.log if one[0] == server}
+        for server in ("endpoint", "large")
+    }
+    assert tokens["large"] == {None} and "Bearer hf_right" in tokens["endpoint"]
+    hub.add("o/gated", {"m.pth": MODEL})
+    hub.gated.add("o/gated")
+    said = refused("hf://o/gated/m.pth")
+    assert f"is gated: accept its terms at {hub.endpoint}/o/gated, then log in with: hf auth login" in said
+
+
+def test_an_interrupted_download_goes_on(hub, tmp_path):
+    hub.cut = 200_500
+    said = refused("hf://o/n/m.pth")
+    assert "goes on from what has arrived" in said
+    (partial,) = (tmp_path / "cache").rglob("*.incomplete")
+    kept = partial.stat().st_size
+    assert 0 < kept <= 200_500
+    hub.refusal = None
+    path = local_path("hf://o/n/m.pth")
+    assert open(path, "rb").read() == MODEL
+    ranges = [one[3].get("range") for one in hub.log if one[0] == "large" and one[1] == "GET"]
+    assert ranges[0] is None and ranges[-1].startswith(f"bytes={kept}-")
+    assert not partial.exists()
+
+
+def test_bytes_that_are_not_those_of_the_hash_are_not_kept(hub, tmp_path):
+    hub.cut = 200_500
+    refused("hf://o/n/m.pth")
+    hub.refusal = None
+    (partial,) = (tmp_path / "cache").rglob("*.incomplete")
+    partial.write_bytes(b"x" * partial.stat().st_size)
+    assert "arrived damaged" in refused("hf://o/n/m.pth")
+    assert open(local_path("hf://o/n/m.pth"), "rb").read() == MODEL
+
+
+def test_without_the_hub_the_cache_answers(hub, monkeypatch, capsys):
+    path, data = local_path("hf://o/n"), local_path("hf://o/d/a.jsonl", DATA)
+    point_at(CLOSED, monkeypatch)
+    for text in ("hf://o/n", "hf://o/n/m.pth", "hf://o/n/m.pth@main", path.name):
+        assert local_path(text).name == path.name
+    assert "can't be reached" in capsys.readouterr().err
+    assert local_path("hf://o/d/a.jsonl", DATA) == data
+    said = refused("hf://o/n/config.json")
+    assert f"{CLOSED} can't be reached" in said and "or give a local path" in said
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local_path("hf://o/n/m.pth") == path
+    assert "HF_HUB_OFFLINE is set" in refused("hf://o/n/config.json")
+
+
+def test_a_broken_hub_is_one_that_is_not_there(hub):
+    path = local_path("hf://o/n/m.pth")
+    hub.refusal = 503
+    assert local_path("hf://o/n/m.pth") == path
+    assert "503" in refused("hf://o/n/config.json")
+
+
+def test_room_on_the_disk_is_looked_at_first(hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    said = refused("hf://o/n/m.pth")
+    assert "300 KiB are to be downloaded" in said and "0.98 KiB left" in said and "set HF_HOME" in said
+    assert not hub.asked("GET", "/")
+
+
+def test_a_disk_that_fills_up(hub, monkeypatch):
+    def full(file, chunk):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(names._Counted, "write", full)
+    assert "is full" in refused("hf://o/n/m.pth")
+
+
+def test_data_with_weights(hub, tmp_path):
+    local = tmp_path / "l.jsonl"
+    local.write_text('{"text": "l"}\n')
+    config = Config(data_file=f"{local}:2,hf://o/d/a.jsonl:0.5,hf://o/d/b/b.jsonl@main", eval_file=str(local))
+    fetch_inputs(config)
+    commit = hub.branches["datasets", "o/d"]["main"]
+    assert config.data_file.name == f"{local}:2,hf://o/d/a.jsonl@{commit}:0.5,hf://o/d/b/b.jsonl@{commit}"
+    assert config.eval_file == str(local)
+    found = sources(config.data_file)
+    assert [source.weight for source in found] == [2, 0.5, 1]
+    assert [record["text"] for source in found for _, record in source.records()] == ["l", "a", "b"]
+
+
+def test_a_run_keeps_the_commit_that_it_began_with(hub, capsys):
+    config = Config(load_model="hf://o/n", data_file="hf://o/d/a.jsonl:2")
+    began = Config(**pinned_names(config))
+    hub.add("o/n", {"m.pth": b"new"})
+    hub.add("o/d", {"a.jsonl": '{"text": "new"}\n'}, "datasets")
+    assert pinned_names(config, began) == {"load_model": began.load_model, "data_file": began.data_file}
+    assert began.load_model.endswith(hub.commit)
+    assert not capsys.readouterr().out
+    on_branch = Config(load_model="hf://o/n/m.pth@main")
+    assert pinned_names(on_branch, began)["load_model"] == began.load_model
+    assert "goes on with the commit that it began with" in capsys.readouterr().out
+    newest = hub.branches["models", "o/n"]["main"]
+    assert pin(parse("hf://o/n")).revision == newest != hub.commit
+    asked = Config(load_model=f"hf://o/n/m.pth@{newest}")
+    assert pinned_names(asked, began)["load_model"] == asked.load_model
+    other = Config(load_model="hf://o/n/config.json")
+    with pytest.raises(UserError):
+        pinned_names(other, began)
