@@ -55,14 +55,15 @@ def main(argv: list[str] | None = None) -> None:
 def convert(args: argparse.Namespace) -> tuple[int, int]:
     """(documents, tokens, ends of document included) written. A UserError leaves nothing behind."""
     tokenizer = load_tokenizer(args.tokenizer, sys.maxsize, args.eod)
-    encoder = Encoder(tokenizer, recorded_template(args.template, tokenizer, None))
+    # with this mask a row is always one document
+    encoder = Encoder(tokenizer, recorded_template(args.template, tokenizer, None), "all")
     count = tokens = 0
     try:
         writer = JsonlWriter(args.out, tokenizer) if args.to_jsonl else Writer(args.out, tokenizer.vocab_size)
         try:
             for where, row in rows(args.data, Reading.of(args), tokenizer.eod):
                 try:
-                    ids, _ = encoder.encode(row)
+                    [(ids, _)] = encoder.encode(row)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
                 writer.add(ids)

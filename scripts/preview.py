@@ -95,15 +95,13 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
     lint, report, reading = Lint(encoder, longest_uncut(config)), Report("skip"), Reading.of(config)
     chosen = []
     for number, source in enumerate(sources(config.data_file, reading, report.notes)):
-        before = len(lint.documents)
+        before = sum(lint.begins)
         for where, row in read_source(source, report, reading, encoder.tokenizer.eod):
             try:
                 lint.look(where, row)
             except UserError as error:
                 report.refuse(source.path, where, error)
-        chosen.append(
-            before + sample(len(lint.documents) - before, source.weight, config.random_seed, number)
-        )
+        chosen.append(before + sample(sum(lint.begins) - before, source.weight, config.random_seed, number))
     if not lint.documents:
         raise UserError(
             f"{config.data_file}: no row can be used, such as"
@@ -117,8 +115,9 @@ def inspect(config: Config, encoder: Encoder) -> tuple[Lint, Report, Tokens, np.
             with contextlib.suppress(UserError):
                 lint.compare(where, row)
     ids, trained = (np.concatenate(arrays) for arrays in zip(*lint.documents))
-    tokens = Tokens(ids, trained, np.cumsum([len(ids) for ids, _ in lint.documents]), np.array(lint.texts))
-    return lint, report, tokens, np.concatenate(chosen)
+    ends = np.cumsum([len(ids) for ids, _ in lint.documents])
+    tokens = Tokens(ids, trained, ends, np.array(lint.texts), np.array(lint.begins))
+    return lint, report, tokens, tokens.documents_of(np.concatenate(chosen))
 
 
 def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
@@ -127,11 +126,12 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     inputs = (documents.lengths - 1).tolist()
     rows = len(pack(inputs, config.ctx_len, config.random_seed)) if config.packing else len(inputs)
     return {
-        "rows": len(lengths),
+        "rows": tokens.records,
         "tokens": int(lengths.sum()),
         "trained": int(tokens.trained.sum()),
         "lengths": {f"{p}%": int(np.percentile(lengths, p, method="nearest")) for p in PERCENTILES},
         "documents": len(inputs),
+        "rewritten": documents.rewritten[0],
         "split": documents.split,
         "cut": documents.cut,
         "cut_tokens": documents.cut_tokens,
@@ -141,7 +141,9 @@ def statistics(config: Config, tokens: Tokens, documents: Documents) -> dict:
     }
 
 
-def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report: Report) -> list[str]:
+def overview(
+    config: Config, encoder: Encoder, documents: Documents, figures: dict, lint: Lint, report: Report
+) -> list[str]:
     length = figures["lengths"]
     lines = [
         *report.lines(),
@@ -157,6 +159,7 @@ def overview(config: Config, encoder: Encoder, figures: dict, lint: Lint, report
         f"ctx_len    {config.ctx_len}: {counted(figures['packed_rows'], 'row')}, {figures['fill']:.1%} full"
         + (f"; one document a row would be {figures['fill_unpacked']:.1%}" if config.packing else ""),
     ]
+    lines += plan_text.rewritten(documents)
     if figures["split"]:
         lines.append(
             f"           {counted(figures['split'], 'text')} of more tokens, cut into several documents"
@@ -214,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
             )
         else:
-            print("\n".join(overview(config, encoder, figures, lint, report)))
+            print("\n".join(overview(config, encoder, documents, figures, lint, report)))
             plain = args.plain or not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR"))
             for i in np.unique(
                 np.linspace(0, len(documents) - 1, min(args.samples, len(documents))).astype(int)

@@ -180,7 +180,7 @@ def test_the_figures_are_those_of_the_training(show, tmp_path):
 def test_what_is_cut_is_what_a_run_cuts(show, tmp_path):
     """To the token: a conversation that just fits, and one whose first trained token just does not."""
     rows = [{"messages": [user("a"), assistant("b" * n)]} for n in (1, 2, 40)]
-    length = len(Encoder(load_tokenizer("bytes", 256)).encode(rows[0])[0])
+    length = len(Encoder(load_tokenizer("bytes", 256)).encode(rows[0])[0][0])
     asked = len("User: a\n\nAssistant:")
     for ctx_len, cut in ((length - 1, 2), (length - 2, 3), (asked, 3), (asked - 1, 3)):
         _, output = show(rows, "--json", "--ctx_len", str(ctx_len))
@@ -202,7 +202,7 @@ def test_the_colours_are_the_mask_token_for_token(show, monkeypatch):
     _, output = show([{"messages": turns}], "--tokenizer", "world", "--template", "think-short")
     lines = [line.removeprefix("    | ") for line in output.splitlines() if line.startswith("    | ")]
     tokens = [(code in ("30;42", "30;102"), text) for code, text in ESCAPE.findall("\n".join(lines)) if text]
-    ids, trained = Encoder(world, template).encode({"messages": turns})
+    [(ids, trained)] = Encoder(world, template).encode({"messages": turns})
     wanted, decoder = [], world.decoder()
     for token, flag in zip(ids[:-1].tolist(), trained.tolist()):
         text = decoder.push(token).replace("\n", "⏎\n")

@@ -365,7 +365,7 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
     ]
     base, data = checkpoint(7, vocab_size=256), tmp_path / "MetaMathQA.json"
     data.write_text(json.dumps([metamath(row) for row in rows]))
-    pieces = record_segments(next(read_records(data))[1], DEFAULT, "assistant")
+    [pieces] = record_segments(next(read_records(data))[1], DEFAULT, "assistant")
     prompt = "User: Ann has 3 pens.\nShe buys 4. How many?\n\nAssistant:"
     assert pieces == [(prompt, False), (" 3 + 4 = 7\n#### 7\nThe answer is: 7", True)]
     program.succeed(

@@ -303,7 +303,7 @@ def test_tools_and_a_document_end(jinja, tmp_path):
     # the template ends the last answer with the token that ends a document: there is one, not two
     tokenizer = whole_blank_line_tokenizer(tmp_path)
     template = load_template(WITH_EOS, tokenizer.decode(tokenizer.eod))
-    ids, trained = Encoder(tokenizer, template).encode({"messages": [user("a"), assistant("b")]})
+    [(ids, trained)] = Encoder(tokenizer, template).encode({"messages": [user("a"), assistant("b")]})
     assert (
         ids.tolist() == tokenizer.encode("[user]a[assistant]b<end>")
         and trained.tolist() == [False] * (len(ids) - 2) + [True] * 2
@@ -326,7 +326,7 @@ def test_tools_and_a_document_end(jinja, tmp_path):
         ),
         (
             "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
-            "changes when more follow ('1A question?' becomes '2A question?2An answer.'",
+            "changes when it follows ('1A question?' becomes '2A question?2An answer.'",
         ),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}",
@@ -348,8 +348,8 @@ def test_a_wrong_template_is_named_with_its_line_before_anything_starts(jinja, s
 
 
 def test_a_template_that_rewrites_earlier_turns(jinja):
-    """As those do that take the thoughts out of all answers but the last: the mask needs marks, and a chat
-    reads the whole text again.
+    """As those do that take the thoughts out of all answers but the last: each answer is in a document of its
+    own, and a chat reads the whole text again.
     """
     forgetful = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '-' }};{%"
@@ -358,10 +358,11 @@ def test_a_template_that_rewrites_earlier_turns(jinja):
     template = jinja(forgetful)
     one = template.segments([user("a"), assistant("b")])
     assert shown(one) == "[user]a;[assistant]|<b>|<;>"
-    with pytest.raises(
-        UserError, match=r"first 2 messages changes when more follow \('b;' becomes '-;\[user\]c;"
-    ):
-        template.segments([user("a"), assistant("b"), user("c"), assistant("d")])
+    two = template.documents([user("a"), assistant("b"), user("c"), assistant("d")])
+    assert [*map(shown, two)] == [
+        "[user]a;[assistant]|<b>|<;>",
+        "[user]a;[assistant]-;[user]c;[assistant]|<d>|<;>",
+    ]
     assert template.next_turn([user("a"), assistant("b")], [user("c")]) is None
 
 
@@ -389,7 +390,7 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
         ending = template.stop if name in TEMPLATES else ""
         conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
-    ids, _ = Encoder(tokenizer, template).encode({"messages": TURNS})
+    [(ids, _)] = Encoder(tokenizer, template).encode({"messages": TURNS})
     rest = tokenizer.encode(getattr(template, "turn_end", ""))
     assert [
         *conversation.state,
@@ -472,7 +473,7 @@ def test_loss_masks_of_every_kind_of_row():
         "pair": {"prompt": "a ", "completion": "b"},
     }
     masks = {
-        name: {kind: shown(record_segments(row, DEFAULT, name)) for kind, row in rows.items()}
+        name: {kind: shown(*record_segments(row, DEFAULT, name)) for kind, row in rows.items()}
         for name in ("assistant", "all", "Assistant:", "a")
     }
     assert masks["assistant"] == {
@@ -530,7 +531,7 @@ def test_a_marker_that_no_row_has_is_an_error(tmp_path):
 
 def test_the_marker_assistant_is_the_mask_of_a_conversation():
     turns = [system("s"), user("a\n\nb"), assistant("c\n\nd"), user("e"), assistant("f"), assistant("g")]
-    assert record_segments({"messages": turns}, DEFAULT, "Assistant:") == DEFAULT.segments(turns)
+    assert record_segments({"messages": turns}, DEFAULT, "Assistant:") == [DEFAULT.segments(turns)]
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes"])
@@ -539,10 +540,10 @@ def test_a_marker_in_tokens(kind):
     tokenizer = named(kind)
     text = "User: é你\n\nAssistant: 🙂 b\n\nUser: c\n\nAssistant: d"
     ids = np.array(tokenizer.encode(text), dtype=np.int32)
-    got, trained = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"ids": ids})
-    want, mask = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"text": text})
+    [(got, trained)] = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"ids": ids})
+    [(want, mask)] = Encoder(tokenizer, DEFAULT, "Assistant:").encode({"text": text})
     assert got.tolist() == want.tolist() == [*ids, *tokenizer.eod] and trained.tolist() == mask.tolist()
-    whole, everything = Encoder(tokenizer).encode({"ids": got})
+    [(whole, everything)] = Encoder(tokenizer).encode({"ids": got})
     assert whole.tolist() == got.tolist() and everything.all(), "the end of document is there already"
     with pytest.raises(UserError, match="give the data as text"):
         Encoder(load_tokenizer("utf16", 256), DEFAULT, "x").encode({"ids": ids % 256})

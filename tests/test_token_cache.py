@@ -46,7 +46,7 @@ def fit(tokens, ctx_len):
     return dataset.fit([tokens], [np.arange(len(tokens.ends))], ctx_len)
 
 
-NAMES = ("ids", "trained", "ends", "texts")
+NAMES = ("ids", "trained", "ends", "texts", "begins")
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_the_arrays_are_the_documents_one_after_another(path, encoder):
     rows = make_rows(700)
     assert len(tokens.ends) == 700 and tokens.texts.tolist() == ["text" in row for row in rows]
     for row, start, end in zip(rows, [0, *tokens.ends], tokens.ends):
-        ids, trained = encoder.encode(row)
+        [(ids, trained)] = encoder.encode(row)
         assert (
             tokens.ids[start:end].tolist() == ids.tolist()
             and tokens.trained[start:end].tolist() == trained.tolist()
@@ -367,7 +367,9 @@ def test_what_is_kept_of_a_document_is_little(encoder):
     count = 100_000
     lengths = np.random.default_rng(0).integers(20, 40, count)
     ids = np.zeros(int(lengths.sum()), np.int32)
-    tokens = Tokens(ids, np.ones(len(ids), bool), np.cumsum(lengths), np.zeros(count, bool))
+    tokens = Tokens(
+        ids, np.ones(len(ids), bool), np.cumsum(lengths), np.zeros(count, bool), np.ones(count, bool)
+    )
     tracemalloc.start()
     try:
         documents = fit(tokens, 64)
@@ -391,7 +393,7 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
     lengths = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 50, 1, 1]
     texts = np.array([i % 3 != 1 for i in range(len(lengths))])
     ids = np.arange(sum(lengths), dtype=np.int32)
-    tokens = Tokens(ids, ids % 3 > 0, np.cumsum(lengths), texts)
+    tokens = Tokens(ids, ids % 3 > 0, np.cumsum(lengths), texts, np.ones(len(texts), bool))
     documents = fit(tokens, ctx_len)
     seen = list(itertools.chain.from_iterable(row.ids[1:].tolist() for row in documents))
     wanted, cut, lost = [], 0, 0
@@ -411,7 +413,11 @@ def test_every_token_of_a_text_is_a_target_once(ctx_len):
 
 def test_rows_of_several_files_in_any_order():
     files = [
-        Tokens(np.arange(9, dtype=np.int32) + 10 * i, np.arange(9) % 2 == i, np.array([9]), np.array([True]))
+        Tokens(
+            np.arange(9, dtype=np.int32) + 10 * i,
+            np.arange(9) % 2 == i,
+            *[np.array([n]) for n in (9, True, True)],
+        )
         for i in range(2)
     ]
     rows = FileDocuments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 
@@ -11,6 +12,12 @@ class Segment(NamedTuple):
 
     text: str
     trained: bool
+
+
+BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
+
+# (text, place) -> the last place up to `place` where a token of the text ends
+TokenEnd = Callable[[str, int], int]
 
 
 class Template(Protocol):
@@ -28,6 +35,15 @@ class Template(Protocol):
 
         `ask` adds the words after which an answer follows. Raises UserError for a conversation that the
         template has no form for.
+        """
+
+    def documents(
+        self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
+    ) -> list[list[Segment]]:
+        """The conversation for training: one document, or several where the template rewrites earlier turns.
+
+        Every answer is trained once, as it stands while it is the last. `token_end` knows the tokens of
+        a text.
         """
 
     def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:

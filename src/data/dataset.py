@@ -68,6 +68,9 @@ class Documents(Sequence):
     # (n,) int32: the number of the long text that a document is a part of, -1 for a document that is no part;
     # None: no document is one
     text: np.ndarray | None = None
+    # (n,) int32: the number of the conversation that a document is one of several of, -1 for a document that
+    # is a conversation or text of its own; None: all documents are
+    conversation: np.ndarray | None = None
     untrained: int = 0  # how many documents were left out because they have no trained token
 
     def __len__(self) -> int:
@@ -91,6 +94,14 @@ class Documents(Sequence):
         """Texts that became several documents, of which at least one is here."""
         return 0 if self.text is None else len(np.unique(self.text[self.text >= 0]))
 
+    @property
+    def rewritten(self) -> tuple[int, int]:
+        """(conversations that became several documents, of which at least one is here; these documents)."""
+        if self.conversation is None:
+            return 0, 0
+        of = self.conversation[self.conversation >= 0]
+        return len(np.unique(of)), len(of)
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (n,) int32."""
@@ -112,7 +123,8 @@ class Documents(Sequence):
             items = [self.items[i] for i in chosen]
         lost = None if self.lost is None else self.lost[chosen]
         text = None if self.text is None else self.text[chosen]
-        return Documents(items, lost, text, self.untrained)
+        conversation = None if self.conversation is None else self.conversation[chosen]
+        return Documents(items, lost, text, conversation, self.untrained)
 
     def learnable(self) -> Documents:
         """The documents with a trained token: a step without one would have no loss."""
@@ -214,7 +226,7 @@ def load(
     found = sources(str(data_file), reading, report.notes)
     files = [tokenise(source, encoder, report, reading, cache) for source in found]
     chosen = [
-        sample(len(tokens.ends), source.weight, seed, i)
+        tokens.documents_of(sample(tokens.records, source.weight, seed, i))
         for i, (tokens, source) in enumerate(zip(files, found))
     ]
     return Loaded(str(data_file), encoder, files, chosen)
@@ -240,9 +252,10 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
     too_long = lengths > limit
     cut, split = too_long & ~texts, too_long & texts
     lost = np.where(cut, lengths - limit, 0).astype(np.int32) if cut.any() else None
+    conversation = _conversations(pairs)
     if not split.any():
         parts = FileDocuments(files, file, starts, np.minimum(lengths, limit).astype(np.int32))
-        return Documents(parts, lost)
+        return Documents(parts, lost, conversation=conversation)
 
     counts = np.where(split, -(-(lengths - 1) // ctx_len), 1)  # of parts
     of = np.repeat(np.arange(len(lengths)), counts)  # the document that each part comes from
@@ -250,4 +263,22 @@ def fit(files: list[Tokens], chosen: list[np.ndarray], ctx_len: int) -> Document
     begins = starts[of] + number_in_document * ctx_len
     parts = FileDocuments(files, file[of], begins, np.minimum(ends[of] - begins, limit).astype(np.int32))
     text = np.where(counts > 1, np.arange(len(counts)), -1).astype(np.int32)[of]
-    return Documents(parts, None if lost is None else lost[of], text)
+    return Documents(
+        parts,
+        None if lost is None else lost[of],
+        text,
+        None if conversation is None else conversation[of],
+    )
+
+
+def _conversations(pairs: list[tuple[Tokens, np.ndarray]]) -> np.ndarray | None:
+    """Documents.conversation of the chosen documents of each file."""
+    if all(tokens.begins.all() for tokens, _ in pairs):
+        return None
+    numbers, first = [], 0
+    for tokens, documents in pairs:
+        record = np.cumsum(tokens.begins) - 1
+        is_several = np.bincount(record)[record] > 1
+        numbers.append(np.where(is_several, record + first, -1).astype(np.int32)[documents])
+        first += tokens.records
+    return np.concatenate(numbers)

@@ -24,6 +24,20 @@ class Tokens:
     trained: np.ndarray  # (N,) bool
     ends: np.ndarray  # (n,) int64: where each document ends
     texts: np.ndarray  # (n,) bool: whether it is running text and not a conversation
+    begins: np.ndarray  # (n,) bool: whether it is the first document of its record
+
+    @property
+    def records(self) -> int:
+        return int(np.count_nonzero(self.begins))
+
+    def documents_of(self, records: np.ndarray) -> np.ndarray:
+        """The places of the documents of these records, which are numbers from 0 on."""
+        firsts = np.flatnonzero(self.begins)
+        if len(firsts) == len(self.begins):
+            return records
+        counts = np.diff(firsts, append=len(self.begins))[records]
+        number_in_record = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(firsts[records], counts) + number_in_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +48,9 @@ class Encoder:
     template: Template = DEFAULT
     loss_mask: str = "assistant"
 
-    def encode(self, record: dict) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (n,) int32, trained (n,) bool) with the end of document at the end, which is always trained.
+    def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids (n,) int32, trained (n,) bool) of each document, with the end of document, which is always
+        trained. Most records are one document (see record_segments).
 
         Raises UserError for a record that the template or the tokenizer cannot express.
         """
@@ -49,12 +64,24 @@ class Encoder:
                     " from text"
                 )
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
-            return self._ended(ids, trained)
-        return self.encode_segments(record_segments(record, self.template, self.loss_mask))
+            return [self._ended(ids, trained)]
+        documents = record_segments(record, self.template, self.loss_mask, self.token_end)
+        return [self.encode_segments(segments) for segments in documents]
 
     def is_text(self, record: dict) -> bool:
         """Whether the record is running text, any part of which makes sense by itself, not a conversation."""
         return ("text" in record or "ids" in record) and not trains_by_marker(self.loss_mask)
+
+    def token_end(self, text: str, place: int) -> int:
+        """See chat_template.TokenEnd. It is `place` for a tokenizer that changes the text."""
+        ids = self.tokenizer.encode(text)
+        rest = len(self.tokenizer.encode(text[place:])) + 8  # tokens that may reach over the place
+        for count in range(len(ids), max(0, len(ids) - rest), -1):
+            beginning = self.tokenizer.decode(ids[:count])
+            fits = len(beginning) <= place and text.startswith(beginning)
+            if fits and self.tokenizer.encode(beginning) == ids[:count]:
+                return len(beginning)
+        return place
 
     def encode_segments(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """encode() of pieces that are tokenised one by one."""

@@ -33,9 +33,10 @@ def hold_out(
     """(documents to train on, documents held out).
 
     Held out are the documents of --eval_file, or the share --eval_split of `documents`; without either, none.
-    A document that is in both, word for word, is held out. The choice depends on the documents' own content
-    and the seed, so that it is the same in every process and in a resumed run. Raises UserError where either
-    side would be left without a trained token.
+    --eval_split keeps the documents of one conversation together. A document that is in both, word for word,
+    is held out. The choice depends on the documents' own content and the seed, so that it is the same in
+    every process and in a resumed run. Raises UserError where either side would be left without a trained
+    token.
     """
     if not config.eval_file and config.eval_split <= 0:
         return documents, Documents([])
@@ -45,7 +46,11 @@ def hold_out(
         is_held = np.isin(keys, _keys(held, config.random_seed))
     else:
         source = f"--eval_split {config.eval_split} of {config.data_file}"
-        is_held = np.isin(keys, np.sort(keys)[: max(1, round(config.eval_split * len(keys)))])
+        of_conversations = _conversation_keys(keys, documents)
+        chosen = np.sort(of_conversations)[: max(1, round(config.eval_split * len(keys)))]
+        is_held = np.isin(of_conversations, chosen)
+        # a copy of one document of a conversation, such as its first question with its answer
+        is_held |= np.isin(keys, keys[is_held])
         held = documents.take(np.flatnonzero(is_held))
     kept = np.flatnonzero(~is_held)
     rest = documents.take(kept)
@@ -66,6 +71,19 @@ def _keys(documents: Documents, seed: int) -> np.ndarray:
     watched = progress(documents, "choosing held-out documents", unit="documents", shown=is_first_process())
     digests = (hashlib.blake2b(document.ids, digest_size=16, key=key).digest() for document in watched)
     return np.fromiter(digests, "S16", len(documents))
+
+
+def _conversation_keys(keys: np.ndarray, documents: Documents) -> np.ndarray:
+    """The keys of documents, where those of one conversation have one key in common."""
+    if documents.conversation is None:
+        return keys
+    keys = keys.copy()
+    places = np.argsort(documents.conversation, kind="stable")
+    # the -1 of documents that are no part of a conversation come first
+    starts = np.flatnonzero(np.diff(documents.conversation[places], prepend=-1))
+    for members in np.split(places, starts)[1:]:
+        keys[members] = hashlib.blake2b(b"".join(keys[members]), digest_size=16).digest()
+    return keys
 
 
 def evaluations(config: Config, steps: int) -> int:

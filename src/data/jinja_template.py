@@ -3,9 +3,16 @@
 A template is given messages, tools, add_generation_prompt, bos_token and eos_token. bos_token is always
 empty, because RWKV has none. The template may call raise_exception() and tojson.
 
-What is trained stands between `{% generation %}` and `{% endgeneration %}`. Without these blocks the
-conversation is rendered up to each answer, and again with the answer. What the second text adds is the answer
-with the end of its turn.
+What is trained stands between `{% generation %}` and `{% endgeneration %}`. Without these blocks two texts
+are rendered for each answer: one that asks for it, and one in which it is the last message. The answer begins
+where they part, and has the end of its turn.
+
+- Where each text is the beginning of the next, the conversation is one document.
+- Many templates rewrite earlier turns, such as by taking out thoughts. A new document begins with each answer
+  before which something is written otherwise than in the document so far. So a model sees its earlier answers
+  as it will in a chat, and each answer is trained once.
+- What asks may end in words that the template does not write before the answer, such as `<think`. Then the
+  document has the common beginning, up to the end of a token, and the next answer is in a new one.
 """
 
 from __future__ import annotations
@@ -21,10 +28,12 @@ import jinja2.sandbox
 
 from rwkv_miss.errors import UserError
 
-from .chat_template import Segment, is_trained
+from .chat_template import BEGUN_THOUGHTS, Segment, TokenEnd, is_trained
 
 # in the rendered text, around what is trained: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"
+
+Piece = tuple[str, bool]  # as a Segment, before the end of the turn is cut off
 
 
 class Generation(jinja2.ext.Extension):
@@ -47,8 +56,6 @@ class JinjaTemplate:
     Raises UserError, with the line, for source that is wrong or fails on a trial conversation.
     """
 
-    opening = ""
-
     def __init__(self, name: str, source: str, eos: str):
         self.name, self.record, self.eos = name, source, eos
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -63,14 +70,14 @@ class JinjaTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}, line {error.lineno}: {error.message}") from None
         self.marks = re.search(r"{%[-+]?\s*generation\b", source) is not None
-        self.turn_end = ""
+        self.turn_end = self.opening = ""
         self._try_out()
 
     def __reduce__(self):
         return JinjaTemplate, (self.name, self.record, self.eos)
 
     def _try_out(self) -> None:
-        """Find the end of a turn, and what ends an answer in a chat.
+        """Find the end of a turn, what begins an answer in a chat, and what ends it.
 
         That is the end of the turn. Where it is only space, it is how the next turn begins.
         """
@@ -88,19 +95,48 @@ class JinjaTemplate:
         self.turn_end = whole.rpartition(answer["content"])[2]
         between = again.rpartition(answer["content"])[2].partition(question["content"])[0]
         self.stop = self.turn_end.strip() or between.rstrip()
-        if self.marks and not any(segment.trained for segment in self.segments([question, answer])):
+        begun = BEGUN_THOUGHTS.search(asked)
+        self.opening = begun[0] if begun else ""
+        documents = self.documents([question, answer, question, answer])
+        if self.marks and not any(segment.trained for segment in documents[0]):
             raise UserError(
                 f"{self.name}: {{% generation %}} does not enclose the assistant's words; got {whole!r}"
             )
-        self.segments([question, answer])
 
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
+        """The end of the conversation, from where the template writes nothing otherwise (see this module).
+
+        For the whole conversation it is one document. So a chat asks in the pieces of the training.
+        """
+        if self.marks:
+            return self._segments(self._marked(messages, tools, ask))
+        documents, written = self._by_beginnings(messages, tools)
+        whole = self._render(messages, ask, tools)
+        if written is None or not whole.startswith(written):
+            return self._segments([(whole, False)])
+        return self._segments([*documents[-1], (whole.removeprefix(written), False)])
+
+    def documents(
+        self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
+    ) -> list[list[Segment]]:
         """See chat_template.Template."""
-        pieces_of = self._marked if self.marks else self._by_beginnings
+        if self.marks:
+            return [self._segments(self._marked(messages, tools, False))]
+        documents, written = self._by_beginnings(messages, tools, token_end)
+        if not documents:
+            return [self._segments([(self._render(messages, False, tools), False)])]
+        if written is not None and messages[-1]["role"] != "assistant":
+            whole = self._render(messages, False, tools)
+            if whole.startswith(written):
+                documents[-1].append((whole.removeprefix(written), False))
+        trained = [pieces for pieces in documents if any(trained for _, trained in pieces)]
+        return [self._segments(pieces) for pieces in trained or documents[-1:]]
+
+    def _segments(self, pieces: list[Piece]) -> list[Segment]:
         segments: list[Segment] = []
-        for text, trained in pieces_of(messages, tools, ask):
+        for text, trained in pieces:
             # the end of a turn is a segment by itself, as in a chat
             end = self.turn_end
             after_answer = segments and segments[-1].trained and segments[-1].text != end
@@ -114,12 +150,18 @@ class JinjaTemplate:
 
     def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:
         """See chat_template.Template."""
-        before, after = self._render(messages), self._render([*messages, *new], True)
-        if not (before.endswith(self.turn_end) and after.startswith(before)):
+        *earlier, answer = messages
+        asked, before = self._render(earlier, True), self._render(messages)
+        after = self._render([*messages, *new], True)
+        if not (before.startswith(asked) and before.endswith(self.turn_end) and after.startswith(before)):
+            return None
+        # the model has read what it said, which the template may write otherwise
+        said, written = answer["content"].removeprefix(self.opening), before.removeprefix(asked)
+        if said.strip() != written.removesuffix(self.turn_end).strip():
             return None
         return [self.turn_end, after.removeprefix(before)]
 
-    def _marked(self, messages: list[dict], tools, ask: bool) -> list[tuple[str, bool]]:
+    def _marked(self, messages: list[dict], tools, ask: bool) -> list[Piece]:
         text, *rest = self._render(messages, ask, tools, marks=True).split(BEGIN)
         wanted = [is_trained(message) for message in messages if message["role"] == "assistant"]
         if len(wanted) != len(rest):
@@ -137,31 +179,49 @@ class JinjaTemplate:
             pieces += [(inside, trained), (outside, False)]
         return pieces
 
-    def _by_beginnings(self, messages: list[dict], tools, ask: bool) -> list[tuple[str, bool]]:
-        whole = self._render(messages, ask, tools)
-        pieces, place = [], 0
+    def _by_beginnings(
+        self, messages: list[dict], tools, token_end: TokenEnd | None = None
+    ) -> tuple[list[list[Piece]], str | None]:
+        """(the documents up to the last answer, the text of the last one).
+
+        The text is None where another answer would be in a new document.
+        """
+        documents: list[list[Piece]] = []
+        written: str | None = None
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:i], True, tools)
-            after = self._render(messages[: i + 1], False, tools)
-            if ask and not (whole.startswith(before) and whole.startswith(after)):
-                return [(whole, False)]  # a question for the model needs no mask
-            self._check_beginning(whole, before, i)
-            self._check_beginning(whole, after, i + 1)
-            pieces.append((whole[place : len(before)], False))
-            pieces.append((whole[len(before) : len(after)], is_trained(message)))
-            place = len(after)
-        return [*pieces, (whole[place:], False)]
+            asked = self._render(messages[:i], True, tools)
+            answered = self._render(messages[: i + 1], False, tools)
+            begin = self._common(asked, answered, messages[:i], tools)
+            if written is None or not asked[:begin].startswith(written):
+                documents.append([])
+                written = ""
+            prompt, end = asked.removeprefix(written), begin - len(written)
+            if token_end and begin < len(asked):
+                end = token_end(prompt, end)
+            documents[-1].append((prompt[:end], False))
+            documents[-1].append((answered[len(written) + end :], is_trained(message)))
+            # a chat has read all of `asked`, so it reads the whole text anew for the next answer
+            written = answered if begin == len(asked) else None
+        return documents, written
 
-    def _check_beginning(self, whole: str, beginning: str, count: int) -> None:
-        if whole.startswith(beginning):
-            return
-        same = len(os.path.commonprefix([beginning, whole]))
+    def _common(self, asked: str, answered: str, before: list[dict], tools) -> int:
+        """How many characters the text that asks for an answer and the text with it have in common.
+
+        Raises UserError where these are not all of what the template writes for the messages before it, and
+        something of the words that ask.
+        """
+        same = _common_beginning(asked, answered)
+        if same == len(asked):
+            return same
+        of_messages = _common_beginning(self._render(before, False, tools), asked)
+        if asked[of_messages:same].strip():
+            return same
         raise UserError(
-            f"{self.name}: what the template writes for the first {count} messages changes when more follow"
-            f" ({beginning[same:][:40]!r} becomes {whole[same:][:40]!r}), so the assistant's words can't be"
-            " found; enclose them in {% generation %} ... {% endgeneration %}"
+            f"{self.name}: what the template writes for the messages before an answer changes when it follows"
+            f" ({asked[same:][:40]!r} becomes {answered[same:][:40]!r}), so the"
+            " assistant's words can't be found; enclose them in {% generation %} ... {% endgeneration %}"
         )
 
     def _render(self, messages: list[dict], ask: bool = False, tools=None, marks: bool = False) -> str:
@@ -172,6 +232,10 @@ class JinjaTemplate:
         except Exception as error:  # a template may raise anything that Python does
             raise UserError(f"{self.name}{_line(error)}: {error}") from None
         return text if marks else text.replace(BEGIN, "").replace(END, "")
+
+
+def _common_beginning(a: str, b: str) -> int:
+    return len(os.path.commonprefix([a, b]))
 
 
 def _raise(message: str):

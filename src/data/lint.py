@@ -63,8 +63,10 @@ class Lint:
     def __init__(self, encoder: Encoder, ctx_len: float):
         self.encoder, self.ctx_len = encoder, ctx_len
         self.found: dict[str, Finding] = {}
-        self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, trained) of each record, in order
-        self.texts: list[bool] = []  # whether each is running text
+        # what Tokens has of each document, in order
+        self.documents: list[tuple[np.ndarray, np.ndarray]] = []  # (ids, trained)
+        self.texts: list[bool] = []
+        self.begins: list[bool] = []
         self.seen: set[bytes] = set()
         self.prompts: set[bytes] = set()
 
@@ -74,20 +76,23 @@ class Lint:
 
     def look(self, where: str, record: dict) -> None:
         """Encode a record and note what is odd about it. Raises UserError for one that cannot be encoded."""
-        ids, trained = self.encoder.encode(record)
-        self.documents.append((ids, trained))
-        self.texts.append(self.encoder.is_text(record))
-        names = [*_odd_words(record, self.encoder), *self._odd_tokens(record, ids, trained)]
+        documents = self.encoder.encode(record)
+        self.documents += documents
+        self.texts += [self.encoder.is_text(record)] * len(documents)
+        self.begins += [True] + [False] * (len(documents) - 1)
+        names = [*_odd_words(record, self.encoder)]
+        if _key(documents) in self.seen:
+            names.append("duplicate")
+        for ids, trained in documents:
+            names += self._odd_tokens(record, ids, trained)
         for name in dict.fromkeys(names):
             self.note(name, where)
-        self.seen.add(_key(ids))
-        self.prompts.add(_prompt_key(ids, trained))
+        self.seen.add(_key(documents))
+        self.prompts.add(_prompt_key(*documents[0]))
 
     def _odd_tokens(self, record: dict, ids: np.ndarray, trained: np.ndarray) -> Iterator[str]:
         if "\ufffd" in self.encoder.tokenizer.decode(ids.tolist()):
             yield "broken text"
-        if _key(ids) in self.seen:
-            yield "duplicate"
         if int(trained.sum()) <= len(self.encoder.tokenizer.eod):
             yield "only the end"
         if len(ids) > self.ctx_len + 1 and not self.encoder.is_text(record):
@@ -97,10 +102,10 @@ class Lint:
 
     def compare(self, where: str, record: dict) -> None:
         """Note whether a record of the held-out data is among the records looked at."""
-        ids, trained = self.encoder.encode(record)
-        if _key(ids) in self.seen:
+        documents = self.encoder.encode(record)
+        if _key(documents) in self.seen:
             self.note("held out", where)
-        elif _prompt_key(ids, trained) in self.prompts:
+        elif _prompt_key(*documents[0]) in self.prompts:
             self.note("known prompt", where)
 
     @property
@@ -146,11 +151,15 @@ def _odd_answer(message: dict, content: str, encoder: Encoder) -> Iterator[str]:
         yield "no thoughts"
 
 
-def _key(ids: np.ndarray) -> bytes:
+def _key(documents: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
+    return _hash(np.concatenate([ids for ids, _ in documents]))
+
+
+def _hash(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def _prompt_key(ids: np.ndarray, trained: np.ndarray) -> bytes:
     """The key of what stands before the first answer, or of the whole where nothing stands before it."""
     first = int(trained.argmax())
-    return _key(ids[:first] if first else ids)
+    return _hash(ids[:first] if first else ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .chat_template import Segment, Template
+from .chat_template import Segment, Template, TokenEnd
 from .rwkv_template import TURN_END
 
 NEXT_TURN = r"(?<=\n\n)(?:System|User|Tool):"
@@ -14,8 +14,13 @@ def trains_by_marker(loss_mask: str) -> bool:
     return loss_mask not in ("assistant", "all")
 
 
-def record_segments(record: dict, template: Template, loss_mask: str) -> list[Segment]:
-    """The segments of a record {"text"}, {"prompt", "completion"} or {"messages", "tools"}.
+def record_segments(
+    record: dict, template: Template, loss_mask: str, token_end: TokenEnd | None = None
+) -> list[list[Segment]]:
+    """The segments of a record {"text"}, {"prompt", "completion"} or {"messages", "tools"}, by document.
+
+    A record is one document. Only a conversation may be several, with the mask `assistant`: see
+    Template.documents(), which takes `token_end`.
 
     `loss_mask` is one of
     - assistant: the assistant's turns are trained, completions, and texts as a whole;
@@ -23,6 +28,8 @@ def record_segments(record: dict, template: Template, loss_mask: str) -> list[Se
     - any other text: it is a marker, such as `Assistant:`. What follows it is trained until the next turn,
       in any kind of record (see `marked`).
     """
+    if "messages" in record and loss_mask == "assistant":
+        return template.documents(record["messages"], record.get("tools"), token_end)
     if "messages" in record:
         segments = template.segments(record["messages"], record.get("tools"))
     elif "prompt" in record:
@@ -30,10 +37,10 @@ def record_segments(record: dict, template: Template, loss_mask: str) -> list[Se
     else:
         segments = [Segment(record["text"], True)]
     if loss_mask == "assistant":
-        return segments
+        return [segments]
     if loss_mask == "all":
-        return [Segment(text, True) for text, _ in segments]
-    return marked("".join(text for text, _ in segments), loss_mask)
+        return [[Segment(text, True) for text, _ in segments]]
+    return [marked("".join(text for text, _ in segments), loss_mask)]
 
 
 def marked(text: str, marker: str) -> list[Segment]:

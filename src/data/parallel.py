@@ -46,21 +46,27 @@ class Converter:
         return self.__dict__ | {"source": dataclasses.replace(self.source, read=None)}
 
     def __call__(self, records: list[tuple[str, Any]]) -> Part:
-        encoded, texts, bad = [], [], []
+        encoded: list[tuple[np.ndarray, np.ndarray]] = []
+        texts: list[bool] = []
+        begins: list[bool] = []
+        bad: list[tuple[str, UserError]] = []
         kinds: collections.Counter[Kind] = collections.Counter()
         for where, raw in records:
             try:
                 kind, record = read_record(raw, self.source, self.reading)
                 kinds[kind] += 1
-                encoded.append(self.encoder.encode(record))
+                documents = self.encoder.encode(record)
             except UserError as error:
                 bad.append((where, error))
             else:
-                texts.append(self.encoder.is_text(record))
+                encoded += documents
+                texts += [self.encoder.is_text(record)] * len(documents)
+                begins += [True] + [False] * (len(documents) - 1)
         ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in encoded)])
         trained = np.concatenate([np.zeros(0, bool), *(trained for _, trained in encoded)])
-        return Part(Tokens(ids, trained, ends, np.array(texts, dtype=bool)), kinds, bad)
+        tokens = Tokens(ids, trained, ends, np.array(texts, dtype=bool), np.array(begins, dtype=bool))
+        return Part(tokens, kinds, bad)
 
 
 def available_cores() -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rwkv_miss.errors import UserError
 
 from ..common.formatting import short
-from .chat_template import Segment, clean, is_trained, thoughts_of
+from .chat_template import Segment, TokenEnd, clean, is_trained, thoughts_of
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
@@ -68,6 +68,11 @@ class RwkvTemplate:
         if waiting or ask:
             add(Segment(self._turns(waiting, ask), False))
         return segments
+
+    def documents(
+        self, messages: list[dict], tools: list[dict] | None = None, token_end: TokenEnd | None = None
+    ) -> list[list[Segment]]:
+        return [self.segments(messages, tools)]
 
     def next_turn(self, messages: list[dict], new: list[dict]) -> list[str]:
         return [TURN_END, self._turns(new, ask=True)]

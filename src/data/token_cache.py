@@ -180,6 +180,7 @@ def _joined(parts: list[Tokens]) -> Tokens:
         trained=np.concatenate([part.trained for part in parts]),
         ends=np.concatenate([part.ends for part in parts]),
         texts=np.concatenate([part.texts for part in parts]),
+        begins=np.concatenate([part.begins for part in parts]),
     )
 
 
@@ -208,10 +209,11 @@ def _open(entry: pathlib.Path, source: Source, report: Report) -> Tokens | None:
             trained=_mapped(entry / "trained", np.bool_),
             ends=_mapped(entry / "ends", np.int64),
             texts=_mapped(entry / "texts", np.bool_),
+            begins=_mapped(entry / "begins", np.bool_),
         )
         if not len(tokens.ids) == len(tokens.trained) == tokens.ends[-1]:
             return None
-        if len(tokens.ends) != len(tokens.texts):
+        if not len(tokens.ends) == len(tokens.texts) == len(tokens.begins):
             return None
         with contextlib.suppress(OSError):
             os.utime(entry)  # when it was last used

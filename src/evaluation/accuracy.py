@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +12,12 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from ..data.chat_template import Template, thoughts_of
+from ..data.chat_template import BEGUN_THOUGHTS, Template, thoughts_of
 from ..data.formats import BY_NAME, Reading, read_records
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
 from ..model import RWKV, LayerState, State
 
-BEGUN_THOUGHTS = re.compile(r"<think>?\s*(?:</think>?\s*)?$")  # at the end of a prompt
 THOUGHTS = 2048  # tokens of an answer that begins with thoughts
 LIMITS = {"number": 512, "boxed": 512, "code": 1024}  # tokens of an answer, by score
 

@@ -245,12 +245,24 @@ def data(config: Config, documents: Documents, schedule: Schedule) -> list[str]:
             f"packing    {counted(len(schedule.rows), 'row')} of {config.ctx_len} tokens, "
             f"{fullness(config, schedule):.1%} full; documents in a row do not see each other"
         )
+    lines += rewritten(documents)
     if documents.split:
         lines.append(
             f"long texts {counted(documents.split, 'text')} of more than --ctx_len {config.ctx_len} tokens,"
             " cut into several documents, each of which begins with the last token of the one before"
         )
     return lines + [f"warning    {text}" for text in cut_warnings(config, documents)]
+
+
+def rewritten(documents: Documents) -> list[str]:
+    """The line about conversations that became several documents."""
+    conversations, several = documents.rewritten
+    if not conversations:
+        return []
+    return [
+        f"turns      {counted(conversations, 'conversation')} became {counted(several, 'document')}, because"
+        " the template rewrites earlier turns"
+    ]
 
 
 def cut_warnings(config: Config, documents: Documents) -> Iterator[str]:
