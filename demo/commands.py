@@ -57,7 +57,7 @@ class Chat:
     stderr.
 
     `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter
-    files in use.
+    files in use, `bos_of(paths)` the ids that a conversation then begins with.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Chat:
         template: str,
         max_tokens: int,
         seed: int,
+        bos_of: Callable[[list], tuple[int, ...]],
     ):
         self.conversation, self.adapters, self.template_of, self.chosen = (
             conversation,
@@ -75,7 +76,7 @@ class Chat:
             template_of,
             template,
         )
-        self.max_tokens, self.seed = max_tokens, seed
+        self.max_tokens, self.seed, self.bos_of = max_tokens, seed, bos_of
         self.scale = adapters.scale  # the next adapter gets it, too
         self.over = False
         self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
@@ -144,6 +145,7 @@ class Chat:
         if (names, scale) != (self.adapters.used, self.adapters.scale):
             self.use(names, scale)
             self.conversation.template = self.template_of(self.chosen, self.paths())
+            self.conversation.bos = self.bos_of(self.paths())
         again = self.conversation.turns and not self.conversation.read
         note(
             self.in_use()
@@ -247,7 +249,8 @@ class Chat:
     def load_from(self, argument: str) -> None:
         """go on with a saved conversation"""
         used = load_chat(self.conversation, self.adapters, needed("load", argument))
-        self.chosen = self.conversation.template.record
+        self.chosen, bos = self.conversation.template.record, self.conversation.bos
+        self.bos_of = lambda paths: bos
         again = (
             ""
             if used or not self.conversation.turns

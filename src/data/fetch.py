@@ -74,4 +74,6 @@ def _names(setting: str, text: str, kind: str) -> list[hub.HubName]:
 
 
 def _joined(parts: list[tuple[str, float]]) -> str:
-    return ",".join(path if weight == 1 else f"{path}:{weight!r}".removesuffix(".0") for path, weight in parts)
+    return ",".join(
+        path if weight == 1 else f"{path}:{weight!r}".removesuffix(".0") for path, weight in parts
+    )
