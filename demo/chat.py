@@ -18,15 +18,13 @@ if not __package__:  # started by its path, from which src is not found
 from src.common.startup import importing, naming_missing_packages
 
 with importing():
-    from demo.commands import NO_ADAPTER, Chat, check_typed, show
+    from demo.commands import NO_ADAPTER, Chat, check_typed, note_calls, show
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.common.device import PRECISIONS
     from src.common.hub import local_path
-    from src.config.validate import check_bos
-    from src.data.leading_token import HELP as BOS_HELP
-    from src.data.leading_token import begun, leading_token
     from src.data.rwkv_template import MODES
     from src.data.templates import recorded_template
+    from src.data.tool_styles import read_tools
     from src.inference.conversation import Conversation
     from src.inference.cpu_decoder import fastest
     from src.inference.generate import stream
@@ -84,10 +82,12 @@ def add_text(add: Callable) -> None:
         default="auto",
         help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file",
     )
-    add("--bos", default="recorded", help=BOS_HELP)
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     add("--system", default="", help="text of a System: turn before the chat")
+    add(
+        "--tools", metavar="FILE", help="JSON file with the tools that the model may call, as in OpenAI's API"
+    )
 
 
 def add_sampling(add: Callable) -> None:
@@ -134,7 +134,6 @@ def check(args: argparse.Namespace) -> None:
     if args.max_tokens < 1:
         raise UserError(f"--max_tokens {args.max_tokens}: expected 1 or more")
     sampling_of(args).check()
-    check_bos(args.bos)
     if not math.isfinite(args.scale):
         raise UserError(f"--scale {args.scale}: expected a finite number")
     if not -(2**63) <= args.seed < 2**63:
@@ -150,6 +149,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--compare needs --prompt, without --raw; in a chat type /compare TEXT")
     if args.load_state and args.raw:
         raise UserError("--load_state goes on with a conversation, --raw has none; drop one of the two")
+    if args.tools and (args.raw or args.load_state):
+        other = "--raw has no conversation" if args.raw else "a saved chat has its own; /tools begins anew"
+        raise UserError(f"--tools are described at the beginning of a conversation: {other}")
     for text in (args.prompt, args.system):
         check_typed(text or "")
 
@@ -193,24 +195,17 @@ def main(argv: list[str] | None = None) -> None:
         def template_of(choice: str, paths: list):
             return recorded_template(choice, tokenizer, *paths, args.model)
 
-        def bos_of(paths: list):
-            return leading_token(args.bos, tokenizer, *paths, args.model)
-
-        used = list(args.adapter.values())[:1]
-        template, bos = template_of(args.template, used), bos_of(used)
-        conversation = Conversation(
-            model, tokenizer, sampling_of(args), args.seed, args.system, template, bos
-        )
-        chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed, bos_of)
+        template = template_of(args.template, list(args.adapter.values())[:1])
+        conversation = Conversation(model, tokenizer, sampling_of(args), args.seed, args.system, template)
+        chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed)
+        if args.tools:
+            conversation.use_tools(read_tools(args.tools))
         if args.load_state:
             chat.load_from(args.load_state)
             if args.template != "auto":
                 conversation.template, chat.chosen = template, args.template
-            if args.bos != "recorded":
-                conversation.bos, chat.bos_of = bos, bos_of
-                conversation.read_again()
         if args.raw:
-            ids, generator = begun(tokenizer.encode(args.prompt), bos), conversation.generator
+            ids, generator = tokenizer.encode(args.prompt), conversation.generator
             show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, "", generator))
         elif args.compare:
             print(chat.compared(args.prompt))
@@ -220,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
                 [opening] if opening else [], conversation.answer(args.prompt, args.max_tokens)
             )
             show(piece.lstrip(" ") if i == 0 else piece for i, piece in enumerate(pieces))
+            note_calls(conversation.calls)
         else:
             print(
                 f"{os.path.basename(args.model)}: {adapters.model.arch.describe()}; {how}. /help lists the"

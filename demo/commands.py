@@ -7,13 +7,15 @@ import difflib
 import math
 import shutil
 import sys
-import unicodedata
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
+from demo.columns import side_by_side
 from rwkv_miss.errors import UserError
+from src.common.formatting import counted
 from src.data.chat_template import Template
 from src.data.rwkv_template import MODES, RwkvTemplate
+from src.data.tool_styles import read_function, read_tools
 from src.evaluation.guessing import ENOUGH, doubt_of_text
 from src.inference.adapters import Adapters
 from src.inference.conversation import Conversation
@@ -57,7 +59,7 @@ class Chat:
     stderr.
 
     `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter
-    files in use, `bos_of(paths)` the ids that a conversation then begins with.
+    files in use.
     """
 
     def __init__(
@@ -68,7 +70,6 @@ class Chat:
         template: str,
         max_tokens: int,
         seed: int,
-        bos_of: Callable[[list], tuple[int, ...]],
     ):
         self.conversation, self.adapters, self.template_of, self.chosen = (
             conversation,
@@ -76,9 +77,10 @@ class Chat:
             template_of,
             template,
         )
-        self.max_tokens, self.seed, self.bos_of = max_tokens, seed, bos_of
+        self.max_tokens, self.seed = max_tokens, seed
         self.scale = adapters.scale  # the next adapter gets it, too
         self.over = False
+        self.results: list[dict] = []  # of the last answer's calls, so far
         self.tokenizer_judged = False  # a text was long enough to tell whether the tokenizer is the model's
 
     def converse(self) -> None:
@@ -114,14 +116,16 @@ class Chat:
         text = line.strip()
         text = text[1:] if line.startswith("//") else text
         if text:
-            self.answer(text)
+            self.answer([*self.results, {"role": "user", "content": text}])
 
-    def answer(self, text: str) -> None:
-        """Print the model's answer as it is made."""
+    def answer(self, new: list[dict]) -> None:
+        """Print the model's answer to these messages as it is made, and which tools it calls."""
         print(f"Assistant:{self.conversation.template.opening}", end="", flush=True)
-        show(self.conversation.answer(text, self.max_tokens))
+        show(self.conversation.answer(new, self.max_tokens))
+        self.results = []
+        note_calls(self.conversation.calls)
         if not self.tokenizer_judged:
-            self.judge_tokenizer(text)
+            self.judge_tokenizer(new[-1]["content"])
 
     def judge_tokenizer(self, text: str) -> None:
         """Say so where the model knows less of the user's words than a guess."""
@@ -145,7 +149,6 @@ class Chat:
         if (names, scale) != (self.adapters.used, self.adapters.scale):
             self.use(names, scale)
             self.conversation.template = self.template_of(self.chosen, self.paths())
-            self.conversation.bos = self.bos_of(self.paths())
         again = self.conversation.turns and not self.conversation.read
         note(
             self.in_use()
@@ -200,12 +203,14 @@ class Chat:
     def begin_anew(self, argument: str) -> None:
         """begin a new conversation"""
         self.conversation.reset()
+        self.results = []
         note("a new conversation")
 
     @command("undo")
     def take_back(self, argument: str) -> None:
         """take back the last question and its answer"""
         self.conversation.undo()
+        self.results = []
         note(f"taken back; {self.turns()} left")
 
     @command("retry")
@@ -217,7 +222,7 @@ class Chat:
         if not conversation.sampling.temperature:
             note("temperature 0 draws the same answer again; /temperature 1 draws others")
         try:
-            self.answer(kept[0][-1].messages[0]["content"])
+            self.answer(kept[0][-1].messages[:-1])
         finally:
             if len(conversation.turns) < len(kept[0]):  # stopped before its first word
                 conversation.turns, conversation.state, conversation.read, conversation.earlier = kept
@@ -249,8 +254,8 @@ class Chat:
     def load_from(self, argument: str) -> None:
         """go on with a saved conversation"""
         used = load_chat(self.conversation, self.adapters, needed("load", argument))
-        self.chosen, bos = self.conversation.template.record, self.conversation.bos
-        self.bos_of = lambda paths: bos
+        self.results = []
+        self.chosen = self.conversation.template.record
         again = (
             ""
             if used or not self.conversation.turns
@@ -268,6 +273,30 @@ class Chat:
             self.chosen = named_mode(argument)
             self.conversation.template = RwkvTemplate(self.chosen)
         note(f"template {self.conversation.template.name}")
+
+    @command("tools", "[FILE|none]")
+    def choose_tools(self, argument: str) -> None:
+        """begin a new conversation with the tools of a JSON file, or with none; without a file: list them"""
+        if argument:
+            self.conversation.use_tools([] if argument == "none" else read_tools(argument))
+            self.results = []
+        tools = self.conversation.tools
+        for tool in tools:
+            function = read_function(tool)
+            note(f"  {function['name']}: {function.get('description') or 'no description'}")
+        note(f"{counted(len(tools), 'tool')}{', a new conversation' if argument else ''}")
+
+    @command("result", "TEXT")
+    def give_result(self, argument: str) -> None:
+        """what a call gave, one after another; after the last one the model goes on"""
+        calls = self.conversation.calls
+        if not calls:
+            raise UserError("/result is what a call gave, and the last answer calls no tool")
+        self.results.append({"role": "tool", "content": needed("result", argument)})
+        if len(self.results) == len(calls):
+            self.answer(self.results)
+        else:
+            note_calls(calls, len(self.results))
 
     @command("compare", "TEXT")
     def compare_answers(self, argument: str) -> None:
@@ -353,6 +382,15 @@ def needed(name: str, argument: str) -> str:
     return argument
 
 
+def note_calls(calls: list[dict], done: int = 0) -> None:
+    """The calls of an answer that have no result yet; `done` have one."""
+    for number, call in enumerate(calls[done:], done + 1):
+        function = call["function"]
+        note(f"call {number} of {len(calls)}: {function['name']} {function['arguments']}")
+    if calls:
+        note(f"/result TEXT is what call {done + 1} gave")
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -377,42 +415,6 @@ def check_typed(text: str) -> None:
         raise UserError(
             f"what was typed is no {sys.stdin.encoding} text; if it is UTF-8, set PYTHONUTF8=1"
         ) from None
-
-
-def side_by_side(left: tuple[str, str], right: tuple[str, str], width: int) -> str:
-    """Two (title, text) as columns of together `width` characters of a terminal."""
-    half = max(10, (width - 3) // 2)
-    columns = [
-        [title, "-" * half, *(line for part in text.splitlines() for line in wrapped(part, half))]
-        for title, text in (left, right)
-    ]
-    rows = max(map(len, columns))
-    padded = [
-        [line + " " * (half - cells(line)) for line in column + [""] * (rows - len(column))]
-        for column in columns
-    ]
-    return "\n".join(f"{a} | {b}".rstrip() for a, b in zip(*padded, strict=True))
-
-
-def cells(text: str) -> int:
-    """The columns of a terminal that a text takes."""
-    visible = [c for c in text if not unicodedata.combining(c)]
-    wide = [c for c in visible if unicodedata.east_asian_width(c) in "WF"]
-    return len(visible) + len(wide)
-
-
-def wrapped(text: str, width: int) -> list[str]:
-    """One line as lines of at most `width` columns, broken at spaces where there are any."""
-    lines, line = [], ""
-    for c in text.expandtabs(4):
-        if cells(line + c) > width:
-            head, space, tail = line.rpartition(" ")
-            lines.append(head if space and head.strip() else line)
-            line = tail if space and head.strip() else ""
-            if c == " " and not line:
-                continue
-        line += c
-    return [*lines, line]
 
 
 def valid_number(name: str, text: str) -> float:

@@ -12,7 +12,8 @@ import torch
 
 import rwkv_miss
 from demo import chat, commands
-from demo.commands import cells, named_mode, side_by_side
+from demo.columns import cells, side_by_side
+from demo.commands import named_mode
 from rwkv_miss import UserError
 from src.data import rwkv_template
 from src.data.templates import load_template
@@ -29,6 +30,7 @@ from src.ops import native
 from .test_generate import GREEDY, Scripted, letters, mixing_tensors  # noqa: F401  (a fixture)
 from .test_live_adapters import train
 from .test_templates import CHATML
+from .test_tool_styles import WEATHER, call
 
 TOKENS = 12
 
@@ -229,7 +231,7 @@ def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # 
 def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, letters, monkeypatch):  # noqa: F811
     adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
     conversation = Conversation(adapters.model, tokenizer, GREEDY)
-    talk = commands.Chat(conversation, adapters, None, "rwkv", TOKENS, 0, lambda paths: ())
+    talk = commands.Chat(conversation, adapters, None, "rwkv", TOKENS, 0)
     talk.take("hello?")
     kept = conversation.turns[:], conversation.state
 
@@ -318,8 +320,8 @@ def test_unknown_commands_and_words_that_look_like_commands(typed, monkeypatch):
     assert "/save needs FILE" in err[7] and "off, think, normal, short, long, fake" in err[8]
     assert [line.split()[0] for line in err[9:-1]] == [f"/{name}" for name in commands.COMMANDS] and len(
         err
-    ) == 9 + 14 + 1
-    assert asked == ["/x", "/x", "/"]
+    ) == 9 + len(commands.COMMANDS) + 1
+    assert [messages[0]["content"] for messages in asked] == ["/x", "/x", "/"]
 
 
 def test_what_overflows_is_an_error_and_the_chat_goes_on(typed, asked):
@@ -590,6 +592,29 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(changes, why, saved, t
     with pytest.raises(UserError, match=why):
         load_chat(conversation, adapters, tmp_path / "chat.pth")
     assert vars(conversation) == before
+
+
+ANSWER = {"role": "assistant", "content": "x", "tool_calls": [call("f", {})]}
+
+
+def test_tools_and_calls_are_in_a_saved_chat(saved, tmp_path):
+    path, conversation, adapters = saved
+    turn = {"messages": [{"role": "user", "content": "x"}, ANSWER], "pieces": ["x"], "whole": True}
+    changed(path, tmp_path / "chat.pth", tools=[WEATHER], turns=[turn])
+    other = Conversation(conversation.model, conversation.tokenizer, GREEDY)
+    load_chat(other, adapters, tmp_path / "chat.pth")
+    assert other.tools == [WEATHER] and other.calls == ANSWER["tool_calls"]
+    save_chat(other, adapters, tmp_path / "again.pth")
+    load_chat(conversation, adapters, tmp_path / "again.pth")
+    assert conversation.tools == [WEATHER] and conversation.calls == ANSWER["tool_calls"]
+    for calls in ("x", ["x"], [{"function": {"name": "f"}}], [{"function": {"name": "f", "arguments": {}}}]):
+        wrong = {**turn, "messages": [{**ANSWER, "tool_calls": calls}]}
+        changed(path, tmp_path / "wrong.pth", turns=[wrong])
+        with pytest.raises(UserError, match="damaged: a turn is"):
+            load_chat(other, adapters, tmp_path / "wrong.pth")
+    changed(path, tmp_path / "wrong.pth", tools=[{}])
+    with pytest.raises(UserError, match="damaged: a tool must be"):
+        load_chat(other, adapters, tmp_path / "wrong.pth")
 
 
 def test_damaged_files_are_refused(saved, tmp_path):

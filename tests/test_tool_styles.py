@@ -3,10 +3,13 @@
 import json
 import random
 
+import jinja2
 import pytest
 
 from rwkv_miss import UserError
+from src.data.jinja_template import JinjaTemplate
 from src.data.tool_styles import STYLES, in_order_of_calls
+from src.export.tool_jinja import JINJA, calls_jinja
 
 TICKS = "```"
 
@@ -329,3 +332,44 @@ def test_results_come_in_the_order_of_the_calls():
         UserError, match="tool_call_id 'z' is of no call in the answer before; it has 'x', 'y'"
     ):
         in_order_of_calls([answer, result("1", "x"), result("2", "z")])
+
+
+# the same in Jinja
+
+
+def rendered(style, source, **values):
+    template = JinjaTemplate("x", "{% for m in messages %}{{ m.content }}{% endfor %}", "")
+    return template.template.environment.from_string(JINJA[style].macros + source).render(**values)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_jinja_writes_the_same(style):
+    kinds = {
+        "a": {"type": "array", "items": {"enum": ["é", 1]}},
+        "b": {"type": ["string", "null"]},
+        "items": {"anyOf": [{"const": None}, {"type": "array"}]},
+    }
+    tools = [*TWO_TOOLS, tool("f", kinds, ["b"])]
+    assert rendered(style, JINJA[style].describe, tools=tools) == STYLES[style].describe(tools)
+    rng = random.Random(style)
+    for _ in range(8):
+        arguments = {"x": made_up(rng), "é\n": made_up(rng)}
+        calls = [{"name": "f", "arguments": arguments}, {"function": {"name": "g", "arguments": {}}}]
+        source = calls_jinja(style) + "{{- said.text -}}"
+        assert rendered(style, source, message={"tool_calls": calls}) == STYLES[style].calls(calls)
+    assert rendered(style, source, message={}) == ""
+
+
+def test_jinja_refuses_what_a_signature_can_not_write():
+    for schema in ({"type": "object"}, {}, {"$ref": "#"}, {"type": "array", "items": {"type": "object"}}):
+        with pytest.raises(jinja2.TemplateError, match="a signature can't write"):
+            rendered("signatures", JINJA["signatures"].describe, tools=[tool("f", {"a": schema})])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_arguments_as_text_stay_as_they_are_in_jinja(style):
+    source = calls_jinja(style) + "{{- said.text -}}"
+    text = rendered(
+        style, source, message={"tool_calls": [{"function": {"name": "f", "arguments": '{"a":  1}'}}]}
+    )
+    assert '{"a":  1}' in text and STYLES[style].parse(text) == ("", [call("f", {"a": 1})])

@@ -46,12 +46,17 @@ class Template(Protocol):
         a text.
         """
 
-    def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:
+    def next_turn(
+        self, messages: list[dict], new: list[dict], tools: list[dict] | None = None
+    ) -> list[str] | None:
         """The pieces between the last answer in `messages` and the next one; `new` are the turns in between.
 
         None where the template changes earlier turns when new ones follow. Then only the whole conversation
         will do.
         """
+
+    def parse(self, text: str) -> tuple[str, list[dict]]:
+        """(content, tool_calls) of an answer, the calls as in OpenAI's API; thoughts stay in the content."""
 
 
 def is_trained(message: dict) -> bool:

@@ -29,6 +29,7 @@ import jinja2.sandbox
 from rwkv_miss.errors import UserError
 
 from .chat_template import BEGUN_THOUGHTS, Segment, TokenEnd, is_trained
+from .tool_styles import parse_any
 
 # in the rendered text, around what is trained: noncharacters, which no text has
 BEGIN, END = "\ufdd0{generation\ufdd1", "\ufdd0generation}\ufdd1"
@@ -148,11 +149,13 @@ class JinjaTemplate:
                 segments.append(Segment(text, trained))
         return [segment for segment in segments if segment.text]
 
-    def next_turn(self, messages: list[dict], new: list[dict]) -> list[str] | None:
+    def next_turn(
+        self, messages: list[dict], new: list[dict], tools: list[dict] | None = None
+    ) -> list[str] | None:
         """See chat_template.Template."""
         *earlier, answer = messages
-        asked, before = self._render(earlier, True), self._render(messages)
-        after = self._render([*messages, *new], True)
+        asked, before = self._render(earlier, True, tools), self._render(messages, False, tools)
+        after = self._render([*messages, *new], True, tools)
         if not (before.startswith(asked) and before.endswith(self.turn_end) and after.startswith(before)):
             return None
         # the model has read what it said, which the template may write otherwise
@@ -160,6 +163,10 @@ class JinjaTemplate:
         if said.strip() != written.removesuffix(self.turn_end).strip():
             return None
         return [self.turn_end, after.removeprefix(before)]
+
+    def parse(self, text: str) -> tuple[str, list[dict]]:
+        """See chat_template.Template."""
+        return parse_any(text)
 
     def _marked(self, messages: list[dict], tools, ask: bool) -> list[Piece]:
         text, *rest = self._render(messages, ask, tools, marks=True).split(BEGIN)

@@ -9,6 +9,7 @@ from rwkv_miss.errors import UserError
 
 from ..common.formatting import short
 from .chat_template import Segment, TokenEnd, clean, is_trained, thoughts_of
+from .tool_styles import STYLES
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
@@ -74,8 +75,11 @@ class RwkvTemplate:
     ) -> list[list[Segment]]:
         return [self.segments(messages, tools)]
 
-    def next_turn(self, messages: list[dict], new: list[dict]) -> list[str]:
+    def next_turn(self, messages: list[dict], new: list[dict], tools: list[dict] | None = None) -> list[str]:
         return [TURN_END, self._turns(new, ask=True)]
+
+    def parse(self, text: str) -> tuple[str, list[dict]]:
+        return STYLES["hermes"].parse(text)
 
     def _turns(self, messages: list[dict], ask: bool) -> str:
         turns = []

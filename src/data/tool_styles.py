@@ -18,6 +18,7 @@ from typing import Any
 
 from rwkv_miss.errors import UserError
 
+from ..common.files import read_text
 from ..common.formatting import short
 from .chat_template import clean
 
@@ -63,11 +64,13 @@ class ToolStyle:
         return self.result_role, f"{self.before_result}{clean(content)}{self.after_result}"
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
-        """(content, tool_calls) of an answer without its thoughts: the inverse of calls().
+        """(content, tool_calls) of an answer: the inverse of calls().
 
         Calls are read from the end of an answer, with "arguments" as JSON text. What is no valid call stays
-        in the content.
+        in the content, and so do thoughts before it; thoughts that are still open hold no calls.
         """
+        if text.startswith("<think") and "</think>" not in text:
+            return text, []
         begin, end = (
             re.compile(r"\s*".join(map(re.escape, words.split())))
             for words in (self.before_call, self.after_call)
@@ -283,6 +286,39 @@ STYLES = {
         ToolStyle("hermes", _as_xml, _dumps, "<tool_call>\n", "\n</tool_call>", "tool"),
     )
 }
+
+
+def parse_any(text: str) -> tuple[str, list[dict]]:
+    """ToolStyle.parse() where the style is not known, as with a Jinja template."""
+    # a call in markdown ends with one in json
+    for name in ("hermes", "markdown", "json"):
+        content, calls = STYLES[name].parse(text)
+        if calls:
+            return content, calls
+    return text, []
+
+
+def read_tools(path: str) -> list[dict]:
+    """The tools of a JSON file, which has a list of them, {"tools": such a list}, or one tool.
+
+    UserError for any other file.
+    """
+    expected = "tools are a JSON file with a list of {name, description, parameters}, as in OpenAI's API"
+    text = read_text(path, "tools", expected)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}; {expected}") from None
+    if isinstance(value, dict):
+        value = value.get("tools", [value])
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{path}: got {short(value)}; {expected}")
+    for tool in value:
+        try:
+            read_function(tool)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return value
 
 
 def in_order_of_calls(messages: list[dict]) -> list[dict]:

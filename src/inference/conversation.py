@@ -10,8 +10,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 
-from ..data.chat_template import Template
-from ..data.leading_token import begun
+from ..data.chat_template import Segment, Template
 from ..data.rwkv_template import DEFAULT
 from ..model import RWKV, State
 from .cpu_decoder import Decoder
@@ -20,7 +19,7 @@ from .sampling import Sampling
 
 
 class Turn(NamedTuple):
-    """A user's words with the answer to them."""
+    """A user's words, or what tools gave, with the answer to them."""
 
     messages: list[dict]
     pieces: list[str]  # what the model reads of them, each tokenised on its own
@@ -44,12 +43,11 @@ class Conversation:
         seed: int = 0,
         system: str = "",
         template: Template = DEFAULT,
-        bos: tuple[int, ...] = (),
     ):
         self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
-        self.bos = bos  # what the conversation begins with
         self.generator = torch.Generator().manual_seed(seed)
         self.system = system
+        self.tools: list[dict] = []
         self.reset()
 
     def reset(self) -> None:
@@ -63,9 +61,22 @@ class Conversation:
         self.read = 0
         self.earlier: tuple[State | None, int] = None, 0  # `state` and `read` before the last answer
 
+    def use_tools(self, tools: list[dict]) -> None:
+        """Begin anew with these tools. UserError for tools that the template can't write."""
+        question = [{"role": "user", "content": "?"}]
+        if tools and self.template.segments(question, tools) == self.template.segments(question):
+            raise UserError(f"the template {self.template.name} does not write tools; choose another one")
+        self.tools = tools
+        self.reset()
+
+    @property
+    def calls(self) -> list[dict]:
+        """The tool calls of the last answer, as in OpenAI's API."""
+        return self.turns[-1].messages[-1].get("tool_calls", []) if self.turns else []
+
     @property
     def messages(self) -> list[dict]:
-        """The conversation so far, as {"role", "content"}."""
+        """The conversation so far, as {"role", "content"}, with "tool_calls" in answers that have some."""
         opening = [{"role": "system", "content": self.system}] if self.system else []
         return opening + [message for turn in self.turns for message in turn.messages]
 
@@ -90,20 +101,18 @@ class Conversation:
         state, start = (self.state, self.read) if self.read > first else (None, first)
         return state, [piece for turn in self.turns[start:] for piece in turn.pieces]
 
-    def answer(self, text: str, max_tokens: int = 512) -> Generator[str, None, None]:
-        """The model's answer to a user turn, in pieces.
+    def answer(self, new: str | list[dict], max_tokens: int = 512) -> Generator[str, None, None]:
+        """The model's answer, in pieces, to a user's words or to messages of the roles user and tool.
 
         If it is interrupted or closed, what was said until then is the answer.
         """
-        new = [{"role": "user", "content": text}]
-        pieces = self.template.next_turn(self.messages, new) if self.turns else None
+        new = [{"role": "user", "content": new}] if isinstance(new, str) else new
+        pieces = self.template.next_turn(self.messages, new, self.tools) if self.turns else None
         whole = pieces is None
         before, unread = (None, []) if whole else self.unread()
         if whole:
-            pieces = [piece for piece, _ in self.template.segments([*self.messages, *new], ask=True)]
+            pieces = [piece for piece, _ in self._asked(new)]
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
-        if before is None:
-            ids = begun(ids, self.bos)
         said: list[str] = []
         answers = stream(
             self.model,
@@ -125,8 +134,13 @@ class Conversation:
         self.earlier = self.state, self.read
         self.state, self.read = state, len(self.turns)
 
+    def _asked(self, new: list[dict]) -> list[Segment]:
+        return self.template.segments([*self.messages, *new], self.tools, ask=True)
+
     def _add(self, new: list[dict], pieces: list[str], whole: bool, said: str) -> None:
-        message = {"role": "assistant", "content": (self.template.opening + said).strip()}
+        text = (self.template.opening + said).strip()
+        content, calls = self.template.parse(text) if self.tools else (text, [])
+        message = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
         self.turns.append(Turn([*new, message], [*pieces, said], whole))
 
 

@@ -20,16 +20,16 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.untrusted import check_sums
 
-from ..data.leading_token import from_record
 from ..data.rwkv_template import MODES
 from ..data.templates import load_template
+from ..data.tool_styles import read_function
 from ..model import LayerState, State
 from .adapters import Adapters
 from .conversation import Conversation, Turn
 from .cpu_decoder import Decoder
 
 CHAT_FORMAT = "rwkv-miss chat"
-# the metadata beside format, format_version and bos, which older files lack
+# the metadata beside format and format_version
 KINDS = {
     "base": str,
     "base_fingerprint": str,
@@ -39,6 +39,7 @@ KINDS = {
     "system": str,
     "turns": list,
     "read": int,
+    "tools": list,
 }
 
 
@@ -62,10 +63,10 @@ def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
         "weights": adapters.identity(),
         "tokenizer": os.path.basename(conversation.tokenizer.name),
         "template": conversation.template.record,
-        "bos": list(conversation.bos),
         "system": conversation.system,
         "turns": [turn._asdict() for turn in conversation.turns],
         "read": conversation.read,
+        "tools": conversation.tools,
     }
     write_checkpoint(path, tensors.items(), metadata)
 
@@ -97,11 +98,11 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     if not (0 <= read <= len(turns) and bool(tensors) == bool(read) and begins):
         raise _damaged(path, f"{len(tensors)} tensors of a state after {read} of {len(turns)} turns")
     template = load_template(_record(path, metadata["template"]), tokenizer.decode(tokenizer.eod))
-    bos = from_record(path, metadata, tokenizer)
 
     conversation.system = metadata["system"]
-    conversation.template, conversation.bos = template, bos
+    conversation.template = template
     conversation.generator = generator
+    conversation.tools = metadata["tools"]
     conversation.reset()
     conversation.turns = turns
     if state is None or not adapters.is_recorded(metadata["weights"]):
@@ -134,9 +135,14 @@ def _read_metadata(path) -> dict[str, Any]:
             f"{path} has version {metadata.get('format_version')} of the format, expected 1; it is of a newer"
             " release"
         )
+    metadata.setdefault("tools", [])  # chats from before there were tools
     for name, kind in KINDS.items():
         if not isinstance(metadata.get(name), kind) or isinstance(metadata[name], bool):
             raise _damaged(path, f"{name} is {str(metadata.get(name))[:60]!r}")
+    try:
+        [read_function(tool) for tool in metadata["tools"]]
+    except UserError as error:
+        raise _damaged(path, str(error)) from None
     check_sums(path)
     return metadata
 
@@ -157,9 +163,19 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+    if not isinstance(message, dict) or message.keys() - {"tool_calls"} != {"role", "content"}:
         return False
-    return all(isinstance(text, str) for text in message.values())
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        return False
+    return isinstance(message["role"], str) and isinstance(message["content"], str)
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or function.keys() != {"name", "arguments"}:
+        return False
+    return all(isinstance(text, str) for text in function.values())
 
 
 def _generator(path, state: Tensor | None) -> torch.Generator:

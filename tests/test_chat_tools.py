@@ -1,0 +1,187 @@
+"""Tools in a chat: their files, the calls that are read out of answers, and the results that are given."""
+
+import json
+
+import pytest
+
+from demo import chat
+from demo.commands import Chat
+from rwkv_miss import UserError
+from src.data.rwkv_template import RwkvTemplate
+from src.data.templates import load_template
+from src.data.tool_styles import STYLES, read_tools
+from src.inference import conversation as conversation_module
+from src.inference.conversation import Conversation
+from src.inference.generate import stream
+
+from .test_generate import GREEDY, Scripted, named, without_adapters
+from .test_templates import CHATML
+from .test_tool_styles import WEATHER, call
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """talk(template) -> (a chat, a function that makes it say a text next, the texts that are read)."""
+
+    def make(template):
+        texts = []
+
+        def noted(model, tokenizer, ids, *rest):
+            texts.append(tokenizer.decode(ids))
+            return stream(model, tokenizer, ids, *rest)
+
+        monkeypatch.setattr(conversation_module, "stream", noted)
+        tokenizer = named("bytes")
+        conversation = Conversation(None, tokenizer, GREEDY, template=template)
+        made = Chat(conversation, without_adapters(None), lambda *_: template, template.name, 500, 0)
+        made.tokenizer_judged = True
+
+        def then_say(text):
+            conversation.model = Scripted(tokenizer, [*tokenizer.encode(text), *tokenizer.eod])
+
+        return made, then_say, texts
+
+    return make
+
+
+@pytest.fixture
+def weather(tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    return tmp_path / "tools.json"
+
+
+def test_calls_are_shown_and_answered_in_the_chat(talk, weather, capsys):
+    template = RwkvTemplate("rwkv")
+    style = STYLES["hermes"]
+    made, then_say, read = talk(template)
+    made.take(f"/tools {weather}")
+    calls = [call("get_weather", {"location": town}) for town in ("Rome", "Oslo")]
+    then_say(" Let me look.\n" + style.calls(calls))
+    made.take("Where is it hot?")
+    assert made.conversation.turns[-1].messages[1:] == [
+        {"role": "assistant", "content": "Let me look.", "tool_calls": calls}
+    ]
+    for line in ("/result 31\n\nC", "/result -3"):
+        then_say(" In Rome.")
+        made.take(line)
+    turn = {"role": "tool", "content": "31\n\nC"}
+    assert made.conversation.turns[-1].messages == [
+        turn,
+        {"role": "tool", "content": "-3"},
+        {"role": "assistant", "content": "In Rome."},
+    ]
+    assert read == [
+        f"System: {style.describe([WEATHER])}\n\nUser: Where is it hot?\n\nAssistant:",
+        "\n\n" + template._turns([turn, {"role": "tool", "content": "-3"}], ask=True),
+    ]
+    made.take("/tools")
+    assert capsys.readouterr().err.splitlines() == [
+        '  get_weather: Says "hot"',
+        "",
+        "or cold.",
+        "1 tool, a new conversation",
+        'call 1 of 2: get_weather {"location": "Rome"}',
+        'call 2 of 2: get_weather {"location": "Oslo"}',
+        "/result TEXT is what call 1 gave",
+        'call 2 of 2: get_weather {"location": "Oslo"}',
+        "/result TEXT is what call 2 gave",
+        '  get_weather: Says "hot"',
+        "",
+        "or cold.",
+        "1 tool",
+    ]
+    then_say(" In Rome!")
+    made.take("/retry")
+    assert [m["content"] for m in made.conversation.turns[-1].messages] == ["31\n\nC", "-3", "In Rome!"]
+    made.take("/tools none")
+    assert not made.conversation.tools and not made.conversation.turns
+
+
+def test_words_may_come_before_the_results_are_complete(talk, weather):
+    made, then_say, read = talk(RwkvTemplate("rwkv"))
+    made.take(f"/tools {weather}")
+    then_say(" " + STYLES["hermes"].calls([call("f", {}), call("g", {})]))
+    made.take("Do both.")
+    made.take("/result 1")
+    then_say(" ok")
+    made.take("Stop.")
+    assert [m["role"] for m in made.conversation.turns[-1].messages] == ["tool", "user", "assistant"]
+    assert made.results == []
+    with pytest.raises(UserError, match="the last answer calls no tool"):
+        made.take("/result 2")
+
+
+def test_without_tools_nothing_is_a_call_and_a_broken_call_is_text(talk, weather):
+    made, then_say, _ = talk(RwkvTemplate("rwkv"))
+    style = STYLES["hermes"]
+    text = style.calls([call("f", {})])
+    then_say(" " + text)
+    made.take("hi")
+    assert made.conversation.turns[-1].messages[1] == {"role": "assistant", "content": text}
+    made.take(f"/tools {weather}")
+    broken = text.replace("}", "")
+    then_say(" " + broken)
+    made.take("hi")
+    assert made.conversation.turns[-1].messages[1] == {"role": "assistant", "content": broken}
+
+
+def test_a_jinja_template_is_asked_with_the_calls_and_the_tools(talk, weather):
+    written = "(message.tool_calls | tojson if message.tool_calls else '') + message.content +"
+    source = CHATML.replace("message.content +", written)
+    made, then_say, read = talk(load_template(source))
+    made.take(f"/tools {weather}")
+    calls = [call("f", {"a": 1})]
+    then_say(STYLES["hermes"].calls(calls) + "<|im_end|>")
+    made.take("hi")
+    then_say("ok<|im_end|>")
+    made.take("/result 3")
+    assert made.conversation.turns[0].messages[1]["tool_calls"] == calls
+    assert (
+        read[0] == f"tools={json.dumps([WEATHER])}\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # this one writes the call in its own words, so it is read from the beginning
+    assert read[1] == read[0] + (
+        f"{json.dumps(calls)}<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(UserError, match="does not write tools; choose another one"):
+        talk(load_template(CHATML.replace("if tools", "if false")))[0].conversation.use_tools([WEATHER])
+
+
+def test_files_of_tools(tmp_path):
+    path = tmp_path / "tools.json"
+    for value in ([WEATHER], {"tools": [WEATHER]}, WEATHER):
+        path.write_text(json.dumps(value))
+        assert read_tools(path) == [WEATHER]
+    for text, words in (
+        ("[", "is no JSON: .*; tools are a JSON file with a list of"),
+        ("[]", "got ..; tools are a JSON file"),
+        ("3", "got 3; tools are a JSON file"),
+        ('[{"name": 3}]', "tools.json: a tool must be"),
+        ("[" * 10**5, "is no JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_tools(path)
+    with pytest.raises(UserError, match="cannot read absent.json as tools"):
+        read_tools("absent.json")
+
+
+@pytest.mark.parametrize("flags", [["--raw", "--prompt", "x"], ["--load_state", "x"]])
+def test_tools_without_a_beginning(flags):
+    with pytest.raises(UserError, match="--tools are described at the beginning of a conversation"):
+        chat.parse(["--model", "x", "--tools", "x", *flags])
+
+
+def test_one_prompt_with_tools(weather, monkeypatch, capsys):
+    tokenizer = named("bytes")
+    text = STYLES["hermes"].calls([call("f", {"é": 1})])
+    monkeypatch.setattr(
+        chat,
+        "load_with",
+        lambda path, *_: (without_adapters(Scripted(tokenizer, tokenizer.encode(f" {text}"))), tokenizer),
+    )
+    monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
+    flags = ["--model", "m", "--tokenizer", "bytes", "--prompt", "q", "--tools", str(weather)]
+    chat.main([*flags, "--temperature", "0", "--template", "rwkv"])
+    out, err = capsys.readouterr()
+    assert out == f"{text}\n" and err.splitlines()[0] == 'call 1 of 1: f {"é": 1}'
