@@ -259,6 +259,7 @@ READERS: dict[str, Reader] = {
     "model, safetensors": exported("safetensors"),
     "model, GGUF": exported("gguf", tokenizer="none"),
     "model, HF": exported("hf", tokenizer="none"),
+    "model, HF, fla": exported("hf", tokenizer="none", layout="fla"),
     "states": Reader(lambda folder: write_state(folder / "s.pth"), to_native("s.pth")),
 }
 

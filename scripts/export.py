@@ -15,6 +15,7 @@ with importing():
     from src.common.hub import local_path
     from src.export import TARGETS, export
     from src.export.gguf import DEFAULT_TYPE, FILE_TYPES
+    from src.export.hugging_face import LAYOUTS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,6 +36,15 @@ def main(argv: list[str] | None = None) -> None:
             "--type", default="", choices=FILE_TYPES, help=f"of the large matrices in GGUF [{DEFAULT_TYPE}]"
         )
         parser.add_argument(
+            "--layout",
+            default="",
+            choices=LAYOUTS,
+            help=(
+                "of the Hugging Face folder. official: Rwkv7ForCausalLM. fla: flash-linear-attention and"
+                f" rwkv7-hf [{LAYOUTS[0]}]"
+            ),
+        )
+        parser.add_argument(
             "--tokenizer",
             default="auto",
             help=(
@@ -52,7 +62,15 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         args.model = local_path(args.model)
         for line in export(
-            args.model, args.out, args.to, args.type, args.tokenizer, args.eod, args.template, args.drop_state
+            args.model,
+            args.out,
+            args.to,
+            args.type,
+            args.tokenizer,
+            args.eod,
+            args.template,
+            args.drop_state,
+            args.layout,
         ).lines():
             print(line)
 

@@ -132,6 +132,11 @@ def _official(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -
                 f"{path} has {name} {str(found)[:60]}; RWKV's is {eps:g}, so a checkpoint would compute"
                 " something else"
             )
+    if (head_size := config.get("head_dim", 64)) != 64:
+        raise UserError(
+            f"{path} has heads of {str(head_size)[:60]}: programs for this layout scale ln_x's eps with it;"
+            f" RWKV's is 64 * {LN_EPS:g}, so a checkpoint would compute something else"
+        )
     tensors = {plain_name(name): tensor for name, tensor in stored.items()}
     if len(tensors) < len(stored):
         raise UserError(f"{path} is damaged: some tensors have the same name with and without {OFFICIAL}")
@@ -185,11 +190,17 @@ def restored(
 def _with_value_residual(
     path: str, tensors: dict[str, Tensor], provenance: Provenance | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Block 0's value residual, which nothing reads, for a checkpoint that had one; and notes."""
-    if provenance is None or VALUE_RESIDUAL[0] not in provenance.entries or VALUE_RESIDUAL[0] in tensors:
+    """Block 0's value residual, which nothing reads, as the checkpoint had it or had it not; and notes."""
+    if provenance is None:
         return tensors, []
+    if VALUE_RESIDUAL[0] not in provenance.entries:  # the official layout has one all the same
+        return {name: tensor for name, tensor in tensors.items() if name not in VALUE_RESIDUAL}, []
     if os.path.exists(os.path.join(path, UNREAD)):
         return tensors | read_safetensors(os.path.join(path, UNREAD))[0], []
+    kept = [entry for name, entry in provenance.entries.items() if name in VALUE_RESIDUAL]
+    found = [tensors[name] for name in provenance.entries if name in VALUE_RESIDUAL and name in tensors]
+    if [math.prod(entry.shape) for entry in kept] == [tensor.numel() for tensor in found]:
+        return tensors, []
     note = f"{UNREAD} is absent: the value residual of block 0, which nothing reads, is zero"
     return tensors | _zeros(path, provenance.entries, tensors), [note]
 

@@ -27,6 +27,7 @@ from ..data.templates import load_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
 from . import gguf, hugging_face
+from .hugging_face import LAYOUTS
 from .to_checkpoint import form_of, to_checkpoint
 from .vocabulary import vocabulary_of
 
@@ -79,16 +80,18 @@ def export(
     eod: str = "",
     template: str = "auto",
     drop_state: bool = False,
+    layout: str = "",
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
     kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod,
     template: as everywhere, for gguf and hf; auto is what the file records, and tokenizer may be "none".
-    drop_state: leave out an initial state that the form has no place for. UserError, before anything is
+    drop_state: leave out an initial state that the form has no place for. layout: of a Hugging Face folder,
+    one of hugging_face.LAYOUTS, the first where none is given. UserError, before anything is
     written, for what is no model or not merged, for a model that the readers of the form would compute
     wrongly, and for a missing package.
     """
-    _check_flags(to, kind, (tokenizer, eod, template, drop_state))
+    _check_flags(to, kind, layout, (tokenizer, eod, template, drop_state))
     _check_output(path, out, to)
     found = form_of(path)
     if found == to:
@@ -106,8 +109,9 @@ def export(
     else:
         model, notes = _without_state(model, to, drop_state)
         if to == "hf":
-            written = "Hugging Face folder"
-            notes += _write_folder(model, out, tokenizer, eod, template)
+            layout = layout or LAYOUTS[0]
+            written = f"Hugging Face folder, layout {layout}"
+            notes += _write_folder(model, out, layout, tokenizer, eod, template)
         else:
             kind = kind or gguf.DEFAULT_TYPE
             written = f"GGUF {kind}"
@@ -126,13 +130,13 @@ def _check_output(path, out, to: str) -> None:
         may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
 
 
-def _write_folder(model: Model, out, tokenizer: str, eod: str, template: str) -> list[str]:
+def _write_folder(model: Model, out, layout: str, tokenizer: str, eod: str, template: str) -> list[str]:
     """Check the model and write it for Hugging Face; returns notes."""
-    hugging_face.check(model.arch)
+    hugging_face.check(model.arch, layout)
     chosen_tokenizer, chosen_template = _language(model, tokenizer, eod, template)
     check_finite(model.tensors)
     return hugging_face.write(
-        out, model.tensors, model.arch, chosen_tokenizer, chosen_template, model.provenance()
+        out, layout, model.tensors, model.arch, chosen_tokenizer, chosen_template, model.provenance()
     )
 
 
@@ -146,11 +150,15 @@ def _write_gguf(model: Model, out, kind: str, tokenizer: str, eod: str, template
     return notes + vocabulary.notes + left_out
 
 
-def _check_flags(to: str, kind: str, language: tuple[str, str, str, bool]) -> None:
+def _check_flags(to: str, kind: str, layout: str, language: tuple[str, str, str, bool]) -> None:
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
     if kind and to != "gguf":
         raise UserError(f"--type {kind} is for gguf; {to} has the checkpoint's own dtypes")
+    if layout and to != "hf":
+        raise UserError(f"--layout {layout} is for hf; {to} has one layout")
+    if layout not in ("", *LAYOUTS):
+        raise UserError(f"--layout {layout!r} is unknown; choose one of: {', '.join(LAYOUTS)}")
     if to not in ("gguf", "hf") and language != ("auto", "", "auto", False):
         raise UserError(
             f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and"

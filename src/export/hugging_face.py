@@ -1,47 +1,89 @@
-"""Folders for Hugging Face's transformers; rwkv7-hf and flash-linear-attention load RWKV-7 from them."""
+"""Folders for Hugging Face's transformers, in one of two layouts.
+
+official is `Rwkv7ForCausalLM`: the checkpoint's names and shapes behind `rwkv7.`. fla is
+`RWKV7ForCausalLM` of flash-linear-attention, which rwkv7-hf loads too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch
-from rwkv_miss.files.hf_names import CONFIG, UNREAD, WEIGHTS, table
-from rwkv_miss.files.output import write_bytes, write_folder, write_json
+from rwkv_miss.files.hf_names import CONFIG, UNREAD, WEIGHTS, official_name, table
+from rwkv_miss.files.output import write_folder, write_json
 from rwkv_miss.files.provenance import Provenance
 from rwkv_miss.files.safetensors_io import write_safetensors
 from rwkv_miss.files.tensor_map import VALUE_RESIDUAL
 
 from ..data.chat_template import Template
-from ..data.rwkv_template import RwkvTemplate
-from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
-from .chat_template import rwkv_jinja
+from ..data.tokenizer import Tokenizer
+from ..model import RWKV
+from .hf_tokenizer import fla_files, official_files
 
-VOCABULARY = "rwkv_vocab_v20230424.txt"  # rwkv7-hf looks for this name, whatever the vocabulary
-END, PADDING = "<|endoftext|>", "<|padding|>"
+LAYOUTS = ("official", "fla")
+GENERATION = "generation_config.json"
+USUAL_RANK = 32  # of a value residual, where no block has one
 
 
-def check(arch: Arch) -> None:
-    """UserError for a model that the loaders would compute wrongly."""
+def check(arch: Arch, layout: str) -> None:
+    """UserError for a model that the loaders of a layout would compute wrongly."""
     if arch.version == 6:
+        official = "the official layout is RWKV-7's alone, and " if layout == "official" else ""
         raise UserError(
-            "Hugging Face: the loader of RWKV-6 folders, flash-linear-attention, normalises the heads with"
-            " the eps of the layers, 1e-5; RWKV-6 has 64e-5 there, so the logits would be others. GGUF and"
-            " safetensors take RWKV-6"
+            f"Hugging Face: {official}the loader of RWKV-6 folders, flash-linear-attention, normalises the"
+            " heads with the eps of the layers, 1e-5; RWKV-6 has 64e-5 there, so the logits would be others."
+            " GGUF and safetensors take RWKV-6"
         )
+    loaders = "rwkv7-hf and flash-linear-attention" if layout == "fla" else "those of Rwkv7ForCausalLM"
     if arch.head_size != 64:
         raise UserError(
-            "Hugging Face: the loaders, rwkv7-hf and flash-linear-attention, scale ln_x's eps with the head"
-            f" size, here to {arch.head_size}e-5; RWKV-7 has 64e-5 with heads of any size, so the logits"
-            " would be others. Only heads of 64 are right"
+            f"Hugging Face: the loaders, {loaders}, scale ln_x's eps with the head size, here to"
+            f" {arch.head_size}e-5; RWKV-7 has 64e-5 with heads of any size, so the logits would be others."
+            " Only heads of 64 are right"
+        )
+    if layout == "official" and arch.dim_att != arch.n_embd:
+        raise UserError(
+            f"Hugging Face: the heads are {arch.dim_att} wide in all and the model {arch.n_embd};"
+            " Rwkv7ForCausalLM has no models where they differ"
         )
 
 
-def config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """config.json, for both loaders."""
+def official_config(arch: Arch, tensors: Mapping[str, Tensor], end: int | None) -> dict[str, object]:
+    """config.json of the official layout; `end` is the id that ends a document."""
+    return {
+        "architectures": ["Rwkv7ForCausalLM"],
+        "model_type": "rwkv7",
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.n_embd,
+        "num_hidden_layers": arch.n_layer,
+        "num_heads": arch.n_head,
+        "head_dim": arch.head_size,
+        "intermediate_size": arch.dim_ffn,
+        "decay_low_rank_dim": arch.ranks["w"],
+        "a_low_rank_dim": arch.ranks["a"],
+        "v_low_rank_dim": arch.ranks["v"] or USUAL_RANK,
+        "gate_low_rank_dim": arch.ranks["g"],
+        "norm_eps": 1e-5,
+        "norm_bias": True,
+        "tie_word_embeddings": False,
+        **special_ids(end),
+        "use_cache": True,
+        "dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
+    }
+
+
+def special_ids(end: int | None) -> dict[str, int | None]:
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+
+
+def fla_config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """config.json of the other layout, for both of its loaders."""
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",
@@ -74,6 +116,7 @@ def config(arch: Arch, tensors: Mapping[str, Tensor]) -> dict[str, object]:
 
 def write(
     out,
+    layout: str,
     tensors: Mapping[str, Tensor],
     arch: Arch,
     tokenizer: Tokenizer | None,
@@ -81,47 +124,39 @@ def write(
     provenance: Provenance,
 ) -> list[str]:
     """Write a checked model as a new folder, whole or not at all. Returns notes: what is not in it."""
-    stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}
-    unread = {name: tensor for name, tensor in tensors.items() if name in VALUE_RESIDUAL}
+    if layout == "official":
+        stored, unread = _official_tensors(tensors, arch), {}
+        end = tokenizer.eod[0] if tokenizer and len(tokenizer.eod) == 1 else None
+        described = {CONFIG: official_config(arch, tensors, end), GENERATION: special_ids(end)}
+        of_tokenizer, notes = official_files(tokenizer, template)
+    else:
+        stored = {mapped.stored: mapped.store(tensors) for mapped in table(arch.n_layer)}
+        unread = {name: tensor for name, tensor in tensors.items() if name in VALUE_RESIDUAL}
+        described = {CONFIG: fla_config(arch, tensors)}
+        of_tokenizer, notes = fla_files(tokenizer, template, arch.vocab_size)
     writers: dict[str, Callable[[str], None]] = {
         WEIGHTS: lambda path: write_safetensors(path, stored, provenance.header())
     }
     if unread:
         writers[UNREAD] = lambda path: write_safetensors(path, unread, Provenance.of(unread, {}).header())
-    writers[CONFIG] = lambda path: write_json(path, config(arch, tensors))
-    of_tokenizer, notes = _tokenizer_files(tokenizer, template, arch.vocab_size)
+    for name, content in described.items():
+        writers[name] = functools.partial(write_json, content=content)
     write_folder(out, writers | of_tokenizer)
     return notes
 
 
-def _tokenizer_files(
-    tokenizer: Tokenizer | None, template: Template, vocab_size: int
-) -> tuple[dict[str, Callable[[str], None]], list[str]]:
-    """(writers of the files by name, notes)."""
-    jinja = rwkv_jinja(template.name) if isinstance(template, RwkvTemplate) else template.record
-    if isinstance(tokenizer, JsonTokenizer):
-        described: dict[str, object] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.decode(tokenizer.eod),
-        }
-        table, content = "tokenizer.json", Path(tokenizer.name).read_bytes()
-    elif isinstance(tokenizer, ByteTokenizer) and tokenizer.encoding == "utf-8" and tokenizer.eod == (0,):
-        described = {
-            "tokenizer_class": "RWKV7Tokenizer",
-            "model_vocab_size": vocab_size,
-            "eos_token": END,
-            "pad_token": PADDING,
-            "errors": "replace",
-            "split_special_tokens": True,  # what a user types is text, also END
-        }
-        pieces = [(token, piece) for token, piece in sorted(tokenizer.table.items()) if piece]
-        table = VOCABULARY
-        content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in pieces).encode()
-    else:
-        reason = f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for"
-        return {}, [f"no tokenizer is in the folder: {reason}"]
-    described["chat_template"] = jinja
-    return {
-        table: lambda path: write_bytes(path, content),
-        "tokenizer_config.json": lambda path: write_json(path, described),
-    }, []
+def _official_tensors(tensors: Mapping[str, Tensor], arch: Arch) -> dict[str, Tensor]:
+    """The tensors by the layout's names, in the shapes of released files.
+
+    Block 0 has a value residual there. Nothing reads it, so one that the checkpoint lacks is zeros.
+    """
+    ranks = arch.ranks | {"v": arch.ranks["v"] or USUAL_RANK}
+    with torch.device("meta"):
+        full = RWKV(dataclasses.replace(arch, ranks=ranks, layer0_value_residual=True))
+    stored = {}
+    for name, p in full.named_parameters():
+        tensor = tensors.get(name)
+        if tensor is None:
+            tensor = torch.zeros(p.shape, dtype=tensors["emb.weight"].dtype)
+        stored[official_name(name)] = tensor.reshape(p.shape)
+    return stored

@@ -1,0 +1,77 @@
+"""The tokenizer's files in a Hugging Face folder, and the chat template with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from rwkv_miss.files.output import write_bytes, write_json, write_text
+
+from ..data.chat_template import Template
+from ..data.rwkv_template import RwkvTemplate
+from ..data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from . import fast_tokenizer
+from .chat_template import rwkv_jinja
+from .fast_tokenizer import END
+
+TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+VOCABULARY = "rwkv_vocab_v20230424.txt"  # rwkv7-hf looks for this name, whatever the vocabulary
+PADDING = "<|padding|>"
+FAST = "PreTrainedTokenizerFast"
+# (writers of the files by name, notes)
+Files = tuple[dict[str, Callable[[str], None]], list[str]]
+
+
+def official_files(tokenizer: Tokenizer | None, template: Template) -> Files:
+    """A tokenizer.json of any tokenizer that has the form, with the greedy longest match of a byte table."""
+    described: dict[str, object] = {"tokenizer_class": FAST, "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, JsonTokenizer):
+        content, end = Path(tokenizer.name).read_bytes(), tokenizer.decode(tokenizer.eod)
+    elif isinstance(tokenizer, ByteTokenizer) and not fast_tokenizer.no_form(tokenizer):
+        content = fast_tokenizer.tokenizer_json(tokenizer)
+        end = fast_tokenizer.token_names(tokenizer)[tokenizer.eod[0]]
+        described["split_special_tokens"] = True  # what a user types is text, also the end's name
+    else:
+        reason = fast_tokenizer.no_form(tokenizer) if tokenizer else "none was asked for"
+        return {}, [f"no tokenizer is in the folder: {reason}"]
+    described |= {"eos_token": end, "pad_token": end}
+    return {
+        TOKENIZER: functools.partial(write_bytes, content=content),
+        CONFIG: functools.partial(write_json, content=described),
+        TEMPLATE: functools.partial(write_text, text=_jinja(template)),
+    }, []
+
+
+def fla_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) -> Files:
+    """rwkv7-hf's tokenizer, whose vocabulary is a file in World format; or a tokenizer.json as it is."""
+    if isinstance(tokenizer, JsonTokenizer):
+        described: dict[str, object] = {
+            "tokenizer_class": FAST,
+            "eos_token": tokenizer.decode(tokenizer.eod),
+        }
+        table, content = TOKENIZER, Path(tokenizer.name).read_bytes()
+    elif isinstance(tokenizer, ByteTokenizer) and tokenizer.encoding == "utf-8" and tokenizer.eod == (0,):
+        described = {
+            "tokenizer_class": "RWKV7Tokenizer",
+            "model_vocab_size": vocab_size,
+            "eos_token": END,
+            "pad_token": PADDING,
+            "errors": "replace",
+            "split_special_tokens": True,  # what a user types is text, also END
+        }
+        pieces = [(token, piece) for token, piece in sorted(tokenizer.table.items()) if piece]
+        table = VOCABULARY
+        content = "".join(f"{token} {piece!r} {len(piece)}\n" for token, piece in pieces).encode()
+    else:
+        reason = f"rwkv7-hf has none like {tokenizer.name}" if tokenizer else "none was asked for"
+        return {}, [f"no tokenizer is in the folder: {reason}"]
+    described["chat_template"] = _jinja(template)
+    return {
+        table: lambda path: write_bytes(path, content),
+        CONFIG: lambda path: write_json(path, described),
+    }, []
+
+
+def _jinja(template: Template) -> str:
+    return rwkv_jinja(template.name) if isinstance(template, RwkvTemplate) else template.record
