@@ -14,6 +14,7 @@ from src.common.startup import importing
 
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
+    from src.data.leading_token import leading_token
     from src.data.templates import recorded_template
     from src.evaluation.accuracy import exact_accuracy, read_questions
     from src.inference.load import load
@@ -33,10 +34,11 @@ def main() -> None:
         args = parser.parse_args()
         merged, tokenizer = load(args.merged, precision="fp32")
         template = recorded_template("auto", tokenizer, args.merged)
+        bos = leading_token("recorded", tokenizer, args.merged)
         questions = read_questions(args.questions, template)
-        after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens, template)
+        after, answers = exact_accuracy(merged, tokenizer, questions, args.max_tokens, template, bos)
         base, tokenizer = load(args.base, precision="fp32")
-        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens, template)
+        before, wrong = exact_accuracy(base, tokenizer, questions, args.max_tokens, template, bos)
         with open(args.summary, encoding="utf-8") as file:
             seconds = json.load(file)["train_seconds"]
         print(f"\n{'question':<60} {'base':<12} {'merged':<12}")

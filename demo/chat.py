@@ -22,6 +22,9 @@ with importing():
     from rwkv_miss.errors import Parser, UserError, one_line_errors
     from src.common.device import PRECISIONS
     from src.common.hub import local_path
+    from src.config.validate import check_bos
+    from src.data.leading_token import HELP as BOS_HELP
+    from src.data.leading_token import begun, leading_token
     from src.data.rwkv_template import MODES
     from src.data.templates import recorded_template
     from src.data.tool_styles import read_tools
@@ -82,6 +85,7 @@ def add_text(add: Callable) -> None:
         default="auto",
         help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file",
     )
+    add("--bos", default="recorded", help=BOS_HELP)
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
     add("--system", default="", help="text of a System: turn before the chat")
@@ -134,6 +138,7 @@ def check(args: argparse.Namespace) -> None:
     if args.max_tokens < 1:
         raise UserError(f"--max_tokens {args.max_tokens}: expected 1 or more")
     sampling_of(args).check()
+    check_bos(args.bos)
     if not math.isfinite(args.scale):
         raise UserError(f"--scale {args.scale}: expected a finite number")
     if not -(2**63) <= args.seed < 2**63:
@@ -195,17 +200,26 @@ def main(argv: list[str] | None = None) -> None:
         def template_of(choice: str, paths: list):
             return recorded_template(choice, tokenizer, *paths, args.model)
 
-        template = template_of(args.template, list(args.adapter.values())[:1])
-        conversation = Conversation(model, tokenizer, sampling_of(args), args.seed, args.system, template)
-        chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed)
+        def bos_of(paths: list):
+            return leading_token(args.bos, tokenizer, *paths, args.model)
+
+        used = list(args.adapter.values())[:1]
+        template, bos = template_of(args.template, used), bos_of(used)
+        conversation = Conversation(
+            model, tokenizer, sampling_of(args), args.seed, args.system, template, bos
+        )
+        chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed, bos_of)
         if args.tools:
             conversation.use_tools(read_tools(args.tools))
         if args.load_state:
             chat.load_from(args.load_state)
             if args.template != "auto":
                 conversation.template, chat.chosen = template, args.template
+            if args.bos != "recorded":
+                conversation.bos, chat.bos_of = bos, bos_of
+                conversation.read_again()
         if args.raw:
-            ids, generator = tokenizer.encode(args.prompt), conversation.generator
+            ids, generator = begun(tokenizer.encode(args.prompt), bos), conversation.generator
             show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, "", generator))
         elif args.compare:
             print(chat.compared(args.prompt))

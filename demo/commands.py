@@ -59,7 +59,7 @@ class Chat:
     stderr.
 
     `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter
-    files in use.
+    files in use, `bos_of(paths)` the ids that a conversation then begins with.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Chat:
         template: str,
         max_tokens: int,
         seed: int,
+        bos_of: Callable[[list], tuple[int, ...]],
     ):
         self.conversation, self.adapters, self.template_of, self.chosen = (
             conversation,
@@ -77,7 +78,7 @@ class Chat:
             template_of,
             template,
         )
-        self.max_tokens, self.seed = max_tokens, seed
+        self.max_tokens, self.seed, self.bos_of = max_tokens, seed, bos_of
         self.scale = adapters.scale  # the next adapter gets it, too
         self.over = False
         self.results: list[dict] = []  # of the last answer's calls, so far
@@ -149,6 +150,7 @@ class Chat:
         if (names, scale) != (self.adapters.used, self.adapters.scale):
             self.use(names, scale)
             self.conversation.template = self.template_of(self.chosen, self.paths())
+            self.conversation.bos = self.bos_of(self.paths())
         again = self.conversation.turns and not self.conversation.read
         note(
             self.in_use()
@@ -255,7 +257,8 @@ class Chat:
         """go on with a saved conversation"""
         used = load_chat(self.conversation, self.adapters, needed("load", argument))
         self.results = []
-        self.chosen = self.conversation.template.record
+        self.chosen, bos = self.conversation.template.record, self.conversation.bos
+        self.bos_of = lambda paths: bos
         again = (
             ""
             if used or not self.conversation.turns

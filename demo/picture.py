@@ -27,6 +27,7 @@ with importing():
     from rwkv_miss import UserError, read_checkpoint
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.files import write_bytes
+    from src.data.leading_token import leading_token
     from src.data.templates import recorded_template
     from src.evaluation.accuracy import Question, exact_accuracy, read_questions
     from src.inference.load import load
@@ -45,8 +46,9 @@ def answers_of(model: str, questions_file: str) -> tuple[list[Question], float, 
     """(questions, share that is right, answers) of a model file, as demo.accuracy has them."""
     network, tokenizer = load(model, precision="fp32")
     template = recorded_template("auto", tokenizer, model)
+    bos = leading_token("recorded", tokenizer, model)
     questions = read_questions(questions_file, template)
-    return questions, *exact_accuracy(network, tokenizer, questions, 64, template)
+    return questions, *exact_accuracy(network, tokenizer, questions, 64, template, bos)
 
 
 def examples(

@@ -509,7 +509,9 @@ FIELDS = {
     "tokenizer": str,
     "eod": str,
     "template": str,
+    "bos": list,
 }
+ITEMS = {"bos": int}  # the type of what a list holds, where it is not the names of tensors
 REQUIRED = ("method", "options", "linears")
 # the value of a field that a file leaves out; `tied`: another name of a whole tensor -> its name in the file
 DEFAULTS = {
@@ -531,9 +533,13 @@ def checked_metadata(path: str | os.PathLike[str], metadata: dict[str, Any]) -> 
         raise UserError(f"{path} has format_version {version!r}, this package reads 1; update it")
     for name, kind in FIELDS.items():
         value = metadata.get(name)
-        sound = isinstance(value, kind) and (kind is not list or all(isinstance(item, str) for item in value))
+        item_kind = ITEMS.get(name, str)
+        sound = isinstance(value, kind) and (
+            kind is not list or all(type(item) is item_kind for item in value)
+        )
         if not sound and (value is not None or name in REQUIRED):
-            wanted = "a list of names" if kind is list else kind.__name__
+            listed = "a list of names" if item_kind is str else "a list of numbers"
+            wanted = listed if kind is list else kind.__name__
             raise UserError(f"{path} is damaged: its {name} is {str(value)[:60]!r}, expected {wanted}")
     for other, name in (metadata.get("tied") or {}).items():
         if not isinstance(name, str):

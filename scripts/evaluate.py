@@ -19,7 +19,10 @@ with importing():
     from src.common.files import write_text
     from src.common.hub import DATA, local_path, recorded
     from src.config import FIELDS
+    from src.config.validate import check_bos
     from src.data.formats import Reading
+    from src.data.leading_token import HELP as BOS_HELP
+    from src.data.leading_token import leading_token, text_of
     from src.data.rwkv_template import MODES
     from src.data.templates import load_template, recorded_template
     from src.evaluation.accuracy import (
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), naming_missing_packages():
         args = arguments(argv)
         fetch(args)
-        questions, answers, limit = ask_model(args) if args.model else read_answered(args)
+        questions, answers, limit, bos = ask_model(args) if args.model else read_answered(args)
         if args.save:
             write_answers(args.save, questions, answers)
         cut = None
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             "model": recorded(args.model),
             "adapter": recorded(args.adapter),
             "answers": args.answers,
+            "bos": bos,
             "max_tokens": limit,
             "cut": cut,
         }
@@ -89,37 +93,46 @@ def fetch(args: argparse.Namespace) -> None:
 
 
 class Answered(NamedTuple):
-    """Questions with their answers, and the limit of tokens that these had. None: it is not known."""
+    """Questions with their answers, and what these had: a limit of tokens, and leading ids.
+
+    None: it is not known.
+    """
 
     questions: list[Question]
     answers: list[Answer]
     limit: int | None
+    bos: list[int] | None
 
 
 def ask_model(args: argparse.Namespace) -> Answered:
     """The questions, answered by the model."""
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+    bos = leading_token(args.bos, tokenizer, args.adapter, args.model)
+    if bos:
+        print(f"every question begins with {text_of(bos)}")
     questions = questions_of(args, template)
-    pairs = [] if args.score == "code" else first_answers(tokenizer, questions)
+    pairs = [] if args.score == "code" else first_answers(tokenizer, questions, bos)
     if doubt := doubt_of_answers(model, tokenizer, pairs):
         print(doubt, file=sys.stderr)
     limit = args.max_tokens or answer_limit(args.score, tokenizer, questions)
-    answers = answers_to(model, tokenizer, questions, limit, template, args.batch)
-    return Answered(questions, answers, limit)
+    answers = answers_to(model, tokenizer, questions, limit, template, args.batch, bos)
+    return Answered(questions, answers, limit, list(bos))
 
 
 def read_answered(args: argparse.Namespace) -> Answered:
     """The questions, with the answers of --answers."""
     questions = questions_of(args, load_template(args.template))
-    return Answered(questions, read_answers(args.answers, len(questions)), None)
+    return Answered(questions, read_answers(args.answers, len(questions)), None, None)
 
 
-def first_answers(tokenizer, questions: list[Question]) -> list[tuple[list[int], list[int]]]:
+def first_answers(
+    tokenizer, questions: list[Question], bos: tuple[int, ...] = ()
+) -> list[tuple[list[int], list[int]]]:
     """Ids of the first prompts and their right answers. An empty list where one of them has no tokens."""
     first = questions[:DOUBTED]
     try:
-        return [(question.ids(tokenizer), tokenizer.encode(f" {question.right}")) for question in first]
+        return [(question.ids(tokenizer, bos), tokenizer.encode(f" {question.right}")) for question in first]
     except UserError:
         return []
 
@@ -215,6 +228,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
             "default %(default)s"
         ),
     )
+    add("--bos", default="recorded", help=BOS_HELP)
     add(
         "--precision",
         default="fp32",
@@ -259,6 +273,9 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.adapter and not args.model:
         raise UserError("--adapter belongs to a --model; --answers has the answers already")
+    check_bos(args.bos)
+    if args.bos != "recorded" and not args.model:
+        raise UserError(f"--bos {args.bos} belongs to a --model; --answers has the answers already")
     if args.run_code and args.score != "code":
         raise UserError(f"--run_code is for --score code; --score {args.score} runs nothing")
     if args.score == "code" and not args.run_code and (args.answers or not args.save):

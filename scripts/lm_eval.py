@@ -21,6 +21,8 @@ with importing():
     from src.common.device import PRECISIONS
     from src.common.files import write_text
     from src.common.hub import local_path, recorded
+    from src.config.validate import check_bos
+    from src.data.leading_token import leading_token
     from src.data.templates import recorded_template
     from src.inference.load import load
 
@@ -43,8 +45,10 @@ def main(argv: list[str]) -> None:
     args.model, args.adapter = local_path(args.model), args.adapter and local_path(args.adapter)
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
     template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+    bos = leading_token(args.bos, tokenizer, args.adapter, args.model)
+    print(f"leading token: {protocol(bos)}")
     results = lm_eval.simple_evaluate(
-        HarnessModel(model, tokenizer, template),
+        HarnessModel(model, tokenizer, template, bos),
         tasks=tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
@@ -54,12 +58,13 @@ def main(argv: list[str]) -> None:
     print(lm_eval.utils.make_table(results))
     figures = {task: numbers_of(scores) for task, scores in results["results"].items()}
     if args.out:
-        details = {"results": figures, "samples": results["samples"]}
+        details = {"bos": list(bos), "results": figures, "samples": results["samples"]}
         write_text(args.out, json.dumps(details, default=str, indent=1) + "\n")
     summary = {
         "model": recorded(args.model),
         "adapter": recorded(args.adapter),
         "precision": args.precision,
+        "bos": list(bos),
         "lm_eval": lm_eval.__version__,
         "results": figures,
     }
@@ -69,6 +74,13 @@ def main(argv: list[str]) -> None:
 def numbers_of(scores: dict[str, Any]) -> dict[str, float]:
     """A task's figures, without its name and other texts."""
     return {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+
+
+def protocol(bos: tuple[int, ...]) -> str:
+    """What stands before every text, in words."""
+    if not bos:
+        return "none; a text with nothing before it is scored after the end of a document"
+    return f"{list(bos)} + text" + (", BlinkDL's protocol" if bos == (0,) else "")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -90,6 +102,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--eod", default="")
     parser.add_argument("--template", default="auto")
     parser.add_argument(
+        "--bos",
+        default="auto",
+        help=(
+            "the token before every text: auto (the end of document, 0 in World, as BlinkDL's evaluations"
+            " have it), none, recorded (as the adapter or the model was trained), or an id; default"
+            " %(default)s"
+        ),
+    )
+    parser.add_argument(
         "--precision", default="fp32", choices=("auto", *PRECISIONS), help="default %(default)s"
     )
     parser.add_argument("--out", help="JSON file for results and every sample")
@@ -97,6 +118,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for name, least in (("limit", 1), ("num_fewshot", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    check_bos(args.bos)
     if args.data_file and "lambada_local" not in args.tasks.split(","):
         raise UserError(f"--data_file is for the task lambada_local; --tasks {args.tasks} reads its own")
     if args.out:

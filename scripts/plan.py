@@ -152,7 +152,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     if fix and "chunk_ctx" in fix and origins["ctx_len"].startswith(CHOSEN):
         fix["ctx_len"] = config.ctx_len  # with chunks it would be chosen anew, without a bound
     speed = find_speed(ours, config, arch, device, schedule)
-    cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
+    cost = run_cost(config, arch, device, schedule, data, evaluated, speed)
     model, steps = model_on_meta(arch, config), steps_of(config, schedule)
     return Plan(device, data, schedule, steps, evaluated, model, memory, fix, speed, cost)
 

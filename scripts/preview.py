@@ -34,6 +34,7 @@ with importing():
     from src.data.encode import Encoder, Tokens
     from src.data.fetch import fetch_inputs
     from src.data.formats import Reading, Report, read_source, sample, sources
+    from src.data.leading_token import leading_token, text_of
     from src.data.lint import Lint
     from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer, load_tokenizer, recorded_tokenizer
@@ -149,7 +150,7 @@ def overview(
         *report.lines(),
         (
             f"template   {encoder.template.name}, loss on {plan_text.mask(encoder.loss_mask)}; tokenizer"
-            f" {encoder.tokenizer.name}"
+            f" {encoder.tokenizer.name}; leading token: {text_of(encoder.bos)}"
         ),
         (
             f"tokens     {figures['tokens']:,}, trained {figures['trained'] / figures['tokens']:.1%}; in a"
@@ -176,6 +177,8 @@ def overview(
 def coloured(row: Document, tokenizer: Tokenizer) -> str:
     """A document with its tokens told apart: trained ones on green."""
     pieces, decoder, shade = [], tokenizer.decoder(), 0
+    if plan_text.begins_silently(row, tokenizer):
+        pieces, shade = [f"\x1b[{NOT_TRAINED[shade]}m␂\x1b[0m"], 1
     ended = len(row.ids) - (
         len(tokenizer.eod) if tuple(row.ids[-len(tokenizer.eod) :].tolist()) == tuple(tokenizer.eod) else 0
     )
@@ -202,9 +205,9 @@ def main(argv: list[str] | None = None) -> int:
         fetch_inputs(config)
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)
-        encoder = Encoder(
-            tokenizer, recorded_template(config.template, tokenizer, config.load_model), config.loss_mask
-        )
+        template = recorded_template(config.template, tokenizer, config.load_model)
+        bos = leading_token(config.bos, tokenizer, config.load_model)
+        encoder = Encoder(tokenizer, template, config.loss_mask, bos)
         lint, report, tokens, chosen = inspect(config, encoder)
         loaded = Loaded(config.data_file, encoder, [tokens], [chosen])
         config.ctx_len = config.ctx_len or row_length(loaded.longest, config.chunk_ctx, loaded.texts)[0]

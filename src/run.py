@@ -100,7 +100,7 @@ def run(config: Config, origins: dict[str, str], started: float, others: Lifelin
     # before the model is there: what is timed shall not count among the run's memory
     if is_first_process():
         speed = speed_here(arch, config, schedule)
-        cost = run_cost(config, arch, device, schedule, data, evaluated, tuple(tokenizer.eod), speed)
+        cost = run_cost(config, arch, device, schedule, data, evaluated, speed)
     torch.manual_seed(config.random_seed)
     model = build_model(config, arch, device.kernel, PRECISIONS[config.precision], resume_from)
     job = Job(config, origins, device, tokenizer, template, data, evaluated, schedule, model)
@@ -206,8 +206,8 @@ def reporters(job: Job, started: float, history: list[dict], resume_from: str | 
     writers = open_writers(config, first_step) if is_first_process() else []
     trained_with = job.tokenizer if config.load_model else None
     report = StepReport(os.path.join(folder, METRICS), job.steps, started, last_good, writers, trained_with)
-    write = writer(config, job.model, job.tokenizer, job.template)
-    watch = Watch(folder, history, job.evaluated, job.tokenizer, write, report)
+    write = writer(config, job.model, job.data.encoder)
+    watch = Watch(folder, history, job.evaluated, job.data.encoder, write, report)
     saver = Saver(
         checkpoints,
         output_path(config),

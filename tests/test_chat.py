@@ -231,7 +231,7 @@ def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # 
 def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, letters, monkeypatch):  # noqa: F811
     adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
     conversation = Conversation(adapters.model, tokenizer, GREEDY)
-    talk = commands.Chat(conversation, adapters, None, "rwkv", TOKENS, 0)
+    talk = commands.Chat(conversation, adapters, None, "rwkv", TOKENS, 0, lambda paths: ())
     talk.take("hello?")
     kept = conversation.turns[:], conversation.state
 

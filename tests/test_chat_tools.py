@@ -33,7 +33,15 @@ def talk(monkeypatch):
         monkeypatch.setattr(conversation_module, "stream", noted)
         tokenizer = named("bytes")
         conversation = Conversation(None, tokenizer, GREEDY, template=template)
-        made = Chat(conversation, without_adapters(None), lambda *_: template, template.name, 500, 0)
+        made = Chat(
+            conversation,
+            without_adapters(None),
+            lambda *_: template,
+            template.name,
+            500,
+            0,
+            lambda *_: (),
+        )
         made.tokenizer_judged = True
 
         def then_say(text):

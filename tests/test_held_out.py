@@ -15,6 +15,7 @@ import torch
 from rwkv_miss import UserError
 from src.config import Config
 from src.data.dataset import Document, Documents, load_documents
+from src.data.encode import Encoder
 from src.data.held_out import evaluation_batches, hold_out, questions
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
@@ -107,7 +108,7 @@ def test_a_question_is_what_stands_before_the_last_answer(text, trained, prompt,
     trained = [letter == "#" for letter in trained]
     useless = [document("\0"), document("no answer\0", [0] * 9 + [1]), document("x\0")]
     [found] = questions(
-        Documents([*useless, document(text, trained[: len(text)])] + [document("more\0")]), 1, (0,)
+        Documents([*useless, document(text, trained[: len(text)])] + [document("more\0")]), 1, Encoder(BYTES)
     )
     assert (bytes(found.prompt).decode(), bytes(found.answer).decode()) == (prompt, answer)
 

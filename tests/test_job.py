@@ -10,6 +10,7 @@ from src.common import device
 from src.config import Config
 from src.data.batches import make_schedule
 from src.data.dataset import Document, Documents
+from src.data.encode import Encoder
 from src.data.formats import Report
 from src.data.rwkv_template import DEFAULT
 from src.data.tokenizer import load_tokenizer
@@ -25,6 +26,7 @@ from src.planning.job import (
     steps_of,
 )
 
+ENCODER = Encoder(load_tokenizer("bytes", 256))
 DEVICE = Device("cpu", "fp32", "", "cpu", "")
 
 
@@ -33,7 +35,7 @@ def documents(count, length=9):
 
 
 def data(count, held_out=0):
-    return Data(documents(count), documents(held_out) if held_out else Documents([]), Report())
+    return Data(documents(count), documents(held_out) if held_out else Documents([]), Report(), ENCODER)
 
 
 def test_several_processes_do_not_ask_what_is_free(monkeypatch):

@@ -223,12 +223,16 @@ def _taken_along(second: Mapping[str, Tensor], others: list[str]) -> tuple[list[
 
 
 def _texts(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenizer, end of document and template of two files' metadata, the second's where it has them."""
+    """Tokenizer, end of document and template of two files' metadata, the second's where it has them.
+
+    The leading token is the second's alone: a file without one was trained without one.
+    """
     said = second if second.get("tokenizer") else first  # an end of document belongs to its tokenizer
     return {
         "tokenizer": said.get("tokenizer"),
         "eod": said.get("eod"),
         "template": second.get("template") or first.get("template"),
+        "bos": second.get("bos") or [],
     }
 
 

@@ -348,11 +348,12 @@ def merged_adapters(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenizer, end of document and template: what the adapters record, or where they don't, the base.
+    """Tokenizer, end of document, template and leading token: what the adapters record, else the base.
 
-    UserError where two adapters contradict each other.
+    An adapter without a leading token was trained without one, whatever the base records. UserError where two
+    adapters contradict each other.
     """
-    record = {}
+    record: dict[str, Any] = {"bos": _common_bos(members)}
     for name in RECORDED:
         said = [(m.metadata[name], m.path) for m in members if m.metadata.get(name)]
         for value, path in said[1:]:
@@ -368,3 +369,17 @@ def common_record(members: Sequence[Member], base: Mapping[str, Any]) -> dict[st
         else:
             record[name] = base.get(name)
     return record
+
+
+def _common_bos(members: Sequence[Member]) -> list[int]:
+    """The ids that the adapters' documents began with; an adapter that does not say has none."""
+    first, *others = members
+    bos = first.metadata.get("bos") or []
+    for other in others:
+        theirs = other.metadata.get("bos") or []
+        if theirs != bos:
+            raise UserError(
+                f"the adapters were trained with different leading tokens (--bos): {first.path} with"
+                f" {bos or 'none'}, {other.path} with {theirs or 'none'}; a merged model has one"
+            )
+    return bos

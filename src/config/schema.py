@@ -141,6 +141,12 @@ class Config:
         " turn. START...END trains what stands between the two. The end of a document is always"
         " trained",
     )
+    bos: str = opt(
+        "recorded",
+        "the token that every document begins with, which is never trained. none: no token. auto: the end of"
+        " document, 0 in World, after which BlinkDL's evaluations ask. A number: the token of this id."
+        " recorded: as --load_model records, else none",
+    )
     data_cache: str = opt(
         "auto",
         "folder for tokenised data. auto: rwkv-miss/data in the user's cache folder. none: tokenise"

@@ -7,6 +7,7 @@ are read.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 
 from rwkv_miss.adapter import METHODS
@@ -16,6 +17,7 @@ from rwkv_miss.methods.whole_tensors import split_parts
 
 from .schema import FIELDS, Bounds, Config, accumulation, is_automatic, type_of
 
+BOS_WORDS = ("recorded", "none", "auto")
 WHOLE_NUMBERS = Bounds(below=2**31)  # where a setting has no bound of its own
 
 
@@ -43,11 +45,18 @@ def check_data(config: Config) -> None:
     check_bounds(config, ["ctx_len"])
     if not config.data_file:
         raise UserError("--data_file is missing: the data to train on")
+    check_bos(config.bos)
     if not config.loss_mask.partition("...")[0]:
         raise UserError(
             f"--loss_mask {config.loss_mask!r}: expected assistant, all, or a marker such as Assistant: or"
             " START...END"
         )
+
+
+def check_bos(bos: str) -> None:
+    """--bos is a word or a number. Whether the vocabulary has it is seen when that is read."""
+    if bos not in BOS_WORDS and not re.fullmatch(r"[0-9]{1,9}", bos):
+        raise UserError(f"--bos {bos}: expected {', '.join(BOS_WORDS)}, or the id of a token, such as 0")
 
 
 def check_base(config: Config) -> None:

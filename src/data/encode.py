@@ -11,6 +11,7 @@ from rwkv_miss.errors import UserError
 
 from .chat_template import Segment, Template
 from .formats import WrongSetting
+from .leading_token import begins
 from .loss_mask import marked_spans, record_segments, trains_by_marker
 from .rwkv_template import DEFAULT
 from .tokenizer import Tokenizer
@@ -42,15 +43,22 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """How a record becomes tokens. `loss_mask` is that of record_segments()."""
+    """How a record becomes tokens.
+
+    `loss_mask` is that of record_segments(). `bos` are the ids that every document begins with, as
+    leading_token() gives them.
+    """
 
     tokenizer: Tokenizer
     template: Template = DEFAULT
     loss_mask: str = "assistant"
+    bos: tuple[int, ...] = ()
 
     def encode(self, record: dict) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids (n,) int32, trained (n,) bool) of each document, with the end of document, which is always
-        trained. Most records are one document (see record_segments).
+        """(ids (n,) int32, trained (n,) bool) of each document, with its leading and its last token.
+
+        The leading token is never trained, the end of document always. Most records are one document (see
+        record_segments).
 
         Raises UserError for a record that the template or the tokenizer cannot express.
         """
@@ -64,7 +72,7 @@ class Encoder:
                     " from text"
                 )
             trained = self._marked(ids) if trains_by_marker(self.loss_mask) else np.ones(len(ids), dtype=bool)
-            return [self._ended(ids, trained)]
+            return [self._whole(ids, trained)]
         documents = record_segments(record, self.template, self.loss_mask, self.token_end)
         return [self.encode_segments(segments) for segments in documents]
 
@@ -88,15 +96,20 @@ class Encoder:
         pieces = [self.tokenizer.encode(text) for text, _ in segments]
         ids = np.array(list(itertools.chain.from_iterable(pieces)), dtype=np.int32)
         is_trained = np.array([trained for _, trained in segments], dtype=bool)
-        return self._ended(ids, np.repeat(is_trained, [len(piece) for piece in pieces]))
+        return self._whole(ids, np.repeat(is_trained, [len(piece) for piece in pieces]))
 
-    def _ended(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _whole(self, ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         end = np.array(self.tokenizer.eod, dtype=np.int32)
         # files of tokens have it already, and so do templates that write it
         if not np.array_equal(ids[-len(end) :], end):
             ids = np.concatenate([ids, end])
             trained = np.concatenate([trained, np.zeros(len(end), dtype=bool)])
         trained[-len(end) :] = True
+        bos = np.array(self.bos, dtype=np.int32)
+        if not begins(ids, self.bos):
+            ids = np.concatenate([bos, ids])
+            trained = np.concatenate([np.zeros(len(bos), dtype=bool), trained])
+        trained[: len(bos)] = False
         return ids, trained
 
     def _marked(self, ids: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ from ..config import Config
 from ..config.launcher import is_first_process
 from .batches import pack
 from .dataset import Document, Documents
+from .encode import Encoder
+from .leading_token import begins
 
 Batch = list[list[Document]]  # rows of documents
 EVALUATION = 0.1  # the share of a run's time that all its evaluations may take; time is counted in tokens
@@ -120,11 +122,13 @@ class Question:
     answer: list[int]
 
 
-def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Question]:
+def questions(held_out: Documents, count: int, encoder: Encoder) -> list[Question]:
     """What samples are made for: the first `count` documents, up to their last answer.
 
-    Of a document that is trained as a whole, the first half is the prompt.
+    Of a document that is trained as a whole but for its leading token, the first half is the prompt. The
+    encoder is the one that made the documents.
     """
+    eod = tuple(encoder.tokenizer.eod)
     found = []
     for document in held_out:
         if len(found) == count:
@@ -135,8 +139,9 @@ def questions(held_out: Documents, count: int, eod: tuple[int, ...]) -> list[Que
         if not len(trained):
             continue
         last = int(trained[-1]) + 1
-        before = np.flatnonzero(~document.trained[:last])
-        start = int(before[-1]) + 1 if len(before) else last // 2
-        if start:
+        text = len(encoder.bos) if begins(document.ids, encoder.bos) else 0
+        before = np.flatnonzero(~document.trained[text:last])
+        start = text + (int(before[-1]) + 1 if len(before) else (last - text) // 2)
+        if start > text:
             found.append(Question(ids[:start], ids[start:last]))
     return found

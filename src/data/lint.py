@@ -88,7 +88,7 @@ class Lint:
         for name in dict.fromkeys(names):
             self.note(name, where)
         self.seen.add(_key(documents))
-        self.prompts.add(_prompt_key(*documents[0]))
+        self.prompts.add(self._prompt_key(*documents[0]))
 
     def _odd_tokens(self, record: dict, ids: np.ndarray, trained: np.ndarray) -> Iterator[str]:
         if "\ufffd" in self.encoder.tokenizer.decode(ids.tolist()):
@@ -105,8 +105,14 @@ class Lint:
         documents = self.encoder.encode(record)
         if _key(documents) in self.seen:
             self.note("held out", where)
-        elif _prompt_key(*documents[0]) in self.prompts:
+        elif self._prompt_key(*documents[0]) in self.prompts:
             self.note("known prompt", where)
+
+    def _prompt_key(self, ids: np.ndarray, trained: np.ndarray) -> bytes:
+        """The key of what stands before the first answer, or of the whole where nothing stands before it."""
+        start = len(self.encoder.bos)
+        first = int(trained[start:].argmax())
+        return _hash(ids[: start + first] if first else ids)
 
     @property
     def findings(self) -> list[Finding]:
@@ -157,9 +163,3 @@ def _key(documents: list[tuple[np.ndarray, np.ndarray]]) -> bytes:
 
 def _hash(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-
-
-def _prompt_key(ids: np.ndarray, trained: np.ndarray) -> bytes:
-    """The key of what stands before the first answer, or of the whole where nothing stands before it."""
-    first = int(trained.argmax())
-    return _hash(ids[:first] if first else ids)

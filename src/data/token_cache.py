@@ -1,8 +1,8 @@
 """Records -> tokens, once: they are kept in a cache that all processes map into memory.
 
 Large data are tokenised in parallel. A cache entry is a folder of flat arrays. Its name is a hash of all that
-decides the tokens: the data's bytes, tokenizer, template, loss mask and the code. So a changed file is
-another entry. It appears in one rename, and one process makes it while the others wait.
+decides the tokens: the data's bytes, tokenizer, template, loss mask, leading token and the code. So a changed
+file is another entry. It appears in one rename, and one process makes it while the others wait.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def fingerprint(source: Source, encoder: Encoder, reading: Reading, on_bad_row: 
         encoder.tokenizer.eod,
         encoder.template.record,
         encoder.loss_mask,
+        encoder.bos,
     )
     digest = hashlib.sha256(repr(described).encode())
     with Progress(f"hashing {source.path}", source.size / 1e6, "MB", is_first_process()) as bar:

@@ -14,6 +14,7 @@ from rwkv_miss.progress import Progress
 
 from ..data.chat_template import BEGUN_THOUGHTS, Template, thoughts_of
 from ..data.formats import BY_NAME, Reading, read_records
+from ..data.leading_token import begun
 from ..data.rwkv_template import DEFAULT
 from ..data.templates import answer_text
 from ..model import RWKV, LayerState, State
@@ -33,12 +34,12 @@ class Question(NamedTuple):
     def prompt(self) -> str:
         return "".join(self.pieces)
 
-    def ids(self, tokenizer) -> list[int]:
-        """The tokens of the prompt."""
+    def ids(self, tokenizer, bos: tuple[int, ...] = ()) -> list[int]:
+        """The tokens of the prompt, after its leading token."""
         tokens: list[int] = []
         for piece in self.pieces:
             tokens += tokenizer.encode(piece)
-        return tokens
+        return begun(tokens, bos)
 
 
 class Answer(NamedTuple):
@@ -201,9 +202,10 @@ def answers_to(
     max_tokens: int,
     template: Template = DEFAULT,
     batch: int = 256,
+    bos: tuple[int, ...] = (),
 ) -> list[Answer]:
     """What the model answers to each question, without thoughts. The template is that of the questions."""
-    prompts = [question.ids(tokenizer) for question in questions]
+    prompts = [question.ids(tokenizer, bos) for question in questions]
     stops = [template.stop] if template.stop else []
     answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
     return [
@@ -213,10 +215,16 @@ def answers_to(
 
 
 def exact_accuracy(
-    model: RWKV, tokenizer, questions: Sequence[Question], max_tokens: int, template: Template = DEFAULT
+    model: RWKV,
+    tokenizer,
+    questions: Sequence[Question],
+    max_tokens: int,
+    template: Template = DEFAULT,
+    bos: tuple[int, ...] = (),
 ) -> tuple[float, list[str]]:
     """(share of answers that are right as a whole, the answers). The template is that of the questions."""
-    answers = [answer.text for answer in answers_to(model, tokenizer, questions, max_tokens, template)]
+    given = answers_to(model, tokenizer, questions, max_tokens, template, bos=bos)
+    answers = [answer.text for answer in given]
     right = sum(answer == question.right for answer, question in zip(answers, questions, strict=True))
     return right / len(questions), answers
 

@@ -16,6 +16,7 @@ from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Template
 from ..data.formats import read_records
+from ..data.leading_token import begun
 from ..data.rwkv_template import DEFAULT
 from ..model import RWKV
 from .accuracy import greedy
@@ -27,13 +28,13 @@ MAX_TOKENS = 256  # of an answer for which a task gives no limit, as in the harn
 class HarnessModel(LM):
     """Scores and generates for the harness. There is no longest context: the state carries all of it.
 
-    A text with nothing before it is scored after the end of a document, which is what stands before a text in
-    RWKV's training data.
+    Every text begins with the ids `bos`. Without them a text with nothing before it is scored after the end
+    of a document, which is what stands before a text in RWKV's training data.
     """
 
-    def __init__(self, model: RWKV, tokenizer, template: Template = DEFAULT):
+    def __init__(self, model: RWKV, tokenizer, template: Template = DEFAULT, bos: tuple[int, ...] = ()):
         super().__init__()
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.model, self.tokenizer, self.template, self.bos = model, tokenizer, template, bos
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(ln p(continuation | context), whether greedy decoding gives it) of each request.
@@ -59,9 +60,7 @@ class HarnessModel(LM):
             groups.setdefault(_stops_and_limit(options), []).append(i)
         answers = [""] * len(requests)
         for (stops, limit), members in groups.items():
-            prompts = [
-                self.tokenizer.encode(requests[i].args[0]) or list(self.tokenizer.eod) for i in members
-            ]
+            prompts = [self._begun(self.tokenizer.encode(requests[i].args[0])) for i in members]
             made = greedy(self.model, self.tokenizer, prompts, limit, stops=stops)
             for i, answer in zip(members, made, strict=True):
                 answers[i] = answer.text
@@ -89,7 +88,11 @@ class HarnessModel(LM):
         before, whole = self.tokenizer.encode(text[:border]), self.tokenizer.encode(text)
         if whole[: len(before)] != before:  # a token reaches over the border
             whole = before + self.tokenizer.encode(text[border:])
-        return before or list(self.tokenizer.eod), whole[len(before) :]
+        return self._begun(before), whole[len(before) :]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """The ids of a context, which has at least one."""
+        return begun(ids, self.bos) or list(self.tokenizer.eod)
 
 
 def _stops_and_limit(options: dict[str, Any]) -> tuple[tuple[str, ...], int]:

@@ -11,6 +11,7 @@ import torch
 from rwkv_miss.errors import UserError
 
 from ..data.chat_template import Segment, Template
+from ..data.leading_token import begun
 from ..data.rwkv_template import DEFAULT
 from ..model import RWKV, State
 from .cpu_decoder import Decoder
@@ -43,8 +44,10 @@ class Conversation:
         seed: int = 0,
         system: str = "",
         template: Template = DEFAULT,
+        bos: tuple[int, ...] = (),
     ):
         self.model, self.tokenizer, self.sampling, self.template = model, tokenizer, sampling, template
+        self.bos = bos  # what the conversation begins with
         self.generator = torch.Generator().manual_seed(seed)
         self.system = system
         self.tools: list[dict] = []
@@ -113,6 +116,8 @@ class Conversation:
         if whole:
             pieces = [piece for piece, _ in self._asked(new)]
         ids = [token for piece in [*unread, *pieces] for token in self.tokenizer.encode(piece)]
+        if before is None:
+            ids = begun(ids, self.bos)
         said: list[str] = []
         answers = stream(
             self.model,

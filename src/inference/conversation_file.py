@@ -20,6 +20,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.untrusted import check_sums
 
+from ..data.leading_token import from_record
 from ..data.rwkv_template import MODES
 from ..data.templates import load_template
 from ..data.tool_styles import read_function
@@ -29,7 +30,7 @@ from .conversation import Conversation, Turn
 from .cpu_decoder import Decoder
 
 CHAT_FORMAT = "rwkv-miss chat"
-# the metadata beside format and format_version
+# the metadata beside format, format_version and bos, which older files lack
 KINDS = {
     "base": str,
     "base_fingerprint": str,
@@ -63,6 +64,7 @@ def save_chat(conversation: Conversation, adapters: Adapters, path) -> None:
         "weights": adapters.identity(),
         "tokenizer": os.path.basename(conversation.tokenizer.name),
         "template": conversation.template.record,
+        "bos": list(conversation.bos),
         "system": conversation.system,
         "turns": [turn._asdict() for turn in conversation.turns],
         "read": conversation.read,
@@ -98,9 +100,10 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     if not (0 <= read <= len(turns) and bool(tensors) == bool(read) and begins):
         raise _damaged(path, f"{len(tensors)} tensors of a state after {read} of {len(turns)} turns")
     template = load_template(_record(path, metadata["template"]), tokenizer.decode(tokenizer.eod))
+    bos = from_record(path, metadata, tokenizer)
 
     conversation.system = metadata["system"]
-    conversation.template = template
+    conversation.template, conversation.bos = template, bos
     conversation.generator = generator
     conversation.tools = metadata["tools"]
     conversation.reset()

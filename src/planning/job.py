@@ -31,6 +31,7 @@ from ..data.held_out import (
     in_hash_order,
     questions,
 )
+from ..data.leading_token import leading_token
 from ..data.tokenizer import Tokenizer
 from ..model import RWKV
 from .defaults import (
@@ -70,6 +71,7 @@ class Data:
     documents: Documents  # to train on
     held_out: Documents
     found: Report
+    encoder: Encoder  # which made the documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,6 @@ def run_cost(
     schedule: Schedule,
     data: Data,
     evaluated: Documents,
-    eod: tuple[int, ...],
     speed: Speed,
 ) -> Cost:
     """The cost of a run whose settings are filled in."""
@@ -125,7 +126,7 @@ def run_cost(
     tokens = trained_tokens(config, schedule)
     times = evaluations(config, steps_of(config, schedule)) if evaluated else 0
     read = FORWARD * times * float((evaluated.lengths - 1).sum())
-    asked = questions(data.held_out, config.eval_samples, eod) if times else []
+    asked = questions(data.held_out, config.eval_samples, data.encoder) if times else []
     seconds = evaluation_seconds = search_seconds = 0.0
     if speed.tokens:
         prompts = FORWARD * times * sum(len(question.prompt) for question in asked)
@@ -185,7 +186,8 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
     """Read the data, and fill in the length of rows and the share that is held out."""
     reading = Reading.of(config)
     found = Report(config.on_bad_row, "; --on_bad_row skip leaves such rows out")
-    encoder = Encoder(tokenizer, template, config.loss_mask)
+    bos = leading_token(config.bos, tokenizer, config.load_model)
+    encoder = Encoder(tokenizer, template, config.loss_mask, bos)
 
     def tokens(path: str):
         return load(path, encoder, config.data_cache, reading, found, config.random_seed)
@@ -200,7 +202,7 @@ def read_data(config: Config, origins: dict[str, str], tokenizer: Tokenizer, tem
             f"left out   {counted(both, 'document')} of {config.data_file}, word for word in"
             f" {config.eval_file} too"
         )
-    return Data(train, held_out, found)
+    return Data(train, held_out, found, encoder)
 
 
 def trained_tokens(config: Config, schedule: Schedule) -> float:

@@ -18,7 +18,7 @@ from rwkv_miss.version import VERSION, commit
 
 from ..common.files import read_lines, write_text
 from ..config import Config
-from ..data.chat_template import Template
+from ..data.encode import Encoder
 from ..model import RWKV
 from .run_card import CARD, CURVE, card, draw_losses
 from .run_folder import MERGED, METRICS, NEW_MODEL, RATE_SEARCH, SUMMARY, output_path
@@ -39,7 +39,7 @@ def write_new_model(config: Config, arch: Arch, tokenizer) -> None:
     print(f"wrote {path}: {arch.describe()}, not trained yet; go on with --load_model {path} --peft none")
 
 
-def writer(config: Config, model: RWKV, tokenizer, template: Template):
+def writer(config: Config, model: RWKV, encoder: Encoder):
     """A function that writes the trained tensors or, in full training, the whole model.
 
     It is called on every rank. Its keywords become metadata.
@@ -51,9 +51,10 @@ def writer(config: Config, model: RWKV, tokenizer, template: Template):
     }
     # of the base beside which it was trained; the merge needs none
     made_with = {
-        "tokenizer": tokenizer.name,
+        "tokenizer": encoder.tokenizer.name,
         "eod": config.eod,
-        "template": template.record,
+        "template": encoder.template.record,
+        "bos": list(encoder.bos),
         "versions": versions,
         "quant": None if config.quant == "none" else config.quant,
     }

@@ -15,6 +15,7 @@ from ..config import Config, command
 from ..data.batches import Schedule
 from ..data.dataset import Document, Documents
 from ..data.held_out import evaluations
+from ..data.leading_token import begins, text_of
 from ..model import RWKV
 from ..model.batch_loss import Chunks, state_bytes
 from ..planning.defaults import CHOSEN, search_size
@@ -45,7 +46,7 @@ def plan(job: Job, cost: Cost, resumed: list[str]) -> list[str]:
     lines = [
         f"rwkv-miss  {version_line()}",
         f"{base(config, job.model.arch, frozen_bytes(job.model))}; tokenizer {job.tokenizer.name}",
-        documents_line(config, job.data, job.template.name),
+        documents_line(config, job.data),
         f"{steps(config, job.schedule, job.steps)}; {rows(config, job.schedule)}",
         f"trained    {trained(config, job.model)}",
         f"rates      {rates(config, job.steps, job.origins)}",
@@ -88,7 +89,8 @@ def details(job: Job) -> list[str]:
         ),
         f"kernel     wkv {device.kernel}: {device.kernel_reason}",
         describe_writers(config),
-        f"template   {job.template.name}, loss on {mask(config.loss_mask)}",
+        f"template   {job.template.name}, loss on {mask(config.loss_mask)}; leading token:"
+        f" {text_of(job.data.encoder.bos)}",
         f"tokenizer  {job.tokenizer.name}; first sample, trained part between the marks:",
         sample(documents[0], job.tokenizer),
         *chosen(config, job.origins),
@@ -100,16 +102,19 @@ def frozen_bytes(model: RWKV) -> int:
     return sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
-def documents_line(config: Config, found: Data, template: str) -> str:
+def documents_line(config: Config, found: Data) -> str:
     """The line of the plan about what is trained on."""
     documents = found.documents
     file = found.found.files.get(config.data_file)  # None where there are several
     described = f" ({file.describe()})" if file else ""
-    return (
+    encoder = found.encoder
+    leading = f", leading {text_of(encoder.bos)}" if encoder.bos else ""
+    line = (
         f"data       {recorded(config.data_file)}{described}: {counted(len(documents), 'document')}, "
         f"{counted(documents.tokens, 'token')}, {documents.targets:,} of them trained: "
-        f"{mask(config.loss_mask)} (template {template})".encode("utf-8", "backslashreplace").decode()
+        f"{mask(config.loss_mask)} (template {encoder.template.name}{leading})"
     )
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def rows(config: Config, schedule: Schedule) -> str:
@@ -402,15 +407,24 @@ def parts_of(row: Document, tokenizer) -> list[tuple[str, bool]]:
     """A document's text in pieces, and whether each is trained. What cannot be seen has a sign."""
     parts: list[tuple[str, bool]] = []
     decoder = tokenizer.decoder()
-    text, inside = "", bool(row.trained[0])
+    text, inside = "␂" if begins_silently(row, tokenizer) else "", bool(row.trained[0])
     for token, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
         if trained != inside:
             parts.append((text + decoder.flush(), inside))
             text, inside = "", trained
         text += decoder.push(token)
-    end = list(tokenizer.eod)
-    # World's end of document has no text
-    silent = row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)
-    parts.append((text + decoder.flush() + ("␃" if silent else ""), inside))
+    parts.append((text + decoder.flush() + ("␃" if ends_silently(row, tokenizer) else ""), inside))
     # a NUL, the end of document of bytes and utf16, would make a log a binary file
     return [(part.replace("\0", "␀"), trained) for part, trained in parts]
+
+
+def begins_silently(row: Document, tokenizer) -> bool:
+    """Whether a document begins with an end of document that has no text, as World's, which is its --bos."""
+    end = tuple(tokenizer.eod)
+    return begins(row.ids, end) and len(row.ids) > len(end) and not tokenizer.decode(end)
+
+
+def ends_silently(row: Document, tokenizer) -> bool:
+    """Whether a document ends with an end of document that has no text, as World's."""
+    end = list(tokenizer.eod)
+    return row.ids[-len(end) :].tolist() == end and not tokenizer.decode(end)

@@ -19,6 +19,7 @@ from ..common.files import append_line, write_lines
 from ..config.launcher import is_first_process
 from ..data.batches import collate
 from ..data.dataset import Documents
+from ..data.encode import Encoder
 from ..data.held_out import SAMPLE_CHARACTERS, SAMPLE_TOKENS, Batch, evaluation_batches, questions
 from ..evaluation.accuracy import greedy, shortened
 from .callbacks import StepReport
@@ -34,15 +35,21 @@ class Watch(Callback):
     """
 
     def __init__(
-        self, folder: str, history: list[dict], documents: Documents, tokenizer, write, report: StepReport
+        self,
+        folder: str,
+        history: list[dict],
+        documents: Documents,
+        encoder: Encoder,
+        write,
+        report: StepReport,
     ):
         self.path, self.best_path = os.path.join(folder, VALIDATION), os.path.join(folder, BEST)
-        self.history, self.documents, self.tokenizer = history, documents, tokenizer
+        self.history, self.documents, self.encoder = history, documents, encoder
         self.write, self.report = write, report
 
     def on_train_start(self, trainer, module) -> None:
         self.batches = evaluation_batches(self.documents, module.config)
-        self.questions = questions(module.held_out, module.config.eval_samples, tuple(self.tokenizer.eod))
+        self.questions = questions(module.held_out, module.config.eval_samples, self.encoder)
         if trainer.is_global_zero:
             write_lines(self.path, self.history)
         self._if_due(trainer, module)
@@ -79,13 +86,13 @@ class Watch(Callback):
             with module.autocast():
                 answers = greedy(
                     module.model,
-                    self.tokenizer,
+                    self.encoder.tokenizer,
                     prompts,
                     SAMPLE_TOKENS,
                     characters=SAMPLE_CHARACTERS,
                     shown=is_first_process(),
                 )
-        decode = self.tokenizer.decode
+        decode = self.encoder.tokenizer.decode
         samples = [
             {
                 "prompt": decode(question.prompt),

@@ -1,0 +1,86 @@
+"""The token that every document begins with: --bos.
+
+In pre-training a document follows the end of another one, which in World is token 0. Whether a tuned model
+should be asked after it is a matter of how it was trained, so adapters and merged files record it. It is in
+front of the ids, is never trained, and is not written twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.files.checkpoint import read_metadata
+
+from ..config.validate import check_bos
+from .tokenizer import Tokenizer
+
+# of --bos where a program reads a record; train.py has its own words
+HELP = (
+    "the token that every conversation or text begins with: recorded (as in the adapter's file, without an"
+    " adapter in the model's, else none), none, auto (the end of document, 0 in World), or the id of a token;"
+    " default %(default)s"
+)
+
+
+def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
+    """The ids that a document begins with; () for none.
+
+    `spec` is none, auto, an id, or recorded. auto is the end of document, 0 in World. recorded is what the
+    first of the files at `paths` records. A file without a record means none, as does no file. Empty paths
+    are left out. Raises UserError for any other text, and for an id that the tokenizer lacks.
+    """
+    check_bos(spec)
+    if spec == "none":
+        return ()
+    if spec == "auto":
+        return tuple(tokenizer.eod)
+    if spec == "recorded":
+        path = next(filter(None, paths), None)
+        return from_record(path, read_metadata(path) or {}, tokenizer) if path else ()
+    token = int(spec)
+    others = f"auto is its end of document, {text_of(tokenizer.eod)}; none is no token"
+    if token not in tokenizer.ids:
+        raise UserError(
+            f"--bos {spec}: tokenizer {tokenizer.name} has no such id; its ids go from {min(tokenizer.ids)}"
+            f" to {max(tokenizer.ids)}. {others}"
+        )
+    if len(tokenizer.eod) > 1:
+        raise UserError(
+            f"--bos {spec}: tokenizer {tokenizer.name} has several ids for a character, so that a single one"
+            f" would shift all others. {others}"
+        )
+    return (token,)
+
+
+def from_record(path, metadata: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What a file's metadata say of it; () where they say nothing. UserError for what is no list of ids."""
+    ids = metadata.get("bos") or []
+    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+        raise UserError(
+            f"{path} is damaged: its bos is {str(ids)[:60]!r}, expected a list of ids; give --bos none or"
+            " auto instead"
+        )
+    if not tokenizer.ids.issuperset(ids):
+        raise UserError(
+            f"the documents of {path} began with {text_of(tuple(ids))}, which tokenizer {tokenizer.name}"
+            " lacks; give the tokenizer that they were made with, or --bos none"
+        )
+    return tuple(ids)
+
+
+def begun(ids: list[int], bos: tuple[int, ...]) -> list[int]:
+    """The ids of a document with its leading token, which is not added twice."""
+    return ids if begins(ids, bos) else [*bos, *ids]
+
+
+def begins(ids, bos: tuple[int, ...]) -> bool:
+    """Whether a document, a list or an array of ids, begins with these."""
+    return tuple(ids[: len(bos)]) == bos
+
+
+def text_of(bos: tuple[int, ...]) -> str:
+    """For people: "none", "token 0"."""
+    if not bos:
+        return "none"
+    return f"token {bos[0]}" if len(bos) == 1 else f"tokens {' '.join(map(str, bos))}"

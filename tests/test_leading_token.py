@@ -1,0 +1,292 @@
+"""--bos: training, chat, evaluation and the records agree on what a document begins with."""
+
+import importlib.util
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import rwkv_miss
+from rwkv_miss import UserError, merge_file, read_metadata
+from rwkv_miss.inject import read_adapter
+from src import config as configuration
+from src.config import Config
+from src.config.validate import check_data
+from src.data.batches import make_schedule
+from src.data.dataset import Document, Documents, load
+from src.data.encode import Encoder
+from src.data.held_out import questions
+from src.data.leading_token import leading_token
+from src.data.lint import Lint
+from src.data.rwkv_template import DEFAULT
+from src.data.tokenizer import load_tokenizer
+from src.evaluation.accuracy import read_questions
+from src.inference.conversation import Conversation
+from src.inference.conversation_file import load_chat, save_chat
+from src.inference.load import load_with
+from src.inference.sampling import Sampling
+from src.model import RWKV
+from src.planning.job import read_data
+from src.training import plan_text
+from src.training.resume import earlier_settings, find_checkpoint, inherit
+
+from .conftest import make_arch, random_tensors
+
+WORLD = load_tokenizer("world", 65536)
+BYTES = load_tokenizer("bytes", 256)
+UTF16 = load_tokenizer("utf16", 256)
+EARLIER = pathlib.Path(__file__).parent / "written_by_587ce99"
+FLOWER = 10060  # an id of World with a text
+SETTINGS = {"none": (), "auto": (0,), str(FLOWER): (FLOWER,)}
+ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]}
+GREEDY = Sampling(temperature=0)
+
+
+class Listener:
+    """Stands in for the model: ends its answer at once, and keeps what it was fed."""
+
+    def __init__(self):
+        self.emb = types.SimpleNamespace(weight=torch.zeros(1))
+        self.logits = torch.nn.functional.one_hot(torch.tensor([0]), 65536).float()
+
+    def next_logits(self, ids, state):
+        return self.logits, [*(state or []), *ids[0].tolist()]
+
+
+@pytest.mark.parametrize("spec, bos", SETTINGS.items())
+def test_training_chat_and_evaluation_begin_alike(spec, bos, tmp_path):
+    assert leading_token(spec, WORLD) == bos
+    [(ids, _)] = Encoder(WORLD, bos=leading_token(spec, WORLD)).encode(ROW)
+    prompt = [*bos, *WORLD.encode("User: hi\n\nAssistant:")]
+    assert ids.tolist() == [*prompt, *WORLD.encode(" you"), *WORLD.encode("\n\n"), 0][: len(ids) - 1] + [0]
+    conversation = Conversation(Listener(), WORLD, GREEDY, bos=bos)
+    assert list(conversation.answer("hi")) == [] and conversation.state == prompt
+    list(conversation.answer("more"))
+    more = WORLD.encode("\n\n") + WORLD.encode("User: more\n\nAssistant:")
+    assert conversation.state == prompt + more, "a later turn does not begin anew"
+    conversation.read_again()
+    list(conversation.answer("yet"))
+    assert conversation.state[: len(prompt)] == prompt, "the whole conversation, read again, does"
+    (tmp_path / "asked.jsonl").write_text(json.dumps(ROW) + "\n")
+    [question] = read_questions(tmp_path / "asked.jsonl")
+    assert question.ids(WORLD, bos) == prompt
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval IS ABSENT")
+@pytest.mark.parametrize("spec, bos", SETTINGS.items())
+def test_the_harness_begins_alike(spec, bos):
+    from scripts.lm_eval import arguments, protocol
+    from src.evaluation.lm_eval_model import HarnessModel
+
+    harness = HarnessModel(None, WORLD, DEFAULT, bos)
+    assert harness._tokens("The cat", " sat") == ([*bos, *WORLD.encode("The cat")], WORLD.encode(" sat"))
+    assert harness._tokens("", "cat") == (list(bos) or [0], WORLD.encode("cat"))
+    asked = ["--model", "m", "--tasks", "piqa"]
+    assert leading_token(arguments(asked).bos, WORLD) == (0,), "BlinkDL's protocol where nothing is said"
+    assert ("[0] + text" in protocol(bos)) == (bos == (0,))
+
+
+@pytest.mark.parametrize("tokenizer", [WORLD, BYTES, UTF16], ids=lambda tokenizer: tokenizer.name)
+def test_auto_is_the_end_of_document_and_no_target(tokenizer):
+    bos = leading_token("auto", tokenizer)
+    assert bos == tokenizer.eod
+    for loss_mask in ("assistant", "all", "m"):
+        for record in ({"text": "some words"}, {"ids": tokenizer.encode("some words")}, ROW):
+            if loss_mask == "m" and "ids" in record and tokenizer is UTF16:
+                continue  # which has no such marker
+            [(ids, trained)] = Encoder(tokenizer, DEFAULT, loss_mask).encode(record)
+            [(with_it, mask)] = Encoder(tokenizer, DEFAULT, loss_mask, bos).encode(record)
+            assert with_it.tolist() == [*bos, *ids] and mask.tolist() == [0] * len(bos) + trained.tolist()
+            assert ids.dtype == with_it.dtype and trained.dtype == mask.dtype
+
+
+def test_a_document_that_begins_with_it_does_not_get_it_twice():
+    encoder = Encoder(WORLD, bos=(0,))
+    [(ids, trained)] = encoder.encode({"ids": np.array([0, 5, 6, 0])})
+    assert ids.tolist() == [0, 5, 6, 0] and trained.tolist() == [0, 1, 1, 1]
+    assert encoder.encode({"ids": np.array([5, 0])})[0][0].tolist() == [0, 5, 0]
+    # half of it is not it
+    assert Encoder(UTF16, bos=(0, 0)).encode({"ids": [0, 1, 0, 0]})[0][0].tolist() == [0, 0, 0, 1, 0, 0]
+
+
+def test_the_first_part_of_a_long_text_begins_with_it_and_every_packed_document(tmp_path):
+    rows = [{"text": "abcdefghijklmnopqrstuvw"}, {"prompt": "x", "completion": "y"}, {"text": "z"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tmp_path / "rows.jsonl")
+    plain = load(path, Encoder(BYTES)).documents(10)
+    documents = load(path, Encoder(BYTES, bos=(33,))).documents(10)
+    texts = [bytes(document.ids.tolist()).decode() for document in documents]
+    assert texts == ["!abcdefghij", "jklmnopqrst", "tuvw\0", "!xy\0", "!z\0"]
+    # the first token of a text is a target, because something stands before it
+    assert documents.targets == plain.targets + 2
+    config = Config(ctx_len=20, micro_bsz=1, accumulate_grad_batches=1, packing=True)
+    rows = make_schedule(documents, config, 1).rows
+    packed = [[texts[i] for i in row] for row in rows]
+    assert max(map(len, packed)) > 1 and sum(text[0] == "!" for row in packed for text in row) == 3
+    assert load(path, Encoder(BYTES, bos=(33,))).longest == load(path, Encoder(BYTES)).longest + 1
+
+
+@pytest.mark.parametrize(
+    "spec, tokenizer, message",
+    [
+        ("end", WORLD, "--bos end: expected recorded, none, auto, or the id of a token, such as 0"),
+        ("-1", WORLD, "expected recorded, none, auto"),
+        ("0 0", WORLD, "expected recorded, none, auto"),
+        (
+            "65530",
+            WORLD,
+            "world has no such id; its ids go from 0 to 65529. auto is its end .* token 0; none",
+        ),
+        ("7", UTF16, "several ids for a character, .* auto is its end of document, tokens 0 0"),
+    ],
+)
+def test_what_it_takes_is_said(spec, tokenizer, message):
+    with pytest.raises(UserError, match=message):
+        leading_token(spec, tokenizer)
+    if "expected" in message:
+        with pytest.raises(UserError, match=message):
+            check_data(Config(data_file="rows.jsonl", bos=spec))
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """adapted(NAME, **metadata) -> (base, adapter)."""
+    base = tmp_path / "base.pth"
+    rwkv_miss.write_checkpoint(base, random_tensors(make_arch(7, vocab_size=256)).items())
+
+    def make(name, **metadata):
+        model = RWKV.load(base)
+        rwkv_miss.inject(model, "miss", rank=4)
+        for parameter in model.parameters():
+            parameter.data += len(name) * 1e-3 * parameter.requires_grad
+        rwkv_miss.save_adapter(model, tmp_path / name, **metadata)
+        return base, tmp_path / name
+
+    return make
+
+
+def test_files_record_it_and_those_without_a_record_mean_none(adapted, tmp_path):
+    base, adapter = adapted("a.pth", tokenizer="bytes", bos=[33])
+    merged, twice = tmp_path / "merged.pth", tmp_path / "twice.pth"
+    merge_file(base, adapter, merged)
+    for paths in ((adapter,), (adapter, base), (merged,), ("", merged)):
+        assert leading_token("recorded", BYTES, *paths) == (33,)
+        assert leading_token("none", BYTES, *paths) == ()
+    for paths in ((), (base,), (EARLIER / "run/adapter.pth", merged), (EARLIER / "merged.pth",)):
+        assert leading_token("recorded", BYTES, *paths) == ()
+    # an adapter that was trained without it, on what was trained with it
+    model = RWKV.load(merged)
+    rwkv_miss.inject(model, "miss", rank=4)
+    rwkv_miss.save_adapter(model, tmp_path / "b.pth", tokenizer="bytes", bos=[])
+    merge_file(merged, tmp_path / "b.pth", twice)
+    assert read_metadata(twice)["bos"] == []
+
+
+def test_adapters_that_differ_in_it_make_no_merged_model(adapted, tmp_path):
+    base, one = adapted("one.pth", bos=[33])
+    _, two = adapted("second.pth")
+    for pair in ([one, two], [two, one]):
+        with pytest.raises(UserError, match=r"different leading tokens \(--bos\): .*none"):
+            merge_file(base, pair, tmp_path / "merged.pth")
+    _, third = adapted("the third.pth", bos=[33])
+    merge_file(base, [one, third], tmp_path / "merged.pth")
+    assert read_metadata(tmp_path / "merged.pth")["bos"] == [33]
+
+
+@pytest.mark.parametrize("bos", ["0", [0.5], [True]])
+def test_a_damaged_record_is_named(bos, adapted):
+    _, path = adapted("a.pth", bos=bos)
+    with pytest.raises(UserError, match="a.pth is damaged: its bos is .*, expected a list of numbers"):
+        read_adapter(path)
+    with pytest.raises(UserError, match="a.pth is damaged: its bos is .*expected a list of ids"):
+        leading_token("recorded", BYTES, path)
+    rwkv_miss.write_checkpoint(path.with_name("m.pth"), {}.items(), {"bos": [300]})
+    with pytest.raises(UserError, match="began with token 300, which tokenizer bytes lacks"):
+        leading_token("recorded", BYTES, path.with_name("m.pth"))
+
+
+def test_a_saved_chat_goes_on_with_its_own(adapted, tmp_path):
+    base, _ = adapted("a.pth")
+
+    def conversation(bos):
+        adapters, tokenizer = load_with(base, {}, "bytes", accelerator="cpu", wkv="torch")
+        return Conversation(adapters.model, tokenizer, GREEDY, bos=bos), adapters
+
+    first, adapters = conversation((33,))
+    list(first.answer("a", 2))
+    save_chat(first, adapters, tmp_path / "chat.pth")
+    second, adapters = conversation(())
+    assert load_chat(second, adapters, tmp_path / "chat.pth") and second.bos == (33,)
+    first.read_again()
+    assert "".join(first.answer("b", 4)) == "".join(second.answer("b", 4))
+    old = read_metadata(tmp_path / "chat.pth")
+    del old["bos"]
+    rwkv_miss.write_checkpoint(
+        tmp_path / "old.pth", rwkv_miss.read_checkpoint(tmp_path / "chat.pth").items(), old
+    )
+    load_chat(second, adapters, tmp_path / "old.pth")
+    assert second.bos == ()
+
+
+def test_sample_questions_are_as_without_it():
+    """Of a text that is trained as a whole its first half is asked, not the token before it alone."""
+    record, encoders = {"text": "trained as one"}, [Encoder(BYTES, bos=bos) for bos in ((), (33,))]
+    for row, prompt in ((record, "trained"), (ROW, "User: hi\n\nAssistant:")):
+        plain, begun = (
+            questions(Documents([Document(*encoder.encode(row)[0])]), 1, encoder)[0] for encoder in encoders
+        )
+        assert bytes(plain.prompt).decode() == prompt and begun.prompt == [33, *plain.prompt]
+        assert begun.answer == plain.answer
+    single = Documents([Document(*encoders[1].encode({"text": "x"})[0])])
+    assert questions(single, 1, encoders[1]) == []
+
+
+def test_texts_are_not_taken_for_known_prompts():
+    lint = Lint(Encoder(BYTES, bos=(33,)), 99)
+    lint.look("row 1", {"text": "one"})
+    lint.compare("held out", {"text": "two"})
+    assert lint.findings == []
+
+
+@pytest.mark.parametrize("spec, bos", SETTINGS.items())
+def test_the_plan_says_and_shows_it(spec, bos, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    config = Config(data_file=str(tmp_path / "rows.jsonl"), bos=spec, ctx_len=99)
+    data = read_data(config, {}, WORLD, DEFAULT)
+    assert data.encoder.bos == bos
+    line = plan_text.documents_line(config, data)
+    assert line.endswith(f"(template rwkv{f', leading token {bos[0]}' if bos else ''})")
+    shown = plan_text.short_sample(data.documents[0], WORLD)
+    assert shown.startswith({"none": "User", "auto": "␂User"}.get(spec, "✿User"))
+
+
+def test_a_run_does_not_go_on_with_another(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-00000002.pth").touch()
+
+    def go_on(bos):
+        config = Config(data_file="rows.jsonl", proj_dir=str(tmp_path), resume="auto", bos=bos)
+        before = earlier_settings(config)
+        inherit(config, {}, before)
+        return find_checkpoint(config, before)
+
+    def write(**settings):
+        config, origins = (
+            Config(data_file="rows.jsonl", **settings),
+            dict.fromkeys(configuration.FIELDS, "default"),
+        )
+        configuration.save(config, origins, str(tmp_path / "config.yaml"))
+
+    write(bos="auto")
+    assert go_on("auto").endswith("step-00000002.pth")
+    with pytest.raises(UserError, match="has bos auto, now it is none"):
+        go_on("none")
+    write()
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    (tmp_path / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("bos")))
+    with pytest.raises(UserError, match="has bos recorded, now it is 0"):
+        go_on("0")
+    assert go_on("recorded")
