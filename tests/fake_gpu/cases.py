@@ -37,4 +37,5 @@ MEMORY_CASES = [
 ]
 READING_CASES = [f"{what} v{version}" for what in READING for version in VERSIONS]
 RUN_CASES = [f"train.py {name}" for name in RUNS]
-ALL = STEP_CASES + MEMORY_CASES + READING_CASES + RUN_CASES
+SEARCH_CASES = ["train.py with a search of the rate"]
+ALL = STEP_CASES + MEMORY_CASES + READING_CASES + RUN_CASES + SEARCH_CASES

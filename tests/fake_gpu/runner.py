@@ -6,6 +6,7 @@ import json
 import pathlib
 import tempfile
 import traceback
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,9 +25,12 @@ from src.inference.sampling import Sampling
 from src.model import RWKV, default_arch
 from src.model.batch_loss import batch_loss
 from src.model.rwkv import replace_tensors
+from src.planning.defaults import SHORTEST_SEARCHED
 from src.planning.step import chunks_of, half_of
 from src.planning.step_memory import model_on_meta, step_bytes
+from src.training import rate_search
 from src.training.optimizer import parameter_groups
+from src.training.run_folder import RATE_SEARCH
 from src.training.trainer import FineTuning
 
 from . import cases
@@ -44,6 +48,7 @@ def records() -> dict[str, dict]:
         *((memory, (*settings, version)) for settings in cases.MEMORY for version in cases.VERSIONS),
         *((READING[what], (version,)) for what in cases.READING for version in cases.VERSIONS),
         *((train, (flags,)) for flags in cases.RUNS.values()),
+        (search, ()),
     ]
     found = {}
     for name, (case, arguments) in zip(cases.ALL, work, strict=True):
@@ -216,6 +221,25 @@ def counted_steps(gpu: FakeGpu):
         FineTuning.on_train_batch_start = begin
 
 
+@contextlib.contextmanager
+def counted_trials(gpu: FakeGpu):
+    """Context; yields a list with a list for each trial of a search: the counts after each of its steps."""
+    seen = []
+    train = rate_search.train
+
+    def train_counted(*arguments):
+        seen.append([])
+        for loss in train(*arguments):
+            seen[-1].append(gpu.counts())
+            yield loss
+
+    rate_search.train = train_counted
+    try:
+        yield seen
+    finally:
+        rate_search.train = train
+
+
 def run_quietly(flags: list[str]) -> str:
     """train.py with these flags; what it prints is returned, and shown where it fails."""
     output = io.StringIO()
@@ -231,21 +255,51 @@ def run_quietly(flags: list[str]) -> str:
 def train(flags: str) -> dict:
     """train.py to its end with Lightning's CUDA accelerator; counted from the second step to the third."""
     with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
-        files = write_files(pathlib.Path(folder))
         with counted_steps(gpu) as seen:
-            sizes = ["--tokenizer", "bytes", "--epoch_steps", "3", "--micro_bsz", "2"]
-            output = run_quietly([*files, *sizes, *flags.split()])
-        steps = len(pathlib.Path(folder, "out/metrics.jsonl").read_text().splitlines())
-        assert steps == 3, output
-    second, third = seen[1:]
-    counts = {name: _difference(third[name], second[name]) for name in ("waits", "copies", "native")}
-    return {
-        "launches": third["launches"] - second["launches"],
-        **counts,
+            train_in(folder, 3, flags)
+    return _between(*seen[1:]) | {
         "KiB": gpu.peak // KIB,
         "waits of the run": sorted(gpu.waits),
         "copies of the run": sorted(gpu.copies),
     }
+
+
+class SearchIsOver(Exception):
+    """Ends a run whose search is all that a case is about."""
+
+
+def search() -> dict:
+    """The search for a rate in a run of train.py, which ends where its first step would begin.
+
+    Counted are the second step of the last trial, and what is between the last two trials.
+    """
+    with tempfile.TemporaryDirectory() as folder, FakeGpu() as gpu:
+        with (
+            counted_trials(gpu) as trials,
+            mock.patch.object(FineTuning, "on_train_batch_start", side_effect=SearchIsOver),
+            contextlib.suppress(SearchIsOver),
+        ):
+            train_in(folder, SHORTEST_SEARCHED, "--precision bf16 --eval_samples 0")
+        found = json.loads(pathlib.Path(folder, "out", RATE_SEARCH).read_text())
+    *_, before, last = trials
+    assert [len(trial) for trial in trials] == [found["steps"]] * len(found["trials"])
+    return _between(*last[:2]) | {
+        "between two trials": _between(before[-1], last[0]),
+        "KiB": gpu.peak // KIB,
+    }
+
+
+def train_in(folder: str, steps: int, flags: str) -> None:
+    """train.py on small files for so many steps."""
+    sizes = ["--tokenizer", "bytes", "--epoch_steps", str(steps), "--micro_bsz", "2"]
+    output = run_quietly([*write_files(pathlib.Path(folder)), *sizes, *flags.split()])
+    assert len(pathlib.Path(folder, "out/metrics.jsonl").read_text().splitlines()) == steps, output
+
+
+def _between(first: dict, second: dict) -> dict:
+    """What was counted between the two."""
+    counts = {name: _difference(second[name], first[name]) for name in ("waits", "copies", "native")}
+    return {"launches": second["launches"] - first["launches"], **counts}
 
 
 def _difference(more: dict, less: dict) -> dict:
