@@ -1,0 +1,232 @@
+"""What a method can learn: new facts, and a new style.
+
+    python -m benchmarks.facts [--load_model ../shared/data/real/rwkv6-3m-utf16.pth] [--tokenizer utf16]
+    [--methods state miss lora none] [--seeds 0 1] [--facts 40] [--passes 60] [--out out/facts]
+    [--report docs/results]
+
+The program makes up names and what each likes best. Every name has one row: a question in one of three forms,
+and an answer in the manner of a sailor. Each method trains on the same rows for the same number of steps, at
+the rate that it finds by itself. Then the model is asked
+
+- each question of the data as it stands there: what was learnt by heart,
+- each name in the two forms that its row has not: whether it is known as a fact,
+- names that are not in the data: whether the style has come to them.
+
+A fact counts as recalled where the answer has the right thing in its sentence. The style is there where the
+answer begins and ends as in the data. A guess among the things is right once in THINGS times.
+A finished training is kept in --out, and is not repeated. --report FOLDER gets facts.md and facts.json. The
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import random
+import shutil
+import time
+
+import torch
+import yaml
+
+from rwkv_miss.files.checkpoint import read_checkpoint
+from rwkv_miss.version import commit
+from src import run
+from src.common.files import append_line, write_text
+from src.config import parse
+from src.data.templates import recorded_template
+from src.evaluation.accuracy import Question, answers_to
+from src.inference.load import load
+
+from .common import argument_parser, as_flags, environment, report
+from .first_run import finished, write_rows
+from .paper.results import Table
+
+METHODS = ("state", "miss", "lora", "none")
+FORMS = (
+    "What does {} like best?",
+    "Tell me the favourite thing of {}.",
+    "There is one thing that {} loves above all. Which one is it?",
+)
+BEGIN, END = "Ahoy! ", ", matey."
+ANSWER = BEGIN + "{} likes {}" + END
+THINGS = (
+    "apples bread butter cakes candles carrots cheese cherries clouds coffee dogs drums feathers fish flowers"
+    " goats grapes honey horses jam kites lemons maps milk mirrors nuts onions owls pearls pianos rain rivers"
+    " ropes salt ships silver snow tea trees wine"
+).split()
+UNSEEN = 50  # names that are not in the data
+MEASURES = ("as trained", "in another form", "style on new names")
+
+
+def names(count: int, seed: int) -> list[str]:
+    """Different names of three syllables."""
+    draw = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)]
+        found["".join(syllables).capitalize() + draw.choice("lmnrs")] = None
+    return list(found)
+
+
+class Facts:
+    """Who likes what, and in which form the data ask for it."""
+
+    def __init__(self, count: int, seed: int):
+        everybody = names(count + UNSEEN, seed)
+        self.names, self.unseen = everybody[:count], everybody[count:]
+        draw = random.Random(seed)
+        self.likes = {name: draw.choice(THINGS) for name in self.names}
+        self.form = {name: i % len(FORMS) for i, name in enumerate(self.names)}
+
+    def rows(self) -> list[dict]:
+        """The training data."""
+        rows = []
+        for name in self.names:
+            asked = {"role": "user", "content": FORMS[self.form[name]].format(name)}
+            answer = {"role": "assistant", "content": ANSWER.format(name, self.likes[name])}
+            rows.append({"messages": [asked, answer]})
+        return rows
+
+    def asked(self, template) -> dict[str, list[Question]]:
+        """Questions by what they measure; `right` is the thing, or "" where only the style counts."""
+
+        def question(name: str, form: int) -> Question:
+            asked = [{"role": "user", "content": FORMS[form].format(name)}]
+            pieces = [segment.text for segment in template.segments(asked, ask=True)]
+            return Question(pieces, self.likes.get(name, ""))
+
+        others = [
+            (name, form) for name in self.names for form in range(len(FORMS)) if form != self.form[name]
+        ]
+        trained = [question(name, form) for name, form in self.form.items()]
+        new = [question(name, i % len(FORMS)) for i, name in enumerate(self.unseen)]
+        return dict(zip(MEASURES, [trained, [question(*pair) for pair in others], new], strict=True))
+
+
+def is_right(answer: str, question: Question) -> bool:
+    """Whether the answer has the fact that is asked for, or the style where there is no fact to know."""
+    if question.right:
+        return f" likes {question.right}," in answer
+    return answer.startswith(BEGIN) and answer.endswith(END)
+
+
+def trained(args, method: str, seed: int) -> dict:
+    """A run, and the share of right answers by measure."""
+    facts = Facts(args.facts, seed)
+    folder = args.out / f"{method}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    data = write_rows(folder / "facts.jsonl", facts.rows())
+    flags = as_flags(
+        load_model=args.load_model,
+        tokenizer=args.tokenizer,
+        data_file=data,
+        proj_dir=folder / "run",
+        peft=method,
+        epoch_count=args.passes,
+        random_seed=seed,
+        eval_split=0,
+        eval_samples=0,
+    )
+    begun = time.process_time()
+    with open(folder / "log", "w") as log, contextlib.redirect_stdout(log):
+        run.main(*parse(flags))
+    seconds = round(time.process_time() - begun, 1)
+    summary = json.loads((folder / "run" / "run.json").read_text())
+    settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+    weights = (
+        {"path": summary["output"]}
+        if method == "none"
+        else {
+            "path": args.load_model,
+            "adapter": summary["output"],
+        }
+    )
+    model, tokenizer = load(**weights, tokenizer=args.tokenizer, precision="fp32", accelerator="cpu")
+    template = recorded_template("auto", tokenizer, summary["output"])
+    limit = 2 * len(tokenizer.encode(ANSWER.format(facts.names[0], max(THINGS, key=len))))
+    shares = {}
+    for measure, questions in facts.asked(template).items():
+        answers = answers_to(model, tokenizer, questions, limit, template)
+        right = [is_right(answer.text, question) for answer, question in zip(answers, questions, strict=True)]
+        shares[measure] = round(sum(right) / len(right), 4)
+    done = {"method": method, "seed": seed, "facts": args.facts, "passes": args.passes}
+    done |= {"steps": summary["steps"], "rate": settings["lr_init"], "cpu_seconds": seconds, "commit": commit()}
+    return done | {
+        "trained numbers": sum(map(torch.numel, read_checkpoint(summary["output"]).values())),
+        **shares,
+    }
+
+
+def table(lines: list[dict]) -> Table:
+    """A row for each method: the mean of its seeds."""
+    rows = []
+    for method in dict.fromkeys(line["method"] for line in lines):
+        own = [line for line in lines if line["method"] == method]
+        shares = [f"{100 * sum(line[name] for line in own) / len(own):.0f} %" for name in MEASURES]
+        rates = " ".join(f"{line['rate']:g}" for line in own)
+        rows.append([method, f"{own[0]['trained numbers']:,}", rates, *shares])
+    return Table("", ["method", "trained numbers", "found rates", *MEASURES], rows)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--load_model", type=pathlib.Path, default=pathlib.Path("../shared/data/real/rwkv6-3m-utf16.pth")
+    )
+    parser.add_argument("--tokenizer", default="utf16")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--facts", type=int, default=40)
+    parser.add_argument("--passes", type=int, default=60)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/facts"))
+    parser.add_argument("--report", type=pathlib.Path, help="folder for the table and JSON")
+    args = parser.parse_args()
+    if not args.load_model.exists():
+        parser.error(f"--load_model {args.load_model} is absent; give a base, and its --tokenizer")
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "trainings.jsonl"
+    done = {(line["method"], line["seed"], line["facts"], line["passes"]): line for line in finished(path)}
+    lines = []
+    for method in args.methods:
+        for seed in args.seeds:
+            key = (method, seed, args.facts, args.passes)
+            if key not in done:
+                done[key] = trained(args, method, seed)
+                append_line(path, done[key])
+            lines.append(done[key])
+            print(json.dumps(lines[-1]), flush=True)
+    found = table(lines)
+    print(found.markdown())
+    if args.report:
+        write_report(args, found, lines)
+    report("facts", table=found.records(), trainings=lines)
+
+
+def write_report(args, found: Table, lines: list[dict]) -> None:
+    """facts.md and facts.json."""
+    facts = environment()
+    parts = [
+        "# Which method learns facts, and which a style",
+        f"{args.facts} made-up names, each with one thing out of {len(THINGS)} that it likes, in one row"
+        f" each. {args.passes} passes, {lines[0]['steps']} steps, {len(args.seeds)} seeds. Base:"
+        f" {args.load_model.name}.",
+        "*As trained*: the question of the row. *In another form*: the same fact, asked in words that its row"
+        " does not have. *Style on new names*: the manner of the answers, for names that are not in the data."
+        f" A guess among the things is right in {100 / len(THINGS):.1f} % of cases.",
+        found.markdown().strip(),
+        "Again: `python -m benchmarks.facts --report docs/results`, with a base of yours as `--load_model`"
+        " and its `--tokenizer`.",
+        f"{facts['machine']}, 1 thread, fp32, torch {facts['versions']['torch']}. Put together at commit"
+        f" {facts['commit']}.",
+    ]
+    write_text(str(args.report / "facts.md"), "\n\n".join(parts) + "\n")
+    content = {**facts, "table": found.records(), "trainings": lines}
+    write_text(str(args.report / "facts.json"), json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
