@@ -153,7 +153,12 @@ def trained(args, method: str, seed: int) -> dict:
         right = [is_right(answer.text, question) for answer, question in zip(answers, questions, strict=True)]
         shares[measure] = round(sum(right) / len(right), 4)
     done = {"method": method, "seed": seed, "facts": args.facts, "passes": args.passes}
-    done |= {"steps": summary["steps"], "rate": settings["lr_init"], "cpu_seconds": seconds, "commit": commit()}
+    done |= {
+        "steps": summary["steps"],
+        "rate": settings["lr_init"],
+        "cpu_seconds": seconds,
+        "commit": commit(),
+    }
     return done | {
         "trained numbers": sum(map(torch.numel, read_checkpoint(summary["output"]).values())),
         **shares,
