@@ -25,8 +25,7 @@ with importing():
     from src.config.validate import check_bos
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.leading_token import begun, leading_token
-    from src.data.rwkv_template import MODES
-    from src.data.templates import recorded_template
+    from src.data.templates import add_template_flags, recorded_template
     from src.data.tool_styles import read_tools
     from src.inference.conversation import Conversation
     from src.inference.cpu_decoder import fastest
@@ -80,11 +79,7 @@ def add_text(add: Callable) -> None:
         help="auto (as recorded in the file, else world), world, bytes, utf16, or a tokenizer file",
     )
     add("--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell")
-    add(
-        "--template",
-        default="auto",
-        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file",
-    )
+    add_template_flags(add)
     add("--bos", default="recorded", help=BOS_HELP)
     add("--prompt", help="answer this one prompt on stdout and exit; without it: a chat")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat template")
@@ -197,24 +192,24 @@ def main(argv: list[str] | None = None) -> None:
         adapters.use(list(args.adapter)[:1], args.scale)
         model, how = fastest(adapters.model, args.quant == "int8")
 
-        def template_of(choice: str, paths: list):
-            return recorded_template(choice, tokenizer, *paths, args.model)
+        def template_of(paths: list):
+            return recorded_template(args.template, tokenizer, *paths, args.model, tool_style=args.tool_style)
 
         def bos_of(paths: list):
             return leading_token(args.bos, tokenizer, *paths, args.model)
 
         used = list(args.adapter.values())[:1]
-        template, bos = template_of(args.template, used), bos_of(used)
+        template, bos = template_of(used), bos_of(used)
         conversation = Conversation(
             model, tokenizer, sampling_of(args), args.seed, args.system, template, bos
         )
-        chat = Chat(conversation, adapters, template_of, args.template, args.max_tokens, args.seed, bos_of)
+        chat = Chat(conversation, adapters, template_of, args.max_tokens, args.seed, bos_of)
         if args.tools:
             conversation.use_tools(read_tools(args.tools))
         if args.load_state:
             chat.load_from(args.load_state)
-            if args.template != "auto":
-                conversation.template, chat.chosen = template, args.template
+            if (args.template, args.tool_style) != ("auto", "auto"):
+                conversation.template = chat.chosen = template
             if args.bos != "recorded":
                 conversation.bos, chat.bos_of = bos, bos_of
                 conversation.read_again()

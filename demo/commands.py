@@ -58,26 +58,22 @@ class Chat:
     """A conversation, the adapters it may use, and what is typed. Answers go to stdout, everything else to
     stderr.
 
-    `template_of(choice, paths)` is the template that a choice, as of --template, stands for with adapter
-    files in use, `bos_of(paths)` the ids that a conversation then begins with.
+    `template_of(paths)` is the template with these adapter files in use, `bos_of(paths)` the ids that a
+    conversation then begins with. `chosen`, where it is not None, is a template that was chosen in the chat,
+    and stays.
     """
 
     def __init__(
         self,
         conversation: Conversation,
         adapters: Adapters,
-        template_of: Callable[[str, list], Template],
-        template: str,
+        template_of: Callable[[list], Template],
         max_tokens: int,
         seed: int,
         bos_of: Callable[[list], tuple[int, ...]],
     ):
-        self.conversation, self.adapters, self.template_of, self.chosen = (
-            conversation,
-            adapters,
-            template_of,
-            template,
-        )
+        self.conversation, self.adapters, self.template_of = conversation, adapters, template_of
+        self.chosen: Template | None = None
         self.max_tokens, self.seed, self.bos_of = max_tokens, seed, bos_of
         self.scale = adapters.scale  # the next adapter gets it, too
         self.over = False
@@ -149,7 +145,7 @@ class Chat:
     def switch(self, names: tuple[str, ...], scale: float) -> None:
         if (names, scale) != (self.adapters.used, self.adapters.scale):
             self.use(names, scale)
-            self.conversation.template = self.template_of(self.chosen, self.paths())
+            self.conversation.template = self.chosen or self.template_of(self.paths())
             self.conversation.bos = self.bos_of(self.paths())
         again = self.conversation.turns and not self.conversation.read
         note(
@@ -257,7 +253,7 @@ class Chat:
         """go on with a saved conversation"""
         used = load_chat(self.conversation, self.adapters, needed("load", argument))
         self.results = []
-        self.chosen, bos = self.conversation.template.record, self.conversation.bos
+        self.chosen, bos = self.conversation.template, self.conversation.bos
         self.bos_of = lambda paths: bos
         again = (
             ""
@@ -273,8 +269,8 @@ class Chat:
         if not isinstance(template, RwkvTemplate):
             raise UserError(f"/think is about RWKV's template; this chat has {template.name}")
         if argument:
-            self.chosen = named_mode(argument)
-            self.conversation.template = RwkvTemplate(self.chosen)
+            self.chosen = RwkvTemplate(named_mode(argument), template.tools.name)
+            self.conversation.template = self.chosen
         note(f"template {self.conversation.template.name}")
 
     @command("tools", "[FILE|none]")

@@ -23,7 +23,7 @@ with importing():
     from src.data.encode import Encoder
     from src.data.formats import Reading, Report, read_source, sources
     from src.data.formats.binidx import Writer
-    from src.data.templates import recorded_template
+    from src.data.templates import add_template_flags, choose_template
     from src.data.tokenizer import load_tokenizer
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--eod", default="", help="text of the end-of-document token, where a tokenizer file does not tell"
     )
-    parser.add_argument("--template", default="auto", help="how conversations are written [rwkv]")
+    add_template_flags(parser.add_argument)
     for name in ("sft_field", "sft_split"):
         parser.add_argument(f"--{name}", default=FIELDS[name].default, help=FIELDS[name].metadata["help"])
     with one_line_errors(), naming_missing_packages():
@@ -56,7 +56,7 @@ def convert(args: argparse.Namespace) -> tuple[int, int]:
     """(documents, tokens, ends of document included) written. A UserError leaves nothing behind."""
     tokenizer = load_tokenizer(args.tokenizer, sys.maxsize, args.eod)
     # with this mask a row is always one document
-    encoder = Encoder(tokenizer, recorded_template(args.template, tokenizer, None), "all")
+    encoder = Encoder(tokenizer, choose_template(args.template, args.tool_style, None, tokenizer), "all")
     count = tokens = 0
     try:
         writer = JsonlWriter(args.out, tokenizer) if args.to_jsonl else Writer(args.out, tokenizer.vocab_size)

@@ -23,8 +23,7 @@ with importing():
     from src.data.formats import Reading
     from src.data.leading_token import HELP as BOS_HELP
     from src.data.leading_token import leading_token, text_of
-    from src.data.rwkv_template import MODES
-    from src.data.templates import load_template, recorded_template
+    from src.data.templates import add_template_flags, choose_template, recorded_template
     from src.evaluation.accuracy import (
         LIMITS,
         THOUGHTS,
@@ -107,7 +106,9 @@ class Answered(NamedTuple):
 def ask_model(args: argparse.Namespace) -> Answered:
     """The questions, answered by the model."""
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
-    template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+    template = recorded_template(
+        args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
+    )
     bos = leading_token(args.bos, tokenizer, args.adapter, args.model)
     if bos:
         print(f"every question begins with {text_of(bos)}")
@@ -122,7 +123,7 @@ def ask_model(args: argparse.Namespace) -> Answered:
 
 def read_answered(args: argparse.Namespace) -> Answered:
     """The questions, with the answers of --answers."""
-    questions = questions_of(args, load_template(args.template))
+    questions = questions_of(args, choose_template(args.template, args.tool_style, None, None))
     return Answered(questions, read_answers(args.answers, len(questions)), None, None)
 
 
@@ -220,14 +221,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
             "default: as the tokenizer says"
         ),
     )
-    add(
-        "--template",
-        default="auto",
-        help=(
-            f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; "
-            "default %(default)s"
-        ),
-    )
+    add_template_flags(add)
     add("--bos", default="recorded", help=BOS_HELP)
     add(
         "--precision",

@@ -13,6 +13,7 @@ from src.common.startup import importing, naming_missing_packages
 with importing():
     from rwkv_miss.errors import Parser, one_line_errors
     from src.common.hub import local_path
+    from src.data.templates import add_template_flags
     from src.export import TARGETS, export
     from src.export.gguf import DEFAULT_TYPE, FILE_TYPES
     from src.export.hugging_face import LAYOUTS
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             ),
         )
         parser.add_argument("--eod", default="", help="as in train.py")
-        parser.add_argument("--template", default="auto", help="chat template, as in train.py [%(default)s]")
+        add_template_flags(parser.add_argument)
         parser.add_argument(
             "--drop_state",
             action="store_true",
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             args.template,
             args.drop_state,
             args.layout,
+            args.tool_style,
         ).lines():
             print(line)
 

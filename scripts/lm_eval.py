@@ -23,7 +23,7 @@ with importing():
     from src.common.hub import local_path, recorded
     from src.config.validate import check_bos
     from src.data.leading_token import leading_token
-    from src.data.templates import recorded_template
+    from src.data.templates import add_template_flags, recorded_template
     from src.inference.load import load
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def main(argv: list[str]) -> None:
     manager, tasks = load_tasks(args)
     args.model, args.adapter = local_path(args.model), args.adapter and local_path(args.adapter)
     model, tokenizer = load(args.model, args.adapter, args.tokenizer, args.eod, precision=args.precision)
-    template = recorded_template(args.template, tokenizer, args.adapter, args.model)
+    template = recorded_template(
+        args.template, tokenizer, args.adapter, args.model, tool_style=args.tool_style
+    )
     bos = leading_token(args.bos, tokenizer, args.adapter, args.model)
     print(f"leading token: {protocol(bos)}")
     results = lm_eval.simple_evaluate(
@@ -100,7 +102,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
     parser.add_argument("--tokenizer", default="auto")
     parser.add_argument("--eod", default="")
-    parser.add_argument("--template", default="auto")
+    add_template_flags(parser.add_argument)
     parser.add_argument(
         "--bos",
         default="auto",

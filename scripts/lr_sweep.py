@@ -36,10 +36,9 @@ with importing():
     from src.data.batches import Schedule
     from src.data.dataset import Documents
     from src.data.fetch import fetch_inputs
-    from src.data.templates import recorded_template
     from src.data.tokenizer import Tokenizer
     from src.model import RWKV
-    from src.planning.base_model import build_model, read_base
+    from src.planning.base_model import build_model, read_base, template_of_run
     from src.planning.defaults import first_guess
     from src.planning.job import (
         Data,
@@ -175,7 +174,7 @@ def sweep(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
 def data_to_compare(config: Config, origins: dict[str, str], tokenizer: Tokenizer) -> Data:
     """The run's data; UserError without held-out documents."""
     check_data_files(config)
-    template = recorded_template(config.template, tokenizer, config.load_model)
+    template = template_of_run(config, origins, tokenizer)
     data = read_data(config, origins, tokenizer, template)
     if not data.held_out:
         raise UserError(

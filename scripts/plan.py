@@ -32,9 +32,8 @@ with importing():
     from src.data.batches import Schedule
     from src.data.dataset import Documents
     from src.data.fetch import fetch_inputs
-    from src.data.templates import recorded_template
     from src.model import RWKV
-    from src.planning.base_model import read_base
+    from src.planning.base_model import read_base, template_of_run
     from src.planning.defaults import CHOSEN, cheapest_fix
     from src.planning.job import (
         Cost,
@@ -136,7 +135,7 @@ def count(ours: argparse.Namespace, config: Config, origins: dict[str, str]) -> 
     arch, tokenizer = read_base(config, origins)
     device = planned_device(ours.memory, config, arch.head_size)
     choose_device(config, origins, device)
-    template = recorded_template(config.template, tokenizer, config.load_model)
+    template = template_of_run(config, origins, tokenizer)
     data = read_data(config, origins, tokenizer, template)
     device = dataclasses.replace(device, memory=memory_of(device, config.world))  # read once: it changes
     schedule = plan_steps(config, origins, arch, device, data)

@@ -205,7 +205,9 @@ def main(argv: list[str] | None = None) -> int:
         fetch_inputs(config)
         started = time.perf_counter()
         tokenizer = tokenizer_of(config)
-        template = recorded_template(config.template, tokenizer, config.load_model)
+        template = recorded_template(
+            config.template, tokenizer, config.load_model, tool_style=config.tool_style
+        )
         bos = leading_token(config.bos, tokenizer, config.load_model)
         encoder = Encoder(tokenizer, template, config.loss_mask, bos)
         lint, report, tokens, chosen = inspect(config, encoder)

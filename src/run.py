@@ -18,9 +18,8 @@ from .common.files import read_lines
 from .config import Config, save
 from .config.launcher import is_first_process
 from .data.fetch import fetch, pinned_names
-from .data.templates import recorded_template
 from .distributed.watchdog import Lifeline, lifeline
-from .planning.base_model import build_model, read_base
+from .planning.base_model import build_model, read_base, template_of_run
 from .planning.job import (
     Job,
     check_data_files,
@@ -82,7 +81,7 @@ def run(config: Config, origins: dict[str, str], started: float, others: Lifelin
     arch, tokenizer = read_base(config, origins)
     device = device_here(config, arch.head_size)
     choose_device(config, origins, device)
-    template = recorded_template(config.template, tokenizer, config.load_model)
+    template = template_of_run(config, origins, tokenizer)
     if config.init_only:
         if is_first_process():
             write_new_model(config, arch, tokenizer)

@@ -231,7 +231,7 @@ def test_another_answer_in_the_place_of_the_last_one(typed, files, letters):  # 
 def test_an_answer_stays_if_another_one_is_stopped_before_its_first_word(files, letters, monkeypatch):  # noqa: F811
     adapters, tokenizer = load_with(files.base, {}, letters, accelerator="cpu")
     conversation = Conversation(adapters.model, tokenizer, GREEDY)
-    talk = commands.Chat(conversation, adapters, None, "rwkv", TOKENS, 0, lambda paths: ())
+    talk = commands.Chat(conversation, adapters, None, TOKENS, 0, lambda paths: ())
     talk.take("hello?")
     kept = conversation.turns[:], conversation.state
 
@@ -379,7 +379,9 @@ def test_think_changes_how_the_next_turn_is_asked(typed, asked):
 def test_each_adapter_is_asked_in_its_own_template(typed, asked, files, tmp_path):
     """Unless the user chose one, by the flag or in the chat."""
     tensors, metadata = rwkv_miss.read_checkpoint(files.a), rwkv_miss.read_metadata(files.a)
-    rwkv_miss.write_checkpoint(tmp_path / "long.pth", tensors.items(), {**metadata, "template": "think-long"})
+    rwkv_miss.write_checkpoint(
+        tmp_path / "long.pth", tensors.items(), {**metadata, "template": "think-long:hermes"}
+    )
     typed(
         ["a", "/adapter long", "b", "/adapter none", "c", "/think long", "/adapter a", "d"],
         "--adapter",

@@ -37,7 +37,6 @@ def talk(monkeypatch):
             conversation,
             without_adapters(None),
             lambda *_: template,
-            template.name,
             500,
             0,
             lambda *_: (),
@@ -189,7 +188,8 @@ def test_one_prompt_with_tools(weather, monkeypatch, capsys):
         lambda path, *_: (without_adapters(Scripted(tokenizer, tokenizer.encode(f" {text}"))), tokenizer),
     )
     monkeypatch.setattr(chat, "fastest", lambda model, int8: (model, "as the script says"))
-    flags = ["--model", "m", "--tokenizer", "bytes", "--prompt", "q", "--tools", str(weather)]
+    # any file does for a model that is a stand-in
+    flags = ["--model", str(weather), "--tokenizer", "bytes", "--prompt", "q", "--tools", str(weather)]
     chat.main([*flags, "--temperature", "0", "--template", "rwkv"])
     out, err = capsys.readouterr()
     assert out == f"{text}\n" and err.splitlines()[0] == 'call 1 of 1: f {"é": 1}'

@@ -354,7 +354,7 @@ def test_a_run_without_settings_says_what_it_chose_and_the_command_does_it_again
         "r=5",
     ]
     output = succeed(program.run([*flags, "--proj_dir", str(tmp_path / "first"), "--verbose"]))
-    assert "chosen     ctx_len 256: the longest document has 60 tokens" in output
+    assert " ctx_len 256: the longest document has 60 tokens" in output
     assert "eval_split 0.05: 6 documents of 120" in output
     assert "have the lowest loss" in output
     # 24 rows of 256 tokens make less than 50 steps, with one row each

@@ -208,7 +208,7 @@ def test_the_world_vocabulary(tmp_path):
         "eot": 261,
     }
     assert table[261] == b"\n\n" and keys["tokenizer.ggml.model"] == "rwkv" and "rwkv7.vocab_size" not in keys
-    assert keys["tokenizer.chat_template"] == rwkv_jinja("rwkv")
+    assert keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("rwkv"))
 
 
 def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
@@ -221,7 +221,8 @@ def test_what_the_checkpoint_records_is_in_the_file(tmp_path):
         and set(keys["tokenizer.ggml.token_type"]) == {1}
     )
     assert (
-        keys["tokenizer.chat_template"] == rwkv_jinja("think") and "tokenizer.ggml.eot_token_id" not in keys
+        keys["tokenizer.chat_template"] == rwkv_jinja(RwkvTemplate("think"))
+        and "tokenizer.ggml.eot_token_id" not in keys
     )
     assert not any("newline" in note for note in told.notes)
 
@@ -324,7 +325,8 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("name", MODES)
 def test_the_jinja_template_is_rwkvs(name):
-    ours, jinja = RwkvTemplate(name), JinjaTemplate(name, rwkv_jinja(name), "")
+    ours = RwkvTemplate(name)
+    jinja = JinjaTemplate(name, rwkv_jinja(ours), "")
 
     def rendered(make):
         try:

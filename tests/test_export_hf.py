@@ -10,6 +10,7 @@ import torch
 
 from rwkv_miss import UserError
 from rwkv_miss.files.checkpoint import read_checkpoint, write_checkpoint
+from src.data.rwkv_template import RwkvTemplate
 from src.data.tokenizer import load_tokenizer
 from src.export import hugging_face
 from src.export.chat_template import rwkv_jinja
@@ -151,7 +152,7 @@ def test_the_official_folders_tokenizer_and_template(tmp_path):
         ids = theirs(text)["input_ids"]
         assert ids == ours.encode(text) and theirs.decode(ids) == text, text
     assert theirs.decode([33, 0], skip_special_tokens=True) == " "
-    assert theirs.chat_template == rwkv_jinja("think-short")
+    assert theirs.chat_template == rwkv_jinja(RwkvTemplate("think-short-2025"))
     asked = theirs.apply_chat_template(CONVERSATIONS[3][0], add_generation_prompt=True, tokenize=False)
     assert asked.endswith("User: d think a bit\n\nAssistant: <think")
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
@@ -175,7 +176,7 @@ def test_the_fla_folders_tokenizer_and_template(tmp_path, rwkv7_hf):
             text
         )
     assert theirs.eos_token_id == theirs.pad_token_id == 0
-    assert theirs.chat_template == rwkv_jinja("think-short")
+    assert theirs.chat_template == rwkv_jinja(RwkvTemplate("think-short-2025"))
     messages = CONVERSATIONS[3][0]
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).endswith(
         "User: d think a bit\n\nAssistant: <think"

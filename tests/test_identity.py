@@ -14,6 +14,9 @@ from rwkv_miss import UserError, merge_file, read_checkpoint, read_metadata, wri
 from rwkv_miss.files import identity
 from rwkv_miss.files.identity import Identity, fingerprint, sampled_fingerprint
 from rwkv_miss.merging.unmerge import check_merge
+from src.config import settle
+from src.data.templates import recorded_template
+from src.data.tokenizer import load_tokenizer
 from src.inference.conversation import Conversation
 from src.inference.conversation_file import load_chat
 from src.inference.load import load_with
@@ -286,6 +289,24 @@ def test_its_run_goes_on(earlier):
     assert losses(earlier / "run") == pytest.approx(losses(earlier / "new"), rel=1e-5)
     inputs = read_metadata(earlier / "run/checkpoints/step-00000002.pth")["inputs"]
     assert inputs["base file"] == fingerprint(read_checkpoint(earlier / "base.pth"))
+
+
+def test_its_template_has_the_meaning_that_it_had(earlier):
+    """In an adapter, in a merged file and in config.yaml: then "think-short" had no parentheses."""
+    hi = [{"role": "user", "content": "hi"}]
+    for name in ("run/adapter.pth", "merged.pth", "run/checkpoints/step-00000001.pth"):
+        path, metadata = earlier / name, read_metadata(earlier / name)
+        assert recorded_template("auto", load_tokenizer("bytes", 256), path).record == "rwkv:hermes"
+        write_checkpoint(path, read_checkpoint(path).items(), {**metadata, "template": "think-short"})
+        found = recorded_template("auto", load_tokenizer("bytes", 256), earlier / "base.pth", path)
+        assert found.segments(hi, ask=True)[0].text == "User: hi think a bit\n\nAssistant: <think"
+    settings = earlier / "run/config.yaml"
+    settings.write_text(settings.read_text().replace("template: auto", "template: think-short"))
+    config, _ = settle({"config": str(settings)})
+    assert (config.template, config.tool_style) == ("think-short-2025", "hermes")
+    settings.write_text("template: think-short\n")  # as people write it today
+    config, _ = settle({"config": str(settings)})
+    assert (config.template, config.tool_style) == ("think-short", "auto")
 
 
 def test_its_saved_chat_goes_on(earlier, capsys):

@@ -185,6 +185,8 @@ def test_contradictions_name_both(merging):
     )
     merging.adapter("a.pth", template="rwkv")
     merging.adapter("c.pth", seed=3, template="think")
+    merging.adapter("d.pth", seed=3, template="rwkv:hermes")
+    merging.merge(["a.pth", "d.pth"])  # the same template, in the words of today
     merging.refused("different templates: .*a.pth with 'rwkv', .*c.pth with 'think'", ["a.pth", "c.pth"])
 
 

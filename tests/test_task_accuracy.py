@@ -397,7 +397,7 @@ def test_from_metamathqa_to_the_score_of_gsm8k(checkpoint, tmp_path, capsys):
         )
     )
     adapter, merged, kept = tmp_path / "run/adapter.pth", tmp_path / "merged.pth", tmp_path / "answers.jsonl"
-    assert read_metadata(adapter)["template"] == "rwkv"
+    assert read_metadata(adapter)["template"] == "rwkv:hermes"
     merge_file(base, adapter, merged)
     answers = [metamath(row)["response"] for row in rows]
     rows[3]["answer"] = "#### 16"

@@ -16,7 +16,13 @@ from src.data.dataset import load_documents
 from src.data.encode import Encoder
 from src.data.loss_mask import marked, record_segments
 from src.data.rwkv_template import DEFAULT, MODES, RwkvTemplate
-from src.data.templates import answer_text, load_template, recorded_template
+from src.data.templates import (
+    answer_text,
+    choose_template,
+    from_record,
+    load_template,
+    recorded_template,
+)
 from src.data.tokenizer import load_tokenizer
 from src.inference.conversation import Conversation
 from src.model import RWKV
@@ -71,22 +77,42 @@ def shown(segments):
         (
             "think-normal",
             [user("hi "), thinking("hm", "yo")],
-            "User: hi think\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+            "User: hi (think)\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
         ),
         (
             "think-short",
             [system("s"), user("hi"), thinking("hm", "yo")],
-            "System: s\n\nUser: hi think a bit\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+            "System: s\n\nUser: hi (think a bit)\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
         ),
         (
             "think-long",
             [user("a"), thinking("b", "c"), user("d"), thinking("e", "f")],
             (
-                "User: a think a lot\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d think a"
-                " lot\n\nAssistant: <think|<>\ne\n</think>\nf>"
+                "User: a (think a lot)\n\nAssistant: <think|<>\nb\n</think>\nc>|<\n\n>|User: d (think a"
+                " lot)\n\nAssistant: <think|<>\ne\n</think>\nf>"
             ),
         ),
+        (
+            "think-normal-2025",
+            [user("hi "), thinking("hm", "yo")],
+            "User: hi think\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+        ),
+        (
+            "think-short-2025",
+            [user("hi"), assistant("yo")],
+            "User: hi think a bit\n\nAssistant: <think|<>\n</think>\nyo>",
+        ),
+        (
+            "think-long-2025",
+            [user("hi"), thinking("hm", "yo")],
+            "User: hi think a lot\n\nAssistant: <think|<>\nhm\n</think>\nyo>",
+        ),
         ("fake-think", [user("hi"), assistant("yo")], "User: hi\n\nAssistant: <think>\n</think|<>\nyo>"),
+        (
+            "fake-think-compact",
+            [user("hi"), assistant("yo")],
+            "User: hi\n\nAssistant: <think></think|<>\nyo>",
+        ),
         (
             "rwkv",
             [
@@ -452,10 +478,55 @@ def test_adapter_and_merged_file_record_the_template_for_the_chat(tmp_path, jinj
         == "rwkv"
         == recorded_template("auto", tokenizer, None).name
     )
-    rwkv_miss.save_adapter(model, adapter, template="think-long")
+    rwkv_miss.save_adapter(model, adapter, template="think-long:hermes")
     assert recorded_template("auto", tokenizer, adapter, merged).name == "think-long", (
         "an adapter's word comes before its base's"
     )
+
+
+@pytest.mark.parametrize(
+    "record, meant",
+    [
+        ("rwkv", "rwkv:hermes"),
+        ("think", "think:hermes"),
+        ("think-normal", "think-normal-2025:hermes"),
+        ("think-short", "think-short-2025:hermes"),
+        ("think-long", "think-long-2025:hermes"),
+        ("fake-think", "fake-think:hermes"),
+        ("think-long:hermes", "think-long:hermes"),
+    ],
+)
+def test_a_record_has_the_meaning_of_its_days(record, meant):
+    """Without a tool style it was written before there were any."""
+    assert from_record(record).record == meant and from_record(meant).record == meant
+    assert from_record(record).opening == load_template(record.partition(":")[0]).opening
+
+
+@pytest.mark.parametrize("record", ["/etc/hostname", "think:", "think:jason", ":hermes", "auto", 7, ["rwkv"]])
+def test_a_record_that_is_none_names_no_file(record):
+    with pytest.raises(UserError, match="the template that the file records is .*, expected NAME:TOOL_STYLE"):
+        from_record(record)
+
+
+def test_what_a_user_chooses_comes_before_what_was_recorded(jinja):
+    world, small = load_tokenizer("world", 65536), named("bytes")
+    for spec, tool_style, recorded, tokenizer, meant in (
+        ("auto", "auto", None, world, "rwkv:json"),
+        ("auto", "signatures", "rwkv:json", world, "rwkv:signatures"),
+        ("auto", "auto", None, small, "rwkv:hermes"),
+        ("auto", "auto", None, None, "rwkv:hermes"),
+        ("think", "auto", None, world, "think:json"),
+        ("think", "auto", "rwkv", world, "think:hermes"),
+        ("auto", "auto", "think-short", world, "think-short-2025:hermes"),
+        ("think-short", "auto", "think-short", world, "think-short:hermes"),
+        ("auto", "hermes", "think", world, "think:hermes"),
+        ("think", "auto", CHATML, small, "think:hermes"),
+        ("auto", "auto", CHATML, world, CHATML),
+        (CHATML, "auto", "rwkv", world, CHATML),
+    ):
+        assert choose_template(spec, tool_style, recorded, tokenizer).record == meant
+    with pytest.raises(UserError, match="--tool_style json is about RWKV's template, and this one is Jinja"):
+        choose_template("auto", "json", CHATML, small)
 
 
 def test_templates_reach_other_processes(jinja):

@@ -110,7 +110,7 @@ def test_a_run_prints_its_plan_and_leaves_its_files(plain, files):
         "miss",
         6,
         "bytes",
-        "rwkv",
+        "rwkv:hermes",
     )
     assert metadata["base_fingerprint"] == RWKV.load(files / "v7.pth").base_fingerprint
     curve = losses(proj_dir)

@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.template_record import EARLIER, HERMES
 
 # any value
 DROPPED = {
@@ -388,6 +389,18 @@ def _kernel(old: dict[str, str], kept: list[str], notes: list[str]) -> list[str]
 
 # each gives flags of today for what it knows of the old and of the other words
 TRANSLATIONS = (_method, _train_type, _stage, _epoch_save, _warm_up, _loss_mask, _quant, _kernel)
+
+
+# settings that a run's config.yaml has, and what people write by hand has not
+OF_A_RUN = {"template", "init_only", "num_nodes", "resume"}
+
+
+def with_tool_style(values: dict[str, Any]) -> dict[str, Any]:
+    """A config.yaml's settings. One that a run wrote before there were tool styles keeps its meaning."""
+    if "tool_style" in values or not values.keys() >= OF_A_RUN:
+        return values
+    template = values["template"]
+    return {**values, "template": EARLIER.get(template, template), "tool_style": HERMES}
 
 
 def newest_model(folder: str) -> str:

@@ -109,7 +109,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             raise UserError(
                 f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
             )
-    return values
+    return legacy.with_tool_style(values)
 
 
 def _first_of_each(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from rwkv_miss.adapter import METHODS
+from rwkv_miss.files.template_record import TOOL_STYLES
 from rwkv_miss.quantised import CODES
 
 from .adapter_options import AdapterOptions
@@ -130,9 +131,15 @@ class Config:
 
     template: str = opt(
         "auto",
-        "how conversations are written: rwkv, a mode of the G1 models (think, think-normal,"
-        " think-short, think-long, fake-think), or a Jinja file with Hugging Face's conventions. auto:"
-        " as --load_model records, else rwkv",
+        "how conversations are written: rwkv, a mode of the G1 models (docs/templates.md lists them), or a"
+        " Jinja file with Hugging Face's conventions. auto: as --load_model records, else rwkv",
+    )
+    tool_style: str = opt(
+        "auto",
+        "how rwkv and its modes write tools and their calls. auto: as --load_model records, else json with"
+        " the World vocabulary and hermes with others",
+        choices=("auto", *TOOL_STYLES),
+        automatic=True,
     )
     loss_mask: str = opt(
         "assistant",

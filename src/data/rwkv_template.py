@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files.template_record import HERMES
 
-from ..common.formatting import short
 from .chat_template import Segment, TokenEnd, clean, is_trained, thoughts_of
-from .tool_styles import STYLES
+from .tool_styles import STYLES, in_order_of_calls
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 TURN_END = "\n\n"
@@ -22,15 +21,19 @@ class Mode(NamedTuple):
     opening: str  # what follows `Assistant:`
 
 
-# As the G1 models were trained. The openings stop inside a tag: the `>` that closes it may be one token with
-# what comes next.
+# As the G1 models were trained: see docs/templates.md. The openings stop inside a tag: the `>` that closes it
+# may be one token with what comes next.
 MODES = {
     "rwkv": Mode("", ""),
     "think": Mode("", " <think"),
-    "think-normal": Mode(" think", " <think"),
-    "think-short": Mode(" think a bit", " <think"),
-    "think-long": Mode(" think a lot", " <think"),
+    "think-normal": Mode(" (think)", " <think"),
+    "think-short": Mode(" (think a bit)", " <think"),
+    "think-long": Mode(" (think a lot)", " <think"),
+    "think-normal-2025": Mode(" think", " <think"),
+    "think-short-2025": Mode(" think a bit", " <think"),
+    "think-long-2025": Mode(" think a lot", " <think"),
     "fake-think": Mode("", " <think>\n</think"),
+    "fake-think-compact": Mode("", " <think></think"),
 }
 
 
@@ -39,27 +42,29 @@ class RwkvTemplate:
 
     A blank line ends a turn, so that only the model's own turns may hold one. An assistant's message may have
     thoughts: as `reasoning_content`, as `reasoning`, or as `<think>...</think>` before its content. It may
-    have `tool_calls` as in OpenAI's API. Tools are described in a System turn.
+    have `tool_calls` as in OpenAI's API. Tools are described in a System turn. `tool_style`, one of
+    tool_styles.STYLES, says how.
     """
 
     stop = TURN_END + "User:"
 
-    def __init__(self, name: str):
-        self.name = self.record = name
+    def __init__(self, name: str, tool_style: str = HERMES):
+        self.name, self.record = name, f"{name}:{tool_style}"
         self.after_user, self.opening = MODES[name]
+        self.tools = STYLES[tool_style]
 
     def segments(
         self, messages: list[dict], tools: list[dict] | None = None, ask: bool = False
     ) -> list[Segment]:
         segments: list[Segment] = []
-        waiting = [{"role": "system", "content": _describe(tools)}] if tools else []
+        waiting = [{"role": "system", "content": self.tools.describe(tools)}] if tools else []
 
         def add(segment: Segment) -> None:
             if segments:
                 segments.append(Segment(TURN_END, segments[-1].trained))
             segments.append(segment)
 
-        for message in messages:
+        for message in in_order_of_calls(messages):
             if message["role"] != "assistant":
                 waiting.append(message)
                 continue
@@ -79,13 +84,16 @@ class RwkvTemplate:
         return [TURN_END, self._turns(new, ask=True)]
 
     def parse(self, text: str) -> tuple[str, list[dict]]:
-        return STYLES["hermes"].parse(text)
+        return self.tools.parse(text)
 
     def _turns(self, messages: list[dict], ask: bool) -> str:
         turns = []
         for message in messages:
-            after = self.after_user if message["role"] == "user" else ""
-            turns.append(f"{ROLES[message['role']]}: {clean(message['content'])}{after}")
+            role, content = message["role"], message["content"]
+            after = self.after_user if role == "user" else ""
+            if role == "tool":
+                role, content = self.tools.result(content)
+            turns.append(f"{ROLES[role]}: {clean(content)}{after}")
         if ask:
             turns.append(f"{ROLES['assistant']}:{self.opening}")
         return TURN_END.join(turns)
@@ -94,7 +102,8 @@ class RwkvTemplate:
         thoughts, content = thoughts_of(message)
         if self.opening and content.startswith("<think>"):
             raise UserError(f"an answer opens <think> and never closes it: {content[:60]!r}")
-        content = "\n".join(filter(None, [content, *map(_call, message.get("tool_calls") or ())]))
+        if calls := message.get("tool_calls"):
+            content = "\n".join(filter(None, [content, self.tools.calls(calls)]))
         if not self.opening:
             return f" <think>\n{thoughts}\n</think>\n{content}" if thoughts else f" {content}"
         if "</think" not in self.opening:
@@ -105,25 +114,6 @@ class RwkvTemplate:
                 " them out of the data"
             )
         return f">\n{content}"
-
-
-def _call(call: dict) -> str:
-    """One of `tool_calls`, as most models write it."""
-    try:
-        function = call.get("function", call)
-        arguments = function["arguments"]
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        words = {"name": function["name"], "arguments": arguments}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise UserError(
-            f'a tool call must be {{"function": {{"name": text, "arguments": JSON}}}}, got {short(call)}'
-        ) from None
-    return f"<tool_call>\n{json.dumps(words, ensure_ascii=False)}\n</tool_call>"
-
-
-def _describe(tools: list[dict]) -> str:
-    return "\n".join(["<tools>", *(json.dumps(tool, ensure_ascii=False) for tool in tools), "</tools>"])
 
 
 DEFAULT = RwkvTemplate("rwkv")

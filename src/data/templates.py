@@ -9,37 +9,118 @@ exists. Adapters and merged files record their template.
 from __future__ import annotations
 
 import re
-from typing import Any
 
+from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, current, is_jinja
 
 from ..common.files import read_text
 from .chat_template import Template
 from .rwkv_template import MODES, RwkvTemplate
+from .tokenizer import WORLD_IDS, Tokenizer
+from .tool_styles import STYLES
+
+AUTO = "auto"
 
 
-def load_template(spec: str, eos: str = "") -> Template:
-    """The template `spec`: a name of MODES, the path of a Jinja file, or such a file's content.
+def from_record(record: str, eos: str = "") -> Template:
+    """The template that a checkpoint's metadata name.
 
-    `auto` is rwkv. Checkpoints record the content. `eos` is the text of the tokenizer's end of document.
+    `eos` is the text of the tokenizer's end of document. UserError for a name that this version lacks.
+    """
+    if _is_jinja(record):
+        return _jinja("the recorded template", record, eos)
+    name, _, tool_style = current(str(record)).partition(":")
+    if name not in MODES or tool_style not in STYLES:
+        raise UserError(
+            f"the template that the file records is {str(record)[:60]!r}, expected NAME:TOOL_STYLE with a"
+            f" name of {', '.join(MODES)} and a style of {', '.join(STYLES)}, or Jinja source; a newer"
+            " release may know it. --template and --tool_style choose another one"
+        )
+    return RwkvTemplate(name, tool_style)
+
+
+def load_template(spec: str, eos: str = "", tool_style: str = HERMES) -> Template:
+    """The template `spec`: one of MODES, the path of a Jinja file, or such a file's content; `auto` is rwkv.
+
     Raises UserError for a file that is missing, wrong, or fails on a trial conversation.
     """
-    if spec in ("auto", *MODES):
-        return RwkvTemplate("rwkv" if spec == "auto" else spec)
+    if spec in (AUTO, *MODES):
+        return RwkvTemplate("rwkv" if spec == AUTO else spec, tool_style)
+    if is_jinja(spec):
+        return _jinja("the given template", spec, eos)
+    content = read_text(spec, "a template", f"--template takes auto, {', '.join(MODES)}, or a Jinja file")
+    return _jinja(spec, content, eos)
+
+
+def choose_template(
+    spec: str, tool_style: str, recorded: str | None, tokenizer: Tokenizer | None
+) -> Template:
+    """The template of --template and --tool_style, each of which is what was recorded where it is auto.
+
+    Where nothing was recorded, auto is rwkv. Its tools are written as JSON with the World vocabulary, of
+    which the G1 models are, and else as hermes. UserError for a tool style with a Jinja template, which
+    writes tools by itself.
+    """
+    eos = tokenizer.decode(tokenizer.eod) if tokenizer else ""
+    base = from_record(recorded, eos) if recorded and (spec == AUTO or not _is_jinja(recorded)) else None
+    if tool_style != AUTO:
+        style = tool_style
+    elif isinstance(base, RwkvTemplate):
+        style = base.tools.name
+    else:
+        style = automatic_style(tokenizer)
+    if spec != AUTO:
+        chosen = load_template(spec, eos, style)
+    elif isinstance(base, RwkvTemplate):
+        chosen = RwkvTemplate(base.name, style)
+    else:
+        chosen = base or RwkvTemplate("rwkv", style)
+    # hermes is what a config.yaml from before there were tool styles has, also with a Jinja template
+    if tool_style not in (AUTO, HERMES) and not isinstance(chosen, RwkvTemplate):
+        raise UserError(
+            f"--tool_style {tool_style} is about RWKV's template, and this one is Jinja ({chosen.name}),"
+            " which writes tools in its own way; drop the flag, or choose a --template of its names"
+        )
+    return chosen
+
+
+def automatic_style(tokenizer: Tokenizer | None) -> str:
+    """How tools are written where nobody says it."""
+    return "json" if tokenizer and tokenizer.vocab_size == WORLD_IDS else HERMES
+
+
+def recorded_template(spec: str, tokenizer: Tokenizer, *paths, tool_style: str = AUTO) -> Template:
+    """choose_template(), where the first checkpoint with a record tells what was recorded."""
+    records = (((read_metadata(path) or {}).get("template")) for path in filter(None, paths))
+    return choose_template(spec, tool_style, next(filter(None, records), None), tokenizer)
+
+
+def add_template_flags(add) -> None:
+    """--template and --tool_style for a program of its own flags; `add` is its parser's add_argument."""
+    add(
+        "--template",
+        default=AUTO,
+        help=f"auto (as recorded in the file, else rwkv), {', '.join(MODES)}, or a Jinja file; default"
+        " %(default)s",
+    )
+    add(
+        "--tool_style",
+        default=AUTO,
+        choices=(AUTO, *TOOL_STYLES),
+        help="how tools and their calls are written. auto: as recorded in the file, else json with the World"
+        " vocabulary and hermes with others; default %(default)s",
+    )
+
+
+def _is_jinja(record) -> bool:
+    return isinstance(record, str) and is_jinja(record)
+
+
+def _jinja(name: str, source: str, eos: str) -> Template:
     from .jinja_template import JinjaTemplate  # jinja2 is needed for such templates only
 
-    if "{" in spec:
-        return JinjaTemplate("the recorded template", spec, eos)
-    content = read_text(spec, "a template", f"--template takes auto, {', '.join(MODES)}, or a Jinja file")
-    return JinjaTemplate(spec, content, eos)
-
-
-def recorded_template(spec: str, tokenizer, *paths) -> Template:
-    """load_template(), where "auto" is the template that the first checkpoint with a record names."""
-    if spec == "auto":
-        records: list[dict[str, Any]] = [read_metadata(path) or {} for path in filter(None, paths)]
-        spec = next((record["template"] for record in records if record.get("template")), spec)
-    return load_template(spec, tokenizer.decode(tokenizer.eod))
+    return JinjaTemplate(name, source, eos)
 
 
 def answer_text(text: str, template: Template, opening: str) -> str:

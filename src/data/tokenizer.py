@@ -29,6 +29,7 @@ from ..config.launcher import is_first_process
 
 CHOICES = "world, bytes, utf16 or a FILE (a tokenizer.json, or a vocabulary in World format)"
 WORLD_MODEL = 65536
+WORLD_IDS = 65530  # of the World vocabulary, from whichever file
 END_NAMES = ("<|endoftext|>", "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|eot_id|>", "<|end_of_text|>")
 # end of document and encoding; in utf16 the end is two zeros, because one zero is in every ASCII character
 RAW = {"bytes": ((0,), "utf-8"), "utf16": ((0, 0), "utf-16-le")}

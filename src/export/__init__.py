@@ -23,7 +23,7 @@ from rwkv_miss.files.safetensors_io import write_safetensors
 
 from ..common.formatting import counted, size_text
 from ..data.chat_template import Template
-from ..data.templates import load_template
+from ..data.templates import choose_template
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import RWKV, read_model_file
 from . import gguf, hugging_face
@@ -81,17 +81,18 @@ def export(
     template: str = "auto",
     drop_state: bool = False,
     layout: str = "",
+    tool_style: str = "auto",
 ) -> Exported:
     """Write the model of `path` to `out` in the form `to`: a checkpoint to any, the others to pth.
 
     kind: GGUF's type of the large matrices, one of gguf.FILE_TYPES, BF16 where none is given. tokenizer, eod,
-    template: as everywhere, for gguf and hf; auto is what the file records, and tokenizer may be "none".
-    drop_state: leave out an initial state that the form has no place for. layout: of a Hugging Face folder,
-    one of hugging_face.LAYOUTS, the first where none is given. UserError, before anything is
-    written, for what is no model or not merged, for a model that the readers of the form would compute
-    wrongly, and for a missing package.
+    template, tool_style: as everywhere, for gguf and hf; auto is what the file records, and tokenizer may be
+    "none". drop_state: leave out an initial state that the form has no place for. layout: of a Hugging Face
+    folder, one of hugging_face.LAYOUTS, the first where none is given. UserError, before anything is written,
+    for what is no model or not merged, for a model that the readers of the form would compute wrongly, and
+    for a missing package.
     """
-    _check_flags(to, kind, layout, (tokenizer, eod, template, drop_state))
+    _check_flags(to, kind, layout, (tokenizer, eod, template, tool_style, drop_state))
     _check_output(path, out, to)
     found = form_of(path)
     if found == to:
@@ -111,11 +112,11 @@ def export(
         if to == "hf":
             layout = layout or LAYOUTS[0]
             written = f"Hugging Face folder, layout {layout}"
-            notes += _write_folder(model, out, layout, tokenizer, eod, template)
+            notes += _write_folder(model, out, layout, tokenizer, eod, template, tool_style)
         else:
             kind = kind or gguf.DEFAULT_TYPE
             written = f"GGUF {kind}"
-            notes += _write_gguf(model, out, kind, tokenizer, eod, template)
+            notes += _write_gguf(model, out, kind, tokenizer, eod, template, tool_style)
     return Exported(os.fspath(out), written, model.arch.describe(), _size(out), notes)
 
 
@@ -130,27 +131,31 @@ def _check_output(path, out, to: str) -> None:
         may_replace(out, {"gguf": GGUF, "safetensors": SAFETENSORS}.get(to, ""))
 
 
-def _write_folder(model: Model, out, layout: str, tokenizer: str, eod: str, template: str) -> list[str]:
+def _write_folder(
+    model: Model, out, layout: str, tokenizer: str, eod: str, template: str, tool_style: str
+) -> list[str]:
     """Check the model and write it for Hugging Face; returns notes."""
     hugging_face.check(model.arch, layout)
-    chosen_tokenizer, chosen_template = _language(model, tokenizer, eod, template)
+    chosen_tokenizer, chosen_template = _language(model, tokenizer, eod, template, tool_style)
     check_finite(model.tensors)
     return hugging_face.write(
         out, layout, model.tensors, model.arch, chosen_tokenizer, chosen_template, model.provenance()
     )
 
 
-def _write_gguf(model: Model, out, kind: str, tokenizer: str, eod: str, template: str) -> list[str]:
+def _write_gguf(
+    model: Model, out, kind: str, tokenizer: str, eod: str, template: str, tool_style: str
+) -> list[str]:
     """Check the model and write it for llama.cpp; returns notes."""
     notes = gguf.check(model.arch, kind)
-    vocabulary = vocabulary_of(*_language(model, tokenizer, eod, template), model.arch.vocab_size)
+    vocabulary = vocabulary_of(*_language(model, tokenizer, eod, template, tool_style), model.arch.vocab_size)
     check_finite(model.tensors)
     name = Path(model.path).stem
     left_out = gguf.write(out, model.tensors, model.arch, kind, name, vocabulary, model.provenance())
     return notes + vocabulary.notes + left_out
 
 
-def _check_flags(to: str, kind: str, layout: str, language: tuple[str, str, str, bool]) -> None:
+def _check_flags(to: str, kind: str, layout: str, language: tuple[str, str, str, str, bool]) -> None:
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is unknown; choose one of: {', '.join(TARGETS)}")
     if kind and to != "gguf":
@@ -159,10 +164,10 @@ def _check_flags(to: str, kind: str, layout: str, language: tuple[str, str, str,
         raise UserError(f"--layout {layout} is for hf; {to} has one layout")
     if layout not in ("", *LAYOUTS):
         raise UserError(f"--layout {layout!r} is unknown; choose one of: {', '.join(LAYOUTS)}")
-    if to not in ("gguf", "hf") and language != ("auto", "", "auto", False):
+    if to not in ("gguf", "hf") and language != ("auto", "", "auto", "auto", False):
         raise UserError(
-            f"--tokenizer, --eod, --template and --drop_state are for gguf and hf; {to} holds all tensors and"
-            " no tokenizer"
+            f"--tokenizer, --eod, --template, --tool_style and --drop_state are for gguf and hf; {to} holds"
+            " all tensors and no tokenizer"
         )
 
 
@@ -198,12 +203,12 @@ def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]
     return dataclasses.replace(model, tensors=tensors, arch=Arch.detect(tensors)), [note]
 
 
-def _language(model: Model, spec: str, eod: str, template: str) -> tuple[Tokenizer | None, Template]:
+def _language(
+    model: Model, spec: str, eod: str, template: str, tool_style: str
+) -> tuple[Tokenizer | None, Template]:
     """The tokenizer, None for "none", and the chat template; auto is what the metadata record."""
     told = model.metadata or {}
     if spec == "auto" and told.get("tokenizer"):
         spec, eod = told["tokenizer"], eod or told.get("eod") or ""
     tokenizer = None if spec == "none" else load_tokenizer(spec, model.arch.vocab_size, eod)
-    if template == "auto":
-        template = told.get("template") or "auto"
-    return tokenizer, load_template(template, tokenizer.decode(tokenizer.eod) if tokenizer else "")
+    return tokenizer, choose_template(template, tool_style, told.get("template"), tokenizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from ..data.chat_template import Template
-from ..data.rwkv_template import MODES, RwkvTemplate
+from ..data.rwkv_template import RwkvTemplate
 
 # llama.cpp's C function, which knows no Jinja, takes a template with this text for RWKV's
 RECOGNISED = "{{- 'User: ' + message['content']|trim + '\\n\\n' -}}"
@@ -58,7 +58,7 @@ NO_THOUGHTS = """\
 def jinja(template: Template) -> str:
     """Jinja source that gives what the template does, for other programs; without what only training needs."""
     if isinstance(template, RwkvTemplate):
-        return rwkv_jinja(template.name)
+        return rwkv_jinja(template)
     # {% generation %} tells what is trained; not every engine knows it
     return re.sub(
         r"({%[-+]?)\s*(end)?generation\b\s*([-+]?%})",
@@ -67,9 +67,9 @@ def jinja(template: Template) -> str:
     )
 
 
-def rwkv_jinja(name: str) -> str:
-    """RWKV's template in one of its MODES."""
-    after_user, opening = MODES[name]
+def rwkv_jinja(template: RwkvTemplate) -> str:
+    """RWKV's template in one of its modes."""
+    after_user, opening = template.after_user, template.opening
     with_thoughts = "'<think>\\n' + thoughts + '\\n</think>\\n' + answer.text"
     if not opening:
         head, check = f"{{#- RWKV's. Programs without Jinja know it by {RECOGNISED} -#}}\n", ""

@@ -74,4 +74,4 @@ def fla_files(tokenizer: Tokenizer | None, template: Template, vocab_size: int) 
 
 
 def _jinja(template: Template) -> str:
-    return rwkv_jinja(template.name) if isinstance(template, RwkvTemplate) else template.record
+    return rwkv_jinja(template) if isinstance(template, RwkvTemplate) else template.record

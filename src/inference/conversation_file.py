@@ -20,9 +20,9 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import check_finite, read_checkpoint, read_metadata, write_checkpoint
 from rwkv_miss.files.untrusted import check_sums
 
-from ..data.leading_token import from_record
-from ..data.rwkv_template import MODES
-from ..data.templates import load_template
+from ..data import leading_token, templates
+from ..data.chat_template import Template
+from ..data.tokenizer import Tokenizer
 from ..data.tool_styles import read_function
 from ..model import LayerState, State
 from .adapters import Adapters
@@ -99,8 +99,8 @@ def load_chat(conversation: Conversation, adapters: Adapters, path) -> bool:
     begins = not turns or turns[0].whole
     if not (0 <= read <= len(turns) and bool(tensors) == bool(read) and begins):
         raise _damaged(path, f"{len(tensors)} tensors of a state after {read} of {len(turns)} turns")
-    template = load_template(_record(path, metadata["template"]), tokenizer.decode(tokenizer.eod))
-    bos = from_record(path, metadata, tokenizer)
+    template = _template(path, metadata["template"], tokenizer)
+    bos = leading_token.from_record(path, metadata, tokenizer)
 
     conversation.system = metadata["system"]
     conversation.template, conversation.bos = template, bos
@@ -207,8 +207,8 @@ def _state(path, tensors: dict[str, Tensor], adapters: Adapters) -> State:
     return [LayerState(*(own[f"blocks.{i}.{name}"] for name in LayerState._fields)) for i in layers]
 
 
-def _record(path, record: str) -> str:
-    """A template as checkpoints record it; any other text would be taken for the name of a file."""
-    if record not in MODES and "{" not in record:
-        raise _damaged(path, f"its template is {record[:60]!r}")
-    return record
+def _template(path, record: str, tokenizer: Tokenizer) -> Template:
+    try:
+        return templates.from_record(record, tokenizer.decode(tokenizer.eod))
+    except UserError as error:
+        raise _damaged(path, f"its template is {record[:60]!r} ({error})") from None

@@ -15,7 +15,10 @@ from rwkv_miss.inject import adapter_tensors
 
 from ..config import Config
 from ..config.validate import check_sizes
-from ..data.tokenizer import WORLD_MODEL, load_tokenizer, recorded_tokenizer
+from ..data.chat_template import Template
+from ..data.rwkv_template import RwkvTemplate
+from ..data.templates import recorded_template
+from ..data.tokenizer import WORLD_MODEL, Tokenizer, load_tokenizer, recorded_tokenizer
 from ..model import RWKV, default_arch, read_model_file
 from .defaults import choose, own_rank
 
@@ -43,6 +46,14 @@ def read_base(config: Config, origins: dict[str, str]):
     trained = [name for name, tensor in adapter_tensors(model).items() if tensor.requires_grad]
     check_parts("--lr_map", config.lr_map, trained)
     return arch, recorded_tokenizer(config.tokenizer, config.eod, arch.vocab_size, config.load_model)
+
+
+def template_of_run(config: Config, origins: dict[str, str], tokenizer: Tokenizer) -> Template:
+    """How conversations are written; fills in the tool style. UserError for a template that is none."""
+    template = recorded_template(config.template, tokenizer, config.load_model, tool_style=config.tool_style)
+    if isinstance(template, RwkvTemplate):
+        choose(config, origins, "tool_style", template.tools.name, "as recorded, else by the vocabulary")
+    return template
 
 
 def new_arch(config: Config):

@@ -1,0 +1,22 @@
+"""What a checkpoint's metadata say of its chat template: NAME:TOOL_STYLE, or a Jinja template's source.
+
+A name without a tool style was written before there were tool styles. It has the meaning of those days.
+"""
+
+from __future__ import annotations
+
+HERMES = "hermes"
+TOOL_STYLES = ("json", "signatures", "markdown", HERMES)
+# names that mean another form today
+EARLIER = {f"think-{length}": f"think-{length}-2025" for length in ("normal", "short", "long")}
+
+
+def is_jinja(record: str) -> bool:
+    return "{" in record
+
+
+def current(record: str) -> str:
+    """The record as it is written today."""
+    if is_jinja(record) or ":" in record:
+        return record
+    return f"{EARLIER.get(record, record)}:{HERMES}"
