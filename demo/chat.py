@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
                 conversation.read_again()
         if args.raw:
             ids, generator = begun(tokenizer.encode(args.prompt), bos), conversation.generator
-            show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, "", generator))
+            show(stream(model, tokenizer, ids, None, conversation.sampling, args.max_tokens, (), generator))
         elif args.compare:
             print(chat.compared(args.prompt))
         elif args.prompt:

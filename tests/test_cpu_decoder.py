@@ -303,7 +303,7 @@ def test_a_stream_says_the_same_with_and_without_it(version):
                     None,
                     sampling,
                     60,
-                    "",
+                    (),
                     torch.Generator().manual_seed(1),
                 )
             )

@@ -19,6 +19,7 @@ from demo import chat
 from rwkv_miss import UserError
 from rwkv_miss.adapter import adapted_linears
 from scripts.evaluate import first_answers
+from src.data.chat_template import before_stops
 from src.data.formats import Reading
 from src.data.rwkv_template import DEFAULT
 from src.data.templates import load_template
@@ -41,7 +42,7 @@ from .conftest import ROOT, close, make_arch, random_tensors
 from .test_data import assistant, encode, render, user, whole_blank_line_tokenizer
 
 GREEDY = Sampling(temperature=0)
-STOP = DEFAULT.stop
+STOP = DEFAULT.stops[0]
 
 
 def write_vocabulary(path, pieces):
@@ -120,10 +121,10 @@ def run(generator):
             return pieces, end.value
 
 
-def say(tokenizer, tokens, max_tokens=1000, stop=STOP):
+def say(tokenizer, tokens, max_tokens=1000, stops=(STOP,)):
     """What the stream makes of these tokens: (pieces, bytes of the state after the prompt)."""
     ids = tokenizer.encode("Q")
-    pieces, state = run(stream(Scripted(tokenizer, tokens), tokenizer, ids, None, GREEDY, max_tokens, stop))
+    pieces, state = run(stream(Scripted(tokenizer, tokens), tokenizer, ids, None, GREEDY, max_tokens, stops))
     assert state[: len(ids)] == ids and "" not in pieces
     return pieces, tokenizer.decode(state[len(ids) :])
 
@@ -241,7 +242,7 @@ def test_penalties_are_the_plain_formula(letters, presence, frequency, decay):
         expected.append(max(range(len(penalised)), key=penalised.__getitem__))
     assert len(set(expected)) > 5
     sampling = Sampling(0, presence_penalty=presence, frequency_penalty=frequency, penalty_decay=decay)
-    _, state = run(stream(Constant(logits), tokenizer, [1], None, sampling, 60, stop=""))
+    _, state = run(stream(Constant(logits), tokenizer, [1], None, sampling, 60, stops=()))
     assert state[1:] == expected
 
 
@@ -273,7 +274,7 @@ def test_the_answer_ends_before_the_next_turn_and_loses_nothing_else(text, expec
     ):
         pieces, state = say(tokenizer, [*tokenizer.encode(text), *tokenizer.eod, *tokenizer.encode("more")])
         assert "".join(pieces) == state == expected, tokenizer.name
-    assert say(crossing, crossing.encode(text + "x"), stop="")[1].startswith(text + "x"), (
+    assert say(crossing, crossing.encode(text + "x"), stops=())[1].startswith(text + "x"), (
         "without a stop text nothing ends it"
     )
 
@@ -281,6 +282,18 @@ def test_the_answer_ends_before_the_next_turn_and_loses_nothing_else(text, expec
 def test_text_is_shown_as_soon_as_it_cannot_be_the_next_turn():
     tokenizer = named("bytes")
     assert say(tokenizer, b"ab\n\nUsx\n\nU", 11)[0] == ["a", "b", "\n\nUsx", "\n\nU"]
+
+
+def test_the_first_of_several_stops_ends_an_answer():
+    tokenizer, stops = named("bytes"), ("\n\nUser:", "\n### Tool", "\n### User")
+    for text, shown in (
+        ("ab\n### Too\n\nUser:\n### Tool", ["a", "b", "\n### Too"]),
+        ("ab\n### User\n\nUser:", ["a", "b"]),
+        ("a\n\n### Topic", ["a", "\n", "\n### Top", "i", "c"]),
+    ):
+        pieces, state = say(tokenizer, text.encode(), len(text), stops)
+        assert pieces == shown and state == "".join(shown)
+    assert before_stops("a\n### User\n\nUser:", stops) == "a" and before_stops("a", ()) == "a"
 
 
 def test_a_token_that_begins_before_the_stop_is_taken_back_from_the_state(crossing):
@@ -461,7 +474,7 @@ def test_many_greedy_answers_at_once_are_those_of_the_stream(model, letters):
     tokenizer = load_tokenizer(letters, 67)
     prompts = [f"User: {text}\n\nAssistant:" for text in ("a", "bc", "d", "efg", "hi!", "j")]
     encoded = [tokenizer.encode(text) for text in prompts]
-    single = ["".join(run(stream(model, tokenizer, ids, None, GREEDY, 15, ""))[0]).strip() for ids in encoded]
+    single = ["".join(run(stream(model, tokenizer, ids, None, GREEDY, 15, ()))[0]).strip() for ids in encoded]
     made = greedy(model, tokenizer, encoded, 15, batch=2)
     assert [answer.text.strip() for answer in made] == single and len(set(single)) > 3
     questions = [

@@ -104,7 +104,7 @@ def test_the_same_text_as_the_merged_file(version, checkpoint, tmp_path):
                     None,
                     Sampling(temperature=0),
                     40,
-                    "",
+                    (),
                 )
             )
         )

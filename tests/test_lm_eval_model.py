@@ -217,7 +217,7 @@ def test_answers_end_where_they_should(model, letters):
                 None,
                 Sampling(temperature=0),
                 30,
-                "",
+                (),
             )
         )
         for text in prompts

@@ -297,7 +297,7 @@ def test_hugging_face_marks_the_same_tokens(jinja):
 )
 def test_the_answer_and_the_end_of_its_turn_are_trained(jinja, name, stop, expected):
     template = jinja(TEMPLATES[name], "</s>")
-    assert shown(template.segments([user("a"), assistant("b")])) == expected and template.stop == stop
+    assert shown(template.segments([user("a"), assistant("b")])) == expected and template.stops == (stop,)
     context = template.segments([user("a"), {**assistant("b"), "weight": 0}, user("c"), assistant("d")])
     assert [text.strip() for text, trained in context if trained] == ["d", template.turn_end.strip()]
 
@@ -413,7 +413,7 @@ def test_a_chat_feeds_the_tokens_of_the_training(tmp_path, name, kind):
         itertools.batched(TURNS[1:], 2) if hasattr(itertools, "batched") else zip(TURNS[1::2], TURNS[2::2])
     ):
         said = [text for text, trained in template.segments([user("q"), answer]) if trained][0]
-        ending = template.stop if name in TEMPLATES else ""
+        ending = template.stops[0] if name in TEMPLATES else ""
         conversation.model = Scripted(tokenizer, [*tokenizer.encode(said + ending), *tokenizer.eod])
         assert "".join(conversation.answer(question["content"])) == said
     [(ids, _)] = Encoder(tokenizer, template).encode({"messages": TURNS})

@@ -150,7 +150,7 @@ def test_the_loss_is_a_sum_over_all_trained_tokens_and_the_samples_are_the_model
             None,
             Sampling(temperature=0),
             validation.SAMPLE_TOKENS,
-            stop="",
+            stops=(),
         )
         assert shortened("".join(pieces).strip() + "\ufffd", 300) == sample["answer"]
     said = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -25,7 +25,7 @@ class Template(Protocol):
 
     name: str  # for people
     record: str  # what a checkpoint's metadata keep of it
-    stop: str  # the text that ends an answer, where the end of document does not
+    stops: tuple[str, ...]  # the texts that end an answer, where the end of document does not
     opening: str  # what the answer in a chat begins with, though it is not generated
 
     def segments(
@@ -62,6 +62,12 @@ class Template(Protocol):
 def is_trained(message: dict) -> bool:
     """OpenAI's files have `"weight": 0` in an answer that is there as context only."""
     return message.get("weight") != 0
+
+
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops that are in it."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places, default=len(text))]
 
 
 def clean(text: str) -> str:

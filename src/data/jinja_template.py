@@ -95,7 +95,8 @@ class JinjaTemplate:
                 )
         self.turn_end = whole.rpartition(answer["content"])[2]
         between = again.rpartition(answer["content"])[2].partition(question["content"])[0]
-        self.stop = self.turn_end.strip() or between.rstrip()
+        stop = self.turn_end.strip() or between.rstrip()
+        self.stops = (stop,) if stop else ()
         begun = BEGUN_THOUGHTS.search(asked)
         self.opening = begun[0] if begun else ""
         documents = self.documents([question, answer, question, answer])

@@ -46,7 +46,7 @@ class RwkvTemplate:
     tool_styles.STYLES, says how.
     """
 
-    stop = TURN_END + "User:"
+    stops = (TURN_END + "User:",)
 
     def __init__(self, name: str, tool_style: str = HERMES):
         self.name, self.record = name, f"{name}:{tool_style}"

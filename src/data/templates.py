@@ -15,7 +15,7 @@ from rwkv_miss.files.checkpoint import read_metadata
 from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, current, is_jinja
 
 from ..common.files import read_text
-from .chat_template import Template
+from .chat_template import Template, before_stops
 from .rwkv_template import MODES, RwkvTemplate
 from .tokenizer import WORLD_IDS, Tokenizer
 from .tool_styles import STYLES
@@ -128,5 +128,5 @@ def answer_text(text: str, template: Template, opening: str) -> str:
 
     `opening` is what the answer begins with, though it was not generated.
     """
-    text = opening + (text.partition(template.stop)[0] if template.stop else text)
+    text = opening + before_stops(text, template.stops)
     return re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()

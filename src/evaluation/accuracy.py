@@ -12,7 +12,7 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.progress import Progress
 
-from ..data.chat_template import BEGUN_THOUGHTS, Template, thoughts_of
+from ..data.chat_template import BEGUN_THOUGHTS, Template, before_stops, thoughts_of
 from ..data.formats import BY_NAME, Reading, read_records
 from ..data.leading_token import begun
 from ..data.rwkv_template import DEFAULT
@@ -123,7 +123,7 @@ def greedy(
             bar.update(len(going))
             for i, ids in said.items():
                 text = tokenizer.decode(_before_end(ids, tokenizer.eod))
-                answers[i] = Answer(_before_stop(text, stops), i in going)
+                answers[i] = Answer(before_stops(text, stops), i in going)
     return answers
 
 
@@ -189,12 +189,6 @@ def _before_end(ids: list[int], eod: tuple[int, ...]) -> list[int]:
     return ids
 
 
-def _before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops that are in it."""
-    places = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(places, default=len(text))]
-
-
 def answers_to(
     model: RWKV,
     tokenizer,
@@ -206,8 +200,7 @@ def answers_to(
 ) -> list[Answer]:
     """What the model answers to each question, without thoughts. The template is that of the questions."""
     prompts = [question.ids(tokenizer, bos) for question in questions]
-    stops = [template.stop] if template.stop else []
-    answers = greedy(model, tokenizer, prompts, max_tokens, batch, stops)
+    answers = greedy(model, tokenizer, prompts, max_tokens, batch, template.stops)
     return [
         Answer(answer_text(answer.text, template, question.opening), answer.cut)
         for answer, question in zip(answers, questions, strict=True)

@@ -126,7 +126,7 @@ class Conversation:
             before,
             self.sampling,
             max_tokens,
-            self.template.stop,
+            self.template.stops,
             self.generator,
         )
         try:

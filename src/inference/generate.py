@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..data.chat_template import before_stops
 from ..data.rwkv_template import DEFAULT
 from ..model import RWKV, State
 from ..ops.native import nan_passes
@@ -23,12 +24,12 @@ def stream(
     state: State | None,
     sampling: Sampling,
     max_tokens: int,
-    stop: str = DEFAULT.stop,
+    stops: Sequence[str] = DEFAULT.stops,
     generator: torch.Generator | None = None,
 ) -> Generator[str, None, State]:
     """Feed `ids`, then yield the answer in pieces of whole characters; return the state after it.
 
-    The answer ends before the end of document, before the text `stop`, or after max_tokens. What is not
+    The answer ends before the end of document, before a text of `stops`, or after max_tokens. What is not
     yielded, such as half a character, is not in the state either.
     """
     feed = functools.partial(_feed, model, tokenizer)
@@ -45,11 +46,11 @@ def stream(
         seen = {i: count * sampling.penalty_decay for i, count in seen.items()}
         seen[token] = seen.get(token, 0.0) + 1
         text += decoder.push(token)
-        place = text.find(stop) if stop else -1
-        if place >= 0:
-            text = text[:place]
+        before = before_stops(text, stops)
+        if len(before) < len(text):
+            text = before
             break
-        safe = len(text) - _overlap(text, stop)
+        safe = len(text) - _overlap(text, stops)
         if safe > emitted:
             yield text[emitted:safe]
             emitted = safe
@@ -98,6 +99,7 @@ def _ends_document(tokens: list[int], eod: tuple[int, ...]) -> bool:
     return len(tokens) % len(eod) == 0 and tuple(tokens[-len(eod) :]) == eod
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`: what must be held back."""
-    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is a beginning of a stop: what must be held back."""
+    longest = min(len(text), max(map(len, stops), default=0))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

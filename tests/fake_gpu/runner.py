@@ -162,7 +162,9 @@ def chat(version: int) -> dict:
         decoder = GraphedDecoder(reading(version))
         gpu.begin()
         list(
-            stream(decoder, load_tokenizer("bytes", 512), list(range(1, 38)), None, Sampling(0.0), 4, stop="")
+            stream(
+                decoder, load_tokenizer("bytes", 512), list(range(1, 38)), None, Sampling(0.0), 4, stops=()
+            )
         )
     return gpu.counts()
 
