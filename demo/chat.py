@@ -48,7 +48,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def add_files(add: Callable) -> None:
     """What answers, and where a conversation goes on."""
-    add("--model", required=True, help="base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION]")
+    add(
+        "--model",
+        required=True,
+        help="base or merged .pth, or hf://OWNER/NAME[/FILE][@REVISION], or a Hugging Face folder",
+    )
     add(
         "--adapter",
         action="append",

@@ -1,4 +1,4 @@
-"""The command line: rwkv-miss merge | convert | inspect, also as python -m rwkv_miss."""
+"""The command line: rwkv-miss merge | convert | extract-base | inspect, also as python -m rwkv_miss."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import json
 import os
 from typing import Any
 
+from . import extract
 from .convert import FORMATS, NO_HINTS, Hints, Source, convert, format_of, open_source
 from .errors import Parser, UserError, one_line_errors, printable
 from .files.checkpoint import RUN_FORMAT, Arch, run_output
+from .files.hf_folder import is_folder, read_folder
 from .files.identity import Identity
 from .files.provenance import KEY
 from .files.safetensors_io import is_safetensors
@@ -34,6 +36,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     written_as = metadata.get("format", "checkpoint")
     if (read_as := format_of(source)) not in (None, "native") and written_as != ADAPTER_FORMAT:
         written_as, metadata = ADAPTER_FORMAT, foreign(source, read_as)
+    elif is_folder(path):
+        written_as = f"Hugging Face folder, layout {read_folder(path).layout}"
     elif not os.path.isdir(path) and is_safetensors(path):
         # the "format" of such a header is the framework that it was written with, "pt"
         written_as = SAFETENSORS_MODEL
@@ -112,6 +116,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action=Version, nargs=0, help="the project's version and commit")
     commands = parser.add_subparsers(dest="command", required=True)
     add_commands(commands)
+    extract.add_command(commands)
     converting = commands.add_parser(
         "convert", help="an adapter of any project -> another project's file or folder"
     )

@@ -18,12 +18,11 @@ from .errors import UserError
 from .files.checkpoint import (
     Arch,
     check_finite,
-    read_checkpoint,
-    read_metadata,
     refuse_run_checkpoint,
     write_checkpoint,
 )
 from .files.file_kinds import may_replace
+from .files.model_files import read_model, say
 from .files.untrusted import check_sums
 from .methods.whole_tensors import PARTS, add_states, in_parts, split_parts, state_names, train_whole
 
@@ -470,13 +469,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], **metadata: Any
     write_checkpoint(path, ((k, t.detach().cpu()) for k, t in tensors.items()), described)
 
 
-def read_described(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of any checkpoint file, {} where it has none.
+def read_described(
+    path: str | os.PathLike[str], shown: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of any model or adapter file, or model's folder; {} where it has none.
+
+    shown: say on stderr what was taken off, where a trainer has wrapped the file.
 
     A file of nothing but initial states, as other projects release them, is an adapter of the method state
     without a known base.
     """
-    tensors, metadata = read_checkpoint(path), read_metadata(path)
+    tensors, metadata, notes = read_model(path)
+    if shown:
+        say(notes)
     if metadata is None and tensors and all(re.fullmatch(PARTS["state"], name) for name in tensors):
         metadata = {
             "format": ADAPTER_FORMAT,

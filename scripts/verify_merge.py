@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from typing import Any
 
 from src.common.startup import importing, naming_missing_packages
@@ -20,7 +19,8 @@ with importing():
     import torch
 
     from rwkv_miss.errors import Parser, UserError, one_line_errors, printable
-    from rwkv_miss.files.checkpoint import Arch, read_checkpoint
+    from rwkv_miss.files.checkpoint import Arch
+    from rwkv_miss.files.model_files import is_file_or_folder, read_tensors
     from rwkv_miss.merging.cli import add_adapters, add_hints, add_output, hints
     from rwkv_miss.merging.members import Member
     from rwkv_miss.merging.rounding import TABLE_ROWS, percent
@@ -111,9 +111,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def probe_texts(args: argparse.Namespace) -> list[list[int]]:
     """The tokens of each text of the probe."""
-    arch = Arch.detect(read_checkpoint(args.base))
-    # other projects' folders do not tell
-    files = filter(os.path.isfile, [*args.adapter, args.merged, args.base])
+    arch = Arch.detect(read_tensors(args.base))
+    # other projects' adapters in folders do not tell
+    files = filter(is_file_or_folder, [*args.adapter, args.merged, args.base])
     tokenizer = recorded_tokenizer(args.tokenizer, args.eod, arch.vocab_size, *files)
     if args.text:
         texts = [tokenizer.encode(read_text(args.text))]
@@ -137,15 +137,15 @@ def read_text(path: str) -> str:
 
 def comparable(check: MergeCheck) -> bool:
     """Whether the merged file can be loaded as a model of the base's sizes at all."""
-    base, merged = (read_checkpoint(path) for path in (check.base, check.merged))
+    base, merged = (read_tensors(path) for path in (check.base, check.merged))
     return all(key in merged and merged[key].shape == tensor.shape for key, tensor in base.items())
 
 
 def compare(base, merged, adapters: list[Member], texts: list[list[int]]) -> list[Row]:
     """All comparisons. One model is in memory at a time."""
-    dtype = read_checkpoint(merged)["head.weight"].dtype
+    dtype = read_tensors(merged)["head.weight"].dtype
     dtype = dtype if dtype in NAMES else torch.float32
-    kernel, _ = ops.choose("auto", "cpu", Arch.detect(read_checkpoint(base)).head_size)
+    kernel, _ = ops.choose("auto", "cpu", Arch.detect(read_tensors(base)).head_size)
 
     def logits(path, precision: torch.dtype, files=()):
         model = RWKV.load(path, precision, kernel=kernel).eval()

@@ -14,6 +14,7 @@ from ..adapter import METHODS, AdapterLinear
 from ..errors import UserError
 from ..files.checkpoint import Arch
 from ..files.identity import Identity
+from ..files.model_files import name_of
 from ..inject import layer_tensors, read_described
 from .formats import Adapter
 
@@ -53,7 +54,7 @@ def with_base(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
         arch = Arch.detect(tensors).to_dict()
     except UserError:  # not RWKV: the widths are read from its tensors
         arch = None
-    about = {"base": os.path.basename(path), "base_fingerprint": identity.fingerprint, "arch": arch}
+    about = {"base": name_of(path), "base_fingerprint": identity.fingerprint, "arch": arch}
     shapes = {name: tuple(tensors[f"{name}.weight"].shape) for name in adapter.metadata["linears"]}
     return dataclasses.replace(
         adapter, metadata={**adapter.metadata, **about}, base=os.fspath(path), shapes=shapes

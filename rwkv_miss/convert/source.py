@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.hf_folder import is_folder
 from ..files.safetensors_io import is_safetensors, read_safetensors
 from ..files.untrusted import read_json
 from ..inject import ADAPTER_FORMAT, read_described
@@ -50,7 +51,7 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration.
+    """Read a .pth or a .safetensors file, or a folder that holds one beside its configuration, or a model.
 
     Runs no code of the file. UserError for the rest.
     """
@@ -68,4 +69,6 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         file = os.path.join(path, file)
         tensors, header = read_safetensors(file) if is_safetensors(file) else read_described(file)
         return Source(path, tensors, config, config_name, header)
+    if is_folder(path):
+        return Source(path, *read_described(path))
     raise UserError(f"{path} is a folder without {' or '.join(FOLDERS)}; give an adapter's file or folder")

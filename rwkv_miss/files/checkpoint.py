@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .architectures import refuse_newer
 from .output import whole_file
 from .untrusted import check_pickles, check_tensors, first_bytes, open_archive, parse_json
 
@@ -130,9 +131,7 @@ class Arch:
 
 
 def _version(tensors: Mapping[str, Any]) -> int:
-    for name in tensors:
-        if ".ffn.s_emb." in name:
-            raise UserError(f"{name} belongs to RWKV-7a or 7b; RWKV-6 and RWKV-7 are supported")
+    refuse_newer(tensors)
     if any(name.endswith("att.r_k") for name in tensors):
         return 7
     for name in tensors:
@@ -155,8 +154,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Never runs code from the file. UserError for a path that is no readable file, a truncated or foreign file,
     a pickle that asks for anything but tensors, a content that is no flat dict of plain tensors, and one that
-    claims more than the file holds.
+    claims more than the file holds. Of a model, model_files.read_tensors() reads other forms too.
     """
+    return flat(path, load_dict(path))
+
+
+def flat(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The same values, checked to be plain tensors under names."""
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(
+                f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors"
+            )
+    check_tensors(path, loaded)
+    return {name: value.detach() for name, value in loaded.items()}
+
+
+def load_dict(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The dict in a torch file, of tensors and plain values, mapped. UserErrors as in read_checkpoint()."""
     head = first_bytes(path, 9)
     text = head.decode("ascii", "replace")
     if text[:1] in ("{", "[") and all(character.isprintable() or character.isspace() for character in text):
@@ -180,13 +195,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, expected a flat dict of tensors")
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(
-                f"{path} holds a {type(value).__name__} under {name!r}, expected a flat dict of tensors"
-            )
-    check_tensors(path, loaded)
-    return {name: value.detach() for name, value in loaded.items()}
+    return loaded
 
 
 def read_metadata(path: str | os.PathLike[str], name: str = METADATA) -> dict[str, Any] | None:

@@ -94,6 +94,13 @@ def weight_files(path: str) -> list[str]:
     return sorted(set(_weight_map(index).values()))
 
 
+def folder_files(path: str) -> list[str]:
+    """Names of the files that decide what read_folder() gives, the weights last."""
+    return [
+        name for name in (CONFIG, INDEX, UNREAD) if os.path.exists(os.path.join(path, name))
+    ] + weight_files(path)
+
+
 def _weight_map(index: str) -> dict[str, str]:
     """Tensor -> file, of an index."""
     named = read_json(index).get("weight_map")

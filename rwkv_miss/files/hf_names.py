@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from .tensor_map import LARGE, LOW_RANK, VECTOR, TensorMap
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -69,3 +74,26 @@ def official_name(name: str) -> str:
 def plain_name(name: str) -> str:
     """The inverse of official_name()."""
     return name.removeprefix(OFFICIAL)
+
+
+# names of a block's tensors in RWKV's usual order
+BLOCK = """
+    ln0.weight ln0.bias ln1.weight ln1.bias ln2.weight ln2.bias
+    att.x_r att.x_w att.x_k att.x_v att.x_a att.x_g att.k_k att.k_a att.w0 att.a0 att.r_k
+    att.w1 att.w2 att.a1 att.a2 att.g1 att.g2 att.v0 att.v1 att.v2
+    att.receptance.weight att.key.weight att.value.weight att.output.weight att.ln_x.weight att.ln_x.bias
+    ffn.x_k ffn.key.weight ffn.value.weight
+""".split()
+
+
+def in_usual_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in RWKV's order, which safetensors do not keep. Unknown names come last in their block."""
+    places = {name: place for place, name in enumerate(BLOCK)}
+
+    def place(name: str) -> tuple[int, int, int]:
+        if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            return 1, int(found[1]), places.get(found[2], len(places))
+        roots = ("emb.", "blocks.", "ln_out.weight", "ln_out.bias", "head.")
+        return next((i for i, root in enumerate(roots) if name.startswith(root)), len(roots)), 0, 0
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}

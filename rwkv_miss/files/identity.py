@@ -1,8 +1,10 @@
 """Who a checkpoint is: a digest of every byte of its tensors, which adapters, merged files and runs record.
 
 fingerprint() reads everything, 1.3 GB/s a core. It is computed once per file and remembered in the user's
-cache folder, by the file's size, times and inode. Records name their digest, "blake2b:..."; a record without
-a name is of an earlier version and is compared by its rule, sampled_fingerprint().
+cache folder, by size, times and inode of the file, or of every file of a Hugging Face folder. Since it is of
+tensors under RWKV's names, a model has the same one in all forms that keep shapes and values. Records name
+their digest, "blake2b:..."; a record without a name is of an earlier version and is compared by its rule,
+sampled_fingerprint().
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..progress import DELAY, Progress, clear
-from .checkpoint import memory, read_checkpoint
+from .checkpoint import memory
+from .model_files import is_file_or_folder, read_tensors, weight_paths
 
 try:
     import fcntl
@@ -33,6 +36,7 @@ except ImportError:  # Windows
 DIGEST = "blake2b:"  # twice as fast as sha256 on a CPU without instructions for that
 REMEMBERED = 1 << 24  # bytes of a file from which its digest is remembered
 SETTLED = 2_000_000_000  # ns from a file's last change until it is remembered: two changes may have one time
+FACTS = 4  # of _state() for each file
 SAMPLE, SAMPLES = 256, 13  # of sampled_fingerprint(): bytes of a sample, samples of a tensor
 
 
@@ -100,7 +104,7 @@ class Identity:
     @functools.cached_property
     def fingerprint(self) -> str:
         """fingerprint() of the tensors."""
-        if os.path.isfile(self.path) and os.path.getsize(self.path) >= REMEMBERED:
+        if is_file_or_folder(self.path) and sum(_state(self.path)[::FACTS]) >= REMEMBERED:
             return _remembered(self.path, self._compute)
         return fingerprint(self._tensors())
 
@@ -121,9 +125,10 @@ class Identity:
     def _tensors(self) -> Mapping[str, Tensor]:
         if self.given is not None:
             return self.given
-        tensors = read_checkpoint(self.path)
-        # a new name or other rights do not change the content
-        if _state(self.path)[:3] != self.state[:3]:
+        tensors = read_tensors(self.path)
+        # a new name or other rights do not change the content, though the last of the facts
+        now = _state(self.path)
+        if any(now[i::FACTS] != self.state[i::FACTS] for i in range(FACTS - 1)):
             raise UserError(f"{self.path} is another file than the one that was read; start again")
         return tensors
 
@@ -147,9 +152,11 @@ def _note_of_sample(where: str) -> None:
 
 
 def _state(path) -> list[int]:
-    """What changes when a file does: size, time of its content, inode, and the time that nobody can set."""
-    found = os.stat(path)
-    return [found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns]
+    """What changes when a file does, or one of a folder's: size, time of its content, inode, and the time
+    that nobody can set.
+    """
+    found = map(os.stat, weight_paths(path))
+    return [fact for f in found for fact in (f.st_size, f.st_mtime_ns, f.st_ino, f.st_ctime_ns)]
 
 
 def cache_folder() -> pathlib.Path:
@@ -189,7 +196,8 @@ def _remembered(path: str, compute: Callable[[], str]) -> str:
             if known["state"] == state and known["fingerprint"].startswith(DIGEST):
                 return known["fingerprint"]
         value = compute()
-        if _state(path) == state and time.time_ns() - max(state[1], state[3]) > SETTLED:
+        changed = max(state[1::FACTS] + state[3::FACTS])
+        if _state(path) == state and time.time_ns() - changed > SETTLED:
             # a full disk: what is half written is not JSON, and the next reader ignores it
             with contextlib.suppress(OSError):
                 file.truncate(0)

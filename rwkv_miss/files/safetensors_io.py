@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +43,23 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the file, and the metadata of its header.
+    """Tensors, mapped from the file, and the texts in its header.
 
     UserError for a damaged file, or without the package.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts alone."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """An open safetensors file; what goes wrong in the block is a UserError."""
     try:
         import safetensors
     except ImportError:
@@ -60,7 +75,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         )
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            yield file
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged: {str(error)[:200]}") from None
 

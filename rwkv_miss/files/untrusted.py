@@ -29,6 +29,8 @@ PLAIN = re.compile(
     r" UntypedStorage|"
     r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
 )
+NUMBERS = {"BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE"}  # codes of a pickle
+NUMBERS_IN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 # in a file of torch < 1.6: magic number, protocol, machine types, the tensors, the keys of their storages
 LEGACY_PICKLES = 5
 
@@ -120,6 +122,7 @@ def check_pickles(path: str | os.PathLike[str], zipped: bool) -> None:
 
 def _check_pickle(path, stream: io.BytesIO) -> None:
     tuples, tuple_is_last = set(), False  # places in the pickle's memo
+    before: list[str] = []  # the codes since the last one that is no number
     for code, argument, _ in pickletools.genops(stream):
         if (
             code.name in ("STACK_GLOBAL", "INST", "OBJ")
@@ -138,7 +141,11 @@ def _check_pickle(path, stream: io.BytesIO) -> None:
                 f"{path} is refused: its pickle holds a tuple in several places; save it as a flat dict of"
                 " dense tensors"
             )
-        tuple_is_last = code.name.startswith("TUPLE") or "PUT" in code.name and tuple_is_last
+        # of numbers alone, as the betas that an optimizer's groups share, a tuple can't grow
+        of_numbers = 0 < NUMBERS_IN.get(code.name, 0) <= len(before)
+        of_others = code.name.startswith("TUPLE") and not of_numbers
+        tuple_is_last = of_others or "PUT" in code.name and tuple_is_last
+        before = [*before, code.name] if code.name in NUMBERS else []
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..files.checkpoint import Arch, blocks, write_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.identity import Identity
+from ..files.model_files import name_of
 from ..files.output import require_writable
 from ..functional import shard_index, shard_sum
 from ..inject import ADAPTER_FORMAT, DEFAULT_TARGETS
@@ -177,9 +178,9 @@ def _files(a, b, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> d
     """What the adapter records of the two checkpoints."""
     return {
         "arch": _arch(first),
-        "base": os.path.basename(a),
+        "base": name_of(a),
         "base_fingerprint": Identity(a, first).fingerprint,
-        "difference_to": {"file": os.path.basename(b), "fingerprint": Identity(b, second).fingerprint},
+        "difference_to": {"file": name_of(b), "fingerprint": Identity(b, second).fingerprint},
     }
 
 

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..files.checkpoint import Arch, refuse_run_checkpoint, write_checkpoint
 from ..files.file_kinds import may_replace
 from ..files.identity import Identity
+from ..files.model_files import name_of
 from ..files.output import require_writable
 from ..inject import ADAPTER_FORMAT, read_described
 from ..progress import tensors_with_progress
@@ -289,7 +290,7 @@ def fingerprint_of_file(path: str | os.PathLike[str]) -> str:
 
 def _record(base, before: dict[str, Any], base_fingerprint: str, members: list[Member]) -> dict[str, Any]:
     """The metadata of the merged file: what readers take from it, and its adapters."""
-    head = {"format": MERGED_FORMAT, "base": os.path.basename(base), "base_fingerprint": base_fingerprint}
+    head = {"format": MERGED_FORMAT, "base": name_of(base), "base_fingerprint": base_fingerprint}
     common = common_record(members, before)
     if len(members) == 1:
         return {**head, **members[0].record(), **common, "versions": members[0].metadata["versions"]}

@@ -95,8 +95,8 @@ class Config:
 
     load_model: str = opt(
         "",
-        "the base .pth, or hf://OWNER/NAME[/FILE][@REVISION] of the Hugging Face hub. Empty: a new"
-        " model with the sizes of --version, --n_layer and --n_embd",
+        "the base: a .pth, a Hugging Face folder, or hf://OWNER/NAME[/FILE][@REVISION] of the Hugging Face"
+        " hub. Empty: a new model with the sizes of --version, --n_layer and --n_embd",
     )
     data_file: str = opt(
         "",

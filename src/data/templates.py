@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.template_record import HERMES, TOOL_STYLES, current, is_jinja
 
 from ..common.files import read_text

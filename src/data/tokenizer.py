@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.progress import Progress
 
 from ..common.files import read_text
@@ -399,7 +399,7 @@ def recorded_tokenizer(spec: str, eod: str, vocab_size: int, *paths) -> Tokenize
     """
     path, recorded, recorded_eod = None, None, ""
     for path in filter(None, paths):
-        metadata = read_metadata(path) or {}
+        metadata = model_metadata(path) or {}
         recorded, recorded_eod = metadata.get("tokenizer"), metadata.get("eod") or ""
         if recorded:
             break

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.checkpoint import Arch, check_finite, read_metadata
+from rwkv_miss.files.checkpoint import Arch, check_finite
 from rwkv_miss.files.file_kinds import GGUF, SAFETENSORS, may_replace
+from rwkv_miss.files.model_files import model_metadata
 from rwkv_miss.files.output import check_folder, require_writable
 from rwkv_miss.files.provenance import Provenance, check_dtypes
 from rwkv_miss.files.safetensors_io import write_safetensors
@@ -184,7 +185,7 @@ def read_model(path) -> Model:
     with torch.device("meta"):
         RWKV(arch).check(tensors, path)
     check_dtypes(tensors, path)
-    return Model(os.fspath(path), arch, tensors, read_metadata(path))
+    return Model(os.fspath(path), arch, tensors, model_metadata(path))
 
 
 def _without_state(model: Model, to: str, drop: bool) -> tuple[Model, list[str]]:

@@ -7,7 +7,6 @@ Parameter names are the checkpoint's. What differs between the versions is in rw
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.files.checkpoint import Arch, check_finite, refuse_run_checkpoint
 from rwkv_miss.files.identity import Identity
+from rwkv_miss.files.model_files import name_of
 from rwkv_miss.inject import ADAPTER_FORMAT, read_described
 from rwkv_miss.progress import progress
 from rwkv_miss.quantised import quantise_
@@ -134,10 +134,10 @@ class RWKV(nn.Module):
 
     @classmethod
     def load(cls, path, dtype: torch.dtype | None = None, device="cpu", kernel: str = "torch") -> RWKV:
-        """The model of a `.pth`, in the file's dtypes or all in `dtype`.
+        """The model of a file or a Hugging Face folder, in its dtypes or all in `dtype`.
 
-        On the CPU without `dtype` the file stays mapped: there is no copy. Raises UserError for a file that
-        is no RWKV-6/7 checkpoint, that lacks or adds tensors, or that holds NaN.
+        On the CPU without `dtype` it stays mapped: there is no copy. Raises UserError for what is no RWKV-6
+        or 7, lacks or adds tensors, or holds NaN.
         """
         tensors = read_model_file(path)
         arch = Arch.detect(tensors)
@@ -150,11 +150,11 @@ class RWKV(nn.Module):
             wanted = dtype or tensors[name].dtype
             if name.endswith(".time_state"):  # states are fp32 everywhere
                 wanted = torch.promote_types(wanted, torch.float32)
-            # one shape inside, whatever the file's; a view, not a copy
-            return tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted)
+            # one shape inside, whatever the file's; a copy only of what a folder holds transposed
+            return tensors[name].reshape(parameter.shape).to(device=device, dtype=wanted).contiguous()
 
         replace_tensors(model, from_file)
-        model.base_name = os.path.basename(path)
+        model.base_name = name_of(path)
         model.base_identity = Identity(path, shown=is_first_process())
         return model
 
@@ -303,11 +303,11 @@ class RWKV(nn.Module):
 
 
 def read_model_file(path) -> dict[str, Tensor]:
-    """The tensors of a base or merged file.
+    """The tensors of a base or merged file, or of a Hugging Face folder.
 
     UserError where an adapter, or the checkpoint of a run, was given in its place.
     """
-    tensors, metadata = read_described(path)
+    tensors, metadata = read_described(path, is_first_process())
     refuse_run_checkpoint(path, metadata)
     if metadata.get("format") == ADAPTER_FORMAT:
         base = metadata.get("base") or "which it does not name"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rwkv_miss
 from rwkv_miss.adapter import only_linears_change
+from rwkv_miss.files.model_files import read_tensors
 
 from ..evaluation.kl_divergence import TOKENS_AT_ONCE, divergence, sections
 from .validation import undisturbed
@@ -73,9 +74,7 @@ class Forgetting(Callback):
                     return module.model.head(x)
 
             return head
-        weight = rwkv_miss.read_checkpoint(self.base_file)["head.weight"].to(
-            module.device, module.model.dtype
-        )
+        weight = read_tensors(self.base_file)["head.weight"].to(module.device, module.model.dtype)
         return lambda x: F.linear(x, weight)
 
 

@@ -13,7 +13,8 @@ import torch
 
 import rwkv_miss
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.checkpoint import Arch, read_checkpoint, write_checkpoint
+from rwkv_miss.files.checkpoint import Arch, write_checkpoint
+from rwkv_miss.files.model_files import read_tensors
 from rwkv_miss.version import VERSION, commit
 
 from ..common.files import read_lines, write_text
@@ -84,7 +85,7 @@ def whole_model(config: Config, model: RWKV, gather=contextlib.nullcontext):
     whole, so all ranks must walk through.
     """
     trained = dict(model.named_parameters())
-    like = read_checkpoint(config.load_model) if config.load_model else dict.fromkeys(trained)
+    like = read_tensors(config.load_model) if config.load_model else dict.fromkeys(trained)
     for name, base in like.items():
         with gather(trained[name]):
             p = trained[name].detach()

@@ -1,0 +1,97 @@
+"""The language model inside a larger checkpoint, written as a base of its own: rwkv-miss extract-base."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections import Counter
+
+from torch import Tensor
+
+from .errors import UserError, printable
+from .files.architectures import refuse_newer
+from .files.checkpoint import Arch, check_finite, flat, load_dict, write_checkpoint
+from .files.file_kinds import may_replace
+from .files.output import require_writable
+from .files.safetensors_io import is_safetensors, read_safetensors
+from .files.wrapped import PART, contained, plain_names, without_prefixes
+from .progress import tensors_with_progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What extract_base() wrote. left_out: tensors by the first part of their names."""
+
+    out: str
+    model: str
+    tensors: int
+    left_out: dict[str, int]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """What the user is told."""
+        lines = [f"{self.out}: {self.model}, {self.tensors} tensors"]
+        if self.left_out:
+            parts = ", ".join(f"{count} of {printable(part)}" for part, count in self.left_out.items())
+            lines.append(f"note: left out are the tensors of other parts: {parts}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def extract_base(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], prefix: str = PART, shown: bool = False
+) -> Extraction:
+    """Write the RWKV whose tensors begin with `prefix` in a larger checkpoint as a plain .pth.
+
+    shown: a bar on stderr where it takes long. UserError, before anything is written, where no tensor begins
+    so, or they are no whole RWKV-6 or 7, or `out` is the input or a model that would be lost.
+    """
+    if os.path.exists(out) and os.path.exists(path) and os.path.samefile(path, out):
+        raise UserError(f"{out} is the input; choose another name")
+    found, notes = _read(path)
+    named = {without_prefixes(name, prefix): tensor for name, tensor in found.items()}
+    inside = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+    parts = Counter(name.partition(".")[0] + "." for name in named if not name.startswith(prefix))
+    if not inside:
+        first = ", ".join(printable(part) for part, _ in parts.most_common(8))
+        raise UserError(
+            f"{path} has no tensors that begin with {prefix}; there are: {first or 'none'}. --prefix names"
+            " another part; a file that is an RWKV already needs no extraction"
+        )
+    tensors, more = plain_names(path, inside)
+    refuse_newer(tensors, os.fspath(path))
+    arch = Arch.detect(tensors)
+    check_finite(tensors)
+    may_replace(out)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    require_writable(out, size)
+    write_checkpoint(out, tensors_with_progress(iter(tensors.items()), "writing the base", size, shown))
+    return Extraction(os.fspath(out), arch.describe(), len(tensors), dict(parts), notes + more)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """(all tensors of a file under the names that it gives them, notes)."""
+    if is_safetensors(path):
+        return read_safetensors(path)[0], []
+    loaded, notes = contained(path, load_dict(path))
+    return flat(path, loaded), notes
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add it to the subparsers of the program; the parsed arguments have what does the work as `run`."""
+    parser = commands.add_parser(
+        "extract-base", help="the RWKV inside a larger checkpoint -> a .pth that can be a base"
+    )
+    parser.add_argument(
+        "input", metavar="IN", help="a .pth or safetensors file, such as a multimodal model's"
+    )
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument(
+        "--prefix", default=PART, help="what the names of its tensors begin with [%(default)s]"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    for line in extract_base(args.input, args.out, args.prefix, shown=True).lines():
+        print(line)

@@ -1,0 +1,128 @@
+"""A model, in whatever its owner has it: the one way in which all programs read a base or a merged file.
+
+That is a .pth, one that a trainer has wrapped, a safetensors file, or a Hugging Face folder in either layout.
+All are mapped, and have RWKV's names afterwards, so that the same model has the same fingerprint in each.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..progress import clear
+from .architectures import refuse_newer
+from .checkpoint import flat, load_dict, read_metadata
+from .hf_folder import folder_files, is_folder, read_folder
+from .hf_names import FLA_SIGN, in_usual_order
+from .provenance import KEY, Provenance
+from .safetensors_io import is_safetensors, read_header, read_safetensors
+from .wrapped import contained, is_model, plain_names
+
+
+class ModelFile(NamedTuple):
+    """A file or folder, as it was found."""
+
+    tensors: dict[str, Tensor]  # mapped, under RWKV's names where it is an RWKV
+    metadata: dict[str, Any] | None  # what this package said of it; None where it said nothing
+    notes: list[str]  # what the user should know
+
+
+def read_model(path: str | os.PathLike[str]) -> ModelFile:
+    """What is at `path`. Models that are no RWKV, and adapters, have the names that they have.
+
+    UserError for what no reader can take: a damaged or foreign file, one that asks for code, a newer
+    architecture, a model inside a larger one, a folder of another model or with a file missing.
+    """
+    if os.path.isdir(path):
+        model = _of_folder(path)
+    elif is_safetensors(path):
+        model = _of_safetensors(path)
+    else:
+        loaded, notes = contained(path, load_dict(path))
+        tensors, more = plain_names(path, flat(path, loaded))
+        model = ModelFile(dict(tensors), read_metadata(path), notes + more)
+    if is_model(model.tensors):
+        refuse_newer(model.tensors, os.fspath(path))
+    return model
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of read_model()."""
+    return read_model(path).tensors
+
+
+def model_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The metadata of read_model(), without its tensors."""
+    if os.path.isdir(path):
+        header = read_header(weight_paths(path)[-1])
+    elif is_safetensors(path):
+        header = read_header(path)
+    else:
+        return read_metadata(path)
+    return Provenance.parse(header[KEY], path).metadata if KEY in header else None
+
+
+def _of_folder(path: str | os.PathLike[str]) -> ModelFile:
+    folder = read_folder(path)
+    return _as_recorded(path, in_usual_order(folder.tensors), folder.provenance, folder.notes)
+
+
+def _of_safetensors(path: str | os.PathLike[str]) -> ModelFile:
+    found, header = read_safetensors(path)
+    if FLA_SIGN in found:
+        raise UserError(
+            f"{path} belongs to a Hugging Face folder; give the folder, {os.path.dirname(path) or '.'}"
+        )
+    tensors, notes = plain_names(path, found)
+    if is_model(tensors):
+        tensors = in_usual_order(tensors)
+    return _as_recorded(path, tensors, Provenance.parse(header[KEY], path) if KEY in header else None, notes)
+
+
+def _as_recorded(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    provenance: Provenance | None,
+    notes: list[str],
+) -> ModelFile:
+    """In the order and the shapes of the checkpoint that was exported, where that is known."""
+    if provenance is None:
+        return ModelFile(dict(tensors), None, notes)
+    provenance.check(tensors, path)
+    ordered = {name: tensors[name].reshape(entry.shape) for name, entry in provenance.entries.items()}
+    return ModelFile(ordered, provenance.metadata, notes)
+
+
+def is_file_or_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a file, or a folder that says what model is in it."""
+    return os.path.isfile(path) or is_folder(path)
+
+
+def weight_paths(path: str | os.PathLike[str]) -> list[str]:
+    """The files that decide what read_model() gives, with the weights last: one, or those of a folder."""
+    if not os.path.isdir(path):
+        return [os.fspath(path)]
+    return [os.path.join(path, name) for name in folder_files(os.fspath(path))]
+
+
+def name_of(path: str | os.PathLike[str]) -> str:
+    """What records call a file or a folder: the last part of its path."""
+    return os.path.basename(os.path.abspath(path))
+
+
+def say(notes: list[str]) -> None:
+    """Notes on stderr, each once in a process: a program reads its model several times."""
+    for note in notes:
+        _say(note)
+
+
+@functools.cache
+def _say(note: str) -> None:
+    clear()
+    print(f"note: {note}", file=sys.stderr, flush=True)

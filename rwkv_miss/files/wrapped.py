@@ -1,0 +1,105 @@
+"""Model files of trainers and of larger models: the plain tensors inside, and what is said of the rest.
+
+A trainer's file has the tensors in a dict of its own, beside epoch numbers and the optimizer's state, or has
+words before their names. Both are taken off. A model that is one part of a larger one is not guessed at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError, printable
+from .hf_names import OFFICIAL
+
+CONTAINERS = ("state_dict", "model", "module")  # keys under which trainers put the tensors
+PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")
+PART = "rwkv."  # before the names of a language model inside a larger one
+PLAIN = re.compile(r"(emb|head)\.weight|ln_out\.(weight|bias)|blocks\.\d+\..+")
+SHOWN = 4  # names in a note
+
+
+def contained(path: str | os.PathLike[str], loaded: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], list[str]]:
+    """(the dict with the tensors, notes) of what a torch file holds; it need not hold tensors only.
+
+    UserError where two dicts may be meant.
+    """
+    inside = [key for key in CONTAINERS if _has_tensors(loaded.get(key))]
+    if not inside or any(isinstance(key, str) and PLAIN.fullmatch(key) for key in loaded):
+        return loaded, []
+    if len(inside) > 1:
+        raise UserError(
+            f"{path} holds tensors under {' and '.join(map(repr, inside))}; save the one that is meant as"
+            " a flat dict with torch.save"
+        )
+    note = f"{path}: the tensors are those under {inside[0]!r}"
+    if beside := [printable(str(key)) for key in loaded if key != inside[0]]:
+        note += f"; left out is what stands beside it: {_some(beside)}"
+    return loaded[inside[0]], [note]
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether a value is a dict with tensors in it."""
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+
+
+def plain_names(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """(the tensors under RWKV's names, notes). Other models and adapters are left as they are.
+
+    UserError for two tensors of one name, and for a model inside a larger one.
+    """
+    names = {name: without_prefixes(name) for name in tensors}
+    if not is_model(names.values()):
+        if is_model(part_of(names.values(), PART)):
+            raise UserError(
+                f"{path} is a larger model with an RWKV in it, whose tensors begin with {PART}; "
+                f"python -m rwkv_miss extract-base {path} BASE.pth writes that one as a base"
+            )
+        return tensors, []
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if names[name] in renamed:
+            raise UserError(
+                f"{path} has {printable(names[name])} twice, with and without a prefix such as"
+                f" {name.removesuffix(names[name]) or PREFIXES[-1]}; save what is meant as a flat dict"
+            )
+        renamed[names[name]] = tensor
+    taken = dict.fromkeys(name.removesuffix(plain) for name, plain in names.items() if name != plain)
+    notes = [f"{path}: {' and '.join(taken)} is taken off the names of the tensors"] if taken else []
+    return renamed, notes
+
+
+def is_model(names: Iterable[str]) -> bool:
+    """Whether these are a whole RWKV's names, of any version, rather than another model's or an adapter's."""
+    names = set(names)
+    return "emb.weight" in names and any(name.startswith("blocks.0.") for name in names)
+
+
+def part_of(names: Iterable[str], prefix: str) -> list[str]:
+    """The names with a prefix, without it."""
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def without_prefixes(name: str, part: str = PART) -> str:
+    """A name without the words of trainers, also nested, and of the official Hugging Face layout.
+
+    The name as it is, where that leaves neither RWKV's nor one of a `part` of a larger model.
+    """
+    rest = name
+    while not (PLAIN.fullmatch(rest) or rest.startswith(part)):
+        prefix = next((prefix for prefix in (*PREFIXES, OFFICIAL) if rest.startswith(prefix)), None)
+        if prefix is None:
+            return name
+        rest = rest.removeprefix(prefix)
+    return rest
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

@@ -1,0 +1,384 @@
+"""A model is the same in every form: a .pth, a trainer's file, safetensors, Hugging Face folders, shards."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import pytest
+import torch
+
+from rwkv_miss import UserError, inject, merge_file, read_checkpoint, read_metadata, save_adapter
+from rwkv_miss.__main__ import describe, main
+from rwkv_miss.extract import extract_base
+from rwkv_miss.files import model_files
+from rwkv_miss.files.checkpoint import Arch, write_checkpoint
+from rwkv_miss.files.identity import Identity
+from rwkv_miss.files.model_files import read_model, read_tensors
+from rwkv_miss.merging.diff import diff_files
+from rwkv_miss.merging.unmerge import check_merge
+from src.inference.load import load
+from src.model import RWKV
+
+from .conftest import make_arch, random_tensors
+
+safetensors = pytest.importorskip("safetensors.torch", reason="the extra convert is absent")
+ARCH = make_arch(7, n_layer=2, n_embd=128, head_size=64, vocab_size=259)
+CONFIG = {"model_type": "rwkv7", "num_hidden_layers": 2, "head_dim": 64, "norm_eps": 1e-5}
+IDS = torch.arange(14).reshape(2, 7) * 5 % 67
+# words of a checkpoint's names in flash-linear-attention's, written down anew
+FLA = {
+    r"^emb\.": "model.embeddings.",
+    r"^ln_out\.": "model.norm.",
+    r"^head\.": "lm_head.",
+    r"^blocks\.(\d+)\.": r"model.layers.\1.",
+    r"\.ln0\.": ".pre_norm.",
+    r"\.ln1\.": ".attn_norm.",
+    r"\.ln2\.": ".ffn_norm.",
+    r"\.att\.ln_x\.": ".attn.g_norm.",
+    r"\.att\.(r)eceptance\.|\.att\.(k)ey\.|\.att\.(v)alue\.|\.att\.(o)utput\.": r".attn.\1\2\3\4_proj.",
+    r"\.att\.([wavg])1$": r".attn.\1_lora.lora.0.weight",
+    r"\.att\.([wavg])2$": r".attn.\1_lora.lora.2.weight",
+    r"\.att\.([wav])0$": r".attn.\1_lora.lora.2.bias",
+    r"\.att\.": ".attn.",
+}
+RESIDUAL = [f"blocks.0.att.v{i}" for i in range(3)]
+
+
+def as_official(name):
+    return name if name == "head.weight" else f"rwkv7.{name}"
+
+
+def as_fla(tensors):
+    stored = {}
+    for name, tensor in tensors.items():
+        if name in RESIDUAL:
+            continue
+        new = functools.reduce(lambda text, rule: re.sub(*rule, text), FLA.items(), name)
+        if new.endswith((".lora.0.weight", ".lora.2.weight")):
+            tensor = tensor.t().contiguous()
+        elif not new.endswith("r_k") and ".x_" not in new.replace("ffn.x_k", ""):
+            tensor = tensor.flatten() if tensor.dim() == 3 else tensor
+        stored[new] = tensor
+    return stored
+
+
+def save_folder(path, stored, shards=1, config=CONFIG):
+    """Tensors as transformers saves them, in one file or in several."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        safetensors.save_file(stored, path / "model.safetensors", {"format": "pt"})
+        return path
+    place = {
+        name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(sorted(stored))
+    }
+    for file in set(place.values()):
+        part = {name: stored[name] for name in stored if place[name] == file}
+        safetensors.save_file(part, path / file, {"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    return path
+
+
+def wrapped(tensors, prefix=""):
+    """A trainer's file, with an optimizer whose groups share their betas."""
+    a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.AdamW([{"params": [a]}, {"params": [b]}])
+    (a + b).sum().backward()
+    optimizer.step()
+    return {
+        "epoch": 3,
+        "state_dict": {prefix + name: tensor for name, tensor in tensors.items()},
+        "optimizer_states": [optimizer.state_dict()],
+        "loops": {"fit": {"done": (1, 2)}},
+    }
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """Form -> path of the same model."""
+    folder = tmp_path_factory.mktemp("forms")
+    tensors = random_tensors(ARCH, torch.bfloat16)
+    official = {as_official(name): tensor for name, tensor in tensors.items()}
+    write_checkpoint(folder / "m.pth", tensors.items())
+    torch.save(wrapped(tensors, "_forward_module.model."), folder / "lightning.ckpt")
+    torch.save({f"module._orig_mod.{name}": t for name, t in tensors.items()}, folder / "compiled.pth")
+    torch.save({"model": tensors, "iter": 5}, folder / "model.pt", _use_new_zipfile_serialization=False)
+    safetensors.save_file(tensors, folder / "m.safetensors")
+    return {
+        "pth": folder / "m.pth",
+        "lightning": folder / "lightning.ckpt",
+        "compiled": folder / "compiled.pth",
+        "legacy": folder / "model.pt",
+        "safetensors": folder / "m.safetensors",
+        "official": save_folder(folder / "official", official),
+        "sharded": save_folder(folder / "sharded", official, 3),
+        "fla": save_folder(folder / "fla", as_fla(tensors)),
+        "fla sharded": save_folder(folder / "fla-sharded", as_fla(tensors), 2),
+    }
+
+
+FORMS = ("lightning", "compiled", "legacy", "safetensors", "official", "sharded", "fla", "fla sharded")
+
+
+def step(path, dtype):
+    """(logits, the gradients of a MiSS adapter after one backward)."""
+    model = RWKV.load(path, dtype)
+    inject(model, method="miss", rank=8)
+    x, _ = model.features(IDS)
+    model.loss(x.flatten(0, 1), IDS.roll(-1, 1).flatten()).backward()
+    with torch.no_grad():
+        logits = model(IDS)[0]
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_logits_and_a_training_step_are_the_same_bits(forms, dtype):
+    logits, grads = step(forms["pth"], dtype)
+    assert grads and all(grad.abs().max() > 0 for grad in grads.values())
+    for form in FORMS:
+        got, got_grads = step(forms[form], dtype)
+        assert torch.equal(got, logits), form
+        assert got_grads.keys() == grads.keys()
+        assert all(torch.equal(got_grads[name], grad) for name, grad in grads.items()), form
+
+
+def test_tensors_names_shapes_and_fingerprint_are_the_same(forms):
+    """Up to the value residual of block 0, which flash-linear-attention's layout has no place for."""
+    want, fingerprint = read_checkpoint(forms["pth"]), Identity(forms["pth"]).fingerprint
+    for form in FORMS:
+        found = read_tensors(forms[form])
+        kept = [name for name in want if "fla" not in form or name not in RESIDUAL]
+        assert list(found) == kept, form
+        assert all(torch.equal(found[name], want[name]) for name in kept)
+        assert all(found[name].shape == want[name].shape for name in kept)
+        assert (Identity(forms[form]).fingerprint == fingerprint) is ("fla" not in form), form
+    with torch.device("meta"):
+        assert list(want) == [name for name, _ in RWKV(ARCH).named_parameters()]
+
+
+def mapped_from(tensor):
+    """Name of the file whose mapping a tensor is in, "" for other memory."""
+    for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return os.path.basename(line.split(maxsplit=5)[5]) if len(line.split()) > 5 else ""
+    return ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="NO /proc: mappings are not seen")
+def test_nothing_is_copied_but_maps_that_are_turned_around(forms):
+    for form in ("official", "sharded", "fla", "safetensors", "lightning"):
+        model = RWKV.load(forms[form])
+        copied = {name for name, p in model.named_parameters() if "." not in mapped_from(p)}
+        turned = {name for name in copied if re.fullmatch(r"blocks\.\d\.att\.[wavg][12]", name)}
+        assert copied == turned and len(turned) == (14 if form == "fla" else 0), form
+        assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_what_is_taken_off_is_said_once(forms, capsys):
+    model_files._say.cache_clear()
+    RWKV.load(forms["lightning"])
+    RWKV.load(forms["lightning"])
+    err = capsys.readouterr().err
+    assert err.count("note: ") == 2
+    assert "the tensors are those under 'state_dict'; left out is what stands beside it: epoch," in err
+    assert "_forward_module.model. is taken off the names of the tensors" in err
+    for form in ("pth", "official", "fla", "safetensors"):
+        RWKV.load(forms[form])
+    assert capsys.readouterr().err == ""
+
+
+def adapter_of(path, out):
+    model = RWKV.load(path, torch.float32)
+    inject(model, method="miss", rank=8)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.02)
+    save_adapter(model, out)
+    return out
+
+
+def test_an_adapter_of_one_form_fits_all_that_keep_every_tensor(forms, tmp_path):
+    adapters = {form: adapter_of(forms[form], tmp_path / f"{form}.pth") for form in ("pth", "sharded", "fla")}
+    merge_file(forms["pth"], adapters["pth"], tmp_path / "want.pth")
+    want = (tmp_path / "want.pth").read_bytes()
+    for form in ("lightning", "legacy", "sharded"):
+        merge_file(forms[form], adapters["sharded"], tmp_path / "got.pth")
+        got, kept = read_checkpoint(tmp_path / "got.pth"), read_checkpoint(tmp_path / "want.pth")
+        assert list(got) == list(kept) and all(torch.equal(got[name], kept[name]) for name in kept), form
+        assert check_merge(forms[form], tmp_path / "want.pth", [adapters["pth"]]).ok
+    assert want == (tmp_path / "want.pth").read_bytes()
+    assert read_metadata(adapters["sharded"])["base"] == "sharded"
+    # block 0's value residual is not in the folder, so that its fingerprint is another one
+    merge_file(forms["fla"], adapters["fla"], tmp_path / "got.pth")
+    got, kept = read_checkpoint(tmp_path / "got.pth"), read_checkpoint(tmp_path / "want.pth")
+    assert kept.keys() - got.keys() == set(RESIDUAL)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in got.items())
+    with pytest.raises(UserError, match=r"was trained on another base \(fla\), not on .*m.pth; .*--force"):
+        merge_file(forms["pth"], adapters["fla"], tmp_path / "got.pth")
+    merge_file(forms["pth"], adapters["fla"], tmp_path / "got.pth", force=True)
+
+
+def test_other_programs_read_them_too(forms, tmp_path, capsys):
+    adapter = adapter_of(forms["pth"], tmp_path / "a.pth")
+    merge_file(forms["pth"], adapter, tmp_path / "merged.pth")
+    for form in ("official", "compiled"):
+        diff = diff_files(forms[form], tmp_path / "merged.pth", tmp_path / f"{form}.pth", 8)
+        assert len(diff.linears) == 12
+        model, tokenizer = load(forms[form], adapter, "bytes", accelerator="cpu")
+        assert model(IDS)[0].shape == (2, 7, 259)
+    facts = describe(forms["fla sharded"])
+    assert facts["kind"] == "Hugging Face folder, layout fla" and facts["tensors"] == len(
+        read_tensors(forms["fla"])
+    )
+    assert Arch.from_dict(facts["arch"]).n_layer == 2
+    main(["inspect", str(forms["official"])])
+    assert "official: Hugging Face folder, layout official" in capsys.readouterr().out
+
+
+def test_a_folder_is_hashed_once_and_again_where_a_shard_changes(forms, tmp_path, monkeypatch):
+    from rwkv_miss.files import identity
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "REMEMBERED", 1)
+    monkeypatch.setattr(identity, "SETTLED", -1)
+    folder = shutil.copytree(forms["sharded"], tmp_path / "folder")
+    computed = []
+    real = identity.fingerprint
+    monkeypatch.setattr(identity, "fingerprint", lambda *a: computed.append(1) or real(*a))
+    first = Identity(folder).fingerprint
+    assert Identity(folder).fingerprint == first and len(computed) == 1
+    shard = folder / "model-00002-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert Identity(folder).fingerprint != first and len(computed) == 2
+
+
+# refusals
+
+
+def one_tensor(name):
+    return random_tensors(ARCH) | {name: torch.ones(4)}
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("blocks.1.ffn.s_emb.weight", "belongs to RWKV-7a"),
+        ("blocks.1.ffn.s_emb_x.weight", "belongs to RWKV-7a"),
+        ("blocks.0.ffn.s0", "belongs to RWKV-7a"),
+        ("blocks.0.qkv.qq.weight", "belongs to RWKV-7b"),
+        ("blocks.1.ffn.enn.weight", "belongs to a preview of RWKV-8"),
+        ("blocks.1.rosa_q.weight", r"belongs to RWKV-8 \(ROSA"),
+        ("blocks.1.att.ROSA.emb", r"belongs to RWKV-8 \(ROSA"),
+    ],
+)
+def test_newer_architectures_are_refused_by_name(tmp_path, name, words):
+    tensors = one_tensor(name)
+    if "qkv" in name:
+        tensors["blocks.0.ffn.s_emb.weight"] = torch.ones(4)  # 7b has what 7a has
+    torch.save({"state_dict": {f"model.{key}": t for key, t in tensors.items()}}, tmp_path / "m.pth")
+    for read in (RWKV.load, describe, lambda path: merge_file(path, path, tmp_path / "out.pth")):
+        with pytest.raises(
+            UserError, match=f"{re.escape(name)} {words}.*, which is not supported; RWKV-6 and"
+        ):
+            read(tmp_path / "m.pth")
+
+
+def test_a_model_inside_another_one_is_offered_and_extracted(tmp_path, capsys):
+    tensors = random_tensors(ARCH)
+    whole = {f"module.rwkv.{name}": t for name, t in tensors.items()} | {"module.vit.a": torch.ones(3)}
+    torch.save({"state_dict": whole, "epoch": 1}, tmp_path / "vision.ckpt")
+    with pytest.raises(UserError, match=r"python -m rwkv_miss extract-base .*vision.ckpt BASE.pth"):
+        RWKV.load(tmp_path / "vision.ckpt")
+    main(["extract-base", str(tmp_path / "vision.ckpt"), str(tmp_path / "base.pth")])
+    said = capsys.readouterr().out
+    assert "base.pth: RWKV-7, 2 layers" in said and "1 of module." in said
+    got = read_checkpoint(tmp_path / "base.pth")
+    assert list(got) == list(tensors) and all(torch.equal(got[name], t) for name, t in tensors.items())
+    for prefix, words in (
+        ("llm.", "no tensors that begin with llm.; there are: "),
+        ("module.vit.", "no RWKV"),
+    ):
+        with pytest.raises(UserError, match=words):
+            extract_base(tmp_path / "vision.ckpt", tmp_path / "x.pth", prefix)
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (
+            {"state_dict": {"emb.weight": torch.ones(2)}, "model": {"emb.weight": torch.ones(2)}},
+            "under 'state_dict' and 'model'",
+        ),
+        ({"state_dict": {"a": torch.ones(2), "b": 3}}, "holds a int under 'b'"),
+        ({"weights": {"a": torch.ones(2)}}, "holds a dict under 'weights'"),
+        ({"emb.weight": torch.ones(2), "model": {"a": torch.ones(2)}}, "holds a dict under 'model'"),
+        (
+            {"emb.weight": torch.ones(2), "model.emb.weight": torch.ones(2), "blocks.0.a": torch.ones(2)},
+            "has emb.weight twice, with and without a prefix such as model.",
+        ),
+        ({"state_dict": {"a": torch.ones(2)}, "hyper": re.compile("x")}, "could run code"),
+    ],
+)
+def test_what_is_not_clear_is_refused(tmp_path, value, words):
+    torch.save(value, tmp_path / "m.pth")
+    with pytest.raises(UserError, match=words):
+        read_model(tmp_path / "m.pth")
+
+
+def test_other_models_keep_their_names(tmp_path):
+    torch.save({"model.layers.0.q.weight": torch.ones(2, 2), "module.x": torch.ones(1)}, tmp_path / "m.pth")
+    assert list(read_model(tmp_path / "m.pth").tensors) == ["model.layers.0.q.weight", "module.x"]
+    assert read_model(tmp_path / "m.pth").notes == []
+
+
+def damaged(folder, what):
+    weights = folder / "model-00001-of-00003.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "no shard":
+        weights.unlink()
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif what == "outside":
+        index.write_text(json.dumps({"weight_map": {"a": "../m.pth"}}))
+    elif what == "no index":
+        index.unlink()
+    elif what == "twice":
+        shutil.copy(weights, folder / "model-00002-of-00003.safetensors")
+    elif what == "other names":
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        safetensors.save_file({"gpt.a": torch.ones(2)}, folder / "model.safetensors")
+    else:
+        (folder / "config.json").write_text(json.dumps(CONFIG | what))
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("no config", "is a folder without config.json"),
+        ("no shard", "model-00001-of-00003.safetensors is missing: .* names 3 files of weights"),
+        ("truncated", "model-00001-of-00003.safetensors is truncated or damaged"),
+        ("outside", "no table of files in this folder"),
+        ("no index", "has neither model.safetensors nor model.safetensors.index.json"),
+        ("twice", "is in two of its files"),
+        ("other names", r"tensors such as 'gpt.a'; expected are the names of the official layout"),
+        ({"model_type": "llama"}, "is a folder of 'llama', expected rwkv7"),
+        ({"num_hidden_layers": 4}, "has 2 layers, and its config.json says num_hidden_layers 4"),
+        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon 1e-06; RWKV's is 1e-05"),
+    ],
+)
+def test_damaged_folders(forms, tmp_path, what, words):
+    folder = shutil.copytree(forms["sharded"], tmp_path / "folder")
+    damaged(folder, what)
+    with pytest.raises(UserError, match=words):
+        RWKV.load(folder)
