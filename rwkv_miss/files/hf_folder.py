@@ -168,7 +168,13 @@ def _fla(path: str, config: Mapping[str, Any], stored: dict[str, Tensor]) -> dic
     return restored(path, table(n_layer), stored, head_size)
 
 
-def number(path, keys: Mapping[str, Any], key: str, least: int = 1, default: int | None = None) -> int:
+def number(
+    path: str | os.PathLike[str],
+    keys: Mapping[str, Any],
+    key: str,
+    least: int = 1,
+    default: int | None = None,
+) -> int:
     """A number of a model's description; UserError for anything else, or one that no model has."""
     value = keys.get(key, default)
     if type(value) is not int or not least <= value <= LARGEST_DEPTH:
@@ -179,7 +185,7 @@ def number(path, keys: Mapping[str, Any], key: str, least: int = 1, default: int
 
 
 def restored(
-    path, table: Iterable[TensorMap], stored: Mapping[str, Tensor], head_size: int
+    path: str | os.PathLike[str], table: Iterable[TensorMap], stored: Mapping[str, Tensor], head_size: int
 ) -> dict[str, Tensor]:
     """The checkpoint's tensors by a table that names all of the stored ones; UserError where it does not."""
     table = list(table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ WITHIN = {
 LARGEST_SIZE = 1 << 40
 
 
-def check_dtypes(tensors: Mapping[str, Tensor], path) -> None:
+def check_dtypes(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """UserError for a model whose tensors are not all of FLOATS."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS.values():
@@ -68,7 +69,7 @@ class Provenance(NamedTuple):
         return {"format": "pt", KEY: self.text()}
 
     @staticmethod
-    def parse(text: str, path) -> Provenance:
+    def parse(text: str, path: str | os.PathLike[str]) -> Provenance:
         """UserError for what text() did not write."""
         try:
             told = json.loads(text)
@@ -84,7 +85,7 @@ class Provenance(NamedTuple):
             ) from None
         return Provenance(entries, metadata)
 
-    def check(self, tensors: Mapping[str, Tensor], path) -> None:
+    def check(self, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         """UserError unless the tensors are those of the record, up to their shapes and dtypes."""
         if missing := sorted(self.entries.keys() ^ tensors.keys()):
             raise UserError(
