@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files.checkpoint import read_metadata
+from rwkv_miss.files.model_files import model_metadata
 
 from ..config.validate import check_bos
 from .tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def leading_token(spec: str, tokenizer: Tokenizer, *paths) -> tuple[int, ...]:
         return tuple(tokenizer.eod)
     if spec == "recorded":
         path = next(filter(None, paths), None)
-        return from_record(path, read_metadata(path) or {}, tokenizer) if path else ()
+        return from_record(path, model_metadata(path) or {}, tokenizer) if path else ()
     token = int(spec)
     others = f"auto is its end of document, {text_of(tokenizer.eod)}; none is no token"
     if token not in tokenizer.ids:

@@ -92,7 +92,7 @@ def automatic_style(tokenizer: Tokenizer | None) -> str:
 
 def recorded_template(spec: str, tokenizer: Tokenizer, *paths, tool_style: str = AUTO) -> Template:
     """choose_template(), where the first checkpoint with a record tells what was recorded."""
-    records = (((read_metadata(path) or {}).get("template")) for path in filter(None, paths))
+    records = (((model_metadata(path) or {}).get("template")) for path in filter(None, paths))
     return choose_template(spec, tool_style, next(filter(None, records), None), tokenizer)
 
 
