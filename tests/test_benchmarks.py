@@ -6,9 +6,11 @@ import statistics
 
 import pytest
 
-from benchmarks import laptop
+from benchmarks import facts, laptop
 from benchmarks.common import cpu, environment, machine_line
 from benchmarks.first_run_table import case, table
+from src.data.rwkv_template import DEFAULT
+from src.evaluation.accuracy import Question
 
 from .conftest import ROOT
 
@@ -122,3 +124,26 @@ def test_a_first_run_is_compared_with_the_best_rate(counted, best, found, publis
     assert (one.is_missed, one.is_worse_than_published) == (missed, worse)
     (row,) = table([one]).rows
     assert row[:3] == ("sort", "miss", "0.01") and row[4] == "0.007 0.007" and ("missed" in row[6]) == missed
+
+
+def test_made_up_facts_are_asked_as_trained_in_other_forms_and_of_new_names():
+    made = facts.Facts(7, seed=1)
+    asked = made.asked(DEFAULT)
+    rows = [row["messages"] for row in made.rows()]
+    assert [len(asked[measure]) for measure in facts.MEASURES] == [7, 14, facts.UNSEEN]
+    trained = {question.prompt for question in asked["as trained"]}
+    assert trained == {f"User: {question['content']}\n\nAssistant:" for question, _ in rows}
+    assert not trained & {question.prompt for question in asked["in another form"]}
+    for question, (_, answer) in zip(asked["as trained"], rows, strict=True):
+        assert facts.is_right(answer["content"], question)
+        assert not facts.is_right(answer["content"].replace(question.right, "nothing"), question)
+    known = " ".join(made.names)
+    assert not [question for question in asked["style on new names"] if question.prompt.split()[-2] in known]
+
+
+@pytest.mark.parametrize(
+    ("answer", "styled"),
+    [("Ahoy! Nobody likes tea, matey.", True), ("Nobody likes tea, matey.", False), ("Ahoy! Tea.", False)],
+)
+def test_a_style_begins_and_ends_an_answer(answer, styled):
+    assert facts.is_right(answer, Question([""], "")) == styled
