@@ -1,7 +1,7 @@
 """What a method can learn: new facts, and a new style.
 
     python -m benchmarks.facts [--load_model ../shared/data/real/rwkv6-3m-utf16.pth] [--tokenizer utf16]
-    [--methods state miss lora none] [--seeds 0 1] [--facts 40] [--passes 60] [--out out/facts]
+    [--methods state miss lora none] [--seeds 0 1] [--facts 30] [--passes 40] [--out out/facts]
     [--report docs/results]
 
 The program makes up names and what each likes best. Every name has one row: a question in one of three forms,
@@ -184,8 +184,8 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="utf16")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--facts", type=int, default=40)
-    parser.add_argument("--passes", type=int, default=60)
+    parser.add_argument("--facts", type=int, default=30)
+    parser.add_argument("--passes", type=int, default=40)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/facts"))
     parser.add_argument("--report", type=pathlib.Path, help="folder for the table and JSON")
     args = parser.parse_args()
